@@ -1,0 +1,356 @@
+"""Fine-tuning strategies for RAG, centralised, federated and local: one table with costs.
+
+    python -m experiments.compare_strategies --config=configs/compare_strategies.py
+    python -m experiments.compare_strategies --config=configs/compare_strategies.py \
+        --config.name=more-clients --config.federated.clients=32
+
+Results go to runs/<name>/. A cell (strategy, setting, seed) that is finished is not computed again,
+and a training that was killed goes on from its last checkpoint.
+"""
+
+import json
+import pathlib
+import time
+
+import numpy as np
+from absl import app, flags
+from ml_collections import config_flags
+
+from fedrag_jax.data.examples import Dataset
+from fedrag_jax.errors import ConfigError, FedragError
+
+_CONFIG = config_flags.DEFINE_config_file("config", "configs/compare_strategies.py")
+_RUNS = flags.DEFINE_string("runs", "runs", "folder that holds the runs")
+
+CONTROL_QUESTIONS = 200
+
+
+def load_data(config) -> Dataset:
+    """The built-in world, a named set or a user's folder, shortened if asked for."""
+    from fedrag_jax.data import datasets, synthetic
+
+    name = config.data.name
+    dataset = synthetic.generate() if name == "world" else datasets.load(name)
+    train = dataset.train[: config.data.train_questions or None]
+    test = dataset.test[: config.data.test_questions or None]
+    return Dataset(dataset.name, dataset.passages, train, dataset.validation, test)
+
+
+def check(config) -> None:
+    """Refuses settings that could only fail later.
+
+    Raises:
+      ConfigError: names the setting, its value and what it may be.
+    """
+    from fedrag_jax.strategies.settings import SETTINGS
+    from fedrag_jax.strategies.strategies import STRATEGIES
+
+    for name, known in (("strategies", STRATEGIES), ("settings", SETTINGS)):
+        unknown = [value for value in config[name] if value not in known]
+        if unknown:
+            raise ConfigError(f"config.{name}: {unknown} unknown; choose among {list(known)}")
+    if not config.federated.alpha > 0:
+        raise ConfigError(f"config.federated.alpha must be > 0, got {config.federated.alpha}")
+    if not config.seeds:
+        raise ConfigError("config.seeds is empty; give at least one, such as (0,)")
+
+
+class Comparison:
+    """What all cells share: data, base system, client split, folders."""
+
+    def __init__(self, config, dataset: Dataset, folder: pathlib.Path):
+        from fedrag_jax.models import hub
+
+        self.config, self.dataset, self.folder = config, dataset, folder
+        self.models = {role: hub.load(config.models[role]) for role in ("generator", "retriever")}
+        self.systems = {}
+
+    def system(self, seed: int):
+        """The untuned system; only the random half of its adapters depends on the seed."""
+        from fedrag_jax.models.lora import LoraConfig
+        from fedrag_jax.rag import RAGSystem
+
+        if seed not in self.systems:
+            c = self.config
+            lora = LoraConfig(c.lora.rank, c.lora.alpha, tuple(c.lora.targets))
+            self.systems[seed] = RAGSystem.build(
+                self.dataset.passages,
+                self.dataset.train,
+                **self.models,
+                adapters=lora,
+                prompt_style=c.models.prompt_style,
+                top_k=c.retrieval.top_k,
+                max_passage_tokens=c.models.max_passage_tokens,
+                seed=seed,
+                progress=True,
+            )
+        return self.systems[seed]
+
+    def clients(self, seed: int):
+        """The split that federated and local training share."""
+        from fedrag_jax.strategies.settings import split_clients
+
+        federated = self.config.federated
+        return split_clients(
+            self.dataset.train, federated.clients, federated.alpha, federated.column, seed
+        )
+
+    def rate(self, setting: str, task: str, part: str) -> float:
+        """The learning rate chosen for a part of a task in a setting."""
+        rates = self.config.learning_rates[setting]
+        if task.startswith("rag_"):
+            return rates.marginal_generator if part == "adapters" else rates.marginal_retriever
+        return rates.generator if part == "adapters" else rates.retriever
+
+    def tuner(self, setting: str, seed: int, client: int | None = None, rate=None):
+        """The `tune` of one setting, seed and (local) client."""
+        from fedrag_jax.strategies.settings import Budget
+        from fedrag_jax.strategies.tuner import Tuner
+
+        t = self.config.training
+        folder = self.folder / "tuned" / f"{setting}-seed{seed}"
+        return Tuner(
+            folder=folder if client is None else folder / f"client{client}",
+            system=self.system(seed),
+            setting=setting,
+            examples=self.dataset.train,
+            clients=self.clients(seed),
+            budget=Budget(
+                t.rounds, t.local_steps, self.config.federated.clients, t.batch_size, t.group_size
+            ),
+            rates=rate or (lambda task, part: self.rate(setting, task, part)),
+            seed=seed,
+            client=client,
+            checkpoint_every=t.checkpoint_every,
+        )
+
+    def tuned_systems(self, strategy: str, setting: str, seed: int):
+        """`(systems, tuners)`: one of each, or one per client in the local setting."""
+        from fedrag_jax.strategies.strategies import STRATEGIES
+
+        members = range(self.config.federated.clients) if setting == "local" else (None,)
+        tuners = [self.tuner(setting, seed, client) for client in members]
+        tune = STRATEGIES[strategy]
+        return [tune(self.system(seed), self.dataset, tuner) for tuner in tuners], tuners
+
+
+def compute_cell(run: Comparison, strategy: str, setting: str, seed: int):
+    """Trains, evaluates on the test set, and prices one cell."""
+    from fedrag_jax.evaluation.evaluator import evaluate
+    from fedrag_jax.tracking.cells import Cell
+    from fedrag_jax.tracking.ledger import Cost
+
+    if strategy == "none":
+        systems, tuners = [run.system(seed)], []
+    else:
+        systems, tuners = run.tuned_systems(strategy, setting, seed)
+    test = run.dataset.test
+    found = [evaluate(system, test) for system in systems]
+    scores = {metric: np.mean([f[metric] for f in found], axis=0) for metric in found[0]}
+    controls = control_scores(systems[0], test) if setting != "local" else {}
+    if tuners and setting == "local":
+        controls["own_topic_em"] = own_topic(run.clients(seed), test, [f["em"] for f in found])
+    curves = {}
+    for tuner in tuners[:1] if setting != "local" else ():
+        for task in tuner.costs:
+            lines = (tuner.folder / task / "rounds.jsonl").read_text().splitlines()
+            curves[task] = [json.loads(line) for line in lines]
+    if setting == "local":
+        curves = mean_curves(tuners)
+    cost = sum((c for tuner in tuners for c in tuner.costs.values()), Cost())
+    return Cell(strategy, setting, seed, scores, controls, cost, curves)
+
+
+def mean_curves(tuners) -> dict:
+    """Rounds of each task averaged over clients; examples and seconds add up."""
+    curves = {}
+    for task in tuners[0].costs if tuners else ():
+        runs = [
+            [json.loads(x) for x in (t.folder / task / "rounds.jsonl").read_text().splitlines()]
+            for t in tuners
+        ]
+        curves[task] = [
+            {
+                "round": records[0]["round"],
+                "loss": float(np.mean([r["loss"] for r in records])),
+                "metrics": {},
+                "examples": sum(r["examples"] for r in records),
+                "seconds": sum(r["seconds"] for r in records),
+            }
+            for records in zip(*runs, strict=True)
+        ]
+    return curves
+
+
+def control_scores(system, examples) -> dict[str, float]:
+    """EM in percent where it must stay low (no passage, a wrong one) or high (the gold one)."""
+    from fedrag_jax.evaluation import evaluator
+    from fedrag_jax.evaluation.metrics import percent
+
+    some = examples[:CONTROL_QUESTIONS]
+    one, two = ([e for e in some if (e.hops > 1) == hard] for hard in (False, True))
+    controls = {
+        "closed_book_em": percent(evaluator.closed_book(system, some)["em"]),
+        "distractor_em": percent(evaluator.distractor_passage(system, some)["em"]),
+        "gold_em": percent(evaluator.gold_passage(system, one)["em"]),
+    }
+    if two:
+        controls["gold_em_two_hop"] = percent(evaluator.gold_passage(system, two)["em"])
+    return controls
+
+
+def own_topic(clients, examples, em) -> float:
+    """EM in percent of each client's model on the topics it holds, weighted as it holds them."""
+    values = []
+    for client, scores in enumerate(em):
+        topics = [e.topic for e in clients.of(client)]
+        weight = np.array([topics.count(e.topic) for e in examples], float)
+        weight /= np.array([max(1, sum(x.topic == e.topic for x in examples)) for e in examples])
+        if weight.sum():
+            values.append(100 * float((weight * scores).sum() / weight.sum()))
+    return float(np.mean(values))
+
+
+def no_op(run: Comparison, seed: int) -> float:
+    """Largest change of any test score after joint training at learning rate zero; must be 0."""
+    import dataclasses
+
+    from fedrag_jax.evaluation.evaluator import evaluate
+    from fedrag_jax.strategies.strategies import joint_token
+
+    tuner = run.tuner("federated", seed, rate=lambda task, part: 0.0)
+    tuner = dataclasses.replace(
+        tuner,
+        folder=run.folder / "tuned" / f"no-op-seed{seed}",
+        budget=tuner.budget._replace(rounds=1, local_steps=1),
+    )
+    some = run.dataset.test[:CONTROL_QUESTIONS]
+    before = evaluate(run.system(seed), some)
+    after = evaluate(joint_token(run.system(seed), run.dataset, tuner), some)
+    return 100 * max(float(np.abs(after[m] - before[m]).max()) for m in before)
+
+
+def report(config, folder: pathlib.Path, change_of_no_op: float) -> None:
+    """Tables and figures of all finished cells."""
+    from fedrag_jax.tracking import cells, figures, tables
+
+    done = [
+        cell
+        for setting in config.settings
+        for strategy in config.strategies
+        for seed in config.seeds
+        if (cell := cells.load(folder, strategy, setting, seed))
+    ]
+    rows = tables.strategy_rows(done, config.federated.alpha)
+    comparisons, controls = tables.comparison_rows(done), tables.control_rows(done)
+    tables.write_csv(folder / "strategies.csv", rows, tables.COLUMNS)
+    if comparisons:
+        tables.write_csv(folder / "comparisons.csv", comparisons, list(comparisons[0]))
+    if controls:
+        tables.write_csv(folder / "controls.csv", controls, list(controls[0]))
+    figures.quality_against_cost(rows, folder / "quality_cost.png")
+    figures.learning_curves(done, folder / "learning_curves.png")
+    with open(folder / "metrics.jsonl", "w", encoding="utf-8") as file:
+        for cell in done:
+            where = {"strategy": cell.strategy, "setting": cell.setting, "seed": cell.seed}
+            for task, rounds in cell.curves.items():
+                for record in rounds:
+                    file.write(json.dumps(where | {"task": task} | record) + "\n")
+    text = [
+        f"# {folder.name}\n",
+        f"{config.data.name}, {config.federated.clients} clients, Dirichlet alpha "
+        f"{config.federated.alpha} over {config.federated.column}; metrics in percent, EM with 95% "
+        "bootstrap interval over test questions.\n",
+        tables.strategies_markdown(rows),
+        "\n## Paired comparisons\n\nDifference in points with 95% interval; p by permutation over "
+        "questions, Holm-adjusted over this table; p_t over seeds from five seeds on.\n",
+        tables.markdown(
+            comparisons,
+            (
+                "strategy",
+                "setting",
+                "against",
+                "metric",
+                "difference",
+                "low",
+                "high",
+                "p_holm",
+                "p_t",
+            ),
+        ),
+        "\n## Controls\n\nEM in percent without passages, with a distractor alone, with the gold "
+        f"passages alone. Training at learning rate zero changed scores by {change_of_no_op:.1f}.\n",
+        tables.markdown(controls, list(controls[0])) if controls else "",
+    ]
+    (folder / "table.md").write_text("\n".join(text) + "\n", encoding="utf-8")
+    print("\n".join(text))
+    print(f"\n{folder}/: table.md strategies.csv comparisons.csv controls.csv quality_cost.png "
+          "learning_curves.png metrics.jsonl config.json manifest.json")  # fmt: skip
+
+
+def settled_config(config, folder: pathlib.Path) -> None:
+    """Writes the resolved config; refuses a folder made with another one.
+
+    Raises:
+      ConfigError: names every setting that differs.
+    """
+    path, now = folder / "config.json", json.loads(config.to_json_best_effort())
+    if path.exists():
+        grows = ("seeds", "strategies", "settings", "wandb")
+        before = json.loads(path.read_text())
+        changed = [k for k in now if k not in grows and now[k] != before.get(k)]
+        if changed:
+            what = "; ".join(f"config.{k} was {before.get(k)}, is {now[k]}" for k in changed)
+            raise ConfigError(f"{folder} holds other results: {what}. Choose another --config.name")
+    path.write_text(json.dumps(now, indent=2) + "\n")
+
+
+def run(config, runs: str) -> pathlib.Path:
+    """The whole comparison; returns its folder."""
+    from fedrag_jax.tracking import cells
+    from fedrag_jax.tracking.manifest import write_manifest
+    from fedrag_jax.tracking.weights_and_biases import log_cell
+
+    check(config)
+    began = time.perf_counter()
+    dataset = load_data(config)
+    folder = pathlib.Path(runs) / config.name
+    folder.mkdir(parents=True, exist_ok=True)
+    settled_config(config, folder)
+    comparison = Comparison(config, dataset, folder)
+    write_manifest(folder, dataset, seeds={name: list(config.seeds) for name in
+                   ("adapters", "client split", "client sampling", "shuffling")})  # fmt: skip
+    todo = [
+        (strategy, setting, seed)
+        for seed in config.seeds
+        for setting in config.settings
+        for strategy in config.strategies
+    ]
+    for i, (strategy, setting, seed) in enumerate(todo, 1):
+        if cells.load(folder, strategy, setting, seed):
+            continue
+        cell = compute_cell(comparison, strategy, setting, seed)
+        cells.save(folder, cell)
+        log_cell(
+            cell, folder, config.name, config.wandb.mode, config.wandb.project, config.to_dict()
+        )
+        print(
+            f"[{i}/{len(todo)}] {strategy}, {setting}, seed {seed}: EM "
+            f"{100 * cell.scores['em'].mean():.1f}  Recall@5 "
+            f"{100 * cell.scores['recall_at_5'].mean():.1f}  trained {cell.cost.seconds:.0f} s  "
+            f"({time.perf_counter() - began:.0f} s so far)",
+            flush=True,
+        )
+    report(config, folder, no_op(comparison, config.seeds[0]))
+    return folder
+
+
+def main(_):
+    try:
+        run(_CONFIG.value, _RUNS.value)
+    except FedragError as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from error
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,375 @@
+"""Makes the two built-in checkpoints: a decoder that can read, a bi-encoder that can search.
+
+    python -m experiments.pretrain_tiny            # writes fedrag_jax/models/builtin/
+
+Neither knows the test world: both are trained on pretraining worlds, whose names are drawn from the
+other half of all possible words. What makes the decoder read within minutes: some rows of each batch
+are random sequences repeated once, loss on the repeat, so that copying forms first; questions come
+with one passage, and one more only when nine of ten are answered; each context is asked several
+questions; embeddings start at unit scale, AdamW with b2 = 0.98.
+
+Once it reads over five passages, the decoder is also taught to rate a text, to ask about it, and to
+cite. What makes a test world harder than these: a topic's jargon, and more names sharing a word.
+"""
+
+import collections
+import functools
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import app, flags
+
+from fedrag_jax.data import prompts, synthetic
+from fedrag_jax.data.batching import encoder_table
+from fedrag_jax.data.examples import embedding_text
+from fedrag_jax.models import hub
+from fedrag_jax.models.decoder import Decoder, DecoderConfig
+from fedrag_jax.models.encoder import Encoder, EncoderConfig
+from fedrag_jax.models.network import Network
+
+_OUT = flags.DEFINE_string("out", str(hub.BUILTIN), "folder for the two checkpoints")
+_PARTS = flags.DEFINE_list("parts", ["decoder", "encoder"], "which to make")
+_DECODER_STEPS = flags.DEFINE_integer("decoder_steps", 3000, "batches of 32 rows")
+_ENCODER_STEPS = flags.DEFINE_integer("encoder_steps", 500, "batches of 128 pairs")
+
+WORLDS = [
+    synthetic.WorldConfig(
+        seed=seed, side="pretraining", crowding=1.5, jargon=0.0, questions=(6000, 160, 160)
+    )
+    for seed in range(8)
+]
+VOCABULARY = 1024
+ROWS, ANSWERED = 32, 64  # rows of a batch, scored positions of a row
+PASSAGES = 5
+
+
+# --- tokenizer ----------------------------------------------------------------------------------
+
+
+def train_tokenizer(worlds):
+    """Byte-level BPE over everything that is said in the pretraining worlds."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    formats = [*prompts.COMPACT, *prompts.RATE, *prompts.ASK, *prompts.CITE]
+    texts = [embedding_text(p) + "\n" for w in worlds for p in w.passages]
+    texts += [
+        "Question: " + e.question + "\nAnswer: " + e.answers[0] for w in worlds for e in w.train
+    ]
+    texts += [text for text in formats for _ in range(2000)]
+    texts += [f" {year}" for year in range(1500, 1900) for _ in range(20)]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY,
+            special_tokens=["<pad>", "<s>", "</s>", "[CLS]", "[SEP]"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return tokenizer
+
+
+def decoder_tokenizer(tokenizer):
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+def encoder_tokenizer(tokenizer):
+    from tokenizers import Tokenizer, processors
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        special_tokens=[(t, tokenizer.token_to_id(t)) for t in ("[CLS]", "[SEP]")],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", cls_token="[CLS]", sep_token="[SEP]"
+    )
+
+
+# --- rows for the decoder -------------------------------------------------------------------------
+
+
+class Reader:
+    """Draws training rows, each a list of (token, scored) pairs, from one world.
+
+    Passages in a context share names as often as not: the distractors that matter.
+    """
+
+    def __init__(self, world, tokenizer, rng):
+        self.world, self.tokenizer, self.rng = world, tokenizer, rng
+        self.row = {p.id: i for i, p in enumerate(world.passages)}
+        self.asked = collections.defaultdict(list)
+        self.two_hop = [e for e in world.train if e.hops == 2]
+        for e in world.train:
+            if e.hops == 1:
+                self.asked[e.positive_ids[0]].append(e)
+        self.facts = [p for p in world.passages if len(self.asked[p.id]) >= 2]
+        self.junk = [p for p in world.passages if not p.title]
+        self.namesakes = collections.defaultdict(list)
+        for p in self.facts:
+            for word in p.title.split():
+                self.namesakes[word].append(p)
+        self._tokens = functools.lru_cache(maxsize=None)(
+            lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+        )
+
+    def choice(self, items):
+        return items[self.rng.integers(len(items))]
+
+    def piece(self, text, scored=False, end=False):
+        ids = list(self._tokens(text)) + ([self.tokenizer.eos_token_id] if end else [])
+        return [(token, scored) for token in ids]
+
+    def start(self):
+        return [(self.tokenizer.bos_token_id, False)]
+
+    def context(self, golds, k):
+        """The gold passages among k, in random order."""
+        chosen = {p.id: p for p in golds}
+        while len(chosen) < k:
+            near = self.namesakes[self.choice(golds).title.split()[self.rng.integers(2)]]
+            p = self.choice(near if self.rng.random() < 0.5 else self.facts)
+            chosen.setdefault(p.id, p)
+        passages = list(chosen.values())
+        self.rng.shuffle(passages)
+        return passages
+
+    def read(self, k, questions=3):
+        """A context of k passages and several questions about it, a quarter two-hop from k = 2."""
+        if k > 1 and self.rng.random() < 0.25:
+            examples = [self.choice(self.two_hop)]
+            golds = [self.world.passages[self.row[i]] for i in examples[0].positive_ids]
+        else:
+            golds = [self.choice(self.facts)]
+            examples = [self.choice(self.asked[golds[0].id])]
+        context = self.context(golds, k)
+        askable = [p for p in context if self.asked[p.id]]
+        while askable and len(examples) < questions:
+            examples.append(self.choice(self.asked[self.choice(askable).id]))
+        row = self.start()
+        for p in context:
+            row += self.piece(prompts.COMPACT.passage.format(text=p.text))
+        for i in self.rng.permutation(len(examples)):
+            row += self.piece(prompts.COMPACT.question.format(question=examples[i].question))
+            row += self.piece(" " + examples[i].answers[0], scored=True, end=True)
+        return row
+
+    def cite(self, k):
+        gold = self.choice(self.facts)
+        example = self.choice(self.asked[gold.id])
+        row = self.start()
+        for number, p in enumerate(context := self.context([gold], k), 1):
+            row += self.piece(prompts.CITE.passage.format(number=number, text=p.text))
+        target = prompts.CITE.answer.format(
+            number=[p.id for p in context].index(gold.id) + 1, answer=example.answers[0]
+        )
+        row += self.piece(prompts.CITE.question.format(question=example.question))
+        return row + self.piece(target, scored=True, end=True)
+
+    def ask(self):
+        gold = self.choice(self.facts)
+        example = self.choice(self.asked[gold.id])
+        target = prompts.ASK.answer.format(question=example.question, answer=example.answers[0])
+        row = self.start() + self.piece(prompts.ASK.passage.format(text=gold.text))
+        return row + self.piece(prompts.ASK.question) + self.piece(target, scored=True, end=True)
+
+    def rate(self):
+        """Ten for a passage of facts, nine if one sentence is missing, junk two or less."""
+        draw = self.rng.random()
+        if draw < 0.4:
+            text, rating = self.choice(self.junk).text, self.rng.integers(3)
+        else:
+            text, rating = self.choice(self.facts).text, 10
+            if draw < 0.6 and ". " in text:
+                text, rating = text.split(". ")[0] + ".", 9
+        row = self.start() + self.piece(prompts.RATE.passage.format(text=text))
+        row += self.piece(prompts.RATE.question)
+        return row + self.piece(prompts.RATE.answer.format(answer=rating), scored=True, end=True)
+
+    def copy(self, width):
+        """Random sequences, each once to see and once to repeat."""
+        row, half = self.start(), self.rng.integers(6, 17)
+        while len(row) + 2 * half <= width:
+            tokens = [int(t) for t in self.rng.integers(5, VOCABULARY, size=half)]
+            row += [(t, False) for t in tokens] + [(t, True) for t in tokens]
+            half = self.rng.integers(6, 17)
+        return row
+
+
+def pack(rows, pad, multiple=64):
+    """Rows as `tokens` [B, T] and the scored `positions` [B, M] with their `weight`."""
+    width = -(-max(len(row) for row in rows) // multiple) * multiple
+    batch = {
+        "tokens": np.full((len(rows), width), pad, np.int32),
+        "positions": np.ones((len(rows), ANSWERED), np.int32),
+        "weight": np.zeros((len(rows), ANSWERED), np.float32),
+    }
+    for i, row in enumerate(rows):
+        scored = [j for j, (_, s) in enumerate(row) if s][:ANSWERED]
+        batch["tokens"][i, : len(row)] = [token for token, _ in row]
+        batch["positions"][i, : len(scored)] = scored
+        batch["weight"][i, : len(scored)] = 1
+    return batch
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def decoder_loss(network, params, batch):
+    """Mean NLL of the scored tokens, and the share of rows (copies apart) that are all right."""
+    tokens, positions, weight = batch["tokens"], batch["positions"], batch["weight"]
+    index = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    hidden = network(params, tokens, index, jnp.ones(tokens.shape, bool))
+    hidden = jnp.take_along_axis(hidden, positions[..., None] - 1, axis=1)
+    logits = network(params, hidden, method="logits")
+    target = jnp.take_along_axis(tokens, positions, axis=1)
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits, target)
+    right = jnp.all((logits.argmax(-1) == target) | (weight == 0), axis=1)
+    return (nll * weight).sum() / weight.sum(), right
+
+
+def trainer(loss, learning_rate, steps, b2):
+    """A jitted step of AdamW with warm-up and cosine decay."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        0, learning_rate, 100, steps, learning_rate * 0.05
+    )
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=b2, weight_decay=0.01)
+    )
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state, batch):
+        (value, extra), grads = jax.value_and_grad(loss, has_aux=True)(params, batch)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, value, extra
+
+    return optimizer.init, step
+
+
+def train_decoder(worlds, tokenizer, steps, rng):
+    config = DecoderConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=384,
+        num_layers=3,
+        num_heads=4,
+        num_kv_heads=4,
+        head_dim=32,
+        tie_embeddings=True,
+    )
+    network = Network.of(Decoder, config)
+    params = network.init(jax.random.key(0))
+    # Unit scale, as the copying circuit wants to tell tokens apart from the first step; the last
+    # norm is small, so that tied logits start small.
+    params["embed"]["embedding"] = jax.random.normal(jax.random.key(1), (VOCABULARY, 128))
+    params["norm"]["scale"] = 0.2 * params["norm"]["scale"]
+    init, step = trainer(functools.partial(decoder_loss, network), 3e-3, steps, b2=0.98)
+    state = init(params)
+    readers = [Reader(world, tokenizer, rng) for world in worlds]
+    k, recent, began = 1, collections.deque(maxlen=10), time.perf_counter()
+    for i in range(steps):
+        readers_now = [readers[rng.integers(len(readers))] for _ in range(ROWS)]
+        copies = ROWS // 2 if k < 3 else ROWS // 8
+        mixed = k >= PASSAGES
+        rows = []
+        for r, reader in enumerate(readers_now[copies:]):
+            kind = r % 8 if mixed else 0
+            rows.append(
+                reader.cite(int(rng.choice([2, 3, 5, 7]))) if kind == 5
+                else reader.ask() if kind == 6
+                else reader.rate() if kind == 7
+                else reader.read(k if rng.random() < 0.5 else int(rng.integers(1, k + 1)))
+            )  # fmt: skip
+        longest = max(len(row) for row in rows)
+        batch = pack(rows + [r.copy(longest) for r in readers_now[:copies]], tokenizer.pad_token_id)
+        params, state, value, right = step(params, state, batch)
+        recent.append(float(right[: ROWS - copies].mean()))
+        if len(recent) == recent.maxlen and np.mean(recent) > 0.8 and k < PASSAGES:
+            # All three answers of a row right in 80% of rows is more than 90% of answers.
+            k, recent = k + 1, collections.deque(maxlen=10)
+        if i % 50 == 0 or i == steps - 1:
+            print(
+                f"decoder step {i:5d}  passages {k}  loss {float(value):.3f}  rows right: read "
+                f"{100 * np.mean(recent or [0]):.0f}%, copy {100 * float(right[-copies:].mean()):.0f}%  "
+                f"{time.perf_counter() - began:.0f}s",
+                flush=True,
+            )
+    return hub.Pretrained(network, params, tokenizer, "builtin:decoder")
+
+
+def train_encoder(worlds, tokenizer, steps, rng):
+    config = EncoderConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=384,
+        num_layers=2,
+        num_heads=4,
+        max_positions=256,
+        pooling="mean",
+        normalize=True,
+        max_length=96,
+    )
+    network = Network.of(Encoder, config)
+    params = network.init(jax.random.key(2))
+    pairs = []
+    for world in worlds:
+        texts = {p.id: embedding_text(p) for p in world.passages}
+        pairs += [(e.question, texts[e.positive_ids[0]]) for e in world.train]
+
+    def loss(params, batch):
+        q = network(params, batch["q"]["tokens"], batch["q"]["mask"])
+        d = network(params, batch["d"]["tokens"], batch["d"]["mask"])
+        scores, target = 20.0 * q @ d.T, jnp.arange(len(q))
+        both = (scores, scores.T)
+        nll = sum(optax.softmax_cross_entropy_with_integer_labels(s, target).mean() for s in both)
+        return nll / 2, (scores.argmax(1) == target).mean()
+
+    init, step = trainer(loss, 1e-3, steps, b2=0.98)
+    state, began = init(params), time.perf_counter()
+    q_all = encoder_table(tokenizer, [q for q, _ in pairs], 96)
+    d_all = encoder_table(tokenizer, [d for _, d in pairs], 96)
+    for i in range(steps):
+        chosen = rng.choice(len(pairs), size=128, replace=False)
+        batch = {"q": {k: v[chosen] for k, v in q_all.items()},
+                 "d": {k: v[chosen] for k, v in d_all.items()}}  # fmt: skip
+        params, state, value, right = step(params, state, batch)
+        if i % 50 == 0 or i == steps - 1:
+            print(
+                f"encoder step {i:5d}  loss {float(value):.3f}  first {100 * float(right):.0f}%  "
+                f"{time.perf_counter() - began:.0f}s",
+                flush=True,
+            )
+    return hub.Pretrained(network, params, tokenizer, "builtin:encoder")
+
+
+def main(_):
+    began = time.perf_counter()
+    worlds = [synthetic.generate(config) for config in WORLDS]
+    tokenizer = train_tokenizer(worlds)
+    makers = {
+        "decoder": lambda: train_decoder(
+            worlds, decoder_tokenizer(tokenizer), _DECODER_STEPS.value, np.random.default_rng(0)
+        ),
+        "encoder": lambda: train_encoder(
+            worlds, encoder_tokenizer(tokenizer), _ENCODER_STEPS.value, np.random.default_rng(1)
+        ),
+    }
+    for part in _PARTS.value:
+        hub.save(makers[part](), pathlib.Path(_OUT.value) / part, dtype="float16")
+    print(f"done in {(time.perf_counter() - began) / 60:.1f} minutes")
+
+
+if __name__ == "__main__":
+    app.run(main)

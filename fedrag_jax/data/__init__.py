@@ -1,0 +1,1 @@
+"""Questions and passages: schema, loaders, the built-in world, prompts and batches."""

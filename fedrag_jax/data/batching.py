@@ -1,0 +1,148 @@
+"""Examples and passages as padded integer arrays."""
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+
+from fedrag_jax.data.examples import Example, Passage, embedding_text
+from fedrag_jax.data.prompts import PromptStyle
+
+ANSWER_TOKENS = 16  # longest answer trained on, EOS included
+
+
+class Prompts:
+    """Builds prompts over one corpus; every text is tokenised once.
+
+    Args:
+      tokenizer: of the generator.
+      style: the text around the parts.
+      passages: the corpus; retrieved rows index into it.
+      examples: those whose questions set the width of training arrays.
+      max_passage_tokens: longer passages are cut.
+    """
+
+    def __init__(
+        self,
+        tokenizer,
+        style: PromptStyle,
+        passages: Sequence[Passage],
+        examples: Sequence[Example],
+        max_passage_tokens: int = 256,
+    ):
+        self.tokenizer, self.style = tokenizer, style
+        self.max_passage_tokens = max_passage_tokens
+        self.eos = tokenizer.eos_token_id
+        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos
+        opening = self._tokenize([style.opening])[0] if style.opening else []
+        if tokenizer.bos_token_id is not None:
+            opening = [tokenizer.bos_token_id, *opening]
+        self._opening = np.array(opening, np.int32)
+        texts = [style.passage.format(text=_text(p)) for p in passages]
+        self._passages = [np.array(t[:max_passage_tokens], np.int32) for t in self._tokenize(texts)]
+        self._questions: dict[str, np.ndarray] = {}
+        self._answers: dict[str, np.ndarray] = {}
+        lengths = [len(self.question_tokens(e.question)) for e in examples] or [0]
+        self.question_width = max(lengths)
+        # Five passages are seldom all long: room for the 90th percentile each, the last is cut.
+        self.passage_width = int(np.quantile([len(p) for p in self._passages], 0.9))
+
+    @functools.cached_property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """EOS and every token with a line break in it (byte-level and byte-fallback spellings)."""
+        vocabulary = self.tokenizer.get_vocab().items()
+        breaks = (i for piece, i in vocabulary if "\u010a" in piece or piece == "<0x0A>")
+        return tuple(sorted({self.eos, *breaks}))
+
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    def question_tokens(self, question: str) -> np.ndarray:
+        """Tokens from the end of the passages to where the answer starts."""
+        if question not in self._questions:
+            text = self.style.question.format(question=question)
+            self._questions[question] = np.array(self._tokenize([text])[0], np.int32)
+        return self._questions[question]
+
+    def answer_tokens(self, answer: str) -> np.ndarray:
+        """The scored tokens: the answer and its EOS."""
+        if answer not in self._answers:
+            tokens = self._tokenize([self.style.answer.format(answer=answer)])[0]
+            self._answers[answer] = np.array([*tokens[: ANSWER_TOKENS - 1], self.eos], np.int32)
+        return self._answers[answer]
+
+    def prompt(self, question: str, rows: Sequence[int], width: int | None = None) -> np.ndarray:
+        """Opening, passages in the order given, question; at most `width` tokens.
+
+        Passages that do not fit are cut from the end; the question never is.
+        """
+        head = np.concatenate([self._opening, *(self._passages[r] for r in rows)])
+        tail = self.question_tokens(question)
+        return np.concatenate([head[: None if width is None else width - len(tail)], tail])
+
+    def training_table(
+        self, examples: Sequence[Example], retrieved: np.ndarray, per_passage: bool
+    ) -> dict[str, np.ndarray]:
+        """Prompts with their first answer, right-padded, as `objectives.likelihood` reads them.
+
+        Args:
+          retrieved: int [N, k] corpus rows.
+          per_passage: one prompt per passage (K = k) rather than one with all of them (K = 1).
+
+        Returns:
+          `tokens` [N, K, T], `lengths` [N, K], `answer_positions` [N, K, A] where in `tokens` each
+          answer token stands, `answer_mask` [N, A].
+        """
+        retrieved = np.asarray(retrieved)
+        groups = retrieved[:, :, None] if per_passage else retrieved[:, None, :]
+        n, prompts, k = groups.shape
+        room = len(self._opening) + k * self.passage_width + self.question_width
+        width = -(-(room + ANSWER_TOKENS) // 16) * 16
+        tokens = np.full((n, prompts, width), self.pad, np.int32)
+        lengths = np.zeros((n, prompts), np.int32)
+        positions = np.ones((n, prompts, ANSWER_TOKENS), np.int32)
+        mask = np.zeros((n, ANSWER_TOKENS), np.float32)
+        for i, example in enumerate(examples):
+            answer = self.answer_tokens(example.answers[0])
+            mask[i, : len(answer)] = 1
+            for j, rows in enumerate(groups[i]):
+                prompt = self.prompt(example.question, rows, width - ANSWER_TOKENS)
+                end = len(prompt) + len(answer)
+                tokens[i, j, : len(prompt)] = prompt
+                tokens[i, j, len(prompt) : end] = answer
+                positions[i, j, : len(answer)] = np.arange(len(prompt), end)
+                lengths[i, j] = end
+        return {
+            "tokens": tokens,
+            "lengths": lengths,
+            "answer_positions": positions,
+            "answer_mask": mask,
+        }
+
+
+def _text(passage: Passage) -> str:
+    """What the generator reads; the title only where the text does not name it already."""
+    return passage.text if passage.title in passage.text else embedding_text(passage)
+
+
+def left_padded(rows: Sequence[np.ndarray], pad: int, multiple: int = 32) -> tuple[np.ndarray, ...]:
+    """Rows of different lengths as `tokens`, `mask` [B, T], ending together; T a multiple."""
+    width = -(-max(len(row) for row in rows) // multiple) * multiple
+    tokens = np.full((len(rows), width), pad, np.int32)
+    mask = np.zeros((len(rows), width), bool)
+    for i, row in enumerate(rows):
+        tokens[i, width - len(row) :] = row
+        mask[i, width - len(row) :] = True
+    return tokens, mask
+
+
+def encoder_table(tokenizer, texts: Sequence[str], max_length: int) -> dict[str, np.ndarray]:
+    """Texts for an encoder: `tokens`, `mask` [N, T], right-padded to the longest."""
+    rows = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
+    width = max(len(row) for row in rows)
+    tokens = np.full((len(rows), width), tokenizer.pad_token_id or 0, np.int32)
+    mask = np.zeros((len(rows), width), bool)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = row
+        mask[i, : len(row)] = True
+    return {"tokens": tokens, "mask": mask}

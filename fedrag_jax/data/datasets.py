@@ -1,0 +1,219 @@
+"""Sets of questions and passages read from JSON lines: a user's folder or a named set.
+
+A set is two files, plain or gzipped, one JSON object per line:
+
+    questions.jsonl   {"id", "question", "answers": [...]} and, if known, "positive_ids": [...],
+                      "split": "train" | "validation" | "test", "topic", "hops"
+    passages.jsonl    {"id", "text"} and, if known, "title", "topic"
+
+in a folder of their own, or side by side with other sets as NAME.questions.jsonl and
+NAME.passages.jsonl. Fields not listed are ignored.
+"""
+
+import gzip
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from fedrag_jax.data.examples import Dataset, Example, Passage, check
+from fedrag_jax.errors import DataError
+
+SPLITS = ("train", "validation", "test")
+HOTPOTQA_TRAIN, HOTPOTQA_VALIDATION = 1500, 200
+
+
+def load(name: str | os.PathLike) -> Dataset:
+    """Reads a set by its name or from a user's own folder, and checks it.
+
+    `"squad"` and `"hotpotqa"` are read from the folder in the environment variable FEDRAG_DATA
+    (default ../shared/data) and split as follows; every list keeps the order of the file.
+
+      squad: test = dev. Train and validation are `train_44articles` and `train_sample`
+        together: whole articles, in the order of the sha256 of their titles, go to validation until
+        it holds a tenth of them (7 articles, 1,565 questions), so no article is in both. Questions
+        of `train_sample` have no title and stay in train, with topic "".
+      hotpotqa: in the order of the sha256 of the question id, 1,300 train, 200 validation, and the
+        rest test. The topic is "": cluster the questions to tell clients apart.
+
+    Any other name is a folder, a path prefix (`folder/NAME` for folder/NAME.questions.jsonl) or a
+    set in FEDRAG_DATA. Its questions go where their `split` says. Without that field they go by the
+    sha256 of their id, 70% train, 10% validation, 20% test, so that questions added later move none
+    of the old ones. If no question is for validation, a tenth of train is, by the same hash.
+
+    Raises:
+      DataError: files not found (names those looked for), a line that is not what the schema asks
+        for (file and line), or anything `examples.check` refuses.
+    """
+    text = os.fspath(name)
+    questions_path, passages_path = _find(text)
+    passages, questions = [], []
+    for row, where in _rows(passages_path):
+        passages.append(
+            Passage(
+                id=_string(row, "id", where),
+                title=_string(row, "title", where, default=""),
+                text=_string(row, "text", where),
+                topic=_string(row, "title" if text == "squad" else "topic", where, default=""),
+            )
+        )
+    for row, where in _rows(questions_path):
+        hops = row.get("hops", 2 if text == "hotpotqa" else 1)
+        if not isinstance(hops, int) or hops < 1:
+            raise DataError(f"{where}: 'hops' must be a positive whole number, got {hops!r}")
+        example = Example(
+            id=_string(row, "id", where),
+            question=_string(row, "question", where),
+            answers=_strings(row, "answers", where),
+            positive_ids=_strings(row, "positive_ids", where, default=[]),
+            topic=_string(row, "title" if text == "squad" else "topic", where, default=""),
+            hops=hops,
+        )
+        questions.append((example, _string(row, "split", where, default=""), where))
+    split = {"squad": _split_squad, "hotpotqa": _split_hotpotqa}.get(text, _split_own)
+    return check(Dataset(Path(text).resolve().name, passages, **split(questions)))
+
+
+def _split_squad(questions) -> dict[str, list[Example]]:
+    splits = {"train_44articles": "train", "train_sample": "train", "dev": "test"}
+    sides = [_named(label, splits, where) for _, label, where in questions]
+    articles: dict[str, int] = {}
+    for (example, _, _), side in zip(questions, sides, strict=True):
+        if side == "train" and example.topic:
+            articles[example.topic] = articles.get(example.topic, 0) + 1
+    held_out, held = set(), 0
+    for article in sorted(articles, key=_hash):
+        if held >= sides.count("train") / 10:
+            break
+        held_out.add(article)
+        held += articles[article]
+    result = {split: [] for split in SPLITS}
+    for (example, _, _), side in zip(questions, sides, strict=True):
+        validation = side == "train" and example.topic in held_out
+        result["validation" if validation else side].append(example)
+    return result
+
+
+def _split_hotpotqa(questions) -> dict[str, list[Example]]:
+    order = sorted((example.id for example, _, _ in questions), key=_hash)
+    rank = {identifier: i for i, identifier in enumerate(order)}
+    result = {split: [] for split in SPLITS}
+    for example, _, _ in questions:
+        if rank[example.id] >= HOTPOTQA_TRAIN:
+            result["test"].append(example)
+        elif rank[example.id] >= HOTPOTQA_TRAIN - HOTPOTQA_VALIDATION:
+            result["validation"].append(example)
+        else:
+            result["train"].append(example)
+    return result
+
+
+def _split_own(questions) -> dict[str, list[Example]]:
+    result = {split: [] for split in SPLITS}
+    for example, label, where in questions:
+        if label:
+            result[_named(label, {split: split for split in SPLITS}, where)].append(example)
+        else:
+            place = _fraction(example.id)
+            result[SPLITS[(place >= 0.7) + (place >= 0.8)]].append(example)
+    if not result["validation"]:
+        train = result["train"]
+        # Salted: of unlabelled questions only those with a small hash are in train at all.
+        held_out = {e.id for e in train if _fraction("validation " + e.id) < 0.1}
+        result["validation"] = [e for e in train if e.id in held_out]
+        result["train"] = [e for e in train if e.id not in held_out]
+    return result
+
+
+def _named(label: str, splits: dict[str, str], where: str) -> str:
+    if label not in splits:
+        raise DataError(f"{where}: split {label!r} is none of {', '.join(splits)}")
+    return splits[label]
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _fraction(text: str) -> float:
+    return int(_hash(text)[:13], 16) / 16**13
+
+
+def _find(name: str) -> tuple[Path, Path]:
+    """The question and passage files of a set, wherever they may lie."""
+    shared = Path(os.environ.get("FEDRAG_DATA", "../shared/data"))
+    places = [shared / name]
+    if name not in ("squad", "hotpotqa"):
+        places.insert(0, Path(name))
+    looked_for = []
+    for place in places:
+        stems = [f"{place}/", f"{place}."]
+        if place.is_dir():
+            files = place.glob("*.questions.jsonl*")
+            sets = sorted({f"{place}/{file.name.split('.questions.')[0]}" for file in files})
+            if len(sets) > 1:
+                raise DataError(f"{place} holds several sets; choose one: {', '.join(sets)}")
+            stems += [f"{stem}." for stem in sets]
+        for stem in stems:
+            questions, passages = _file(f"{stem}questions"), _file(f"{stem}passages")
+            if questions and passages:
+                return questions, passages
+            looked_for.append(f"{stem}questions.jsonl[.gz] with {stem}passages.jsonl[.gz]")
+    raise DataError(
+        f"no set {name!r}: looked for {'; '.join(looked_for)}. Give a folder that has both files, "
+        f"or set FEDRAG_DATA (now {shared}) to the folder of the named sets"
+    )
+
+
+def _file(stem: str) -> Path | None:
+    return next((p for p in (Path(f"{stem}.jsonl"), Path(f"{stem}.jsonl.gz")) if p.is_file()), None)
+
+
+def _rows(path: Path) -> Iterator[tuple[dict, str]]:
+    """Yields (object, "file:line") for each line that is not blank."""
+    line = 0
+    try:
+        opener = gzip.open if path.suffix == ".gz" else open
+        with opener(path, "rb") as file:
+            for line, raw in enumerate(file, start=1):
+                text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
+                if not text.strip():
+                    continue
+                where = f"{path}:{line}"
+                try:
+                    row = json.loads(text)
+                except json.JSONDecodeError as error:
+                    raise DataError(f"{where}: not JSON ({error.msg}): {text[:60]!r}") from error
+                if not isinstance(row, dict):
+                    raise DataError(f"{where}: not a JSON object: {text[:60]!r}")
+                yield row, where
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}:{line}: not UTF-8 ({error.reason}): {raw[:60]!r}") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read after line {line}: {error}") from error
+
+
+def _string(row: dict, field: str, where: str, default: str | None = None) -> str:
+    """A string field; without a default it must be there and not blank."""
+    value = _field(row, field, where, default)
+    if not isinstance(value, str) or (default is None and not value.strip()):
+        raise DataError(f"{where}: {field!r} must be a non-empty string, got {value!r}")
+    return value
+
+
+def _strings(row: dict, field: str, where: str, default: list | None = None) -> tuple[str, ...]:
+    value = _field(row, field, where, default)
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise DataError(f"{where}: {field!r} must be a list of strings, got {value!r}")
+    return tuple(value)
+
+
+def _field(row: dict, field: str, where: str, default):
+    value = row.get(field)
+    if value is not None:
+        return value
+    if default is None:
+        raise DataError(f"{where}: missing field {field!r}; found {', '.join(row) or 'none'}")
+    return default

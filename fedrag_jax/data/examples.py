@@ -1,0 +1,109 @@
+"""Questions, passages, and the checks a set of them must pass."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable
+
+from fedrag_jax.errors import DataError
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Passage:
+    """One retrievable text."""
+
+    id: str
+    title: str
+    text: str
+    topic: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Example:
+    """One question with its acceptable answers and the passages that hold them.
+
+    Attributes:
+      answers: alternatives; training uses the first, scoring all of them.
+      positive_ids: gold passages; empty where nobody labelled them.
+      topic: what clients differ in; "" if unknown.
+      hops: how many passages must be read together.
+    """
+
+    id: str
+    question: str
+    answers: tuple[str, ...]
+    positive_ids: tuple[str, ...]
+    topic: str = ""
+    hops: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A corpus and the questions about it, split for training, choosing and reporting."""
+
+    name: str
+    passages: list[Passage]
+    train: list[Example]
+    validation: list[Example]
+    test: list[Example]
+
+
+def embedding_text(passage: Passage) -> str:
+    """What an encoder reads of a passage: title, space, text; the text alone without a title."""
+    return f"{passage.title} {passage.text}" if passage.title else passage.text
+
+
+def content_hash(dataset: Dataset) -> str:
+    """16 hex characters of the sha256 of every field of every passage and question, in order.
+
+    The name is left out: equal content, equal hash.
+    """
+    digest = hashlib.sha256()
+    for part in ("passages", "train", "validation", "test"):
+        digest.update(part.encode())
+        for record in getattr(dataset, part):
+            fields = [getattr(record, field.name) for field in dataclasses.fields(record)]
+            digest.update(json.dumps(fields).encode())
+    return digest.hexdigest()[:16]
+
+
+def check(dataset: Dataset) -> Dataset:
+    """Returns the dataset if it can be trained and tested on.
+
+    Raises:
+      DataError: no passages, a split without questions, an id used twice, a question without an
+        answer, or a positive id that no passage has; the message names the id.
+    """
+    if not dataset.passages:
+        raise DataError(f"{dataset.name}: the corpus is empty; give at least one passage")
+    passage_ids = _unique((passage.id for passage in dataset.passages), "passage", dataset.name)
+    splits = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
+    _unique((e.id for examples in splits.values() for e in examples), "question", dataset.name)
+    for split, examples in splits.items():
+        if not examples:
+            raise DataError(
+                f"{dataset.name}: no question in split {split!r}; "
+                f'mark some with "split": "{split}" or give more questions'
+            )
+        for example in examples:
+            if not any(answer.strip() for answer in example.answers):
+                raise DataError(
+                    f"{dataset.name}: question {example.id!r} has no answer; "
+                    "give at least one or leave the question out"
+                )
+            for positive in example.positive_ids:
+                if positive not in passage_ids:
+                    raise DataError(
+                        f"{dataset.name}: question {example.id!r} has positive id {positive!r}, "
+                        f"which none of the {len(passage_ids):,} passages has"
+                    )
+    return dataset
+
+
+def _unique(ids: Iterable[str], kind: str, name: str) -> set[str]:
+    seen: set[str] = set()
+    for identifier in ids:
+        if identifier in seen:
+            raise DataError(f"{name}: {kind} id {identifier!r} occurs twice; ids must be unique")
+        seen.add(identifier)
+    return seen

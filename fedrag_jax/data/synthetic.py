@@ -1,0 +1,212 @@
+"""A fictional world with gold labels: deterministic, free of downloads, unknown to any model.
+
+People make works. A person's passage tells where they were born, trained and settled (and when); a
+work's passage tells who made it, when, where it was shown and who owns it. One-hop questions ask for
+one fact; two-hop questions ask about the maker of a work and need both passages. Every answer type
+has at least 200 values, so that guessing scores nothing. Names that share a word are the hard
+distractors: with `crowding` c, about c people of a topic share each family name and up to c works
+share each title word.
+
+Questions are split by fact: a person and all their works belong to one split, so no fact asked in
+the test set was asked in training, while all passages are in the one corpus that is searched.
+"""
+
+import itertools
+import zlib
+from typing import NamedTuple
+
+import numpy as np
+
+from fedrag_jax.data.examples import Dataset, Example, Passage
+from fedrag_jax.data.phrases import (
+    JARGON,
+    JUNK_PASSAGES,
+    PERSON_PASSAGES,
+    PLAIN,
+    PLAIN_TWO_HOP,
+    TOPICS,
+    WORK_PASSAGES,
+)
+from fedrag_jax.errors import ConfigError
+
+PERSON_FACTS = ("born_in", "trained_at", "settled_in", "settled_year")
+WORK_FACTS = ("maker", "made_year", "shown_in", "owner")
+ONSETS = ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z", "br", "dr", "kr",
+          "tr", "sh", "th")  # fmt: skip
+RIMES = ("a", "e", "i", "o", "u", "an", "el", "ir", "or", "un")
+SYLLABLES = tuple(o + r for o, r in itertools.product(ONSETS, RIMES))
+
+
+class WorldConfig(NamedTuple):
+    """What a world is made of.
+
+    Attributes:
+      seed: of everything drawn.
+      side: "pretraining" or "test": the two halves of all possible names; no name is in both.
+      people, works: per topic.
+      junk: passages without any fact.
+      crowding: how many entities share a name word, the closeness of distractors.
+      jargon: fraction of one-hop questions asked in the topic's own jargon.
+      questions: train, validation and test; a quarter of each is two-hop.
+    """
+
+    seed: int = 0
+    side: str = "test"
+    people: int = 96
+    works: int = 96
+    junk: int = 80
+    crowding: float = 4.0
+    jargon: float = 0.4
+    questions: tuple[int, int, int] = (1600, 400, 600)
+
+
+class Entity(NamedTuple):
+    """A person or a work with everything its passage says."""
+
+    id: str
+    topic: int
+    name: str
+    facts: dict[str, str]
+    maker: int | None  # index of the person who made it, for works
+
+
+def generate(config: WorldConfig = WorldConfig()) -> Dataset:
+    """The world as passages and questions. Raises ConfigError if the questions asked for are too many."""
+    if config.side not in ("pretraining", "test"):
+        raise ConfigError(f"world side must be 'pretraining' or 'test', got {config.side!r}")
+    rng = np.random.default_rng([config.seed, zlib.crc32(config.side.encode())])
+    words = _Words(rng, config.side)
+    people, works = _entities(config, rng, words)
+    passages = [_passage(e, PERSON_PASSAGES, rng) for e in people]
+    passages += [_passage(e, WORK_PASSAGES, rng) for e in works]
+    passages += [
+        Passage(
+            f"junk-{i}",
+            "",
+            JUNK_PASSAGES[i % len(JUNK_PASSAGES)].format(x=words.new(), y=rng.integers(2, 99)),
+        )
+        for i in range(config.junk)
+    ]
+    order = rng.permutation(len(passages))
+    splits = _questions(config, rng, people, works)
+    return Dataset("world", [passages[i] for i in order], *splits)
+
+
+class _Words:
+    """Invented words, none twice, all from one side of the name space."""
+
+    def __init__(self, rng: np.random.Generator, side: str):
+        self._rng, self._half, self._seen = rng, int(side == "test"), set()
+
+    def new(self) -> str:
+        while True:
+            word = "".join(self._rng.choice(SYLLABLES, size=2)).capitalize()
+            # Each word belongs to one side for good, whatever the seed.
+            if zlib.crc32(word.encode()) % 2 == self._half and word not in self._seen:
+                self._seen.add(word)
+                return word
+
+    def pool(self, size: int) -> list[str]:
+        return [self.new() for _ in range(size)]
+
+
+def _entities(config, rng, words) -> tuple[list[Entity], list[Entity]]:
+    """People first, then the works they made."""
+    cities = words.pool(240)
+    schools = [f"{word} Academy" for word in words.pool(220)]
+    houses = [f"House {word}" for word in words.pool(220)]
+    years = [str(year) for year in range(1500, 1900)]
+    given = words.pool(int(config.people * 1.25))
+
+    def facts(names: dict[str, list[str]]) -> dict[str, str]:
+        return {name: str(rng.choice(values)) for name, values in names.items()}
+
+    people, works = [], []
+    for t, topic in enumerate(TOPICS):
+        families = words.pool(max(1, round(config.people / config.crowding)))
+        pairs = rng.permutation(len(given) * len(families))[: config.people]
+        for i, pair in enumerate(pairs):
+            name = f"{given[pair % len(given)]} {families[pair // len(given)]}"
+            values = facts(
+                {
+                    "born_in": cities,
+                    "trained_at": schools,
+                    "settled_in": cities,
+                    "settled_year": years,
+                }
+            )
+            people.append(Entity(f"{topic.name}-person-{i}", t, name, values, None))
+        # At most one work per (title word, kind).
+        titles = words.pool(
+            max(-(-config.works // 3), round(config.works / min(config.crowding, 3)))
+        )
+        pairs = rng.permutation(len(titles) * 3)[: config.works]
+        for i, pair in enumerate(pairs):
+            maker = int(rng.integers(t * config.people, (t + 1) * config.people))
+            name = f"{titles[pair // 3]} {topic.kinds[pair % 3]}"
+            values = facts({"made_year": years, "shown_in": cities, "owner": houses})
+            values["maker"] = people[maker].name
+            works.append(Entity(f"{topic.name}-work-{i}", t, name, values, maker))
+    return people, works
+
+
+def _passage(entity: Entity, patterns: tuple[str, ...], rng) -> Passage:
+    text = str(rng.choice(patterns)).format(**_vocabulary(entity), **entity.facts)
+    return Passage(entity.id, entity.name, text, TOPICS[entity.topic].name)
+
+
+def _vocabulary(entity: Entity) -> dict[str, str]:
+    return {**TOPICS[entity.topic]._asdict(), "n": entity.name, "w": entity.name}
+
+
+def _questions(config, rng, people, works) -> list[list[Example]]:
+    """Train, validation and test questions; a person and their works are in one split."""
+    sizes = np.array(config.questions)
+    splits = rng.choice(3, size=len(people), p=sizes / sizes.sum())
+    one_hop, two_hop = [[], [], []], [[], [], []]
+    for p, person in enumerate(people):
+        one_hop[splits[p]] += [(person, fact) for fact in PERSON_FACTS]
+    for work in works:
+        split = splits[work.maker]
+        one_hop[split] += [(work, fact) for fact in WORK_FACTS]
+        two_hop[split] += [(work, fact) for fact in PLAIN_TWO_HOP]
+
+    result = []
+    for split, size in enumerate(config.questions):
+        quarter = size // 4
+        examples = []
+        for hops, pool, count in (
+            (2, two_hop[split], quarter),
+            (1, one_hop[split], size - quarter),
+        ):
+            if count > len(pool):
+                raise ConfigError(
+                    f"world of {len(people)} people and {len(works)} works has {len(pool)} "
+                    f"{hops}-hop facts for split {split}, {count} asked for: lower `questions` or "
+                    "raise `people` and `works`"
+                )
+            for i in rng.permutation(len(pool))[:count]:
+                examples.append(_example(*pool[i], hops, config.jargon, people, rng))
+        result.append([examples[i] for i in rng.permutation(len(examples))])
+    return result
+
+
+def _example(entity: Entity, fact: str, hops: int, jargon: float, people, rng) -> Example:
+    topic = TOPICS[entity.topic]
+    source, golds = entity, (entity.id,)
+    if hops == 2:
+        source = people[entity.maker]
+        golds = (entity.id, source.id)
+        pattern = str(rng.choice(PLAIN_TWO_HOP[fact]))
+    elif rng.random() < jargon:
+        pattern = JARGON[fact][entity.topic]
+    else:
+        pattern = str(rng.choice(PLAIN[fact]))
+    return Example(
+        id=f"{entity.id}-{fact}-{hops}",
+        question=pattern.format(**_vocabulary(entity)),
+        answers=(source.facts[fact],),
+        positive_ids=golds,
+        topic=topic.name,
+        hops=hops,
+    )

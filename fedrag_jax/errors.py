@@ -1,0 +1,21 @@
+"""What can go wrong, by whose hand: each message names the value, the place and the remedy."""
+
+
+class FedragError(ValueError):
+    """Any error the package raises on purpose."""
+
+
+class ConfigError(FedragError):
+    """A setting that cannot be honoured."""
+
+
+class DataError(FedragError):
+    """Questions, passages or files that are not what the schema asks for."""
+
+
+class CheckpointError(FedragError):
+    """A folder that does not hold the model it should."""
+
+
+class DivergenceError(FedragError):
+    """Training left the real numbers; the last good checkpoint is untouched."""

@@ -1,0 +1,1 @@
+"""Many clients, one model: local updates, aggregation, rounds."""

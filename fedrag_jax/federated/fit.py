@@ -1,0 +1,250 @@
+"""Training, centralised and federated: the same call."""
+
+import dataclasses
+import hashlib
+import time
+import zlib
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fedrag_jax.data.partition import Partition
+from fedrag_jax.errors import ConfigError, DataError, DivergenceError
+from fedrag_jax.federated.algorithm import Algorithm, PyTree, State
+from fedrag_jax.federated.callbacks import Callback, FitState
+from fedrag_jax.federated.cohort import Cohort, cohort_size, grouped, sample_cohort
+from fedrag_jax.federated.local_only import local_only
+from fedrag_jax.federated.optimizers import tunable
+from fedrag_jax.federated.round import compile_round
+from fedrag_jax.objectives.task import Task
+
+ADAMW = tunable(optax.adamw, learning_rate=1e-3)
+
+
+class FitResult(NamedTuple):
+    """What was trained, and a record of every round.
+
+    Attributes:
+      trainable: as in the task; stacked [K, ...] where a partition was trained by `local_only`.
+      history: records as `fit` describes them.
+    """
+
+    trainable: PyTree
+    history: list[dict[str, Any]]
+
+
+def fit(
+    task: Task,
+    data: Sequence[Any] | Partition,
+    algorithm: Algorithm | None = None,
+    *,
+    rounds: int = 10,
+    batch_size: int = 8,
+    optimizer: optax.GradientTransformation | None = None,
+    group_size: int = 1,
+    seed: int = 0,
+    refresh_every: int = 1,
+    callbacks: Iterable[Callback] = (),
+) -> FitResult:
+    """Trains a task on one pile of examples or on those of many clients.
+
+        fit(task, examples)                                                      # centralised
+        fit(task, partition(examples, dirichlet(0.1, clients=32)), fed_avg())    # federated
+
+    Args:
+      data: a list of examples (one client holds everything) or a `Partition`.
+      algorithm: `fed_avg(...)`, `local_only(...)`; may be left out for a list of examples.
+      batch_size: B, examples in a local step.
+      optimizer: of the clients; AdamW at 1e-3 unless given. `tunable` makes one whose learning rate
+        can change without compiling again.
+      group_size: g, clients trained side by side; it sets memory and speed, not the result.
+      seed: of client sampling, local shuffling and the keys given to the loss.
+      refresh_every: rounds between two retrievals, for a task that has `retrieve`.
+      callbacks: told of every round, in order; one that restores a state comes first.
+
+    Returns:
+      `FitResult`. A record holds `round` (from 1), `rounds`, `loss` and `metrics` (means over the
+      examples seen), `clients` [K] and their `client_loss` [K], `examples` seen since the start,
+      and `seconds` of training, `refresh_seconds` of retrieval and collating, `compile_seconds`.
+
+    Raises:
+      ConfigError: a setting that cannot be honoured.
+      DataError: no examples, or a table whose rows are not the examples.
+      DivergenceError: a loss or parameter that is not finite; names the round and the clients.
+        Callbacks have not seen that round.
+    """
+    counts = {"rounds": rounds, "batch_size": batch_size, "group_size": group_size}
+    for name, value in (counts | {"refresh_every": refresh_every}).items():
+        if value < 1:
+            raise ConfigError(f"fit: {name} must be at least 1, got {value}")
+    centralised = not isinstance(data, Partition)
+    if centralised:
+        if len(data) == 0:
+            raise DataError(f"fit: no examples to train {task.name!r} on; give at least one")
+        data = Partition(data, (np.arange(len(data)),))
+    if algorithm is None:
+        if not centralised:
+            raise ConfigError(
+                f"fit: name an algorithm for {len(data.clients)} clients, such as fed_avg()"
+            )
+        algorithm = local_only()
+    optimizer = ADAMW if optimizer is None else optimizer
+    group_size = min(group_size, cohort_size(data, algorithm))
+
+    # Where to start.
+    now = FitState(
+        round=0,
+        state=_initial_state(task, algorithm, optimizer, len(data.clients)),
+        retrieved=None,
+        history=(),
+        settings={
+            "task": task.name,
+            "algorithm": algorithm.name,
+            "clients": _fingerprint(data),
+            "batch_size": batch_size,
+            "group_size": group_size,
+            "seed": seed,
+            "refresh_every": refresh_every,
+        },
+    )
+    callbacks = list(callbacks)
+    for i, callback in enumerate(callbacks):
+        started, now = now.round, callback.start(now)
+        if i > 0 and now.round != started:
+            raise ConfigError(
+                f"fit: {type(callback).__name__} went to round {now.round} after "
+                f"{type(callbacks[0]).__name__} had started at {started}; put it first in callbacks"
+            )
+    if now.round > rounds:
+        raise ConfigError(
+            f"fit: the checkpoint is at round {now.round} but rounds={rounds}; raise rounds"
+        )
+
+    # Rounds.
+    frozen = jax.tree.map(jnp.asarray, task.frozen)
+    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(b"local update"))
+    table = None
+    while now.round < rounds:
+        clock = _Clock()
+        due = now.round % refresh_every == 0
+        if task.retrieve is not None and (due or now.retrieved is None):
+            now = dataclasses.replace(now, retrieved=_retrieve(task, data, algorithm, now.state))
+            table = None
+        if table is None:
+            table = _collate(task, data.examples, now.retrieved)
+        refresh_seconds = clock.lap()
+
+        cohort = sample_cohort(data, algorithm, now.round, batch_size, seed)
+        groups = grouped(cohort, group_size, len(data.clients))
+        arguments = now.state, frozen, table, groups, np.int32(now.round), key
+        sample_seconds = clock.lap()
+        run = compile_round(task.loss, algorithm, optimizer, *arguments)
+        compile_seconds = clock.lap()
+        state, report = run(*arguments)
+        report = jax.device_get(report)
+        seconds = sample_seconds + clock.lap()
+
+        record = {"round": now.round + 1, "rounds": rounds}
+        record |= _summary(report, cohort, now.history)
+        record |= {
+            "seconds": seconds,
+            "refresh_seconds": refresh_seconds,
+            "compile_seconds": compile_seconds,
+        }
+        _require_finite(task, report, cohort, record)
+        now = dataclasses.replace(
+            now, round=now.round + 1, state=state, history=(*now.history, record)
+        )
+        for callback in callbacks:
+            callback.round_end(now, record)
+
+    trainable = now.state.trainable
+    if centralised and algorithm.personal:
+        trainable = jax.tree.map(lambda x: x[0], trainable)
+    return FitResult(trainable, list(now.history))
+
+
+def _initial_state(task, algorithm, optimizer, client_count) -> State:
+    trainable = jax.tree.map(jnp.asarray, task.trainable)
+    state = algorithm.init(trainable, client_count, jax.vmap(optimizer.init))
+    # Copies, because the rounds reuse the memory of the state; of fixed types, so that the first
+    # round and the second are the same program.
+    return jax.tree.map(lambda x: jnp.array(x, dtype=jnp.result_type(x)), state)
+
+
+def _retrieve(task: Task, data: Partition, algorithm: Algorithm, state: State) -> np.ndarray:
+    """int32 [N, k]: each example's rows, found with the model that trains on it."""
+    if not algorithm.personal:
+        return np.asarray(task.retrieve(data.examples, state.trainable))
+    retrieved: np.ndarray | None = None
+    for client, rows in enumerate(data.clients):
+        own = jax.tree.map(lambda x, c=client: x[c], state.trainable)
+        found = np.asarray(task.retrieve(data.of(client), own))
+        if retrieved is None:
+            retrieved = np.zeros((len(data.examples), *found.shape[1:]), found.dtype)
+        retrieved[rows] = found
+    return retrieved
+
+
+def _collate(task: Task, examples: Sequence[Any], retrieved) -> dict[str, jax.Array]:
+    table = task.collate(examples, retrieved)
+    for name, column in table.items():
+        if name == "weight" or len(column) != len(examples):
+            raise DataError(
+                f"task {task.name!r}: column {name!r} of the table has shape {np.shape(column)}; "
+                f"collate must give one row for each of the {len(examples)} examples, "
+                'and leave the name "weight" to fit'
+            )
+    return jax.device_put(table)
+
+
+def _summary(report, cohort: Cohort, history) -> dict[str, Any]:
+    """Means over the examples of a round, and each client's own."""
+    size = len(cohort.clients)
+    seen = report["examples"].reshape(-1)[:size].astype(np.float64)
+
+    def mean(x):
+        return float(np.sum(seen * x.reshape(-1)[:size]) / seen.sum())
+
+    return {
+        "loss": mean(report["loss"]),
+        "metrics": {name: mean(x) for name, x in report["metrics"].items()},
+        "clients": cohort.clients.tolist(),
+        "client_loss": report["loss"].reshape(-1)[:size].tolist(),
+        "examples": int(seen.sum()) + (history[-1]["examples"] if history else 0),
+    }
+
+
+def _require_finite(task: Task, report, cohort: Cohort, record) -> None:
+    finite = report["finite"].reshape(-1)[: len(cohort.clients)]
+    if finite.all() and report["server_finite"]:
+        return
+    who = ", ".join(map(str, cohort.clients[~finite])) if not finite.all() else "none (the server)"
+    raise DivergenceError(
+        f"task {task.name!r}, round {record['round']}: loss or parameters are not finite; "
+        f"client(s): {who}. Lower the learning rate or clip gradients; "
+        "the last checkpoint is from before"
+    )
+
+
+def _fingerprint(data: Partition) -> str:
+    """How many clients, and a hash of what each holds."""
+    digest = hashlib.sha256()
+    for rows in data.clients:
+        digest.update(np.asarray(rows, np.int64).tobytes() + b"/")
+    return f"{len(data.clients)}:{digest.hexdigest()[:16]}"
+
+
+class _Clock:
+    """Seconds between laps."""
+
+    def __init__(self):
+        self.last = time.perf_counter()
+
+    def lap(self) -> float:
+        before, self.last = self.last, time.perf_counter()
+        return self.last - before

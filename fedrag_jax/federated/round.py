@@ -1,0 +1,55 @@
+"""A round as one program, compiled ahead of time and kept for every fit with the same shapes."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from fedrag_jax.federated.algorithm import Algorithm
+from fedrag_jax.federated.client import all_finite, local_update
+from fedrag_jax.federated.optimizers import join, split
+
+
+def compile_round(
+    loss: Callable,
+    algorithm: Algorithm,
+    optimizer: optax.GradientTransformation,
+    *arguments: Any,
+) -> Callable:
+    """Compiles a round, or finds it compiled.
+
+    Args:
+      loss: of a `Task`, hashable; equal losses share programs.
+      arguments: `state, frozen, table, cohort, round, key` as in the calls to come.
+
+    Returns:
+      `run(*arguments) -> (state, report)`; `state` is donated. The report is [G, g, ...], with
+      `server_finite` a scalar beside it.
+    """
+    fixed, numbers, structure = split(optimizer)
+    leaves, tree = jax.tree.flatten((numbers, arguments))
+    program = _compile(loss, algorithm, fixed, structure, tree, tuple(map(_shape, leaves)))
+    return functools.partial(program, numbers)
+
+
+@functools.lru_cache(maxsize=32)
+def _compile(loss, algorithm, fixed, structure, tree, shapes):
+    def run(numbers, state, frozen, table, cohort, round, key):
+        optimizer = join(fixed, numbers, structure)
+        client = local_update(loss, optimizer, frozen, table, jax.random.fold_in(key, round))
+        state, report = algorithm.apply(state, cohort, client)
+        return state, report | {"server_finite": all_finite(state.trainable)}
+
+    numbers, arguments = jax.tree.unflatten(tree, shapes)
+    return jax.jit(run, donate_argnums=1).lower(numbers, *arguments).compile()
+
+
+def _shape(x) -> jax.ShapeDtypeStruct:
+    """Shape, type and, where somebody chose it, place."""
+    aval = jax.typeof(x)
+    placed = isinstance(x, jax.Array) and x.committed
+    return jax.ShapeDtypeStruct(
+        aval.shape, aval.dtype, weak_type=aval.weak_type, sharding=x.sharding if placed else None
+    )

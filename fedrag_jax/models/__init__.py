@@ -1,0 +1,1 @@
+"""Networks as pure functions of pytrees, and the checkpoints they come from."""

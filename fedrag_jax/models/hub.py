@@ -1,0 +1,304 @@
+"""Hugging Face checkpoints in and out: a folder of config.json, model.safetensors, tokenizer.json.
+
+Encoders also have the files of sentence-transformers, which say how tokens become one vector. A
+family of models is one line in `FAMILIES`: a module, a config reader and a table of names.
+"""
+
+import dataclasses
+import json
+import pathlib
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from fedrag_jax.errors import CheckpointError, ConfigError
+from fedrag_jax.models import sentence
+from fedrag_jax.models.decoder import Decoder, DecoderConfig
+from fedrag_jax.models.encoder import Encoder, EncoderConfig
+from fedrag_jax.models.network import Network, flatten, unflatten
+
+BUILTIN = pathlib.Path(__file__).parent / "builtin"
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """A network, its parameters, and the tokenizer (Hugging Face) they were trained with."""
+
+    network: Network
+    params: Any
+    tokenizer: Any
+    name: str
+
+    @property
+    def kind(self) -> str:
+        """ "decoder" or "encoder"."""
+        return "encoder" if self.network.module is Encoder else "decoder"
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """How checkpoints of one model_type are read and written.
+
+    Attributes:
+      names: parameter path to tensor name; `{}` is the layer. A `kernel` is stored transposed.
+      prefix: what some checkpoints put before every name, and we leave out.
+      ignored: pattern of tensors that take no part.
+    """
+
+    module: type
+    config: type
+    names: dict[str, str]
+    prefix: str
+    ignored: str
+
+
+_LLAMA = {
+    "embed.embedding": "model.embed_tokens.weight",
+    "layers.attention_norm.scale": "model.layers.{}.input_layernorm.weight",
+    "layers.attention.q_proj.kernel": "model.layers.{}.self_attn.q_proj.weight",
+    "layers.attention.k_proj.kernel": "model.layers.{}.self_attn.k_proj.weight",
+    "layers.attention.v_proj.kernel": "model.layers.{}.self_attn.v_proj.weight",
+    "layers.attention.o_proj.kernel": "model.layers.{}.self_attn.o_proj.weight",
+    "layers.mlp_norm.scale": "model.layers.{}.post_attention_layernorm.weight",
+    "layers.mlp.gate_proj.kernel": "model.layers.{}.mlp.gate_proj.weight",
+    "layers.mlp.up_proj.kernel": "model.layers.{}.mlp.up_proj.weight",
+    "layers.mlp.down_proj.kernel": "model.layers.{}.mlp.down_proj.weight",
+    "norm.scale": "model.norm.weight",
+    "lm_head.kernel": "lm_head.weight",
+}
+
+_BERT = {
+    "embed.embedding": "embeddings.word_embeddings.weight",
+    "position_embed.embedding": "embeddings.position_embeddings.weight",
+    "type_embed.embedding": "embeddings.token_type_embeddings.weight",
+    "embed_norm.scale": "embeddings.LayerNorm.weight",
+    "embed_norm.bias": "embeddings.LayerNorm.bias",
+    "layers.attention.q_proj.kernel": "encoder.layer.{}.attention.self.query.weight",
+    "layers.attention.q_proj.bias": "encoder.layer.{}.attention.self.query.bias",
+    "layers.attention.k_proj.kernel": "encoder.layer.{}.attention.self.key.weight",
+    "layers.attention.k_proj.bias": "encoder.layer.{}.attention.self.key.bias",
+    "layers.attention.v_proj.kernel": "encoder.layer.{}.attention.self.value.weight",
+    "layers.attention.v_proj.bias": "encoder.layer.{}.attention.self.value.bias",
+    "layers.attention.o_proj.kernel": "encoder.layer.{}.attention.output.dense.weight",
+    "layers.attention.o_proj.bias": "encoder.layer.{}.attention.output.dense.bias",
+    "layers.attention_norm.scale": "encoder.layer.{}.attention.output.LayerNorm.weight",
+    "layers.attention_norm.bias": "encoder.layer.{}.attention.output.LayerNorm.bias",
+    "layers.mlp.up_proj.kernel": "encoder.layer.{}.intermediate.dense.weight",
+    "layers.mlp.up_proj.bias": "encoder.layer.{}.intermediate.dense.bias",
+    "layers.mlp.down_proj.kernel": "encoder.layer.{}.output.dense.weight",
+    "layers.mlp.down_proj.bias": "encoder.layer.{}.output.dense.bias",
+    "layers.mlp_norm.scale": "encoder.layer.{}.output.LayerNorm.weight",
+    "layers.mlp_norm.bias": "encoder.layer.{}.output.LayerNorm.bias",
+}
+
+FAMILIES = {
+    "llama": Family(Decoder, DecoderConfig, _LLAMA, "", r".*\.rotary_emb\.inv_freq"),
+    # The pooler and the heads of pre-training do not reach the token vectors.
+    "bert": Family(Encoder, EncoderConfig, _BERT, "bert.", r"pooler\..*|cls\..*|.*position_ids"),
+}
+
+
+def load(name_or_path: str | pathlib.Path, dtype=jnp.float32) -> Pretrained:
+    """Loads a decoder or an encoder, whichever `config.json` says it is.
+
+    Args:
+      name_or_path: a folder, a model on the Hugging Face hub ("owner/name", downloaded once), or
+        "builtin:decoder", "builtin:encoder".
+      dtype: of the parameters, whatever the files hold.
+
+    Raises:
+      CheckpointError: no such model, an option that is not supported, or tensors that are missing,
+        unexpected or of another shape (all of them at once).
+    """
+    folder = _folder(str(name_or_path))
+    hf = _config(folder)
+    family = FAMILIES.get(hf.get("model_type"))
+    if family is None:
+        raise CheckpointError(
+            f"{folder}/config.json: model_type {hf.get('model_type')!r} is not supported; "
+            f"supported: {sorted(FAMILIES)}"
+        )
+    if hf.get("quantization_config"):
+        raise CheckpointError(
+            f"{folder}/config.json: quantization_config is not supported; load unquantized weights"
+        )
+    tokenizer = _tokenizer(folder)
+    extra = sentence.read(folder, hf, tokenizer) if family.module is Encoder else {}
+    try:
+        config = family.config.from_hf(hf, **extra)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder}/config.json: {error} is missing or malformed") from error
+    except (CheckpointError, ConfigError) as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    network = Network.of(family.module, config)
+    params = _read(folder, family, network, jnp.dtype(dtype))
+    return Pretrained(network, params, tokenizer, str(name_or_path))
+
+
+def save(pretrained: Pretrained, path: str | pathlib.Path, dtype: str = "float32") -> None:
+    """Writes a folder that `load`, transformers and sentence-transformers open.
+
+    Args:
+      dtype: of the file, "float32" or "float16".
+
+    Raises:
+      CheckpointError: another dtype, or a parameter too large for float16.
+    """
+    if dtype not in ("float32", "float16"):
+        raise CheckpointError(f"dtype must be 'float32' or 'float16', got {dtype!r} ({path})")
+    folder, network = pathlib.Path(path), pretrained.network
+    folder.mkdir(parents=True, exist_ok=True)
+    family = next(f for f in FAMILIES.values() if f.module is network.module)
+    tensors = _to_tensors(family, pretrained.params, np.dtype(dtype))
+    broken = sorted(name for name, x in tensors.items() if not np.isfinite(x).all())
+    if broken:
+        raise CheckpointError(f"{folder}: not finite as {dtype}: {broken}; nothing was written")
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    tokenizer = pretrained.tokenizer
+    tokenizer.save_pretrained(folder)
+    special = {f"{n}_token_id": getattr(tokenizer, f"{n}_token_id") for n in ("bos", "eos", "pad")}
+    _write_json(folder / "config.json", network.config.to_hf() | special | {"dtype": dtype})
+    if family.module is Encoder:
+        sentence.write(folder, network.config)
+
+
+def save_arrays(tree: dict, path: str | pathlib.Path) -> None:
+    """A nested dict of arrays as one safetensors file, names joined by dots."""
+    leaves = {".".join(p): np.ascontiguousarray(leaf) for p, leaf in flatten(tree)}
+    safetensors.numpy.save_file(leaves, path)
+
+
+def load_arrays(path: str | pathlib.Path) -> dict:
+    """What `save_arrays` wrote, as jax arrays.
+
+    Raises:
+      CheckpointError: no such file, or not a safetensors file.
+    """
+    with _open(pathlib.Path(path)) as file:
+        leaves = [(tuple(name.split(".")), file.get_tensor(name)) for name in file.keys()]
+    return unflatten(leaves)
+
+
+def _folder(name: str) -> pathlib.Path:
+    if name.startswith("builtin:"):
+        folder = BUILTIN / name.removeprefix("builtin:")
+        if not folder.is_dir():
+            there = sorted(f"builtin:{p.name}" for p in BUILTIN.glob("*/"))
+            raise CheckpointError(f"{name} is no built-in model; there are {there}")
+        return folder
+    if pathlib.Path(name).is_dir():
+        return pathlib.Path(name)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise CheckpointError(f"{name} is neither a folder nor a hub model such as 'owner/name'")
+    import huggingface_hub  # here, because it is slow to import and seldom needed
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.txt", "*.model"]
+        return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{name} is no folder, and cannot be had from the Hugging Face hub: {error}"
+        ) from error
+
+
+def _config(folder: pathlib.Path) -> dict:
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder} is no checkpoint: config.json cannot be read ({error}); give a folder with "
+            "config.json, model.safetensors and tokenizer.json"
+        ) from error
+
+
+def _tokenizer(folder: pathlib.Path):
+    import transformers  # here, because it takes seconds
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever its many backends raise
+        raise CheckpointError(f"{folder}: the tokenizer cannot be loaded ({error})") from error
+
+
+def _open(path: pathlib.Path):
+    try:
+        return safetensors.safe_open(path, framework="flax")
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error})") from error
+
+
+def _files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """One file, or the shards the index names."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").exists() or not index.exists():
+        return [folder / "model.safetensors"]
+    shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    return [folder / shard for shard in sorted(set(shards))]
+
+
+def _read(folder: pathlib.Path, family: Family, network: Network, dtype) -> dict:
+    """Parameters from files, each tensor checked against the network."""
+    expected = {}  # tensor name -> parameter path, layer or None, shape
+    for path, leaf in flatten(network.shapes()):
+        name = family.names[".".join(path)]
+        layers = range(leaf.shape[0]) if path[0] == "layers" else [None]
+        for layer in layers:
+            shape = leaf.shape if layer is None else leaf.shape[1:]
+            expected[name.format(layer)] = path, layer, shape
+    found, problems = {}, []
+    for file in _files(folder):
+        with _open(file) as tensors:
+            for stored in tensors.keys():
+                name = stored.removeprefix(family.prefix)
+                name = re.sub(
+                    r"gamma$", "weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
+                )
+                if name not in expected:
+                    tied = name == family.names.get("lm_head.kernel")
+                    if not tied and not re.fullmatch(family.ignored, name):
+                        problems.append(f"unexpected {stored}")
+                    continue
+                path, layer, shape = expected[name]
+                tensor = tensors.get_tensor(stored)
+                tensor = tensor.T if path[-1] == "kernel" else tensor
+                if tensor.shape != shape:
+                    wanted = shape[::-1] if path[-1] == "kernel" else shape
+                    got = tuple(tensors.get_slice(stored).get_shape())
+                    problems.append(f"{stored} has shape {got}, config.json asks for {wanted}")
+                found[path, layer] = tensor.astype(dtype)
+    missing = [name for name, (path, layer, _) in expected.items() if (path, layer) not in found]
+    problems += [f"missing {name}" for name in missing]
+    if problems:
+        raise CheckpointError(
+            f"{folder} does not hold the model its config.json describes:\n  "
+            + "\n  ".join(problems)
+        )
+
+    def gather(path, leaf):
+        if path[0] != "layers":
+            return found.pop((path, None))
+        return jnp.stack([found.pop((path, layer)) for layer in range(leaf.shape[0])])
+
+    return unflatten((path, gather(path, leaf)) for path, leaf in flatten(network.shapes()))
+
+
+def _to_tensors(family: Family, params: dict, dtype) -> dict[str, np.ndarray]:
+    tensors = {}
+    for path, leaf in flatten(params):
+        array = np.asarray(jax.device_get(leaf)).astype(dtype)
+        array = np.ascontiguousarray(array.swapaxes(-1, -2) if path[-1] == "kernel" else array)
+        name = family.names[".".join(path)]
+        if path[0] == "layers":
+            tensors |= {name.format(i): layer for i, layer in enumerate(array)}
+        else:
+            tensors[name] = array
+    return tensors
+
+
+def _write_json(path: pathlib.Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

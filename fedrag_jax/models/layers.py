@@ -1,0 +1,110 @@
+"""What decoder and encoder are made of. D hidden size, H heads, G key-value heads, E head size."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fedrag_jax.models.lora import LoraConfig
+
+
+class Linear(nnx.Module):
+    """x [..., in] -> x W + b + (alpha / rank) x A B [..., out]; A and B if `lora` targets `name`."""
+
+    def __init__(self, name, size_in, size_out, lora: LoraConfig | None, *, bias=False, rngs):
+        init = nnx.initializers.lecun_normal()
+        self.kernel = nnx.Param(init(rngs.params(), (size_in, size_out)))
+        if bias:
+            self.bias = nnx.Param(jnp.zeros(size_out))
+        self.scale = None
+        if lora is not None and name in lora.targets:
+            self.scale = lora.alpha / lora.rank
+            self.lora_a = nnx.LoRAParam(jnp.zeros((size_in, lora.rank)))
+            self.lora_b = nnx.LoRAParam(jnp.zeros((lora.rank, size_out)))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x @ self.kernel[...]
+        if hasattr(self, "bias"):
+            y = y + self.bias[...]
+        if self.scale is not None:
+            a, b = self.lora_a[...], self.lora_b[...]
+            y = y + (x.astype(a.dtype) @ a @ b * self.scale).astype(y.dtype)
+        return y
+
+
+class Embed(nnx.Module):
+    """A table of vectors [N, D]."""
+
+    def __init__(self, count: int, size: int, *, rngs):
+        self.embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (count, size)))
+
+    def __call__(self, index: jax.Array) -> jax.Array:
+        return jnp.take(self.embedding[...], index, axis=0)
+
+
+class RMSNorm(nnx.Module):
+    """Zhang and Sennrich 2019 (1910.07467); in float32 at least."""
+
+    def __init__(self, size: int, epsilon: float):
+        self.scale, self.epsilon = nnx.Param(jnp.ones(size)), epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.epsilon)
+        return wide.astype(x.dtype) * self.scale[...]
+
+
+class LayerNorm(nnx.Module):
+    """Ba et al. 2016 (1607.06450); in float32 at least."""
+
+    def __init__(self, size: int, epsilon: float):
+        self.scale, self.bias = nnx.Param(jnp.ones(size)), nnx.Param(jnp.zeros(size))
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = wide - wide.mean(-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.epsilon)
+        return wide.astype(x.dtype) * self.scale[...] + self.bias[...]
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """Softmax attention, query heads in groups over key-value heads (Ainslie et al., 2305.13245).
+
+    Args:
+      q: [B, T, H, E].
+      k, v: [B, S, G, E], H a multiple of G.
+      mask: bool [B, T or 1, S], True where a query may look. A query that may look nowhere gets the
+        mean of the values: no NaN, and nobody reads it.
+
+    Returns:
+      [B, T, H * E].
+    """
+    b, t, h, e = q.shape
+    q = q.reshape(b, t, k.shape[2], -1, e) * e**-0.5
+    scores = jnp.einsum("btgne,bsge->bgnts", q, k)
+    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, -1e30)).astype(v.dtype)
+    return jnp.einsum("bgnts,bsge->btgne", weights, v).reshape(b, t, h * e)
+
+
+def stack(count: int, make: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> nnx.Module:
+    """`count` modules as one, each array with a leading axis."""
+    return nnx.vmap(make)(rngs.fork(split=count))
+
+
+def run_stack(module: nnx.Module, step, carry, config, *scanned):
+    """`carry = step(layer, carry, *xs)` over the layers of a stack: a loop the compiler sees once.
+
+    Split once, outside the loop; `config.remat` recomputes a layer in the backward pass,
+    `config.unroll` writes every layer out.
+    """
+    graphdef, state = nnx.split(module)
+
+    def body(carry, xs):
+        layer, *xs = xs
+        return step(nnx.merge(graphdef, layer), carry, *xs), None
+
+    body = jax.checkpoint(body, prevent_cse=False) if config.remat else body
+    return jax.lax.scan(body, carry, (state, *scanned), unroll=config.unroll)[0]

@@ -1,0 +1,102 @@
+"""A Flax module with its arrays taken out: from here on there are only pure functions of pytrees."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+from flax import nnx
+
+from fedrag_jax.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """`network(params, *inputs, adapters=None, method="__call__")`, pure and hashable.
+
+    Attributes:
+      module: the nnx.Module class, built as `module(config, lora, rngs=rngs)`.
+      config: its frozen dataclass.
+      lora: `LoraConfig` of the adapters, or None.
+    """
+
+    module: type[nnx.Module]
+    config: Any
+    lora: Any = None
+
+    @classmethod
+    def of(cls, module: type[nnx.Module], config) -> "Network":
+        """The network of a module class and its configuration, without adapters."""
+        return cls(module, config)
+
+    def __call__(self, params, *inputs, adapters=None, method: str = "__call__", **options):
+        """Runs a method of the module; without `adapters` only the base takes part.
+
+        Raises:
+          ConfigError: the trees do not have the leaves the module has.
+        """
+        arrays = params if adapters is None else _merged(params, adapters)
+        graphdef, state = _abstract(self.module, self.config, self.lora if adapters else None)
+        return getattr(nnx.merge(graphdef, _filled(state, arrays)), method)(*inputs, **options)
+
+    def init(self, key: jax.Array) -> dict:
+        """Fresh parameters as nested dicts of float32 arrays; `lora.init_adapters` makes adapters."""
+
+        @jax.jit
+        def make(key):
+            module = self.module(self.config, None, rngs=nnx.Rngs(params=key))
+            return nnx.to_pure_dict(nnx.state(module))
+
+        return make(key)
+
+    def shapes(self) -> dict:
+        """The parameter tree as `jax.ShapeDtypeStruct`s, adapters included."""
+        return nnx.to_pure_dict(_abstract(self.module, self.config, self.lora)[1])
+
+    def unrolled(self) -> "Network":
+        """The same function, every layer spelled out, for the compiler to count."""
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, unroll=True))
+
+
+def flatten(tree: dict, path: tuple = ()):
+    """(path, leaf) of every leaf of a nested dict."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from flatten(value, (*path, name))
+        else:
+            yield (*path, name), value
+
+
+def unflatten(leaves) -> dict:
+    """The nested dict of (path, leaf) pairs."""
+    tree = {}
+    for path, leaf in leaves:
+        inner = tree
+        for name in path[:-1]:
+            inner = inner.setdefault(name, {})
+        inner[path[-1]] = leaf
+    return tree
+
+
+def _merged(base: dict, other: dict) -> dict:
+    merged = dict(base)
+    for name, value in other.items():
+        inside = isinstance(value, dict) and name in base
+        merged[name] = _merged(base[name], value) if inside else value
+    return merged
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract(module, config, lora):
+    return nnx.split(nnx.eval_shape(lambda: module(config, lora, rngs=nnx.Rngs(0))))
+
+
+def _filled(state: nnx.State, arrays) -> nnx.State:
+    variables, given = dict(state.flat_state()), dict(flatten(arrays))
+    if variables.keys() != given.keys():
+        missing, unknown = variables.keys() - given.keys(), given.keys() - variables.keys()
+        raise ConfigError(
+            f"parameters do not fit the network: missing {sorted(map('.'.join, missing))}, "
+            f"unknown {sorted(map('.'.join, unknown))}; adapters need a network from add_lora"
+        )
+    return nnx.State.from_flat_path({path: v.replace(given[path]) for path, v in variables.items()})

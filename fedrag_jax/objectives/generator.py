@@ -1,0 +1,59 @@
+"""Losses that tune the generator for the passages a retriever found.
+
+`concatenated`: one prompt with the top-k passages (Lawton et al. 2025, Ft. Gen.).
+`ralt`: one prompt per passage, losses summed (RA-DIT, arXiv 2310.01352, LM fine-tuning).
+At k = 1 the two are the same number.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from fedrag_jax.data.batching import Prompts
+from fedrag_jax.models.network import Network
+from fedrag_jax.objectives.likelihood import answer_log_probs, weighted_mean
+from fedrag_jax.objectives.task import PyTree, Task
+
+
+@dataclasses.dataclass(frozen=True)
+class AnswerLoss:
+    """Negative log-likelihood of the answer, summed over its tokens and its prompts.
+
+    `trainable` or `frozen` hold `decoder` and `adapters` (None for an unadapted decoder).
+    """
+
+    decoder: Network
+
+    def __call__(self, trainable, frozen, batch, rng):
+        parts = frozen | trainable
+        log_probs = answer_log_probs(self.decoder, parts["decoder"], parts["adapters"], batch)
+        nll = -(log_probs * batch["answer_mask"][:, None]).sum((1, 2))
+        tokens = jnp.maximum(batch["answer_mask"].sum(1), 1) * log_probs.shape[1]
+        loss = weighted_mean(nll, batch["weight"])
+        return loss, {"nll_per_token": weighted_mean(nll / tokens, batch["weight"])}
+
+
+def concatenated(
+    decoder: Network, params: PyTree, adapters: PyTree, prompts: Prompts, rows
+) -> Task:
+    """Answer NLL given one prompt with all passages.
+
+    Args:
+      rows: `rows(examples) -> int [N, k]`, the passages a frozen retriever finds.
+    """
+    return _task("concatenated", decoder, params, adapters, prompts, rows, per_passage=False)
+
+
+def ralt(decoder: Network, params: PyTree, adapters: PyTree, prompts: Prompts, rows) -> Task:
+    """L = -sum_j sum_i log p(y_i | c_j, x, y_<i): one prompt per passage c_j (RA-DIT, L(D_L))."""
+    return _task("ralt", decoder, params, adapters, prompts, rows, per_passage=True)
+
+
+def _task(name, decoder, params, adapters, prompts, rows, per_passage) -> Task:
+    return Task(
+        name=name,
+        trainable={"adapters": adapters},
+        frozen={"decoder": params},
+        loss=AnswerLoss(decoder),
+        collate=lambda examples, _: prompts.training_table(examples, rows(examples), per_passage),
+    )

@@ -1,0 +1,33 @@
+"""What one training step minimises."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A loss, the arrays it is about, and the way examples become its batches.
+
+    Attributes:
+      name: for logs and file names.
+      trainable: pytree that the optimizer moves.
+      frozen: pytree shared by all clients; no gradient is taken for it.
+      loss: pure `loss(trainable, frozen, batch, rng) -> (scalar, {name: scalar})`. `batch` holds rows
+        of the table, leading axis B, and `weight` float [B] (0 marks padding); the loss is the
+        weighted mean over examples. Tasks built from the same networks and settings carry an equal
+        `loss`, so that one compiled program serves them all.
+      collate: `collate(examples, retrieved) -> {name: np.ndarray [N, ...]}`; row i is examples[i];
+        the same shapes at every call.
+      retrieve: `retrieve(examples, trainable) -> int32 [N, k]` rows of the knowledge store, asked
+        again whenever what is trained moves the vectors searched; None if nothing is retrieved.
+    """
+
+    name: str
+    trainable: PyTree
+    frozen: PyTree
+    loss: Callable[[PyTree, PyTree, dict, Any], tuple[Any, dict]]
+    collate: Callable[[Any, Any], dict]
+    retrieve: Callable[[Any, PyTree], Any] | None = None

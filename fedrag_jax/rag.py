@@ -1,0 +1,211 @@
+"""Retriever, generator and passages as one system that answers questions."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fedrag_jax.data.batching import Prompts, left_padded
+from fedrag_jax.data.examples import Passage
+from fedrag_jax.data.prompts import STYLES
+from fedrag_jax.errors import CheckpointError, ConfigError
+from fedrag_jax.models import hub, lora
+from fedrag_jax.models.decoding import greedy
+from fedrag_jax.models.network import Network
+from fedrag_jax.retrieval.retriever import Retriever
+
+_ROWS = 60  # prompts decoded together
+
+
+class Response(NamedTuple):
+    """An answer, the passages it was read from and their cosines, best first."""
+
+    answer: str
+    sources: tuple[Passage, ...]
+    scores: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class RAGSystem:
+    """Everything needed to answer: which passages, read how, by which parameters.
+
+    Immutable: `replace` gives a system with other parameters over the same corpus.
+    """
+
+    generator: hub.Pretrained
+    decoder: Network  # the generator's network with its adapters
+    adapters: Any
+    lora: lora.LoraConfig
+    retriever: Retriever
+    prompts: Prompts
+    top_k: int = 5
+
+    @classmethod
+    def build(
+        cls,
+        passages: Sequence[Passage],
+        examples: Sequence = (),
+        *,
+        generator: str | hub.Pretrained = "builtin:decoder",
+        retriever: str | hub.Pretrained = "builtin:encoder",
+        adapters: lora.LoraConfig | None = None,
+        prompt_style: str = "compact",
+        top_k: int = 5,
+        max_passage_tokens: int = 256,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> "RAGSystem":
+        """Loads the two models, embeds the corpus and attaches fresh (zero) adapters.
+
+        Args:
+          examples: questions that may be trained on; they set the widths of training arrays.
+          seed: of the adapters' random half.
+
+        Raises:
+          ConfigError: an unknown prompt style, `top_k` larger than the corpus.
+          CheckpointError: a folder that holds no such model.
+        """
+        if prompt_style not in STYLES:
+            raise ConfigError(f"prompt_style must be one of {sorted(STYLES)}, got {prompt_style!r}")
+        if not 1 <= top_k <= len(passages):
+            raise ConfigError(
+                f"top_k must be between 1 and the corpus' {len(passages)} passages, got {top_k}"
+            )
+        generator = hub.load(generator) if isinstance(generator, str) else generator
+        retriever = hub.load(retriever) if isinstance(retriever, str) else retriever
+        for model, role, method in (
+            (generator, "generator", "decoder"),
+            (retriever, "retriever", "encoder"),
+        ):
+            if model.kind != method:
+                raise ConfigError(
+                    f"models.{role} must be a {method}; {model.name} is an {model.kind}"
+                )
+        adapters = adapters or lora.LoraConfig()
+        decoder = lora.add_lora(generator.network, adapters)
+        prompts = Prompts(
+            generator.tokenizer, STYLES[prompt_style], passages, examples, max_passage_tokens
+        )
+        return cls(
+            generator=generator,
+            decoder=decoder,
+            adapters=lora.init_adapters(decoder, seed),
+            lora=adapters,
+            retriever=Retriever.build(retriever, passages, progress),
+            prompts=prompts,
+            top_k=top_k,
+        )
+
+    def replace(self, *, adapters=None, query=None, document=None) -> "RAGSystem":
+        """The system with tuned parts; the corpus is re-embedded if `document` is given."""
+        retriever = self.retriever
+        if document is not None:
+            retriever = retriever.refresh(document)
+        if query is not None:
+            retriever = retriever.with_query(query)
+        adapters = self.adapters if adapters is None else adapters
+        return dataclasses.replace(self, adapters=adapters, retriever=retriever)
+
+    def query(self, question: str) -> Response:
+        """Answers one question."""
+        return self.batch_query([question])[0]
+
+    def batch_query(self, questions: Sequence[str]) -> list[Response]:
+        """Answers questions from their top-k passages in one prompt each, greedily."""
+        rows, scores = self.retriever.search(questions, self.top_k)
+        answers = self.answer(questions, rows)
+        return [
+            Response(a, tuple(self.retriever.passages[i] for i in r), tuple(map(float, s)))
+            for a, r, s in zip(answers, rows, scores, strict=True)
+        ]
+
+    def answer(self, questions: Sequence[str], rows: Sequence[Sequence[int]]) -> list[str]:
+        """Greedy answers, at most 16 tokens, given corpus rows to read (none: closed book)."""
+        limit = self.decoder.config.max_positions - 16
+        prompts = [self.prompts.prompt(q, r, limit) for q, r in zip(questions, rows, strict=True)]
+        stops = self.prompts.stop_tokens
+        order = np.argsort([len(p) for p in prompts], kind="stable")
+        answers = [""] * len(prompts)
+        for start in range(0, len(order), _ROWS):
+            chosen = order[start : start + _ROWS]
+            chunk = [prompts[i] for i in chosen]
+            # Always the same number of rows, so that a width compiles once.
+            chunk += [chunk[-1][:1]] * (_ROWS - len(chunk))
+            tokens, mask = left_padded(chunk, self.prompts.pad, multiple=64)
+            written = greedy(
+                self.decoder,
+                self.generator.params,
+                tokens,
+                mask,
+                adapters=self.adapters,
+                max_new_tokens=16,
+                stop_tokens=stops,
+                pad_token=self.prompts.pad,
+            )
+            for i, row in zip(chosen, np.asarray(written), strict=False):
+                ends = np.flatnonzero(np.isin(row, stops))
+                row = row[: ends[0]] if ends.size else row
+                answers[i] = self.prompts.tokenizer.decode(row, skip_special_tokens=True).strip()
+        return answers
+
+    # --- on disk ------------------------------------------------------------------------------
+
+    def save(self, path: str | pathlib.Path) -> None:
+        """One folder: generator, adapters, query and document encoders, passages, settings."""
+        folder = pathlib.Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        hub.save(self.generator, folder / "generator")
+        hub.save_arrays(self.adapters, folder / "adapters.safetensors")
+        for side in ("query", "document"):
+            encoder = hub.Pretrained(
+                self.retriever.encoder,
+                getattr(self.retriever, side),
+                self.retriever.tokenizer,
+                side,
+            )
+            hub.save(encoder, folder / f"{side}_encoder")
+        with open(folder / "passages.jsonl", "w", encoding="utf-8") as file:
+            for passage in self.retriever.passages:
+                file.write(json.dumps(dataclasses.asdict(passage), ensure_ascii=False) + "\n")
+        style = next(name for name, s in STYLES.items() if s == self.prompts.style)
+        settings = {
+            "top_k": self.top_k,
+            "prompt_style": style,
+            "max_passage_tokens": self.prompts.max_passage_tokens,
+            "lora": dataclasses.asdict(self.lora),
+        }
+        (folder / "system.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | pathlib.Path) -> "RAGSystem":
+        """What `save` wrote; it answers as before.
+
+        Raises:
+          CheckpointError: the folder holds no saved system.
+        """
+        folder = pathlib.Path(path)
+        try:
+            settings = json.loads((folder / "system.json").read_text())
+            lines = (folder / "passages.jsonl").read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise CheckpointError(
+                f"{folder} holds no saved RAGSystem ({error}); save one there first"
+            ) from error
+        config = settings["lora"] | {"targets": tuple(settings["lora"]["targets"])}
+        document = hub.load(folder / "document_encoder")
+        system = cls.build(
+            [Passage(**json.loads(line)) for line in lines],
+            generator=hub.load(folder / "generator"),
+            retriever=document,
+            adapters=lora.LoraConfig(**config),
+            prompt_style=settings["prompt_style"],
+            top_k=settings["top_k"],
+            max_passage_tokens=settings["max_passage_tokens"],
+        )
+        return system.replace(
+            adapters=hub.load_arrays(folder / "adapters.safetensors"),
+            query=hub.load(folder / "query_encoder").params,
+        )

@@ -1,0 +1,1 @@
+"""Which tasks run, in which order, on which part of the RAG system."""

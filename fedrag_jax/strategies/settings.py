@@ -1,0 +1,104 @@
+"""Where the data sits: with one party, with clients who federate, or with clients who do not."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from fedrag_jax.data.examples import Example
+from fedrag_jax.data.partition import Partition, dirichlet, partition
+from fedrag_jax.errors import ConfigError
+from fedrag_jax.federated.fed_avg import fed_avg
+from fedrag_jax.federated.fit import FitResult, fit
+from fedrag_jax.federated.local_only import local_only
+from fedrag_jax.federated.optimizers import tunable
+from fedrag_jax.objectives.task import Task
+
+SETTINGS = ("centralised", "federated", "local")
+
+
+class Budget(NamedTuple):
+    """How much training: every setting sees R·S·K·B examples.
+
+    Attributes:
+      rounds: R, also the number of index refreshes.
+      local_steps: S of a client in a round; a centralised round has S·K.
+      clients: K.
+      batch_size: B.
+      group_size: clients trained side by side.
+    """
+
+    rounds: int = 5
+    local_steps: int = 5
+    clients: int = 8
+    batch_size: int = 8
+    group_size: int = 1
+
+
+def split_clients(
+    examples: Sequence[Example], clients: int, alpha: float, column: str, seed: int
+) -> Partition:
+    """Dirichlet(alpha) over a column, the partition that federated and local training share."""
+    return partition(examples, dirichlet(alpha, clients, column=column), seed=seed)
+
+
+def train(
+    task: Task,
+    setting: str,
+    examples: Sequence[Example],
+    clients: Partition,
+    budget: Budget,
+    rates: dict[str, float],
+    seed: int,
+    callbacks=(),
+    client: int | None = None,
+) -> FitResult:
+    """Trains a task in a setting.
+
+    Args:
+      clients: of the federated and local settings.
+      rates: learning rate of each part that moves (`adapters`, `query`, `document`).
+      client: the one that trains, in the local setting.
+    """
+    steps = budget.local_steps
+    if setting == "centralised":
+        data, algorithm = Partition(examples, (np.arange(len(examples)),)), None
+        steps *= budget.clients
+    elif setting == "federated":
+        data, algorithm = clients, fed_avg(local_steps=steps)
+    elif setting == "local":
+        # Filled up to the largest client, so that every client runs the same program.
+        own = [examples[i] for i in clients.clients[client]]
+        filler = own[:1] * (max(map(len, clients.clients)) - len(own))
+        data, algorithm = Partition(own + filler, (np.arange(len(own)),)), None
+    else:
+        raise ConfigError(f"setting must be one of {SETTINGS}, got {setting!r}")
+    result = fit(
+        task,
+        data,
+        algorithm or local_only(local_steps=steps),
+        rounds=budget.rounds,
+        batch_size=budget.batch_size,
+        optimizer=adamw({name: rates[name] for name in task.trainable}),
+        group_size=budget.group_size,
+        seed=seed,
+        callbacks=callbacks,
+    )
+    if algorithm is not None:
+        return result
+    return result._replace(trainable=jax.tree.map(lambda x: x[0], result.trainable))
+
+
+def adamw(rates: dict[str, float]) -> optax.GradientTransformation:
+    """AdamW with a learning rate for each part; the rates are inputs of the compiled program."""
+    return tunable(_adamw_by_part, **rates)
+
+
+def _adamw_by_part(**rates) -> optax.GradientTransformation:
+    parts = {
+        name: optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.0))
+        for name, rate in rates.items()
+    }
+    return optax.partition(parts, lambda tree: {name: name for name in tree})

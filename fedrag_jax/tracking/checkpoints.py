@@ -1,0 +1,113 @@
+"""Stop and resume: a fit saved round by round."""
+
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from fedrag_jax.errors import ConfigError
+from fedrag_jax.federated.callbacks import Callback, FitState
+
+
+class Checkpointer(Callback):
+    """Saves a fit with Orbax and, when the same fit starts again, takes it up where it stood.
+
+    A round counts only once all of it is written, so a process killed at any moment leaves the last
+    finished round. What is kept: every array of the state, the retrieved rows, the history and the
+    settings of the fit. On the same device kind and versions a resumed run ends bit-identical to
+    one that was never stopped.
+
+    Args:
+      directory: one fit's own; made if absent.
+      every: rounds between two savings; the last round is always saved.
+      keep: how many of the newest to keep.
+    """
+
+    def __init__(self, directory: str | os.PathLike, every: int = 1, keep: int = 2):
+        if every < 1 or keep < 1:
+            raise ConfigError(
+                f"Checkpointer: every and keep must be at least 1, got {every} and {keep}"
+            )
+        self.directory, self.every, self.keep = Path(directory).absolute(), every, keep
+
+    def start(self, state: FitState) -> FitState:
+        """Returns the newest saved state, or `state` if nothing is saved.
+
+        Raises:
+          ConfigError: what is saved comes from other settings or other arrays; names them.
+        """
+        with self._manager() as manager:
+            step = manager.latest_step()
+            if step is None:
+                return state
+            saved = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
+            about = saved["about"]
+            named = _named(state.state)
+            here = {name: [list(np.shape(x)), str(x.dtype)] for name, x in named.items()}
+            self._require_same("settings", about["settings"], state.settings)
+            self._require_same("arrays", about["arrays"], here)
+            arrays = {name: np.empty(x.shape, x.dtype) for name, x in named.items()}
+            if about["retrieved"] is not None:
+                shape, dtype = about["retrieved"]
+                arrays["retrieved"] = np.empty(shape, dtype)
+            restore = ocp.args.Composite(arrays=ocp.args.StandardRestore(arrays))
+            arrays = manager.restore(step, args=restore)["arrays"]
+        leaves = [jnp.array(arrays[name]) for name in named]
+        return FitState(
+            round=step,
+            state=jax.tree.unflatten(jax.tree.structure(state.state), leaves),
+            retrieved=arrays.get("retrieved"),
+            history=tuple(about["history"]),
+            settings=state.settings,
+        )
+
+    def round_end(self, state: FitState, record: dict) -> None:
+        if state.round % self.every and state.round != record["rounds"]:
+            return
+        arrays = {name: np.asarray(x) for name, x in _named(state.state).items()}
+        about = {
+            "settings": state.settings,
+            "arrays": {name: [list(x.shape), str(x.dtype)] for name, x in arrays.items()},
+            "retrieved": None,
+            "history": list(state.history),
+        }
+        if state.retrieved is not None:
+            arrays["retrieved"] = state.retrieved
+            about["retrieved"] = [list(state.retrieved.shape), str(state.retrieved.dtype)]
+        with self._manager() as manager:
+            manager.save(
+                state.round,
+                args=ocp.args.Composite(
+                    arrays=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about)
+                ),
+            )
+
+    def _manager(self) -> ocp.CheckpointManager:
+        # Not asynchronous: the next round reuses the memory that would still be read.
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self.keep, enable_async_checkpointing=False
+        )
+        return ocp.CheckpointManager(self.directory, options=options)
+
+    def _require_same(self, what: str, saved: dict, here: dict) -> None:
+        different = [
+            f"{name} was {saved.get(name)}, is {here.get(name)}"
+            for name in sorted({*saved, *here})
+            if saved.get(name) != here.get(name)
+        ]
+        if different:
+            raise ConfigError(
+                f"checkpoint in {self.directory} comes from other {what}: {'; '.join(different)}. "
+                "Set them back, or choose another directory"
+            )
+
+
+def _named(state) -> dict[str, jax.Array]:
+    """Leaves by their path, such as `state.trainable.layers.q_proj.lora_a`."""
+    flat = jax.tree_util.tree_leaves_with_path(state)
+    return {
+        "state." + jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in flat
+    }

@@ -1,0 +1,135 @@
+"""Figures for a paper: what strategies cost and bring, and how they learn."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fedrag_jax.tracking.cells import Cell
+from fedrag_jax.tracking.tables import by_cell
+
+LABELS = {
+    "none": "none",
+    "retriever": "retriever",
+    "generator": "generator",
+    "independent": "independent",
+    "two_phase": "two-phase",
+    "joint_token": "joint, RAG-Token",
+    "joint_sequence": "joint, RAG-Sequence",
+}
+# Okabe and Ito's colours, told apart by colour-blind readers too.
+COLORS = dict(
+    zip(
+        LABELS,
+        ("#000000", "#56B4E9", "#E69F00", "#009E73", "#D55E00", "#0072B2", "#CC79A7"),
+        strict=True,
+    )
+)
+MARKERS = dict(zip(LABELS, "ovs^DPX", strict=True))
+TASKS = {
+    "multiple_negatives_ranking": "retriever: ranking",
+    "concatenated": "generator: answer NLL",
+    "rag_token_adapters": "two-phase, 1: generator",
+    "rag_token_query": "two-phase, 2: retriever",
+    "rag_token_adapters_query": "joint, RAG-Token",
+    "rag_sequence_adapters_query": "joint, RAG-Sequence",
+}
+SETTING_STYLES = {
+    "centralised": ("#0072B2", "-"),
+    "federated": ("#D55E00", "--"),
+    "local": ("#777777", ":"),
+}
+
+
+def _pyplot():
+    import matplotlib  # slow, and only for those who draw
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(
+        {
+            "font.size": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.color": "#e5e5e5",
+            "grid.linewidth": 0.6,
+            "axes.axisbelow": True,
+            "legend.frameon": False,
+            "savefig.dpi": 200,
+            "savefig.bbox": "tight",
+        }
+    )
+    return plt
+
+
+def quality_against_cost(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
+    """EM with its interval over training seconds, a panel per setting."""
+    plt = _pyplot()
+    settings = list(dict.fromkeys(row["setting"] for row in rows))
+    fig, axes = plt.subplots(
+        1, len(settings), figsize=(0.6 + 2.6 * len(settings), 2.9), sharey=True, squeeze=False
+    )
+    for ax, setting in zip(axes[0], settings, strict=True):
+        for row in (r for r in rows if r["setting"] == setting):
+            name = row["strategy"]
+            if name == "none":
+                ax.axhline(row["em"], color=COLORS[name], lw=1, ls=":", label=LABELS[name])
+                continue
+            error = [[row["em"] - row["em_low"]], [row["em_high"] - row["em"]]]
+            ax.errorbar(
+                row["seconds"], row["em"], yerr=error, fmt=MARKERS[name], ms=6, capsize=2, lw=1,
+                color=COLORS[name], label=LABELS[name],
+            )  # fmt: skip
+        ax.set_title(setting, fontsize=10)
+        ax.set_xlabel("training time (s)")
+        ax.set_xlim(left=0)
+    axes[0][0].set_ylabel("test exact match (%)")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="upper center", ncols=4, bbox_to_anchor=(0.5, 0.0))
+    fig.tight_layout()
+    fig.savefig(path)
+    plt.close(fig)
+
+
+def learning_curves(cells: Sequence[Cell], path: pathlib.Path) -> None:
+    """Training loss of each objective over examples seen: mean over seeds, band from least to most."""
+    plt = _pyplot()
+    curves: dict[str, dict[str, list[list[dict]]]] = {}
+    for group in by_cell(cells).values():
+        for cell in group:
+            for task, rounds in cell.curves.items():
+                found = curves.setdefault(task, {}).setdefault(cell.setting, [])
+                if rounds not in found:  # independent shows the curves of its parts
+                    found.append(rounds)
+    tasks = [task for task in TASKS if task in curves]
+    if not tasks:
+        return
+    columns = min(3, len(tasks))
+    lines = -(-len(tasks) // columns)
+    fig, axes = plt.subplots(
+        lines, columns, figsize=(0.4 + 2.7 * columns, 0.6 + 2.1 * lines), squeeze=False
+    )
+    for ax, task in zip(axes.flat, tasks, strict=False):
+        for setting, runs in curves[task].items():
+            color, style = SETTING_STYLES[setting]
+            x = [r["examples"] for r in runs[0]]
+            y = np.array([[r["loss"] for r in rounds] for rounds in runs])
+            ax.plot(x, y.mean(0), style, marker="o", ms=2.5, lw=1.4, color=color, label=setting)
+            if len(runs) > 1:
+                ax.fill_between(x, y.min(0), y.max(0), color=color, alpha=0.15, lw=0)
+        ax.set_title(TASKS[task], fontsize=9)
+        ax.set_ylim(bottom=0)
+    for ax in axes.flat[len(tasks) :]:
+        ax.set_visible(False)
+    for ax in axes[-1]:
+        ax.set_xlabel("training examples seen")
+    for row in axes:
+        row[0].set_ylabel("training loss")
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="upper center", ncols=3, bbox_to_anchor=(0.5, 0.01))
+    fig.tight_layout()
+    fig.savefig(path)
+    plt.close(fig)

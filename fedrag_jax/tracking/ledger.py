@@ -1,0 +1,123 @@
+"""What training costs: seconds, floating-point operations, bytes between clients and server."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from fedrag_jax.models.decoder import DecoderConfig
+from fedrag_jax.models.encoder import EncoderConfig
+from fedrag_jax.models.lora import LoraConfig
+from fedrag_jax.objectives.task import Task
+
+
+class Cost(NamedTuple):
+    """Of one training run; costs add up.
+
+    Attributes:
+      seconds: training, retrieval and refresh; `compile_seconds` lie beside it.
+      flops: model formula; `flops_compiler` is the compiler's count of one unrolled step, times steps.
+      bytes_up, bytes_down: trainable leaves as stored, clients to server and back; 0 when nothing is
+        federated.
+    """
+
+    seconds: float = 0.0
+    compile_seconds: float = 0.0
+    refresh_seconds: float = 0.0
+    flops: float = 0.0
+    flops_compiler: float = 0.0
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+def decoder_flops(
+    config: DecoderConfig, lora: LoraConfig, tokens: int, answer: int, trained: bool
+) -> float:
+    """Operations of one sequence of T `tokens`, logits at `answer` positions.
+
+    A product of [m, n] and [n, p] counts 2mnp. With `trained` adapters over a frozen base, each
+    frozen product is done once more for the gradient of its input, each product of two moving
+    operands (attention, adapters) twice more. Softmax, norms and activations are left out.
+    """
+    d, f, t = config.hidden_size, config.intermediate_size, tokens
+    heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    shapes = {
+        "q_proj": (d, heads), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (heads, d),
+        "gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d),
+    }  # fmt: skip
+    frozen = sum(2 * t * m * n for m, n in shapes.values())
+    adapters = sum(2 * t * lora.rank * sum(shapes[name]) for name in lora.targets)
+    attention = 4 * t * t * heads
+    logits = 2 * answer * d * config.vocab_size
+    frozen_total = config.num_layers * frozen + logits
+    moving_total = config.num_layers * (adapters + attention)
+    return frozen_total * (2 if trained else 1) + moving_total * (3 if trained else 1)
+
+
+def encoder_flops(config: EncoderConfig, tokens: int, trained: bool) -> float:
+    """Operations of one sequence of T `tokens`; full training costs three forward passes."""
+    d, f, t = config.hidden_size, config.intermediate_size, tokens
+    forward = config.num_layers * (2 * t * (4 * d * d + 2 * d * f) + 4 * t * t * d)
+    return forward * (3 if trained else 1)
+
+
+def step_flops(task: Task, table, batch_size: int, decoder, lora: LoraConfig, encoder) -> float:
+    """Model formula of one local step of a task, from the shapes of its table."""
+    flops = 0.0
+    if "tokens" in table:
+        _, prompts, tokens = table["tokens"].shape
+        answer = table["answer_positions"].shape[-1]
+        flops += prompts * decoder_flops(decoder, lora, tokens, answer, trained=True)
+    if "question_tokens" in table and "query" in task.trainable:
+        flops += encoder_flops(encoder, table["question_tokens"].shape[1], trained=True)
+    return batch_size * flops
+
+
+def compiler_flops(task: Task, table, batch_size: int) -> float:
+    """The compiler's own count of one step, with the layers unrolled so that it sees each."""
+    loss = task.loss
+    for name in ("decoder", "encoder"):
+        network = getattr(loss, name, None)
+        if network is not None:
+            loss = dataclasses.replace(loss, **{name: network.unrolled()})
+    batch = {k: jax.ShapeDtypeStruct((batch_size, *v.shape[1:]), v.dtype) for k, v in table.items()}
+    batch["weight"] = jax.ShapeDtypeStruct((batch_size,), np.float32)
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    analysis = step.lower(task.trainable, task.frozen, batch, jax.random.key(0)).cost_analysis()
+    return float(analysis["flops"])
+
+
+def tree_bytes(tree) -> int:
+    """Bytes of all leaves as stored."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def training_cost(
+    task: Task,
+    history: list[dict],
+    table,
+    *,
+    federated: bool,
+    clients: int,
+    steps: int,
+    batch_size: int,
+    decoder,
+    lora: LoraConfig,
+    encoder,
+) -> Cost:
+    """Of a finished fit: `steps` local steps in all, `clients` in the cohort of each round."""
+    refresh = sum(r["refresh_seconds"] for r in history)
+    moved = tree_bytes(task.trainable) * clients * len(history) if federated else 0
+    return Cost(
+        seconds=sum(r["seconds"] for r in history) + refresh,
+        compile_seconds=sum(r["compile_seconds"] for r in history),
+        refresh_seconds=refresh,
+        flops=steps * step_flops(task, table, batch_size, decoder, lora, encoder),
+        flops_compiler=steps * compiler_flops(task, table, batch_size),
+        bytes_up=moved,
+        bytes_down=moved,
+    )

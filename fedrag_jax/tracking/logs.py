@@ -1,0 +1,61 @@
+"""A fit's rounds as lines: in a file, on a terminal."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from fedrag_jax.federated.callbacks import Callback, FitState
+
+
+class JsonlLog(Callback):
+    """One JSON object a round, as `fit` describes it.
+
+    At the start the file is written anew from the history of the state: empty for a fresh run, cut
+    back to the round of the checkpoint for a resumed one. Hence it comes after the checkpointer.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+
+    def start(self, state: FitState) -> FitState:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.path.with_name(self.path.name + ".tmp")
+        beside.write_text("".join(map(_line, state.history)), encoding="utf-8")
+        beside.replace(self.path)
+        return state
+
+    def round_end(self, state: FitState, record: dict) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(_line(record))
+
+
+class Progress(Callback):
+    """One line a round on stderr: round, loss, seconds per round, time left.
+
+    Args:
+      where: said first, such as the setting.
+    """
+
+    def __init__(self, where: str = ""):
+        self.where = where and where + ", "
+
+    def start(self, state: FitState) -> FitState:
+        self.seconds = []
+        return state
+
+    def round_end(self, state: FitState, record: dict) -> None:
+        self.seconds.append(record["seconds"] + record["refresh_seconds"])
+        per_round = sum(self.seconds) / len(self.seconds)
+        left = round(per_round * (record["rounds"] - record["round"]))
+        clock = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+        print(
+            f"{self.where}{state.settings['task']}: round {record['round']}/{record['rounds']}  "
+            f"loss {record['loss']:.4f}  {per_round:.2f} s/round  {clock} left",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _line(record: dict) -> str:
+    return json.dumps(record) + "\n"

@@ -1,0 +1,39 @@
+"""What a run was made with."""
+
+import datetime
+import importlib.metadata
+import json
+import pathlib
+import platform
+import sys
+
+import jax
+
+from fedrag_jax.data.examples import Dataset, content_hash
+
+PACKAGES = ("fedrag-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers",
+            "faiss-cpu", "numpy")  # fmt: skip
+
+
+def write_manifest(folder: pathlib.Path, dataset: Dataset, **about) -> None:
+    """`manifest.json`: command, versions, device and the hash of the data, besides what is given."""
+    device = jax.devices()[0]
+    manifest = {
+        "command": [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]],
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "device": {
+            "kind": device.device_kind,
+            "platform": device.platform,
+            "count": jax.device_count(),
+        },
+        "data": {
+            "name": dataset.name,
+            "hash": content_hash(dataset),
+            "passages": len(dataset.passages),
+            "questions": [len(dataset.train), len(dataset.validation), len(dataset.test)],
+        },
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest | about, indent=2) + "\n")

@@ -1,0 +1,45 @@
+"""A Weights & Biases run per strategy, setting and seed; offline it needs no account."""
+
+import os
+import pathlib
+
+import numpy as np
+
+from fedrag_jax.evaluation.metrics import percent
+from fedrag_jax.tracking.cells import Cell
+
+
+def log_cell(cell: Cell, folder: pathlib.Path, group: str, mode: str, project: str, config: dict):
+    """Curves and results of a finished cell as one run.
+
+    Without a key, mode "online" falls back to "offline" and says so; "disabled" writes nothing.
+    """
+    if mode == "disabled":
+        return
+    import wandb  # slow, and only here
+
+    if mode == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
+        print("wandb: no API key found, logging offline; send it later with `wandb sync`")
+        mode = "offline"
+    name = f"{cell.strategy}-{cell.setting}-seed{cell.seed}"
+    run = wandb.init(
+        dir=folder,
+        project=project,
+        group=group,
+        name=name,
+        job_type=cell.strategy,
+        tags=[cell.strategy, cell.setting],
+        config=config | {"strategy": cell.strategy, "setting": cell.setting, "seed": cell.seed},
+        mode=mode,
+        reinit="finish_previous",
+        settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
+    )
+    step = 0
+    for task, rounds in cell.curves.items():
+        for record in rounds:
+            step += 1
+            numbers = {"loss": record["loss"], "seconds": record["seconds"], **record["metrics"]}
+            run.log({f"{task}/{key}": value for key, value in numbers.items()}, step=step)
+    run.summary.update({metric: percent(np.asarray(x)) for metric, x in cell.scores.items()})
+    run.summary.update(cell.cost._asdict() | cell.controls)
+    run.finish()

@@ -1,0 +1,219 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from toys import collate, linear_task, make_examples, squared_error
+
+import fedrag_jax
+from fedrag_jax.data.partition import iid, partition
+from fedrag_jax.errors import ConfigError, DivergenceError
+from fedrag_jax.federated.callbacks import Callback
+from fedrag_jax.federated.fed_avg import fed_avg
+from fedrag_jax.federated.fit import fit
+from fedrag_jax.federated.local_only import local_only
+from fedrag_jax.tracking.checkpoints import Checkpointer
+from fedrag_jax.tracking.logs import JsonlLog, Progress
+
+DATA = partition(make_examples(), iid(5))
+ADAM, SGD = optax.adam(0.05), optax.sgd(0.1)
+
+
+def retrieve(examples, trainable):
+    return np.array([[round(1000 * float(trainable["w"][0])) + e["id"]] for e in examples])
+
+
+def collate_retrieved(examples, retrieved):
+    table = collate(examples, None)
+    return table | {"y": table["y"] + retrieved[:, 0].astype(np.float32) / 1000}
+
+
+def run(folder: Path, rounds: int = 3, callbacks=None, **changes):
+    """All there is to save: client and server optimizers, retrieval of an older round."""
+    task = linear_task(retrieve=retrieve, collate=collate_retrieved, **changes)
+    algorithm = fed_avg(2, clients_per_round=3, carry_optimizer=True, server_optimizer=ADAM)
+    if callbacks is None:
+        callbacks = [Checkpointer(folder / "checkpoints"), JsonlLog(folder / "log.jsonl")]
+    return fit(
+        task, DATA, algorithm, rounds=rounds, batch_size=3, refresh_every=2, callbacks=callbacks
+    )
+
+
+def log_without_times(folder: Path) -> list[dict]:
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if not k.endswith("seconds")} for r in records]
+
+
+def assert_equal(tree, other):
+    jax.tree.map(np.testing.assert_array_equal, tree, other)
+
+
+# --- SIGKILL -----------------------------------------------------------------------------------
+
+
+class Kill(Callback):
+    def __init__(self, round):
+        self.round = round
+
+    def round_end(self, state, record):
+        if state.round == self.round:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_and_die(folder: Path, round: int, place: str):
+    """Dies in a round before it is saved, once it is saved but not yet logged, or after both."""
+    callbacks = [Checkpointer(folder / "checkpoints"), JsonlLog(folder / "log.jsonl")]
+    callbacks.insert(["unsaved", "unlogged", "logged"].index(place), Kill(round))
+    run(folder, callbacks=callbacks)
+
+
+DEATHS = [(1, "logged"), (2, "logged"), (3, "logged"), (2, "unsaved"), (2, "unlogged")]
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """Folders left behind by processes killed in different places."""
+    root = Path(fedrag_jax.__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    folders, processes = {}, []
+    for round, place in DEATHS:
+        folders[round, place] = folder = tmp_path_factory.mktemp(f"{place}{round}")
+        command = [sys.executable, __file__, str(folder), str(round), place]
+        processes.append(subprocess.Popen(command, env=environment))
+    assert [process.wait(timeout=120) for process in processes] == [-signal.SIGKILL] * len(DEATHS)
+    return folders
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    return run(folder), log_without_times(folder)
+
+
+@pytest.mark.parametrize(("round", "place"), DEATHS)
+def test_a_killed_run_resumes_bit_identical(killed, uninterrupted, round, place):
+    folder = killed[round, place]
+    saved = sorted(int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdigit())
+    last = round - (place == "unsaved")
+    assert saved == list(range(1, last + 1))[-2:]
+    before = (folder / "log.jsonl").read_text().splitlines()
+    assert len(before) == round - (place != "logged")
+    result = run(folder)
+    assert_equal(result.trainable, uninterrupted[0].trainable)
+    assert log_without_times(folder) == uninterrupted[1]
+    assert [record["round"] for record in result.history] == [1, 2, 3]
+    kept = [record["seconds"] for record in result.history[: len(before)]][:last]
+    assert kept == [json.loads(line)["seconds"] for line in before][:last]  # not run again
+
+
+# --- in one process ----------------------------------------------------------------------------
+
+
+def test_personal_models_of_any_type_resume(tmp_path):
+    trainable = {"w": jnp.ones(3, jnp.bfloat16), "b": jnp.zeros((), jnp.float16)}
+
+    def go(rounds, *callbacks):
+        task = linear_task(trainable=trainable)
+        settings = {"rounds": rounds, "optimizer": optax.adamw(0.1), "callbacks": callbacks}
+        return fit(task, DATA, local_only(2), **settings).trainable
+
+    go(2, Checkpointer(tmp_path))
+    resumed, straight = go(4, Checkpointer(tmp_path)), go(4)
+    assert_equal(resumed, straight)
+    assert resumed["w"].dtype == jnp.bfloat16 and resumed["w"].shape == (5, 3)
+
+
+def test_a_finished_run_is_not_run_again(tmp_path):
+    first = run(tmp_path)
+    lines = log_without_times(tmp_path)
+    again = run(tmp_path)
+    assert_equal(again.trainable, first.trainable)
+    assert again.history == first.history
+    assert log_without_times(tmp_path) == lines
+
+
+def test_every_and_keep(tmp_path):
+    run(tmp_path, rounds=7, callbacks=[Checkpointer(tmp_path, every=2, keep=3)])
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.isdigit()) == ["4", "6", "7"]
+
+
+def test_divergence_leaves_the_last_good_checkpoint(tmp_path):
+    def loss(trainable, frozen, batch, rng):
+        value, metrics = squared_error(trainable, frozen, batch, rng)
+        return jnp.where(batch["y"].max() > 900, jnp.nan, value), metrics
+
+    # The retrieval before round 3 brings a target that the loss cannot bear.
+    def poisoned(examples, retrieved):
+        moved = abs(int(retrieved[0, 0]) - examples[0]["id"] - 500) > 0
+        return collate(examples, None) | {"y": np.full(len(examples), 1000.0 * moved, np.float32)}
+
+    task = linear_task(retrieve=retrieve, collate=poisoned, loss=loss)
+    for _ in range(2):  # the second run starts at round 2 and meets the same end
+        callbacks = [Checkpointer(tmp_path / "checkpoints"), JsonlLog(tmp_path / "log.jsonl")]
+        with pytest.raises(DivergenceError, match=r"round 3: .*client\(s\): 0, 1, 2, 3, 4\. "):
+            fit(task, DATA, fed_avg(1), refresh_every=2, optimizer=SGD, callbacks=callbacks)
+        assert [record["round"] for record in log_without_times(tmp_path)] == [1, 2]
+        assert not (tmp_path / "checkpoints" / "3").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"group_size": 2}, "group_size was 1, is 2"),
+        ({"seed": 1}, "seed was 0, is 1"),
+        ({"batch_size": 4}, "batch_size was 8, is 4"),
+        ({"refresh_every": 3}, "refresh_every was 1, is 3"),
+        ({"algorithm": fed_avg(3)}, r"algorithm was fed_avg\(local_steps=2"),
+        ({"data": partition(make_examples(), iid(5), seed=1)}, "clients was 5:"),
+        ({"task": linear_task(name="other")}, "task was linear, is other"),
+        (
+            {"task": linear_task(trainable={"w": np.ones(3), "b": np.ones(1)})},
+            r"arrays: state.trainable.b was \[\[\], 'float32'\], is \[\[1\], 'float32'\]",
+        ),
+    ],
+)
+def test_other_settings_are_refused(tmp_path, changes, words):
+    settings = {"task": linear_task(), "data": DATA, "algorithm": fed_avg(2), "rounds": 1}
+    fit(**settings, callbacks=[Checkpointer(tmp_path)])
+    with pytest.raises(ConfigError, match=words):
+        fit(**settings | changes, callbacks=[Checkpointer(tmp_path)])
+
+
+def test_counts_below_one_are_refused(tmp_path):
+    for settings in ({"every": 0}, {"keep": 0}):
+        with pytest.raises(ConfigError, match="at least 1"):
+            Checkpointer(tmp_path, **settings)
+
+
+def test_a_log_without_checkpoints_starts_anew(tmp_path):
+    path = tmp_path / "deep" / "log.jsonl"
+    for _ in range(2):
+        result = fit(linear_task(), DATA, fed_avg(2), rounds=2, callbacks=[JsonlLog(path)])
+        assert [json.loads(line) for line in path.read_text().splitlines()] == result.history
+
+
+def test_progress_is_a_line_a_round(capsys):
+    progress = Progress()
+    state = fit(linear_task(), DATA, fed_avg(2), rounds=2, callbacks=[progress])
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert captured.out == "" and len(lines) == 2
+    assert lines[1].startswith(f"linear: round 2/2  loss {state.history[1]['loss']:.4f}  ")
+    assert lines[1].endswith(" s/round  0:00:00 left")
+    # 3,725 s a round, one round to go.
+    progress.seconds = []
+    record = state.history[0] | {"seconds": 3700.0, "refresh_seconds": 25.0}
+    settings = {"task": "linear"}
+    progress.round_end(type("Settings", (), {"settings": settings}), record)
+    assert capsys.readouterr().err.endswith("  3725.00 s/round  1:02:05 left\n")
+
+
+if __name__ == "__main__":
+    run_and_die(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -1,0 +1,237 @@
+"""Schema, checks and loaders; the named sets against the counts the protocol fixes."""
+
+import dataclasses
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from fedrag_jax.data.datasets import load
+from fedrag_jax.data.examples import (
+    Dataset,
+    Example,
+    Passage,
+    check,
+    content_hash,
+    embedding_text,
+)
+from fedrag_jax.errors import DataError
+
+REAL = Path(os.environ.get("FEDRAG_DATA", "../shared/data"))
+needs_real_data = pytest.mark.skipif(
+    not (REAL / "squad.questions.jsonl.gz").is_file(), reason=f"no real data in {REAL}: FEDRAG_DATA"
+)
+
+
+def question(i, **fields):
+    return {
+        "id": f"q{i}",
+        "question": f"what {i}?",
+        "answers": [f"a{i}"],
+        "positive_ids": ["p0"],
+    } | fields
+
+
+def lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    splits = ["train"] * 3 + ["validation", "test"]
+    rows = [question(i, split=split) for i, split in enumerate(splits)]
+    (tmp_path / "questions.jsonl").write_text(lines(rows))
+    passages = [
+        {"id": "p0", "title": "T", "text": "body", "topic": "x"},
+        {"id": "p1", "text": "b"},
+    ]
+    (tmp_path / "passages.jsonl").write_text(lines(passages))
+    return tmp_path
+
+
+def test_a_folder_becomes_a_dataset(folder):
+    dataset = load(folder)
+    assert dataset.passages == [Passage("p0", "T", "body", "x"), Passage("p1", "", "b", "")]
+    assert [e.id for e in dataset.train] == ["q0", "q1", "q2"]
+    assert [e.id for e in dataset.validation] == ["q3"]
+    assert dataset.test == [Example("q4", "what 4?", ("a4",), ("p0",), "", 1)]
+    assert dataset.name == folder.name
+
+
+def test_optional_fields_are_read(folder):
+    rows = [question(i, split=s) for i, s in enumerate(["train", "validation", "test"])]
+    rows[0] |= {"topic": "films", "hops": 2}
+    del rows[0]["positive_ids"]
+    (folder / "questions.jsonl").write_text("\ufeff" + lines(rows) + "\n\n")
+    assert load(folder).train == [Example("q0", "what 0?", ("a0",), (), "films", 2)]
+
+
+def test_gzip_and_named_files_load_like_plain_ones(folder, tmp_path_factory, monkeypatch):
+    plain = load(folder)
+    other = tmp_path_factory.mktemp("sets")
+    for kind in ("questions", "passages"):
+        content = (folder / f"{kind}.jsonl").read_bytes()
+        (other / f"mine.{kind}.jsonl.gz").write_bytes(gzip.compress(content))
+    monkeypatch.setenv("FEDRAG_DATA", str(other))
+    for name in (other, other / "mine", "mine"):
+        dataset = load(name)
+        assert content_hash(dataset) == content_hash(plain)
+    for kind in ("questions", "passages"):
+        (other / f"second.{kind}.jsonl").write_bytes((folder / f"{kind}.jsonl").read_bytes())
+    with pytest.raises(DataError, match=r"several sets.*mine.*second"):
+        load(other)
+    assert load(other / "second").name == "second"
+
+
+def test_without_split_a_stable_hash_decides(folder):
+    rows = [question(i) for i in range(2000)]
+    (folder / "questions.jsonl").write_text(lines(rows[:1000]))
+    first = load(folder)
+    (folder / "questions.jsonl").write_text(lines(reversed(rows)))
+    second = load(folder)
+    for split, share in (("train", 0.7), ("validation", 0.1), ("test", 0.2)):
+        before = {e.id for e in getattr(first, split)}
+        after = {e.id for e in getattr(second, split)}
+        assert before < after  # more questions move none of the old ones
+        assert len(after) / 2000 == pytest.approx(share, abs=0.03)
+    # sha256("q0") begins 341c, "q1" c75d, "q2" bee9: 0.20, 0.78 and 0.75 of the range, everywhere.
+    assert "q0" in {e.id for e in first.train}
+    assert {"q1", "q2"} < {e.id for e in first.validation}
+
+
+def test_validation_is_carved_from_train_where_nobody_named_one(folder):
+    rows = [question(i, split="train" if i < 1000 else "test") for i in range(1200)]
+    (folder / "questions.jsonl").write_text(lines(rows))
+    dataset = load(folder)
+    assert len(dataset.test) == 200
+    assert len(dataset.train) + len(dataset.validation) == 1000
+    assert 70 < len(dataset.validation) < 130
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("questions", '{"id": "q0", "quest\n', r"questions\.jsonl:1: not JSON.*quest"),
+        ("questions", lines([question(0)]) + "[1]\n", r"jsonl:2: not a JSON object: '\[1\]"),
+        ("questions", '{"id": "q0", "question": "w"}\n', r":1: missing field 'answers'; found id"),
+        ("questions", lines([question(0, answers="a")]), "'answers' must be a list of strings"),
+        ("questions", lines([question(0, answers=[3])]), "'answers' must be a list of strings"),
+        ("questions", lines([question(0, id=7)]), "'id' must be a non-empty string, got 7"),
+        ("questions", lines([question(0, question=" ")]), "'question' must be a non-empty string"),
+        ("questions", lines([question(0, split="dev")]), "'dev' is none of train, validation"),
+        ("questions", lines([question(0, hops=0)]), "'hops' must be a positive"),
+        ("questions", lines([question(0, answers=[], split="train")]), "'q0' has no answer"),
+        ("questions", lines([question(0, answers=[" "], split="train")]), "'q0' has no answer"),
+        ("passages", '{"id": "p0"}\n', r"passages\.jsonl:1: missing field 'text'"),
+        ("passages", '{"id": "p9", "text": "t"}\n', "'q0' has positive id 'p0'.*1 passages"),
+        ("passages", '{"id": "p0", "text": "t"}\n' * 2, "passage id 'p0' occurs twice"),
+        ("passages", "", "corpus is empty"),
+    ],
+)
+def test_a_file_that_is_not_the_schema_is_refused(folder, file, content, message):
+    (folder / f"{file}.jsonl").write_text(content)
+    with pytest.raises(DataError, match=message):
+        load(folder)
+
+
+def test_damaged_files_are_refused(folder):
+    path = folder / "questions.jsonl"
+    path.write_bytes(b'{"id": "\xff"}\n')
+    with pytest.raises(DataError, match="jsonl:1: not UTF-8"):
+        load(folder)
+    path.unlink()
+    whole = gzip.compress(lines([question(i) for i in range(500)]).encode())
+    (folder / "questions.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match="cannot be read after line"):
+        load(folder)
+
+
+def test_files_not_found_says_what_was_looked_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDRAG_DATA", str(tmp_path / "sets"))
+    with pytest.raises(DataError, match=r"nowhere/questions\.jsonl.*sets/nowhere\.questions"):
+        load("nowhere")
+    with pytest.raises(DataError, match=r"sets/squad\.questions.*FEDRAG_DATA"):
+        load("squad")
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_an_empty_split_is_refused(folder, split):
+    dataset = dataclasses.replace(load(folder), **{split: []})
+    with pytest.raises(DataError, match=f"no question in split '{split}'"):
+        check(dataset)
+
+
+def test_a_question_may_not_be_in_two_splits(folder):
+    dataset = load(folder)
+    with pytest.raises(DataError, match="question id 'q0' occurs twice"):
+        check(dataclasses.replace(dataset, test=dataset.test + dataset.train[:1]))
+
+
+def test_content_hash_sees_every_field(folder):
+    dataset = load(folder)
+    assert content_hash(dataset) == content_hash(dataclasses.replace(dataset, name="other"))
+    assert len(content_hash(dataset)) == 16
+    example, passage = dataset.train[0], dataset.passages[0]
+    changed = [
+        {"train": dataset.train[::-1]},
+        {"train": dataset.train[:2], "test": dataset.train[2:] + dataset.test},
+        {"passages": dataset.passages[:1]},
+    ]
+    for field, value in (("id", "z"), ("title", "z"), ("text", "z"), ("topic", "z")):
+        new = dataclasses.replace(passage, **{field: value})
+        changed.append({"passages": [new, *dataset.passages[1:]]})
+    for field, value in (
+        ("id", "z"), ("question", "z"), ("answers", ("a0", "b")), ("positive_ids", ()),
+        ("topic", "z"), ("hops", 2),
+    ):  # fmt: skip
+        new = dataclasses.replace(example, **{field: value})
+        changed.append({"train": [new, *dataset.train[1:]]})
+    hashes = {content_hash(dataclasses.replace(dataset, **change)) for change in changed}
+    assert len(hashes | {content_hash(dataset)}) == len(changed) + 1
+
+
+def test_embedding_text():
+    assert embedding_text(Passage("p", "Title", "text")) == "Title text"
+    assert embedding_text(Passage("p", "", "text")) == "text"
+
+
+@pytest.fixture(scope="module")
+def real(request):
+    patch = pytest.MonkeyPatch()
+    patch.setenv("FEDRAG_DATA", str(REAL))
+    yield {name: load(name) for name in ("squad", "hotpotqa")}
+    patch.undo()
+
+
+@needs_real_data
+def test_squad_splits(real):
+    squad: Dataset = real["squad"]
+    assert len(squad.passages) == 7888
+    assert len(squad.train) + len(squad.validation) == 11877 + 3745
+    assert (len(squad.validation), len(squad.test)) == (1565, 10570)
+    articles = {name: {e.topic for e in getattr(squad, name)} for name in ("validation", "test")}
+    train = {e.topic for e in squad.train}
+    assert len(articles["validation"]) == 7 and "" not in articles["validation"]
+    assert not articles["validation"] & train and not articles["test"] & train
+    gold = {i for e in squad.train for i in e.positive_ids}
+    assert not gold & {i for e in squad.validation + squad.test for i in e.positive_ids}
+    assert squad.test[0].answers == ("Denver Broncos",) and squad.test[0].topic == "Super Bowl 50"
+    assert squad.passages[0].topic == "Super Bowl 50"
+
+
+@needs_real_data
+def test_hotpotqa_splits(real):
+    hotpotqa: Dataset = real["hotpotqa"]
+    assert len(hotpotqa.passages) == 31088
+    assert [len(s) for s in (hotpotqa.train, hotpotqa.validation, hotpotqa.test)] == [
+        1300, 200, 1039,
+    ]  # fmt: skip
+    assert {(e.topic, e.hops, len(e.positive_ids)) for e in hotpotqa.test} == {("", 2, 2)}
+
+
+@needs_real_data
+def test_real_sets_are_split_alike_everywhere(real):
+    assert content_hash(real["squad"]) == "1b9386a340fda18b"
+    assert content_hash(real["hotpotqa"]) == "20fba39c708f86f6"

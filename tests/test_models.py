@@ -1,0 +1,363 @@
+"""Networks against transformers (golden files, see golden/make_goldens.py), and LoRA."""
+
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedrag_jax.errors import CheckpointError, ConfigError
+from fedrag_jax.models import hub, lora
+from fedrag_jax.models.decoder import Decoder, DecoderConfig, Llama3Scaling, rope_frequencies
+from fedrag_jax.models.encoder import Encoder, EncoderConfig
+from fedrag_jax.models.network import Network
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+TINY = DecoderConfig(
+    vocab_size=40,
+    hidden_size=16,
+    intermediate_size=24,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+)
+TINY_ENCODER = EncoderConfig(
+    vocab_size=40,
+    hidden_size=16,
+    intermediate_size=24,
+    num_layers=2,
+    num_heads=4,
+    max_positions=12,
+    max_length=10,
+)
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def tiny_inputs(rows=2, width=7):
+    tokens = jax.random.randint(jax.random.key(5), (rows, width), 0, 40)
+    positions = jnp.broadcast_to(jnp.arange(width), tokens.shape)
+    return tokens, positions, jnp.ones(tokens.shape, bool)
+
+
+def logits(network, params, *inputs, adapters=None):
+    hidden = network(params, *inputs, adapters=adapters)
+    return network(params, hidden, method="logits", adapters=adapters)
+
+
+def random_adapters(network, seed):
+    """Adapters whose B is not zero."""
+    fresh = lora.init_adapters(network, seed)
+    leaves, tree = jax.tree.flatten(fresh)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    noise = [jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(tree, noise)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    network = Network.of(Decoder, TINY)
+    return network, network.init(jax.random.key(0))
+
+
+# --- decoder ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama_gqa", "llama_tied"])
+def test_decoder_agrees_with_transformers(name):
+    golden, model = np.load(GOLDEN / f"{name}.npz"), hub.load(GOLDEN / name)
+    inputs = [golden[n] for n in ("tokens", "positions", "mask")]
+    ours = jax.jit(lambda p: logits(model.network, p, *inputs))(model.params)
+    assert ours.dtype == jnp.float32
+    real = golden["mask"]
+    np.testing.assert_allclose(ours[real], golden["logits"][real], atol=1e-4, rtol=0)
+
+
+def test_golden_positions_are_far_enough_for_rope_scaling_to_matter():
+    golden, model = np.load(GOLDEN / "llama_gqa.npz"), hub.load(GOLDEN / "llama_gqa")
+    config = dataclasses.replace(model.network.config, rope_scaling=None)
+    inputs = [golden[n] for n in ("tokens", "positions", "mask")]
+    unscaled = logits(Network.of(Decoder, config), model.params, *inputs)
+    assert np.abs(unscaled - golden["logits"])[golden["mask"]].max() > 0.1
+
+
+def test_rope_frequencies_keep_short_and_stretch_long_waves():
+    scaling = Llama3Scaling(8.0, 1.0, 4.0, 64)
+    config = dataclasses.replace(TINY, head_dim=64, rope_scaling=scaling)
+    plain = rope_frequencies(dataclasses.replace(config, rope_scaling=None))
+    ratio, turns = rope_frequencies(config) / plain, 64 * plain / (2 * np.pi)
+    np.testing.assert_allclose(ratio[turns > 4], 1, rtol=1e-6)
+    np.testing.assert_allclose(ratio[turns < 1], 1 / 8, rtol=1e-6)
+    between = (turns > 1) & (turns < 4)
+    assert between.any()
+    assert ((ratio[between] > 1 / 8) & (ratio[between] < 1)).all()
+
+
+def test_a_token_sees_nothing_after_it_and_no_padding(tiny):
+    network, params = tiny
+    tokens, positions, mask = tiny_inputs()
+    base = network(params, tokens, positions, mask)
+    later = network(params, tokens.at[:, 4].add(1), positions, mask)
+    np.testing.assert_array_equal(base[:, :4], later[:, :4])
+    assert (jnp.abs(base - later)[:, 4:].max((0, 2)) > 1e-3).all()
+    mask = mask.at[:, 2].set(False)
+    hidden = network(params, tokens, positions, mask)
+    changed = network(params, tokens.at[:, 2].add(1), positions, mask)
+    others = jnp.array([0, 1, 3, 4, 5, 6])
+    np.testing.assert_array_equal(hidden[:, others], changed[:, others])
+
+
+def test_cache_in_pieces_equals_one_pass(tiny):
+    network, params = tiny
+    tokens, positions, mask = tiny_inputs()
+    mask = mask.at[0, :2].set(False)
+    cache = network(params, 2, 9, method="empty_cache")
+    parts = []
+    for piece in (slice(0, 4), slice(4, 5), slice(5, 7)):
+        inputs = (x[:, piece] for x in (tokens, positions, mask))
+        hidden, cache = network(params, *inputs, cache=cache)
+        parts.append(hidden)
+    whole = network(params, tokens, positions, mask)
+    np.testing.assert_allclose(jnp.concatenate(parts, 1)[mask], whole[mask], atol=1e-5)
+    assert cache.length == 7
+
+
+@pytest.mark.parametrize("change", [{"unroll": True}, {"remat": True}])
+def test_unroll_and_remat_change_no_number(tiny, change):
+    network, params = tiny
+    other = Network.of(Decoder, dataclasses.replace(TINY, **change))
+
+    def loss(params, network):
+        return logits(network, params, *tiny_inputs()).var()
+
+    expected, got = (jax.grad(loss)(params, n) for n in (network, other))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), expected, got)
+
+
+def test_unrolled_lets_the_compiler_count_every_layer(tiny):
+    network, params = tiny
+    deep = Network.of(Decoder, dataclasses.replace(TINY, num_layers=6))
+
+    def flops(network):
+        lowered = jax.jit(network).lower(network.shapes(), *tiny_inputs())
+        return lowered.compile().cost_analysis()["flops"]
+
+    assert network.unrolled().config.unroll
+    assert flops(deep) == pytest.approx(flops(network), rel=0.05)
+    assert flops(deep.unrolled()) == pytest.approx(2 * flops(network.unrolled()), rel=0.1)
+
+
+def test_bfloat16_weights_give_float32_logits_near_the_float32_ones():
+    model, half = hub.load(GOLDEN / "llama_gqa"), hub.load(GOLDEN / "llama_gqa", jnp.bfloat16)
+    inputs = tiny_inputs()
+    assert half.network(half.params, *inputs).dtype == jnp.bfloat16
+    rough = logits(half.network, half.params, *inputs)
+    assert rough.dtype == jnp.float32
+    exact = logits(model.network, model.params, *inputs)
+    assert 0 < jnp.abs(rough - exact).mean() < 0.05 * jnp.abs(exact).mean()
+
+
+def test_float64_stays_float64():
+    with jax.enable_x64(True):
+        model = hub.load(GOLDEN / "llama_gqa", jnp.float64)
+        wide = model.network(model.params, *tiny_inputs())
+        assert wide.dtype == jnp.float64
+        encoder = hub.load(GOLDEN / "bert_mean", jnp.float64)
+        tokens, _, mask = tiny_inputs()
+        assert encoder.network(encoder.params, tokens, mask).dtype == jnp.float64
+
+
+# --- encoder ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bert_mean", "bert_cls"])
+def test_encoder_agrees_with_sentence_transformers(name):
+    golden, model = np.load(GOLDEN / f"{name}.npz"), hub.load(GOLDEN / name)
+    length = model.network.config.max_length
+    batch = model.tokenizer(
+        golden["texts"].tolist(), padding=True, truncation=True, max_length=length, return_tensors="np"
+    )
+    assert batch["input_ids"].shape[1] == length == 24  # one text is cut
+    ours = model.network(model.params, batch["input_ids"], batch["attention_mask"])
+    np.testing.assert_allclose(ours, golden["vectors"], atol=1e-4, rtol=0)
+    assert model.network.config.normalize == (name == "bert_mean")
+
+
+def test_encoder_gradient_is_finite_for_a_row_of_padding():
+    network = Network.of(Encoder, TINY_ENCODER)
+    params = network.init(jax.random.key(0))
+    tokens, _, mask = tiny_inputs()
+    grads = jax.grad(lambda p: network(p, tokens, mask.at[1].set(False)).sum())(params)
+    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(grads))
+
+
+def test_encoder_refuses_texts_beyond_its_positions():
+    network = Network.of(Encoder, TINY_ENCODER)
+    params = network.init(jax.random.key(0))
+    tokens, _, mask = tiny_inputs(width=13)
+    with pytest.raises(ConfigError, match=r"13 tokens.*12 positions"):
+        network(params, tokens, mask)
+
+
+@pytest.mark.parametrize("wrong", [{"pooling": "max"}, {"max_length": 13}, {"max_length": 0}])
+def test_encoder_config_refuses(wrong):
+    with pytest.raises(ConfigError, match=str(next(iter(wrong.values())))):
+        dataclasses.replace(TINY_ENCODER, **wrong)
+
+
+# --- config.json ------------------------------------------------------------------------------
+
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+PLACES = {
+    "transformers 5": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5} | LLAMA3},
+    "transformers 4": {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3"} | LLAMA3},
+    "older": {"rope_theta": 5e5, "rope_scaling": {"type": "llama3"} | LLAMA3},
+}
+
+
+def bare(config):
+    """config.json without rope settings."""
+    hf = config.to_hf()
+    return {k: v for k, v in hf.items() if not k.startswith("rope_")}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_rope_settings_are_read_from_both_places(place):
+    config = DecoderConfig.from_hf(bare(TINY) | PLACES[place])
+    assert config == dataclasses.replace(
+        TINY, rope_theta=5e5, rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 64)
+    )
+    assert DecoderConfig.from_hf(config.to_hf()) == config
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'.*'default', 'llama3'"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "'yarn'.*'default', 'llama3'"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5.*1.0"),
+        ({"attention_bias": True}, "attention_bias True.*False"),
+        ({"mlp_bias": True}, "mlp_bias True.*False"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'.*'silu'"),
+    ],
+)
+def test_decoder_options_that_are_not_supported_are_refused_by_name(option, words):
+    with pytest.raises(CheckpointError, match=words):
+        DecoderConfig.from_hf(bare(TINY) | option)
+
+
+@pytest.mark.parametrize(
+    "option", [{"hidden_act": "relu"}, {"position_embedding_type": "relative_key"}]
+)
+def test_encoder_options_that_are_not_supported_are_refused_by_name(option):
+    (name, value), *_ = option.items()
+    with pytest.raises(CheckpointError, match=f"{name} '{value}'.*supported"):
+        EncoderConfig.from_hf(TINY_ENCODER.to_hf() | option)
+
+
+# --- network ----------------------------------------------------------------------------------
+
+
+def test_network_is_hashable_and_init_fits_shapes(tiny):
+    network, params = tiny
+    assert network == Network.of(Decoder, TINY)
+    assert hash(network) == hash(Network.of(Decoder, TINY))
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(lambda s: s.shape, network.shapes())
+    kernel = params["layers"]["mlp"]["gate_proj"]["kernel"]
+    assert kernel.std() == pytest.approx(16**-0.5, rel=0.1)
+    assert not jnp.allclose(kernel[0], kernel[1])
+
+
+def test_parameters_that_do_not_fit_are_named(tiny):
+    network, params = tiny
+    wrong = {k: v for k, v in params.items() if k != "norm"} | {"extra": {"w": jnp.ones(3)}}
+    with pytest.raises(ConfigError, match=r"missing \['norm.scale'\], unknown \['extra.w'\]"):
+        network(wrong, *tiny_inputs())
+
+
+# --- LoRA -------------------------------------------------------------------------------------
+
+
+def test_fresh_adapters_change_nothing_and_mirror_the_parameters(tiny):
+    base, params = tiny
+    network = lora.add_lora(base, lora.LoraConfig(rank=2, targets=ALL))
+    adapters = lora.init_adapters(network, jax.random.key(1))
+    shapes = jax.tree.map(jnp.shape, adapters)["layers"]
+    assert shapes["attention"]["k_proj"] == {"lora_a": (3, 16, 2), "lora_b": (3, 2, 12)}
+    assert set(shapes["mlp"]) == {"gate_proj", "up_proj", "down_proj"}
+    a = adapters["layers"]["mlp"]["down_proj"]["lora_a"]
+    assert 0.8 * 24**-0.5 < jnp.abs(a).max() <= 24**-0.5
+    expected = base(params, *tiny_inputs())
+    np.testing.assert_array_equal(network(params, *tiny_inputs(), adapters=adapters), expected)
+    np.testing.assert_array_equal(network(params, *tiny_inputs()), expected)
+
+
+def test_merged_equals_unmerged(tiny):
+    base, params = tiny
+    network = lora.add_lora(base, lora.LoraConfig(rank=2, alpha=3.0, targets=(*ALL, "lm_head")))
+    adapters = random_adapters(network, 1)
+    expected = logits(network, params, *tiny_inputs(), adapters=adapters)
+    merged = lora.merge(network, params, adapters)
+    np.testing.assert_allclose(logits(base, merged, *tiny_inputs()), expected, atol=2e-3, rtol=1e-3)
+    assert jnp.abs(expected - logits(base, params, *tiny_inputs())).max() > 0.1
+    a, b = (adapters["layers"]["attention"]["q_proj"][n][1] for n in ("lora_a", "lora_b"))
+    kernel = params["layers"]["attention"]["q_proj"]["kernel"][1]
+    got = merged["layers"]["attention"]["q_proj"]["kernel"][1]
+    np.testing.assert_allclose(got, kernel + 1.5 * a @ b, atol=1e-5)
+
+
+def test_clients_side_by_side_equal_clients_in_turn(tiny):
+    base, params = tiny
+    network = lora.add_lora(base, lora.LoraConfig(rank=2))
+    each = [random_adapters(network, seed) for seed in range(3)]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *each)
+
+    def loss(adapters, params):
+        return logits(network, params, *tiny_inputs(), adapters=adapters).var()
+
+    together = jax.jit(jax.vmap(jax.grad(loss), in_axes=(0, None)))(stacked, params)
+    for i, adapters in enumerate(each):
+        alone = jax.grad(loss)(adapters, params)
+        mine = jax.tree.map(lambda x, i=i: x[i], together)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-3), mine, alone)
+
+
+def test_gradients_reach_every_adapter(tiny):
+    base, params = tiny
+    network = lora.add_lora(base, lora.LoraConfig(rank=2, targets=ALL))
+    adapters = random_adapters(network, 0)
+    grads = jax.grad(lambda a: network(params, *tiny_inputs(), adapters=a).var())(adapters)
+    assert jax.tree.structure(grads) == jax.tree.structure(adapters)
+    assert all(jnp.abs(g).max() > 0 for g in jax.tree.leaves(grads))
+
+
+def test_encoder_takes_adapters_too():
+    network = lora.add_lora(Network.of(Encoder, TINY_ENCODER), lora.LoraConfig(targets=("up_proj",)))
+    params, adapters = network.init(jax.random.key(0)), random_adapters(network, 0)
+    tokens, _, mask = tiny_inputs()
+    tuned = network(params, tokens, mask, adapters=adapters)
+    merged = network(lora.merge(network, params, adapters), tokens, mask)
+    np.testing.assert_allclose(tuned, merged, atol=1e-5)
+    assert jnp.abs(tuned - network(params, tokens, mask)).max() > 1e-3
+
+
+def test_lora_errors_say_what_there_is(tiny):
+    base, params = tiny
+    with pytest.raises(ConfigError, match=r"\['query'\].*'q_proj'"):
+        lora.add_lora(base, lora.LoraConfig(targets=("query", "k_proj")))
+    with pytest.raises(ConfigError, match="rank must be at least 1, got 0"):
+        lora.LoraConfig(rank=0)
+    with pytest.raises(ConfigError, match=r"targets must name.*'q_proj'"):
+        lora.LoraConfig(targets="q_proj")
+    with pytest.raises(ConfigError, match="add_lora"):
+        lora.init_adapters(base, 0)
+    adapters = lora.init_adapters(lora.add_lora(base, lora.LoraConfig()), 0)
+    with pytest.raises(ConfigError, match=r"unknown.*q_proj.lora_a.*add_lora"):
+        base(params, *tiny_inputs(), adapters=adapters)

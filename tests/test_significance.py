@@ -1,0 +1,152 @@
+"""Intervals that cover as often as they say, tests that err as seldom as they say."""
+
+import itertools
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from fedrag_jax.errors import ConfigError, DataError
+from fedrag_jax.evaluation import significance
+from fedrag_jax.evaluation.significance import (
+    bootstrap_interval,
+    holm,
+    paired_permutation_test,
+    paired_t_test,
+    seed_sd,
+)
+
+
+def test_bootstrap_agrees_with_scipy():
+    scores = np.random.default_rng(0).gamma(1.0, size=(3, 200))
+    reference = stats.bootstrap(
+        (scores.mean(axis=0),), np.mean, method="percentile", n_resamples=20_000, rng=1
+    ).confidence_interval
+    width = reference.high - reference.low
+    assert bootstrap_interval(scores) == pytest.approx(tuple(reference), abs=0.03 * width)
+    assert bootstrap_interval(scores) == bootstrap_interval(scores)
+    low, high = bootstrap_interval(scores, level=0.5)
+    assert 0.3 < (high - low) / width < 0.4  # a normal's 50% interval is 0.344 of its 95%
+
+
+def test_bootstrap_covers_the_truth_95_times_in_100():
+    rng = np.random.default_rng(0)
+    hits = 0
+    for trial in range(400):
+        low, high = bootstrap_interval(rng.random(100) < 0.4, resamples=500, seed=trial)
+        hits += low <= 0.4 <= high
+    assert 0.91 < hits / 400 < 0.98
+
+
+def test_bootstrap_resamples_questions_not_seeds():
+    same_questions = np.tile(np.array([[0.0], [1.0]]), (1, 50))  # seeds differ, questions do not
+    assert bootstrap_interval(same_questions) == (0.5, 0.5)
+
+
+def test_bootstrap_in_pieces_draws_as_many_as_asked(monkeypatch):
+    scores = np.random.default_rng(0).random(50)
+    whole = bootstrap_interval(scores, resamples=1001)
+    monkeypatch.setattr(significance, "_CHUNK", 500)
+    assert sum(significance._chunks(1001, 50)) == 1001
+    assert bootstrap_interval(scores, resamples=1001) == pytest.approx(whole, abs=0.01)
+
+
+def test_seed_sd():
+    assert seed_sd([[1, 1], [2, 2], [3, 3]]) == 1.0
+    assert seed_sd([[1, 2, 3]]) is None
+    assert seed_sd([1, 2, 3]) is None
+
+
+def test_permutation_test_is_exact_for_few_questions():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 9)), rng.normal(size=(2, 9)) + 0.5
+    d = a.mean(axis=0) - b.mean(axis=0)
+    extreme = [
+        abs(np.dot(signs, d)) >= abs(d.sum()) - 1e-12
+        for signs in itertools.product((1, -1), repeat=9)
+    ]
+    assert paired_permutation_test(a, b) == np.mean(extreme)
+    sampled = paired_permutation_test(a, b, resamples=500)
+    assert sampled == pytest.approx(np.mean(extreme), abs=0.06)
+    # Five differences of one sign: 2 of 32 patterns are as extreme. Ties change nothing.
+    assert paired_permutation_test([1] * 5 + [7] * 90, [0] * 5 + [7] * 90) == 2 / 32
+
+
+def test_permutation_test_agrees_with_scipy():
+    rng = np.random.default_rng(0)
+    a, b = rng.random(300), rng.random(300) + 0.06
+    reference = stats.permutation_test(
+        (a, b), lambda x, y, axis: np.mean(x - y, axis=axis), permutation_type="samples",
+        vectorized=True, n_resamples=20_000, rng=1,
+    ).pvalue  # fmt: skip
+    assert 0.01 < reference < 0.3
+    assert paired_permutation_test(a, b) == pytest.approx(reference, abs=0.02)
+    assert paired_permutation_test(b, a) == pytest.approx(reference, abs=0.02)
+
+
+def test_permutation_test_extremes():
+    a = np.random.default_rng(0).random(500)
+    assert paired_permutation_test(a, a) == 1.0
+    assert paired_permutation_test([a, a + 0.1], [a + 0.1, a]) == 1.0  # equal once averaged
+    assert paired_permutation_test(a + 1, a, resamples=999) == 1 / 1000  # never 0
+
+
+def test_false_positives_under_no_difference_are_five_in_a_hundred():
+    rng = np.random.default_rng(0)
+    permutation, t_test = [], []
+    for trial in range(400):
+        hard = rng.random(60)  # questions differ in difficulty, systems do not
+        a, b = rng.random((5, 60)) < hard, rng.random((5, 60)) < hard
+        permutation.append(paired_permutation_test(a, b, resamples=400, seed=trial))
+        t_test.append(paired_t_test(a, b))
+    for p in (permutation, t_test):
+        assert 0.025 < np.mean(np.array(p) < 0.05) < 0.085
+        assert 0.40 < np.mean(np.array(p) < 0.5) < 0.60
+
+
+def test_a_real_difference_is_found():
+    rng = np.random.default_rng(0)
+    a, b = rng.random((5, 1000)) < 0.50, rng.random((5, 1000)) < 0.45
+    assert paired_permutation_test(a, b) < 0.01
+    assert paired_t_test(a, b) < 0.05
+
+
+def test_paired_t_test_by_hand():
+    a = np.array([1.0, 2, 3, 4, 5])[:, None]
+    b = a - np.array([1.0, 2, 3, 4, 5])[:, None]
+    # Differences 1..5: mean 3, sd sqrt(2.5), t = 3 / sqrt(2.5 / 5) = 4.243 with 4 degrees: 0.0132.
+    assert paired_t_test(a, b) == pytest.approx(0.013236, abs=1e-5)
+    assert paired_t_test(a[:4], b[:4]) is None
+    assert paired_t_test(a, a) == 1.0
+    assert paired_t_test(a + 0.5, a) == 0.0
+
+
+def test_holm():
+    # Sorted .01 .02 .03 .04 times 4 3 2 1: .04 .06 .06 .04, and none below the one before.
+    assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm([0.9, 0.8]) == pytest.approx([1.0, 1.0])
+    assert holm([0.2]) == pytest.approx([0.2])
+    assert holm([]).shape == (0,)
+
+
+def test_holm_agrees_with_statsmodels():
+    multitest = pytest.importorskip("statsmodels.stats.multitest", reason="statsmodels is absent")
+    p = np.random.default_rng(0).random(20) ** 3
+    np.testing.assert_allclose(holm(p), multitest.multipletests(p, method="holm")[1])
+
+
+def test_scores_that_are_none_are_refused():
+    for broken in ([[0.5, np.nan]], [[0.5, np.inf]]):
+        with pytest.raises(DataError, match="seed 0, question 1"):
+            bootstrap_interval(broken)
+    with pytest.raises(DataError, match="not empty"):
+        seed_sd([[]])
+    with pytest.raises(ConfigError, match="same questions, got 2 and 3"):
+        paired_permutation_test([1, 2], [1, 2, 3])
+    with pytest.raises(ConfigError, match="equally many, got 5 and 6"):
+        paired_t_test(np.ones((5, 2)), np.ones((6, 2)))
+    with pytest.raises(ConfigError, match="level must be"):
+        bootstrap_interval([1, 2], level=95)
+    for broken in ([0.1, np.nan], [1.2], [[0.1]]):
+        with pytest.raises(DataError, match="p values"):
+            holm(broken)
