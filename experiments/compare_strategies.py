@@ -111,7 +111,6 @@ class Comparison:
         folder = self.folder / "tuned" / f"{setting}-seed{seed}"
         return Tuner(
             folder=folder if client is None else folder / f"client{client}",
-            system=self.system(seed),
             setting=setting,
             examples=self.dataset.train,
             clients=self.clients(seed),

@@ -5,12 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from toys import collate, linear_task, make_examples, squared_error
+from toys import assert_equal, collate, linear_task, make_examples, squared_error
 
 import fedrag_jax
 from fedrag_jax.data.partition import iid, partition
@@ -51,10 +50,6 @@ def log_without_times(folder: Path) -> list[dict]:
     return [{k: v for k, v in r.items() if not k.endswith("seconds")} for r in records]
 
 
-def assert_equal(tree, other):
-    jax.tree.map(np.testing.assert_array_equal, tree, other)
-
-
 # --- SIGKILL -----------------------------------------------------------------------------------
 
 
@@ -87,7 +82,7 @@ def killed(tmp_path_factory):
         folders[round, place] = folder = tmp_path_factory.mktemp(f"{place}{round}")
         command = [sys.executable, __file__, str(folder), str(round), place]
         processes.append(subprocess.Popen(command, env=environment))
-    assert [process.wait(timeout=120) for process in processes] == [-signal.SIGKILL] * len(DEATHS)
+    assert [process.wait(timeout=600) for process in processes] == [-signal.SIGKILL] * len(DEATHS)
     return folders
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedrag_jax.data.partition import Partition
 from fedrag_jax.objectives.task import Task
 
 
@@ -66,3 +67,22 @@ def mlp_task(dropout: bool = False) -> Task:
     if dropout:
         frozen["dropout"] = np.array(0.2)
     return Task("mlp", trainable, frozen, mlp_loss, collate)
+
+
+EXAMPLES = make_examples()
+FOUR = Partition(  # 2, 5, 8 and 8 examples
+    EXAMPLES, tuple(np.split(np.random.default_rng(5).permutation(23), [2, 7, 15]))
+)
+
+
+def leaves(tree) -> np.ndarray:
+    """All numbers of a tree in a row."""
+    return np.concatenate([np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(tree)])
+
+
+def assert_equal(tree, other):
+    jax.tree.map(np.testing.assert_array_equal, tree, other)
+
+
+def assert_close(tree, other, tolerance):
+    np.testing.assert_allclose(leaves(tree), leaves(other), rtol=0, atol=tolerance)

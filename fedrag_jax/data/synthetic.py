@@ -70,8 +70,13 @@ class Entity(NamedTuple):
     maker: int | None  # index of the person who made it, for works
 
 
-def generate(config: WorldConfig = WorldConfig()) -> Dataset:
-    """The world as passages and questions. Raises ConfigError if the questions asked for are too many."""
+def generate(config: WorldConfig | None = None) -> Dataset:
+    """The world as passages and questions.
+
+    Raises:
+      ConfigError: an unknown side, or more questions asked for than there are facts.
+    """
+    config = config or WorldConfig()
     if config.side not in ("pretraining", "test"):
         raise ConfigError(f"world side must be 'pretraining' or 'test', got {config.side!r}")
     rng = np.random.default_rng([config.seed, zlib.crc32(config.side.encode())])

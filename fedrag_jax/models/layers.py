@@ -91,7 +91,8 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
 
 def stack(count: int, make: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> nnx.Module:
     """`count` modules as one, each array with a leading axis."""
-    return nnx.vmap(make)(rngs.fork(split=count))
+    keys = jax.random.split(rngs.params(), count)
+    return nnx.vmap(lambda key: make(nnx.Rngs(params=key)))(keys)
 
 
 def run_stack(module: nnx.Module, step, carry, config, *scanned):

@@ -92,11 +92,11 @@ def _abstract(module, config, lora):
 
 
 def _filled(state: nnx.State, arrays) -> nnx.State:
-    variables, given = dict(state.flat_state()), dict(flatten(arrays))
+    variables, given = dict(nnx.to_flat_state(state)), dict(flatten(arrays))
     if variables.keys() != given.keys():
         missing, unknown = variables.keys() - given.keys(), given.keys() - variables.keys()
         raise ConfigError(
             f"parameters do not fit the network: missing {sorted(map('.'.join, missing))}, "
             f"unknown {sorted(map('.'.join, unknown))}; adapters need a network from add_lora"
         )
-    return nnx.State.from_flat_path({path: v.replace(given[path]) for path, v in variables.items()})
+    return nnx.from_flat_state({path: v.replace(given[path]) for path, v in variables.items()})

@@ -33,11 +33,14 @@ class Retriever:
     def build(cls, model: Pretrained, passages: Sequence[Passage], progress: bool = False):
         """Embeds the corpus (from the disk cache where it was embedded before) and indexes it."""
         bare = cls(model.network, model.tokenizer, model.params, None, passages, None, None)
-        return bare.refresh(model.params, progress)
+        return bare._indexed(model.params, embed_corpus, progress)
 
-    def refresh(self, document, progress: bool = False) -> "Retriever":
-        """The same corpus seen by other document parameters: re-embedded and re-indexed."""
-        vectors = embed_corpus(
+    def refresh(self, document) -> "Retriever":
+        """The same corpus seen by document parameters in training: re-embedded and re-indexed."""
+        return self._indexed(document, embed_texts, progress=False)
+
+    def _indexed(self, document, embed, progress: bool) -> "Retriever":
+        vectors = embed(
             self.encoder,
             document,
             self.tokenizer,
@@ -53,8 +56,8 @@ class Retriever:
         """Query-side tuning: new query parameters over the same document vectors."""
         return dataclasses.replace(self, query=query)
 
-    def search(self, questions: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Corpus rows int32 [Q, k] and cosines float32 [Q, k], best first."""
+    def embed_questions(self, questions: Sequence[str]) -> np.ndarray:
+        """Normalised vectors float32 [Q, D] of the query encoder."""
         vectors = embed_texts(
             self.encoder,
             self.query,
@@ -62,7 +65,11 @@ class Retriever:
             questions,
             max_length=self.encoder.config.max_length,
         )
-        return self.store.search(_normalised(vectors), k)
+        return _normalised(vectors)
+
+    def search(self, questions: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Corpus rows int32 [Q, k] and cosines float32 [Q, k], best first."""
+        return self.store.search(self.embed_questions(questions), k)
 
 
 def _normalised(vectors: np.ndarray) -> np.ndarray:

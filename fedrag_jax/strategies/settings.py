@@ -24,7 +24,8 @@ class Budget(NamedTuple):
 
     Attributes:
       rounds: R, also the number of index refreshes.
-      local_steps: S of a client in a round; a centralised round has S·K.
+      local_steps: S of a client in a round. Centralised training takes as many rounds of S steps
+        as it needs for K times the steps, and refreshes after every K of them.
       clients: K.
       batch_size: B.
       group_size: clients trained side by side.
@@ -62,33 +63,34 @@ def train(
       rates: learning rate of each part that moves (`adapters`, `query`, `document`).
       client: the one that trains, in the local setting.
     """
-    steps = budget.local_steps
-    if setting == "centralised":
-        data, algorithm = Partition(examples, (np.arange(len(examples)),)), None
-        steps *= budget.clients
-    elif setting == "federated":
-        data, algorithm = clients, fed_avg(local_steps=steps)
+    rounds, refresh_every = budget.rounds, 1
+    if setting == "federated":
+        data = clients
+    elif setting == "centralised":
+        data = Partition(examples, (np.arange(len(examples)),))
+        rounds, refresh_every = rounds * budget.clients, budget.clients
     elif setting == "local":
-        # Filled up to the largest client, so that every client runs the same program.
+        # Filled up to the size of all, so that every client runs the program of centralised training.
         own = [examples[i] for i in clients.clients[client]]
-        filler = own[:1] * (max(map(len, clients.clients)) - len(own))
-        data, algorithm = Partition(own + filler, (np.arange(len(own)),)), None
+        data = Partition(own + own[:1] * (len(examples) - len(own)), (np.arange(len(own)),))
     else:
         raise ConfigError(f"setting must be one of {SETTINGS}, got {setting!r}")
+    alone = setting != "federated"
     result = fit(
         task,
         data,
-        algorithm or local_only(local_steps=steps),
-        rounds=budget.rounds,
+        (local_only if alone else fed_avg)(local_steps=budget.local_steps),
+        rounds=rounds,
         batch_size=budget.batch_size,
         optimizer=adamw({name: rates[name] for name in task.trainable}),
         group_size=budget.group_size,
         seed=seed,
+        refresh_every=refresh_every,
         callbacks=callbacks,
     )
-    if algorithm is not None:
-        return result
-    return result._replace(trainable=jax.tree.map(lambda x: x[0], result.trainable))
+    if alone:
+        result = result._replace(trainable=jax.tree.map(lambda x: x[0], result.trainable))
+    return result
 
 
 def adamw(rates: dict[str, float]) -> optax.GradientTransformation:

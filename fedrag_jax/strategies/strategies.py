@@ -64,7 +64,16 @@ def independent(system: RAGSystem, dataset: Dataset, tune: Tune) -> RAGSystem:
 
 def two_phase(system: RAGSystem, dataset: Dataset, tune: Tune) -> RAGSystem:
     """RAG-Token twice: the adapters first, then the query encoder under the tuned generator."""
-    system = system.replace(**tune(_marginal(system, dataset, ("adapters",), "token")))
+    return second_phase(first_phase(system, dataset, tune), dataset, tune)
+
+
+def first_phase(system: RAGSystem, dataset: Dataset, tune: Tune) -> RAGSystem:
+    """RAG-Token on the adapters, the retriever frozen."""
+    return system.replace(**tune(_marginal(system, dataset, ("adapters",), "token")))
+
+
+def second_phase(system: RAGSystem, dataset: Dataset, tune: Tune) -> RAGSystem:
+    """RAG-Token on the query encoder, the generator frozen."""
     return system.replace(**tune(_marginal(system, dataset, ("query",), "token")))
 
 

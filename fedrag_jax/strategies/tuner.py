@@ -10,7 +10,6 @@ from fedrag_jax.data.examples import Example
 from fedrag_jax.data.partition import Partition
 from fedrag_jax.models import hub
 from fedrag_jax.objectives.task import PyTree, Task
-from fedrag_jax.rag import RAGSystem
 from fedrag_jax.strategies.settings import Budget, train
 from fedrag_jax.tracking.checkpoints import Checkpointer
 from fedrag_jax.tracking.ledger import Cost, training_cost
@@ -25,11 +24,11 @@ class Tuner:
       folder: where each task leaves `tuned.safetensors`, `rounds.jsonl` and `cost.json`. A task that
         is finished there is read back; one that was killed resumes from its checkpoints.
       rates: `rates(task name, part) -> learning rate`.
+      checkpoint_every: index refreshes between two checkpoints.
       costs: of each task asked for, in order, whether trained now or read back.
     """
 
     folder: pathlib.Path
-    system: RAGSystem
     setting: str
     examples: list[Example]
     clients: Partition
@@ -51,6 +50,7 @@ class Tuner:
     def _train(self, task: Task, folder: pathlib.Path) -> None:
         where = self.setting if self.client is None else f"{self.setting} client {self.client}"
         checkpoints = folder / "checkpoints"
+        stretch = self.budget.clients if self.setting == "centralised" else 1
         result = train(
             task,
             self.setting,
@@ -60,7 +60,7 @@ class Tuner:
             {part: self.rates(task.name, part) for part in task.trainable},
             self.seed,
             callbacks=[
-                Checkpointer(checkpoints, self.checkpoint_every),
+                Checkpointer(checkpoints, self.checkpoint_every * stretch),
                 JsonlLog(folder / "rounds.jsonl"),
                 Progress(where),
             ],
@@ -81,10 +81,6 @@ class Tuner:
             history,
             table,
             federated=self.setting == "federated",
-            clients=budget.clients,
             steps=budget.rounds * budget.local_steps * clients,
             batch_size=budget.batch_size,
-            decoder=self.system.decoder.config,
-            lora=self.system.lora,
-            encoder=self.system.retriever.encoder.config,
         )

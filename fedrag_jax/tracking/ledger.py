@@ -17,9 +17,10 @@ class Cost(NamedTuple):
 
     Attributes:
       seconds: training, retrieval and refresh; `compile_seconds` lie beside it.
-      flops: model formula; `flops_compiler` is the compiler's count of one unrolled step, times steps.
-      bytes_up, bytes_down: trainable leaves as stored, clients to server and back; 0 when nothing is
-        federated.
+      flops: model formula of the training steps; `flops_compiler` is the compiler's count of one
+        unrolled step, times steps.
+      bytes_up, bytes_down: trainable leaves as stored, clients to server and back; 0 when nothing
+        is federated.
     """
 
     seconds: float = 0.0
@@ -65,15 +66,18 @@ def encoder_flops(config: EncoderConfig, tokens: int, trained: bool) -> float:
     return forward * (3 if trained else 1)
 
 
-def step_flops(task: Task, table, batch_size: int, decoder, lora: LoraConfig, encoder) -> float:
-    """Model formula of one local step of a task, from the shapes of its table."""
+def step_flops(task: Task, table, batch_size: int) -> float:
+    """Model formula of one local step of a task, from its networks and the shapes of its table."""
     flops = 0.0
     if "tokens" in table:
+        decoder = task.loss.decoder
         _, prompts, tokens = table["tokens"].shape
         answer = table["answer_positions"].shape[-1]
-        flops += prompts * decoder_flops(decoder, lora, tokens, answer, trained=True)
+        one = decoder_flops(decoder.config, decoder.lora, tokens, answer, trained=True)
+        flops += prompts * one
     if "question_tokens" in table and "query" in task.trainable:
-        flops += encoder_flops(encoder, table["question_tokens"].shape[1], trained=True)
+        width = table["question_tokens"].shape[1]
+        flops += encoder_flops(task.loss.encoder.config, width, trained=True)
     return batch_size * flops
 
 
@@ -97,27 +101,23 @@ def tree_bytes(tree) -> int:
 
 
 def training_cost(
-    task: Task,
-    history: list[dict],
-    table,
-    *,
-    federated: bool,
-    clients: int,
-    steps: int,
-    batch_size: int,
-    decoder,
-    lora: LoraConfig,
-    encoder,
+    task: Task, history: list[dict], table, *, federated: bool, steps: int, batch_size: int
 ) -> Cost:
-    """Of a finished fit: `steps` local steps in all, `clients` in the cohort of each round."""
+    """Of a finished fit.
+
+    Args:
+      history: its records, of which each names its cohort.
+      table: any rows of the task's table, for their shapes.
+      steps: local steps of all clients in all rounds.
+    """
     refresh = sum(r["refresh_seconds"] for r in history)
-    moved = tree_bytes(task.trainable) * clients * len(history) if federated else 0
+    sent = sum(len(r["clients"]) for r in history) * tree_bytes(task.trainable) if federated else 0
     return Cost(
         seconds=sum(r["seconds"] for r in history) + refresh,
         compile_seconds=sum(r["compile_seconds"] for r in history),
         refresh_seconds=refresh,
-        flops=steps * step_flops(task, table, batch_size, decoder, lora, encoder),
+        flops=steps * step_flops(task, table, batch_size),
         flops_compiler=steps * compiler_flops(task, table, batch_size),
-        bytes_up=moved,
-        bytes_down=moved,
+        bytes_up=sent,
+        bytes_down=sent,
     )

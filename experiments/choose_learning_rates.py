@@ -1,0 +1,93 @@
+"""Learning rates of the comparison, chosen on validation questions alone.
+
+    python -m experiments.choose_learning_rates --config=configs/compare_strategies.py
+
+As in Lawton et al. 2025: retriever, generator and the two phases search a grid each, in every
+setting by itself; joint training reuses the rates of the two phases. Prints what to put into the config and
+writes runs/<name>-rates/learning_rates.json; grid points that are finished are not trained again.
+"""
+
+import dataclasses
+import json
+import pathlib
+
+import numpy as np
+from absl import app, flags
+
+from experiments import compare_strategies
+from experiments.compare_strategies import Comparison, load_data
+from fedrag_jax.errors import FedragError
+
+_GENERATOR = flags.DEFINE_list("generator_grid", ["1e-3", "3e-3", "1e-2"], "rates of the adapters")
+_RETRIEVER = flags.DEFINE_list("retriever_grid", ["1e-4", "3e-4", "1e-3"], "rates of the encoder")
+_QUESTIONS = flags.DEFINE_integer("questions", 200, "validation questions a system is judged on")
+
+
+def validation_em(system, examples) -> float:
+    """EM in percent."""
+    from fedrag_jax.evaluation.evaluator import evaluate
+
+    return 100 * float(evaluate(system, examples)["em"].mean())
+
+
+def search(run: Comparison, setting: str, strategy, grid, bases, seed: int):
+    """Trains one strategy at every rate of a grid; `(best rate, its systems, {rate: EM})`.
+
+    In the local setting all clients train and each is judged on a share of the questions.
+    """
+    members = list(range(run.config.federated.clients)) if setting == "local" else [None]
+    examples = run.dataset.validation[: _QUESTIONS.value]
+    found = {}
+    for rate in grid:
+        systems = []
+        for base, client in zip(bases, members, strict=True):
+            tuner = run.tuner(setting, seed, client, rate=lambda task, part, rate=rate: rate)
+            folder = run.folder / "tuned" / f"{strategy.__name__}-{rate:g}" / tuner.folder.name
+            tuner = dataclasses.replace(tuner, folder=folder / setting)
+            systems.append(strategy(base, run.dataset, tuner))
+        share = [examples[i :: len(members)] for i in range(len(members))]
+        em = np.mean([validation_em(s, x) for s, x in zip(systems, share, strict=True)])
+        found[rate] = float(em), systems
+        print(
+            f"{setting:12s} {strategy.__name__:13s} lr {rate:<8g} validation EM {em:.1f}",
+            flush=True,
+        )
+    best = max(found, key=lambda rate: found[rate][0])
+    return best, found[best][1], {rate: em for rate, (em, _) in found.items()}
+
+
+def main(_):
+    from fedrag_jax.strategies import strategies
+
+    config = compare_strategies._CONFIG.value
+    seed = config.seeds[0]
+    folder = pathlib.Path(compare_strategies._RUNS.value) / f"{config.name}-rates"
+    folder.mkdir(parents=True, exist_ok=True)
+    generator, retriever = ([float(x) for x in f.value] for f in (_GENERATOR, _RETRIEVER))
+    chosen, scores = {}, {}
+    try:
+        run = Comparison(config, load_data(config), folder)
+        for setting in config.settings:
+            count = config.federated.clients if setting == "local" else 1
+            base = [run.system(seed)] * count
+            rates, found, systems = {}, {}, base
+            for name, strategy, grid in (
+                ("retriever", strategies.retriever, retriever),
+                ("generator", strategies.generator, generator),
+                ("marginal_generator", strategies.first_phase, generator),
+                ("marginal_retriever", strategies.second_phase, retriever),
+            ):
+                start = systems if strategy is strategies.second_phase else base
+                rates[name], systems, found[name] = search(
+                    run, setting, strategy, grid, start, seed
+                )
+            chosen[setting], scores[setting] = rates, found
+    except FedragError as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from error
+    result = {"chosen": chosen, "validation_em": scores}
+    (folder / "learning_rates.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(chosen, indent=2))
+
+
+if __name__ == "__main__":
+    app.run(main)

