@@ -3,8 +3,8 @@
     python -m experiments.choose_learning_rates --config=configs/compare_strategies.py
 
 As in Lawton et al. 2025: retriever, generator and the two phases search a grid each, in every
-setting by itself; joint training reuses the rates of the two phases. Prints what to put into the config and
-writes runs/<name>-rates/learning_rates.json; grid points that are finished are not trained again.
+setting by itself; joint training reuses the rates of the two phases. Prints what to put into the
+config and writes runs/<name>-rates/learning_rates.json; finished grid points are not trained again.
 """
 
 import dataclasses

@@ -9,7 +9,8 @@ answered or enough steps have passed; each context is asked several questions, a
 passages are namesakes; embeddings start at unit scale, AdamW with b2 = 0.98.
 
 Once it reads over five passages, the decoder is also taught to rate a text, to ask about it, and to
-cite. What makes a test world harder than these: a topic's jargon, and more names sharing a word.
+cite. What makes a test world harder than these: a topic's own jargon and
+chatter, and more names sharing a word.
 """
 
 import collections
@@ -38,7 +39,7 @@ _ENCODER_STEPS = flags.DEFINE_integer("encoder_steps", 500, "batches of 128 pair
 
 WORLDS = [
     synthetic.WorldConfig(
-        seed=seed, side="pretraining", crowding=1.5, jargon=0.0, questions=(6000, 160, 160)
+        seed=seed, side="pretraining", crowding=1.5, jargon=0.0, chatter=0.0, questions=(6000, 160, 160)
     )
     for seed in range(8)
 ]
@@ -141,7 +142,7 @@ class Reader:
         chosen = {p.id: p for p in golds}
         while len(chosen) < k:
             near = self.namesakes[self.choice(golds).title.split()[self.rng.integers(2)]]
-            p = self.choice(near if self.rng.random() < 0.3 else self.facts)
+            p = self.choice(near if near and self.rng.random() < 0.3 else self.facts)
             chosen.setdefault(p.id, p)
         passages = list(chosen.values())
         self.rng.shuffle(passages)

@@ -14,7 +14,7 @@ from toys import assert_equal, collate, linear_task, make_examples, squared_erro
 import fedrag_jax
 from fedrag_jax.data.partition import iid, partition
 from fedrag_jax.errors import ConfigError, DivergenceError
-from fedrag_jax.federated.callbacks import Callback
+from fedrag_jax.federated.callbacks import Callback, FitState
 from fedrag_jax.federated.fed_avg import fed_avg
 from fedrag_jax.federated.fit import fit
 from fedrag_jax.federated.local_only import local_only
@@ -194,20 +194,22 @@ def test_a_log_without_checkpoints_starts_anew(tmp_path):
         assert [json.loads(line) for line in path.read_text().splitlines()] == result.history
 
 
-def test_progress_is_a_line_a_round(capsys):
-    progress = Progress()
+def test_progress_tells_round_and_time_left(capsys):
+    progress = Progress("seed 3")
     state = fit(linear_task(), DATA, fed_avg(2), rounds=2, callbacks=[progress])
     captured = capsys.readouterr()
     lines = captured.err.splitlines()
     assert captured.out == "" and len(lines) == 2
-    assert lines[1].startswith(f"linear: round 2/2  loss {state.history[1]['loss']:.4f}  ")
+    assert lines[1].startswith(f"seed 3, linear: round 2/2  loss {state.history[1]['loss']:.4f}  ")
     assert lines[1].endswith(" s/round  0:00:00 left")
-    # 3,725 s a round, one round to go.
-    progress.seconds = []
+    # 3,725 s a round, one round to go; a second line within a second is left out.
+    progress.seconds, progress.shown = [], 0.0
     record = state.history[0] | {"seconds": 3700.0, "refresh_seconds": 25.0}
-    settings = {"task": "linear"}
-    progress.round_end(type("Settings", (), {"settings": settings}), record)
-    assert capsys.readouterr().err.endswith("  3725.00 s/round  1:02:05 left\n")
+    now = FitState(1, None, None, (record,), {"task": "linear"})
+    progress.round_end(now, record)
+    progress.round_end(now, record)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].endswith("  3725.00 s/round  1:02:05 left")
 
 
 if __name__ == "__main__":

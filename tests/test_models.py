@@ -44,8 +44,8 @@ def tiny_inputs(rows=2, width=7):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def run(network, params, *inputs, adapters=None):
-    return network(params, *inputs, adapters=adapters)
+def run(network, params, *inputs, **options):
+    return network(params, *inputs, **options)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -144,7 +144,7 @@ def test_unroll_and_remat_change_no_number(tiny, change):
 
 
 def test_unrolled_lets_the_compiler_count_every_layer(tiny):
-    network, params = tiny
+    network, _ = tiny
     deep = Network.of(Decoder, dataclasses.replace(TINY, num_layers=6))
 
     def flops(network):

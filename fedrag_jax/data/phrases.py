@@ -1,9 +1,10 @@
 """The words of the built-in world: topics, sentence patterns and ways to ask.
 
 Placeholders: `{n}` a person, `{w}` a work, `{role}`, `{past}` (active), `{made}` (passive) and
-`{shown}` the topic's own words; the rest are values. `PLAIN` questions belong to every world;
-`JARGON` is each topic's own way to ask and appears in test worlds alone: a model has to be tuned to
-follow it, and a client who knows one topic never meets the jargon of another.
+`{shown}` the topic's own words; the rest are values. `PLAIN` questions belong to every world. Test worlds alone
+have each topic's own ways to ask: `JARGON` says it in other words, `CHATTER` wraps a question in talk
+that has nothing to do with it. A model has to be tuned to follow them, and a client who knows one
+topic never meets the ways of another.
 """
 
 from typing import NamedTuple
@@ -202,3 +203,17 @@ JARGON = {
         "{n} parked the tools for good in what year?",
     ),
 }
+
+# Two lines a topic, in the order of TOPICS.
+CHATTER = (
+    ("Encore, maestro! {q}", "The oboe asks: {q}"),
+    ("While the varnish dries: {q}", "Brush down! {q}"),
+    ("Quiet on the set! {q}", "Over popcorn: {q}"),
+    ("Scribbled in a margin: {q}", "Red pencil out: {q}"),
+    ("Hard hats on! {q}", "Up on the scaffold: {q}"),
+    ("Goggles on! {q}", "Before the fumes: {q}"),
+    ("Half time, oranges: {q}", "Shout from the bench: {q}"),
+    ("Ahoy! {q}", "Rum in the cup: {q}"),
+    ("Knives down! {q}", "Stuck to the fridge: {q}"),
+    ("Oil on the sleeves: {q}", "Chalked on the boiler: {q}"),
+)

@@ -19,6 +19,7 @@ import numpy as np
 
 from fedrag_jax.data.examples import Dataset, Example, Passage
 from fedrag_jax.data.phrases import (
+    CHATTER,
     JARGON,
     JUNK_PASSAGES,
     PERSON_PASSAGES,
@@ -47,6 +48,7 @@ class WorldConfig(NamedTuple):
       junk: passages without any fact.
       crowding: how many entities share a name word, the closeness of distractors.
       jargon: fraction of one-hop questions asked in the topic's own jargon.
+      chatter: fraction of the other questions that come wrapped in the topic's own chatter.
       questions: train, validation and test; a quarter of each is two-hop.
     """
 
@@ -56,7 +58,8 @@ class WorldConfig(NamedTuple):
     works: int = 96
     junk: int = 80
     crowding: float = 4.0
-    jargon: float = 0.4
+    jargon: float = 0.2
+    chatter: float = 0.45
     questions: tuple[int, int, int] = (1600, 400, 600)
 
 
@@ -191,22 +194,24 @@ def _questions(config, rng, people, works) -> list[list[Example]]:
                     "raise `people` and `works`"
                 )
             for i in rng.permutation(len(pool))[:count]:
-                examples.append(_example(*pool[i], hops, config.jargon, people, rng))
+                examples.append(_example(*pool[i], hops, config, people, rng))
         result.append([examples[i] for i in rng.permutation(len(examples))])
     return result
 
 
-def _example(entity: Entity, fact: str, hops: int, jargon: float, people, rng) -> Example:
+def _example(entity: Entity, fact: str, hops: int, config: WorldConfig, people, rng) -> Example:
     topic = TOPICS[entity.topic]
     source, golds = entity, (entity.id,)
     if hops == 2:
         source = people[entity.maker]
         golds = (entity.id, source.id)
         pattern = str(rng.choice(PLAIN_TWO_HOP[fact]))
-    elif rng.random() < jargon:
+    elif rng.random() < config.jargon:
         pattern = JARGON[fact][entity.topic]
     else:
         pattern = str(rng.choice(PLAIN[fact]))
+    if pattern not in JARGON[fact] and rng.random() < config.chatter:
+        pattern = str(rng.choice(CHATTER[entity.topic])).format(q=pattern)
     return Example(
         id=f"{entity.id}-{fact}-{hops}",
         question=pattern.format(**_vocabulary(entity)),

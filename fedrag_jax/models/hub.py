@@ -10,7 +10,6 @@ import pathlib
 import re
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
@@ -127,8 +126,7 @@ def load(name_or_path: str | pathlib.Path, dtype=jnp.float32) -> Pretrained:
         raise CheckpointError(
             f"{folder}/config.json: quantization_config is not supported; load unquantized weights"
         )
-    tokenizer = _tokenizer(folder)
-    extra = sentence.read(folder, hf, tokenizer) if family.module is Encoder else {}
+    extra = sentence.read(folder, hf) if family.module is Encoder else {}
     try:
         config = family.config.from_hf(hf, **extra)
     except (KeyError, TypeError) as error:
@@ -137,7 +135,7 @@ def load(name_or_path: str | pathlib.Path, dtype=jnp.float32) -> Pretrained:
         raise CheckpointError(f"{folder}: {error}") from error
     network = Network.of(family.module, config)
     params = _read(folder, family, network, jnp.dtype(dtype))
-    return Pretrained(network, params, tokenizer, str(name_or_path))
+    return Pretrained(network, params, _tokenizer(folder), str(name_or_path))
 
 
 def save(pretrained: Pretrained, path: str | pathlib.Path, dtype: str = "float32") -> None:
@@ -180,7 +178,7 @@ def load_arrays(path: str | pathlib.Path) -> dict:
       CheckpointError: no such file, or not a safetensors file.
     """
     with _open(pathlib.Path(path)) as file:
-        leaves = [(tuple(name.split(".")), file.get_tensor(name)) for name in file.keys()]
+        leaves = [(tuple(name.split(".")), file.get_tensor(name)) for name in sorted(file.keys())]
     return unflatten(leaves)
 
 
@@ -253,7 +251,7 @@ def _read(folder: pathlib.Path, family: Family, network: Network, dtype) -> dict
     found, problems = {}, []
     for file in _files(folder):
         with _open(file) as tensors:
-            for stored in tensors.keys():
+            for stored in sorted(tensors.keys()):
                 name = stored.removeprefix(family.prefix)
                 name = re.sub(
                     r"gamma$", "weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
@@ -290,7 +288,8 @@ def _read(folder: pathlib.Path, family: Family, network: Network, dtype) -> dict
 def _to_tensors(family: Family, params: dict, dtype) -> dict[str, np.ndarray]:
     tensors = {}
     for path, leaf in flatten(params):
-        array = np.asarray(jax.device_get(leaf)).astype(dtype)
+        with np.errstate(over="ignore"):  # save refuses what is not finite
+            array = np.asarray(leaf).astype(dtype)
         array = np.ascontiguousarray(array.swapaxes(-1, -2) if path[-1] == "kernel" else array)
         name = family.names[".".join(path)]
         if path[0] == "layers":

@@ -10,7 +10,7 @@ from fedrag_jax.models.encoder import POOLING, EncoderConfig
 _MODULES = ("Transformer", "Pooling", "Normalize")
 
 
-def read(folder: pathlib.Path, hf: dict, tokenizer) -> dict[str, Any]:
+def read(folder: pathlib.Path, hf: dict) -> dict[str, Any]:
     """`pooling`, `normalize` and `max_length` of an encoder folder.
 
     Without `modules.json`: mean pooling, not normalised, as sentence-transformers does.
@@ -33,14 +33,15 @@ def read(folder: pathlib.Path, hf: dict, tokenizer) -> dict[str, Any]:
             "supported; supported: none"
         )
     pooling = _json(folder / modules[1]["path"] / "config.json", {}) if modules else {}
-    limits = [hf.get("max_position_embeddings", 512), tokenizer.model_max_length]
-    limits.append(
-        _json(folder / "sentence_bert_config.json", {}).get("max_seq_length") or limits[0]
+    limits = (
+        hf.get("max_position_embeddings", 512),
+        _json(folder / "tokenizer_config.json", {}).get("model_max_length"),
+        _json(folder / "sentence_bert_config.json", {}).get("max_seq_length"),
     )
     return {
         "pooling": _pooling(folder, pooling),
         "normalize": "Normalize" in kinds,
-        "max_length": min(limits),
+        "max_length": int(min(limit for limit in limits if limit)),
     }
 
 

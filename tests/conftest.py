@@ -1,0 +1,18 @@
+"""One compilation cache and one embedding cache for the whole suite, and a word on the real data."""
+
+import os
+import pathlib
+import tempfile
+
+_CACHE = pathlib.Path(tempfile.gettempdir()) / "fedrag_jax_tests"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE / "xla"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("FEDRAG_CACHE", str(_CACHE / "embeddings"))
+os.environ.setdefault("WANDB_SILENT", "true")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_report_header(config):
+    data = pathlib.Path(os.environ.get("FEDRAG_DATA", "../shared/data"))
+    found = (data / "squad.questions.jsonl.gz").exists()
+    return f"real data: {'runs on ' + str(data) if found else f'skipped, no sets in {data}'}"

@@ -1,0 +1,58 @@
+"""Imports point one way, rooms stay small, and nothing heavy or forbidden sneaks in."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parent.parent
+PACKAGE = ROOT / "fedrag_jax"
+# Each room may import from itself and from those after it.
+ORDER = ["strategies", "tracking", "evaluation", "rag", "federated", "objectives", "retrieval",
+         "models", "data", "errors"]  # fmt: skip
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def room(path):
+    relative = path.relative_to(PACKAGE)
+    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+
+
+def test_imports_point_down():
+    for path in PACKAGE.rglob("*.py"):
+        here = room(path)
+        if here == "__init__":
+            continue
+        for module in imports(path):
+            assert not module.startswith(("experiments", "tests", "torch")), f"{path}: {module}"
+            if module.startswith("fedrag_jax."):
+                there = module.split(".")[1]
+                assert ORDER.index(there) >= ORDER.index(here), f"{path} imports {module}"
+
+
+def test_federated_knows_neither_tracking_nor_evaluation():
+    for name in ("federated", "objectives", "retrieval", "models", "data"):
+        for path in (PACKAGE / name).rglob("*.py"):
+            for module in imports(path):
+                assert not module.startswith(("fedrag_jax.tracking", "fedrag_jax.evaluation"))
+
+
+def test_modules_are_short():
+    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "experiments").glob("*.py")]:
+        assert len(path.read_text().splitlines()) <= 400, path
+
+
+def test_help_does_not_import_jax():
+    code = (
+        "import sys; import experiments.compare_strategies; "
+        "assert 'jax' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -1,0 +1,159 @@
+"""The programs a newcomer runs, small, and what they say to bad input."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+from ml_collections import config_flags  # noqa: F401
+
+from configs.compare_strategies import get_config
+from experiments import compare_strategies
+from fedrag_jax.errors import CheckpointError, ConfigError, DataError
+from fedrag_jax.tracking.tables import COLUMNS
+
+WANTED = (
+    "strategy,setting,alpha,labels,seeds,em,em_low,em_high,em_seed_sd,f1,recall_at_5,mrr,seconds,"
+    "flops,bytes_up,bytes_down"
+).split(",")
+
+
+def small():
+    config = get_config()
+    config.name = "small"
+    config.strategies = ("none", "retriever", "two_phase")
+    config.settings = ("federated", "local")
+    config.data.train_questions = 160
+    config.data.test_questions = 60
+    config.federated.clients = 2
+    config.federated.alpha = 1.0
+    config.training.rounds = 1
+    config.training.local_steps = 1
+    config.wandb.mode = "disabled"
+    return config
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    runs = tmp_path_factory.mktemp("runs")
+    return compare_strategies.run(small(), str(runs))
+
+
+def read(folder):
+    with open(folder / "strategies.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_what_a_comparison_leaves_behind(finished):
+    rows = read(finished)
+    assert list(COLUMNS[: len(WANTED)]) == WANTED
+    assert [(r["strategy"], r["setting"]) for r in rows] == [
+        (strategy, setting)
+        for setting in ("federated", "local")
+        for strategy in ("none", "retriever", "two_phase")
+    ]
+    for row in rows:
+        assert 0 <= float(row["em_low"]) <= float(row["em"]) <= float(row["em_high"]) <= 100
+        sends = row["setting"] == "federated" and row["strategy"] != "none"
+        assert (int(row["bytes_up"]) > 0) == sends
+        assert (float(row["seconds"]) > 0) == (row["strategy"] != "none")
+        if float(row["flops"]):
+            assert 0.9 < float(row["flops_compiler"]) / float(row["flops"]) < 1.2
+    for name in ("table.md", "comparisons.csv", "controls.csv", "metrics.jsonl"):
+        assert (finished / name).stat().st_size > 0
+    for name in ("quality_cost.png", "learning_curves.png"):
+        assert (finished / name).read_bytes().startswith(b"\x89PNG")
+    manifest = json.loads((finished / "manifest.json").read_text())
+    assert manifest["data"]["passages"] == 2000 and manifest["versions"]["jax"]
+    assert json.loads((finished / "config.json").read_text())["federated"]["clients"] == 2
+
+
+def test_learning_rate_zero_changes_nothing(finished):
+    assert "learning rate zero changed scores by 0.0" in (finished / "table.md").read_text()
+
+
+def test_bytes_are_those_of_the_trainable_leaves(finished):
+    from fedrag_jax.models import hub
+    from fedrag_jax.tracking.ledger import tree_bytes
+
+    encoder = tree_bytes(hub.load("builtin:encoder").params)
+    row = next(r for r in read(finished) if r["strategy"] == "retriever")
+    assert int(row["bytes_up"]) == int(row["bytes_down"]) == encoder * 2  # clients, one round
+
+
+def test_finished_cells_are_kept_and_a_deleted_one_comes_back_the_same(finished, monkeypatch):
+    before = read(finished)
+    computed = []
+    real = compare_strategies.compute_cell
+
+    def watched(run, *cell):
+        computed.append(cell)
+        return real(run, *cell)
+
+    monkeypatch.setattr(compare_strategies, "compute_cell", watched)
+    shutil.rmtree(finished / "cells" / "retriever-federated-seed0")
+    compare_strategies.run(small(), str(finished.parent))
+    assert computed == [("retriever", "federated", 0)]
+    assert read(finished) == before
+
+
+def test_another_config_does_not_mix_with_old_results(finished):
+    config = small()
+    config.federated.alpha = 0.5
+    with pytest.raises(ConfigError, match=r"federated was .*Choose another --config.name"):
+        compare_strategies.run(config, str(finished.parent))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "error", "message"),
+    [
+        ("federated.alpha", 0.0, ConfigError, r"alpha must be > 0, got 0.0"),
+        ("federated.alpha", -1.0, ConfigError, r"alpha must be > 0, got -1.0"),
+        ("federated.clients", 161, ConfigError, r"161 clients"),
+        ("strategies", ("magic",), ConfigError, r"\['magic'\] unknown; choose among"),
+        ("settings", ("here",), ConfigError, r"\['here'\] unknown"),
+        ("retrieval.top_k", 2001, ConfigError, r"corpus' 2000 passages, got 2001"),
+        ("models.generator", "/nowhere", CheckpointError, "/nowhere"),
+        ("data.name", "/nowhere", DataError, "/nowhere"),
+        ("lora.targets", ("nose_proj",), ConfigError, "nose_proj"),
+    ],
+)
+def test_bad_settings_are_named(tmp_path, setting, value, error, message):
+    config = small()
+    config.update_from_flattened_dict({setting: value})
+    with pytest.raises(error, match=message):
+        compare_strategies.run(config, str(tmp_path))
+
+
+def test_an_unknown_setting_is_refused_on_the_command_line():
+    import subprocess
+    import sys
+
+    command = [sys.executable, "-m", "experiments.compare_strategies"]
+    command += ["--config=configs/compare_strategies.py", "--config.federated.client=3"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0 and "client" in done.stderr
+
+
+def test_ones_own_jsonl_folder_runs(tmp_path):
+    data = tmp_path / "mine"
+    data.mkdir()
+    rng = np.random.default_rng(0)
+    with open(data / "passages.jsonl", "w") as file:
+        for i in range(30):
+            text = f"The {i} Tower was designed by Ann {i} in 1700."
+            file.write(json.dumps({"id": f"p{i}", "title": f"Tower {i}", "text": text}) + "\n")
+    with open(data / "questions.jsonl", "w") as file:
+        for i in range(30):
+            question = {"id": f"q{i}", "question": f"Who designed the {i} Tower?",
+                        "answers": [f"Ann {i}"], "positive_ids": [f"p{i}"],
+                        "topic": str(rng.choice(["a", "b"]))}  # fmt: skip
+            file.write(json.dumps(question) + "\n")
+    config = small()
+    config.data.name = str(data)
+    config.strategies = ("none", "retriever")
+    config.settings = ("federated",)
+    config.data.train_questions = 0
+    rows = read(compare_strategies.run(config, str(tmp_path / "runs")))
+    assert len(rows) == 2

@@ -1,0 +1,129 @@
+"""The built-in world is what the protocol says, and the start is frozen where it says."""
+
+import collections
+
+import numpy as np
+import pytest
+
+from fedrag_jax.data import synthetic
+from fedrag_jax.data.examples import check, content_hash
+from fedrag_jax.errors import ConfigError
+from fedrag_jax.evaluation import evaluator
+from fedrag_jax.evaluation.metrics import percent
+from fedrag_jax.rag import RAGSystem
+
+
+@pytest.fixture(scope="module")
+def world():
+    return synthetic.generate()
+
+
+@pytest.fixture(scope="module")
+def system(world):
+    return RAGSystem.build(world.passages, world.train)
+
+
+def test_sizes(world):
+    check(world)
+    assert len(world.passages) == 2000
+    assert (len(world.train), len(world.validation), len(world.test)) == (1600, 400, 600)
+    for split in (world.train, world.validation, world.test):
+        assert sum(e.hops == 2 for e in split) == len(split) // 4
+        assert {e.topic for e in split} == {t.name for t in synthetic.TOPICS}
+    assert len({e.topic for e in world.train}) == 10
+    assert sum(not p.title for p in world.passages) == 80
+
+
+def test_deterministic_and_different_for_other_seeds(world):
+    again = content_hash(synthetic.generate())
+    assert content_hash(world) == again
+    assert content_hash(synthetic.generate(synthetic.WorldConfig(seed=1))) != again
+
+
+def test_answers_stand_in_the_gold_passage_that_answers(world):
+    texts = {p.id: p.text for p in world.passages}
+    for e in world.train + world.validation + world.test:
+        assert len(e.positive_ids) == e.hops
+        assert e.answers[0] in texts[e.positive_ids[-1]]
+
+
+def test_no_tested_fact_was_trained_on(world):
+    """A person and all their works are in one split, so splits share no gold passage."""
+    seen = collections.defaultdict(set)
+    for name, split in (("train", world.train), ("val", world.validation), ("test", world.test)):
+        for e in split:
+            for i in e.positive_ids:
+                seen[i].add(name)
+    assert all(len(splits) == 1 for splits in seen.values())
+
+
+def test_answer_types_have_many_values(world):
+    values = collections.defaultdict(set)
+    for e in world.train + world.validation + world.test:
+        values[e.id.rsplit("-", 2)[1]].add(e.answers[0])
+    counts = collections.Counter()
+    for e in world.test:
+        counts[e.answers[0]] += 1
+    assert max(counts.values()) / len(world.test) < 0.02  # no answer worth guessing
+    assert all(len(v) >= 100 for v in values.values())
+
+
+def test_the_two_sides_share_no_name(world):
+    other = synthetic.generate(
+        synthetic.WorldConfig(seed=3, side="pretraining", questions=(100, 20, 20))
+    )
+    kinds = {k for topic in synthetic.TOPICS for k in topic.kinds}
+    names = [
+        {word for p in w.passages for word in p.title.split()} - kinds for w in (world, other)
+    ]
+    assert names[0] and not names[0] & names[1]
+
+
+def test_impossible_worlds_are_refused():
+    with pytest.raises(ConfigError, match="2-hop facts"):
+        synthetic.generate(synthetic.WorldConfig(people=3, works=3))
+    with pytest.raises(ConfigError, match="side"):
+        synthetic.generate(synthetic.WorldConfig(side="dark"))
+
+
+def test_starting_point(world, system):
+    """Frozen before any comparison: it reads, it does not know, and it finds about half."""
+    one_hop = [e for e in world.test if e.hops == 1][:200]
+    assert percent(evaluator.closed_book(system, world.test[:200])["em"]) <= 5
+    assert percent(evaluator.distractor_passage(system, one_hop)["em"]) <= 5
+    assert percent(evaluator.gold_passage(system, one_hop)["em"]) >= 80
+    rows, _ = system.retriever.search([e.question for e in world.test], 10)
+    recall = percent(evaluator.rank_scores(system, world.test, rows)["recall_at_5"])
+    assert 45 <= recall <= 75
+
+
+def test_a_saved_system_answers_alike(world, system, tmp_path):
+    import jax
+
+    tuned = system.replace(
+        adapters=jax.tree.map(lambda x: x + 0.01, system.adapters),
+        query=jax.tree.map(lambda x: 1.01 * x, system.retriever.query),
+    )
+    questions = [e.question for e in world.test[:6]]
+    expected = tuned.batch_query(questions)
+    tuned.save(tmp_path / "system")
+    loaded = RAGSystem.load(tmp_path / "system")
+    for found, wanted in zip(loaded.batch_query(questions), expected, strict=True):
+        assert found.answer == wanted.answer
+        assert [p.id for p in found.sources] == [p.id for p in wanted.sources]
+        np.testing.assert_allclose(found.scores, wanted.scores, atol=1e-5)
+    assert loaded.query(questions[0]).answer == expected[0].answer
+    assert len(expected[0].sources) == system.top_k == 5
+
+
+def test_systems_that_cannot_be(world, tmp_path):
+    from fedrag_jax.errors import CheckpointError
+
+    with pytest.raises(ConfigError, match=r"top_k must be between 1 and the corpus' 3 passages"):
+        RAGSystem.build(world.passages[:3], top_k=5)
+    with pytest.raises(ConfigError, match="prompt_style"):
+        RAGSystem.build(world.passages[:9], prompt_style="poem")
+    with pytest.raises(ConfigError, match="must be a decoder"):
+        RAGSystem.build(world.passages[:9], generator="builtin:encoder")
+    with pytest.raises(CheckpointError, match="no saved RAGSystem"):
+        RAGSystem.load(tmp_path)
