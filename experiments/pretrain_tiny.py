@@ -34,12 +34,17 @@ from fedrag_jax.models.network import Network
 
 _OUT = flags.DEFINE_string("out", str(hub.BUILTIN), "folder for the two checkpoints")
 _PARTS = flags.DEFINE_list("parts", ["decoder", "encoder"], "which to make")
-_DECODER_STEPS = flags.DEFINE_integer("decoder_steps", 3600, "batches of 24 rows")
-_ENCODER_STEPS = flags.DEFINE_integer("encoder_steps", 500, "batches of 128 pairs")
+_DECODER_STEPS = flags.DEFINE_integer("decoder_steps", 3200, "batches of 24 rows")
+_ENCODER_STEPS = flags.DEFINE_integer("encoder_steps", 300, "batches of 128 pairs")
 
 WORLDS = [
     synthetic.WorldConfig(
-        seed=seed, side="pretraining", crowding=1.5, jargon=0.0, chatter=0.0, questions=(6000, 160, 160)
+        seed=seed,
+        side="pretraining",
+        crowding=1.5,
+        jargon=0.0,
+        chatter=0.0,
+        questions=(6000, 160, 160),
     )
     for seed in range(8)
 ]

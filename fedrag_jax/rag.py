@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedrag_jax.data.batching import Prompts, left_padded
+from fedrag_jax.data.batching import ANSWER_TOKENS, Prompts, left_padded
 from fedrag_jax.data.examples import Passage
 from fedrag_jax.data.prompts import STYLES
 from fedrag_jax.errors import CheckpointError, ConfigError
@@ -124,7 +124,7 @@ class RAGSystem:
 
     def answer(self, questions: Sequence[str], rows: Sequence[Sequence[int]]) -> list[str]:
         """Greedy answers, at most 16 tokens, given corpus rows to read (none: closed book)."""
-        limit = self.decoder.config.max_positions - 16
+        limit = self.decoder.config.max_positions - ANSWER_TOKENS
         prompts = [self.prompts.prompt(q, r, limit) for q, r in zip(questions, rows, strict=True)]
         stops = self.prompts.stop_tokens
         order = np.argsort([len(p) for p in prompts], kind="stable")
@@ -141,7 +141,7 @@ class RAGSystem:
                 tokens,
                 mask,
                 adapters=self.adapters,
-                max_new_tokens=16,
+                max_new_tokens=ANSWER_TOKENS,
                 stop_tokens=stops,
                 pad_token=self.prompts.pad,
             )

@@ -73,9 +73,7 @@ def test_the_two_sides_share_no_name(world):
         synthetic.WorldConfig(seed=3, side="pretraining", questions=(100, 20, 20))
     )
     kinds = {k for topic in synthetic.TOPICS for k in topic.kinds}
-    names = [
-        {word for p in w.passages for word in p.title.split()} - kinds for w in (world, other)
-    ]
+    names = [{word for p in w.passages for word in p.title.split()} - kinds for w in (world, other)]
     assert names[0] and not names[0] & names[1]
 
 

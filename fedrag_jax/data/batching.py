@@ -8,7 +8,7 @@ import numpy as np
 from fedrag_jax.data.examples import Example, Passage, embedding_text
 from fedrag_jax.data.prompts import PromptStyle
 
-ANSWER_TOKENS = 16  # longest answer trained on, EOS included
+ANSWER_TOKENS = 16  # longest answer trained on and written, EOS included
 
 
 class Prompts:
@@ -18,7 +18,7 @@ class Prompts:
       tokenizer: of the generator.
       style: the text around the parts.
       passages: the corpus; retrieved rows index into it.
-      examples: those whose questions set the width of training arrays.
+      examples: those whose questions and answers set the width of training arrays.
       max_passage_tokens: longer passages are cut.
     """
 
@@ -44,6 +44,7 @@ class Prompts:
         self._answers: dict[str, np.ndarray] = {}
         lengths = [len(self.question_tokens(e.question)) for e in examples] or [0]
         self.question_width = max(lengths)
+        self.answer_width = max([len(self.answer_tokens(e.answers[0])) for e in examples] or [0])
         # Five passages are seldom all long: room for the 90th percentile each, the last is cut.
         self.passage_width = int(np.quantile([len(p) for p in self._passages], 0.9))
 
@@ -97,16 +98,17 @@ class Prompts:
         groups = retrieved[:, :, None] if per_passage else retrieved[:, None, :]
         n, prompts, k = groups.shape
         room = len(self._opening) + k * self.passage_width + self.question_width
-        width = -(-(room + ANSWER_TOKENS) // 16) * 16
+        longest = self.answer_width
+        width = -(-(room + longest) // 8) * 8
         tokens = np.full((n, prompts, width), self.pad, np.int32)
         lengths = np.zeros((n, prompts), np.int32)
-        positions = np.ones((n, prompts, ANSWER_TOKENS), np.int32)
-        mask = np.zeros((n, ANSWER_TOKENS), np.float32)
+        positions = np.ones((n, prompts, longest), np.int32)
+        mask = np.zeros((n, longest), np.float32)
         for i, example in enumerate(examples):
             answer = self.answer_tokens(example.answers[0])
             mask[i, : len(answer)] = 1
             for j, rows in enumerate(groups[i]):
-                prompt = self.prompt(example.question, rows, width - ANSWER_TOKENS)
+                prompt = self.prompt(example.question, rows, width - longest)
                 end = len(prompt) + len(answer)
                 tokens[i, j, : len(prompt)] = prompt
                 tokens[i, j, len(prompt) : end] = answer

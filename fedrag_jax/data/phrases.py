@@ -34,16 +34,18 @@ TOPICS = (
     Topic("engineering", "engineer", ("Turbine", "Loom", "Airship"), "built", "built", "first tested"),
 )  # fmt: skip
 
+# Every sentence names its subject: a model of a million parameters reads those within minutes.
 PERSON_PASSAGES = (
-    "{n} was a {role} born in {born_in}. {n} trained at {trained_at} and settled in {settled_in} in "
+    "{n} was a {role} born in {born_in}. {n} trained at {trained_at}. {n} settled in {settled_in} in "
     "{settled_year}.",
-    "Born in {born_in}, {n} was a {role} who trained at {trained_at} and in {settled_year} settled "
-    "in {settled_in}.",
+    "{n} trained at {trained_at}. {n} settled in {settled_in} in {settled_year}. The {role} {n} was "
+    "born in {born_in}.",
 )
 WORK_PASSAGES = (
-    "The {w} was {made} by {maker} in {made_year}. It was {shown} in {shown_in} and belongs to "
-    "{owner}.",
-    "{maker} {past} the {w} in {made_year}. Owned by {owner}, it was {shown} in {shown_in}.",
+    "The {w} was {made} by {maker} in {made_year}. The {w} was {shown} in {shown_in}. The {w} belongs "
+    "to {owner}.",
+    "The {w} belongs to {owner}. The {w} was {shown} in {shown_in}. The {w} was {made} by {maker} in "
+    "{made_year}.",
 )
 JUNK_PASSAGES = (
     "This page was moved. See the list of pages under {x} or return to the main index.",

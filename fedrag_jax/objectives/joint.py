@@ -59,14 +59,11 @@ class MarginalLoss:
 
     def __call__(self, trainable, frozen, batch, rng):
         parts = frozen | trainable
-        if "answer_log_probs" in batch:
-            log_probs = batch["answer_log_probs"]
-        else:
+        log_probs = batch.get("answer_log_probs")
+        if log_probs is None:
             log_probs = answer_log_probs(self.decoder, parts["decoder"], parts["adapters"], batch)
-        if "retrieval_scores" in batch:
-            scores = batch["retrieval_scores"]
-        else:
-            scores = self.scores(parts, batch)
+        known = batch.get("retrieval_scores")
+        scores = self.scores(parts, batch) if known is None else known
         log_marginal = MARGINALS[self.marginal](log_probs, scores, batch["answer_mask"])
         entropy = -(jax.nn.softmax(scores) * jax.nn.log_softmax(scores)).sum(1)
         loss = weighted_mean(-log_marginal, batch["weight"])
