@@ -19,6 +19,10 @@ def test_a_client_walks_through_its_examples_in_shuffled_epochs():
     assert len({tuple(epoch) for epoch in epochs}) == 4
     middle = np.concatenate([c.indices[1].ravel() for c in rounds])[:30].reshape(6, 5)
     assert all(set(epoch) == set(FOUR.clients[1].tolist()) for epoch in middle)
+    # Two clients of 8 examples are shuffled apart.
+    other = np.concatenate([c.indices[2].ravel() for c in rounds])
+    places = [np.searchsorted(np.sort(walk), walk) for walk in (seen[:8], other[:8])]
+    assert (places[0] != places[1]).any()
     for cohort in rounds:
         assert cohort.step_mask.all()
         assert cohort.example_weight[1:].all()
@@ -33,6 +37,12 @@ def test_local_epochs_visit_every_example_once():
     for k, rows in enumerate(FOUR.clients):
         seen = cohort.indices[k][cohort.example_weight[k] > 0].reshape(2, -1)
         assert all(sorted(epoch) == sorted(rows) for epoch in seen)
+    before = sample_cohort(FOUR, fed_avg(local_epochs=2), 0, 3, seed=1)
+    assert (before.indices[3] != cohort.indices[3]).any()
+    # One shape for all rounds, whoever is drawn.
+    sampled = fed_avg(local_epochs=2, clients_per_round=1)
+    shapes = {sample_cohort(FOUR, sampled, r, 3, seed=1).indices.shape for r in range(20)}
+    assert shapes == {(1, 6, 3)}
 
 
 def test_sampling_knows_the_round():

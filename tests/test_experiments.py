@@ -156,3 +156,34 @@ def test_ones_own_jsonl_folder_runs(tmp_path):
     config.data.train_questions = 0
     rows = read(compare_strategies.run(config, str(tmp_path / "runs")))
     assert len(rows) == 2
+
+
+def real_data():
+    import os
+    import pathlib
+
+    folder = pathlib.Path(os.environ.get("FEDRAG_DATA", "../shared/data"))
+    return (folder / "squad.questions.jsonl.gz").exists()
+
+
+@pytest.mark.skipif(not real_data(), reason="no squad in $FEDRAG_DATA or ../shared/data")
+def test_query_side_tuning_on_real_questions(tmp_path):
+    """The program behind `make retrieval`, with the small encoder in MiniLM's place."""
+    from configs import tune_retrieval as real
+    from experiments import tune_retrieval
+
+    config = real.get_config()
+    config.datasets = ("squad",)
+    config.settings = ("federated",)
+    config.retriever = "builtin:encoder"
+    config.rounds, config.local_steps, config.learning_rates = 1, 1, (1e-4,)
+    config.train_questions, config.test_questions = 300, 40
+    folder = tune_retrieval.run(config, str(tmp_path))
+    with open(folder / "retrieval.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["dataset"], r["setting"], r["stage"]) for r in rows] == [
+        ("squad", "federated", "before"), ("squad", "federated", "after"),
+    ]  # fmt: skip
+    for row in rows:
+        ranks = [float(row[k]) for k in ("recall_at_1", "mrr", "recall_at_20")]
+        assert 0 <= ranks[0] <= ranks[1] <= ranks[2] <= 100

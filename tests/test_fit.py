@@ -29,20 +29,37 @@ from fedrag_jax.federated.optimizers import tunable
 
 def test_a_shape_is_traced_once_and_learning_rates_share_it():
     loss = CountedLoss(squared_error)
+    start = {"w": np.ones(3), "b": 0.25}  # a bare float must not make a second program
     optimizer = optax.inject_hyperparams(optax.adam)(learning_rate=0.1)
     for seed in range(3):
-        result = fit(linear_task(loss=loss), FOUR, fed_avg(2), optimizer=optimizer, seed=seed)
+        result = fit(
+            linear_task(trainable=start, loss=loss),
+            FOUR,
+            fed_avg(2),
+            optimizer=optimizer,
+            seed=seed,
+        )
     assert loss.traces == 1
     assert result.history[0]["compile_seconds"] < 0.05
-    fit(linear_task(loss=loss), FOUR, local_only(2), optimizer=optimizer, rounds=2)
+    fit(linear_task(trainable=start, loss=loss), FOUR, local_only(2), optimizer=optimizer, rounds=2)
     assert loss.traces == 2
     grid = [tunable(optax.adam, learning_rate=rate) for rate in (0.1, 0.2)]
-    ends = [fit(linear_task(loss=loss), FOUR, fed_avg(2), optimizer=point) for point in grid]
+    ends = [
+        fit(linear_task(trainable=start, loss=loss), FOUR, fed_avg(2), optimizer=point)
+        for point in grid
+    ]
     assert loss.traces == 3
-    fixed = fit(linear_task(), FOUR, fed_avg(2), optimizer=optax.adam(0.2))
+    fixed = fit(linear_task(trainable=start), FOUR, fed_avg(2), optimizer=optax.adam(0.2))
     assert_close(ends[1].trainable, fixed.trainable, 1e-5)
     assert np.abs(leaves(ends[0].trainable) - leaves(ends[1].trainable)).max() > 1e-3
-    fit(linear_task(loss=loss), FOUR, fed_avg(2), optimizer=optimizer, batch_size=3, rounds=1)
+    fit(
+        linear_task(trainable=start, loss=loss),
+        FOUR,
+        fed_avg(2),
+        optimizer=optimizer,
+        batch_size=3,
+        rounds=1,
+    )
     assert loss.traces == 4
 
 
@@ -62,6 +79,7 @@ class Keep(Callback):
 
     def round_end(self, state, record):
         self.states.append(jax.tree.map(np.array, state.state))
+        self.settings = state.settings
         self.records.append(record)
 
 
@@ -99,6 +117,13 @@ def test_local_only_retrieves_for_each_client_with_its_own_model():
     assert [c[0] for c in calls] == ids + ids
     # Client c trained on retrieval number c + 1.
     assert [c[1] for c in calls] == [0, 0, 0, 0, -1, -2, -3, -4]
+
+
+def test_groups_are_no_larger_than_the_cohort():
+    keep = Keep()
+    settings = {"rounds": 1, "group_size": 9, "callbacks": [keep]}
+    fit(linear_task(), FOUR, fed_avg(1, clients_per_round=3), **settings)
+    assert keep.settings["group_size"] == 3
 
 
 def test_records_tell_of_the_round():

@@ -42,7 +42,7 @@ def local_update(
             new = optax.apply_updates(trainable, updates), new_state
             # A padding step leaves everything as it was, its own 0/0 included.
             carry = jax.tree.map(lambda after, before: jnp.where(active, after, before), new, carry)
-            seen = jnp.where(active, weight.sum(), 0)
+            seen = weight.sum()
             sums = jax.tree.map(
                 lambda x: jnp.where(active, seen * wide(jnp.asarray(x)), 0), (value, metrics)
             )

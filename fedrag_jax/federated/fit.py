@@ -130,8 +130,7 @@ def fit(
     table = None
     while now.round < rounds:
         clock = _Clock()
-        due = now.round % refresh_every == 0
-        if task.retrieve is not None and (due or now.retrieved is None):
+        if task.retrieve is not None and now.round % refresh_every == 0:
             now = dataclasses.replace(now, retrieved=_retrieve(task, data, algorithm, now.state))
             table = None
         if table is None:

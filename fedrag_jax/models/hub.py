@@ -178,7 +178,8 @@ def load_arrays(path: str | pathlib.Path) -> dict:
       CheckpointError: no such file, or not a safetensors file.
     """
     with _open(pathlib.Path(path)) as file:
-        leaves = [(tuple(name.split(".")), file.get_tensor(name)) for name in sorted(file.keys())]
+        names = sorted(file.keys())
+        leaves = [(tuple(n.split(".")), jnp.asarray(file.get_tensor(n))) for n in names]
     return unflatten(leaves)
 
 
@@ -225,7 +226,7 @@ def _tokenizer(folder: pathlib.Path):
 
 def _open(path: pathlib.Path):
     try:
-        return safetensors.safe_open(path, framework="flax")
+        return safetensors.safe_open(path, framework="numpy")
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read ({error})") from error
 
@@ -241,36 +242,31 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 def _read(folder: pathlib.Path, family: Family, network: Network, dtype) -> dict:
     """Parameters from files, each tensor checked against the network."""
-    expected = {}  # tensor name -> parameter path, layer or None, shape
-    for path, leaf in flatten(network.shapes()):
-        name = family.names[".".join(path)]
-        layers = range(leaf.shape[0]) if path[0] == "layers" else [None]
-        for layer in layers:
-            shape = leaf.shape if layer is None else leaf.shape[1:]
-            expected[name.format(layer)] = path, layer, shape
+    leaves = dict(flatten(network.shapes()))
+    wanted = {}  # tensor name -> shape in the file
+    for path, leaf in leaves.items():
+        shape = leaf.shape[1:] if path[0] == "layers" else leaf.shape
+        shape = shape[::-1] if path[-1] == "kernel" else shape
+        wanted |= dict.fromkeys(_names(family, path, leaf), shape)
     found, problems = {}, []
     for file in _files(folder):
         with _open(file) as tensors:
             for stored in sorted(tensors.keys()):
+                # Early BERT checkpoints have names that transformers still reads.
                 name = stored.removeprefix(family.prefix)
-                name = re.sub(
-                    r"gamma$", "weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
-                )
-                if name not in expected:
-                    tied = name == family.names.get("lm_head.kernel")
-                    if not tied and not re.fullmatch(family.ignored, name):
-                        problems.append(f"unexpected {stored}")
-                    continue
-                path, layer, shape = expected[name]
-                tensor = tensors.get_tensor(stored)
-                tensor = tensor.T if path[-1] == "kernel" else tensor
-                if tensor.shape != shape:
-                    wanted = shape[::-1] if path[-1] == "kernel" else shape
-                    got = tuple(tensors.get_slice(stored).get_shape())
-                    problems.append(f"{stored} has shape {got}, config.json asks for {wanted}")
-                found[path, layer] = tensor.astype(dtype)
-    missing = [name for name, (path, layer, _) in expected.items() if (path, layer) not in found]
-    problems += [f"missing {name}" for name in missing]
+                name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+                name = name.replace("LayerNorm.beta", "LayerNorm.bias")
+                if name in wanted:
+                    found[name] = tensors.get_tensor(stored)
+                    if found[name].shape != wanted[name]:
+                        problems.append(
+                            f"{stored} has shape {found[name].shape}, "
+                            f"config.json asks for {wanted[name]}"
+                        )
+                # A head in the table but not wanted is tied to the embedding.
+                elif name not in family.names.values() and not re.fullmatch(family.ignored, name):
+                    problems.append(f"unexpected {stored}")
+    problems += [f"missing {name}" for name in wanted if name not in found]
     if problems:
         raise CheckpointError(
             f"{folder} does not hold the model its config.json describes:\n  "
@@ -278,11 +274,17 @@ def _read(folder: pathlib.Path, family: Family, network: Network, dtype) -> dict
         )
 
     def gather(path, leaf):
-        if path[0] != "layers":
-            return found.pop((path, None))
-        return jnp.stack([found.pop((path, layer)) for layer in range(leaf.shape[0])])
+        arrays = [found.pop(name) for name in _names(family, path, leaf)]
+        array = np.stack(arrays) if path[0] == "layers" else arrays[0]
+        return jnp.asarray(array.swapaxes(-1, -2) if path[-1] == "kernel" else array, dtype)
 
-    return unflatten((path, gather(path, leaf)) for path, leaf in flatten(network.shapes()))
+    return unflatten((path, gather(path, leaf)) for path, leaf in leaves.items())
+
+
+def _names(family: Family, path: tuple, leaf) -> list[str]:
+    """Of the tensors a parameter is made of: one, or one a layer."""
+    name = family.names[".".join(path)]
+    return [name.format(i) for i in range(leaf.shape[0])] if path[0] == "layers" else [name]
 
 
 def _to_tensors(family: Family, params: dict, dtype) -> dict[str, np.ndarray]:
@@ -291,11 +293,8 @@ def _to_tensors(family: Family, params: dict, dtype) -> dict[str, np.ndarray]:
         with np.errstate(over="ignore"):  # save refuses what is not finite
             array = np.asarray(leaf).astype(dtype)
         array = np.ascontiguousarray(array.swapaxes(-1, -2) if path[-1] == "kernel" else array)
-        name = family.names[".".join(path)]
-        if path[0] == "layers":
-            tensors |= {name.format(i): layer for i, layer in enumerate(array)}
-        else:
-            tensors[name] = array
+        layers = array if path[0] == "layers" else [array]
+        tensors |= dict(zip(_names(family, path, leaf), layers, strict=True))
     return tensors
 
 
