@@ -108,9 +108,9 @@ def test_fed_avg_is_the_weighted_mean_in_numpy(weighting):
         b = sum(p * m[1] for p, m in zip(weights, models, strict=True))
     algorithm = fed_avg(local_steps=3, weighting=weighting)
     with jax.enable_x64(True):
-        result = fit(
-            linear_task(), FOUR, algorithm, rounds=2, batch_size=9, optimizer=optax.sgd(0.1)
-        )
+        # Groups of 3: two of the six places are padding.
+        settings = {"rounds": 2, "batch_size": 9, "group_size": 3, "optimizer": optax.sgd(0.1)}
+        result = fit(linear_task(), FOUR, algorithm, **settings)
     assert_close(result.trainable, {"w": w, "b": b}, 1e-12)
 
 

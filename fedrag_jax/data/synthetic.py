@@ -34,8 +34,9 @@ PERSON_FACTS = ("born_in", "trained_at", "settled_in", "settled_year")
 WORK_FACTS = ("maker", "made_year", "shown_in", "owner")
 ONSETS = ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z", "br", "dr", "kr",
           "tr", "sh", "th")  # fmt: skip
-RIMES = ("a", "e", "i", "o", "u", "an", "el", "ir", "or", "un")
-SYLLABLES = tuple(o + r for o, r in itertools.product(ONSETS, RIMES))
+VOWELS = ("a", "e", "i", "o", "u")
+CODAS = ("", "n", "l", "r", "s", "k", "m", "t")
+SYLLABLES = tuple(map("".join, itertools.product(ONSETS, VOWELS, CODAS)))
 
 
 class WorldConfig(NamedTuple):
@@ -43,7 +44,7 @@ class WorldConfig(NamedTuple):
 
     Attributes:
       seed: of everything drawn.
-      side: "pretraining" or "test": the two halves of all possible names; no name is in both.
+      side: "pretraining" or "test": the two halves of all names there can be; no name is in both.
       people, works: per topic.
       junk: passages without any fact.
       crowding: how many entities share a name word, the closeness of distractors.
@@ -101,21 +102,44 @@ def generate(config: WorldConfig | None = None) -> Dataset:
 
 
 class _Words:
-    """Invented words, none twice, all from one side of the name space."""
+    """Invented words. A person's name and a work's title are made of one-syllable words, which worlds
+    share; whole names, and the two-syllable words of cities and houses, belong to one side for good.
+    """
 
     def __init__(self, rng: np.random.Generator, side: str):
         self._rng, self._half, self._seen = rng, int(side == "test"), set()
 
+    def ours(self, name: str) -> bool:
+        """Whether a name belongs to this side, whatever the seed."""
+        return zlib.crc32(name.encode()) % 2 == self._half
+
     def new(self) -> str:
+        """A two-syllable word not drawn before."""
         while True:
             word = "".join(self._rng.choice(SYLLABLES, size=2)).capitalize()
-            # Each word belongs to one side for good, whatever the seed.
-            if zlib.crc32(word.encode()) % 2 == self._half and word not in self._seen:
+            if self.ours(word) and word not in self._seen:
                 self._seen.add(word)
                 return word
 
     def pool(self, size: int) -> list[str]:
+        """That many new words."""
         return [self.new() for _ in range(size)]
+
+    def short(self, size: int) -> list[str]:
+        """One-syllable words, all different."""
+        return [w.capitalize() for w in self._rng.choice(SYLLABLES, size=size, replace=False)]
+
+    def names(self, first: list[str], second: tuple[str, ...] | list[str], size: int) -> list[str]:
+        """Names of two words that are ours and not drawn before."""
+        free = [f"{a} {b}" for a in first for b in second]
+        free = [name for name in free if self.ours(name) and name not in self._seen]
+        if len(free) < size:
+            raise ConfigError(
+                f"world: {len(free)} names for {size} people or works of a topic; lower `crowding`"
+            )
+        chosen = [free[i] for i in self._rng.permutation(len(free))[:size]]
+        self._seen.update(chosen)
+        return chosen
 
 
 def _entities(config, rng, words) -> tuple[list[Entity], list[Entity]]:
@@ -124,17 +148,15 @@ def _entities(config, rng, words) -> tuple[list[Entity], list[Entity]]:
     schools = [f"{word} Academy" for word in words.pool(220)]
     houses = [f"House {word}" for word in words.pool(220)]
     years = [str(year) for year in range(1500, 1900)]
-    given = words.pool(int(config.people * 1.25))
+    given = words.short(min(len(SYLLABLES), max(8, config.people)))
 
     def facts(names: dict[str, list[str]]) -> dict[str, str]:
         return {name: str(rng.choice(values)) for name, values in names.items()}
 
     people, works = [], []
     for t, topic in enumerate(TOPICS):
-        families = words.pool(max(1, round(config.people / config.crowding)))
-        pairs = rng.permutation(len(given) * len(families))[: config.people]
-        for i, pair in enumerate(pairs):
-            name = f"{given[pair % len(given)]} {families[pair // len(given)]}"
+        families = words.short(max(2, round(config.people / config.crowding)))
+        for i, name in enumerate(words.names(given, families, config.people)):
             values = facts(
                 {
                     "born_in": cities,
@@ -144,14 +166,10 @@ def _entities(config, rng, words) -> tuple[list[Entity], list[Entity]]:
                 }
             )
             people.append(Entity(f"{topic.name}-person-{i}", t, name, values, None))
-        # At most one work per (title word, kind).
-        titles = words.pool(
-            max(-(-config.works // 3), round(config.works / min(config.crowding, 3)))
-        )
-        pairs = rng.permutation(len(titles) * 3)[: config.works]
-        for i, pair in enumerate(pairs):
+        # A title word serves three kinds of work at most, and half of the titles are ours.
+        titles = words.short(max(4, round(2.5 * config.works / min(config.crowding, 3))))
+        for i, name in enumerate(words.names(titles, topic.kinds, config.works)):
             maker = int(rng.integers(t * config.people, (t + 1) * config.people))
-            name = f"{titles[pair // 3]} {topic.kinds[pair % 3]}"
             values = facts({"made_year": years, "shown_in": cities, "owner": houses})
             values["maker"] = people[maker].name
             works.append(Entity(f"{topic.name}-work-{i}", t, name, values, maker))

@@ -61,7 +61,9 @@ def fed_avg(
             x_k = stack(x, len(p))
             mine = take(optimizer, members.clients) if carry_optimizer else client.init(x_k)
             y_k, mine, report = client.update(x_k, mine, members)
-            mean = jax.tree.map(lambda m, y, x: m + weighted_sum(p, wide(y - x)), mean, y_k, x_k)
+            mean = jax.tree.map(
+                lambda m, y, x: m + weighted_sum(p, wide(y) - wide(x)), mean, y_k, x_k
+            )
             if carry_optimizer:
                 optimizer = put(optimizer, members.clients, mine)
             return (mean, optimizer), report
