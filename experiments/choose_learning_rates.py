@@ -13,14 +13,10 @@ import pathlib
 
 import numpy as np
 from absl import app, flags
+from ml_collections import config_flags
 
-from experiments import compare_strategies
 from experiments.compare_strategies import Comparison, load_data
 from fedrag_jax.errors import FedragError
-
-_GENERATOR = flags.DEFINE_list("generator_grid", ["1e-3", "3e-3", "1e-2"], "rates of the adapters")
-_RETRIEVER = flags.DEFINE_list("retriever_grid", ["1e-4", "3e-4", "1e-3"], "rates of the encoder")
-_QUESTIONS = flags.DEFINE_integer("questions", 200, "validation questions a system is judged on")
 
 
 def validation_em(system, examples) -> float:
@@ -36,7 +32,7 @@ def search(run: Comparison, setting: str, strategy, grid, bases, seed: int):
     In the local setting all clients train and each is judged on a share of the questions.
     """
     members = list(range(run.config.federated.clients)) if setting == "local" else [None]
-    examples = run.dataset.validation[: _QUESTIONS.value]
+    examples = run.dataset.validation[: flags.FLAGS.questions]
     found = {}
     for rate in grid:
         systems = []
@@ -59,11 +55,12 @@ def search(run: Comparison, setting: str, strategy, grid, bases, seed: int):
 def main(_):
     from fedrag_jax.strategies import strategies
 
-    config = compare_strategies._CONFIG.value
+    config = flags.FLAGS.config
     seed = config.seeds[0]
-    folder = pathlib.Path(compare_strategies._RUNS.value) / f"{config.name}-rates"
+    folder = pathlib.Path(flags.FLAGS.runs) / f"{config.name}-rates"
     folder.mkdir(parents=True, exist_ok=True)
-    generator, retriever = ([float(x) for x in f.value] for f in (_GENERATOR, _RETRIEVER))
+    grids = flags.FLAGS.generator_grid, flags.FLAGS.retriever_grid
+    generator, retriever = ([float(x) for x in grid] for grid in grids)
     chosen, scores = {}, {}
     try:
         run = Comparison(config, load_data(config), folder)
@@ -90,4 +87,9 @@ def main(_):
 
 
 if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", "configs/compare_strategies.py")
+    flags.DEFINE_string("runs", "runs", "folder that holds the runs")
+    flags.DEFINE_list("generator_grid", ["1e-3", "3e-3"], "learning rates of the adapters")
+    flags.DEFINE_list("retriever_grid", ["1e-4", "3e-4", "1e-3"], "learning rates of the encoder")
+    flags.DEFINE_integer("questions", 200, "validation questions a system is judged on")
     app.run(main)

@@ -19,9 +19,6 @@ from ml_collections import config_flags
 from fedrag_jax.data.examples import Dataset
 from fedrag_jax.errors import ConfigError, FedragError
 
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/compare_strategies.py")
-_RUNS = flags.DEFINE_string("runs", "runs", "folder that holds the runs")
-
 CONTROL_QUESTIONS = 200
 
 
@@ -346,10 +343,12 @@ def run(config, runs: str) -> pathlib.Path:
 
 def main(_):
     try:
-        run(_CONFIG.value, _RUNS.value)
+        run(flags.FLAGS.config, flags.FLAGS.runs)
     except FedragError as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
 
 
 if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", "configs/compare_strategies.py")
+    flags.DEFINE_string("runs", "runs", "folder that holds the runs")
     app.run(main)

@@ -4,9 +4,10 @@
 
 Neither knows the test world: both are trained on pretraining worlds, whose names are drawn from the
 other half of all there can be. What makes the decoder read within minutes: it first learns to copy
-random sequences; then questions come with one passage, and one more only when nine of ten are
-answered or enough steps have passed; each context is asked several questions, and a third of its
-passages are namesakes; embeddings start at unit scale, AdamW with b2 = 0.98.
+random sequences; then to recall sentences of a context from their beginning and, with it, to answer
+questions about two passages, and one more when nine of ten are answered or
+enough steps have passed; each context is asked several questions, whose words, the names above all,
+are to be predicted too; embeddings start at unit scale, AdamW with b2 = 0.98.
 
 Once it reads over five passages, the decoder is also taught to rate a text, to ask about it, and to
 cite. What makes a test world harder than these: a topic's own jargon and
@@ -34,7 +35,7 @@ from fedrag_jax.models.network import Network
 
 _OUT = flags.DEFINE_string("out", str(hub.BUILTIN), "folder for the two checkpoints")
 _PARTS = flags.DEFINE_list("parts", ["decoder", "encoder"], "which to make")
-_DECODER_STEPS = flags.DEFINE_integer("decoder_steps", 3200, "batches of 16 rows")
+_DECODER_STEPS = flags.DEFINE_integer("decoder_steps", 3400, "batches of 16 rows")
 _ENCODER_STEPS = flags.DEFINE_integer("encoder_steps", 300, "batches of 128 pairs")
 
 WORLDS = [
@@ -49,10 +50,11 @@ WORLDS = [
     for seed in range(8)
 ]
 VOCABULARY = 3072
-ROWS, COPIES = 16, 2  # rows of a batch, those of them that copy while the rest read
-ANSWERED = 64  # scored positions of a row
-PASSAGES, PATIENCE = 5, 400  # most passages of a context; most steps with each number of them
-QUESTIONS = 6  # most questions about a context
+ROWS, COPIES, CLOZES = 16, 1, 6  # rows of a batch; those that copy or recall while the rest read
+SCORED = 160  # positions of a row with a weight in the loss, at most
+QUESTION_WEIGHT = 0.3
+PASSAGES, PATIENCE = 5, 350  # most passages of a context; most steps with each number of them
+QUESTIONS = 5  # most questions about a context
 
 
 # --- tokenizer ----------------------------------------------------------------------------------
@@ -110,9 +112,9 @@ def encoder_tokenizer(tokenizer):
 
 
 class Reader:
-    """Draws training rows, each a list of (token, scored) pairs, from one world.
+    """Draws training rows, each a list of (token, weight in the loss) pairs, from one world.
 
-    Passages in a context share names as often as not: the distractors that matter.
+    A third of the passages of a context are namesakes: the distractors that matter.
     """
 
     def __init__(self, world, tokenizer, rng):
@@ -136,12 +138,12 @@ class Reader:
     def choice(self, items):
         return items[self.rng.integers(len(items))]
 
-    def piece(self, text, scored=False, end=False):
+    def piece(self, text, weight=0.0, end=False):
         ids = list(self._tokens(text)) + ([self.tokenizer.eos_token_id] if end else [])
-        return [(token, scored) for token in ids]
+        return [(token, weight) for token in ids]
 
     def start(self):
-        return [(self.tokenizer.bos_token_id, False)]
+        return [(self.tokenizer.bos_token_id, 0.0)]
 
     def context(self, golds, k):
         """The gold passages among k, in random order."""
@@ -170,8 +172,21 @@ class Reader:
         for p in context:
             row += self.piece(prompts.COMPACT.passage.format(text=p.text))
         for i in self.rng.permutation(len(examples)):
-            row += self.piece(prompts.COMPACT.question.format(question=examples[i].question))
-            row += self.piece(" " + examples[i].answers[0], scored=True, end=True)
+            asked = prompts.COMPACT.question.format(question=examples[i].question)
+            row += self.piece(asked, QUESTION_WEIGHT)
+            row += self.piece(" " + examples[i].answers[0], 1.0, end=True)
+        return row
+
+    def cloze(self, k):
+        """A context of k passages, then some of its sentences again: name and verb recall the rest."""
+        context = self.context([self.choice(self.facts)], k)
+        row = self.start()
+        for p in context:
+            row += self.piece(prompts.COMPACT.passage.format(text=p.text))
+        for _ in range(QUESTIONS):
+            sentence = self.choice(self.choice(context).text.split(". ")).rstrip(".")
+            tokens = self.piece(sentence + ".", 1.0)
+            row += [(token, 0.0) for token, _ in tokens[:3]] + tokens[3:]
         return row
 
     def cite(self, k):
@@ -184,14 +199,14 @@ class Reader:
             number=[p.id for p in context].index(gold.id) + 1, answer=example.answers[0]
         )
         row += self.piece(prompts.CITE.question.format(question=example.question))
-        return row + self.piece(target, scored=True, end=True)
+        return row + self.piece(target, 1.0, end=True)
 
     def ask(self):
         gold = self.choice(self.facts)
         example = self.choice(self.asked[gold.id])
         target = prompts.ASK.answer.format(question=example.question, answer=example.answers[0])
         row = self.start() + self.piece(prompts.ASK.passage.format(text=gold.text))
-        return row + self.piece(prompts.ASK.question) + self.piece(target, scored=True, end=True)
+        return row + self.piece(prompts.ASK.question) + self.piece(target, 1.0, end=True)
 
     def rate(self):
         """Ten for a passage of facts, nine if one sentence is missing, junk two or less."""
@@ -204,14 +219,14 @@ class Reader:
                 text, rating = text.split(". ")[0] + ".", 9
         row = self.start() + self.piece(prompts.RATE.passage.format(text=text))
         row += self.piece(prompts.RATE.question)
-        return row + self.piece(prompts.RATE.answer.format(answer=rating), scored=True, end=True)
+        return row + self.piece(prompts.RATE.answer.format(answer=rating), 1.0, end=True)
 
     def copy(self, width):
         """Random sequences over a few hundred tokens, each once to see and once to repeat."""
         row, half = self.start(), self.rng.integers(6, 17)
         while len(row) + 2 * half <= width:
             tokens = [int(t) for t in self.rng.integers(VOCABULARY - 512, VOCABULARY, size=half)]
-            row += [(t, False) for t in tokens] + [(t, True) for t in tokens]
+            row += [(t, 0.0) for t in tokens] + [(t, 1.0) for t in tokens]
             half = self.rng.integers(6, 17)
         return row
 
@@ -221,14 +236,14 @@ def pack(rows, pad, multiple=64):
     width = -(-max(len(row) for row in rows) // multiple) * multiple
     batch = {
         "tokens": np.full((len(rows), width), pad, np.int32),
-        "positions": np.ones((len(rows), ANSWERED), np.int32),
-        "weight": np.zeros((len(rows), ANSWERED), np.float32),
+        "positions": np.ones((len(rows), SCORED), np.int32),
+        "weight": np.zeros((len(rows), SCORED), np.float32),
     }
     for i, row in enumerate(rows):
-        scored = [j for j, (_, s) in enumerate(row) if s][:ANSWERED]
+        scored = [j for j, (_, weight) in enumerate(row) if weight][:SCORED]
         batch["tokens"][i, : len(row)] = [token for token, _ in row]
         batch["positions"][i, : len(scored)] = scored
-        batch["weight"][i, : len(scored)] = 1
+        batch["weight"][i, : len(scored)] = [row[j][1] for j in scored]
     return batch
 
 
@@ -236,7 +251,7 @@ def pack(rows, pad, multiple=64):
 
 
 def decoder_loss(network, params, batch):
-    """Mean NLL of the scored tokens, and the share of rows (copies apart) that are all right."""
+    """Weighted mean NLL, and for each row whether its answers are all right."""
     tokens, positions, weight = batch["tokens"], batch["positions"], batch["weight"]
     index = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     hidden = network(params, tokens, index, jnp.ones(tokens.shape, bool))
@@ -244,13 +259,13 @@ def decoder_loss(network, params, batch):
     logits = network(params, hidden, method="logits")
     target = jnp.take_along_axis(tokens, positions, axis=1)
     nll = optax.softmax_cross_entropy_with_integer_labels(logits, target)
-    right = jnp.all((logits.argmax(-1) == target) | (weight == 0), axis=1)
+    right = jnp.all((logits.argmax(-1) == target) | (weight < 1), axis=1)
     return (nll * weight).sum() / weight.sum(), right
 
 
 def trainer(loss, learning_rate, steps, b2):
-    """A jitted step of AdamW: warm-up, a flat stretch, cosine decay over the last two fifths."""
-    warm, flat = steps // 30, steps * 3 // 5
+    """A jitted step of AdamW: warm-up, a flat stretch, cosine decay over the last three tenths."""
+    warm, flat = steps // 30, steps * 7 // 10
     schedule = optax.join_schedules(
         [
             optax.linear_schedule(0, learning_rate, warm),
@@ -295,20 +310,20 @@ def train_decoder(worlds, tokenizer, steps, rng):
     k, since, recent, began = 0, 0, collections.deque(maxlen=10), time.perf_counter()
     for i in range(steps):
         kind = "copy" if k == 0 else "read"
-        if k == PASSAGES:
-            kind = str(rng.choice(["read", "cite", "ask and rate"], p=[0.6, 0.2, 0.2]))
+        if k == PASSAGES and i > steps * 3 // 4:
+            kind = str(rng.choice(["read", "cite", "ask and rate"], p=[0.7, 0.2, 0.1]))
         now = int(rng.integers(1, k + 1)) if k and rng.random() < 0.4 else k
         batch = pack(_rows(readers, kind, now, rng), tokenizer.pad_token_id)
         params, state, value, right = step(params, state, batch)
         if kind == "read" and now == k:
-            recent.append(float(right[COPIES:].mean()))
+            recent.append(float(right[COPIES + CLOZES :].mean()))
         elif kind == "copy":
             recent.append(float(value < 0.5))
         # A row is right if all its answers are, each nine times of ten.
         able = len(recent) == recent.maxlen and np.mean(recent) > 0.9 ** min(QUESTIONS, 4 * k + 1)
-        if k < PASSAGES and (able or (k > 1 and i - since >= PATIENCE)):
-            print(f"decoder step {i:5d}  now {k + 1} passages", flush=True)
-            k, since, recent = k + 1, i, collections.deque(maxlen=10)
+        if k < PASSAGES and (able or (k > 1 and i - since >= PATIENCE * (1 + (k == 2)))):
+            print(f"decoder step {i:5d}  now {max(2, k + 1)} passages", flush=True)
+            k, since, recent = max(2, k + 1), i, collections.deque(maxlen=10)
         if i % 50 == 0 or i == steps - 1:
             print(
                 f"decoder step {i:5d}  passages {k}  {kind} loss {float(value):.3f}  rows read "
@@ -328,7 +343,11 @@ def _rows(readers, kind, k, rng):
         return [reader.cite(n) for reader in some]
     if kind == "ask and rate":
         return [r.ask() if i % 2 else r.rate() for i, r in enumerate(some)]
-    return [r.copy(64) for r in some[:COPIES]] + [r.read(k) for r in some[COPIES:]]
+    return [
+        *(reader.copy(64) for reader in some[:COPIES]),
+        *(reader.cloze(k) for reader in some[COPIES : COPIES + CLOZES]),
+        *(reader.read(k) for reader in some[COPIES + CLOZES :]),
+    ]
 
 
 def train_encoder(worlds, tokenizer, steps, rng):

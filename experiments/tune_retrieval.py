@@ -17,9 +17,6 @@ from ml_collections import config_flags
 
 from fedrag_jax.errors import ConfigError, FedragError
 
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/tune_retrieval.py")
-_RUNS = flags.DEFINE_string("runs", "runs", "folder that holds the runs")
-
 COLUMNS = ("dataset", "setting", "stage", "recall_at_1", "recall_at_5", "recall_at_20", "mrr",
            "learning_rate", "seconds")  # fmt: skip
 
@@ -159,10 +156,12 @@ def run(config, runs: str) -> pathlib.Path:
 
 def main(_):
     try:
-        run(_CONFIG.value, _RUNS.value)
+        run(flags.FLAGS.config, flags.FLAGS.runs)
     except FedragError as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
 
 
 if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", "configs/tune_retrieval.py")
+    flags.DEFINE_string("runs", "runs", "folder that holds the runs")
     app.run(main)
