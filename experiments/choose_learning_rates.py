@@ -12,7 +12,7 @@ import json
 import pathlib
 
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from experiments.compare_strategies import Comparison, load_data
@@ -87,6 +87,7 @@ def main(_):
 
 
 if __name__ == "__main__":
+    logging.set_verbosity(logging.WARNING)  # libraries tell a lot about themselves
     config_flags.DEFINE_config_file("config", "configs/compare_strategies.py")
     flags.DEFINE_string("runs", "runs", "folder that holds the runs")
     flags.DEFINE_list("generator_grid", ["1e-3", "3e-3"], "learning rates of the adapters")

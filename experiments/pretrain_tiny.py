@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags
+from absl import app, flags, logging
 
 from fedrag_jax.data import prompts, synthetic
 from fedrag_jax.data.batching import encoder_table
@@ -413,4 +413,5 @@ def main(_):
 
 
 if __name__ == "__main__":
+    logging.set_verbosity(logging.WARNING)  # libraries tell a lot about themselves
     app.run(main)

@@ -12,7 +12,7 @@ import pathlib
 import time
 
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from fedrag_jax.errors import ConfigError, FedragError
@@ -162,6 +162,7 @@ def main(_):
 
 
 if __name__ == "__main__":
+    logging.set_verbosity(logging.WARNING)  # libraries tell a lot about themselves
     config_flags.DEFINE_config_file("config", "configs/tune_retrieval.py")
     flags.DEFINE_string("runs", "runs", "folder that holds the runs")
     app.run(main)
