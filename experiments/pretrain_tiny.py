@@ -5,13 +5,12 @@
 Neither knows the test world: both are trained on pretraining worlds, whose names are drawn from the
 other half of all there can be. What makes the decoder read within minutes: it first learns to copy
 random sequences; then to recall sentences of a context from their beginning and, with it, to answer
-questions about two passages, and one more when nine of ten are answered or
-enough steps have passed; each context is asked several questions, whose words, the names above all,
-are to be predicted too; embeddings start at unit scale, AdamW with b2 = 0.98.
+questions about two passages, and one more when nine of ten are answered or enough steps have passed;
+each context is asked several questions, whose words, the names above all, are to be predicted too;
+embeddings start at unit scale, AdamW with b2 = 0.98.
 
-Once it reads over five passages, the decoder is also taught to rate a text, to ask about it, and to
-cite. What makes a test world harder than these: a topic's own jargon and
-chatter, and more names sharing a word.
+In its last quarter the decoder is also taught to rate a text, to ask about it, and to cite. What makes
+a test world harder than these: a topic's own jargon and chatter, and more names sharing a word.
 """
 
 import collections
@@ -25,6 +24,7 @@ import numpy as np
 import optax
 from absl import app, flags, logging
 
+from experiments.pretraining_rows import QUESTIONS, VOCABULARY, Reader, pack
 from fedrag_jax.data import prompts, synthetic
 from fedrag_jax.data.batching import encoder_table
 from fedrag_jax.data.examples import embedding_text
@@ -49,12 +49,8 @@ WORLDS = [
     )
     for seed in range(8)
 ]
-VOCABULARY = 3072
 ROWS, COPIES, CLOZES = 16, 1, 6  # rows of a batch; those that copy or recall while the rest read
-SCORED = 160  # positions of a row with a weight in the loss, at most
-QUESTION_WEIGHT = 0.3
 PASSAGES, PATIENCE = 5, 350  # most passages of a context; most steps with each number of them
-QUESTIONS = 5  # most questions about a context
 
 
 # --- tokenizer ----------------------------------------------------------------------------------
@@ -106,145 +102,6 @@ def encoder_tokenizer(tokenizer):
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", cls_token="[CLS]", sep_token="[SEP]"
     )
-
-
-# --- rows for the decoder -------------------------------------------------------------------------
-
-
-class Reader:
-    """Draws training rows, each a list of (token, weight in the loss) pairs, from one world.
-
-    A third of the passages of a context are namesakes: the distractors that matter.
-    """
-
-    def __init__(self, world, tokenizer, rng):
-        self.world, self.tokenizer, self.rng = world, tokenizer, rng
-        self.row = {p.id: i for i, p in enumerate(world.passages)}
-        self.asked = collections.defaultdict(list)
-        self.two_hop = [e for e in world.train if e.hops == 2]
-        for e in world.train:
-            if e.hops == 1:
-                self.asked[e.positive_ids[0]].append(e)
-        self.facts = [p for p in world.passages if len(self.asked[p.id]) >= 2]
-        self.junk = [p for p in world.passages if not p.title]
-        self.namesakes = collections.defaultdict(list)
-        for p in self.facts:
-            for word in p.title.split():
-                self.namesakes[word].append(p)
-        self._tokens = functools.lru_cache(maxsize=None)(
-            lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
-        )
-
-    def choice(self, items):
-        return items[self.rng.integers(len(items))]
-
-    def piece(self, text, weight=0.0, end=False):
-        ids = list(self._tokens(text)) + ([self.tokenizer.eos_token_id] if end else [])
-        return [(token, weight) for token in ids]
-
-    def start(self):
-        return [(self.tokenizer.bos_token_id, 0.0)]
-
-    def context(self, golds, k):
-        """The gold passages among k, in random order."""
-        chosen = {p.id: p for p in golds}
-        while len(chosen) < k:
-            near = self.namesakes[self.choice(golds).title.split()[self.rng.integers(2)]]
-            p = self.choice(near if near and self.rng.random() < 0.3 else self.facts)
-            chosen.setdefault(p.id, p)
-        passages = list(chosen.values())
-        self.rng.shuffle(passages)
-        return passages
-
-    def read(self, k):
-        """A context of k passages and several questions about it; some two-hop from k = 2 on."""
-        if k > 1 and self.rng.random() < 0.15:
-            examples = [self.choice(self.two_hop)]
-            golds = [self.world.passages[self.row[i]] for i in examples[0].positive_ids]
-        else:
-            golds = [self.choice(self.facts)]
-            examples = [self.choice(self.asked[golds[0].id])]
-        context = self.context(golds, k)
-        askable = [p for p in context if self.asked[p.id]]
-        while askable and len(examples) < min(QUESTIONS, 4 * k):
-            examples.append(self.choice(self.asked[self.choice(askable).id]))
-        row = self.start()
-        for p in context:
-            row += self.piece(prompts.COMPACT.passage.format(text=p.text))
-        for i in self.rng.permutation(len(examples)):
-            asked = prompts.COMPACT.question.format(question=examples[i].question)
-            row += self.piece(asked, QUESTION_WEIGHT)
-            row += self.piece(" " + examples[i].answers[0], 1.0, end=True)
-        return row
-
-    def cloze(self, k):
-        """A context of k passages, then some of its sentences again: name and verb recall the rest."""
-        context = self.context([self.choice(self.facts)], k)
-        row = self.start()
-        for p in context:
-            row += self.piece(prompts.COMPACT.passage.format(text=p.text))
-        for _ in range(QUESTIONS):
-            sentence = self.choice(self.choice(context).text.split(". ")).rstrip(".")
-            tokens = self.piece(sentence + ".", 1.0)
-            row += [(token, 0.0) for token, _ in tokens[:3]] + tokens[3:]
-        return row
-
-    def cite(self, k):
-        gold = self.choice(self.facts)
-        example = self.choice(self.asked[gold.id])
-        row = self.start()
-        for number, p in enumerate(context := self.context([gold], k), 1):
-            row += self.piece(prompts.CITE.passage.format(number=number, text=p.text))
-        target = prompts.CITE.answer.format(
-            number=[p.id for p in context].index(gold.id) + 1, answer=example.answers[0]
-        )
-        row += self.piece(prompts.CITE.question.format(question=example.question))
-        return row + self.piece(target, 1.0, end=True)
-
-    def ask(self):
-        gold = self.choice(self.facts)
-        example = self.choice(self.asked[gold.id])
-        target = prompts.ASK.answer.format(question=example.question, answer=example.answers[0])
-        row = self.start() + self.piece(prompts.ASK.passage.format(text=gold.text))
-        return row + self.piece(prompts.ASK.question) + self.piece(target, 1.0, end=True)
-
-    def rate(self):
-        """Ten for a passage of facts, nine if one sentence is missing, junk two or less."""
-        draw = self.rng.random()
-        if draw < 0.4:
-            text, rating = self.choice(self.junk).text, self.rng.integers(3)
-        else:
-            text, rating = self.choice(self.facts).text, 10
-            if draw < 0.6 and ". " in text:
-                text, rating = text.split(". ")[0] + ".", 9
-        row = self.start() + self.piece(prompts.RATE.passage.format(text=text))
-        row += self.piece(prompts.RATE.question)
-        return row + self.piece(prompts.RATE.answer.format(answer=rating), 1.0, end=True)
-
-    def copy(self, width):
-        """Random sequences over a few hundred tokens, each once to see and once to repeat."""
-        row, half = self.start(), self.rng.integers(6, 17)
-        while len(row) + 2 * half <= width:
-            tokens = [int(t) for t in self.rng.integers(VOCABULARY - 512, VOCABULARY, size=half)]
-            row += [(t, 0.0) for t in tokens] + [(t, 1.0) for t in tokens]
-            half = self.rng.integers(6, 17)
-        return row
-
-
-def pack(rows, pad, multiple=64):
-    """Rows as `tokens` [B, T] and the scored `positions` [B, M] with their `weight`."""
-    width = -(-max(len(row) for row in rows) // multiple) * multiple
-    batch = {
-        "tokens": np.full((len(rows), width), pad, np.int32),
-        "positions": np.ones((len(rows), SCORED), np.int32),
-        "weight": np.zeros((len(rows), SCORED), np.float32),
-    }
-    for i, row in enumerate(rows):
-        scored = [j for j, (_, weight) in enumerate(row) if weight][:SCORED]
-        batch["tokens"][i, : len(row)] = [token for token, _ in row]
-        batch["positions"][i, : len(scored)] = scored
-        batch["weight"][i, : len(scored)] = [row[j][1] for j in scored]
-    return batch
 
 
 # --- training -------------------------------------------------------------------------------------
