@@ -12,6 +12,7 @@ import pytest
 from fedrag_jax.data.batching import Prompts
 from fedrag_jax.data.examples import Dataset, Example, Passage
 from fedrag_jax.data.prompts import COMPACT
+from fedrag_jax.errors import DataError
 from fedrag_jax.models.decoder import Decoder, DecoderConfig
 from fedrag_jax.models.encoder import Encoder, EncoderConfig
 from fedrag_jax.models.lora import LoraConfig, add_lora, init_adapters
@@ -304,6 +305,20 @@ def test_ranking_against_numpy(parts, sides, weight):
     golds = [e.positive_ids for e in EXAMPLES]
     slow = slow_ranking(queries, vectors[[0, 1, 0, 3]], golds, weight, 20.0)
     np.testing.assert_allclose(loss, slow, rtol=2e-4)
+
+
+def test_ranking_refuses_questions_without_a_gold_passage(parts):
+    task = multiple_negatives_ranking(
+        parts.encoder,
+        parts.query,
+        TOKENIZER,
+        DATASET,
+        document_vectors=parts.retriever.vectors,
+        max_length=64,
+    )
+    unlabelled = dataclasses.replace(EXAMPLES[0], id="z", positive_ids=())
+    with pytest.raises(DataError, match="1 questions name no gold passage, 'z' first"):
+        task.collate([*EXAMPLES, unlabelled], None)
 
 
 def tasks(parts):

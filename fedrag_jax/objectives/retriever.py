@@ -9,6 +9,7 @@ import optax
 
 from fedrag_jax.data.batching import encoder_table
 from fedrag_jax.data.examples import embedding_text
+from fedrag_jax.errors import DataError
 from fedrag_jax.models.network import Network
 from fedrag_jax.objectives.likelihood import weighted_mean
 from fedrag_jax.objectives.task import PyTree, Task
@@ -89,6 +90,12 @@ def multiple_negatives_ranking(
     ].shape[1]
 
     def collate(examples, _):
+        unlabelled = [e.id for e in examples if not e.positive_ids]
+        if unlabelled:
+            raise DataError(
+                f"{len(unlabelled)} questions name no gold passage, {unlabelled[0]!r} first: ranking "
+                "needs positive_ids; give them, or choose a strategy without labels"
+            )
         golds = np.full((len(examples), most), -1, np.int32)
         for i, example in enumerate(examples):
             golds[i, : len(example.positive_ids)] = [row[p] for p in example.positive_ids]
