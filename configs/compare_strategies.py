@@ -51,7 +51,8 @@ def get_config() -> ConfigDict:
     config.training.checkpoint_every = 5  # rounds
 
     # experiments/choose_learning_rates.py searches them on validation questions; joint training takes
-    # those of the two phases. Those of the retriever were searched so, on another world.
+    # those of the two phases. Not searched yet: the retriever's come from
+    # tries on an earlier world, the generator's are a guess.
     config.learning_rates = ConfigDict()
     for setting, retriever in (("centralised", 3e-4), ("federated", 1e-3), ("local", 1e-4)):
         config.learning_rates[setting] = ConfigDict(
