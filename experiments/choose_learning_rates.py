@@ -12,11 +12,10 @@ import json
 import pathlib
 
 import numpy as np
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import flags
 
-from experiments.compare_strategies import Comparison, load_data
-from fedrag_jax.errors import FedragError
+from experiments.compare_strategies import Comparison, check, load_data
+from experiments.launch import launch
 
 
 def validation_em(system, examples) -> float:
@@ -26,21 +25,23 @@ def validation_em(system, examples) -> float:
     return 100 * float(evaluate(system, examples)["em"].mean())
 
 
-def search(run: Comparison, setting: str, strategy, grid, bases, seed: int):
+def search(comparison: Comparison, setting: str, strategy, grid, bases, seed: int):
     """Trains one strategy at every rate of a grid; `(best rate, its systems, {rate: EM})`.
 
     In the local setting all clients train and each is judged on a share of the questions.
     """
-    members = list(range(run.config.federated.clients)) if setting == "local" else [None]
-    examples = run.dataset.validation[: flags.FLAGS.questions]
+    members = list(range(comparison.config.federated.clients)) if setting == "local" else [None]
+    examples = comparison.dataset.validation[: flags.FLAGS.questions]
     found = {}
     for rate in grid:
         systems = []
         for base, client in zip(bases, members, strict=True):
-            tuner = run.tuner(setting, seed, client, rate=lambda task, part, rate=rate: rate)
-            folder = run.folder / "tuned" / f"{strategy.__name__}-{rate:g}" / tuner.folder.name
+            tuner = comparison.tuner(setting, seed, client, rate=lambda task, part, rate=rate: rate)
+            folder = (
+                comparison.folder / "tuned" / f"{strategy.__name__}-{rate:g}" / tuner.folder.name
+            )
             tuner = dataclasses.replace(tuner, folder=folder / setting)
-            systems.append(strategy(base, run.dataset, tuner))
+            systems.append(strategy(base, comparison.dataset, tuner))
         share = [examples[i :: len(members)] for i in range(len(members))]
         em = np.mean([validation_em(s, x) for s, x in zip(systems, share, strict=True)])
         found[rate] = float(em), systems
@@ -52,45 +53,41 @@ def search(run: Comparison, setting: str, strategy, grid, bases, seed: int):
     return best, found[best][1], {rate: em for rate, (em, _) in found.items()}
 
 
-def main(_):
+def run(config, runs: str) -> pathlib.Path:
+    """Searches every setting of the config; returns the folder of the results."""
     from fedrag_jax.strategies import strategies
 
-    config = flags.FLAGS.config
+    check(config)
     seed = config.seeds[0]
-    folder = pathlib.Path(flags.FLAGS.runs) / f"{config.name}-rates"
+    folder = pathlib.Path(runs) / f"{config.name}-rates"
     folder.mkdir(parents=True, exist_ok=True)
     grids = flags.FLAGS.generator_grid, flags.FLAGS.retriever_grid
     generator, retriever = ([float(x) for x in grid] for grid in grids)
     chosen, scores = {}, {}
-    try:
-        run = Comparison(config, load_data(config), folder)
-        for setting in config.settings:
-            count = config.federated.clients if setting == "local" else 1
-            base = [run.system(seed)] * count
-            rates, found, systems = {}, {}, base
-            for name, strategy, grid in (
-                ("retriever", strategies.retriever, retriever),
-                ("generator", strategies.generator, generator),
-                ("marginal_generator", strategies.first_phase, generator),
-                ("marginal_retriever", strategies.second_phase, retriever),
-            ):
-                start = systems if strategy is strategies.second_phase else base
-                rates[name], systems, found[name] = search(
-                    run, setting, strategy, grid, start, seed
-                )
-            chosen[setting], scores[setting] = rates, found
-    except FedragError as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from error
+    comparison = Comparison(config, load_data(config), folder)
+    for setting in config.settings:
+        count = config.federated.clients if setting == "local" else 1
+        base = [comparison.system(seed)] * count
+        rates, found, systems = {}, {}, base
+        for name, strategy, grid in (
+            ("retriever", strategies.retriever, retriever),
+            ("generator", strategies.generator, generator),
+            ("marginal_generator", strategies.first_phase, generator),
+            ("marginal_retriever", strategies.second_phase, retriever),
+        ):
+            start = systems if strategy is strategies.second_phase else base
+            rates[name], systems, found[name] = search(
+                comparison, setting, strategy, grid, start, seed
+            )
+        chosen[setting], scores[setting] = rates, found
     result = {"chosen": chosen, "validation_em": scores}
     (folder / "learning_rates.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(chosen, indent=2))
+    return folder
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.WARNING)  # libraries tell a lot about themselves
-    config_flags.DEFINE_config_file("config", "configs/compare_strategies.py")
-    flags.DEFINE_string("runs", "runs", "folder that holds the runs")
     flags.DEFINE_list("generator_grid", ["1e-3", "3e-3"], "learning rates of the adapters")
     flags.DEFINE_list("retriever_grid", ["1e-4", "3e-4", "1e-3"], "learning rates of the encoder")
     flags.DEFINE_integer("questions", 200, "validation questions a system is judged on")
-    app.run(main)
+    launch(run, "configs/compare_strategies.py")

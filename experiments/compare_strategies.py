@@ -13,11 +13,10 @@ import pathlib
 import time
 
 import numpy as np
-from absl import app, flags, logging
-from ml_collections import config_flags
 
+from experiments.launch import launch
 from fedrag_jax.data.examples import Dataset
-from fedrag_jax.errors import ConfigError, FedragError
+from fedrag_jax.errors import ConfigError
 
 CONTROL_QUESTIONS = 200
 
@@ -57,10 +56,13 @@ class Comparison:
 
     def __init__(self, config, dataset: Dataset, folder: pathlib.Path):
         from fedrag_jax.models import hub
+        from fedrag_jax.retrieval.clusters import with_topics
 
         self.config, self.dataset, self.folder = config, dataset, folder
         self.models = {role: hub.load(config.models[role]) for role in ("generator", "retriever")}
         self.systems = {}
+        if config.federated.column == "topic":
+            self.dataset = with_topics(dataset, self.system(config.seeds[0]).retriever)
 
     def system(self, seed: int):
         """The untuned system; only the random half of its adapters depends on the seed."""
@@ -341,15 +343,5 @@ def run(config, runs: str) -> pathlib.Path:
     return folder
 
 
-def main(_):
-    try:
-        run(flags.FLAGS.config, flags.FLAGS.runs)
-    except FedragError as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from error
-
-
 if __name__ == "__main__":
-    logging.set_verbosity(logging.WARNING)  # libraries tell a lot about themselves
-    config_flags.DEFINE_config_file("config", "configs/compare_strategies.py")
-    flags.DEFINE_string("runs", "runs", "folder that holds the runs")
-    app.run(main)
+    launch(run, "configs/compare_strategies.py")

@@ -3,14 +3,15 @@
     python -m experiments.pretrain_tiny            # writes fedrag_jax/models/builtin/
 
 Neither knows the test world: both are trained on pretraining worlds, whose names are drawn from the
-other half of all there can be. What makes the decoder read within minutes: it first learns to copy
-random sequences; then to recall sentences of a context from their beginning and, with it, to answer
-questions about two passages, and one more when nine of ten are answered or enough steps have passed;
-each context is asked several questions, whose words, the names above all, are to be predicted too;
-embeddings start at unit scale, AdamW with b2 = 0.98.
+other half of all there can be. What makes the decoder read within minutes: it starts as a machine that
+recalls (see `recalling`); it is asked about single sentences before it is asked about passages, two of
+them at first and more when nine of ten questions are answered or enough steps have passed; each context
+is asked several questions, whose words, the names above all, are to be predicted too; a few rows of
+each batch recall a sentence from its beginning or copy random sequences; AdamW with b2 = 0.98.
 
 In its last quarter the decoder is also taught to rate a text, to ask about it, and to cite. What makes
-a test world harder than these: a topic's own jargon and chatter, and more names sharing a word.
+a test world harder than these: a topic's own jargon and chatter and, for the retriever, more names
+sharing a word.
 """
 
 import collections
@@ -29,13 +30,13 @@ from fedrag_jax.data import prompts, synthetic
 from fedrag_jax.data.batching import encoder_table
 from fedrag_jax.data.examples import embedding_text
 from fedrag_jax.models import hub
-from fedrag_jax.models.decoder import Decoder, DecoderConfig
+from fedrag_jax.models.decoder import Decoder, DecoderConfig, rope_frequencies
 from fedrag_jax.models.encoder import Encoder, EncoderConfig
 from fedrag_jax.models.network import Network
 
 _OUT = flags.DEFINE_string("out", str(hub.BUILTIN), "folder for the two checkpoints")
 _PARTS = flags.DEFINE_list("parts", ["decoder", "encoder"], "which to make")
-_DECODER_STEPS = flags.DEFINE_integer("decoder_steps", 3400, "batches of 16 rows")
+_DECODER_STEPS = flags.DEFINE_integer("decoder_steps", 5000, "batches of 12 to 40 rows")
 _ENCODER_STEPS = flags.DEFINE_integer("encoder_steps", 300, "batches of 128 pairs")
 
 WORLDS = [
@@ -45,12 +46,22 @@ WORLDS = [
         crowding=1.5,
         jargon=0.0,
         chatter=0.0,
-        questions=(6000, 160, 160),
+        questions=(6000, 240, 240),
     )
     for seed in range(8)
 ]
-ROWS, COPIES, CLOZES = 16, 1, 6  # rows of a batch; those that copy or recall while the rest read
-PASSAGES, PATIENCE = 5, 350  # most passages of a context; most steps with each number of them
+# What the decoder reads, one after the other: so many sentences or passages at a time, in batches of
+# so many rows, for so many steps at most.
+LEVELS = [
+    ("sentences", 2, 40, 400),
+    ("sentences", 3, 32, 400),
+    ("sentences", 4, 28, 300),
+    ("sentences", 6, 24, 400),
+    ("passages", 2, 28, 400),
+    ("passages", 3, 20, 400),
+    ("passages", 5, 14, 10**9),
+]
+EARLIER = 0.25  # of the batches come from a level already left behind
 
 
 # --- tokenizer ----------------------------------------------------------------------------------
@@ -148,63 +159,116 @@ def train_decoder(worlds, tokenizer, steps, rng):
     config = DecoderConfig(
         vocab_size=VOCABULARY,
         hidden_size=128,
-        intermediate_size=384,
-        num_layers=3,
+        intermediate_size=256,
+        num_layers=4,
         num_heads=4,
         num_kv_heads=4,
         head_dim=32,
         tie_embeddings=True,
     )
     network = Network.of(Decoder, config)
-    params = network.init(jax.random.key(0))
-    # Unit scale, as the copying circuit wants to tell tokens apart from the first step; the last
-    # norm is small, so that tied logits start small.
-    params["embed"]["embedding"] = jax.random.normal(jax.random.key(1), (VOCABULARY, 128))
-    params["norm"]["scale"] = 0.2 * params["norm"]["scale"]
+    params = recalling(network.init(jax.random.key(0)), config, np.random.default_rng(2))
     init, step = trainer(functools.partial(decoder_loss, network), 3e-3, steps, b2=0.98)
     state = init(params)
     readers = [Reader(world, tokenizer, rng) for world in worlds]
-    k, since, recent, began = 0, 0, collections.deque(maxlen=10), time.perf_counter()
+    level, since, recent, began = 0, 0, collections.deque(maxlen=10), time.perf_counter()
     for i in range(steps):
-        kind = "copy" if k == 0 else "read"
-        if k == PASSAGES and i > steps * 3 // 4:
-            kind = str(rng.choice(["read", "cite", "ask and rate"], p=[0.7, 0.2, 0.1]))
-        now = int(rng.integers(1, k + 1)) if k and rng.random() < 0.4 else k
-        batch = pack(_rows(readers, kind, now, rng), tokenizer.pad_token_id)
+        last = level == len(LEVELS) - 1
+        able = len(recent) == recent.maxlen and np.mean(recent) > 0.9 ** min(
+            QUESTIONS, LEVELS[level][1]
+        )
+        if not last and (able or i - since >= LEVELS[level][3]):
+            level, since = level + 1, i
+            recent.clear()
+            print(f"decoder step {i:5d}  now {LEVELS[level][1]} {LEVELS[level][0]}", flush=True)
+        at = int(rng.integers(level + 1)) if rng.random() < EARLIER else level
+        kind, n, count, _ = LEVELS[at]
+        if last and i > steps * 3 // 4 and rng.random() < 0.25:
+            kind, at = str(rng.choice(["cite", "ask and rate"], p=[0.6, 0.4])), None
+        others, rows = _rows(readers, kind, n, count, rng)
+        batch = pack(others + rows, tokenizer.pad_token_id)
         params, state, value, right = step(params, state, batch)
-        if kind == "read" and now == k:
-            recent.append(float(right[COPIES + CLOZES :].mean()))
-        elif kind == "copy":
-            recent.append(float(value < 0.5))
-        # A row is right if all its answers are, each nine times of ten.
-        able = len(recent) == recent.maxlen and np.mean(recent) > 0.9 ** min(QUESTIONS, 4 * k + 1)
-        if k < PASSAGES and (able or (k > 1 and i - since >= PATIENCE * (1 + (k == 2)))):
-            print(f"decoder step {i:5d}  now {max(2, k + 1)} passages", flush=True)
-            k, since, recent = max(2, k + 1), i, collections.deque(maxlen=10)
+        if at == level:
+            recent.append(float(right[len(others) :].mean()))
         if i % 50 == 0 or i == steps - 1:
             print(
-                f"decoder step {i:5d}  passages {k}  {kind} loss {float(value):.3f}  rows read "
-                f"right {100 * np.mean(recent or [0]):.0f}%  {time.perf_counter() - began:.0f}s",
+                f"decoder step {i:5d}  {n} {kind}  loss {float(value):.3f}  rows read right "
+                f"{100 * np.mean(recent or [0]):.0f}%  {time.perf_counter() - began:.0f}s",
                 flush=True,
             )
     return hub.Pretrained(network, params, tokenizer, "builtin:decoder")
 
 
-def _rows(readers, kind, k, rng):
-    """A batch of one kind; a few copies stay in every batch of reading."""
-    some = [readers[rng.integers(len(readers))] for _ in range(ROWS)]
-    if kind == "copy":
-        return [reader.copy(64) for reader in some]
+def recalling(params, config, rng):
+    """A start from which copying is learned within a hundred steps, not a thousand.
+
+    Two heads of the first layer look one and two tokens back and leave a sketch of what they saw;
+    heads of the later layers look for a sketch of the present token, and all heads there pass on what
+    they see: the induction heads of Olsson et al. 2022 (2209.11895), in a start that mimics trained
+    attention (Trockman and Kolter 2023, 2305.09828). Looking back by a fixed distance needs a constant:
+    the first dimension of all embeddings. The last norm is small, so that tied logits start small.
+    """
+    d, e = config.hidden_size, config.head_dim
+    half, constant = e // 2, 4.0
+    margin = 6.0  # of the score of the token looked back at over its neighbours'
+    params = jax.tree.map(np.array, params)
+    embedding = rng.standard_normal((config.vocab_size, d))
+    embedding[:, 0] = constant
+    params["embed"]["embedding"] = embedding.astype(np.float32)
+    params["norm"]["scale"] *= 0.2
+    q, k, v, o = (
+        params["layers"]["attention"][f"{name}_proj"]["kernel"] for name in ("q", "k", "v", "o")
+    )
+
+    def orthonormal(columns):
+        """[D, columns], nothing in the constant's row."""
+        basis = np.linalg.qr(rng.standard_normal((d - 1, columns)))[0]
+        return np.concatenate([np.zeros((1, columns)), basis])
+
+    turns = rope_frequencies(config)
+    fast, slow = np.arange(half // 2), np.arange(half * 3 // 8, half)
+    slow = np.concatenate([slow, slow + half])  # these turn too little to disturb a match of tokens
+    neighbour = (1 - np.cos(turns[fast])).sum()
+    normalised = constant / np.sqrt((d - 1 + constant**2) / d)
+    size = np.sqrt(margin * np.sqrt(e) / neighbour) / normalised
+    sketches = []
+    for head, back in ((0, 1), (1, 2)):
+        columns = slice(head * e, (head + 1) * e)
+        q[0][:, columns] = k[0][:, columns] = 0
+        q[0][0, head * e + fast] = size
+        k[0][0, head * e + fast] = size * np.cos(back * turns[fast])
+        k[0][0, head * e + half + fast] = size * np.sin(back * turns[fast])
+        sketches.append((orthonormal(e), orthonormal(e)))
+        v[0][:, columns], o[0][columns] = sketches[-1][0], 1.5 * sketches[-1][1].T
+    for layer in range(1, config.num_layers):
+        seen = np.linalg.qr(rng.standard_normal((d, d)))[0]
+        v[layer], o[layer] = seen, seen.T
+        for head in range(config.num_heads):
+            present, past = sketches[head % 2 if layer > 1 else 0]
+            if head >= 2 and layer > 1:
+                present = past = orthonormal(e)
+            elif head == 3:
+                continue
+            columns = slice(head * e, (head + 1) * e)
+            q[layer][:, columns] = k[layer][:, columns] = 0
+            q[layer][:, head * e + slow] = 2 * present[:, : len(slow)]
+            k[layer][:, head * e + slow] = 2 * past[:, : len(slow)]
+    return jax.tree.map(jnp.asarray, params)
+
+
+def _rows(readers, kind, n, count, rng):
+    """A batch of one kind as (rows that copy, recall or read sentences, rows of the kind itself)."""
+    some = [readers[rng.integers(len(readers))] for _ in range(count)]
     if kind == "cite":
-        n = int(rng.choice([2, 3, 5, 7]))
-        return [reader.cite(n) for reader in some]
+        return [], [reader.cite(int(rng.choice([2, 3, 5]))) for reader in some]
     if kind == "ask and rate":
-        return [r.ask() if i % 2 else r.rate() for i, r in enumerate(some)]
-    return [
-        *(reader.copy(64) for reader in some[:COPIES]),
-        *(reader.cloze(k) for reader in some[COPIES : COPIES + CLOZES]),
-        *(reader.read(k) for reader in some[COPIES + CLOZES :]),
-    ]
+        return [], [r.ask() if i % 2 else r.rate() for i, r in enumerate(some)]
+    if kind == "sentences":
+        return [r.copy(64) for r in some[:2]], [r.sentences(n) for r in some[2:]]
+    others = [some[0].copy(64)]
+    others += [reader.cloze(n) for reader in some[1:4]]
+    others += [reader.sentences(2 * n) for reader in some[4:6]]
+    return others, [reader.read(n) for reader in some[6:]]
 
 
 def train_encoder(worlds, tokenizer, steps, rng):
@@ -255,10 +319,11 @@ def train_encoder(worlds, tokenizer, steps, rng):
 def main(_):
     began = time.perf_counter()
     worlds = [synthetic.generate(config) for config in WORLDS]
+    crowded = [synthetic.generate(config._replace(crowding=4.0)) for config in WORLDS]
     tokenizer = train_tokenizer(worlds)
     makers = {
         "decoder": lambda: train_decoder(
-            worlds, decoder_tokenizer(tokenizer), _DECODER_STEPS.value, np.random.default_rng(0)
+            crowded, decoder_tokenizer(tokenizer), _DECODER_STEPS.value, np.random.default_rng(0)
         ),
         "encoder": lambda: train_encoder(
             worlds, encoder_tokenizer(tokenizer), _ENCODER_STEPS.value, np.random.default_rng(1)

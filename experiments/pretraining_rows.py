@@ -10,16 +10,18 @@ import numpy as np
 from fedrag_jax.data import prompts
 
 VOCABULARY = 3072
-SCORED = 160  # positions of a row with a weight in the loss, at most
+SCORED = 128  # positions of a row with a weight in the loss, at most
 QUESTION_WEIGHT = 0.3  # of a question's own words, beside 1 for those of an answer
 QUESTIONS = 5  # most questions about a context
 
 
-class Reader:
-    """Draws training rows, each a list of (token, weight in the loss) pairs, from one world.
+NAMESAKES = (
+    0.4  # of a context: entities that share a word with another, the distractors that matter
+)
 
-    A third of the passages of a context are namesakes: the distractors that matter.
-    """
+
+class Reader:
+    """Draws training rows, each a list of (token, weight in the loss) pairs, from one world."""
 
     def __init__(self, world, tokenizer, rng):
         self.world, self.tokenizer, self.rng = world, tokenizer, rng
@@ -54,7 +56,7 @@ class Reader:
         chosen = {p.id: p for p in golds}
         while len(chosen) < k:
             near = self.namesakes[self.choice(golds).title.split()[self.rng.integers(2)]]
-            p = self.choice(near if near and self.rng.random() < 0.3 else self.facts)
+            p = self.choice(near if near and self.rng.random() < NAMESAKES else self.facts)
             chosen.setdefault(p.id, p)
         passages = list(chosen.values())
         self.rng.shuffle(passages)
@@ -76,6 +78,21 @@ class Reader:
         for p in context:
             row += self.piece(prompts.COMPACT.passage.format(text=p.text))
         for i in self.rng.permutation(len(examples)):
+            asked = prompts.COMPACT.question.format(question=examples[i].question)
+            row += self.piece(asked, QUESTION_WEIGHT)
+            row += self.piece(" " + examples[i].answers[0], 1.0, end=True)
+        return row
+
+    def sentences(self, n):
+        """A sentence about each of n entities, and questions about them: only names tell them apart."""
+        examples, row = [], self.start()
+        for p in self.context([self.choice(self.facts)], n):
+            examples.append(self.choice(self.asked[p.id]))
+            answer = examples[-1].answers[0]
+            sentence = next(s for s in p.text.split(". ") if answer in s).rstrip(".") + "."
+            row += self.piece(prompts.COMPACT.passage.format(text=sentence))
+        again = self.rng.integers(n, size=max(0, 3 - n))
+        for i in [*self.rng.permutation(n), *again][:QUESTIONS]:
             asked = prompts.COMPACT.question.format(question=examples[i].question)
             row += self.piece(asked, QUESTION_WEIGHT)
             row += self.piece(" " + examples[i].answers[0], 1.0, end=True)
@@ -135,7 +152,7 @@ class Reader:
         return row
 
 
-def pack(rows, pad, multiple=64):
+def pack(rows, pad, multiple=32):
     """Rows as `tokens` [B, T] and the scored `positions` [B, M] with their `weight`."""
     width = -(-max(len(row) for row in rows) // multiple) * multiple
     batch = {

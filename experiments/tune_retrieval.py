@@ -12,10 +12,9 @@ import pathlib
 import time
 
 import numpy as np
-from absl import app, flags, logging
-from ml_collections import config_flags
 
-from fedrag_jax.errors import ConfigError, FedragError
+from experiments.launch import launch
+from fedrag_jax.errors import ConfigError
 
 COLUMNS = ("dataset", "setting", "stage", "recall_at_1", "recall_at_5", "recall_at_20", "mrr",
            "learning_rate", "seconds")  # fmt: skip
@@ -50,31 +49,13 @@ def rank_scores(retriever, examples) -> dict[str, np.ndarray]:
     return scores | {"mrr": metrics.mrr(ranked, golds)}
 
 
-def with_topics(examples, retriever, clusters: int = 10):
-    """Examples with a topic: where none is known, clusters of the base encoder's question vectors."""
-    import dataclasses
-
-    import faiss
-
-    if any(e.topic for e in examples):
-        return examples
-    vectors = retriever.embed_questions([e.question for e in examples])
-    kmeans = faiss.Kmeans(vectors.shape[1], clusters, niter=25, seed=0)
-    kmeans.train(vectors)
-    labels = kmeans.index.search(vectors, 1)[1][:, 0]
-    return [
-        dataclasses.replace(e, topic=f"cluster {c}") for e, c in zip(examples, labels, strict=True)
-    ]
-
-
 def tuned(config, dataset, retriever, setting: str, folder: pathlib.Path):
     """`(encoders, learning rate, seconds)`: one query encoder, in the local setting one a client."""
     from fedrag_jax.objectives.retriever import multiple_negatives_ranking
     from fedrag_jax.strategies.settings import Budget, split_clients
     from fedrag_jax.strategies.tuner import Tuner
 
-    examples = with_topics(dataset.train, retriever)
-    clients = split_clients(examples, config.clients, config.alpha, "topic", config.seed)
+    clients = split_clients(dataset.train, config.clients, config.alpha, "topic", config.seed)
     validation = dataset.validation[:500]
     members = range(config.clients) if setting == "local" else (None,)
     best = None
@@ -85,7 +66,7 @@ def tuned(config, dataset, retriever, setting: str, folder: pathlib.Path):
             tuner = Tuner(
                 folder=where if client is None else where / f"client{client}",
                 setting=setting,
-                examples=examples,
+                examples=dataset.train,
                 clients=clients,
                 budget=Budget(config.rounds, config.local_steps, config.clients, config.batch_size),
                 rates=lambda task, part, rate=rate: rate,
@@ -114,6 +95,7 @@ def run(config, runs: str) -> pathlib.Path:
     """Both datasets in all settings; returns the folder of the results."""
     from fedrag_jax.data import datasets
     from fedrag_jax.data.examples import Dataset
+    from fedrag_jax.retrieval.clusters import with_topics
     from fedrag_jax.retrieval.retriever import Retriever
     from fedrag_jax.tracking import tables
     from fedrag_jax.tracking.manifest import write_manifest
@@ -135,6 +117,7 @@ def run(config, runs: str) -> pathlib.Path:
         write_manifest(folder, dataset, seeds=config.seed)
         (folder / "manifest.json").rename(folder / f"manifest-{dataset.name}.json")
         retriever = Retriever.build(model, dataset.passages, progress=True)
+        dataset = with_topics(dataset, retriever)
         before = {k: 100 * v.mean() for k, v in rank_scores(retriever, dataset.test).items()}
         print(f"{dataset.name}, untuned: {json.dumps({k: round(v, 2) for k, v in before.items()})}")
         for setting in config.settings:
@@ -154,15 +137,5 @@ def run(config, runs: str) -> pathlib.Path:
     return folder
 
 
-def main(_):
-    try:
-        run(flags.FLAGS.config, flags.FLAGS.runs)
-    except FedragError as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from error
-
-
 if __name__ == "__main__":
-    logging.set_verbosity(logging.WARNING)  # libraries tell a lot about themselves
-    config_flags.DEFINE_config_file("config", "configs/tune_retrieval.py")
-    flags.DEFINE_string("runs", "runs", "folder that holds the runs")
-    app.run(main)
+    launch(run, "configs/tune_retrieval.py")

@@ -24,7 +24,9 @@ class Linear(nnx.Module):
             self.lora_b = nnx.LoRAParam(jnp.zeros((lora.rank, size_out)))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x @ self.kernel[...]
+        # Rows of one matrix: XLA on CPU takes 2.5 times as long over the gradient of a 3-D product.
+        y = x.reshape(-1, x.shape[-1]) @ self.kernel[...]
+        y = y.reshape(*x.shape[:-1], -1)
         if hasattr(self, "bias"):
             y = y + self.bias[...]
         if self.scale is not None:
