@@ -14,7 +14,7 @@ compare: $(VENV)/installed  ## the main job on the built-in world, one seed
 table: $(VENV)/installed  ## the same over three seeds: the README's table
 	$(COMPARE) --config.name=table --config.seeds='(0, 1, 2)'
 
-retrieval: $(VENV)/installed  ## query-side tuning of MiniLM on SQuAD and HotpotQA
+retrieval: $(VENV)/tested  ## query-side tuning of MiniLM on SQuAD and HotpotQA
 	$(BIN)/python -m experiments.tune_retrieval --config=configs/tune_retrieval.py
 
 test: $(VENV)/tested  ## the test suite

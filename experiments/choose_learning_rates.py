@@ -3,7 +3,8 @@
     python -m experiments.choose_learning_rates --config=configs/compare_strategies.py
 
 As in Lawton et al. 2025: retriever, generator and the two phases search a grid each, in every
-setting by itself; joint training reuses the rates of the two phases. Prints what to put into the
+setting by itself; joint training reuses the rates of the two phases. The retriever is judged by its
+MRR, the others by exact match. Prints what to put into the
 config and writes runs/<name>-rates/learning_rates.json; finished grid points are not trained again.
 """
 
@@ -18,39 +19,33 @@ from experiments.compare_strategies import Comparison, check, load_data
 from experiments.launch import launch
 
 
-def validation_em(system, examples) -> float:
-    """EM in percent."""
-    from fedrag_jax.evaluation.evaluator import evaluate
-
-    return 100 * float(evaluate(system, examples)["em"].mean())
-
-
-def search(comparison: Comparison, setting: str, strategy, grid, bases, seed: int):
-    """Trains one strategy at every rate of a grid; `(best rate, its systems, {rate: EM})`.
+def search(comparison: Comparison, setting: str, strategy, metric: str, grid, bases, seed: int):
+    """Trains one strategy at every rate of a grid; `(best rate, its systems, {rate: metric})`.
 
     In the local setting all clients train and each is judged on a share of the questions.
     """
+    from fedrag_jax.evaluation.evaluator import evaluate
+
     members = list(range(comparison.config.federated.clients)) if setting == "local" else [None]
     examples = comparison.dataset.validation[: flags.FLAGS.questions]
     found = {}
     for rate in grid:
-        systems = []
-        for base, client in zip(bases, members, strict=True):
+        scores, systems = [], []
+        for i, (base, client) in enumerate(zip(bases, members, strict=True)):
             tuner = comparison.tuner(setting, seed, client, rate=lambda task, part, rate=rate: rate)
-            folder = (
-                comparison.folder / "tuned" / f"{strategy.__name__}-{rate:g}" / tuner.folder.name
+            folder = tuner.folder / f"{strategy.__name__}-{rate:g}"
+            systems.append(
+                strategy(base, comparison.dataset, dataclasses.replace(tuner, folder=folder))
             )
-            tuner = dataclasses.replace(tuner, folder=folder / setting)
-            systems.append(strategy(base, comparison.dataset, tuner))
-        share = [examples[i :: len(members)] for i in range(len(members))]
-        em = np.mean([validation_em(s, x) for s, x in zip(systems, share, strict=True)])
-        found[rate] = float(em), systems
+            scores.append(evaluate(systems[-1], examples[i :: len(members)])[metric].mean())
+        found[rate] = 100 * float(np.mean(scores)), systems
         print(
-            f"{setting:12s} {strategy.__name__:13s} lr {rate:<8g} validation EM {em:.1f}",
+            f"{setting:12s} {strategy.__name__:13s} lr {rate:<8g} validation {metric} "
+            f"{found[rate][0]:.1f}",
             flush=True,
         )
     best = max(found, key=lambda rate: found[rate][0])
-    return best, found[best][1], {rate: em for rate, (em, _) in found.items()}
+    return best, found[best][1], {rate: score for rate, (score, _) in found.items()}
 
 
 def run(config, runs: str) -> pathlib.Path:
@@ -69,18 +64,18 @@ def run(config, runs: str) -> pathlib.Path:
         count = config.federated.clients if setting == "local" else 1
         base = [comparison.system(seed)] * count
         rates, found, systems = {}, {}, base
-        for name, strategy, grid in (
-            ("retriever", strategies.retriever, retriever),
-            ("generator", strategies.generator, generator),
-            ("marginal_generator", strategies.first_phase, generator),
-            ("marginal_retriever", strategies.second_phase, retriever),
+        for name, strategy, metric, grid in (
+            ("retriever", strategies.retriever, "mrr", retriever),
+            ("generator", strategies.generator, "em", generator),
+            ("marginal_generator", strategies.first_phase, "em", generator),
+            ("marginal_retriever", strategies.second_phase, "em", retriever),
         ):
             start = systems if strategy is strategies.second_phase else base
             rates[name], systems, found[name] = search(
-                comparison, setting, strategy, grid, start, seed
+                comparison, setting, strategy, metric, grid, start, seed
             )
         chosen[setting], scores[setting] = rates, found
-    result = {"chosen": chosen, "validation_em": scores}
+    result = {"chosen": chosen, "validation": scores}
     (folder / "learning_rates.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(chosen, indent=2))
     return folder

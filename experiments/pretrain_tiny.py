@@ -16,7 +16,9 @@ sharing a word.
 
 import collections
 import functools
+import itertools
 import pathlib
+import re
 import time
 
 import jax
@@ -36,7 +38,7 @@ from fedrag_jax.models.network import Network
 
 _OUT = flags.DEFINE_string("out", str(hub.BUILTIN), "folder for the two checkpoints")
 _PARTS = flags.DEFINE_list("parts", ["decoder", "encoder"], "which to make")
-_DECODER_STEPS = flags.DEFINE_integer("decoder_steps", 5000, "batches of 12 to 40 rows")
+_DECODER_STEPS = flags.DEFINE_integer("decoder_steps", 5000, "batches of 12 to 24 rows")
 _ENCODER_STEPS = flags.DEFINE_integer("encoder_steps", 300, "batches of 128 pairs")
 
 WORLDS = [
@@ -53,16 +55,15 @@ WORLDS = [
 # What the decoder reads, one after the other: so many sentences or passages at a time, in batches of
 # so many rows, for so many steps at most.
 LEVELS = [
-    ("sentences", 2, 40, 400),
-    ("sentences", 3, 32, 400),
-    ("sentences", 4, 28, 300),
-    ("sentences", 6, 24, 400),
-    ("passages", 2, 28, 400),
-    ("passages", 3, 20, 400),
-    ("passages", 5, 14, 10**9),
+    ("sentences", 2, 24, 300),
+    ("sentences", 3, 24, 300),
+    ("sentences", 4, 20, 300),
+    ("passages", 2, 20, 800),
+    ("passages", 3, 16, 600),
+    ("passages", 5, 12, 10**9),
 ]
 EARLIER = 0.25  # of the batches come from a level already left behind
-
+SPELLINGS = (r"\u0120?[A-Z][a-z]+", r"\u0120[a-z]+", r"[a-z]+", r"\u0120?\d+")  # \u0120: a space
 
 # --- tokenizer ----------------------------------------------------------------------------------
 
@@ -73,9 +74,7 @@ def train_tokenizer(worlds):
 
     formats = [*prompts.COMPACT, *prompts.RATE, *prompts.ASK, *prompts.CITE]
     texts = [embedding_text(p) + "\n" for w in worlds for p in w.passages]
-    texts += [
-        "Question: " + e.question + "\nAnswer: " + e.answers[0] for w in worlds for e in w.train
-    ]
+    texts += [" ".join([e.question, e.answers[0]]) for w in worlds for e in w.train]
     texts += [text for text in formats for _ in range(2000)]
     texts += [f" {year}" for year in range(1500, 1900) for _ in range(20)]
     tokenizer = Tokenizer(models.BPE())
@@ -167,7 +166,8 @@ def train_decoder(worlds, tokenizer, steps, rng):
         tie_embeddings=True,
     )
     network = Network.of(Decoder, config)
-    params = recalling(network.init(jax.random.key(0)), config, np.random.default_rng(2))
+    params = network.init(jax.random.key(0))
+    params = recalling(params, config, tokenizer, np.random.default_rng(2))
     init, step = trainer(functools.partial(decoder_loss, network), 3e-3, steps, b2=0.98)
     state = init(params)
     readers = [Reader(world, tokenizer, rng) for world in worlds]
@@ -199,31 +199,38 @@ def train_decoder(worlds, tokenizer, steps, rng):
     return hub.Pretrained(network, params, tokenizer, "builtin:decoder")
 
 
-def recalling(params, config, rng):
+def recalling(params, config, tokenizer, rng):
     """A start from which copying is learned within a hundred steps, not a thousand.
 
-    Two heads of the first layer look one and two tokens back and leave a sketch of what they saw;
-    heads of the later layers look for a sketch of the present token, and all heads there pass on what
-    they see: the induction heads of Olsson et al. 2022 (2209.11895), in a start that mimics trained
-    attention (Trockman and Kolter 2023, 2305.09828). Looking back by a fixed distance needs a constant:
-    the first dimension of all embeddings. The last norm is small, so that tied logits start small.
+    The heads of the first layer look one to four tokens back and leave a sketch of what they saw. Heads
+    of the second look for a place that follows the last two tokens, or the two before them, or that
+    was preceded by such; later ones look for the present token itself; and all pass on what they see:
+    the induction heads of Olsson et al. 2022 (2209.11895), in a start that mimics trained attention
+    (Trockman and Kolter 2023, 2305.09828). Looking back by a fixed distance needs a constant: the first
+    dimension of all embeddings. Pieces spelled alike (capitalised, digits, ...) share a vector, so that
+    names can be told from other words. The last norm is small, and so are the first logits.
     """
     d, e = config.hidden_size, config.head_dim
     half, constant = e // 2, 4.0
     margin = 6.0  # of the score of the token looked back at over its neighbours'
     params = jax.tree.map(np.array, params)
-    embedding = rng.standard_normal((config.vocab_size, d))
-    embedding[:, 0] = constant
-    params["embed"]["embedding"] = embedding.astype(np.float32)
-    params["norm"]["scale"] *= 0.2
-    q, k, v, o = (
-        params["layers"]["attention"][f"{name}_proj"]["kernel"] for name in ("q", "k", "v", "o")
-    )
 
     def orthonormal(columns):
         """[D, columns], nothing in the constant's row."""
         basis = np.linalg.qr(rng.standard_normal((d - 1, columns)))[0]
         return np.concatenate([np.zeros((1, columns)), basis])
+
+    embedding = rng.standard_normal((config.vocab_size, d))
+    embedding[:, 0] = constant
+    spellings = 6.0 * orthonormal(len(SPELLINGS) + 1).T
+    for piece, i in tokenizer.get_vocab().items():
+        fits = (n for n, pattern in enumerate(SPELLINGS) if re.fullmatch(pattern, piece))
+        embedding[i] += spellings[next(fits, -1)]
+    params["embed"]["embedding"] = embedding.astype(np.float32)
+    params["norm"]["scale"] *= 0.2
+    q, k, v, o = (
+        params["layers"]["attention"][f"{name}_proj"]["kernel"] for name in ("q", "k", "v", "o")
+    )
 
     turns = rope_frequencies(config)
     fast, slow = np.arange(half // 2), np.arange(half * 3 // 8, half)
@@ -231,28 +238,38 @@ def recalling(params, config, rng):
     neighbour = (1 - np.cos(turns[fast])).sum()
     normalised = constant / np.sqrt((d - 1 + constant**2) / d)
     size = np.sqrt(margin * np.sqrt(e) / neighbour) / normalised
-    sketches = []
-    for head, back in ((0, 1), (1, 2)):
-        columns = slice(head * e, (head + 1) * e)
+    sketches = [orthonormal(e)]  # of the present token, and of those 1, 2, ... before it
+    for head in range(config.num_heads):
+        columns, back = slice(head * e, (head + 1) * e), head + 1
         q[0][:, columns] = k[0][:, columns] = 0
         q[0][0, head * e + fast] = size
         k[0][0, head * e + fast] = size * np.cos(back * turns[fast])
         k[0][0, head * e + half + fast] = size * np.sin(back * turns[fast])
-        sketches.append((orthonormal(e), orthonormal(e)))
-        v[0][:, columns], o[0][columns] = sketches[-1][0], 1.5 * sketches[-1][1].T
+        sketches.append(orthonormal(e))
+        v[0][:, columns], o[0][columns] = sketches[0], 1.2 * sketches[-1].T
+
+    def look(layer, head, pairs):
+        """Aims a head at places whose sketch `past` is like the sketch `present` here."""
+        columns, share = slice(head * e, (head + 1) * e), len(slow) // len(pairs)
+        q[layer][:, columns] = k[layer][:, columns] = 0
+        for n, (present, past) in enumerate(pairs):
+            at = head * e + slow[n * share : (n + 1) * share]
+            q[layer][:, at] = 2.5 * present[:, :share]
+            k[layer][:, at] = 2.5 * past[:, :share]
+
     for layer in range(1, config.num_layers):
         seen = np.linalg.qr(rng.standard_normal((d, d)))[0]
         v[layer], o[layer] = seen, seen.T
-        for head in range(config.num_heads):
-            present, past = sketches[head % 2 if layer > 1 else 0]
-            if head >= 2 and layer > 1:
-                present = past = orthonormal(e)
-            elif head == 3:
-                continue
-            columns = slice(head * e, (head + 1) * e)
-            q[layer][:, columns] = k[layer][:, columns] = 0
-            q[layer][:, head * e + slow] = 2 * present[:, : len(slow)]
-            k[layer][:, head * e + slow] = 2 * past[:, : len(slow)]
+    after = list(itertools.pairwise(sketches))  # here and there: what follows the like of this
+    look(1, 0, [after[0], after[1]])
+    look(1, 1, [after[2], after[3]])
+    look(1, 2, [after[0], after[3]])
+    for layer in range(2, config.num_layers):
+        look(layer, 0, [after[0]])
+        look(layer, 1, [after[1]])
+        for head in range(2, config.num_heads):
+            same = orthonormal(e)
+            look(layer, head, [(same, same)])
     return jax.tree.map(jnp.asarray, params)
 
 
@@ -267,8 +284,8 @@ def _rows(readers, kind, n, count, rng):
         return [r.copy(64) for r in some[:2]], [r.sentences(n) for r in some[2:]]
     others = [some[0].copy(64)]
     others += [reader.cloze(n) for reader in some[1:4]]
-    others += [reader.sentences(2 * n) for reader in some[4:6]]
-    return others, [reader.read(n) for reader in some[6:]]
+    others += [reader.sentences(n + 1) for reader in some[4:7]]
+    return others, [reader.read(n) for reader in some[7:]]
 
 
 def train_encoder(worlds, tokenizer, steps, rng):

@@ -13,11 +13,8 @@ VOCABULARY = 3072
 SCORED = 128  # positions of a row with a weight in the loss, at most
 QUESTION_WEIGHT = 0.3  # of a question's own words, beside 1 for those of an answer
 QUESTIONS = 5  # most questions about a context
-
-
-NAMESAKES = (
-    0.4  # of a context: entities that share a word with another, the distractors that matter
-)
+RECITED = 0.5  # of what is asked about sentences: to say one again from its name on
+NAMESAKES = 0.4  # of a context: sharing a word with another, the distractors that matter
 
 
 class Reader:
@@ -37,6 +34,12 @@ class Reader:
         for p in self.facts:
             for word in p.title.split():
                 self.namesakes[word].append(p)
+        self.stating, self.named = collections.defaultdict(list), collections.defaultdict(list)
+        for p in self.facts:
+            for e in self.asked[p.id]:
+                self.stating[_fact(e)].append((p, e))
+                for word in p.title.split():
+                    self.named[word].append((p, e))
         self._tokens = functools.lru_cache(maxsize=None)(
             lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
         )
@@ -84,18 +87,29 @@ class Reader:
         return row
 
     def sentences(self, n):
-        """A sentence about each of n entities, and questions about them: only names tell them apart."""
-        examples, row = [], self.start()
-        for p in self.context([self.choice(self.facts)], n):
-            examples.append(self.choice(self.asked[p.id]))
-            answer = examples[-1].answers[0]
-            sentence = next(s for s in p.text.split(". ") if answer in s).rstrip(".") + "."
-            row += self.piece(prompts.COMPACT.passage.format(text=sentence))
-        again = self.rng.integers(n, size=max(0, 3 - n))
-        for i in [*self.rng.permutation(n), *again][:QUESTIONS]:
-            asked = prompts.COMPACT.question.format(question=examples[i].question)
-            row += self.piece(asked, QUESTION_WEIGHT)
-            row += self.piece(" " + examples[i].answers[0], 1.0, end=True)
+        """The same fact of n entities, and questions: only names tell them apart."""
+        fact = self.choice(list(self.stating))
+        chosen = {}
+        while len(chosen) < n:
+            p, e = self.choice(self.stating[fact])
+            if chosen and self.rng.random() < NAMESAKES:
+                word = self.choice(next(iter(chosen.values()))[0].title.split())
+                p, e = self.choice([x for x in self.named[word] if _fact(x[1]) == fact])
+            chosen.setdefault(p.id, (p, e))
+        row, told = self.start(), []
+        for p, e in chosen.values():
+            sentence = next(s for s in p.text.split(". ") if e.answers[0] in s).rstrip(".") + "."
+            told.append((prompts.COMPACT.passage.format(text=sentence), p, e))
+            row += self.piece(told[-1][0])
+        for i in [*self.rng.permutation(n), *self.rng.integers(n, size=max(0, 3 - n))][:QUESTIONS]:
+            text, p, e = told[i]
+            if self.rng.random() < RECITED:
+                sentence = self.piece(text, 1.0)
+                start = len(self.piece(text[: text.index(p.title) + len(p.title)]))
+                row += [(token, 0.0) for token, _ in sentence[:start]] + sentence[start:]
+                continue
+            row += self.piece(prompts.COMPACT.question.format(question=e.question), QUESTION_WEIGHT)
+            row += self.piece(" " + e.answers[0], 1.0, end=True)
         return row
 
     def cloze(self, k):
@@ -150,6 +164,10 @@ class Reader:
             row += [(t, 0.0) for t in tokens] + [(t, 1.0) for t in tokens]
             half = self.rng.integers(6, 17)
         return row
+
+
+def _fact(example):
+    return example.id.rsplit("-", 2)[1]
 
 
 def pack(rows, pad, multiple=32):

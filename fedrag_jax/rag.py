@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from fedrag_jax.data.batching import ANSWER_TOKENS, Prompts, left_padded
@@ -17,7 +18,9 @@ from fedrag_jax.models.decoding import greedy
 from fedrag_jax.models.network import Network
 from fedrag_jax.retrieval.retriever import Retriever
 
-_ROWS = 60  # prompts decoded together
+# Prompts decoded together: few, so that a CPU keeps them in its cache.
+_ROWS = {"cpu": 10}
+_ROWS_ACCELERATOR = 64
 
 
 class Response(NamedTuple):
@@ -129,12 +132,13 @@ class RAGSystem:
         stops = self.prompts.stop_tokens
         order = np.argsort([len(p) for p in prompts], kind="stable")
         answers = [""] * len(prompts)
-        for start in range(0, len(order), _ROWS):
-            chosen = order[start : start + _ROWS]
+        count = _ROWS.get(jax.default_backend(), _ROWS_ACCELERATOR)
+        for start in range(0, len(order), count):
+            chosen = order[start : start + count]
             chunk = [prompts[i] for i in chosen]
             # Always the same number of rows, so that a width compiles once.
-            chunk += [chunk[-1][:1]] * (_ROWS - len(chunk))
-            tokens, mask = left_padded(chunk, self.prompts.pad, multiple=64)
+            chunk += [chunk[-1][:1]] * (count - len(chunk))
+            tokens, mask = left_padded(chunk, self.prompts.pad, multiple=32)
             written = greedy(
                 self.decoder,
                 self.generator.params,

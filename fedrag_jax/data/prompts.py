@@ -20,7 +20,7 @@ class PromptStyle(NamedTuple):
 COMPACT = PromptStyle(
     opening="",
     passage="{text}\n",
-    question="Question: {question}\nAnswer:",
+    question="{question}",
     answer=" {answer}",
 )
 

