@@ -1,0 +1,86 @@
+"""What the built-in decoder is pretrained on, and the start it is pretrained from."""
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import pretrain_tiny, pretraining_rows
+from fedrag_jax.data import synthetic
+from fedrag_jax.models import hub
+from fedrag_jax.models.decoder import Decoder, DecoderConfig, rope_frequencies
+from fedrag_jax.models.network import Network
+
+
+@pytest.fixture(scope="module")
+def reader():
+    world = synthetic.generate(pretrain_tiny.WORLDS[0])
+    tokenizer = hub.load("builtin:decoder").tokenizer
+    return pretraining_rows.Reader(world, tokenizer, np.random.default_rng(0))
+
+
+def test_heads_of_the_first_layer_look_one_to_four_tokens_back(reader):
+    config = DecoderConfig(
+        vocab_size=pretraining_rows.VOCABULARY,
+        hidden_size=128,
+        intermediate_size=64,
+        num_layers=3,
+        num_heads=4,
+        num_kv_heads=4,
+        head_dim=32,
+        tie_embeddings=True,
+    )
+    network = Network.of(Decoder, config)
+    rng = np.random.default_rng(0)
+    params = network.init(jax.random.key(0))
+    params = pretrain_tiny.recalling(params, config, reader.tokenizer, rng)
+    x = np.asarray(params["embed"]["embedding"])[rng.integers(config.vocab_size, size=40)]
+    x = x / np.sqrt((x**2).mean(1, keepdims=True))
+    angles = np.arange(40)[:, None] * rope_frequencies(config)
+
+    def turned(y):
+        first, second = np.split(y, 2, axis=1)
+        cos, sin = np.cos(angles), np.sin(angles)
+        return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=1)
+
+    attention = jax.tree.map(lambda w: np.asarray(w)[0], params["layers"]["attention"])
+    for head in range(4):
+        columns = slice(32 * head, 32 * head + 32)
+        q = turned(x @ attention["q_proj"]["kernel"][:, columns])
+        k = turned(x @ attention["k_proj"]["kernel"][:, columns])
+        scores = np.where(np.tri(40, dtype=bool), q @ k.T, -np.inf)
+        aim = np.arange(head + 1, 40) - head - 1
+        assert (scores.argmax(1)[head + 1 :] == aim).mean() > 0.8
+
+
+def text(reader, row, least=0.0):
+    return reader.tokenizer.decode([token for token, weight in row if weight >= least])
+
+
+def test_sentences_state_one_fact_of_several_entities(reader):
+    for _ in range(20):
+        row = text(reader, reader.sentences(3))
+        told = row.removeprefix("<s>").split("\n")[:3]
+        assert all(s.endswith(".") for s in told) and len(set(told)) == 3
+        kinds = {"was born", "trained at", "settled in", "belongs to", " by ", " in "}
+        assert any(all(kind in s for s in told) for kind in kinds)
+
+
+def test_a_context_holds_what_is_asked(reader):
+    for k in (1, 3):
+        row = reader.read(k)
+        answers = text(reader, row, least=1.0).split("</s>")[:-1]
+        context = text(reader, row).split("?")[0]
+        assert 1 <= len(answers) <= pretraining_rows.QUESTIONS
+        assert all(answer.strip() in context for answer in answers)
+
+
+def test_rows_are_packed_with_their_scored_positions(reader):
+    rows = [reader.read(2), reader.copy(64), reader.cite(2), reader.ask(), reader.rate()]
+    batch = pretraining_rows.pack(rows, pad=0)
+    assert batch["tokens"].shape[1] % 32 == 0
+    for i, row in enumerate(rows):
+        scored = [(token, weight) for token, weight in row if weight]
+        at = batch["positions"][i, : len(scored)]
+        assert batch["tokens"][i, at].tolist() == [token for token, _ in scored]
+        np.testing.assert_allclose(batch["weight"][i, : len(scored)], [w for _, w in scored])
+        assert not batch["weight"][i, len(scored) :].any()
