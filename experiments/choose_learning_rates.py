@@ -4,8 +4,8 @@
 
 As in Lawton et al. 2025: retriever, generator and the two phases search a grid each, in every
 setting by itself; joint training reuses the rates of the two phases. The retriever is judged by its
-MRR, the others by exact match. Prints what to put into the
-config and writes runs/<name>-rates/learning_rates.json; finished grid points are not trained again.
+MRR, the others by exact match. Prints what to put into the config and writes
+runs/<name>-rates/learning_rates.json; finished grid points are not trained again.
 """
 
 import dataclasses
@@ -82,7 +82,7 @@ def run(config, runs: str) -> pathlib.Path:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_list("generator_grid", ["1e-3", "3e-3"], "learning rates of the adapters")
+    flags.DEFINE_list("generator_grid", ["3e-4", "1e-3", "3e-3"], "learning rates of the adapters")
     flags.DEFINE_list("retriever_grid", ["1e-4", "3e-4", "1e-3"], "learning rates of the encoder")
     flags.DEFINE_integer("questions", 200, "validation questions a system is judged on")
     launch(run, "configs/compare_strategies.py")

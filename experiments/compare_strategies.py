@@ -148,35 +148,35 @@ def compute_cell(run: Comparison, strategy: str, setting: str, seed: int):
     controls = control_scores(systems[0], test) if setting != "local" else {}
     if tuners and setting == "local":
         controls["own_topic_em"] = own_topic(run.clients(seed), test, [f["em"] for f in found])
-    curves = {}
-    for tuner in tuners[:1] if setting != "local" else ():
-        for task in tuner.costs:
-            lines = (tuner.folder / task / "rounds.jsonl").read_text().splitlines()
-            curves[task] = [json.loads(line) for line in lines]
-    if setting == "local":
-        curves = mean_curves(tuners)
+    # Centralised training has a round for each S steps: as many as there are clients make a point.
+    stretch = run.config.federated.clients if setting == "centralised" else 1
+    curves = training_curves(tuners, stretch)
     cost = sum((c for tuner in tuners for c in tuner.costs.values()), Cost())
     return Cell(strategy, setting, seed, scores, controls, cost, curves)
 
 
-def mean_curves(tuners) -> dict:
-    """Rounds of each task averaged over clients; examples and seconds add up."""
+def training_curves(tuners, stretch: int) -> dict:
+    """Points of each task: a mean over clients and over `stretch` rounds; examples, seconds add up."""
     curves = {}
     for task in tuners[0].costs if tuners else ():
-        runs = [
-            [json.loads(x) for x in (t.folder / task / "rounds.jsonl").read_text().splitlines()]
-            for t in tuners
-        ]
-        curves[task] = [
-            {
-                "round": records[0]["round"],
-                "loss": float(np.mean([r["loss"] for r in records])),
-                "metrics": {},
-                "examples": sum(r["examples"] for r in records),
-                "seconds": sum(r["seconds"] for r in records),
-            }
-            for records in zip(*runs, strict=True)
-        ]
+        files = [t.folder / task / "rounds.jsonl" for t in tuners]
+        runs = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+        curves[task] = []
+        for start in range(0, len(runs[0]), stretch):
+            stretches = [records[start : start + stretch] for records in runs]
+            some = [record for records in stretches for record in records]
+            curves[task].append(
+                {
+                    "round": start // stretch + 1,
+                    "loss": float(np.mean([r["loss"] for r in some])),
+                    "metrics": {
+                        name: float(np.mean([r["metrics"][name] for r in some]))
+                        for name in some[0]["metrics"]
+                    },
+                    "examples": sum(records[-1]["examples"] for records in stretches),
+                    "seconds": sum(r["seconds"] for r in some),
+                }
+            )
     return curves
 
 

@@ -60,7 +60,7 @@ def tuned(config, dataset, retriever, setting: str, folder: pathlib.Path):
                 retriever.tokenizer,
                 dataset,
                 document_vectors=retriever.vectors,
-                max_length=64,
+                max_length=config.max_question_tokens,
             )
             encoders.append(tuner(task)["query"])
             seconds += tuner.costs[task.name].seconds

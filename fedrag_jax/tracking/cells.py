@@ -15,7 +15,7 @@ class Cell(NamedTuple):
     Attributes:
       scores: per test question [Q], in [0, 1]; means over clients in the local setting.
       controls: single numbers in percent.
-      curves: for each trained task its rounds, as `fit` records them.
+      curves: for each trained task its rounds: `round`, `loss`, `metrics`, `examples`, `seconds`.
     """
 
     strategy: str
