@@ -37,7 +37,8 @@ def get_config() -> ConfigDict:
     config.lora.targets = (
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     )  # fmt: skip
-    config.retrieval = ConfigDict({"top_k": 5})
+    # Passages that are read together, and passages that joint and two-phase training marginalise over.
+    config.retrieval = ConfigDict({"top_k": 5, "marginal_k": 10})
 
     # Clients differ in `column`; alpha = inf is an even split.
     config.federated = ConfigDict({"clients": 8, "alpha": 0.1, "column": "topic"})
@@ -45,7 +46,7 @@ def get_config() -> ConfigDict:
     # Every setting sees rounds x local_steps x clients x batch_size examples.
     config.training = ConfigDict()
     config.training.rounds = 5
-    config.training.local_steps = 5
+    config.training.local_steps = 4
     config.training.batch_size = 8
     config.training.group_size = 1  # one at a time is fastest on a CPU; try the cohort on a GPU
     config.training.checkpoint_every = 5  # rounds

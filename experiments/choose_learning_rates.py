@@ -56,20 +56,19 @@ def run(config, runs: str) -> pathlib.Path:
     seed = config.seeds[0]
     folder = pathlib.Path(runs) / f"{config.name}-rates"
     folder.mkdir(parents=True, exist_ok=True)
-    grids = flags.FLAGS.generator_grid, flags.FLAGS.retriever_grid
-    generator, retriever = ([float(x) for x in grid] for grid in grids)
     chosen, scores = {}, {}
     comparison = Comparison(config, load_data(config), folder)
     for setting in config.settings:
         count = config.federated.clients if setting == "local" else 1
         base = [comparison.system(seed)] * count
         rates, found, systems = {}, {}, base
-        for name, strategy, metric, grid in (
-            ("retriever", strategies.retriever, "mrr", retriever),
-            ("generator", strategies.generator, "em", generator),
-            ("marginal_generator", strategies.first_phase, "em", generator),
-            ("marginal_retriever", strategies.second_phase, "em", retriever),
+        for name, strategy, metric in (
+            ("retriever", strategies.retriever, "mrr"),
+            ("generator", strategies.generator, "em"),
+            ("marginal_generator", strategies.first_phase, "em"),
+            ("marginal_retriever", strategies.second_phase, "em"),
         ):
+            grid = [float(rate) for rate in flags.FLAGS[name].value]
             start = systems if strategy is strategies.second_phase else base
             rates[name], systems, found[name] = search(
                 comparison, setting, strategy, metric, grid, start, seed
@@ -82,7 +81,9 @@ def run(config, runs: str) -> pathlib.Path:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_list("generator_grid", ["3e-4", "1e-3", "3e-3"], "learning rates of the adapters")
-    flags.DEFINE_list("retriever_grid", ["1e-4", "3e-4", "1e-3"], "learning rates of the encoder")
+    flags.DEFINE_list("retriever", ["3e-4", "1e-3"], "rates of the query encoder, by ranking")
+    flags.DEFINE_list("generator", ["1e-3", "3e-3"], "rates of the adapters, by answer likelihood")
+    flags.DEFINE_list("marginal_generator", ["1e-4", "3e-4"], "rates of the first phase")
+    flags.DEFINE_list("marginal_retriever", ["1e-4", "3e-4"], "rates of the second phase")
     flags.DEFINE_integer("questions", 200, "validation questions a system is judged on")
     launch(run, "configs/compare_strategies.py")

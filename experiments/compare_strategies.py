@@ -78,7 +78,7 @@ class Comparison:
                 **self.models,
                 adapters=lora,
                 prompt_style=c.models.prompt_style,
-                top_k=c.retrieval.top_k,
+                **c.retrieval,
                 max_passage_tokens=c.models.max_passage_tokens,
                 seed=seed,
                 progress=True,

@@ -45,6 +45,7 @@ class RAGSystem:
     retriever: Retriever
     prompts: Prompts
     top_k: int = 5
+    marginal_k: int = 10
 
     @classmethod
     def build(
@@ -57,6 +58,7 @@ class RAGSystem:
         adapters: lora.LoraConfig | None = None,
         prompt_style: str = "compact",
         top_k: int = 5,
+        marginal_k: int = 10,
         max_passage_tokens: int = 256,
         seed: int = 0,
         progress: bool = False,
@@ -65,6 +67,9 @@ class RAGSystem:
 
         Args:
           examples: questions that may be trained on; they set the widths of training arrays.
+          top_k: passages read together.
+          marginal_k: passages that training marginalises over (all, if the corpus has fewer). More than
+            are read, because only a question whose gold passage is among them teaches the retriever.
           seed: of the adapters' random half.
 
         Raises:
@@ -100,6 +105,7 @@ class RAGSystem:
             retriever=Retriever.build(retriever, passages, progress),
             prompts=prompts,
             top_k=top_k,
+            marginal_k=min(marginal_k, len(passages)),
         )
 
     def replace(self, *, adapters=None, query=None, document=None) -> "RAGSystem":
@@ -177,6 +183,7 @@ class RAGSystem:
         style = next(name for name, s in STYLES.items() if s == self.prompts.style)
         settings = {
             "top_k": self.top_k,
+            "marginal_k": self.marginal_k,
             "prompt_style": style,
             "max_passage_tokens": self.prompts.max_passage_tokens,
             "lora": dataclasses.asdict(self.lora),
@@ -207,6 +214,7 @@ class RAGSystem:
             adapters=lora.LoraConfig(**config),
             prompt_style=settings["prompt_style"],
             top_k=settings["top_k"],
+            marginal_k=settings["marginal_k"],
             max_passage_tokens=settings["max_passage_tokens"],
         )
         return system.replace(

@@ -102,7 +102,7 @@ def _marginal(system: RAGSystem, dataset: Dataset, train: tuple[str, ...], margi
         dataset.train,
         train=train,
         marginal=marginal,
-        passages=system.top_k,
+        passages=system.marginal_k,
         score_scale=SCORE_SCALE,
     )
 
