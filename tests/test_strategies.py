@@ -1,0 +1,92 @@
+"""What each strategy trains, in which order, and what it leaves alone."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from fedrag_jax.data import synthetic
+from fedrag_jax.data.examples import Dataset
+from fedrag_jax.rag import RAGSystem
+from fedrag_jax.strategies.strategies import STRATEGIES
+
+TRAINED = {
+    "none": [],
+    "retriever": [{"query"}],
+    "generator": [{"adapters"}],
+    "independent": [{"query"}, {"adapters"}],
+    "two_phase": [{"adapters"}, {"query"}],
+    "joint_token": [{"adapters", "query"}],
+    "joint_sequence": [{"adapters", "query"}],
+}
+
+
+@pytest.fixture(scope="module")
+def world():
+    whole = synthetic.generate()
+    return Dataset("some", whole.passages[:200], whole.train, whole.validation, whole.test)
+
+
+@pytest.fixture(scope="module")
+def system(world):
+    return RAGSystem.build(world.passages, world.train[:40], marginal_k=7)
+
+
+class Recorder:
+    """A `tune` that keeps the tasks it is given and moves what they train a little."""
+
+    def __init__(self):
+        self.tasks = []
+
+    def __call__(self, task):
+        self.tasks.append(task)
+        return jax.tree.map(lambda x: x + 0.01, task.trainable)
+
+
+def moved(before, after) -> bool:
+    pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    return any(not np.array_equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("name", list(STRATEGIES))
+def test_parts_that_move(name, system, world):
+    there = {p.id for p in world.passages}
+    labelled = [e for e in world.train if set(e.positive_ids) <= there][:40]
+    short = dataclasses.replace(world, train=labelled)
+    tune = Recorder()
+    tuned = STRATEGIES[name](system, short, tune)
+    assert [set(task.trainable) for task in tune.tasks] == TRAINED[name]
+    parts = set().union(*TRAINED[name])
+    assert moved(system.retriever.query, tuned.retriever.query) == ("query" in parts)
+    assert moved(system.adapters, tuned.adapters) == ("adapters" in parts)
+    assert tuned.retriever.document is system.retriever.document
+    assert tuned.generator is system.generator
+    for task in tune.tasks:
+        assert not set(task.trainable) & set(task.frozen)
+
+
+def test_marginal_training_sees_more_passages_than_are_read(system, world):
+    tune = Recorder()
+    STRATEGIES["joint_token"](system, dataclasses.replace(world, train=world.train[:40]), tune)
+    (task,) = tune.tasks
+    found = task.retrieve(world.train[:3], task.trainable)
+    assert found.shape == (3, 7)
+    assert task.collate(world.train[:3], found)["tokens"].shape[:2] == (3, 7)
+    assert system.top_k == 5
+
+
+def test_the_second_phase_listens_to_the_tuned_generator(system, world):
+    def likelihoods(base):
+        tune = Recorder()
+        STRATEGIES["two_phase"](base, dataclasses.replace(world, train=world.train[:40]), tune)
+        task = tune.tasks[1]
+        some = world.train[:3]
+        return task.collate(some, task.retrieve(some, task.trainable))["answer_log_probs"]
+
+    other = system.replace(adapters=jax.tree.map(lambda x: x + 0.02, system.adapters))
+    assert np.abs(likelihoods(system) - likelihoods(other)).max() > 1e-3
+
+
+def test_no_more_passages_than_there_are(world):
+    assert RAGSystem.build(world.passages[:6], top_k=5).marginal_k == 6
