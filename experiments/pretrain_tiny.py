@@ -39,7 +39,7 @@ from fedrag_jax.models.network import Network
 _OUT = flags.DEFINE_string("out", str(hub.BUILTIN), "folder for the two checkpoints")
 _PARTS = flags.DEFINE_list("parts", ["decoder", "encoder"], "which to make")
 _DECODER_STEPS = flags.DEFINE_integer("decoder_steps", 5000, "batches of 12 to 24 rows")
-_ENCODER_STEPS = flags.DEFINE_integer("encoder_steps", 300, "batches of 128 pairs")
+_ENCODER_STEPS = flags.DEFINE_integer("encoder_steps", 200, "batches of 128 pairs")
 
 WORLDS = [
     synthetic.WorldConfig(
@@ -63,6 +63,7 @@ LEVELS = [
     ("passages", 5, 12, 10**9),
 ]
 EARLIER = 0.25  # of the batches come from a level already left behind
+NOISE, FIRST_PIECE = 3, 5  # most random pieces before a question; pieces below are special
 SPELLINGS = (r"\u0120?[A-Z][a-z]+", r"\u0120[a-z]+", r"[a-z]+", r"\u0120?\d+")  # \u0120: a space
 
 # --- tokenizer ----------------------------------------------------------------------------------
@@ -291,8 +292,8 @@ def _rows(readers, kind, n, count, rng):
 def train_encoder(worlds, tokenizer, steps, rng):
     config = EncoderConfig(
         vocab_size=VOCABULARY,
-        hidden_size=128,
-        intermediate_size=384,
+        hidden_size=64,
+        intermediate_size=192,
         num_layers=2,
         num_heads=4,
         max_positions=256,
@@ -321,7 +322,7 @@ def train_encoder(worlds, tokenizer, steps, rng):
     d_all = encoder_table(tokenizer, [d for _, d in pairs], 96)
     for i in range(steps):
         chosen = rng.choice(len(pairs), size=128, replace=False)
-        batch = {"q": {k: v[chosen] for k, v in q_all.items()},
+        batch = {"q": _interrupted({k: v[chosen] for k, v in q_all.items()}, rng),
                  "d": {k: v[chosen] for k, v in d_all.items()}}  # fmt: skip
         params, state, value, right = step(params, state, batch)
         if i % 50 == 0 or i == steps - 1:
@@ -331,6 +332,19 @@ def train_encoder(worlds, tokenizer, steps, rng):
                 flush=True,
             )
     return hub.Pretrained(network, params, tokenizer, "builtin:encoder")
+
+
+def _interrupted(questions, rng):
+    """Questions after up to NOISE random pieces, so that a word never heard does not drown the rest."""
+    rows, width = questions["tokens"].shape
+    count = rng.integers(NOISE + 1, size=(rows, 1))
+    place = np.arange(width + NOISE)[None] - count  # of what now stands where, in the question
+    source = np.clip(place, 0, width - 1)
+    tokens = np.take_along_axis(questions["tokens"], source, axis=1)
+    tokens = np.where(place > 0, tokens, rng.integers(FIRST_PIECE, VOCABULARY, size=tokens.shape))
+    tokens[:, 0] = questions["tokens"][:, 0]
+    mask = np.take_along_axis(questions["mask"], source, axis=1) & (place < width)
+    return {"tokens": tokens, "mask": mask}
 
 
 def main(_):
