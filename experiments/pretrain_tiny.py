@@ -9,9 +9,10 @@ them at first and more when nine of ten questions are answered or enough steps h
 is asked several questions, whose words, the names above all, are to be predicted too; a few rows of
 each batch recall a sentence from its beginning or copy random sequences; AdamW with b2 = 0.98.
 
-In its last quarter the decoder is also taught to rate a text, to ask about it, and to cite. What makes
-a test world harder than these: a topic's own jargon and chatter and, for the retriever, more names
-sharing a word.
+In its last quarter the decoder is also taught to rate a text, to ask about it, and to cite. The encoder
+is small and hears random pieces before a question, so that an unknown word costs it some ranks and not
+all. What makes a test world harder than these: a topic's own jargon and chatter and, for the retriever,
+more names sharing a word.
 """
 
 import collections

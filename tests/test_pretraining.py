@@ -85,3 +85,17 @@ def test_rows_are_packed_with_their_scored_positions(reader):
         assert batch["tokens"][i, at].tolist() == [token for token, _ in scored]
         np.testing.assert_allclose(batch["weight"][i, : len(scored)], [w for _, w in scored])
         assert not batch["weight"][i, len(scored) :].any()
+
+
+def test_noise_comes_between_the_first_token_and_the_question():
+    tokens = np.arange(1000, 1000 + 40 * 6).reshape(40, 6)
+    mask = np.tile(np.arange(6) < 4, (40, 1))
+    noisy = pretrain_tiny._interrupted({"tokens": tokens, "mask": mask}, np.random.default_rng(0))
+    counts = set()
+    for i in range(40):
+        count = noisy["mask"][i].sum() - 4
+        counts.add(int(count))
+        assert noisy["mask"][i, : 4 + count].all()
+        assert noisy["tokens"][i, 0] == tokens[i, 0]
+        assert noisy["tokens"][i, count + 1 : count + 4].tolist() == tokens[i, 1:4].tolist()
+    assert counts == set(range(pretrain_tiny.NOISE + 1))
