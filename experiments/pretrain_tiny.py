@@ -53,6 +53,28 @@ WORLDS = [
     )
     for seed in range(8)
 ]
+DECODER = DecoderConfig(
+    vocab_size=VOCABULARY,
+    hidden_size=128,
+    intermediate_size=256,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=32,
+    tie_embeddings=True,
+)
+ENCODER = EncoderConfig(
+    vocab_size=VOCABULARY,
+    hidden_size=64,
+    intermediate_size=192,
+    num_layers=2,
+    num_heads=4,
+    max_positions=256,
+    pooling="mean",
+    normalize=True,
+    max_length=96,
+)
+SPECIAL = ["<pad>", "<s>", "</s>", "[CLS]", "[SEP]"]  # the first pieces of the vocabulary
 # What the decoder reads, one after the other: so many sentences or passages at a time, in batches of
 # so many rows, for so many steps at most.
 LEVELS = [
@@ -61,10 +83,10 @@ LEVELS = [
     ("sentences", 4, 20, 300),
     ("passages", 2, 20, 800),
     ("passages", 3, 16, 600),
-    ("passages", 5, 12, 10**9),
+    ("passages", 5, 12, None),
 ]
 EARLIER = 0.25  # of the batches come from a level already left behind
-NOISE, FIRST_PIECE = 3, 5  # most random pieces before a question; pieces below are special
+NOISE = 3  # most random pieces before a question
 SPELLINGS = (r"\u0120?[A-Z][a-z]+", r"\u0120[a-z]+", r"[a-z]+", r"\u0120?\d+")  # \u0120: a space
 
 # --- tokenizer ----------------------------------------------------------------------------------
@@ -86,7 +108,7 @@ def train_tokenizer(worlds):
         texts,
         trainers.BpeTrainer(
             vocab_size=VOCABULARY,
-            special_tokens=["<pad>", "<s>", "</s>", "[CLS]", "[SEP]"],
+            special_tokens=SPECIAL,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         ),
@@ -157,19 +179,9 @@ def trainer(loss, learning_rate, steps, b2):
 
 
 def train_decoder(worlds, tokenizer, steps, rng):
-    config = DecoderConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=128,
-        intermediate_size=256,
-        num_layers=4,
-        num_heads=4,
-        num_kv_heads=4,
-        head_dim=32,
-        tie_embeddings=True,
-    )
-    network = Network.of(Decoder, config)
+    network = Network.of(Decoder, DECODER)
     params = network.init(jax.random.key(0))
-    params = recalling(params, config, tokenizer, np.random.default_rng(2))
+    params = recalling(params, DECODER, tokenizer, np.random.default_rng(2))
     init, step = trainer(functools.partial(decoder_loss, network), 3e-3, steps, b2=0.98)
     state = init(params)
     readers = [Reader(world, tokenizer, rng) for world in worlds]
@@ -291,18 +303,7 @@ def _rows(readers, kind, n, count, rng):
 
 
 def train_encoder(worlds, tokenizer, steps, rng):
-    config = EncoderConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=192,
-        num_layers=2,
-        num_heads=4,
-        max_positions=256,
-        pooling="mean",
-        normalize=True,
-        max_length=96,
-    )
-    network = Network.of(Encoder, config)
+    network = Network.of(Encoder, ENCODER)
     params = network.init(jax.random.key(2))
     pairs = []
     for world in worlds:
@@ -319,8 +320,8 @@ def train_encoder(worlds, tokenizer, steps, rng):
 
     init, step = trainer(loss, 1e-3, steps, b2=0.98)
     state, began = init(params), time.perf_counter()
-    q_all = encoder_table(tokenizer, [q for q, _ in pairs], 96)
-    d_all = encoder_table(tokenizer, [d for _, d in pairs], 96)
+    q_all = encoder_table(tokenizer, [q for q, _ in pairs], ENCODER.max_length)
+    d_all = encoder_table(tokenizer, [d for _, d in pairs], ENCODER.max_length)
     for i in range(steps):
         chosen = rng.choice(len(pairs), size=128, replace=False)
         batch = {"q": _interrupted({k: v[chosen] for k, v in q_all.items()}, rng),
@@ -342,7 +343,7 @@ def _interrupted(questions, rng):
     place = np.arange(width + NOISE)[None] - count  # of what now stands where, in the question
     source = np.clip(place, 0, width - 1)
     tokens = np.take_along_axis(questions["tokens"], source, axis=1)
-    tokens = np.where(place > 0, tokens, rng.integers(FIRST_PIECE, VOCABULARY, size=tokens.shape))
+    tokens = np.where(place > 0, tokens, rng.integers(len(SPECIAL), VOCABULARY, size=tokens.shape))
     tokens[:, 0] = questions["tokens"][:, 0]
     mask = np.take_along_axis(questions["mask"], source, axis=1) & (place < width)
     return {"tokens": tokens, "mask": mask}

@@ -39,7 +39,7 @@ class Reader:
             for e in self.asked[p.id]:
                 self.stating[_fact(e)].append((p, e))
                 for word in p.title.split():
-                    self.named[word].append((p, e))
+                    self.named[word, _fact(e)].append((p, e))
         self._tokens = functools.lru_cache(maxsize=None)(
             lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
         )
@@ -94,7 +94,7 @@ class Reader:
             p, e = self.choice(self.stating[fact])
             if chosen and self.rng.random() < NAMESAKES:
                 word = self.choice(next(iter(chosen.values()))[0].title.split())
-                p, e = self.choice([x for x in self.named[word] if _fact(x[1]) == fact])
+                p, e = self.choice(self.named[word, fact])
             chosen.setdefault(p.id, (p, e))
         row, told = self.start(), []
         for p, e in chosen.values():

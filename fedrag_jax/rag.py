@@ -73,7 +73,7 @@ class RAGSystem:
           seed: of the adapters' random half.
 
         Raises:
-          ConfigError: an unknown prompt style, `top_k` larger than the corpus.
+          ConfigError: an unknown prompt style, `top_k` larger than the corpus, `marginal_k` below 1.
           CheckpointError: a folder that holds no such model.
         """
         if prompt_style not in STYLES:
@@ -82,6 +82,8 @@ class RAGSystem:
             raise ConfigError(
                 f"top_k must be between 1 and the corpus' {len(passages)} passages, got {top_k}"
             )
+        if marginal_k < 1:
+            raise ConfigError(f"marginal_k must be at least 1, got {marginal_k}")
         generator = hub.load(generator) if isinstance(generator, str) else generator
         retriever = hub.load(retriever) if isinstance(retriever, str) else retriever
         for model, role, method in (

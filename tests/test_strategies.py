@@ -8,7 +8,9 @@ import pytest
 
 from fedrag_jax.data import synthetic
 from fedrag_jax.data.examples import Dataset
+from fedrag_jax.errors import ConfigError
 from fedrag_jax.rag import RAGSystem
+from fedrag_jax.strategies import strategies
 from fedrag_jax.strategies.strategies import STRATEGIES
 
 TRAINED = {
@@ -77,16 +79,25 @@ def test_marginal_training_sees_more_passages_than_are_read(system, world):
 
 
 def test_the_second_phase_listens_to_the_tuned_generator(system, world):
-    def likelihoods(base):
+    short = dataclasses.replace(world, train=world.train[:40])
+
+    def likelihoods(strategy, base):
         tune = Recorder()
-        STRATEGIES["two_phase"](base, dataclasses.replace(world, train=world.train[:40]), tune)
-        task = tune.tasks[1]
+        strategy(base, short, tune)
+        task = tune.tasks[-1]
         some = world.train[:3]
         return task.collate(some, task.retrieve(some, task.trainable))["answer_log_probs"]
 
-    other = system.replace(adapters=jax.tree.map(lambda x: x + 0.02, system.adapters))
-    assert np.abs(likelihoods(system) - likelihoods(other)).max() > 1e-3
+    two_phase = likelihoods(strategies.two_phase, system)
+    tuned = system.replace(adapters=jax.tree.map(lambda x: x + 0.01, system.adapters))
+    np.testing.assert_allclose(two_phase, likelihoods(strategies.second_phase, tuned), atol=1e-5)
+    assert np.abs(two_phase - likelihoods(strategies.second_phase, system)).max() > 1e-2
 
 
 def test_no_more_passages_than_there_are(world):
     assert RAGSystem.build(world.passages[:6], top_k=5).marginal_k == 6
+
+
+def test_marginalising_over_nothing_is_refused(world):
+    with pytest.raises(ConfigError, match="marginal_k must be at least 1, got 0"):
+        RAGSystem.build(world.passages[:6], marginal_k=0)

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import faiss
+import numpy as np
 
 from fedrag_jax.data.examples import Dataset, Example
 from fedrag_jax.retrieval.retriever import Retriever
@@ -18,7 +19,7 @@ def with_topics(dataset: Dataset, retriever: Retriever, clusters: int = 10) -> D
     if any(e.topic for e in dataset.train):
         return dataset
 
-    def vectors(examples: Sequence[Example]):
+    def vectors(examples: Sequence[Example]) -> np.ndarray:
         return retriever.embed_questions([e.question for e in examples])
 
     known = vectors(dataset.train)
@@ -27,14 +28,16 @@ def with_topics(dataset: Dataset, retriever: Retriever, clusters: int = 10) -> D
     kmeans = faiss.Kmeans(known.shape[1], count, niter=25, seed=0, min_points_per_centroid=1)
     kmeans.train(known)
 
-    def labelled(examples: Sequence[Example]) -> list[Example]:
-        if not examples:
-            return []
-        labels = kmeans.index.search(vectors(examples), 1)[1][:, 0]
+    def labelled(examples: Sequence[Example], found: np.ndarray) -> list[Example]:
+        labels = kmeans.index.search(found, 1)[1][:, 0]
         return [
             dataclasses.replace(e, topic=f"cluster {c}")
             for e, c in zip(examples, labels, strict=True)
         ]
 
-    splits = {name: labelled(getattr(dataset, name)) for name in ("train", "validation", "test")}
-    return dataclasses.replace(dataset, **splits)
+    others = {
+        name: labelled(examples, vectors(examples))
+        for name in ("validation", "test")
+        if (examples := getattr(dataset, name))
+    }
+    return dataclasses.replace(dataset, train=labelled(dataset.train, known), **others)
