@@ -11,6 +11,7 @@ from toys import (
     CountedLoss,
     assert_close,
     assert_equal,
+    collate,
     leaves,
     linear_task,
     squared_error,
@@ -110,10 +111,33 @@ def test_retrieval_is_asked_again_with_what_has_been_trained():
     assert float(result.trainable["w"]) == -9
 
 
+@pytest.mark.parametrize("algorithm", [fed_avg(1), local_only(1)], ids=lambda a: a.name)
+def test_only_examples_in_use_are_retrieved_for(algorithm):
+    """Four clients, two steps' worth of two examples each: 16 of 23, and the same training."""
+    asked = []
+
+    def retrieve(examples, trainable):
+        asked.append({e["id"] for e in examples})
+        return np.array([[e["id"]] for e in examples], np.int32)
+
+    def collate_retrieved(examples, retrieved):
+        assert len(examples) == 16
+        return collate([examples_by_id[row] for row in retrieved[:, 0]], None)
+
+    examples_by_id = {e["id"]: e for e in FOUR.examples}
+    settings = {"rounds": 4, "batch_size": 2, "refresh_every": 2, "optimizer": optax.sgd(0.1)}
+    found = fit(
+        linear_task(retrieve=retrieve, collate=collate_retrieved), FOUR, algorithm, **settings
+    )
+    expected = fit(linear_task(), FOUR, algorithm, **settings)
+    assert_equal(found.trainable, expected.trainable)
+    assert len(set.union(*asked)) > 16 >= max(map(len, asked))
+
+
 def test_local_only_retrieves_for_each_client_with_its_own_model():
     calls = []
     fit(retrieving_task(calls), FOUR, local_only(1), rounds=2, optimizer=optax.sgd(1.0))
-    ids = [rows.tolist() for rows in FOUR.clients]
+    ids = [sorted(rows.tolist()) for rows in FOUR.clients]
     assert [c[0] for c in calls] == ids + ids
     # Client c trained on retrieval number c + 1.
     assert [c[1] for c in calls] == [0, 0, 0, 0, -1, -2, -3, -4]

@@ -15,7 +15,7 @@ class FitState:
     Attributes:
       round: rounds done.
       state: arrays of the algorithm; the next round reuses their memory, so copy what you keep.
-      retrieved: int32 [N, k] rows last retrieved for each example, or None.
+      retrieved: int32 [N, k] rows last retrieved for the examples in use, or None.
       history: one record per round done; see `fit`.
       settings: what must not change when a run is resumed; JSON types.
     """

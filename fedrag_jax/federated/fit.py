@@ -127,18 +127,25 @@ def fit(
     # Rounds.
     frozen = jax.tree.map(jnp.asarray, task.frozen)
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(b"local update"))
-    table = None
+    table, rows = None, np.arange(len(data.examples))
     while now.round < rounds:
         clock = _Clock()
-        if task.retrieve is not None and now.round % refresh_every == 0:
-            now = dataclasses.replace(now, retrieved=_retrieve(task, data, algorithm, now.state))
-            table = None
-        if table is None:
-            table = _collate(task, data.examples, now.retrieved)
+        refresh = task.retrieve is not None and now.round % refresh_every == 0
+        if refresh or table is None:
+            if task.retrieve is not None:
+                first = now.round - now.round % refresh_every
+                rows = _used(data, algorithm, first, refresh_every, batch_size, seed)
+            if refresh:
+                found = _retrieve(task, data, rows, algorithm, now.state)
+                now = dataclasses.replace(now, retrieved=found)
+            table = _collate(task, [data.examples[i] for i in rows], now.retrieved)
         refresh_seconds = clock.lap()
 
         cohort = sample_cohort(data, algorithm, now.round, batch_size, seed)
-        groups = grouped(cohort, group_size, len(data.clients))
+        place = np.zeros(len(data.examples), np.int32)
+        place[rows] = np.arange(len(rows))
+        in_table = cohort._replace(indices=place[cohort.indices])
+        groups = grouped(in_table, group_size, len(data.clients))
         arguments = now.state, frozen, table, groups, np.int32(now.round), key
         sample_seconds = clock.lap()
         run = compile_round(task.loss, algorithm, optimizer, *arguments)
@@ -175,17 +182,33 @@ def _initial_state(task, algorithm, optimizer, client_count) -> State:
     return jax.tree.map(lambda x: jnp.array(x, dtype=jnp.result_type(x)), state)
 
 
-def _retrieve(task: Task, data: Partition, algorithm: Algorithm, state: State) -> np.ndarray:
-    """int32 [N, k]: each example's rows, found with the model that trains on it."""
+def _used(data, algorithm, first, count, batch_size, seed) -> np.ndarray:
+    """Rows that `count` rounds from `first` on train on: nothing is retrieved for the others.
+
+    As many for every stretch of rounds, so that all have one shape; the first fills up.
+    """
+    cohorts = [sample_cohort(data, algorithm, first + i, batch_size, seed) for i in range(count)]
+    room = sum(cohort.indices.size for cohort in cohorts)
+    if room >= len(data.examples):
+        return np.arange(len(data.examples))
+    rows = np.unique(np.concatenate([c.indices[c.example_weight > 0] for c in cohorts]))
+    return np.pad(rows, (0, room - len(rows)), constant_values=rows[0])
+
+
+def _retrieve(task: Task, data: Partition, rows, algorithm: Algorithm, state: State) -> np.ndarray:
+    """int32 [len(rows), k]: what each example finds with the model that trains on it."""
     if not algorithm.personal:
-        return np.asarray(task.retrieve(data.examples, state.trainable))
+        return np.asarray(task.retrieve([data.examples[i] for i in rows], state.trainable))
     retrieved: np.ndarray | None = None
-    for client, rows in enumerate(data.clients):
-        own = jax.tree.map(lambda x, c=client: x[c], state.trainable)
-        found = np.asarray(task.retrieve(data.of(client), own))
+    for client, held in enumerate(data.clients):
+        own = np.flatnonzero(np.isin(rows, held))
+        if not own.size:
+            continue
+        model = jax.tree.map(lambda x, c=client: x[c], state.trainable)
+        found = np.asarray(task.retrieve([data.examples[i] for i in rows[own]], model))
         if retrieved is None:
-            retrieved = np.zeros((len(data.examples), *found.shape[1:]), found.dtype)
-        retrieved[rows] = found
+            retrieved = np.zeros((len(rows), *found.shape[1:]), found.dtype)
+        retrieved[own] = found
     return retrieved
 
 

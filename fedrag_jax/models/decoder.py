@@ -48,7 +48,7 @@ class DecoderConfig:
     rope_scaling: Llama3Scaling | None = None
     tie_embeddings: bool = False
     unroll: bool = False
-    remat: bool = False
+    remat: bool = True
 
     @classmethod
     def from_hf(cls, hf: dict) -> "DecoderConfig":
