@@ -82,10 +82,12 @@ def run(config, runs: str) -> pathlib.Path:
 
 if __name__ == "__main__":
     flags.DEFINE_list(
-        "retriever", ["1e-4", "3e-4", "1e-3"], "rates of the query encoder, by ranking"
+        "retriever", ["3e-4", "6e-4", "1.2e-3"], "rates of the query encoder, by ranking"
     )
-    flags.DEFINE_list("generator", ["1e-3", "3e-3"], "rates of the adapters, by answer likelihood")
-    flags.DEFINE_list("marginal_generator", ["1e-4", "3e-4"], "rates of the first phase")
-    flags.DEFINE_list("marginal_retriever", ["1e-4", "3e-4"], "rates of the second phase")
-    flags.DEFINE_integer("questions", 200, "validation questions a system is judged on")
+    flags.DEFINE_list(
+        "generator", ["5e-4", "1e-3", "2e-3"], "rates of the adapters, by answer likelihood"
+    )
+    flags.DEFINE_list("marginal_generator", ["5e-4", "1e-3", "2e-3"], "rates of the first phase")
+    flags.DEFINE_list("marginal_retriever", ["3e-4", "6e-4", "1.2e-3"], "rates of the second phase")
+    flags.DEFINE_integer("questions", 400, "validation questions a system is judged on")
     launch(run, "configs/compare_strategies.py")

@@ -135,10 +135,13 @@ class Comparison:
 def compute_cell(run: Comparison, strategy: str, setting: str, seed: int):
     """Trains, evaluates on the test set, and prices one cell."""
     from fedrag_jax.evaluation.evaluator import evaluate
-    from fedrag_jax.tracking.cells import Cell
+    from fedrag_jax.tracking import cells
     from fedrag_jax.tracking.ledger import Cost
 
     if strategy == "none":
+        known = cells.load(run.folder, strategy, run.config.settings[0], seed)
+        if known:  # untuned is untuned wherever the data sits
+            return known._replace(setting=setting)
         systems, tuners = [run.system(seed)], []
     else:
         systems, tuners = run.tuned_systems(strategy, setting, seed)
@@ -152,7 +155,7 @@ def compute_cell(run: Comparison, strategy: str, setting: str, seed: int):
     stretch = run.config.federated.clients if setting == "centralised" else 1
     curves = training_curves(tuners, stretch)
     cost = sum((c for tuner in tuners for c in tuner.costs.values()), Cost())
-    return Cell(strategy, setting, seed, scores, controls, cost, curves)
+    return cells.Cell(strategy, setting, seed, scores, controls, cost, curves)
 
 
 def training_curves(tuners, stretch: int) -> dict:

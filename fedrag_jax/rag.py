@@ -1,5 +1,6 @@
 """Retriever, generator and passages as one system that answers questions."""
 
+import concurrent.futures
 import dataclasses
 import json
 import pathlib
@@ -21,6 +22,7 @@ from fedrag_jax.retrieval.retriever import Retriever
 # Prompts decoded together: few, so that a CPU keeps them in its cache.
 _ROWS = {"cpu": 10}
 _ROWS_ACCELERATOR = 64
+_IN_FLIGHT = 4  # such chunks decoded at once: one alone keeps two cores half busy
 
 
 class Response(NamedTuple):
@@ -45,7 +47,7 @@ class RAGSystem:
     retriever: Retriever
     prompts: Prompts
     top_k: int = 5
-    marginal_k: int = 10
+    marginal_k: int = 16
 
     @classmethod
     def build(
@@ -58,7 +60,7 @@ class RAGSystem:
         adapters: lora.LoraConfig | None = None,
         prompt_style: str = "compact",
         top_k: int = 5,
-        marginal_k: int = 10,
+        marginal_k: int = 16,
         max_passage_tokens: int = 256,
         seed: int = 0,
         progress: bool = False,
@@ -68,8 +70,9 @@ class RAGSystem:
         Args:
           examples: questions that may be trained on; they set the widths of training arrays.
           top_k: passages read together.
-          marginal_k: passages that training marginalises over (all, if the corpus has fewer). More than
-            are read, because only a question whose gold passage is among them teaches the retriever.
+          marginal_k: passages that training of the retriever marginalises over (all, if the corpus has
+            fewer). More than are read, because only a question whose gold passage is among them teaches
+            the retriever.
           seed: of the adapters' random half.
 
         Raises:
@@ -139,28 +142,35 @@ class RAGSystem:
         prompts = [self.prompts.prompt(q, r, limit) for q, r in zip(questions, rows, strict=True)]
         stops = self.prompts.stop_tokens
         order = np.argsort([len(p) for p in prompts], kind="stable")
-        answers = [""] * len(prompts)
         count = _ROWS.get(jax.default_backend(), _ROWS_ACCELERATOR)
-        for start in range(0, len(order), count):
-            chosen = order[start : start + count]
+        chunks = [order[start : start + count] for start in range(0, len(order), count)]
+
+        def write(chosen):
             chunk = [prompts[i] for i in chosen]
             # Always the same number of rows, so that a width compiles once.
             chunk += [chunk[-1][:1]] * (count - len(chunk))
             tokens, mask = left_padded(chunk, self.prompts.pad, multiple=32)
-            written = greedy(
-                self.decoder,
-                self.generator.params,
-                tokens,
-                mask,
-                adapters=self.adapters,
-                max_new_tokens=ANSWER_TOKENS,
-                stop_tokens=stops,
-                pad_token=self.prompts.pad,
+            return np.asarray(
+                greedy(
+                    self.decoder,
+                    self.generator.params,
+                    tokens,
+                    mask,
+                    adapters=self.adapters,
+                    max_new_tokens=ANSWER_TOKENS,
+                    stop_tokens=stops,
+                    pad_token=self.prompts.pad,
+                )
             )
-            for i, row in zip(chosen, np.asarray(written), strict=False):
-                ends = np.flatnonzero(np.isin(row, stops))
-                row = row[: ends[0]] if ends.size else row
-                answers[i] = self.prompts.tokenizer.decode(row, skip_special_tokens=True).strip()
+
+        answers = [""] * len(prompts)
+        with concurrent.futures.ThreadPoolExecutor(_IN_FLIGHT) as pool:
+            for chosen, written in zip(chunks, pool.map(write, chunks), strict=True):
+                for i, row in zip(chosen, written, strict=False):
+                    ends = np.flatnonzero(np.isin(row, stops))
+                    row = row[: ends[0]] if ends.size else row
+                    text = self.prompts.tokenizer.decode(row, skip_special_tokens=True)
+                    answers[i] = text.strip()
         return answers
 
     # --- on disk ------------------------------------------------------------------------------

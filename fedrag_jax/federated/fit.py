@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import time
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -44,7 +44,7 @@ def fit(
     *,
     rounds: int = 10,
     batch_size: int = 8,
-    optimizer: optax.GradientTransformation | None = None,
+    optimizer: optax.GradientTransformation | Callable[[int], Any] | None = None,
     group_size: int = 1,
     seed: int = 0,
     refresh_every: int = 1,
@@ -59,8 +59,8 @@ def fit(
       data: a list of examples (one client holds everything) or a `Partition`.
       algorithm: `fed_avg(...)`, `local_only(...)`; may be left out for a list of examples.
       batch_size: B, examples in a local step.
-      optimizer: of the clients; AdamW at 1e-3 unless given. `tunable` makes one whose learning rate
-        can change without compiling again.
+      optimizer: of the clients; AdamW at 1e-3 unless given. A schedule is a function of the round
+        (from 0) that returns one; `tunable` makes those that share a compiled program.
       group_size: g, clients trained side by side; it sets memory and speed, not the result.
       seed: of client sampling, local shuffling and the keys given to the loss.
       refresh_every: rounds between two retrievals, for a task that has `retrieve`.
@@ -93,12 +93,14 @@ def fit(
             )
         algorithm = local_only()
     optimizer = ADAMW if optimizer is None else optimizer
+    scheduled = not isinstance(optimizer, optax.GradientTransformation)
+    at_round = optimizer if scheduled else lambda _: optimizer
     group_size = min(group_size, cohort_size(data, algorithm))
 
     # Where to start.
     now = FitState(
         round=0,
-        state=_initial_state(task, algorithm, optimizer, len(data.clients)),
+        state=_initial_state(task, algorithm, at_round(0), len(data.clients)),
         retrieved=None,
         history=(),
         settings={
@@ -148,7 +150,7 @@ def fit(
         groups = grouped(in_table, group_size, len(data.clients))
         arguments = now.state, frozen, table, groups, np.int32(now.round), key
         sample_seconds = clock.lap()
-        run = compile_round(task.loss, algorithm, optimizer, *arguments)
+        run = compile_round(task.loss, algorithm, at_round(now.round), *arguments)
         compile_seconds = clock.lap()
         state, report = run(*arguments)
         report = jax.device_get(report)

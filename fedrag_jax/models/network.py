@@ -54,8 +54,9 @@ class Network:
         return nnx.to_pure_dict(_abstract(self.module, self.config, self.lora)[1])
 
     def unrolled(self) -> "Network":
-        """The same function, every layer spelled out, for the compiler to count."""
-        return dataclasses.replace(self, config=dataclasses.replace(self.config, unroll=True))
+        """The same function, every layer spelled out and computed once, for the compiler to count."""
+        config = dataclasses.replace(self.config, unroll=True, remat=False)
+        return dataclasses.replace(self, config=config)
 
 
 def flatten(tree: dict, path: tuple = ()):

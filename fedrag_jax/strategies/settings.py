@@ -60,7 +60,8 @@ def train(
 
     Args:
       clients: of the federated and local settings.
-      rates: learning rate of each part that moves (`adapters`, `query`, `document`).
+      rates: learning rate of each part that moves (`adapters`, `query`, `document`) in the first
+        round; from round to round it falls linearly towards zero, as in Lawton et al.
       client: the one that trains, in the local setting.
     """
     rounds, refresh_every = budget.rounds, 1
@@ -82,7 +83,9 @@ def train(
         (local_only if alone else fed_avg)(local_steps=budget.local_steps),
         rounds=rounds,
         batch_size=budget.batch_size,
-        optimizer=adamw({name: rates[name] for name in task.trainable}),
+        optimizer=lambda round: adamw(
+            {name: rates[name] * (1 - round / rounds) for name in task.trainable}
+        ),
         group_size=budget.group_size,
         seed=seed,
         refresh_every=refresh_every,

@@ -94,6 +94,8 @@ STRATEGIES = {
 
 
 def _marginal(system: RAGSystem, dataset: Dataset, train: tuple[str, ...], marginal: str) -> Task:
+    # Passages beyond those that are read teach the retriever alone, where it moves.
+    passages = system.marginal_k if "query" in train else system.top_k
     return marginal_likelihood(
         system.decoder,
         {"decoder": system.generator.params, "adapters": system.adapters},
@@ -102,7 +104,7 @@ def _marginal(system: RAGSystem, dataset: Dataset, train: tuple[str, ...], margi
         dataset.train,
         train=train,
         marginal=marginal,
-        passages=system.marginal_k,
+        passages=passages,
         score_scale=SCORE_SCALE,
     )
 

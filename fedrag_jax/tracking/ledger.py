@@ -1,9 +1,11 @@
 """What training costs: seconds, floating-point operations, bytes between clients and server."""
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fedrag_jax.models.decoder import DecoderConfig
@@ -83,16 +85,22 @@ def step_flops(task: Task, table, batch_size: int) -> float:
 
 def compiler_flops(task: Task, table, batch_size: int) -> float:
     """The compiler's own count of one step, with the layers unrolled so that it sees each."""
-    loss = task.loss
+    batch = {k: jax.ShapeDtypeStruct((batch_size, *v.shape[1:]), v.dtype) for k, v in table.items()}
+    batch["weight"] = jax.ShapeDtypeStruct((batch_size,), np.float32)
+    leaves, tree = jax.tree.flatten((task.trainable, task.frozen, batch))
+    shapes = tuple(jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)) for x in leaves)
+    return _compiler_flops(task.loss, tree, shapes)
+
+
+@functools.lru_cache(maxsize=32)  # the clients of the local setting count the same program
+def _compiler_flops(loss, tree, shapes) -> float:
     for name in ("decoder", "encoder"):
         network = getattr(loss, name, None)
         if network is not None:
             loss = dataclasses.replace(loss, **{name: network.unrolled()})
-    batch = {k: jax.ShapeDtypeStruct((batch_size, *v.shape[1:]), v.dtype) for k, v in table.items()}
-    batch["weight"] = jax.ShapeDtypeStruct((batch_size,), np.float32)
     step = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    analysis = step.lower(task.trainable, task.frozen, batch, jax.random.key(0)).cost_analysis()
-    return float(analysis["flops"])
+    lowered = step.lower(*jax.tree.unflatten(tree, shapes), jax.random.key(0))
+    return float(lowered.cost_analysis()["flops"])
 
 
 def tree_bytes(tree) -> int:
