@@ -81,13 +81,11 @@ def run(config, runs: str) -> pathlib.Path:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_list(
-        "retriever", ["3e-4", "6e-4", "1.2e-3"], "rates of the query encoder, by ranking"
-    )
-    flags.DEFINE_list(
-        "generator", ["5e-4", "1e-3", "2e-3"], "rates of the adapters, by answer likelihood"
-    )
-    flags.DEFINE_list("marginal_generator", ["5e-4", "1e-3", "2e-3"], "rates of the first phase")
-    flags.DEFINE_list("marginal_retriever", ["3e-4", "6e-4", "1.2e-3"], "rates of the second phase")
+    retriever = ["7.5e-5", "1.5e-4", "3e-4", "6e-4", "1.2e-3", "2.4e-3"]
+    generator = ["5e-4", "1e-3", "2e-3", "4e-3"]
+    flags.DEFINE_list("retriever", retriever, "rates of the query encoder, by ranking")
+    flags.DEFINE_list("generator", generator, "rates of the adapters, by answer likelihood")
+    flags.DEFINE_list("marginal_generator", generator, "rates of the first phase")
+    flags.DEFINE_list("marginal_retriever", retriever[:-1], "rates of the second phase")
     flags.DEFINE_integer("questions", 400, "validation questions a system is judged on")
     launch(run, "configs/compare_strategies.py")
