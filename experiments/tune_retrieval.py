@@ -20,13 +20,11 @@ COLUMNS = ("dataset", "setting", "stage", "recall_at_1", "recall_at_5", "recall_
 
 def rank_scores(retriever, examples) -> dict[str, np.ndarray]:
     """Recall@1, 5, 20 and MRR@10 of each example [Q]."""
-    from fedrag_jax.evaluation import metrics
+    from fedrag_jax.evaluation import evaluator
 
-    row = {passage.id: i for i, passage in enumerate(retriever.passages)}
-    golds = [{row[i] for i in e.positive_ids} for e in examples]
-    ranked, _ = retriever.search([e.question for e in examples], min(20, len(row)))
-    scores = {f"recall_at_{k}": metrics.recall_at_k(ranked, golds, k) for k in (1, 5, 20)}
-    return scores | {"mrr": metrics.mrr(ranked, golds)}
+    depth = min(20, len(retriever.passages))
+    ranked, _ = retriever.search([e.question for e in examples], depth)
+    return evaluator.rank_scores(retriever, examples, ranked, depths=(1, 5, 20))
 
 
 def tuned(config, dataset, retriever, setting: str, folder: pathlib.Path):

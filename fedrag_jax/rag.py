@@ -48,6 +48,7 @@ class RAGSystem:
     prompts: Prompts
     top_k: int = 5
     marginal_k: int = 16
+    score_scale: float = 20.0
 
     @classmethod
     def build(
@@ -61,6 +62,7 @@ class RAGSystem:
         prompt_style: str = "compact",
         top_k: int = 5,
         marginal_k: int = 16,
+        score_scale: float = 20.0,
         max_passage_tokens: int = 256,
         seed: int = 0,
         progress: bool = False,
@@ -73,10 +75,12 @@ class RAGSystem:
           marginal_k: passages that training of the retriever marginalises over (all, if the corpus has
             fewer). More than are read, because only a question whose gold passage is among them teaches
             the retriever.
+          score_scale: of cosines in training losses; a smaller one spreads p(z|x) over more passages.
           seed: of the adapters' random half.
 
         Raises:
-          ConfigError: an unknown prompt style, `top_k` larger than the corpus, `marginal_k` below 1.
+          ConfigError: an unknown prompt style, `top_k` larger than the corpus, `marginal_k` below 1,
+            `score_scale` not positive.
           CheckpointError: a folder that holds no such model.
         """
         if prompt_style not in STYLES:
@@ -87,6 +91,8 @@ class RAGSystem:
             )
         if marginal_k < 1:
             raise ConfigError(f"marginal_k must be at least 1, got {marginal_k}")
+        if not score_scale > 0:
+            raise ConfigError(f"score_scale must be > 0, got {score_scale}")
         generator = hub.load(generator) if isinstance(generator, str) else generator
         retriever = hub.load(retriever) if isinstance(retriever, str) else retriever
         for model, role, method in (
@@ -111,6 +117,7 @@ class RAGSystem:
             prompts=prompts,
             top_k=top_k,
             marginal_k=min(marginal_k, len(passages)),
+            score_scale=score_scale,
         )
 
     def replace(self, *, adapters=None, query=None, document=None) -> "RAGSystem":
@@ -196,6 +203,7 @@ class RAGSystem:
         settings = {
             "top_k": self.top_k,
             "marginal_k": self.marginal_k,
+            "score_scale": self.score_scale,
             "prompt_style": style,
             "max_passage_tokens": self.prompts.max_passage_tokens,
             "lora": dataclasses.asdict(self.lora),
@@ -227,6 +235,7 @@ class RAGSystem:
             prompt_style=settings["prompt_style"],
             top_k=settings["top_k"],
             marginal_k=settings["marginal_k"],
+            score_scale=settings["score_scale"],
             max_passage_tokens=settings["max_passage_tokens"],
         )
         return system.replace(

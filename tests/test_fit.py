@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import jax
@@ -84,6 +85,19 @@ class Keep(Callback):
         self.records.append(record)
 
 
+class StartFrom(Callback):
+    """Goes on after so many rounds of another fit."""
+
+    def __init__(self, keep, rounds):
+        self.keep, self.rounds = keep, rounds
+
+    def start(self, state):
+        if self.rounds == 0:
+            return state
+        done = jax.tree.map(jnp.asarray, self.keep.states[self.rounds - 1])
+        return dataclasses.replace(state, round=self.rounds, state=done)
+
+
 def retrieving_task(calls):
     def retrieve(examples, trainable):
         calls.append(([e["id"] for e in examples], float(trainable["w"])))
@@ -141,6 +155,25 @@ def test_local_only_retrieves_for_each_client_with_its_own_model():
     assert [c[0] for c in calls] == ids + ids
     # Client c trained on retrieval number c + 1.
     assert [c[1] for c in calls] == [0, 0, 0, 0, -1, -2, -3, -4]
+
+
+def test_a_schedule_gives_each_round_its_optimizer_and_one_program():
+    """Falling rates over three rounds are three fits of one round, each with its rate."""
+    loss = CountedLoss(squared_error)
+
+    def falling(round):
+        return tunable(optax.sgd, learning_rate=0.1 * (1 - round / 3))
+
+    keep = Keep()
+    settings = {"rounds": 3, "optimizer": falling, "callbacks": [keep]}
+    fit(linear_task(loss=loss), FOUR, fed_avg(2), **settings)
+    assert loss.traces == 1
+    for round, rate in enumerate((0.1, 0.2 / 3, 0.1 / 3)):
+        constant = Keep()
+        settings = {"rounds": round + 1, "callbacks": [StartFrom(keep, round), constant]}
+        fit(linear_task(), FOUR, fed_avg(2), optimizer=optax.sgd(rate), **settings)
+        assert len(constant.states) == 1
+        assert_close(constant.states[-1], keep.states[round], 1e-6)
 
 
 def test_groups_are_no_larger_than_the_cohort():

@@ -98,6 +98,13 @@ def test_no_more_passages_than_there_are(world):
     assert RAGSystem.build(world.passages[:6], top_k=5).marginal_k == 6
 
 
-def test_marginalising_over_nothing_is_refused(world):
-    with pytest.raises(ConfigError, match="marginal_k must be at least 1, got 0"):
-        RAGSystem.build(world.passages[:6], marginal_k=0)
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"marginal_k": 0}, "marginal_k must be at least 1, got 0"),
+        ({"score_scale": 0.0}, "score_scale must be > 0, got 0.0"),
+    ],
+)
+def test_settings_that_train_nothing_are_refused(world, setting, words):
+    with pytest.raises(ConfigError, match=words):
+        RAGSystem.build(world.passages[:6], **setting)

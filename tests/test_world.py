@@ -92,7 +92,7 @@ def test_starting_point(world, system):
     assert percent(evaluator.distractor_passage(system, one_hop)["em"]) <= 5
     assert percent(evaluator.gold_passage(system, one_hop)["em"]) >= 80
     rows, _ = system.retriever.search([e.question for e in world.test], 10)
-    recall = percent(evaluator.rank_scores(system, world.test, rows)["recall_at_5"])
+    recall = percent(evaluator.rank_scores(system.retriever, world.test, rows)["recall_at_5"])
     assert 45 <= recall <= 75
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from fedrag_jax.data.examples import Example
 from fedrag_jax.evaluation import metrics
 from fedrag_jax.rag import RAGSystem
+from fedrag_jax.retrieval.retriever import Retriever
 
 RANKED = 10  # passages searched for, as MRR@10 wants
 
@@ -20,21 +21,23 @@ def evaluate(system: RAGSystem, examples: Sequence[Example]) -> dict[str, np.nda
     depth = min(max(RANKED, system.top_k), len(system.retriever.passages))
     rows, _ = system.retriever.search(questions, depth)
     scores = _answers(system, examples, rows[:, : system.top_k])
-    return scores | rank_scores(system, examples, rows)
+    return scores | rank_scores(system.retriever, examples, rows)
 
 
-def rank_scores(system: RAGSystem, examples: Sequence[Example], rows) -> dict[str, np.ndarray]:
-    """`recall_at_5` and `mrr` [Q] of corpus rows [Q, >= 10], best first."""
-    golds = _gold_rows(system, examples)
-    return {
-        "recall_at_5": metrics.recall_at_k(rows, golds, min(5, len(rows[0]))),
-        "mrr": metrics.mrr(rows, golds),
+def rank_scores(
+    retriever: Retriever, examples: Sequence[Example], rows, depths: Sequence[int] = (5,)
+) -> dict[str, np.ndarray]:
+    """`recall_at_<depth>` and `mrr` [Q] of corpus rows [Q, >= 10], best first."""
+    golds = _gold_rows(retriever, examples)
+    scores = {
+        f"recall_at_{k}": metrics.recall_at_k(rows, golds, min(k, len(rows[0]))) for k in depths
     }
+    return scores | {"mrr": metrics.mrr(rows, golds)}
 
 
 def gold_passage(system: RAGSystem, examples: Sequence[Example]) -> dict[str, np.ndarray]:
     """`em`, `f1` [Q] when the gold passages alone are read: the ceiling of a perfect retriever."""
-    return _answers(system, examples, [sorted(g) for g in _gold_rows(system, examples)])
+    return _answers(system, examples, [sorted(g) for g in _gold_rows(system.retriever, examples)])
 
 
 def closed_book(system: RAGSystem, examples: Sequence[Example]) -> dict[str, np.ndarray]:
@@ -46,7 +49,7 @@ def distractor_passage(system: RAGSystem, examples: Sequence[Example]) -> dict[s
     """`em`, `f1` [Q] when the nearest passage without the answer stands in for the gold one."""
     depth = min(50, len(system.retriever.passages))
     found, _ = system.retriever.search([e.question for e in examples], depth)
-    golds = _gold_rows(system, examples)
+    golds = _gold_rows(system.retriever, examples)
     texts = [metrics.normalize_answer(p.text) for p in system.retriever.passages]
     rows = []
     for example, gold, ranked in zip(examples, golds, found, strict=True):
@@ -61,6 +64,6 @@ def _answers(system, examples, rows) -> dict[str, np.ndarray]:
     return metrics.score_answers(predictions, [e.answers for e in examples])
 
 
-def _gold_rows(system, examples) -> list[set[int]]:
-    row = {p.id: i for i, p in enumerate(system.retriever.passages)}
+def _gold_rows(retriever, examples) -> list[set[int]]:
+    row = {p.id: i for i, p in enumerate(retriever.passages)}
     return [{row[i] for i in e.positive_ids} for e in examples]

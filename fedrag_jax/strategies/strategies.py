@@ -26,7 +26,6 @@ from fedrag_jax.objectives.task import PyTree, Task
 from fedrag_jax.rag import RAGSystem
 
 Tune = Callable[[Task], PyTree]
-SCORE_SCALE = 20.0
 
 
 def none(system: RAGSystem, dataset: Dataset, tune: Tune) -> RAGSystem:
@@ -42,7 +41,7 @@ def retriever(system: RAGSystem, dataset: Dataset, tune: Tune) -> RAGSystem:
         system.retriever.tokenizer,
         dataset,
         document_vectors=system.retriever.vectors,
-        score_scale=SCORE_SCALE,
+        score_scale=system.score_scale,
         max_length=system.retriever.encoder.config.max_length,
     )
     return system.replace(**tune(task))
@@ -105,7 +104,7 @@ def _marginal(system: RAGSystem, dataset: Dataset, train: tuple[str, ...], margi
         train=train,
         marginal=marginal,
         passages=passages,
-        score_scale=SCORE_SCALE,
+        score_scale=system.score_scale,
     )
 
 
