@@ -54,13 +54,17 @@ def get_config() -> ConfigDict:
     # Of the first round, falling linearly. Chosen on validation questions by
     # experiments/choose_learning_rates.py, seed 0; joint training takes those of the two phases.
     config.learning_rates = ConfigDict()
-    for setting in config.settings:
+    for setting, retriever, generator, marginal_generator, marginal_retriever in (
+        ("centralised", 6e-4, 5e-4, 5e-4, 3e-4),
+        ("federated", 2.4e-3, 2e-3, 2e-3, 1.2e-3),
+        ("local", 1.5e-4, 5e-4, 4e-3, 3e-4),
+    ):
         config.learning_rates[setting] = ConfigDict(
             {
-                "retriever": 6e-4,
-                "generator": 2e-3,
-                "marginal_generator": 1e-3,
-                "marginal_retriever": 6e-4,
+                "retriever": retriever,
+                "generator": generator,
+                "marginal_generator": marginal_generator,
+                "marginal_retriever": marginal_retriever,
             }
         )
 

@@ -81,7 +81,7 @@ def run(config, runs: str) -> pathlib.Path:
 
 
 if __name__ == "__main__":
-    retriever = ["3.75e-5", "7.5e-5", "1.5e-4", "3e-4", "6e-4", "1.2e-3", "2.4e-3"]
+    retriever = ["3.75e-5", "7.5e-5", "1.5e-4", "3e-4", "6e-4", "1.2e-3", "2.4e-3", "4.8e-3"]
     generator = ["5e-4", "1e-3", "2e-3", "4e-3"]
     flags.DEFINE_list("retriever", retriever, "rates of the query encoder, by ranking")
     flags.DEFINE_list("generator", generator, "rates of the adapters, by answer likelihood")
