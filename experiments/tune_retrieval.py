@@ -37,7 +37,7 @@ def tuned(config, dataset, retriever, setting: str, folder: pathlib.Path):
     validation = dataset.validation[:500]
     members = range(config.clients) if setting == "local" else (None,)
     best = None
-    for rate in config.learning_rates:
+    for rate in config.learning_rates[setting]:
         encoders, seconds = [], 0.0
         for client in members:
             where = folder / dataset.name / setting / f"lr{rate:g}"

@@ -156,10 +156,7 @@ class _Likelihoods:
     CHUNK = 64
 
     def __init__(self, decoder: Network, parts: PyTree, prompts: Prompts):
-        self._prompts, self._parts, self._known = prompts, parts, {}
-        self._compute = jax.jit(
-            lambda params, adapters, batch: answer_log_probs(decoder, params, adapters, batch)
-        )
+        self._decoder, self._prompts, self._parts, self._known = decoder, prompts, parts, {}
 
     def __call__(self, examples, retrieved) -> dict[str, np.ndarray]:
         """`answer_log_probs` [N, k, A] and `answer_mask` [N, A]."""
@@ -174,7 +171,9 @@ class _Likelihoods:
             table = self._prompts.training_table(
                 [by_id[i] for i, _ in padded], np.array([[r] for _, r in padded]), per_passage=True
             )
-            found = self._compute(self._parts["decoder"], self._parts["adapters"], table)
+            found = _frozen_log_probs(
+                self._decoder, self._parts["decoder"], self._parts["adapters"], table
+            )
             self._known.update(zip(chunk, np.asarray(found)[:, 0], strict=False))
         known = [self._known[e.id, int(row)] for e, row in pairs]
         masks = [self._prompts.answer_tokens(e.answers[0]) for e in examples]
@@ -184,3 +183,6 @@ class _Likelihoods:
             "answer_log_probs": np.stack(known).reshape(shape),
             "answer_mask": mask.astype(np.float32),
         }
+
+
+_frozen_log_probs = jax.jit(answer_log_probs, static_argnums=0)  # one program for all clients
