@@ -131,7 +131,27 @@ def test_cache_in_pieces_equals_one_pass(tiny):
     assert cache.length == 7
 
 
-@pytest.mark.parametrize("change", [{"unroll": True}, {"remat": True}])
+@pytest.mark.parametrize("change", [{}, {"unroll": True}, {"remat": False}, {"num_layers": 1}])
+def test_reading_some_places_gives_what_reading_all_gives_there(change):
+    network = Network.of(Decoder, dataclasses.replace(TINY, **change))
+    params = network.init(jax.random.key(0))
+    tokens, positions, mask = tiny_inputs()
+    mask = mask.at[0, :2].set(False)
+    places = jnp.array([[6, 2, 2], [3, 0, 6]])
+    rows = jnp.arange(2)[:, None]
+
+    def some(params):
+        return network(params, tokens, positions, mask, read=places)
+
+    def all_of_them(params):
+        return network(params, tokens, positions, mask)[rows, places]
+
+    np.testing.assert_allclose(some(params), all_of_them(params), atol=1e-5)
+    found, expected = (jax.grad(lambda p, f=f: f(p).var())(params) for f in (some, all_of_them))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, expected)
+
+
+@pytest.mark.parametrize("change", [{"unroll": True}, {"remat": False}])
 def test_unroll_and_remat_change_no_number(tiny, change):
     network, params = tiny
     other = Network.of(Decoder, dataclasses.replace(TINY, **change))

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from fedrag_jax.errors import CheckpointError
-from fedrag_jax.models.layers import Embed, Linear, RMSNorm, attend, run_stack, stack
+from fedrag_jax.models.layers import Embed, Linear, RMSNorm, attend, run_stack, stack, take_rows
 from fedrag_jax.models.lora import LoraConfig
 
 
@@ -130,7 +130,7 @@ class Decoder(nnx.Module):
             size = config.hidden_size, config.vocab_size
             self.lm_head = Linear("lm_head", *size, lora, rngs=rngs)
 
-    def __call__(self, tokens, positions, mask, cache: Cache | None = None):
+    def __call__(self, tokens, positions, mask, cache: Cache | None = None, read=None):
         """Hidden states after the last norm.
 
         A token looks at the tokens before it in the array that are not padding.
@@ -139,9 +139,11 @@ class Decoder(nnx.Module):
           tokens, positions: int [B, T]; positions are those of the rotary embedding.
           mask: [B, T], 0 or False where there is padding, on either side.
           cache: of the tokens before these; `empty_cache` makes one.
+          read: int [B, M], the places among the T whose hidden states are wanted; all by default. The
+            last layer computes no others, which of a small model is a good part.
 
         Returns:
-          [B, T, D]; with a cache, that and the cache with these tokens added.
+          [B, T, D], or [B, M, D] at `read`; with a cache, that and the cache with these tokens added.
         """
         config, t = self.config, tokens.shape[1]
         mask, start = mask.astype(bool), 0
@@ -155,21 +157,16 @@ class Decoder(nnx.Module):
         angles = positions[..., None].astype(jnp.float32) * rope_frequencies(config)
         angles = jnp.concatenate([angles, angles], -1)[:, :, None]
         rope = jnp.cos(angles).astype(hidden.dtype), jnp.sin(angles).astype(hidden.dtype)
-        if cache is None:
 
-            def plain(layer, hidden):
-                return layer(hidden, rope, visible)[0]
+        def step(layer, carry, index, read=None):
+            hidden, *kept = carry
+            return layer(hidden, rope, visible, (*kept, index, start) if kept else None, read)
 
-            return self.norm(run_stack(self.layers, plain, hidden, config))
-
-        def cached(layer, carry, index):
-            hidden, keys, values = carry
-            return layer(hidden, rope, visible, (keys, values, index, start))
-
-        carry = hidden, cache.keys, cache.values
-        index = jnp.arange(config.num_layers)
-        hidden, keys, values = run_stack(self.layers, cached, carry, config, index)
-        return self.norm(hidden), Cache(keys, values, mask, start + t)
+        carry = (hidden,) if cache is None else (hidden, cache.keys, cache.values)
+        last = None if read is None else lambda *inputs: step(*inputs, read=read)
+        hidden, *kept = run_stack(self.layers, step, carry, config, last)
+        hidden = self.norm(hidden)
+        return hidden if cache is None else (hidden, Cache(*kept, mask, start + t))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> float32 [..., V]."""
@@ -211,9 +208,10 @@ class _Layer(nnx.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
         self.mlp = _MLP(config, lora, rngs=rngs)
 
-    def __call__(self, hidden, rope, visible, cache=None):
-        attended, *cache = self.attention(self.attention_norm(hidden), rope, visible, cache)
-        hidden = hidden + attended
+    def __call__(self, hidden, rope, visible, cache, read):
+        normed = self.attention_norm(hidden)
+        attended, *cache = self.attention(normed, rope, visible, cache, read)
+        hidden = take_rows(hidden, read) + attended
         return hidden + self.mlp(self.mlp_norm(hidden)), *cache
 
 
@@ -226,11 +224,11 @@ class _Attention(nnx.Module):
         self.v_proj = Linear("v_proj", d, config.num_kv_heads * e, lora, rngs=rngs)
         self.o_proj = Linear("o_proj", config.num_heads * e, d, lora, rngs=rngs)
 
-    def __call__(self, x, rope, visible, cache):
-        heads = (*x.shape[:2], -1, self.head_dim)
-        q = _rotate(self.q_proj(x).reshape(heads), rope)
-        k = _rotate(self.k_proj(x).reshape(heads), rope)
-        v = self.v_proj(x).reshape(heads)
+    def __call__(self, x, rope, visible, cache, read):
+        k, v = self._heads(self.k_proj(x)), self._heads(self.v_proj(x))
+        k = _rotate(k, rope)
+        x, visible, *rope = (take_rows(array, read) for array in (x, visible, *rope))
+        q = _rotate(self._heads(self.q_proj(x)), rope)
         kept = ()
         if cache is not None:
             keys, values, layer, start = cache
@@ -239,6 +237,9 @@ class _Attention(nnx.Module):
             values = jax.lax.dynamic_update_slice(values, v[None], at)
             k, v, kept = keys[layer], values[layer], (keys, values)
         return self.o_proj(attend(q, k, v, visible)), *kept
+
+    def _heads(self, x):
+        return x.reshape(*x.shape[:2], -1, self.head_dim)
 
 
 class _MLP(nnx.Module):

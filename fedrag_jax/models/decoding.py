@@ -66,7 +66,8 @@ def _greedy(network, count, params, adapters, tokens, mask, stops, pad):
         hidden, cache = run(token[:, None], at, jnp.ones((rows, 1), bool), cache=cache)
         return i + 1, stopped, following(hidden), written, cache
 
-    hidden, cache = run(tokens, positions, mask, cache=cache)
+    last = jnp.full((rows, 1), width - 1)
+    hidden, cache = run(tokens, positions, mask, cache=cache, read=last)
     written = jnp.full((rows, count), pad)
     state = jnp.int32(0), jnp.zeros(rows, bool), following(hidden), written, cache
     return jax.lax.while_loop(running, step, state)[3]

@@ -136,7 +136,7 @@ class Encoder(nnx.Module):
         hidden = self.embed(tokens) + self.position_embed.embedding[:t][None]
         hidden = self.embed_norm(hidden + self.type_embed.embedding[:1][None])
         visible = mask.astype(bool)[:, None]
-        return run_stack(self.layers, lambda layer, h: layer(h, visible), hidden, self.config)
+        return run_stack(self.layers, lambda layer, h, _: layer(h, visible), hidden, self.config)
 
 
 class _Layer(nnx.Module):

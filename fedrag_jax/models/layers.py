@@ -108,17 +108,36 @@ def stack(count: int, make: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) ->
     return nnx.vmap(lambda key: make(nnx.Rngs(params=key)))(keys)
 
 
-def run_stack(module: nnx.Module, step, carry, config, *scanned):
-    """`carry = step(layer, carry, *xs)` over the layers of a stack: a loop the compiler sees once.
+def take_rows(x: jax.Array, places: jax.Array | None) -> jax.Array:
+    """x [B, T, ...] at `places` int [B, M] of the second axis: [B, M, ...]; x itself for None."""
+    if places is None:
+        return x
+    index = places.reshape(*places.shape, *[1] * (x.ndim - 2))
+    return jnp.take_along_axis(x, index, axis=1)
 
-    Split once, outside the loop; `config.remat` recomputes a layer in the backward pass,
-    `config.unroll` writes every layer out.
+
+def run_stack(module: nnx.Module, step, carry, config, last=None):
+    """`carry = step(layer, carry, number)` over the layers of a stack: a loop the compiler sees once.
+
+    `last` is done in place of the last step, if given. `config.remat` recomputes a layer in the
+    backward pass, `config.unroll` writes every layer out.
     """
-    graphdef, state = nnx.split(module)
+    graphdef, state = nnx.split(module)  # once, outside the loop
+    numbers = jnp.arange(config.num_layers)
 
     def body(carry, xs):
-        layer, *xs = xs
-        return step(nnx.merge(graphdef, layer), carry, *xs), None
+        layer, number = xs
+        return step(nnx.merge(graphdef, layer), carry, number), None
 
-    body = jax.checkpoint(body, prevent_cse=False) if config.remat else body
-    return jax.lax.scan(body, carry, (state, *scanned), unroll=config.unroll)[0]
+    def at(number):
+        return jax.tree.map(lambda x: x[number], state)
+
+    def loop(body, xs):
+        body = jax.checkpoint(body, prevent_cse=False) if config.remat else body
+        return jax.lax.scan(body, carry, xs, unroll=config.unroll)[0]
+
+    if last is None:
+        return loop(body, (state, numbers))
+    # Layers are looked up: a stack without its last layer would be a copy of all the others.
+    carry = loop(lambda carry, number: body(carry, (at(number), number)), numbers[:-1])
+    return last(nnx.merge(graphdef, at(numbers[-1])), carry, numbers[-1])

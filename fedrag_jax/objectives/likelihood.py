@@ -13,8 +13,8 @@ from fedrag_jax.models.network import Network
 def answer_log_probs(decoder: Network, params, adapters, batch) -> jax.Array:
     """log p(y_i | passages, x, y_<i) for every answer token: float32 [B, K, A].
 
-    Logits are computed where they are needed alone: the hidden state that predicts the token at
-    position t is the one at t - 1, so those are gathered before the vocabulary product.
+    Hidden states and logits are computed where they are needed alone: what predicts the token at
+    position t is the hidden state at t - 1.
 
     Args:
       batch: `tokens` [B, K, T] right-padded, `lengths` [B, K], `answer_positions` [B, K, A].
@@ -23,11 +23,10 @@ def answer_log_probs(decoder: Network, params, adapters, batch) -> jax.Array:
     tokens = batch["tokens"].reshape(b * k, t)
     index = jnp.broadcast_to(jnp.arange(t), tokens.shape)
     mask = index < batch["lengths"].reshape(b * k, 1)
-    hidden = decoder(params, tokens, index, mask, adapters=adapters)
-
     positions = batch["answer_positions"].reshape(b * k, -1)
     targets = jnp.take_along_axis(tokens, positions, axis=1)
-    predicting = jnp.take_along_axis(hidden, positions[..., None] - 1, axis=1)
+    read = positions - 1
+    predicting = decoder(params, tokens, index, mask, read=read, adapters=adapters)
     logits = decoder(params, predicting, method="logits", adapters=adapters)
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
     chosen = jnp.take_along_axis(log_probs, targets[..., None], axis=-1)

@@ -40,25 +40,27 @@ class Cost(NamedTuple):
 def decoder_flops(
     config: DecoderConfig, lora: LoraConfig, tokens: int, answer: int, trained: bool
 ) -> float:
-    """Operations of one sequence of T `tokens`, logits at `answer` positions.
+    """Operations of one sequence of T `tokens`, read at `answer` positions.
 
     A product of [m, n] and [n, p] counts 2mnp. With `trained` adapters over a frozen base, each
     frozen product is done once more for the gradient of its input, each product of two moving
-    operands (attention, adapters) twice more. Softmax, norms and activations are left out.
+    operands (attention, adapters) twice more. Of the last layer only keys and values are needed
+    everywhere. Softmax, norms and activations are left out.
     """
-    d, f, t = config.hidden_size, config.intermediate_size, tokens
+    d, f = config.hidden_size, config.intermediate_size
     heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     shapes = {
         "q_proj": (d, heads), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (heads, d),
         "gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d),
     }  # fmt: skip
-    frozen = sum(2 * t * m * n for m, n in shapes.values())
-    adapters = sum(2 * t * lora.rank * sum(shapes[name]) for name in lora.targets)
-    attention = 4 * t * t * heads
-    logits = 2 * answer * d * config.vocab_size
-    frozen_total = config.num_layers * frozen + logits
-    moving_total = config.num_layers * (adapters + attention)
-    return frozen_total * (2 if trained else 1) + moving_total * (3 if trained else 1)
+    frozen = moving = 0
+    for read in [tokens] * (config.num_layers - 1) + [answer]:
+        rows = {name: tokens if name in ("k_proj", "v_proj") else read for name in shapes}
+        frozen += sum(2 * rows[name] * m * n for name, (m, n) in shapes.items())
+        moving += sum(2 * rows[name] * lora.rank * sum(shapes[name]) for name in lora.targets)
+        moving += 4 * tokens * read * heads
+    frozen += 2 * answer * d * config.vocab_size
+    return frozen * (2 if trained else 1) + moving * (3 if trained else 1)
 
 
 def encoder_flops(config: EncoderConfig, tokens: int, trained: bool) -> float:
