@@ -338,9 +338,8 @@ def test_gradients_reach_every_trainable_leaf(parts):
     """A leaf with no gradient is a parameter nobody trains. Token type 1 is never looked up, and a
     key's bias shifts all scores of a query alike, which softmax does not see."""
     for task in tasks(parts):
-        gradient = jax.grad(task.loss, has_aux=True)(
-            task.trainable, task.frozen, batch_of(task), KEY
-        )[0]
+        gradient_of = jax.jit(jax.grad(task.loss, has_aux=True))
+        gradient = gradient_of(task.trainable, task.frozen, batch_of(task), KEY)[0]
         for path, g in jax.tree_util.tree_leaves_with_path(gradient):
             name = jax.tree_util.keystr(path)
             if "['k_proj']['bias']" in name:
