@@ -16,7 +16,7 @@ import numpy as np
 from absl import flags
 
 from experiments.compare_strategies import Comparison, check, load_data
-from experiments.launch import launch
+from experiments.launch import launch, settled_config
 
 
 def search(comparison: Comparison, setting: str, strategy, metric: str, grid, bases, seed: int):
@@ -56,6 +56,7 @@ def run(config, runs: str) -> pathlib.Path:
     seed = config.seeds[0]
     folder = pathlib.Path(runs) / f"{config.name}-rates"
     folder.mkdir(parents=True, exist_ok=True)
+    settled_config(config, folder, free=("learning_rates", "settings", "strategies", "wandb"))
     chosen, scores = {}, {}
     comparison = Comparison(config, load_data(config), folder)
     for setting in config.settings:

@@ -14,7 +14,7 @@ import time
 
 import numpy as np
 
-from experiments.launch import launch
+from experiments.launch import launch, settled_config
 from fedrag_jax.data.examples import Dataset
 from fedrag_jax.errors import ConfigError
 
@@ -148,7 +148,7 @@ def compute_cell(run: Comparison, strategy: str, setting: str, seed: int):
     test = run.dataset.test
     found = [evaluate(system, test) for system in systems]
     scores = {metric: np.mean([f[metric] for f in found], axis=0) for metric in found[0]}
-    controls = control_scores(systems[0], test) if setting != "local" else {}
+    controls = control_scores(systems[0], test) if len(systems) == 1 else {}
     if tuners and setting == "local":
         controls["own_topic_em"] = own_topic(run.clients(seed), test, [f["em"] for f in found])
     # Centralised training has a round for each S steps: as many as there are clients make a point.
@@ -289,23 +289,6 @@ def report(config, folder: pathlib.Path, change_of_no_op: float) -> None:
           "learning_curves.png metrics.jsonl config.json manifest.json")  # fmt: skip
 
 
-def settled_config(config, folder: pathlib.Path) -> None:
-    """Writes the resolved config; refuses a folder made with another one.
-
-    Raises:
-      ConfigError: names every setting that differs.
-    """
-    path, now = folder / "config.json", json.loads(config.to_json_best_effort())
-    if path.exists():
-        grows = ("seeds", "strategies", "settings", "wandb")
-        before = json.loads(path.read_text())
-        changed = [k for k in now if k not in grows and now[k] != before.get(k)]
-        if changed:
-            what = "; ".join(f"config.{k} was {before.get(k)}, is {now[k]}" for k in changed)
-            raise ConfigError(f"{folder} holds other results: {what}. Choose another --config.name")
-    path.write_text(json.dumps(now, indent=2) + "\n")
-
-
 def run(config, runs: str) -> pathlib.Path:
     """The whole comparison; returns its folder."""
     from fedrag_jax.tracking import cells
@@ -317,7 +300,7 @@ def run(config, runs: str) -> pathlib.Path:
     dataset = load_data(config)
     folder = pathlib.Path(runs) / config.name
     folder.mkdir(parents=True, exist_ok=True)
-    settled_config(config, folder)
+    settled_config(config, folder, free=("seeds", "strategies", "settings", "wandb"))
     comparison = Comparison(config, dataset, folder)
     write_manifest(folder, dataset, seeds={name: list(config.seeds) for name in
                    ("adapters", "client split", "client sampling", "shuffling")})  # fmt: skip

@@ -1,9 +1,31 @@
 """The command line of an experiment: a config that flags override, and errors in one line."""
 
+import json
+import pathlib
+
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from fedrag_jax.errors import FedragError
+from fedrag_jax.errors import ConfigError, FedragError
+
+
+def settled_config(config, folder: pathlib.Path, free: tuple[str, ...]) -> None:
+    """Writes the resolved config; refuses a folder made with another one.
+
+    Args:
+      free: settings that may differ, because results of either lie side by side.
+
+    Raises:
+      ConfigError: names every setting that differs.
+    """
+    path, now = folder / "config.json", json.loads(config.to_json_best_effort())
+    if path.exists():
+        before = json.loads(path.read_text())
+        changed = [k for k in now if k not in free and now[k] != before.get(k)]
+        if changed:
+            what = "; ".join(f"config.{k} was {before.get(k)}, is {now[k]}" for k in changed)
+            raise ConfigError(f"{folder} holds other results: {what}. Choose another --config.name")
+    path.write_text(json.dumps(now, indent=2) + "\n")
 
 
 def launch(run, config: str) -> None:

@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 
-from experiments.launch import launch
+from experiments.launch import launch, settled_config
 
 COLUMNS = ("dataset", "setting", "stage", "recall_at_1", "recall_at_5", "recall_at_20", "mrr",
            "learning_rate", "seconds")  # fmt: skip
@@ -81,6 +81,7 @@ def run(config, runs: str) -> pathlib.Path:
 
     folder = pathlib.Path(runs) / config.name
     folder.mkdir(parents=True, exist_ok=True)
+    settled_config(config, folder, free=("learning_rates", "settings", "datasets"))
     began = time.perf_counter()
     model = hub.load(config.retriever)
     rows = []

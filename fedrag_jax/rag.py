@@ -46,9 +46,9 @@ class RAGSystem:
     lora: lora.LoraConfig
     retriever: Retriever
     prompts: Prompts
-    top_k: int = 5
-    marginal_k: int = 16
-    score_scale: float = 20.0
+    top_k: int
+    marginal_k: int
+    score_scale: float
 
     @classmethod
     def build(

@@ -187,3 +187,21 @@ def test_query_side_tuning_on_real_questions(tmp_path):
     for row in rows:
         ranks = [float(row[k]) for k in ("recall_at_1", "mrr", "recall_at_20")]
         assert 0 <= ranks[0] <= ranks[1] <= ranks[2] <= 100
+
+
+@pytest.mark.parametrize("free", [(), ("rates",)])
+def test_a_folder_of_other_results_is_refused(tmp_path, free):
+    from ml_collections import ConfigDict
+
+    from experiments.launch import settled_config
+
+    settled_config(ConfigDict({"rounds": 5, "rates": (1.0, 2.0)}), tmp_path, free)
+    settled_config(ConfigDict({"rounds": 5, "rates": (1.0, 2.0)}), tmp_path, free)
+    with pytest.raises(ConfigError, match=r"config\.rounds was 5, is 6"):
+        settled_config(ConfigDict({"rounds": 6, "rates": (1.0, 2.0)}), tmp_path, free)
+    other = ConfigDict({"rounds": 5, "rates": (3.0,)})
+    if free:
+        settled_config(other, tmp_path, free)
+    else:
+        with pytest.raises(ConfigError, match=r"config\.rates was"):
+            settled_config(other, tmp_path, free)

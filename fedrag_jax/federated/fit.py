@@ -141,11 +141,11 @@ def fit(
                 found = _retrieve(task, data, rows, algorithm, now.state)
                 now = dataclasses.replace(now, retrieved=found)
             table = _collate(task, [data.examples[i] for i in rows], now.retrieved)
+            place = np.zeros(len(data.examples), np.int32)
+            place[rows] = np.arange(len(rows))
         refresh_seconds = clock.lap()
 
         cohort = sample_cohort(data, algorithm, now.round, batch_size, seed)
-        place = np.zeros(len(data.examples), np.int32)
-        place[rows] = np.arange(len(rows))
         in_table = cohort._replace(indices=place[cohort.indices])
         groups = grouped(in_table, group_size, len(data.clients))
         arguments = now.state, frozen, table, groups, np.int32(now.round), key
