@@ -38,7 +38,7 @@ def get_config() -> ConfigDict:
     # Passages that are read together, and passages that training marginalises over where the retriever
     # moves; cosines are scaled by so much in training losses. 20, the usual scale, leaves p(z|x) of the
     # built-in encoder so peaked that a marginal likelihood teaches it little.
-    config.retrieval = ConfigDict({"top_k": 5, "marginal_k": 16, "score_scale": 10.0})
+    config.retrieval = ConfigDict({"top_k": 5, "marginal_k": 8, "score_scale": 10.0})
 
     # Clients differ in `column`; alpha = inf is an even split.
     config.federated = ConfigDict({"clients": 8, "alpha": 0.1, "column": "topic"})

@@ -20,15 +20,15 @@ def get_config() -> ConfigDict:
     config.seed = 0
     config.clients = 8
     config.alpha = 0.1  # over SQuAD's articles, or 10 clusters of questions where there are none
-    config.rounds = 5
-    config.local_steps = 5
-    config.batch_size = 16
+    config.rounds = 4
+    config.local_steps = 2
+    config.batch_size = 32
     config.max_question_tokens = 32  # in training; longer questions are cut
     # Of the first round, falling linearly; highest validation MRR wins, in each setting by itself.
     config.learning_rates = ConfigDict()
     config.learning_rates.centralised = (1e-6, 3e-6, 1e-5)
     config.learning_rates.federated = (1e-5, 3e-5, 1e-4)
-    config.learning_rates.local = (1e-6, 3e-6, 1e-5)
+    config.learning_rates.local = (3e-6, 1e-5)
     config.train_questions = 0  # 0: all
     config.test_questions = 0
     return config

@@ -219,11 +219,13 @@ def no_op(run: Comparison, seed: int) -> float:
     from fedrag_jax.evaluation.evaluator import evaluate
     from fedrag_jax.strategies.strategies import joint_token
 
-    tuner = run.tuner("federated", seed, rate=lambda task, part: 0.0)
+    setting = run.config.settings[-1]  # one whose program is compiled
+    client = 0 if setting == "local" else None
+    tuner = run.tuner(setting, seed, client, rate=lambda task, part: 0.0)
     tuner = dataclasses.replace(
         tuner,
         folder=run.folder / "tuned" / f"no-op-seed{seed}",
-        budget=tuner.budget._replace(rounds=1, local_steps=1),
+        budget=tuner.budget._replace(rounds=1),
     )
     some = run.dataset.test[:CONTROL_QUESTIONS]
     before = evaluate(run.system(seed), some)
