@@ -57,7 +57,7 @@ def get_config() -> ConfigDict:
     for setting, retriever, generator, marginal_generator, marginal_retriever in (
         ("centralised", 6e-4, 5e-4, 5e-4, 3e-4),
         ("federated", 2.4e-3, 2e-3, 2e-3, 1.2e-3),
-        ("local", 1.5e-4, 5e-4, 4e-3, 3e-4),
+        ("local", 1.5e-4, 5e-4, 4e-3, 7.5e-5),
     ):
         config.learning_rates[setting] = ConfigDict(
             {
