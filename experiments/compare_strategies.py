@@ -89,9 +89,14 @@ class Comparison:
         """The split that federated and local training share."""
         from fedrag_jax.strategies.settings import split_clients
 
-        federated = self.config.federated
+        federated, batch_size = self.config.federated, self.config.training.batch_size
         return split_clients(
-            self.dataset.train, federated.clients, federated.alpha, federated.column, seed
+            self.dataset.train,
+            federated.clients,
+            federated.alpha,
+            federated.column,
+            batch_size,
+            seed,
         )
 
     def rate(self, setting: str, task: str, part: str) -> float:

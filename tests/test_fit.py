@@ -135,7 +135,7 @@ def test_only_examples_in_use_are_retrieved_for(algorithm):
         return np.array([[e["id"]] for e in examples], np.int32)
 
     def collate_retrieved(examples, retrieved):
-        assert len(examples) == 16
+        assert len(examples) == len({e["id"] for e in examples}) <= 16
         return collate([examples_by_id[row] for row in retrieved[:, 0]], None)
 
     examples_by_id = {e["id"]: e for e in FOUR.examples}

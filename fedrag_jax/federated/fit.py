@@ -48,6 +48,7 @@ def fit(
     group_size: int = 1,
     seed: int = 0,
     refresh_every: int = 1,
+    table_rows: int = 0,
     callbacks: Iterable[Callback] = (),
 ) -> FitResult:
     """Trains a task on one pile of examples or on those of many clients.
@@ -64,6 +65,8 @@ def fit(
       group_size: g, clients trained side by side; it sets memory and speed, not the result.
       seed: of client sampling, local shuffling and the keys given to the loss.
       refresh_every: rounds between two retrievals, for a task that has `retrieve`.
+      table_rows: the table of examples is filled up to so many, for fits on more and fewer examples
+        to share a compiled program.
       callbacks: told of every round, in order; one that restores a state comes first.
 
     Returns:
@@ -129,32 +132,33 @@ def fit(
     # Rounds.
     frozen = jax.tree.map(jnp.asarray, task.frozen)
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(b"local update"))
-    table, rows = None, np.arange(len(data.examples))
+    table = None
     while now.round < rounds:
         clock = _Clock()
         refresh = task.retrieve is not None and now.round % refresh_every == 0
         if refresh or table is None:
+            first, count = 0, rounds
             if task.retrieve is not None:
-                first = now.round - now.round % refresh_every
-                rows = _used(data, algorithm, first, refresh_every, batch_size, seed)
+                first, count = now.round - now.round % refresh_every, refresh_every
+            rows = _used(data, algorithm, first, count, batch_size, seed, table_rows)
             if refresh:
                 found = _retrieve(task, data, rows, algorithm, now.state)
                 now = dataclasses.replace(now, retrieved=found)
-            table = _collate(task, [data.examples[i] for i in rows], now.retrieved)
+            table = _collate(task, data.examples, rows, now.retrieved)
             place = np.zeros(len(data.examples), np.int32)
             place[rows] = np.arange(len(rows))
-        refresh_seconds = clock.lap()
+        refresh_seconds, compile_seconds = clock.lap()
 
         cohort = sample_cohort(data, algorithm, now.round, batch_size, seed)
         in_table = cohort._replace(indices=place[cohort.indices])
         groups = grouped(in_table, group_size, len(data.clients))
         arguments = now.state, frozen, table, groups, np.int32(now.round), key
-        sample_seconds = clock.lap()
+        sample_seconds, _ = clock.lap()
         run = compile_round(task.loss, algorithm, at_round(now.round), *arguments)
-        compile_seconds = clock.lap()
+        compile_seconds += sum(clock.lap())
         state, report = run(*arguments)
         report = jax.device_get(report)
-        seconds = sample_seconds + clock.lap()
+        seconds = sample_seconds + sum(clock.lap())
 
         record = {"round": now.round + 1, "rounds": rounds}
         record |= _summary(report, cohort, now.history)
@@ -184,23 +188,30 @@ def _initial_state(task, algorithm, optimizer, client_count) -> State:
     return jax.tree.map(lambda x: jnp.array(x, dtype=jnp.result_type(x)), state)
 
 
-def _used(data, algorithm, first, count, batch_size, seed) -> np.ndarray:
-    """Rows that `count` rounds from `first` on train on: nothing is retrieved for the others.
+def _used(data, algorithm, first, count, batch_size, seed, height) -> np.ndarray:
+    """Rows that `count` rounds from `first` on train on: nothing is done for the others.
 
-    As many for every stretch of rounds, so that all have one shape; the first fills up.
+    As many for every stretch of rounds, so that all have one shape: the first fills up.
     """
-    cohorts = [sample_cohort(data, algorithm, first + i, batch_size, seed) for i in range(count)]
-    room = sum(cohort.indices.size for cohort in cohorts)
-    if room >= len(data.examples):
-        return np.arange(len(data.examples))
-    rows = np.unique(np.concatenate([c.indices[c.example_weight > 0] for c in cohorts]))
-    return np.pad(rows, (0, room - len(rows)), constant_values=rows[0])
+    rows = np.arange(len(data.examples))
+    cohort = sample_cohort(data, algorithm, first, batch_size, seed)
+    room = count * cohort.indices.size
+    if room < len(rows):
+        others = (
+            sample_cohort(data, algorithm, first + i, batch_size, seed) for i in range(1, count)
+        )
+        trained = [c.indices[c.example_weight > 0] for c in (cohort, *others)]
+        rows = np.unique(np.concatenate(trained))
+    height = max(height, min(room, len(data.examples)))
+    return np.pad(rows, (0, height - len(rows)), constant_values=rows[0])
 
 
 def _retrieve(task: Task, data: Partition, rows, algorithm: Algorithm, state: State) -> np.ndarray:
     """int32 [len(rows), k]: what each example finds with the model that trains on it."""
+    rows, inverse = np.unique(rows, return_inverse=True)
     if not algorithm.personal:
-        return np.asarray(task.retrieve([data.examples[i] for i in rows], state.trainable))
+        found = task.retrieve([data.examples[i] for i in rows], state.trainable)
+        return np.asarray(found)[inverse]
     retrieved: np.ndarray | None = None
     for client, held in enumerate(data.clients):
         own = np.flatnonzero(np.isin(rows, held))
@@ -211,19 +222,22 @@ def _retrieve(task: Task, data: Partition, rows, algorithm: Algorithm, state: St
         if retrieved is None:
             retrieved = np.zeros((len(rows), *found.shape[1:]), found.dtype)
         retrieved[own] = found
-    return retrieved
+    return retrieved[inverse]
 
 
-def _collate(task: Task, examples: Sequence[Any], retrieved) -> dict[str, jax.Array]:
-    table = task.collate(examples, retrieved)
+def _collate(task: Task, examples: Sequence[Any], rows, retrieved) -> dict[str, jax.Array]:
+    """The table of `rows`, each of which is collated once however often it is there."""
+    rows, index, inverse = np.unique(rows, return_index=True, return_inverse=True)
+    found = None if retrieved is None else retrieved[index]
+    table = task.collate([examples[i] for i in rows], found)
     for name, column in table.items():
-        if name == "weight" or len(column) != len(examples):
+        if name == "weight" or len(column) != len(rows):
             raise DataError(
                 f"task {task.name!r}: column {name!r} of the table has shape {np.shape(column)}; "
-                f"collate must give one row for each of the {len(examples)} examples, "
+                f"collate must give one row for each of the {len(rows)} examples, "
                 'and leave the name "weight" to fit'
             )
-    return jax.device_put(table)
+    return jax.device_put({name: np.asarray(column)[inverse] for name, column in table.items()})
 
 
 def _summary(report, cohort: Cohort, history) -> dict[str, Any]:
@@ -264,11 +278,29 @@ def _fingerprint(data: Partition) -> str:
 
 
 class _Clock:
-    """Seconds between laps."""
+    """Seconds between laps, and how many of them JAX compiled."""
 
     def __init__(self):
-        self.last = time.perf_counter()
+        self.last, self.compiled = time.perf_counter(), _compiling.seconds
 
-    def lap(self) -> float:
-        before, self.last = self.last, time.perf_counter()
-        return self.last - before
+    def lap(self) -> tuple[float, float]:
+        last, compiled = self.last, self.compiled
+        self.last, self.compiled = time.perf_counter(), _compiling.seconds
+        took = self.last - last
+        compiled = min(took, self.compiled - compiled)  # threads may compile side by side
+        return took - compiled, compiled
+
+
+class _Compiling:
+    """Seconds JAX has traced and compiled since this module was imported."""
+
+    def __init__(self):
+        self.seconds = 0.0
+        jax.monitoring.register_event_duration_secs_listener(self)
+
+    def __call__(self, event: str, seconds: float, **_) -> None:
+        if event.startswith("/jax/core/compile/"):
+            self.seconds += seconds
+
+
+_compiling = _Compiling()

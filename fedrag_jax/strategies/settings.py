@@ -39,10 +39,14 @@ class Budget(NamedTuple):
 
 
 def split_clients(
-    examples: Sequence[Example], clients: int, alpha: float, column: str, seed: int
+    examples: Sequence[Example], clients: int, alpha: float, column: str, batch_size: int, seed: int
 ) -> Partition:
-    """Dirichlet(alpha) over a column, the partition that federated and local training share."""
-    return partition(examples, dirichlet(alpha, clients, column=column), seed=seed)
+    """Dirichlet(alpha) over a column, the partition that federated and local training share.
+
+    Each client can fill a batch, so that all settings see the same number of examples.
+    """
+    scheme = dirichlet(alpha, clients, column=column, min_examples=batch_size)
+    return partition(examples, scheme, seed=seed)
 
 
 def train(
@@ -71,12 +75,14 @@ def train(
         data = Partition(examples, (np.arange(len(examples)),))
         rounds, refresh_every = rounds * budget.clients, budget.clients
     elif setting == "local":
-        # Filled up to the size of all, so that every client runs the program of centralised training.
-        own = [examples[i] for i in clients.clients[client]]
-        data = Partition(own + own[:1] * (len(examples) - len(own)), (np.arange(len(own)),))
+        own = clients.of(client)
+        data = Partition(own, (np.arange(len(own)),))
     else:
         raise ConfigError(f"setting must be one of {SETTINGS}, got {setting!r}")
     alone = setting != "federated"
+    # Of one height in all settings, so that every client runs the program of centralised training.
+    stretch = budget.local_steps * budget.clients * budget.batch_size
+    seen = stretch if task.retrieve else stretch * budget.rounds
     result = fit(
         task,
         data,
@@ -89,6 +95,7 @@ def train(
         group_size=budget.group_size,
         seed=seed,
         refresh_every=refresh_every,
+        table_rows=min(seen, len(examples)),
         callbacks=callbacks,
     )
     if alone:
