@@ -20,7 +20,6 @@ def get_config() -> ConfigDict:
         "joint_sequence",
     )  # fmt: skip
     config.settings = ("centralised", "federated", "local")
-    config.primary = "em"
 
     # Data: "world", "squad", "hotpotqa", or a folder with questions.jsonl and passages.jsonl.
     config.data = ConfigDict({"name": "world", "test_questions": 0, "train_questions": 0})

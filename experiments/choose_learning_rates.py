@@ -19,10 +19,13 @@ from experiments.compare_strategies import Comparison, check, load_data
 from experiments.launch import launch, settled_config
 
 
-def search(comparison: Comparison, setting: str, strategy, metric: str, grid, bases, seed: int):
+def search(
+    comparison: Comparison, setting: str, strategy, metric: str, grid, bases, seed, where=""
+):
     """Trains one strategy at every rate of a grid; `(best rate, its systems, {rate: metric})`.
 
-    In the local setting all clients train and each is judged on a share of the questions.
+    In the local setting all clients train and each is judged on a share of the questions. `where`
+    tells bases apart that were themselves tuned.
     """
     from fedrag_jax.evaluation.evaluator import evaluate
 
@@ -33,11 +36,13 @@ def search(comparison: Comparison, setting: str, strategy, metric: str, grid, ba
         scores, systems = [], []
         for i, (base, client) in enumerate(zip(bases, members, strict=True)):
             tuner = comparison.tuner(setting, seed, client, rate=lambda task, part, rate=rate: rate)
-            folder = tuner.folder / f"{strategy.__name__}-{rate:g}"
+            folder = tuner.folder / where / f"{strategy.__name__}-{rate:g}"
             systems.append(
                 strategy(base, comparison.dataset, dataclasses.replace(tuner, folder=folder))
             )
-            scores.append(evaluate(systems[-1], examples[i :: len(members)])[metric].mean())
+            scores.append(
+                evaluate(systems[-1], examples[i :: len(members)] or examples)[metric].mean()
+            )
         found[rate] = 100 * float(np.mean(scores)), systems
         print(
             f"{setting:12s} {strategy.__name__:13s} lr {rate:<8g} validation {metric} "
@@ -52,13 +57,14 @@ def run(config, runs: str) -> pathlib.Path:
     """Searches every setting of the config; returns the folder of the results."""
     from fedrag_jax.strategies import strategies
 
-    check(config)
+    dataset = load_data(config)
+    check(config, dataset)
     seed = config.seeds[0]
     folder = pathlib.Path(runs) / f"{config.name}-rates"
     folder.mkdir(parents=True, exist_ok=True)
     settled_config(config, folder, free=("learning_rates", "settings", "strategies", "wandb"))
     chosen, scores = {}, {}
-    comparison = Comparison(config, load_data(config), folder)
+    comparison = Comparison(config, dataset, folder)
     for setting in config.settings:
         count = config.federated.clients if setting == "local" else 1
         base = [comparison.system(seed)] * count
@@ -70,9 +76,13 @@ def run(config, runs: str) -> pathlib.Path:
             ("marginal_retriever", strategies.second_phase, "em"),
         ):
             grid = [float(rate) for rate in flags.FLAGS[name].value]
-            start = systems if strategy is strategies.second_phase else base
+            if name == "retriever" and not any(e.positive_ids for e in dataset.train):
+                continue
+            start, where = base, ""
+            if strategy is strategies.second_phase:
+                start, where = systems, f"after-{rates['marginal_generator']:g}"
             rates[name], systems, found[name] = search(
-                comparison, setting, strategy, metric, grid, start, seed
+                comparison, setting, strategy, metric, grid, start, seed, where
             )
         chosen[setting], scores[setting] = rates, found
     result = {"chosen": chosen, "validation": scores}

@@ -8,6 +8,7 @@ Results go to runs/<name>/. A cell (strategy, setting, seed) that is finished is
 and a training that was killed goes on from its last checkpoint.
 """
 
+import collections
 import json
 import pathlib
 import time
@@ -32,7 +33,7 @@ def load_data(config) -> Dataset:
     return Dataset(dataset.name, dataset.passages, train, dataset.validation, test)
 
 
-def check(config) -> None:
+def check(config, dataset: Dataset) -> None:
     """Refuses settings that could only fail later.
 
     Raises:
@@ -40,15 +41,24 @@ def check(config) -> None:
     """
     from fedrag_jax.strategies.settings import SETTINGS
     from fedrag_jax.strategies.strategies import STRATEGIES
+    from fedrag_jax.tracking.tables import NEEDS_LABELS
 
+    for name in ("seeds", "strategies", "settings"):
+        if not config[name]:
+            raise ConfigError(f"config.{name} is empty; give at least one")
     for name, known in (("strategies", STRATEGIES), ("settings", SETTINGS)):
         unknown = [value for value in config[name] if value not in known]
         if unknown:
             raise ConfigError(f"config.{name}: {unknown} unknown; choose among {list(known)}")
     if not config.federated.alpha > 0:
         raise ConfigError(f"config.federated.alpha must be > 0, got {config.federated.alpha}")
-    if not config.seeds:
-        raise ConfigError("config.seeds is empty; give at least one, such as (0,)")
+    labels = [name for name in config.strategies if name in NEEDS_LABELS]
+    bare = sum(not e.positive_ids for e in dataset.train)
+    if labels and bare:
+        raise ConfigError(
+            f"config.strategies: {labels} need gold passages, and {bare} of {len(dataset.train)} "
+            "training questions have no positive_ids; give them, or leave those strategies out"
+        )
 
 
 class Comparison:
@@ -155,7 +165,8 @@ def compute_cell(run: Comparison, strategy: str, setting: str, seed: int):
     scores = {metric: np.mean([f[metric] for f in found], axis=0) for metric in found[0]}
     controls = control_scores(systems[0], test) if len(systems) == 1 else {}
     if tuners and setting == "local":
-        controls["own_topic_em"] = own_topic(run.clients(seed), test, [f["em"] for f in found])
+        column = run.config.federated.column
+        controls |= own_topic(run.clients(seed), test, [f["em"] for f in found], column)
     # Centralised training has a round for each S steps: as many as there are clients make a point.
     stretch = run.config.federated.clients if setting == "centralised" else 1
     curves = training_curves(tuners, stretch)
@@ -194,27 +205,30 @@ def control_scores(system, examples) -> dict[str, float]:
     from fedrag_jax.evaluation.metrics import percent
 
     some = examples[:CONTROL_QUESTIONS]
-    one, two = ([e for e in some if (e.hops > 1) == hard] for hard in (False, True))
     controls = {
         "closed_book_em": percent(evaluator.closed_book(system, some)["em"]),
         "distractor_em": percent(evaluator.distractor_passage(system, some)["em"]),
-        "gold_em": percent(evaluator.gold_passage(system, one)["em"]),
     }
-    if two:
-        controls["gold_em_two_hop"] = percent(evaluator.gold_passage(system, two)["em"])
+    labelled = [e for e in some if e.positive_ids]
+    for name, hard in (("gold_em", False), ("gold_em_two_hop", True)):
+        if asked := [e for e in labelled if (e.hops > 1) == hard]:
+            controls[name] = percent(evaluator.gold_passage(system, asked)["em"])
     return controls
 
 
-def own_topic(clients, examples, em) -> float:
-    """EM in percent of each client's model on the topics it holds, weighted as it holds them."""
-    values = []
+def own_topic(clients, examples, em, column: str) -> dict[str, float]:
+    """`own_topic_em`: EM in percent of each client's model on what it holds of `column`.
+
+    Weighted as the client holds it; nothing if no test question is of any client's kind.
+    """
+    kinds = [getattr(e, column) for e in examples]
+    asked, values = collections.Counter(kinds), []
     for client, scores in enumerate(em):
-        topics = [e.topic for e in clients.of(client)]
-        weight = np.array([topics.count(e.topic) for e in examples], float)
-        weight /= np.array([max(1, sum(x.topic == e.topic for x in examples)) for e in examples])
+        held = collections.Counter(getattr(e, column) for e in clients.of(client))
+        weight = np.array([held[kind] / asked[kind] for kind in kinds])
         if weight.sum():
             values.append(100 * float((weight * scores).sum() / weight.sum()))
-    return float(np.mean(values))
+    return {"own_topic_em": float(np.mean(values))} if values else {}
 
 
 def no_op(run: Comparison, seed: int) -> float:
@@ -235,7 +249,7 @@ def no_op(run: Comparison, seed: int) -> float:
     some = run.dataset.test[:CONTROL_QUESTIONS]
     before = evaluate(run.system(seed), some)
     after = evaluate(joint_token(run.system(seed), run.dataset, tuner), some)
-    return 100 * max(float(np.abs(after[m] - before[m]).max()) for m in before)
+    return 100 * max(float(np.nan_to_num(np.abs(after[m] - before[m])).max()) for m in before)
 
 
 def report(config, folder: pathlib.Path, change_of_no_op: float) -> None:
@@ -255,7 +269,8 @@ def report(config, folder: pathlib.Path, change_of_no_op: float) -> None:
     if comparisons:
         tables.write_csv(folder / "comparisons.csv", comparisons, list(comparisons[0]))
     if controls:
-        tables.write_csv(folder / "controls.csv", controls, list(controls[0]))
+        columns = list(dict.fromkeys(name for row in controls for name in row))
+        tables.write_csv(folder / "controls.csv", controls, columns)
     figures.quality_against_cost(rows, folder / "quality_cost.png")
     figures.learning_curves(done, folder / "learning_curves.png")
     with open(folder / "metrics.jsonl", "w", encoding="utf-8") as file:
@@ -302,13 +317,15 @@ def run(config, runs: str) -> pathlib.Path:
     from fedrag_jax.tracking.manifest import write_manifest
     from fedrag_jax.tracking.weights_and_biases import log_cell
 
-    check(config)
     began = time.perf_counter()
     dataset = load_data(config)
+    check(config, dataset)
     folder = pathlib.Path(runs) / config.name
+    comparison = Comparison(config, dataset, folder)
+    for seed in config.seeds:
+        comparison.clients(seed)  # refuses what cannot be split
     folder.mkdir(parents=True, exist_ok=True)
     settled_config(config, folder, free=("seeds", "strategies", "settings", "wandb"))
-    comparison = Comparison(config, dataset, folder)
     write_manifest(folder, dataset, seeds={name: list(config.seeds) for name in
                    ("adapters", "client split", "client sampling", "shuffling")})  # fmt: skip
     todo = [

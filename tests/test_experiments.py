@@ -9,6 +9,7 @@ import pytest
 
 from configs.compare_strategies import get_config
 from experiments import compare_strategies
+from fedrag_jax.data import synthetic
 from fedrag_jax.errors import CheckpointError, ConfigError, DataError
 from fedrag_jax.tracking.tables import COLUMNS
 
@@ -116,6 +117,8 @@ def test_another_config_does_not_mix_with_old_results(finished):
         ("models.generator", "/nowhere", CheckpointError, "/nowhere"),
         ("data.name", "/nowhere", DataError, "/nowhere"),
         ("lora.targets", ("nose_proj",), ConfigError, "nose_proj"),
+        ("strategies", (), ConfigError, r"config.strategies is empty"),
+        ("settings", (), ConfigError, r"config.settings is empty"),
     ],
 )
 def test_bad_settings_are_named(tmp_path, setting, value, error, message):
@@ -123,6 +126,66 @@ def test_bad_settings_are_named(tmp_path, setting, value, error, message):
     config.update_from_flattened_dict({setting: value})
     with pytest.raises(error, match=message):
         compare_strategies.run(config, str(tmp_path))
+    assert not list(tmp_path.rglob("config.json"))  # the name is still free
+
+
+def own_folder(folder, labelled=False, hops=1):
+    """Sixty questions of the built-in world, one of them with an answer that is everywhere."""
+    world = synthetic.generate()
+    some = world.train[:60]
+    gold = {i for e in some for i in e.positive_ids}
+    passages = [p for p in world.passages if p.id in gold] + world.passages[:40]
+    with open(folder / "passages.jsonl", "w") as file:
+        for passage in {p.id: p for p in passages}.values():
+            file.write(json.dumps({"id": passage.id, "text": passage.text}) + "\n")
+    with open(folder / "questions.jsonl", "w") as file:
+        for i, e in enumerate(some):
+            row = {"id": e.id, "question": e.question, "answers": [*e.answers, "e"], "hops": hops}
+            row["split"] = "train" if i < 36 else "validation" if i < 40 else "test"
+            if labelled:
+                row["positive_ids"] = e.positive_ids
+            file.write(json.dumps(row) + "\n")
+    return str(folder)
+
+
+def test_a_folder_without_labels_topics_or_one_hop_questions(tmp_path):
+    config = small()
+    config.data.name = own_folder(tmp_path, hops=2)
+    with pytest.raises(ConfigError, match=r"\['retriever'\] need gold passages, and 36 of 36"):
+        compare_strategies.run(config, str(tmp_path))
+    config.strategies = ("none", "joint_token")
+    folder = compare_strategies.run(config, str(tmp_path))
+    for row in read(folder):
+        assert row["em"] and not row["recall_at_5"] and not row["mrr"]
+    assert "| – | – |" in (folder / "table.md").read_text()
+    own_folder(tmp_path, labelled=True)
+    with pytest.raises(DataError, match=r"holds results of other data"):
+        compare_strategies.run(config, str(tmp_path))
+
+
+def test_controls_of_questions_of_one_kind(tmp_path):
+    from fedrag_jax.data import datasets
+    from fedrag_jax.rag import RAGSystem
+
+    dataset = datasets.load(own_folder(tmp_path, labelled=True, hops=2))
+    system = RAGSystem.build(dataset.passages, dataset.train)
+    controls = compare_strategies.control_scores(system, dataset.test)
+    assert controls.keys() == {"closed_book_em", "distractor_em", "gold_em_two_hop"}
+    assert controls["gold_em_two_hop"] > 20 > controls["distractor_em"]
+
+
+def test_own_topic_is_left_out_where_no_client_holds_a_topic_that_is_asked():
+    from fedrag_jax.data.examples import Example
+    from fedrag_jax.data.partition import Partition
+
+    def about(*topics):
+        return [Example(f"q{i}", "?", ("a",), (), topic) for i, topic in enumerate(topics)]
+
+    held = Partition(about("x", "x", "y"), (np.array([0, 1]), np.array([2])))
+    em = [np.array([1.0, 0.0, 0.0]), np.array([0.0, 0.0, 1.0])]
+    found = compare_strategies.own_topic(held, about("x", "x", "y"), em, "topic")
+    assert found == {"own_topic_em": 75.0}
+    assert compare_strategies.own_topic(held, about("z", "z", "z"), em, "topic") == {}
 
 
 def test_an_unknown_setting_is_refused_on_the_command_line():

@@ -8,7 +8,7 @@ import pytest
 
 from fedrag_jax.data import synthetic
 from fedrag_jax.data.examples import Dataset
-from fedrag_jax.errors import ConfigError
+from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.strategies import strategies
 from fedrag_jax.strategies.strategies import STRATEGIES
@@ -108,3 +108,9 @@ def test_no_more_passages_than_there_are(world):
 def test_settings_that_train_nothing_are_refused(world, setting, words):
     with pytest.raises(ConfigError, match=words):
         RAGSystem.build(world.passages[:6], **setting)
+
+
+def test_questions_the_prompts_were_not_made_for_are_refused(world):
+    system = RAGSystem.build(world.passages[:6])
+    with pytest.raises(DataError, match=r"training questions to RAGSystem\.build"):
+        system.prompts.training_table(world.train[:2], np.zeros((2, 1), int), per_passage=True)

@@ -7,6 +7,7 @@ import numpy as np
 
 from fedrag_jax.data.examples import Example, Passage, embedding_text
 from fedrag_jax.data.prompts import PromptStyle
+from fedrag_jax.errors import CheckpointError, DataError
 
 ANSWER_TOKENS = 16  # longest answer trained on and written, EOS included
 
@@ -33,6 +34,11 @@ class Prompts:
         self.tokenizer, self.style = tokenizer, style
         self.max_passage_tokens = max_passage_tokens
         self.eos = tokenizer.eos_token_id
+        if self.eos is None:
+            raise CheckpointError(
+                "the generator's tokenizer has no eos_token, with which answers end; name one in its "
+                "tokenizer_config.json"
+            )
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos
         opening = self._tokenize([style.opening])[0] if style.opening else []
         if tokenizer.bos_token_id is not None:
@@ -45,8 +51,7 @@ class Prompts:
         lengths = [len(self.question_tokens(e.question)) for e in examples] or [0]
         self.question_width = max(lengths)
         self.answer_width = max([len(self.answer_tokens(e.answers[0])) for e in examples] or [0])
-        # Five passages are seldom all long: room for the 90th percentile each, the last is cut.
-        self.passage_width = int(np.quantile([len(p) for p in self._passages], 0.9))
+        self._passage_lengths = np.array([len(p) for p in self._passages])
 
     @functools.cached_property
     def stop_tokens(self) -> tuple[int, ...]:
@@ -93,11 +98,16 @@ class Prompts:
         Returns:
           `tokens` [N, K, T], `lengths` [N, K], `answer_positions` [N, K, A] where in `tokens` each
           answer token stands, `answer_mask` [N, A].
+
+        Raises:
+          DataError: a question or answer longer than any of those given to `Prompts`.
         """
         retrieved = np.asarray(retrieved)
         groups = retrieved[:, :, None] if per_passage else retrieved[:, None, :]
         n, prompts, k = groups.shape
-        room = len(self._opening) + k * self.passage_width + self.question_width
+        # Several passages are seldom all long: room for the 90th percentile each, the last is cut.
+        each = np.quantile(self._passage_lengths, 1.0 if k == 1 else 0.9)
+        room = len(self._opening) + k * int(each) + self.question_width
         longest = self.answer_width
         width = -(-(room + longest) // 8) * 8
         tokens = np.full((n, prompts, width), self.pad, np.int32)
@@ -106,6 +116,12 @@ class Prompts:
         mask = np.zeros((n, longest), np.float32)
         for i, example in enumerate(examples):
             answer = self.answer_tokens(example.answers[0])
+            asked = self.question_tokens(example.question)
+            if len(answer) > longest or len(asked) > self.question_width:
+                raise DataError(
+                    f"question {example.id!r} or its answer is longer than any the prompts were made "
+                    "for; give the training questions to RAGSystem.build as `examples`"
+                )
             mask[i, : len(answer)] = 1
             for j, rows in enumerate(groups[i]):
                 prompt = self.prompt(example.question, rows, width - longest)

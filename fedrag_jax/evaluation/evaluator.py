@@ -15,7 +15,8 @@ RANKED = 10  # passages searched for, as MRR@10 wants
 def evaluate(system: RAGSystem, examples: Sequence[Example]) -> dict[str, np.ndarray]:
     """Per-question scores in [0, 1], each [Q]: `em`, `f1`, `recall_at_5`, `mrr`.
 
-    Answers are greedy, from one prompt with the system's top-k passages.
+    Answers are greedy, from one prompt with the system's top-k passages. Rankings of questions
+    without a gold passage have no score: NaN.
     """
     questions = [e.question for e in examples]
     depth = min(max(RANKED, system.top_k), len(system.retriever.passages))
@@ -27,12 +28,21 @@ def evaluate(system: RAGSystem, examples: Sequence[Example]) -> dict[str, np.nda
 def rank_scores(
     retriever: Retriever, examples: Sequence[Example], rows, depths: Sequence[int] = (5,)
 ) -> dict[str, np.ndarray]:
-    """`recall_at_<depth>` and `mrr` [Q] of corpus rows [Q, >= 10], best first."""
+    """`recall_at_<depth>` and `mrr` [Q] of corpus rows [Q, >= 10], best first; NaN without gold."""
     golds = _gold_rows(retriever, examples)
+    labelled = np.array([bool(gold) for gold in golds])
+    ranked, golds = np.asarray(rows)[labelled], [gold for gold in golds if gold]
+
+    def everywhere(scores):
+        found = np.full(len(labelled), np.nan)
+        found[labelled] = scores
+        return found
+
     scores = {
-        f"recall_at_{k}": metrics.recall_at_k(rows, golds, min(k, len(rows[0]))) for k in depths
+        f"recall_at_{k}": everywhere(metrics.recall_at_k(ranked, golds, min(k, len(rows[0]))))
+        for k in depths
     }
-    return scores | {"mrr": metrics.mrr(rows, golds)}
+    return scores | {"mrr": everywhere(metrics.mrr(ranked, golds))}
 
 
 def gold_passage(system: RAGSystem, examples: Sequence[Example]) -> dict[str, np.ndarray]:
@@ -46,16 +56,20 @@ def closed_book(system: RAGSystem, examples: Sequence[Example]) -> dict[str, np.
 
 
 def distractor_passage(system: RAGSystem, examples: Sequence[Example]) -> dict[str, np.ndarray]:
-    """`em`, `f1` [Q] when the nearest passage without the answer stands in for the gold one."""
+    """`em`, `f1` [Q] when the nearest passage without the answer stands in for the gold one.
+
+    A question of whose nearest 50 passages none will do is read without a passage.
+    """
     depth = min(50, len(system.retriever.passages))
     found, _ = system.retriever.search([e.question for e in examples], depth)
     golds = _gold_rows(system.retriever, examples)
-    texts = [metrics.normalize_answer(p.text) for p in system.retriever.passages]
+    texts = [p.text for p in system.retriever.passages]
     rows = []
     for example, gold, ranked in zip(examples, golds, found, strict=True):
-        answers = [metrics.normalize_answer(a) for a in example.answers]
-        usable = (r for r in ranked if r not in gold and not any(a in texts[r] for a in answers))
-        rows.append([next(usable)])
+        alone = ranked[:, None]  # each passage as a ranking of its own
+        told = metrics.answer_recall_at_k(alone, texts, [example.answers] * depth, 1)
+        usable = [row for row, tells in zip(ranked, told, strict=True) if not tells]
+        rows.append([row for row in usable if row not in gold][:1])
     return _answers(system, examples, rows)
 
 

@@ -159,7 +159,7 @@ class _Likelihoods:
         self._decoder, self._prompts, self._parts, self._known = decoder, prompts, parts, {}
 
     def __call__(self, examples, retrieved) -> dict[str, np.ndarray]:
-        """`answer_log_probs` [N, k, A] and `answer_mask` [N, A]."""
+        """`answer_log_probs` [N, k, A], `answer_mask` [N, A], `prompt_tokens` [N, k] that were read."""
         pairs = [(e, row) for e, rows in zip(examples, retrieved, strict=True) for row in rows]
         missing = [
             p for p in dict.fromkeys((e.id, int(r)) for e, r in pairs) if p not in self._known
@@ -174,6 +174,7 @@ class _Likelihoods:
             found = _frozen_log_probs(
                 self._decoder, self._parts["decoder"], self._parts["adapters"], table
             )
+            self._width = table["tokens"].shape[-1]
             self._known.update(zip(chunk, np.asarray(found)[:, 0], strict=False))
         known = [self._known[e.id, int(row)] for e, row in pairs]
         masks = [self._prompts.answer_tokens(e.answers[0]) for e in examples]
@@ -182,6 +183,7 @@ class _Likelihoods:
         return {
             "answer_log_probs": np.stack(known).reshape(shape),
             "answer_mask": mask.astype(np.float32),
+            "prompt_tokens": np.full(shape[:2], self._width, np.int32),
         }
 
 

@@ -68,7 +68,9 @@ class Tuner:
         )
         cost = self._cost(task, result.history)
         hub.save_arrays(result.trainable, folder / "tuned.safetensors")
-        (folder / "cost.json").write_text(json.dumps(cost._asdict()) + "\n")
+        beside = folder / "cost.json.tmp"
+        beside.write_text(json.dumps(cost._asdict()) + "\n")
+        beside.replace(folder / "cost.json")
         shutil.rmtree(checkpoints)
 
     def _cost(self, task: Task, history) -> Cost:

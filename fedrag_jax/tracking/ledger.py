@@ -11,6 +11,8 @@ import numpy as np
 from fedrag_jax.models.decoder import DecoderConfig
 from fedrag_jax.models.encoder import EncoderConfig
 from fedrag_jax.models.lora import LoraConfig
+from fedrag_jax.models.network import flatten, unflatten
+from fedrag_jax.objectives.likelihood import answer_log_probs
 from fedrag_jax.objectives.task import Task
 
 
@@ -71,8 +73,18 @@ def encoder_flops(config: EncoderConfig, tokens: int, trained: bool) -> float:
 
 
 def step_flops(task: Task, table, batch_size: int) -> float:
-    """Model formula of one local step of a task, from its networks and the shapes of its table."""
+    """Model formula of one local step of a task, from its networks and the shapes of its table.
+
+    Likelihoods under a frozen generator count for each use, although one used twice is kept.
+    """
     flops = 0.0
+    if "prompt_tokens" in table:
+        decoder = task.loss.decoder
+        _, prompts, answer = table["answer_log_probs"].shape
+        tokens = int(table["prompt_tokens"].max())
+        flops += prompts * decoder_flops(
+            decoder.config, decoder.lora, tokens, answer, trained=False
+        )
     if "tokens" in table:
         decoder = task.loss.decoder
         _, prompts, tokens = table["tokens"].shape
@@ -91,7 +103,11 @@ def compiler_flops(task: Task, table, batch_size: int) -> float:
     batch["weight"] = jax.ShapeDtypeStruct((batch_size,), np.float32)
     leaves, tree = jax.tree.flatten((task.trainable, task.frozen, batch))
     shapes = tuple(jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)) for x in leaves)
-    return _compiler_flops(task.loss, tree, shapes)
+    count = _compiler_flops(task.loss, tree, shapes)
+    if "prompt_tokens" in table:
+        tokens = int(table["prompt_tokens"].max())
+        count += _compiler_likelihoods(task.loss.decoder, batch["answer_log_probs"].shape, tokens)
+    return count
 
 
 @functools.lru_cache(maxsize=32)  # the clients of the local setting count the same program
@@ -102,6 +118,22 @@ def _compiler_flops(loss, tree, shapes) -> float:
             loss = dataclasses.replace(loss, **{name: network.unrolled()})
     step = jax.jit(jax.value_and_grad(loss, has_aux=True))
     lowered = step.lower(*jax.tree.unflatten(tree, shapes), jax.random.key(0))
+    return float(lowered.cost_analysis()["flops"])
+
+
+@functools.lru_cache(maxsize=32)
+def _compiler_likelihoods(decoder, shape, tokens: int) -> float:
+    """Of the likelihoods [B, k, A] of answers under a frozen generator."""
+    base, adapters = {}, {}
+    for path, leaf in flatten(decoder.shapes()):
+        (adapters if path[-1].startswith("lora_") else base)[path] = leaf
+    batch = {
+        "tokens": jax.ShapeDtypeStruct((*shape[:2], tokens), np.int32),
+        "lengths": jax.ShapeDtypeStruct(shape[:2], np.int32),
+        "answer_positions": jax.ShapeDtypeStruct(shape, np.int32),
+    }
+    run = jax.jit(functools.partial(answer_log_probs, decoder.unrolled()))
+    lowered = run.lower(unflatten(base.items()), unflatten(adapters.items()), batch)
     return float(lowered.cost_analysis()["flops"])
 
 

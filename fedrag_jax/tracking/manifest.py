@@ -10,13 +10,25 @@ import sys
 import jax
 
 from fedrag_jax.data.examples import Dataset, content_hash
+from fedrag_jax.errors import DataError
 
 PACKAGES = ("fedrag-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers",
             "faiss-cpu", "numpy")  # fmt: skip
 
 
 def write_manifest(folder: pathlib.Path, dataset: Dataset, **about) -> None:
-    """`manifest.json`: command, versions, device and the hash of the data, besides what is given."""
+    """`manifest.json`: command, versions, device and the hash of the data, besides what is given.
+
+    Raises:
+      DataError: the folder holds results of other data.
+    """
+    path, data = folder / "manifest.json", content_hash(dataset)
+    before = json.loads(path.read_text())["data"]["hash"] if path.exists() else data
+    if before != data:
+        raise DataError(
+            f"{folder} holds results of other data: its hash was {before}, that of {dataset.name} is "
+            f"{data}. Choose another --config.name, or remove the folder"
+        )
     device = jax.devices()[0]
     manifest = {
         "command": [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -31,9 +43,9 @@ def write_manifest(folder: pathlib.Path, dataset: Dataset, **about) -> None:
         },
         "data": {
             "name": dataset.name,
-            "hash": content_hash(dataset),
+            "hash": data,
             "passages": len(dataset.passages),
             "questions": [len(dataset.train), len(dataset.validation), len(dataset.test)],
         },
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest | about, indent=2) + "\n")
+    path.write_text(json.dumps(manifest | about, indent=2) + "\n")

@@ -36,12 +36,16 @@ def by_cell(cells: Sequence[Cell]) -> dict[tuple[str, str], list[Cell]]:
 
 
 def scores(cells: Sequence[Cell], metric: str) -> np.ndarray:
-    """One metric of several seeds [seeds, Q]."""
-    return np.stack([cell.scores[metric] for cell in cells])
+    """One metric of several seeds [seeds, Q], of the questions that have it."""
+    found = np.stack([cell.scores[metric] for cell in cells])
+    return found[:, ~np.isnan(found[0])]
 
 
 def strategy_rows(cells: Sequence[Cell], alpha: float) -> list[dict[str, Any]]:
-    """One row per strategy and setting; metrics in percent, costs as the mean over seeds."""
+    """One row per strategy and setting; metrics in percent, costs as the mean over seeds.
+
+    Rankings are scored over the questions with a gold passage; None where there is none.
+    """
     rows = []
     for (strategy, setting), group in by_cell(cells).items():
         em = scores(group, "em")
@@ -65,7 +69,8 @@ def strategy_rows(cells: Sequence[Cell], alpha: float) -> list[dict[str, Any]]:
             "bytes_down": int(cost.bytes_down),
         }
         for metric in ("f1", "recall_at_5", "mrr"):
-            row[metric] = percent(scores(group, metric))
+            scored = scores(group, metric)
+            row[metric] = percent(scored) if scored.size else None
         if "own_topic_em" in group[0].controls:
             row["own_topic_em"] = float(np.mean([c.controls["own_topic_em"] for c in group]))
         rows.append(row)
@@ -92,6 +97,8 @@ def comparison_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     rows = []
     for (one, other), metric in itertools.product(pairs, ("em", "recall_at_5")):
         a, b = scores(groups[one], metric), scores(groups[other], metric)
+        if not a.size:
+            continue
         low, high = bootstrap_interval(a.mean(0) - b.mean(0))
         rows.append(
             {
@@ -138,14 +145,18 @@ def strategies_markdown(rows: Sequence[dict[str, Any]]) -> str:
         "|---|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for r in rows:
-        sd = "–" if r["em_seed_sd"] is None else f"{r['em_seed_sd']:.1f}"
+        sd = _decimal(r["em_seed_sd"])
         lines.append(
             f"| {r['strategy']} | {r['setting']} | {r['labels']} | {r['em']:.1f} "
             f"[{r['em_low']:.1f}, {r['em_high']:.1f}] | {sd} | {r['f1']:.1f} "
-            f"| {r['recall_at_5']:.1f} | {r['mrr']:.1f} | {r['seconds']:.1f} "
+            f"| {_decimal(r['recall_at_5'])} | {_decimal(r['mrr'])} | {r['seconds']:.1f} "
             f"| {r['flops'] / 1e12:.2f} | {r['bytes_up'] / 1e6:.1f} | {r['bytes_down'] / 1e6:.1f} |"
         )
     return "\n".join(lines)
+
+
+def _decimal(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"
 
 
 def markdown(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
