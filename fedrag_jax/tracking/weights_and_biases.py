@@ -40,6 +40,9 @@ def log_cell(cell: Cell, folder: pathlib.Path, group: str, mode: str, project: s
             step += 1
             numbers = {"loss": record["loss"], "seconds": record["seconds"], **record["metrics"]}
             run.log({f"{task}/{key}": value for key, value in numbers.items()}, step=step)
-    run.summary.update({metric: percent(np.asarray(x)) for metric, x in cell.scores.items()})
+    for metric, x in cell.scores.items():
+        scored = np.asarray(x)[~np.isnan(x)]
+        if scored.size:
+            run.summary[metric] = percent(scored)
     run.summary.update(cell.cost._asdict() | cell.controls)
     run.finish()
