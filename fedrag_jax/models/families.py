@@ -297,6 +297,7 @@ def _write_xlm_roberta(config):
 
 
 def _read_mpnet(hf, **sentence):
+    _only(hf, pad_token_id=1)  # from which transformers counts positions, whatever is written here
     own = {"relative_buckets": hf.get("relative_attention_num_buckets", 32), "type_vocab_size": 0}
     return _read_encoder(hf, sentence, **own, **_after_padding(hf))
 

@@ -35,8 +35,9 @@ SENTENCES = [
 ]
 
 
-def tokenizer():
-    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
+def tokenizer(pad: int = 0):
+    words = [WORDS[1 - i] if pad and i < 2 else w for i, w in enumerate(WORDS)]
+    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
@@ -115,7 +116,7 @@ def encoder(name: str, family: str, pooling: str, normalize: bool, longest=24, *
         **{"max_position_embeddings": 40, "pad_token_id": 0} | options,
     )
     shaken(getattr(transformers, f"{family}Model")(config)).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    tokenizer(config.pad_token_id).save_pretrained(folder)
     first = Transformer(str(folder), max_seq_length=longest)
     modules = [first, Pooling(32, pooling_mode=pooling)] + [Normalize()] * normalize
     model = SentenceTransformer(modules=modules, device="cpu").eval()
@@ -179,7 +180,8 @@ def main():
     encoder("roberta", "Roberta", "mean", normalize=False, type_vocab_size=1)
     encoder("xlm_roberta", "XLMRoberta", "cls", normalize=True, type_vocab_size=1)
     encoder(
-        "mpnet", "MPNet", "mean", normalize=True, longest=250, max_position_embeddings=270
+        "mpnet", "MPNet", "mean", normalize=True, longest=250,
+        max_position_embeddings=270, pad_token_id=1,
     )  # fmt: skip
     minilm()
 
