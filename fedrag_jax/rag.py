@@ -14,7 +14,7 @@ from fedrag_jax.data.batching import ANSWER_TOKENS, Prompts, left_padded
 from fedrag_jax.data.examples import Passage
 from fedrag_jax.data.prompts import STYLES
 from fedrag_jax.errors import CheckpointError, ConfigError
-from fedrag_jax.models import hub, lora
+from fedrag_jax.models import hub, lora, peft
 from fedrag_jax.models.decoding import greedy
 from fedrag_jax.models.network import Network
 from fedrag_jax.retrieval.retriever import Retriever
@@ -43,7 +43,6 @@ class RAGSystem:
     generator: hub.Pretrained
     decoder: Network  # the generator's network with its adapters
     adapters: Any
-    lora: lora.LoraConfig
     retriever: Retriever
     prompts: Prompts
     top_k: int
@@ -112,7 +111,6 @@ class RAGSystem:
             generator=generator,
             decoder=decoder,
             adapters=lora.init_adapters(decoder, seed),
-            lora=adapters,
             retriever=Retriever.build(retriever, passages, progress),
             prompts=prompts,
             top_k=top_k,
@@ -183,11 +181,11 @@ class RAGSystem:
     # --- on disk ------------------------------------------------------------------------------
 
     def save(self, path: str | pathlib.Path) -> None:
-        """One folder: generator, adapters, query and document encoders, passages, settings."""
+        """One folder: generator, adapters (PEFT), query and document encoders, passages, settings."""
         folder = pathlib.Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         hub.save(self.generator, folder / "generator")
-        hub.save_arrays(self.adapters, folder / "adapters.safetensors")
+        peft.save(self.adapters, self.decoder, folder / "adapters", base="../generator")
         for side in ("query", "document"):
             encoder = hub.Pretrained(
                 self.retriever.encoder,
@@ -206,7 +204,6 @@ class RAGSystem:
             "score_scale": self.score_scale,
             "prompt_style": style,
             "max_passage_tokens": self.prompts.max_passage_tokens,
-            "lora": dataclasses.asdict(self.lora),
         }
         (folder / "system.json").write_text(json.dumps(settings, indent=2) + "\n")
 
@@ -225,13 +222,13 @@ class RAGSystem:
             raise CheckpointError(
                 f"{folder} holds no saved RAGSystem ({error}); save one there first"
             ) from error
-        config = settings["lora"] | {"targets": tuple(settings["lora"]["targets"])}
-        document = hub.load(folder / "document_encoder")
+        generator, document = (hub.load(folder / n) for n in ("generator", "document_encoder"))
+        decoder, adapters = peft.load(generator.network, folder / "adapters")
         system = cls.build(
             [Passage(**json.loads(line)) for line in lines],
-            generator=hub.load(folder / "generator"),
+            generator=generator,
             retriever=document,
-            adapters=lora.LoraConfig(**config),
+            adapters=decoder.lora,
             prompt_style=settings["prompt_style"],
             top_k=settings["top_k"],
             marginal_k=settings["marginal_k"],
@@ -239,6 +236,6 @@ class RAGSystem:
             max_passage_tokens=settings["max_passage_tokens"],
         )
         return system.replace(
-            adapters=hub.load_arrays(folder / "adapters.safetensors"),
+            adapters=adapters,
             query=hub.load(folder / "query_encoder").params,
         )

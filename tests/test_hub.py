@@ -21,7 +21,8 @@ from fedrag_jax.models import hub
 from fedrag_jax.models.network import Network
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-DECODERS, ENCODERS = ("llama_gqa", "llama_tied"), ("bert_mean", "bert_cls")
+DECODERS = ("llama_gqa", "llama_tied", "llama_biased", "mistral", "qwen2", "qwen3")
+ENCODERS = ("bert_mean", "bert_cls", "roberta", "xlm_roberta", "mpnet")
 
 
 def same(a, b):
@@ -168,7 +169,7 @@ def test_sentence_transformers_opens_what_we_save(name, tmp_path):
     hub.save(hub.load(GOLDEN / name), tmp_path)
     golden = np.load(GOLDEN / f"{name}.npz")
     model = sentence.SentenceTransformer(str(tmp_path), device="cpu")
-    assert model.max_seq_length == 24
+    assert model.max_seq_length == hub.load(tmp_path).network.config.max_length
     np.testing.assert_allclose(model.encode(golden["texts"].tolist()), golden["vectors"], atol=1e-5)
 
 
@@ -245,14 +246,14 @@ def test_all_wrong_tensors_are_listed_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("name", "file", "change", "words"),
     [
-        ("llama_tied", "config.json", {"model_type": "gpt2"}, r"'gpt2'.*\['bert', 'llama'\]"),
+        ("llama_tied", "config.json", {"model_type": "gpt2"}, r"'gpt2'.*'llama', 'mistral'"),
         (
             "llama_tied",
             "config.json",
             {"rope_scaling": {"type": "yarn"}},
             "llama_tied.*'yarn'.*llama3",
         ),
-        ("llama_tied", "config.json", {"attention_bias": True}, "attention_bias"),
+        ("qwen2", "config.json", {"layer_types": ["chunked_attention"] * 3}, "chunked_attention"),
         ("llama_tied", "config.json", {"quantization_config": {"bits": 4}}, "quantization_config"),
         ("llama_tied", "config.json", {"hidden_size": None}, "config.json.*malformed"),
         ("bert_mean", "config.json", {"hidden_act": "relu"}, "bert_mean.*hidden_act 'relu'"),

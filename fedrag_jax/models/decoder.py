@@ -1,4 +1,4 @@
-"""Causal decoders of the Llama family (Touvron et al., arXiv 2302.13971; Llama 3, 2407.21783)."""
+"""Causal decoders of one build: Llama, Mistral, Qwen (arXiv 2302.13971, 2310.06825, 2505.09388)."""
 
 import dataclasses
 import math
@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fedrag_jax.errors import CheckpointError
 from fedrag_jax.models.layers import Embed, Linear, RMSNorm, attend, run_stack, stack, take_rows
 from fedrag_jax.models.lora import LoraConfig
 
@@ -31,6 +30,11 @@ class DecoderConfig:
     Attributes:
       head_dim: need not be hidden_size / num_heads.
       max_positions: tokens the model was made for.
+      qkv_bias, o_bias, mlp_bias: whether these linear layers add a bias.
+      qk_norm: whether queries and keys are normalised, head by head, before they are rotated.
+      windows: of each layer, how many tokens back it looks, itself included; 0 is no limit. Empty
+        where no layer has a limit.
+      family: model_type of its `config.json`.
       unroll: write every layer out instead of looping (for counting operations).
       remat: recompute layers in the backward pass: less memory, and on a CPU less time.
     """
@@ -47,60 +51,14 @@ class DecoderConfig:
     rope_theta: float = 10000.0
     rope_scaling: Llama3Scaling | None = None
     tie_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    windows: tuple[int, ...] = ()
+    family: str = "llama"
     unroll: bool = False
     remat: bool = True
-
-    @classmethod
-    def from_hf(cls, hf: dict) -> "DecoderConfig":
-        """Reads a `config.json` of model_type llama.
-
-        Raises:
-          CheckpointError: an option this decoder does not have.
-        """
-        for option, supported in _ONLY.items():
-            if hf.get(option, supported) != supported:
-                raise CheckpointError(
-                    f"config.json: {option} {hf[option]!r} is not supported; supported: {supported!r}"
-                )
-        theta, scaling = _read_rope(hf)
-        heads = hf["num_attention_heads"]
-        return cls(
-            vocab_size=hf["vocab_size"],
-            hidden_size=hf["hidden_size"],
-            intermediate_size=hf["intermediate_size"],
-            num_layers=hf["num_hidden_layers"],
-            num_heads=heads,
-            num_kv_heads=hf.get("num_key_value_heads") or heads,
-            head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-            max_positions=hf.get("max_position_embeddings", 2048),
-            norm_epsilon=hf.get("rms_norm_eps", 1e-6),
-            rope_theta=theta,
-            rope_scaling=scaling,
-            tie_embeddings=hf.get("tie_word_embeddings", False),
-        )
-
-    def to_hf(self) -> dict:
-        """The `config.json` that `from_hf` reads back; rope settings in both places."""
-        rope = {"rope_type": "default"}
-        if self.rope_scaling:
-            rope = {"rope_type": "llama3"} | dataclasses.asdict(self.rope_scaling)
-        return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.num_heads,
-            "num_key_value_heads": self.num_kv_heads,
-            "head_dim": self.head_dim,
-            "max_position_embeddings": self.max_positions,
-            "rms_norm_eps": self.norm_epsilon,
-            "rope_parameters": rope | {"rope_theta": self.rope_theta},
-            "rope_theta": self.rope_theta,
-            "rope_scaling": rope if self.rope_scaling else None,
-            "tie_word_embeddings": self.tie_embeddings,
-        } | _ONLY
 
 
 class Cache(NamedTuple):
@@ -133,7 +91,8 @@ class Decoder(nnx.Module):
     def __call__(self, tokens, positions, mask, cache: Cache | None = None, read=None):
         """Hidden states after the last norm.
 
-        A token looks at the tokens before it in the array that are not padding.
+        A token looks at the tokens before it in the array that are not padding, no further back than
+        the window of a layer.
 
         Args:
           tokens, positions: int [B, T]; positions are those of the rotary embedding.
@@ -151,7 +110,9 @@ class Decoder(nnx.Module):
             start = cache.length
             mask = jax.lax.dynamic_update_slice(cache.mask, mask, (0, start))
         rows, columns = start + jnp.arange(t), jnp.arange(mask.shape[1])
-        visible = (columns[None] <= rows[:, None])[None] & mask[:, None]
+        back = rows[:, None] - columns
+        visible = (back >= 0) & mask[:, None]
+        limits = jnp.array([w or mask.shape[1] for w in config.windows])
 
         hidden = self.embed(tokens)
         angles = positions[..., None].astype(jnp.float32) * rope_frequencies(config)
@@ -160,7 +121,8 @@ class Decoder(nnx.Module):
 
         def step(layer, carry, index, read=None):
             hidden, *kept = carry
-            return layer(hidden, rope, visible, (*kept, index, start) if kept else None, read)
+            near = visible & (back < limits[index]) if config.windows else visible
+            return layer(hidden, rope, near, (*kept, index, start) if kept else None, read)
 
         carry = (hidden,) if cache is None else (hidden, cache.keys, cache.values)
         last = None if read is None else lambda *inputs: step(*inputs, read=read)
@@ -217,18 +179,21 @@ class _Layer(nnx.Module):
 
 class _Attention(nnx.Module):
     def __init__(self, config: DecoderConfig, lora, *, rngs):
-        d, e = config.hidden_size, config.head_dim
+        d, e, bias = config.hidden_size, config.head_dim, config.qkv_bias
+        heads, kv = config.num_heads * e, config.num_kv_heads * e
         self.head_dim = e
-        self.q_proj = Linear("q_proj", d, config.num_heads * e, lora, rngs=rngs)
-        self.k_proj = Linear("k_proj", d, config.num_kv_heads * e, lora, rngs=rngs)
-        self.v_proj = Linear("v_proj", d, config.num_kv_heads * e, lora, rngs=rngs)
-        self.o_proj = Linear("o_proj", config.num_heads * e, d, lora, rngs=rngs)
+        self.q_proj = Linear("q_proj", d, heads, lora, bias=bias, rngs=rngs)
+        self.k_proj = Linear("k_proj", d, kv, lora, bias=bias, rngs=rngs)
+        self.v_proj = Linear("v_proj", d, kv, lora, bias=bias, rngs=rngs)
+        self.o_proj = Linear("o_proj", heads, d, lora, bias=config.o_bias, rngs=rngs)
+        self.q_norm = RMSNorm(e, config.norm_epsilon) if config.qk_norm else lambda q: q
+        self.k_norm = RMSNorm(e, config.norm_epsilon) if config.qk_norm else lambda k: k
 
     def __call__(self, x, rope, visible, cache, read):
-        k, v = self._heads(self.k_proj(x)), self._heads(self.v_proj(x))
-        k = _rotate(k, rope)
+        v = self._heads(self.v_proj(x))
+        k = _rotate(self.k_norm(self._heads(self.k_proj(x))), rope)
         x, visible, *rope = (take_rows(array, read) for array in (x, visible, *rope))
-        q = _rotate(self._heads(self.q_proj(x)), rope)
+        q = _rotate(self.q_norm(self._heads(self.q_proj(x))), rope)
         kept = ()
         if cache is not None:
             keys, values, layer, start = cache
@@ -244,10 +209,10 @@ class _Attention(nnx.Module):
 
 class _MLP(nnx.Module):
     def __init__(self, config: DecoderConfig, lora, *, rngs):
-        d, f = config.hidden_size, config.intermediate_size
-        self.gate_proj = Linear("gate_proj", d, f, lora, rngs=rngs)
-        self.up_proj = Linear("up_proj", d, f, lora, rngs=rngs)
-        self.down_proj = Linear("down_proj", f, d, lora, rngs=rngs)
+        d, f, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = Linear("gate_proj", d, f, lora, bias=bias, rngs=rngs)
+        self.up_proj = Linear("up_proj", d, f, lora, bias=bias, rngs=rngs)
+        self.down_proj = Linear("down_proj", f, d, lora, bias=bias, rngs=rngs)
 
     def __call__(self, x):
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -258,26 +223,3 @@ def _rotate(x, rope):
     cos, sin = rope
     first, second = jnp.split(x, 2, axis=-1)
     return x * cos + jnp.concatenate([-second, first], axis=-1) * sin
-
-
-# Options that change the function and that this decoder has in one form only.
-_ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-
-
-def _read_rope(hf: dict) -> tuple[float, Llama3Scaling | None]:
-    """From `rope_parameters`, or from `rope_theta` and `rope_scaling` (transformers before 5)."""
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    theta = rope.get("rope_theta", hf.get("rope_theta", 10000.0))
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise CheckpointError(
-            f"config.json: partial_rotary_factor {rope['partial_rotary_factor']} is not supported; "
-            "supported: 1.0"
-        )
-    if kind == "default":
-        return theta, None
-    if kind == "llama3":
-        return theta, Llama3Scaling(*(rope[f.name] for f in dataclasses.fields(Llama3Scaling)))
-    raise CheckpointError(
-        f"config.json: rope type {kind!r} is not supported; supported: 'default', 'llama3'"
-    )

@@ -1,12 +1,13 @@
-"""Bidirectional encoders of the BERT family (Devlin et al., arXiv 1810.04805), pooled to a vector."""
+"""Bidirectional encoders, pooled: BERT, RoBERTa, MPNet (arXiv 1810.04805, 1907.11692, 2004.09297)."""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from fedrag_jax.errors import CheckpointError, ConfigError
+from fedrag_jax.errors import ConfigError
 from fedrag_jax.models.layers import Embed, LayerNorm, Linear, attend, run_stack, stack
 from fedrag_jax.models.lora import LoraConfig
 
@@ -18,10 +19,15 @@ class EncoderConfig:
     """Shape of an encoder and what becomes of its last layer.
 
     Attributes:
-      max_positions: rows of the position table: the longest input there can be.
+      max_positions: the longest input there can be.
+      first_position: row of the position table that belongs to the first token.
+      type_vocab_size: rows of the table of token types; 0 for none.
+      relative_buckets: of the distance between two tokens, each with a bias a head that all layers
+        add to their scores; 0 for none.
       max_length: tokens at which texts are cut; what the model was trained for.
       pooling: "mean" of the tokens' vectors, or that of the first token ("cls").
       normalize: vectors of length 1.
+      family: model_type of its `config.json`.
       unroll: write every layer out instead of looping (for counting operations).
       remat: recompute layers in the backward pass, to save memory.
     """
@@ -32,11 +38,14 @@ class EncoderConfig:
     num_layers: int
     num_heads: int
     max_positions: int = 512
+    first_position: int = 0
     type_vocab_size: int = 2
+    relative_buckets: int = 0
     norm_epsilon: float = 1e-12
     pooling: str = "mean"
     normalize: bool = True
     max_length: int = 512
+    family: str = "bert"
     unroll: bool = False
     remat: bool = False
 
@@ -49,48 +58,6 @@ class EncoderConfig:
                 f"got {self.max_length}"
             )
 
-    @classmethod
-    def from_hf(cls, hf: dict, **sentence) -> "EncoderConfig":
-        """Reads a `config.json` of model_type bert.
-
-        Args:
-          sentence: `pooling`, `normalize`, `max_length`, which sentence-transformers keeps apart.
-
-        Raises:
-          CheckpointError: an option this encoder does not have.
-        """
-        for option, supported in _ONLY.items():
-            if hf.get(option, supported) != supported:
-                raise CheckpointError(
-                    f"config.json: {option} {hf[option]!r} is not supported; supported: {supported!r}"
-                )
-        return cls(
-            vocab_size=hf["vocab_size"],
-            hidden_size=hf["hidden_size"],
-            intermediate_size=hf["intermediate_size"],
-            num_layers=hf["num_hidden_layers"],
-            num_heads=hf["num_attention_heads"],
-            max_positions=hf.get("max_position_embeddings", 512),
-            type_vocab_size=hf.get("type_vocab_size", 2),
-            norm_epsilon=hf.get("layer_norm_eps", 1e-12),
-            **sentence,
-        )
-
-    def to_hf(self) -> dict:
-        """The `config.json` that `from_hf` reads back."""
-        return {
-            "architectures": ["BertModel"],
-            "model_type": "bert",
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.num_heads,
-            "max_position_embeddings": self.max_positions,
-            "type_vocab_size": self.type_vocab_size,
-            "layer_norm_eps": self.norm_epsilon,
-        } | _ONLY
-
 
 class Encoder(nnx.Module):
     """Tokens to one vector a text."""
@@ -98,8 +65,11 @@ class Encoder(nnx.Module):
     def __init__(self, config: EncoderConfig, lora: LoraConfig | None = None, *, rngs: nnx.Rngs):
         self.config, d = config, config.hidden_size
         self.embed = Embed(config.vocab_size, d, rngs=rngs)
-        self.position_embed = Embed(config.max_positions, d, rngs=rngs)
-        self.type_embed = Embed(config.type_vocab_size, d, rngs=rngs)
+        self.position_embed = Embed(config.first_position + config.max_positions, d, rngs=rngs)
+        if config.type_vocab_size:
+            self.type_embed = Embed(config.type_vocab_size, d, rngs=rngs)
+        if config.relative_buckets:
+            self.distance_embed = Embed(config.relative_buckets, config.num_heads, rngs=rngs)
         self.embed_norm = LayerNorm(d, config.norm_epsilon)
         self.layers = stack(config.num_layers, lambda r: _Layer(config, lora, rngs=r), rngs)
 
@@ -127,16 +97,41 @@ class Encoder(nnx.Module):
 
     def hidden(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         """The last layer [B, T, D]."""
-        t = tokens.shape[1]
-        if t > self.config.max_positions:
+        config, t = self.config, tokens.shape[1]
+        if t > config.max_positions:
             raise ConfigError(
-                f"encoder input of {t} tokens does not fit the {self.config.max_positions} positions "
+                f"encoder input of {t} tokens does not fit the {config.max_positions} positions "
                 "of this model; cut texts at config.max_length"
             )
-        hidden = self.embed(tokens) + self.position_embed.embedding[:t][None]
-        hidden = self.embed_norm(hidden + self.type_embed.embedding[:1][None])
+        first = config.first_position
+        hidden = self.embed(tokens) + self.position_embed.embedding[first : first + t][None]
+        if config.type_vocab_size:
+            hidden = hidden + self.type_embed.embedding[:1][None]
+        bias = None
+        if config.relative_buckets:
+            bias = self.distance_embed(distance_buckets(t, config.relative_buckets))
+            bias = bias.transpose(2, 0, 1)  # [H, T, T]
         visible = mask.astype(bool)[:, None]
-        return run_stack(self.layers, lambda layer, h, _: layer(h, visible), hidden, self.config)
+
+        def step(layer, hidden, _):
+            return layer(hidden, visible, bias)
+
+        return run_stack(self.layers, step, self.embed_norm(hidden), config)
+
+
+def distance_buckets(t: int, buckets: int, longest: int = 128) -> np.ndarray:
+    """Bucket of the distance from each of `t` tokens to each other, int [t, t] (T5, 1910.10683).
+
+    Half of the buckets are for tokens that follow; half of those for one distance each, the others
+    for distances that grow geometrically up to `longest`.
+    """
+    ahead = np.arange(t)[None] - np.arange(t)[:, None]
+    half = buckets // 2
+    exact = half // 2
+    distance = np.abs(ahead)
+    scaled = np.log(np.maximum(distance, 1) / exact) / np.log(longest / exact) * (half - exact)
+    far = np.minimum(exact + scaled.astype(int), half - 1)
+    return half * (ahead > 0) + np.where(distance < exact, distance, far)
 
 
 class _Layer(nnx.Module):
@@ -148,8 +143,8 @@ class _Layer(nnx.Module):
         self.mlp = _MLP(config, lora, rngs=rngs)
         self.mlp_norm = LayerNorm(config.hidden_size, config.norm_epsilon)
 
-    def __call__(self, hidden, visible):
-        hidden = self.attention_norm(hidden + self.attention(hidden, visible))
+    def __call__(self, hidden, visible, bias):
+        hidden = self.attention_norm(hidden + self.attention(hidden, visible, bias))
         return self.mlp_norm(hidden + self.mlp(hidden))
 
 
@@ -161,10 +156,10 @@ class _Attention(nnx.Module):
         self.v_proj = Linear("v_proj", d, d, lora, bias=True, rngs=rngs)
         self.o_proj = Linear("o_proj", d, d, lora, bias=True, rngs=rngs)
 
-    def __call__(self, x, visible):
+    def __call__(self, x, visible, bias):
         shape = (*x.shape[:2], self.heads, -1)
         q, k, v = (f(x).reshape(shape) for f in (self.q_proj, self.k_proj, self.v_proj))
-        return self.o_proj(attend(q, k, v, visible))
+        return self.o_proj(attend(q, k, v, visible, bias))
 
 
 class _MLP(nnx.Module):
@@ -175,12 +170,3 @@ class _MLP(nnx.Module):
 
     def __call__(self, x):
         return self.down_proj(jax.nn.gelu(self.up_proj(x), approximate=False))
-
-
-# Options that change the function and that this encoder has in one form only.
-_ONLY = {
-    "hidden_act": "gelu",
-    "position_embedding_type": "absolute",
-    "is_decoder": False,
-    "add_cross_attention": False,
-}

@@ -1,7 +1,6 @@
 """Hugging Face checkpoints in and out: a folder of config.json, model.safetensors, tokenizer.json.
 
-Encoders also have the files of sentence-transformers, which say how tokens become one vector. A
-family of models is one line in `FAMILIES`: a module, a config reader and a table of names.
+Encoders also have the files of sentence-transformers, which say how tokens become one vector.
 """
 
 import dataclasses
@@ -18,8 +17,8 @@ import safetensors.numpy
 
 from fedrag_jax.errors import CheckpointError, ConfigError
 from fedrag_jax.models import sentence
-from fedrag_jax.models.decoder import Decoder, DecoderConfig
-from fedrag_jax.models.encoder import Encoder, EncoderConfig
+from fedrag_jax.models.encoder import Encoder
+from fedrag_jax.models.families import FAMILIES, Family, family_of
 from fedrag_jax.models.network import Network, flatten, unflatten
 
 BUILTIN = pathlib.Path(__file__).parent / "builtin"
@@ -40,69 +39,6 @@ class Pretrained:
         return "encoder" if self.network.module is Encoder else "decoder"
 
 
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """How checkpoints of one model_type are read and written.
-
-    Attributes:
-      names: parameter path to tensor name; `{}` is the layer. A `kernel` is stored transposed.
-      prefix: what some checkpoints put before every name, and we leave out.
-      ignored: pattern of tensors that take no part.
-    """
-
-    module: type
-    config: type
-    names: dict[str, str]
-    prefix: str
-    ignored: str
-
-
-_LLAMA = {
-    "embed.embedding": "model.embed_tokens.weight",
-    "layers.attention_norm.scale": "model.layers.{}.input_layernorm.weight",
-    "layers.attention.q_proj.kernel": "model.layers.{}.self_attn.q_proj.weight",
-    "layers.attention.k_proj.kernel": "model.layers.{}.self_attn.k_proj.weight",
-    "layers.attention.v_proj.kernel": "model.layers.{}.self_attn.v_proj.weight",
-    "layers.attention.o_proj.kernel": "model.layers.{}.self_attn.o_proj.weight",
-    "layers.mlp_norm.scale": "model.layers.{}.post_attention_layernorm.weight",
-    "layers.mlp.gate_proj.kernel": "model.layers.{}.mlp.gate_proj.weight",
-    "layers.mlp.up_proj.kernel": "model.layers.{}.mlp.up_proj.weight",
-    "layers.mlp.down_proj.kernel": "model.layers.{}.mlp.down_proj.weight",
-    "norm.scale": "model.norm.weight",
-    "lm_head.kernel": "lm_head.weight",
-}
-
-_BERT = {
-    "embed.embedding": "embeddings.word_embeddings.weight",
-    "position_embed.embedding": "embeddings.position_embeddings.weight",
-    "type_embed.embedding": "embeddings.token_type_embeddings.weight",
-    "embed_norm.scale": "embeddings.LayerNorm.weight",
-    "embed_norm.bias": "embeddings.LayerNorm.bias",
-    "layers.attention.q_proj.kernel": "encoder.layer.{}.attention.self.query.weight",
-    "layers.attention.q_proj.bias": "encoder.layer.{}.attention.self.query.bias",
-    "layers.attention.k_proj.kernel": "encoder.layer.{}.attention.self.key.weight",
-    "layers.attention.k_proj.bias": "encoder.layer.{}.attention.self.key.bias",
-    "layers.attention.v_proj.kernel": "encoder.layer.{}.attention.self.value.weight",
-    "layers.attention.v_proj.bias": "encoder.layer.{}.attention.self.value.bias",
-    "layers.attention.o_proj.kernel": "encoder.layer.{}.attention.output.dense.weight",
-    "layers.attention.o_proj.bias": "encoder.layer.{}.attention.output.dense.bias",
-    "layers.attention_norm.scale": "encoder.layer.{}.attention.output.LayerNorm.weight",
-    "layers.attention_norm.bias": "encoder.layer.{}.attention.output.LayerNorm.bias",
-    "layers.mlp.up_proj.kernel": "encoder.layer.{}.intermediate.dense.weight",
-    "layers.mlp.up_proj.bias": "encoder.layer.{}.intermediate.dense.bias",
-    "layers.mlp.down_proj.kernel": "encoder.layer.{}.output.dense.weight",
-    "layers.mlp.down_proj.bias": "encoder.layer.{}.output.dense.bias",
-    "layers.mlp_norm.scale": "encoder.layer.{}.output.LayerNorm.weight",
-    "layers.mlp_norm.bias": "encoder.layer.{}.output.LayerNorm.bias",
-}
-
-FAMILIES = {
-    "llama": Family(Decoder, DecoderConfig, _LLAMA, "", r".*\.rotary_emb\.inv_freq"),
-    # The pooler and the heads of pre-training do not reach the token vectors.
-    "bert": Family(Encoder, EncoderConfig, _BERT, "bert.", r"pooler\..*|cls\..*|.*position_ids"),
-}
-
-
 def load(name_or_path: str | pathlib.Path, dtype=jnp.float32) -> Pretrained:
     """Loads a decoder or an encoder, whichever `config.json` says it is.
 
@@ -118,19 +54,10 @@ def load(name_or_path: str | pathlib.Path, dtype=jnp.float32) -> Pretrained:
     """
     folder = _folder(str(name_or_path))
     hf = _config(folder)
-    family = FAMILIES.get(hf.get("model_type"))
-    if family is None:
-        raise CheckpointError(
-            f"{folder}/config.json: model_type {hf.get('model_type')!r} is not supported; "
-            f"supported: {sorted(FAMILIES)}"
-        )
-    if hf.get("quantization_config"):
-        raise CheckpointError(
-            f"{folder}/config.json: quantization_config is not supported; load unquantized weights"
-        )
-    extra = sentence.read(folder, hf) if family.module is Encoder else {}
     try:
-        config = family.config.from_hf(hf, **extra)
+        family = family_of(hf)
+        extra = sentence.read(folder) if family.module is Encoder else {}
+        config = family.read(hf, **extra)
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{folder}/config.json: {error} is missing or malformed") from error
     except (CheckpointError, ConfigError) as error:
@@ -153,7 +80,7 @@ def save(pretrained: Pretrained, path: str | pathlib.Path, dtype: str = "float32
         raise CheckpointError(f"dtype must be 'float32' or 'float16', got {dtype!r} ({path})")
     folder, network = pathlib.Path(path), pretrained.network
     folder.mkdir(parents=True, exist_ok=True)
-    family = next(f for f in FAMILIES.values() if f.module is network.module)
+    family = FAMILIES[network.config.family]
     tensors = _to_tensors(family, pretrained.params, np.dtype(dtype))
     broken = sorted(name for name, x in tensors.items() if not np.isfinite(x).all())
     if broken:
@@ -162,7 +89,7 @@ def save(pretrained: Pretrained, path: str | pathlib.Path, dtype: str = "float32
     tokenizer = pretrained.tokenizer
     tokenizer.save_pretrained(folder)
     special = {f"{n}_token_id": getattr(tokenizer, f"{n}_token_id") for n in ("bos", "eos", "pad")}
-    _write_json(folder / "config.json", network.config.to_hf() | special | {"dtype": dtype})
+    _write_json(folder / "config.json", family.write(network.config) | special | {"dtype": dtype})
     if family.module is Encoder:
         sentence.write(folder, network.config)
 

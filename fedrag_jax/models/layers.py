@@ -71,7 +71,9 @@ class LayerNorm(nnx.Module):
         return wide.astype(x.dtype) * self.scale[...] + self.bias[...]
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, bias: jax.Array | None = None
+) -> jax.Array:
     """Softmax attention, query heads in groups over key-value heads (Ainslie et al., 2305.13245).
 
     Args:
@@ -79,6 +81,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
       k, v: [B, S, G, E], H a multiple of G.
       mask: bool [B, T or 1, S], True where a query may look. A query that may look nowhere gets the
         mean of the values: no NaN, and nobody reads it.
+      bias: [H, T, S], added to the scores.
 
     Returns:
       [B, T, H * E].
@@ -96,6 +99,8 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
     k, v = (x.transpose(0, 2, 1, 3).reshape(b * groups, -1, e) for x in (k, v))
     scores = jnp.einsum("nte,nse->nts", q, k).reshape(b, groups, -1, k.shape[1])
     scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+    if bias is not None:
+        scores = scores + bias.reshape(groups, -1, k.shape[1])
     visible = jnp.tile(jnp.broadcast_to(mask, (b, t, k.shape[1])), (1, h // groups, 1))[:, None]
     weights = jax.nn.softmax(jnp.where(visible, scores, -1e30)).astype(v.dtype)
     mixed = jnp.einsum("nts,nse->nte", weights.reshape(b * groups, -1, k.shape[1]), v)

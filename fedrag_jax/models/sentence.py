@@ -10,8 +10,8 @@ from fedrag_jax.models.encoder import POOLING, EncoderConfig
 _MODULES = ("Transformer", "Pooling", "Normalize")
 
 
-def read(folder: pathlib.Path, hf: dict) -> dict[str, Any]:
-    """`pooling`, `normalize` and `max_length` of an encoder folder.
+def read(folder: pathlib.Path) -> dict[str, Any]:
+    """`pooling`, `normalize` and `max_length` (None: as long as the model can) of an encoder folder.
 
     Without `modules.json`: mean pooling, not normalised, as sentence-transformers does.
 
@@ -34,14 +34,13 @@ def read(folder: pathlib.Path, hf: dict) -> dict[str, Any]:
         )
     pooling = _json(folder / modules[1]["path"] / "config.json", {}) if modules else {}
     limits = (
-        hf.get("max_position_embeddings", 512),
         _json(folder / "tokenizer_config.json", {}).get("model_max_length"),
         _json(folder / "sentence_bert_config.json", {}).get("max_seq_length"),
     )
     return {
         "pooling": _pooling(folder, pooling),
         "normalize": "Normalize" in kinds,
-        "max_length": int(min(limit for limit in limits if limit)),
+        "max_length": min((int(limit) for limit in limits if limit), default=None),
     }
 
 

@@ -35,8 +35,9 @@ SENTENCES = [
 ]
 
 
-def tokenizer():
-    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
+def tokenizer(pad: int = 0):
+    words = [WORDS[1 - i] if pad and i < 2 else w for i, w in enumerate(WORDS)]
+    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
@@ -48,7 +49,7 @@ def tokenizer():
         cls_token="[CLS]",
         sep_token="[SEP]",
         eos_token="[SEP]",
-        model_max_length=64,
+        model_max_length=300,
     )
 
 
@@ -71,11 +72,13 @@ def batch(vocabulary: int, stride: int):
     return rng.integers(0, vocabulary, mask.shape), mask, positions
 
 
-def llama(name: str, stride: int, legacy: bool, shard: str, **options):
-    config = transformers.LlamaConfig(
-        vocab_size=len(WORDS), num_hidden_layers=2, attn_implementation="eager", **options
+def decoder(name: str, family: str, stride: int = 1, legacy=False, shard="1GB", **options):
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=len(WORDS),
+        attn_implementation="eager",
+        **{"num_hidden_layers": 2, "max_position_embeddings": 64} | options,
     )
-    model = shaken(transformers.LlamaForCausalLM(config))
+    model = shaken(getattr(transformers, f"{family}ForCausalLM")(config))
     model.tie_weights()
     tokens, mask, positions = batch(len(WORDS), stride)
     inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
@@ -101,26 +104,27 @@ def llama(name: str, stride: int, legacy: bool, shard: str, **options):
     )
 
 
-def bert(name: str, pooling: str, normalize: bool):
+def encoder(name: str, family: str, pooling: str, normalize: bool, longest=24, **options):
     folder = HERE / name
     shutil.rmtree(folder, ignore_errors=True)
-    config = transformers.BertConfig(
+    config = getattr(transformers, f"{family}Config")(
         vocab_size=len(WORDS),
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
-        max_position_embeddings=40,
+        **{"max_position_embeddings": 40, "pad_token_id": 0} | options,
     )
-    shaken(transformers.BertModel(config)).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    first = Transformer(str(folder), max_seq_length=24)
+    shaken(getattr(transformers, f"{family}Model")(config)).save_pretrained(folder)
+    tokenizer(config.pad_token_id).save_pretrained(folder)
+    first = Transformer(str(folder), max_seq_length=longest)
     modules = [first, Pooling(32, pooling_mode=pooling)] + [Normalize()] * normalize
     model = SentenceTransformer(modules=modules, device="cpu").eval()
-    vectors = model.encode(TEXTS)
+    texts = [*TEXTS, " ".join(f"w{i % 59}" for i in range(300))] if longest > 100 else TEXTS
+    vectors = model.encode(texts)
     shutil.rmtree(folder)
     model.save(str(folder), create_model_card=False)
-    np.savez_compressed(HERE / f"{name}.npz", texts=np.array(TEXTS), vectors=vectors)
+    np.savez_compressed(HERE / f"{name}.npz", texts=np.array(texts), vectors=vectors)
 
 
 def minilm():
@@ -141,19 +145,44 @@ def main():
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 32,
     }
-    llama(
-        "llama_gqa", stride=7, legacy=False, shard="40KB", hidden_size=32, intermediate_size=48,
+    decoder(
+        "llama_gqa", "Llama", stride=7, shard="40KB", hidden_size=32, intermediate_size=48,
         num_attention_heads=4, num_key_value_heads=2, head_dim=12, tie_word_embeddings=False,
         max_position_embeddings=256, rms_norm_eps=1e-5, rope_parameters=llama3,
     )  # fmt: skip
-    llama(
-        "llama_tied", stride=1, legacy=True, shard="1GB", hidden_size=24, intermediate_size=40,
-        num_attention_heads=3, num_key_value_heads=3, tie_word_embeddings=True,
-        max_position_embeddings=64, rms_norm_eps=1e-6,
+    decoder(
+        "llama_tied", "Llama", legacy=True, hidden_size=24, intermediate_size=40,
+        num_attention_heads=3, num_key_value_heads=3, tie_word_embeddings=True, rms_norm_eps=1e-6,
         rope_parameters={"rope_type": "default", "rope_theta": 500.0},
     )  # fmt: skip
-    bert("bert_mean", "mean", normalize=True)
-    bert("bert_cls", "cls", normalize=False)
+    decoder(
+        "llama_biased", "Llama", hidden_size=24, intermediate_size=40, num_attention_heads=3,
+        num_key_value_heads=1, attention_bias=True, mlp_bias=True, tie_word_embeddings=False,
+    )  # fmt: skip
+    decoder(
+        "mistral", "Mistral", stride=3, hidden_size=32, intermediate_size=48, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=10, sliding_window=5, tie_word_embeddings=False,
+        max_position_embeddings=256, rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    )  # fmt: skip
+    decoder(
+        "qwen2", "Qwen2", num_hidden_layers=3, hidden_size=32, intermediate_size=48,
+        num_attention_heads=4, num_key_value_heads=2, use_sliding_window=True, sliding_window=7,
+        max_window_layers=1, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    )  # fmt: skip
+    decoder(
+        "qwen3", "Qwen3", hidden_size=40, intermediate_size=48, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=14, tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    )  # fmt: skip
+    encoder("bert_mean", "Bert", "mean", normalize=True)
+    encoder("bert_cls", "Bert", "cls", normalize=False)
+    encoder("roberta", "Roberta", "mean", normalize=False, type_vocab_size=1)
+    encoder("xlm_roberta", "XLMRoberta", "cls", normalize=True, type_vocab_size=1)
+    encoder(
+        "mpnet", "MPNet", "mean", normalize=True, longest=250,
+        max_position_embeddings=270, pad_token_id=1,
+    )  # fmt: skip
     minilm()
 
 
