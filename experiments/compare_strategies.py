@@ -99,14 +99,9 @@ class Comparison:
         """The split that federated and local training share."""
         from fedrag_jax.strategies.settings import split_clients
 
-        federated, batch_size = self.config.federated, self.config.training.batch_size
+        federated = self.config.federated
         return split_clients(
-            self.dataset.train,
-            federated.clients,
-            federated.alpha,
-            federated.column,
-            batch_size,
-            seed,
+            self.dataset.train, federated.clients, federated.alpha, federated.column, seed
         )
 
     def rate(self, setting: str, task: str, part: str) -> float:

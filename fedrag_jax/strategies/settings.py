@@ -20,7 +20,7 @@ SETTINGS = ("centralised", "federated", "local")
 
 
 class Budget(NamedTuple):
-    """How much training: every setting sees R·S·K·B examples.
+    """How much training: every setting sees R·S·K·B examples, unless a client holds fewer than B.
 
     Attributes:
       rounds: R, also the number of index refreshes.
@@ -39,14 +39,10 @@ class Budget(NamedTuple):
 
 
 def split_clients(
-    examples: Sequence[Example], clients: int, alpha: float, column: str, batch_size: int, seed: int
+    examples: Sequence[Example], clients: int, alpha: float, column: str, seed: int
 ) -> Partition:
-    """Dirichlet(alpha) over a column, the partition that federated and local training share.
-
-    Each client can fill a batch, so that all settings see the same number of examples.
-    """
-    scheme = dirichlet(alpha, clients, column=column, min_examples=batch_size)
-    return partition(examples, scheme, seed=seed)
+    """Dirichlet(alpha) over a column, the partition that federated and local training share."""
+    return partition(examples, dirichlet(alpha, clients, column=column), seed=seed)
 
 
 def train(
