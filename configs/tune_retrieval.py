@@ -20,6 +20,7 @@ def get_config() -> ConfigDict:
     config.seed = 0
     config.clients = 8
     config.alpha = 0.1  # over SQuAD's articles, or 10 clusters of questions where there are none
+    config.min_examples = 32  # of a client: enough to fill a batch with negatives
     config.rounds = 4
     config.local_steps = 2
     config.batch_size = 32

@@ -33,7 +33,9 @@ def tuned(config, dataset, retriever, setting: str, folder: pathlib.Path):
     from fedrag_jax.strategies.settings import Budget, split_clients
     from fedrag_jax.strategies.tuner import Tuner
 
-    clients = split_clients(dataset.train, config.clients, config.alpha, "topic", config.seed)
+    clients = split_clients(
+        dataset.train, config.clients, config.alpha, "topic", config.seed, config.min_examples
+    )
     validation = dataset.validation[:500]
     members = range(config.clients) if setting == "local" else (None,)
     best = None

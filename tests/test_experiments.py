@@ -240,7 +240,7 @@ def test_query_side_tuning_on_real_questions(tmp_path):
     config.settings = ("federated",)
     config.retriever = "builtin:encoder"
     config.rounds, config.local_steps, config.learning_rates.federated = 1, 1, (1e-4,)
-    config.train_questions, config.test_questions = 300, 40
+    config.train_questions, config.test_questions, config.min_examples = 300, 40, 2
     folder = tune_retrieval.run(config, str(tmp_path))
     with open(folder / "retrieval.csv", newline="") as file:
         rows = list(csv.DictReader(file))

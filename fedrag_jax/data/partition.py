@@ -122,7 +122,7 @@ def dirichlet(alpha: float, clients: int, column: str = "topic", min_examples: i
         raise DataError(
             f"dirichlet(alpha={alpha}, clients={clients}): in {MAX_DRAWS} draws from seed {seed} "
             f"some client always had fewer than {min_examples} of the {len(examples)} examples; "
-            "raise alpha, or take fewer clients"
+            "raise alpha, take fewer clients, or lower min_examples"
         )
 
     return split

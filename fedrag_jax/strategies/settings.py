@@ -39,10 +39,15 @@ class Budget(NamedTuple):
 
 
 def split_clients(
-    examples: Sequence[Example], clients: int, alpha: float, column: str, seed: int
+    examples: Sequence[Example],
+    clients: int,
+    alpha: float,
+    column: str,
+    seed: int,
+    min_examples: int = 2,
 ) -> Partition:
     """Dirichlet(alpha) over a column, the partition that federated and local training share."""
-    return partition(examples, dirichlet(alpha, clients, column=column), seed=seed)
+    return partition(examples, dirichlet(alpha, clients, column, min_examples), seed=seed)
 
 
 def train(
