@@ -57,6 +57,25 @@ def test_each_question_joins_the_nearest_centre(world, retriever):
     assert with_topics(bare(world), retriever, clusters=4) == found
 
 
+def test_a_topic_that_is_known_stays_beside_clusters(world, retriever):
+    """Clusters come of the questions without a topic alone: those with one could be left out."""
+    both = {
+        name: [dataclasses.replace(e, topic="") if i % 2 else e for i, e in enumerate(examples)]
+        for name in ("train", "validation", "test")
+        if (examples := getattr(world, name)) is not None
+    }
+    only = {name: [e for e in examples if not e.topic] for name, examples in both.items()}
+    mixed, alone = (
+        with_topics(dataclasses.replace(world, **splits), retriever, clusters=4)
+        for splits in (both, only)
+    )
+    for name in both:
+        found, asked = getattr(mixed, name), getattr(world, name)
+        assert [e.topic for e in found[::2]] == [e.topic for e in asked[::2]]
+        assert found[1::2] == getattr(alone, name)
+    assert {e.topic for e in alone.train} == {f"cluster {i}" for i in range(4)}
+
+
 def test_no_more_clusters_than_questions(world, retriever):
     few = dataclasses.replace(bare(world), train=bare(world).train[:3])
     assert len({e.topic for e in with_topics(few, retriever).train}) <= 3

@@ -1,10 +1,8 @@
 """Topics for questions that have none: what clients differ in is then where their questions lie."""
 
 import dataclasses
-from collections.abc import Sequence
 
 import faiss
-import numpy as np
 
 from fedrag_jax.data.examples import Dataset, Example
 from fedrag_jax.retrieval.retriever import Retriever
@@ -16,24 +14,21 @@ def with_topics(dataset: Dataset, retriever: Retriever, clusters: int = 10) -> D
     Clusters are those of the vectors of training questions without a topic, under the untuned query
     encoder; other questions without a topic join the nearest.
     """
-    bare = [e for e in dataset.train if not e.topic]
-    if not bare:
+    splits = {name: getattr(dataset, name) for name in ("train", "validation", "test")}
+    if all(e.topic for e in dataset.train):
         return dataset
-
-    def vectors(examples: Sequence[Example]) -> np.ndarray:
-        return retriever.embed_questions([e.question for e in examples])
-
-    known = vectors(bare)
-    count = min(clusters, len(known))
+    bare = [e for examples in splits.values() for e in examples if not e.topic]
+    vectors = retriever.embed_questions([e.question for e in bare])
+    known = vectors[: sum(not e.topic for e in dataset.train)]
     # Fewer than 39 points a cluster make FAISS warn, and they are fine here.
+    count = min(clusters, len(known))
     kmeans = faiss.Kmeans(known.shape[1], count, niter=25, seed=0, min_points_per_centroid=1)
     kmeans.train(known)
+    nearest = iter(kmeans.index.search(vectors, 1)[1][:, 0])
 
-    def labelled(examples: Sequence[Example]) -> list[Example]:
-        bare = [e for e in examples if not e.topic]
-        nearest = kmeans.index.search(vectors(bare), 1)[1][:, 0] if bare else ()
-        topics = {e.id: f"cluster {c}" for e, c in zip(bare, nearest, strict=True)}
-        return [dataclasses.replace(e, topic=topics.get(e.id, e.topic)) for e in examples]
+    def labelled(example: Example) -> Example:
+        topic = example.topic or f"cluster {next(nearest)}"
+        return dataclasses.replace(example, topic=topic)
 
-    splits = {name: labelled(getattr(dataset, name)) for name in ("train", "validation", "test")}
-    return dataclasses.replace(dataset, **splits)
+    found = {name: [labelled(e) for e in examples] for name, examples in splits.items()}
+    return dataclasses.replace(dataset, **found)
