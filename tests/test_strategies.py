@@ -12,6 +12,7 @@ from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.strategies import strategies
 from fedrag_jax.strategies.strategies import STRATEGIES
+from fedrag_jax.tracking.ledger import compiler_flops, step_flops
 
 TRAINED = {
     "none": [],
@@ -92,6 +93,20 @@ def test_the_second_phase_listens_to_the_tuned_generator(system, world):
     tuned = system.replace(adapters=jax.tree.map(lambda x: x + 0.01, system.adapters))
     np.testing.assert_allclose(two_phase, likelihoods(strategies.second_phase, tuned), atol=1e-5)
     assert np.abs(two_phase - likelihoods(strategies.second_phase, system)).max() > 1e-2
+
+
+@pytest.mark.parametrize("count", [step_flops, compiler_flops])
+def test_a_frozen_generator_that_is_read_is_paid_for(system, world, count):
+    """Forward passes alone: between a third and a half of joint training, as arithmetic has it."""
+    short = dataclasses.replace(world, train=world.train[:40])
+    flops = []
+    for strategy in (strategies.second_phase, strategies.joint_token):
+        tune = Recorder()
+        strategy(system, short, tune)
+        (task,) = tune.tasks
+        table = task.collate(short.train[:1], task.retrieve(short.train[:1], task.trainable))
+        flops.append(count(task, table, batch_size=4))
+    assert 1 / 3 < flops[0] / flops[1] < 1 / 2
 
 
 def test_no_more_passages_than_there_are(world):

@@ -86,6 +86,15 @@ class Prompts:
         tail = self.question_tokens(question)
         return np.concatenate([head[: None if width is None else width - len(tail)], tail])
 
+    def training_width(self, k: int) -> int:
+        """Tokens T of a training prompt with `k` passages and its answer.
+
+        Several passages are seldom all long: each has room for the 90th percentile, the last is cut.
+        """
+        each = np.quantile(self._passage_lengths, 1.0 if k == 1 else 0.9)
+        room = len(self._opening) + k * int(each) + self.question_width + self.answer_width
+        return -(-room // 8) * 8
+
     def training_table(
         self, examples: Sequence[Example], retrieved: np.ndarray, per_passage: bool
     ) -> dict[str, np.ndarray]:
@@ -105,11 +114,7 @@ class Prompts:
         retrieved = np.asarray(retrieved)
         groups = retrieved[:, :, None] if per_passage else retrieved[:, None, :]
         n, prompts, k = groups.shape
-        # Several passages are seldom all long: room for the 90th percentile each, the last is cut.
-        each = np.quantile(self._passage_lengths, 1.0 if k == 1 else 0.9)
-        room = len(self._opening) + k * int(each) + self.question_width
-        longest = self.answer_width
-        width = -(-(room + longest) // 8) * 8
+        longest, width = self.answer_width, self.training_width(k)
         tokens = np.full((n, prompts, width), self.pad, np.int32)
         lengths = np.zeros((n, prompts), np.int32)
         positions = np.ones((n, prompts, longest), np.int32)

@@ -174,7 +174,6 @@ class _Likelihoods:
             found = _frozen_log_probs(
                 self._decoder, self._parts["decoder"], self._parts["adapters"], table
             )
-            self._width = table["tokens"].shape[-1]
             self._known.update(zip(chunk, np.asarray(found)[:, 0], strict=False))
         known = [self._known[e.id, int(row)] for e, row in pairs]
         masks = [self._prompts.answer_tokens(e.answers[0]) for e in examples]
@@ -183,7 +182,7 @@ class _Likelihoods:
         return {
             "answer_log_probs": np.stack(known).reshape(shape),
             "answer_mask": mask.astype(np.float32),
-            "prompt_tokens": np.full(shape[:2], self._width, np.int32),
+            "prompt_tokens": np.full(shape[:2], self._prompts.training_width(1), np.int32),
         }
 
 
