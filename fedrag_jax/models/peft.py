@@ -121,10 +121,9 @@ def load(network: Network, folder: str | pathlib.Path) -> tuple[Network, dict]:
 def _modules(network: Network) -> dict[tuple, str]:
     """Path of every linear layer to its name in the checkpoint, `{}` for the number of the layer."""
     names = FAMILIES[network.config.family].names
-    base = Network.of(network.module, network.config)
     return {
         path[:-1]: names[".".join(path)].removesuffix(".weight")
-        for path, _ in flatten(base.shapes())
+        for path, _ in flatten(network.shapes())
         if path[-1] == "kernel"
     }
 
