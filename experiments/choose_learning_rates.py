@@ -20,17 +20,17 @@ from experiments.launch import launch, settled_config
 
 
 def search(
-    comparison: Comparison, setting: str, strategy, metric: str, grid, bases, seed, where=""
+    comparison: Comparison, setting: str, strategy, metric: str, grid, bases, examples, where=""
 ):
     """Trains one strategy at every rate of a grid; `(best rate, its systems, {rate: metric})`.
 
-    In the local setting all clients train and each is judged on a share of the questions. `where`
-    tells bases apart that were themselves tuned.
+    In the local setting all clients train and each is judged on a share of the `examples`, or on all
+    where they are fewer than the clients. `where` tells bases apart that were themselves tuned.
     """
     from fedrag_jax.evaluation.evaluator import evaluate
 
+    seed = comparison.config.seeds[0]
     members = list(range(comparison.config.federated.clients)) if setting == "local" else [None]
-    examples = comparison.dataset.validation[: flags.FLAGS.questions]
     found = {}
     for rate in grid:
         scores, systems = [], []
@@ -53,8 +53,13 @@ def search(
     return best, found[best][1], {rate: score for rate, (score, _) in found.items()}
 
 
-def run(config, runs: str) -> pathlib.Path:
-    """Searches every setting of the config; returns the folder of the results."""
+def run(config, runs: str, grids: dict[str, list[float]], questions: int) -> pathlib.Path:
+    """Searches every setting of the config; returns the folder of the results.
+
+    Args:
+      grids: rates of `retriever`, `generator`, `marginal_generator`, `marginal_retriever`.
+      questions: of the validation set, which a system is judged on.
+    """
     from fedrag_jax.strategies import strategies
 
     dataset = load_data(config)
@@ -65,6 +70,7 @@ def run(config, runs: str) -> pathlib.Path:
     settled_config(config, folder, free=("learning_rates", "settings", "strategies", "wandb"))
     chosen, scores = {}, {}
     comparison = Comparison(config, dataset, folder)
+    examples = dataset.validation[:questions]
     for setting in config.settings:
         count = config.federated.clients if setting == "local" else 1
         base = [comparison.system(seed)] * count
@@ -75,14 +81,13 @@ def run(config, runs: str) -> pathlib.Path:
             ("marginal_generator", strategies.first_phase, "em"),
             ("marginal_retriever", strategies.second_phase, "em"),
         ):
-            grid = [float(rate) for rate in flags.FLAGS[name].value]
             if name == "retriever" and not any(e.positive_ids for e in dataset.train):
                 continue
             start, where = base, ""
             if strategy is strategies.second_phase:
                 start, where = systems, f"after-{rates['marginal_generator']:g}"
             rates[name], systems, found[name] = search(
-                comparison, setting, strategy, metric, grid, start, seed, where
+                comparison, setting, strategy, metric, grids[name], start, examples, where
             )
         chosen[setting], scores[setting] = rates, found
     result = {"chosen": chosen, "validation": scores}
@@ -94,9 +99,16 @@ def run(config, runs: str) -> pathlib.Path:
 if __name__ == "__main__":
     retriever = ["3.75e-5", "7.5e-5", "1.5e-4", "3e-4", "6e-4", "1.2e-3", "2.4e-3", "4.8e-3"]
     generator = ["5e-4", "1e-3", "2e-3", "4e-3"]
-    flags.DEFINE_list("retriever", retriever, "rates of the query encoder, by ranking")
-    flags.DEFINE_list("generator", generator, "rates of the adapters, by answer likelihood")
-    flags.DEFINE_list("marginal_generator", generator, "rates of the first phase")
-    flags.DEFINE_list("marginal_retriever", retriever[:-1], "rates of the second phase")
-    flags.DEFINE_integer("questions", 400, "validation questions a system is judged on")
-    launch(run, "configs/compare_strategies.py")
+    grids = (
+        flags.DEFINE_list("retriever", retriever, "rates of the query encoder, by ranking"),
+        flags.DEFINE_list("generator", generator, "rates of the adapters, by answer likelihood"),
+        flags.DEFINE_list("marginal_generator", generator, "rates of the first phase"),
+        flags.DEFINE_list("marginal_retriever", retriever[:-1], "rates of the second phase"),
+    )
+    questions = flags.DEFINE_integer("questions", 400, "validation questions to judge a system on")
+
+    def with_flags(config, runs):
+        rates = {grid.name: [float(rate) for rate in grid.value] for grid in grids}
+        return run(config, runs, rates, questions.value)
+
+    launch(with_flags, "configs/compare_strategies.py")

@@ -252,6 +252,34 @@ def test_query_side_tuning_on_real_questions(tmp_path):
         assert 0 <= ranks[0] <= ranks[1] <= ranks[2] <= 100
 
 
+def test_learning_rates_are_those_of_the_best_validation_scores(tmp_path):
+    """The second phase is searched under the first that was chosen, and nothing is done twice."""
+    from experiments import choose_learning_rates
+
+    config = small()
+    config.settings = ("federated",)
+    grids = {
+        "retriever": [1e-9, 1e-3],
+        "generator": [1e-3],
+        "marginal_generator": [1e-3, 1e-9],
+        "marginal_retriever": [1e-3],
+    }
+    folder = choose_learning_rates.run(config, str(tmp_path), grids, questions=40)
+    result = json.loads((folder / "learning_rates.json").read_text())
+    chosen, scores = result["chosen"]["federated"], result["validation"]["federated"]
+    for name, grid in grids.items():
+        assert list(scores[name]) == [str(rate) for rate in grid]
+        assert scores[name][str(chosen[name])] == max(scores[name].values())
+    assert len(set(scores["retriever"].values())) == 2  # there was something to choose
+    first = chosen["marginal_generator"]
+    tuned = folder / "tuned" / "federated-seed0"
+    (second,) = tuned.glob("after-*/second_phase-*")
+    assert second.parent.name == f"after-{first:g}"
+    kept = (second / "rag_token_query" / "cost.json").read_text()
+    choose_learning_rates.run(config, str(tmp_path), grids, questions=40)
+    assert (second / "rag_token_query" / "cost.json").read_text() == kept
+
+
 @pytest.mark.parametrize("free", [(), ("rates",)])
 def test_a_folder_of_other_results_is_refused(tmp_path, free):
     from ml_collections import ConfigDict
