@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+import time
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +64,31 @@ def test_a_shape_is_traced_once_and_learning_rates_share_it():
         rounds=1,
     )
     assert loss.traces == 4
+
+
+def test_fits_on_more_and_fewer_examples_share_a_program_over_tables_of_one_height():
+    for height, traces in ((0, 2), (8, 1)):
+        loss = CountedLoss(squared_error)
+        ends = [
+            fit(linear_task(loss=loss), EXAMPLES[:count], table_rows=height, rounds=2, batch_size=2)
+            for count in (5, 8)
+        ]
+        assert loss.traces == traces
+        for end, count in zip(ends, (5, 8), strict=True):
+            plain = fit(linear_task(), EXAMPLES[:count], rounds=2, batch_size=2)
+            assert_equal(end.trainable, plain.trainable)
+
+
+def test_compiling_is_told_apart_from_training():
+    slow = 0.3
+
+    def loss(*arguments):
+        time.sleep(slow)  # while the loss is traced, once
+        return squared_error(*arguments)
+
+    first, *later = fit(linear_task(loss=loss), FOUR, fed_avg(2), rounds=3).history
+    assert first["compile_seconds"] > slow > first["seconds"] + first["refresh_seconds"]
+    assert max(record["compile_seconds"] for record in later) < slow
 
 
 def test_the_task_survives_the_fit():
