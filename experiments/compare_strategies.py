@@ -14,6 +14,7 @@ import pathlib
 import time
 
 import numpy as np
+from absl import logging
 
 from experiments.launch import launch, settled_config
 from fedrag_jax.data.examples import Dataset
@@ -58,6 +59,20 @@ def check(config, dataset: Dataset) -> None:
         raise ConfigError(
             f"config.strategies: {labels} need gold passages, and {bare} of {len(dataset.train)} "
             "training questions have no positive_ids; give them, or leave those strategies out"
+        )
+
+
+def warn_of_borrowed_rates(config) -> None:
+    """Says so where other models would train at the rates that were chosen for the built-in ones."""
+    from configs.compare_strategies import get_config
+
+    usual, models = get_config(), config.models
+    others = [models[r] for r in ("retriever", "generator") if models[r] != usual.models[r]]
+    if others and config.learning_rates == usual.learning_rates:
+        logging.warning(
+            "config.learning_rates were chosen for the built-in models and can ruin %s; search those "
+            "of your models first: python -m experiments.choose_learning_rates --config=...",
+            " and ".join(others),
         )
 
 
@@ -315,6 +330,7 @@ def run(config, runs: str) -> pathlib.Path:
     began = time.perf_counter()
     dataset = load_data(config)
     check(config, dataset)
+    warn_of_borrowed_rates(config)
     folder = pathlib.Path(runs) / config.name
     comparison = Comparison(config, dataset, folder)
     for seed in config.seeds:

@@ -188,6 +188,18 @@ def test_own_topic_is_left_out_where_no_client_holds_a_topic_that_is_asked():
     assert compare_strategies.own_topic(held, about("z", "z", "z"), em, "topic") == {}
 
 
+def test_rates_of_the_built_in_models_are_not_lent_in_silence(caplog):
+    config = small()
+    compare_strategies.warn_of_borrowed_rates(config)
+    assert not caplog.messages
+    config.models.retriever = "minilm"
+    compare_strategies.warn_of_borrowed_rates(config)
+    assert len(caplog.messages) == 1 and "can ruin minilm; search those" in caplog.messages[0]
+    config.learning_rates.federated.retriever = 1e-5
+    compare_strategies.warn_of_borrowed_rates(config)
+    assert len(caplog.messages) == 1
+
+
 def test_an_unknown_setting_is_refused_on_the_command_line():
     import subprocess
     import sys
