@@ -7,6 +7,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from fedrag_jax.errors import CheckpointError, ConfigError
@@ -359,6 +360,74 @@ def test_merged_equals_unmerged(tiny):
     np.testing.assert_allclose(got, kernel + 1.5 * a @ b, atol=1e-5)
 
 
+def test_unmerged_is_what_was_merged(tiny):
+    base, params = tiny
+    network = lora.add_lora(base, lora.LoraConfig(rank=2, targets=(*ALL, "lm_head")))
+    adapters = random_adapters(network, 1)
+    back = lora.unmerge(network, lora.merge(network, params, adapters), adapters)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), back, params)
+
+
+PATTERNS = ((r"layers\.0\.q_proj", 5, 10.0), (r".*\.(q|v)_proj", 2, 3.0), ("lm_head", 4, 2.0))
+
+
+def test_layers_of_several_ranks(tiny):
+    """Against a dense update in NumPy, layer by layer, each with its own rank and alpha."""
+    base, params = tiny
+    targets = ("q_proj", "v_proj", "up_proj", "lm_head")
+    network = lora.add_lora(base, lora.LoraConfig(3, 6.0, targets, PATTERNS))
+    adapters = lora.init_adapters(network, 0)
+    sizes = {
+        ("attention", "q_proj"): [(5, 10.0), (2, 3.0), (2, 3.0)],
+        ("attention", "v_proj"): [(2, 3.0)] * 3,
+        ("mlp", "up_proj"): [(3, 6.0)] * 3,
+    }
+    rng, dense = np.random.default_rng(0), jax.tree.map(np.array, params)
+    for (block, name), each in sizes.items():
+        leaf, kernel = adapters["layers"][block][name], dense["layers"][block][name]["kernel"]
+        b = np.array(leaf["lora_b"])
+        for layer, (rank, alpha) in enumerate(each):
+            a = np.asarray(leaf["lora_a"][layer])
+            assert (np.abs(a).max(axis=0) > 0).tolist() == [i < rank for i in range(a.shape[1])]
+            b[layer, :rank] = rng.normal(size=b[layer, :rank].shape)
+            kernel[layer] += alpha / rank * a[:, :rank] @ b[layer, :rank]
+        leaf["lora_b"] = jnp.asarray(b)
+    head = adapters["lm_head"]
+    assert head["lora_a"].shape[1] == 4
+    head["lora_b"] = jnp.asarray(rng.normal(size=head["lora_b"].shape), jnp.float32)
+    dense["lm_head"]["kernel"] += 0.5 * np.asarray(head["lora_a"] @ head["lora_b"])
+    ours = logits(network, params, *tiny_inputs(), adapters=adapters)
+    np.testing.assert_allclose(ours, logits(base, dense, *tiny_inputs()), atol=2e-3, rtol=1e-3)
+    np.testing.assert_allclose(
+        logits(base, lora.merge(network, params, adapters), *tiny_inputs()),
+        ours,
+        atol=2e-3,
+        rtol=1e-3,
+    )
+
+
+def test_training_leaves_the_room_of_smaller_ranks_empty(tiny):
+    base, params = tiny
+    config = lora.LoraConfig(3, 6.0, ("q_proj", "v_proj"), PATTERNS[:2])
+    network = lora.add_lora(base, config)
+    adapters = lora.init_adapters(network, 0)
+    optimizer = optax.adamw(1e-2)
+    state = optimizer.init(adapters)
+
+    @jax.jit
+    def step(adapters, state):
+        grads = jax.grad(lambda a: run(network, params, *tiny_inputs(), adapters=a).var())(adapters)
+        updates, state = optimizer.update(grads, state, adapters)
+        return optax.apply_updates(adapters, updates), state
+
+    for _ in range(4):
+        adapters, state = step(adapters, state)
+    q = adapters["layers"]["attention"]["q_proj"]
+    assert jnp.abs(q["lora_b"][:, :2]).min(axis=-1).max() > 0
+    assert jnp.abs(q["lora_b"][0]).max(axis=-1).min() > 0
+    assert not q["lora_b"][1:, 2:].any() and not q["lora_a"][1:, :, 2:].any()
+
+
 def test_clients_side_by_side_equal_clients_in_turn(tiny):
     base, params = tiny
     network = lora.add_lora(base, lora.LoraConfig(rank=2))
@@ -405,6 +474,10 @@ def test_lora_errors_say_what_there_is(tiny):
         lora.add_lora(base, lora.LoraConfig(targets=("query", "k_proj")))
     with pytest.raises(ConfigError, match="rank must be at least 1, got 0"):
         lora.LoraConfig(rank=0)
+    with pytest.raises(ConfigError, match="rank must be at least 1, got -1"):
+        lora.LoraConfig(patterns=((".*", -1, 1.0),))
+    with pytest.raises(ConfigError, match=r"'layers.9.*' fits none of \['layers.0.q_proj'"):
+        lora.add_lora(base, lora.LoraConfig(patterns=(("layers.9.*", 2, 4.0),)))
     with pytest.raises(ConfigError, match=r"targets must name.*'q_proj'"):
         lora.LoraConfig(targets="q_proj")
     with pytest.raises(ConfigError, match="add_lora"):

@@ -82,11 +82,13 @@ class Decoder(nnx.Module):
     def __init__(self, config: DecoderConfig, lora: LoraConfig | None = None, *, rngs: nnx.Rngs):
         self.config = config
         self.embed = Embed(config.vocab_size, config.hidden_size, rngs=rngs)
-        self.layers = stack(config.num_layers, lambda r: _Layer(config, lora, rngs=r), rngs)
+        inside = lora.widths(config.num_layers) if lora else {}
+        self.layers = stack(config.num_layers, lambda r: _Layer(config, inside, rngs=r), rngs)
         self.norm = RMSNorm(config.hidden_size, config.norm_epsilon)
         if not config.tie_embeddings:
             size = config.hidden_size, config.vocab_size
-            self.lm_head = Linear("lm_head", *size, lora, rngs=rngs)
+            outside = lora.widths(None) if lora else {}
+            self.lm_head = Linear("lm_head", *size, outside, rngs=rngs)
 
     def __call__(self, tokens, positions, mask, cache: Cache | None = None, read=None):
         """Hidden states after the last norm.

@@ -71,7 +71,8 @@ class Encoder(nnx.Module):
         if config.relative_buckets:
             self.distance_embed = Embed(config.relative_buckets, config.num_heads, rngs=rngs)
         self.embed_norm = LayerNorm(d, config.norm_epsilon)
-        self.layers = stack(config.num_layers, lambda r: _Layer(config, lora, rngs=r), rngs)
+        inside = lora.widths(config.num_layers) if lora else {}
+        self.layers = stack(config.num_layers, lambda r: _Layer(config, inside, rngs=r), rngs)
 
     def __call__(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         """Pooled vectors, float32 [B, D].

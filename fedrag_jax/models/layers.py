@@ -6,22 +6,21 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fedrag_jax.models.lora import LoraConfig
-
 
 class Linear(nnx.Module):
-    """x [..., in] -> x W + b + (alpha / rank) x A B [..., out]; A and B if `lora` targets `name`."""
+    """x [..., in] -> x W + b + x A B [..., out].
 
-    def __init__(self, name, size_in, size_out, lora: LoraConfig | None, *, bias=False, rngs):
+    A [in, r] and B [r, out], already scaled, are there if `lora`, from names to ranks, has the name.
+    """
+
+    def __init__(self, name, size_in, size_out, lora: dict[str, int], *, bias=False, rngs):
         init = nnx.initializers.lecun_normal()
         self.kernel = nnx.Param(init(rngs.params(), (size_in, size_out)))
         if bias:
             self.bias = nnx.Param(jnp.zeros(size_out))
-        self.scale = None
-        if lora is not None and name in lora.targets:
-            self.scale = lora.alpha / lora.rank
-            self.lora_a = nnx.LoRAParam(jnp.zeros((size_in, lora.rank)))
-            self.lora_b = nnx.LoRAParam(jnp.zeros((lora.rank, size_out)))
+        if name in lora:
+            self.lora_a = nnx.LoRAParam(jnp.zeros((size_in, lora[name])))
+            self.lora_b = nnx.LoRAParam(jnp.zeros((lora[name], size_out)))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         # Rows of one matrix: XLA on CPU takes 2.5 times as long over the gradient of a 3-D product.
@@ -29,9 +28,9 @@ class Linear(nnx.Module):
         y = rows @ self.kernel[...]
         if hasattr(self, "bias"):
             y = y + self.bias[...]
-        if self.scale is not None:
+        if hasattr(self, "lora_a"):
             a, b = self.lora_a[...], self.lora_b[...]
-            y = y + (rows.astype(a.dtype) @ a @ b * self.scale).astype(y.dtype)
+            y = y + (rows.astype(a.dtype) @ a @ b).astype(y.dtype)
         return y.reshape(*x.shape[:-1], -1)
 
 

@@ -2,12 +2,17 @@
 
 The base stays as it is and may be shared by many clients; what is trained and sent are A and B, a
 small tree of its own. B starts at zero, so a fresh adapter changes nothing.
+
+The layers of a stack are one array, so adapters of several ranks share the width of the largest:
+columns of A and rows of B that a layer does not have are zero, get no gradient, and stay zero.
 """
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from fedrag_jax.errors import ConfigError
@@ -16,12 +21,14 @@ from fedrag_jax.models.network import Network, flatten, unflatten
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Which linear layers get an adapter.
+    """Which linear layers get an adapter, and of which size.
 
     Attributes:
       rank: columns of A, rows of B.
       alpha: the update is scaled by alpha / rank.
       targets: names of linear layers, such as "q_proj"; the same in every layer of the stack.
+      patterns: `(regular expression, rank, alpha)` for those of another size; the first that matches
+        all of "layers.<number>.<name>" holds, or of "<name>" outside the stack.
 
     Raises:
       ConfigError: a rank below 1, or no targets.
@@ -30,19 +37,47 @@ class LoraConfig:
     rank: int = 8
     alpha: float = 16.0
     targets: tuple[str, ...] = ("q_proj", "v_proj")
+    patterns: tuple[tuple[str, int, float], ...] = ()
 
     def __post_init__(self):
-        if self.rank < 1:
-            raise ConfigError(f"lora.rank must be at least 1, got {self.rank}")
+        for rank in (self.rank, *(rank for _, rank, _ in self.patterns)):
+            if rank < 1:
+                raise ConfigError(f"lora.rank must be at least 1, got {rank}")
         if not self.targets or isinstance(self.targets, str):
             raise ConfigError(f"lora.targets must name linear layers, got {self.targets!r}")
+
+    def sizes(self, name: str, layers: int | None) -> list[tuple[int, float]]:
+        """(rank, alpha) of a target in each of the layers, or outside the stack (None)."""
+        places = [name] if layers is None else [f"layers.{i}.{name}" for i in range(layers)]
+        usual = (".*", self.rank, self.alpha)
+        return [
+            next(size for pattern, *size in (*self.patterns, usual) if re.fullmatch(pattern, place))
+            for place in places
+        ]
+
+    def widths(self, layers: int | None) -> dict[str, int]:
+        """Columns of the array A of each target, over all layers or outside the stack (None)."""
+        return {name: max(rank for rank, _ in self.sizes(name, layers)) for name in self.targets}
+
+    def scaled(self, adapters: dict) -> dict:
+        """Adapters whose product A B is the update: every B times alpha / rank of its layer."""
+        leaves = flatten(adapters)
+        return unflatten((path, self._scaled(path, leaf)) for path, leaf in leaves)
+
+    def _scaled(self, path, leaf):
+        if path[-1] != "lora_b":
+            return leaf
+        sizes = self.sizes(path[-2], leaf.shape[0] if path[0] == "layers" else None)
+        scale = np.array([alpha / rank for rank, alpha in sizes])
+        return leaf * (scale[:, None, None] if path[0] == "layers" else scale).astype(leaf.dtype)
 
 
 def add_lora(network: Network, config: LoraConfig) -> Network:
     """The network that also takes adapters; the parameters of the base fit both.
 
     Raises:
-      ConfigError: a target that is no linear layer of the network; lists those there are.
+      ConfigError: a target that is no linear layer of the network, or a pattern that fits none of its
+        targets; lists those there are.
     """
     base = dataclasses.replace(network, lora=None)
     linear = {path[-2] for path, _ in flatten(base.shapes()) if path[-1] == "kernel"}
@@ -51,6 +86,15 @@ def add_lora(network: Network, config: LoraConfig) -> Network:
         raise ConfigError(
             f"lora.targets {unknown} are no linear layers of this network; it has {sorted(linear)}"
         )
+    places = [
+        f"layers.{i}.{path[-2]}" if path[0] == "layers" else path[-2]
+        for path, leaf in flatten(base.shapes())
+        if path[-1] == "kernel" and path[-2] in config.targets
+        for i in range(leaf.shape[0] if path[0] == "layers" else 1)
+    ]
+    for pattern, *_ in config.patterns:
+        if not any(re.fullmatch(pattern, place) for place in places):
+            raise ConfigError(f"lora.patterns: {pattern!r} fits none of {places}")
     return dataclasses.replace(network, lora=config)
 
 
@@ -68,22 +112,33 @@ def init_adapters(network: Network, key: jax.Array | int) -> dict:
         raise ConfigError("init_adapters needs a network that takes adapters: call add_lora first")
     rngs = nnx.Rngs(params=key)
 
-    def fresh(name, shape):
-        if name == "lora_b":
+    def fresh(path, shape):
+        if path[-1] == "lora_b":
             return jnp.zeros(shape)
         bound = shape[-2] ** -0.5
-        return jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
+        a = jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
+        sizes = network.lora.sizes(path[-2], shape[0] if path[0] == "layers" else None)
+        there = np.arange(shape[-1]) < np.array([[rank] for rank, _ in sizes])
+        return a * (there[:, None] if path[0] == "layers" else there)
 
     shapes = sorted((p, s.shape) for p, s in flatten(network.shapes()) if p[-1].startswith("lora_"))
-    return unflatten((path, fresh(path[-1], shape)) for path, shape in shapes)
+    return unflatten((path, fresh(path, shape)) for path, shape in shapes)
 
 
 def merge(network: Network, params: dict, adapters: dict) -> dict:
     """Parameters of the base with the adapters added in: W + (alpha / rank) A B."""
-    scale = network.lora.alpha / network.lora.rank
-    merged, low_rank = dict(flatten(params)), dict(flatten(adapters))
+    return _added(network, params, adapters, jnp.add)
+
+
+def unmerge(network: Network, merged: dict, adapters: dict) -> dict:
+    """What `merge` was given, up to rounding: W - (alpha / rank) A B."""
+    return _added(network, merged, adapters, jnp.subtract)
+
+
+def _added(network, params, adapters, add):
+    low_rank, result = dict(flatten(network.lora.scaled(adapters))), dict(flatten(params))
     for path in [path for path in low_rank if path[-1] == "lora_a"]:
         kernel, a, b = (*path[:-1], "kernel"), low_rank[path], low_rank[(*path[:-1], "lora_b")]
-        update = scale * jnp.einsum("...ir,...ro->...io", a, b)
-        merged[kernel] = (merged[kernel] + update).astype(merged[kernel].dtype)
-    return unflatten(merged.items())
+        update = jnp.einsum("...ir,...ro->...io", a, b)
+        result[kernel] = add(result[kernel], update).astype(result[kernel].dtype)
+    return unflatten(result.items())

@@ -35,7 +35,8 @@ class Network:
         Raises:
           ConfigError: the trees do not have the leaves the module has.
         """
-        arrays = params if adapters is None else _merged(params, adapters)
+        scaled = self.lora.scaled(adapters) if self.lora and adapters else adapters
+        arrays = params if adapters is None else _merged(params, scaled)
         graphdef, state = _abstract(self.module, self.config, self.lora if adapters else None)
         return getattr(nnx.merge(graphdef, _filled(state, arrays)), method)(*inputs, **options)
 

@@ -55,13 +55,15 @@ def decoder_flops(
         "q_proj": (d, heads), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (heads, d),
         "gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d),
     }  # fmt: skip
+    ranks = {n: r for n, r in lora.widths(config.num_layers).items() if n in shapes}
     frozen = moving = 0
     for read in [tokens] * (config.num_layers - 1) + [answer]:
         rows = {name: tokens if name in ("k_proj", "v_proj") else read for name in shapes}
         frozen += sum(2 * rows[name] * m * n for name, (m, n) in shapes.items())
-        moving += sum(2 * rows[name] * lora.rank * sum(shapes[name]) for name in lora.targets)
+        moving += sum(2 * rows[name] * ranks[name] * sum(shapes[name]) for name in ranks)
         moving += 4 * tokens * read * heads
     frozen += 2 * answer * d * config.vocab_size
+    moving += 2 * answer * lora.widths(None).get("lm_head", 0) * (d + config.vocab_size)
     return frozen * (2 if trained else 1) + moving * (3 if trained else 1)
 
 
