@@ -103,7 +103,7 @@ if __name__ == "__main__":
         flags.DEFINE_list("retriever", retriever, "rates of the query encoder, by ranking"),
         flags.DEFINE_list("generator", generator, "rates of the adapters, by answer likelihood"),
         flags.DEFINE_list("marginal_generator", generator, "rates of the first phase"),
-        flags.DEFINE_list("marginal_retriever", retriever[:-1], "rates of the second phase"),
+        flags.DEFINE_list("marginal_retriever", retriever, "rates of the second phase"),
     )
     questions = flags.DEFINE_integer("questions", 400, "validation questions to judge a system on")
 

@@ -60,7 +60,7 @@ class RAGSystem:
         adapters: lora.LoraConfig | None = None,
         prompt_style: str = "compact",
         top_k: int = 5,
-        marginal_k: int = 8,
+        marginal_k: int = 10,
         score_scale: float = 20.0,
         max_passage_tokens: int = 256,
         seed: int = 0,
