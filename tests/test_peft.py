@@ -15,14 +15,24 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 DECODER = ("q_proj", "o_proj", "down_proj")
 
 
-def adapted(name, targets):
+PATTERNS = ((r"layers\.1\.q_proj", 5, 20.0), (".*down_proj", 2, 5.0))
+
+
+def adapted(name, targets, patterns=()):
     """A network that takes adapters, its base, and adapters whose B is not zero."""
     model = hub.load(GOLDEN / name)
-    network = lora.add_lora(model.network, lora.LoraConfig(3, 5.0, targets))
-    leaves, tree = jax.tree.flatten(lora.init_adapters(network, 0))
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noise = [0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-    return model, network, jax.tree.unflatten(tree, noise)
+    network = lora.add_lora(model.network, lora.LoraConfig(3, 5.0, targets, patterns))
+    rng = np.random.default_rng(0)
+
+    def noise(path, x):
+        path = [key.key for key in path]
+        noise = 0.3 * rng.normal(size=x.shape).astype(np.float32)
+        sizes = network.lora.sizes(path[-2], len(x) if path[0] == "layers" else None)
+        for layer, (rank, _) in zip(noise if path[0] == "layers" else [noise], sizes, strict=True):
+            (layer.T if path[-1] == "lora_a" else layer)[rank:] = 0
+        return noise
+
+    return model, network, jax.tree.map_with_path(noise, lora.init_adapters(network, 0))
 
 
 CASES = [
@@ -42,13 +52,69 @@ def test_saved_and_loaded_again_is_the_same(name, targets, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, loaded, adapters)
 
 
+def test_patterns_are_saved_layer_by_layer(tmp_path):
+    model, network, adapters = adapted("qwen3", DECODER, PATTERNS)
+    peft.save(adapters, network, tmp_path)
+    about = json.loads((tmp_path / peft.CONFIG).read_text())
+    layers = range(network.config.num_layers)
+    assert about["rank_pattern"] == {
+        "model.layers.1.self_attn.q_proj": 5,
+        **{f"model.layers.{i}.mlp.down_proj": 2 for i in layers},
+    }
+    assert about["alpha_pattern"] == {"model.layers.1.self_attn.q_proj": 20.0}
+    tensors = safetensors.numpy.load_file(tmp_path / peft.TENSORS)
+    ranks = [tensors[f"base_model.model.model.layers.{i}.self_attn.q_proj.lora_A.weight"].shape[0]
+             for i in layers]  # fmt: skip
+    assert ranks == [5 if i == 1 else 3 for i in layers]
+    again, loaded = peft.load(model.network, tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, loaded, adapters)
+    for name in DECODER:
+        assert again.lora.sizes(name, len(layers)) == network.lora.sizes(name, len(layers))
+
+
+@pytest.mark.parametrize("targets", [DECODER, ("lm_head",)], ids="-".join)
+def test_clients_lie_side_by_side_in_one_file(targets, tmp_path):
+    model, network, one = adapted("llama_gqa", targets, PATTERNS if len(targets) > 1 else ())
+    clients = jax.tree.map(lambda x: np.stack([x, 2 * x, 0 * x, -x]), one)
+    peft.save(clients, network, tmp_path / "all")
+    peft.save(one, network, tmp_path / "one")
+    size, alone = ((tmp_path / n / peft.TENSORS).stat().st_size for n in ("all", "one"))
+    assert size < 4 * alone
+    _, loaded = peft.load(model.network, tmp_path / "all")
+    jax.tree.map(np.testing.assert_array_equal, loaded, clients)
+    again, third = peft.load(model.network, tmp_path / "all", client=3)
+    jax.tree.map(np.testing.assert_array_equal, third, jax.tree.map(np.negative, one))
+    assert again.lora.sizes(targets[0], 2) == network.lora.sizes(targets[0], 2)
+
+    peft.save(clients, network, tmp_path / "half", dtype="float16")
+    assert (tmp_path / "half" / peft.TENSORS).stat().st_size < 0.6 * size
+    _, half = peft.load(model.network, tmp_path / "half", client=1)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, 2 * b, rtol=1e-3, atol=1e-6), half, one)
+
+
+def test_clients_that_are_not_there_are_refused(tmp_path):
+    model, network, one = adapted("llama_gqa", DECODER)
+    clients = jax.tree.map(lambda x: np.stack([x, x]), one)
+    for adapters, client, words in ((clients, 2, "of 2 clients, not 2"), (one, 0, "of no clients")):
+        peft.save(adapters, network, tmp_path)
+        with pytest.raises(CheckpointError, match=words):
+            peft.load(model.network, tmp_path, client=client)
+    large = jax.tree.map(lambda x: 1e6 * x, one)
+    with pytest.raises(CheckpointError, match=r"lora_a is not finite as float16; nothing"):
+        peft.save(large, network, tmp_path / "large", dtype="float16")
+    assert not (tmp_path / "large").exists()
+    with pytest.raises(CheckpointError, match="got 'int8'"):
+        peft.save(one, network, tmp_path, dtype="int8")
+
+
+@pytest.mark.parametrize("patterns", [(), PATTERNS], ids=["one size", "patterns"])
 @pytest.mark.parametrize("name", ["qwen3", "llama_gqa"])
-def test_peft_opens_what_we_save(name, tmp_path):
+def test_peft_opens_what_we_save(name, patterns, tmp_path):
     torch = pytest.importorskip("torch", reason="PyTorch is absent")
     reference = pytest.importorskip("peft", reason="peft is absent")
     import transformers
 
-    model, network, adapters = adapted(name, DECODER)
+    model, network, adapters = adapted(name, DECODER, patterns)
     peft.save(adapters, network, tmp_path)
     golden = np.load(GOLDEN / f"{name}.npz")
     inputs = [golden[n] for n in ("tokens", "positions", "mask")]

@@ -21,59 +21,87 @@ _MATRICES = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}  # stored tra
 # What PEFT does in more than one way, and our adapters in one.
 _ONLY = {
     "peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "use_dora": False,
-    "use_rslora": False, "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {},
-    "layer_replication": None, "lora_bias": False, "trainable_token_indices": None,
+    "use_rslora": False, "modules_to_save": None, "layer_replication": None, "lora_bias": False,
+    "trainable_token_indices": None,
 }  # fmt: skip
 
 
 def save(
-    adapters: dict, network: Network, folder: str | pathlib.Path, base: str | None = None
+    adapters: dict,
+    network: Network,
+    folder: str | pathlib.Path,
+    base: str | None = None,
+    dtype: str = "float32",
 ) -> None:
     """Writes adapters so that `load` and `peft.PeftModel.from_pretrained` open them.
 
     Args:
+      adapters: of one model, or stacked [K, ...] of K clients: those lie side by side in one file,
+        which `load` opens whole or for one client, and PEFT does not.
       network: the one the adapters belong to, from `add_lora`.
       base: folder or hub id of the model they change, for PEFT to find.
+      dtype: of the file, "float32" or "float16".
+
+    Raises:
+      CheckpointError: another dtype, or an adapter too large for float16.
     """
-    folder, names = pathlib.Path(folder), _modules(network)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors, targets = {}, set()
+    if dtype not in ("float32", "float16"):
+        raise CheckpointError(f"dtype must be 'float32' or 'float16', got {dtype!r} ({folder})")
+    folder, names, config = pathlib.Path(folder), _modules(network), network.lora
+    tensors, clients = {}, None
     for path, leaf in flatten(adapters):
-        module = names[path[:-1]]
-        targets.add(module.partition("{}.")[2] or module)
-        layers = np.asarray(leaf) if "{}" in module else np.asarray(leaf)[None]
-        for i, matrix in enumerate(layers):
-            name = f"{_PREFIX}{module.format(i)}.{_MATRICES[path[-1]]}"
-            tensors[name] = np.ascontiguousarray(matrix.T)
+        with np.errstate(over="ignore"):
+            array = np.asarray(leaf).astype(dtype)
+        if not np.isfinite(array).all():
+            raise CheckpointError(f"{'.'.join(path)} is not finite as {dtype}; nothing was written")
+        for name, index in _tensors(network, names[path[:-1]], path):
+            tensors[name] = np.ascontiguousarray(array[index].swapaxes(-1, -2))
+            clients = len(array) if tensors[name].ndim > 2 else None
+    folder.mkdir(parents=True, exist_ok=True)
     safetensors.numpy.save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+    modules = {path: names[path[:-1]] for path, _ in flatten(adapters)}
     about = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if network.module is Decoder else "FEATURE_EXTRACTION",
         "base_model_name_or_path": base,
-        "r": network.lora.rank,
-        "lora_alpha": network.lora.alpha,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "rank_pattern": {},
+        "alpha_pattern": {},
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": sorted(targets),
+        "target_modules": sorted({m.partition("{}.")[2] or m for m in modules.values()}),
         "inference_mode": True,
     }
+    for path, module in modules.items():
+        sizes = config.sizes(path[-2], network.config.num_layers if "{}" in module else None)
+        for i, (rank, alpha) in enumerate(sizes):
+            if rank != config.rank:
+                about["rank_pattern"][module.format(i)] = rank
+            if alpha != config.alpha:
+                about["alpha_pattern"][module.format(i)] = alpha
+    if clients is not None:
+        about["clients"] = clients
     (folder / CONFIG).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
-def load(network: Network, folder: str | pathlib.Path) -> tuple[Network, dict]:
-    """Adapters of a PEFT folder: `(add_lora(network, ...), adapters)`, float32.
+def load(
+    network: Network, folder: str | pathlib.Path, client: int | None = None
+) -> tuple[Network, dict]:
+    """Adapters of a folder: `(add_lora(network, ...), adapters)`, float32.
 
     Args:
       network: the base they were made for.
+      client: the one to read of those that were saved side by side; all of them, stacked, for None.
 
     Raises:
-      CheckpointError: no such folder, an option that is not supported, or matrices that are missing,
-        unexpected or of another shape (all of them at once).
+      CheckpointError: no such folder or client, an option that is not supported, or matrices that are
+        missing, unexpected or of another shape (all of them at once).
     """
     folder = pathlib.Path(folder)
     try:
         about = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        found = safetensors.numpy.load_file(folder / TENSORS)
+        file = safetensors.safe_open(folder / TENSORS, framework="numpy")
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise CheckpointError(
             f"{folder} is no PEFT adapter ({error}); give a folder with {CONFIG} and {TENSORS}"
@@ -83,39 +111,76 @@ def load(network: Network, folder: str | pathlib.Path) -> tuple[Network, dict]:
             raise CheckpointError(
                 f"{folder}/{CONFIG}: {option} {value!r} is not supported; supported: {supported!r}"
             )
-    names = _modules(network)
-    there = {re.sub(r"\.\d+\.", ".{}.", _module(name)) for name in found}
-    targets = sorted({path[-1] for path, module in names.items() if module in there})
-    if not targets:
-        raise CheckpointError(
-            f"{folder}/{TENSORS} holds no matrix of {sorted(set(names.values()))}, but of "
-            f"{sorted(there)}"
-        )
-    network = add_lora(network, LoraConfig(about["r"], float(about["lora_alpha"]), tuple(targets)))
-    leaves, problems, wanted = {}, [], set()
-    for path, leaf in flatten(network.shapes()):
-        if path[-1] not in _MATRICES:
-            continue
-        module, layers = names[path[:-1]], []
-        for i in range(leaf.shape[0] if "{}" in module else 1):
-            name = f"{_PREFIX}{module.format(i)}.{_MATRICES[path[-1]]}"
-            wanted.add(name)
-            shape = leaf.shape[-2:][::-1]
-            if name not in found:
-                problems.append(f"missing {name}")
-            elif found[name].shape != shape:
-                problems.append(f"{name} has shape {found[name].shape}, not {shape}")
-            else:
-                layers.append(found[name].T)
-        leaves[path] = layers
-    problems += [f"unexpected {name}" for name in sorted(found.keys() - wanted)]
+    clients = about.get("clients")
+    if client is not None and not 0 <= client < (clients or 0):
+        raise CheckpointError(f"{folder} holds adapters of {clients or 'no'} clients, not {client}")
+    stacked = () if clients is None or client is not None else (clients,)
+    with file:
+        names, found = _modules(network), set(file.keys())
+        there = {re.sub(r"\.\d+\.", ".{}.", _module(name)) for name in found}
+        targets = sorted({path[-1] for path, module in names.items() if module in there})
+        if not targets:
+            raise CheckpointError(
+                f"{folder}/{TENSORS} holds no matrix of {sorted(set(names.values()))}, but of "
+                f"{sorted(there)}"
+            )
+        network = add_lora(network, _config(about, targets, names, network.config.num_layers))
+        leaves, problems, wanted = [], [], set()
+        for path, leaf in flatten(network.shapes()):
+            if path[-1] not in _MATRICES:
+                continue
+            array = np.zeros((*stacked, *leaf.shape), np.float32)
+            for name, index in _tensors(network, names[path[:-1]], path):
+                wanted.add(name)
+                if name not in found:
+                    problems.append(f"missing {name}")
+                    continue
+                tensor = file.get_tensor(name) if client is None else file.get_slice(name)[client]
+                if tensor.swapaxes(-1, -2).shape == array[index].shape:
+                    array[index] = tensor.swapaxes(-1, -2)
+                else:
+                    shape = array[index].swapaxes(-1, -2).shape
+                    problems.append(f"{name} has shape {tensor.shape}, not {shape}")
+            leaves.append((path, jnp.asarray(array)))
+    problems += [f"unexpected {name}" for name in sorted(found - wanted)]
     if problems:
         raise CheckpointError(f"{folder} does not fit the network:\n  " + "\n  ".join(problems))
-    stacked = {
-        path: jnp.asarray(np.stack(x) if "{}" in names[path[:-1]] else x[0], jnp.float32)
-        for path, x in leaves.items()
-    }
-    return network, unflatten(stacked.items())
+    return network, unflatten(leaves)
+
+
+def _tensors(network: Network, module: str, path: tuple):
+    """(tensor name, where in the array of `path` it lies, transposed) of each layer."""
+    layers = network.config.num_layers if "{}" in module else None
+    for i, (rank, _) in enumerate(network.lora.sizes(path[-2], layers)):
+        matrix = np.s_[:, :rank] if path[-1] == "lora_a" else np.s_[:rank, :]
+        name = f"{_PREFIX}{module.format(i)}.{_MATRICES[path[-1]]}"
+        yield name, (..., *matrix) if layers is None else (..., i, *matrix)
+
+
+def _config(about: dict, targets: list[str], names: dict, layers: int) -> LoraConfig:
+    """Sizes of adapter_config.json, whose patterns PEFT matches with the end of a module's name."""
+    usual = about["r"], float(about["lora_alpha"])
+
+    def size(module: str) -> tuple[int, float]:
+        found = []
+        for option, default in zip(("rank_pattern", "alpha_pattern"), usual, strict=True):
+            fits = (
+                value
+                for pattern, value in (about.get(option) or {}).items()
+                if re.fullmatch(rf"(.*\.)?({pattern})", module)
+            )
+            found.append(next(fits, default))
+        return int(found[0]), float(found[1])
+
+    patterns = []
+    for path, module in names.items():
+        if path[-1] not in targets:
+            continue
+        for i in range(layers if "{}" in module else 1):
+            place = f"layers.{i}.{path[-1]}" if "{}" in module else path[-1]
+            if (differs := size(module.format(i))) != usual:
+                patterns.append((re.escape(place), *differs))
+    return LoraConfig(*usual, tuple(targets), tuple(patterns))
 
 
 def _modules(network: Network) -> dict[tuple, str]:
