@@ -24,7 +24,8 @@ def get_config() -> ConfigDict:
     # Data: "world", "squad", "hotpotqa", or a folder with questions.jsonl and passages.jsonl.
     config.data = ConfigDict({"name": "world", "test_questions": 0, "train_questions": 0})
 
-    # Models: built-in, a Hugging Face folder or a hub id. "instruct" prompts suit large generators.
+    # Models: built-in, a Hugging Face folder or a hub id. Large generators want "instruct" prompts, or
+    # "chat", which puts them into the generator's own chat template.
     config.models = ConfigDict()
     config.models.retriever = "builtin:encoder"
     config.models.generator = "builtin:decoder"

@@ -12,7 +12,7 @@ import numpy as np
 
 from fedrag_jax.data.batching import ANSWER_TOKENS, Prompts, left_padded
 from fedrag_jax.data.examples import Passage
-from fedrag_jax.data.prompts import STYLES
+from fedrag_jax.data.prompts import STYLES, named_style
 from fedrag_jax.errors import CheckpointError, ConfigError
 from fedrag_jax.models import hub, lora, peft
 from fedrag_jax.models.decoding import greedy
@@ -70,6 +70,7 @@ class RAGSystem:
 
         Args:
           examples: questions that may be trained on; they set the widths of training arrays.
+          prompt_style: "compact", "instruct", or "chat", the generator's own chat template.
           top_k: passages read together.
           marginal_k: passages that training of the retriever marginalises over (all, if the corpus has
             fewer). More than are read, because only a question whose gold passage is among them teaches
@@ -82,8 +83,6 @@ class RAGSystem:
             `score_scale` not positive.
           CheckpointError: a folder that holds no such model.
         """
-        if prompt_style not in STYLES:
-            raise ConfigError(f"prompt_style must be one of {sorted(STYLES)}, got {prompt_style!r}")
         if not 1 <= top_k <= len(passages):
             raise ConfigError(
                 f"top_k must be between 1 and the corpus' {len(passages)} passages, got {top_k}"
@@ -102,11 +101,10 @@ class RAGSystem:
                 raise ConfigError(
                     f"models.{role} must be a {method}; {model.name} is an {model.kind}"
                 )
+        style = named_style(prompt_style, generator.tokenizer)
         adapters = adapters or lora.LoraConfig()
         decoder = lora.add_lora(generator.network, adapters)
-        prompts = Prompts(
-            generator.tokenizer, STYLES[prompt_style], passages, examples, max_passage_tokens
-        )
+        prompts = Prompts(generator.tokenizer, style, passages, examples, max_passage_tokens)
         return cls(
             generator=generator,
             decoder=decoder,
@@ -197,7 +195,7 @@ class RAGSystem:
         with open(folder / "passages.jsonl", "w", encoding="utf-8") as file:
             for passage in self.retriever.passages:
                 file.write(json.dumps(dataclasses.asdict(passage), ensure_ascii=False) + "\n")
-        style = next(name for name, s in STYLES.items() if s == self.prompts.style)
+        style = next((name for name, s in STYLES.items() if s == self.prompts.style), "chat")
         settings = {
             "top_k": self.top_k,
             "marginal_k": self.marginal_k,

@@ -34,6 +34,8 @@ class Prompts:
         self.tokenizer, self.style = tokenizer, style
         self.max_passage_tokens = max_passage_tokens
         self.eos = tokenizer.eos_token_id
+        if style.end:  # its first token ends a turn; what follows lies between turns
+            self.eos = self._tokenize([style.end])[0][0]
         if self.eos is None:
             raise CheckpointError(
                 "the generator's tokenizer has no eos_token, with which answers end; name one in its "
@@ -41,16 +43,17 @@ class Prompts:
             )
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos
         opening = self._tokenize([style.opening])[0] if style.opening else []
-        if tokenizer.bos_token_id is not None:
+        if style.bos and tokenizer.bos_token_id is not None:
             opening = [tokenizer.bos_token_id, *opening]
         self._opening = np.array(opening, np.int32)
         texts = [style.passage.format(text=_text(p)) for p in passages]
         self._passages = [np.array(t[:max_passage_tokens], np.int32) for t in self._tokenize(texts)]
         self._questions: dict[str, np.ndarray] = {}
         self._answers: dict[str, np.ndarray] = {}
-        lengths = [len(self.question_tokens(e.question)) for e in examples] or [0]
-        self.question_width = max(lengths)
-        self.answer_width = max([len(self.answer_tokens(e.answers[0])) for e in examples] or [0])
+        asked = [len(self.question_tokens(e.question)) for e in examples]
+        answered = [len(self.answer_tokens(e.answers[0])) for e in examples]
+        self.answer_width = max(answered, default=0)
+        self._after_width = max(map(sum, zip(asked, answered, strict=True)), default=0)
         self._passage_lengths = np.array([len(p) for p in self._passages])
 
     @functools.cached_property
@@ -58,7 +61,7 @@ class Prompts:
         """EOS and every token with a line break in it (byte-level and byte-fallback spellings)."""
         vocabulary = self.tokenizer.get_vocab().items()
         breaks = (i for piece, i in vocabulary if "\u010a" in piece or piece == "<0x0A>")
-        return tuple(sorted({self.eos, *breaks}))
+        return tuple(sorted({self.eos, self.tokenizer.eos_token_id, *breaks} - {None}))
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
@@ -92,8 +95,7 @@ class Prompts:
         Several passages are seldom all long: each has room for the 90th percentile, the last is cut.
         """
         each = np.quantile(self._passage_lengths, 1.0 if k == 1 else 0.9)
-        room = len(self._opening) + k * int(each) + self.question_width + self.answer_width
-        return -(-room // 8) * 8
+        return len(self._opening) + k * int(each) + self._after_width
 
     def training_table(
         self, examples: Sequence[Example], retrieved: np.ndarray, per_passage: bool
@@ -122,14 +124,14 @@ class Prompts:
         for i, example in enumerate(examples):
             answer = self.answer_tokens(example.answers[0])
             asked = self.question_tokens(example.question)
-            if len(answer) > longest or len(asked) > self.question_width:
+            if len(answer) > longest or len(asked) + len(answer) > self._after_width:
                 raise DataError(
                     f"question {example.id!r} or its answer is longer than any the prompts were made "
                     "for; give the training questions to RAGSystem.build as `examples`"
                 )
             mask[i, : len(answer)] = 1
             for j, rows in enumerate(groups[i]):
-                prompt = self.prompt(example.question, rows, width - longest)
+                prompt = self.prompt(example.question, rows, width - len(answer))
                 end = len(prompt) + len(answer)
                 tokens[i, j, : len(prompt)] = prompt
                 tokens[i, j, len(prompt) : end] = answer

@@ -6,14 +6,23 @@ boundary of the answer is exact, and a passage is tokenised once however often i
 
 from typing import NamedTuple
 
+from fedrag_jax.errors import ConfigError
+
 
 class PromptStyle(NamedTuple):
-    """The text around the parts of a prompt; the answer ends with the tokenizer's EOS."""
+    """The text around the parts of a prompt.
+
+    Attributes:
+      end: the token after an answer; the tokenizer's EOS if empty.
+      bos: whether the tokenizer's BOS comes first.
+    """
 
     opening: str
     passage: str
     question: str
     answer: str
+    end: str = ""
+    bos: bool = True
 
 
 # For the built-in decoder, which has no use for instructions and pays for every token.
@@ -36,6 +45,51 @@ INSTRUCT = PromptStyle(
 )
 
 STYLES = {"compact": COMPACT, "instruct": INSTRUCT}
+
+
+def named_style(name: str, tokenizer) -> PromptStyle:
+    """One of `STYLES`, or "chat": the turns of the tokenizer's own chat template.
+
+    Raises:
+      ConfigError: an unknown name, or no chat template that passes the user's words on.
+    """
+    if name == "chat":
+        return _chat(tokenizer)
+    if name not in STYLES:
+        raise ConfigError(f"prompt_style must be one of {[*STYLES, 'chat']}, got {name!r}")
+    return STYLES[name]
+
+
+def _chat(tokenizer) -> PromptStyle:
+    """The user gives instruction, context and question; the assistant answers."""
+    if not tokenizer.chat_template:
+        raise ConfigError("prompt_style 'chat': the tokenizer has no chat template; use 'instruct'")
+
+    def turns(*contents, **options) -> str:
+        roles = zip(("user", "assistant"), contents, strict=False)
+        messages = [{"role": role, "content": content} for role, content in roles]
+        # Reasoning aloud, where a template offers it, would have to be written before each answer.
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, enable_thinking=False, **options
+        )
+
+    passages, question, answer = "<passages>", "{question}", "<answer>"
+    said = f"{INSTRUCT.opening}{passages}### Question:\n{question}"
+    asked, answered = turns(said, add_generation_prompt=True), turns(said, answer)
+    if passages not in asked or question not in asked or answer not in answered:
+        raise ConfigError(
+            "prompt_style 'chat': the chat template does not pass the words of user and assistant on; "
+            "use 'instruct'"
+        )
+    opening, _, rest = asked.partition(passages)
+    before, _, after = rest.partition(question)
+    until, _, end = answered.partition(answer)
+    lead = until.removeprefix(asked) if until.startswith(asked) else ""
+    after = after.replace("{", "{{").replace("}", "}}")
+    return PromptStyle(
+        opening, INSTRUCT.passage, before + question + after, lead + "{answer}", end, bos=False
+    )
+
 
 # What the built-in decoder was also taught: to rate a text from 0 to 10 by how much can be asked
 # about it, to ask a question with its answer, and to cite the passage before it answers.

@@ -1,0 +1,86 @@
+"""Prompts in a generator's own chat template, with templates of the three families that differ most."""
+
+import pytest
+import transformers
+
+from fedrag_jax.data.batching import Prompts
+from fedrag_jax.data.examples import Example, Passage
+from fedrag_jax.data.prompts import INSTRUCT, named_style
+from fedrag_jax.errors import ConfigError
+from fedrag_jax.models import hub
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+    "{{ m.content | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+CASES = {
+    "chatml": (CHATML, "<|im_end|>"),
+    "llama3": (LLAMA3, "<|eot_id|>"),
+    "mistral": (MISTRAL, None),
+}
+SPECIAL = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+PASSAGES = [Passage("a", "Ada", "Ada lived in {Rome}."), Passage("b", "Bob", "Bob saw <b>.")]
+QUESTION = Example("q", "Where did {Ada} live?", ("Rome",), ())
+
+
+def tokenizer_of(template):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(hub.BUILTIN / "decoder")
+    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_chat_prompts_are_what_the_template_makes_of_the_conversation(name):
+    template, end = CASES[name]
+    tokenizer = tokenizer_of(template)
+    prompts = Prompts(tokenizer, named_style("chat", tokenizer), PASSAGES, [QUESTION])
+    said = (
+        INSTRUCT.opening
+        + "Ada lived in {Rome}.\nBob saw <b>.\n"
+        + f"### Question:\n{QUESTION.question}"
+    )
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": said}],
+        tokenize=False, add_generation_prompt=True, enable_thinking=False,
+    )  # fmt: skip
+    assert tokenizer.decode(prompts.prompt(QUESTION.question, [0, 1])) == asked
+    answer = prompts.answer_tokens("Rome")
+    last = tokenizer.eos_token_id if end is None else tokenizer.convert_tokens_to_ids(end)
+    assert answer[-1] == prompts.eos == last
+    assert tokenizer.decode(answer[:-1]) == (" Rome" if name == "mistral" else "Rome")
+    assert {last, tokenizer.eos_token_id} <= set(prompts.stop_tokens)
+
+
+def test_templates_that_cannot_be_used_are_refused():
+    for template, words in (
+        (None, "no chat template; use 'instruct'"),
+        ("Hello.", "does not pass the words"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            named_style("chat", tokenizer_of(template))
+    with pytest.raises(ConfigError, match=r"\['compact', 'instruct', 'chat'\], got 'poem'"):
+        named_style("poem", tokenizer_of(CHATML))
+
+
+def test_a_system_with_a_chat_template_is_saved_and_loaded(tmp_path):
+    from fedrag_jax.rag import RAGSystem
+
+    model = hub.load("builtin:decoder")
+    model.tokenizer.chat_template = MISTRAL
+    system = RAGSystem.build(PASSAGES, generator=model, prompt_style="chat", top_k=1)
+    system.save(tmp_path)
+    again = RAGSystem.load(tmp_path)
+    assert again.prompts.style == system.prompts.style == named_style("chat", model.tokenizer)
+    asked = system.prompts.prompt("Who is Ada?", [0]), again.prompts.prompt("Who is Ada?", [0])
+    assert asked[0].tolist() == asked[1].tolist()
