@@ -27,8 +27,8 @@ def get_config() -> ConfigDict:
     config.max_question_tokens = 32  # in training; longer questions are cut
     # Of the first round, falling linearly; highest validation MRR wins, in each setting by itself.
     config.learning_rates = ConfigDict()
-    config.learning_rates.centralised = (1e-6, 3e-6, 1e-5)
-    config.learning_rates.federated = (1e-5, 3e-5, 1e-4)
+    config.learning_rates.centralised = (3e-6, 1e-5, 3e-5)
+    config.learning_rates.federated = (1e-5, 3e-5, 1e-4, 3e-4)
     config.learning_rates.local = (3e-6, 1e-5)
     config.train_questions = 0  # 0: all
     config.test_questions = 0
