@@ -9,6 +9,7 @@ and a training that was killed goes on from its last checkpoint.
 """
 
 import collections
+import dataclasses
 import json
 import pathlib
 import time
@@ -76,6 +77,33 @@ def warn_of_borrowed_rates(config) -> None:
         )
 
 
+def load_generator(models):
+    """The generator as `config.models` wants its frozen base.
+
+    Raises:
+      ConfigError: a type, format or number of devices that cannot be had.
+    """
+    import jax
+
+    from fedrag_jax.models import hub
+    from fedrag_jax.models.quantized import quantize
+    from fedrag_jax.models.sharding import shard
+
+    if models.dtype not in ("float32", "bfloat16"):
+        raise ConfigError(f"config.models.dtype: 'float32' or 'bfloat16', got {models.dtype!r}")
+    if not 1 <= models.devices <= jax.device_count():
+        raise ConfigError(
+            f"config.models.devices: there are {jax.device_count()}, asked for {models.devices}"
+        )
+    generator = hub.load(models.generator, models.dtype)
+    params = generator.params
+    if models.quantize:
+        params = quantize(params, models.quantize)
+    if models.devices > 1:
+        params = shard(params, jax.make_mesh((models.devices,), ("model",)))
+    return dataclasses.replace(generator, params=params)
+
+
 class Comparison:
     """What all cells share: data, base system, client split, folders."""
 
@@ -84,7 +112,10 @@ class Comparison:
         from fedrag_jax.retrieval.clusters import with_topics
 
         self.config, self.dataset, self.folder = config, dataset, folder
-        self.models = {role: hub.load(config.models[role]) for role in ("generator", "retriever")}
+        self.models = {
+            "generator": load_generator(config.models),
+            "retriever": hub.load(config.models.retriever),
+        }
         self.systems = {}
         if config.federated.column == "topic":
             self.dataset = with_topics(dataset, self.system(config.seeds[0]).retriever)
@@ -243,8 +274,6 @@ def own_topic(clients, examples, em, column: str) -> dict[str, float]:
 
 def no_op(run: Comparison, seed: int) -> float:
     """Largest change of any test score after joint training at learning rate zero; must be 0."""
-    import dataclasses
-
     from fedrag_jax.evaluation.evaluator import evaluate
     from fedrag_jax.strategies.strategies import joint_token
 

@@ -118,6 +118,9 @@ def test_another_config_does_not_mix_with_old_results(finished):
         ("data.name", "/nowhere", DataError, "/nowhere"),
         ("lora.targets", ("nose_proj",), ConfigError, "nose_proj"),
         ("strategies", (), ConfigError, r"config.strategies is empty"),
+        ("models.dtype", "int8", ConfigError, r"models.dtype: 'float32' or 'bfloat16', got 'int8'"),
+        ("models.quantize", "int3", ConfigError, r"got 'int3'"),
+        ("models.devices", 1000, ConfigError, r"models.devices: there are \d+, asked for 1000"),
         ("settings", (), ConfigError, r"config.settings is empty"),
     ],
 )

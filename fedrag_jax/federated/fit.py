@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from fedrag_jax.data.partition import Partition
 from fedrag_jax.errors import ConfigError, DataError, DivergenceError
@@ -131,7 +132,9 @@ def fit(
 
     # Rounds.
     frozen = jax.tree.map(jnp.asarray, task.frozen)
-    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(b"local update"))
+    beside = _beside(frozen)
+    now = dataclasses.replace(now, state=beside(now.state))
+    key = beside(jax.random.fold_in(jax.random.key(seed), zlib.crc32(b"local update")))
     table = None
     while now.round < rounds:
         clock = _Clock()
@@ -144,14 +147,14 @@ def fit(
             if refresh:
                 found = _retrieve(task, data, rows, algorithm, now.state)
                 now = dataclasses.replace(now, retrieved=found)
-            table = _collate(task, data.examples, rows, now.retrieved)
+            table = beside(_collate(task, data.examples, rows, now.retrieved))
             place = np.zeros(len(data.examples), np.int32)
             place[rows] = np.arange(len(rows))
         refresh_seconds, compile_seconds = clock.lap()
 
         cohort = sample_cohort(data, algorithm, now.round, batch_size, seed)
         in_table = cohort._replace(indices=place[cohort.indices])
-        groups = grouped(in_table, group_size, len(data.clients))
+        groups = beside(grouped(in_table, group_size, len(data.clients)))
         arguments = now.state, frozen, table, groups, np.int32(now.round), key
         sample_seconds, _ = clock.lap()
         run = compile_round(task.loss, algorithm, at_round(now.round), *arguments)
@@ -186,6 +189,15 @@ def _initial_state(task, algorithm, optimizer, client_count) -> State:
     # Copies, because the rounds reuse the memory of the state; of fixed types, so that the first
     # round and the second are the same program.
     return jax.tree.map(lambda x: jnp.array(x, dtype=jnp.result_type(x)), state)
+
+
+def _beside(frozen) -> Callable[[Any], Any]:
+    """Puts what is trained or read onto the devices that share the frozen arrays, whole on each."""
+    shared = (x.sharding for x in jax.tree.leaves(frozen) if len(x.sharding.device_set) > 1)
+    place = next(shared, None)
+    if place is None:
+        return lambda tree: tree
+    return lambda tree: jax.device_put(tree, NamedSharding(place.mesh, PartitionSpec()))
 
 
 def _used(data, algorithm, first, count, batch_size, seed, height) -> np.ndarray:

@@ -40,10 +40,15 @@ def _compile(loss, algorithm, fixed, structure, tree, shapes):
         optimizer = join(fixed, numbers, structure)
         client = local_update(loss, optimizer, frozen, table, jax.random.fold_in(key, round))
         state, report = algorithm.apply(state, cohort, client)
+        state = jax.tree.map(_placed, state, arguments[0])  # for the next round to be this program
         return state, report | {"server_finite": all_finite(state.trainable)}
 
     numbers, arguments = jax.tree.unflatten(tree, shapes)
     return jax.jit(run, donate_argnums=1).lower(numbers, *arguments).compile()
+
+
+def _placed(x, shape):
+    return x if shape.sharding is None else jax.lax.with_sharding_constraint(x, shape.sharding)
 
 
 def _shape(x) -> jax.ShapeDtypeStruct:

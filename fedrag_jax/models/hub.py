@@ -20,6 +20,7 @@ from fedrag_jax.models import sentence
 from fedrag_jax.models.encoder import Encoder
 from fedrag_jax.models.families import FAMILIES, Family, family_of
 from fedrag_jax.models.network import Network, flatten, unflatten
+from fedrag_jax.models.quantized import is_quantized
 
 BUILTIN = pathlib.Path(__file__).parent / "builtin"
 
@@ -74,10 +75,15 @@ def save(pretrained: Pretrained, path: str | pathlib.Path, dtype: str = "float32
       dtype: of the file, "float32" or "float16".
 
     Raises:
-      CheckpointError: another dtype, or a parameter too large for float16.
+      CheckpointError: another dtype, a parameter too large for float16, quantised parameters.
     """
     if dtype not in ("float32", "float16"):
         raise CheckpointError(f"dtype must be 'float32' or 'float16', got {dtype!r} ({path})")
+    if is_quantized(pretrained.params):
+        raise CheckpointError(
+            f"{pretrained.name} is quantised and not written to {path}: keep the folder it was loaded "
+            "from, and save its adapters with peft.save"
+        )
     folder, network = pathlib.Path(path), pretrained.network
     folder.mkdir(parents=True, exist_ok=True)
     family = FAMILIES[network.config.family]

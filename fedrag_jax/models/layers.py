@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from fedrag_jax.models.quantized import dense
+
 
 class Linear(nnx.Module):
     """x [..., in] -> x W + b + x A B [..., out].
@@ -25,7 +27,7 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         # Rows of one matrix: XLA on CPU takes 2.5 times as long over the gradient of a 3-D product.
         rows = x.reshape(-1, x.shape[-1])
-        y = rows @ self.kernel[...]
+        y = rows @ dense(self.kernel[...])
         if hasattr(self, "bias"):
             y = y + self.bias[...]
         if hasattr(self, "lora_a"):

@@ -17,6 +17,7 @@ from flax import nnx
 
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.models.network import Network, flatten, unflatten
+from fedrag_jax.models.quantized import is_quantized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +127,11 @@ def init_adapters(network: Network, key: jax.Array | int) -> dict:
 
 
 def merge(network: Network, params: dict, adapters: dict) -> dict:
-    """Parameters of the base with the adapters added in: W + (alpha / rank) A B."""
+    """Parameters of the base with the adapters added in: W + (alpha / rank) A B.
+
+    Raises:
+      ConfigError: the base is quantised.
+    """
     return _added(network, params, adapters, jnp.add)
 
 
@@ -136,6 +141,8 @@ def unmerge(network: Network, merged: dict, adapters: dict) -> dict:
 
 
 def _added(network, params, adapters, add):
+    if is_quantized(params):
+        raise ConfigError("adapters cannot be merged into a quantised base; keep them beside it")
     low_rank, result = dict(flatten(network.lora.scaled(adapters))), dict(flatten(params))
     for path in [path for path in low_rank if path[-1] == "lora_a"]:
         kernel, a, b = (*path[:-1], "kernel"), low_rank[path], low_rank[(*path[:-1], "lora_b")]

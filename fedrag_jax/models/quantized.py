@@ -1,0 +1,77 @@
+"""A frozen base in 8 or 4 bits (Dettmers et al. 2023, QLoRA, arXiv 2305.14314), by Qwix.
+
+The kernels of the layers alone are quantised, in blocks along the inputs with one scale each; norms,
+biases, embeddings and the head stay as they are. A kernel is made dense where it is used, one layer at
+a time: gradients go through it to the adapters below, and none is taken of it.
+"""
+
+import functools
+
+import jax
+
+from fedrag_jax.errors import ConfigError
+from fedrag_jax.models.network import flatten, unflatten
+
+FORMATS = ("int8", "int4", "nf4")
+
+
+def quantize(params: dict, format: str = "nf4", block: int = 64) -> dict:
+    """Parameters of a network with its kernels [L, in, out] in few bits; `Network` runs on them too.
+
+    Args:
+      format: "int8" or "int4", evenly spaced, or "nf4", spaced for normally distributed weights.
+      block: inputs that share a scale, which has the dtype of the parameters.
+
+    Raises:
+      ConfigError: another format, parameters that are quantised, kernels whose inputs `block` does not
+        divide (all of them at once).
+    """
+    if format not in FORMATS:
+        raise ConfigError(f"format must be one of {FORMATS}, got {format!r}")
+    if is_quantized(params):
+        raise ConfigError("these parameters are quantised; start from those that were loaded")
+    leaves = dict(flatten(params))
+    kernels = [path for path in leaves if path[0] == "layers" and path[-1] == "kernel"]
+    odd = {
+        ".".join(path): leaves[path].shape[1] for path in kernels if leaves[path].shape[1] % block
+    }
+    if odd:
+        raise ConfigError(
+            f"block {block} does not divide the inputs of {odd}; choose one that does"
+        )
+    return unflatten(
+        (path, _quantized(leaf, format, block) if path in kernels else leaf)
+        for path, leaf in leaves.items()
+    )
+
+
+def is_quantized(params: dict) -> bool:
+    """Whether any parameter is in few bits."""
+    return any(map(_in_few_bits, dict(flatten(params)).values()))
+
+
+def dense(kernel) -> jax.Array:
+    """A kernel as an array, quantised or not."""
+    return _qwix().dequantize(kernel) if _in_few_bits(kernel) else kernel
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _quantized(kernel, format, block):
+    def one(layer):  # after another: nf4 looks at sixteen distances for each weight
+        return _qwix().quantize(layer, format, channelwise_axes=(1,), tiled_axes={0: block})
+
+    return jax.lax.map(one, kernel)
+
+
+def _in_few_bits(leaf) -> bool:
+    return hasattr(leaf, "qvalue")  # a qwix.QArray, which stays an extra
+
+
+def _qwix():
+    try:
+        import qwix
+    except ImportError as error:
+        raise ConfigError(
+            "quantised parameters need qwix: pip install 'fedrag-jax[quantized]'"
+        ) from error
+    return qwix

@@ -1,0 +1,52 @@
+"""The frozen base over several devices (Shoeybi et al. 2019, Megatron-LM, arXiv 1909.08053).
+
+Queries, keys, values, gates and up-projections are cut by output, so that heads and hidden units lie
+whole on one device; what follows them is cut by input, and one all-reduce adds up the parts. Tables of
+words are cut by word. The compiler places the rest.
+"""
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from fedrag_jax.errors import ConfigError
+from fedrag_jax.models.network import flatten, unflatten
+
+# Which axis of the last two is cut: rows [in, ...] or columns [..., out].
+_COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head")
+_ROWS = ("o_proj", "down_proj", "embed")
+
+
+def shard(params: dict, mesh: Mesh, axis: str = "model") -> dict:
+    """The parameters of a base, quantised or not, over the devices of a mesh axis.
+
+    Networks run on them as ever; adapters, batches and clients need no change.
+
+    Raises:
+      ConfigError: no such axis, or a size that it does not divide (all of them at once).
+    """
+    if axis not in mesh.shape:
+        raise ConfigError(f"the mesh has no axis {axis!r}, but {list(mesh.shape)}")
+    count, odd = mesh.shape[axis], []
+
+    def placed(path, leaf):
+        name = path[-2]
+        columns = name in _COLUMNS and path[-1] in ("kernel", "bias")
+        rows = name in _ROWS and path[-1] in ("kernel", "embedding")
+        if not columns and not rows:
+            return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec()))
+
+        def put(array):
+            at = array.ndim - (1 if columns else 2)
+            if array.shape[at] % count:
+                odd.append(f"{'.'.join(path)} {array.shape}")
+                return array
+            spec = [None] * array.ndim
+            spec[at] = axis
+            return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec)))
+
+        return jax.tree.map(put, leaf)
+
+    placed_leaves = [(path, placed(path, leaf)) for path, leaf in flatten(params)]
+    if odd:
+        raise ConfigError(f"{count} devices do not divide {odd}; use fewer, or another model")
+    return unflatten(placed_leaves)
