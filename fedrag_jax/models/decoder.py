@@ -9,7 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fedrag_jax.models.layers import Embed, Linear, RMSNorm, attend, run_stack, stack, take_rows
+from fedrag_jax.models.layers import (
+    Embed,
+    Linear,
+    RMSNorm,
+    attend,
+    run_stack,
+    stack,
+    take_rows,
+    unstacked,
+)
 from fedrag_jax.models.lora import LoraConfig
 
 
@@ -65,13 +74,13 @@ class Cache(NamedTuple):
     """Keys and values already computed.
 
     Attributes:
-      keys, values: [L, B, S, G, E].
+      keys, values: [L, B, G, S, E], or L arrays of [B, G, S, E].
       mask: bool [B, S], which of them are tokens rather than padding or room.
       length: int32 scalar, how many of the S places are taken.
     """
 
-    keys: jax.Array
-    values: jax.Array
+    keys: jax.Array | tuple[jax.Array, ...]
+    values: jax.Array | tuple[jax.Array, ...]
     mask: jax.Array
     length: jax.Array
 
@@ -141,9 +150,17 @@ class Decoder(nnx.Module):
     def empty_cache(self, rows: int, length: int) -> Cache:
         """Room for `length` tokens in each of `rows` sequences."""
         c, dtype = self.config, self.embed.embedding[...].dtype
-        shape = c.num_layers, rows, length, c.num_kv_heads, c.head_dim
+        shape = c.num_layers, rows, c.num_kv_heads, length, c.head_dim
         room = jnp.zeros(shape, dtype)
         return Cache(room, room, jnp.zeros((rows, length), bool), jnp.int32(0))
+
+    def unstack(self) -> None:
+        """Gives each layer arrays of its own, and expects a cache like that.
+
+        To be done before a loop over tokens: a CPU copies a layer to take it out of a stack, which
+        takes longer than to multiply it by the few rows of a step.
+        """
+        self.layers = unstacked(self.layers, self.config.num_layers)
 
 
 def rope_frequencies(config: DecoderConfig) -> np.ndarray:
@@ -190,17 +207,15 @@ class _Attention(nnx.Module):
         self.k_norm = RMSNorm(e, config.norm_epsilon) if config.qk_norm else lambda k: k
 
     def __call__(self, x, rope, visible, cache, read):
-        v = self._heads(self.v_proj(x))
-        k = _rotate(self.k_norm(self._heads(self.k_proj(x))), rope)
+        v = self._heads(self.v_proj(x)).transpose(0, 2, 1, 3)
+        k = _rotate(self.k_norm(self._heads(self.k_proj(x))), rope).transpose(0, 2, 1, 3)
         x, visible, *rope = (take_rows(array, read) for array in (x, visible, *rope))
         q = _rotate(self.q_norm(self._heads(self.q_proj(x))), rope)
         kept = ()
         if cache is not None:
             keys, values, layer, start = cache
-            at = (layer, 0, start, 0, 0)
-            keys = jax.lax.dynamic_update_slice(keys, k[None], at)
-            values = jax.lax.dynamic_update_slice(values, v[None], at)
-            k, v, kept = keys[layer], values[layer], (keys, values)
+            kept = _put(keys, k, layer, start), _put(values, v, layer, start)
+            k, v = kept[0][layer], kept[1][layer]
         return self.o_proj(attend(q, k, v, visible)), *kept
 
     def _heads(self, x):
@@ -216,6 +231,14 @@ class _MLP(nnx.Module):
 
     def __call__(self, x):
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def _put(room, new, layer, start):
+    """`room` of all layers with `new` [B, G, T, E] in one of them, from place `start` on."""
+    if isinstance(room, tuple):
+        put = jax.lax.dynamic_update_slice(room[layer], new, (0, 0, start, 0))
+        return *room[:layer], put, *room[layer + 1 :]
+    return jax.lax.dynamic_update_slice(room, new[None], (layer, 0, 0, start, 0))
 
 
 def _rotate(x, rope):
