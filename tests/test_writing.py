@@ -163,7 +163,7 @@ def test_lengths_of_one_bucket_share_their_programs(writer):
     write(33, 20), write(33, 20, temperature=0.5)
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        for length, count in ((34, 17), (40, 33), (57, 18), (64, 24), (64, 33), (50, 19)):
+        for length, count in ((34, 18), (40, 33), (57, 18), (64, 24), (64, 33), (50, 19)):
             write(length, count)
             write(length, count, temperature=1 + length / 100, top_p=count / 50, stop=("zebra",))
         assert not compiled

@@ -9,16 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fedrag_jax.models.layers import (
-    Embed,
-    Linear,
-    RMSNorm,
-    attend,
-    run_stack,
-    stack,
-    take_rows,
-    unstacked,
-)
+from fedrag_jax.models.layers import Embed, Linear, RMSNorm, attend, run_stack, stack, take_rows
 from fedrag_jax.models.lora import LoraConfig
 
 
@@ -74,13 +65,13 @@ class Cache(NamedTuple):
     """Keys and values already computed.
 
     Attributes:
-      keys, values: [L, B, G, S, E], or L arrays of [B, G, S, E].
+      keys, values: [L, B, G, S, E].
       mask: bool [B, S], which of them are tokens rather than padding or room.
       length: int32 scalar, how many of the S places are taken.
     """
 
-    keys: jax.Array | tuple[jax.Array, ...]
-    values: jax.Array | tuple[jax.Array, ...]
+    keys: jax.Array
+    values: jax.Array
     mask: jax.Array
     length: jax.Array
 
@@ -154,14 +145,6 @@ class Decoder(nnx.Module):
         room = jnp.zeros(shape, dtype)
         return Cache(room, room, jnp.zeros((rows, length), bool), jnp.int32(0))
 
-    def unstack(self) -> None:
-        """Gives each layer arrays of its own, and expects a cache like that.
-
-        To be done before a loop over tokens: a CPU copies a layer to take it out of a stack, which
-        takes longer than to multiply it by the few rows of a step.
-        """
-        self.layers = unstacked(self.layers, self.config.num_layers)
-
 
 def rope_frequencies(config: DecoderConfig) -> np.ndarray:
     """Radians per position, float32 [E / 2] (Su et al., 2104.09864), slowed as in Llama 3.1.
@@ -214,8 +197,10 @@ class _Attention(nnx.Module):
         kept = ()
         if cache is not None:
             keys, values, layer, start = cache
-            kept = _put(keys, k, layer, start), _put(values, v, layer, start)
-            k, v = kept[0][layer], kept[1][layer]
+            at = (layer, 0, 0, start, 0)
+            keys = jax.lax.dynamic_update_slice(keys, k[None], at)
+            values = jax.lax.dynamic_update_slice(values, v[None], at)
+            k, v, kept = keys[layer], values[layer], (keys, values)
         return self.o_proj(attend(q, k, v, visible)), *kept
 
     def _heads(self, x):
@@ -231,14 +216,6 @@ class _MLP(nnx.Module):
 
     def __call__(self, x):
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-def _put(room, new, layer, start):
-    """`room` of all layers with `new` [B, G, T, E] in one of them, from place `start` on."""
-    if isinstance(room, tuple):
-        put = jax.lax.dynamic_update_slice(room[layer], new, (0, 0, start, 0))
-        return *room[:layer], put, *room[layer + 1 :]
-    return jax.lax.dynamic_update_slice(room, new[None], (layer, 0, 0, start, 0))
 
 
 def _rotate(x, rope):

@@ -114,14 +114,13 @@ def pieces(
             f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} are more than the "
             f"model's {most} positions: shorten one of them"
         )
-    key = jax.random.key(0) if key is None else key
     rows = np.arange(len(tokens)) if rows is None else rows
     options = _Options(
         np.array(stop_tokens, np.int32),
         np.int32(pad_token),
         np.float32(temperature),
         np.float32(top_p),
-        key,
+        key if temperature > 0 else None,
         np.asarray(rows, np.int32),
     )
     sampled = temperature > 0
@@ -193,8 +192,6 @@ def _begin(network, sampled, room, params, adapters, tokens, mask, options):
     hidden, cache = run(tokens, positions, mask, cache=cache, read=last)
     logits = run(hidden[:, 0], method="logits")
     token, log_prob = _choose(logits, sampled, options, jnp.int32(0))
-    if _unstacks():
-        cache = cache._replace(keys=tuple(cache.keys), values=tuple(cache.values))
     stopped = jnp.isin(token, options.stops)
     state = _State(token, positions[:, -1], jnp.int32(1), stopped, cache)
     return state, token[:, None], log_prob[:, None]
@@ -202,9 +199,7 @@ def _begin(network, sampled, room, params, adapters, tokens, mask, options):
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
 def _advance(network, sampled, state, params, adapters, count, options):
-    decoder = network.bind(params, adapters)
-    if _unstacks():
-        decoder.unstack()
+    run = functools.partial(network, params, adapters=adapters)
     rows = len(state.token)
     seen = jnp.ones((rows, 1), bool)
 
@@ -215,21 +210,17 @@ def _advance(network, sampled, state, params, adapters, count, options):
     def step(carry):
         i, (token, position, number, stopped, cache), tokens, log_probs = carry
         position = position + 1
-        hidden, cache = decoder(token[:, None], position[:, None], seen, cache=cache)
-        token, log_prob = _choose(decoder.logits(hidden[:, 0]), sampled, options, number)
+        hidden, cache = run(token[:, None], position[:, None], seen, cache=cache)
+        logits = run(hidden[:, 0], method="logits")
+        token, log_prob = _choose(logits, sampled, options, number)
         token = jnp.where(stopped, options.pad, token)
         tokens = tokens.at[:, i].set(token)
         log_probs = log_probs.at[:, i].set(jnp.where(stopped, 0, log_prob))
         stopped = stopped | jnp.isin(token, options.stops)
         return i + 1, _State(token, position, number + 1, stopped, cache), tokens, log_probs
 
-    tokens, log_probs = jnp.full((rows, PIECE), options.pad), jnp.zeros((rows, PIECE))
+    tokens, log_probs = jnp.full((rows, PIECE), options.pad), jnp.zeros((rows, PIECE), jnp.float32)
     return jax.lax.while_loop(running, step, (jnp.int32(0), state, tokens, log_probs))[1:]
-
-
-def _unstacks() -> bool:
-    """A GPU multiplies by a layer where it lies in the stack; a CPU would copy it at every step."""
-    return jax.default_backend() == "cpu"
 
 
 def _choose(logits, sampled, options, step):
@@ -246,7 +237,7 @@ def _choose(logits, sampled, options, step):
         scores = jnp.where(kept, scores + noise, -jnp.inf)
     # The first of the largest: XLA on a CPU takes three times as long over argmax.
     best, size = scores.max(-1, keepdims=True), scores.shape[-1]
-    token = jnp.where(scores >= best, jnp.arange(size), size - 1).min(-1)
+    token = jnp.where(scores >= best, jnp.arange(size), size - 1).min(-1).astype(jnp.int32)
     chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
     return token, (chosen - jax.nn.logsumexp(logits, axis=-1)).astype(jnp.float32)
 

@@ -113,14 +113,6 @@ def stack(count: int, make: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) ->
     return nnx.vmap(lambda key: make(nnx.Rngs(params=key)))(keys)
 
 
-def unstacked(module: nnx.Module, count: int) -> nnx.List:
-    """The `count` modules of a stack, one by one."""
-    graphdef, state = nnx.split(module)
-    return nnx.List(
-        [nnx.merge(graphdef, jax.tree.map(lambda x: x[i], state)) for i in range(count)]  # noqa: B023
-    )
-
-
 def take_rows(x: jax.Array, places: jax.Array | None) -> jax.Array:
     """x [B, T, ...] at `places` int [B, M] of the second axis: [B, M, ...]; x itself for None."""
     if places is None:
@@ -133,13 +125,8 @@ def run_stack(module: nnx.Module, step, carry, config, last=None):
     """`carry = step(layer, carry, number)` over the layers of a stack: a loop the compiler sees once.
 
     `last` is done in place of the last step, if given. `config.remat` recomputes a layer in the
-    backward pass, `config.unroll` writes every layer out. Modules one by one are written out as well.
+    backward pass, `config.unroll` writes every layer out.
     """
-    if isinstance(module, nnx.List):
-        *others, final = enumerate(module)
-        for number, layer in others:
-            carry = step(layer, carry, number)
-        return (last or step)(final[1], carry, final[0])
     graphdef, state = nnx.split(module)  # once, outside the loop
     numbers = jnp.arange(config.num_layers)
 

@@ -35,17 +35,9 @@ class Network:
         Raises:
           ConfigError: the trees do not have the leaves the module has.
         """
-        return getattr(self.bind(params, adapters), method)(*inputs, **options)
-
-    def bind(self, params, adapters=None) -> nnx.Module:
-        """A module of these arrays, for a compiled function that calls it more than once.
-
-        Raises:
-          ConfigError: as above.
-        """
         arrays = params if adapters is None else _merged(params, adapters)
         graphdef, state = _abstract(self.module, self.config, self.lora if adapters else None)
-        return nnx.merge(graphdef, _filled(state, arrays))
+        return getattr(nnx.merge(graphdef, _filled(state, arrays)), method)(*inputs, **options)
 
     def init(self, key: jax.Array) -> dict:
         """Fresh parameters as nested dicts of float32 arrays; `lora.init_adapters` makes adapters."""
