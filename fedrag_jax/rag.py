@@ -1,28 +1,21 @@
 """Retriever, generator and passages as one system that answers questions."""
 
-import concurrent.futures
 import dataclasses
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
-from fedrag_jax.data.batching import ANSWER_TOKENS, Prompts, left_padded
+from fedrag_jax.data.batching import Prompts
 from fedrag_jax.data.examples import Passage
 from fedrag_jax.data.prompts import STYLES, named_style
 from fedrag_jax.errors import CheckpointError, ConfigError
 from fedrag_jax.models import hub, lora, peft
-from fedrag_jax.models.decoding import greedy
 from fedrag_jax.models.network import Network
+from fedrag_jax.models.writing import Sampling, Writer
 from fedrag_jax.retrieval.retriever import Retriever
-
-# Prompts decoded together: few, so that a CPU keeps them in its cache.
-_ROWS = {"cpu": 10}
-_ROWS_ACCELERATOR = 64
-_IN_FLIGHT = 4  # such chunks decoded at once: one alone keeps two cores half busy
 
 
 class Response(NamedTuple):
@@ -126,55 +119,75 @@ class RAGSystem:
         adapters = self.adapters if adapters is None else adapters
         return dataclasses.replace(self, adapters=adapters, retriever=retriever)
 
-    def query(self, question: str) -> Response:
-        """Answers one question."""
-        return self.batch_query([question])[0]
+    def query(self, question: str, **sampling) -> Response:
+        """Answers one question.
 
-    def batch_query(self, questions: Sequence[str]) -> list[Response]:
-        """Answers questions from their top-k passages in one prompt each, greedily."""
+        Args:
+          sampling: see `batch_query`.
+        """
+        return self.batch_query([question], **sampling)[0]
+
+    def batch_query(self, questions: Sequence[str], **sampling) -> list[Response]:
+        """Answers questions from their top-k passages in one prompt each.
+
+        Args:
+          sampling: `max_new_tokens`, `temperature`, `top_p`, `seed`, `stop`, as in
+            `models.writing.Sampling`: by default the likeliest answer of at most 16 tokens.
+
+        Raises:
+          ConfigError: a value out of its range.
+        """
         rows, scores = self.retriever.search(questions, self.top_k)
-        answers = self.answer(questions, rows)
+        answers = self.answer(questions, rows, **sampling)
         return [
             Response(a, tuple(self.retriever.passages[i] for i in r), tuple(map(float, s)))
             for a, r, s in zip(answers, rows, scores, strict=True)
         ]
 
-    def answer(self, questions: Sequence[str], rows: Sequence[Sequence[int]]) -> list[str]:
-        """Greedy answers, at most 16 tokens, given corpus rows to read (none: closed book)."""
-        limit = self.decoder.config.max_positions - ANSWER_TOKENS
-        prompts = [self.prompts.prompt(q, r, limit) for q, r in zip(questions, rows, strict=True)]
-        stops = self.prompts.stop_tokens
-        order = np.argsort([len(p) for p in prompts], kind="stable")
-        count = _ROWS.get(jax.default_backend(), _ROWS_ACCELERATOR)
-        chunks = [order[start : start + count] for start in range(0, len(order), count)]
+    def answer(
+        self, questions: Sequence[str], rows: Sequence[Sequence[int]], **sampling
+    ) -> list[str]:
+        """Answers given corpus rows to read (none: closed book).
 
-        def write(chosen):
-            chunk = [prompts[i] for i in chosen]
-            # Always the same number of rows, so that a width compiles once.
-            chunk += [chunk[-1][:1]] * (count - len(chunk))
-            tokens, mask = left_padded(chunk, self.prompts.pad, multiple=32)
-            return np.asarray(
-                greedy(
-                    self.decoder,
-                    self.generator.params,
-                    tokens,
-                    mask,
-                    adapters=self.adapters,
-                    max_new_tokens=ANSWER_TOKENS,
-                    stop_tokens=stops,
-                    pad_token=self.prompts.pad,
-                )
-            )
+        Args:
+          sampling: see `batch_query`.
+        """
+        settings = Sampling(**sampling)
+        prompts = self._prompts(questions, rows, settings)
+        return [c.text.strip() for c in self.writer.complete(prompts, settings)]
 
-        answers = [""] * len(prompts)
-        with concurrent.futures.ThreadPoolExecutor(_IN_FLIGHT) as pool:
-            for chosen, written in zip(chunks, pool.map(write, chunks), strict=True):
-                for i, row in zip(chosen, written, strict=False):
-                    ends = np.flatnonzero(np.isin(row, stops))
-                    row = row[: ends[0]] if ends.size else row
-                    text = self.prompts.tokenizer.decode(row, skip_special_tokens=True)
-                    answers[i] = text.strip()
-        return answers
+    def stream(self, question: str, **sampling) -> Iterator[str]:
+        """The answer that `query` gives, in pieces as they are written.
+
+        Args:
+          sampling: see `batch_query`.
+        """
+        settings = Sampling(**sampling)
+        rows, _ = self.retriever.search([question], self.top_k)
+        (prompt,) = self._prompts([question], rows, settings)
+        answer = space = ""
+        for piece in self.writer.stream(prompt, settings):
+            # White space waits for what follows it: there is none at either end of an answer.
+            piece = space + piece if answer else piece.lstrip()
+            space = piece[len(piece.rstrip()) :]
+            answer += piece.rstrip()
+            if piece.strip():
+                yield piece.rstrip()
+
+    @property
+    def writer(self) -> Writer:
+        """The generator with its adapters; an answer ends with its line."""
+        return Writer(
+            self.decoder,
+            self.generator.params,
+            self.prompts.tokenizer,
+            self.prompts.stop_tokens,
+            self.adapters,
+        )
+
+    def _prompts(self, questions, rows, settings: Sampling) -> list[np.ndarray]:
+        limit = self.decoder.config.max_positions - settings.max_new_tokens
+        return [self.prompts.prompt(q, r, limit) for q, r in zip(questions, rows, strict=True)]
 
     # --- on disk ------------------------------------------------------------------------------
 

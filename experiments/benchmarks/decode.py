@@ -1,0 +1,107 @@
+"""Tokens a second of greedy decoding, against `transformers` on PyTorch on the same CPU.
+
+    JAX_PLATFORMS=cpu python -m experiments.benchmarks.decode --batch=8
+    JAX_PLATFORMS=cpu python -m experiments.benchmarks.decode --model=path/to/decoder --batch=32
+
+Both read one folder, in float32, and continue one left-padded batch of random tokens by as many tokens,
+without stopping early; both must write the same ones. They take turns, the first turn of each
+(compilation, warming up) is not counted, and the median is printed as a line of JSON. PyTorch runs as
+it does by default: scaled-dot-product attention, inference mode, a thread a core.
+"""
+
+import importlib.util
+import json
+import statistics
+import time
+
+import numpy as np
+from absl import app, flags
+
+_MODEL = flags.DEFINE_string("model", "builtin:decoder", "folder of a decoder")
+_BATCH = flags.DEFINE_integer("batch", 8, "prompts decoded together", lower_bound=1)
+_PROMPT = flags.DEFINE_integer("prompt_tokens", 64, "tokens of the longest prompt", lower_bound=2)
+_NEW = flags.DEFINE_integer("new_tokens", 64, "tokens written after each", lower_bound=1)
+_REPEATS = flags.DEFINE_integer("repeats", 5, "turns of each", lower_bound=1)
+
+
+def main(argv):
+    del argv
+    if importlib.util.find_spec("torch") is None:
+        raise SystemExit("this compares with PyTorch, which is not here: pip install torch==2.13.0")
+    import jax
+
+    from fedrag_jax.models import hub
+
+    model = hub.load(_MODEL.value)
+    tokens, mask = prompts(_BATCH.value, _PROMPT.value, model.network.config.vocab_size)
+    runs = {
+        "ours": ours(model, tokens, mask, _NEW.value),
+        "transformers": theirs(_MODEL.value, tokens, mask, _NEW.value),
+    }
+    written = {name: run() for name, run in runs.items()}
+    same = np.mean(written["ours"] == written["transformers"])
+    if same < 1:
+        raise SystemExit(f"the two agree on {100 * same:.1f} % of the tokens only; nothing to time")
+    seconds = {name: [] for name in runs}
+    for _ in range(_REPEATS.value):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    speed = {name: tokens_per_second(s) for name, s in seconds.items()}
+    report = {f"{name}_tokens_per_second": round(s, 1) for name, s in speed.items()} | {
+        "ratio": round(speed["ours"] / speed["transformers"], 2),
+        "batch": _BATCH.value,
+        "prompt_tokens": _PROMPT.value,
+        "new_tokens": _NEW.value,
+        "device": jax.devices()[0].device_kind,
+    }
+    print(json.dumps(report))
+
+
+def tokens_per_second(seconds: list[float]) -> float:
+    """Written ones; prompts are read in that time but not counted."""
+    return _BATCH.value * _NEW.value / statistics.median(seconds)
+
+
+def prompts(rows: int, width: int, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
+    """Random tokens and their mask [rows, width], padded on the left by up to half of the width."""
+    rng = np.random.default_rng(0)
+    padding = rng.integers(0, width // 2 + 1, rows)
+    padding[0] = 0
+    mask = np.arange(width) >= padding[:, None]
+    return np.where(mask, rng.integers(0, vocabulary, (rows, width)), 0), mask
+
+
+def ours(model, tokens, mask, count):
+    """A function of no arguments that writes `count` tokens a row."""
+    from fedrag_jax.models.decoding import generate
+
+    return lambda: generate(model.network, model.params, tokens, mask, max_new_tokens=count).tokens
+
+
+def theirs(name, tokens, mask, count):
+    """As `ours`, by transformers."""
+    import torch
+    import transformers
+
+    from fedrag_jax.models import hub
+
+    folder = hub.BUILTIN / name.removeprefix("builtin:") if name.startswith("builtin:") else name
+    transformers.utils.logging.disable_progress_bar()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None  # so that nothing stops, or looks whether to stop
+    inputs = {"input_ids": torch.tensor(tokens), "attention_mask": torch.tensor(mask).long()}
+
+    def run():
+        with torch.inference_mode():
+            written = model.generate(
+                **inputs, max_new_tokens=count, do_sample=False, pad_token_id=0
+            )
+        return written[:, tokens.shape[1] :].numpy()
+
+    return run
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,218 @@
+"""Text from a decoder: whole or piece by piece, up to a stop token, a stop string or a length."""
+
+import concurrent.futures
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from fedrag_jax.data.batching import ANSWER_TOKENS, left_padded
+from fedrag_jax.errors import ConfigError
+from fedrag_jax.models import decoding
+from fedrag_jax.models.network import Network
+
+# Prompts decoded together: few, so that a CPU keeps them in its cache.
+_ROWS = {"cpu": 10}
+_ROWS_ACCELERATOR = 64
+_IN_FLIGHT = 4  # such chunks decoded at once: one alone keeps two cores half busy
+_UNFINISHED = "\ufffd"  # what a character of which bytes are missing is decoded to
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a text is continued; by default by the likeliest tokens.
+
+    Attributes:
+      max_new_tokens: at most so many, the stop token included.
+      temperature: logits are divided by it; 0 takes the likeliest token.
+      top_p: draws from the fewest tokens that together are at least so probable.
+      seed: of the draws. The n-th prompt of a call has random numbers of its own, whatever the others.
+      stop: strings that end a text; it ends before them.
+
+    Raises:
+      ConfigError: a value out of its range.
+    """
+
+    max_new_tokens: int = ANSWER_TOKENS
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        decoding.check_options(self.max_new_tokens, self.temperature, self.top_p)
+        if isinstance(self.stop, str) or not all(self.stop):
+            raise ConfigError(
+                f"stop must be a sequence of strings that are not empty, got {self.stop!r}"
+            )
+
+
+class Completion(NamedTuple):
+    """What was written after a prompt.
+
+    Attributes:
+      text: without special tokens, and without the stop string and what follows it.
+      finish: "stop" for a stop token or a stop string, "length" for neither.
+      tokens: int32 [N], the one that ended the text included.
+      log_probs: float32 [N], of these tokens; see `decoding.Generated`.
+    """
+
+    text: str
+    finish: str
+    tokens: np.ndarray
+    log_probs: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Writer:
+    """A decoder with its tokenizer, from prompts of tokens to texts.
+
+    Attributes:
+      network: the decoder, with its adapters if there are any.
+      stop_tokens: each ends a text.
+    """
+
+    network: Network
+    params: Any
+    tokenizer: Any
+    stop_tokens: tuple[int, ...]
+    adapters: Any = None
+
+    def complete(
+        self, prompts: Sequence[np.ndarray], sampling: Sampling | None = None
+    ) -> list[Completion]:
+        """Continues prompts, int [T] each; prompts of like length are decoded together.
+
+        Raises:
+          ConfigError: a prompt that leaves no room for `max_new_tokens`.
+        """
+        sampling = sampling or Sampling()
+        order = np.argsort([len(p) for p in prompts], kind="stable")
+        most = _ROWS.get(jax.default_backend(), _ROWS_ACCELERATOR)
+        # Few sizes, because each compiles anew: a power of two, or the most there can be.
+        count = min(most, 1 << max(len(prompts) - 1, 0).bit_length())
+        chunks = [order[start : start + count] for start in range(0, len(order), count)]
+
+        def write(chosen):
+            filled = np.concatenate([chosen, np.repeat(chosen[-1:], count - len(chosen))])
+            written = [None] * len(chosen)
+            for texts in self._texts([prompts[i] for i in filled], filled, sampling):
+                written = texts[: len(chosen)]
+                if all(text.finish for text in written):
+                    break
+            return [text.completion() for text in written]
+
+        completions: list = [None] * len(prompts)
+        with concurrent.futures.ThreadPoolExecutor(_IN_FLIGHT) as pool:
+            for chosen, found in zip(chunks, pool.map(write, chunks), strict=True):
+                for i, completion in zip(chosen, found, strict=True):
+                    completions[i] = completion
+        return completions
+
+    def stream(
+        self, prompt: np.ndarray, sampling: Sampling | None = None, every: int = 4
+    ) -> Iterator[str]:
+        """The text that `complete` gives for this prompt alone, in pieces of a few tokens.
+
+        What may yet change is held back: a character of which bytes are missing, and what could be the
+        beginning of a stop string.
+
+        Args:
+          every: tokens between two pieces, at most 16.
+
+        Raises:
+          ConfigError: as `complete`, and `every` out of its range.
+        """
+        if not 1 <= every <= decoding.PIECE:
+            raise ConfigError(f"every must be between 1 and {decoding.PIECE}, got {every}")
+        sampling, sent = sampling or Sampling(), 0
+        for (text,) in self._texts([prompt], np.zeros(1), sampling, every):
+            ready = text.text if text.finish else _settled(text.text, sampling.stop)
+            if len(ready) > sent:
+                yield ready[sent:]
+                sent = len(ready)
+            if text.finish:
+                return
+
+    def _texts(self, prompts, rows, sampling, every=decoding.PIECE) -> Iterator[list["_Text"]]:
+        """The texts as far as they are written, again and again."""
+        pad = self.tokenizer.pad_token_id or 0
+        longest = max(len(p) for p in prompts)
+        tokens, mask = left_padded(prompts, pad, multiple=decoding.bucket(longest))
+        pieces = decoding.pieces(
+            self.network,
+            self.params,
+            tokens,
+            mask,
+            adapters=self.adapters,
+            max_new_tokens=sampling.max_new_tokens,
+            stop_tokens=self.stop_tokens,
+            pad_token=pad,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            key=jax.random.key(sampling.seed) if sampling.temperature else None,
+            rows=rows,
+            every=every,
+        )
+        texts = [_Text(self.tokenizer, self.stop_tokens, sampling) for _ in prompts]
+        for piece in pieces:
+            for text, *new in zip(texts, *piece, strict=True):
+                text.add(*new)
+            yield texts
+
+
+class _Text:
+    """One text as it grows."""
+
+    def __init__(self, tokenizer, stop_tokens: tuple[int, ...], sampling: Sampling):
+        self._tokenizer, self._stop_tokens, self._sampling = tokenizer, stop_tokens, sampling
+        self._tokens, self._log_probs = np.zeros(0, np.int32), np.zeros(0, np.float32)
+        self._cut: str | None = None  # the text, if a stop string ended it
+        self.finish = ""
+
+    @property
+    def text(self) -> str:
+        return self._decode(len(self._tokens)) if self._cut is None else self._cut
+
+    def add(self, tokens: np.ndarray, log_probs: np.ndarray) -> None:
+        if self.finish:
+            return
+        seen = len(self._tokens)
+        ends = np.flatnonzero(np.isin(tokens, self._stop_tokens))
+        if ends.size:
+            self.finish, tokens = "stop", tokens[: ends[0] + 1]
+        self._tokens = np.concatenate([self._tokens, tokens])
+        self._log_probs = np.concatenate([self._log_probs, log_probs[: len(tokens)]])
+        if self._sampling.stop and self._found(len(self._tokens)):
+            # Token by token, so that the end does not depend on the size of the pieces.
+            end = next(n for n in range(seen + 1, len(self._tokens) + 1) if self._found(n))
+            self.finish, self._cut = "stop", self._decode(end)[: min(self._found(end))]
+            self._tokens, self._log_probs = self._tokens[:end], self._log_probs[:end]
+        elif not self.finish and len(self._tokens) >= self._sampling.max_new_tokens:
+            self.finish = "length"
+
+    def completion(self) -> Completion:
+        return Completion(self.text, self.finish, self._tokens, self._log_probs)
+
+    def _found(self, count: int) -> list[int]:
+        """Where the stop strings begin in the text of the first `count` tokens."""
+        text = self._decode(count)
+        return [at for at in map(text.find, self._sampling.stop) if at >= 0]
+
+    def _decode(self, count: int) -> str:
+        tokens = self._tokens[:count]
+        if count and tokens[-1] in self._stop_tokens:
+            tokens = tokens[:-1]
+        # Clean-up would take back a space that has been sent when a full stop follows it.
+        return self._tokenizer.decode(
+            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+
+def _settled(text: str, stop: tuple[str, ...]) -> str:
+    """The part of a text that no further token can change."""
+    text = text.rstrip(_UNFINISHED)
+    begun = (n for s in stop for n in range(1, len(s)) if text.endswith(s[:n]))
+    return text[: len(text) - max(begun, default=0)]

@@ -1,0 +1,222 @@
+"""Texts: where they end, that streaming gives the same, and that lengths do not compile anew."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedrag_jax.data.examples import Passage
+from fedrag_jax.errors import ConfigError
+from fedrag_jax.models import hub
+from fedrag_jax.models.decoder import Decoder, DecoderConfig
+from fedrag_jax.models.layers import take_rows
+from fedrag_jax.models.network import Network
+from fedrag_jax.models.writing import Sampling, Writer
+from fedrag_jax.rag import RAGSystem
+
+LINES = [
+    "The archive of Ostrava was opened",
+    "Who",
+    "A painter from the north, born in the year of",
+]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return hub.load("builtin:decoder")
+
+
+@pytest.fixture(scope="module")
+def writer(model):
+    return Writer(model.network, model.params, model.tokenizer, (model.tokenizer.eos_token_id,))
+
+
+@pytest.fixture(scope="module")
+def prompts(model):
+    rows = model.tokenizer(LINES, add_special_tokens=False)["input_ids"]
+    return [np.array(row, np.int32) for row in rows]
+
+
+def scripted(model, text):
+    """A writer that writes these words after any prompt of one token, then its stop token."""
+    script = [*model.tokenizer(text, add_special_tokens=False)["input_ids"], 2, *[5] * 50]
+    size = model.network.config.vocab_size
+
+    class Scripted(Decoder):
+        def __call__(self, tokens, positions, mask, cache=None, read=None):
+            _, cache = super().__call__(tokens, positions, mask, cache, read)
+            return jax.nn.one_hot(jnp.array(script)[take_rows(positions, read)], size), cache
+
+        def logits(self, hidden):
+            return 20 * hidden
+
+    config = DecoderConfig(size, 8, 8, 1, 1, 1, 8)
+    network = Network.of(Scripted, config)
+    return Writer(network, network.init(jax.random.key(0)), model.tokenizer, (2,))
+
+
+ONE = np.array([7], np.int32)
+TEXT = "Der Müller aß crème brûlée — 日本の菓子 🎉🎊 und ging. Then nobody came."
+
+
+@pytest.mark.parametrize("every", [1, 3, 16])
+def test_characters_are_never_broken(model, every):
+    writer = scripted(model, TEXT)
+    (whole,) = writer.complete([ONE], Sampling(max_new_tokens=200))
+    assert (whole.text, whole.finish) == (TEXT, "stop")
+    assert whole.tokens[-1] == 2
+    assert len(whole.tokens) == len(whole.log_probs)
+    pieces = list(writer.stream(ONE, Sampling(max_new_tokens=200), every))
+    assert "".join(pieces) == TEXT
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert len(pieces) > len(whole.tokens) / every / 4
+
+
+def test_a_text_that_stops_within_a_character(model):
+    writer = scripted(model, TEXT)
+    tokens = model.tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    texts = [model.tokenizer.decode(tokens[:n]) for n in range(len(tokens))]
+    count = next(n for n, text in enumerate(texts) if text.endswith("\ufffd"))
+    (whole,) = writer.complete([ONE], Sampling(max_new_tokens=count))
+    assert (whole.text, whole.finish) == (texts[count], "length")
+    assert "".join(writer.stream(ONE, Sampling(max_new_tokens=count))) == whole.text
+
+
+@pytest.mark.parametrize("every", [1, 4, 16])
+@pytest.mark.parametrize(
+    "stop",
+    [("ging",), ("🎊 u", "nobody"), ("nobody", "Then"), (".",), ("came.",), ("zebra", "日本")],
+)
+def test_texts_end_before_the_first_stop_string(model, stop, every):
+    """Most of these are parts of several tokens."""
+    writer, sampling = scripted(model, TEXT), Sampling(max_new_tokens=200, stop=stop)
+    expected = TEXT[: min(TEXT.find(s) for s in stop if s in TEXT)]
+    (whole,) = writer.complete([ONE], sampling)
+    assert (whole.text, whole.finish) == (expected, "stop")
+    assert "".join(writer.stream(ONE, sampling, every)) == expected
+    read = model.tokenizer.decode(whole.tokens)
+    assert any(s in read for s in stop)
+    assert not any(s in model.tokenizer.decode(whole.tokens[:-1]) for s in stop)
+    assert len(whole.log_probs) == len(whole.tokens)
+
+
+def test_what_could_begin_a_stop_string_is_sent_when_it_does_not(model):
+    sampling = Sampling(max_new_tokens=200, stop=("came!", "und gehen"))
+    assert "".join(scripted(model, TEXT).stream(ONE, sampling, 1)) == TEXT
+    (whole,) = scripted(model, TEXT).complete([ONE], sampling)
+    assert (whole.text, whole.finish) == (TEXT, "stop")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_stream_adds_up_to_the_completion(writer, prompts, temperature):
+    sampling = Sampling(max_new_tokens=30, temperature=temperature, seed=5)
+    for prompt in prompts:
+        (whole,) = writer.complete([prompt], sampling)
+        assert len(whole.text) > 10
+        assert "".join(writer.stream(prompt, sampling)) == whole.text
+        middle = whole.text[len(whole.text) // 2 :][:4]
+        stopped = dataclasses.replace(sampling, stop=(middle,))
+        (cut,) = writer.complete([prompt], stopped)
+        assert (cut.text, cut.finish) == (whole.text[: whole.text.find(middle)], "stop")
+        assert "".join(writer.stream(prompt, stopped, 3)) == cut.text
+
+
+def test_a_prompt_is_continued_alike_alone_and_among_others(writer, prompts):
+    """In chunks of another size, with more padding, in another order."""
+    sampling = Sampling(max_new_tokens=20)
+    many = [*prompts, np.tile(prompts[2], 9), *prompts[::-1]] * 2
+    found = writer.complete(many, sampling)
+    assert [c.text for c in found[:7]] == [c.text for c in found[7:]]
+    for prompt, completion in zip(many[:4], found[:4], strict=True):
+        (alone,) = writer.complete([prompt], sampling)
+        assert alone.text == completion.text
+        np.testing.assert_array_equal(alone.tokens, completion.tokens)
+        np.testing.assert_allclose(alone.log_probs, completion.log_probs, atol=1e-4)
+    assert writer.complete([], sampling) == []
+
+
+def test_the_nth_prompt_draws_alike_whatever_the_others(writer, prompts):
+    sampling = Sampling(max_new_tokens=12, temperature=1.2, top_p=0.95, seed=1)
+    found = writer.complete([prompts[0]] * 12, sampling)
+    assert len({c.text for c in found}) > 6
+    other = writer.complete([prompts[2], *[prompts[0]] * 2], sampling)
+    assert [c.text for c in other[1:]] == [c.text for c in found[1:3]]
+    again = writer.complete([prompts[0]] * 2, dataclasses.replace(sampling, seed=2))
+    assert [c.text for c in again] != [c.text for c in found[:2]]
+
+
+def test_lengths_of_one_bucket_share_their_programs(writer):
+    """Whatever the lengths of prompts and texts, counted by the compiler's own events."""
+    writer = dataclasses.replace(writer, stop_tokens=())  # each writes as much as it may
+    compiled = []
+
+    def listen(event, _, **__):
+        compiled.append(event) if event.endswith("backend_compile_duration") else None
+
+    def write(length, count, **options):
+        prompt = np.arange(5, 5 + length, dtype=np.int32)
+        sampling = Sampling(max_new_tokens=count, **options)
+        writer.complete([prompt], sampling)
+        list(writer.stream(prompt, sampling))
+
+    write(33, 20), write(33, 20, temperature=0.5)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for length, count in ((34, 18), (40, 33), (57, 18), (64, 24), (64, 33), (50, 19)):
+            write(length, count)
+            write(length, count, temperature=1 + length / 100, top_p=count / 50, stop=("zebra",))
+        assert not compiled
+        write(65, 20)
+        assert compiled
+    finally:
+        jax.monitoring.clear_event_listeners()
+
+
+def test_refusals(writer, prompts):
+    for options, message in (
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"temperature": -1.0}, r"temperature must be 0 .* got -1\.0"),
+        ({"top_p": 0.0}, r"top_p must be above 0 .* got 0\.0"),
+        ({"top_p": 1.5}, r"got 1\.5"),
+        ({"stop": ("end", "")}, r"not empty, got \('end', ''\)"),
+        ({"stop": "end"}, "must be a sequence of strings .* got 'end'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Sampling(**options)
+    with pytest.raises(ConfigError, match="2048 positions: shorten"):
+        writer.complete([np.zeros(2040, np.int32)])
+    with pytest.raises(ConfigError, match="every must be between 1 and 16, got 17"):
+        next(writer.stream(prompts[0], every=17))
+
+
+# --- answers ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def system():
+    texts = [f"The harbour of Port {name} was built by {name}son." for name in ("Ada", "Bo", "Cy")]
+    passages = [Passage(id=str(i), title="Harbour", text=text) for i, text in enumerate(texts)]
+    return RAGSystem.build(passages, top_k=2)
+
+
+def test_a_streamed_answer_is_the_answer(system):
+    question = "Who built the harbour of Port Bo?"
+    for options in ({}, {"temperature": 1.5, "seed": 3, "max_new_tokens": 40}):
+        answer = system.query(question, **options).answer
+        assert answer
+        assert "".join(system.stream(question, **options)) == answer
+
+
+def test_answers_take_options(system):
+    questions = ["Who built the harbour of Port Bo?"] * 8
+    assert len({r.answer for r in system.batch_query(questions)}) == 1
+    drawn = [r.answer for r in system.batch_query(questions, temperature=3.0)]
+    assert len(set(drawn)) > 3
+    assert [r.answer for r in system.batch_query(questions, temperature=3.0)] == drawn
+    assert [r.answer for r in system.batch_query(questions, temperature=3.0, seed=1)] != drawn
+    whole = system.query(questions[0]).answer
+    assert system.query(questions[0], stop=(whole[2:4],)).answer == whole[:2].strip()
+    with pytest.raises(ConfigError, match="temperature"):
+        system.query(questions[0], temperature=-1)
