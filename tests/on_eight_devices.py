@@ -13,7 +13,7 @@ from fedrag_jax.federated.fed_avg import fed_avg
 from fedrag_jax.federated.fit import fit
 from fedrag_jax.models import lora
 from fedrag_jax.models.decoder import Decoder, DecoderConfig
-from fedrag_jax.models.decoding import greedy
+from fedrag_jax.models.decoding import generate
 from fedrag_jax.models.network import Network, flatten
 from fedrag_jax.models.quantized import quantize
 from fedrag_jax.models.sharding import shard
@@ -69,7 +69,8 @@ def main(format: str) -> None:
     np.testing.assert_allclose(score(cut, adapters), score(params, adapters), atol=1e-5)
     tokens = table["tokens"][:, 0]
     written = [
-        greedy(network, p, tokens, np.ones_like(tokens), adapters=adapters) for p in (cut, params)
+        generate(network, p, tokens, np.ones_like(tokens), adapters=adapters).tokens
+        for p in (cut, params)
     ]
     np.testing.assert_array_equal(*written)
     program = score.lower(cut, adapters).compile().as_text()

@@ -8,7 +8,7 @@ import pytest
 
 from fedrag_jax.errors import CheckpointError, ConfigError
 from fedrag_jax.models import hub, lora
-from fedrag_jax.models.decoding import greedy
+from fedrag_jax.models.decoding import generate
 from fedrag_jax.models.network import flatten
 from fedrag_jax.models.quantized import FORMATS, dense, quantize
 from fedrag_jax.objectives.likelihood import answer_log_probs
@@ -89,7 +89,7 @@ def test_a_quantised_network_is_the_network_of_the_rounded_weights(model):
     assert all(jnp.abs(g).max() > 0 for g in gradients)
     prompts = batch()["tokens"].reshape(-1, 24)
     written = [
-        greedy(network, params, prompts, np.ones_like(prompts), adapters=adapters)
+        generate(network, params, prompts, np.ones_like(prompts), adapters=adapters).tokens
         for params in (small, rounded)
     ]
     np.testing.assert_array_equal(*written)

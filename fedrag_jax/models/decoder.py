@@ -65,7 +65,7 @@ class Cache(NamedTuple):
     """Keys and values already computed.
 
     Attributes:
-      keys, values: [L, B, G, S, E].
+      keys, values: [L, G, B, S, E].
       mask: bool [B, S], which of them are tokens rather than padding or room.
       length: int32 scalar, how many of the S places are taken.
     """
@@ -143,7 +143,7 @@ class Decoder(nnx.Module):
     def empty_cache(self, rows: int, length: int) -> Cache:
         """Room for `length` tokens in each of `rows` sequences."""
         c, dtype = self.config, self.embed.embedding[...].dtype
-        shape = c.num_layers, rows, c.num_kv_heads, length, c.head_dim
+        shape = c.num_layers, c.num_kv_heads, rows, length, c.head_dim
         room = jnp.zeros(shape, dtype)
         return Cache(room, room, jnp.zeros((rows, length), bool), jnp.int32(0))
 
@@ -192,8 +192,8 @@ class _Attention(nnx.Module):
         self.k_norm = RMSNorm(e, config.norm_epsilon) if config.qk_norm else lambda k: k
 
     def __call__(self, x, rope, visible, cache, read):
-        v = self._heads(self.v_proj(x)).transpose(0, 2, 1, 3)
-        k = _rotate(self.k_norm(self._heads(self.k_proj(x))), rope).transpose(0, 2, 1, 3)
+        v = self._heads(self.v_proj(x)).transpose(2, 0, 1, 3)
+        k = _rotate(self.k_norm(self._heads(self.k_proj(x))), rope).transpose(2, 0, 1, 3)
         x, visible, *rope = (take_rows(array, read) for array in (x, visible, *rope))
         q = _rotate(self.q_norm(self._heads(self.q_proj(x))), rope)
         kept = ()

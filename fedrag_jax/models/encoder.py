@@ -160,7 +160,7 @@ class _Attention(nnx.Module):
     def __call__(self, x, visible, bias):
         shape = (*x.shape[:2], self.heads, -1)
         q, k, v = (f(x).reshape(shape) for f in (self.q_proj, self.k_proj, self.v_proj))
-        k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
+        k, v = (x.transpose(2, 0, 1, 3) for x in (k, v))
         return self.o_proj(attend(q, k, v, visible, bias))
 
 

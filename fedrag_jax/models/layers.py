@@ -79,7 +79,7 @@ def attend(
 
     Args:
       q: [B, T, H, E].
-      k, v: [B, G, S, E], H a multiple of G.
+      k, v: [G, B, S, E], H a multiple of G.
       mask: bool [B, T or 1, S], True where a query may look. A query that may look nowhere gets the
         mean of the values: no NaN, and nobody reads it.
       bias: [H, T, S], added to the scores.
@@ -88,24 +88,25 @@ def attend(
       [B, T, H * E].
     """
     b, t, h, e = q.shape
-    groups, s = k.shape[1:3]
+    groups, _, s, _ = k.shape
     # Few axes, heads before tokens: on a CPU a quarter faster than [B, T, G, H / G, E], gradient
-    # included. The heads that share keys stand one below the other.
+    # included. The heads that share keys stand one below the other. Heads come before rows, so that
+    # those of one device stay together.
     q = (
         (q * e**-0.5)
         .reshape(b, t, groups, -1, e)
-        .transpose(0, 2, 3, 1, 4)
-        .reshape(b * groups, -1, e)
+        .transpose(2, 0, 3, 1, 4)
+        .reshape(groups * b, -1, e)
     )
-    k, v = k.reshape(b * groups, s, e), v.reshape(b * groups, s, e)
-    scores = jnp.einsum("nte,nse->nts", q, k).reshape(b, groups, -1, s)
+    k, v = k.reshape(groups * b, s, e), v.reshape(groups * b, s, e)
+    scores = jnp.einsum("nte,nse->nts", q, k).reshape(groups, b, -1, s)
     scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
     if bias is not None:
-        scores = scores + bias.reshape(groups, -1, s)
-    visible = jnp.tile(jnp.broadcast_to(mask, (b, t, s)), (1, h // groups, 1))[:, None]
+        scores = scores + bias.reshape(groups, 1, -1, s)
+    visible = jnp.tile(jnp.broadcast_to(mask, (b, t, s)), (1, h // groups, 1))
     weights = jax.nn.softmax(jnp.where(visible, scores, -1e30)).astype(v.dtype)
-    mixed = jnp.einsum("nts,nse->nte", weights.reshape(b * groups, -1, s), v)
-    return mixed.reshape(b, groups, -1, t, e).transpose(0, 3, 1, 2, 4).reshape(b, t, h * e)
+    mixed = jnp.einsum("nts,nse->nte", weights.reshape(groups * b, -1, s), v)
+    return mixed.reshape(groups, b, -1, t, e).transpose(1, 3, 0, 2, 4).reshape(b, t, h * e)
 
 
 def stack(count: int, make: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> nnx.Module:

@@ -71,7 +71,5 @@ def _qwix():
     try:
         import qwix
     except ImportError as error:
-        raise ConfigError(
-            "quantised parameters need qwix: pip install 'fedrag-jax[quantized]'"
-        ) from error
+        raise ConfigError("quantised parameters need qwix: pip install qwix") from error
     return qwix
