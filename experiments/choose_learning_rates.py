@@ -17,12 +17,15 @@ from absl import flags
 
 from experiments.compare_strategies import Comparison, check, load_data
 from experiments.launch import launch, settled_config
+from fedrag_jax.errors import ConfigError, DivergenceError
 
 
 def search(
     comparison: Comparison, setting: str, strategy, metric: str, grid, bases, examples, where=""
 ):
     """Trains one strategy at every rate of a grid; `(best rate, its systems, {rate: metric})`.
+
+    A rate at which training diverges is left out.
 
     In the local setting all clients train and each is judged on a share of the `examples`, or on all
     where they are fewer than the clients. `where` tells bases apart that were themselves tuned.
@@ -34,21 +37,22 @@ def search(
     found = {}
     for rate in grid:
         scores, systems = [], []
-        for i, (base, client) in enumerate(zip(bases, members, strict=True)):
-            tuner = comparison.tuner(setting, seed, client, rate=lambda task, part, rate=rate: rate)
-            folder = tuner.folder / where / f"{strategy.__name__}-{rate:g}"
-            systems.append(
-                strategy(base, comparison.dataset, dataclasses.replace(tuner, folder=folder))
-            )
-            scores.append(
-                evaluate(systems[-1], examples[i :: len(members)] or examples)[metric].mean()
-            )
-        found[rate] = 100 * float(np.mean(scores)), systems
-        print(
-            f"{setting:12s} {strategy.__name__:13s} lr {rate:<8g} validation {metric} "
-            f"{found[rate][0]:.1f}",
-            flush=True,
-        )
+        try:
+            for i, (base, client) in enumerate(zip(bases, members, strict=True)):
+                tuner = comparison.tuner(setting, seed, client, rate=lambda *_, rate=rate: rate)
+                folder = tuner.folder / where / f"{strategy.__name__}-{rate:g}"
+                tuner = dataclasses.replace(tuner, folder=folder)
+                systems.append(strategy(base, comparison.dataset, tuner))
+                some = examples[i :: len(members)] or examples
+                scores.append(np.nanmean(evaluate(systems[-1], some)[metric]))
+        except DivergenceError:
+            result = "diverged"
+        else:
+            found[rate] = 100 * float(np.mean(scores)), systems
+            result = f"validation {metric} {found[rate][0]:.1f}"
+        print(f"{setting:12s} {strategy.__name__:13s} lr {rate:<8g} {result}", flush=True)
+    if not found:
+        raise ConfigError(f"{strategy.__name__}, {setting}: every rate of {grid} diverged")
     best = max(found, key=lambda rate: found[rate][0])
     return best, found[best][1], {rate: score for rate, (score, _) in found.items()}
 
@@ -81,7 +85,8 @@ def run(config, runs: str, grids: dict[str, list[float]], questions: int) -> pat
             ("marginal_generator", strategies.first_phase, "em"),
             ("marginal_retriever", strategies.second_phase, "em"),
         ):
-            if name == "retriever" and not any(e.positive_ids for e in dataset.train):
+            labelled = [any(e.positive_ids for e in some) for some in (dataset.train, examples)]
+            if name == "retriever" and not all(labelled):
                 continue
             start, where = base, ""
             if strategy is strategies.second_phase:

@@ -98,7 +98,10 @@ def load_generator(models):
     generator = hub.load(models.generator, models.dtype)
     params = generator.params
     if models.quantize:
-        params = quantize(params, models.quantize)
+        try:
+            params = quantize(params, models.quantize)
+        except ConfigError as error:
+            raise ConfigError(f"config.models.quantize: {error}") from error
     if models.devices > 1:
         params = shard(params, jax.make_mesh((models.devices,), ("model",)))
     return dataclasses.replace(generator, params=params)

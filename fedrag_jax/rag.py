@@ -10,7 +10,7 @@ import numpy as np
 
 from fedrag_jax.data.batching import Prompts
 from fedrag_jax.data.examples import Passage
-from fedrag_jax.data.prompts import STYLES, named_style
+from fedrag_jax.data.prompts import PromptStyle, named_style
 from fedrag_jax.errors import CheckpointError, ConfigError
 from fedrag_jax.models import hub, lora, peft
 from fedrag_jax.models.network import Network
@@ -51,7 +51,7 @@ class RAGSystem:
         generator: str | hub.Pretrained = "builtin:decoder",
         retriever: str | hub.Pretrained = "builtin:encoder",
         adapters: lora.LoraConfig | None = None,
-        prompt_style: str = "compact",
+        prompt_style: str | PromptStyle = "compact",
         top_k: int = 5,
         marginal_k: int = 10,
         score_scale: float = 20.0,
@@ -63,7 +63,8 @@ class RAGSystem:
 
         Args:
           examples: questions that may be trained on; they set the widths of training arrays.
-          prompt_style: "compact", "instruct", or "chat", the generator's own chat template.
+          prompt_style: "compact", "instruct", "chat" (the generator's own chat template), or a style
+            of your own.
           top_k: passages read together.
           marginal_k: passages that training of the retriever marginalises over (all, if the corpus has
             fewer). More than are read, because only a question whose gold passage is among them teaches
@@ -94,7 +95,9 @@ class RAGSystem:
                 raise ConfigError(
                     f"models.{role} must be a {method}; {model.name} is an {model.kind}"
                 )
-        style = named_style(prompt_style, generator.tokenizer)
+        style = prompt_style
+        if isinstance(prompt_style, str):
+            style = named_style(prompt_style, generator.tokenizer)
         adapters = adapters or lora.LoraConfig()
         decoder = lora.add_lora(generator.network, adapters)
         prompts = Prompts(generator.tokenizer, style, passages, examples, max_passage_tokens)
@@ -192,9 +195,12 @@ class RAGSystem:
     # --- on disk ------------------------------------------------------------------------------
 
     def save(self, path: str | pathlib.Path) -> None:
-        """One folder: generator, adapters (PEFT), query and document encoders, passages, settings."""
+        """One folder: generator, adapters (PEFT), query and document encoders, passages, settings.
+
+        Raises:
+          CheckpointError: the generator is quantised; nothing is written.
+        """
         folder = pathlib.Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
         hub.save(self.generator, folder / "generator")
         peft.save(self.adapters, self.decoder, folder / "adapters", base="../generator")
         for side in ("query", "document"):
@@ -208,12 +214,11 @@ class RAGSystem:
         with open(folder / "passages.jsonl", "w", encoding="utf-8") as file:
             for passage in self.retriever.passages:
                 file.write(json.dumps(dataclasses.asdict(passage), ensure_ascii=False) + "\n")
-        style = next((name for name, s in STYLES.items() if s == self.prompts.style), "chat")
         settings = {
             "top_k": self.top_k,
             "marginal_k": self.marginal_k,
             "score_scale": self.score_scale,
-            "prompt_style": style,
+            "prompt_style": self.prompts.style._asdict(),
             "max_passage_tokens": self.prompts.max_passage_tokens,
         }
         (folder / "system.json").write_text(json.dumps(settings, indent=2) + "\n")
@@ -240,7 +245,7 @@ class RAGSystem:
             generator=generator,
             retriever=document,
             adapters=decoder.lora,
-            prompt_style=settings["prompt_style"],
+            prompt_style=PromptStyle(**settings["prompt_style"]),
             top_k=settings["top_k"],
             marginal_k=settings["marginal_k"],
             score_scale=settings["score_scale"],

@@ -23,7 +23,7 @@ from fedrag_jax.objectives.task import Task
 
 CONFIG = DecoderConfig(
     vocab_size=64, hidden_size=64, intermediate_size=128, num_layers=2, num_heads=8, num_kv_heads=8,
-    head_dim=8, qkv_bias=True,
+    head_dim=8, qkv_bias=True, o_bias=True,
 )  # fmt: skip
 ROWS, WIDTH, ANSWER = 6, 12, 3
 
@@ -40,7 +40,7 @@ def task_on(params, network, table):
 
 def main(format: str) -> None:
     assert len(jax.devices()) == 8
-    mesh = Mesh(np.array(jax.devices()), ("model",))
+    mesh = jax.make_mesh((8,), ("model",))
     network = lora.add_lora(
         Network.of(Decoder, CONFIG), lora.LoraConfig(2, 4.0, ("q_proj", "down_proj"))
     )

@@ -60,9 +60,11 @@ def test_each_question_joins_the_nearest_centre(world, retriever):
 def test_a_topic_that_is_known_stays_beside_clusters(world, retriever):
     """Clusters come of the questions without a topic alone: those with one could be left out."""
     both = {
-        name: [dataclasses.replace(e, topic="") if i % 2 else e for i, e in enumerate(examples)]
+        name: [
+            dataclasses.replace(e, topic="") if i % 2 else e
+            for i, e in enumerate(getattr(world, name))
+        ]
         for name in ("train", "validation", "test")
-        if (examples := getattr(world, name)) is not None
     }
     only = {name: [e for e in examples if not e.topic] for name, examples in both.items()}
     mixed, alone = (

@@ -1,7 +1,9 @@
 """The programs a newcomer runs, small, and what they say to bad input."""
 
 import csv
+import dataclasses
 import json
+import pathlib
 import shutil
 
 import numpy as np
@@ -191,6 +193,51 @@ def test_own_topic_is_left_out_where_no_client_holds_a_topic_that_is_asked():
     assert compare_strategies.own_topic(held, about("z", "z", "z"), em, "topic") == {}
 
 
+def test_the_generator_comes_as_the_config_wants_it():
+    import jax
+    import jax.numpy as jnp
+
+    from fedrag_jax.models.quantized import is_quantized
+
+    models = small().models
+    plain = compare_strategies.load_generator(models)
+    assert {x.dtype for x in jax.tree.leaves(plain.params)} == {jnp.dtype("float32")}
+    pytest.importorskip("qwix", reason="qwix is absent")
+    models.dtype, models.quantize = "bfloat16", "int8"
+    few = compare_strategies.load_generator(models)
+    assert is_quantized(few.params) and few.params["norm"]["scale"].dtype == jnp.bfloat16
+
+
+def test_rates_that_diverge_are_left_out(tmp_path, monkeypatch, capsys):
+    from experiments import choose_learning_rates
+    from fedrag_jax.errors import DivergenceError
+    from fedrag_jax.evaluation import evaluator
+
+    @dataclasses.dataclass
+    class Tuner:
+        rate: float
+        folder: pathlib.Path = tmp_path
+
+    class Run:
+        config, dataset = small(), None
+
+        def tuner(self, setting, seed, client, rate):
+            return Tuner(rate("task", "part"))
+
+    def strategy(base, dataset, tuner):
+        if tuner.rate > 1:
+            raise DivergenceError("not finite")
+        return tuner.rate
+
+    monkeypatch.setattr(evaluator, "evaluate", lambda rate, some: {"mrr": np.array([rate, np.nan])})
+    search = choose_learning_rates.search
+    best, systems, scores = search(Run(), "federated", strategy, "mrr", [0.5, 0.75, 2], [0], [1])
+    assert (best, systems, scores) == (0.75, [0.75], {0.5: 50.0, 0.75: 75.0})
+    assert "lr 2        diverged" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"every rate of \[2, 3\] diverged"):
+        search(Run(), "federated", strategy, "mrr", [2, 3], [0], [1])
+
+
 def test_rates_of_the_built_in_models_are_not_lent_in_silence(caplog):
     config = small()
     compare_strategies.warn_of_borrowed_rates(config)
@@ -238,7 +285,6 @@ def test_ones_own_jsonl_folder_runs(tmp_path):
 
 def real_data():
     import os
-    import pathlib
 
     folder = pathlib.Path(os.environ.get("FEDRAG_DATA", "../shared/data"))
     return (folder / "squad.questions.jsonl.gz").exists()

@@ -478,6 +478,16 @@ def test_lora_errors_say_what_there_is(tiny):
         lora.LoraConfig(patterns=((".*", -1, 1.0),))
     with pytest.raises(ConfigError, match=r"'layers.9.*' fits none of \['layers.0.q_proj'"):
         lora.add_lora(base, lora.LoraConfig(patterns=(("layers.9.*", 2, 4.0),)))
+    with pytest.raises(ConfigError, match=r"'\(' is no expression"):
+        lora.LoraConfig(patterns=(("(", 2, 4.0),))
+    listed = lora.LoraConfig(targets=["q_proj"], patterns=[["lm_head", 2, 4.0]])
+    assert hash(listed) == hash(lora.LoraConfig(8, 16.0, ("q_proj",), (("lm_head", 2, 4.0),)))
+    network = lora.add_lora(base, lora.LoraConfig())
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x]), lora.init_adapters(network, 0))
+    with pytest.raises(ConfigError, match=r"q_proj.lora_b has shape \(2, 3, .*take those of one"):
+        lora.merge(network, params, stacked)
+    with pytest.raises(ConfigError, match="from add_lora"):
+        lora.merge(base, params, lora.init_adapters(network, 0))
     with pytest.raises(ConfigError, match=r"targets must name.*'q_proj'"):
         lora.LoraConfig(targets="q_proj")
     with pytest.raises(ConfigError, match="add_lora"):

@@ -23,7 +23,12 @@ MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
     "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
 )
+LLAMA2 = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token }}[INST] {{ m.content | trim }} "
+    "[/INST]{% else %} {{ m.content | trim }} {{ eos_token }}{% endif %}{% endfor %}"
+)
 CASES = {
+    "llama2": (LLAMA2, None),
     "chatml": (CHATML, "<|im_end|>"),
     "llama3": (LLAMA3, "<|eot_id|>"),
     "mistral": (MISTRAL, None),
@@ -58,7 +63,7 @@ def test_chat_prompts_are_what_the_template_makes_of_the_conversation(name):
     answer = prompts.answer_tokens("Rome")
     last = tokenizer.eos_token_id if end is None else tokenizer.convert_tokens_to_ids(end)
     assert answer[-1] == prompts.eos == last
-    assert tokenizer.decode(answer[:-1]) == (" Rome" if name == "mistral" else "Rome")
+    assert tokenizer.decode(answer[:-1]) == ("Rome" if end else " Rome")
     assert {last, tokenizer.eos_token_id} <= set(prompts.stop_tokens)
 
 
@@ -66,11 +71,17 @@ def test_templates_that_cannot_be_used_are_refused():
     for template, words in (
         (None, "no chat template; use 'instruct'"),
         ("Hello.", "does not pass the words"),
+        ("{{ raise_exception('never') }}", "template fails .never.; use 'instruct'"),
     ):
         with pytest.raises(ConfigError, match=words):
             named_style("chat", tokenizer_of(template))
     with pytest.raises(ConfigError, match=r"\['compact', 'instruct', 'chat'\], got 'poem'"):
         named_style("poem", tokenizer_of(CHATML))
+
+
+def test_a_template_that_tells_the_date_asks_the_same_tomorrow():
+    style = named_style("chat", tokenizer_of("{{ strftime_now('%d %b %Y') }}. " + CHATML))
+    assert style.opening.startswith("26 Jul 2024. ")
 
 
 def test_a_system_with_a_chat_template_is_saved_and_loaded(tmp_path):

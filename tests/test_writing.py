@@ -171,7 +171,7 @@ def test_lengths_of_one_bucket_share_their_programs(writer):
         write(65, 20)
         assert compiled
     finally:
-        jax.monitoring.clear_event_listeners()
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_refusals(writer, prompts):

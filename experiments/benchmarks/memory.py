@@ -24,7 +24,6 @@ MODELS = {  # config.json of the decoder
         "num_key_value_heads": 2, "max_position_embeddings": 2048,
     },
 }  # fmt: skip
-ANSWER_TOKENS = 16
 
 _MODEL = flags.DEFINE_enum("model", "llama-3.1-8b", list(MODELS), "the decoder")
 _FORMAT = flags.DEFINE_enum(
@@ -61,10 +60,12 @@ def main(argv):
         "device": jax.devices()[0].device_kind,
     }
     if _MEASURE.value:
-        before = peak()
+        if jax.default_backend() != "cpu":
+            raise SystemExit("--measure reads the memory of the process: set JAX_PLATFORMS=cpu")
+        before = resident()
         zeros = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), (state, base))
         jax.block_until_ready(run(zeros[0], {"decoder": zeros[1]}, *rest))
-        report["measured_GB"] = round((peak() - before) / 1e9, 3)
+        report["process_GB"] = {"before": round(before / 1e9, 3), "peak": round(peak() / 1e9, 3)}
     print(json.dumps(report, indent=2))
 
 
@@ -105,6 +106,7 @@ def compiled_round(network, base, adapters):
     import numpy as np
     import optax
 
+    from fedrag_jax.data.batching import ANSWER_TOKENS
     from fedrag_jax.federated.cohort import Cohort, grouped
     from fedrag_jax.federated.fed_avg import fed_avg
     from fedrag_jax.federated.optimizers import tunable
@@ -169,8 +171,14 @@ def nbytes(tree) -> float:
     return sum(map(bits, jax.tree.leaves(tree))) / 8
 
 
+def resident() -> int:
+    """Bytes of memory this process has now."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
 def peak() -> int:
-    """Largest resident size of this process so far, bytes."""
+    """Bytes of memory this process has had at most."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -34,8 +34,11 @@ class Prompts:
         self.tokenizer, self.style = tokenizer, style
         self.max_passage_tokens = max_passage_tokens
         self.eos = tokenizer.eos_token_id
-        if style.end:  # its first token ends a turn; what follows lies between turns
-            self.eos = self._tokenize([style.end])[0][0]
+        if (
+            style.end
+        ):  # the token that ends a turn; white space may lie before it, and after it more
+            end = self._tokenize([style.end])[0]
+            self.eos = next((i for i in end if i in tokenizer.all_special_ids), end[0])
         if self.eos is None:
             raise CheckpointError(
                 "the generator's tokenizer has no eos_token, with which answers end; name one in its "
@@ -81,13 +84,14 @@ class Prompts:
         return self._answers[answer]
 
     def prompt(self, question: str, rows: Sequence[int], width: int | None = None) -> np.ndarray:
-        """Opening, passages in the order given, question; at most `width` tokens.
+        """Opening, passages in the order given, question; at most `width` tokens if it can be.
 
         Passages that do not fit are cut from the end; the question never is.
         """
         head = np.concatenate([self._opening, *(self._passages[r] for r in rows)])
         tail = self.question_tokens(question)
-        return np.concatenate([head[: None if width is None else width - len(tail)], tail])
+        room = None if width is None else max(0, width - len(tail))
+        return np.concatenate([head[:room], tail])
 
     def training_width(self, k: int) -> int:
         """Tokens T of a training prompt with `k` passages and its answer.

@@ -6,6 +6,8 @@ boundary of the answer is exact, and a passage is tokenised once however often i
 
 from typing import NamedTuple
 
+import jinja2
+
 from fedrag_jax.errors import ConfigError
 
 
@@ -60,18 +62,28 @@ def named_style(name: str, tokenizer) -> PromptStyle:
     return STYLES[name]
 
 
+# Templates that tell the date tell this one, so that a system asks the same tomorrow.
+_SAME_DAY = "{% macro strftime_now(form) %}26 Jul 2024{% endmacro %}"
+
+
 def _chat(tokenizer) -> PromptStyle:
     """The user gives instruction, context and question; the assistant answers."""
     if not tokenizer.chat_template:
         raise ConfigError("prompt_style 'chat': the tokenizer has no chat template; use 'instruct'")
 
+    template = _SAME_DAY + tokenizer.get_chat_template()
+
     def turns(*contents, **options) -> str:
         roles = zip(("user", "assistant"), contents, strict=False)
         messages = [{"role": role, "content": content} for role, content in roles]
         # Reasoning aloud, where a template offers it, would have to be written before each answer.
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, enable_thinking=False, **options
-        )
+        options |= {"chat_template": template, "enable_thinking": False}
+        try:
+            return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        except jinja2.TemplateError as error:
+            raise ConfigError(
+                f"prompt_style 'chat': the chat template fails ({error}); use 'instruct'"
+            ) from error
 
     passages, question, answer = "<passages>", "{question}", "<answer>"
     said = f"{INSTRUCT.opening}{passages}### Question:\n{question}"
@@ -85,7 +97,7 @@ def _chat(tokenizer) -> PromptStyle:
     before, _, after = rest.partition(question)
     until, _, end = answered.partition(answer)
     lead = until.removeprefix(asked) if until.startswith(asked) else ""
-    after = after.replace("{", "{{").replace("}", "}}")
+    after, lead = (text.replace("{", "{{").replace("}", "}}") for text in (after, lead))
     return PromptStyle(
         opening, INSTRUCT.passage, before + question + after, lead + "{answer}", end, bos=False
     )

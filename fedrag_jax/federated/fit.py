@@ -193,11 +193,12 @@ def _initial_state(task, algorithm, optimizer, client_count) -> State:
 
 def _beside(frozen) -> Callable[[Any], Any]:
     """Puts what is trained or read onto the devices that share the frozen arrays, whole on each."""
-    shared = (x.sharding for x in jax.tree.leaves(frozen) if len(x.sharding.device_set) > 1)
-    place = next(shared, None)
-    if place is None:
+    places = (x.sharding for x in jax.tree.leaves(frozen))
+    meshes = (place.mesh for place in places if isinstance(place, NamedSharding))
+    mesh = next(meshes, None)
+    if mesh is None:
         return lambda tree: tree
-    return lambda tree: jax.device_put(tree, NamedSharding(place.mesh, PartitionSpec()))
+    return lambda tree: jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def _used(data, algorithm, first, count, batch_size, seed, height) -> np.ndarray:

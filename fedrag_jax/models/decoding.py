@@ -100,6 +100,8 @@ def pieces(
     """
     tokens, mask = np.asarray(tokens, np.int32), np.asarray(mask, bool)
     check_options(max_new_tokens, temperature, top_p)
+    if not 1 <= every <= PIECE:
+        raise ConfigError(f"every must be between 1 and {PIECE}, got {every}")
     if not mask[:, -1].all():
         raise ConfigError(
             "generation continues the last token: pad prompts on the left, not the right"
@@ -141,9 +143,9 @@ def check_options(max_new_tokens: int, temperature: float, top_p: float) -> None
     """Raises ConfigError for an option out of its range."""
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if not 0 <= temperature < np.inf:
+    if temperature != 0 and not 1e-3 <= temperature < np.inf:
         raise ConfigError(
-            f"temperature must be 0 (the likeliest token) or a positive number, got {temperature}"
+            f"temperature must be 0 (the likeliest token) or at least 0.001, got {temperature}"
         )
     if not 0 < top_p <= 1:
         raise ConfigError(

@@ -32,7 +32,7 @@ class LoraConfig:
         all of "layers.<number>.<name>" holds, or of "<name>" outside the stack.
 
     Raises:
-      ConfigError: a rank below 1, or no targets.
+      ConfigError: a rank below 1, no targets, or a pattern that is no regular expression.
     """
 
     rank: int = 8
@@ -41,11 +41,21 @@ class LoraConfig:
     patterns: tuple[tuple[str, int, float], ...] = ()
 
     def __post_init__(self):
+        if not self.targets or isinstance(self.targets, str):
+            raise ConfigError(f"lora.targets must name linear layers, got {self.targets!r}")
+        # Tuples, because a network is looked up by its configuration.
+        object.__setattr__(self, "targets", tuple(self.targets))
+        object.__setattr__(self, "patterns", tuple(map(tuple, self.patterns)))
         for rank in (self.rank, *(rank for _, rank, _ in self.patterns)):
             if rank < 1:
                 raise ConfigError(f"lora.rank must be at least 1, got {rank}")
-        if not self.targets or isinstance(self.targets, str):
-            raise ConfigError(f"lora.targets must name linear layers, got {self.targets!r}")
+        for pattern, *_ in self.patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ConfigError(
+                    f"lora.patterns: {pattern!r} is no expression: {error}"
+                ) from error
 
     def sizes(self, name: str, layers: int | None) -> list[tuple[int, float]]:
         """(rank, alpha) of a target in each of the layers, or outside the stack (None)."""
@@ -61,16 +71,26 @@ class LoraConfig:
         return {name: max(rank for rank, _ in self.sizes(name, layers)) for name in self.targets}
 
     def scaled(self, adapters: dict) -> dict:
-        """Adapters whose product A B is the update: every B times alpha / rank of its layer."""
+        """Adapters of one model whose product A B is the update: every B times alpha / rank.
+
+        Raises:
+          ConfigError: adapters of many clients, stacked.
+        """
         leaves = flatten(adapters)
         return unflatten((path, self._scaled(path, leaf)) for path, leaf in leaves)
 
     def _scaled(self, path, leaf):
         if path[-1] != "lora_b":
             return leaf
-        sizes = self.sizes(path[-2], leaf.shape[0] if path[0] == "layers" else None)
+        stacked = path[0] == "layers"
+        if leaf.ndim != 2 + stacked:
+            raise ConfigError(
+                f"adapters of one model are wanted; {'.'.join(path)} has shape {leaf.shape}: take "
+                "those of one client, or use jax.vmap"
+            )
+        sizes = self.sizes(path[-2], leaf.shape[0] if stacked else None)
         scale = np.array([alpha / rank for rank, alpha in sizes])
-        return leaf * (scale[:, None, None] if path[0] == "layers" else scale).astype(leaf.dtype)
+        return leaf * (scale[:, None, None] if stacked else scale).astype(leaf.dtype)
 
 
 def add_lora(network: Network, config: LoraConfig) -> Network:
@@ -141,6 +161,8 @@ def unmerge(network: Network, merged: dict, adapters: dict) -> dict:
 
 
 def _added(network, params, adapters, add):
+    if network.lora is None:
+        raise ConfigError("merging needs the network the adapters belong to, from add_lora")
     if is_quantized(params):
         raise ConfigError("adapters cannot be merged into a quantised base; keep them beside it")
     low_rank, result = dict(flatten(network.lora.scaled(adapters))), dict(flatten(params))

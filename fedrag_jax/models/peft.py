@@ -47,13 +47,18 @@ def save(
     """
     if dtype not in ("float32", "float16"):
         raise CheckpointError(f"dtype must be 'float32' or 'float16', got {dtype!r} ({folder})")
+    if network.lora is None:
+        raise CheckpointError(f"{folder}: give the network the adapters belong to, from add_lora")
     folder, names, config = pathlib.Path(folder), _modules(network), network.lora
     tensors, clients = {}, None
     for path, leaf in flatten(adapters):
         with np.errstate(over="ignore"):
             array = np.asarray(leaf).astype(dtype)
         if not np.isfinite(array).all():
-            raise CheckpointError(f"{'.'.join(path)} is not finite as {dtype}; nothing was written")
+            remedy = "it holds NaN or infinity" if dtype == "float32" else "choose dtype='float32'"
+            raise CheckpointError(
+                f"{folder}: {'.'.join(path)} is not finite as {dtype}; nothing was written; {remedy}"
+            )
         for name, index in _tensors(network, names[path[:-1]], path):
             tensors[name] = np.ascontiguousarray(array[index].swapaxes(-1, -2))
             clients = len(array) if tensors[name].ndim > 2 else None

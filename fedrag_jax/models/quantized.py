@@ -37,7 +37,8 @@ def quantize(params: dict, format: str = "nf4", block: int = 64) -> dict:
     }
     if odd:
         raise ConfigError(
-            f"block {block} does not divide the inputs of {odd}; choose one that does"
+            f"block {block} does not divide the inputs of {odd}; give a block that does, or leave the "
+            "base as it is"
         )
     return unflatten(
         (path, _quantized(leaf, format, block) if path in kernels else leaf)

@@ -1,8 +1,8 @@
 """The frozen base over several devices (Shoeybi et al. 2019, Megatron-LM, arXiv 1909.08053).
 
-Queries, keys, values, gates and up-projections are cut by output, so that heads and hidden units lie
-whole on one device; what follows them is cut by input, and one all-reduce adds up the parts. Tables of
-words are cut by word. The compiler places the rest.
+Queries, keys, values, gates and up-projections are cut by output, so that hidden units, and heads where
+the devices divide them, lie whole on one device; what follows them is cut by input, and one all-reduce
+adds up the parts. Tables of words are cut by word. The compiler places the rest.
 """
 
 import jax
@@ -26,6 +26,9 @@ def shard(params: dict, mesh: Mesh, axis: str = "model") -> dict:
     """
     if axis not in mesh.shape:
         raise ConfigError(f"the mesh has no axis {axis!r}, but {list(mesh.shape)}")
+    mesh = Mesh(
+        mesh.devices, mesh.axis_names
+    )  # axes that the compiler manages, however it was made
     count, odd = mesh.shape[axis], []
 
     def placed(path, leaf):

@@ -16,7 +16,7 @@ from fedrag_jax.models.network import Network
 # Prompts decoded together: few, so that a CPU keeps them in its cache.
 _ROWS = {"cpu": 10}
 _ROWS_ACCELERATOR = 64
-_IN_FLIGHT = 4  # such chunks decoded at once: one alone keeps two cores half busy
+_IN_FLIGHT = {"cpu": 4}  # such chunks decoded at once: one alone keeps two cores half busy
 _UNFINISHED = "\ufffd"  # what a character of which bytes are missing is decoded to
 
 
@@ -105,7 +105,9 @@ class Writer:
             return [text.completion() for text in written]
 
         completions: list = [None] * len(prompts)
-        with concurrent.futures.ThreadPoolExecutor(_IN_FLIGHT) as pool:
+        with concurrent.futures.ThreadPoolExecutor(
+            _IN_FLIGHT.get(jax.default_backend(), 1)
+        ) as pool:
             for chosen, found in zip(chunks, pool.map(write, chunks), strict=True):
                 for i, completion in zip(chosen, found, strict=True):
                     completions[i] = completion
@@ -123,10 +125,8 @@ class Writer:
           every: tokens between two pieces, at most 16.
 
         Raises:
-          ConfigError: as `complete`, and `every` out of its range.
+          ConfigError: with the first piece, as `complete`, and `every` out of its range.
         """
-        if not 1 <= every <= decoding.PIECE:
-            raise ConfigError(f"every must be between 1 and {decoding.PIECE}, got {every}")
         sampling, sent = sampling or Sampling(), 0
         for (text,) in self._texts([prompt], np.zeros(1), sampling, every):
             ready = text.text if text.finish else _settled(text.text, sampling.stop)
