@@ -186,7 +186,7 @@ def test_refuses_options_out_of_range(model):
         decoding.generate(network, params, tokens[:, ::-1], mask[:, ::-1])
     with pytest.raises(ConfigError, match="at least 1, got 0"):
         generate(max_new_tokens=0)
-    with pytest.raises(ConfigError, match=r"or a positive number, got -0\.5"):
+    with pytest.raises(ConfigError, match=r"or at least 0\.001, got -0\.5"):
         generate(temperature=-0.5)
     with pytest.raises(ConfigError, match="or a positive number, got nan"):
         generate(temperature=float("nan"))
