@@ -15,7 +15,8 @@ import pathlib
 import numpy as np
 from absl import flags
 
-from experiments.compare_strategies import Comparison, check, load_data
+from experiments.compare_strategies import Comparison
+from experiments.inputs import check, load_data
 from experiments.launch import launch, settled_config
 from fedrag_jax.errors import ConfigError, DivergenceError
 

@@ -15,96 +15,12 @@ import pathlib
 import time
 
 import numpy as np
-from absl import logging
 
+from experiments.inputs import check, load_data, load_generator, warn_of_borrowed_rates
 from experiments.launch import launch, settled_config
 from fedrag_jax.data.examples import Dataset
-from fedrag_jax.errors import ConfigError
 
 CONTROL_QUESTIONS = 200
-
-
-def load_data(config) -> Dataset:
-    """The built-in world, a named set or a user's folder, shortened if asked for."""
-    from fedrag_jax.data import datasets, synthetic
-
-    name = config.data.name
-    dataset = synthetic.generate() if name == "world" else datasets.load(name)
-    train = dataset.train[: config.data.train_questions or None]
-    test = dataset.test[: config.data.test_questions or None]
-    return Dataset(dataset.name, dataset.passages, train, dataset.validation, test)
-
-
-def check(config, dataset: Dataset) -> None:
-    """Refuses settings that could only fail later.
-
-    Raises:
-      ConfigError: names the setting, its value and what it may be.
-    """
-    from fedrag_jax.strategies.settings import SETTINGS
-    from fedrag_jax.strategies.strategies import STRATEGIES
-    from fedrag_jax.tracking.tables import NEEDS_LABELS
-
-    for name in ("seeds", "strategies", "settings"):
-        if not config[name]:
-            raise ConfigError(f"config.{name} is empty; give at least one")
-    for name, known in (("strategies", STRATEGIES), ("settings", SETTINGS)):
-        unknown = [value for value in config[name] if value not in known]
-        if unknown:
-            raise ConfigError(f"config.{name}: {unknown} unknown; choose among {list(known)}")
-    if not config.federated.alpha > 0:
-        raise ConfigError(f"config.federated.alpha must be > 0, got {config.federated.alpha}")
-    labels = [name for name in config.strategies if name in NEEDS_LABELS]
-    bare = sum(not e.positive_ids for e in dataset.train)
-    if labels and bare:
-        raise ConfigError(
-            f"config.strategies: {labels} need gold passages, and {bare} of {len(dataset.train)} "
-            "training questions have no positive_ids; give them, or leave those strategies out"
-        )
-
-
-def warn_of_borrowed_rates(config) -> None:
-    """Says so where other models would train at the rates that were chosen for the built-in ones."""
-    from configs.compare_strategies import get_config
-
-    usual, models = get_config(), config.models
-    others = [models[r] for r in ("retriever", "generator") if models[r] != usual.models[r]]
-    if others and config.learning_rates == usual.learning_rates:
-        logging.warning(
-            "config.learning_rates were chosen for the built-in models and can ruin %s; search those "
-            "of your models first: python -m experiments.choose_learning_rates --config=...",
-            " and ".join(others),
-        )
-
-
-def load_generator(models):
-    """The generator as `config.models` wants its frozen base.
-
-    Raises:
-      ConfigError: a type, format or number of devices that cannot be had.
-    """
-    import jax
-
-    from fedrag_jax.models import hub
-    from fedrag_jax.models.quantized import quantize
-    from fedrag_jax.models.sharding import shard
-
-    if models.dtype not in ("float32", "bfloat16"):
-        raise ConfigError(f"config.models.dtype: 'float32' or 'bfloat16', got {models.dtype!r}")
-    if not 1 <= models.devices <= jax.device_count():
-        raise ConfigError(
-            f"config.models.devices: there are {jax.device_count()}, asked for {models.devices}"
-        )
-    generator = hub.load(models.generator, models.dtype)
-    params = generator.params
-    if models.quantize:
-        try:
-            params = quantize(params, models.quantize)
-        except ConfigError as error:
-            raise ConfigError(f"config.models.quantize: {error}") from error
-    if models.devices > 1:
-        params = shard(params, jax.make_mesh((models.devices,), ("model",)))
-    return dataclasses.replace(generator, params=params)
 
 
 class Comparison:

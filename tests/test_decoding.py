@@ -188,7 +188,7 @@ def test_refuses_options_out_of_range(model):
         generate(max_new_tokens=0)
     with pytest.raises(ConfigError, match=r"or at least 0\.001, got -0\.5"):
         generate(temperature=-0.5)
-    with pytest.raises(ConfigError, match="at least 0.001, got nan"):
+    with pytest.raises(ConfigError, match=r"at least 0\.001, got nan"):
         generate(temperature=float("nan"))
     for top_p in (0.0, 1.1):
         with pytest.raises(ConfigError, match=f"at most 1 .*, got {top_p}"):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs.compare_strategies import get_config
-from experiments import compare_strategies
+from experiments import compare_strategies, inputs
 from fedrag_jax.data import synthetic
 from fedrag_jax.errors import CheckpointError, ConfigError, DataError
 from fedrag_jax.tracking.tables import COLUMNS
@@ -200,11 +200,11 @@ def test_the_generator_comes_as_the_config_wants_it():
     from fedrag_jax.models.quantized import is_quantized
 
     models = small().models
-    plain = compare_strategies.load_generator(models)
+    plain = inputs.load_generator(models)
     assert {x.dtype for x in jax.tree.leaves(plain.params)} == {jnp.dtype("float32")}
     pytest.importorskip("qwix", reason="qwix is absent")
     models.dtype, models.quantize = "bfloat16", "int8"
-    few = compare_strategies.load_generator(models)
+    few = inputs.load_generator(models)
     assert is_quantized(few.params) and few.params["norm"]["scale"].dtype == jnp.bfloat16
 
 
@@ -240,13 +240,13 @@ def test_rates_that_diverge_are_left_out(tmp_path, monkeypatch, capsys):
 
 def test_rates_of_the_built_in_models_are_not_lent_in_silence(caplog):
     config = small()
-    compare_strategies.warn_of_borrowed_rates(config)
+    inputs.warn_of_borrowed_rates(config)
     assert not caplog.messages
     config.models.retriever = "minilm"
-    compare_strategies.warn_of_borrowed_rates(config)
+    inputs.warn_of_borrowed_rates(config)
     assert len(caplog.messages) == 1 and "can ruin minilm; search those" in caplog.messages[0]
     config.learning_rates.federated.retriever = 1e-5
-    compare_strategies.warn_of_borrowed_rates(config)
+    inputs.warn_of_borrowed_rates(config)
     assert len(caplog.messages) == 1
 
 
