@@ -78,6 +78,12 @@ def test_a_topic_that_is_known_stays_beside_clusters(world, retriever):
     assert {e.topic for e in alone.train} == {f"cluster {i}" for i in range(4)}
 
 
+def test_clusters_know_nothing_of_the_test_questions(world, retriever):
+    unseen = dataclasses.replace(bare(world), test=[])
+    found = with_topics(bare(world), retriever, clusters=4)
+    assert with_topics(unseen, retriever, clusters=4).train == found.train
+
+
 def test_no_more_clusters_than_questions(world, retriever):
     few = dataclasses.replace(bare(world), train=bare(world).train[:3])
     assert len({e.topic for e in with_topics(few, retriever).train}) <= 3
