@@ -53,7 +53,7 @@ def warn_of_borrowed_rates(config) -> None:
 
     usual, models = get_config(), config.models
     others = [models[r] for r in ("retriever", "generator") if models[r] != usual.models[r]]
-    if others and config.learning_rates == usual.learning_rates:
+    if others and config.learning_rates.to_dict() == usual.learning_rates.to_dict():
         logging.warning(
             "config.learning_rates were chosen for the built-in models and can ruin %s; search those "
             "of your models first: python -m experiments.choose_learning_rates --config=...",

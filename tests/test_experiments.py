@@ -239,7 +239,7 @@ def test_rates_that_diverge_are_left_out(tmp_path, monkeypatch, capsys):
 
 
 def test_rates_of_the_built_in_models_are_not_lent_in_silence(caplog):
-    config = small()
+    config = small().lock()  # as from the command line
     inputs.warn_of_borrowed_rates(config)
     assert not caplog.messages
     config.models.retriever = "minilm"
