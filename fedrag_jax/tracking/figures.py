@@ -87,6 +87,9 @@ def quality_against_cost(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> 
         ax.set_xlabel("training time (s)")
         ax.set_xlim(left=0)
     axes[0][0].set_ylabel("test exact match (%)")
+    low, high = axes[0][0].get_ylim()
+    if high - low < 1:  # all the same, such as 0: still a scale of percent
+        axes[0][0].set_ylim((low + high) / 2 - 1, (low + high) / 2 + 1)
     handles, labels = axes[0][0].get_legend_handles_labels()
     fig.legend(handles, labels, loc="upper center", ncols=4, bbox_to_anchor=(0.5, 0.0))
     fig.tight_layout()
