@@ -34,9 +34,8 @@ class Prompts:
         self.tokenizer, self.style = tokenizer, style
         self.max_passage_tokens = max_passage_tokens
         self.eos = tokenizer.eos_token_id
-        if (
-            style.end
-        ):  # the token that ends a turn; white space may lie before it, and after it more
+        if style.end:
+            # White space may come before the token that ends a turn, and more after it.
             end = self._tokenize([style.end])[0]
             self.eos = next((i for i in end if i in tokenizer.all_special_ids), end[0])
         if self.eos is None:
