@@ -4,6 +4,8 @@ import os
 import pathlib
 import tempfile
 
+import pytest
+
 _CACHE = pathlib.Path(tempfile.gettempdir()) / "fedrag_jax_tests"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
@@ -16,3 +18,16 @@ def pytest_report_header(config):
     data = pathlib.Path(os.environ.get("FEDRAG_DATA", "../shared/data"))
     found = (data / "squad.questions.jsonl.gz").exists()
     return f"real data: {'runs on ' + str(data) if found else f'skipped, no sets in {data}'}"
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """A decoder and its parameters."""
+    import jax
+    from tiny import TINY
+
+    from fedrag_jax.models.decoder import Decoder
+    from fedrag_jax.models.network import Network
+
+    network = Network.of(Decoder, TINY)
+    return network, network.init(jax.random.key(0))
