@@ -83,7 +83,8 @@ def main(format: str) -> None:
     clients = Partition(list(range(ROWS)), (np.arange(2), np.arange(2, ROWS)))
     settings = {"rounds": 3, "batch_size": 2, "group_size": 2}
     found, expected = (
-        fit(task_on(p, network, table), clients, fed_avg(2), **settings) for p in (cut, params)
+        fit(task_on(p, network, table), clients, fed_avg(local_steps=2), **settings)
+        for p in (cut, params)
     )
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4),

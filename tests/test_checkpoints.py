@@ -18,6 +18,7 @@ from fedrag_jax.federated.callbacks import Callback, FitState
 from fedrag_jax.federated.fed_avg import fed_avg
 from fedrag_jax.federated.fit import fit
 from fedrag_jax.federated.local_only import local_only
+from fedrag_jax.federated.sampling import uniform
 from fedrag_jax.tracking.checkpoints import Checkpointer
 from fedrag_jax.tracking.logs import JsonlLog, Progress
 
@@ -37,7 +38,9 @@ def collate_retrieved(examples, retrieved):
 def run(folder: Path, rounds: int = 3, callbacks=None, **changes):
     """All there is to save: client and server optimizers, retrieval of an older round."""
     task = linear_task(retrieve=retrieve, collate=collate_retrieved, **changes)
-    algorithm = fed_avg(2, clients_per_round=3, carry_optimizer=True, server_optimizer=ADAM)
+    algorithm = fed_avg(
+        local_steps=2, sampling=uniform(3), carry_optimizer=True, server_optimizer=ADAM
+    )
     if callbacks is None:
         callbacks = [Checkpointer(folder / "checkpoints"), JsonlLog(folder / "log.jsonl")]
     return fit(
@@ -117,7 +120,7 @@ def test_personal_models_of_any_type_resume(tmp_path):
     def go(rounds, *callbacks):
         task = linear_task(trainable=trainable)
         settings = {"rounds": rounds, "optimizer": optax.adamw(0.1), "callbacks": callbacks}
-        return fit(task, DATA, local_only(2), **settings).trainable
+        return fit(task, DATA, local_only(local_steps=2), **settings).trainable
 
     go(2, Checkpointer(tmp_path))
     resumed, straight = go(4, Checkpointer(tmp_path)), go(4)
@@ -153,7 +156,14 @@ def test_divergence_leaves_the_last_good_checkpoint(tmp_path):
     for _ in range(2):  # the second run starts at round 2 and meets the same end
         callbacks = [Checkpointer(tmp_path / "checkpoints"), JsonlLog(tmp_path / "log.jsonl")]
         with pytest.raises(DivergenceError, match=r"round 3: .*client\(s\): 0, 1, 2, 3, 4\. "):
-            fit(task, DATA, fed_avg(1), refresh_every=2, optimizer=SGD, callbacks=callbacks)
+            fit(
+                task,
+                DATA,
+                fed_avg(local_steps=1),
+                refresh_every=2,
+                optimizer=SGD,
+                callbacks=callbacks,
+            )
         assert [record["round"] for record in log_without_times(tmp_path)] == [1, 2]
         assert not (tmp_path / "checkpoints" / "3").exists()
 
@@ -165,7 +175,7 @@ def test_divergence_leaves_the_last_good_checkpoint(tmp_path):
         ({"seed": 1}, "seed was 0, is 1"),
         ({"batch_size": 4}, "batch_size was 8, is 4"),
         ({"refresh_every": 3}, "refresh_every was 1, is 3"),
-        ({"algorithm": fed_avg(3)}, r"algorithm was fed_avg\(local_steps=2"),
+        ({"algorithm": fed_avg(local_steps=3)}, r"local_steps=2.*, is fed_avg.*local_steps=3"),
         ({"data": partition(make_examples(), iid(5), seed=1)}, "clients was 5:"),
         ({"task": linear_task(name="other")}, "task was linear, is other"),
         (
@@ -175,7 +185,12 @@ def test_divergence_leaves_the_last_good_checkpoint(tmp_path):
     ],
 )
 def test_other_settings_are_refused(tmp_path, changes, words):
-    settings = {"task": linear_task(), "data": DATA, "algorithm": fed_avg(2), "rounds": 1}
+    settings = {
+        "task": linear_task(),
+        "data": DATA,
+        "algorithm": fed_avg(local_steps=2),
+        "rounds": 1,
+    }
     fit(**settings, callbacks=[Checkpointer(tmp_path)])
     with pytest.raises(ConfigError, match=words):
         fit(**settings | changes, callbacks=[Checkpointer(tmp_path)])
@@ -190,13 +205,15 @@ def test_counts_below_one_are_refused(tmp_path):
 def test_a_log_without_checkpoints_starts_anew(tmp_path):
     path = tmp_path / "deep" / "log.jsonl"
     for _ in range(2):
-        result = fit(linear_task(), DATA, fed_avg(2), rounds=2, callbacks=[JsonlLog(path)])
+        result = fit(
+            linear_task(), DATA, fed_avg(local_steps=2), rounds=2, callbacks=[JsonlLog(path)]
+        )
         assert [json.loads(line) for line in path.read_text().splitlines()] == result.history
 
 
 def test_progress_tells_round_and_time_left(capsys):
     progress = Progress("seed 3")
-    state = fit(linear_task(), DATA, fed_avg(2), rounds=2, callbacks=[progress])
+    state = fit(linear_task(), DATA, fed_avg(local_steps=2), rounds=2, callbacks=[progress])
     captured = capsys.readouterr()
     lines = captured.err.splitlines()
     assert captured.out == "" and len(lines) == 2

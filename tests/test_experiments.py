@@ -76,10 +76,10 @@ def test_learning_rate_zero_changes_nothing(finished):
 
 
 def test_bytes_are_those_of_the_trainable_leaves(finished):
+    from fedrag_jax.federated.algorithm import nbytes
     from fedrag_jax.models import hub
-    from fedrag_jax.tracking.ledger import tree_bytes
 
-    encoder = tree_bytes(hub.load("builtin:encoder").params)
+    encoder = nbytes(hub.load("builtin:encoder").params)
     row = next(r for r in read(finished) if r["strategy"] == "retriever")
     assert int(row["bytes_up"]) == int(row["bytes_down"]) == encoder * 2  # clients, one round
 

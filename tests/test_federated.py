@@ -12,6 +12,7 @@ from fedrag_jax.federated.cohort import sample_cohort
 from fedrag_jax.federated.fed_avg import fed_avg
 from fedrag_jax.federated.fit import fit
 from fedrag_jax.federated.local_only import local_only
+from fedrag_jax.federated.sampling import uniform
 
 # --- equality of groupings ---------------------------------------------------------------------
 
@@ -23,12 +24,12 @@ def plain_loop(task, data, algorithm, optimizer, rounds, batch_size, seed, carry
     gradient = jax.jit(jax.grad(lambda *a: task.loss(*a)[0]))
     x, kept = jax.tree.map(jnp.asarray, task.trainable), {}
     for r in range(rounds):
-        cohort = sample_cohort(data, algorithm, r, batch_size, seed)
+        cohort = sample_cohort(data, algorithm.work, r, batch_size, seed)
         updates = []
         for k, client in enumerate(cohort.clients.tolist()):
             y = x
             state = kept[client] if carry and client in kept else optimizer.init(y)
-            for s in np.flatnonzero(cohort.step_mask[k]):
+            for s in range(cohort.steps[k]):
                 real = cohort.example_weight[k, s] > 0
                 batch = {name: rows[cohort.indices[k, s]] for name, rows in table.items()}
                 step_key = jax.random.fold_in(jax.random.fold_in(key, r), client)
@@ -50,7 +51,7 @@ def plain_loop(task, data, algorithm, optimizer, rounds, batch_size, seed, carry
     [
         (True, optax.adamw(1e-2), {"local_steps": 3}),
         (True, optax.adamw(1e-2), {"local_epochs": 2}),
-        (True, optax.adam(1e-2), {"clients_per_round": 3, "carry_optimizer": True}),
+        (True, optax.adam(1e-2), {"sampling": uniform(3), "carry_optimizer": True}),
         (False, optax.sgd(0.05), {"local_epochs": 2}),
     ],
     ids=["steps", "epochs", "sampled and carried", "float32"],
@@ -130,10 +131,12 @@ def test_server_momentum_works_on_the_mean_update():
         task = linear_task()
         x, velocity = task.trainable, jax.tree.map(jnp.zeros_like, task.trainable)
         for _ in range(3):  # v ← 0.9 v + Δ, x ← x + 0.5 v
-            y = fit(linear_task(trainable=x), FOUR, fed_avg(2), rounds=1, **settings).trainable
+            y = fit(
+                linear_task(trainable=x), FOUR, fed_avg(local_steps=2), rounds=1, **settings
+            ).trainable
             velocity = jax.tree.map(lambda v, y, x: 0.9 * v + y - x, velocity, y, x)
             x = jax.tree.map(lambda x, v: x + 0.5 * v, x, velocity)
-        algorithm = fed_avg(2, server_optimizer=optax.sgd(0.5, momentum=0.9))
+        algorithm = fed_avg(local_steps=2, server_optimizer=optax.sgd(0.5, momentum=0.9))
         assert_close(fit(task, FOUR, algorithm, rounds=3, **settings).trainable, x, 1e-12)
 
 
@@ -144,7 +147,9 @@ def test_half_precision_updates_are_summed_in_single():
         loss=lambda t, f, batch, rng: (t["w"] * (batch["weight"].sum() / 1), {}),
     )
     data = Partition(make_examples(257), tuple(np.arange(257)[:, None]))
-    result = fit(task, data, fed_avg(1), rounds=1, batch_size=1, optimizer=optax.sgd(2.0**-7))
+    result = fit(
+        task, data, fed_avg(local_steps=1), rounds=1, batch_size=1, optimizer=optax.sgd(2.0**-7)
+    )
     assert result.trainable["w"].dtype == jnp.bfloat16
     assert float(result.trainable["w"]) == pytest.approx(1 - 2.0**-7, abs=1e-6)
 
@@ -180,9 +185,13 @@ def test_centralised_is_a_plain_optax_loop(algorithm):
 
 def test_local_only_trains_each_client_as_if_alone():
     settings = {"rounds": 3, "optimizer": optax.adam(1e-2), "seed": 2}
-    together = fit(linear_task(), FOUR, local_only(4), batch_size=8, group_size=2, **settings)
+    together = fit(
+        linear_task(), FOUR, local_only(local_steps=4), batch_size=8, group_size=2, **settings
+    )
     for client in range(4):
-        alone = fit(linear_task(), FOUR.of(client), local_only(4), batch_size=8, **settings)
+        alone = fit(
+            linear_task(), FOUR.of(client), local_only(local_steps=4), batch_size=8, **settings
+        )
         own = jax.tree.map(lambda x, c=client: x[c], together.trainable)
         assert_close(own, alone.trainable, 1e-6)
         seen = [record["client_loss"][client] for record in together.history]
@@ -196,7 +205,7 @@ def test_the_optimizer_is_carried_only_where_it_should_be():
         optimizer = optax.sgd(1.0, momentum=0.5)
         return -np.asarray(fit(task, data, algorithm, rounds=3, optimizer=optimizer).trainable["w"])
 
-    assert moved(FOUR, fed_avg(1)) == 3
-    assert moved(FOUR, fed_avg(1, carry_optimizer=True)) == 1 + 1.5 + 1.75
-    assert (moved(FOUR, local_only(1)) == 1 + 1.5 + 1.75).all()
-    assert moved(EXAMPLES, local_only(1)) == 1 + 1.5 + 1.75
+    assert moved(FOUR, fed_avg(local_steps=1)) == 3
+    assert moved(FOUR, fed_avg(local_steps=1, carry_optimizer=True)) == 1 + 1.5 + 1.75
+    assert (moved(FOUR, local_only(local_steps=1)) == 1 + 1.5 + 1.75).all()
+    assert moved(EXAMPLES, local_only(local_steps=1)) == 1 + 1.5 + 1.75

@@ -26,6 +26,7 @@ from fedrag_jax.federated.fed_avg import fed_avg
 from fedrag_jax.federated.fit import fit
 from fedrag_jax.federated.local_only import local_only
 from fedrag_jax.federated.optimizers import tunable
+from fedrag_jax.federated.sampling import uniform
 
 # --- one program per shape ---------------------------------------------------------------------
 
@@ -38,27 +39,35 @@ def test_a_shape_is_traced_once_and_learning_rates_share_it():
         result = fit(
             linear_task(trainable=start, loss=loss),
             FOUR,
-            fed_avg(2),
+            fed_avg(local_steps=2),
             optimizer=optimizer,
             seed=seed,
         )
     assert loss.traces == 1
     assert result.history[0]["compile_seconds"] < 0.05
-    fit(linear_task(trainable=start, loss=loss), FOUR, local_only(2), optimizer=optimizer, rounds=2)
+    fit(
+        linear_task(trainable=start, loss=loss),
+        FOUR,
+        local_only(local_steps=2),
+        optimizer=optimizer,
+        rounds=2,
+    )
     assert loss.traces == 2
     grid = [tunable(optax.adam, learning_rate=rate) for rate in (0.1, 0.2)]
     ends = [
-        fit(linear_task(trainable=start, loss=loss), FOUR, fed_avg(2), optimizer=point)
+        fit(linear_task(trainable=start, loss=loss), FOUR, fed_avg(local_steps=2), optimizer=point)
         for point in grid
     ]
     assert loss.traces == 3
-    fixed = fit(linear_task(trainable=start), FOUR, fed_avg(2), optimizer=optax.adam(0.2))
+    fixed = fit(
+        linear_task(trainable=start), FOUR, fed_avg(local_steps=2), optimizer=optax.adam(0.2)
+    )
     assert_close(ends[1].trainable, fixed.trainable, 1e-5)
     assert np.abs(leaves(ends[0].trainable) - leaves(ends[1].trainable)).max() > 1e-3
     fit(
         linear_task(trainable=start, loss=loss),
         FOUR,
-        fed_avg(2),
+        fed_avg(local_steps=2),
         optimizer=optimizer,
         batch_size=3,
         rounds=1,
@@ -86,14 +95,14 @@ def test_compiling_is_told_apart_from_training():
         time.sleep(slow)  # while the loss is traced, once
         return squared_error(*arguments)
 
-    first, *later = fit(linear_task(loss=loss), FOUR, fed_avg(2), rounds=3).history
+    first, *later = fit(linear_task(loss=loss), FOUR, fed_avg(local_steps=2), rounds=3).history
     assert first["compile_seconds"] > slow > first["seconds"] + first["refresh_seconds"]
     assert max(record["compile_seconds"] for record in later) < slow
 
 
 def test_the_task_survives_the_fit():
     task = linear_task(trainable={"w": jnp.ones(3), "b": jnp.zeros(())})
-    for algorithm in (fed_avg(1), local_only(1)):
+    for algorithm in (fed_avg(local_steps=1), local_only(local_steps=1)):
         fit(task, FOUR, algorithm, rounds=2)
     assert_equal(task.trainable, {"w": np.ones(3), "b": np.zeros(())})
 
@@ -120,7 +129,7 @@ class StartFrom(Callback):
     def start(self, state):
         if self.rounds == 0:
             return state
-        done = jax.tree.map(jnp.asarray, self.keep.states[self.rounds - 1])
+        done = jax.tree.map(np.array, self.keep.states[self.rounds - 1])
         return dataclasses.replace(state, round=self.rounds, state=done)
 
 
@@ -145,13 +154,15 @@ def retrieving_task(calls):
 def test_retrieval_is_asked_again_with_what_has_been_trained():
     calls = []
     settings = {"rounds": 5, "optimizer": optax.sgd(1.0), "refresh_every": 2}
-    result = fit(retrieving_task(calls), FOUR, fed_avg(1), **settings)
+    result = fit(retrieving_task(calls), FOUR, fed_avg(local_steps=1), **settings)
     # Each round moves w by minus the number of the retrieval it trains on: 1 1 2 2 3.
     assert calls == [(list(range(23)), 0), (list(range(23)), -2), (list(range(23)), -6)]
     assert float(result.trainable["w"]) == -9
 
 
-@pytest.mark.parametrize("algorithm", [fed_avg(1), local_only(1)], ids=lambda a: a.name)
+@pytest.mark.parametrize(
+    "algorithm", [fed_avg(local_steps=1), local_only(local_steps=1)], ids=lambda a: a.name
+)
 def test_only_examples_in_use_are_retrieved_for(algorithm):
     """Four clients, two steps' worth of two examples each: 16 of 23, and the same training."""
     asked = []
@@ -176,7 +187,7 @@ def test_only_examples_in_use_are_retrieved_for(algorithm):
 
 def test_local_only_retrieves_for_each_client_with_its_own_model():
     calls = []
-    fit(retrieving_task(calls), FOUR, local_only(1), rounds=2, optimizer=optax.sgd(1.0))
+    fit(retrieving_task(calls), FOUR, local_only(local_steps=1), rounds=2, optimizer=optax.sgd(1.0))
     ids = [sorted(rows.tolist()) for rows in FOUR.clients]
     assert [c[0] for c in calls] == ids + ids
     # Client c trained on retrieval number c + 1.
@@ -192,12 +203,12 @@ def test_a_schedule_gives_each_round_its_optimizer_and_one_program():
 
     keep = Keep()
     settings = {"rounds": 3, "optimizer": falling, "callbacks": [keep]}
-    fit(linear_task(loss=loss), FOUR, fed_avg(2), **settings)
+    fit(linear_task(loss=loss), FOUR, fed_avg(local_steps=2), **settings)
     assert loss.traces == 1
     for round, rate in enumerate((0.1, 0.2 / 3, 0.1 / 3)):
         constant = Keep()
         settings = {"rounds": round + 1, "callbacks": [StartFrom(keep, round), constant]}
-        fit(linear_task(), FOUR, fed_avg(2), optimizer=optax.sgd(rate), **settings)
+        fit(linear_task(), FOUR, fed_avg(local_steps=2), optimizer=optax.sgd(rate), **settings)
         assert len(constant.states) == 1
         assert_close(constant.states[-1], keep.states[round], 1e-6)
 
@@ -205,18 +216,18 @@ def test_a_schedule_gives_each_round_its_optimizer_and_one_program():
 def test_groups_are_no_larger_than_the_cohort():
     keep = Keep()
     settings = {"rounds": 1, "group_size": 9, "callbacks": [keep]}
-    fit(linear_task(), FOUR, fed_avg(1, clients_per_round=3), **settings)
+    fit(linear_task(), FOUR, fed_avg(local_steps=1, sampling=uniform(3)), **settings)
     assert keep.settings["group_size"] == 3
 
 
 def test_records_tell_of_the_round():
     keep = Keep()
-    algorithm = fed_avg(3, clients_per_round=2)
+    algorithm = fed_avg(local_steps=3, sampling=uniform(2))
     result = fit(linear_task(), FOUR, algorithm, rounds=4, batch_size=4, seed=6, callbacks=[keep])
     assert result.history == keep.records
     seen = 0
     for r, record in enumerate(result.history):
-        cohort = sample_cohort(FOUR, algorithm, r, 4, seed=6)
+        cohort = sample_cohort(FOUR, algorithm.work, r, 4, seed=6)
         weights = cohort.example_weight.sum((1, 2))
         seen += int(weights.sum())
         assert (record["round"], record["rounds"], record["examples"]) == (r + 1, 4, seen)
@@ -245,12 +256,12 @@ def test_divergence_names_round_and_clients(broken):
     labels = {"w": "still", "b": "still", "steps": "moves"}
     optimizer = optax.multi_transform({"still": optax.sgd(1e-3), "moves": optax.sgd(1.0)}, labels)
     with pytest.raises(DivergenceError, match=r"round 3: .*client\(s\): 2\. "):
-        fit(task, FOUR, fed_avg(1), group_size=3, optimizer=optimizer, callbacks=[keep])
+        fit(task, FOUR, fed_avg(local_steps=1), group_size=3, optimizer=optimizer, callbacks=[keep])
     assert [record["round"] for record in keep.records] == [1, 2]
 
 
 def test_divergence_of_the_server_is_named():
-    algorithm = fed_avg(1, server_optimizer=optax.sgd(np.inf))
+    algorithm = fed_avg(local_steps=1, server_optimizer=optax.sgd(np.inf))
     with pytest.raises(DivergenceError, match=r"round 1: .*none \(the server\)"):
         fit(linear_task(), FOUR, algorithm)
 
@@ -276,10 +287,14 @@ class Jump(Callback):
         (lambda: fit(linear_task(), EXAMPLES, group_size=-1), ConfigError, "group_size"),
         (lambda: fit(linear_task(), EXAMPLES, refresh_every=0), ConfigError, "refresh_every"),
         (lambda: fit(linear_task(), EXAMPLES, seed=-1), ConfigError, "seed"),
-        (lambda: fed_avg(0), ConfigError, "local_steps must be at least 1, got 0"),
+        (lambda: fed_avg(local_steps=0), ConfigError, "local_steps must be at least 1, got 0"),
         (lambda: local_only(local_epochs=0), ConfigError, "local_epochs"),
         (lambda: fed_avg(weighting="size"), ConfigError, "got 'size'"),
-        (lambda: fit(linear_task(), FOUR, fed_avg(clients_per_round=5)), ConfigError, "got 5"),
+        (
+            lambda: fit(linear_task(), FOUR, fed_avg(sampling=uniform(5))),
+            ConfigError,
+            "has 4 clients",
+        ),
         (
             lambda: fit(linear_task(collate=lambda e, r: {"x": np.ones(3)}), EXAMPLES),
             DataError,
@@ -306,4 +321,4 @@ def test_refusals_name_value_and_remedy(call, error, words):
 def test_equal_settings_give_the_same_algorithm():
     pairs = itertools.product([fed_avg, local_only], [{"local_steps": 4}, {"local_epochs": 1}])
     assert all(make(**settings) is make(**settings) for make, settings in pairs)
-    assert fed_avg(4) is not fed_avg(5)
+    assert fed_avg(local_steps=4) is not fed_avg(local_steps=5)

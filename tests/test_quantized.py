@@ -115,7 +115,7 @@ def test_adapters_train_over_a_quantised_base_and_leave_it_alone(model):
     )
     clients = Partition(list(range(6)), (np.arange(3), np.arange(3, 6)))
     settings = {"rounds": 4, "batch_size": 3, "optimizer": optax.adamw(1e-2)}
-    history = fit(task, clients, fed_avg(4), **settings).history
+    history = fit(task, clients, fed_avg(local_steps=4), **settings).history
     assert history[-1]["loss"] < 0.8 * history[0]["loss"]
     jax.tree.map(np.testing.assert_array_equal, small, before)
 

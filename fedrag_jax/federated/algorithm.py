@@ -5,6 +5,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fedrag_jax.errors import ConfigError
+from fedrag_jax.federated.work import Work
 
 PyTree = Any
 
@@ -13,28 +18,48 @@ class State(NamedTuple):
     """What passes from one round to the next.
 
     Attributes:
-      trainable: the global model, or [K, ...] models of an algorithm that keeps one per client.
-      optimizer: optimizer states of the clients [K, ...], or () if they start fresh every round.
-      server: state of the server optimizer, or ().
+      trainable: the global model.
+      server: what the server keeps beside it, such as the state of its optimizer; or ().
+      population: what every client keeps from round to round, or (). Between rounds NumPy arrays
+        [N, ...] on the host, one row a client; within a round the rows of the cohort, a list over
+        its parts of [G, g, ...].
     """
 
     trainable: PyTree
-    optimizer: PyTree = ()
     server: PyTree = ()
+    population: PyTree = ()
 
 
 class Client(NamedTuple):
-    """The local work of g clients side by side; every array has a leading axis g.
+    """How the clients of a round do their work; algorithms are written in terms of it.
 
     Attributes:
-      init: `init(trainable) -> optimizer state`.
-      update: `update(trainable, optimizer state, members) -> (trainable, optimizer state, report)`
-        where `members` is a `Cohort` of g clients and the report holds `loss`, `examples`, `finite`
-        and `metrics`, each [g].
+      init: `init(trainable) -> optimizer state`, [g, ...] each.
+      update: `update(trainable, optimizer state, members, own=(), correct=None, see=None,
+        frozen=None) -> (trainable, optimizer state, report)`, the local work of g clients side by
+        side. `members` is a `Cohort` of g clients; `own` has a row for each. Every step takes the
+        gradient of the loss at `see(y, own)` instead of y and for `frozen` instead of the task's,
+        and hands `correct(gradient, y, x, own)` to the optimizer, x being where the client started.
+        The report holds `loss`, `examples`, `finite` and `metrics`, each [g].
+      total: `total(work, *inputs) -> (sums, rest)`: `work(*group) -> (sums, rest)` for one group
+        after another, where sums are added up over all groups and devices and rest is [G, g, ...].
+        Inputs and rest are lists over the parts of the cohort.
+      frozen: the task's.
+      key: of the round, for what a server draws.
     """
 
     init: Callable
     update: Callable
+    total: Callable
+    frozen: PyTree
+    key: jax.Array
+
+
+class Traffic(NamedTuple):
+    """Bytes that the clients of a round receive and send, all together."""
+
+    down: int = 0
+    up: int = 0
 
 
 class Algorithm(NamedTuple):
@@ -42,22 +67,42 @@ class Algorithm(NamedTuple):
 
     Attributes:
       name: with the settings that matter to a resumed run.
-      local_steps: S; unused where `local_epochs` is set.
-      local_epochs: passes over each client's own examples, or None.
-      clients_per_round: how many are drawn each round, or None for all.
-      personal: whether each client keeps a model of its own.
-      init: `init(trainable, client_count, client_init) -> State`.
-      apply: `apply(state, cohort, client) -> (state, report)`, one round. Cohort and report are
-        [G, g, ...]: G groups one after another, g clients of a group side by side.
+      work: who takes part in a round, and how much they do.
+      init: `init(trainable, client_init, client_count) -> State` with the row of one client as
+        `population`; `client_init` is that of the optimizer.
+      turns: `turn(state, cohort, client) -> (state, report)`, one round; several take turns. The
+        cohort is a list of `Cohort`s of [G, g, ...]: G groups one after another, g clients of a
+        group side by side. The report is what `total` leaves of those of the clients.
+      traffic: `traffic(trainable, drawn, answered, round) -> Traffic` of those drawn and, among
+        them, those who answered (int arrays of clients).
+      optimizer: of the clients, where the algorithm holds for no other.
+      model: `model(trainable, row) -> trainable` of the client with that row of the population;
+        None where all clients have the global model.
+      frozen: `frozen(state, frozen) -> frozen`: what the frozen part has become.
     """
 
     name: str
-    local_steps: int
-    local_epochs: int | None
-    clients_per_round: int | None
-    personal: bool
+    work: Work
     init: Callable
-    apply: Callable
+    turns: tuple[Callable, ...]
+    traffic: Callable
+    optimizer: optax.GradientTransformation | None = None
+    model: Callable | None = None
+    frozen: Callable = lambda state, frozen: frozen
+
+
+def shares(cohort: list, weighting: str) -> list[jax.Array]:
+    """p_k of every client, of sum 1, by its number of examples or alike; 0 for padding."""
+    sizes = [part.size if weighting == "examples" else part.size > 0 for part in cohort]
+    weights = [size.astype(float) for size in sizes]  # float64 where that is on
+    total = sum(weight.sum() for weight in weights)
+    return [weight / jnp.maximum(total, 1e-9) for weight in weights]  # a cohort may be empty
+
+
+def require_weighting(algorithm: str, weighting: str) -> None:
+    """Refuses a weighting there is not."""
+    if weighting not in ("examples", "uniform"):
+        raise ConfigError(f'{algorithm}: weighting is "examples" or "uniform", got {weighting!r}')
 
 
 def stack(tree: PyTree, size: int) -> PyTree:
@@ -65,16 +110,21 @@ def stack(tree: PyTree, size: int) -> PyTree:
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (size, *jnp.shape(x))), tree)
 
 
-def take(tree: PyTree, clients: jax.Array) -> PyTree:
-    """Rows `clients` [g] of every leaf [K, ...]; any row will do for a padding client."""
-    return jax.tree.map(lambda x: x.at[clients].get(mode="clip"), tree)
+def weighted_sum(p: jax.Array, tree: PyTree) -> PyTree:
+    """Σ_k p_k x_k over the leading axis of every leaf."""
+    return jax.tree.map(lambda x: jax.vmap(jnp.multiply)(p, x).sum(0).astype(x.dtype), tree)
 
 
-def put(tree: PyTree, clients: jax.Array, rows: PyTree) -> PyTree:
-    """`tree` with those rows replaced; padding clients, numbered K, write nothing."""
-    return jax.tree.map(lambda x, y: x.at[clients].set(y, mode="drop"), tree, rows)
+def difference(y: PyTree, x: PyTree) -> PyTree:
+    """y - x, in float32 at least, because many such terms are summed."""
+    return jax.tree.map(lambda y, x: wide(y) - wide(x), y, x)
 
 
 def wide(x: jax.Array) -> jax.Array:
-    """`x` in float32 at least, for sums over many terms."""
+    """`x` in float32 at least."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def nbytes(tree: PyTree) -> int:
+    """Bytes of all leaves."""
+    return sum(int(np.size(x)) * jnp.result_type(x).itemsize for x in jax.tree.leaves(tree))

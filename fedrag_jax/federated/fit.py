@@ -1,26 +1,30 @@
 """Training, centralised and federated: the same call."""
 
 import dataclasses
+import functools
 import hashlib
-import time
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from fedrag_jax.data.partition import Partition
-from fedrag_jax.errors import ConfigError, DataError, DivergenceError
+from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.federated.algorithm import Algorithm, PyTree, State
 from fedrag_jax.federated.callbacks import Callback, FitState
-from fedrag_jax.federated.cohort import Cohort, cohort_size, grouped, sample_cohort
-from fedrag_jax.federated.local_only import local_only
+from fedrag_jax.federated.centralised import centralised
+from fedrag_jax.federated.cohort import draw_clients, grouped, padding, sample_cohort, sizes_of
+from fedrag_jax.federated.debug import debug_round
 from fedrag_jax.federated.optimizers import tunable
+from fedrag_jax.federated.placing import Placing, put_rows, rows_of
+from fedrag_jax.federated.records import Clock, by_client, require_finite, summary
 from fedrag_jax.federated.round import compile_round
+from fedrag_jax.federated.table import collate, retrieve, used_rows
 from fedrag_jax.objectives.task import Task
 
 ADAMW = tunable(optax.adamw, learning_rate=1e-3)
@@ -30,12 +34,14 @@ class FitResult(NamedTuple):
     """What was trained, and a record of every round.
 
     Attributes:
-      trainable: as in the task; stacked [K, ...] where a partition was trained by `local_only`.
+      trainable: as in the task; stacked [N, ...] where each client has a model of its own.
       history: records as `fit` describes them.
+      frozen: the task's, or what an algorithm that adds to the base has made of it.
     """
 
     trainable: PyTree
     history: list[dict[str, Any]]
+    frozen: PyTree
 
 
 def fit(
@@ -51,6 +57,8 @@ def fit(
     refresh_every: int = 1,
     table_rows: int = 0,
     callbacks: Iterable[Callback] = (),
+    mesh: Mesh | None = None,
+    debug: bool = False,
 ) -> FitResult:
     """Trains a task on one pile of examples or on those of many clients.
 
@@ -69,11 +77,16 @@ def fit(
       table_rows: the table of examples is filled up to so many, for fits on more and fewer examples
         to share a compiled program.
       callbacks: told of every round, in order; one that restores a state comes first.
+      mesh: with an axis "clients": its devices share the groups of a round. Over several hosts
+        (`jax.distributed`) every process makes the same call.
+      debug: loop over clients and steps in Python; what fails is said with client, step and batch.
 
     Returns:
       `FitResult`. A record holds `round` (from 1), `rounds`, `loss` and `metrics` (means over the
-      examples seen), `clients` [K] and their `client_loss` [K], `examples` seen since the start,
-      and `seconds` of training, `refresh_seconds` of retrieval and collating, `compile_seconds`.
+      examples seen), `clients` [K] and their `client_loss` [K], `drawn` (how many clients were, of
+      whom K answered), `examples` seen since the start, `padding` (the share of the round's computing
+      that was no example), `bytes_down` and `bytes_up` of the round, and `seconds` of training,
+      `refresh_seconds` of retrieval and collating, `compile_seconds`.
 
     Raises:
       ConfigError: a setting that cannot be honoured.
@@ -85,26 +98,33 @@ def fit(
     for name, value in (counts | {"refresh_every": refresh_every}).items():
         if value < 1:
             raise ConfigError(f"fit: {name} must be at least 1, got {value}")
-    centralised = not isinstance(data, Partition)
-    if centralised:
+    alone = not isinstance(data, Partition)
+    if alone:
         if len(data) == 0:
             raise DataError(f"fit: no examples to train {task.name!r} on; give at least one")
         data = Partition(data, (np.arange(len(data)),))
     if algorithm is None:
-        if not centralised:
+        if not alone:
             raise ConfigError(
                 f"fit: name an algorithm for {len(data.clients)} clients, such as fed_avg()"
             )
-        algorithm = local_only()
+        algorithm = centralised()
+    if algorithm.optimizer is not None:
+        if optimizer is not None:
+            raise ConfigError(
+                f"fit: {algorithm.name} holds for its own optimizer alone; leave `optimizer` out"
+            )
+        optimizer = algorithm.optimizer
     optimizer = ADAMW if optimizer is None else optimizer
     scheduled = not isinstance(optimizer, optax.GradientTransformation)
     at_round = optimizer if scheduled else lambda _: optimizer
-    group_size = min(group_size, cohort_size(data, algorithm))
+    work, total = algorithm.work, len(data.clients)
+    group_size = min(group_size, max(work.sampling.places(sizes_of(data)), 1))
 
     # Where to start.
     now = FitState(
         round=0,
-        state=_initial_state(task, algorithm, at_round(0), len(data.clients)),
+        state=_initial_state(task, algorithm, at_round(0), total),
         retrieved=None,
         history=(),
         settings={
@@ -131,155 +151,102 @@ def fit(
         )
 
     # Rounds.
-    frozen = jax.tree.map(jnp.asarray, task.frozen)
-    beside = _beside(frozen)
-    now = dataclasses.replace(now, state=beside(now.state))
-    key = beside(jax.random.fold_in(jax.random.key(seed), zlib.crc32(b"local update")))
+    placing = Placing(mesh, task.frozen)
+    frozen = placing.everywhere(task.frozen)
+    state = now.state._replace(population=())
+    state = placing.everywhere(state)._replace(population=now.state.population)
+    now = dataclasses.replace(now, state=state)
+    key = placing.everywhere(jax.random.fold_in(jax.random.key(seed), zlib.crc32(b"local update")))
     table = None
     while now.round < rounds:
-        clock = _Clock()
+        clock = Clock()
         refresh = task.retrieve is not None and now.round % refresh_every == 0
         if refresh or table is None:
             first, count = 0, rounds
             if task.retrieve is not None:
                 first, count = now.round - now.round % refresh_every, refresh_every
-            rows = _used(data, algorithm, first, count, batch_size, seed, table_rows)
+            rows = used_rows(data, work, first, count, batch_size, seed, table_rows)
             if refresh:
-                found = _retrieve(task, data, rows, algorithm, now.state)
+                found = retrieve(task, data, rows, algorithm, now.state)
                 now = dataclasses.replace(now, retrieved=found)
-            table = beside(_collate(task, data.examples, rows, now.retrieved))
+            table = placing.everywhere(collate(task, data.examples, rows, now.retrieved))
             place = np.zeros(len(data.examples), np.int32)
             place[rows] = np.arange(len(rows))
         refresh_seconds, compile_seconds = clock.lap()
 
-        cohort = sample_cohort(data, algorithm, now.round, batch_size, seed)
+        drawn = draw_clients(sizes_of(data), work, now.round, seed)
+        cohort = sample_cohort(data, work, now.round, batch_size, seed)
         in_table = cohort._replace(indices=place[cohort.indices])
-        groups = beside(grouped(in_table, group_size, len(data.clients)))
-        arguments = now.state, frozen, table, groups, np.int32(now.round), key
+        parts = grouped(in_table, group_size, data, work, placing.devices)
+        mine = placing.dealt(rows_of(now.state.population, parts))
+        state, groups = now.state._replace(population=mine), placing.dealt(parts)
+        arguments = state, frozen, table, groups, np.int32(now.round), key
         sample_seconds, _ = clock.lap()
-        run = compile_round(task.loss, algorithm, at_round(now.round), *arguments)
+        turn = algorithm.turns[now.round % len(algorithm.turns)]
+        if debug:
+            name_of = _namer(data, rows)
+            run = functools.partial(debug_round, task.loss, turn, at_round(now.round), name_of)
+        else:
+            run = compile_round(task.loss, turn, at_round(now.round), placing.clients, *arguments)
         compile_seconds += sum(clock.lap())
-        state, report = run(*arguments)
-        report = jax.device_get(report)
+        after, told = run(*arguments)
+        mine, (report, server_finite) = placing.read((after.population, told))
         seconds = sample_seconds + sum(clock.lap())
 
-        record = {"round": now.round + 1, "rounds": rounds}
-        record |= _summary(report, cohort, now.history)
+        clients, report = by_client(report, parts, total)
+        require_finite(task.name, now.round + 1, clients, report["finite"], server_finite)
+        put_rows(now.state.population, parts, mine)
+        before = now.history[-1]["examples"] if now.history else 0
+        traffic = algorithm.traffic(after.trainable, drawn, cohort.clients, now.round)
+        record = {"round": now.round + 1, "rounds": rounds, **summary(clients, report)}
         record |= {
+            "drawn": len(drawn),
+            "examples": before + int(report["examples"].sum()),
+            "padding": padding(parts),
+            "bytes_down": traffic.down,
+            "bytes_up": traffic.up,
             "seconds": seconds,
             "refresh_seconds": refresh_seconds,
             "compile_seconds": compile_seconds,
         }
-        _require_finite(task, report, cohort, record)
         now = dataclasses.replace(
-            now, round=now.round + 1, state=state, history=(*now.history, record)
+            now,
+            round=now.round + 1,
+            state=after._replace(population=now.state.population),
+            history=(*now.history, record),
         )
         for callback in callbacks:
             callback.round_end(now, record)
 
     trainable = now.state.trainable
-    if centralised and algorithm.personal:
-        trainable = jax.tree.map(lambda x: x[0], trainable)
-    return FitResult(trainable, list(now.history))
+    if algorithm.model is not None:
+        trainable = jax.vmap(algorithm.model, (None, 0))(trainable, now.state.population)
+        if alone:
+            trainable = jax.tree.map(lambda x: x[0], trainable)
+    return FitResult(trainable, list(now.history), algorithm.frozen(now.state, task.frozen))
 
 
 def _initial_state(task, algorithm, optimizer, client_count) -> State:
     trainable = jax.tree.map(jnp.asarray, task.trainable)
-    state = algorithm.init(trainable, client_count, jax.vmap(optimizer.init))
+    state = algorithm.init(trainable, optimizer.init, client_count)
     # Copies, because the rounds reuse the memory of the state; of fixed types, so that the first
     # round and the second are the same program.
-    return jax.tree.map(lambda x: jnp.array(x, dtype=jnp.result_type(x)), state)
-
-
-def _beside(frozen) -> Callable[[Any], Any]:
-    """Puts what is trained or read onto the devices that share the frozen arrays, whole on each."""
-    places = (x.sharding for x in jax.tree.leaves(frozen))
-    meshes = (place.mesh for place in places if isinstance(place, NamedSharding))
-    mesh = next(meshes, None)
-    if mesh is None:
-        return lambda tree: tree
-    return lambda tree: jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
-
-
-def _used(data, algorithm, first, count, batch_size, seed, height) -> np.ndarray:
-    """Rows that `count` rounds from `first` on train on: nothing is done for the others.
-
-    As many for every stretch of rounds, so that all have one shape: the first fills up.
-    """
-    rows = np.arange(len(data.examples))
-    cohort = sample_cohort(data, algorithm, first, batch_size, seed)
-    room = count * cohort.indices.size
-    if room < len(rows):
-        others = (
-            sample_cohort(data, algorithm, first + i, batch_size, seed) for i in range(1, count)
-        )
-        trained = [c.indices[c.example_weight > 0] for c in (cohort, *others)]
-        rows = np.unique(np.concatenate(trained))
-    height = max(height, min(room, len(data.examples)))
-    return np.pad(rows, (0, height - len(rows)), constant_values=rows[0])
-
-
-def _retrieve(task: Task, data: Partition, rows, algorithm: Algorithm, state: State) -> np.ndarray:
-    """int32 [len(rows), k]: what each example finds with the model that trains on it."""
-    rows, inverse = np.unique(rows, return_inverse=True)
-    if not algorithm.personal:
-        found = task.retrieve([data.examples[i] for i in rows], state.trainable)
-        return np.asarray(found)[inverse]
-    retrieved: np.ndarray | None = None
-    for client, held in enumerate(data.clients):
-        own = np.flatnonzero(np.isin(rows, held))
-        if not own.size:
-            continue
-        model = jax.tree.map(lambda x, c=client: x[c], state.trainable)
-        found = np.asarray(task.retrieve([data.examples[i] for i in rows[own]], model))
-        if retrieved is None:
-            retrieved = np.zeros((len(rows), *found.shape[1:]), found.dtype)
-        retrieved[own] = found
-    return retrieved[inverse]
-
-
-def _collate(task: Task, examples: Sequence[Any], rows, retrieved) -> dict[str, jax.Array]:
-    """The table of `rows`, each of which is collated once however often it is there."""
-    rows, index, inverse = np.unique(rows, return_index=True, return_inverse=True)
-    found = None if retrieved is None else retrieved[index]
-    table = task.collate([examples[i] for i in rows], found)
-    for name, column in table.items():
-        if name == "weight" or len(column) != len(rows):
-            raise DataError(
-                f"task {task.name!r}: column {name!r} of the table has shape {np.shape(column)}; "
-                f"collate must give one row for each of the {len(rows)} examples, "
-                'and leave the name "weight" to fit'
-            )
-    return jax.device_put({name: np.asarray(column)[inverse] for name, column in table.items()})
-
-
-def _summary(report, cohort: Cohort, history) -> dict[str, Any]:
-    """Means over the examples of a round, and each client's own."""
-    size = len(cohort.clients)
-    seen = report["examples"].reshape(-1)[:size].astype(np.float64)
-
-    def mean(x):
-        return float(np.sum(seen * x.reshape(-1)[:size]) / seen.sum())
-
-    return {
-        "loss": mean(report["loss"]),
-        "metrics": {name: mean(x) for name, x in report["metrics"].items()},
-        "clients": cohort.clients.tolist(),
-        "client_loss": report["loss"].reshape(-1)[:size].tolist(),
-        "examples": int(seen.sum()) + (history[-1]["examples"] if history else 0),
-    }
-
-
-def _require_finite(task: Task, report, cohort: Cohort, record) -> None:
-    finite = report["finite"].reshape(-1)[: len(cohort.clients)]
-    if finite.all() and report["server_finite"]:
-        return
-    who = ", ".join(map(str, cohort.clients[~finite])) if not finite.all() else "none (the server)"
-    raise DivergenceError(
-        f"task {task.name!r}, round {record['round']}: loss or parameters are not finite; "
-        f"client(s): {who}. Lower the learning rate or clip gradients; "
-        "the last checkpoint is from before"
+    state = jax.tree.map(lambda x: jnp.array(x, dtype=jnp.result_type(x)), state)
+    population = jax.tree.map(
+        lambda x: np.tile(np.asarray(x), (client_count, *[1] * x.ndim)), state.population
     )
+    return state._replace(population=population)
+
+
+def _namer(data: Partition, rows: np.ndarray) -> Callable[[int], str]:
+    """What to call a row of the table: the example's number, and its id if it has one."""
+
+    def name(row):
+        example = data.examples[rows[row]]
+        known = example.get("id") if isinstance(example, Mapping) else getattr(example, "id", None)
+        return f"example {rows[row]}" + ("" if known is None else f" ({known})")
+
+    return name
 
 
 def _fingerprint(data: Partition) -> str:
@@ -288,32 +255,3 @@ def _fingerprint(data: Partition) -> str:
     for rows in data.clients:
         digest.update(np.asarray(rows, np.int64).tobytes() + b"/")
     return f"{len(data.clients)}:{digest.hexdigest()[:16]}"
-
-
-class _Clock:
-    """Seconds between laps, and how many of them JAX compiled."""
-
-    def __init__(self):
-        self.last, self.compiled = time.perf_counter(), _compiling.seconds
-
-    def lap(self) -> tuple[float, float]:
-        last, compiled = self.last, self.compiled
-        self.last, self.compiled = time.perf_counter(), _compiling.seconds
-        took = self.last - last
-        compiled = min(took, self.compiled - compiled)  # threads may compile side by side
-        return took - compiled, compiled
-
-
-class _Compiling:
-    """Seconds JAX has traced and compiled since this module was imported."""
-
-    def __init__(self):
-        self.seconds = 0.0
-        jax.monitoring.register_event_duration_secs_listener(self)
-
-    def __call__(self, event: str, seconds: float, **_) -> None:
-        if event.startswith("/jax/core/compile/"):
-            self.seconds += seconds
-
-
-_compiling = _Compiling()

@@ -1,41 +1,43 @@
-"""Every client for itself; with one client, centralised training."""
+"""Every client for itself."""
 
 import functools
 
-import jax
-
-from fedrag_jax.federated.algorithm import Algorithm, State, put, stack, take
-from fedrag_jax.federated.fed_avg import positive
+from fedrag_jax.federated.algorithm import Algorithm, State, Traffic
+from fedrag_jax.federated.work import Work
 
 
 @functools.cache
-def local_only(local_steps: int = 10, local_epochs: int | None = None) -> Algorithm:
-    """K models that start alike and never meet; optimizer states carry on from round to round.
+def local_only(**work) -> Algorithm:
+    """N models that start alike and never meet; optimizer states carry on from round to round.
 
-    A round is only a stretch of training between two logs, checkpoints and index refreshes. Equal
-    settings, equal object.
+    A round is only a stretch of training between two logs, checkpoints and index refreshes. Models
+    live on the host. Equal settings, equal object.
 
     Args:
-      local_steps: S steps of every client in a round.
-      local_epochs: passes over each client's examples; replaces `local_steps`.
+      work: as in `Work`.
 
     Raises:
-      ConfigError: a count below 1.
+      ConfigError: what `Work` refuses.
     """
-    positive("local_only", local_steps=local_steps, local_epochs=local_epochs)
+    work = Work(**work)
 
-    def init(trainable, client_count, client_init):
-        trainable = stack(trainable, client_count)
-        return State(trainable, client_init(trainable))
+    def init(trainable, client_init, client_count):
+        return State((), (), {"model": trainable, "optimizer": client_init(trainable)})
 
-    def apply(state, cohort, client):
-        def group(models, members):
-            y, optimizer, report = client.update(*take(models, members.clients), members)
-            return put(models, members.clients, (y, optimizer)), report
+    def turn(state, cohort, client):
+        def group(members, row):
+            y, optimizer, report = client.update(row["model"], row["optimizer"], members)
+            return (), ({"model": y, "optimizer": optimizer}, report)
 
-        models = state.trainable, state.optimizer
-        models, report = jax.lax.scan(group, models, cohort)
-        return State(*models), report
+        _, rest = client.total(group, cohort, state.population)
+        population, report = (list(part) for part in zip(*rest, strict=True))
+        return State((), (), population), report
 
-    name = f"local_only(local_steps={local_steps}, local_epochs={local_epochs})"
-    return Algorithm(name, local_steps, local_epochs, None, True, init, apply)
+    return Algorithm(
+        f"local_only({work})",
+        work,
+        init,
+        (turn,),
+        traffic=lambda *_: Traffic(),
+        model=lambda trainable, row: row["model"],
+    )

@@ -6,42 +6,46 @@ from typing import Any
 
 import jax
 import optax
+from jax.sharding import Mesh
 
-from fedrag_jax.federated.algorithm import Algorithm
 from fedrag_jax.federated.client import all_finite, local_update
 from fedrag_jax.federated.optimizers import join, split
 
 
 def compile_round(
     loss: Callable,
-    algorithm: Algorithm,
+    turn: Callable,
     optimizer: optax.GradientTransformation,
+    mesh: Mesh | None,
     *arguments: Any,
 ) -> Callable:
     """Compiles a round, or finds it compiled.
 
     Args:
       loss: of a `Task`, hashable; equal losses share programs.
+      turn: of an `Algorithm`.
+      mesh: with an axis "clients", or None.
       arguments: `state, frozen, table, cohort, round, key` as in the calls to come.
 
     Returns:
-      `run(*arguments) -> (state, report)`; `state` is donated. The report is [G, g, ...], with
-      `server_finite` a scalar beside it.
+      `run(*arguments) -> (state, report)`; `state` is donated. The report is as the turn gives it, with
+      `server_finite` beside it: `(report, server_finite)`.
     """
     fixed, numbers, structure = split(optimizer)
     leaves, tree = jax.tree.flatten((numbers, arguments))
-    program = _compile(loss, algorithm, fixed, structure, tree, tuple(map(_shape, leaves)))
+    program = _compile(loss, turn, mesh, fixed, structure, tree, tuple(map(_shape, leaves)))
     return functools.partial(program, numbers)
 
 
 @functools.lru_cache(maxsize=32)
-def _compile(loss, algorithm, fixed, structure, tree, shapes):
+def _compile(loss, turn, mesh, fixed, structure, tree, shapes):
     def run(numbers, state, frozen, table, cohort, round, key):
         optimizer = join(fixed, numbers, structure)
-        client = local_update(loss, optimizer, frozen, table, jax.random.fold_in(key, round))
-        state, report = algorithm.apply(state, cohort, client)
+        key = jax.random.fold_in(key, round)
+        client = local_update(loss, optimizer, frozen, table, key, mesh)
+        state, report = turn(state, cohort, client)
         state = jax.tree.map(_placed, state, arguments[0])  # for the next round to be this program
-        return state, report | {"server_finite": all_finite(state.trainable)}
+        return state, (report, all_finite((state.trainable, state.server)))
 
     numbers, arguments = jax.tree.unflatten(tree, shapes)
     return jax.jit(run, donate_argnums=1).lower(numbers, *arguments).compile()

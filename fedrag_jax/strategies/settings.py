@@ -3,16 +3,15 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
 import optax
 
 from fedrag_jax.data.examples import Example
 from fedrag_jax.data.partition import Partition, dirichlet, partition
 from fedrag_jax.errors import ConfigError
+from fedrag_jax.federated.centralised import centralised
 from fedrag_jax.federated.fed_avg import fed_avg
 from fedrag_jax.federated.fit import FitResult, fit
-from fedrag_jax.federated.local_only import local_only
 from fedrag_jax.federated.optimizers import tunable
 from fedrag_jax.objectives.task import Task
 
@@ -84,10 +83,10 @@ def train(
     # Of one height in all settings, so that every client runs the program of centralised training.
     stretch = budget.local_steps * budget.clients * budget.batch_size
     seen = stretch if task.retrieve else stretch * budget.rounds
-    result = fit(
+    return fit(
         task,
         data,
-        (local_only if alone else fed_avg)(local_steps=budget.local_steps),
+        (centralised if alone else fed_avg)(local_steps=budget.local_steps),
         rounds=rounds,
         batch_size=budget.batch_size,
         optimizer=lambda round: adamw(
@@ -99,9 +98,6 @@ def train(
         table_rows=min(seen, len(examples)),
         callbacks=callbacks,
     )
-    if alone:
-        result = result._replace(trainable=jax.tree.map(lambda x: x[0], result.trainable))
-    return result
 
 
 def adamw(rates: dict[str, float]) -> optax.GradientTransformation:

@@ -82,7 +82,6 @@ class Tuner:
             task,
             history,
             table,
-            federated=self.setting == "federated",
             steps=budget.rounds * budget.local_steps * clients,
             batch_size=budget.batch_size,
         )

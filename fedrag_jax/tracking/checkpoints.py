@@ -55,7 +55,11 @@ class Checkpointer(Callback):
                 arrays["retrieved"] = np.empty(shape, dtype)
             restore = ocp.args.Composite(arrays=ocp.args.StandardRestore(arrays))
             arrays = manager.restore(step, args=restore)["arrays"]
-        leaves = [jnp.array(arrays[name]) for name in named]
+        # The rows of a population stay on the host.
+        leaves = [
+            arrays[name] if isinstance(x, np.ndarray) else jnp.array(arrays[name])
+            for name, x in named.items()
+        ]
         return FitState(
             round=step,
             state=jax.tree.unflatten(jax.tree.structure(state.state), leaves),

@@ -23,8 +23,8 @@ class Cost(NamedTuple):
       seconds: training, retrieval and refresh; `compile_seconds` lie beside it.
       flops: model formula of the training steps; `flops_compiler` is the compiler's count of one
         unrolled step, times steps.
-      bytes_up, bytes_down: trainable leaves as stored, clients to server and back; 0 when nothing
-        is federated.
+      bytes_up, bytes_down: what the algorithm sends as stored, clients to server and back; 0 when
+        nothing is federated.
     """
 
     seconds: float = 0.0
@@ -139,29 +139,21 @@ def _compiler_likelihoods(decoder, shape, tokens: int) -> float:
     return float(lowered.cost_analysis()["flops"])
 
 
-def tree_bytes(tree) -> int:
-    """Bytes of all leaves as stored."""
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
-def training_cost(
-    task: Task, history: list[dict], table, *, federated: bool, steps: int, batch_size: int
-) -> Cost:
+def training_cost(task: Task, history: list[dict], table, *, steps: int, batch_size: int) -> Cost:
     """Of a finished fit.
 
     Args:
-      history: its records, of which each names its cohort.
+      history: its records.
       table: any rows of the task's table, for their shapes.
       steps: local steps of all clients in all rounds.
     """
     refresh = sum(r["refresh_seconds"] for r in history)
-    sent = sum(len(r["clients"]) for r in history) * tree_bytes(task.trainable) if federated else 0
     return Cost(
         seconds=sum(r["seconds"] for r in history) + refresh,
         compile_seconds=sum(r["compile_seconds"] for r in history),
         refresh_seconds=refresh,
         flops=steps * step_flops(task, table, batch_size),
         flops_compiler=steps * compiler_flops(task, table, batch_size),
-        bytes_up=sent,
-        bytes_down=sent,
+        bytes_up=sum(r["bytes_up"] for r in history),
+        bytes_down=sum(r["bytes_down"] for r in history),
     )

@@ -1,0 +1,40 @@
+"""One party that holds everything."""
+
+import functools
+
+import jax
+
+from fedrag_jax.errors import ConfigError
+from fedrag_jax.federated.algorithm import Algorithm, State, Traffic, stack
+from fedrag_jax.federated.work import Work
+
+
+@functools.cache
+def centralised(**work) -> Algorithm:
+    """Plain training of one model; the optimizer's state carries on from round to round.
+
+    Args:
+      work: as in `Work`.
+
+    Raises:
+      ConfigError: what `Work` refuses; in a fit, more than one client.
+    """
+    work = Work(**work)
+
+    def init(trainable, client_init, client_count):
+        if client_count != 1:
+            raise ConfigError(
+                f"centralised: there are {client_count} clients; give a list of examples, or "
+                "use fed_avg() or local_only()"
+            )
+        return State(trainable, client_init(trainable))
+
+    def turn(state, cohort, client):
+        (members,) = cohort
+        x, optimizer = stack((state.trainable, state.server), 1)
+        members = jax.tree.map(lambda x: x[0], members)
+        y, optimizer, report = client.update(x, optimizer, members)
+        y, optimizer = jax.tree.map(lambda x: x[0], (y, optimizer))
+        return State(y, optimizer), [jax.tree.map(lambda x: x[None], report)]
+
+    return Algorithm(f"centralised({work})", work, init, (turn,), traffic=lambda *_: Traffic())

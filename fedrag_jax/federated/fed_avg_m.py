@@ -1,0 +1,29 @@
+"""Federated averaging with momentum on the server.
+
+Measuring the Effects of Non-Identical Data Distribution for Federated Visual Classification
+    Hsu, Qi, Brown, 2019, arXiv 1909.06335, section 4.2
+"""
+
+import functools
+
+import optax
+
+from fedrag_jax.federated.algorithm import Algorithm
+from fedrag_jax.federated.fed_avg import averaging
+from fedrag_jax.federated.work import Work
+
+
+@functools.cache
+def fed_avg_m(
+    *, learning_rate: float = 1.0, momentum: float = 0.9, weighting: str = "examples", **work
+) -> Algorithm:
+    """v ← βv + Δ; x ← x + ηv, with Δ the mean update of `fed_avg` and v₀ = 0.
+
+    Args:
+      learning_rate: η of the server.
+      momentum: β.
+      weighting, work: as in `fed_avg`.
+    """
+    server = optax.sgd(learning_rate, momentum=momentum)
+    name = f"fed_avg_m(learning_rate={learning_rate}, momentum={momentum}, "
+    return averaging(name, Work(**work), weighting, server)

@@ -1,0 +1,37 @@
+"""Averaging of clients that are held near the global model.
+
+Federated Optimization in Heterogeneous Networks
+    Li, Sahu, Zaheer, Sanjabi, Talwalkar, Smith, MLSys 2020, arXiv 1812.06127, Algorithm 2
+"""
+
+import functools
+
+import jax
+
+from fedrag_jax.errors import ConfigError
+from fedrag_jax.federated.algorithm import Algorithm
+from fedrag_jax.federated.fed_avg import averaging
+from fedrag_jax.federated.work import Work
+
+
+@functools.cache
+def fed_prox(*, mu: float = 0.01, weighting: str = "examples", **work) -> Algorithm:
+    """Clients minimise loss(y) + (μ/2) ‖y − x‖², the norm being squared; at μ = 0 it is `fed_avg`.
+
+    The gradient μ(y − x) reaches the optimizer with that of the loss; the loss that is reported is
+    the task's alone.
+
+    Args:
+      mu: μ ≥ 0.
+      weighting, work: as in `fed_avg`.
+
+    Raises:
+      ConfigError: a negative μ, an unknown weighting, or what `Work` refuses.
+    """
+    if not mu >= 0:
+        raise ConfigError(f"fed_prox: mu must be at least 0, got {mu}")
+
+    def correct(gradient, y, x, own):
+        return jax.tree.map(lambda g, y, x: g + mu * (y - x), gradient, y, x)
+
+    return averaging(f"fed_prox(mu={mu}, ", Work(**work), weighting, correct=correct)

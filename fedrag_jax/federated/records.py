@@ -1,0 +1,79 @@
+"""What a round is said to have done: its record, its seconds, and whether it went well."""
+
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from fedrag_jax.errors import DivergenceError
+from fedrag_jax.federated.cohort import Cohort
+
+
+def by_client(report: list[dict], parts: list[Cohort], total: int) -> tuple[np.ndarray, dict]:
+    """(clients, report), in ascending order of clients, without padding."""
+    clients = np.concatenate([part.clients.reshape(-1) for part in parts])
+    flat = jax.tree.map(lambda *rows: np.concatenate([x.reshape(-1) for x in rows]), *report)
+    order = np.argsort(clients, kind="stable")[: (clients < total).sum()]
+    return clients[order], jax.tree.map(lambda x: x[order], flat)
+
+
+def summary(clients: np.ndarray, report: dict) -> dict[str, Any]:
+    """Means over the examples of a round, and each client's own; NaN where nobody took part."""
+    seen = report["examples"].astype(np.float64)
+
+    def mean(x):
+        return float(np.sum(seen * x) / seen.sum()) if seen.sum() else float("nan")
+
+    return {
+        "loss": mean(report["loss"]),
+        "metrics": {name: mean(x) for name, x in report["metrics"].items()},
+        "clients": clients.tolist(),
+        "client_loss": report["loss"].tolist(),
+    }
+
+
+def require_finite(task: str, round: int, clients: np.ndarray, finite: np.ndarray, server: bool):
+    """Refuses a round that left a number that is not finite.
+
+    Raises:
+      DivergenceError: names the task, the round and the clients.
+    """
+    if finite.all() and server:
+        return
+    who = ", ".join(map(str, clients[~finite])) if not finite.all() else "none (the server)"
+    raise DivergenceError(
+        f"task {task!r}, round {round}: loss or parameters are not finite; "
+        f"client(s): {who}. Lower the learning rate or clip gradients; "
+        "the last checkpoint is from before. fit(..., debug=True) names step and batch"
+    )
+
+
+class Clock:
+    """Seconds between laps, and how many of them JAX compiled."""
+
+    def __init__(self):
+        self.last, self.compiled = time.perf_counter(), _compiling.seconds
+
+    def lap(self) -> tuple[float, float]:
+        """(seconds without compiling, seconds of compiling) since the last lap."""
+        last, compiled = self.last, self.compiled
+        self.last, self.compiled = time.perf_counter(), _compiling.seconds
+        took = self.last - last
+        compiled = min(took, self.compiled - compiled)  # threads may compile side by side
+        return took - compiled, compiled
+
+
+class _Compiling:
+    """Seconds JAX has traced and compiled since this module was imported."""
+
+    def __init__(self):
+        self.seconds = 0.0
+        jax.monitoring.register_event_duration_secs_listener(self)
+
+    def __call__(self, event: str, seconds: float, **_) -> None:
+        if event.startswith("/jax/core/compile/"):
+            self.seconds += seconds
+
+
+_compiling = _Compiling()

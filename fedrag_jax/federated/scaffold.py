@@ -1,0 +1,102 @@
+"""Averaging with control variates against client drift.
+
+SCAFFOLD: Stochastic Controlled Averaging for Federated Learning
+    Karimireddy, Kale, Mohri, Reddi, Stich, Suresh, ICML 2020, arXiv 1910.06378, Algorithm 1,
+    control variates by option II
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fedrag_jax.errors import ConfigError
+from fedrag_jax.federated.algorithm import (
+    Algorithm,
+    State,
+    Traffic,
+    difference,
+    nbytes,
+    require_weighting,
+    shares,
+    stack,
+    weighted_sum,
+)
+from fedrag_jax.federated.work import Work
+
+
+@functools.cache
+def scaffold(
+    client_learning_rate: float,
+    *,
+    server_learning_rate: float = 1.0,
+    weighting: str = "uniform",
+    **work,
+) -> Algorithm:
+    """y ← y − η_l (g − c_k + c), so that a client's steps go where those of all would go.
+
+        c_k⁺ = c_k − c + (x − y_k) / (S_k η_l)
+        x ← x + η_g Σ_k p_k (y_k − x)
+        c ← c + Σ_k (c_k⁺ − c_k) / N
+
+    Control variates start at zero, and those of clients live on the host. The steps are plain SGD: for
+    no other optimizer is (x − y_k) / (S_k η_l) a mean of gradients, so `fit` is to be given none.
+
+    Args:
+      client_learning_rate: η_l.
+      server_learning_rate: η_g.
+      weighting: p_k is "uniform" as in the paper, or ∝ "examples".
+      work: as in `fed_avg`.
+
+    Raises:
+      ConfigError: a rate that is not positive, an unknown weighting, or what `Work` refuses.
+    """
+    rate, work = client_learning_rate, Work(**work)
+    require_weighting("scaffold", weighting)
+    if not rate > 0 or not server_learning_rate > 0:
+        raise ConfigError(
+            f"scaffold: learning rates must be > 0, got {rate} and {server_learning_rate}"
+        )
+
+    def init(trainable, client_init, client_count):
+        zero = jax.tree.map(jnp.zeros_like, trainable)
+        return State(trainable, {"c": zero, "clients": jnp.float32(client_count)}, zero)
+
+    def turn(state, cohort, client):
+        x, c = state.trainable, state.server["c"]
+
+        def correct(gradient, y, x, c_k):
+            return jax.tree.map(lambda g, c_k, c: g - c_k + c, gradient, c_k, c)
+
+        def group(members, p, c_k):
+            x_k = stack(x, len(p))
+            y_k, _, report = client.update(x_k, client.init(x_k), members, c_k, correct)
+            steps = jnp.maximum(members.steps, 1) * rate  # none where it is padding
+
+            def change(x, y, c, c_k):
+                mean = jax.vmap(jnp.divide)(x - y, steps.astype(x.dtype))
+                there = (members.steps > 0).astype(x.dtype)
+                return jax.vmap(jnp.multiply)(there, mean - c)
+
+            changes = jax.tree.map(change, x_k, y_k, stack(c, len(p)), c_k)
+            update = weighted_sum(p, difference(y_k, x_k))
+            total = jax.tree.map(lambda d: d.sum(0), changes)
+            return (update, total), (jax.tree.map(jnp.add, c_k, changes), report)
+
+        p = shares(cohort, weighting)
+        (update, changes), rest = client.total(group, cohort, p, state.population)
+        population, report = (list(part) for part in zip(*rest, strict=True))
+        x = jax.tree.map(lambda x, u: (x + server_learning_rate * u).astype(x.dtype), x, update)
+        c = jax.tree.map(lambda c, d: (c + d / state.server["clients"]).astype(c.dtype), c, changes)
+        return State(x, state.server | {"c": c}, population), report
+
+    def traffic(trainable, drawn, answered, round):
+        both = 2 * nbytes(trainable)  # the model and a control variate
+        return Traffic(len(drawn) * both, len(answered) * both)
+
+    name = (
+        f"scaffold(client_learning_rate={rate}, server_learning_rate={server_learning_rate}, "
+        f"weighting={weighting}, {work})"
+    )
+    return Algorithm(name, work, init, (turn,), traffic, optimizer=optax.sgd(rate))

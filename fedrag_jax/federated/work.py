@@ -1,0 +1,51 @@
+"""Who takes part in a round, and how much work they do."""
+
+import dataclasses
+
+from fedrag_jax.errors import ConfigError
+from fedrag_jax.federated.sampling import Sampling, everyone
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What all algorithms let one choose about a round.
+
+    Attributes:
+      local_steps: S, the same for every client; unused where `local_epochs` is set.
+      local_epochs: passes over each client's own examples, or None.
+      sampling: who is drawn: `everyone`, `uniform(n)`, `weighted(n)`, `poisson(rate)`, `fixed(...)`.
+      dropout: the probability that a client, once drawn, never answers.
+      stragglers: the probability that a client manages only some of its steps, any number of them
+        being as likely as any other (Li et al. 2020, FedProx, 1812.06127, section 5.2, where they do
+        fewer epochs); what it has done is used.
+
+    Raises:
+      ConfigError: a count below 1 or a probability outside [0, 1).
+    """
+
+    local_steps: int = 10
+    local_epochs: int | None = None
+    sampling: Sampling = everyone
+    dropout: float = 0.0
+    stragglers: float = 0.0
+
+    def __post_init__(self):
+        for name in ("local_steps", "local_epochs"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}")
+        for name in ("dropout", "stragglers"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise ConfigError(f"{name} is a probability below 1, got {value}")
+
+    def __str__(self):
+        length = (
+            f"local_steps={self.local_steps}"
+            if self.local_epochs is None
+            else f"local_epochs={self.local_epochs}"
+        )
+        return (
+            f"{length}, sampling={self.sampling.name}, dropout={self.dropout}, "
+            f"stragglers={self.stragglers}"
+        )
