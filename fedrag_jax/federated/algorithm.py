@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedrag_jax.errors import ConfigError
 from fedrag_jax.federated.work import Work
 
 PyTree = Any
@@ -89,20 +88,6 @@ class Algorithm(NamedTuple):
     optimizer: optax.GradientTransformation | None = None
     model: Callable | None = None
     frozen: Callable = lambda state, frozen: frozen
-
-
-def shares(cohort: list, weighting: str) -> list[jax.Array]:
-    """p_k of every client, of sum 1, by its number of examples or alike; 0 for padding."""
-    sizes = [part.size if weighting == "examples" else part.size > 0 for part in cohort]
-    weights = [size.astype(float) for size in sizes]  # float64 where that is on
-    total = sum(weight.sum() for weight in weights)
-    return [weight / jnp.maximum(total, 1e-9) for weight in weights]  # a cohort may be empty
-
-
-def require_weighting(algorithm: str, weighting: str) -> None:
-    """Refuses a weighting there is not."""
-    if weighting not in ("examples", "uniform"):
-        raise ConfigError(f'{algorithm}: weighting is "examples" or "uniform", got {weighting!r}')
 
 
 def stack(tree: PyTree, size: int) -> PyTree:

@@ -5,12 +5,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, PartitionSpec
 
 from fedrag_jax.federated.algorithm import Client, PyTree, wide
 from fedrag_jax.federated.cohort import Cohort
-
-CLIENTS = "clients"  # the mesh axis
 
 
 def local_update(
@@ -19,7 +16,7 @@ def local_update(
     frozen: PyTree,
     table: dict[str, jax.Array],
     key: jax.Array,
-    mesh: Mesh | None = None,
+    axis: str | None = None,
 ) -> Client:
     """Binds a task's loss and data to the local work of clients.
 
@@ -27,7 +24,7 @@ def local_update(
       loss: of a `Task`; no gradient is taken for `frozen`.
       table: {name: [N, ...]}; a step gathers its rows from here, so nothing is copied per client.
       key: of the round; client and step are folded in.
-      mesh: with an axis "clients", over which the groups are dealt out, or None.
+      axis: of the mesh, over whose devices the groups are dealt out, or None.
 
     Returns:
       `Client`, vectorised over the g members of a group; `frozen` and `table` are shared.
@@ -79,20 +76,11 @@ def local_update(
             shapes, _ = jax.eval_shape(work, *first)
             zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
             sums, rest = jax.lax.scan(group, zero, part)
-            return (sums if mesh is None else jax.lax.psum(sums, CLIENTS)), rest
+            return sums, rest
 
-        if mesh is not None:
-            one, each = PartitionSpec(), PartitionSpec(CLIENTS)
-            over_groups = jax.shard_map(
-                over_groups,
-                mesh=mesh,
-                in_specs=each,
-                out_specs=(one, each),
-                axis_names={CLIENTS},
-                check_vma=False,
-            )
         sums, rest = zip(*(over_groups(*part) for part in zip(*inputs, strict=True)), strict=True)
-        return jax.tree.map(lambda *parts: sum(parts), *sums), list(rest)
+        sums = jax.tree.map(lambda *parts: sum(parts), *sums)
+        return (sums if axis is None else jax.lax.psum(sums, axis)), list(rest)
 
     return Client(jax.vmap(optimizer.init), update, total, frozen, key)
 

@@ -14,6 +14,7 @@ from fedrag_jax.federated.work import Work
 
 # Groups of fewer clients are formed where a group of this much padding would else be.
 MAX_PADDING = 0.15
+CLIENTS = "clients"  # the mesh axis that groups are dealt out over
 
 
 class Cohort(NamedTuple):
@@ -21,14 +22,14 @@ class Cohort(NamedTuple):
 
     Attributes:
       clients: int32 [K] numbers; one past the last client marks padding.
-      size: float32 [K] how many examples each holds; 0 marks padding.
+      share: float [K] p_k, how much its update counts, of sum 1; 0 for padding.
       steps: int32 [K] how many of the S steps each takes.
       indices: int32 [K, S, B] rows of the table.
       example_weight: float32 [K, S, B] 0 for rows that only fill up to B.
     """
 
     clients: np.ndarray
-    size: np.ndarray
+    share: np.ndarray
     steps: np.ndarray
     indices: np.ndarray
     example_weight: np.ndarray
@@ -90,9 +91,10 @@ def sample_cohort(data: Partition, work: Work, round: int, batch_size: int, seed
         if rng.random() < work.stragglers:
             done[k] = rng.integers(1, done[k] + 1)
             weight[k, done[k] :] = 0
+    counts = sizes[clients] if work.weighting == "examples" else np.ones(len(clients))
     return Cohort(
         clients=clients.astype(np.int32),
-        size=sizes[clients].astype(np.float32),
+        share=counts / max(counts.sum(), 1),  # nobody may have answered
         steps=done.astype(np.int32),
         indices=indices,
         example_weight=weight,

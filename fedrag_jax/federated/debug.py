@@ -58,8 +58,7 @@ def step_by_step(loss, optimizer, frozen, table, key, name_of: Callable[[int], s
 def _one(step, key, x, state, member, own, name_of):
     """The steps of one client: (model, optimizer state, sums)."""
     inputs = jax.random.fold_in(key, member.clients), member, x, own
-    shapes = jax.eval_shape(step, 0, inputs, x, state)[2]
-    y, sums = x, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    y, sums = x, None
     for number in range(int(member.steps)):
         rows = np.asarray(member.indices[number])[np.asarray(member.example_weight[number]) > 0]
         batch = ", ".join(map(name_of, rows.tolist()))
@@ -72,5 +71,8 @@ def _one(step, key, x, state, member, own, name_of):
         if not all_finite((y, seen)):
             what = "loss" if not all_finite(seen) else "parameters after the update"
             raise DivergenceError(f"{where}: {what} not finite (loss {float(seen[1]):.4g})")
-        sums = jax.tree.map(jnp.add, sums, seen)
+        sums = seen if sums is None else jax.tree.map(jnp.add, sums, seen)
+    if sums is None:  # a client that only fills up a group
+        shapes = jax.eval_shape(step, 0, inputs, x, state)[2]
+        sums = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return y, state, sums

@@ -19,8 +19,6 @@ from fedrag_jax.federated.algorithm import (
     Traffic,
     difference,
     nbytes,
-    require_weighting,
-    shares,
     stack,
     weighted_sum,
 )
@@ -33,7 +31,6 @@ PLAIN = optax.sgd(1.0)  # x + mean update
 def fed_avg(
     *,
     server_optimizer: optax.GradientTransformation = PLAIN,
-    weighting: str = "examples",
     carry_optimizer: bool = False,
     **work,
 ) -> Algorithm:
@@ -41,17 +38,16 @@ def fed_avg(
 
     Args:
       server_optimizer: fed with the pseudo-gradient −Σ_k p_k (y_k − x).
-      weighting: p_k ∝ "examples" (n_k, as in the paper) or "uniform".
       carry_optimizer: clients keep their optimizer state between rounds instead of starting fresh.
-      work: as in `Work`: `local_steps`, `local_epochs`, `sampling`, `dropout`, `stragglers`.
+      work: as in `Work`: `local_steps`, `local_epochs`, `sampling`, `dropout`, `stragglers`,
+        `weighting`; the paper's p_k is that by examples.
 
     Raises:
-      ConfigError: an unknown weighting, or what `Work` refuses.
+      ConfigError: what `Work` refuses.
     """
     return averaging(
         f"fed_avg(carry_optimizer={carry_optimizer}, ",
         Work(**work),
-        weighting,
         server_optimizer,
         carry_optimizer=carry_optimizer,
     )
@@ -60,13 +56,11 @@ def fed_avg(
 def averaging(
     name: str,
     work: Work,
-    weighting: str,
     server_optimizer: optax.GradientTransformation = PLAIN,
     correct: Callable | None = None,
     carry_optimizer: bool = False,
 ) -> Algorithm:
     """Averages what clients make of the global model, under a correction of their gradients."""
-    require_weighting(name.partition("(")[0], weighting)
 
     def init(trainable, client_init, client_count):
         row = client_init(trainable) if carry_optimizer else ()
@@ -75,23 +69,22 @@ def averaging(
     def turn(state, cohort, client):
         x = state.trainable
 
-        def group(members, p, optimizer):
-            x_k = stack(x, len(p))
+        def group(members, optimizer):
+            x_k = stack(x, len(members.share))
             mine = optimizer if carry_optimizer else client.init(x_k)
             y_k, mine, report = client.update(x_k, mine, members, correct=correct)
             mine = mine if carry_optimizer else ()
-            return weighted_sum(p, difference(y_k, x_k)), (mine, report)
+            return weighted_sum(members.share, difference(y_k, x_k)), (mine, report)
 
-        p = shares(cohort, weighting)
         rows = state.population or [()] * len(cohort)
-        mean, rest = client.total(group, cohort, p, rows)
+        mean, rest = client.total(group, cohort, rows)
         population, report = (list(part) for part in zip(*rest, strict=True))
         pseudo_gradient = jax.tree.map(jnp.negative, mean)
         updates, server = server_optimizer.update(pseudo_gradient, state.server, x)
         population = population if carry_optimizer else ()
         return State(optax.apply_updates(x, updates), server, population), report
 
-    name = f"{name}weighting={weighting}, {work})"
+    name = f"{name}{work})"
     return Algorithm(name, work, init, (turn,), whole_model)
 
 

@@ -14,16 +14,14 @@ from fedrag_jax.federated.work import Work
 
 
 @functools.cache
-def fed_avg_m(
-    *, learning_rate: float = 1.0, momentum: float = 0.9, weighting: str = "examples", **work
-) -> Algorithm:
+def fed_avg_m(*, learning_rate: float = 1.0, momentum: float = 0.9, **work) -> Algorithm:
     """v ← βv + Δ; x ← x + ηv, with Δ the mean update of `fed_avg` and v₀ = 0.
 
     Args:
       learning_rate: η of the server.
       momentum: β.
-      weighting, work: as in `fed_avg`.
+      work: as in `fed_avg`.
     """
     server = optax.sgd(learning_rate, momentum=momentum)
     name = f"fed_avg_m(learning_rate={learning_rate}, momentum={momentum}, "
-    return averaging(name, Work(**work), weighting, server)
+    return averaging(name, Work(**work), server)

@@ -60,7 +60,6 @@ def fed_adagrad(
     learning_rate: float = 0.01,
     b1: float = 0.0,
     tau: float = 1e-3,
-    weighting: str = "examples",
     **work,
 ) -> Algorithm:
     """Averaging with Adagrad on the server, by default without momentum.
@@ -69,9 +68,9 @@ def fed_adagrad(
       learning_rate: η of the server.
       b1: β₁.
       tau: τ, how little a coordinate adapts.
-      weighting, work: as in `fed_avg`.
+      work: as in `fed_avg`.
     """
-    return _fed_opt("adagrad", learning_rate, b1, 1.0, tau, weighting, work)
+    return _fed_opt("adagrad", learning_rate, b1, 1.0, tau, work)
 
 
 @functools.cache
@@ -81,11 +80,10 @@ def fed_adam(
     b1: float = 0.9,
     b2: float = 0.99,
     tau: float = 1e-3,
-    weighting: str = "examples",
     **work,
 ) -> Algorithm:
     """Averaging with Adam on the server; arguments as in `fed_adagrad`, and `b2`, β₂."""
-    return _fed_opt("adam", learning_rate, b1, b2, tau, weighting, work)
+    return _fed_opt("adam", learning_rate, b1, b2, tau, work)
 
 
 @functools.cache
@@ -95,16 +93,15 @@ def fed_yogi(
     b1: float = 0.9,
     b2: float = 0.99,
     tau: float = 1e-3,
-    weighting: str = "examples",
     **work,
 ) -> Algorithm:
     """Averaging with Yogi on the server; arguments as in `fed_adam`."""
-    return _fed_opt("yogi", learning_rate, b1, b2, tau, weighting, work)
+    return _fed_opt("yogi", learning_rate, b1, b2, tau, work)
 
 
-def _fed_opt(kind, learning_rate, b1, b2, tau, weighting, work) -> Algorithm:
+def _fed_opt(kind, learning_rate, b1, b2, tau, work) -> Algorithm:
     server = optax.chain(
         scale_by_fed_opt(kind, b1, b2, tau), optax.scale_by_learning_rate(learning_rate)
     )
     name = f"fed_{kind}(learning_rate={learning_rate}, b1={b1}, b2={b2}, tau={tau}, "
-    return averaging(name, Work(**work), weighting, server)
+    return averaging(name, Work(**work), server)

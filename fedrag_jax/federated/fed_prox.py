@@ -15,7 +15,7 @@ from fedrag_jax.federated.work import Work
 
 
 @functools.cache
-def fed_prox(*, mu: float = 0.01, weighting: str = "examples", **work) -> Algorithm:
+def fed_prox(*, mu: float = 0.01, **work) -> Algorithm:
     """Clients minimise loss(y) + (μ/2) ‖y − x‖², the norm being squared; at μ = 0 it is `fed_avg`.
 
     The gradient μ(y − x) reaches the optimizer with that of the loss; the loss that is reported is
@@ -23,10 +23,10 @@ def fed_prox(*, mu: float = 0.01, weighting: str = "examples", **work) -> Algori
 
     Args:
       mu: μ ≥ 0.
-      weighting, work: as in `fed_avg`.
+      work: as in `fed_avg`.
 
     Raises:
-      ConfigError: a negative μ, an unknown weighting, or what `Work` refuses.
+      ConfigError: a negative μ, or what `Work` refuses.
     """
     if not mu >= 0:
         raise ConfigError(f"fed_prox: mu must be at least 0, got {mu}")
@@ -34,4 +34,4 @@ def fed_prox(*, mu: float = 0.01, weighting: str = "examples", **work) -> Algori
     def correct(gradient, y, x, own):
         return jax.tree.map(lambda g, y, x: g + mu * (y - x), gradient, y, x)
 
-    return averaging(f"fed_prox(mu={mu}, ", Work(**work), weighting, correct=correct)
+    return averaging(f"fed_prox(mu={mu}, ", Work(**work), correct=correct)

@@ -119,7 +119,8 @@ def fit(
     scheduled = not isinstance(optimizer, optax.GradientTransformation)
     at_round = optimizer if scheduled else lambda _: optimizer
     work, total = algorithm.work, len(data.clients)
-    group_size = min(group_size, max(work.sampling.places(sizes_of(data)), 1))
+    room = max(work.sampling.places(sizes_of(data)), 1)
+    group_size = min(group_size, room)
 
     # Where to start.
     now = FitState(
@@ -151,7 +152,7 @@ def fit(
         )
 
     # Rounds.
-    placing = Placing(mesh, task.frozen)
+    placing = Placing(mesh, task.frozen, room)
     frozen = placing.everywhere(task.frozen)
     state = now.state._replace(population=())
     state = placing.everywhere(state)._replace(population=now.state.population)

@@ -7,8 +7,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.federated.algorithm import PyTree
-from fedrag_jax.federated.client import CLIENTS
-from fedrag_jax.federated.cohort import Cohort
+from fedrag_jax.federated.cohort import CLIENTS, Cohort
 
 
 class Placing:
@@ -17,12 +16,13 @@ class Placing:
     Args:
       mesh: with an axis "clients", or None.
       frozen: the task's; arrays that are over a mesh already bring it along.
+      room: clients in a round; one alone is nothing to deal out.
 
     Raises:
       ConfigError: a mesh without that axis, or another than the frozen arrays are on.
     """
 
-    def __init__(self, mesh: Mesh | None, frozen: PyTree):
+    def __init__(self, mesh: Mesh | None, frozen: PyTree, room: int):
         places = (getattr(x, "sharding", None) for x in jax.tree.leaves(frozen))
         found = next((p.mesh for p in places if isinstance(p, NamedSharding)), None)
         if mesh is not None and CLIENTS not in mesh.shape:
@@ -35,8 +35,8 @@ class Placing:
                     f"fit: the frozen arrays are on another mesh, {found}; shard them over this one"
                 )
         self._all = mesh or found
-        self.clients = mesh  # groups are dealt out over it
-        self.devices = 1 if mesh is None else mesh.shape[CLIENTS]
+        self.clients = mesh if room > 1 else None  # what groups are dealt out over
+        self.devices = 1 if self.clients is None else mesh.shape[CLIENTS]
 
     def everywhere(self, tree: PyTree) -> PyTree:
         """Whole on every device; what is over the mesh already stays as it is."""

@@ -6,9 +6,11 @@ from typing import Any
 
 import jax
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
+from fedrag_jax.federated.algorithm import State
 from fedrag_jax.federated.client import all_finite, local_update
+from fedrag_jax.federated.cohort import CLIENTS
 from fedrag_jax.federated.optimizers import join, split
 
 
@@ -40,15 +42,32 @@ def compile_round(
 @functools.lru_cache(maxsize=32)
 def _compile(loss, turn, mesh, fixed, structure, tree, shapes):
     def run(numbers, state, frozen, table, cohort, round, key):
-        optimizer = join(fixed, numbers, structure)
-        key = jax.random.fold_in(key, round)
-        client = local_update(loss, optimizer, frozen, table, key, mesh)
+        optimizer, axis = join(fixed, numbers, structure), None if mesh is None else CLIENTS
+        client = local_update(loss, optimizer, frozen, table, jax.random.fold_in(key, round), axis)
         state, report = turn(state, cohort, client)
-        state = jax.tree.map(_placed, state, arguments[0])  # for the next round to be this program
         return state, (report, all_finite((state.trainable, state.server)))
 
+    def placed(*inputs):
+        # Each device does the groups dealt to it and, like the others, the server's part.
+        one, each = PartitionSpec(), PartitionSpec(CLIENTS)
+        state = State(one, one, each)
+        shared = (
+            run
+            if mesh is None
+            else jax.shard_map(
+                run,
+                mesh=mesh,
+                in_specs=(one, state, one, one, each, one, one),
+                out_specs=(state, (each, one)),
+                axis_names={CLIENTS},
+                check_vma=False,
+            )
+        )
+        state, told = shared(*inputs)
+        return jax.tree.map(_placed, state, arguments[0]), told  # the next round is this program
+
     numbers, arguments = jax.tree.unflatten(tree, shapes)
-    return jax.jit(run, donate_argnums=1).lower(numbers, *arguments).compile()
+    return jax.jit(placed, donate_argnums=1).lower(numbers, *arguments).compile()
 
 
 def _placed(x, shape):

@@ -18,8 +18,6 @@ from fedrag_jax.federated.algorithm import (
     Traffic,
     difference,
     nbytes,
-    require_weighting,
-    shares,
     stack,
     weighted_sum,
 )
@@ -31,7 +29,6 @@ def scaffold(
     client_learning_rate: float,
     *,
     server_learning_rate: float = 1.0,
-    weighting: str = "uniform",
     **work,
 ) -> Algorithm:
     """y ← y − η_l (g − c_k + c), so that a client's steps go where those of all would go.
@@ -46,14 +43,12 @@ def scaffold(
     Args:
       client_learning_rate: η_l.
       server_learning_rate: η_g.
-      weighting: p_k is "uniform" as in the paper, or ∝ "examples".
-      work: as in `fed_avg`.
+      work: as in `fed_avg`, but `weighting` is "uniform" unless given, as in the paper.
 
     Raises:
-      ConfigError: a rate that is not positive, an unknown weighting, or what `Work` refuses.
+      ConfigError: a rate that is not positive, or what `Work` refuses.
     """
-    rate, work = client_learning_rate, Work(**work)
-    require_weighting("scaffold", weighting)
+    rate, work = client_learning_rate, Work(**{"weighting": "uniform"} | work)
     if not rate > 0 or not server_learning_rate > 0:
         raise ConfigError(
             f"scaffold: learning rates must be > 0, got {rate} and {server_learning_rate}"
@@ -69,8 +64,8 @@ def scaffold(
         def correct(gradient, y, x, c_k):
             return jax.tree.map(lambda g, c_k, c: g - c_k + c, gradient, c_k, c)
 
-        def group(members, p, c_k):
-            x_k = stack(x, len(p))
+        def group(members, c_k):
+            x_k = stack(x, len(members.share))
             y_k, _, report = client.update(x_k, client.init(x_k), members, c_k, correct)
             steps = jnp.maximum(members.steps, 1) * rate  # none where it is padding
 
@@ -79,13 +74,12 @@ def scaffold(
                 there = (members.steps > 0).astype(x.dtype)
                 return jax.vmap(jnp.multiply)(there, mean - c)
 
-            changes = jax.tree.map(change, x_k, y_k, stack(c, len(p)), c_k)
-            update = weighted_sum(p, difference(y_k, x_k))
+            changes = jax.tree.map(change, x_k, y_k, stack(c, len(members.share)), c_k)
+            update = weighted_sum(members.share, difference(y_k, x_k))
             total = jax.tree.map(lambda d: d.sum(0), changes)
             return (update, total), (jax.tree.map(jnp.add, c_k, changes), report)
 
-        p = shares(cohort, weighting)
-        (update, changes), rest = client.total(group, cohort, p, state.population)
+        (update, changes), rest = client.total(group, cohort, state.population)
         population, report = (list(part) for part in zip(*rest, strict=True))
         x = jax.tree.map(lambda x, u: (x + server_learning_rate * u).astype(x.dtype), x, update)
         c = jax.tree.map(lambda c, d: (c + d / state.server["clients"]).astype(c.dtype), c, changes)
@@ -97,6 +91,6 @@ def scaffold(
 
     name = (
         f"scaffold(client_learning_rate={rate}, server_learning_rate={server_learning_rate}, "
-        f"weighting={weighting}, {work})"
+        f"{work})"
     )
     return Algorithm(name, work, init, (turn,), traffic, optimizer=optax.sgd(rate))

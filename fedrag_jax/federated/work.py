@@ -18,9 +18,11 @@ class Work:
       stragglers: the probability that a client manages only some of its steps, any number of them
         being as likely as any other (Li et al. 2020, FedProx, 1812.06127, section 5.2, where they do
         fewer epochs); what it has done is used.
+      weighting: p_k, how much a client's update counts in the mean, is proportional to its number of
+        "examples" or "uniform".
 
     Raises:
-      ConfigError: a count below 1 or a probability outside [0, 1).
+      ConfigError: a count below 1, a probability outside [0, 1), or an unknown weighting.
     """
 
     local_steps: int = 10
@@ -28,6 +30,7 @@ class Work:
     sampling: Sampling = everyone
     dropout: float = 0.0
     stragglers: float = 0.0
+    weighting: str = "examples"
 
     def __post_init__(self):
         for name in ("local_steps", "local_epochs"):
@@ -38,6 +41,8 @@ class Work:
             value = getattr(self, name)
             if not 0 <= value < 1:
                 raise ConfigError(f"{name} is a probability below 1, got {value}")
+        if self.weighting not in ("examples", "uniform"):
+            raise ConfigError(f'weighting is "examples" or "uniform", got {self.weighting!r}')
 
     def __str__(self):
         length = (
@@ -47,5 +52,5 @@ class Work:
         )
         return (
             f"{length}, sampling={self.sampling.name}, dropout={self.dropout}, "
-            f"stragglers={self.stragglers}"
+            f"stragglers={self.stragglers}, weighting={self.weighting}"
         )
