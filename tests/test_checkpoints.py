@@ -12,7 +12,8 @@ import pytest
 from toys import assert_equal, collate, linear_task, make_examples, squared_error
 
 import fedrag_jax
-from fedrag_jax.data.partition import iid, partition
+from fedrag_jax.data.partition import partition
+from fedrag_jax.data.schemes import iid
 from fedrag_jax.errors import ConfigError, DivergenceError
 from fedrag_jax.federated.callbacks import Callback, FitState
 from fedrag_jax.federated.fed_avg import fed_avg

@@ -7,8 +7,11 @@ import pytest
 
 from fedrag_jax.data import synthetic
 from fedrag_jax.data.examples import Dataset
+from fedrag_jax.data.partition import partition
+from fedrag_jax.data.schemes import natural
+from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.models import hub
-from fedrag_jax.retrieval.clusters import with_topics
+from fedrag_jax.retrieval.clusters import kmeans_labels, with_topics
 from fedrag_jax.retrieval.retriever import Retriever
 
 
@@ -87,3 +90,35 @@ def test_clusters_know_nothing_of_the_test_questions(world, retriever):
 def test_no_more_clusters_than_questions(world, retriever):
     few = dataclasses.replace(bare(world), train=bare(world).train[:3])
     assert len({e.topic for e in with_topics(few, retriever).train}) <= 3
+
+
+def test_labels_of_any_vectors_are_their_clouds():
+    rng = np.random.default_rng(0)
+    cloud = np.repeat(np.arange(3), 50)
+    vectors = 10 * np.eye(3)[cloud] + rng.normal(size=(150, 3))
+    labels = kmeans_labels(vectors, clusters=3)
+    assert len({*zip(cloud, labels, strict=True)}) == len({*labels}) == 3
+    assert (kmeans_labels(vectors, clusters=3) == labels).all()
+    # Centres of the first two clouds alone: the third joins one or both of them.
+    assert len({*kmeans_labels(vectors, 2, centres_of=vectors[:100])[:100]}) == 2
+    assert len({*kmeans_labels(vectors[:2], clusters=9)}) == 2
+
+
+def test_clients_differ_in_clusters_of_passages(world, retriever):
+    labels = kmeans_labels(retriever.vectors, clusters=4)
+    data = partition(world.passages, natural(labels))
+    assert len(data.clients) == 4 and data.sizes().sum() == 50
+
+
+@pytest.mark.parametrize(
+    ("vectors", "clusters", "error", "words"),
+    [
+        (np.ones((3, 2)), 0, ConfigError, "at least 1, got 0"),
+        (np.ones(3), 2, DataError, r"\[N, D\], got shape \(3,\)"),
+        (np.ones((0, 2)), 2, DataError, r"shape \(0, 2\)"),
+        (np.array([[1.0, np.nan]]), 2, DataError, "1 numbers that are not"),
+    ],
+)
+def test_what_cannot_be_clustered_is_refused(vectors, clusters, error, words):
+    with pytest.raises(error, match=words):
+        kmeans_labels(vectors, clusters)

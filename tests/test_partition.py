@@ -1,3 +1,5 @@
+"""What a partition says of itself."""
+
 import collections
 import math
 
@@ -5,70 +7,19 @@ import numpy as np
 import pytest
 
 from fedrag_jax.data.examples import Example
-from fedrag_jax.data.partition import Partition, dirichlet, iid, partition
-from fedrag_jax.data.seeds import stream
-from fedrag_jax.errors import ConfigError, DataError
+from fedrag_jax.data.partition import Partition, partition
+from fedrag_jax.data.schemes import dirichlet, dirichlet_per_client, iid
+from fedrag_jax.errors import DataError
 
-TOPICS = 10
-EXAMPLES = [Example(str(i), "q", ("a",), (), topic=f"t{i % TOPICS}") for i in range(1600)]
-
-
-def largest_share(data: Partition) -> float:
-    """How much of a client its commonest topic makes up, mean over clients."""
-    counts = data.counts()[1]
-    return float((counts.max(1) / counts.sum(1)).mean())
+EXAMPLES = [Example(str(i), "q", ("a",), (), topic=f"t{i % 10}") for i in range(1600)]
 
 
-@pytest.mark.parametrize(
-    "scheme", [iid(32), dirichlet(0.1, 32), dirichlet(1, 7), dirichlet(math.inf, 32)]
-)
-def test_every_example_is_with_one_client(scheme):
-    data = partition(EXAMPLES, scheme, seed=3)
-    assert sorted(np.concatenate(data.clients)) == list(range(1600))
+def split(*clients: list[int]) -> Partition:
+    """Clients who hold the rows given, of examples whose labels are 0, 0, 0, 0, 1, 1, 1, 1."""
+    return Partition(range(8), tuple(map(np.array, clients)))
 
 
-def test_small_alpha_concentrates_and_infinite_alpha_is_iid():
-    shares = [largest_share(partition(EXAMPLES, dirichlet(a, 16))) for a in (0.1, 1, math.inf)]
-    assert shares[0] > 0.55 > shares[1] > 0.2 > shares[2]
-    even = partition(EXAMPLES, dirichlet(math.inf, 31), seed=4)
-    assert {len(rows) for rows in even.clients} == {51, 52}
-    dealt = partition(EXAMPLES, iid(31), seed=4)
-    assert all((a == b).all() for a, b in zip(even.clients, dealt.clients, strict=True))
-
-
-def test_proportions_of_a_class_follow_the_dirichlet():
-    # Var[p] of Dir(alpha 1_K) is (K-1) / (K^2 (K alpha + 1)).
-    alpha, clients = 0.5, 4
-    shares = np.concatenate(
-        [
-            partition(EXAMPLES, dirichlet(alpha, clients), seed).counts()[1] / (1600 / TOPICS)
-            for seed in range(40)
-        ]
-    )
-    assert shares.mean() == pytest.approx(1 / clients)
-    expected = (clients - 1) / (clients**2 * (clients * alpha + 1))
-    assert shares.var() == pytest.approx(expected, rel=0.12)
-
-
-def test_the_seed_decides():
-    first, again, other = (partition(EXAMPLES, dirichlet(0.5, 8), s).clients for s in (1, 1, 2))
-    assert all((a == b).all() for a, b in zip(first, again, strict=True))
-    assert any(len(a) != len(b) for a, b in zip(first, other, strict=True))
-
-
-def test_streams_differ_by_seed_name_and_ids():
-    streams = [stream(1, "a", 2), stream(2, "a", 2), stream(1, "b", 2), stream(1, "a", 3)]
-    assert len({s.integers(2**62) for s in streams}) == 4
-    assert stream(1, "a", 2).integers(2**62) == stream(1, "a", 2).integers(2**62)
-
-
-def test_every_client_gets_the_least_number():
-    draws = set()
-    for seed in range(5):
-        data = partition(EXAMPLES, dirichlet(0.1, 32, min_examples=2), seed)
-        assert min(map(len, data.clients)) >= 2
-        draws.add(data.draw)
-    assert max(draws) > 0  # some first draw was refused, and the one kept is on record
+LABELS = np.arange(8) // 4
 
 
 def test_counts_are_a_table_of_clients_and_classes():
@@ -79,32 +30,60 @@ def test_counts_are_a_table_of_clients_and_classes():
         expected = collections.Counter(EXAMPLES[r].topic for r in rows)
         assert dict(zip(classes, counts, strict=True)) == {c: expected[c] for c in classes}
     assert [e.id for e in data.of(1)] == ["2", "3"]
+    assert data.sizes().tolist() == [3, 2]
 
 
-def test_mappings_have_columns_too():
-    data = partition([{"kind": i % 2} for i in range(40)], dirichlet(1, 2, column="kind"))
-    assert data.counts("kind")[1].sum() == 40
+def test_labels_may_lie_beside_the_examples():
+    data = split([0, 1, 4], [7])
+    assert data.counts(LABELS)[1].tolist() == [[2, 1], [0, 1]]
+    assert data.counts(["b"] * 4 + ["a"] * 4)[0] == ["a", "b"]
+    named = [{"kind": int(label)} for label in LABELS]
+    assert Partition(named, data.clients).counts("kind")[1].tolist() == [[2, 1], [0, 1]]
+
+
+def test_statistics_of_clients_all_alike_and_of_clients_with_a_class_each():
+    alike = split([0, 1, 4, 5], [2, 3, 6, 7]).statistics(LABELS)
+    apart = split([0, 1, 2, 3], [4, 5, 6, 7]).statistics(LABELS)
+    same = {"clients": 2, "examples": 8, "smallest": 4, "median": 4, "largest": 4, "classes": 2}
+    assert alike == same | {"size_gini": 0, "effective_classes": 2, "total_variation": 0}
+    assert apart == same | {"size_gini": 0, "effective_classes": 1, "total_variation": 0.5}
+
+
+def test_statistics_by_hand():
+    found = split([0, 1, 2, 4], [5]).statistics(LABELS)  # of five held examples 3 are of class 0
+    assert (found["examples"], found["smallest"], found["largest"]) == (5, 1, 4)
+    # Mean difference of all pairs of sizes over twice their mean: (3 + 3) / 4 / (2 · 2.5).
+    assert found["size_gini"] == pytest.approx(0.3)
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert found["effective_classes"] == pytest.approx((math.exp(entropy) + 1) / 2)
+    assert found["total_variation"] == pytest.approx((0.15 + 0.6) / 2)
+
+
+def test_statistics_tell_schemes_apart():
+    found = [
+        partition(EXAMPLES, scheme).statistics()
+        for scheme in (iid(16), dirichlet(1, 16), dirichlet(0.1, 16), dirichlet_per_client(0.1, 16))
+    ]
+    variation = [f["total_variation"] for f in found]
+    assert variation[0] < 0.15 < variation[1] < 0.5 < variation[2] < variation[3]
+    assert found[3]["size_gini"] == 0 < found[0]["size_gini"] + 0.1 < found[2]["size_gini"]
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "words"),
+    ("call", "words"),
     [
-        (lambda: dirichlet(0, 2), ConfigError, "alpha must be > 0, got 0"),
-        (lambda: dirichlet(-1, 2), ConfigError, "got -1"),
-        (lambda: dirichlet(math.nan, 2), ConfigError, "got nan"),
-        (lambda: iid(0), ConfigError, "at least 1, got 0"),
-        (lambda: partition([], iid(1)), DataError, "no examples"),
-        (lambda: partition(EXAMPLES[:3], iid(4)), ConfigError, "4 clients"),
-        (lambda: partition(EXAMPLES[:7], dirichlet(1, 4)), ConfigError, "need 8"),
-        (lambda: partition(EXAMPLES, dirichlet(1, 4, "kind")), DataError, "0 has no 'kind'"),
-        (lambda: partition(EXAMPLES[:64], dirichlet(0.01, 32)), DataError, "100 draws"),
-        (lambda: partition(EXAMPLES, iid(2), seed=-1), ConfigError, "seed must be at least 0"),
-        (lambda: Partition(EXAMPLES, ()), DataError, "no clients"),
-        (lambda: Partition(EXAMPLES, (np.arange(0),)), DataError, "client 0 has no examples"),
-        (lambda: Partition(EXAMPLES, (np.array([1600]),)), DataError, "1600"),
-        (lambda: Partition(EXAMPLES, (np.array([1]), np.array([1]))), DataError, "held twice"),
+        (lambda: partition([], iid(1)), "no examples"),
+        (lambda: Partition(EXAMPLES, ()), "no clients"),
+        (lambda: Partition(EXAMPLES, (np.arange(0),)), "client 0 has no examples"),
+        (lambda: Partition(EXAMPLES, (np.array([1600]),)), "1600"),
+        (lambda: Partition(EXAMPLES, (np.array([-1]),)), "from -1"),
+        (lambda: Partition(EXAMPLES, (np.array([7]), np.array([1, 7]))), "example 7 is held twice"),
+        (lambda: split([0]).counts(LABELS[:5]), "are 5 for 8 examples"),
+        (lambda: split([0]).counts([0, None, "a", 1, 2, 3, 4, 5]), "all of one kind"),
+        (lambda: Partition(EXAMPLES, (np.arange(3),)).counts("answers"), r"one value .*\('a',\)"),
+        (lambda: split([0]).counts("topic"), "example 0 has no 'topic'"),
     ],
 )
-def test_refusals_name_value_and_remedy(call, error, words):
-    with pytest.raises(error, match=words):
+def test_refusals_name_value_and_remedy(call, words):
+    with pytest.raises(DataError, match=words):
         call()

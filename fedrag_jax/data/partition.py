@@ -1,19 +1,18 @@
-"""Which client holds which examples."""
+"""Which client holds which examples, and how unlike the clients are; `schemes` says how to split."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy.special import entr
 
-from fedrag_jax.data.seeds import stream
-from fedrag_jax.errors import ConfigError, DataError
-
-MAX_DRAWS = 100
+from fedrag_jax.errors import DataError
 
 # scheme(examples, seed) -> (rows of each client, number of the draw that was kept)
 Scheme = Callable[[Sequence[Any], int], tuple[tuple[np.ndarray, ...], int]]
+# What clients differ in: an attribute or key of every example, or N labels beside N examples.
+Column = str | Sequence[Any] | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,22 +44,63 @@ class Partition:
                 f"partition: rows go from {rows.min()} to {rows.max()} "
                 f"but there are {len(self.examples)} examples; count from 0"
             )
-        if len(np.unique(rows)) < len(rows):
-            raise DataError("partition: an example is held twice; each may be with one client only")
+        held = np.bincount(rows)
+        if held.max() > 1:
+            raise DataError(
+                f"partition: example {held.argmax()} is held twice; each may be with one client only"
+            )
 
     def of(self, client: int) -> list[Any]:
         """The examples of one client."""
         return [self.examples[row] for row in self.clients[client]]
 
-    def counts(self, column: str = "topic") -> tuple[list[Any], np.ndarray]:
+    def sizes(self) -> np.ndarray:
+        """How many examples each client holds, int [K]."""
+        return np.array([len(rows) for rows in self.clients])
+
+    def counts(self, column: Column = "topic") -> tuple[list[Any], np.ndarray]:
         """The C classes of a column, sorted, and how many of each a client has, int [K, C]."""
-        classes, labels = np.unique(_labels(self.examples, column), return_inverse=True)
-        table = [np.bincount(labels[rows], minlength=len(classes)) for rows in self.clients]
-        return classes.tolist(), np.stack(table)
+        classes, labels = classes_of(self.examples, column)
+        shape = len(self.clients), len(classes)
+        owner = np.repeat(np.arange(len(self.clients)), self.sizes())
+        cell = owner * len(classes) + labels[np.concatenate(self.clients)]
+        return classes.tolist(), np.bincount(cell, minlength=shape[0] * shape[1]).reshape(shape)
+
+    def statistics(self, column: Column = "topic") -> dict[str, float]:
+        """How unlike the clients are: a row of a table.
+
+        Returns:
+          clients, examples: how many; examples that no client holds do not count.
+          smallest, median, largest: examples of a client.
+          size_gini: 0 where all clients hold as many, towards 1 where one holds everything.
+          classes: of the column, among what clients hold.
+          effective_classes: exp(entropy) of the classes of a client, mean over clients: as many
+            classes in equal parts would be as mixed.
+          total_variation: half the L1 distance between the class shares of a client and those of all
+            examples, in [0, 1], mean over clients: the part of its examples that would have to be of
+            another class. Small clients are some way off even if examples are dealt out at random:
+            compare with `iid`.
+        """
+        sizes, counts = np.sort(self.sizes()), self.counts(column)[1]
+        rank = np.arange(1, len(sizes) + 1)
+        shares = counts / counts.sum(1, keepdims=True)
+        overall = counts.sum(0) / counts.sum()
+        return {
+            "clients": len(sizes),
+            "examples": int(sizes.sum()),
+            "smallest": int(sizes[0]),
+            "median": float(np.median(sizes)),
+            "largest": int(sizes[-1]),
+            "size_gini": float(((2 * rank - len(sizes) - 1) * sizes).sum() / sizes.sum())
+            / len(sizes),
+            "classes": int((overall > 0).sum()),
+            "effective_classes": float(np.exp(entr(shares).sum(1)).mean()),
+            "total_variation": float(np.abs(shares - overall).sum(1).mean() / 2),
+        }
 
 
 def partition(examples: Sequence[Any], scheme: Scheme, seed: int = 0) -> Partition:
-    """Splits examples among clients; the same seed gives the same clients.
+    """Splits examples, questions or passages, among clients; the same seed gives the same clients.
 
     Raises:
       DataError: no examples, or what the scheme refuses.
@@ -72,83 +112,45 @@ def partition(examples: Sequence[Any], scheme: Scheme, seed: int = 0) -> Partiti
     return Partition(examples, clients, draw)
 
 
-def iid(clients: int) -> Scheme:
-    """Examples shuffled and dealt out evenly: client sizes differ by one at most."""
-    _require_clients(clients)
-
-    def split(examples, seed):
-        _require_enough(examples, clients, 1)
-        order = stream(seed, "partition").permutation(len(examples))
-        return tuple(np.sort(rows) for rows in np.array_split(order, clients)), 0
-
-    return split
-
-
-def dirichlet(alpha: float, clients: int, column: str = "topic", min_examples: int = 2) -> Scheme:
-    """Label skew: each class is shared out among the clients in proportions ~ Dir(alpha).
-
-    Hsu, Qi and Brown 2019 (arXiv 1909.06335) in the per-class form of Li et al. 2021 (2102.02079).
-
-    Args:
-      alpha: concentration > 0; 0.1 gives each client few classes, `inf` is IID.
-      column: attribute or key of an example that holds its class.
-      min_examples: everything is drawn again, up to 100 times, until each client has so many.
+def values_of(examples: Sequence[Any], column: str) -> list[Any]:
+    """An attribute or key of each example.
 
     Raises:
-      ConfigError: alpha not > 0, fewer than one client, or too few examples for the clients.
-      DataError: an example without the column, or no draw among 100 with `min_examples` for all.
+      DataError: an example without it.
     """
-    if not alpha > 0:
-        raise ConfigError(f"dirichlet: alpha must be > 0, got {alpha}; use inf for IID clients")
-    _require_clients(clients)
-
-    def split(examples, seed):
-        _require_enough(examples, clients, min_examples)
-        if math.isinf(alpha):
-            return iid(clients)(examples, seed)
-        classes, labels = np.unique(_labels(examples, column), return_inverse=True)
-        for draw in range(MAX_DRAWS):
-            rng = stream(seed, "partition", draw)
-            parts: list[list[np.ndarray]] = [[] for _ in range(clients)]
-            for label in range(len(classes)):
-                rows = rng.permutation(np.flatnonzero(labels == label))
-                proportions = rng.dirichlet(np.full(clients, alpha))
-                cuts = np.round(np.cumsum(proportions)[:-1] * len(rows)).astype(int)
-                for part, share in zip(parts, np.split(rows, cuts), strict=True):
-                    part.append(share)
-            result = tuple(np.sort(np.concatenate(part)) for part in parts)
-            if min(map(len, result)) >= min_examples:
-                return result, draw
-        raise DataError(
-            f"dirichlet(alpha={alpha}, clients={clients}): in {MAX_DRAWS} draws from seed {seed} "
-            f"some client always had fewer than {min_examples} of the {len(examples)} examples; "
-            "raise alpha, take fewer clients, or lower min_examples"
-        )
-
-    return split
-
-
-def _labels(examples, column: str) -> np.ndarray:
-    labels = []
+    values = []
     for row, example in enumerate(examples):
         try:
             mapping = isinstance(example, Mapping)
-            labels.append(example[column] if mapping else getattr(example, column))
+            values.append(example[column] if mapping else getattr(example, column))
         except (KeyError, AttributeError):
             raise DataError(
                 f"partition: example {row} has no {column!r}; name a column that all examples have"
             ) from None
-    return np.array(labels)
+    return values
 
 
-def _require_clients(clients: int) -> None:
-    if clients < 1:
-        raise ConfigError(f"partition: clients must be at least 1, got {clients}")
+def classes_of(examples: Sequence[Any], column: Column) -> tuple[np.ndarray, np.ndarray]:
+    """The C different values of a column, sorted, and for each of N examples which: int [N].
 
-
-def _require_enough(examples, clients: int, each: int) -> None:
-    if clients * each > len(examples):
-        raise ConfigError(
-            f"partition: {clients} clients with at least {each} each need {clients * each} "
-            f"examples, got {len(examples)}; take fewer clients"
+    Raises:
+      DataError: an example without the column, labels that are not one per example, or values that
+        are not single ones or cannot be sorted.
+    """
+    named = isinstance(column, str)
+    values = values_of(examples, column) if named else column
+    what = f"column {column!r}" if named else "the labels given as column"
+    if len(values) != len(examples):
+        raise DataError(
+            f"partition: {what} are {len(values)} for {len(examples)} examples; give one for each"
         )
+    try:
+        labels = np.asarray(values)
+        if labels.ndim == 1:
+            return np.unique(labels, return_inverse=True)
+    except (TypeError, ValueError):  # values of several kinds, or lists of several lengths
+        pass
+    raise DataError(
+        f"partition: {what} must hold one value for each example, all of one kind; "
+        f"the first is {values[0]!r}"
+    )

@@ -7,7 +7,8 @@ import numpy as np
 import optax
 
 from fedrag_jax.data.examples import Example
-from fedrag_jax.data.partition import Partition, dirichlet, partition
+from fedrag_jax.data.partition import Partition, partition
+from fedrag_jax.data.schemes import dirichlet
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.federated.centralised import centralised
 from fedrag_jax.federated.fed_avg import fed_avg

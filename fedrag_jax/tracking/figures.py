@@ -42,7 +42,8 @@ SETTING_STYLES = {
 }
 
 
-def _pyplot():
+def pyplot():
+    """Matplotlib without a display, in the style of all figures."""
     import matplotlib  # slow, and only for those who draw
 
     matplotlib.use("Agg")
@@ -67,7 +68,7 @@ def _pyplot():
 
 def quality_against_cost(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     """EM with its interval over training seconds, a panel per setting."""
-    plt = _pyplot()
+    plt = pyplot()
     settings = list(dict.fromkeys(row["setting"] for row in rows))
     fig, axes = plt.subplots(
         1, len(settings), figsize=(0.6 + 2.6 * len(settings), 2.9), sharey=True, squeeze=False
@@ -99,7 +100,7 @@ def quality_against_cost(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> 
 
 def learning_curves(cells: Sequence[Cell], path: pathlib.Path) -> None:
     """Training loss of each objective over examples seen: mean over seeds, band from least to most."""
-    plt = _pyplot()
+    plt = pyplot()
     curves: dict[str, dict[str, list[list[dict]]]] = {}
     for group in by_cell(cells).values():
         for cell in group:

@@ -155,6 +155,22 @@ def strategies_markdown(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def partitions_markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """Partitions, one a row: its name under `partition` beside `Partition.statistics`."""
+    lines = [
+        "| partition | clients | examples | least | median | most | Gini of sizes | classes "
+        "| effective classes of a client | total variation |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for r in rows:
+        lines.append(
+            f"| {r['partition']} | {r['clients']} | {r['examples']} | {r['smallest']} "
+            f"| {r['median']:.1f} | {r['largest']} | {r['size_gini']:.2f} | {r['classes']} "
+            f"| {r['effective_classes']:.1f} | {r['total_variation']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
 def _decimal(value: float | None) -> str:
     return "–" if value is None else f"{value:.1f}"
 

@@ -1,0 +1,68 @@
+"""How unlike the clients of a comparison are: statistics and a figure, before anything is trained.
+
+    python -m experiments.partition_statistics --config=configs/compare_strategies.py
+    python -m experiments.partition_statistics --config=configs/compare_strategies.py \
+        --config.name=mild --config.federated.clients=60 --config.federated.alpha=1.0
+
+Writes runs/<name>-partition/: partition.md and partition.csv with a row for each seed of the config
+and one of an IID split beside it, and partition.png of the first seed.
+"""
+
+import pathlib
+
+from experiments.inputs import load_data
+from experiments.launch import launch, settled_config
+from fedrag_jax.errors import ConfigError
+
+
+def questions(config):
+    """The training questions that the comparison splits; those without a topic have a cluster."""
+    dataset = load_data(config)
+    if config.federated.column == "topic" and not all(e.topic for e in dataset.train):
+        from fedrag_jax.models import hub
+        from fedrag_jax.retrieval.clusters import with_topics
+        from fedrag_jax.retrieval.retriever import Retriever
+
+        # Clusters are those of questions: of the corpus one passage is enough.
+        model = hub.load(config.models.retriever)
+        dataset = with_topics(dataset, Retriever.build(model, dataset.passages[:1]))
+    return dataset.train
+
+
+def run(config, runs: str) -> pathlib.Path:
+    """Splits as the comparison does; returns the folder of the results."""
+    from fedrag_jax.strategies.settings import split_clients
+    from fedrag_jax.tracking import tables
+    from fedrag_jax.tracking.partition_figures import label_distribution
+
+    if not config.seeds:
+        raise ConfigError("config.seeds is empty; give at least one")
+    clients, alpha, column = (config.federated[name] for name in ("clients", "alpha", "column"))
+    examples = questions(config)
+    splits = {
+        f"alpha {alpha}, seed {seed}": split_clients(examples, clients, alpha, column, seed)
+        for seed in config.seeds
+    }
+    first = next(iter(splits.values()))
+    splits["IID"] = split_clients(examples, clients, float("inf"), column, config.seeds[0])
+    rows = [{"partition": name} | split.statistics(column) for name, split in splits.items()]
+
+    folder = pathlib.Path(runs) / f"{config.name}-partition"
+    folder.mkdir(parents=True, exist_ok=True)
+    settled_config(config, folder, free=("seeds", "strategies", "settings", "wandb"))
+    text = (
+        f"# {config.name}: {config.data.name}, {clients} clients, Dirichlet alpha {alpha} over "
+        f"{column}\n\n{tables.partitions_markdown(rows)}\n\n"
+        "Gini of sizes: 0 where all clients hold as many. Effective classes: exp(entropy), mean over "
+        "clients. Total variation: distance of a client's classes from those of all, in [0, 1], mean "
+        "over clients.\n"
+    )
+    (folder / "partition.md").write_text(text, encoding="utf-8")
+    tables.write_csv(folder / "partition.csv", rows, list(rows[0]))
+    label_distribution(first, folder / "partition.png", column)
+    print(f"{text}\n{folder}/: partition.md partition.csv partition.png config.json")
+    return folder
+
+
+if __name__ == "__main__":
+    launch(run, "configs/compare_strategies.py")
