@@ -4,10 +4,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from fedrag_jax.models import lora
 from fedrag_jax.models.decoder import DecoderConfig
 from fedrag_jax.models.encoder import EncoderConfig
+from fedrag_jax.models.layers import Linear, run_stack, stack
+from fedrag_jax.models.network import Network
 
 TINY = DecoderConfig(
     vocab_size=40,
@@ -54,3 +57,27 @@ def random_adapters(network, seed):
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     noise = [jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
     return jax.tree.unflatten(tree, noise)
+
+
+class Chain(nnx.Module):
+    """Two linear layers that take adapters, and an output that takes some too: the least there is."""
+
+    def __init__(self, config, lora=None, *, rngs):
+        self.config = config
+        inside, outside = (lora.widths(n) if lora else {} for n in (2, None))
+        self.layers = stack(2, lambda r: _Link(inside, rngs=r), rngs)
+        self.lm_head = Linear("lm_head", 6, 5, outside, rngs=rngs)
+
+    def __call__(self, x):
+        return self.lm_head(run_stack(self.layers, lambda layer, x, _: layer(x), x, self.config))
+
+
+class _Link(nnx.Module):
+    def __init__(self, lora, *, rngs):
+        self.q_proj = Linear("q_proj", 6, 6, lora, rngs=rngs)
+
+    def __call__(self, x):
+        return x + jnp.tanh(self.q_proj(x))
+
+
+CHAIN = Network.of(Chain, TINY_ENCODER)

@@ -88,9 +88,14 @@ class LoraConfig:
                 f"adapters of one model are wanted; {'.'.join(path)} has shape {leaf.shape}: take "
                 "those of one client, or use jax.vmap"
             )
-        sizes = self.sizes(path[-2], leaf.shape[0] if stacked else None)
+        return leaf * self.scale(path, leaf.shape[0]).astype(leaf.dtype)
+
+    def scale(self, path: tuple, layers: int) -> np.ndarray:
+        """alpha / rank of the layers at a path, to multiply arrays [L, ., .] or [., .] with."""
+        stacked = path[0] == "layers"
+        sizes = self.sizes(path[-2], layers if stacked else None)
         scale = np.array([alpha / rank for rank, alpha in sizes])
-        return leaf * (scale[:, None, None] if stacked else scale).astype(leaf.dtype)
+        return scale[:, None, None] if stacked else scale
 
 
 def add_lora(network: Network, config: LoraConfig) -> Network:
@@ -138,9 +143,7 @@ def init_adapters(network: Network, key: jax.Array | int) -> dict:
             return jnp.zeros(shape)
         bound = shape[-2] ** -0.5
         a = jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
-        sizes = network.lora.sizes(path[-2], shape[0] if path[0] == "layers" else None)
-        there = np.arange(shape[-1]) < np.array([[rank] for rank, _ in sizes])
-        return a * (there[:, None] if path[0] == "layers" else there)
+        return a * _there(network.lora, path, shape)
 
     shapes = sorted((p, s.shape) for p, s in flatten(network.shapes()) if p[-1].startswith("lora_"))
     return unflatten((path, fresh(path, shape)) for path, shape in shapes)
@@ -165,9 +168,53 @@ def _added(network, params, adapters, add):
         raise ConfigError("merging needs the network the adapters belong to, from add_lora")
     if is_quantized(params):
         raise ConfigError("adapters cannot be merged into a quantised base; keep them beside it")
-    low_rank, result = dict(flatten(network.lora.scaled(adapters))), dict(flatten(params))
-    for path in [path for path in low_rank if path[-1] == "lora_a"]:
-        kernel, a, b = (*path[:-1], "kernel"), low_rank[path], low_rank[(*path[:-1], "lora_b")]
-        update = jnp.einsum("...ir,...ro->...io", a, b)
-        result[kernel] = add(result[kernel], update).astype(result[kernel].dtype)
+    return add_product(params, product(network, adapters), add)
+
+
+def product(network: Network, adapters: dict) -> dict:
+    """(alpha / rank) A B of every target: a tree of kernels like those of the base.
+
+    The rank of alpha / rank is that of the configuration, however many columns A has.
+    """
+    factors = dict(flatten(network.lora.scaled(adapters)))
+    return unflatten(
+        ((*path[:-1], "kernel"), a @ factors[(*path[:-1], "lora_b")])
+        for path, a in factors.items()
+        if path[-1] == "lora_a"
+    )
+
+
+def add_product(params: dict, kernels: dict, add=jnp.add) -> dict:
+    """Parameters whose kernels have those added, each of its own type."""
+    result = dict(flatten(params))
+    for path, update in flatten(kernels):
+        result[path] = add(result[path], update).astype(result[path].dtype)
     return unflatten(result.items())
+
+
+def factorize(network: Network, kernels: dict, like: dict) -> dict:
+    """Adapters whose product is nearest to the kernels in the Frobenius norm (Eckart and Young 1936).
+
+    From W = U S V^T: A is the first columns of U and B those rows of S V^T, over alpha / rank. A change
+    of weight zero leaves columns of A that are orthonormal and rows of B that are zero.
+
+    Args:
+      like: adapters, for shapes and types.
+    """
+    factors = {}
+    for path, kernel in flatten(kernels):
+        path_a, path_b = ((*path[:-1], name) for name in ("lora_a", "lora_b"))
+        a, b = (dict(flatten(like))[p] for p in (path_a, path_b))
+        u, s, vt = jnp.linalg.svd(kernel, full_matrices=False)
+        r, there = a.shape[-1], _there(network.lora, path_a, a.shape)
+        scale = network.lora.scale(path_a, a.shape[0])
+        factors[path_a] = (u[..., :r] * there).astype(a.dtype)
+        factors[path_b] = ((s[..., :r, None] * vt[..., :r, :]) / scale).astype(b.dtype)
+    return unflatten(factors.items())
+
+
+def _there(config: LoraConfig, path: tuple, shape: tuple) -> np.ndarray:
+    """Which columns of an array A its layers have, to multiply it with."""
+    sizes = config.sizes(path[-2], shape[0] if path[0] == "layers" else None)
+    there = np.arange(shape[-1]) < np.array([[rank] for rank, _ in sizes])
+    return there[:, None] if path[0] == "layers" else there

@@ -1,0 +1,294 @@
+"""Federated averaging of low-rank adapters: what the clients' A_k and B_k become together.
+
+The update a client means is s_k A_k B_k, with s_k = alpha / r_k its own scale. The mean of the factors
+is not the mean of the updates: (Σ p_i A_i)(Σ p_j B_j) has cross terms A_i B_j of clients that never
+met. The rules differ in what they do about that.
+
+| rule | clients train | the server makes | the mean update is |
+|---|---|---|---|
+| `fedit` | A, B | the means of A and of B | missed |
+| `ffa` | B | the mean of B; A stays as it began | kept |
+| `rolora` | B and A in turn | the mean of that one | kept |
+| `flora` | A, B | base + Σ p_k s_k A_k B_k, and fresh adapters | kept |
+| `fedex` | A, B | the means; base + what they miss | kept |
+| `flexlora` | A, B | the SVD of Σ p_k s_k A_k B_k, cut to the rank | approached |
+| `fedsa` | A, B | the mean of A; B stays with the client | personal |
+
+FedIT: Zhang et al. 2023, arXiv 2305.05644. FFA-LoRA: Sun et al. 2024, 2403.12313. RoLoRA: Chen et al.
+2025, 2502.01755. FLoRA: Wang et al. 2024, 2409.05976. FedEx-LoRA: Singhal et al. 2025, 2410.09432.
+FlexLoRA: Bai et al. 2024, 2402.11505. FedSA-LoRA: Guo et al. 2025, 2410.01463.
+
+Everything else that is trained, such as a query encoder, is averaged as in `fed_avg`.
+"""
+
+import functools
+import zlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fedrag_jax.errors import ConfigError
+from fedrag_jax.federated.algorithm import (
+    Algorithm,
+    State,
+    Traffic,
+    difference,
+    nbytes,
+    stack,
+    weighted_sum,
+    wide,
+)
+from fedrag_jax.federated.work import Work
+from fedrag_jax.models import lora
+from fedrag_jax.models.network import Network, flatten, unflatten
+from fedrag_jax.models.quantized import is_quantized
+
+A, B = "lora_a", "lora_b"
+
+
+class Rule(NamedTuple):
+    """One row of the table above.
+
+    Attributes:
+      moves: the factors that are trained, in each of the turns that rounds take.
+      private: factors that never leave their client.
+      settle: `settle(network, adapters, product, key) -> (adapters, change of the base or None)`,
+        from the mean factors and the mean update; None keeps the mean factors.
+      changes_base: whether there is such a change.
+      mixed_ranks: whether clients may have different ranks.
+    """
+
+    moves: tuple[tuple[str, ...], ...] = ((A, B),)
+    private: tuple[str, ...] = ()
+    settle: Callable | None = None
+    changes_base: bool = False
+    mixed_ranks: bool = False
+
+
+def _stacked(network, adapters, product, key):
+    """FLoRA: side by side, the factors of all clients are the mean update; the base takes it in."""
+    fresh = lora.init_adapters(network, jax.random.fold_in(key, zlib.crc32(b"fresh adapters")))
+    return jax.tree.map(lambda x, like: x.astype(like.dtype), fresh, adapters), product
+
+
+def _residual(network, adapters, product, key):
+    """FedEx-LoRA: the base takes in what the means miss."""
+    kept = lora.product(network, jax.tree.map(wide, adapters))
+    return adapters, jax.tree.map(jnp.subtract, product, kept)
+
+
+def _nearest(network, adapters, product, key):
+    """FlexLoRA: the best factors of the mean update. A is orthonormal, so a direction of no weight
+    can be learned again, as at the start of LoRA."""
+    return lora.factorize(network, product, adapters), None
+
+
+RULES = {
+    "fedit": Rule(),
+    "ffa": Rule(moves=((B,),)),
+    "rolora": Rule(moves=((B,), (A,))),
+    "flora": Rule(settle=_stacked, changes_base=True, mixed_ranks=True),
+    "fedex": Rule(settle=_residual, changes_base=True),
+    "flexlora": Rule(settle=_nearest, mixed_ranks=True),
+    "fedsa": Rule(private=(B,)),
+}
+
+
+@functools.cache
+def fed_lora(
+    rule: str,
+    network: Network,
+    *,
+    ranks: tuple[int, ...] | None = None,
+    part: str = "adapters",
+    base: str = "decoder",
+    **work,
+) -> Algorithm:
+    """Averages adapters by one of seven rules.
+
+    Args:
+      rule: "fedit", "ffa", "rolora", "flora", "fedex", "flexlora" or "fedsa".
+      network: the one the adapters belong to, from `lora.add_lora`.
+      ranks: of every client's adapters, none above that of the network; with the same alpha, so that
+        the scale of client k is alpha / r_k. For rules that never average factors.
+      part: name of the adapters in what the task trains.
+      base: name of the network's parameters in what the task keeps frozen.
+      work: as in `fed_avg`.
+
+    Raises:
+      ConfigError: no such rule, ranks that the rule or the network cannot have, or what `Work`
+        refuses; in a fit, a rule that would change a quantised base.
+    """
+    work = Work(**work)
+    if rule not in RULES:
+        raise ConfigError(f"fed_lora: rule is one of {sorted(RULES)}, got {rule!r}")
+    if network.lora is None:
+        raise ConfigError("fed_lora needs a network that takes adapters: call add_lora first")
+    rules = RULES[rule]
+    if ranks is not None:
+        _require_ranks(rule, network, ranks)
+    full = network.lora.rank
+
+    def init(trainable, client_init, client_count):
+        if part not in trainable:
+            raise ConfigError(f"fed_lora: nothing named {part!r} is trained, but {[*trainable]}")
+        if ranks is not None and len(ranks) != client_count:
+            raise ConfigError(f"fed_lora: {len(ranks)} ranks for {client_count} clients")
+        shared, private = _parted(trainable, part, rules.private)
+        server = ()
+        if rules.changes_base:
+            adapters = jax.tree.map(wide, trainable[part])
+            server = jax.tree.map(jnp.zeros_like, lora.product(network, adapters))
+        return State(shared, server, private if rules.private else ())
+
+    def turn(moves, state, cohort, client):
+        still = tuple({A, B} - {*moves})
+        x, fixed = _parted(state.trainable, part, still)
+        frozen = changed(state, client.frozen)
+
+        def see(y, rank):
+            adapters = _joined(y, fixed)[part]
+            return y | {part: adapters if ranks is None else _scaled(adapters, full / rank)}
+
+        def group(members, private):
+            rank = ()
+            x_k = stack(x, len(members.share))
+            if private:
+                x_k = _joined(x_k, private)
+            if ranks is not None:
+                rank = jnp.take(jnp.array(ranks, float), members.clients, mode="clip")
+                x_k = x_k | {part: jax.vmap(_cut)(x_k[part], rank, rank / full)}
+            y_k, _, report = client.update(
+                x_k, client.init(x_k), members, rank, see=see, frozen=frozen
+            )
+            (y_k, private), (x_k, _) = (_parted(t, part, rules.private) for t in (y_k, x_k))
+            sums = weighted_sum(members.share, difference(y_k, x_k)), ()
+            if rules.settle is not None:
+                seen = jax.vmap(see)(y_k, rank)[part]
+                sums = sums[0], (_mean_product(network, members.share, seen), members.share.sum())
+            return sums, (private if rules.private else (), report)
+
+        rows = state.population or [()] * len(cohort)
+        (update, products), rest = client.total(group, cohort, rows)
+        population, report = (list(part) for part in zip(*rest, strict=True))
+        new = jax.tree.map(lambda x, u: (x + u).astype(x.dtype), x, update)
+        new, server = _joined(new, fixed), state.server
+        if rules.settle is not None:
+            product, weight = products
+            # Where nobody answered, what there was counts.
+            before = lora.product(network, jax.tree.map(wide, state.trainable[part]))
+            product = jax.tree.map(lambda m, d: m + (1 - weight) * d, product, before)
+            adapters, change = rules.settle(network, new[part], product, client.key)
+            new = new | {part: adapters}
+            if change is not None:
+                server = jax.tree.map(jnp.add, server, change)
+        return State(new, server, population if rules.private else ()), report
+
+    def changed(state, frozen):
+        if not rules.changes_base:
+            return frozen
+        if is_quantized(frozen[base]):
+            raise ConfigError(
+                f"fed_lora: {rule} changes the base, and this one is quantised; use a rule that does "
+                f"not ({', '.join(name for name, r in RULES.items() if not r.changes_base)}) "
+                "or load the base without quantize"
+            )
+        return frozen | {base: lora.add_product(frozen[base], state.server)}
+
+    def traffic(trainable, drawn, answered, round):
+        moves = rules.moves[round % len(rules.moves)]
+        _, factors = _parted(trainable, part, moves)
+        others = nbytes(trainable) - nbytes(_parted(trainable, part, (A, B))[1])
+
+        def size(client):
+            return nbytes(factors) * (full if ranks is None else ranks[client]) // full
+
+        stacked = 0
+        if rules.changes_base:
+            # Down goes what the base is to take in: the factors of all, or the sum if that is less.
+            dense = nbytes(jax.eval_shape(lambda t: lora.product(network, t), trainable[part]))
+            stacked = min(sum(map(size, answered)), dense)
+        own = 0 if rule == "flora" else 1
+        return Traffic(
+            down=sum(others + own * size(k) + stacked for k in drawn),
+            up=sum(others + size(k) for k in answered),
+        )
+
+    def model(trainable, row):
+        return _joined(trainable, row)
+
+    return Algorithm(
+        f"fed_lora({rule}, ranks={ranks}, {work})",
+        work,
+        init,
+        tuple(functools.partial(turn, moves) for moves in rules.moves),
+        traffic,
+        model=model if rules.private else None,
+        frozen=changed,
+    )
+
+
+def _parted(trainable: dict, part: str, names: tuple[str, ...]) -> tuple[dict, dict]:
+    """What is trained without those factors, and those factors alone."""
+    inside, outside = [], []
+    for path, leaf in flatten(trainable[part]):
+        (inside if path[-1] in names else outside).append((path, leaf))
+    return trainable | {part: unflatten(outside)}, {part: unflatten(inside)}
+
+
+def _joined(trainable: dict, factors: dict) -> dict:
+    """Undoes `_parted`."""
+    both = {
+        part: unflatten([*flatten(trainable[part]), *flatten(factors[part])]) for part in factors
+    }
+    return trainable | both
+
+
+def _scaled(adapters: dict, factor: jax.Array) -> dict:
+    """Every B times a number."""
+    return unflatten(
+        (path, x * factor.astype(x.dtype) if path[-1] == B else x) for path, x in flatten(adapters)
+    )
+
+
+def _cut(adapters: dict, rank: jax.Array, factor: jax.Array) -> dict:
+    """The first `rank` columns of A and rows of B, zeros beyond, and every B times `factor`."""
+
+    def cut(path, x):
+        places = jnp.arange(x.shape[-1] if path[-1] == A else x.shape[-2])
+        there = (places < rank).astype(x.dtype)
+        return x * (there if path[-1] == A else there[:, None])
+
+    return _scaled(unflatten((path, cut(path, x)) for path, x in flatten(adapters)), factor)
+
+
+def _mean_product(network: Network, share: jax.Array, adapters: dict) -> dict:
+    """Σ_k p_k s A_k B_k, from adapters [g, ...]: the product of A_1 A_2 ... side by side and
+    p_1 B_1, p_2 B_2, ... one below the other."""
+
+    def stacked(path, x):
+        x = wide(x)
+        if path[-1] == A:
+            x = jnp.moveaxis(x, 0, -2)  # [..., in, g, r]
+            return x.reshape(*x.shape[:-2], -1)
+        x = jnp.moveaxis(jax.vmap(jnp.multiply)(share.astype(x.dtype), x), 0, -3)
+        return x.reshape(*x.shape[:-3], -1, x.shape[-1])
+
+    return lora.product(network, unflatten((p, stacked(p, x)) for p, x in flatten(adapters)))
+
+
+def _require_ranks(rule: str, network: Network, ranks: tuple[int, ...]) -> None:
+    if not RULES[rule].mixed_ranks:
+        able = [name for name, r in RULES.items() if r.mixed_ranks]
+        raise ConfigError(
+            f"fed_lora: {rule} averages factors, which must be of one rank; leave ranks out or use "
+            f"{' or '.join(able)}"
+        )
+    if network.lora.patterns:
+        raise ConfigError("fed_lora: ranks of clients go with one rank for all layers, no patterns")
+    if min(ranks) < 1 or max(ranks) > network.lora.rank:
+        raise ConfigError(
+            f"fed_lora: ranks must be from 1 to that of the network, {network.lora.rank}, got {ranks}"
+        )
