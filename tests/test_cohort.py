@@ -5,10 +5,13 @@ import optax
 import pytest
 from toys import EXAMPLES, FOUR, assert_close, assert_equal, collate, leaves, linear_task
 
+from fedrag_jax.data.partition import Partition
+from fedrag_jax.data.seeds import stream
 from fedrag_jax.federated.client import local_update
-from fedrag_jax.federated.cohort import Cohort, grouped, sample_cohort
+from fedrag_jax.federated.cohort import Cohort, grouped, padding, sample_cohort
+from fedrag_jax.federated.fed_avg import fed_avg
 from fedrag_jax.federated.fit import fit
-from fedrag_jax.federated.sampling import uniform
+from fedrag_jax.federated.sampling import everyone, fixed, poisson, uniform, weighted
 from fedrag_jax.federated.work import Work
 
 
@@ -105,3 +108,113 @@ def test_padding_rows_weigh_nothing():
     assert_close(wide.trainable, narrow.trainable, 1e-6)
     assert [r["examples"] for r in wide.history] == [r["examples"] for r in narrow.history]
     assert wide.history[0]["metrics"] == pytest.approx(narrow.history[0]["metrics"])
+
+
+# --- who takes part ----------------------------------------------------------------------------
+
+SIZES = np.array([1, 2, 3, 4, 10, 20])
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        (uniform(3), np.full(6, 0.5)),
+        (weighted(1), SIZES / 40),
+        (poisson(0.3), np.full(6, 0.3)),
+        (fixed(4, 1), [0, 1, 0, 0, 1, 0]),
+        (everyone, np.ones(6)),
+    ],
+    ids=lambda x: getattr(x, "name", ""),
+)
+def test_how_often_a_client_is_drawn(sampling, expected):
+    draws = 4000
+    rounds = [sampling.draw(SIZES, stream(0, "sampling", r)) for r in range(draws)]
+    counts = sum(np.bincount(clients, minlength=6) for clients in rounds)
+    np.testing.assert_allclose(counts / draws, expected, atol=4 * (0.25 / draws) ** 0.5)
+    assert all(len(set(clients.tolist())) == len(clients) for clients in rounds)
+    assert max(map(len, rounds)) <= sampling.places(SIZES)
+
+
+def test_weighted_sampling_is_without_replacement():
+    both = [weighted(5).draw(SIZES, stream(0, "w", r)) for r in range(2000)]
+    left_out = np.bincount([(set(range(6)) - set(b.tolist())).pop() for b in both], minlength=6)
+    assert (np.diff(left_out) < 0).all()  # the smaller a client, the likelier it is left out
+
+
+def test_dropout_and_stragglers_know_seed_round_and_client():
+    work = Work(local_steps=8, dropout=0.4, stragglers=0.5)
+    rounds = [sample_cohort(FOUR, work, r, 2, seed=1) for r in range(400)]
+    answered = np.concatenate([c.clients for c in rounds])
+    share = np.bincount(answered, minlength=4) / 400
+    np.testing.assert_allclose(share, 0.6, atol=0.1)
+    steps = np.concatenate([c.steps for c in rounds])
+    counts = np.bincount(steps, minlength=9) / len(steps)  # 1 to 8, and half stay at 8
+    np.testing.assert_allclose(counts[1:8], 0.5 / 8, atol=0.04)
+    np.testing.assert_allclose(counts[8], 0.5 + 0.5 / 8, atol=0.06)
+    # Whoever else was drawn, a client does in a round what it does in that round.
+    alone = Work(local_steps=8, dropout=0.4, stragglers=0.5, sampling=fixed(2))
+    for r in range(20):
+        mine = sample_cohort(FOUR, alone, r, 2, seed=1)
+        assert (2 in rounds[r].clients) == (2 in mine.clients)
+        if len(mine.clients):
+            there = rounds[r].clients == 2
+            assert_equal(
+                mine._replace(share=0), Cohort(*(x[there] for x in rounds[r]))._replace(share=0)
+            )
+    for c in rounds[:20]:
+        assert ((c.example_weight > 0).any(-1).sum(1) == c.steps).all()
+        assert c.share.sum() == pytest.approx(1)
+
+
+def test_a_round_nobody_answers_changes_nothing():
+    result = fit(linear_task(), FOUR, fed_avg(sampling=poisson(1e-6)), rounds=2)
+    assert_equal(result.trainable, jax.tree.map(np.float32, linear_task().trainable))
+    assert [(r["clients"], r["examples"], r["bytes_up"]) for r in result.history] == [
+        ([], 0, 0)
+    ] * 2
+    assert np.isnan(result.history[0]["loss"])
+
+
+def test_records_count_those_drawn_and_the_bytes():
+    algorithm = fed_avg(sampling=uniform(3), dropout=0.5)
+    history = fit(linear_task(), FOUR, algorithm, rounds=10).history
+    assert {r["drawn"] for r in history} == {3}
+    assert len({len(r["clients"]) for r in history}) > 1
+    assert all(r["bytes_down"] == 3 * 16 for r in history)  # four floats
+    assert all(r["bytes_up"] == len(r["clients"]) * 16 for r in history)
+
+
+# --- clients with very different amounts of data -----------------------------------------------
+
+
+def test_little_of_the_computing_is_padding():
+    sizes = np.maximum(2, np.exp(np.random.default_rng(0).normal(3, 1.2, 1000)).astype(int))
+    rows = np.split(np.arange(sizes.sum()), np.cumsum(sizes)[:-1])
+    data, work = Partition(range(sizes.sum()), tuple(rows)), Work(local_epochs=1)
+    cohort = sample_cohort(data, work, 0, 8, 0)
+    assert 1 - sizes.sum() / (cohort.indices.size) > 0.9  # as one array of [K, S, B]
+    for group_size, devices in ((1, 1), (8, 1), (32, 1), (4, 8)):
+        parts = grouped(cohort, group_size, data, work, devices)
+        assert padding(parts) <= 0.15
+        assert all(len(part.clients) % devices == 0 for part in parts)
+        clients = np.concatenate([part.clients.ravel() for part in parts])
+        assert sorted(clients[clients < 1000]) == list(range(1000))
+        seen = np.concatenate([part.indices[part.example_weight > 0] for part in parts])
+        assert sorted(seen) == list(range(sizes.sum()))
+        # Every device has about the same to do.
+        steps = sum(p.steps.max(1).reshape(devices, -1).sum(1) for p in parts)
+        assert steps.max() < 1.1 * steps.mean() + sizes.max() / 8
+
+
+def test_small_clients_have_small_batches():
+    data = Partition(range(70), tuple(np.split(np.arange(70), [2, 4, 6, 40])))
+    work = Work(local_steps=3)
+    parts = grouped(sample_cohort(data, work, 0, 16, 0), 2, data, work)
+    assert [p.indices.shape[-1] for p in parts] == [16, 2]
+    assert padding(parts) == pytest.approx(1 - (2 * 16 + 3 * 2) / (2 * 16 + 4 * 2))
+    with jax.enable_x64(True):
+        ends = [
+            fit(linear_task(), FOUR, fed_avg(local_epochs=2), batch_size=b, group_size=g).trainable
+            for b, g in ((8, 1), (8, 4))
+        ]
+    assert_close(*ends, 1e-9)

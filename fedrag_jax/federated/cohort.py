@@ -10,10 +10,11 @@ import numpy as np
 
 from fedrag_jax.data.partition import Partition
 from fedrag_jax.data.seeds import stream
+from fedrag_jax.federated.sampling import everyone
 from fedrag_jax.federated.work import Work
 
-# Groups of fewer clients are formed where a group of this much padding would else be.
-MAX_PADDING = 0.15
+MAX_PADDING = 0.1  # of a batch, on average: beyond it there are smaller batches too
+MAX_IDLE = 0.05  # of the steps of a group: beyond it there are smaller groups too
 CLIENTS = "clients"  # the mesh axis that groups are dealt out over
 
 
@@ -35,11 +36,6 @@ class Cohort(NamedTuple):
     example_weight: np.ndarray
 
 
-def sizes_of(data: Partition) -> np.ndarray:
-    """int [N], how many examples each client holds."""
-    return np.array([len(rows) for rows in data.clients])
-
-
 def draw_clients(sizes: np.ndarray, work: Work, round: int, seed: int) -> np.ndarray:
     """Clients that receive the model, in ascending order."""
     return np.sort(work.sampling.draw(sizes, stream(seed, "client sampling", round)))
@@ -57,7 +53,7 @@ def sample_cohort(data: Partition, work: Work, round: int, batch_size: int, seed
       With `local_epochs` it makes whole passes, the last batch of each filled up; S is that of the
       largest client, drawn or not, so that all rounds have one shape.
     """
-    sizes = sizes_of(data)
+    sizes = data.sizes()
     clients = draw_clients(sizes, work, round, seed)
     if work.dropout:
         answers = [stream(seed, "dropout", round, c).random() >= work.dropout for c in clients]
@@ -109,21 +105,35 @@ def grouped(
     A group takes as many steps as its busiest client, so clients of about equally many steps go
     together. Where the clients of a partition differ in that, there are parts with groups of
     `group_size`, an eighth of it and so on down to 1, and a group is as large as padding allows.
-    G is the same in every round: groups that nobody is in take no steps. It is a multiple of the
-    number of devices, each of which gets a stretch of them.
+    Where many hold less than a batch, there are parts with batches of a half, a quarter and so on.
+
+    Rounds have the same parts, with room for all clients: groups that nobody is in take no steps. G is
+    a multiple of the number of devices, each of which gets a stretch of them.
     """
-    widths = [group_size]
+    sizes, batch_size = data.sizes(), cohort.indices.shape[-1]
+    room = max(work.sampling.places(sizes), len(cohort.clients))
+    lanes = [group_size]
     if work.local_epochs is not None or work.stragglers:
-        while widths[-1] > 1:
-            widths.append(max(widths[-1] // 8, 1))
-    room = max(work.sampling.places(sizes_of(data)), len(cohort.clients))
-    order = np.argsort(-cohort.steps, kind="stable")
-    groups = {width: [] for width in widths}
-    while order.size:
-        width = next(w for w in widths if w == 1 or len(widths) == 1 or _fits(cohort, order[:w], w))
-        groups[width].append(order[:width])
-        order = order[width:]
-    return [_part(cohort, groups[w], w, room, devices, len(data.clients)) for w in widths]
+        while lanes[-1] > 1:
+            lanes.append(max(lanes[-1] // 8, 1))
+    rows = _batch_rows(sizes, batch_size, work)
+    need = rows[np.searchsorted(rows, np.minimum(sizes[cohort.clients], batch_size))]
+    parts, always_all = [], work.sampling == everyone and not (work.dropout or work.stragglers)
+    for b in reversed(rows):
+        order = np.flatnonzero(need == b)
+        order = order[np.argsort(-cohort.steps[order], kind="stable")]
+        groups = {g: [] for g in lanes}
+        while order.size:
+            g = next(g for g in lanes if g == lanes[-1] or _fits(cohort.steps[order[:g]], g))
+            groups[g].append(order[:g])
+            order = order[g:]
+        narrow = cohort._replace(
+            indices=cohort.indices[..., :b], example_weight=cohort.example_weight[..., :b]
+        )
+        for g in lanes:
+            if groups[g] or not always_all:
+                parts.append(_part(narrow, groups[g], g, room, devices, len(sizes)))
+    return parts
 
 
 def padding(parts: list[Cohort]) -> float:
@@ -133,9 +143,23 @@ def padding(parts: list[Cohort]) -> float:
     return float(1 - real / computed) if computed else 0.0
 
 
-def _fits(cohort: Cohort, members: np.ndarray, width: int) -> bool:
-    steps = cohort.steps[members]
-    return steps.sum() >= (1 - MAX_PADDING) * width * steps.max()
+def _batch_rows(sizes: np.ndarray, batch_size: int, work: Work) -> np.ndarray:
+    """Rows of the batches there are to be, ascending: B, and halves of it while padding is much."""
+    rows = [batch_size]
+    # What a client does with all it holds, and what it does in a step if it holds less than that.
+    real = sizes if work.local_epochs is not None else np.minimum(sizes, batch_size)
+    while rows[0] > 1:
+        small = np.array(rows)[np.searchsorted(rows, np.minimum(real, batch_size))]
+        computed = np.where(real > batch_size, -(-real // batch_size) * batch_size, small)
+        if real.sum() >= (1 - MAX_PADDING) * computed.sum() or len(rows) == 4:
+            break
+        rows.insert(0, rows[0] // 2)
+    return np.array(rows)
+
+
+def _fits(steps: np.ndarray, lanes: int) -> bool:
+    """Whether clients of so many steps fill a group of so many lanes well."""
+    return steps.sum() >= (1 - MAX_IDLE) * lanes * steps.max()
 
 
 def _part(cohort, groups, width, room, devices, total) -> Cohort:

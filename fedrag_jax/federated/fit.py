@@ -18,7 +18,7 @@ from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.federated.algorithm import Algorithm, PyTree, State
 from fedrag_jax.federated.callbacks import Callback, FitState
 from fedrag_jax.federated.centralised import centralised
-from fedrag_jax.federated.cohort import draw_clients, grouped, padding, sample_cohort, sizes_of
+from fedrag_jax.federated.cohort import draw_clients, grouped, padding, sample_cohort
 from fedrag_jax.federated.debug import debug_round
 from fedrag_jax.federated.optimizers import tunable
 from fedrag_jax.federated.placing import Placing, put_rows, rows_of
@@ -119,7 +119,7 @@ def fit(
     scheduled = not isinstance(optimizer, optax.GradientTransformation)
     at_round = optimizer if scheduled else lambda _: optimizer
     work, total = algorithm.work, len(data.clients)
-    room = max(work.sampling.places(sizes_of(data)), 1)
+    room = max(work.sampling.places(data.sizes()), 1)
     group_size = min(group_size, room)
 
     # Where to start.
@@ -175,7 +175,7 @@ def fit(
             place[rows] = np.arange(len(rows))
         refresh_seconds, compile_seconds = clock.lap()
 
-        drawn = draw_clients(sizes_of(data), work, now.round, seed)
+        drawn = draw_clients(data.sizes(), work, now.round, seed)
         cohort = sample_cohort(data, work, now.round, batch_size, seed)
         in_table = cohort._replace(indices=place[cohort.indices])
         parts = grouped(in_table, group_size, data, work, placing.devices)

@@ -45,8 +45,11 @@ class Placing:
         whole = NamedSharding(self._all, PartitionSpec())
 
         def put(x):
-            there = getattr(getattr(x, "sharding", None), "mesh", None) == self._all
-            return x if there else jax.device_put(x, whole)
+            if getattr(getattr(x, "sharding", None), "mesh", None) == self._all:
+                return x
+            if jax.dtypes.issubdtype(jax.numpy.result_type(x), jax.dtypes.prng_key):
+                return jax.random.wrap_key_data(put(jax.random.key_data(x)))
+            return _put(x, whole)
 
         return jax.tree.map(put, tree)
 
@@ -54,13 +57,22 @@ class Placing:
         """Groups, the leading axis, over the devices."""
         if self.clients is None:
             return self.everywhere(tree)
-        return jax.device_put(tree, NamedSharding(self.clients, PartitionSpec(CLIENTS)))
+        each = NamedSharding(self.clients, PartitionSpec(CLIENTS))
+        return jax.tree.map(lambda x: _put(x, each), tree)
 
     def read(self, tree: PyTree) -> PyTree:
         """NumPy arrays of everything, wherever it is."""
         if self.clients is None or jax.process_count() == 1:
             return jax.device_get(tree)
         return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), tree)
+
+
+def _put(x, sharding: NamedSharding) -> jax.Array:
+    if jax.process_count() == 1:
+        return jax.device_put(x, sharding)
+    # Every process has the whole, and places what its own devices hold.
+    x = np.asarray(x, jax.numpy.result_type(x))
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
 def rows_of(population: PyTree, parts: list[Cohort]) -> PyTree:

@@ -9,7 +9,7 @@ import numpy as np
 from fedrag_jax.data.partition import Partition
 from fedrag_jax.errors import DataError
 from fedrag_jax.federated.algorithm import Algorithm, State
-from fedrag_jax.federated.cohort import sample_cohort, sizes_of
+from fedrag_jax.federated.cohort import sample_cohort
 from fedrag_jax.federated.work import Work
 from fedrag_jax.objectives.task import Task
 
@@ -24,7 +24,7 @@ def used_rows(
     """
     rows = np.arange(len(data.examples))
     cohort = sample_cohort(data, work, first, batch_size, seed)
-    room = count * work.sampling.places(sizes_of(data)) * np.prod(cohort.indices.shape[1:])
+    room = count * work.sampling.places(data.sizes()) * np.prod(cohort.indices.shape[1:])
     if room < len(rows):
         others = (sample_cohort(data, work, first + i, batch_size, seed) for i in range(1, count))
         trained = [c.indices[c.example_weight > 0] for c in (cohort, *others)]

@@ -1,0 +1,95 @@
+"""Run by test_mesh.py: clients over several devices, or over processes, give what one device gives.
+
+on_a_mesh.py devices                  # where JAX sees eight
+on_a_mesh.py process <number> <port>  # one of two
+"""
+
+import sys
+
+import jax
+import numpy as np
+import optax
+from toys import assert_close, leaves, make_examples, mlp_task
+
+from fedrag_jax.data.partition import Partition
+from fedrag_jax.federated import fit as fit_module
+from fedrag_jax.federated.fed_avg import fed_avg
+from fedrag_jax.federated.fed_lora import fed_lora
+from fedrag_jax.federated.fit import fit
+from fedrag_jax.federated.sampling import uniform
+from fedrag_jax.federated.scaffold import scaffold
+
+DATA = Partition(  # eleven clients of 1 to 11 examples
+    make_examples(66),
+    tuple(np.split(np.arange(66), np.cumsum(np.arange(1, 11)))),
+)
+programs = []
+
+
+def keep_programs():
+    """Has `fit` leave its compiled rounds in `programs`."""
+    make = fit_module.compile_round
+
+    def kept(*arguments):
+        programs.append(make(*arguments))
+        return programs[-1]
+
+    fit_module.compile_round = kept
+
+
+def compare(mesh):
+    work = {"local_epochs": 1, "sampling": uniform(9), "dropout": 0.1}
+    adam, sgd = ({"optimizer": make(0.01)} for make in (optax.adam, optax.sgd))
+    for x64, group_size, algorithm, settings in (
+        (True, 1, fed_avg(carry_optimizer=True, **work), adam),
+        (True, 2, scaffold(0.05, **work), {}),
+        (False, 1, fed_avg(**work), sgd),
+    ):
+        with jax.enable_x64(x64):
+            task = mlp_task(dropout=True)
+            settings = {"rounds": 3, "batch_size": 4, "seed": 2} | settings
+            one = fit(task, DATA, algorithm, **settings)
+            programs.clear()
+            many = fit(task, DATA, algorithm, mesh=mesh, group_size=group_size, **settings)
+        update = np.abs(leaves(one.trainable) - leaves(task.trainable)).max()
+        assert_close(many.trainable, one.trainable, 1e-9 if x64 else 1e-5 * update)
+        for a, b in zip(many.history, one.history, strict=True):
+            assert a["clients"] == b["clients"] and a["examples"] == b["examples"]
+            np.testing.assert_allclose(a["client_loss"], b["client_loss"], rtol=1e-4)
+        text = programs[0].func.as_text()
+        assert "all-reduce" in text
+        for other in ("all-gather", "all-to-all", "collective-permute"):
+            assert other not in text, other
+        assert max(r["compile_seconds"] for r in many.history[1:]) < 0.1
+
+
+def compare_lora(mesh):
+    """A base that takes in what the clients' adapters mean, and factors that stay with them."""
+    from test_fed_lora import CLIENTS, NETWORK, SGD, after, chain_task
+    from tiny import random_adapters
+
+    task = chain_task(jax.tree.map(lambda x: 0.3 * x, random_adapters(NETWORK, 0)))
+    for rule in ("fedex", "fedsa"):
+        algorithm = fed_lora(rule, NETWORK, local_steps=3)
+        one, many = (fit(task, CLIENTS, algorithm, rounds=2, mesh=m, **SGD) for m in (None, mesh))
+        if rule == "fedex":
+            one, many = (after(task, result) for result in (one, many))
+            one, many = ({".".join(p): x for p, x in d.items()} for d in (one, many))
+        else:
+            one, many = one.trainable, many.trainable
+        assert_close(many, one, 1e-5)
+
+
+if __name__ == "__main__":
+    keep_programs()
+    if sys.argv[1] == "process":
+        number, port = map(int, sys.argv[2:])
+        jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=number)
+        assert (len(jax.devices()), len(jax.local_devices())) == (2, 1)
+        compare(jax.make_mesh((2,), ("clients",)))
+    else:
+        assert len(jax.devices()) == 8
+        mesh = jax.make_mesh((8,), ("clients",))
+        compare(mesh)
+        compare_lora(mesh)
+    print("equal")
