@@ -1,23 +1,28 @@
 """Run by test_mesh.py: clients over several devices, or over processes, give what one device gives.
 
 on_a_mesh.py devices                  # where JAX sees eight
-on_a_mesh.py process <number> <port>  # one of two
+on_a_mesh.py process <number> <port> <folder>  # one of two
 """
 
+import json
+import pathlib
 import sys
 
 import jax
 import numpy as np
 import optax
-from toys import assert_close, leaves, make_examples, mlp_task
+from toys import assert_close, assert_equal, leaves, make_examples, mlp_task
 
 from fedrag_jax.data.partition import Partition
 from fedrag_jax.federated import fit as fit_module
 from fedrag_jax.federated.fed_avg import fed_avg
 from fedrag_jax.federated.fed_lora import fed_lora
 from fedrag_jax.federated.fit import fit
+from fedrag_jax.federated.local_only import local_only
 from fedrag_jax.federated.sampling import uniform
 from fedrag_jax.federated.scaffold import scaffold
+from fedrag_jax.tracking.checkpoints import Checkpointer
+from fedrag_jax.tracking.logs import JsonlLog
 
 DATA = Partition(  # eleven clients of 1 to 11 examples
     make_examples(66),
@@ -63,6 +68,26 @@ def compare(mesh):
         assert max(r["compile_seconds"] for r in many.history[1:]) < 0.1
 
 
+def compare_resumed(mesh, folder):
+    """Every process saves and logs, and one of them writes."""
+    settings = {"optimizer": optax.sgd(0.05), "batch_size": 4, "mesh": mesh}
+    whole = fit(mlp_task(), DATA, local_only(local_steps=2), rounds=3, **settings)
+    for rounds in (2, 3):
+        callbacks = [Checkpointer(folder / "checkpoints"), JsonlLog(folder / "log.jsonl")]
+        resumed = fit(
+            mlp_task(),
+            DATA,
+            local_only(local_steps=2),
+            rounds=rounds,
+            callbacks=callbacks,
+            **settings,
+        )
+    assert_equal(resumed.trainable, whole.trainable)
+    if jax.process_index() == 0:
+        lines = (folder / "log.jsonl").read_text().splitlines()
+        assert [json.loads(line)["round"] for line in lines] == [1, 2, 3]
+
+
 def compare_lora(mesh):
     """A base that takes in what the clients' adapters mean, and factors that stay with them."""
     from test_fed_lora import CLIENTS, NETWORK, SGD, after, chain_task
@@ -83,10 +108,12 @@ def compare_lora(mesh):
 if __name__ == "__main__":
     keep_programs()
     if sys.argv[1] == "process":
-        number, port = map(int, sys.argv[2:])
+        number, port = map(int, sys.argv[2:4])
         jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=number)
         assert (len(jax.devices()), len(jax.local_devices())) == (2, 1)
-        compare(jax.make_mesh((2,), ("clients",)))
+        mesh = jax.make_mesh((2,), ("clients",))
+        compare(mesh)
+        compare_resumed(mesh, pathlib.Path(sys.argv[4]))
     else:
         assert len(jax.devices()) == 8
         mesh = jax.make_mesh((8,), ("clients",))

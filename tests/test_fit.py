@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+import json
 import time
 
 import jax
@@ -27,6 +28,7 @@ from fedrag_jax.federated.fit import fit
 from fedrag_jax.federated.local_only import local_only
 from fedrag_jax.federated.optimizers import tunable
 from fedrag_jax.federated.sampling import uniform
+from fedrag_jax.tracking.checkpoints import Checkpointer
 
 # --- one program per shape ---------------------------------------------------------------------
 
@@ -34,44 +36,25 @@ from fedrag_jax.federated.sampling import uniform
 def test_a_shape_is_traced_once_and_learning_rates_share_it():
     loss = CountedLoss(squared_error)
     start = {"w": np.ones(3), "b": 0.25}  # a bare float must not make a second program
+
+    def go(algorithm=fed_avg(local_steps=2), loss=loss, **settings):
+        task = linear_task(trainable=start, loss=loss)
+        return fit(task, FOUR, algorithm, **{"batch_size": 2, "rounds": 2} | settings)
+
     optimizer = optax.inject_hyperparams(optax.adam)(learning_rate=0.1)
     for seed in range(3):
-        result = fit(
-            linear_task(trainable=start, loss=loss),
-            FOUR,
-            fed_avg(local_steps=2),
-            optimizer=optimizer,
-            seed=seed,
-        )
+        result = go(optimizer=optimizer, seed=seed)
     assert loss.traces == 1
     assert result.history[0]["compile_seconds"] < 0.05
-    fit(
-        linear_task(trainable=start, loss=loss),
-        FOUR,
-        local_only(local_steps=2),
-        optimizer=optimizer,
-        rounds=2,
-    )
+    go(local_only(local_steps=2), optimizer=optimizer)
     assert loss.traces == 2
     grid = [tunable(optax.adam, learning_rate=rate) for rate in (0.1, 0.2)]
-    ends = [
-        fit(linear_task(trainable=start, loss=loss), FOUR, fed_avg(local_steps=2), optimizer=point)
-        for point in grid
-    ]
+    ends = [go(optimizer=point) for point in grid]
     assert loss.traces == 3
-    fixed = fit(
-        linear_task(trainable=start), FOUR, fed_avg(local_steps=2), optimizer=optax.adam(0.2)
-    )
+    fixed = go(loss=squared_error, optimizer=optax.adam(0.2))
     assert_close(ends[1].trainable, fixed.trainable, 1e-5)
     assert np.abs(leaves(ends[0].trainable) - leaves(ends[1].trainable)).max() > 1e-3
-    fit(
-        linear_task(trainable=start, loss=loss),
-        FOUR,
-        fed_avg(local_steps=2),
-        optimizer=optimizer,
-        batch_size=3,
-        rounds=1,
-    )
+    go(optimizer=optimizer, batch_size=1)
     assert loss.traces == 4
 
 
@@ -202,12 +185,13 @@ def test_a_schedule_gives_each_round_its_optimizer_and_one_program():
         return tunable(optax.sgd, learning_rate=0.1 * (1 - round / 3))
 
     keep = Keep()
-    settings = {"rounds": 3, "optimizer": falling, "callbacks": [keep]}
+    settings = {"rounds": 3, "optimizer": falling, "callbacks": [keep], "batch_size": 2}
     fit(linear_task(loss=loss), FOUR, fed_avg(local_steps=2), **settings)
     assert loss.traces == 1
     for round, rate in enumerate((0.1, 0.2 / 3, 0.1 / 3)):
         constant = Keep()
         settings = {"rounds": round + 1, "callbacks": [StartFrom(keep, round), constant]}
+        settings["batch_size"] = 2
         fit(linear_task(), FOUR, fed_avg(local_steps=2), optimizer=optax.sgd(rate), **settings)
         assert len(constant.states) == 1
         assert_close(constant.states[-1], keep.states[round], 1e-6)
@@ -264,6 +248,28 @@ def test_divergence_of_the_server_is_named():
     algorithm = fed_avg(local_steps=1, server_optimizer=optax.sgd(np.inf))
     with pytest.raises(DivergenceError, match=r"round 1: .*none \(the server\)"):
         fit(linear_task(), FOUR, algorithm)
+
+
+# --- clients side by side ----------------------------------------------------------------------
+
+
+def test_a_group_size_is_measured_once_and_remembered(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDRAG_CACHE", str(tmp_path))
+    keep, settings = Keep(), {"group_size": None, "rounds": 1, "callbacks": []}
+    fit(linear_task(), FOUR, fed_avg(local_steps=2), **settings | {"callbacks": [keep]})
+    path = tmp_path / "group_sizes.json"
+    (known,) = json.loads(path.read_text()).items()
+    assert known[1] == keep.settings["group_size"] and known[1] in (1, 2, 4)
+    for remembered in (1, 2):
+        path.write_text(json.dumps({known[0]: remembered}))
+        fit(linear_task(), FOUR, fed_avg(local_steps=2), **settings | {"callbacks": [keep]})
+        assert keep.settings["group_size"] == remembered
+    # A resumed run has the size it was begun with, whatever is remembered by now.
+    saved = {"callbacks": [Checkpointer(tmp_path / "checkpoints"), keep]}
+    fit(linear_task(), FOUR, fed_avg(local_steps=2), **settings | saved)
+    path.write_text(json.dumps({known[0]: 1}))
+    fit(linear_task(), FOUR, fed_avg(local_steps=2), **settings | saved | {"rounds": 2})
+    assert keep.settings["group_size"] == 2
 
 
 # --- refusals ----------------------------------------------------------------------------------

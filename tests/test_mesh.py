@@ -41,11 +41,11 @@ def test_eight_devices_equal_one():
     require_equal(start("devices", devices=8))
 
 
-def test_two_processes_equal_one():
+def test_two_processes_equal_one(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [start("process", number, port, devices=1) for number in range(2)]
+    processes = [start("process", number, port, tmp_path, devices=1) for number in range(2)]
     for process in processes:
         require_equal(process)
 

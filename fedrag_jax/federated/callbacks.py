@@ -17,7 +17,8 @@ class FitState:
       state: arrays of the algorithm; the next round reuses their memory, so copy what you keep.
       retrieved: int32 [N, k] rows last retrieved for the examples in use, or None.
       history: one record per round done; see `fit`.
-      settings: what must not change when a run is resumed; JSON types.
+      settings: what must not change when a run is resumed; JSON types. None is still to be chosen,
+        and is what the resumed run had.
     """
 
     round: int

@@ -20,6 +20,7 @@ from fedrag_jax.federated.callbacks import Callback, FitState
 from fedrag_jax.federated.centralised import centralised
 from fedrag_jax.federated.cohort import draw_clients, grouped, padding, sample_cohort
 from fedrag_jax.federated.debug import debug_round
+from fedrag_jax.federated.group_size import choose_group_size
 from fedrag_jax.federated.optimizers import tunable
 from fedrag_jax.federated.placing import Placing, put_rows, rows_of
 from fedrag_jax.federated.records import Clock, by_client, require_finite, summary
@@ -52,7 +53,7 @@ def fit(
     rounds: int = 10,
     batch_size: int = 8,
     optimizer: optax.GradientTransformation | Callable[[int], Any] | None = None,
-    group_size: int = 1,
+    group_size: int | None = 1,
     seed: int = 0,
     refresh_every: int = 1,
     table_rows: int = 0,
@@ -71,7 +72,8 @@ def fit(
       batch_size: B, examples in a local step.
       optimizer: of the clients; AdamW at 1e-3 unless given. A schedule is a function of the round
         (from 0) that returns one; `tunable` makes those that share a compiled program.
-      group_size: g, clients trained side by side; it sets memory and speed, not the result.
+      group_size: g, clients trained side by side; it sets memory and speed, not the result. None
+        measures which is fastest, once on a device; a resumed run keeps its own.
       seed: of client sampling, local shuffling and the keys given to the loss.
       refresh_every: rounds between two retrievals, for a task that has `retrieve`.
       table_rows: the table of examples is filled up to so many, for fits on more and fewer examples
@@ -96,7 +98,7 @@ def fit(
     """
     counts = {"rounds": rounds, "batch_size": batch_size, "group_size": group_size}
     for name, value in (counts | {"refresh_every": refresh_every}).items():
-        if value < 1:
+        if value is not None and value < 1:
             raise ConfigError(f"fit: {name} must be at least 1, got {value}")
     alone = not isinstance(data, Partition)
     if alone:
@@ -120,7 +122,7 @@ def fit(
     at_round = optimizer if scheduled else lambda _: optimizer
     work, total = algorithm.work, len(data.clients)
     room = max(work.sampling.places(data.sizes()), 1)
-    group_size = min(group_size, room)
+    group_size = group_size and min(group_size, room)
 
     # Where to start.
     now = FitState(
@@ -175,10 +177,14 @@ def fit(
             place[rows] = np.arange(len(rows))
         refresh_seconds, compile_seconds = clock.lap()
 
+        if now.settings["group_size"] is None:
+            size = choose_group_size(task, at_round(now.round), frozen, table, batch_size, room)
+            now = dataclasses.replace(now, settings=now.settings | {"group_size": size})
+            compile_seconds += sum(clock.lap())
         drawn = draw_clients(data.sizes(), work, now.round, seed)
         cohort = sample_cohort(data, work, now.round, batch_size, seed)
         in_table = cohort._replace(indices=place[cohort.indices])
-        parts = grouped(in_table, group_size, data, work, placing.devices)
+        parts = grouped(in_table, now.settings["group_size"], data, work, placing.devices)
         mine = placing.dealt(rows_of(now.state.population, parts))
         state, groups = now.state._replace(population=mine), placing.dealt(parts)
         arguments = state, frozen, table, groups, np.int32(now.round), key

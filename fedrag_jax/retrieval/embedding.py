@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from fedrag_jax.data.cache import cache_folder
 from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.models.network import Network
 
@@ -104,20 +105,13 @@ def embed_corpus(
     are being trained use `embed_texts`, which leaves nothing on disk.
 
     Args:
-      cache_dir: default: environment variable FEDRAG_CACHE, or ~/.cache/fedrag_jax.
+      cache_dir: as in `cache_folder`.
 
     Raises:
       DataError: no texts.
       ConfigError: the folder cannot be made.
     """
-    folder = Path(cache_dir or os.environ.get("FEDRAG_CACHE") or Path.home() / ".cache/fedrag_jax")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"cache folder {folder} cannot be made ({error}); set FEDRAG_CACHE to one that can"
-        ) from error
-    path = folder / f"{_key(encoder, params, tokenizer, texts, max_length)}.npy"
+    path = cache_folder(cache_dir) / f"{_key(encoder, params, tokenizer, texts, max_length)}.npy"
     vectors = _read(path, len(texts))
     if vectors is None:
         vectors = embed_texts(

@@ -47,7 +47,11 @@ class Checkpointer(Callback):
             about = saved["about"]
             named = _named(state.state)
             here = {name: [list(np.shape(x)), str(x.dtype)] for name, x in named.items()}
-            self._require_same("settings", about["settings"], state.settings)
+            open_ones = {
+                n: about["settings"].get(n) for n, v in state.settings.items() if v is None
+            }
+            settings = state.settings | open_ones
+            self._require_same("settings", about["settings"], settings)
             self._require_same("arrays", about["arrays"], here)
             arrays = {name: np.empty(x.shape, x.dtype) for name, x in named.items()}
             if about["retrieved"] is not None:
@@ -65,7 +69,7 @@ class Checkpointer(Callback):
             state=jax.tree.unflatten(jax.tree.structure(state.state), leaves),
             retrieved=arrays.get("retrieved"),
             history=tuple(about["history"]),
-            settings=state.settings,
+            settings=settings,
         )
 
     def round_end(self, state: FitState, record: dict) -> None:

@@ -1,10 +1,12 @@
-"""A fit's rounds as lines: in a file, on a terminal."""
+"""A fit's rounds as lines: in a file, on a terminal. Of several processes the first writes."""
 
 import json
 import os
 import sys
 import time
 from pathlib import Path
+
+import jax
 
 from fedrag_jax.federated.callbacks import Callback, FitState
 
@@ -20,6 +22,8 @@ class JsonlLog(Callback):
         self.path = Path(path)
 
     def start(self, state: FitState) -> FitState:
+        if jax.process_index():
+            return state
         self.path.parent.mkdir(parents=True, exist_ok=True)
         beside = self.path.with_name(self.path.name + ".tmp")
         beside.write_text("".join(map(_line, state.history)), encoding="utf-8")
@@ -27,6 +31,8 @@ class JsonlLog(Callback):
         return state
 
     def round_end(self, state: FitState, record: dict) -> None:
+        if jax.process_index():
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(_line(record))
 
@@ -48,7 +54,7 @@ class Progress(Callback):
     def round_end(self, state: FitState, record: dict) -> None:
         self.seconds.append(record["seconds"] + record["refresh_seconds"])
         now = time.perf_counter()
-        if now - self.shown < 1 and record["round"] < record["rounds"]:
+        if jax.process_index() or (now - self.shown < 1 and record["round"] < record["rounds"]):
             return
         self.shown = now
         per_round = sum(self.seconds) / len(self.seconds)
