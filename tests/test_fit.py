@@ -30,6 +30,8 @@ from fedrag_jax.federated.optimizers import tunable
 from fedrag_jax.federated.sampling import uniform
 from fedrag_jax.tracking.checkpoints import Checkpointer
 
+FED_AVG = fed_avg(local_steps=2)
+
 # --- one program per shape ---------------------------------------------------------------------
 
 
@@ -37,7 +39,7 @@ def test_a_shape_is_traced_once_and_learning_rates_share_it():
     loss = CountedLoss(squared_error)
     start = {"w": np.ones(3), "b": 0.25}  # a bare float must not make a second program
 
-    def go(algorithm=fed_avg(local_steps=2), loss=loss, **settings):
+    def go(algorithm=FED_AVG, loss=loss, **settings):
         task = linear_task(trainable=start, loss=loss)
         return fit(task, FOUR, algorithm, **{"batch_size": 2, "rounds": 2} | settings)
 
