@@ -6,7 +6,6 @@ questions would have given, `seed_sd` what other seeds would have given.
 """
 
 import numpy as np
-from scipy import stats
 
 from fedrag_jax.errors import ConfigError, DataError
 
@@ -87,6 +86,8 @@ def paired_t_test(a, b) -> float | None:
     differences = a - b
     if np.allclose(differences, differences[0], rtol=1e-9, atol=0):  # t is 0/0 or x/0
         return 1.0 if differences[0] == 0 else 0.0
+    from scipy import stats  # here, because it takes a second
+
     return float(stats.ttest_rel(a, b).pvalue)
 
 
