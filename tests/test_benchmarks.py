@@ -31,3 +31,9 @@ def test_decoding_against_transformers():
     pytest.importorskip("torch", reason="PyTorch is absent")
     report = run("decode", "--batch=2", "--prompt_tokens=8", "--new_tokens=4", "--repeats=1")
     assert report["ours_tokens_per_second"] > 0 and report["transformers_tokens_per_second"] > 0
+
+
+def test_fedrag_is_asked_for_where_it_is_absent():
+    command = [sys.executable, "-m", "experiments.benchmarks.against_fedrag"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "fedrag_requirements.txt" in done.stderr
