@@ -5,7 +5,16 @@ import pathlib
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
+
+from experiments.benchmarks import federated_round
+from fedrag_jax.models.decoder import Decoder, DecoderConfig
+from fedrag_jax.models.lora import LoraConfig, add_lora
+from fedrag_jax.models.network import Network, flatten, unflatten
+from fedrag_jax.objectives.generator import AnswerLoss
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -14,7 +23,7 @@ def run(name, *flags):
     command = [sys.executable, "-m", f"experiments.benchmarks.{name}", *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    return json.loads(done.stdout[done.stdout.index("{") :])
 
 
 def test_memory_of_a_round():
@@ -37,3 +46,53 @@ def test_fedrag_is_asked_for_where_it_is_absent():
     command = [sys.executable, "-m", "experiments.benchmarks.against_fedrag"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "fedrag_requirements.txt" in done.stderr
+
+
+def test_federated_round_against_pytorch():
+    pytest.importorskip("torch", reason="PyTorch is absent")
+    pytest.importorskip("peft", reason="peft is absent")
+    tiny = "--layers=2 --hidden_size=16 --intermediate_size=32 --heads=2 --vocabulary=64 --rank=2"
+    few = "--clients=1,3 --tokens=16 --answer_tokens=4 --compile= --repeats=1"
+    report = run("federated_round", *tiny.split(), *few.split())
+    assert report["clients"] == 3 and 0 < report["fraction_of_peak"] < 1
+    assert len(report["ms_per_client_step"]) == 4
+
+
+@pytest.mark.parametrize("scored", [4, 31], ids=["answers", "all"])
+def test_operations_are_those_of_the_traced_gradient(scored):
+    sizes = {"hidden": 128, "intermediate": 512, "vocabulary": 1024, "rank": 4}
+    layers, tokens, rows = 3, 32, 2
+    config = DecoderConfig(
+        vocab_size=1024, hidden_size=128, intermediate_size=512, num_layers=layers, num_heads=4,
+        num_kv_heads=4, head_dim=32, remat=False,
+    )  # fmt: skip
+    base = Network.of(Decoder, config)
+    network = add_lora(base, LoraConfig(4, 8.0, federated_round.TARGETS))
+    adapters = {p: x for p, x in flatten(network.shapes()) if p[-1].startswith("lora_")}
+    batch = {
+        "tokens": np.zeros((rows, 1, tokens), np.int32),
+        "lengths": np.full((rows, 1), tokens),
+        "answer_positions": np.tile(np.arange(tokens - scored, tokens), (rows, 1, 1)),
+        "answer_mask": np.ones((rows, scored)),
+        "weight": np.ones(rows),
+    }
+    gradient = jax.grad(AnswerLoss(network), has_aux=True)
+    traced = jax.make_jaxpr(gradient)(
+        {"adapters": unflatten(adapters.items())}, {"decoder": base.shapes()}, batch, None
+    )
+    needed = rows * federated_round.products(layers, tokens=tokens, scored=scored, **sizes)
+    # Attention is computed for later tokens too, and masked.
+    assert needed < operations(traced.jaxpr) < 1.05 * needed
+
+
+def operations(jaxpr) -> int:
+    """Of the products, two for each multiplication."""
+    total = 0
+    for step in jaxpr.eqns:
+        if step.primitive.name == "dot_general":
+            contracted = step.params["dimension_numbers"][0][0]
+            shared = np.prod([step.invars[0].aval.shape[i] for i in contracted])
+            total += 2 * step.outvars[0].aval.size * int(shared)
+        inside = sum(map(operations, jaxprs_in_params(step.params)))
+        total += inside * step.params.get("length", 1)
+    return total

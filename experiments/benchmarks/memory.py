@@ -107,7 +107,7 @@ def compiled_round(network, base, adapters):
     import optax
 
     from fedrag_jax.data.batching import ANSWER_TOKENS
-    from fedrag_jax.federated.cohort import Cohort, grouped
+    from fedrag_jax.federated.cohort import Cohort
     from fedrag_jax.federated.fed_avg import fed_avg
     from fedrag_jax.federated.optimizers import tunable
     from fedrag_jax.federated.round import compile_round
@@ -121,21 +121,24 @@ def compiled_round(network, base, adapters):
         "answer_positions": np.tile(answer, (rows, 1, 1)),
         "answer_mask": np.ones((rows, ANSWER_TOKENS), np.float32),
     }
+    groups = -(-clients // _GROUP.value), _GROUP.value
     cohort = Cohort(
-        clients=np.arange(clients, dtype=np.int32),
-        size=np.ones(clients, np.float32),
-        indices=np.tile(np.arange(rows, dtype=np.int32), (clients, 1, 1)),
-        step_mask=np.ones((clients, 1), bool),
-        example_weight=np.ones((clients, 1, rows), np.float32),
+        clients=np.arange(groups[0] * groups[1], dtype=np.int32).reshape(groups),
+        share=np.full(groups, 1 / clients),
+        steps=np.ones(groups, np.int32),
+        indices=np.tile(np.arange(rows, dtype=np.int32), (*groups, 1, 1)),
+        example_weight=np.ones((*groups, 1, rows), np.float32),
     )
     algorithm, optimizer = fed_avg(local_steps=1), tunable(optax.adamw, learning_rate=1e-4)
     state = jax.eval_shape(
-        lambda adapters: algorithm.init({"adapters": adapters}, clients, jax.vmap(optimizer.init)),
+        lambda adapters: algorithm.init({"adapters": adapters}, optimizer.init, clients),
         adapters,
     )
-    rest = table, grouped(cohort, _GROUP.value, clients), np.int32(0), jax.random.key(0)
+    rest = table, [cohort], np.int32(0), jax.random.key(0)
     loss = AnswerLoss(network)
-    return compile_round(loss, algorithm, optimizer, state, {"decoder": base}, *rest), state, rest
+    (turn,) = algorithm.turns
+    run = compile_round(loss, turn, optimizer, None, state, {"decoder": base}, *rest)
+    return run, state, rest
 
 
 def arithmetic(network, base, adapters) -> dict[str, float]:
