@@ -46,15 +46,16 @@ def get_config() -> ConfigDict:
     # built-in encoder so peaked that a marginal likelihood teaches it little.
     config.retrieval = ConfigDict({"top_k": 5, "marginal_k": 10, "score_scale": 10.0})
 
-    # Clients differ in `column`; alpha = inf is an even split.
-    config.federated = ConfigDict({"clients": 8, "alpha": 0.1, "column": "topic"})
+    # Clients differ in `column`; alpha = inf is an even split. Their training is dealt out over so many
+    # devices, of all hosts; 0 takes all there are.
+    config.federated = ConfigDict({"clients": 8, "alpha": 0.1, "column": "topic", "devices": 1})
 
     # Every setting sees rounds x local_steps x clients x batch_size examples.
     config.training = ConfigDict()
     config.training.rounds = 8
     config.training.local_steps = 3
     config.training.batch_size = 4
-    config.training.group_size = 1  # one at a time is fastest on a CPU; try the cohort on a GPU
+    config.training.group_size = 1  # fastest on a CPU; 0 measures it, once on a device
     config.training.checkpoint_every = 4  # rounds
 
     # Of the first round, falling linearly. Chosen on validation questions by

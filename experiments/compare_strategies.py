@@ -89,7 +89,12 @@ class Comparison:
             examples=self.dataset.train,
             clients=self.clients(seed),
             budget=Budget(
-                t.rounds, t.local_steps, self.config.federated.clients, t.batch_size, t.group_size
+                t.rounds,
+                t.local_steps,
+                self.config.federated.clients,
+                t.batch_size,
+                t.group_size or None,
+                self.config.federated.devices,
             ),
             rates=rate or (lambda task, part: self.rate(setting, task, part)),
             seed=seed,
@@ -273,6 +278,7 @@ def run(config, runs: str) -> pathlib.Path:
     """The whole comparison; returns its folder."""
     from fedrag_jax.tracking import cells
     from fedrag_jax.tracking.manifest import write_manifest
+    from fedrag_jax.tracking.processes import everywhere
     from fedrag_jax.tracking.weights_and_biases import log_cell
 
     began = time.perf_counter()
@@ -294,7 +300,7 @@ def run(config, runs: str) -> pathlib.Path:
         for strategy in config.strategies
     ]
     for i, (strategy, setting, seed) in enumerate(todo, 1):
-        if cells.load(folder, strategy, setting, seed):
+        if everywhere(cells.load(folder, strategy, setting, seed) is not None):
             continue
         cell = compute_cell(comparison, strategy, setting, seed)
         cells.save(folder, cell)

@@ -2,7 +2,9 @@
 
 import ctypes
 import json
+import os
 import pathlib
+import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -39,14 +41,37 @@ def launch(run, config: str) -> None:
     logging.set_verbosity(logging.WARNING)  # libraries tell a lot about themselves
     config_flags.DEFINE_config_file("config", config)
     flags.DEFINE_string("runs", "runs", "folder that holds the runs")
+    flags.DEFINE_bool(
+        "distributed",
+        False,
+        "this is one process of several, of which the cluster or JAX_COORDINATOR_ADDRESS, "
+        "JAX_NUM_PROCESSES and JAX_PROCESS_ID tell; the first prints and logs",
+    )
 
     def main(_):
+        runs = flags.FLAGS.runs
+        if flags.FLAGS.distributed:
+            runs = _one_of_several(runs, flags.FLAGS.config)
         try:
-            run(flags.FLAGS.config, flags.FLAGS.runs)
+            run(flags.FLAGS.config, runs)
         except FedragError as error:
             raise SystemExit(f"{type(error).__name__}: {error}") from error
 
     app.run(main)
+
+
+def _one_of_several(runs: str, config) -> str:
+    """Joins the others, falls silent unless it is the first, and returns its own folder of runs."""
+    import jax
+
+    jax.distributed.initialize()
+    number = jax.process_index()
+    if number == 0:
+        return runs
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if "wandb" in config:
+        config.wandb.mode = "disabled"
+    return f"{runs}/process{number}"
 
 
 def _keep_pages() -> None:

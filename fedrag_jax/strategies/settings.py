@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from fedrag_jax.data.examples import Example
 from fedrag_jax.data.partition import Partition, partition
@@ -28,14 +30,16 @@ class Budget(NamedTuple):
         as it needs for K times the steps, and refreshes after every K of them.
       clients: K.
       batch_size: B.
-      group_size: clients trained side by side.
+      group_size: clients trained side by side; None measures which is fastest.
+      devices: that share the clients of federated training; 0 are all there are.
     """
 
     rounds: int = 5
     local_steps: int = 5
     clients: int = 8
     batch_size: int = 8
-    group_size: int = 1
+    group_size: int | None = 1
+    devices: int = 1
 
 
 def split_clients(
@@ -98,7 +102,21 @@ def train(
         refresh_every=refresh_every,
         table_rows=min(seen, len(examples)),
         callbacks=callbacks,
+        mesh=None if alone else clients_mesh(budget.devices),
     )
+
+
+def clients_mesh(devices: int) -> Mesh | None:
+    """A mesh with the axis "clients" over so many devices, or over all (0); None for one.
+
+    Raises:
+      ConfigError: more devices than there are.
+    """
+    there = jax.devices()
+    if devices > len(there):
+        raise ConfigError(f"federated.devices is {devices}, but JAX sees {len(there)}; take fewer")
+    there = there[: devices or None]
+    return Mesh(np.array(there), ("clients",)) if len(there) > 1 else None
 
 
 def adamw(rates: dict[str, float]) -> optax.GradientTransformation:

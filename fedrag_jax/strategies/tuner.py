@@ -6,6 +6,8 @@ import pathlib
 import shutil
 from collections.abc import Callable
 
+import jax
+
 from fedrag_jax.data.examples import Example
 from fedrag_jax.data.partition import Partition
 from fedrag_jax.models import hub
@@ -14,6 +16,7 @@ from fedrag_jax.strategies.settings import Budget, train
 from fedrag_jax.tracking.checkpoints import Checkpointer
 from fedrag_jax.tracking.ledger import Cost, training_cost
 from fedrag_jax.tracking.logs import JsonlLog, Progress
+from fedrag_jax.tracking.processes import everywhere
 
 
 @dataclasses.dataclass
@@ -42,7 +45,7 @@ class Tuner:
     def __call__(self, task: Task) -> PyTree:
         folder = self.folder / task.name
         done = folder / "cost.json"
-        if not done.exists():
+        if not everywhere(done.exists()):
             self._train(task, folder)
         self.costs[task.name] = Cost(**json.loads(done.read_text()))
         return hub.load_arrays(folder / "tuned.safetensors")
@@ -51,6 +54,9 @@ class Tuner:
         where = self.setting if self.client is None else f"{self.setting} client {self.client}"
         checkpoints = folder / "checkpoints"
         stretch = self.budget.clients if self.setting == "centralised" else 1
+        # Processes that each have a folder of their own could not share a checkpoint.
+        saved = [Checkpointer(checkpoints, self.checkpoint_every * stretch)]
+        saved = saved if jax.process_count() == 1 else []
         result = train(
             task,
             self.setting,
@@ -59,11 +65,7 @@ class Tuner:
             self.budget,
             {part: self.rates(task.name, part) for part in task.trainable},
             self.seed,
-            callbacks=[
-                Checkpointer(checkpoints, self.checkpoint_every * stretch),
-                JsonlLog(folder / "rounds.jsonl"),
-                Progress(where),
-            ],
+            callbacks=[*saved, JsonlLog(folder / "rounds.jsonl"), Progress(where)],
             client=self.client,
         )
         cost = self._cost(task, result.history)
@@ -71,7 +73,7 @@ class Tuner:
         beside = folder / "cost.json.tmp"
         beside.write_text(json.dumps(cost._asdict()) + "\n")
         beside.replace(folder / "cost.json")
-        shutil.rmtree(checkpoints)
+        shutil.rmtree(checkpoints, ignore_errors=True)
 
     def _cost(self, task: Task, history) -> Cost:
         some = self.examples[:1]

@@ -21,7 +21,7 @@ class Checkpointer(Callback):
     one that was never stopped.
 
     Args:
-      directory: one fit's own; made if absent.
+      directory: one fit's own; made if absent. Several processes name one that all of them see.
       every: rounds between two savings; the last round is always saved.
       keep: how many of the newest to keep.
     """

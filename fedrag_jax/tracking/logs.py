@@ -1,4 +1,4 @@
-"""A fit's rounds as lines: in a file, on a terminal. Of several processes the first writes."""
+"""A fit's rounds as lines: in a file, on a terminal."""
 
 import json
 import os
@@ -22,8 +22,6 @@ class JsonlLog(Callback):
         self.path = Path(path)
 
     def start(self, state: FitState) -> FitState:
-        if jax.process_index():
-            return state
         self.path.parent.mkdir(parents=True, exist_ok=True)
         beside = self.path.with_name(self.path.name + ".tmp")
         beside.write_text("".join(map(_line, state.history)), encoding="utf-8")
@@ -31,14 +29,14 @@ class JsonlLog(Callback):
         return state
 
     def round_end(self, state: FitState, record: dict) -> None:
-        if jax.process_index():
-            return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(_line(record))
 
 
 class Progress(Callback):
     """A line on stderr, at most one a second: round, loss, seconds per round, time left.
+
+    Of several processes the first tells.
 
     Args:
       where: said first, such as the setting.
