@@ -44,9 +44,12 @@ def launch(run, config: str) -> None:
     flags.DEFINE_bool(
         "distributed",
         False,
-        "this is one process of several, of which the cluster or JAX_COORDINATOR_ADDRESS, "
-        "JAX_NUM_PROCESSES and JAX_PROCESS_ID tell; the first prints and logs",
+        "this is one process of several, each with a folder of its own; the first prints and logs",
     )
+    # On a TPU pod slice and other clusters that JAX knows, nothing of this need be said.
+    flags.DEFINE_string("coordinator", None, "host:port of the first process")
+    flags.DEFINE_integer("processes", None, "how many there are", lower_bound=1)
+    flags.DEFINE_integer("process", None, "the number of this one, from 0", lower_bound=0)
 
     def main(_):
         runs = flags.FLAGS.runs
@@ -64,7 +67,8 @@ def _one_of_several(runs: str, config) -> str:
     """Joins the others, falls silent unless it is the first, and returns its own folder of runs."""
     import jax
 
-    jax.distributed.initialize()
+    f = flags.FLAGS
+    jax.distributed.initialize(f.coordinator, f.processes, f.process)
     number = jax.process_index()
     if number == 0:
         return runs
