@@ -38,7 +38,10 @@ _MODES = flags.DEFINE_list(
     "compile", ["default"], "modes of torch.compile to try beside eager; none if empty"
 )
 _DEVICES = flags.DEFINE_integer(
-    "devices", 1, "virtual ones, over which the clients are dealt out; ours alone", lower_bound=1
+    "devices", 2, "virtual ones, over which the clients are dealt out; ours alone", lower_bound=1
+)
+_UNROLL = flags.DEFINE_bool(
+    "unroll", True, "write layers out and keep what they compute; ours alone"
 )
 _REPEATS = flags.DEFINE_integer("repeats", 5, "turns of each", lower_bound=1)
 
@@ -138,6 +141,8 @@ def decoder():
         num_heads=_HEADS.value,
         num_kv_heads=_HEADS.value,
         head_dim=_HIDDEN.value // _HEADS.value,
+        unroll=_UNROLL.value,
+        remat=not _UNROLL.value,
     )
     base = Network.of(Decoder, config)
     network = add_lora(base, LoraConfig(_RANK.value, 2.0 * _RANK.value, TARGETS))
