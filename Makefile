@@ -19,7 +19,7 @@ retrieval: $(VENV)/tested  ## query-side tuning of MiniLM on SQuAD and HotpotQA
 
 test: $(VENV)/tested  ## the test suite
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -53,9 +53,9 @@ def launch(run, config: str) -> None:
 
     def main(_):
         runs = flags.FLAGS.runs
-        if flags.FLAGS.distributed:
-            runs = _one_of_several(runs, flags.FLAGS.config)
         try:
+            if flags.FLAGS.distributed or flags.FLAGS.coordinator:
+                runs = _one_of_several(runs, flags.FLAGS.config)
             run(flags.FLAGS.config, runs)
         except FedragError as error:
             raise SystemExit(f"{type(error).__name__}: {error}") from error

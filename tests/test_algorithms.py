@@ -18,7 +18,7 @@ from fedrag_jax.federated.fed_opt import fed_adagrad, fed_adam, fed_yogi
 from fedrag_jax.federated.fed_prox import fed_prox
 from fedrag_jax.federated.fit import fit
 from fedrag_jax.federated.local_only import local_only
-from fedrag_jax.federated.sampling import uniform
+from fedrag_jax.federated.sampling import uniform, weighted
 from fedrag_jax.federated.scaffold import scaffold
 from fedrag_jax.tracking.checkpoints import Checkpointer
 
@@ -106,6 +106,7 @@ def test_training_lowers_the_loss_on_examples_held_out(name):
 @battery
 def test_the_same_settings_are_the_same_object_and_others_are_not(name):
     assert make(name, local_steps=3) is make(name, local_steps=3)
+    assert make(name) is make(name, stragglers=0, local_steps=10)
     assert make(name, local_steps=3).name != make(name, local_steps=4).name
     assert make(name).name.startswith(name.split(" ", maxsplit=1)[0] + "(")
 
@@ -317,6 +318,10 @@ def test_debugging_adds_the_place_to_an_error():
         (lambda: fed_prox(mu=-1), "mu must be at least 0, got -1"),
         (lambda: scaffold(0.0), "must be > 0, got 0.0"),
         (lambda: scaffold(0.1, weighting="size"), "got 'size'"),
+        (lambda: fed_adam(tau=0.0), "tau must be > 0, got 0.0"),
+        (lambda: fed_yogi(b2=1.0), r"b2 must be in \[0, 1\), got 1.0"),
+        (lambda: fed_avg_m(learning_rate=-1), "learning_rate must be > 0, got -1"),
+        (lambda: fed_avg(sampling=weighted(2)), 'set weighting="uniform"'),
         (lambda: fed_avg(dropout=1.0), "dropout is a probability below 1, got 1.0"),
         (lambda: fed_avg(stragglers=-0.1), "stragglers is a probability"),
         (lambda: fit(linear_task(), FOUR, centralised()), "there are 4 clients"),
@@ -329,6 +334,21 @@ def test_debugging_adds_the_place_to_an_error():
 def test_refusals(call, words):
     with pytest.raises(ConfigError, match=words):
         call()
+
+
+@pytest.mark.parametrize("name", ["fed_avg_m", "fed_adam", "scaffold"])
+def test_half_precision_models_have_servers_of_single(name, tmp_path):
+    """One program for all rounds, sums that do not stall, and a state that can be resumed."""
+    start = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), linear_task().trainable)
+    keep = Keep()
+    task = linear_task(trainable=start)
+    whole = run(name, task, rounds=3, work={"local_steps": 2}, callbacks=[keep])
+    assert whole.trainable["w"].dtype == jnp.bfloat16
+    kept = jax.tree.leaves((keep.state.server, keep.state.population))
+    assert {x.dtype for x in kept if x.size} == {np.dtype("float32")}
+    run(name, task, rounds=2, work={"local_steps": 2}, callbacks=[Checkpointer(tmp_path)])
+    again = run(name, task, work={"local_steps": 2}, callbacks=[Checkpointer(tmp_path)])
+    assert_equal(again.trainable, whole.trainable)
 
 
 def test_a_server_step_moves_as_much_as_its_rate_at_most_by_adam():

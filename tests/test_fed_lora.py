@@ -330,3 +330,21 @@ def test_the_change_of_the_base_is_in_the_checkpoint(task, tmp_path):
     for path, x in flatten(keep.states[0].server):
         np.testing.assert_allclose(change[path[:-1]], x, atol=1e-6)
     assert all(isinstance(x, jnp.ndarray) for x in jax.tree.leaves(restored.frozen))
+
+
+def test_layers_of_several_ranks_keep_them():
+    """What a layer does not have stays zero, also after the factors were made anew."""
+    patterns = ((r"layers\.0\..*", 2, 12.0),)
+    network = lora.add_lora(CHAIN, lora.LoraConfig(5, 12.0, ("q_proj", "lm_head"), patterns))
+    loss = functools.partial(squared_error, network=network)
+    fresh = chain_task(lora.init_adapters(network, 0), loss)
+    result = fit(fresh, CLIENTS, fed_lora("flexlora", network), rounds=2, **SGD)
+    found = dict(flatten(result.trainable["adapters"]))
+    a, b = (found["layers", "q_proj", name] for name in ("lora_a", "lora_b"))
+    assert not a[0, :, 2:].any() and not b[0, 2:].any()
+    assert a[1].any(0).all() and b[1].any(1).all()
+    # Of a matrix [6, 5] no more than five factors can be made, and a wider adapter has room left.
+    wide = lora.add_lora(CHAIN, lora.LoraConfig(7, 12.0, ("lm_head",)))
+    task = chain_task(random_adapters(wide, 0), functools.partial(squared_error, network=wide))
+    end = fit(task, CLIENTS, fed_lora("flexlora", wide), rounds=1, **SGD).trainable["adapters"]
+    assert end["lm_head"]["lora_a"].shape == (6, 7)

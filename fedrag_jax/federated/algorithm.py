@@ -1,6 +1,9 @@
 """What an algorithm is, and the few moves that all of them make with stacked pytrees."""
 
+import functools
+import inspect
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import jax
@@ -88,6 +91,34 @@ class Algorithm(NamedTuple):
     optimizer: optax.GradientTransformation | None = None
     model: Callable | None = None
     frozen: Callable = lambda state, frozen: frozen
+
+
+def one_object(make: Callable[..., Algorithm]) -> Callable[..., Algorithm]:
+    """Has a factory return one object for equal settings, so that they share compiled programs.
+
+    Settings are equal if they are so once defaults are filled in, lists are tuples, and what is to be a
+    float is one.
+    """
+    signature = inspect.signature(make)
+    cached = functools.cache(lambda settings: make(**dict(settings)))
+
+    def plain(name, value):
+        if isinstance(value, list):
+            return tuple(value)
+        known = signature.parameters.get(name)
+        return float(value) if isinstance(getattr(known, "default", None), float) else value
+
+    @functools.wraps(make)
+    def factory(*args, **kwargs):
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        settings = dict(bound.arguments)
+        if "work" in settings:
+            work = Work(**settings.pop("work"))
+            settings = {f.name: getattr(work, f.name) for f in fields(work)} | settings
+        return cached(tuple((name, plain(name, value)) for name, value in settings.items()))
+
+    return factory
 
 
 def stack(tree: PyTree, size: int) -> PyTree:

@@ -1,25 +1,23 @@
 """One party that holds everything."""
 
-import functools
-
 import jax
 
 from fedrag_jax.errors import ConfigError
-from fedrag_jax.federated.algorithm import Algorithm, State, Traffic, stack
+from fedrag_jax.federated.algorithm import Algorithm, State, Traffic, one_object, stack
 from fedrag_jax.federated.work import Work
 
 
-@functools.cache
-def centralised(**work) -> Algorithm:
+@one_object
+def centralised(*, local_steps: int = 10, local_epochs: int | None = None) -> Algorithm:
     """Plain training of one model; the optimizer's state carries on from round to round.
 
     Args:
-      work: as in `Work`.
+      local_steps, local_epochs: of a round, as in `Work`.
 
     Raises:
       ConfigError: what `Work` refuses; in a fit, more than one client.
     """
-    work = Work(**work)
+    work = Work(local_steps, local_epochs)
 
     def init(trainable, client_init, client_count):
         if client_count != 1:

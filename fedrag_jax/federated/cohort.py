@@ -151,7 +151,7 @@ def _batch_rows(sizes: np.ndarray, batch_size: int, work: Work) -> np.ndarray:
     while rows[0] > 1:
         small = np.array(rows)[np.searchsorted(rows, np.minimum(real, batch_size))]
         computed = np.where(real > batch_size, -(-real // batch_size) * batch_size, small)
-        if real.sum() >= (1 - MAX_PADDING) * computed.sum() or len(rows) == 4:
+        if real.sum() >= (1 - MAX_PADDING) * computed.sum() or not (real <= rows[0] // 2).any():
             break
         rows.insert(0, rows[0] // 2)
     return np.array(rows)

@@ -68,9 +68,11 @@ def _one(step, key, x, state, member, own, name_of):
         except Exception as error:
             error.add_note(f"in {where}")
             raise
-        if not all_finite((y, seen)):
-            what = "loss" if not all_finite(seen) else "parameters after the update"
-            raise DivergenceError(f"{where}: {what} not finite (loss {float(seen[1]):.4g})")
+        if not all_finite((y, seen[1])):
+            what = "the loss is" if not all_finite(seen[1]) else "parameters after the update are"
+            raise DivergenceError(
+                f"{where}: {what} not finite; look at these examples, or lower the learning rate"
+            )
         sums = seen if sums is None else jax.tree.map(jnp.add, sums, seen)
     if sums is None:  # a client that only fills up a group
         shapes = jax.eval_shape(step, 0, inputs, x, state)[2]

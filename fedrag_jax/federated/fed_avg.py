@@ -6,28 +6,30 @@ Adaptive Federated Optimization (a server optimizer on the mean update)
     Reddi et al., ICLR 2021, arXiv 2003.00295, Algorithm 1
 """
 
-import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from fedrag_jax.errors import ConfigError
 from fedrag_jax.federated.algorithm import (
     Algorithm,
     State,
     Traffic,
     difference,
     nbytes,
+    one_object,
     stack,
     weighted_sum,
+    wide,
 )
 from fedrag_jax.federated.work import Work
 
 PLAIN = optax.sgd(1.0)  # x + mean update
 
 
-@functools.cache
+@one_object
 def fed_avg(
     *,
     server_optimizer: optax.GradientTransformation = PLAIN,
@@ -64,7 +66,7 @@ def averaging(
 
     def init(trainable, client_init, client_count):
         row = client_init(trainable) if carry_optimizer else ()
-        return State(trainable, server_optimizer.init(trainable), row)
+        return State(trainable, server_optimizer.init(jax.tree.map(wide, trainable)), row)
 
     def turn(state, cohort, client):
         x = state.trainable
@@ -80,7 +82,8 @@ def averaging(
         mean, rest = client.total(group, cohort, rows)
         population, report = (list(part) for part in zip(*rest, strict=True))
         pseudo_gradient = jax.tree.map(jnp.negative, mean)
-        updates, server = server_optimizer.update(pseudo_gradient, state.server, x)
+        parameters = jax.tree.map(wide, x)
+        updates, server = server_optimizer.update(pseudo_gradient, state.server, parameters)
         population = population if carry_optimizer else ()
         return State(optax.apply_updates(x, updates), server, population), report
 
@@ -91,3 +94,17 @@ def averaging(
 def whole_model(trainable, drawn, answered, round) -> Traffic:
     """Everything that is trained goes down to each client and up again."""
     return Traffic(len(drawn) * nbytes(trainable), len(answered) * nbytes(trainable))
+
+
+def positive(algorithm: str, **numbers: float) -> None:
+    """Refuses numbers that are not above zero."""
+    for name, value in numbers.items():
+        if not value > 0:
+            raise ConfigError(f"{algorithm}: {name} must be > 0, got {value}")
+
+
+def require_momentum(algorithm: str, **numbers: float) -> None:
+    """Refuses numbers outside [0, 1)."""
+    for name, value in numbers.items():
+        if not 0 <= value < 1:
+            raise ConfigError(f"{algorithm}: {name} must be in [0, 1), got {value}")

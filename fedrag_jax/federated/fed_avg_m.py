@@ -4,16 +4,14 @@ Measuring the Effects of Non-Identical Data Distribution for Federated Visual Cl
     Hsu, Qi, Brown, 2019, arXiv 1909.06335, section 4.2
 """
 
-import functools
-
 import optax
 
-from fedrag_jax.federated.algorithm import Algorithm
-from fedrag_jax.federated.fed_avg import averaging
+from fedrag_jax.federated.algorithm import Algorithm, one_object
+from fedrag_jax.federated.fed_avg import averaging, positive, require_momentum
 from fedrag_jax.federated.work import Work
 
 
-@functools.cache
+@one_object
 def fed_avg_m(*, learning_rate: float = 1.0, momentum: float = 0.9, **work) -> Algorithm:
     """v ← βv + Δ; x ← x + ηv, with Δ the mean update of `fed_avg` and v₀ = 0.
 
@@ -22,6 +20,8 @@ def fed_avg_m(*, learning_rate: float = 1.0, momentum: float = 0.9, **work) -> A
       momentum: β.
       work: as in `fed_avg`.
     """
+    positive("fed_avg_m", learning_rate=learning_rate)
+    require_momentum("fed_avg_m", momentum=momentum)
     server = optax.sgd(learning_rate, momentum=momentum)
     name = f"fed_avg_m(learning_rate={learning_rate}, momentum={momentum}, "
     return averaging(name, Work(**work), server)

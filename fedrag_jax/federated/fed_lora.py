@@ -36,6 +36,7 @@ from fedrag_jax.federated.algorithm import (
     Traffic,
     difference,
     nbytes,
+    one_object,
     stack,
     weighted_sum,
     wide,
@@ -96,7 +97,7 @@ RULES = {
 }
 
 
-@functools.cache
+@one_object
 def fed_lora(
     rule: str,
     network: Network,
@@ -133,7 +134,10 @@ def fed_lora(
 
     def init(trainable, client_init, client_count):
         if part not in trainable:
-            raise ConfigError(f"fed_lora: nothing named {part!r} is trained, but {[*trainable]}")
+            raise ConfigError(
+                f"fed_lora: nothing named {part!r} is trained, but {[*trainable]}; name the adapters "
+                "with `part`"
+            )
         if ranks is not None and len(ranks) != client_count:
             raise ConfigError(f"fed_lora: {len(ranks)} ranks for {client_count} clients")
         shared, private = _parted(trainable, part, rules.private)
@@ -179,7 +183,9 @@ def fed_lora(
             product, weight = products
             # Where nobody answered, what there was counts.
             before = lora.product(network, jax.tree.map(wide, state.trainable[part]))
-            product = jax.tree.map(lambda m, d: m + (1 - weight) * d, product, before)
+            product = jax.tree.map(
+                lambda m, d: m + (1 - weight).astype(m.dtype) * d, product, before
+            )
             adapters, change = rules.settle(network, new[part], product, client.key)
             new = new | {part: adapters}
             if change is not None:
@@ -189,6 +195,11 @@ def fed_lora(
     def changed(state, frozen):
         if not rules.changes_base:
             return frozen
+        if base not in frozen:
+            raise ConfigError(
+                f"fed_lora: nothing named {base!r} is frozen, but {[*frozen]}; name the parameters of "
+                "the network with `base`"
+            )
         if is_quantized(frozen[base]):
             raise ConfigError(
                 f"fed_lora: {rule} changes the base, and this one is quantised; use a rule that does "
@@ -197,6 +208,7 @@ def fed_lora(
             )
         return frozen | {base: lora.add_product(frozen[base], state.server)}
 
+    # As if every client had been there the round before: what a round changes is what goes down once.
     def traffic(trainable, drawn, answered, round):
         moves = rules.moves[round % len(rules.moves)]
         _, factors = _parted(trainable, part, moves)
@@ -220,7 +232,7 @@ def fed_lora(
         return _joined(trainable, row)
 
     return Algorithm(
-        f"fed_lora({rule}, ranks={ranks}, {work})",
+        f"fed_lora({rule}, {network.lora}, part={part}, base={base}, ranks={ranks}, {work})",
         work,
         init,
         tuple(functools.partial(turn, moves) for moves in rules.moves),

@@ -13,15 +13,14 @@ Adaptive Federated Optimization
 There is no bias correction, τ stands outside the root, m₀ = 0 and v₀ = τ².
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from fedrag_jax.federated.algorithm import Algorithm
-from fedrag_jax.federated.fed_avg import averaging
+from fedrag_jax.federated.algorithm import Algorithm, one_object
+from fedrag_jax.federated.fed_avg import averaging, positive, require_momentum
 from fedrag_jax.federated.work import Work
 
 SECOND_MOMENTS = {
@@ -54,7 +53,7 @@ def scale_by_fed_opt(kind: str, b1: float, b2: float, tau: float) -> optax.Gradi
     return optax.GradientTransformation(init, update)
 
 
-@functools.cache
+@one_object
 def fed_adagrad(
     *,
     learning_rate: float = 0.01,
@@ -73,7 +72,7 @@ def fed_adagrad(
     return _fed_opt("adagrad", learning_rate, b1, 1.0, tau, work)
 
 
-@functools.cache
+@one_object
 def fed_adam(
     *,
     learning_rate: float = 0.01,
@@ -86,7 +85,7 @@ def fed_adam(
     return _fed_opt("adam", learning_rate, b1, b2, tau, work)
 
 
-@functools.cache
+@one_object
 def fed_yogi(
     *,
     learning_rate: float = 0.01,
@@ -100,6 +99,8 @@ def fed_yogi(
 
 
 def _fed_opt(kind, learning_rate, b1, b2, tau, work) -> Algorithm:
+    positive(f"fed_{kind}", learning_rate=learning_rate, tau=tau)
+    require_momentum(f"fed_{kind}", b1=b1, **({} if kind == "adagrad" else {"b2": b2}))
     server = optax.chain(
         scale_by_fed_opt(kind, b1, b2, tau), optax.scale_by_learning_rate(learning_rate)
     )

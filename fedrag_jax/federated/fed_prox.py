@@ -4,17 +4,15 @@ Federated Optimization in Heterogeneous Networks
     Li, Sahu, Zaheer, Sanjabi, Talwalkar, Smith, MLSys 2020, arXiv 1812.06127, Algorithm 2
 """
 
-import functools
-
 import jax
 
 from fedrag_jax.errors import ConfigError
-from fedrag_jax.federated.algorithm import Algorithm
+from fedrag_jax.federated.algorithm import Algorithm, one_object
 from fedrag_jax.federated.fed_avg import averaging
 from fedrag_jax.federated.work import Work
 
 
-@functools.cache
+@one_object
 def fed_prox(*, mu: float = 0.01, **work) -> Algorithm:
     """Clients minimise loss(y) + (μ/2) ‖y − x‖², the norm being squared; at μ = 0 it is `fed_avg`.
 

@@ -122,7 +122,10 @@ def fit(
     at_round = optimizer if scheduled else lambda _: optimizer
     work, total = algorithm.work, len(data.clients)
     room = max(work.sampling.places(data.sizes()), 1)
-    group_size = group_size and min(group_size, room)
+
+    placing = Placing(mesh, task.frozen, room)
+    most = -(-room // placing.devices)  # wider groups would leave devices idle
+    group_size = group_size and min(group_size, most)
 
     # Where to start.
     now = FitState(
@@ -154,7 +157,6 @@ def fit(
         )
 
     # Rounds.
-    placing = Placing(mesh, task.frozen, room)
     frozen = placing.everywhere(task.frozen)
     state = now.state._replace(population=())
     state = placing.everywhere(state)._replace(population=now.state.population)
@@ -178,7 +180,7 @@ def fit(
         refresh_seconds, compile_seconds = clock.lap()
 
         if now.settings["group_size"] is None:
-            size = choose_group_size(task, at_round(now.round), frozen, table, batch_size, room)
+            size = choose_group_size(task, at_round(now.round), frozen, table, batch_size, most)
             now = dataclasses.replace(now, settings=now.settings | {"group_size": size})
             compile_seconds += sum(clock.lap())
         drawn = draw_clients(data.sizes(), work, now.round, seed)
@@ -230,7 +232,7 @@ def fit(
         trainable = jax.vmap(algorithm.model, (None, 0))(trainable, now.state.population)
         if alone:
             trainable = jax.tree.map(lambda x: x[0], trainable)
-    return FitResult(trainable, list(now.history), algorithm.frozen(now.state, task.frozen))
+    return FitResult(trainable, list(now.history), algorithm.frozen(now.state, frozen))
 
 
 def _initial_state(task, algorithm, optimizer, client_count) -> State:

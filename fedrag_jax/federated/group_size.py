@@ -11,6 +11,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from fedrag_jax.data.cache import cache_folder
 from fedrag_jax.federated.algorithm import PyTree, stack
@@ -28,8 +29,20 @@ def choose_group_size(
     """The group size of the least time a client-step: 1, 2, 4 and so on up to `most` are tried.
 
     A size is tried while sizes gain; one that does not fit into memory ends it. What was found is
-    kept in `group_sizes.json` of the cache folder, by device, task and shapes.
+    kept in `group_sizes.json` of the cache folder, by device, task and shapes. Of several processes the
+    first decides.
     """
+    if most == 1:
+        return 1
+    found = _remembered(task, optimizer, frozen, table, batch_size, most)
+    if jax.process_count() > 1:
+        found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
+    return found
+
+
+def _remembered(task, optimizer, frozen, table, batch_size, most) -> int:
+    if jax.process_index():
+        return 0
     path = cache_folder() / "group_sizes.json"
     known = json.loads(path.read_text()) if path.exists() else {}
     key = _key(task, table, batch_size, most)

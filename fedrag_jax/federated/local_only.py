@@ -1,12 +1,10 @@
 """Every client for itself."""
 
-import functools
-
-from fedrag_jax.federated.algorithm import Algorithm, State, Traffic
+from fedrag_jax.federated.algorithm import Algorithm, State, Traffic, one_object
 from fedrag_jax.federated.work import Work
 
 
-@functools.cache
+@one_object
 def local_only(**work) -> Algorithm:
     """N models that start alike and never meet; optimizer states carry on from round to round.
 

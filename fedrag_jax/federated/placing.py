@@ -30,9 +30,10 @@ class Placing:
         if mesh is not None:
             # Axes that the compiler manages, however the mesh was made.
             mesh = Mesh(mesh.devices, mesh.axis_names)
-            if found is not None and found != mesh:
+            if found is not None and Mesh(found.devices, found.axis_names) != mesh:
                 raise ConfigError(
-                    f"fit: the frozen arrays are on another mesh, {found}; shard them over this one"
+                    f"fit: the frozen arrays are on another mesh, {found}; place them on this one "
+                    "with models.sharding.shard"
                 )
         self._all = mesh or found
         self.clients = mesh if room > 1 else None  # what groups are dealt out over
@@ -89,7 +90,7 @@ def rows_of(population: PyTree, parts: list[Cohort]) -> PyTree:
 
 def put_rows(population: PyTree, parts: list[Cohort], rows: PyTree) -> None:
     """Writes them back in place."""
-    for part, new in zip(parts, rows, strict=False):
+    for part, new in zip(parts, rows, strict=True) if rows else ():
 
         def put(x, y, clients=part.clients):
             there = clients < len(x)

@@ -19,11 +19,11 @@ def by_client(report: list[dict], parts: list[Cohort], total: int) -> tuple[np.n
 
 
 def summary(clients: np.ndarray, report: dict) -> dict[str, Any]:
-    """Means over the examples of a round, and each client's own; NaN where nobody took part."""
+    """Means over the examples of a round, and each client's own; None where nobody took part."""
     seen = report["examples"].astype(np.float64)
 
     def mean(x):
-        return float(np.sum(seen * x) / seen.sum()) if seen.sum() else float("nan")
+        return float(np.sum(seen * x) / seen.sum()) if seen.sum() else None
 
     return {
         "loss": mean(report["loss"]),

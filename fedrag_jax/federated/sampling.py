@@ -41,7 +41,7 @@ def uniform(clients: int) -> Sampling:
 def weighted(clients: int) -> Sampling:
     """So many different clients, drawn one after another in proportion to their examples.
 
-    Goes with `weighting="uniform"`: to weigh by examples again would count them twice.
+    Wants `weighting="uniform"`: to weigh by examples again would count them twice.
     """
     return _without_replacement("weighted", clients, lambda sizes: sizes / sizes.sum())
 
@@ -50,7 +50,7 @@ def weighted(clients: int) -> Sampling:
 def poisson(rate: float) -> Sampling:
     """Every client for itself with probability `rate`, as accounting for privacy wants it.
 
-    A round may be empty, and then changes nothing but momentum.
+    A round may be empty, and then the model stays as it is but for the server's momentum.
 
     Raises:
       ConfigError: a rate outside (0, 1].

@@ -5,8 +5,6 @@ SCAFFOLD: Stochastic Controlled Averaging for Federated Learning
     control variates by option II
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -18,17 +16,20 @@ from fedrag_jax.federated.algorithm import (
     Traffic,
     difference,
     nbytes,
+    one_object,
     stack,
     weighted_sum,
+    wide,
 )
 from fedrag_jax.federated.work import Work
 
 
-@functools.cache
+@one_object
 def scaffold(
     client_learning_rate: float,
     *,
     server_learning_rate: float = 1.0,
+    weighting: str = "uniform",
     **work,
 ) -> Algorithm:
     """y ← y − η_l (g − c_k + c), so that a client's steps go where those of all would go.
@@ -43,39 +44,40 @@ def scaffold(
     Args:
       client_learning_rate: η_l.
       server_learning_rate: η_g.
-      work: as in `fed_avg`, but `weighting` is "uniform" unless given, as in the paper.
+      weighting: p_k is "uniform" as in the paper, or by "examples".
+      work: as in `fed_avg`.
 
     Raises:
       ConfigError: a rate that is not positive, or what `Work` refuses.
     """
-    rate, work = client_learning_rate, Work(**{"weighting": "uniform"} | work)
+    rate, work = client_learning_rate, Work(weighting=weighting, **work)
     if not rate > 0 or not server_learning_rate > 0:
         raise ConfigError(
             f"scaffold: learning rates must be > 0, got {rate} and {server_learning_rate}"
         )
 
     def init(trainable, client_init, client_count):
-        zero = jax.tree.map(jnp.zeros_like, trainable)
+        zero = jax.tree.map(lambda x: jnp.zeros_like(wide(x)), trainable)
         return State(trainable, {"c": zero, "clients": jnp.float32(client_count)}, zero)
 
     def turn(state, cohort, client):
         x, c = state.trainable, state.server["c"]
 
         def correct(gradient, y, x, c_k):
-            return jax.tree.map(lambda g, c_k, c: g - c_k + c, gradient, c_k, c)
+            return jax.tree.map(lambda g, c_k, c: (g - c_k + c).astype(g.dtype), gradient, c_k, c)
 
         def group(members, c_k):
             x_k = stack(x, len(members.share))
             y_k, _, report = client.update(x_k, client.init(x_k), members, c_k, correct)
-            steps = jnp.maximum(members.steps, 1) * rate  # none where it is padding
+            moved = difference(y_k, x_k)
 
-            def change(x, y, c, c_k):
-                mean = jax.vmap(jnp.divide)(x - y, steps.astype(x.dtype))
-                there = (members.steps > 0).astype(x.dtype)
-                return jax.vmap(jnp.multiply)(there, mean - c)
+            def change(moved, c, steps):
+                return jnp.where(steps > 0, -moved / (jnp.maximum(steps, 1) * rate) - c, 0)
 
-            changes = jax.tree.map(change, x_k, y_k, stack(c, len(members.share)), c_k)
-            update = weighted_sum(members.share, difference(y_k, x_k))
+            changes = jax.tree.map(
+                lambda d, c: jax.vmap(change, (0, None, 0))(d, c, members.steps), moved, c
+            )
+            update = weighted_sum(members.share, moved)
             total = jax.tree.map(lambda d: d.sum(0), changes)
             return (update, total), (jax.tree.map(jnp.add, c_k, changes), report)
 

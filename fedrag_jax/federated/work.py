@@ -43,6 +43,11 @@ class Work:
                 raise ConfigError(f"{name} is a probability below 1, got {value}")
         if self.weighting not in ("examples", "uniform"):
             raise ConfigError(f'weighting is "examples" or "uniform", got {self.weighting!r}')
+        if self.sampling.name.startswith("weighted") and self.weighting == "examples":
+            raise ConfigError(
+                f"sampling={self.sampling.name} draws by examples already; to weigh by them again "
+                'counts them twice: set weighting="uniform"'
+            )
 
     def __str__(self):
         length = (

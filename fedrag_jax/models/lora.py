@@ -206,11 +206,19 @@ def factorize(network: Network, kernels: dict, like: dict) -> dict:
         path_a, path_b = ((*path[:-1], name) for name in ("lora_a", "lora_b"))
         a, b = (dict(flatten(like))[p] for p in (path_a, path_b))
         u, s, vt = jnp.linalg.svd(kernel, full_matrices=False)
-        r, there = a.shape[-1], _there(network.lora, path_a, a.shape)
+        rank, there = a.shape[-1], _there(network.lora, path_a, a.shape)
         scale = network.lora.scale(path_a, a.shape[0])
-        factors[path_a] = (u[..., :r] * there).astype(a.dtype)
-        factors[path_b] = ((s[..., :r, None] * vt[..., :r, :]) / scale).astype(b.dtype)
+        weighted = s[..., None] * vt / scale
+        factors[path_a] = (_columns(u, rank) * there).astype(a.dtype)
+        weighted = _columns(weighted.swapaxes(-1, -2), rank) * there
+        factors[path_b] = weighted.swapaxes(-1, -2).astype(b.dtype)
     return unflatten(factors.items())
+
+
+def _columns(x: jax.Array, count: int) -> jax.Array:
+    """The first so many columns, zeros where there are fewer."""
+    x = x[..., :count]
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, count - x.shape[-1])])
 
 
 def _there(config: LoraConfig, path: tuple, shape: tuple) -> np.ndarray:

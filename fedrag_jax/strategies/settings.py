@@ -113,8 +113,10 @@ def clients_mesh(devices: int) -> Mesh | None:
       ConfigError: more devices than there are.
     """
     there = jax.devices()
-    if devices > len(there):
-        raise ConfigError(f"federated.devices is {devices}, but JAX sees {len(there)}; take fewer")
+    if not 0 <= devices <= len(there):
+        raise ConfigError(
+            f"federated.devices is {devices}, but JAX sees {len(there)}; 0 takes them all"
+        )
     there = there[: devices or None]
     return Mesh(np.array(there), ("clients",)) if len(there) > 1 else None
 

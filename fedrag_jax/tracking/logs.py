@@ -58,9 +58,10 @@ class Progress(Callback):
         per_round = sum(self.seconds) / len(self.seconds)
         left = round(per_round * (record["rounds"] - record["round"]))
         clock = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+        loss = "-" if record["loss"] is None else f"{record['loss']:.4f}"
         print(
             f"{self.where}{state.settings['task']}: round {record['round']}/{record['rounds']}  "
-            f"loss {record['loss']:.4f}  {per_round:.2f} s/round  {clock} left",
+            f"loss {loss}  {per_round:.2f} s/round  {clock} left",
             file=sys.stderr,
             flush=True,
         )

@@ -1,0 +1,161 @@
+"""A federated LoRA round of a half-billion decoder on an accelerator: what share of its speed it uses.
+
+    python -m experiments.benchmarks.gpu_round
+    python -m experiments.benchmarks.gpu_round --clients=8 --group_size=8 --remat
+    JAX_PLATFORMS=cpu python -m experiments.benchmarks.gpu_round --model=small --tokens=64 --clients=2
+
+The decoder has the shape of Qwen2.5-0.5B and random numbers in bfloat16; adapters on all its linear
+layers are float32. Clients are dealt out over all devices, in groups of a size that is measured first
+unless it is given. Model operations (those of the ledger's formula: nothing recomputed is counted) over
+the median round are set against the best bfloat16 product measured in the same process and, where it
+is known, against the published peak. Prints a line of JSON last, about the last number of clients.
+"""
+
+import json
+import statistics
+import time
+
+from absl import app, flags
+
+MODELS = {
+    "qwen2.5-0.5b": {
+        "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_layers": 24,
+        "num_heads": 14, "num_kv_heads": 2, "head_dim": 64, "qkv_bias": True,
+        "tie_embeddings": True,
+    },
+    "small": {
+        "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_layers": 2,
+        "num_heads": 2, "num_kv_heads": 2, "head_dim": 32,
+    },
+}  # fmt: skip
+# Of one device, bfloat16 without sparsity, as its maker publishes it.
+PEAKS = {
+    "H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12,
+    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5p": 459e12, "TPU v6 lite": 918e12,
+}  # fmt: skip
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+_MODEL = flags.DEFINE_enum("model", "qwen2.5-0.5b", list(MODELS), "the decoder")
+_CLIENTS = flags.DEFINE_list("clients", ["8", "32"], "of a round; each number is a row")
+_GROUP = flags.DEFINE_integer("group_size", 0, "clients side by side; 0 measures", lower_bound=0)
+_STEPS = flags.DEFINE_integer("local_steps", 4, "of each client", lower_bound=1)
+_BATCH = flags.DEFINE_integer("batch_size", 4, "sequences in a step", lower_bound=1)
+_TOKENS = flags.DEFINE_integer("tokens", 512, "of a sequence with its answer", lower_bound=17)
+_RANK = flags.DEFINE_integer("rank", 16, "of the adapters", lower_bound=1)
+_REMAT = flags.DEFINE_bool("remat", True, "recompute layers in the backward pass")
+_ROUNDS = flags.DEFINE_integer("rounds", 6, "of which the first is not timed", lower_bound=2)
+
+
+def main(argv):
+    del argv
+    import jax
+
+    from fedrag_jax.data.batching import ANSWER_TOKENS
+    from fedrag_jax.tracking.ledger import decoder_flops
+
+    kind = jax.devices()[0].device_kind
+    network, params, adapters = decoder()
+    flops = _BATCH.value * decoder_flops(
+        network.config, network.lora, _TOKENS.value, ANSWER_TOKENS, trained=True
+    )
+    best = product_peak() * jax.device_count()
+    published = next((x for name, x in PEAKS.items() if name in kind), None)
+    print("clients  group  ms a client-step  of the best product")
+    for count in map(int, _CLIENTS.value):
+        seconds, group = timed(network, params, adapters, count)
+        print(
+            f"{count:7d}{group:7d}{1e3 * seconds:18.2f}{flops / seconds / best:21.3f}", flush=True
+        )
+    report = {
+        "fraction_of_product_peak": round(flops / seconds / best, 3),
+        "mfu": published and round(flops / seconds / (published * jax.device_count()), 3),
+        "ms_per_client_step": round(1e3 * seconds, 3),
+        "product_tflops": round(best / 1e12, 2),
+        "model": _MODEL.value,
+        "clients": count,
+        "group_size": group,
+        "device": f"{jax.device_count()} x {kind}",
+    }
+    print(json.dumps(report))
+
+
+def decoder():
+    """`(network with adapters, params in bfloat16, adapters)`, random."""
+    import jax
+    import jax.numpy as jnp
+
+    from fedrag_jax.models.decoder import Decoder, DecoderConfig
+    from fedrag_jax.models.lora import LoraConfig, add_lora, init_adapters
+    from fedrag_jax.models.network import Network
+
+    base = Network.of(Decoder, DecoderConfig(**MODELS[_MODEL.value], remat=_REMAT.value))
+    network = add_lora(base, LoraConfig(_RANK.value, 2.0 * _RANK.value, TARGETS))
+    params = jax.jit(lambda key: jax.tree.map(lambda x: x.astype(jnp.bfloat16), base.init(key)))
+    return network, params(jax.random.key(0)), init_adapters(network, 0)
+
+
+def timed(network, params, adapters, clients: int) -> tuple[float, int]:
+    """(seconds a client-step, group size): the median round."""
+    import jax
+    import numpy as np
+    import optax
+
+    from fedrag_jax.data.batching import ANSWER_TOKENS
+    from fedrag_jax.data.partition import Partition
+    from fedrag_jax.federated.callbacks import Callback
+    from fedrag_jax.federated.fed_avg import fed_avg
+    from fedrag_jax.federated.fit import fit
+    from fedrag_jax.objectives.generator import AnswerLoss
+    from fedrag_jax.objectives.task import Task
+
+    each = _STEPS.value * _BATCH.value
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, network.config.vocab_size, (clients * each, 1, _TOKENS.value))
+    answer = np.arange(_TOKENS.value - ANSWER_TOKENS, _TOKENS.value, dtype=np.int32)
+
+    def collate(examples, _):
+        rows = len(examples)
+        return {
+            "tokens": tokens[np.asarray(examples)].astype(np.int32),
+            "lengths": np.full((rows, 1), _TOKENS.value, np.int32),
+            "answer_positions": np.tile(answer, (rows, 1, 1)),
+            "answer_mask": np.ones((rows, len(answer)), np.float32),
+        }
+
+    class Settings(Callback):
+        def round_end(self, state, record):
+            self.group_size = state.settings["group_size"]
+
+    settings, devices = Settings(), jax.device_count()
+    result = fit(
+        Task("round", {"adapters": adapters}, {"decoder": params}, AnswerLoss(network), collate),
+        Partition(np.arange(clients * each), tuple(np.arange(clients * each).reshape(clients, -1))),
+        fed_avg(local_steps=_STEPS.value),
+        rounds=_ROUNDS.value,
+        batch_size=_BATCH.value,
+        optimizer=optax.adamw(1e-4),
+        group_size=_GROUP.value or None,
+        callbacks=[settings],
+        mesh=jax.make_mesh((devices,), ("clients",)) if devices > 1 else None,
+    )
+    seconds = [record["seconds"] for record in result.history[1:]]
+    return statistics.median(seconds) / (clients * _STEPS.value), settings.group_size
+
+
+def product_peak(size: int = 8192) -> float:
+    """Operations a second of the best of ten bfloat16 products on one device."""
+    import jax
+    import jax.numpy as jnp
+
+    size = size if jax.default_backend() != "cpu" else 1024
+    x, best = jnp.ones((size, size), jnp.bfloat16), 0.0
+    multiply = jax.jit(lambda x: x @ x)
+    for _ in range(10):
+        start = time.perf_counter()
+        multiply(x).block_until_ready()
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+if __name__ == "__main__":
+    app.run(main)
