@@ -403,9 +403,8 @@ def test_document_vectors_move_and_the_index_is_refreshed(parts):
     vectors = [parts.retriever.refresh(seen["document"]).vectors for seen in watch.seen]
     assert np.abs(vectors[0] - parts.retriever.vectors).max() > 1e-3
     assert np.abs(vectors[1] - vectors[0]).max() > 1e-3
-    for (trainable, found), seen in zip(asked[1:], watch.seen, strict=False):
+    for (trainable, found), own in zip(asked[1:], watch.seen, strict=False):
         # Asked with what the round before had made, and answered from its own index.
-        own = jax.tree.map(lambda x: x[0], seen)
         jax.tree.map(np.testing.assert_array_equal, trainable, own)
         current = parts.retriever.refresh(own["document"]).with_query(own["query"])
         expected = current.search([e.question for e in EXAMPLES], 2)[0]
