@@ -7,7 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from toys import EXAMPLES, FOUR, assert_close, assert_equal, leaves, linear_task, mlp_task
+from toys import (
+    EXAMPLES,
+    FOUR,
+    assert_close,
+    assert_equal,
+    leaves,
+    linear_task,
+    mlp_task,
+    squared_error,
+)
 
 from fedrag_jax.errors import ConfigError, DivergenceError
 from fedrag_jax.federated.callbacks import Callback
@@ -78,10 +87,16 @@ def test_a_resumed_run_is_the_run(name, tmp_path):
 
 
 @battery
-def test_a_rate_of_zero_changes_nothing(name):
-    if name == "scaffold":
-        pytest.skip("scaffold refuses a rate of zero")
-    result = run(name, linear_task(), optimizer=optax.sgd(0.0))
+def test_nothing_to_learn_changes_nothing(name):
+    """A loss without slope; and a rate of zero, which scaffold refuses."""
+
+    def flat(trainable, frozen, batch, rng):
+        value, metrics = squared_error(trainable, frozen, batch, rng)
+        return 0 * value, metrics
+
+    own = make(name).optimizer is not None
+    task = linear_task(loss=flat) if own else linear_task()
+    result = run(name, task, optimizer=optax.sgd(0.0))
     start = jax.tree.map(np.float32, linear_task().trainable)
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y + 0 * x), result.trainable, start)
 
@@ -316,7 +331,7 @@ def test_debugging_adds_the_place_to_an_error():
     ("call", "words"),
     [
         (lambda: fed_prox(mu=-1), "mu must be at least 0, got -1"),
-        (lambda: scaffold(0.0), "must be > 0, got 0.0"),
+        (lambda: scaffold(0.0), "client_learning_rate must be > 0, got 0.0"),
         (lambda: scaffold(0.1, weighting="size"), "got 'size'"),
         (lambda: fed_adam(tau=0.0), "tau must be > 0, got 0.0"),
         (lambda: fed_yogi(b2=1.0), r"b2 must be in \[0, 1\), got 1.0"),

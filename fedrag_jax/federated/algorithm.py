@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from fedrag_jax.errors import ConfigError
 from fedrag_jax.federated.work import Work
 
 PyTree = Any
@@ -119,6 +120,20 @@ def one_object(make: Callable[..., Algorithm]) -> Callable[..., Algorithm]:
         return cached(tuple((name, plain(name, value)) for name, value in settings.items()))
 
     return factory
+
+
+def positive(algorithm: str, **numbers: float) -> None:
+    """Refuses numbers that are not above zero."""
+    for name, value in numbers.items():
+        if not value > 0:
+            raise ConfigError(f"{algorithm}: {name} must be > 0, got {value}")
+
+
+def require_momentum(algorithm: str, **numbers: float) -> None:
+    """Refuses numbers outside [0, 1)."""
+    for name, value in numbers.items():
+        if not 0 <= value < 1:
+            raise ConfigError(f"{algorithm}: {name} must be in [0, 1), got {value}")
 
 
 def stack(tree: PyTree, size: int) -> PyTree:

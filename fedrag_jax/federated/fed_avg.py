@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedrag_jax.errors import ConfigError
 from fedrag_jax.federated.algorithm import (
     Algorithm,
     State,
@@ -94,17 +93,3 @@ def averaging(
 def whole_model(trainable, drawn, answered, round) -> Traffic:
     """Everything that is trained goes down to each client and up again."""
     return Traffic(len(drawn) * nbytes(trainable), len(answered) * nbytes(trainable))
-
-
-def positive(algorithm: str, **numbers: float) -> None:
-    """Refuses numbers that are not above zero."""
-    for name, value in numbers.items():
-        if not value > 0:
-            raise ConfigError(f"{algorithm}: {name} must be > 0, got {value}")
-
-
-def require_momentum(algorithm: str, **numbers: float) -> None:
-    """Refuses numbers outside [0, 1)."""
-    for name, value in numbers.items():
-        if not 0 <= value < 1:
-            raise ConfigError(f"{algorithm}: {name} must be in [0, 1), got {value}")

@@ -6,8 +6,8 @@ Measuring the Effects of Non-Identical Data Distribution for Federated Visual Cl
 
 import optax
 
-from fedrag_jax.federated.algorithm import Algorithm, one_object
-from fedrag_jax.federated.fed_avg import averaging, positive, require_momentum
+from fedrag_jax.federated.algorithm import Algorithm, one_object, positive, require_momentum
+from fedrag_jax.federated.fed_avg import averaging
 from fedrag_jax.federated.work import Work
 
 

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedrag_jax.federated.algorithm import Algorithm, one_object
-from fedrag_jax.federated.fed_avg import averaging, positive, require_momentum
+from fedrag_jax.federated.algorithm import Algorithm, one_object, positive, require_momentum
+from fedrag_jax.federated.fed_avg import averaging
 from fedrag_jax.federated.work import Work
 
 SECOND_MOMENTS = {

@@ -35,8 +35,9 @@ class Placing:
                     f"fit: the frozen arrays are on another mesh, {found}; place them on this one "
                     "with models.sharding.shard"
                 )
-        self._all = mesh or found
-        self.clients = mesh if room > 1 else None  # what groups are dealt out over
+        # What groups are dealt out over. One client alone would be trained on every device over again.
+        self.clients = mesh if room > 1 else None
+        self._all = self.clients or found
         self.devices = 1 if self.clients is None else mesh.shape[CLIENTS]
 
     def everywhere(self, tree: PyTree) -> PyTree:

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedrag_jax.errors import ConfigError
 from fedrag_jax.federated.algorithm import (
     Algorithm,
     State,
@@ -17,6 +16,7 @@ from fedrag_jax.federated.algorithm import (
     difference,
     nbytes,
     one_object,
+    positive,
     stack,
     weighted_sum,
     wide,
@@ -51,10 +51,7 @@ def scaffold(
       ConfigError: a rate that is not positive, or what `Work` refuses.
     """
     rate, work = client_learning_rate, Work(weighting=weighting, **work)
-    if not rate > 0 or not server_learning_rate > 0:
-        raise ConfigError(
-            f"scaffold: learning rates must be > 0, got {rate} and {server_learning_rate}"
-        )
+    positive("scaffold", client_learning_rate=rate, server_learning_rate=server_learning_rate)
 
     def init(trainable, client_init, client_count):
         zero = jax.tree.map(lambda x: jnp.zeros_like(wide(x)), trainable)
