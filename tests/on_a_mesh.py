@@ -119,4 +119,7 @@ if __name__ == "__main__":
         mesh = jax.make_mesh((8,), ("clients",))
         compare(mesh)
         compare_lora(mesh)
+        # One client alone is nothing to deal out, and is not trained eight times over.
+        alone = fit(mlp_task(), DATA.examples, mesh=mesh, rounds=1).trainable
+        assert {len(x.devices()) for x in jax.tree.leaves(alone)} == {1}
     print("equal")
