@@ -15,7 +15,8 @@ FedRAG's clients run under Flower's simulation engine on Ray, and in process, on
 joined by Flower's `aggregate`. Their training function is written as in FedRAG's examples (`trainer`,
 with the Trainer of sentence-transformers) or as an expert would (`loop`, bare PyTorch). `plain` is that
 loop without FedRAG and Flower: what lies between it and ours is arithmetic, the rest is framework.
-PyTorch gets one thread or all, whichever makes `plain` faster; workers of a simulation have their own.
+Our clients are dealt out over virtual devices. PyTorch gets one thread or all, whichever makes `plain`
+faster; workers of a simulation have their own.
 
 A turn is a process of its own, which waits for an idle machine; all take turns. `ms_per_client_step` is
 the median over turns of the median round, without the first, which compiles, or starts Ray's workers.
@@ -25,6 +26,7 @@ FedRAG's two training functions, `..._trainer` against the one of its examples. 
 the same loss and lower it, or nothing is reported. Prints one line of JSON, last.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -52,6 +54,10 @@ _STEPS = flags.DEFINE_integer("local_steps", 5, "of a client in a round", lower_
 _BATCH = flags.DEFINE_integer("batch_size", 8, "questions in a step", lower_bound=2)
 _ROUNDS = flags.DEFINE_integer("rounds", 4, "of a turn; the first is not in its median", 2)
 _GROUP = flags.DEFINE_integer("group_size", 1, "clients side by side, ours", lower_bound=1)
+_DEVICES = flags.DEFINE_integer(
+    "devices", 2, "virtual ones, over which the clients are dealt out, ours", lower_bound=1
+)
+_UNROLL = flags.DEFINE_bool("unroll", True, "write layers out; ours")
 _CPUS = flags.DEFINE_integer("cpus_per_client", 1, "of a client of the simulation", lower_bound=1)
 _REPEATS = flags.DEFINE_integer("repeats", 3, "turns of each", lower_bound=1)
 _WAIT = flags.DEFINE_integer("wait_seconds", 30, "at most, for an idle machine, before a turn")
@@ -118,13 +124,16 @@ def prepare(folder: pathlib.Path) -> None:
     retriever = Retriever.build(model, [passages[i] for i in chosen])
     np.save(folder / "documents.npy", retriever.vectors)
     work = {flag.name: flag.value for flag in (_TOKENS, _CLIENTS, _EXAMPLES, _STEPS, _BATCH)}
-    work |= {flag.name: flag.value for flag in (_ROUNDS, _GROUP, _CPUS)}
+    work |= {flag.name: flag.value for flag in (_ROUNDS, _GROUP, _DEVICES, _UNROLL, _CPUS)}
     work |= {"scale": SCALE, "learning_rate": LEARNING_RATE, "probe": _EXAMPLES.value}
     (folder / "work.json").write_text(json.dumps(work | {"questions": list(chosen.values())}))
 
 
 def ours(folder: str) -> dict:
     """One turn of this project, in a process of its own."""
+    work = json.loads(pathlib.Path(folder, "work.json").read_text())
+    count = f"--xla_force_host_platform_device_count={work['devices']}"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}"
     import jax
     import numpy as np
     import optax
@@ -138,12 +147,12 @@ def ours(folder: str) -> dict:
     from fedrag_jax.models import hub
     from fedrag_jax.objectives.retriever import multiple_negatives_ranking
 
-    work = json.loads(pathlib.Path(folder, "work.json").read_text())
     model = hub.load(f"{folder}/model")
+    config = dataclasses.replace(model.network.config, unroll=work["unroll"])
     examples = [Example(f"q{i}", q, ("",), (f"p{i}",)) for i, q in enumerate(work["questions"])]
     passages = [Passage(f"p{i}", "", "") for i in range(len(examples))]  # their vectors are there
     task = multiple_negatives_ranking(
-        model.network,
+        dataclasses.replace(model.network, config=config),
         model.params,
         model.tokenizer,
         Dataset("work", passages, examples, [], []),
@@ -174,6 +183,7 @@ def ours(folder: str) -> dict:
         rounds=work["rounds"],
         batch_size=work["batch_size"],
         group_size=work["group_size"],
+        mesh=jax.make_mesh((work["devices"],), ("clients",)) if work["devices"] > 1 else None,
         optimizer=tunable(optax.adamw, learning_rate=work["learning_rate"], weight_decay=0.0),
         callbacks=[Stamps()],
     )
