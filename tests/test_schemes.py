@@ -174,6 +174,12 @@ def test_small_values_are_dropped_or_merged(least, small, clients):
     assert ["".join(sorted(data.of(client))) for client in range(len(clients))] == clients
 
 
+def test_a_rest_that_is_too_small_joins_the_smallest():
+    letters = "abbccddee"
+    data = partition(list(letters), natural(list(letters), 3, "merge"))
+    assert ["".join(data.of(client)) for client in range(2)] == ["abbee", "ccdd"]
+
+
 def test_sizes_follow_the_dirichlet_and_labels_do_not():
     alpha, clients = 0.5, 8
     scheme = quantity_skew(alpha, clients, min_examples=1)

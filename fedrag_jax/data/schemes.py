@@ -297,14 +297,14 @@ def _filled(sizes: np.ndarray, left: np.ndarray, concentration: np.ndarray, rng)
 
 def _merged(sizes: np.ndarray, least: int) -> np.ndarray:
     """A client for each value, int [C]: the smallest join until they hold the least together."""
-    client, held = np.zeros(len(sizes), int), 0
-    number = 0
+    client, held = np.zeros(len(sizes), int), [0]
     for value in np.argsort(sizes, kind="stable"):
-        client[value] = number
-        held += sizes[value]
-        if held >= least:
-            number, held = number + 1, 0
-    client[client == number] = max(number - 1, 0)
+        client[value] = len(held) - 1
+        held[-1] += sizes[value]
+        if held[-1] >= least:
+            held.append(0)
+    if len(held) > 1:
+        client[client == len(held) - 1] = np.argmin(held[:-1])
     first = np.unique(client, return_index=True)[1]
     return np.argsort(np.argsort(first))[client]
 
