@@ -15,7 +15,7 @@ import pathlib
 import numpy as np
 from absl import flags
 
-from experiments.compare_strategies import Comparison
+from experiments.compare_strategies import Comparison, replicates
 from experiments.inputs import check, load_data
 from experiments.launch import launch, settled_config
 from fedrag_jax.errors import ConfigError, DivergenceError
@@ -24,7 +24,7 @@ from fedrag_jax.errors import ConfigError, DivergenceError
 def search(
     comparison: Comparison, setting: str, strategy, metric: str, grid, bases, examples, where=""
 ):
-    """Trains one strategy at every rate of a grid; `(best rate, its systems, {rate: metric})`.
+    """Trains one strategy at all rates of a grid; `(best rate, its systems, {rate: metric})`.
 
     A rate at which training diverges is left out.
 
@@ -32,23 +32,35 @@ def search(
     where they are fewer than the clients. `where` tells bases apart that were themselves tuned.
     """
     from fedrag_jax.evaluation.evaluator import evaluate
+    from fedrag_jax.strategies.strategies import together
+    from fedrag_jax.strategies.tuner import tune_together
 
-    seed = comparison.config.seeds[0]
-    members = list(range(comparison.config.federated.clients)) if setting == "local" else [None]
-    found = {}
+    seeds = replicates(comparison.config)[0]
+    local = setting.startswith("local")
+    members = list(range(comparison.config.federated.clients)) if local else [None]
+    tuners = []
     for rate in grid:
-        scores, systems = [], []
-        try:
-            for i, (base, client) in enumerate(zip(bases, members, strict=True)):
-                tuner = comparison.tuner(setting, seed, client, rate=lambda *_, rate=rate: rate)
-                folder = tuner.folder / where / f"{strategy.__name__}-{rate:g}"
-                tuner = dataclasses.replace(tuner, folder=folder)
-                systems.append(strategy(base, comparison.dataset, tuner))
-                some = examples[i :: len(members)] or examples
-                scores.append(np.nanmean(evaluate(systems[-1], some)[metric]))
-        except DivergenceError:
+        for client in members:
+            tuner = comparison.tuner(setting, *seeds, client, rate=lambda *_, rate=rate: rate)
+            folder = tuner.folder / where / f"{strategy.__name__}-{rate:g}"
+            tuners.append(dataclasses.replace(tuner, folder=folder))
+    tuned = together(
+        strategy,
+        [*bases] * len(grid),
+        comparison.dataset,
+        lambda asked: tune_together([(tuners[i], task) for i, task in asked]),
+    )
+    found = {}
+    for number, rate in enumerate(grid):
+        systems = tuned[number * len(members) : (number + 1) * len(members)]
+        if any(isinstance(system, DivergenceError) for system in systems):
             result = "diverged"
         else:
+            parts = [examples[i :: len(members)] or examples for i in range(len(members))]
+            scores = [
+                np.nanmean(evaluate(system, some)[metric])
+                for system, some in zip(systems, parts, strict=True)
+            ]
             found[rate] = 100 * float(np.mean(scores)), systems
             result = f"validation {metric} {found[rate][0]:.1f}"
         print(f"{setting:12s} {strategy.__name__:13s} lr {rate:<8g} {result}", flush=True)
@@ -77,7 +89,7 @@ def run(config, runs: str, grids: dict[str, list[float]], questions: int) -> pat
     comparison = Comparison(config, dataset, folder)
     examples = dataset.validation[:questions]
     for setting in config.settings:
-        count = config.federated.clients if setting == "local" else 1
+        count = config.federated.clients if setting.startswith("local") else 1
         base = [comparison.system(seed)] * count
         rates, found, systems = {}, {}, base
         for name, strategy, metric in (
