@@ -317,6 +317,20 @@ def test_rates_that_diverge_are_left_out(tmp_path, monkeypatch, capsys):
         search(Run(), "federated", by_rate, "mrr", [2, 3], [0], [1])
 
 
+def test_grids_are_those_of_the_models():
+    from experiments.choose_learning_rates import LAWTON, usual_grid
+
+    config = small()
+    grid = usual_grid(config, "marginal_generator")
+    assert (len(grid), grid[0], grid[-1]) == (9, 1e-4, 1e-1)
+    grid = usual_grid(config, "retriever")
+    assert (len(grid), grid[0], grid[-1]) == (9, 1e-5, 1e-2)
+    np.testing.assert_allclose(np.diff(np.log(grid)), np.log(1000) / 8, rtol=0.01)
+    config.models.retriever = "minilm"
+    assert usual_grid(config, "marginal_retriever") == LAWTON
+    assert usual_grid(config, "generator") != LAWTON
+
+
 def test_rates_of_the_built_in_models_are_not_lent_in_silence(caplog):
     config = small().lock()  # as from the command line
     inputs.warn_of_borrowed_rates(config)
