@@ -15,15 +15,22 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.name = "compare"  # results go to runs/<name>
-    config.seeds = (0,)  # of adapters, client split, client sampling and shuffling together
+    # Pairs: of adapters, client sampling and shuffling, and of who holds what; () is the same again.
+    config.seeds = (0,)
+    config.split_seeds = ()
     config.strategies = (
         "none", "retriever", "generator", "independent", "two_phase", "joint_token",
         "joint_sequence",
     )  # fmt: skip
+    # federated_1 is federated with alpha 1, federated_inf with an even split.
     config.settings = ("centralised", "federated", "local")
+    config.primary_metric = "em"  # what is claimed is claimed of this; decided before a run
 
     # Data: "world", "squad", "hotpotqa", or a folder with questions.jsonl and passages.jsonl.
-    config.data = ConfigDict({"name": "world", "test_questions": 0, "train_questions": 0})
+    # Without labels, training questions do not tell their gold passages.
+    config.data = ConfigDict(
+        {"name": "world", "labels": True, "test_questions": 0, "train_questions": 0}
+    )
 
     # Models: built-in, a Hugging Face folder or a hub id. Large generators want "instruct" prompts, or
     # "chat", which puts them into the generator's own chat template.
@@ -48,7 +55,7 @@ def get_config() -> ConfigDict:
 
     # Clients differ in `column`; alpha = inf is an even split. Their training is dealt out over so many
     # devices, of all hosts; 0 takes all there are.
-    config.federated = ConfigDict({"clients": 8, "alpha": 0.1, "column": "topic", "devices": 1})
+    config.federated = ConfigDict({"clients": 8, "alpha": 0.1, "column": "topic", "devices": 0})
 
     # Every setting sees rounds x local_steps x clients x batch_size examples.
     config.training = ConfigDict()

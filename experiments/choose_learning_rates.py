@@ -4,8 +4,9 @@
 
 As in Lawton et al. 2025: retriever, generator and the two phases search a grid each, in every
 setting by itself; joint training reuses the rates of the two phases. The retriever is judged by its
-MRR, the others by exact match. Prints what to put into the config and writes
-runs/<name>-rates/learning_rates.json; finished grid points are not trained again.
+MRR, the others by exact match. A grid has nine points unless a flag names them, and they are trained
+at once. Prints what to put into the config and writes runs/<name>-rates/learning_rates.json; finished
+grid points are not trained again.
 """
 
 import dataclasses
@@ -15,16 +16,29 @@ import pathlib
 import numpy as np
 from absl import flags
 
-from experiments.compare_strategies import Comparison
+from experiments.compare_strategies import Comparison, replicates
 from experiments.inputs import check, load_data
 from experiments.launch import launch, settled_config
 from fedrag_jax.errors import ConfigError, DivergenceError
+
+# Nine points each; those for other models are of Lawton et al. 2025, for both parts.
+BUILT_IN = {
+    "retriever": [float(f"{rate:.3g}") for rate in np.logspace(-5, -2, 9)],
+    "generator": [float(f"{rate:.3g}") for rate in np.logspace(-4, -1, 9)],
+}
+LAWTON = [1e-8, 3e-8, 1e-7, 3e-7, 1e-6, 3e-6, 1e-5, 3e-5, 1e-4]
+
+
+def usual_grid(config, name: str) -> list[float]:
+    """The rates to search of `retriever`, `generator`, `marginal_retriever` or `marginal_generator`."""
+    part = name.removeprefix("marginal_")
+    return BUILT_IN[part] if config.models[part].startswith("builtin:") else LAWTON
 
 
 def search(
     comparison: Comparison, setting: str, strategy, metric: str, grid, bases, examples, where=""
 ):
-    """Trains one strategy at every rate of a grid; `(best rate, its systems, {rate: metric})`.
+    """Trains one strategy at all rates of a grid; `(best rate, its systems, {rate: metric})`.
 
     A rate at which training diverges is left out.
 
@@ -32,23 +46,35 @@ def search(
     where they are fewer than the clients. `where` tells bases apart that were themselves tuned.
     """
     from fedrag_jax.evaluation.evaluator import evaluate
+    from fedrag_jax.strategies.strategies import together
+    from fedrag_jax.strategies.tuner import tune_together
 
-    seed = comparison.config.seeds[0]
-    members = list(range(comparison.config.federated.clients)) if setting == "local" else [None]
-    found = {}
+    seeds = replicates(comparison.config)[0]
+    local = setting.startswith("local")
+    members = list(range(comparison.config.federated.clients)) if local else [None]
+    tuners = []
     for rate in grid:
-        scores, systems = [], []
-        try:
-            for i, (base, client) in enumerate(zip(bases, members, strict=True)):
-                tuner = comparison.tuner(setting, seed, client, rate=lambda *_, rate=rate: rate)
-                folder = tuner.folder / where / f"{strategy.__name__}-{rate:g}"
-                tuner = dataclasses.replace(tuner, folder=folder)
-                systems.append(strategy(base, comparison.dataset, tuner))
-                some = examples[i :: len(members)] or examples
-                scores.append(np.nanmean(evaluate(systems[-1], some)[metric]))
-        except DivergenceError:
+        for client in members:
+            tuner = comparison.tuner(setting, *seeds, client, rate=lambda *_, rate=rate: rate)
+            folder = tuner.folder / where / f"{strategy.__name__}-{rate:g}"
+            tuners.append(dataclasses.replace(tuner, folder=folder))
+    tuned = together(
+        strategy,
+        [*bases] * len(grid),
+        comparison.dataset,
+        lambda asked: tune_together([(tuners[i], task) for i, task in asked]),
+    )
+    found = {}
+    for number, rate in enumerate(grid):
+        systems = tuned[number * len(members) : (number + 1) * len(members)]
+        if any(isinstance(system, DivergenceError) for system in systems):
             result = "diverged"
         else:
+            parts = [examples[i :: len(members)] or examples for i in range(len(members))]
+            scores = [
+                np.nanmean(evaluate(system, some)[metric])
+                for system, some in zip(systems, parts, strict=True)
+            ]
             found[rate] = 100 * float(np.mean(scores)), systems
             result = f"validation {metric} {found[rate][0]:.1f}"
         print(f"{setting:12s} {strategy.__name__:13s} lr {rate:<8g} {result}", flush=True)
@@ -77,7 +103,7 @@ def run(config, runs: str, grids: dict[str, list[float]], questions: int) -> pat
     comparison = Comparison(config, dataset, folder)
     examples = dataset.validation[:questions]
     for setting in config.settings:
-        count = config.federated.clients if setting == "local" else 1
+        count = config.federated.clients if setting.startswith("local") else 1
         base = [comparison.system(seed)] * count
         rates, found, systems = {}, {}, base
         for name, strategy, metric in (
@@ -103,18 +129,22 @@ def run(config, runs: str, grids: dict[str, list[float]], questions: int) -> pat
 
 
 if __name__ == "__main__":
-    retriever = ["3.75e-5", "7.5e-5", "1.5e-4", "3e-4", "6e-4", "1.2e-3", "2.4e-3", "4.8e-3"]
-    generator = ["5e-4", "1e-3", "2e-3", "4e-3"]
-    grids = (
-        flags.DEFINE_list("retriever", retriever, "rates of the query encoder, by ranking"),
-        flags.DEFINE_list("generator", generator, "rates of the adapters, by answer likelihood"),
-        flags.DEFINE_list("marginal_generator", generator, "rates of the first phase"),
-        flags.DEFINE_list("marginal_retriever", retriever, "rates of the second phase"),
-    )
+    parts = {
+        "retriever": "rates of the query encoder, by ranking",
+        "generator": "rates of the adapters, by answer likelihood",
+        "marginal_generator": "rates of the first phase",
+        "marginal_retriever": "rates of the second phase",
+    }
+    given = [flags.DEFINE_list(name, None, what) for name, what in parts.items()]
     questions = flags.DEFINE_integer("questions", 400, "validation questions to judge a system on")
 
     def with_flags(config, runs):
-        rates = {grid.name: [float(rate) for rate in grid.value] for grid in grids}
-        return run(config, runs, rates, questions.value)
+        grids = {
+            flag.name: usual_grid(config, flag.name)
+            if flag.value is None
+            else [float(rate) for rate in flag.value]
+            for flag in given
+        }
+        return run(config, runs, grids, questions.value)
 
     launch(with_flags, "configs/compare_strategies.py")

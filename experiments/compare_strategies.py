@@ -4,19 +4,26 @@
     python -m experiments.compare_strategies --config=configs/compare_strategies.py \
         --config.name=more-clients --config.federated.clients=32
 
-Results go to runs/<name>/. A cell (strategy, setting, seed) that is finished is not computed again,
+Results go to runs/<name>/. A cell (strategy, setting, seeds) that is finished is not computed again,
 and a training that was killed goes on from its last checkpoint.
 """
 
 import collections
 import dataclasses
+import itertools
 import json
 import pathlib
 import time
 
 import numpy as np
 
-from experiments.inputs import check, load_data, load_generator, warn_of_borrowed_rates
+from experiments.inputs import (
+    check,
+    load_data,
+    load_generator,
+    trainable_strategies,
+    warn_of_borrowed_rates,
+)
 from experiments.launch import launch, settled_config
 from fedrag_jax.data.examples import Dataset
 
@@ -60,34 +67,35 @@ class Comparison:
             )
         return self.systems[seed]
 
-    def clients(self, seed: int):
-        """The split that federated and local training share."""
-        from fedrag_jax.strategies.settings import split_clients
+    def clients(self, setting: str, split: int):
+        """Who holds what; federated and local training share it."""
+        from fedrag_jax.strategies.settings import parse, split_clients
 
         federated = self.config.federated
-        return split_clients(
-            self.dataset.train, federated.clients, federated.alpha, federated.column, seed
-        )
+        _, alpha = parse(setting, federated.alpha)
+        return split_clients(self.dataset.train, federated.clients, alpha, federated.column, split)
 
     def rate(self, setting: str, task: str, part: str) -> float:
-        """The learning rate chosen for a part of a task in a setting."""
-        rates = self.config.learning_rates[setting]
+        """The learning rate chosen for a part of a task in a setting, or for its kind."""
+        known = self.config.learning_rates
+        rates = known[setting if setting in known else setting.partition("_")[0]]
         if task.startswith("rag_"):
             return rates.marginal_generator if part == "adapters" else rates.marginal_retriever
         return rates.generator if part == "adapters" else rates.retriever
 
-    def tuner(self, setting: str, seed: int, client: int | None = None, rate=None):
-        """The `tune` of one setting, seed and (local) client."""
-        from fedrag_jax.strategies.settings import Budget
+    def tuner(self, setting: str, seed: int, split: int, client: int | None = None, rate=None):
+        """The `tune` of one setting, pair of seeds and (local) client."""
+        from fedrag_jax.strategies.settings import Budget, parse
         from fedrag_jax.strategies.tuner import Tuner
+        from fedrag_jax.tracking.cells import seeds_name
 
         t = self.config.training
-        folder = self.folder / "tuned" / f"{setting}-seed{seed}"
+        folder = self.folder / "tuned" / f"{setting}-{seeds_name(seed, split)}"
         return Tuner(
             folder=folder if client is None else folder / f"client{client}",
-            setting=setting,
+            setting=parse(setting, self.config.federated.alpha)[0],
             examples=self.dataset.train,
-            clients=self.clients(seed),
+            clients=self.clients(setting, split),
             budget=Budget(
                 t.rounds,
                 t.local_steps,
@@ -102,41 +110,58 @@ class Comparison:
             checkpoint_every=t.checkpoint_every,
         )
 
-    def tuned_systems(self, strategy: str, setting: str, seed: int):
+    def tuned_systems(self, strategy: str, setting: str, seed: int, split: int):
         """`(systems, tuners)`: one of each, or one per client in the local setting."""
-        from fedrag_jax.strategies.strategies import STRATEGIES
+        from fedrag_jax.strategies.strategies import STRATEGIES, together
+        from fedrag_jax.strategies.tuner import tune_together
 
-        members = range(self.config.federated.clients) if setting == "local" else (None,)
-        tuners = [self.tuner(setting, seed, client) for client in members]
-        tune = STRATEGIES[strategy]
-        return [tune(self.system(seed), self.dataset, tuner) for tuner in tuners], tuners
+        local = setting.startswith("local")
+        members = range(self.config.federated.clients) if local else (None,)
+        tuners = [self.tuner(setting, seed, split, client) for client in members]
+        systems = together(
+            STRATEGIES[strategy],
+            [self.system(seed)] * len(tuners),
+            self.dataset,
+            lambda asked: tune_together([(tuners[i], task) for i, task in asked]),
+        )
+        for failed in systems:
+            if isinstance(failed, Exception):
+                raise failed
+        return systems, tuners
 
 
-def compute_cell(run: Comparison, strategy: str, setting: str, seed: int):
+def replicates(config) -> list[tuple[int, int]]:
+    """Pairs of seeds: of the model (adapters, client sampling, shuffling) and of the client split."""
+    return list(zip(config.seeds, config.split_seeds or config.seeds, strict=True))
+
+
+def compute_cell(run: Comparison, strategy: str, setting: str, seed: int, split: int):
     """Trains, evaluates on the test set, and prices one cell."""
     from fedrag_jax.evaluation.evaluator import evaluate
     from fedrag_jax.tracking import cells
     from fedrag_jax.tracking.ledger import Cost
 
-    if strategy == "none":
-        known = cells.load(run.folder, strategy, run.config.settings[0], seed)
-        if known:  # untuned is untuned wherever the data sits
-            return known._replace(setting=setting)
+    test, known = run.dataset.test, None
+    if strategy == "none":  # untuned is untuned wherever the data sits
+        known = cells.load(run.folder, strategy, run.config.settings[0], seed, split)
         systems, tuners = [run.system(seed)], []
     else:
-        systems, tuners = run.tuned_systems(strategy, setting, seed)
-    test = run.dataset.test
-    found = [evaluate(system, test) for system in systems]
-    scores = {metric: np.mean([f[metric] for f in found], axis=0) for metric in found[0]}
-    controls = control_scores(systems[0], test) if len(systems) == 1 else {}
-    if tuners and setting == "local":
-        column = run.config.federated.column
-        controls |= own_topic(run.clients(seed), test, [f["em"] for f in found], column)
+        systems, tuners = run.tuned_systems(strategy, setting, seed, split)
+    if known:
+        scores, controls = known.scores, known.controls
+        em = [scores["em"]]
+    else:
+        found = [evaluate(system, test) for system in systems]
+        scores = {metric: np.mean([f[metric] for f in found], axis=0) for metric in found[0]}
+        controls = control_scores(systems[0], test) if len(systems) == 1 else {}
+        em = [f["em"] for f in found]
+    clients = run.clients(setting, split)
     # Centralised training has a round for each S steps: as many as there are clients make a point.
     stretch = run.config.federated.clients if setting == "centralised" else 1
     curves = training_curves(tuners, stretch)
     cost = sum((c for tuner in tuners for c in tuner.costs.values()), Cost())
-    return cells.Cell(strategy, setting, seed, scores, controls, cost, curves)
+    by_client = client_scores(clients, test, em, run.config.federated.column)
+    return cells.Cell(strategy, setting, seed, split, scores, controls, by_client, cost, curves)
 
 
 def training_curves(tuners, stretch: int) -> dict:
@@ -181,29 +206,34 @@ def control_scores(system, examples) -> dict[str, float]:
     return controls
 
 
-def own_topic(clients, examples, em, column: str) -> dict[str, float]:
-    """`own_topic_em`: EM in percent of each client's model on what it holds of `column`.
+def client_scores(clients, examples, scores, column: str) -> list[float]:
+    """For each client the score of its model, in percent, on questions such as it holds.
 
-    Weighted as the client holds it; nothing if no test question is of any client's kind.
+    A test question counts in proportion to how much of its kind (the value of `column`) the client
+    holds. Clients of whose kinds no test question is are left out.
+
+    Args:
+      scores: [Q] of the model that all clients use, or of the model of each: a list of one or all.
     """
     kinds = [getattr(e, column) for e in examples]
     asked, values = collections.Counter(kinds), []
-    for client, scores in enumerate(em):
+    for client in range(len(clients.clients)):
         held = collections.Counter(getattr(e, column) for e in clients.of(client))
         weight = np.array([held[kind] / asked[kind] for kind in kinds])
+        own = scores[client % len(scores)]
         if weight.sum():
-            values.append(100 * float((weight * scores).sum() / weight.sum()))
-    return {"own_topic_em": float(np.mean(values))} if values else {}
+            values.append(100 * float((weight * own).sum() / weight.sum()))
+    return values
 
 
-def no_op(run: Comparison, seed: int) -> float:
+def no_op(run: Comparison, seed: int, split: int) -> float:
     """Largest change of any test score after joint training at learning rate zero; must be 0."""
     from fedrag_jax.evaluation.evaluator import evaluate
     from fedrag_jax.strategies.strategies import joint_token
 
     setting = run.config.settings[-1]  # one whose program is compiled
-    client = 0 if setting == "local" else None
-    tuner = run.tuner(setting, seed, client, rate=lambda task, part: 0.0)
+    client = 0 if setting.startswith("local") else None
+    tuner = run.tuner(setting, seed, split, client, rate=lambda task, part: 0.0)
     tuner = dataclasses.replace(
         tuner,
         folder=run.folder / "tuned" / f"no-op-seed{seed}",
@@ -217,17 +247,29 @@ def no_op(run: Comparison, seed: int) -> float:
 
 def report(config, folder: pathlib.Path, change_of_no_op: float) -> None:
     """Tables and figures of all finished cells."""
+    from fedrag_jax.strategies.settings import parse
     from fedrag_jax.tracking import cells, figures, tables
 
     done = [
         cell
         for setting in config.settings
         for strategy in config.strategies
-        for seed in config.seeds
-        if (cell := cells.load(folder, strategy, setting, seed))
+        for seed, split in replicates(config)
+        if (cell := cells.load(folder, strategy, setting, seed, split))
     ]
-    rows = tables.strategy_rows(done, config.federated.alpha)
-    comparisons, controls = tables.comparison_rows(done), tables.control_rows(done)
+    alphas = {
+        setting: parse(setting, config.federated.alpha)[1]
+        for setting in config.settings
+        if setting != "centralised"
+    }
+    rows = tables.strategy_rows(done, alphas)
+    primary = config.primary_metric
+    compared = {
+        metric: tables.comparison_rows(done, metric)
+        for metric in (primary, *(m for m in tables.METRICS if m != primary))
+    }
+    comparisons = [row for found in compared.values() for row in found]
+    controls = tables.control_rows(done)
     tables.write_csv(folder / "strategies.csv", rows, tables.COLUMNS)
     if comparisons:
         tables.write_csv(folder / "comparisons.csv", comparisons, list(comparisons[0]))
@@ -238,32 +280,30 @@ def report(config, folder: pathlib.Path, change_of_no_op: float) -> None:
     figures.learning_curves(done, folder / "learning_curves.png")
     with open(folder / "metrics.jsonl", "w", encoding="utf-8") as file:
         for cell in done:
-            where = {"strategy": cell.strategy, "setting": cell.setting, "seed": cell.seed}
+            where = {"strategy": cell.strategy, "setting": cell.setting}
+            where |= {"seed": cell.seed, "split": cell.split}
             for task, rounds in cell.curves.items():
                 for record in rounds:
                     file.write(json.dumps(where | {"task": task} | record) + "\n")
+    shown = ("strategy", "setting", "against", "difference", "low", "high", "effect", "better",
+             "worse", "p_holm", "p_t_holm")  # fmt: skip
     text = [
         f"# {folder.name}\n",
         f"{config.data.name}, {config.federated.clients} clients, Dirichlet alpha "
-        f"{config.federated.alpha} over {config.federated.column}; metrics in percent, EM with 95% "
-        "bootstrap interval over test questions.\n",
+        f"{', '.join(sorted({f'{alpha:g}' for alpha in alphas.values()}))} over "
+        f"{config.federated.column}; metrics in percent, EM with 95% bootstrap interval over test "
+        "questions.\n",
         tables.strategies_markdown(rows),
-        "\n## Paired comparisons\n\nDifference in points with 95% interval; p by permutation over "
-        "questions, Holm-adjusted over this table; p_t over seeds from five seeds on.\n",
-        tables.markdown(
-            comparisons,
-            (
-                "strategy",
-                "setting",
-                "against",
-                "metric",
-                "difference",
-                "low",
-                "high",
-                "p_holm",
-                "p_t",
-            ),
-        ),
+        "\n## Without gold passages\n\nWhere training questions name no gold passage, strategies that "
+        "need none are as above, for they do not read it.\n",
+        tables.without_labels_markdown(rows),
+        f"\n## Paired comparisons of {primary}, the primary metric\n\nDifference in points with 95% "
+        "interval; Cohen's d_z; percent of questions that are better and worse; p by permutation over "
+        "questions, and from five seeds p_t over seeds, each Holm-adjusted over this table. Other "
+        "metrics, each adjusted by itself, are in comparisons.csv.\n",
+        tables.markdown(compared[primary], shown),
+        "\n## Clients\n\nEM of the model each client would use, on questions such as it holds.\n",
+        tables.clients_markdown(rows),
         "\n## Controls\n\nEM in percent without passages, with a distractor alone, with the gold "
         f"passages alone. Training at learning rate zero changed scores by {change_of_no_op:.1f}.\n",
         tables.markdown(controls, list(controls[0])) if controls else "",
@@ -287,34 +327,35 @@ def run(config, runs: str) -> pathlib.Path:
     warn_of_borrowed_rates(config)
     folder = pathlib.Path(runs) / config.name
     comparison = Comparison(config, dataset, folder)
-    for seed in config.seeds:
-        comparison.clients(seed)  # refuses what cannot be split
+    for setting, (_, split) in itertools.product(config.settings, replicates(config)):
+        comparison.clients(setting, split)  # refuses what cannot be split
     folder.mkdir(parents=True, exist_ok=True)
-    settled_config(config, folder, free=("seeds", "strategies", "settings", "wandb"))
-    write_manifest(folder, dataset, seeds={name: list(config.seeds) for name in
-                   ("adapters", "client split", "client sampling", "shuffling")})  # fmt: skip
+    settled_config(config, folder, free=("seeds", "split_seeds", "strategies", "settings", "wandb"))
+    seeds = {"model": list(config.seeds), "client split": [p for _, p in replicates(config)]}
+    write_manifest(folder, dataset, seeds=seeds)
+    strategies = trainable_strategies(config, dataset)
     todo = [
-        (strategy, setting, seed)
-        for seed in config.seeds
+        (strategy, setting, seed, split)
+        for seed, split in replicates(config)
         for setting in config.settings
-        for strategy in config.strategies
+        for strategy in strategies
     ]
-    for i, (strategy, setting, seed) in enumerate(todo, 1):
-        if everywhere(cells.load(folder, strategy, setting, seed) is not None):
+    for i, (strategy, setting, seed, split) in enumerate(todo, 1):
+        if everywhere(cells.load(folder, strategy, setting, seed, split) is not None):
             continue
-        cell = compute_cell(comparison, strategy, setting, seed)
+        cell = compute_cell(comparison, strategy, setting, seed, split)
         cells.save(folder, cell)
         log_cell(
             cell, folder, config.name, config.wandb.mode, config.wandb.project, config.to_dict()
         )
         print(
-            f"[{i}/{len(todo)}] {strategy}, {setting}, seed {seed}: EM "
+            f"[{i}/{len(todo)}] {strategy}, {setting}, {cells.seeds_name(seed, split)}: EM "
             f"{100 * cell.scores['em'].mean():.1f}  Recall@5 "
             f"{100 * cell.scores['recall_at_5'].mean():.1f}  trained {cell.cost.seconds:.0f} s  "
             f"({time.perf_counter() - began:.0f} s so far)",
             flush=True,
         )
-    report(config, folder, no_op(comparison, config.seeds[0]))
+    report(config, folder, no_op(comparison, *replicates(config)[0]))
     return folder
 
 

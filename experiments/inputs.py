@@ -15,6 +15,8 @@ def load_data(config) -> Dataset:
     name = config.data.name
     dataset = synthetic.generate() if name == "world" else datasets.load(name)
     train = dataset.train[: config.data.train_questions or None]
+    if not config.data.labels:
+        train = [dataclasses.replace(e, positive_ids=()) for e in train]
     test = dataset.test[: config.data.test_questions or None]
     return Dataset(dataset.name, dataset.passages, train, dataset.validation, test)
 
@@ -25,26 +27,43 @@ def check(config, dataset: Dataset) -> None:
     Raises:
       ConfigError: names the setting, its value and what it may be.
     """
-    from fedrag_jax.strategies.settings import SETTINGS
+    from fedrag_jax.strategies.settings import parse
     from fedrag_jax.strategies.strategies import STRATEGIES
-    from fedrag_jax.tracking.tables import NEEDS_LABELS
+    from fedrag_jax.tracking.tables import METRICS
 
     for name in ("seeds", "strategies", "settings"):
         if not config[name]:
             raise ConfigError(f"config.{name} is empty; give at least one")
-    for name, known in (("strategies", STRATEGIES), ("settings", SETTINGS)):
-        unknown = [value for value in config[name] if value not in known]
-        if unknown:
-            raise ConfigError(f"config.{name}: {unknown} unknown; choose among {list(known)}")
+    if unknown := [value for value in config.strategies if value not in STRATEGIES]:
+        raise ConfigError(f"config.strategies: {unknown} unknown; choose among {[*STRATEGIES]}")
+    if config.split_seeds and len(config.split_seeds) != len(config.seeds):
+        raise ConfigError(
+            f"config.split_seeds has {len(config.split_seeds)} seeds, config.seeds has "
+            f"{len(config.seeds)}; they go in pairs, and () makes them the same"
+        )
     if not config.federated.alpha > 0:
         raise ConfigError(f"config.federated.alpha must be > 0, got {config.federated.alpha}")
-    labels = [name for name in config.strategies if name in NEEDS_LABELS]
-    bare = sum(not e.positive_ids for e in dataset.train)
-    if labels and bare:
+    if config.primary_metric not in METRICS:
         raise ConfigError(
-            f"config.strategies: {labels} need gold passages, and {bare} of {len(dataset.train)} "
-            "training questions have no positive_ids; give them, or leave those strategies out"
+            f"config.primary_metric: {config.primary_metric!r} unknown; choose among {[*METRICS]}"
         )
+    for setting in config.settings:
+        parse(setting, config.federated.alpha)
+
+
+def trainable_strategies(config, dataset: Dataset) -> list[str]:
+    """Those of the config that can do without what the training questions lack; says which cannot."""
+    from fedrag_jax.tracking.tables import NEEDS_LABELS
+
+    bare = sum(not e.positive_ids for e in dataset.train)
+    left_out = [name for name in config.strategies if bare and name in NEEDS_LABELS]
+    if left_out:
+        print(
+            f"{', '.join(left_out)} left out: needs gold passages, and {bare} of "
+            f"{len(dataset.train)} training questions have no positive_ids",
+            flush=True,
+        )
+    return [name for name in config.strategies if name not in left_out]
 
 
 def warn_of_borrowed_rates(config) -> None:

@@ -31,6 +31,9 @@ def settled_config(config, folder: pathlib.Path, free: tuple[str, ...]) -> None:
     path.write_text(json.dumps(now, indent=2) + "\n")
 
 
+DEVICES = 8  # virtual ones of a CPU, at most
+
+
 def launch(run, config: str) -> None:
     """Calls `run(config, runs)` with the flags' config and folder of runs.
 
@@ -38,6 +41,7 @@ def launch(run, config: str) -> None:
       config: path of the config file used where none is given.
     """
     _keep_pages()
+    _count_cores_as_devices()
     logging.set_verbosity(logging.WARNING)  # libraries tell a lot about themselves
     config_flags.DEFINE_config_file("config", config)
     flags.DEFINE_string("runs", "runs", "folder that holds the runs")
@@ -76,6 +80,15 @@ def _one_of_several(runs: str, config) -> str:
     if "wandb" in config:
         config.wandb.mode = "disabled"
     return f"{runs}/process{number}"
+
+
+def _count_cores_as_devices() -> None:
+    """Has JAX see a device for each core where it runs on the CPU: fits and clients are dealt out over
+    devices, which keeps cores busier than products of small matrices do."""
+    option = "--xla_force_host_platform_device_count"
+    given = os.environ.get("XLA_FLAGS", "")
+    if option not in given:
+        os.environ["XLA_FLAGS"] = f"{given} {option}={min(os.cpu_count() or 1, DEVICES)}".strip()
 
 
 def _keep_pages() -> None:

@@ -41,7 +41,7 @@ def run(config, runs: str) -> pathlib.Path:
     examples = questions(config)
     splits = {
         f"alpha {alpha}, seed {seed}": split_clients(examples, clients, alpha, column, seed)
-        for seed in config.seeds
+        for seed in config.split_seeds or config.seeds
     }
     first = next(iter(splits.values()))
     splits["IID"] = split_clients(examples, clients, float("inf"), column, config.seeds[0])
@@ -49,7 +49,7 @@ def run(config, runs: str) -> pathlib.Path:
 
     folder = pathlib.Path(runs) / f"{config.name}-partition"
     folder.mkdir(parents=True, exist_ok=True)
-    settled_config(config, folder, free=("seeds", "strategies", "settings", "wandb"))
+    settled_config(config, folder, free=("seeds", "split_seeds", "strategies", "settings", "wandb"))
     text = (
         f"# {config.name}: {config.data.name}, {clients} clients, Dirichlet alpha {alpha} over "
         f"{column}\n\n{tables.partitions_markdown(rows)}\n\n"

@@ -5,8 +5,10 @@ on_a_mesh.py process <number> <port> <folder>  # one of two
 """
 
 import json
+import os
 import pathlib
 import sys
+import tempfile
 
 import jax
 import numpy as np
@@ -14,13 +16,15 @@ import optax
 from toys import assert_close, assert_equal, leaves, make_examples, mlp_task
 
 from fedrag_jax.data.partition import Partition
-from fedrag_jax.federated import fit as fit_module
+from fedrag_jax.federated import round as round_module
+from fedrag_jax.federated import together
 from fedrag_jax.federated.fed_avg import fed_avg
 from fedrag_jax.federated.fed_lora import fed_lora
 from fedrag_jax.federated.fit import fit
 from fedrag_jax.federated.local_only import local_only
 from fedrag_jax.federated.sampling import uniform
 from fedrag_jax.federated.scaffold import scaffold
+from fedrag_jax.federated.sweep import sweep
 from fedrag_jax.tracking.checkpoints import Checkpointer
 from fedrag_jax.tracking.logs import JsonlLog
 
@@ -33,13 +37,13 @@ programs = []
 
 def keep_programs():
     """Has `fit` leave its compiled rounds in `programs`."""
-    make = fit_module.compile_round
+    make = round_module.compile_round
 
     def kept(*arguments):
         programs.append(make(*arguments))
         return programs[-1]
 
-    fit_module.compile_round = kept
+    round_module.compile_round = kept
 
 
 def compare(mesh):
@@ -105,6 +109,19 @@ def compare_lora(mesh):
         assert_close(many, one, 1e-5)
 
 
+def compare_sweep():
+    """Eleven fits dealt out over eight devices, one after the other on each, or all at once."""
+    for way, data, algorithm in (
+        (together.Way(8, 1), DATA.examples, None),
+        (together.Way(8, 2), DATA, fed_avg(local_steps=2)),
+    ):
+        together._ways = lambda count, way=way: [way]
+        same = {"task": mlp_task(), "data": data, "algorithm": algorithm, "rounds": 2}
+        fits = [same | {"seed": seed} for seed in range(11)]
+        for arguments, found in zip(fits, sweep(fits), strict=True):
+            assert_close(found.trainable, fit(**arguments).trainable, 1e-5)
+
+
 if __name__ == "__main__":
     keep_programs()
     if sys.argv[1] == "process":
@@ -119,6 +136,9 @@ if __name__ == "__main__":
         mesh = jax.make_mesh((8,), ("clients",))
         compare(mesh)
         compare_lora(mesh)
+        with tempfile.TemporaryDirectory() as folder:
+            os.environ["FEDRAG_CACHE"] = folder  # where the fastest way is kept
+            compare_sweep()
         # One client alone is nothing to deal out, and is not trained eight times over.
         alone = fit(mlp_task(), DATA.examples, mesh=mesh, rounds=1).trainable
         assert {len(x.devices()) for x in jax.tree.leaves(alone)} == {1}

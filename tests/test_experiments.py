@@ -2,11 +2,13 @@
 
 import csv
 import dataclasses
+import functools
 import json
 import pathlib
 import shutil
 import types
 
+import jax
 import numpy as np
 import pytest
 
@@ -14,6 +16,7 @@ from configs.compare_strategies import get_config
 from experiments import compare_strategies, inputs, partition_statistics
 from fedrag_jax.data import synthetic
 from fedrag_jax.errors import CheckpointError, ConfigError, DataError
+from fedrag_jax.tracking import figures
 from fedrag_jax.tracking.tables import COLUMNS
 
 WANTED = [
@@ -97,8 +100,40 @@ def test_finished_cells_are_kept_and_a_deleted_one_comes_back_the_same(finished,
     monkeypatch.setattr(compare_strategies, "compute_cell", watched)
     shutil.rmtree(finished / "cells" / "retriever-federated-seed0")
     compare_strategies.run(small(), str(finished.parent))
-    assert computed == [("retriever", "federated", 0)]
+    assert computed == [("retriever", "federated", 0, 0)]
     assert read(finished) == before
+
+
+def test_strategies_that_need_no_labels_do_not_read_them(finished, tmp_path):
+    from fedrag_jax.models.hub import load_arrays
+
+    config = small()
+    config.data.labels = False
+    config.settings, config.strategies = ("federated",), ("two_phase",)
+    folder = compare_strategies.run(config, str(tmp_path))
+    tasks = [p.relative_to(folder) for p in folder.glob("tuned/federated-seed0/*/*.safetensors")]
+    assert len(tasks) == 2
+    for task in tasks:
+        jax.tree.map(
+            np.testing.assert_array_equal, load_arrays(folder / task), load_arrays(finished / task)
+        )
+
+
+def test_alphas_and_splits_of_a_comparison(tmp_path):
+    config = small()
+    config.strategies, config.settings = ("none", "retriever"), ("federated_inf", "federated")
+    config.seeds, config.split_seeds = (0, 0, 1), (0, 1, 0)
+    folder = compare_strategies.run(config, str(tmp_path))
+    rows = {(r["strategy"], r["setting"]): r for r in read(folder)}
+    assert rows["retriever", "federated_inf"]["alpha"] == "inf"
+    assert rows["retriever", "federated"]["alpha"] == "1.0"
+    assert (
+        rows["retriever", "federated"]["em_split_sd"] and rows["none", "federated"]["em_model_sd"]
+    )
+    cells = {p.name for p in (folder / "cells").iterdir()}
+    assert {"retriever-federated-seed0-split1", "none-federated_inf-seed1-split0"} <= cells
+    assert len(cells) == 12
+    assert figures.setting_name("federated_inf") == "federated, α = ∞"
 
 
 def test_statistics_are_those_of_the_split_that_is_trained_on(tmp_path):
@@ -111,7 +146,7 @@ def test_statistics_are_those_of_the_split_that_is_trained_on(tmp_path):
     split = compare_strategies.Comparison.clients
     comparison = types.SimpleNamespace(config=config, dataset=inputs.load_data(config))
     for row, seed in zip(rows, config.seeds, strict=False):
-        expected = split(comparison, seed).statistics()
+        expected = split(comparison, "federated", seed).statistics()
         assert {k: float(row[k]) for k in expected} == pytest.approx(expected)
     assert float(rows[0]["total_variation"]) > 2 * float(rows[2]["total_variation"])
     assert (folder / "partition.png").read_bytes().startswith(b"\x89PNG")
@@ -147,7 +182,11 @@ def test_another_config_does_not_mix_with_old_results(finished):
         ("federated.alpha", -1.0, ConfigError, r"alpha must be > 0, got -1.0"),
         ("federated.clients", 161, ConfigError, r"161 clients"),
         ("strategies", ("magic",), ConfigError, r"\['magic'\] unknown; choose among"),
-        ("settings", ("here",), ConfigError, r"\['here'\] unknown"),
+        ("settings", ("here",), ConfigError, r"setting 'here' unknown; choose among"),
+        ("settings", ("federated_0",), ConfigError, r"setting 'federated_0' unknown"),
+        ("settings", ("centralised_1",), ConfigError, r"setting 'centralised_1' unknown"),
+        ("split_seeds", (1, 2), ConfigError, r"split_seeds has 2 seeds, config.seeds has 1"),
+        ("primary_metric", "bleu", ConfigError, r"primary_metric: 'bleu' unknown; choose among"),
         ("retrieval.top_k", 2001, ConfigError, r"corpus' 2000 passages, got 2001"),
         ("models.generator", "/nowhere", CheckpointError, "/nowhere"),
         ("data.name", "/nowhere", DataError, "/nowhere"),
@@ -186,13 +225,13 @@ def own_folder(folder, labelled=False, hops=1):
     return str(folder)
 
 
-def test_a_folder_without_labels_topics_or_one_hop_questions(tmp_path):
+def test_a_folder_without_labels_topics_or_one_hop_questions(tmp_path, capsys):
     config = small()
     config.data.name = own_folder(tmp_path, hops=2)
-    with pytest.raises(ConfigError, match=r"\['retriever'\] need gold passages, and 36 of 36"):
-        compare_strategies.run(config, str(tmp_path))
-    config.strategies = ("none", "joint_token")
+    config.strategies = ("none", "retriever", "joint_token")
     folder = compare_strategies.run(config, str(tmp_path))
+    assert "retriever left out: needs gold passages, and 36 of 36" in capsys.readouterr().out
+    assert {row["strategy"] for row in read(folder)} == {"none", "joint_token"}
     for row in read(folder):
         assert row["em"] and not row["recall_at_5"] and not row["mrr"]
     assert "| – | – |" in (folder / "table.md").read_text()
@@ -212,18 +251,21 @@ def test_controls_of_questions_of_one_kind(tmp_path):
     assert controls["gold_em_two_hop"] > 20 > controls["distractor_em"]
 
 
-def test_own_topic_is_left_out_where_no_client_holds_a_topic_that_is_asked():
+def test_clients_are_scored_on_questions_such_as_they_hold():
     from fedrag_jax.data.examples import Example
     from fedrag_jax.data.partition import Partition
 
     def about(*topics):
         return [Example(f"q{i}", "?", ("a",), (), topic) for i, topic in enumerate(topics)]
 
-    held = Partition(about("x", "x", "y"), (np.array([0, 1]), np.array([2])))
-    em = [np.array([1.0, 0.0, 0.0]), np.array([0.0, 0.0, 1.0])]
-    found = compare_strategies.own_topic(held, about("x", "x", "y"), em, "topic")
-    assert found == {"own_topic_em": 75.0}
-    assert compare_strategies.own_topic(held, about("z", "z", "z"), em, "topic") == {}
+    held = Partition(about("x", "x", "y", "x"), (np.array([0, 1]), np.array([2, 3])))
+    own = [np.array([1.0, 0.0, 0.0]), np.array([0.0, 0.0, 1.0])]
+    of_clients = functools.partial(compare_strategies.client_scores, held, column="topic")
+    # The second holds as many of y, asked once, as of x, asked twice.
+    assert of_clients(about("x", "x", "y"), own) == [50.0, 50.0]
+    assert of_clients(about("x", "x", "y"), own[:1]) == [50.0, 25.0]
+    assert of_clients(about("y", "y", "y"), own) == [pytest.approx(100 / 3)]
+    assert of_clients(about("z", "z", "z"), own) == []
 
 
 def test_the_generator_comes_as_the_config_wants_it():
@@ -245,6 +287,7 @@ def test_rates_that_diverge_are_left_out(tmp_path, monkeypatch, capsys):
     from experiments import choose_learning_rates
     from fedrag_jax.errors import DivergenceError
     from fedrag_jax.evaluation import evaluator
+    from fedrag_jax.strategies import strategies, tuner
 
     @dataclasses.dataclass
     class Tuner:
@@ -254,21 +297,38 @@ def test_rates_that_diverge_are_left_out(tmp_path, monkeypatch, capsys):
     class Run:
         config, dataset = small(), None
 
-        def tuner(self, setting, seed, client, rate):
+        def tuner(self, setting, seed, split, client, rate):
             return Tuner(rate("task", "part"))
 
-    def strategy(base, dataset, tuner):
-        if tuner.rate > 1:
-            raise DivergenceError("not finite")
-        return tuner.rate
+    @strategies.strategy
+    def by_rate(base, dataset):
+        return (yield "task")
 
+    def tune_together(asked):
+        return [DivergenceError("not finite") if t.rate > 1 else t.rate for t, _ in asked]
+
+    monkeypatch.setattr(tuner, "tune_together", tune_together)
     monkeypatch.setattr(evaluator, "evaluate", lambda rate, some: {"mrr": np.array([rate, np.nan])})
     search = choose_learning_rates.search
-    best, systems, scores = search(Run(), "federated", strategy, "mrr", [0.5, 0.75, 2], [0], [1])
+    best, systems, scores = search(Run(), "federated", by_rate, "mrr", [0.5, 0.75, 2], [0], [1])
     assert (best, systems, scores) == (0.75, [0.75], {0.5: 50.0, 0.75: 75.0})
     assert "lr 2        diverged" in capsys.readouterr().out
     with pytest.raises(ConfigError, match=r"every rate of \[2, 3\] diverged"):
-        search(Run(), "federated", strategy, "mrr", [2, 3], [0], [1])
+        search(Run(), "federated", by_rate, "mrr", [2, 3], [0], [1])
+
+
+def test_grids_are_those_of_the_models():
+    from experiments.choose_learning_rates import LAWTON, usual_grid
+
+    config = small()
+    grid = usual_grid(config, "marginal_generator")
+    assert (len(grid), grid[0], grid[-1]) == (9, 1e-4, 1e-1)
+    grid = usual_grid(config, "retriever")
+    assert (len(grid), grid[0], grid[-1]) == (9, 1e-5, 1e-2)
+    np.testing.assert_allclose(np.diff(np.log(grid)), np.log(1000) / 8, rtol=0.01)
+    config.models.retriever = "minilm"
+    assert usual_grid(config, "marginal_retriever") == LAWTON
+    assert usual_grid(config, "generator") != LAWTON
 
 
 def test_rates_of_the_built_in_models_are_not_lent_in_silence(caplog):

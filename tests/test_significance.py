@@ -9,7 +9,9 @@ from scipy import stats
 from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.evaluation import significance
 from fedrag_jax.evaluation.significance import (
+    better_and_worse,
     bootstrap_interval,
+    effect_size,
     holm,
     paired_permutation_test,
     paired_t_test,
@@ -91,17 +93,75 @@ def test_permutation_test_extremes():
     assert paired_permutation_test(a + 1, a, resamples=999) == 1 / 1000  # never 0
 
 
-def test_false_positives_under_no_difference_are_five_in_a_hundred():
+def nothing_differs(rng, seeds=5, questions=60):
+    """Answers of two systems that are equally good, to questions of which some are harder."""
+    hard = rng.random(questions)
+    return rng.random((seeds, questions)) < hard, rng.random((seeds, questions)) < hard
+
+
+def test_false_positives_of_the_permutation_test_are_five_in_a_hundred():
     rng = np.random.default_rng(0)
-    permutation, t_test = [], []
-    for trial in range(400):
-        hard = rng.random(60)  # questions differ in difficulty, systems do not
-        a, b = rng.random((5, 60)) < hard, rng.random((5, 60)) < hard
-        permutation.append(paired_permutation_test(a, b, resamples=400, seed=trial))
-        t_test.append(paired_t_test(a, b))
-    for p in (permutation, t_test):
-        assert 0.025 < np.mean(np.array(p) < 0.05) < 0.085
-        assert 0.40 < np.mean(np.array(p) < 0.5) < 0.60
+    p = []
+    for trial in range(5000):
+        hard = rng.random(60)
+        a, b = hard + rng.random((5, 60)), hard + rng.random((5, 60))  # no ties, as in F1
+        p.append(paired_permutation_test(a, b, resamples=400, seed=trial))
+    assert 0.04 < np.mean(np.array(p) <= 0.05) < 0.06
+    assert 0.46 < np.mean(np.array(p) <= 0.5) < 0.54
+
+
+@pytest.mark.parametrize("seeds, questions", [(1, 20), (5, 60)])
+def test_false_positives_of_a_discrete_permutation_test_are_six_in_a_hundred_at_most(
+    seeds, questions
+):
+    rng = np.random.default_rng(1)
+    p = [
+        paired_permutation_test(*nothing_differs(rng, seeds, questions), resamples=400, seed=trial)
+        for trial in range(5000)
+    ]
+    assert 0.005 < np.mean(np.array(p) <= 0.05) < 0.06
+
+
+def test_false_positives_of_the_t_test_are_five_in_a_hundred():
+    rng = np.random.default_rng(2)
+    p = [paired_t_test(*nothing_differs(rng)) for _ in range(5000)]
+    assert 0.04 < np.mean(np.array(p) <= 0.05) < 0.06
+
+
+def test_false_positives_of_the_interval_of_a_difference_are_five_in_a_hundred():
+    rng = np.random.default_rng(3)
+    misses = 0
+    for trial in range(5000):
+        a, b = nothing_differs(rng, questions=200)
+        low, high = bootstrap_interval(a.mean(0) - b.mean(0), resamples=400, seed=trial)
+        misses += not low <= 0 <= high
+    assert 0.04 < misses / 5000 < 0.06
+
+
+def test_false_claims_of_a_whole_table_are_five_in_a_hundred_at_most():
+    rng = np.random.default_rng(4)
+    tables = [
+        [paired_t_test(*nothing_differs(rng, questions=30)) for _ in range(6)] for _ in range(1000)
+    ]
+    claims = [(holm(p) <= 0.05).any() for p in tables]
+    assert np.mean(claims) < 0.065  # 0.05, with two standard errors
+    assert np.mean([(np.array(p) <= 0.05).any() for p in tables]) > 0.2  # unadjusted: 1 - 0.95^6
+
+
+def test_effect_size_by_hand():
+    a, b = np.array([[1.0, 1, 0, 1]]), np.array([[0.0, 1, 0, 0]])
+    # Differences 1 0 0 1: mean 1/2, standard deviation sqrt(1/3).
+    assert effect_size(a, b) == pytest.approx(0.5 / np.sqrt(1 / 3))
+    assert effect_size(b, a) == -effect_size(a, b)
+    assert effect_size([a[0], b[0]], [b[0], a[0]]) is None  # equal once averaged
+    assert effect_size(a + 1, a) is None
+    rng = np.random.default_rng(0)
+    assert effect_size(rng.normal(0.3, 1, 20_000), np.zeros(20_000)) == pytest.approx(0.3, abs=0.03)
+
+
+def test_better_and_worse():
+    assert better_and_worse([1, 1, 0, 1], [0, 1, 1, 0]) == (0.5, 0.25)
+    assert better_and_worse([[0.1, 1], [0.2, 1]], [[0.15, 0], [0.15, 1]]) == (0.5, 0.0)
 
 
 def test_a_real_difference_is_found():

@@ -95,6 +95,29 @@ def test_the_second_phase_listens_to_the_tuned_generator(system, world):
     assert np.abs(two_phase - likelihoods(strategies.second_phase, system)).max() > 1e-2
 
 
+def test_several_systems_go_through_a_strategy_together(system, world):
+    short = dataclasses.replace(world, train=world.train[:40])
+    other = system.replace(adapters=jax.tree.map(lambda x: x + 0.01, system.adapters))
+    asked = []
+
+    def tune_all(tasks):
+        asked.append(tasks)
+        return [
+            ValueError("fails") if i == 1 else jax.tree.map(lambda x: x + 0.01, task.trainable)
+            for i, task in tasks
+        ]
+
+    found = strategies.together(strategies.two_phase, [system, system, other], short, tune_all)
+    (first, second), (_, failed, _) = asked, found
+    assert [i for i, _ in first] == [0, 1, 2] and [i for i, _ in second] == [0, 2]
+    assert first[0][1] is first[1][1] and first[0][1] is not first[2][1]
+    assert isinstance(failed, ValueError)
+    for one, i in ((system, 0), (other, 2)):
+        alone = strategies.two_phase(one, short, Recorder())
+        for part in (lambda s: s.adapters, lambda s: s.retriever.query):
+            jax.tree.map(np.testing.assert_array_equal, part(found[i]), part(alone))
+
+
 @pytest.mark.parametrize("count", [step_flops, compiler_flops])
 def test_a_frozen_generator_that_is_read_is_paid_for(system, world, count):
     """Forward passes alone: between a third and a half of joint training, as arithmetic has it."""

@@ -1,7 +1,10 @@
 """Where things that took long to find out are kept from run to run."""
 
+import functools
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 from fedrag_jax.errors import ConfigError
 
@@ -20,3 +23,23 @@ def cache_folder(folder: str | os.PathLike | None = None) -> Path:
             f"cache folder {folder} cannot be made ({error}); set FEDRAG_CACHE to one that can"
         ) from error
     return folder
+
+
+def recall(file: str, key: str) -> Any:
+    """What `remember` was told, or None."""
+    path = cache_folder() / file
+    return _read(path, path.stat().st_mtime_ns).get(key) if path.exists() else None
+
+
+def remember(file: str, key: str, value: Any) -> None:
+    """Keeps a JSON value under a key in a file of the cache folder."""
+    path = cache_folder() / file
+    known = json.loads(path.read_text()) if path.exists() else {}
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    beside.write_text(json.dumps(known | {key: value}, indent=1) + "\n")
+    beside.replace(path)
+
+
+@functools.lru_cache(maxsize=8)
+def _read(path: Path, changed: int) -> dict[str, Any]:
+    return json.loads(path.read_text())

@@ -1,10 +1,9 @@
 """Training, centralised and federated: the same call."""
 
 import dataclasses
-import functools
 import hashlib
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,12 +18,11 @@ from fedrag_jax.federated.algorithm import Algorithm, PyTree, State
 from fedrag_jax.federated.callbacks import Callback, FitState
 from fedrag_jax.federated.centralised import centralised
 from fedrag_jax.federated.cohort import draw_clients, grouped, padding, sample_cohort
-from fedrag_jax.federated.debug import debug_round
 from fedrag_jax.federated.group_size import choose_group_size
 from fedrag_jax.federated.optimizers import tunable
 from fedrag_jax.federated.placing import Placing, put_rows, rows_of
 from fedrag_jax.federated.records import Clock, by_client, require_finite, summary
-from fedrag_jax.federated.round import compile_round
+from fedrag_jax.federated.round import Ran, Round, run_alone
 from fedrag_jax.federated.table import collate, retrieve, used_rows
 from fedrag_jax.objectives.task import Task
 
@@ -45,6 +43,7 @@ class FitResult(NamedTuple):
     frozen: PyTree
 
 
+@run_alone
 def fit(
     task: Task,
     data: Sequence[Any] | Partition,
@@ -60,7 +59,7 @@ def fit(
     callbacks: Iterable[Callback] = (),
     mesh: Mesh | None = None,
     debug: bool = False,
-) -> FitResult:
+) -> Generator[Round, Ran, FitResult]:
     """Trains a task on one pile of examples or on those of many clients.
 
         fit(task, examples)                                                      # centralised
@@ -189,18 +188,23 @@ def fit(
         parts = grouped(in_table, now.settings["group_size"], data, work, placing.devices)
         mine = placing.dealt(rows_of(now.state.population, parts))
         state, groups = now.state._replace(population=mine), placing.dealt(parts)
-        arguments = state, frozen, table, groups, np.int32(now.round), key
-        sample_seconds, _ = clock.lap()
         turn = algorithm.turns[now.round % len(algorithm.turns)]
-        if debug:
-            name_of = _namer(data, rows)
-            run = functools.partial(debug_round, task.loss, turn, at_round(now.round), name_of)
-        else:
-            run = compile_round(task.loss, turn, at_round(now.round), placing.clients, *arguments)
-        compile_seconds += sum(clock.lap())
-        after, told = run(*arguments)
-        mine, (report, server_finite) = placing.read((after.population, told))
-        seconds = sample_seconds + sum(clock.lap())
+        asked = Round(
+            task.loss,
+            turn,
+            at_round(now.round),
+            placing.clients,
+            (state, frozen, table, groups, np.int32(now.round), key),
+            rounds - now.round,
+            _namer(data, rows) if debug else None,
+        )
+        sample_seconds, _ = clock.lap()
+        ran = yield asked
+        clock.lap()  # others may have had their turn
+        after = ran.state
+        mine, (report, server_finite) = placing.read((after.population, ran.told))
+        seconds = sample_seconds + ran.seconds + sum(clock.lap())
+        compile_seconds += ran.compile_seconds
 
         clients, report = by_client(report, parts, total)
         require_finite(task.name, now.round + 1, clients, report["finite"], server_finite)

@@ -4,7 +4,6 @@ One after another is fastest on a CPU, many at once on an accelerator, until its
 """
 
 import hashlib
-import json
 import statistics
 import time
 
@@ -13,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from fedrag_jax.data.cache import cache_folder
+from fedrag_jax.data.cache import recall, remember
 from fedrag_jax.federated.algorithm import PyTree, stack
 from fedrag_jax.federated.client import local_update
 from fedrag_jax.federated.cohort import Cohort
 from fedrag_jax.objectives.task import Task
 
+MEMORY = "group_sizes.json"
 REPEATS = 3
 WORTH = 0.95  # a larger group takes more memory: it has to be so much faster for each client
 
@@ -43,15 +43,12 @@ def choose_group_size(
 def _remembered(task, optimizer, frozen, table, batch_size, most) -> int:
     if jax.process_index():
         return 0
-    path = cache_folder() / "group_sizes.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
     key = _key(task, table, batch_size, most)
-    if key not in known:
-        known[key] = _measured(task, optimizer, frozen, table, batch_size, most)
-        beside = path.with_name(path.name + ".tmp")
-        beside.write_text(json.dumps(known, indent=1) + "\n")
-        beside.replace(path)
-    return known[key]
+    size = recall(MEMORY, key)
+    if size is None:
+        size = _measured(task, optimizer, frozen, table, batch_size, most)
+        remember(MEMORY, key, size)
+    return size
 
 
 def _measured(task, optimizer, frozen, table, batch_size, most) -> int:

@@ -1,8 +1,8 @@
 """A round as one program, compiled ahead of time and kept for every fit with the same shapes."""
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Generator
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import optax
@@ -11,7 +11,80 @@ from jax.sharding import Mesh, PartitionSpec
 from fedrag_jax.federated.algorithm import State
 from fedrag_jax.federated.client import all_finite, local_update
 from fedrag_jax.federated.cohort import CLIENTS
+from fedrag_jax.federated.debug import debug_round
 from fedrag_jax.federated.optimizers import join, split
+from fedrag_jax.federated.records import Clock
+
+P, R = ParamSpec("P"), TypeVar("R")
+
+
+class Round(NamedTuple):
+    """What a fit asks to be done.
+
+    Attributes:
+      loss: of a `Task`, hashable; equal losses share programs.
+      turn: of an `Algorithm`.
+      optimizer: of the clients.
+      mesh: with an axis "clients", or None.
+      arguments: `state, frozen, table, cohort, round, key`.
+      left: rounds of the fit from this one on.
+      name_of: what to call a row of the table, if the round is to be run in Python, step by step.
+    """
+
+    loss: Callable
+    turn: Callable
+    optimizer: optax.GradientTransformation
+    mesh: Mesh | None
+    arguments: tuple
+    left: int = 1
+    name_of: Callable[[int], str] | None = None
+
+
+class Ran(NamedTuple):
+    """What a round left.
+
+    Attributes:
+      state: of the algorithm.
+      told: `(report, server_finite)`, the report as the turn gives it.
+      seconds: without `compile_seconds`.
+    """
+
+    state: State
+    told: tuple
+    seconds: float
+    compile_seconds: float
+
+
+def run_round(asked: Round) -> Ran:
+    """Runs one round by itself; `state` is donated."""
+    clock, about = Clock(), (asked.loss, asked.turn, asked.optimizer)
+    if asked.name_of is None:
+        run = compile_round(*about, asked.mesh, *asked.arguments)
+    else:
+        run = functools.partial(debug_round, *about, asked.name_of)
+    compile_seconds = sum(clock.lap())
+    state, told = jax.block_until_ready(run(*asked.arguments))
+    return Ran(state, told, sum(clock.lap()), compile_seconds)
+
+
+def run_alone(rounds: Callable[P, Generator[Round, Ran, R]]) -> Callable[P, R]:
+    """Makes a function of a generator that asks for rounds, of which each is run when asked for.
+
+    The generator stays at hand as `rounds`, for those who run several together.
+    """
+
+    @functools.wraps(rounds)
+    def fit(*args: P.args, **kwargs: P.kwargs) -> R:
+        asking = rounds(*args, **kwargs)
+        try:
+            asked = next(asking)
+            while True:
+                asked = asking.send(run_round(asked))
+        except StopIteration as done:
+            return done.value
+
+    fit.rounds = rounds
+    return fit
 
 
 def compile_round(
@@ -21,42 +94,64 @@ def compile_round(
     mesh: Mesh | None,
     *arguments: Any,
 ) -> Callable:
-    """Compiles a round, or finds it compiled.
-
-    Args:
-      loss: of a `Task`, hashable; equal losses share programs.
-      turn: of an `Algorithm`.
-      mesh: with an axis "clients", or None.
-      arguments: `state, frozen, table, cohort, round, key` as in the calls to come.
+    """Compiles a round, or finds it compiled; the arguments are described in `Round`.
 
     Returns:
-      `run(*arguments) -> (state, report)`; `state` is donated. The report is as the turn gives it, with
-      `server_finite` beside it: `(report, server_finite)`.
+      `run(*arguments) -> (state, told)`; `state` is donated.
     """
-    fixed, numbers, structure = split(optimizer)
-    leaves, tree = jax.tree.flatten((numbers, arguments))
-    program = _compile(loss, turn, mesh, fixed, structure, tree, tuple(map(_shape, leaves)))
-    return functools.partial(program, numbers)
+    program, leaves = Program.of(Round(loss, turn, optimizer, mesh, arguments))
+    numbers, _ = jax.tree.unflatten(program.tree, leaves)
+    return functools.partial(_compile(program), numbers)
+
+
+class Program(NamedTuple):
+    """All of a round but its numbers; hashable. Rounds of one program differ in their leaves alone.
+
+    Attributes:
+      fixed, structure: of the optimizer, as `split` gives them.
+      tree: of `(the optimizer's numbers, arguments)`.
+      shapes: of their leaves.
+    """
+
+    loss: Callable
+    turn: Callable
+    mesh: Mesh | None
+    fixed: tuple
+    structure: Any
+    tree: Any
+    shapes: tuple[jax.ShapeDtypeStruct, ...]
+
+    @classmethod
+    def of(cls, asked: Round) -> tuple["Program", list]:
+        """The program of a round, and its leaves."""
+        fixed, numbers, structure = split(asked.optimizer)
+        leaves, tree = jax.tree.flatten((numbers, asked.arguments))
+        shapes = tuple(map(_shape, leaves))
+        return cls(asked.loss, asked.turn, asked.mesh, fixed, structure, tree, shapes), leaves
+
+    def run(self, numbers, state, frozen, table, cohort, round, key):
+        """The round itself, to be traced."""
+        optimizer = join(self.fixed, numbers, self.structure)
+        axis, key = None if self.mesh is None else CLIENTS, jax.random.fold_in(key, round)
+        client = local_update(self.loss, optimizer, frozen, table, key, axis)
+        state, report = self.turn(state, cohort, client)
+        return state, (report, all_finite((state.trainable, state.server)))
 
 
 @functools.lru_cache(maxsize=32)
-def _compile(loss, turn, mesh, fixed, structure, tree, shapes):
-    def run(numbers, state, frozen, table, cohort, round, key):
-        optimizer, axis = join(fixed, numbers, structure), None if mesh is None else CLIENTS
-        client = local_update(loss, optimizer, frozen, table, jax.random.fold_in(key, round), axis)
-        state, report = turn(state, cohort, client)
-        return state, (report, all_finite((state.trainable, state.server)))
+def _compile(program: Program):
+    numbers, arguments = jax.tree.unflatten(program.tree, program.shapes)
 
     def placed(*inputs):
         # Each device does the groups dealt to it and, like the others, the server's part.
         one, each = PartitionSpec(), PartitionSpec(CLIENTS)
         state = State(one, one, each)
         shared = (
-            run
-            if mesh is None
+            program.run
+            if program.mesh is None
             else jax.shard_map(
-                run,
-                mesh=mesh,
+                program.run,
+                mesh=program.mesh,
                 in_specs=(one, state, one, one, each, one, one),
                 out_specs=(state, (each, one)),
                 axis_names={CLIENTS},
@@ -66,7 +161,6 @@ def _compile(loss, turn, mesh, fixed, structure, tree, shapes):
         state, told = shared(*inputs)
         return jax.tree.map(_placed, state, arguments[0]), told  # the next round is this program
 
-    numbers, arguments = jax.tree.unflatten(tree, shapes)
     return jax.jit(placed, donate_argnums=1).lower(numbers, *arguments).compile()
 
 

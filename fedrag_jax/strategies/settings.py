@@ -1,7 +1,8 @@
 """Where the data sits: with one party, with clients who federate, or with clients who do not."""
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,11 +15,29 @@ from fedrag_jax.data.schemes import dirichlet
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.federated.centralised import centralised
 from fedrag_jax.federated.fed_avg import fed_avg
-from fedrag_jax.federated.fit import FitResult, fit
 from fedrag_jax.federated.optimizers import tunable
 from fedrag_jax.objectives.task import Task
 
 SETTINGS = ("centralised", "federated", "local")
+
+
+def parse(setting: str, alpha: float) -> tuple[str, float]:
+    """(one of `SETTINGS`, the alpha of its split): "federated" has the one given, "federated_1" 1.
+
+    Raises:
+      ConfigError: neither a setting, nor federated or local with an alpha > 0.
+    """
+    kind, _, own = setting.partition("_")
+    try:
+        alpha = float(own) if own else alpha
+    except ValueError:
+        alpha = math.nan
+    if kind not in SETTINGS or (own and kind == "centralised") or not alpha > 0:
+        raise ConfigError(
+            f"setting {setting!r} unknown; choose among {[*SETTINGS]}, federated_<alpha> and "
+            "local_<alpha> with an alpha > 0, such as federated_1 or federated_inf"
+        )
+    return kind, alpha
 
 
 class Budget(NamedTuple):
@@ -54,7 +73,7 @@ def split_clients(
     return partition(examples, dirichlet(alpha, clients, column, min_examples), seed=seed)
 
 
-def train(
+def arguments(
     task: Task,
     setting: str,
     examples: Sequence[Example],
@@ -64,8 +83,8 @@ def train(
     seed: int,
     callbacks=(),
     client: int | None = None,
-) -> FitResult:
-    """Trains a task in a setting.
+) -> dict[str, Any]:
+    """What to call `fit` with, to train a task in a setting.
 
     Args:
       clients: of the federated and local settings.
@@ -88,22 +107,22 @@ def train(
     # Of one height in all settings, so that every client runs the program of centralised training.
     stretch = budget.local_steps * budget.clients * budget.batch_size
     seen = stretch if task.retrieve else stretch * budget.rounds
-    return fit(
-        task,
-        data,
-        (centralised if alone else fed_avg)(local_steps=budget.local_steps),
-        rounds=rounds,
-        batch_size=budget.batch_size,
-        optimizer=lambda round: adamw(
+    return {
+        "task": task,
+        "data": data,
+        "algorithm": (centralised if alone else fed_avg)(local_steps=budget.local_steps),
+        "rounds": rounds,
+        "batch_size": budget.batch_size,
+        "optimizer": lambda round: adamw(
             {name: rates[name] * (1 - round / rounds) for name in task.trainable}
         ),
-        group_size=budget.group_size,
-        seed=seed,
-        refresh_every=refresh_every,
-        table_rows=min(seen, len(examples)),
-        callbacks=callbacks,
-        mesh=None if alone else clients_mesh(budget.devices),
-    )
+        "group_size": budget.group_size,
+        "seed": seed,
+        "refresh_every": refresh_every,
+        "table_rows": min(seen, len(examples)),
+        "callbacks": callbacks,
+        "mesh": None if alone else clients_mesh(budget.devices),
+    }
 
 
 def clients_mesh(devices: int) -> Mesh | None:

@@ -11,10 +11,13 @@
 | joint_sequence | both at once | RAG-Sequence | no |
 
 A strategy is a function `(system, dataset, tune) -> system`, where `tune(task) -> trainable` trains a
-task in the setting of the experiment: the strategies do not know whether that is federated.
+task in the setting of the experiment: the strategies do not know whether that is federated. Written
+down, it yields its tasks and is sent what was trained; `together` takes several systems through it.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -26,14 +29,64 @@ from fedrag_jax.objectives.task import PyTree, Task
 from fedrag_jax.rag import RAGSystem
 
 Tune = Callable[[Task], PyTree]
+Tasks = Generator[Task, PyTree, RAGSystem]
 
 
-def none(system: RAGSystem, dataset: Dataset, tune: Tune) -> RAGSystem:
+def strategy(tasks: Callable[[RAGSystem, Dataset], Tasks]):
+    """Makes a function `(system, dataset, tune) -> system` of a generator, which stays as `tasks`."""
+
+    @functools.wraps(tasks)
+    def tuned(system: RAGSystem, dataset: Dataset, tune: Tune) -> RAGSystem:
+        (found,) = together(
+            tuned, [system], dataset, lambda asked: [tune(task) for _, task in asked]
+        )
+        return found
+
+    tuned.tasks = tasks
+    return tuned
+
+
+def together(strategy, systems: Sequence[RAGSystem], dataset: Dataset, tune_all) -> list[Any]:
+    """What a strategy makes of several systems.
+
+    Args:
+      tune_all: `tune_all([(i, task), ...]) -> [trainable or exception, ...]`; i counts the systems.
+
+    Returns:
+      Tuned systems; an exception in place of one whose training ended in it.
+    """
+    under_way = [strategy.tasks(system, dataset) for system in systems]
+    results: list[Any] = [None] * len(systems)
+
+    def go_on(i, trained):
+        try:
+            return under_way[i].send(trained)
+        except StopIteration as end:
+            results[i] = end.value
+
+    asked = [(i, go_on(i, None)) for i in range(len(systems))]
+    # Equal systems start with the same task, which has to be made and searched for only once.
+    first = {id(system): task for system, (_, task) in zip(systems, asked, strict=True)}
+    asked = [(i, task and first[id(systems[i])]) for i, task in asked]
+    while asked := [(i, task) for i, task in asked if task is not None]:
+        found, asked = zip(asked, tune_all(asked), strict=True), []
+        for (i, _), trained in found:
+            if isinstance(trained, Exception):
+                results[i] = trained
+            else:
+                asked.append((i, go_on(i, trained)))
+    return results
+
+
+@strategy
+def none(system: RAGSystem, dataset: Dataset) -> Tasks:
     """The system as it came."""
     return system
+    yield  # it asks for nothing, and is a generator like the others
 
 
-def retriever(system: RAGSystem, dataset: Dataset, tune: Tune) -> RAGSystem:
+@strategy
+def retriever(system: RAGSystem, dataset: Dataset) -> Tasks:
     """Query-side tuning on gold passages."""
     task = multiple_negatives_ranking(
         system.retriever.encoder,
@@ -44,46 +97,55 @@ def retriever(system: RAGSystem, dataset: Dataset, tune: Tune) -> RAGSystem:
         score_scale=system.score_scale,
         max_length=system.retriever.encoder.config.max_length,
     )
-    return system.replace(**tune(task))
+    return system.replace(**(yield task))
 
 
-def generator(system: RAGSystem, dataset: Dataset, tune: Tune) -> RAGSystem:
+@strategy
+def generator(system: RAGSystem, dataset: Dataset) -> Tasks:
     """Adapters tuned on what the base retriever finds."""
     task = concatenated(
         system.decoder, system.generator.params, system.adapters, system.prompts, _found(system)
     )
-    return system.replace(**tune(task))
+    return system.replace(**(yield task))
 
 
-def independent(system: RAGSystem, dataset: Dataset, tune: Tune) -> RAGSystem:
+@strategy
+def independent(system: RAGSystem, dataset: Dataset) -> Tasks:
     """The tuned retriever and the tuned generator, which have never met."""
-    tuned = retriever(system, dataset, tune), generator(system, dataset, tune)
-    return system.replace(query=tuned[0].retriever.query, adapters=tuned[1].adapters)
+    found = yield from retriever.tasks(system, dataset)
+    read = yield from generator.tasks(system, dataset)
+    return system.replace(query=found.retriever.query, adapters=read.adapters)
 
 
-def two_phase(system: RAGSystem, dataset: Dataset, tune: Tune) -> RAGSystem:
+@strategy
+def two_phase(system: RAGSystem, dataset: Dataset) -> Tasks:
     """RAG-Token twice: the adapters first, then the query encoder under the tuned generator."""
-    return second_phase(first_phase(system, dataset, tune), dataset, tune)
+    system = yield from first_phase.tasks(system, dataset)
+    return (yield from second_phase.tasks(system, dataset))
 
 
-def first_phase(system: RAGSystem, dataset: Dataset, tune: Tune) -> RAGSystem:
+@strategy
+def first_phase(system: RAGSystem, dataset: Dataset) -> Tasks:
     """RAG-Token on the adapters, the retriever frozen."""
-    return system.replace(**tune(_marginal(system, dataset, ("adapters",), "token")))
+    return system.replace(**(yield _marginal(system, dataset, ("adapters",), "token")))
 
 
-def second_phase(system: RAGSystem, dataset: Dataset, tune: Tune) -> RAGSystem:
+@strategy
+def second_phase(system: RAGSystem, dataset: Dataset) -> Tasks:
     """RAG-Token on the query encoder, the generator frozen."""
-    return system.replace(**tune(_marginal(system, dataset, ("query",), "token")))
+    return system.replace(**(yield _marginal(system, dataset, ("query",), "token")))
 
 
-def joint_token(system: RAGSystem, dataset: Dataset, tune: Tune) -> RAGSystem:
+@strategy
+def joint_token(system: RAGSystem, dataset: Dataset) -> Tasks:
     """RAG-Token on both parts at once."""
-    return system.replace(**tune(_marginal(system, dataset, ("adapters", "query"), "token")))
+    return system.replace(**(yield _marginal(system, dataset, ("adapters", "query"), "token")))
 
 
-def joint_sequence(system: RAGSystem, dataset: Dataset, tune: Tune) -> RAGSystem:
+@strategy
+def joint_sequence(system: RAGSystem, dataset: Dataset) -> Tasks:
     """RAG-Sequence on both parts at once."""
-    return system.replace(**tune(_marginal(system, dataset, ("adapters", "query"), "sequence")))
+    return system.replace(**(yield _marginal(system, dataset, ("adapters", "query"), "sequence")))
 
 
 STRATEGIES = {

@@ -4,15 +4,21 @@ import dataclasses
 import json
 import pathlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 
 from fedrag_jax.data.examples import Example
 from fedrag_jax.data.partition import Partition
+from fedrag_jax.errors import DivergenceError
+from fedrag_jax.federated.callbacks import Callback
+from fedrag_jax.federated.fit import FitResult
+from fedrag_jax.federated.sweep import sweep
 from fedrag_jax.models import hub
 from fedrag_jax.objectives.task import PyTree, Task
-from fedrag_jax.strategies.settings import Budget, train
+from fedrag_jax.strategies import settings
+from fedrag_jax.strategies.settings import Budget
 from fedrag_jax.tracking.checkpoints import Checkpointer
 from fedrag_jax.tracking.ledger import Cost, training_cost
 from fedrag_jax.tracking.logs import JsonlLog, Progress
@@ -43,21 +49,27 @@ class Tuner:
     costs: dict[str, Cost] = dataclasses.field(default_factory=dict)
 
     def __call__(self, task: Task) -> PyTree:
-        folder = self.folder / task.name
-        done = folder / "cost.json"
-        if not everywhere(done.exists()):
-            self._train(task, folder)
-        self.costs[task.name] = Cost(**json.loads(done.read_text()))
-        return hub.load_arrays(folder / "tuned.safetensors")
+        (trained,) = tune_together([(self, task)])
+        if isinstance(trained, DivergenceError):
+            raise trained
+        return trained
 
-    def _train(self, task: Task, folder: pathlib.Path) -> None:
-        where = self.setting if self.client is None else f"{self.setting} client {self.client}"
-        checkpoints = folder / "checkpoints"
+    def known(self, task: Task) -> PyTree | None:
+        """What the task came to, if it is finished."""
+        done = self.folder / task.name / "cost.json"
+        if not everywhere(done.exists()):
+            return None
+        self.costs[task.name] = Cost(**json.loads(done.read_text()))
+        return hub.load_arrays(done.with_name("tuned.safetensors"))
+
+    def arguments(self, task: Task, *callbacks: Callback) -> dict[str, Any]:
+        """What to call `fit` with; it resumes from its own checkpoints."""
+        folder = self.folder / task.name
         stretch = self.budget.clients if self.setting == "centralised" else 1
         # Processes that each have a folder of their own could not share a checkpoint.
-        saved = [Checkpointer(checkpoints, self.checkpoint_every * stretch)]
+        saved = [Checkpointer(folder / "checkpoints", self.checkpoint_every * stretch)]
         saved = saved if jax.process_count() == 1 else []
-        result = train(
+        return settings.arguments(
             task,
             self.setting,
             self.examples,
@@ -65,15 +77,19 @@ class Tuner:
             self.budget,
             {part: self.rates(task.name, part) for part in task.trainable},
             self.seed,
-            callbacks=[*saved, JsonlLog(folder / "rounds.jsonl"), Progress(where)],
+            callbacks=[*saved, JsonlLog(folder / "rounds.jsonl"), *callbacks],
             client=self.client,
         )
+
+    def keep(self, task: Task, result: FitResult) -> None:
+        """Writes what a fit came to, for `known`."""
+        folder = self.folder / task.name
         cost = self._cost(task, result.history)
         hub.save_arrays(result.trainable, folder / "tuned.safetensors")
         beside = folder / "cost.json.tmp"
         beside.write_text(json.dumps(cost._asdict()) + "\n")
         beside.replace(folder / "cost.json")
-        shutil.rmtree(checkpoints, ignore_errors=True)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
     def _cost(self, task: Task, history) -> Cost:
         some = self.examples[:1]
@@ -87,3 +103,22 @@ class Tuner:
             steps=budget.rounds * budget.local_steps * clients,
             batch_size=budget.batch_size,
         )
+
+
+def tune_together(
+    asked: Sequence[tuple[Tuner, Task]],
+) -> list[PyTree | DivergenceError]:
+    """What each tuner makes of its task: those that are not finished are trained in one sweep."""
+    todo = [(tuner, task) for tuner, task in asked if tuner.known(task) is None]
+    fits = []
+    for tuner, task in todo:
+        where = tuner.setting if tuner.client is None else f"{tuner.setting} client {tuner.client}"
+        where += f" and {len(todo) - 1} others" if len(todo) > 1 else ""
+        fits.append(tuner.arguments(task, *([] if fits else [Progress(where)])))
+    failed = {}
+    for (tuner, task), result in zip(todo, sweep(fits), strict=True):
+        if isinstance(result, DivergenceError):
+            failed[id(tuner)] = result
+        else:
+            tuner.keep(task, result)
+    return [failed.get(id(tuner)) or tuner.known(task) for tuner, task in asked]

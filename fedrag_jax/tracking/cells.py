@@ -1,4 +1,4 @@
-"""One strategy in one setting with one seed: the unit that is computed once and kept."""
+"""One strategy in one setting with one pair of seeds: the unit that is computed once and kept."""
 
 import json
 import pathlib
@@ -13,35 +13,48 @@ class Cell(NamedTuple):
     """A finished cell.
 
     Attributes:
+      seed: of adapters, client sampling and shuffling.
+      split: the seed of who holds what.
       scores: per test question [Q], in [0, 1]; means over clients in the local setting.
       controls: single numbers in percent.
+      client_em: EM in percent of the model that each client would use, on test questions in the
+        proportions of what it holds; empty where no test question is of any client's kind.
       curves: for each trained task its rounds: `round`, `loss`, `metrics`, `examples`, `seconds`.
     """
 
     strategy: str
     setting: str
     seed: int
+    split: int
     scores: dict[str, np.ndarray]
     controls: dict[str, float]
+    client_em: list[float]
     cost: Cost
     curves: dict[str, list[dict[str, Any]]]
 
 
-def path(folder: pathlib.Path, strategy: str, setting: str, seed: int) -> pathlib.Path:
+def path(folder: pathlib.Path, strategy: str, setting: str, seed: int, split: int) -> pathlib.Path:
     """Where a cell lies; deleting it has it computed anew."""
-    return folder / "cells" / f"{strategy}-{setting}-seed{seed}"
+    return folder / "cells" / f"{strategy}-{setting}-{seeds_name(seed, split)}"
+
+
+def seeds_name(seed: int, split: int) -> str:
+    """`seed0`, or `seed0-split1` where they differ."""
+    return f"seed{seed}" + (f"-split{split}" if split != seed else "")
 
 
 def save(folder: pathlib.Path, cell: Cell) -> None:
     """Writes `scores.npz`, then `cell.json`, whose presence says that the cell is finished."""
-    here = path(folder, cell.strategy, cell.setting, cell.seed)
+    here = path(folder, cell.strategy, cell.setting, cell.seed, cell.split)
     here.mkdir(parents=True, exist_ok=True)
     np.savez(here / "scores.npz", **cell.scores)
     about = {
         "strategy": cell.strategy,
         "setting": cell.setting,
         "seed": cell.seed,
+        "split": cell.split,
         "controls": cell.controls,
+        "client_em": cell.client_em,
         "cost": cell.cost._asdict(),
         "curves": cell.curves,
     }
@@ -50,9 +63,9 @@ def save(folder: pathlib.Path, cell: Cell) -> None:
     beside.replace(here / "cell.json")
 
 
-def load(folder: pathlib.Path, strategy: str, setting: str, seed: int) -> Cell | None:
+def load(folder: pathlib.Path, strategy: str, setting: str, seed: int, split: int) -> Cell | None:
     """A finished cell, or None."""
-    here = path(folder, strategy, setting, seed)
+    here = path(folder, strategy, setting, seed, split)
     if not (here / "cell.json").exists():
         return None
     about = json.loads((here / "cell.json").read_text())

@@ -1,5 +1,6 @@
 """Figures for a paper: what strategies cost and bring, and how they learn."""
 
+import itertools
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -40,6 +41,13 @@ SETTING_STYLES = {
     "federated": ("#D55E00", "--"),
     "local": ("#777777", ":"),
 }
+OTHER_STYLES = (("#E69F00", "-."), ("#009E73", (0, (1, 1))), ("#CC79A7", (0, (5, 1))))
+
+
+def setting_name(setting: str) -> str:
+    """`federated_inf` as readers know it: federated, α = ∞."""
+    kind, _, alpha = setting.partition("_")
+    return f"{kind}, α = {alpha.replace('inf', '∞')}" if alpha else kind
 
 
 def pyplot():
@@ -70,10 +78,14 @@ def quality_against_cost(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> 
     """EM with its interval over training seconds, a panel per setting."""
     plt = pyplot()
     settings = list(dict.fromkeys(row["setting"] for row in rows))
+    columns = min(3, len(settings))
+    lines = -(-len(settings) // columns)
     fig, axes = plt.subplots(
-        1, len(settings), figsize=(0.6 + 2.6 * len(settings), 2.9), sharey=True, squeeze=False
+        lines, columns, figsize=(0.6 + 2.6 * columns, 0.2 + 2.7 * lines), sharey=True, squeeze=False
     )
-    for ax, setting in zip(axes[0], settings, strict=True):
+    for ax in axes.flat[len(settings) :]:
+        ax.set_visible(False)
+    for ax, setting in zip(axes.flat, settings, strict=False):
         for row in (r for r in rows if r["setting"] == setting):
             name = row["strategy"]
             if name == "none":
@@ -84,10 +96,11 @@ def quality_against_cost(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> 
                 row["seconds"], row["em"], yerr=error, fmt=MARKERS[name], ms=6, capsize=2, lw=1,
                 color=COLORS[name], label=LABELS[name],
             )  # fmt: skip
-        ax.set_title(setting, fontsize=10)
+        ax.set_title(setting_name(setting), fontsize=10)
         ax.set_xlabel("training time (s)")
         ax.set_xlim(left=0)
-    axes[0][0].set_ylabel("test exact match (%)")
+    for line in axes:
+        line[0].set_ylabel("test exact match (%)")
     low, high = axes[0][0].get_ylim()
     if high - low < 1:  # all the same, such as 0: still a scale of percent
         axes[0][0].set_ylim((low + high) / 2 - 1, (low + high) / 2 + 1)
@@ -116,12 +129,18 @@ def learning_curves(cells: Sequence[Cell], path: pathlib.Path) -> None:
     fig, axes = plt.subplots(
         lines, columns, figsize=(0.4 + 2.7 * columns, 0.6 + 2.1 * lines), squeeze=False
     )
+    settings = dict.fromkeys(setting for runs in curves.values() for setting in runs)
+    others = itertools.cycle(OTHER_STYLES)
+    styles = {s: SETTING_STYLES.get(s) or next(others) for s in settings}
     for ax, task in zip(axes.flat, tasks, strict=False):
         for setting, runs in curves[task].items():
-            color, style = SETTING_STYLES[setting]
+            color, style = styles[setting]
             x = [r["examples"] for r in runs[0]]
             y = np.array([[r["loss"] for r in rounds] for rounds in runs])
-            ax.plot(x, y.mean(0), style, marker="o", ms=2.5, lw=1.4, color=color, label=setting)
+            ax.plot(
+                x, y.mean(0), linestyle=style, marker="o", ms=2.5, lw=1.4, color=color,
+                label=setting_name(setting),
+            )  # fmt: skip
             if len(runs) > 1:
                 ax.fill_between(x, y.min(0), y.max(0), color=color, alpha=0.15, lw=0)
         ax.set_title(TASKS[task], fontsize=9)

@@ -1,7 +1,6 @@
 """Cells as tables: CSV for machines, Markdown for people."""
 
 import csv
-import itertools
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +9,9 @@ import numpy as np
 
 from fedrag_jax.evaluation.metrics import percent
 from fedrag_jax.evaluation.significance import (
+    better_and_worse,
     bootstrap_interval,
+    effect_size,
     holm,
     paired_permutation_test,
     paired_t_test,
@@ -21,14 +22,15 @@ from fedrag_jax.tracking.ledger import Cost
 
 COLUMNS = (
     "strategy", "setting", "alpha", "labels", "seeds", "em", "em_low", "em_high", "em_seed_sd", "f1",
-    "recall_at_5", "mrr", "seconds", "flops", "bytes_up", "bytes_down", "own_topic_em",
-    "flops_compiler", "compile_seconds",
+    "recall_at_5", "mrr", "seconds", "flops", "bytes_up", "bytes_down", "flops_compiler",
+    "compile_seconds", "em_model_sd", "em_split_sd", "client_em_mean", "client_em_worst",
+    "client_em_decile_1", "client_em_decile_9",
 )  # fmt: skip
 NEEDS_LABELS = ("retriever", "independent")
 
 
 def by_cell(cells: Sequence[Cell]) -> dict[tuple[str, str], list[Cell]]:
-    """Cells of all seeds under (strategy, setting), in the order given."""
+    """Cells of all pairs of seeds under (strategy, setting), in the order given."""
     groups: dict[tuple[str, str], list[Cell]] = {}
     for cell in cells:
         groups.setdefault((cell.strategy, cell.setting), []).append(cell)
@@ -41,10 +43,16 @@ def scores(cells: Sequence[Cell], metric: str) -> np.ndarray:
     return found[:, ~np.isnan(found[0])]
 
 
-def strategy_rows(cells: Sequence[Cell], alpha: float) -> list[dict[str, Any]]:
+def strategy_rows(cells: Sequence[Cell], alphas: dict[str, float]) -> list[dict[str, Any]]:
     """One row per strategy and setting; metrics in percent, costs as the mean over seeds.
 
     Rankings are scored over the questions with a gold passage; None where there is none.
+    `em_model_sd` is the standard deviation over seeds of the model among runs with one split of
+    clients, `em_split_sd` the other way round; None where there are no such runs. `client_em_*` are
+    over clients, then means over seeds.
+
+    Args:
+      alphas: of the settings that have one.
     """
     rows = []
     for (strategy, setting), group in by_cell(cells).items():
@@ -54,13 +62,15 @@ def strategy_rows(cells: Sequence[Cell], alpha: float) -> list[dict[str, Any]]:
         row = {
             "strategy": strategy,
             "setting": setting,
-            "alpha": "" if setting == "centralised" else alpha,
+            "alpha": alphas.get(setting, ""),
             "labels": "yes" if strategy in NEEDS_LABELS else "no",
             "seeds": len(group),
             "em": percent(em),
             "em_low": 100 * low,
             "em_high": 100 * high,
             "em_seed_sd": None if (sd := seed_sd(em)) is None else 100 * sd,
+            "em_model_sd": _sd_within(group, lambda cell: cell.split),
+            "em_split_sd": _sd_within(group, lambda cell: cell.seed),
             "seconds": cost.seconds,
             "compile_seconds": cost.compile_seconds,
             "flops": cost.flops,
@@ -71,35 +81,59 @@ def strategy_rows(cells: Sequence[Cell], alpha: float) -> list[dict[str, Any]]:
         for metric in ("f1", "recall_at_5", "mrr"):
             scored = scores(group, metric)
             row[metric] = percent(scored) if scored.size else None
-        if "own_topic_em" in group[0].controls:
-            row["own_topic_em"] = float(np.mean([c.controls["own_topic_em"] for c in group]))
+        if all(cell.client_em for cell in group):
+            for name, of in _OVER_CLIENTS.items():
+                row[f"client_em_{name}"] = float(np.mean([of(cell.client_em) for cell in group]))
         rows.append(row)
     return rows
 
 
-def comparison_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """Paired differences of EM and Recall@5: tuned against `none`, federated against local.
+_OVER_CLIENTS = {
+    "mean": np.mean,
+    "worst": np.min,
+    "decile_1": lambda em: np.quantile(em, 0.1),
+    "decile_9": lambda em: np.quantile(em, 0.9),
+}
 
-    p over questions by permutation and, from five seeds, over seeds by a paired t test; Holm over all
-    permutation p values of the table.
+
+def _sd_within(cells: Sequence[Cell], same) -> float | None:
+    """Standard deviation of EM in points among cells of which `same` is the same, pooled."""
+    together: dict[int, list[float]] = {}
+    for cell in cells:
+        together.setdefault(same(cell), []).append(percent(cell.scores["em"]))
+    groups = [np.array(em) for em in together.values() if len(em) > 1]
+    if not groups:
+        return None
+    squares = sum(((em - em.mean()) ** 2).sum() for em in groups)
+    return float(np.sqrt(squares / sum(len(em) - 1 for em in groups)))
+
+
+METRICS = ("em", "f1", "recall_at_5", "mrr")
+
+
+def comparison_rows(cells: Sequence[Cell], metric: str) -> list[dict[str, Any]]:
+    """Paired differences of a metric in points: tuned against `none`, and settings against each other.
+
+    Federated is compared with local and centralised training of the same strategy. `effect` is Cohen's
+    d_z; `better` and `worse` are percentages of questions. p over questions by permutation, `p_holm`
+    adjusted over the rows, and from five seeds p_t over seeds by a paired t test, `p_t_holm` likewise.
     """
     groups = by_cell(cells)
-    pairs = [
-        ((strategy, setting), ("none", setting))
-        for strategy, setting in groups
-        if strategy != "none" and ("none", setting) in groups
-    ]
+    tuned = [pair for pair in groups if pair[0] != "none"]
+    pairs = [((s, where), ("none", where)) for s, where in tuned if ("none", where) in groups]
     pairs += [
-        ((strategy, "federated"), (strategy, "local"))
-        for strategy, setting in groups
-        if setting == "federated" and strategy != "none" and (strategy, "local") in groups
+        ((strategy, where), (strategy, other))
+        for strategy, where in tuned
+        for other in ("local", "centralised")
+        if where.startswith("federated") and (strategy, other) in groups
     ]
     rows = []
-    for (one, other), metric in itertools.product(pairs, ("em", "recall_at_5")):
+    for one, other in pairs:
         a, b = scores(groups[one], metric), scores(groups[other], metric)
         if not a.size:
             continue
         low, high = bootstrap_interval(a.mean(0) - b.mean(0))
+        better, worse = better_and_worse(a, b)
         rows.append(
             {
                 "strategy": one[0],
@@ -109,21 +143,51 @@ def comparison_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
                 "difference": 100 * float((a.mean(0) - b.mean(0)).mean()),
                 "low": 100 * low,
                 "high": 100 * high,
+                "effect": effect_size(a, b),
+                "better": 100 * better,
+                "worse": 100 * worse,
                 "p": paired_permutation_test(a, b),
-                "p_t": paired_t_test(a, b),
+                "p_t": paired_t_test(a, b) if len(a) == len(b) else None,
             }
         )
-    for row, p in zip(rows, holm([row["p"] for row in rows]) if rows else (), strict=True):
-        row["p_holm"] = float(p)
+    for name in ("p", "p_t"):
+        known = [row for row in rows if row[name] is not None]
+        for row, p in zip(known, holm([row[name] for row in known]), strict=True):
+            row[f"{name}_holm"] = float(p)
     return rows
+
+
+def without_labels_markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """What is left of the table where training questions have no gold passages."""
+    lines = ["| strategy | setting | EM [95% CI] | Recall@5 | seconds |", "|---|---|---|---:|---:|"]
+    for r in rows:
+        if r["labels"] == "yes":
+            lines.append(f"| {r['strategy']} | {r['setting']} | needs gold passages | – | – |")
+        else:
+            lines.append(
+                f"| {r['strategy']} | {r['setting']} | {r['em']:.1f} [{r['em_low']:.1f}, "
+                f"{r['em_high']:.1f}] | {_decimal(r['recall_at_5'])} | {r['seconds']:.1f} |"
+            )
+    return "\n".join(lines)
+
+
+def clients_markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """EM over clients, where it is known."""
+    names = ("mean", "worst", "decile_1", "decile_9")
+    lines = ["| strategy | setting | mean | worst client | 1st decile | 9th decile |"]
+    lines.append("|---|---|---:|---:|---:|---:|")
+    for r in rows:
+        if "client_em_mean" in r:
+            numbers = " | ".join(f"{r[f'client_em_{name}']:.1f}" for name in names)
+            lines.append(f"| {r['strategy']} | {r['setting']} | {numbers} |")
+    return "\n".join(lines)
 
 
 def control_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """Means over seeds of the controls of each strategy and setting."""
     rows = []
     for (strategy, setting), group in by_cell(cells).items():
-        names = [name for name in group[0].controls if name != "own_topic_em"]
-        if names:
+        if names := list(group[0].controls):
             means = {n: float(np.mean([cell.controls[n] for cell in group])) for n in names}
             rows.append({"strategy": strategy, "setting": setting} | means)
     return rows
@@ -186,6 +250,8 @@ def markdown(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
             return str(value)
         if column.startswith("p"):
             return "<0.001" if value < 0.001 else f"{value:.3f}"
+        if column == "effect":
+            return f"{value:.2f}"
         return f"{value:.1f}"
 
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]

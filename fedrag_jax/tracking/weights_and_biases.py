@@ -1,4 +1,4 @@
-"""A Weights & Biases run per strategy, setting and seed; offline it needs no account."""
+"""A Weights & Biases run per strategy, setting and pair of seeds; offline it needs no account."""
 
 import os
 import pathlib
@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 
 from fedrag_jax.evaluation.metrics import percent
-from fedrag_jax.tracking.cells import Cell
+from fedrag_jax.tracking.cells import Cell, seeds_name
 
 
 def log_cell(cell: Cell, folder: pathlib.Path, group: str, mode: str, project: str, config: dict):
@@ -21,15 +21,15 @@ def log_cell(cell: Cell, folder: pathlib.Path, group: str, mode: str, project: s
     if mode == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
         print("wandb: no API key found, logging offline; send it later with `wandb sync`")
         mode = "offline"
-    name = f"{cell.strategy}-{cell.setting}-seed{cell.seed}"
+    seeds = {"seed": cell.seed, "split": cell.split}
     run = wandb.init(
         dir=folder,
         project=project,
         group=group,
-        name=name,
+        name=f"{cell.strategy}-{cell.setting}-{seeds_name(**seeds)}",
         job_type=cell.strategy,
         tags=[cell.strategy, cell.setting],
-        config=config | {"strategy": cell.strategy, "setting": cell.setting, "seed": cell.seed},
+        config=config | {"strategy": cell.strategy, "setting": cell.setting} | seeds,
         mode=mode,
         reinit="finish_previous",
         settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),

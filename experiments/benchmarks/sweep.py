@@ -1,0 +1,122 @@
+"""A grid of learning rates and seeds: all fits together against one after the other.
+
+    JAX_PLATFORMS=cpu python -m experiments.benchmarks.sweep
+    JAX_PLATFORMS=cpu python -m experiments.benchmarks.sweep --strategy=joint_token --rounds=4
+
+Nine rates and five seeds of a strategy of the comparison, centralised, on the built-in world. One by
+one, each training makes its task (what it retrieves, its tables) and compiles nothing that was compiled
+before; together they are `strategies.together` and `tune_together`, which measure how to run side by
+side. Each has a process of its own, which starts with nothing compiled and nothing remembered; both
+must come to the same training losses. Seconds are those of training with all it needs, compiling
+included; the report tells them without it too. Prints one line of JSON, last.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+from absl import app, flags
+
+_STRATEGY = flags.DEFINE_string("strategy", "generator", "of the comparison")
+_RATES = flags.DEFINE_integer("rates", 9, "of the grid, from 1e-4 to 1e-2", lower_bound=1)
+_SEEDS = flags.DEFINE_integer("seeds", 5, "of adapters and shuffling", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 8, "as config.training.rounds", lower_bound=1)
+_DEVICES = flags.DEFINE_integer(
+    "devices", os.cpu_count(), "virtual ones, if on the CPU, of both sides", lower_bound=1
+)
+_ONE = flags.DEFINE_string("only", None, "internal: one side, in this process")
+
+
+def main(argv):
+    del argv
+    if _ONE.value:
+        print(json.dumps(measured(_ONE.value == "together")))
+        return
+    found = {}
+    for side in ("alone", "together"):
+        names = ("strategy", "rates", "seeds", "rounds", "devices")
+        same = [f"--{name}={flags.FLAGS[name].value}" for name in names]
+        with tempfile.TemporaryDirectory() as folder:
+            count = f"--xla_force_host_platform_device_count={_DEVICES.value}"
+            environment = os.environ | {
+                "FEDRAG_CACHE": folder,
+                "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {count}",
+            }
+            environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+            command = [sys.executable, "-m", "experiments.benchmarks.sweep", *same]
+            done = subprocess.run(
+                [*command, f"--only={side}"], capture_output=True, text=True, env=environment
+            )
+        if done.returncode:
+            raise SystemExit(f"{side}: {done.stderr[-2000:]}")
+        found[side] = json.loads(done.stdout.splitlines()[-1])
+        print(f"{side}: {found[side]['seconds']:.1f} s", flush=True)
+    alone, together = found["alone"], found["together"]
+    np.testing.assert_allclose(alone["losses"], together["losses"], rtol=1e-3)
+    report = {
+        "cost_ratio": together["seconds"] / alone["seconds"],
+        "cost_ratio_without_compiling": (together["seconds"] - together["compile_seconds"])
+        / (alone["seconds"] - alone["compile_seconds"]),
+    }
+    report = {name: round(value, 3) for name, value in report.items()}
+    for side in found.values():
+        del side["losses"]
+    report |= {"fits": _RATES.value * _SEEDS.value, "strategy": _STRATEGY.value} | found
+    print(json.dumps(report))
+
+
+def measured(together: bool) -> dict:
+    """Trains all; seconds, and the training losses of the last round."""
+    import dataclasses
+
+    import jax
+
+    from configs.compare_strategies import get_config
+    from experiments.compare_strategies import Comparison
+    from experiments.inputs import load_data
+    from fedrag_jax.federated.records import Clock
+    from fedrag_jax.strategies import strategies
+    from fedrag_jax.strategies.tuner import tune_together
+
+    config = get_config()
+    config.training.rounds = _ROUNDS.value
+    strategy = strategies.STRATEGIES[_STRATEGY.value]
+    with tempfile.TemporaryDirectory() as folder:
+        run = Comparison(config, load_data(config), pathlib.Path(folder))
+        tuners, systems = [], []
+        for seed in range(_SEEDS.value):
+            for rate in np.logspace(-4, -2, _RATES.value):
+                tuner = run.tuner("centralised", seed, seed, rate=lambda *_, rate=rate: rate)
+                where = pathlib.Path(folder) / f"{seed}-{rate:g}"
+                tuners.append(dataclasses.replace(tuner, folder=where))
+                systems.append(run.system(seed))
+        clock, start = Clock(), time.perf_counter()
+        if together:
+            strategies.together(
+                strategy,
+                systems,
+                run.dataset,
+                lambda asked: tune_together([(tuners[i], task) for i, task in asked]),
+            )
+        else:
+            for system, tuner in zip(systems, tuners, strict=True):
+                strategy(system, run.dataset, tuner)
+        seconds = time.perf_counter() - start
+        ends = [
+            f.read_text().splitlines()[-1] for t in tuners for f in t.folder.glob("*/rounds.jsonl")
+        ]
+    return {
+        "seconds": round(seconds, 2),
+        "compile_seconds": round(clock.lap()[1], 2),
+        "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
+        "losses": [json.loads(end)["loss"] for end in ends],
+    }
+
+
+if __name__ == "__main__":
+    app.run(main)

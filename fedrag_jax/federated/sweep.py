@@ -1,0 +1,99 @@
+"""Many fits at once: a grid of learning rates, seeds or clients as an axis of the compiled round."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from fedrag_jax.errors import DivergenceError
+from fedrag_jax.federated.fit import FitResult, fit
+from fedrag_jax.federated.round import Ran, Round
+from fedrag_jax.federated.together import alike, run_together
+from fedrag_jax.objectives.task import Task
+
+
+def sweep(fits: Sequence[Mapping[str, Any]]) -> list[FitResult | DivergenceError]:
+    """Runs fits side by side, with the numbers each would have by itself.
+
+        sweep([{"task": task, "data": data, "optimizer": adamw(rate)} for rate in grid])
+
+    All make their first round, then their second. Those whose rounds are one program, because they
+    differ in numbers alone (learning rates, seeds, examples), are run as one, in the way that is
+    fastest here: one after the other, dealt out over the devices, or side by side on each as well. Each
+    way is measured on a round that counts and remembered for a device and program. Fits of one
+    `Task` share what it retrieves at the start, its tables and its frozen arrays.
+
+    Args:
+      fits: the arguments of each `fit` by name.
+
+    Returns:
+      What each fit returns, in their order; in place of one that diverged its DivergenceError.
+
+    Raises:
+      As `fit` does, except for divergence.
+    """
+    tasks = {id(f["task"]): f["task"] for f in fits}
+    shared = {name: _sharing(task) for name, task in tasks.items()}
+    asking = [fit.rounds(**{**f, "task": shared[id(f["task"])]}) for f in fits]
+    results: list[Any] = [None] * len(fits)
+    asked: dict[int, Round] = {}
+
+    def go_on(i: int, ran: Ran | None) -> None:
+        try:
+            asked[i] = asking[i].send(ran)
+        except StopIteration as done:
+            results[i] = done.value
+        except DivergenceError as error:
+            results[i] = error
+
+    for i in range(len(fits)):
+        go_on(i, None)
+    while asked:
+        now, asked = asked, {}
+        for program, group in alike(now):
+            ran = run_together(program, [now[i] for i in group])
+            for i, r in zip(group, ran, strict=True):
+                go_on(i, r)
+    return results
+
+
+def _sharing(task: Task) -> Task:
+    """The task, which works out once what fits that start alike ask for."""
+    tables, found = _Recent(), _Recent()
+
+    def collate(examples, retrieved):
+        about = None if retrieved is None else retrieved.tobytes()
+        return tables.get(examples, about, lambda: task.collate(examples, retrieved))
+
+    def retrieve(examples, trainable):
+        if not _equal(trainable, task.trainable):
+            return task.retrieve(examples, trainable)
+        return found.get(examples, None, lambda: task.retrieve(examples, trainable))
+
+    frozen = jax.tree.map(jax.numpy.asarray, task.frozen)
+    return dataclasses.replace(
+        task, frozen=frozen, collate=collate, retrieve=task.retrieve and retrieve
+    )
+
+
+def _equal(one, other) -> bool:
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return all(np.array_equal(a, b) for a, b in pairs)
+
+
+class _Recent:
+    """The last few things made of some examples."""
+
+    def __init__(self, size: int = 16):
+        self.size, self.made = size, {}
+
+    def get(self, examples, about, make):
+        where = tuple(map(id, examples)), about
+        if where not in self.made:
+            if len(self.made) == self.size:
+                del self.made[next(iter(self.made))]
+            # Held on to, lest others get their identities.
+            self.made[where] = examples, make()
+        return self.made[where][1]

@@ -1,0 +1,150 @@
+"""Rounds of several fits run together, in the way that is fastest here."""
+
+import functools
+import hashlib
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fedrag_jax.data.cache import recall, remember
+from fedrag_jax.federated.optimizers import split
+from fedrag_jax.federated.records import Clock
+from fedrag_jax.federated.round import Program, Ran, Round, run_round
+
+MEMORY = "sweeps.json"
+
+_tried: dict[tuple[Program, int], dict["Way", float]] = {}  # seconds of a round of all
+_compiling: dict[Program, float] = {}  # seconds it took at most
+
+
+class Way(NamedTuple):
+    """How many devices fits are dealt out over, and how many are side by side on each.
+
+    A device takes stacks of so many one after the other. (1, 1) is a loop in Python over the round as
+    one fit by itself would run it; the others are one program.
+    """
+
+    devices: int
+    side_by_side: int
+
+
+LOOP = Way(1, 1)
+
+
+def alike(asked: Mapping[int, Round]) -> list[tuple[Program | None, list[int]]]:
+    """Programs, and the keys of their rounds; a round over a mesh, or in Python, is by itself: None."""
+    groups: dict[Program, list[int]] = {}
+    apart = []
+    for i, a in asked.items():
+        if a.mesh is not None or a.name_of is not None or jax.process_count() > 1:
+            apart.append((None, [i]))
+        else:
+            groups.setdefault(Program.of(a)[0], []).append(i)
+    return [*apart, *groups.items()]
+
+
+def run_together(program: Program | None, asked: Sequence[Round]) -> list[Ran]:
+    """Runs rounds of one program; each is said to have taken its share of the time.
+
+    The first calls try one way after the other, each of which does what is asked, as long as what it
+    could save is more than it takes to compile. When all were tried the fastest is kept in
+    `sweeps.json` of the cache folder, by device, shapes and number of fits.
+    """
+    if program is None or len(asked) == 1:
+        return [run_round(a) for a in asked]
+    name, tried = _name(program, len(asked)), _tried.setdefault((program, len(asked)), {})
+    known = recall(MEMORY, name)
+    untried = [] if known else [way for way in _ways(len(asked)) if way not in tried]
+    way = Way(*known) if known else min(tried, key=tried.__getitem__, default=LOOP)
+    if untried and (not tried or _pays(untried[0], program, tried, min(a.left for a in asked))):
+        way = untried[0]
+    try:
+        found = [run_round(a) for a in asked] if way == LOOP else _dealt(program, asked, way)
+        seconds = sum(ran.seconds for ran in found)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) or way == LOOP:
+            raise
+        seconds = float("inf")
+        found = [run_round(a) for a in asked]
+    _compiling[program] = max(_compiling.get(program, 0), sum(ran.compile_seconds for ran in found))
+    if way in untried:
+        tried[way] = seconds
+        if len(untried) == 1:
+            remember(MEMORY, name, min(tried, key=tried.__getitem__))
+    return found
+
+
+def _pays(way: Way, program: Program, tried: dict[Way, float], left: int) -> bool:
+    """Whether a third less time for the rounds left would be worth compiling for another way."""
+    return left * min(tried.values()) / 3 > _compiling.get(program, 0) * way.devices
+
+
+def _ways(count: int) -> list[Way]:
+    devices = min(jax.local_device_count(), count)
+    return list(dict.fromkeys([LOOP, Way(devices, 1), Way(devices, -(-count // devices))]))
+
+
+def _dealt(program: Program, asked: Sequence[Round], way: Way) -> list[Ran]:
+    """Stacks of fits, dealt out over devices that work at the same time."""
+    clock, width = Clock(), way.side_by_side
+    devices = jax.local_devices()[: way.devices] if way.devices > 1 else [None]
+    leaves = [jax.tree.leaves((split(a.optimizer)[1], a.arguments)) for a in asked]
+    same = tuple(all(x is xs[0] for x in xs) for xs in zip(*leaves, strict=True))
+    run, results = _compile(program, same, width), []
+    for number, start in enumerate(range(0, len(asked), width)):
+        stack = leaves[start : start + width]
+        by_leaf = list(zip(*stack, *stack[:1] * (width - len(stack)), strict=True))
+        device = devices[number % len(devices)]
+        one = [_on(device, xs[0]) for xs, s in zip(by_leaf, same, strict=True) if s]
+        each = [[_on(device, x) for x in xs] for xs, s in zip(by_leaf, same, strict=True) if not s]
+        results += run(each, one)[: len(stack)]
+    results = jax.block_until_ready(results)
+    if way.devices > 1:  # so that they are tied to none
+        results = jax.device_put(jax.device_get(results))
+    seconds, compiling = clock.lap()
+    return [Ran(*r, seconds / len(asked), compiling / len(asked)) for r in results]
+
+
+_copies: dict[tuple[int, Any], jax.Array] = {}
+
+
+def _on(device, x):
+    """The array on a device; the copy is kept while the array is alive, for rounds share arrays."""
+    if device is None or not isinstance(x, jax.Array):  # other numbers go where they are needed
+        return x
+    key = id(x), device
+    if key not in _copies:
+        _copies[key] = jax.device_put(x, device)
+        weakref.finalize(x, _copies.pop, key, None)
+    return _copies[key]
+
+
+@functools.lru_cache(maxsize=16)
+def _compile(program: Program, same: tuple[bool, ...], width: int):
+    """`run(each, one) -> [(state, told), ...]` of `width` fits.
+
+    Leaves that are the `same` are given once, the others as often as there are fits.
+    """
+
+    def single(each, one):
+        own, shared = iter(each), iter(one)
+        leaves = [next(shared if s else own) for s in same]
+        numbers, arguments = jax.tree.unflatten(program.tree, leaves)
+        return program.run(numbers, *arguments)
+
+    def run(each, one):
+        if width == 1:
+            return [single([x for (x,) in each], one)]
+        found = jax.vmap(single, (0, None), axis_size=width)([jnp.stack(xs) for xs in each], one)
+        return [jax.tree.map(lambda x, i=i: x[i], found) for i in range(width)]
+
+    return jax.jit(run)
+
+
+def _name(program: Program, count: int) -> str:
+    digest = hashlib.sha256(repr((program.tree, program.shapes)).encode()).hexdigest()[:16]
+    device = f"{jax.devices()[0].device_kind} x{jax.local_device_count()}"
+    return f"{device}, {count} x {type(program.loss).__name__}, {digest}"

@@ -1,0 +1,105 @@
+"""Numbers of a table, by hand."""
+
+import numpy as np
+import pytest
+
+from fedrag_jax.tracking import tables
+from fedrag_jax.tracking.cells import Cell, load, save
+from fedrag_jax.tracking.ledger import Cost
+
+
+def cell(strategy, setting, em, seed=0, split=0, clients=(), recall=None, seconds=1.0):
+    em = np.asarray(em, float)
+    recall = em if recall is None else np.asarray(recall, float)
+    scores = {"em": em, "f1": em, "recall_at_5": recall, "mrr": recall}
+    return Cell(strategy, setting, seed, split, scores, {}, list(clients), Cost(seconds), {})
+
+
+def test_spreads_of_model_and_split_seeds_are_told_apart():
+    # EM in points: 0 25 75 for the models of split 0, 50 100 for those of split 1.
+    means = {(0, 0): 0, (1, 0): 1, (2, 0): 3, (0, 1): 2, (1, 1): 4}
+    cells = [
+        cell("retriever", "local", [1] * right + [0] * (4 - right), *seeds)
+        for seeds, right in means.items()
+    ]
+    (row,) = tables.strategy_rows(cells, {"local": 0.1})
+    within_splits = np.array([0, 25, 75]), np.array([50, 100])
+    squares = sum(((x - x.mean()) ** 2).sum() for x in within_splits)
+    assert row["em_model_sd"] == pytest.approx(np.sqrt(squares / (2 + 1)))
+    # By model: 0 50, 25 100, and one that has a single split.
+    assert row["em_split_sd"] == pytest.approx(np.sqrt((50**2 + 75**2) / 2 / 2))
+    assert row["em"] == 50 and row["alpha"] == 0.1
+    (row,) = tables.strategy_rows(cells[:1], {})
+    assert row["em_model_sd"] is None and row["alpha"] == ""
+
+
+def test_clients_from_the_worst_to_the_ninth_decile():
+    cells = [cell("generator", "local", [1, 0], clients=range(0, 101, 10))]
+    cells.append(cell("generator", "local", [1, 0], seed=1, clients=[20, 40]))
+    (row,) = tables.strategy_rows(cells, {})
+    assert row["client_em_mean"] == (50 + 30) / 2
+    assert row["client_em_worst"] == (0 + 20) / 2
+    assert row["client_em_decile_1"] == (10 + 22) / 2
+    assert row["client_em_decile_9"] == (90 + 38) / 2
+    text = tables.clients_markdown([row])
+    assert "| generator | local | 40.0 | 10.0 | 16.0 | 64.0 |" in text
+    (row,) = tables.strategy_rows([cell("none", "local", [1, 0])], {})
+    assert "client_em_mean" not in row
+
+
+def test_comparisons_by_hand():
+    rng = np.random.default_rng(0)
+    cells = []
+    for seed in range(5):
+        noise = rng.random(40) < 0.1
+        for setting, gain in (("centralised", 12), ("federated_1", 10), ("local", 0)):
+            cells.append(cell("none", setting, [0] * 40, seed))
+            right = np.arange(40) < gain
+            cells.append(cell("retriever", setting, right ^ noise, seed))
+    rows = tables.comparison_rows(cells, "em")
+    pairs = [(r["strategy"], r["setting"], r["against"]) for r in rows]
+    assert pairs == [
+        ("retriever", "centralised", "none, centralised"),
+        ("retriever", "federated_1", "none, federated_1"),
+        ("retriever", "local", "none, local"),
+        ("retriever", "federated_1", "retriever, local"),
+        ("retriever", "federated_1", "retriever, centralised"),
+    ]
+    one = rows[3]
+    a, b = (
+        np.stack([c.scores["em"] for c in cells if c.setting == s and c.strategy == "retriever"])
+        for s in ("federated_1", "local")
+    )
+    d = (a - b).mean(0)
+    assert one["difference"] == pytest.approx(100 * d.mean())
+    assert one["effect"] == pytest.approx(d.mean() / d.std(ddof=1))
+    assert (one["better"], one["worse"]) == (100 * np.mean(d > 0), 100 * np.mean(d < 0))
+    assert one["low"] < one["difference"] < one["high"]
+    assert all(row["p"] <= row["p_holm"] and row["p_t"] <= row["p_t_holm"] for row in rows)
+    assert rows[4]["difference"] < 0
+
+
+def test_few_seeds_have_no_t_test_and_unlabelled_questions_no_ranking():
+    blank = [np.nan] * 3
+    cells = [cell(s, "local", [0, 1, i], recall=blank) for i, s in enumerate(("none", "generator"))]
+    (row,) = tables.comparison_rows(cells, "em")
+    assert row["p_t"] is None and "p_t_holm" not in row
+    assert tables.comparison_rows(cells, "recall_at_5") == []
+    assert "–" in tables.markdown([row], ("p_t", "p_t_holm"))
+
+
+def test_what_needs_labels_says_so_where_there_are_none():
+    cells = [cell(s, "centralised", [0, 1]) for s in ("none", "retriever", "two_phase")]
+    text = tables.without_labels_markdown(tables.strategy_rows(cells, {}))
+    assert "| retriever | centralised | needs gold passages |" in text
+    assert "| two_phase | centralised | 50.0 [" in text
+
+
+def test_cells_of_other_splits_lie_apart(tmp_path):
+    same, other = cell("none", "local", [0, 1], 3, 3), cell("none", "local", [1, 1], 3, 4, [50.0])
+    save(tmp_path, same)
+    save(tmp_path, other)
+    assert load(tmp_path, "none", "local", 3, 3).scores["em"].tolist() == [0, 1]
+    assert load(tmp_path, "none", "local", 3, 4).client_em == [50.0]
+    assert load(tmp_path, "none", "local", 4, 4) is None
+    assert (tmp_path / "cells/none-local-seed3-split4/cell.json").exists()
