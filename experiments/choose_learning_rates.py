@@ -16,10 +16,10 @@ import pathlib
 import numpy as np
 from absl import flags
 
-from experiments.compare_strategies import Comparison, replicates
-from experiments.inputs import check, load_data
+from experiments.compare_strategies import Comparison
+from experiments.inputs import check, load_data, replicates
 from experiments.launch import launch, settled_config
-from fedrag_jax.errors import ConfigError, DivergenceError
+from fedrag_jax.errors import ConfigError, DataError, DivergenceError
 
 # Nine points each; those for other models are of Lawton et al. 2025, for both parts.
 BUILT_IN = {
@@ -42,8 +42,8 @@ def search(
 
     A rate at which training diverges is left out.
 
-    In the local setting all clients train and each is judged on a share of the `examples`, or on all
-    where they are fewer than the clients. `where` tells bases apart that were themselves tuned.
+    In the local setting all clients train and each is judged on a share of the `examples`; one whose
+    share is empty, on all. `where` tells bases apart that were themselves tuned.
     """
     from fedrag_jax.evaluation.evaluator import evaluate
     from fedrag_jax.strategies.strategies import together
@@ -75,7 +75,9 @@ def search(
                 np.nanmean(evaluate(system, some)[metric])
                 for system, some in zip(systems, parts, strict=True)
             ]
-            found[rate] = 100 * float(np.mean(scores)), systems
+            if np.isnan(scores).all():
+                raise DataError(f"no validation question can be scored by {metric}; label some")
+            found[rate] = 100 * float(np.nanmean(scores)), systems
             result = f"validation {metric} {found[rate][0]:.1f}"
         print(f"{setting:12s} {strategy.__name__:13s} lr {rate:<8g} {result}", flush=True)
     if not found:
@@ -94,7 +96,7 @@ def run(config, runs: str, grids: dict[str, list[float]], questions: int) -> pat
     from fedrag_jax.strategies import strategies
 
     dataset = load_data(config)
-    check(config, dataset)
+    check(config)
     seed = config.seeds[0]
     folder = pathlib.Path(runs) / f"{config.name}-rates"
     folder.mkdir(parents=True, exist_ok=True)

@@ -21,6 +21,7 @@ from experiments.inputs import (
     check,
     load_data,
     load_generator,
+    replicates,
     trainable_strategies,
     warn_of_borrowed_rates,
 )
@@ -128,11 +129,6 @@ class Comparison:
             if isinstance(failed, Exception):
                 raise failed
         return systems, tuners
-
-
-def replicates(config) -> list[tuple[int, int]]:
-    """Pairs of seeds: of the model (adapters, client sampling, shuffling) and of the client split."""
-    return list(zip(config.seeds, config.split_seeds or config.seeds, strict=True))
 
 
 def compute_cell(run: Comparison, strategy: str, setting: str, seed: int, split: int):
@@ -265,7 +261,7 @@ def report(config, folder: pathlib.Path, change_of_no_op: float) -> None:
     rows = tables.strategy_rows(done, alphas)
     primary = config.primary_metric
     compared = {
-        metric: tables.comparison_rows(done, metric)
+        metric: tables.comparison_rows(done, metric, alphas)
         for metric in (primary, *(m for m in tables.METRICS if m != primary))
     }
     comparisons = [row for found in compared.values() for row in found]
@@ -285,22 +281,23 @@ def report(config, folder: pathlib.Path, change_of_no_op: float) -> None:
             for task, rounds in cell.curves.items():
                 for record in rounds:
                     file.write(json.dumps(where | {"task": task} | record) + "\n")
+    different = ", ".join(f"{alpha:g}" for alpha in sorted(set(alphas.values())))
+    split = f", Dirichlet alpha {different} over {config.federated.column}" if alphas else ""
     shown = ("strategy", "setting", "against", "difference", "low", "high", "effect", "better",
              "worse", "p_holm", "p_t_holm")  # fmt: skip
     text = [
         f"# {folder.name}\n",
-        f"{config.data.name}, {config.federated.clients} clients, Dirichlet alpha "
-        f"{', '.join(sorted({f'{alpha:g}' for alpha in alphas.values()}))} over "
-        f"{config.federated.column}; metrics in percent, EM with 95% bootstrap interval over test "
-        "questions.\n",
+        f"{config.data.name}, {config.federated.clients} clients{split}; metrics in percent, EM with "
+        "95% bootstrap interval over test questions; seconds are elapsed, over all cores or devices.\n",
         tables.strategies_markdown(rows),
         "\n## Without gold passages\n\nWhere training questions name no gold passage, strategies that "
         "need none are as above, for they do not read it.\n",
         tables.without_labels_markdown(rows),
         f"\n## Paired comparisons of {primary}, the primary metric\n\nDifference in points with 95% "
         "interval; Cohen's d_z; percent of questions that are better and worse; p by permutation over "
-        "questions, and from five seeds p_t over seeds, each Holm-adjusted over this table. Other "
-        "metrics, each adjusted by itself, are in comparisons.csv.\n",
+        "questions, which is what claims rest on, and from five seeds p_t over seeds, each "
+        "Holm-adjusted over this table. Other metrics, each adjusted by itself, are in "
+        "comparisons.csv.\n",
         tables.markdown(compared[primary], shown),
         "\n## Clients\n\nEM of the model each client would use, on questions such as it holds.\n",
         tables.clients_markdown(rows),
@@ -323,7 +320,7 @@ def run(config, runs: str) -> pathlib.Path:
 
     began = time.perf_counter()
     dataset = load_data(config)
-    check(config, dataset)
+    check(config)
     warn_of_borrowed_rates(config)
     folder = pathlib.Path(runs) / config.name
     comparison = Comparison(config, dataset, folder)

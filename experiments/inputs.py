@@ -21,7 +21,12 @@ def load_data(config) -> Dataset:
     return Dataset(dataset.name, dataset.passages, train, dataset.validation, test)
 
 
-def check(config, dataset: Dataset) -> None:
+def replicates(config) -> list[tuple[int, int]]:
+    """Pairs of seeds: of the model (adapters, client sampling, shuffling) and of the client split."""
+    return list(zip(config.seeds, config.split_seeds or config.seeds, strict=True))
+
+
+def check(config) -> None:
     """Refuses settings that could only fail later.
 
     Raises:
@@ -43,6 +48,12 @@ def check(config, dataset: Dataset) -> None:
         )
     if not config.federated.alpha > 0:
         raise ConfigError(f"config.federated.alpha must be > 0, got {config.federated.alpha}")
+    pairs = replicates(config)
+    if twice := [pair for pair in pairs if pairs.count(pair) > 1]:
+        raise ConfigError(
+            f"config.seeds, config.split_seeds: the pair {twice[0]} is there twice, which would be the "
+            "same run again; give each pair once"
+        )
     if config.primary_metric not in METRICS:
         raise ConfigError(
             f"config.primary_metric: {config.primary_metric!r} unknown; choose among {[*METRICS]}"
@@ -52,7 +63,11 @@ def check(config, dataset: Dataset) -> None:
 
 
 def trainable_strategies(config, dataset: Dataset) -> list[str]:
-    """Those of the config that can do without what the training questions lack; says which cannot."""
+    """Those of the config that can do without what the training questions lack; says which cannot.
+
+    Raises:
+      ConfigError: none can.
+    """
     from fedrag_jax.tracking.tables import NEEDS_LABELS
 
     bare = sum(not e.positive_ids for e in dataset.train)
@@ -63,7 +78,10 @@ def trainable_strategies(config, dataset: Dataset) -> list[str]:
             f"{len(dataset.train)} training questions have no positive_ids",
             flush=True,
         )
-    return [name for name in config.strategies if name not in left_out]
+    left = [name for name in config.strategies if name not in left_out]
+    if not left:
+        raise ConfigError("config.strategies: none is left; add some that need no gold passages")
+    return left
 
 
 def warn_of_borrowed_rates(config) -> None:

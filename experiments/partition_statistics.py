@@ -31,27 +31,31 @@ def questions(config):
 
 def run(config, runs: str) -> pathlib.Path:
     """Splits as the comparison does; returns the folder of the results."""
-    from fedrag_jax.strategies.settings import split_clients
+    from fedrag_jax.strategies.settings import parse, split_clients
     from fedrag_jax.tracking import tables
     from fedrag_jax.tracking.partition_figures import label_distribution
 
     if not config.seeds:
         raise ConfigError("config.seeds is empty; give at least one")
-    clients, alpha, column = (config.federated[name] for name in ("clients", "alpha", "column"))
+    clients, usual, column = (config.federated[name] for name in ("clients", "alpha", "column"))
+    seeds = config.split_seeds or config.seeds
+    apart = [parse(name, usual)[1] for name in config.settings if name != "centralised"]
+    alphas = list(dict.fromkeys(apart or [usual]))
     examples = questions(config)
     splits = {
-        f"alpha {alpha}, seed {seed}": split_clients(examples, clients, alpha, column, seed)
-        for seed in config.split_seeds or config.seeds
+        f"alpha {alpha:g}, seed {seed}": split_clients(examples, clients, alpha, column, seed)
+        for alpha in alphas
+        for seed in dict.fromkeys(seeds)
     }
     first = next(iter(splits.values()))
-    splits["IID"] = split_clients(examples, clients, float("inf"), column, config.seeds[0])
+    splits["IID"] = split_clients(examples, clients, float("inf"), column, seeds[0])
     rows = [{"partition": name} | split.statistics(column) for name, split in splits.items()]
 
     folder = pathlib.Path(runs) / f"{config.name}-partition"
     folder.mkdir(parents=True, exist_ok=True)
     settled_config(config, folder, free=("seeds", "split_seeds", "strategies", "settings", "wandb"))
     text = (
-        f"# {config.name}: {config.data.name}, {clients} clients, Dirichlet alpha {alpha} over "
+        f"# {config.name}: {config.data.name}, {clients} clients, Dirichlet over "
         f"{column}\n\n{tables.partitions_markdown(rows)}\n\n"
         "Gini of sizes: 0 where all clients hold as many. Effective classes: exp(entropy), mean over "
         "clients. Total variation: distance of a client's classes from those of all, in [0, 1], mean "

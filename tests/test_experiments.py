@@ -186,6 +186,7 @@ def test_another_config_does_not_mix_with_old_results(finished):
         ("settings", ("federated_0",), ConfigError, r"setting 'federated_0' unknown"),
         ("settings", ("centralised_1",), ConfigError, r"setting 'centralised_1' unknown"),
         ("split_seeds", (1, 2), ConfigError, r"split_seeds has 2 seeds, config.seeds has 1"),
+        ("seeds", (1, 1), ConfigError, r"the pair \(1, 1\) is there twice"),
         ("primary_metric", "bleu", ConfigError, r"primary_metric: 'bleu' unknown; choose among"),
         ("retrieval.top_k", 2001, ConfigError, r"corpus' 2000 passages, got 2001"),
         ("models.generator", "/nowhere", CheckpointError, "/nowhere"),
@@ -232,6 +233,9 @@ def test_a_folder_without_labels_topics_or_one_hop_questions(tmp_path, capsys):
     folder = compare_strategies.run(config, str(tmp_path))
     assert "retriever left out: needs gold passages, and 36 of 36" in capsys.readouterr().out
     assert {row["strategy"] for row in read(folder)} == {"none", "joint_token"}
+    config.strategies = ("retriever",)
+    with pytest.raises(ConfigError, match="none is left; add some that need no gold passages"):
+        compare_strategies.run(config, str(tmp_path))
     for row in read(folder):
         assert row["em"] and not row["recall_at_5"] and not row["mrr"]
     assert "| – | – |" in (folder / "table.md").read_text()

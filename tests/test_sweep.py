@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ import optax
 import pytest
 from toys import EXAMPLES, FOUR, assert_close, linear_task, mlp_task
 
-from fedrag_jax.data.cache import recall
+from fedrag_jax.data.cache import remember
 from fedrag_jax.errors import ConfigError, DivergenceError
 from fedrag_jax.federated import together
 from fedrag_jax.federated.callbacks import Callback
@@ -20,6 +21,7 @@ from fedrag_jax.federated.optimizers import tunable
 from fedrag_jax.federated.sampling import uniform
 from fedrag_jax.federated.scaffold import scaffold
 from fedrag_jax.federated.sweep import sweep
+from fedrag_jax.tracking.checkpoints import Checkpointer
 
 RATES = 0.02, 0.1, 0.3
 WAYS = together.LOOP, together.Way(1, 3), together.Way(1, 6)
@@ -27,9 +29,8 @@ WAYS = together.LOOP, together.Way(1, 3), together.Way(1, 6)
 
 @pytest.fixture(autouse=True)
 def fresh(tmp_path, monkeypatch):
+    """Nothing is remembered."""
     monkeypatch.setenv("FEDRAG_CACHE", str(tmp_path))
-    monkeypatch.setattr(together, "_tried", {})
-    monkeypatch.setattr(together, "_compiling", {})
 
 
 def momentum(rate):
@@ -75,42 +76,82 @@ def test_every_way_gives_what_each_fit_gives(settings, way, monkeypatch):
     assert_same(sweep(fits), fits)
 
 
-def test_the_fastest_way_is_measured_once_and_remembered(monkeypatch):
+def remembered(tmp_path):
+    return list(json.loads((tmp_path / together.MEMORY).read_text()).values())
+
+
+def test_the_fastest_way_is_measured_once_and_remembered(tmp_path, monkeypatch):
     took = {WAYS[1]: 0.0, WAYS[2]: 2.0}  # the loop takes what it takes
     used = []
 
-    def dealt(_, rounds, way):
+    def dealt(self, _, rounds, way):
         used.append(way)
         return [together.run_round(a)._replace(seconds=took[way]) for a in rounds]
 
     monkeypatch.setattr(together, "_ways", lambda count: list(WAYS))
-    monkeypatch.setattr(together, "_dealt", dealt)
+    monkeypatch.setattr(together.Together, "_dealt", dealt)
     monkeypatch.setattr(together, "_pays", lambda *_: True)
     sweep(grid(rounds=5))
     assert used == [WAYS[1], WAYS[2], WAYS[1], WAYS[1]]  # after a loop
-    monkeypatch.setattr(together, "_tried", {})
+    assert remembered(tmp_path) == [list(WAYS[1])]
     sweep(grid(rounds=2))
     assert used[4:] == [WAYS[1], WAYS[1]]
 
 
-def test_what_cannot_pay_is_not_compiled(monkeypatch):
+def test_what_cannot_pay_is_not_compiled(tmp_path, monkeypatch):
     monkeypatch.setattr(together, "_ways", lambda count: list(WAYS))
-    monkeypatch.setattr(together, "_dealt", None)
-    sweep(grid(rounds=3))  # takes milliseconds, compiling takes more
-    assert [list(tried) for tried in together._tried.values()] == [[together.LOOP]]
+    monkeypatch.setattr(together.Together, "_dealt", None)
+    fits = grid(rounds=3)
+    fit(**fits[0])  # compiled before, which is not to look as if it took no time
+    sweep(fits)  # takes milliseconds, compiling took more
+    assert not (tmp_path / together.MEMORY).exists()
 
 
-def test_what_does_not_fit_into_memory_is_run_in_a_loop(monkeypatch):
-    def full(*_):
+def test_what_does_not_fit_into_memory_is_run_in_a_loop(tmp_path, monkeypatch):
+    tried = []
+
+    def full(self, program, rounds, way):
+        tried.append(way)
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
     monkeypatch.setattr(together, "_ways", lambda count: list(WAYS[:2]))
-    monkeypatch.setattr(together, "_dealt", full)
+    monkeypatch.setattr(together.Together, "_dealt", full)
     monkeypatch.setattr(together, "_pays", lambda *_: True)
     fits = grid()
     assert_same(sweep(fits), fits)
-    (name,) = [together._name(*key) for key in together._tried]
-    assert recall(together.MEMORY, name) == list(together.LOOP)
+    assert remembered(tmp_path) == [list(together.LOOP)] and tried == [WAYS[1]]
+    # What fitted once, on another day, is forgotten when it does not.
+    ((name, _),) = json.loads((tmp_path / together.MEMORY).read_text()).items()
+    remember(together.MEMORY, name, WAYS[1])
+    sweep(fits)
+    assert remembered(tmp_path) == [list(together.LOOP)] and tried == [WAYS[1]] * 2
+
+
+def test_arrays_that_somebody_placed_are_left_where_they_are(monkeypatch):
+    monkeypatch.setattr(together.Together, "_dealt", None)
+    task = mlp_task()
+    frozen = jax.device_put(task.frozen, jax.devices()[0])  # committed
+    fits = grid(task=dataclasses.replace(task, frozen=frozen), rounds=2)
+    assert_same(sweep(fits), fits)
+
+
+def test_a_sweep_that_was_killed_goes_on_where_each_fit_stood(tmp_path):
+    class Killed(Callback):
+        def round_end(self, state, record):
+            if record["round"] == 3:
+                raise KeyboardInterrupt
+
+    def fits(*callbacks):
+        points = enumerate(grid())
+        return [
+            f | {"callbacks": [Checkpointer(tmp_path / str(i), every=1 + i % 2), *callbacks]}
+            for i, f in points
+        ]
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep(fits(Killed()))
+    for result, whole in zip(sweep(fits()), grid(), strict=True):
+        assert_close(result.trainable, fit(**whole).trainable, 1e-5)
 
 
 def test_one_that_diverges_leaves_the_others_alone(monkeypatch):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from fedrag_jax.evaluation.significance import paired_t_test
 from fedrag_jax.tracking import tables
 from fedrag_jax.tracking.cells import Cell, load, save
 from fedrag_jax.tracking.ledger import Cost
@@ -52,23 +53,24 @@ def test_comparisons_by_hand():
     cells = []
     for seed in range(5):
         noise = rng.random(40) < 0.1
-        for setting, gain in (("centralised", 12), ("federated_1", 10), ("local", 0)):
+        for setting, gain in (("centralised", 12), ("federated_1", 10), ("local_1", 0)):
             cells.append(cell("none", setting, [0] * 40, seed))
             right = np.arange(40) < gain
             cells.append(cell("retriever", setting, right ^ noise, seed))
-    rows = tables.comparison_rows(cells, "em")
+    alphas = {"federated_1": 1.0, "local_1": 1.0, "local": 0.1}
+    rows = tables.comparison_rows(cells, "em", alphas)
     pairs = [(r["strategy"], r["setting"], r["against"]) for r in rows]
     assert pairs == [
         ("retriever", "centralised", "none, centralised"),
         ("retriever", "federated_1", "none, federated_1"),
-        ("retriever", "local", "none, local"),
-        ("retriever", "federated_1", "retriever, local"),
+        ("retriever", "local_1", "none, local_1"),
         ("retriever", "federated_1", "retriever, centralised"),
+        ("retriever", "federated_1", "retriever, local_1"),
     ]
-    one = rows[3]
+    one = rows[4]
     a, b = (
         np.stack([c.scores["em"] for c in cells if c.setting == s and c.strategy == "retriever"])
-        for s in ("federated_1", "local")
+        for s in ("federated_1", "local_1")
     )
     d = (a - b).mean(0)
     assert one["difference"] == pytest.approx(100 * d.mean())
@@ -76,15 +78,50 @@ def test_comparisons_by_hand():
     assert (one["better"], one["worse"]) == (100 * np.mean(d > 0), 100 * np.mean(d < 0))
     assert one["low"] < one["difference"] < one["high"]
     assert all(row["p"] <= row["p_holm"] and row["p_t"] <= row["p_t_holm"] for row in rows)
-    assert rows[4]["difference"] < 0
+    assert rows[3]["difference"] < 0
+    # Local training on another split is no partner.
+    apart = tables.comparison_rows(cells, "em", alphas | {"local_1": 0.1})
+    assert [row["against"] for row in apart][3:] == ["retriever, centralised"]
+
+
+def test_runs_are_paired_by_their_seeds():
+    rng = np.random.default_rng(0)
+    some, others = ([rng.random(30) for _ in range(6)] for _ in range(2))
+    here = [cell("retriever", "local", em, seed, seed) for seed, em in enumerate(some)]
+    there = [cell("none", "local", em, seed, seed) for seed, em in enumerate(others)]
+    (row,) = tables.comparison_rows([*here, *reversed(there)], "em", {})
+    (less,) = tables.comparison_rows([*here[:5], *there[1:]], "em", {})
+    assert row["p_t"] == pytest.approx(paired_t_test(some, others))
+    assert less["difference"] == pytest.approx(100 * np.mean(np.array(some[1:5]) - others[1:5]))
+    assert less["p_t"] is None  # four pairs
+
+
+@pytest.mark.parametrize(
+    "seeds, splits, tested",
+    [
+        ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4], True),
+        ([0, 1, 2, 3, 4], [7] * 5, True),
+        ([7] * 5, [0, 1, 2, 3, 4], True),
+        ([0, 1, 2, 0, 1, 2], [0, 0, 0, 1, 1, 1], False),  # six runs of two splits
+    ],
+)
+def test_runs_that_share_seeds_have_no_t_test(seeds, splits, tested):
+    rng = np.random.default_rng(0)
+    cells = [
+        cell(strategy, "federated", rng.random(20), *pair)
+        for strategy in ("none", "generator")
+        for pair in zip(seeds, splits, strict=True)
+    ]
+    (row,) = tables.comparison_rows(cells, "em", {})
+    assert (row["p_t"] is not None) == tested
 
 
 def test_few_seeds_have_no_t_test_and_unlabelled_questions_no_ranking():
     blank = [np.nan] * 3
     cells = [cell(s, "local", [0, 1, i], recall=blank) for i, s in enumerate(("none", "generator"))]
-    (row,) = tables.comparison_rows(cells, "em")
+    (row,) = tables.comparison_rows(cells, "em", {})
     assert row["p_t"] is None and "p_t_holm" not in row
-    assert tables.comparison_rows(cells, "recall_at_5") == []
+    assert tables.comparison_rows(cells, "recall_at_5", {}) == []
     assert "–" in tables.markdown([row], ("p_t", "p_t_holm"))
 
 

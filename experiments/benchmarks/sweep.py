@@ -108,7 +108,9 @@ def measured(together: bool) -> dict:
                 strategy(system, run.dataset, tuner)
         seconds = time.perf_counter() - start
         ends = [
-            f.read_text().splitlines()[-1] for t in tuners for f in t.folder.glob("*/rounds.jsonl")
+            f.read_text().splitlines()[-1]
+            for t in tuners
+            for f in sorted(t.folder.glob("*/rounds.jsonl"))
         ]
     return {
         "seconds": round(seconds, 2),

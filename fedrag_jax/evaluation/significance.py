@@ -70,10 +70,12 @@ def paired_permutation_test(a, b, *, resamples: int = 10_000, seed: int = 0) -> 
 
 
 def paired_t_test(a, b) -> float | None:
-    """Two-sided p of a paired t test over the seeds' means; None below five seeds.
+    """Two-sided p of a paired t test over the seeds' means.
+
+    None below five seeds, and where all seeds differ by the same, which says nothing of their spread.
 
     Args:
-      a, b: [seeds, questions]; row i of both ran with the same seed.
+      a, b: [seeds, questions]; row i of both ran with the same seed, and rows are independent.
     """
     a, b = _matrix(a).mean(axis=1), _matrix(b).mean(axis=1)
     if len(a) != len(b):
@@ -81,8 +83,8 @@ def paired_t_test(a, b) -> float | None:
     if len(a) < 5:
         return None
     differences = a - b
-    if np.allclose(differences, differences[0], rtol=1e-9, atol=0):  # t is 0/0 or x/0
-        return 1.0 if differences[0] == 0 else 0.0
+    if np.allclose(differences, differences[0], rtol=1e-9, atol=1e-12):
+        return 1.0 if abs(differences[0]) < 1e-12 else None
     from scipy import stats  # here, because it takes a second
 
     return float(stats.ttest_rel(a, b).pvalue)
@@ -111,7 +113,7 @@ def better_and_worse(a, b) -> tuple[float, float]:
 def holm(p_values) -> np.ndarray:
     """p values adjusted for being read together (Holm 1979), float64 [n], in the order given.
 
-    Below 0.05 after adjustment, the chance of even one false claim in the table is at most 5%.
+    Below 0.05 after adjustment, the chance of even one false claim among them is at most 5%.
     """
     p = np.asarray(p_values, np.float64)
     if p.ndim != 1 or not np.all((p >= 0) & (p <= 1)):

@@ -10,7 +10,7 @@ import numpy as np
 from fedrag_jax.errors import DivergenceError
 from fedrag_jax.federated.fit import FitResult, fit
 from fedrag_jax.federated.round import Ran, Round
-from fedrag_jax.federated.together import alike, run_together
+from fedrag_jax.federated.together import Together, alike
 from fedrag_jax.objectives.task import Task
 
 
@@ -23,7 +23,8 @@ def sweep(fits: Sequence[Mapping[str, Any]]) -> list[FitResult | DivergenceError
     differ in numbers alone (learning rates, seeds, examples), are run as one, in the way that is
     fastest here: one after the other, dealt out over the devices, or side by side on each as well. Each
     way is measured on a round that counts and remembered for a device and program. Fits of one
-    `Task` share what it retrieves at the start, its tables and its frozen arrays.
+    `Task` share what it retrieves at the start, what it collates and its frozen arrays. All states are
+    in memory at once.
 
     Args:
       fits: the arguments of each `fit` by name.
@@ -39,6 +40,7 @@ def sweep(fits: Sequence[Mapping[str, Any]]) -> list[FitResult | DivergenceError
     asking = [fit.rounds(**{**f, "task": shared[id(f["task"])]}) for f in fits]
     results: list[Any] = [None] * len(fits)
     asked: dict[int, Round] = {}
+    together = Together()
 
     def go_on(i: int, ran: Ran | None) -> None:
         try:
@@ -53,7 +55,7 @@ def sweep(fits: Sequence[Mapping[str, Any]]) -> list[FitResult | DivergenceError
     while asked:
         now, asked = asked, {}
         for program, group in alike(now):
-            ran = run_together(program, [now[i] for i in group])
+            ran = together.run(program, [now[i] for i in group])
             for i, r in zip(group, ran, strict=True):
                 go_on(i, r)
     return results

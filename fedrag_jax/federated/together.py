@@ -2,22 +2,17 @@
 
 import functools
 import hashlib
-import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from fedrag_jax.data.cache import recall, remember
-from fedrag_jax.federated.optimizers import split
 from fedrag_jax.federated.records import Clock
-from fedrag_jax.federated.round import Program, Ran, Round, run_round
+from fedrag_jax.federated.round import Program, Ran, Round, compile_seconds, run_round
 
 MEMORY = "sweeps.json"
-
-_tried: dict[tuple[Program, int], dict["Way", float]] = {}  # seconds of a round of all
-_compiling: dict[Program, float] = {}  # seconds it took at most
 
 
 class Way(NamedTuple):
@@ -35,91 +30,108 @@ LOOP = Way(1, 1)
 
 
 def alike(asked: Mapping[int, Round]) -> list[tuple[Program | None, list[int]]]:
-    """Programs, and the keys of their rounds; a round over a mesh, or in Python, is by itself: None."""
+    """Programs, and the keys of their rounds.
+
+    A round is by itself (None) if it is over devices already, because of its mesh or because somebody
+    placed its arrays, or if it is run in Python.
+    """
     groups: dict[Program, list[int]] = {}
     apart = []
     for i, a in asked.items():
-        if a.mesh is not None or a.name_of is not None or jax.process_count() > 1:
+        program, _ = Program.of(a)
+        placed = a.mesh is not None or any(s.sharding is not None for s in program.shapes)
+        if placed or a.name_of is not None or jax.process_count() > 1:
             apart.append((None, [i]))
         else:
-            groups.setdefault(Program.of(a)[0], []).append(i)
+            groups.setdefault(program, []).append(i)
     return [*apart, *groups.items()]
 
 
-def run_together(program: Program | None, asked: Sequence[Round]) -> list[Ran]:
-    """Runs rounds of one program; each is said to have taken its share of the time.
+class Together:
+    """Runs rounds of the fits of one sweep in the way that is fastest.
 
-    The first calls try one way after the other, each of which does what is asked, as long as what it
-    could save is more than it takes to compile. When all were tried the fastest is kept in
-    `sweeps.json` of the cache folder, by device, shapes and number of fits.
+    One way after the other is tried, each on a round that counts, as long as what it could save is more
+    than it takes to compile. When all were tried the fastest is kept in `sweeps.json` of the cache
+    folder, by device, shapes and number of fits.
     """
-    if program is None or len(asked) == 1:
-        return [run_round(a) for a in asked]
-    name, tried = _name(program, len(asked)), _tried.setdefault((program, len(asked)), {})
-    known = recall(MEMORY, name)
-    untried = [] if known else [way for way in _ways(len(asked)) if way not in tried]
-    way = Way(*known) if known else min(tried, key=tried.__getitem__, default=LOOP)
-    if untried and (not tried or _pays(untried[0], program, tried, min(a.left for a in asked))):
-        way = untried[0]
-    try:
-        found = [run_round(a) for a in asked] if way == LOOP else _dealt(program, asked, way)
-        seconds = sum(ran.seconds for ran in found)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) or way == LOOP:
-            raise
-        seconds = float("inf")
-        found = [run_round(a) for a in asked]
-    _compiling[program] = max(_compiling.get(program, 0), sum(ran.compile_seconds for ran in found))
-    if way in untried:
-        tried[way] = seconds
-        if len(untried) == 1:
-            remember(MEMORY, name, min(tried, key=tried.__getitem__))
-    return found
+
+    def __init__(self):
+        self.tried: dict[tuple[Program, int], dict[Way, float]] = {}  # seconds of a round of all
+        self.copies: dict[tuple[int, jax.Device], tuple[jax.Array, jax.Array]] = {}
+
+    def run(self, program: Program | None, asked: Sequence[Round]) -> list[Ran]:
+        """Runs rounds of one program; each is said to have taken its share of the time."""
+        if program is None or len(asked) == 1:
+            return [run_round(a) for a in asked]
+        name, tried = _name(program, len(asked)), self.tried.setdefault((program, len(asked)), {})
+        known = recall(MEMORY, name)
+        untried = [] if known else [way for way in _ways(len(asked)) if way not in tried]
+        way = Way(*known) if known else min(tried, key=tried.__getitem__, default=LOOP)
+        if untried and (not tried or _pays(untried[0], program, tried, min(a.left for a in asked))):
+            way = untried[0]
+        if way == LOOP:
+            self.copies.clear()
+            found = [run_round(a) for a in asked]
+            seconds = sum(ran.seconds for ran in found)
+        else:
+            try:
+                found = self._dealt(program, asked, way)
+                seconds = sum(ran.seconds for ran in found)
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                self.copies.clear()
+                if known:
+                    remember(MEMORY, name, LOOP)
+                found, seconds = [run_round(a) for a in asked], float("inf")
+        if way in untried:
+            tried[way] = seconds
+            if len(untried) == 1:
+                remember(MEMORY, name, min(tried, key=tried.__getitem__))
+        return found
+
+    def _dealt(self, program: Program, asked: Sequence[Round], way: Way) -> list[Ran]:
+        """Stacks of fits, dealt out over devices that work at the same time."""
+        clock, width = Clock(), way.side_by_side
+        devices = jax.local_devices()[: way.devices] if way.devices > 1 else [None]
+        leaves = [Program.of(a)[1] for a in asked]
+        same = tuple(all(x is xs[0] for x in xs) for xs in zip(*leaves, strict=True))
+        run, results = _compile(program, same, width), []
+        for number, start in enumerate(range(0, len(asked), width)):
+            stack = leaves[start : start + width]
+            by_leaf = list(zip(*stack, *stack[:1] * (width - len(stack)), strict=True))
+            to = devices[number % len(devices)]
+            one = [self._copy(xs[0], to) for xs, s in zip(by_leaf, same, strict=True) if s]
+            each = [[_on(x, to) for x in xs] for xs, s in zip(by_leaf, same, strict=True) if not s]
+            results += run(each, one)[: len(stack)]
+        results = jax.block_until_ready(results)
+        if way.devices > 1:  # so that they are tied to none
+            results = jax.device_put(jax.device_get(results))
+        seconds, compiling = clock.lap()
+        return [Ran(*r, seconds / len(asked), compiling / len(asked)) for r in results]
+
+    def _copy(self, x, device):
+        """`x` on a device, kept there for the rounds to come."""
+        if device is None or not isinstance(x, jax.Array):
+            return x
+        if (id(x), device) not in self.copies:
+            self.copies[id(x), device] = x, jax.device_put(x, device)  # x, lest its id be reused
+        return self.copies[id(x), device][1]
+
+
+def _on(x, device):
+    # Numbers that are no JAX arrays go where the others are.
+    return x if device is None or not isinstance(x, jax.Array) else jax.device_put(x, device)
 
 
 def _pays(way: Way, program: Program, tried: dict[Way, float], left: int) -> bool:
     """Whether a third less time for the rounds left would be worth compiling for another way."""
-    return left * min(tried.values()) / 3 > _compiling.get(program, 0) * way.devices
+    return left * min(tried.values()) / 3 > compile_seconds(program) * way.devices
 
 
 def _ways(count: int) -> list[Way]:
     devices = min(jax.local_device_count(), count)
     return list(dict.fromkeys([LOOP, Way(devices, 1), Way(devices, -(-count // devices))]))
-
-
-def _dealt(program: Program, asked: Sequence[Round], way: Way) -> list[Ran]:
-    """Stacks of fits, dealt out over devices that work at the same time."""
-    clock, width = Clock(), way.side_by_side
-    devices = jax.local_devices()[: way.devices] if way.devices > 1 else [None]
-    leaves = [jax.tree.leaves((split(a.optimizer)[1], a.arguments)) for a in asked]
-    same = tuple(all(x is xs[0] for x in xs) for xs in zip(*leaves, strict=True))
-    run, results = _compile(program, same, width), []
-    for number, start in enumerate(range(0, len(asked), width)):
-        stack = leaves[start : start + width]
-        by_leaf = list(zip(*stack, *stack[:1] * (width - len(stack)), strict=True))
-        device = devices[number % len(devices)]
-        one = [_on(device, xs[0]) for xs, s in zip(by_leaf, same, strict=True) if s]
-        each = [[_on(device, x) for x in xs] for xs, s in zip(by_leaf, same, strict=True) if not s]
-        results += run(each, one)[: len(stack)]
-    results = jax.block_until_ready(results)
-    if way.devices > 1:  # so that they are tied to none
-        results = jax.device_put(jax.device_get(results))
-    seconds, compiling = clock.lap()
-    return [Ran(*r, seconds / len(asked), compiling / len(asked)) for r in results]
-
-
-_copies: dict[tuple[int, Any], jax.Array] = {}
-
-
-def _on(device, x):
-    """The array on a device; the copy is kept while the array is alive, for rounds share arrays."""
-    if device is None or not isinstance(x, jax.Array):  # other numbers go where they are needed
-        return x
-    key = id(x), device
-    if key not in _copies:
-        _copies[key] = jax.device_put(x, device)
-        weakref.finalize(x, _copies.pop, key, None)
-    return _copies[key]
 
 
 @functools.lru_cache(maxsize=16)

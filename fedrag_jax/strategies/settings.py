@@ -27,12 +27,12 @@ def parse(setting: str, alpha: float) -> tuple[str, float]:
     Raises:
       ConfigError: neither a setting, nor federated or local with an alpha > 0.
     """
-    kind, _, own = setting.partition("_")
+    kind, mark, own = setting.partition("_")
     try:
-        alpha = float(own) if own else alpha
+        alpha = float(own) if mark else alpha
     except ValueError:
         alpha = math.nan
-    if kind not in SETTINGS or (own and kind == "centralised") or not alpha > 0:
+    if kind not in SETTINGS or (mark and kind == "centralised") or not alpha > 0:
         raise ConfigError(
             f"setting {setting!r} unknown; choose among {[*SETTINGS]}, federated_<alpha> and "
             "local_<alpha> with an alpha > 0, such as federated_1 or federated_inf"

@@ -65,7 +65,7 @@ def together(strategy, systems: Sequence[RAGSystem], dataset: Dataset, tune_all)
             results[i] = end.value
 
     asked = [(i, go_on(i, None)) for i in range(len(systems))]
-    # Equal systems start with the same task, which has to be made and searched for only once.
+    # Equal systems start with one task, which then retrieves and collates for all of them.
     first = {id(system): task for system, (_, task) in zip(systems, asked, strict=True)}
     asked = [(i, task and first[id(systems[i])]) for i, task in asked]
     while asked := [(i, task) for i, task in asked if task is not None]:

@@ -12,6 +12,7 @@ import jax
 from fedrag_jax.data.examples import Example
 from fedrag_jax.data.partition import Partition
 from fedrag_jax.errors import DivergenceError
+from fedrag_jax.federated.algorithm import nbytes
 from fedrag_jax.federated.callbacks import Callback
 from fedrag_jax.federated.fit import FitResult
 from fedrag_jax.federated.sweep import sweep
@@ -54,13 +55,19 @@ class Tuner:
             raise trained
         return trained
 
-    def known(self, task: Task) -> PyTree | None:
-        """What the task came to, if it is finished."""
-        done = self.folder / task.name / "cost.json"
-        if not everywhere(done.exists()):
-            return None
-        self.costs[task.name] = Cost(**json.loads(done.read_text()))
-        return hub.load_arrays(done.with_name("tuned.safetensors"))
+    def where(self) -> str:
+        """For people: the setting, and whose model it is."""
+        return self.setting if self.client is None else f"{self.setting} client {self.client}"
+
+    def finished(self, task: Task) -> bool:
+        """Whether `read` has something to read."""
+        return everywhere((self.folder / task.name / "cost.json").exists())
+
+    def read(self, task: Task) -> PyTree:
+        """What a finished task came to."""
+        folder = self.folder / task.name
+        self.costs[task.name] = Cost(**json.loads((folder / "cost.json").read_text()))
+        return hub.load_arrays(folder / "tuned.safetensors")
 
     def arguments(self, task: Task, *callbacks: Callback) -> dict[str, Any]:
         """What to call `fit` with; it resumes from its own checkpoints."""
@@ -82,7 +89,7 @@ class Tuner:
         )
 
     def keep(self, task: Task, result: FitResult) -> None:
-        """Writes what a fit came to, for `known`."""
+        """Writes what a fit came to, for `read`."""
         folder = self.folder / task.name
         cost = self._cost(task, result.history)
         hub.save_arrays(result.trainable, folder / "tuned.safetensors")
@@ -105,20 +112,27 @@ class Tuner:
         )
 
 
-def tune_together(
-    asked: Sequence[tuple[Tuner, Task]],
-) -> list[PyTree | DivergenceError]:
-    """What each tuner makes of its task: those that are not finished are trained in one sweep."""
-    todo = [(tuner, task) for tuner, task in asked if tuner.known(task) is None]
-    fits = []
-    for tuner, task in todo:
-        where = tuner.setting if tuner.client is None else f"{tuner.setting} client {tuner.client}"
-        where += f" and {len(todo) - 1} others" if len(todo) > 1 else ""
-        fits.append(tuner.arguments(task, *([] if fits else [Progress(where)])))
+AT_ONCE = 2e9  # bytes of parameters and two moments of fits that are trained at once
+
+
+def tune_together(asked: Sequence[tuple[Tuner, Task]]) -> list[PyTree | DivergenceError]:
+    """What each tuner makes of its task: those that are not finished are trained in sweeps."""
     failed = {}
-    for (tuner, task), result in zip(todo, sweep(fits), strict=True):
-        if isinstance(result, DivergenceError):
-            failed[id(tuner)] = result
-        else:
-            tuner.keep(task, result)
-    return [failed.get(id(tuner)) or tuner.known(task) for tuner, task in asked]
+    todo = [(tuner, task) for tuner, task in asked if not tuner.finished(task)]
+    while todo:
+        width = max(1, int(AT_ONCE / (3 * max(nbytes(task.trainable) for _, task in todo))))
+        first = todo[0][0]
+        if first.setting == "federated" and settings.clients_mesh(first.budget.devices):
+            width = 1  # its clients have the devices already
+        some, todo = todo[:width], todo[width:]
+        others = f" and {len(some) - 1} others" if len(some) > 1 else ""
+        fits = [
+            tuner.arguments(task, *([Progress(tuner.where() + others)] if i == 0 else []))
+            for i, (tuner, task) in enumerate(some)
+        ]
+        for (tuner, task), result in zip(some, sweep(fits), strict=True):
+            if isinstance(result, DivergenceError):
+                failed[id(tuner)] = result
+            else:
+                tuner.keep(task, result)
+    return [failed.get(id(tuner)) or tuner.read(task) for tuner, task in asked]

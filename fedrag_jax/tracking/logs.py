@@ -46,16 +46,19 @@ class Progress(Callback):
         self.where = where and where + ", "
 
     def start(self, state: FitState) -> FitState:
-        self.seconds, self.shown = [], 0.0
+        self.ends, self.shown = [], 0.0
         return state
 
     def round_end(self, state: FitState, record: dict) -> None:
-        self.seconds.append(record["seconds"] + record["refresh_seconds"])
         now = time.perf_counter()
+        self.ends.append(now)
         if jax.process_index() or (now - self.shown < 1 and record["round"] < record["rounds"]):
             return
         self.shown = now
-        per_round = sum(self.seconds) / len(self.seconds)
+        # From end to end, because other fits may share the time; the first round compiles.
+        per_round = record["seconds"] + record["refresh_seconds"]
+        if len(self.ends) > 1:
+            per_round = (now - self.ends[0]) / (len(self.ends) - 1)
         left = round(per_round * (record["rounds"] - record["round"]))
         clock = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
         loss = "-" if record["loss"] is None else f"{record['loss']:.4f}"

@@ -111,12 +111,16 @@ def _sd_within(cells: Sequence[Cell], same) -> float | None:
 METRICS = ("em", "f1", "recall_at_5", "mrr")
 
 
-def comparison_rows(cells: Sequence[Cell], metric: str) -> list[dict[str, Any]]:
+def comparison_rows(
+    cells: Sequence[Cell], metric: str, alphas: dict[str, float]
+) -> list[dict[str, Any]]:
     """Paired differences of a metric in points: tuned against `none`, and settings against each other.
 
-    Federated is compared with local and centralised training of the same strategy. `effect` is Cohen's
-    d_z; `better` and `worse` are percentages of questions. p over questions by permutation, `p_holm`
-    adjusted over the rows, and from five seeds p_t over seeds by a paired t test, `p_t_holm` likewise.
+    Federated training is compared with centralised, and with local training of the same alpha. Runs
+    are paired by their seeds. `effect` is Cohen's d_z; `better` and `worse` are percentages of
+    questions. p is over questions by permutation, p_t over seeds by a paired t test, where there are
+    five or more and no seed of model or split is there twice; `p_holm` and `p_t_holm` are adjusted
+    over the rows, each by itself.
     """
     groups = by_cell(cells)
     tuned = [pair for pair in groups if pair[0] != "none"]
@@ -124,12 +128,15 @@ def comparison_rows(cells: Sequence[Cell], metric: str) -> list[dict[str, Any]]:
     pairs += [
         ((strategy, where), (strategy, other))
         for strategy, where in tuned
-        for other in ("local", "centralised")
-        if where.startswith("federated") and (strategy, other) in groups
+        for same, other in groups
+        if same == strategy and _partners(where, other, alphas)
     ]
     rows = []
     for one, other in pairs:
-        a, b = scores(groups[one], metric), scores(groups[other], metric)
+        both = _paired(groups[one], groups[other])
+        if not both:
+            continue
+        a, b = (scores(some, metric) for some in zip(*both, strict=True))
         if not a.size:
             continue
         low, high = bootstrap_interval(a.mean(0) - b.mean(0))
@@ -147,7 +154,7 @@ def comparison_rows(cells: Sequence[Cell], metric: str) -> list[dict[str, Any]]:
                 "better": 100 * better,
                 "worse": 100 * worse,
                 "p": paired_permutation_test(a, b),
-                "p_t": paired_t_test(a, b) if len(a) == len(b) else None,
+                "p_t": paired_t_test(a, b) if _independent([a for a, _ in both]) else None,
             }
         )
     for name in ("p", "p_t"):
@@ -155,6 +162,23 @@ def comparison_rows(cells: Sequence[Cell], metric: str) -> list[dict[str, Any]]:
         for row, p in zip(known, holm([row[name] for row in known]), strict=True):
             row[f"{name}_holm"] = float(p)
     return rows
+
+
+def _partners(where: str, other: str, alphas: dict[str, float]) -> bool:
+    local = other.startswith("local") and alphas.get(where) == alphas.get(other)
+    return where.startswith("federated") and (other == "centralised" or local)
+
+
+def _paired(some: Sequence[Cell], others: Sequence[Cell]) -> list[tuple[Cell, Cell]]:
+    known = {(cell.seed, cell.split): cell for cell in others}
+    return [(c, known[c.seed, c.split]) for c in some if (c.seed, c.split) in known]
+
+
+def _independent(cells: Sequence[Cell]) -> bool:
+    """Whether runs share neither a seed of the model nor one of the split, or all the same one."""
+    count = len(cells)
+    seeds, splits = (len({getattr(c, name) for c in cells}) for name in ("seed", "split"))
+    return {seeds, splits} <= {1, count} and (seeds == count or splits == count)
 
 
 def without_labels_markdown(rows: Sequence[dict[str, Any]]) -> str:
