@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -221,13 +222,17 @@ def test_progress_tells_round_and_time_left(capsys):
     assert lines[1].startswith(f"seed 3, linear: round 2/2  loss {state.history[1]['loss']:.4f}  ")
     assert lines[1].endswith(" s/round  0:00:00 left")
     # 3,725 s a round, one round to go; a second line within a second is left out.
-    progress.seconds, progress.shown = [], 0.0
+    progress.ends, progress.shown = [], 0.0
     record = state.history[0] | {"seconds": 3700.0, "refresh_seconds": 25.0}
     now = FitState(1, None, None, (record,), {"task": "linear"})
     progress.round_end(now, record)
     progress.round_end(now, record)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].endswith("  3725.00 s/round  1:02:05 left")
+    # Fits of a sweep are told their share of the time; what counts is when rounds end.
+    progress.ends, progress.shown = [time.perf_counter() - 40], 0.0
+    progress.round_end(now, record | {"seconds": 0.1, "refresh_seconds": 0.0})
+    assert capsys.readouterr().err.endswith("  40.00 s/round  0:00:40 left\n")
 
 
 if __name__ == "__main__":
