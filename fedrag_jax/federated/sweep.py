@@ -13,6 +13,8 @@ from fedrag_jax.federated.round import Ran, Round
 from fedrag_jax.federated.together import Together, alike
 from fedrag_jax.objectives.task import Task
 
+RECENT = 16  # tables, and findings, that fits of one task may have in common
+
 
 def sweep(fits: Sequence[Mapping[str, Any]]) -> list[FitResult | DivergenceError]:
     """Runs fits side by side, with the numbers each would have by itself.
@@ -88,13 +90,13 @@ def _equal(one, other) -> bool:
 class _Recent:
     """The last few things made of some examples."""
 
-    def __init__(self, size: int = 16):
-        self.size, self.made = size, {}
+    def __init__(self):
+        self.made = {}
 
     def get(self, examples, about, make):
         where = tuple(map(id, examples)), about
         if where not in self.made:
-            if len(self.made) == self.size:
+            if len(self.made) == RECENT:
                 del self.made[next(iter(self.made))]
             # Held on to, lest others get their identities.
             self.made[where] = examples, make()

@@ -57,7 +57,9 @@ class Together:
 
     def __init__(self):
         self.tried: dict[tuple[Program, int], dict[Way, float]] = {}  # seconds of a round of all
-        self.copies: dict[tuple[int, jax.Device], tuple[jax.Array, jax.Array]] = {}
+        self.copies: dict[
+            tuple, tuple
+        ] = {}  # (array, its copy) by the id of the array and a device
 
     def run(self, program: Program | None, asked: Sequence[Round]) -> list[Ran]:
         """Runs rounds of one program; each is said to have taken its share of the time."""
@@ -112,10 +114,8 @@ class Together:
 
     def _copy(self, x, device):
         """`x` on a device, kept there for the rounds to come."""
-        if device is None or not isinstance(x, jax.Array):
-            return x
         if (id(x), device) not in self.copies:
-            self.copies[id(x), device] = x, jax.device_put(x, device)  # x, lest its id be reused
+            self.copies[id(x), device] = x, _on(x, device)  # x, lest its id be reused
         return self.copies[id(x), device][1]
 
 
