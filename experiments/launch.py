@@ -41,7 +41,7 @@ def launch(run, config: str) -> None:
       config: path of the config file used where none is given.
     """
     _keep_pages()
-    _count_cores_as_devices()
+    virtual_devices(min(os.cpu_count() or 1, DEVICES))
     logging.set_verbosity(logging.WARNING)  # libraries tell a lot about themselves
     config_flags.DEFINE_config_file("config", config)
     flags.DEFINE_string("runs", "runs", "folder that holds the runs")
@@ -82,13 +82,15 @@ def _one_of_several(runs: str, config) -> str:
     return f"{runs}/process{number}"
 
 
-def _count_cores_as_devices() -> None:
-    """Has JAX see a device for each core where it runs on the CPU: fits and clients are dealt out over
-    devices, which keeps cores busier than products of small matrices do."""
-    option = "--xla_force_host_platform_device_count"
-    given = os.environ.get("XLA_FLAGS", "")
+def virtual_devices(count: int) -> None:
+    """Has JAX see so many devices where it runs on the CPU, unless XLA_FLAGS says how many.
+
+    To be called before JAX is used. Fits and clients are dealt out over devices, which keeps cores
+    busier than products of small matrices do.
+    """
+    option, given = "--xla_force_host_platform_device_count", os.environ.get("XLA_FLAGS", "")
     if option not in given:
-        os.environ["XLA_FLAGS"] = f"{given} {option}={min(os.cpu_count() or 1, DEVICES)}".strip()
+        os.environ["XLA_FLAGS"] = f"{given} {option}={count}".strip()
 
 
 def _keep_pages() -> None:

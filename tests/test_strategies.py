@@ -5,14 +5,18 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from toys import EXAMPLES, FOUR, linear_task
 
 from fedrag_jax.data import synthetic
 from fedrag_jax.data.examples import Dataset
 from fedrag_jax.errors import ConfigError, DataError
+from fedrag_jax.federated.sweep import sweep
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.strategies import strategies
+from fedrag_jax.strategies import tuner as tuner_module
+from fedrag_jax.strategies.settings import Budget
 from fedrag_jax.strategies.strategies import STRATEGIES
-from fedrag_jax.tracking.ledger import compiler_flops, step_flops
+from fedrag_jax.tracking.ledger import Cost, compiler_flops, step_flops
 
 TRAINED = {
     "none": [],
@@ -152,3 +156,27 @@ def test_questions_the_prompts_were_not_made_for_are_refused(world):
     system = RAGSystem.build(world.passages[:6])
     with pytest.raises(DataError, match=r"training questions to RAGSystem\.build"):
         system.prompts.training_table(world.train[:2], np.zeros((2, 1), int), per_passage=True)
+
+
+@pytest.mark.parametrize("room, sweeps", [(3, [3]), (2, [2, 1]), (0, [1, 1, 1])])
+def test_as_many_are_trained_at_once_as_memory_allows(tmp_path, monkeypatch, room, sweeps):
+    task, done = linear_task(), []  # of 16 bytes
+
+    def watched(fits):
+        done.append(len(fits))
+        return sweep(fits)
+
+    monkeypatch.setattr(tuner_module, "sweep", watched)
+    monkeypatch.setattr(tuner_module, "AT_ONCE", room * 3 * 16)
+    monkeypatch.setattr(tuner_module.Tuner, "_cost", lambda *_: Cost())
+    budget = Budget(rounds=1, local_steps=1, clients=4, batch_size=2)
+    same = {"setting": "local", "examples": EXAMPLES, "clients": FOUR, "budget": budget, "seed": 0}
+    tuners = [
+        tuner_module.Tuner(tmp_path / str(rate), rates=lambda *_, r=rate: r, client=1, **same)
+        for rate in (0.1, 0.2, 0.3)
+    ]
+    found = tuner_module.tune_together([(tuner, task) for tuner in tuners])
+    assert done == sweeps
+    assert len({float(tree["w"][0]) for tree in found}) == 3
+    tuner_module.tune_together([(tuner, task) for tuner in tuners])
+    assert done == sweeps  # finished

@@ -39,6 +39,8 @@ import time
 
 from absl import app, flags
 
+from experiments.launch import virtual_devices
+
 ROOT = pathlib.Path(__file__).parents[2]
 THEIRS = "from experiments.benchmarks.fedrag_side import main; main()"  # workers import it by name
 RUNS = ("ours", "plain", "in_process/loop", "in_process/trainer", "simulation/loop",
@@ -132,8 +134,7 @@ def prepare(folder: pathlib.Path) -> None:
 def ours(folder: str) -> dict:
     """One turn of this project, in a process of its own."""
     work = json.loads(pathlib.Path(folder, "work.json").read_text())
-    count = f"--xla_force_host_platform_device_count={work['devices']}"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}"
+    virtual_devices(work["devices"])
     import jax
     import numpy as np
     import optax

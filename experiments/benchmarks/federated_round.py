@@ -22,6 +22,9 @@ import time
 import numpy as np
 from absl import app, flags
 
+from experiments.benchmarks.peak import product_peak
+from experiments.launch import virtual_devices
+
 _CLIENTS = flags.DEFINE_list("clients", ["1", "8", "32"], "of a round; each number is a row")
 _STEPS = flags.DEFINE_integer("local_steps", 2, "of each client", lower_bound=1)
 _BATCH = flags.DEFINE_integer("batch_size", 4, "sequences in a step", lower_bound=1)
@@ -57,9 +60,7 @@ def main(argv):
         raise SystemExit(
             "this compares with PyTorch, which is not here: pip install torch==2.13.0 peft==0.21.2"
         )
-    os.environ["XLA_FLAGS"] = (
-        f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={_DEVICES.value}"
-    )
+    virtual_devices(_DEVICES.value)
     import jax
 
     network, params, adapters = decoder()
@@ -283,18 +284,9 @@ def products(layers, hidden, intermediate, vocabulary, rank, tokens, scored) -> 
 
 def peak() -> float:
     """Floating-point operations a second of the best float32 product of JAX or PyTorch here."""
-    import jax
-
     from experiments.benchmarks import torch_round
 
-    best, multiply = torch_round.peak(SIZES), jax.jit(lambda x: x @ x)
-    for n in SIZES:
-        x = jax.random.normal(jax.random.key(0), (n, n))
-        for _ in range(10):
-            start = time.perf_counter()
-            multiply(x).block_until_ready()
-            best = max(best, 2 * n**3 / (time.perf_counter() - start))
-    return best
+    return max(torch_round.peak(SIZES), product_peak(SIZES, "float32"))
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ is known, against the published peak. Prints a line of JSON last, about the last
 
 import json
 import statistics
-import time
 
 from absl import app, flags
+
+from experiments.benchmarks.peak import product_peak
 
 MODELS = {
     "qwen2.5-0.5b": {
@@ -58,7 +59,8 @@ def main(argv):
     flops = _BATCH.value * decoder_flops(
         network.config, network.lora, _TOKENS.value, ANSWER_TOKENS, trained=True
     )
-    best = product_peak() * jax.device_count()
+    size = 1024 if jax.default_backend() == "cpu" else 8192
+    best = product_peak([size], "bfloat16") * jax.device_count()
     published = next((x for name, x in PEAKS.items() if name in kind), None)
     print("clients  group  ms a client-step  of the best product")
     for count in map(int, _CLIENTS.value):
@@ -140,21 +142,6 @@ def timed(network, params, adapters, clients: int) -> tuple[float, int]:
     )
     seconds = [record["seconds"] for record in result.history[1:]]
     return statistics.median(seconds) / (clients * _STEPS.value), settings.group_size
-
-
-def product_peak(size: int = 8192) -> float:
-    """Operations a second of the best of ten bfloat16 products on one device."""
-    import jax
-    import jax.numpy as jnp
-
-    size = size if jax.default_backend() != "cpu" else 1024
-    x, best = jnp.ones((size, size), jnp.bfloat16), 0.0
-    multiply = jax.jit(lambda x: x @ x)
-    for _ in range(10):
-        start = time.perf_counter()
-        multiply(x).block_until_ready()
-        best = max(best, 2 * size**3 / (time.perf_counter() - start))
-    return best
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ import time
 import numpy as np
 from absl import app, flags
 
+from experiments.launch import virtual_devices
+
 _STRATEGY = flags.DEFINE_string("strategy", "generator", "of the comparison")
 _RATES = flags.DEFINE_integer("rates", 9, "of the grid, from 1e-4 to 1e-2", lower_bound=1)
 _SEEDS = flags.DEFINE_integer("seeds", 5, "of adapters and shuffling", lower_bound=1)
@@ -42,11 +44,7 @@ def main(argv):
         names = ("strategy", "rates", "seeds", "rounds", "devices")
         same = [f"--{name}={flags.FLAGS[name].value}" for name in names]
         with tempfile.TemporaryDirectory() as folder:
-            count = f"--xla_force_host_platform_device_count={_DEVICES.value}"
-            environment = os.environ | {
-                "FEDRAG_CACHE": folder,
-                "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {count}",
-            }
+            environment = os.environ | {"FEDRAG_CACHE": folder}
             environment.pop("JAX_COMPILATION_CACHE_DIR", None)
             command = [sys.executable, "-m", "experiments.benchmarks.sweep", *same]
             done = subprocess.run(
@@ -72,6 +70,7 @@ def main(argv):
 
 def measured(together: bool) -> dict:
     """Trains all; seconds, and the training losses of the last round."""
+    virtual_devices(_DEVICES.value)
     import dataclasses
 
     import jax
