@@ -128,6 +128,7 @@ def test_what_does_not_fit_into_memory_is_run_in_a_loop(tmp_path, monkeypatch):
 
 
 def test_arrays_that_somebody_placed_are_left_where_they_are(monkeypatch):
+    monkeypatch.setattr(together, "_ways", lambda count: [WAYS[1]])
     monkeypatch.setattr(together.Together, "_dealt", None)
     task = mlp_task()
     frozen = jax.device_put(task.frozen, jax.devices()[0])  # committed
