@@ -110,7 +110,7 @@ def compiled_round(network, base, adapters):
     from fedrag_jax.federated.cohort import Cohort
     from fedrag_jax.federated.fed_avg import fed_avg
     from fedrag_jax.federated.optimizers import tunable
-    from fedrag_jax.federated.round import compile_round
+    from fedrag_jax.federated.round import Round, compile_round
     from fedrag_jax.objectives.generator import AnswerLoss
 
     clients, rows, tokens = _CLIENTS.value, _BATCH.value, _TOKENS.value
@@ -137,7 +137,8 @@ def compiled_round(network, base, adapters):
     rest = table, [cohort], np.int32(0), jax.random.key(0)
     loss = AnswerLoss(network)
     (turn,) = algorithm.turns
-    run = compile_round(loss, turn, optimizer, None, state, {"decoder": base}, *rest)
+    arguments = state, {"decoder": base}, *rest
+    run = compile_round(Round(loss, turn, optimizer, None, arguments))
     return run, state, rest
 
 

@@ -57,11 +57,12 @@ class Ran(NamedTuple):
 
 def run_round(asked: Round) -> Ran:
     """Runs one round by itself; `state` is donated."""
-    clock, about = Clock(), (asked.loss, asked.turn, asked.optimizer)
+    clock = Clock()
     if asked.name_of is None:
-        run = compile_round(*about, asked.mesh, *asked.arguments)
+        run = compile_round(asked)
     else:
-        run = functools.partial(debug_round, *about, asked.name_of)
+        about = asked.loss, asked.turn, asked.optimizer, asked.name_of
+        run = functools.partial(debug_round, *about)
     compile_seconds = sum(clock.lap())
     state, told = jax.block_until_ready(run(*asked.arguments))
     return Ran(state, told, sum(clock.lap()), compile_seconds)
@@ -87,21 +88,14 @@ def run_alone(rounds: Callable[P, Generator[Round, Ran, R]]) -> Callable[P, R]:
     return fit
 
 
-def compile_round(
-    loss: Callable,
-    turn: Callable,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh | None,
-    *arguments: Any,
-) -> Callable:
-    """Compiles a round, or finds it compiled; the arguments are described in `Round`.
+def compile_round(asked: Round) -> Callable:
+    """Compiles a round, or finds it compiled.
 
     Returns:
       `run(*arguments) -> (state, told)`; `state` is donated.
     """
-    program, leaves = Program.of(Round(loss, turn, optimizer, mesh, arguments))
-    numbers, _ = jax.tree.unflatten(program.tree, leaves)
-    return functools.partial(_compile(program)[0], numbers)
+    program, _ = Program.of(asked)
+    return functools.partial(_compile(program)[0], split(asked.optimizer)[1])
 
 
 def compile_seconds(program: "Program") -> float:
