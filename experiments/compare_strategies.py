@@ -43,17 +43,18 @@ class Comparison:
             "generator": load_generator(config.models),
             "retriever": hub.load(config.models.retriever),
         }
-        self.systems = {}
+        self.systems, self.embed_seconds = {}, 0.0
         if config.federated.column == "topic":
             self.dataset = with_topics(dataset, self.system(config.seeds[0]).retriever)
 
     def system(self, seed: int):
         """The untuned system; only the random half of its adapters depends on the seed."""
+        from fedrag_jax.clock import Clock
         from fedrag_jax.models.lora import LoraConfig
         from fedrag_jax.rag import RAGSystem
 
         if seed not in self.systems:
-            c = self.config
+            c, clock = self.config, Clock()
             lora = LoraConfig(c.lora.rank, c.lora.alpha, tuple(c.lora.targets))
             self.systems[seed] = RAGSystem.build(
                 self.dataset.passages,
@@ -66,7 +67,16 @@ class Comparison:
                 seed=seed,
                 progress=True,
             )
+            self.embed_seconds = clock.lap().embedding
         return self.systems[seed]
+
+    def corpus_cost(self, clients: int):
+        """Of embedding the passages, and of having them and their vectors at so many clients."""
+        from fedrag_jax.tracking.ledger import corpus_cost
+
+        retriever = self.system(self.config.seeds[0]).retriever
+        cost = corpus_cost(retriever.passages, retriever.vectors, clients)
+        return cost._replace(embed_seconds=self.embed_seconds)
 
     def clients(self, setting: str, split: int):
         """Who holds what; federated and local training share it."""
@@ -133,29 +143,35 @@ class Comparison:
 
 def compute_cell(run: Comparison, strategy: str, setting: str, seed: int, split: int):
     """Trains, evaluates on the test set, and prices one cell."""
+    from fedrag_jax.clock import Clock
     from fedrag_jax.evaluation.evaluator import evaluate
     from fedrag_jax.tracking import cells
     from fedrag_jax.tracking.ledger import Cost
 
     test, known = run.dataset.test, None
+    clients = run.clients(setting, split)
     if strategy == "none":  # untuned is untuned wherever the data sits
         known = cells.load(run.folder, strategy, run.config.settings[0], seed, split)
         systems, tuners = [run.system(seed)], []
     else:
         systems, tuners = run.tuned_systems(strategy, setting, seed, split)
+    holders = 0 if setting == "centralised" else len(clients.clients)
+    cost = sum((c for tuner in tuners for c in tuner.costs.values()), run.corpus_cost(holders))
     if known:
         scores, controls = known.scores, known.controls
         em = [scores["em"]]
+        cost += Cost(evaluate_seconds=known.cost.evaluate_seconds)
     else:
+        clock = Clock()
         found = [evaluate(system, test) for system in systems]
+        lap = clock.lap()
+        cost += Cost(evaluate_seconds=lap.others + lap.searching, compile_seconds=lap.compiling)
         scores = {metric: np.mean([f[metric] for f in found], axis=0) for metric in found[0]}
         controls = control_scores(systems[0], test) if len(systems) == 1 else {}
         em = [f["em"] for f in found]
-    clients = run.clients(setting, split)
     # Centralised training has a round for each S steps: as many as there are clients make a point.
     stretch = run.config.federated.clients if setting == "centralised" else 1
     curves = training_curves(tuners, stretch)
-    cost = sum((c for tuner in tuners for c in tuner.costs.values()), Cost())
     by_client = client_scores(clients, test, em, run.config.federated.column)
     return cells.Cell(strategy, setting, seed, split, scores, controls, by_client, cost, curves)
 
@@ -269,6 +285,8 @@ def report(config, folder: pathlib.Path, change_of_no_op: float) -> None:
     tables.write_csv(folder / "strategies.csv", rows, tables.COLUMNS)
     if comparisons:
         tables.write_csv(folder / "comparisons.csv", comparisons, list(comparisons[0]))
+    if traffic := tables.traffic_rows(done):
+        tables.write_csv(folder / "traffic.csv", traffic, list(traffic[0]))
     if controls:
         columns = list(dict.fromkeys(name for row in controls for name in row))
         tables.write_csv(folder / "controls.csv", controls, columns)
@@ -299,6 +317,11 @@ def report(config, folder: pathlib.Path, change_of_no_op: float) -> None:
         "Holm-adjusted over this table. Other metrics, each adjusted by itself, are in "
         "comparisons.csv.\n",
         tables.markdown(compared[primary], shown),
+        "\n## Costs\n\nSeconds by part, the mean over seeds, summed over clients in the local setting; "
+        "operations of training steps, by formula and by the compiler; memory of the largest round "
+        "on a device; bytes of what is trained (by part and type in traffic.csv), and of the corpus "
+        "and its index on their way to the clients.\n",
+        tables.costs_markdown(rows),
         "\n## Clients\n\nEM of the model each client would use, on questions such as it holds.\n",
         tables.clients_markdown(rows),
         "\n## Controls\n\nEM in percent without passages, with a distractor alone, with the gold "

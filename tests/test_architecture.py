@@ -9,7 +9,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "fedrag_jax"
 # Each room may import from itself and from those after it.
 ORDER = ["strategies", "tracking", "evaluation", "rag", "federated", "objectives", "retrieval",
-         "models", "data", "errors"]  # fmt: skip
+         "models", "data", "clock", "errors"]  # fmt: skip
 
 
 def imports(path):

@@ -24,6 +24,9 @@ WANTED = [
 ]  # fmt: skip
 
 
+COSTS = ("seconds", "tokens", "peak_bytes", "refreshes", "bytes_vectors", "bytes_questions")
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     runs = tmp_path_factory.mktemp("runs")
@@ -85,7 +88,38 @@ def test_finished_cells_are_kept_and_a_deleted_one_comes_back_the_same(finished,
     shutil.rmtree(finished / "cells" / "retriever-federated-seed0")
     compare_strategies.run(small(), str(finished.parent))
     assert computed == [("retriever", "federated", 0, 0)]
-    assert read(finished) == before
+    anew = ("evaluate_seconds", "compile_seconds")  # what was trained is read back
+    for row, old in zip(read(finished), before, strict=True):
+        assert {k: v for k, v in row.items() if k not in anew} == {
+            k: v for k, v in old.items() if k not in anew
+        }
+
+
+def test_the_ledger_of_a_comparison(finished):
+    for row in read(finished):
+        cost = {k: float(v) for k, v in row.items() if k.endswith("_seconds") or k in COSTS}
+        parts = ("retrieve", "collate", "train", "aggregate")
+        assert cost["seconds"] == pytest.approx(sum(cost[f"{p}_seconds"] for p in parts))
+        assert cost["evaluate_seconds"] > 0 and cost["embed_seconds"] > 0
+        trains = row["strategy"] != "none"
+        assert (cost["tokens"] > 0) == (cost["peak_bytes"] > 0) == trains
+        assert (cost["aggregate_seconds"] > 0) == trains
+        searched = {"none": 0, "retriever": 0, "two_phase": 1}[row["strategy"]]  # rounds, clients
+        assert cost["refreshes"] == searched * (2 if row["setting"] == "local" else 1)
+        assert cost["bytes_vectors"] == 2 * 2000 * 64 * 4 and cost["bytes_questions"] == 0
+    with open(finished / "traffic.csv", newline="") as file:
+        traffic = list(csv.DictReader(file))
+    kinds = {(r["strategy"], r["direction"], r["part"], r["dtype"]) for r in traffic}
+    assert kinds == {
+        (strategy, direction, part, "float32")
+        for strategy, part in (
+            ("retriever", "query"), ("two_phase", "query"), ("two_phase", "adapters")
+        )
+        for direction in ("up", "down")
+    }  # fmt: skip
+    for row in (r for r in read(finished) if r["setting"] == "federated"):
+        sent = [r for r in traffic if (r["strategy"], r["direction"]) == (row["strategy"], "up")]
+        assert sum(int(r["bytes"]) for r in sent) == int(row["bytes_up"])
 
 
 def test_strategies_that_need_no_labels_do_not_read_them(finished, tmp_path):

@@ -273,6 +273,14 @@ def test_bytes(task):
         assert (history[0]["bytes_down"], history[0]["bytes_up"]) == (down + 12, up + 12), rule
         if rule == "rolora":
             assert history[1]["bytes_up"] == 3 * a + 12
+        down = {
+            "fedex": {"adapters", "other", "decoder update"},
+            "flora": {"other", "decoder update"},
+        }
+        for way, kinds in (("up", {"adapters", "other"}), ("down", down.get(rule))):
+            sent = history[0]["traffic"][way]
+            assert set(sent) == {f"{kind} float32" for kind in kinds or ("adapters", "other")}
+            assert sum(sent.values()) == history[0][f"bytes_{way}"]
     ranked = fed_lora("flexlora", NETWORK, ranks=(1, 2, 3))
     history = fit(task, CLIENTS, ranked, rounds=1, **SGD).history
     assert history[0]["bytes_up"] == (1 + 2 + 3) * (a + b) // 3 + 12

@@ -85,6 +85,43 @@ def test_compiling_is_told_apart_from_training():
     assert max(record["compile_seconds"] for record in later) < slow
 
 
+def test_what_is_no_local_step_is_told_apart():
+    slow, steps = 0.2, fed_avg(local_steps=2)
+
+    def wait(x, seconds):
+        def waited(x):
+            time.sleep(seconds)
+            return x
+
+        return jax.pure_callback(waited, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+    def loss(trainable, frozen, batch, rng):
+        value, metrics = squared_error(trainable, frozen, batch, rng)
+        return value, metrics | {"waited": wait(batch["weight"].sum(), slow / 8)}  # of 4 x 2 steps
+
+    def turn(state, cohort, client):
+        state, report = steps.turns[0](state, cohort, client)
+        trainable = jax.tree.map(lambda x: wait(x, slow / 2), state.trainable)  # two leaves
+        return state._replace(trainable=trainable), report
+
+    plain = fit(linear_task(), FOUR, steps, rounds=2)
+    for task, algorithm, low, high in (
+        (linear_task(loss=loss), steps, 0, slow / 2),
+        (linear_task(), steps._replace(turns=(turn,)), slow, 2 * slow),
+    ):
+        found = fit(task, FOUR, algorithm, rounds=2)
+        assert_equal(found.trainable, plain.trainable)
+        for record in found.history:
+            assert low <= record["aggregate_seconds"] < high
+            assert record["seconds"] >= max(slow, record["aggregate_seconds"])
+
+
+def test_a_round_takes_as_much_memory_as_its_arrays_and_more():
+    wide = {"w": np.zeros(3), "b": np.zeros(()), "unused": np.zeros(250_000, np.float32)}
+    (record,) = fit(linear_task(trainable=wide), FOUR, fed_avg(local_steps=1), rounds=1).history
+    assert 4e6 < record["peak_bytes"] < 20e6  # the model, its two moments, a gradient
+
+
 def test_the_task_survives_the_fit():
     task = linear_task(trainable={"w": jnp.ones(3), "b": jnp.zeros(())})
     for algorithm in (fed_avg(local_steps=1), local_only(local_steps=1)):

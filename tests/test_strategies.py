@@ -16,7 +16,7 @@ from fedrag_jax.strategies import strategies
 from fedrag_jax.strategies import tuner as tuner_module
 from fedrag_jax.strategies.settings import Budget
 from fedrag_jax.strategies.strategies import STRATEGIES
-from fedrag_jax.tracking.ledger import Cost, compiler_flops, step_flops
+from fedrag_jax.tracking.ledger import Cost, compiler_flops, mean_cost, step_flops
 
 TRAINED = {
     "none": [],
@@ -156,6 +156,47 @@ def test_questions_the_prompts_were_not_made_for_are_refused(world):
     system = RAGSystem.build(world.passages[:6])
     with pytest.raises(DataError, match=r"training questions to RAGSystem\.build"):
         system.prompts.training_table(world.train[:2], np.zeros((2, 1), int), per_passage=True)
+
+
+def test_tokens_are_those_that_training_reads(system, world, tmp_path):
+    """Each of four examples once: prompts and questions as they are tokenised, no padding."""
+    there = {p.id for p in world.passages}
+    some = [e for e in world.train if set(e.positive_ids) <= there][:4]
+    short = dataclasses.replace(world, train=some)
+    system = RAGSystem.build(world.passages, some, marginal_k=3)
+    rows, _ = system.retriever.search([e.question for e in some], 5)
+    together = [
+        len(system.prompts.prompt(e.question, r)) + len(system.prompts.answer_tokens(e.answers[0]))
+        for e, r in zip(some, rows, strict=True)
+    ]
+    apart = [
+        len(system.prompts.prompt(e.question, [r]))
+        + len(system.prompts.answer_tokens(e.answers[0]))
+        for e, found in zip(some, rows, strict=True)
+        for r in found[:3]
+    ]
+    questions = [len(system.retriever.tokenizer(e.question)["input_ids"]) for e in some]
+    expected = {
+        "retriever": [sum(questions)],
+        "generator": [sum(together)],
+        "joint_token": [sum(apart) + sum(questions)],
+        "second_phase": [sum(apart) + sum(questions)],  # read once, used as often as it is
+    }
+    for name, tokens in expected.items():
+        tuner = tuner_module.Tuner(
+            tmp_path / name, "centralised", some, None, Budget(1, 1, 1, 4), lambda *_: 0.0, seed=0
+        )
+        getattr(strategies, name)(system, short, tuner)
+        assert [cost.tokens for cost in tuner.costs.values()] == tokens, name
+
+
+def test_costs_add_up():
+    one = Cost(seconds=1.0, peak_bytes=5, traffic={"up query float32": 3, "down query float32": 4})
+    two = Cost(seconds=2.0, peak_bytes=2, traffic={"up query float32": 1, "up adapters int8": 2})
+    both = one + two
+    assert (both.seconds, both.peak_bytes, both.bytes_up, both.bytes_down) == (3.0, 5, 6, 4)
+    mean = mean_cost([one, two])
+    assert (mean.seconds, mean.peak_bytes, mean.bytes_up, mean.bytes_down) == (1.5, 5, 3, 2)
 
 
 @pytest.mark.parametrize("room, sweeps", [(3, [3]), (2, [2, 1]), (0, [1, 1, 1])])

@@ -85,7 +85,8 @@ def test_the_fastest_way_is_measured_once_and_remembered(tmp_path, monkeypatch):
     used = []
 
     def dealt(self, _, rounds, way):
-        used.append(way)
+        if rounds[0].left:  # one that counts
+            used.append(way)
         return [together.run_round(a)._replace(seconds=took[way]) for a in rounds]
 
     monkeypatch.setattr(together, "_ways", lambda count: list(WAYS))

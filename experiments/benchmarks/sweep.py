@@ -78,7 +78,7 @@ def measured(together: bool) -> dict:
     from configs.compare_strategies import get_config
     from experiments.compare_strategies import Comparison
     from experiments.inputs import load_data
-    from fedrag_jax.federated.records import Clock
+    from fedrag_jax.clock import Clock
     from fedrag_jax.strategies import strategies
     from fedrag_jax.strategies.tuner import tune_together
 
@@ -113,7 +113,7 @@ def measured(together: bool) -> dict:
         ]
     return {
         "seconds": round(seconds, 2),
-        "compile_seconds": round(clock.lap()[1], 2),
+        "compile_seconds": round(clock.lap().compiling, 2),
         "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
         "losses": [json.loads(end)["loss"] for end in ends],
     }

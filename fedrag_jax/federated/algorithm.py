@@ -2,7 +2,8 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from typing import Any, NamedTuple
 
@@ -59,10 +60,10 @@ class Client(NamedTuple):
 
 
 class Traffic(NamedTuple):
-    """Bytes that the clients of a round receive and send, all together."""
+    """Bytes that the clients of a round receive and send, all together, as `by_kind` names them."""
 
-    down: int = 0
-    up: int = 0
+    down: Mapping[str, int] = {}
+    up: Mapping[str, int] = {}
 
 
 class Algorithm(NamedTuple):
@@ -158,4 +159,23 @@ def wide(x: jax.Array) -> jax.Array:
 
 def nbytes(tree: PyTree) -> int:
     """Bytes of all leaves."""
-    return sum(int(np.size(x)) * jnp.result_type(x).itemsize for x in jax.tree.leaves(tree))
+    return sum(by_kind(tree).values())
+
+
+def by_kind(tree: PyTree) -> dict[str, int]:
+    """Bytes of the leaves of each part, by type: `{"adapters float32": 8192}`."""
+    parts = tree if isinstance(tree, Mapping) else {"model": tree}
+    found: Counter = Counter()
+    for name, tree in parts.items():
+        for x in jax.tree.leaves(tree):
+            kind = jnp.result_type(x)
+            found[f"{name} {kind.name}"] += int(np.size(x)) * kind.itemsize
+    return dict(found)
+
+
+def added(sizes: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """The sum of several such counts."""
+    total: Counter = Counter()
+    for some in sizes:
+        total.update(some)
+    return dict(total)

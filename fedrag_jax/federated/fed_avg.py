@@ -16,8 +16,9 @@ from fedrag_jax.federated.algorithm import (
     Algorithm,
     State,
     Traffic,
+    added,
+    by_kind,
     difference,
-    nbytes,
     one_object,
     stack,
     weighted_sum,
@@ -92,4 +93,5 @@ def averaging(
 
 def whole_model(trainable, drawn, answered, round) -> Traffic:
     """Everything that is trained goes down to each client and up again."""
-    return Traffic(len(drawn) * nbytes(trainable), len(answered) * nbytes(trainable))
+    model = by_kind(trainable)
+    return Traffic(added([model] * len(drawn)), added([model] * len(answered)))

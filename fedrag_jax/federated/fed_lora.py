@@ -34,8 +34,9 @@ from fedrag_jax.federated.algorithm import (
     Algorithm,
     State,
     Traffic,
+    added,
+    by_kind,
     difference,
-    nbytes,
     one_object,
     stack,
     weighted_sum,
@@ -212,20 +213,26 @@ def fed_lora(
     def traffic(trainable, drawn, answered, round):
         moves = rules.moves[round % len(rules.moves)]
         _, factors = _parted(trainable, part, moves)
-        others = nbytes(trainable) - nbytes(_parted(trainable, part, (A, B))[1])
+        others = by_kind(_parted(trainable, part, (A, B))[0])
 
-        def size(client):
-            return nbytes(factors) * (full if ranks is None else ranks[client]) // full
+        def factors_of(client, name=part):
+            rank = full if ranks is None else ranks[client]
+            whole = by_kind({name: factors[part]})
+            return {kind: size * rank // full for kind, size in whole.items()}
 
-        stacked = 0
+        stacked = {}
         if rules.changes_base:
             # Down goes what the base is to take in: the factors of all, or the sum if that is less.
-            dense = nbytes(jax.eval_shape(lambda t: lora.product(network, t), trainable[part]))
-            stacked = min(sum(map(size, answered)), dense)
-        own = 0 if rule == "flora" else 1
+            update = f"{base} update"
+            dense = jax.eval_shape(lambda t: lora.product(network, t), trainable[part])
+            of_all = added(factors_of(k, update) for k in answered)
+            stacked = min(of_all, by_kind({update: dense}), key=lambda sizes: sum(sizes.values()))
+        keeps = rule != "flora"  # whose fresh adapters every client can draw by itself
         return Traffic(
-            down=sum(others + own * size(k) + stacked for k in drawn),
-            up=sum(others + size(k) for k in answered),
+            down=added(
+                some for k in drawn for some in (others, factors_of(k) if keeps else {}, stacked)
+            ),
+            up=added(some for k in answered for some in (others, factors_of(k))),
         )
 
     def model(trainable, row):

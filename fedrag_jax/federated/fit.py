@@ -12,6 +12,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from fedrag_jax.clock import Clock
 from fedrag_jax.data.partition import Partition
 from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.federated.algorithm import Algorithm, PyTree, State
@@ -21,7 +22,7 @@ from fedrag_jax.federated.cohort import draw_clients, grouped, padding, sample_c
 from fedrag_jax.federated.group_size import choose_group_size
 from fedrag_jax.federated.optimizers import tunable
 from fedrag_jax.federated.placing import Placing, put_rows, rows_of
-from fedrag_jax.federated.records import Clock, by_client, require_finite, summary
+from fedrag_jax.federated.records import by_client, require_finite, summary
 from fedrag_jax.federated.round import Ran, Round, run_alone
 from fedrag_jax.federated.table import collate, retrieve, used_rows
 from fedrag_jax.objectives.task import Task
@@ -86,8 +87,11 @@ def fit(
       `FitResult`. A record holds `round` (from 1), `rounds`, `loss` and `metrics` (means over the
       examples seen), `clients` [K] and their `client_loss` [K], `drawn` (how many clients were, of
       whom K answered), `examples` seen since the start, `padding` (the share of the round's computing
-      that was no example), `bytes_down` and `bytes_up` of the round, and `seconds` of training,
-      `refresh_seconds` of retrieval and collating, `compile_seconds`.
+      that was no example), `bytes_down` and `bytes_up` of the round and `traffic`, the same by part and
+      type, `peak_bytes` on a device, `refreshed` (whether examples were searched for anew); `seconds`
+      of training, `refresh_seconds` of retrieval and collating, `compile_seconds`. Of the first,
+      `aggregate_seconds` go by without a local step; of the second, `embed_seconds` are for passages,
+      `retrieve_seconds` for searching.
 
     Raises:
       ConfigError: a setting that cannot be honoured.
@@ -161,7 +165,7 @@ def fit(
     state = placing.everywhere(state)._replace(population=now.state.population)
     now = dataclasses.replace(now, state=state)
     key = placing.everywhere(jax.random.fold_in(jax.random.key(seed), zlib.crc32(b"local update")))
-    table = None
+    table = aggregate_seconds = None
     while now.round < rounds:
         clock = Clock()
         refresh = task.retrieve is not None and now.round % refresh_every == 0
@@ -176,7 +180,8 @@ def fit(
             table = placing.everywhere(collate(task, data.examples, rows, now.retrieved))
             place = np.zeros(len(data.examples), np.int32)
             place[rows] = np.arange(len(rows))
-        refresh_seconds, compile_seconds = clock.lap()
+        refresh_lap = clock.lap()
+        compile_seconds = refresh_lap.compiling
 
         if now.settings["group_size"] is None:
             size = choose_group_size(task, at_round(now.round), frozen, table, batch_size, most)
@@ -198,8 +203,12 @@ def fit(
             rounds - now.round,
             _namer(data, rows) if debug else None,
         )
-        sample_seconds, _ = clock.lap()
+        sample_seconds = clock.lap().others
         ran = yield asked
+        if aggregate_seconds is None:
+            aggregate_seconds = (
+                (yield _without_steps(asked, ran.state)).seconds if not debug else 0.0
+            )
         clock.lap()  # others may have had their turn
         after = ran.state
         mine, (report, server_finite) = placing.read((after.population, ran.told))
@@ -216,10 +225,16 @@ def fit(
             "drawn": len(drawn),
             "examples": before + int(report["examples"].sum()),
             "padding": padding(parts),
-            "bytes_down": traffic.down,
-            "bytes_up": traffic.up,
+            "bytes_down": sum(traffic.down.values()),
+            "bytes_up": sum(traffic.up.values()),
+            "traffic": traffic._asdict(),
+            "peak_bytes": ran.peak_bytes,
             "seconds": seconds,
-            "refresh_seconds": refresh_seconds,
+            "aggregate_seconds": min(aggregate_seconds, seconds),
+            "refreshed": refresh,
+            "refresh_seconds": sum(refresh_lap) - refresh_lap.compiling,
+            "embed_seconds": refresh_lap.embedding,
+            "retrieve_seconds": refresh_lap.searching,
             "compile_seconds": compile_seconds,
         }
         now = dataclasses.replace(
@@ -237,6 +252,14 @@ def fit(
         if alone:
             trainable = jax.tree.map(lambda x: x[0], trainable)
     return FitResult(trainable, list(now.history), algorithm.frozen(now.state, frozen))
+
+
+def _without_steps(asked: Round, state: State) -> Round:
+    """The same round if no client took a step: handing out, aggregation, and the server's step."""
+    _, frozen, table, cohort, *rest = asked.arguments
+    state = jax.tree.map(jnp.copy, state)  # for it is donated
+    cohort = [part._replace(steps=part.steps * 0) for part in cohort]
+    return asked._replace(arguments=(state, frozen, table, cohort, *rest), left=0)
 
 
 def _initial_state(task, algorithm, optimizer, client_count) -> State:

@@ -1,6 +1,5 @@
-"""What a round is said to have done: its record, its seconds, and whether it went well."""
+"""What a round is said to have done: its record, and whether it went well."""
 
-import time
 from typing import Any
 
 import jax
@@ -47,33 +46,3 @@ def require_finite(task: str, round: int, clients: np.ndarray, finite: np.ndarra
         f"client(s): {who}. Lower the learning rate or clip gradients; "
         "the last checkpoint is from before. fit(..., debug=True) names step and batch"
     )
-
-
-class Clock:
-    """Seconds between laps, and how many of them JAX compiled."""
-
-    def __init__(self):
-        self.last, self.compiled = time.perf_counter(), _compiling.seconds
-
-    def lap(self) -> tuple[float, float]:
-        """(seconds without compiling, seconds of compiling) since the last lap."""
-        last, compiled = self.last, self.compiled
-        self.last, self.compiled = time.perf_counter(), _compiling.seconds
-        took = self.last - last
-        compiled = min(took, self.compiled - compiled)  # threads may compile side by side
-        return took - compiled, compiled
-
-
-class _Compiling:
-    """Seconds JAX has traced and compiled since this module was imported."""
-
-    def __init__(self):
-        self.seconds = 0.0
-        jax.monitoring.register_event_duration_secs_listener(self)
-
-    def __call__(self, event: str, seconds: float, **_) -> None:
-        if event.startswith("/jax/core/compile/"):
-            self.seconds += seconds
-
-
-_compiling = _Compiling()

@@ -8,12 +8,12 @@ import jax
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
+from fedrag_jax.clock import Clock
 from fedrag_jax.federated.algorithm import State
 from fedrag_jax.federated.client import all_finite, local_update
 from fedrag_jax.federated.cohort import CLIENTS
 from fedrag_jax.federated.debug import debug_round
 from fedrag_jax.federated.optimizers import join, split
-from fedrag_jax.federated.records import Clock
 
 P, R = ParamSpec("P"), TypeVar("R")
 
@@ -27,7 +27,8 @@ class Round(NamedTuple):
       optimizer: of the clients.
       mesh: with an axis "clients", or None.
       arguments: `state, frozen, table, cohort, round, key`.
-      left: rounds of the fit from this one on.
+      left: rounds of the fit from this one on; 0 for one beside them, which is not to be learned
+        from.
       name_of: what to call a row of the table, if the round is to be run in Python, step by step.
     """
 
@@ -47,25 +48,28 @@ class Ran(NamedTuple):
       state: of the algorithm.
       told: `(report, server_finite)`, the report as the turn gives it.
       seconds: without `compile_seconds`.
+      peak_bytes: that the program takes on a device.
     """
 
     state: State
     told: tuple
     seconds: float
     compile_seconds: float
+    peak_bytes: int = 0
 
 
 def run_round(asked: Round) -> Ran:
     """Runs one round by itself; `state` is donated."""
-    clock = Clock()
+    clock, peak = Clock(), 0
     if asked.name_of is None:
         run = compile_round(asked)
+        peak = peak_bytes(run.func)
     else:
         about = asked.loss, asked.turn, asked.optimizer, asked.name_of
         run = functools.partial(debug_round, *about)
     compile_seconds = sum(clock.lap())
     state, told = jax.block_until_ready(run(*asked.arguments))
-    return Ran(state, told, sum(clock.lap()), compile_seconds)
+    return Ran(state, told, sum(clock.lap()), compile_seconds, peak)
 
 
 def run_alone(rounds: Callable[P, Generator[Round, Ran, R]]) -> Callable[P, R]:
@@ -96,6 +100,15 @@ def compile_round(asked: Round) -> Callable:
     """
     program, _ = Program.of(asked)
     return functools.partial(_compile(program)[0], split(asked.optimizer)[1])
+
+
+def peak_bytes(compiled: jax.stages.Compiled) -> int:
+    """What a program holds on a device at once: arguments, results and scratch, by the compiler."""
+    memory = compiled.memory_analysis()
+    if memory is None:  # not every backend tells
+        return 0
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    return held + memory.temp_size_in_bytes - memory.alias_size_in_bytes
 
 
 def compile_seconds(program: "Program") -> float:

@@ -13,8 +13,9 @@ from fedrag_jax.federated.algorithm import (
     Algorithm,
     State,
     Traffic,
+    added,
+    by_kind,
     difference,
-    nbytes,
     one_object,
     positive,
     stack,
@@ -85,8 +86,8 @@ def scaffold(
         return State(x, state.server | {"c": c}, population), report
 
     def traffic(trainable, drawn, answered, round):
-        both = 2 * nbytes(trainable)  # the model and a control variate
-        return Traffic(len(drawn) * both, len(answered) * both)
+        both = by_kind(trainable) | by_kind({"control variate": trainable})
+        return Traffic(added([both] * len(drawn)), added([both] * len(answered)))
 
     name = (
         f"scaffold(client_learning_rate={rate}, server_learning_rate={server_learning_rate}, "

@@ -8,9 +8,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fedrag_jax.clock import Clock
 from fedrag_jax.data.cache import recall, remember
-from fedrag_jax.federated.records import Clock
-from fedrag_jax.federated.round import Program, Ran, Round, compile_seconds, run_round
+from fedrag_jax.federated.round import (
+    Program,
+    Ran,
+    Round,
+    compile_seconds,
+    peak_bytes,
+    run_round,
+)
 
 MEMORY = "sweeps.json"
 
@@ -66,10 +73,10 @@ class Together:
         if program is None or len(asked) == 1:
             return [run_round(a) for a in asked]
         name, tried = _name(program, len(asked)), self.tried.setdefault((program, len(asked)), {})
-        known = recall(MEMORY, name)
-        untried = [] if known else [way for way in _ways(len(asked)) if way not in tried]
+        known, left = recall(MEMORY, name), min(a.left for a in asked)
+        untried = [] if known or not left else [w for w in _ways(len(asked)) if w not in tried]
         way = Way(*known) if known else min(tried, key=tried.__getitem__, default=LOOP)
-        if untried and (not tried or _pays(untried[0], program, tried, min(a.left for a in asked))):
+        if untried and (not tried or _pays(untried[0], program, tried, left)):
             way = untried[0]
         if way == LOOP:
             self.copies.clear()
@@ -98,19 +105,20 @@ class Together:
         devices = jax.local_devices()[: way.devices] if way.devices > 1 else [None]
         leaves = [Program.of(a)[1] for a in asked]
         same = tuple(all(x is xs[0] for x in xs) for xs in zip(*leaves, strict=True))
-        run, results = _compile(program, same, width), []
+        results = []
         for number, start in enumerate(range(0, len(asked), width)):
             stack = leaves[start : start + width]
             by_leaf = list(zip(*stack, *stack[:1] * (width - len(stack)), strict=True))
             to = devices[number % len(devices)]
             one = [self._copy(xs[0], to) for xs, s in zip(by_leaf, same, strict=True) if s]
             each = [[_on(x, to) for x in xs] for xs, s in zip(by_leaf, same, strict=True) if not s]
+            run = _compile(program, same, width, to)
             results += run(each, one)[: len(stack)]
         results = jax.block_until_ready(results)
         if way.devices > 1:  # so that they are tied to none
             results = jax.device_put(jax.device_get(results))
-        seconds, compiling = clock.lap()
-        return [Ran(*r, seconds / len(asked), compiling / len(asked)) for r in results]
+        lap, peak = clock.lap(), peak_bytes(run)
+        return [Ran(*r, lap.others / len(asked), lap.compiling / len(asked), peak) for r in results]
 
     def _copy(self, x, device):
         """`x` on a device, kept there for the rounds to come."""
@@ -134,9 +142,9 @@ def _ways(count: int) -> list[Way]:
     return list(dict.fromkeys([LOOP, Way(devices, 1), Way(devices, -(-count // devices))]))
 
 
-@functools.lru_cache(maxsize=16)
-def _compile(program: Program, same: tuple[bool, ...], width: int):
-    """`run(each, one) -> [(state, told), ...]` of `width` fits.
+@functools.lru_cache(maxsize=64)
+def _compile(program: Program, same: tuple[bool, ...], width: int, device):
+    """`run(each, one) -> [(state, told), ...]` of `width` fits, on a device if one is named.
 
     Leaves that are the `same` are given once, the others as often as there are fits.
     """
@@ -153,7 +161,14 @@ def _compile(program: Program, same: tuple[bool, ...], width: int):
         found = jax.vmap(single, (0, None), axis_size=width)([jnp.stack(xs) for xs in each], one)
         return [jax.tree.map(lambda x, i=i: x[i], found) for i in range(width)]
 
-    return jax.jit(run)
+    placed = None if device is None else jax.sharding.SingleDeviceSharding(device)
+    shapes = [
+        jax.ShapeDtypeStruct(s.shape, s.dtype, weak_type=s.weak_type, sharding=placed)
+        for s in program.shapes
+    ]
+    each = [[x] * width for x, s in zip(shapes, same, strict=True) if not s]
+    one = [x for x, s in zip(shapes, same, strict=True) if s]
+    return jax.jit(run).lower(each, one).compile()
 
 
 def _name(program: Program, count: int) -> str:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from fedrag_jax.data.batching import Prompts
 from fedrag_jax.models.network import Network
-from fedrag_jax.objectives.likelihood import answer_log_probs, weighted_mean
+from fedrag_jax.objectives.likelihood import answer_log_probs, tokens_read, weighted_mean
 from fedrag_jax.objectives.task import PyTree, Task
 
 
@@ -30,7 +30,8 @@ class AnswerLoss:
         nll = -(log_probs * batch["answer_mask"][:, None]).sum((1, 2))
         tokens = jnp.maximum(batch["answer_mask"].sum(1), 1) * log_probs.shape[1]
         loss = weighted_mean(nll, batch["weight"])
-        return loss, {"nll_per_token": weighted_mean(nll / tokens, batch["weight"])}
+        told = {"nll_per_token": nll / tokens, "tokens": tokens_read(batch)}
+        return loss, {name: weighted_mean(x, batch["weight"]) for name, x in told.items()}
 
 
 def concatenated(

@@ -21,7 +21,7 @@ from jax.scipy.special import logsumexp
 from fedrag_jax.data.batching import Prompts, encoder_table
 from fedrag_jax.data.examples import embedding_text
 from fedrag_jax.models.network import Network
-from fedrag_jax.objectives.likelihood import answer_log_probs, weighted_mean
+from fedrag_jax.objectives.likelihood import answer_log_probs, tokens_read, weighted_mean
 from fedrag_jax.objectives.retriever import normalised, question_table
 from fedrag_jax.objectives.task import PyTree, Task
 from fedrag_jax.retrieval.retriever import Retriever
@@ -67,7 +67,8 @@ class MarginalLoss:
         log_marginal = MARGINALS[self.marginal](log_probs, scores, batch["answer_mask"])
         entropy = -(jax.nn.softmax(scores) * jax.nn.log_softmax(scores)).sum(1)
         loss = weighted_mean(-log_marginal, batch["weight"])
-        return loss, {"retrieval_entropy": weighted_mean(entropy, batch["weight"])}
+        told = {"retrieval_entropy": entropy, "tokens": tokens_read(batch)}
+        return loss, {name: weighted_mean(x, batch["weight"]) for name, x in told.items()}
 
     def scores(self, parts, batch) -> jax.Array:
         """Scaled cosine of each question with its passages [B, k]."""
@@ -159,7 +160,8 @@ class _Likelihoods:
         self._decoder, self._prompts, self._parts, self._known = decoder, prompts, parts, {}
 
     def __call__(self, examples, retrieved) -> dict[str, np.ndarray]:
-        """`answer_log_probs` [N, k, A], `answer_mask` [N, A], `prompt_tokens` [N, k] that were read."""
+        """`answer_log_probs` [N, k, A], `answer_mask` [N, A], `lengths` [N, k] of the prompts that were
+        read and `prompt_tokens` [N, k], the same with padding."""
         pairs = [(e, row) for e, rows in zip(examples, retrieved, strict=True) for row in rows]
         missing = [
             p for p in dict.fromkeys((e.id, int(r)) for e, r in pairs) if p not in self._known
@@ -174,14 +176,16 @@ class _Likelihoods:
             found = _frozen_log_probs(
                 self._decoder, self._parts["decoder"], self._parts["adapters"], table
             )
-            self._known.update(zip(chunk, np.asarray(found)[:, 0], strict=False))
-        known = [self._known[e.id, int(row)] for e, row in pairs]
+            of_each = zip(np.asarray(found)[:, 0], table["lengths"][:, 0], strict=True)
+            self._known.update(zip(chunk, of_each, strict=False))
+        known, lengths = zip(*(self._known[e.id, int(row)] for e, row in pairs), strict=True)
         masks = [self._prompts.answer_tokens(e.answers[0]) for e in examples]
         shape = (len(examples), len(retrieved[0]), known[0].shape[-1])
         mask = np.arange(shape[-1]) < np.array([len(m) for m in masks])[:, None]
         return {
             "answer_log_probs": np.stack(known).reshape(shape),
             "answer_mask": mask.astype(np.float32),
+            "lengths": np.array(lengths, np.int32).reshape(shape[:2]),
             "prompt_tokens": np.full(shape[:2], self._prompts.training_width(1), np.int32),
         }
 

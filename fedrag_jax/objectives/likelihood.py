@@ -33,6 +33,16 @@ def answer_log_probs(decoder: Network, params, adapters, batch) -> jax.Array:
     return chosen.reshape(b, k, -1)
 
 
+def tokens_read(batch) -> jax.Array:
+    """Tokens of each example [B] that generator and query encoder read, without padding."""
+    tokens = jnp.zeros_like(batch["weight"])
+    if "lengths" in batch:
+        tokens += batch["lengths"].sum(1)
+    if "question_mask" in batch:
+        tokens += batch["question_mask"].sum(1)
+    return tokens
+
+
 def weighted_mean(values: jax.Array, weight: jax.Array) -> jax.Array:
     """Mean of `values` [B] over the examples that are not padding; 0 if all are."""
     return (values * weight).sum() / jnp.maximum(weight.sum(), 1e-9)

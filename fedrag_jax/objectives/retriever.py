@@ -11,7 +11,7 @@ from fedrag_jax.data.batching import encoder_table
 from fedrag_jax.data.examples import embedding_text
 from fedrag_jax.errors import DataError
 from fedrag_jax.models.network import Network
-from fedrag_jax.objectives.likelihood import weighted_mean
+from fedrag_jax.objectives.likelihood import tokens_read, weighted_mean
 from fedrag_jax.objectives.task import PyTree, Task
 
 
@@ -50,7 +50,9 @@ class MultipleNegativesRanking:
         scores = jnp.where(own | negative, scores, -jnp.inf)
         nll = optax.softmax_cross_entropy_with_integer_labels(scores, jnp.arange(len(queries)))
         first = (scores.argmax(1) == jnp.arange(len(queries))).astype(jnp.float32)
-        return weighted_mean(nll, batch["weight"]), {"first": weighted_mean(first, batch["weight"])}
+        told = {"first": first, "tokens": tokens_read(batch)}
+        loss = weighted_mean(nll, batch["weight"])
+        return loss, {name: weighted_mean(x, batch["weight"]) for name, x in told.items()}
 
 
 def normalised(vectors: jax.Array) -> jax.Array:

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from fedrag_jax.clock import Clock, tell
 from fedrag_jax.data.cache import cache_folder
 from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.models.network import Network
@@ -96,28 +97,38 @@ def embed_corpus(
     *,
     max_length: int,
     cache_dir: str | os.PathLike | None = None,
+    keep: bool = True,
     progress: bool = False,
 ) -> np.ndarray:
     """`embed_texts`, read from disk if the same was embedded before: float32 [N, D].
 
     The file is named by the sha256 of encoder, parameters, tokenizer, texts and max_length, and
-    ends in a sha256 of its own content: one that does not match is made again. For parameters that
-    are being trained use `embed_texts`, which leaves nothing on disk.
+    ends in a sha256 of its own content: one that does not match is made again. A `Clock` is told the
+    seconds, those of then where vectors are read.
 
     Args:
       cache_dir: as in `cache_folder`.
+      keep: False for parameters that are being trained: nothing is read from disk or left there.
 
     Raises:
       DataError: no texts.
       ConfigError: the folder cannot be made.
     """
-    path = cache_folder(cache_dir) / f"{_key(encoder, params, tokenizer, texts, max_length)}.npy"
-    vectors = _read(path, len(texts))
-    if vectors is None:
+    path = known = None
+    if keep:
+        name = _key(encoder, params, tokenizer, texts, max_length)
+        path = cache_folder(cache_dir) / f"{name}.npy"
+        known = _read(path, len(texts))
+    if known is None:
+        clock = Clock()
         vectors = embed_texts(
             encoder, params, tokenizer, texts, max_length=max_length, progress=progress
         )
-        _write(path, vectors)
+        known = vectors, clock.lap().others
+        if path is not None:
+            _write(path, *known)
+    vectors, seconds = known
+    tell("embedding", seconds)
     return vectors
 
 
@@ -166,7 +177,7 @@ def _batches(
 
 
 def _key(encoder: Network, params, tokenizer, texts: Sequence[str], max_length: int) -> str:
-    digest = hashlib.sha256(f"{encoder.config!r} {max_length}".encode())
+    digest = hashlib.sha256(f"2 {encoder.config!r} {max_length}".encode())  # 2: of the file's form
     settings = json.loads(tokenizer.backend_tokenizer.to_str())
     # What the last call cut and padded to: states of the object, not of the tokenizer.
     settings = {k: v for k, v in settings.items() if k not in ("truncation", "padding")}
@@ -183,31 +194,39 @@ def _key(encoder: Network, params, tokenizer, texts: Sequence[str], max_length: 
     return digest.hexdigest()
 
 
-def _read(path: Path, rows: int) -> np.ndarray | None:
-    """The vectors in a cache file, or None if there is none or it is not as it was written."""
+def _read(path: Path, rows: int) -> tuple[np.ndarray, float] | None:
+    """Vectors and seconds in a cache file, or None if there is none or it is not as it was written."""
     try:
         with open(path, "rb") as file:
             vectors = np.load(file, allow_pickle=False)
+            seconds = np.load(file, allow_pickle=False)
             checksum = file.read()
     except FileNotFoundError:
         return None
     except (OSError, EOFError, ValueError) as error:
         warnings.warn(f"{path} is damaged ({error}): embedding again", stacklevel=3)
         return None
-    if len(vectors) != rows or checksum != hashlib.sha256(vectors).digest():
+    if len(vectors) != rows or checksum != _checksum(vectors, seconds):
         warnings.warn(f"{path} is damaged (checksum): embedding again", stacklevel=3)
         return None
-    return vectors
+    return vectors, float(seconds)
 
 
-def _write(path: Path, vectors: np.ndarray) -> None:
+def _checksum(vectors: np.ndarray, seconds) -> bytes:
+    digest = hashlib.sha256(vectors)
+    digest.update(np.float64(seconds))
+    return digest.digest()
+
+
+def _write(path: Path, vectors: np.ndarray, seconds: float) -> None:
     """Whole or not at all, also when two processes write the same file."""
     temporary = None
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             temporary = file.name
             np.save(file, vectors, allow_pickle=False)
-            file.write(hashlib.sha256(vectors).digest())
+            np.save(file, np.float64(seconds), allow_pickle=False)
+            file.write(_checksum(vectors, seconds))
         os.replace(temporary, path)
     except OSError as error:
         if temporary:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from fedrag_jax.clock import Clock, tell
 from fedrag_jax.data.examples import Passage, embedding_text
 from fedrag_jax.models.hub import Pretrained
 from fedrag_jax.models.network import Network
@@ -33,20 +34,20 @@ class Retriever:
     def build(cls, model: Pretrained, passages: Sequence[Passage], progress: bool = False):
         """Embeds the corpus (from the disk cache where it was embedded before) and indexes it."""
         bare = cls(model.network, model.tokenizer, model.params, None, passages, None, None)
-        return bare._indexed(model.params, embed_corpus, progress)
+        return bare._indexed(model.params, progress=progress)
 
     def refresh(self, document) -> "Retriever":
         """The same corpus seen by document parameters in training: re-embedded and re-indexed."""
-        return self._indexed(document, embed_texts, progress=False)
+        return self._indexed(document, keep=False)
 
-    def _indexed(self, document, embed, progress: bool) -> "Retriever":
-        vectors = embed(
+    def _indexed(self, document, **how) -> "Retriever":
+        vectors = embed_corpus(
             self.encoder,
             document,
             self.tokenizer,
             [embedding_text(p) for p in self.passages],
             max_length=self.encoder.config.max_length,
-            progress=progress,
+            **how,
         )
         vectors = _normalised(vectors)
         store = FaissStore.build([p.id for p in self.passages], vectors)
@@ -69,7 +70,10 @@ class Retriever:
 
     def search(self, questions: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         """Corpus rows int32 [Q, k] and cosines float32 [Q, k], best first."""
-        return self.store.search(self.embed_questions(questions), k)
+        clock = Clock()
+        found = self.store.search(self.embed_questions(questions), k)
+        tell("searching", clock.lap().others)
+        return found
 
 
 def _normalised(vectors: np.ndarray) -> np.ndarray:

@@ -1,13 +1,17 @@
-"""What training costs: seconds, floating-point operations, bytes between clients and server."""
+"""What a cell costs: seconds by part, operations, memory, tokens, bytes between clients and server."""
 
 import dataclasses
 import functools
+import operator
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedrag_jax.data.examples import Passage, embedding_text
+from fedrag_jax.federated.algorithm import added
 from fedrag_jax.models.decoder import DecoderConfig
 from fedrag_jax.models.encoder import EncoderConfig
 from fedrag_jax.models.lora import LoraConfig
@@ -17,26 +21,75 @@ from fedrag_jax.objectives.task import Task
 
 
 class Cost(NamedTuple):
-    """Of one training run; costs add up.
+    """Costs add up, but for `peak_bytes`, of which the largest is kept.
 
     Attributes:
-      seconds: training, retrieval and refresh; `compile_seconds` lie beside it.
+      seconds: training, with all that it retrieves, collates and embeds anew on its way.
+      retrieve_seconds, collate_seconds, train_seconds, aggregate_seconds: what those consist of;
+        collating includes likelihoods under a frozen generator, aggregation all of a round that is no
+        local step.
+      embed_seconds: of passages, before training (as long as it took when they were embedded) and, as
+        part of `seconds`, in it.
+      evaluate_seconds, compile_seconds: beside them.
       flops: model formula of the training steps; `flops_compiler` is the compiler's count of one
         unrolled step, times steps.
-      bytes_up, bytes_down: what the algorithm sends as stored, clients to server and back; 0 when
-        nothing is federated.
+      peak_bytes: of the largest round on a device, by the compiler.
+      tokens: read by generator and query encoder in training steps, without padding.
+      refreshes: how often the training questions were searched anew.
+      traffic: what the algorithm sends, as stored: bytes by direction, part and type, such as
+        "up adapters float32"; empty when nothing is federated.
+      bytes_passages, bytes_vectors, bytes_questions: of the corpus and its index on their way to the
+        clients, and of questions sent to be searched elsewhere.
     """
 
     seconds: float = 0.0
+    retrieve_seconds: float = 0.0
+    collate_seconds: float = 0.0
+    train_seconds: float = 0.0
+    aggregate_seconds: float = 0.0
+    embed_seconds: float = 0.0
+    evaluate_seconds: float = 0.0
     compile_seconds: float = 0.0
-    refresh_seconds: float = 0.0
     flops: float = 0.0
     flops_compiler: float = 0.0
-    bytes_up: int = 0
-    bytes_down: int = 0
+    peak_bytes: int = 0
+    tokens: float = 0.0
+    refreshes: int = 0
+    traffic: Mapping[str, int] = {}
+    bytes_passages: int = 0
+    bytes_vectors: int = 0
+    bytes_questions: int = 0
+
+    @property
+    def bytes_up(self) -> int:
+        """Of what is trained, from all clients."""
+        return sum(size for kind, size in self.traffic.items() if kind.startswith("up "))
+
+    @property
+    def bytes_down(self) -> int:
+        """Of what is trained, to all clients."""
+        return sum(size for kind, size in self.traffic.items() if kind.startswith("down "))
 
     def __add__(self, other: "Cost") -> "Cost":
-        return Cost(*(a + b for a, b in zip(self, other, strict=True)))
+        both = zip(self._fields, self, other, strict=True)
+        return Cost(**{name: _ADDED.get(name, operator.add)(a, b) for name, a, b in both})
+
+
+_ADDED = {"peak_bytes": max, "traffic": lambda *both: added(both)}
+
+
+def mean_cost(costs: Sequence[Cost]) -> Cost:
+    """The mean over runs, but for `peak_bytes`."""
+    total, n = sum(costs, Cost()), len(costs)
+    mean = {name: x / n for name, x in total._asdict().items() if name not in _ADDED}
+    traffic = {kind: size / n for kind, size in total.traffic.items()}
+    return total._replace(**mean, traffic=traffic)
+
+
+def corpus_cost(passages: Sequence[Passage], vectors: np.ndarray, clients: int) -> Cost:
+    """What it takes to have the passages and their index at every client, who searches at home."""
+    text = sum(len(embedding_text(p).encode()) for p in passages)
+    return Cost(bytes_passages=clients * text, bytes_vectors=clients * vectors.nbytes)
 
 
 def decoder_flops(
@@ -147,13 +200,33 @@ def training_cost(task: Task, history: list[dict], table, *, steps: int, batch_s
       table: any rows of the task's table, for their shapes.
       steps: local steps of all clients in all rounds.
     """
-    refresh = sum(r["refresh_seconds"] for r in history)
+
+    def total(name):
+        return sum(r[name] for r in history)
+
+    seen = np.diff([0, *(r["examples"] for r in history)])
+    tokens = sum(n * r["metrics"]["tokens"] for n, r in zip(seen, history, strict=True) if n)
+    traffic = added(
+        {
+            f"{way} {kind}": size
+            for way in ("up", "down")
+            for kind, size in r["traffic"][way].items()
+        }
+        for r in history
+    )
+    embed, retrieve = total("embed_seconds"), total("retrieve_seconds")
     return Cost(
-        seconds=sum(r["seconds"] for r in history) + refresh,
-        compile_seconds=sum(r["compile_seconds"] for r in history),
-        refresh_seconds=refresh,
+        seconds=total("seconds") + total("refresh_seconds"),
+        retrieve_seconds=retrieve,
+        collate_seconds=total("refresh_seconds") - retrieve - embed,
+        train_seconds=total("seconds") - total("aggregate_seconds"),
+        aggregate_seconds=total("aggregate_seconds"),
+        embed_seconds=embed,
+        compile_seconds=total("compile_seconds"),
         flops=steps * step_flops(task, table, batch_size),
         flops_compiler=steps * compiler_flops(task, table, batch_size),
-        bytes_up=sum(r["bytes_up"] for r in history),
-        bytes_down=sum(r["bytes_down"] for r in history),
+        peak_bytes=max(r["peak_bytes"] for r in history),
+        tokens=float(tokens),
+        refreshes=total("refreshed"),
+        traffic=traffic,
     )

@@ -18,13 +18,15 @@ from fedrag_jax.evaluation.significance import (
     seed_sd,
 )
 from fedrag_jax.tracking.cells import Cell
-from fedrag_jax.tracking.ledger import Cost
+from fedrag_jax.tracking.ledger import mean_cost
 
 COLUMNS = (
     "strategy", "setting", "alpha", "labels", "seeds", "em", "em_low", "em_high", "em_seed_sd", "f1",
     "recall_at_5", "mrr", "seconds", "flops", "bytes_up", "bytes_down", "flops_compiler",
     "compile_seconds", "em_model_sd", "em_split_sd", "client_em_mean", "client_em_worst",
-    "client_em_decile_1", "client_em_decile_9",
+    "client_em_decile_1", "client_em_decile_9", "retrieve_seconds", "collate_seconds",
+    "train_seconds", "aggregate_seconds", "embed_seconds", "evaluate_seconds", "peak_bytes", "tokens",
+    "refreshes", "bytes_passages", "bytes_vectors", "bytes_questions",
 )  # fmt: skip
 NEEDS_LABELS = ("retriever", "independent")
 
@@ -58,8 +60,9 @@ def strategy_rows(cells: Sequence[Cell], alphas: dict[str, float]) -> list[dict[
     for (strategy, setting), group in by_cell(cells).items():
         em = scores(group, "em")
         low, high = bootstrap_interval(em)
-        cost = Cost(*np.mean([cell.cost for cell in group], axis=0))
+        cost = mean_cost([cell.cost for cell in group])
         row = {
+            **{name: value for name, value in cost._asdict().items() if name != "traffic"},
             "strategy": strategy,
             "setting": setting,
             "alpha": alphas.get(setting, ""),
@@ -71,10 +74,6 @@ def strategy_rows(cells: Sequence[Cell], alphas: dict[str, float]) -> list[dict[
             "em_seed_sd": None if (sd := seed_sd(em)) is None else 100 * sd,
             "em_model_sd": _sd_within(group, lambda cell: cell.split),
             "em_split_sd": _sd_within(group, lambda cell: cell.seed),
-            "seconds": cost.seconds,
-            "compile_seconds": cost.compile_seconds,
-            "flops": cost.flops,
-            "flops_compiler": cost.flops_compiler,
             "bytes_up": int(cost.bytes_up),
             "bytes_down": int(cost.bytes_down),
         }
@@ -241,6 +240,38 @@ def strategies_markdown(rows: Sequence[dict[str, Any]]) -> str:
             f"| {r['flops'] / 1e12:.2f} | {r['bytes_up'] / 1e6:.1f} | {r['bytes_down'] / 1e6:.1f} |"
         )
     return "\n".join(lines)
+
+
+def costs_markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """Where the time goes, and what else a cell costs."""
+    parts = ("retrieve", "collate", "train", "aggregate", "embed", "evaluate", "compile")
+    lines = [
+        f"| strategy | setting | {' | '.join(parts)} | TFLOP | by the compiler | peak MB | Mtokens "
+        "| refreshes | MB up | MB down | MB passages | MB vectors |",
+        "|---|---|" + "---:|" * (len(parts) + 9),
+    ]
+    for r in rows:
+        seconds = " | ".join(f"{r[f'{part}_seconds']:.1f}" for part in parts)
+        megabytes = " | ".join(
+            f"{r[f'bytes_{what}'] / 1e6:.1f}" for what in ("up", "down", "passages", "vectors")
+        )
+        lines.append(
+            f"| {r['strategy']} | {r['setting']} | {seconds} | {r['flops'] / 1e12:.2f} "
+            f"| {r['flops_compiler'] / 1e12:.2f} | {r['peak_bytes'] / 1e6:.0f} "
+            f"| {r['tokens'] / 1e6:.2f} | {r['refreshes']:.0f} | {megabytes} |"
+        )
+    return "\n".join(lines)
+
+
+def traffic_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """Bytes of what is trained, by direction, part and type: the mean over seeds."""
+    rows = []
+    for (strategy, setting), group in by_cell(cells).items():
+        for kind, size in sorted(mean_cost([cell.cost for cell in group]).traffic.items()):
+            (direction, kind), dtype = kind.rsplit(" ", 1)[0].split(" ", 1), kind.rsplit(" ", 1)[1]
+            about = {"direction": direction, "part": kind, "dtype": dtype, "bytes": int(size)}
+            rows.append({"strategy": strategy, "setting": setting} | about)
+    return rows
 
 
 def partitions_markdown(rows: Sequence[dict[str, Any]]) -> str:

@@ -28,21 +28,26 @@ def log_cell(cell: Cell, folder: pathlib.Path, group: str, mode: str, project: s
         group=group,
         name=f"{cell.strategy}-{cell.setting}-{seeds_name(**seeds)}",
         job_type=cell.strategy,
-        tags=[cell.strategy, cell.setting],
+        tags=[cell.strategy, cell.setting, seeds_name(**seeds)],
         config=config | {"strategy": cell.strategy, "setting": cell.setting} | seeds,
         mode=mode,
         reinit="finish_previous",
         settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
     )
-    step = 0
     for task, rounds in cell.curves.items():
+        # Over examples, of which all settings see as many, in however many rounds.
+        run.define_metric(f"{task}/*", step_metric=f"{task}/examples")
         for record in rounds:
-            step += 1
-            numbers = {"loss": record["loss"], "seconds": record["seconds"], **record["metrics"]}
-            run.log({f"{task}/{key}": value for key, value in numbers.items()}, step=step)
+            numbers = {key: record[key] for key in ("loss", "examples", "seconds")}
+            numbers |= record["metrics"]
+            run.log({f"{task}/{key}": value for key, value in numbers.items()})
     for metric, x in cell.scores.items():
         scored = np.asarray(x)[~np.isnan(x)]
         if scored.size:
             run.summary[metric] = percent(scored)
-    run.summary.update(cell.cost._asdict() | cell.controls)
+    cost = cell.cost._asdict() | {
+        "bytes_up": cell.cost.bytes_up,
+        "bytes_down": cell.cost.bytes_down,
+    }
+    run.summary.update({f"cost/{name}": value for name, value in cost.items()} | cell.controls)
     run.finish()

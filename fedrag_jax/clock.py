@@ -1,0 +1,57 @@
+"""Seconds, by what they were spent on."""
+
+import time
+from typing import NamedTuple
+
+import jax
+
+
+class Lap(NamedTuple):
+    """Seconds of a stretch of time.
+
+    Attributes:
+      others: spent on none of these.
+      compiling: by JAX.
+      embedding: of passages; where their vectors lay on disk, as long as it took then.
+      searching: for passages, questions embedded included.
+    """
+
+    others: float
+    compiling: float = 0.0
+    embedding: float = 0.0
+    searching: float = 0.0
+
+
+class Clock:
+    """Seconds between laps, by what they were spent on."""
+
+    def __init__(self):
+        self.last, self.heard = time.perf_counter(), dict(_heard)
+
+    def lap(self) -> Lap:
+        """What has passed since the last lap."""
+        last, heard = self.last, self.heard
+        self.last, self.heard = time.perf_counter(), dict(_heard)
+        took = self.last - last
+        spent = {name: self.heard[name] - heard[name] for name in heard}
+        spent["compiling"] = min(took, spent["compiling"])  # threads may compile side by side
+        return Lap(max(took - sum(spent.values()), 0.0), **spent)
+
+
+def tell(part: str, seconds: float) -> None:
+    """Has all clocks know that so many seconds went into "embedding" or "searching"."""
+    jax.monitoring.record_event_duration_secs(_OURS + part, seconds)
+
+
+_OURS, _COMPILING = "/fedrag_jax/", "/jax/core/compile/"
+_heard = {"compiling": 0.0, "embedding": 0.0, "searching": 0.0}
+
+
+def _hear(event: str, seconds: float, **_) -> None:
+    if event.startswith(_COMPILING):
+        _heard["compiling"] += seconds
+    elif event.startswith(_OURS):
+        _heard[event.removeprefix(_OURS)] += seconds
+
+
+jax.monitoring.register_event_duration_secs_listener(_hear)
