@@ -54,8 +54,10 @@ def get_config() -> ConfigDict:
     config.retrieval = ConfigDict({"top_k": 5, "marginal_k": 10, "score_scale": 10.0})
 
     # Clients differ in `column`; alpha = inf is an even split. Their training is dealt out over so many
-    # devices, of all hosts; 0 takes all there are.
-    config.federated = ConfigDict({"clients": 8, "alpha": 0.1, "column": "topic", "devices": 0})
+    # devices, of all hosts; 0 takes all there are. Of the clients a share is drawn for each round.
+    config.federated = ConfigDict(
+        {"clients": 8, "alpha": 0.1, "column": "topic", "devices": 0, "participation": 1.0}
+    )
 
     # Every setting sees rounds x local_steps x clients x batch_size examples.
     config.training = ConfigDict()

@@ -16,7 +16,7 @@ import pathlib
 import numpy as np
 from absl import flags
 
-from experiments.compare_strategies import Comparison
+from experiments.comparison import Comparison
 from experiments.inputs import check, load_data, replicates
 from experiments.launch import launch, settled_config
 from fedrag_jax.errors import ConfigError, DataError, DivergenceError

@@ -34,7 +34,7 @@ def check(config) -> None:
     """
     from fedrag_jax.strategies.settings import parse
     from fedrag_jax.strategies.strategies import STRATEGIES
-    from fedrag_jax.tracking.tables import METRICS
+    from fedrag_jax.tracking.comparison import METRICS
 
     for name in ("seeds", "strategies", "settings"):
         if not config[name]:
@@ -48,6 +48,10 @@ def check(config) -> None:
         )
     if not config.federated.alpha > 0:
         raise ConfigError(f"config.federated.alpha must be > 0, got {config.federated.alpha}")
+    if not 0 < config.federated.participation <= 1:
+        raise ConfigError(
+            f"config.federated.participation must be in (0, 1], got {config.federated.participation}"
+        )
     pairs = replicates(config)
     if twice := [pair for pair in pairs if pairs.count(pair) > 1]:
         raise ConfigError(
@@ -68,7 +72,7 @@ def trainable_strategies(config, dataset: Dataset) -> list[str]:
     Raises:
       ConfigError: none can.
     """
-    from fedrag_jax.tracking.tables import NEEDS_LABELS
+    from fedrag_jax.tracking.comparison import NEEDS_LABELS
 
     bare = sum(not e.positive_ids for e in dataset.train)
     left_out = [name for name in config.strategies if bare and name in NEEDS_LABELS]

@@ -29,11 +29,29 @@ def questions(config):
     return dataset.train
 
 
+def partitions_table(rows):
+    """Partitions, one a row: its name under `partition` beside `Partition.statistics`."""
+    from fedrag_jax.tracking.tables import Table, number, words
+
+    whole = {"clients": "clients", "examples": "examples", "least": "smallest"}
+    columns = [
+        words("partition", "partition"),
+        *(number(title, key, 0) for title, key in whole.items()),
+        number("median", "median"),
+        number("most", "largest", 0),
+        number("Gini of sizes", "size_gini", 2),
+        number("classes", "classes", 0),
+        number("effective classes of a client", "effective_classes"),
+        number("total variation", "total_variation", 2),
+    ]
+    return Table(columns, rows)
+
+
 def run(config, runs: str) -> pathlib.Path:
     """Splits as the comparison does; returns the folder of the results."""
     from fedrag_jax.strategies.settings import parse, split_clients
-    from fedrag_jax.tracking import tables
     from fedrag_jax.tracking.partition_figures import label_distribution
+    from fedrag_jax.tracking.tables import write_csv
 
     if not config.seeds:
         raise ConfigError("config.seeds is empty; give at least one")
@@ -56,13 +74,13 @@ def run(config, runs: str) -> pathlib.Path:
     settled_config(config, folder, free=("seeds", "split_seeds", "strategies", "settings", "wandb"))
     text = (
         f"# {config.name}: {config.data.name}, {clients} clients, Dirichlet over "
-        f"{column}\n\n{tables.partitions_markdown(rows)}\n\n"
+        f"{column}\n\n{partitions_table(rows).markdown()}\n\n"
         "Gini of sizes: 0 where all clients hold as many. Effective classes: exp(entropy), mean over "
         "clients. Total variation: distance of a client's classes from those of all, in [0, 1], mean "
         "over clients.\n"
     )
     (folder / "partition.md").write_text(text, encoding="utf-8")
-    tables.write_csv(folder / "partition.csv", rows, list(rows[0]))
+    write_csv(folder / "partition.csv", rows)
     label_distribution(first, folder / "partition.png", column)
     print(f"{text}\n{folder}/: partition.md partition.csv partition.png config.json")
     return folder

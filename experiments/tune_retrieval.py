@@ -78,8 +78,8 @@ def run(config, runs: str) -> pathlib.Path:
     from fedrag_jax.models import hub
     from fedrag_jax.retrieval.clusters import with_topics
     from fedrag_jax.retrieval.retriever import Retriever
-    from fedrag_jax.tracking import tables
     from fedrag_jax.tracking.manifest import write_manifest
+    from fedrag_jax.tracking.tables import Table, number, words, write_csv
 
     folder = pathlib.Path(runs) / config.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -110,10 +110,11 @@ def run(config, runs: str) -> pathlib.Path:
             after = {k: 100 * float(np.mean([f[k] for f in found])) for k in found[0]}
             about = {"stage": "after", "learning_rate": rate, "seconds": seconds}
             rows.append(where | about | after)
-            tables.write_csv(folder / "retrieval.csv", rows, COLUMNS)
+            write_csv(folder / "retrieval.csv", rows, COLUMNS)
             print(f"{dataset.name}, {setting}: Recall@5 {after['recall_at_5']:.1f} "
                   f"({time.perf_counter() - began:.0f} s so far)", flush=True)  # fmt: skip
-    text = tables.markdown(rows, COLUMNS[:7])
+    columns = [*(words(name, name) for name in COLUMNS[:3]), *(number(n, n) for n in COLUMNS[3:7])]
+    text = Table(columns, rows).markdown()
     (folder / "table.md").write_text(text + "\n")
     print(f"{text}\n\n{(time.perf_counter() - began) / 60:.1f} minutes; {folder}/retrieval.csv")
     return folder

@@ -1,17 +1,39 @@
-"""A comparison of seconds."""
+"""Experiments of seconds."""
 
-from configs.compare_strategies import get_config
+from configs import compare_strategies, heterogeneity, lora_aggregation
 
 
 def small():
-    config = get_config()
-    config.name = "small"
+    config = _short(compare_strategies.get_config())
     config.strategies = ("none", "retriever", "two_phase")
     config.settings = ("federated", "local")
+    config.federated.alpha = 1.0
+    return config
+
+
+def small_heterogeneity():
+    config = _short(heterogeneity.get_config())
+    config.seeds, config.strategies = (0, 1), ("none", "retriever")
+    config.federated.alpha, config.training.rounds = 1.0, 2
+    config.factors.alpha = (float("inf"),)
+    config.factors.clients, config.factors.participation = (), (0.5,)
+    config.factors.local_steps, config.rate_factors = (2,), (0.25, 1.0)
+    config.validation_questions = 40
+    return config
+
+
+def small_aggregation():
+    config = _short(lora_aggregation.get_config())
+    config.seeds, config.rules, config.ranks = (0, 1), ("fedit", "fedex", "fedsa"), (2,)
+    config.alphas, config.learning_rates, config.validation_questions = (1.0,), (5e-4, 1e-3), 40
+    return config
+
+
+def _short(config):
+    config.name = "small"
     config.data.train_questions = 160
     config.data.test_questions = 60
     config.federated.clients = 2
-    config.federated.alpha = 1.0
     config.training.rounds = 1
     config.training.local_steps = 1
     config.wandb.mode = "disabled"

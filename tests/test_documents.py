@@ -1,4 +1,4 @@
-"""The notebook and the README's example run as they are printed."""
+"""The quickstart and the README's example run as they are printed."""
 
 import pathlib
 import re
@@ -14,7 +14,7 @@ def test_quickstart_notebook():
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": ROOT}}).execute()
     outputs = [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs]
     assert any("image/png" in o.get("data", {}) for o in outputs)
-    assert any("| federated |" in o.get("data", {}).get("text/markdown", "") for o in outputs)
+    assert any("| federated " in o.get("data", {}).get("text/markdown", "") for o in outputs)
 
 
 def test_the_readme_example_trains():

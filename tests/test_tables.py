@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fedrag_jax.evaluation.significance import paired_t_test
-from fedrag_jax.tracking import tables
+from fedrag_jax.tracking import comparison, tables
 from fedrag_jax.tracking.cells import Cell, load, save
 from fedrag_jax.tracking.ledger import Cost
 
@@ -16,6 +16,12 @@ def cell(strategy, setting, em, seed=0, split=0, clients=(), recall=None, second
     return Cell(strategy, setting, seed, split, scores, {}, list(clients), Cost(seconds), {})
 
 
+def shown(table) -> list[list[str]]:
+    """The body of a table as people see it."""
+    lines = table.markdown().splitlines()[2:]
+    return [[word.strip() for word in line.strip("|").split("|")] for line in lines]
+
+
 def test_spreads_of_model_and_split_seeds_are_told_apart():
     # EM in points: 0 25 75 for the models of split 0, 50 100 for those of split 1.
     means = {(0, 0): 0, (1, 0): 1, (2, 0): 3, (0, 1): 2, (1, 1): 4}
@@ -23,28 +29,29 @@ def test_spreads_of_model_and_split_seeds_are_told_apart():
         cell("retriever", "local", [1] * right + [0] * (4 - right), *seeds)
         for seeds, right in means.items()
     ]
-    (row,) = tables.strategy_rows(cells, {"local": 0.1})
+    (row,) = comparison.strategy_rows(cells, {"local": 0.1})
     within_splits = np.array([0, 25, 75]), np.array([50, 100])
     squares = sum(((x - x.mean()) ** 2).sum() for x in within_splits)
     assert row["em_model_sd"] == pytest.approx(np.sqrt(squares / (2 + 1)))
     # By model: 0 50, 25 100, and one that has a single split.
     assert row["em_split_sd"] == pytest.approx(np.sqrt((50**2 + 75**2) / 2 / 2))
     assert row["em"] == 50 and row["alpha"] == 0.1
-    (row,) = tables.strategy_rows(cells[:1], {})
+    (row,) = comparison.strategy_rows(cells[:1], {})
     assert row["em_model_sd"] is None and row["alpha"] == ""
 
 
 def test_clients_from_the_worst_to_the_ninth_decile():
     cells = [cell("generator", "local", [1, 0], clients=range(0, 101, 10))]
     cells.append(cell("generator", "local", [1, 0], seed=1, clients=[20, 40]))
-    (row,) = tables.strategy_rows(cells, {})
+    (row,) = comparison.strategy_rows(cells, {})
     assert row["client_em_mean"] == (50 + 30) / 2
     assert row["client_em_worst"] == (0 + 20) / 2
     assert row["client_em_decile_1"] == (10 + 22) / 2
     assert row["client_em_decile_9"] == (90 + 38) / 2
-    text = tables.clients_markdown([row])
-    assert "| generator | local | 40.0 | 10.0 | 16.0 | 64.0 |" in text
-    (row,) = tables.strategy_rows([cell("none", "local", [1, 0])], {})
+    assert shown(comparison.clients_table([row])) == [
+        ["generator", "local", "40.0", "10.0", "16.0", "64.0"]
+    ]
+    (row,) = comparison.strategy_rows([cell("none", "local", [1, 0])], {})
     assert "client_em_mean" not in row
 
 
@@ -58,7 +65,7 @@ def test_comparisons_by_hand():
             right = np.arange(40) < gain
             cells.append(cell("retriever", setting, right ^ noise, seed))
     alphas = {"federated_1": 1.0, "local_1": 1.0, "local": 0.1}
-    rows = tables.comparison_rows(cells, "em", alphas)
+    rows = comparison.comparison_rows(cells, "em", alphas)
     pairs = [(r["strategy"], r["setting"], r["against"]) for r in rows]
     assert pairs == [
         ("retriever", "centralised", "none, centralised"),
@@ -80,7 +87,7 @@ def test_comparisons_by_hand():
     assert all(row["p"] <= row["p_holm"] and row["p_t"] <= row["p_t_holm"] for row in rows)
     assert rows[3]["difference"] < 0
     # Local training on another split is no partner.
-    apart = tables.comparison_rows(cells, "em", alphas | {"local_1": 0.1})
+    apart = comparison.comparison_rows(cells, "em", alphas | {"local_1": 0.1})
     assert [row["against"] for row in apart][3:] == ["retriever, centralised"]
 
 
@@ -89,8 +96,8 @@ def test_runs_are_paired_by_their_seeds():
     some, others = ([rng.random(30) for _ in range(6)] for _ in range(2))
     here = [cell("retriever", "local", em, seed, seed) for seed, em in enumerate(some)]
     there = [cell("none", "local", em, seed, seed) for seed, em in enumerate(others)]
-    (row,) = tables.comparison_rows([*here, *reversed(there)], "em", {})
-    (less,) = tables.comparison_rows([*here[:5], *there[1:]], "em", {})
+    (row,) = comparison.comparison_rows([*here, *reversed(there)], "em", {})
+    (less,) = comparison.comparison_rows([*here[:5], *there[1:]], "em", {})
     assert row["p_t"] == pytest.approx(paired_t_test(some, others))
     assert less["difference"] == pytest.approx(100 * np.mean(np.array(some[1:5]) - others[1:5]))
     assert less["p_t"] is None  # four pairs
@@ -112,24 +119,24 @@ def test_runs_that_share_seeds_have_no_t_test(seeds, splits, tested):
         for strategy in ("none", "generator")
         for pair in zip(seeds, splits, strict=True)
     ]
-    (row,) = tables.comparison_rows(cells, "em", {})
+    (row,) = comparison.comparison_rows(cells, "em", {})
     assert (row["p_t"] is not None) == tested
 
 
 def test_few_seeds_have_no_t_test_and_unlabelled_questions_no_ranking():
     blank = [np.nan] * 3
     cells = [cell(s, "local", [0, 1, i], recall=blank) for i, s in enumerate(("none", "generator"))]
-    (row,) = tables.comparison_rows(cells, "em", {})
+    (row,) = comparison.comparison_rows(cells, "em", {})
     assert row["p_t"] is None and "p_t_holm" not in row
-    assert tables.comparison_rows(cells, "recall_at_5", {}) == []
-    assert "–" in tables.markdown([row], ("p_t", "p_t_holm"))
+    assert comparison.comparison_rows(cells, "recall_at_5", {}) == []
+    assert shown(comparison.comparisons_table([row]))[0][-1] == "–"
 
 
 def test_what_needs_labels_says_so_where_there_are_none():
     cells = [cell(s, "centralised", [0, 1]) for s in ("none", "retriever", "two_phase")]
-    text = tables.without_labels_markdown(tables.strategy_rows(cells, {}))
-    assert "| retriever | centralised | needs gold passages |" in text
-    assert "| two_phase | centralised | 50.0 [" in text
+    table = shown(comparison.without_labels_table(comparison.strategy_rows(cells, {})))
+    assert table[1] == ["retriever", "centralised", "needs gold passages", "–", "–"]
+    assert table[2][2].startswith("50.0 [")
 
 
 def test_cells_of_other_splits_lie_apart(tmp_path):
@@ -140,3 +147,35 @@ def test_cells_of_other_splits_lie_apart(tmp_path):
     assert load(tmp_path, "none", "local", 3, 4).client_em == [50.0]
     assert load(tmp_path, "none", "local", 4, 4) is None
     assert (tmp_path / "cells/none-local-seed3-split4/cell.json").exists()
+
+
+def test_a_table_in_three_languages():
+    columns = [
+        tables.words("who & why", "who"), tables.number("α = ∞", "x", 2, unit=10.0),
+        tables.interval("EM", "em"), tables.p_value("p", "p"),
+    ]  # fmt: skip
+    rows = [
+        {
+            "who": "two_phase <b>",
+            "x": 123.456,
+            "em": 50.0,
+            "em_low": 40.04,
+            "em_high": 60.06,
+            "p": 2e-4,
+        },
+        {"who": "none", "x": None, "em": 1.0, "em_low": 0.0, "em_high": 2.0, "p": 1.0},
+    ]
+    table = tables.Table(columns, rows)
+    assert shown(table) == [
+        ["two_phase <b>", "12.35", "50.0 [40.0, 60.1]", "<0.001"],
+        ["none", "–", "1.0 [0.0, 2.0]", "1.000"],
+    ]
+    latex = table.latex()
+    assert r"two\_phase" in latex and r"who \& why" in latex and r"$\alpha$ = $\infty$" in latex
+    assert latex.startswith(r"\begin{tabular}{lrrr}") and latex.isascii()
+    assert "two_phase &lt;b&gt;" in table.html() and "<b>" not in table.html()
+
+
+def test_rows_for_machines(tmp_path):
+    tables.write_csv(tmp_path / "rows.csv", [{"a": 0.1 + 0.2, "b": "x"}, {"c": 1}])
+    assert (tmp_path / "rows.csv").read_text().splitlines() == ["a,b,c", f"{0.1 + 0.2},x,", ",,1"]

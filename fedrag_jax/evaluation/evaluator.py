@@ -2,14 +2,17 @@
 
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
 from fedrag_jax.data.examples import Example
 from fedrag_jax.evaluation import metrics
+from fedrag_jax.objectives.likelihood import answer_log_probs
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.retrieval.retriever import Retriever
 
 RANKED = 10  # passages searched for, as MRR@10 wants
+BATCH = 32  # prompts whose likelihood is computed at once
 
 
 def evaluate(system: RAGSystem, examples: Sequence[Example]) -> dict[str, np.ndarray]:
@@ -21,7 +24,7 @@ def evaluate(system: RAGSystem, examples: Sequence[Example]) -> dict[str, np.nda
     questions = [e.question for e in examples]
     depth = min(max(RANKED, system.top_k), len(system.retriever.passages))
     rows, _ = system.retriever.search(questions, depth)
-    scores = _answers(system, examples, rows[:, : system.top_k])
+    scores = answers(system, examples, rows[:, : system.top_k])
     return scores | rank_scores(system.retriever, examples, rows)
 
 
@@ -47,12 +50,12 @@ def rank_scores(
 
 def gold_passage(system: RAGSystem, examples: Sequence[Example]) -> dict[str, np.ndarray]:
     """`em`, `f1` [Q] when the gold passages alone are read: the ceiling of a perfect retriever."""
-    return _answers(system, examples, [sorted(g) for g in _gold_rows(system.retriever, examples)])
+    return answers(system, examples, [sorted(g) for g in _gold_rows(system.retriever, examples)])
 
 
 def closed_book(system: RAGSystem, examples: Sequence[Example]) -> dict[str, np.ndarray]:
     """`em`, `f1` [Q] without any passage: what the generator knows by heart."""
-    return _answers(system, examples, [()] * len(examples))
+    return answers(system, examples, [()] * len(examples))
 
 
 def distractor_passage(system: RAGSystem, examples: Sequence[Example]) -> dict[str, np.ndarray]:
@@ -70,12 +73,33 @@ def distractor_passage(system: RAGSystem, examples: Sequence[Example]) -> dict[s
         told = metrics.answer_recall_at_k(alone, texts, [example.answers] * depth, 1)
         usable = [row for row, tells in zip(ranked, told, strict=True) if not tells]
         rows.append([row for row in usable if row not in gold][:1])
-    return _answers(system, examples, rows)
+    return answers(system, examples, rows)
 
 
-def _answers(system, examples, rows) -> dict[str, np.ndarray]:
+def answers(
+    system: RAGSystem, examples: Sequence[Example], rows: Sequence[Sequence[int]]
+) -> dict[str, np.ndarray]:
+    """`em`, `f1` [Q] when those corpus rows are read, whatever the retriever would find."""
     predictions = system.answer([e.question for e in examples], rows)
     return metrics.score_answers(predictions, [e.answers for e in examples])
+
+
+def answer_nll(system: RAGSystem, examples: Sequence[Example], rows) -> np.ndarray:
+    """-log p(first answer, EOS | passages, question) [Q], in nats, when corpus rows [Q, k] are read.
+
+    Raises:
+      DataError: a question longer than those given to `RAGSystem.build`.
+    """
+    table, found = system.prompts.training_table(examples, rows, per_passage=False), []
+    for start in range(0, len(examples), BATCH):
+        some = np.arange(start, start + BATCH) % len(examples)  # the last batch is filled up
+        batch = {name: column[some] for name, column in table.items()}
+        log_probs = _log_probs(system.decoder, system.generator.params, system.adapters, batch)
+        found.append(-(np.asarray(log_probs)[:, 0] * batch["answer_mask"]).sum(1))
+    return np.concatenate(found)[: len(examples)]
+
+
+_log_probs = jax.jit(answer_log_probs, static_argnums=0)
 
 
 def _gold_rows(retriever, examples) -> list[set[int]]:

@@ -16,6 +16,7 @@ from fedrag_jax.errors import ConfigError
 from fedrag_jax.federated.centralised import centralised
 from fedrag_jax.federated.fed_avg import fed_avg
 from fedrag_jax.federated.optimizers import tunable
+from fedrag_jax.federated.sampling import uniform
 from fedrag_jax.objectives.task import Task
 
 SETTINGS = ("centralised", "federated", "local")
@@ -51,6 +52,8 @@ class Budget(NamedTuple):
       batch_size: B.
       group_size: clients trained side by side; None measures which is fastest.
       devices: that share the clients of federated training; 0 are all there are.
+      participation: the share of clients drawn for a round of federated training, which then takes as
+        many more rounds and refreshes as before.
     """
 
     rounds: int = 5
@@ -59,6 +62,7 @@ class Budget(NamedTuple):
     batch_size: int = 8
     group_size: int | None = 1
     devices: int = 1
+    participation: float = 1.0
 
 
 def split_clients(
@@ -92,9 +96,14 @@ def arguments(
         round; from round to round it falls linearly towards zero, as in Lawton et al.
       client: the one that trains, in the local setting.
     """
-    rounds, refresh_every = budget.rounds, 1
+    rounds, refresh_every, work = budget.rounds, 1, {"local_steps": budget.local_steps}
     if setting == "federated":
         data = clients
+        drawn = max(1, round(budget.participation * budget.clients))
+        if drawn < budget.clients:
+            rounds = round(rounds * budget.clients / drawn)
+            refresh_every = max(1, rounds // budget.rounds)
+            work["sampling"] = uniform(drawn)
     elif setting == "centralised":
         data = Partition(examples, (np.arange(len(examples)),))
         rounds, refresh_every = rounds * budget.clients, budget.clients
@@ -110,7 +119,7 @@ def arguments(
     return {
         "task": task,
         "data": data,
-        "algorithm": (centralised if alone else fed_avg)(local_steps=budget.local_steps),
+        "algorithm": (centralised if alone else fed_avg)(**work),
         "rounds": rounds,
         "batch_size": budget.batch_size,
         "optimizer": lambda round: adamw(

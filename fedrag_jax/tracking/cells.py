@@ -15,7 +15,8 @@ class Cell(NamedTuple):
     Attributes:
       seed: of adapters, client sampling and shuffling.
       split: the seed of who holds what.
-      scores: per test question [Q], in [0, 1]; means over clients in the local setting.
+      scores: per test question [Q], in [0, 1], or in nats (`nll`); means over clients in the local
+        setting.
       controls: single numbers in percent.
       client_em: EM in percent of the model that each client would use, on test questions in the
         proportions of what it holds; empty where no test question is of any client's kind.
@@ -66,8 +67,11 @@ def save(folder: pathlib.Path, cell: Cell) -> None:
 def load(folder: pathlib.Path, strategy: str, setting: str, seed: int, split: int) -> Cell | None:
     """A finished cell, or None."""
     here = path(folder, strategy, setting, seed, split)
-    if not (here / "cell.json").exists():
-        return None
+    return load_folder(here) if (here / "cell.json").exists() else None
+
+
+def load_folder(here: pathlib.Path) -> Cell:
+    """The finished cell in a folder of its own."""
     about = json.loads((here / "cell.json").read_text())
     with np.load(here / "scores.npz") as scores:
         return Cell(

@@ -1,14 +1,14 @@
 """Figures for a paper: what strategies cost and bring, and how they learn."""
 
 import itertools
-import pathlib
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from fedrag_jax.tracking.cells import Cell
-from fedrag_jax.tracking.tables import by_cell
+from fedrag_jax.tracking.comparison import by_cell
 
 LABELS = {
     "none": "none",
@@ -51,10 +51,11 @@ def setting_name(setting: str) -> str:
 
 
 def pyplot():
-    """Matplotlib without a display, in the style of all figures."""
+    """Matplotlib in the style of all figures; it needs no display, and in a notebook uses it."""
     import matplotlib  # slow, and only for those who draw
 
-    matplotlib.use("Agg")
+    if "MPLBACKEND" not in os.environ:
+        matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     plt.rcParams.update(
@@ -74,8 +75,8 @@ def pyplot():
     return plt
 
 
-def quality_against_cost(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
-    """EM with its interval over training seconds, a panel per setting."""
+def quality_against_cost(rows: Sequence[dict[str, Any]]):
+    """A Matplotlib figure: EM with its interval over training seconds, a panel per setting."""
     plt = pyplot()
     settings = list(dict.fromkeys(row["setting"] for row in rows))
     columns = min(3, len(settings))
@@ -107,12 +108,12 @@ def quality_against_cost(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> 
     handles, labels = axes[0][0].get_legend_handles_labels()
     fig.legend(handles, labels, loc="upper center", ncols=4, bbox_to_anchor=(0.5, 0.0))
     fig.tight_layout()
-    fig.savefig(path)
-    plt.close(fig)
+    return fig
 
 
-def learning_curves(cells: Sequence[Cell], path: pathlib.Path) -> None:
-    """Training loss of each objective over examples seen: mean over seeds, band from least to most."""
+def learning_curves(cells: Sequence[Cell]):
+    """A Matplotlib figure: training loss of each objective over examples seen, the mean over seeds in
+    a band from least to most; None where nothing was trained."""
     plt = pyplot()
     curves: dict[str, dict[str, list[list[dict]]]] = {}
     for group in by_cell(cells).values():
@@ -123,7 +124,7 @@ def learning_curves(cells: Sequence[Cell], path: pathlib.Path) -> None:
                     found.append(rounds)
     tasks = [task for task in TASKS if task in curves]
     if not tasks:
-        return
+        return None
     columns = min(3, len(tasks))
     lines = -(-len(tasks) // columns)
     fig, axes = plt.subplots(
@@ -154,5 +155,88 @@ def learning_curves(cells: Sequence[Cell], path: pathlib.Path) -> None:
     handles, labels = axes.flat[0].get_legend_handles_labels()
     fig.legend(handles, labels, loc="upper center", ncols=3, bbox_to_anchor=(0.5, 0.01))
     fig.tight_layout()
-    fig.savefig(path)
-    plt.close(fig)
+    return fig
+
+
+def over_factors(rows: Sequence[dict[str, Any]], names: dict[str, str], usual: dict[str, Any]):
+    """A Matplotlib figure: EM over the values of each factor, a panel per factor.
+
+    Args:
+      rows: `factor`, `value`, `strategy`, `em`, `em_low`, `em_high`.
+      names: of the axes.
+      usual: the value of each factor whose mark is open.
+    """
+    plt = pyplot()
+    factors = list(dict.fromkeys(row["factor"] for row in rows))
+    columns = min(2, len(factors))
+    lines = -(-len(factors) // columns)
+    fig, axes = plt.subplots(
+        lines, columns, figsize=(0.6 + 3 * columns, 0.2 + 2.5 * lines), sharey=True, squeeze=False
+    )
+    for ax in axes.flat[len(factors) :]:
+        ax.set_visible(False)
+    for ax, factor in zip(axes.flat, factors, strict=False):
+        values = sorted({row["value"] for row in rows if row["factor"] == factor})
+        for name in dict.fromkeys(row["strategy"] for row in rows):
+            some = [r for r in rows if (r["factor"], r["strategy"]) == (factor, name)]
+            x = np.array([values.index(row["value"]) for row in some])
+            em = np.array([row["em"] for row in some])
+            if name == "none":
+                ax.plot(x, em, color=COLORS[name], lw=1, ls=":", label=LABELS[name])
+                continue
+            error = em - [row["em_low"] for row in some], [row["em_high"] for row in some] - em
+            ax.errorbar(
+                x, em, yerr=error, fmt=MARKERS[name], ls="-", ms=5, capsize=2, lw=1,
+                color=COLORS[name], label=LABELS[name],
+            )  # fmt: skip
+            here = [row["value"] == usual[factor] for row in some]
+            ax.plot(
+                x[here], em[here], MARKERS[name], ms=6.5, mfc="white", color=COLORS[name], zorder=5
+            )
+        ax.set_xticks(range(len(values)), [f"{value:g}".replace("inf", "∞") for value in values])
+        ax.set_xlabel(names[factor])
+    for line in axes:
+        line[0].set_ylabel("test exact match (%)")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="upper center", ncols=4, bbox_to_anchor=(0.5, 0.0))
+    fig.tight_layout()
+    return fig
+
+
+RULES = {"fedit": "FedIT", "ffa": "FFA", "rolora": "RoLoRA", "flora": "FLoRA", "fedex": "FedEx",
+         "flexlora": "FlexLoRA", "fedsa": "FedSA"}  # fmt: skip
+
+
+def over_rules(rows: Sequence[dict[str, Any]], untuned: float):
+    """A Matplotlib figure: answer NLL of aggregation rules by rank, a panel per alpha.
+
+    Args:
+      rows: `rule`, `rank`, `alpha`, `nll`, `nll_low`, `nll_high`.
+      untuned: the NLL before training.
+    """
+    plt = pyplot()
+    alphas, ranks, rules = (
+        list(dict.fromkeys(row[key] for row in rows)) for key in ("alpha", "rank", "rule")
+    )
+    fig, axes = plt.subplots(
+        1, len(alphas), figsize=(0.6 + 3.4 * len(alphas), 2.7), sharey=True, squeeze=False
+    )
+    for ax, alpha in zip(axes[0], alphas, strict=True):
+        for i, rank in enumerate(ranks):
+            some = [r for r in rows if (r["alpha"], r["rank"]) == (alpha, rank)]
+            x = np.array([rules.index(r["rule"]) for r in some]) + 0.2 * (i - (len(ranks) - 1) / 2)
+            nll = np.array([r["nll"] for r in some])
+            error = nll - [r["nll_low"] for r in some], [r["nll_high"] for r in some] - nll
+            color, marker = list(COLORS.values())[1:][i % 6], list(MARKERS.values())[i % 7]
+            ax.errorbar(
+                x, nll, yerr=error, fmt=marker, ms=5, capsize=2, lw=1, color=color,
+                label=f"rank {rank}",
+            )  # fmt: skip
+        ax.axhline(untuned, color="#000000", lw=1, ls=":", label="untuned")
+        ax.set_xticks(range(len(rules)), [RULES[rule] for rule in rules], rotation=35)
+        ax.set_title(f"α = {alpha:g}".replace("inf", "∞"), fontsize=10)
+    axes[0][0].set_ylabel("NLL of test answers (nats)")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="upper center", ncols=4, bbox_to_anchor=(0.5, 0.0))
+    fig.tight_layout()
+    return fig

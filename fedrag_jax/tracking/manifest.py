@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import pathlib
 import platform
+import shlex
 import sys
 
 import jax
@@ -17,21 +18,22 @@ PACKAGES = ("fedrag-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", 
 
 
 def write_manifest(folder: pathlib.Path, dataset: Dataset, **about) -> None:
-    """`manifest.json`: command, versions, device and the hash of the data, besides what is given.
+    """`manifest.json`: commands, versions, device and the hash of the data, besides what is given.
 
     Raises:
       DataError: the folder holds results of other data.
     """
     path, data = folder / "manifest.json", content_hash(dataset)
-    before = json.loads(path.read_text())["data"]["hash"] if path.exists() else data
-    if before != data:
+    old = json.loads(path.read_text()) if path.exists() else {}
+    if old and (before := old["data"]["hash"]) != data:
         raise DataError(
             f"{folder} holds results of other data: its hash was {before}, that of {dataset.name} is "
             f"{data}. Choose another --config.name, or remove the folder"
         )
     device = jax.devices()[0]
     manifest = {
-        "command": [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]],
+        # All that have added to the folder.
+        "commands": list(dict.fromkeys([*old.get("commands", ()), _command()])),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -49,3 +51,10 @@ def write_manifest(folder: pathlib.Path, dataset: Dataset, **about) -> None:
         },
     }
     path.write_text(json.dumps(manifest | about, indent=2) + "\n")
+
+
+def _command() -> str:
+    """What to type for the same again."""
+    spec = sys.modules["__main__"].__spec__
+    program = ["-m", spec.name] if spec else [sys.argv[0]]
+    return shlex.join(["python", *program, *sys.argv[1:]])

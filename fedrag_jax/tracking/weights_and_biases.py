@@ -44,7 +44,7 @@ def log_cell(cell: Cell, folder: pathlib.Path, group: str, mode: str, project: s
     for metric, x in cell.scores.items():
         scored = np.asarray(x)[~np.isnan(x)]
         if scored.size:
-            run.summary[metric] = percent(scored)
+            run.summary[metric] = float(scored.mean()) if metric == "nll" else percent(scored)
     cost = cell.cost._asdict() | {
         "bytes_up": cell.cost.bytes_up,
         "bytes_down": cell.cost.bytes_down,

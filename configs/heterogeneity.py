@@ -1,0 +1,38 @@
+"""What federated fine-tuning loses as clients differ, are many, work long, or seldom take part.
+
+Each factor is varied by itself around the federated setting of configs/compare_strategies.py, at the
+same number of training examples. Expected on the built-in world: an even split gains more than a
+skewed one, and many local steps between rounds lose some of it.
+
+    python -m experiments.heterogeneity --config=configs/heterogeneity.py
+    python -m experiments.heterogeneity --config=configs/heterogeneity.py \
+        --config.name=alpha --config.factors.alpha="(0.05, 0.5, 5.0)" --config.factors.clients="()"
+"""
+
+from ml_collections import ConfigDict
+
+from configs import compare_strategies
+
+
+def get_config() -> ConfigDict:
+    config = compare_strategies.get_config()
+    config.name = "heterogeneity"
+    config.seeds = (0, 1, 2)
+    config.strategies = ("none", "retriever", "joint_token")
+    config.settings = ("federated",)
+
+    # Values of each factor beside that of the rest of the config; () leaves the factor alone. Rounds
+    # follow from clients x local_steps x rounds, which stays what the config has.
+    config.factors = ConfigDict(
+        {
+            "alpha": (0.03, 0.3, 1.0, float("inf")),
+            "clients": (2, 4, 16, 32),
+            "local_steps": (1, 6, 12, 24),
+            "participation": (0.125, 0.25, 0.5),
+        }
+    )
+    # At each point the learning rates of the config times one of these, chosen on so many validation
+    # questions with the first seed.
+    config.rate_factors = (0.25, 1.0, 4.0)
+    config.validation_questions = 400
+    return config

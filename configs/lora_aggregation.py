@@ -1,0 +1,33 @@
+"""Seven rules for averaging the adapters of clients, at several ranks and kinds of split.
+
+The generator learns to read: every prompt holds the gold passages and the nearest others, so that what
+differs is the aggregation alone. Expected on the built-in world: where clients are alike the rules come
+to the same; rules that train one factor need higher learning rates and send half.
+
+    python -m experiments.lora_aggregation --config=configs/lora_aggregation.py
+    python -m experiments.lora_aggregation --config=configs/lora_aggregation.py \
+        --config.name=wide --config.ranks="(32,)" --config.rules="('fedit', 'fedex')"
+"""
+
+from ml_collections import ConfigDict
+
+from configs import compare_strategies
+
+
+def get_config() -> ConfigDict:
+    config = compare_strategies.get_config()
+    config.name = "lora_aggregation"
+    config.seeds = (0, 1, 2)
+    # These are of the comparison of strategies.
+    for name in ("strategies", "settings", "learning_rates"):
+        del config[name]
+    del config.lora["rank"], config.lora["alpha"], config.federated["alpha"]
+
+    config.rules = ("fedit", "ffa", "rolora", "flora", "fedex", "flexlora", "fedsa")
+    config.ranks = (2, 8)
+    config.lora.scale = 2.0  # of the product of the factors, at every rank
+    config.alphas = (0.1, float("inf"))
+    # Chosen for each rule, rank and alpha by the likelihood of validation answers, with the first seed.
+    config.learning_rates = (5e-4, 2e-3, 8e-3)
+    config.validation_questions = 400
+    return config

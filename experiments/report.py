@@ -1,0 +1,46 @@
+"""A page on a finished run, and its tables and figures for a paper.
+
+    python -m experiments.report runs/compare
+
+Writes into the folder: report.html (tables that sort, figures, config, manifest and commands; it loads
+nothing), table.md, and every table as LaTeX and every figure as PNG and PDF. Experiments do this when
+they end; here it is done again, such as after an update of the package.
+"""
+
+import argparse
+import importlib
+import json
+import pathlib
+
+from ml_collections import ConfigDict
+
+from fedrag_jax.errors import ConfigError, FedragError
+
+
+def rebuild(folder: pathlib.Path) -> list[str]:
+    """Writes the report of a run anew; returns the names of its files.
+
+    Raises:
+      ConfigError: the folder holds no run.
+    """
+    try:
+        config = ConfigDict(json.loads((folder / "config.json").read_text()))
+        manifest = json.loads((folder / "manifest.json").read_text())
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{folder} holds no run: {error.filename} is missing; give a folder below runs/"
+        ) from error
+    experiment = importlib.import_module(f"experiments.{manifest['experiment']}")
+    return experiment.report(config, folder).write(folder)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=pathlib.Path, nargs="+", help="of a run")
+    for run in parser.parse_args().folder:
+        try:
+            print(f"{run}/: {' '.join(rebuild(run))}")
+        except FedragError as error:
+            raise SystemExit(f"{type(error).__name__}: {error}") from error

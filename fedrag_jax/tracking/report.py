@@ -1,0 +1,101 @@
+"""A report on a finished run: one page that works offline, and its parts for a paper."""
+
+import dataclasses
+import functools
+import importlib.resources
+import io
+import json
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jinja2
+
+from fedrag_jax.tracking.figures import pyplot
+from fedrag_jax.tracking.tables import Table
+
+
+class Section(NamedTuple):
+    """A heading and what stands below it.
+
+    Attributes:
+      name: of the files of its table (`<name>.tex`) and figure (`<name>.png`, `<name>.pdf`).
+      text: what a reader has to know to read them.
+      figure: of Matplotlib, or None.
+    """
+
+    heading: str
+    name: str
+    text: str
+    table: Table | None = None
+    figure: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """A title, a paragraph, and sections; those that have nothing to show are left out."""
+
+    title: str
+    text: str
+    sections: Sequence[Section]
+
+    def __post_init__(self):
+        full = [s for s in self.sections if s.figure is not None or (s.table and s.table.rows)]
+        object.__setattr__(self, "sections", full)
+
+    def markdown(self) -> str:
+        """The report as a document; figures are named."""
+        parts = [f"# {self.title}", self.text]
+        for section in self.sections:
+            parts += [f"## {section.heading}", section.text]
+            if section.table:
+                parts.append(section.table.markdown())
+            if section.figure is not None:
+                parts.append(f"![{section.heading}]({section.name}.png)")
+        return "\n\n".join(part for part in parts if part) + "\n"
+
+    def html(self, folder: pathlib.Path) -> str:
+        """The report as a page, with config and manifest of the run in `folder`; loads nothing."""
+        about = {
+            name: json.loads((folder / f"{name}.json").read_text())
+            for name in ("config", "manifest")
+        }
+        return _template().render(
+            report=self,
+            svg={s.name: _svg(s.figure, s.name) for s in self.sections if s.figure is not None},
+            commands=about["manifest"]["commands"],
+            about={name: json.dumps(value, indent=2) for name, value in about.items()},
+        )
+
+    def write(self, folder: pathlib.Path) -> list[str]:
+        """Writes `report.html`, `table.md`, and every table and figure; returns their names."""
+        written = ["report.html", "table.md"]
+        (folder / "report.html").write_text(self.html(folder), encoding="utf-8")
+        (folder / "table.md").write_text(self.markdown(), encoding="utf-8")
+        for section in self.sections:
+            if section.table:
+                written.append(f"{section.name}.tex")
+                (folder / written[-1]).write_text(section.table.latex(), encoding="utf-8")
+            if section.figure is not None:
+                for form in ("png", "pdf"):
+                    written.append(f"{section.name}.{form}")
+                    section.figure.savefig(folder / written[-1])
+                pyplot().close(section.figure)
+        return written
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    text = importlib.resources.files(__package__).joinpath("report.html.jinja").read_text()
+    return jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+        text
+    )
+
+
+def _svg(figure, name: str) -> str:
+    """The figure as an element of a page; `name` keeps its ids apart from those of others."""
+    plt, file = pyplot(), io.StringIO()
+    with plt.rc_context({"svg.hashsalt": name}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return re.sub(r"^.*?(?=<svg )", "", file.getvalue(), count=1, flags=re.DOTALL)
