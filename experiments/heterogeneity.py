@@ -167,9 +167,8 @@ def report(config, folder: pathlib.Path):
 
     rows = rows_of(config, folder)
     first = ("factor", "value", "strategy", "seeds", "em", "em_low", "em_high")
-    write_csv(
-        folder / "heterogeneity.csv", rows, list(dict.fromkeys([*first, *rows[0], *rows[-1]]))
-    )
+    others = (name for row in rows for name in row)
+    write_csv(folder / "heterogeneity.csv", rows, list(dict.fromkeys([*first, *others])))
 
     def difference(row):
         if "difference" not in row:
