@@ -74,6 +74,8 @@ def report(config, folder: pathlib.Path):
     controls, traffic = comparison.control_rows(done), comparison.traffic_rows(done)
     write_csv(folder / "strategies.csv", rows, comparison.COLUMNS)
     write_csv(folder / "comparisons.csv", [row for found in compared.values() for row in found])
+    against = comparison.independent_rows(done)
+    write_csv(folder / "against_independent.csv", against)
     write_csv(folder / "controls.csv", controls)
     write_csv(folder / "traffic.csv", traffic)
     with open(folder / "metrics.jsonl", "w", encoding="utf-8") as file:
@@ -122,6 +124,14 @@ def report(config, folder: pathlib.Path):
             "five seeds p over seeds, each Holm-adjusted over this table. Other metrics, each adjusted "
             "by itself, are in comparisons.csv.",
             comparison.comparisons_table(compared[primary]),
+        ),
+        Section(
+            "Against independent tuning",
+            "against_independent",
+            "Differences in points from independent tuning in the same setting, paired by question and "
+            "seed, each metric Holm-adjusted over this table; seconds and operations as multiples of "
+            "its own, the mean over seeds.",
+            comparison.independent_table(against),
         ),
         Section(
             "Time by part",

@@ -123,6 +123,28 @@ def test_runs_that_share_seeds_have_no_t_test(seeds, splits, tested):
     assert (row["p_t"] is not None) == tested
 
 
+def test_against_independent_tuning():
+    rng = np.random.default_rng(1)
+    cells = []
+    for seed in range(3):
+        for name, seconds in (("independent", 2.0), ("joint_token", 5.0 + seed), ("none", 0.0)):
+            some = cell(name, "federated", rng.random(30) < 0.5, seed, seconds=seconds)
+            cells.append(some._replace(cost=some.cost._replace(flops=3.0 + len(name))))
+    cells.append(cell("joint_token", "local", [0, 1]))  # with nothing to be compared to
+    (row,) = comparison.independent_rows(cells)
+    assert (row["strategy"], row["setting"]) == ("joint_token", "federated")
+    assert row["seconds_ratio"] == pytest.approx((2.5 + 3 + 3.5) / 3)
+    assert (row["seconds_ratio_low"], row["seconds_ratio_high"]) == (2.5, 3.5)
+    assert row["flops_ratio"] == 1.0
+    (joint, alone) = (
+        np.mean([c.scores["em"] for c in cells if (c.strategy, c.setting) == (s, "federated")])
+        for s in ("joint_token", "independent")
+    )
+    assert row["em_difference"] == pytest.approx(100 * (joint - alone))
+    assert row["em_p"] == row["em_p_holm"] and row["recall_at_5_low"] < row["recall_at_5_high"]
+    assert "3.00 [2.50, 3.50]" in comparison.independent_table([row]).markdown()
+
+
 def test_few_seeds_have_no_t_test_and_unlabelled_questions_no_ranking():
     blank = [np.nan] * 3
     cells = [cell(s, "local", [0, 1, i], recall=blank) for i, s in enumerate(("none", "generator"))]

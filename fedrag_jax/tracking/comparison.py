@@ -17,7 +17,7 @@ from fedrag_jax.evaluation.significance import (
 )
 from fedrag_jax.tracking.cells import Cell
 from fedrag_jax.tracking.ledger import mean_cost
-from fedrag_jax.tracking.tables import Column, Table, interval, number, p_value, words
+from fedrag_jax.tracking.tables import MISSING, Column, Table, interval, number, p_value, words
 
 COLUMNS = (
     "strategy", "setting", "alpha", "labels", "seeds", "em", "em_low", "em_high", "em_seed_sd", "f1",
@@ -170,6 +170,35 @@ def adjust(rows: Sequence[dict[str, Any]]) -> None:
             row[f"{name}_holm"] = float(p)
 
 
+def independent_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """Every tuned strategy against `independent` in its setting: what Lawton et al. 2025 compare.
+
+    `em_*` and `recall_at_5_*` are as in `comparison_rows`, each metric adjusted by itself;
+    `seconds_ratio` and `flops_ratio` are means over pairs of runs with the same seeds, between `_low`
+    and `_high`, the least and the most.
+    """
+    groups, rows, found = by_cell(cells), [], {"em": [], "recall_at_5": []}
+    for (strategy, setting), group in groups.items():
+        usual = groups.get(("independent", setting), [])
+        both = _paired(group, usual) if strategy not in ("none", "independent") else []
+        if not both:
+            continue
+        row = {"strategy": strategy, "setting": setting}
+        for name in ("seconds", "flops"):
+            ratios = [getattr(a.cost, name) / getattr(b.cost, name) for a, b in both]
+            row |= {f"{name}_ratio": float(np.mean(ratios))}
+            row |= {f"{name}_ratio_low": min(ratios), f"{name}_ratio_high": max(ratios)}
+        for metric, others in found.items():
+            if one := paired_difference(group, usual, metric):
+                others.append((row, one))
+        rows.append(row)
+    for metric, pairs in found.items():
+        adjust([one for _, one in pairs])
+        for row, one in pairs:
+            row |= {f"{metric}_{name}": value for name, value in one.items()}
+    return rows
+
+
 def _partners(where: str, other: str, alphas: dict[str, float]) -> bool:
     local = other.startswith("local") and alphas.get(where) == alphas.get(other)
     return where.startswith("federated") and (other == "centralised" or local)
@@ -264,6 +293,32 @@ def comparisons_table(rows: Sequence[dict[str, Any]]) -> Table:
             number("% worse", "worse"),
             p_value("p", "p_holm"),
             p_value("p over seeds", "p_t_holm"),
+        ),
+        rows,
+    )
+
+
+def independent_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Against `independent`."""
+
+    def difference(title, metric):
+        def show(row):
+            if f"{metric}_difference" not in row:
+                return MISSING
+            value, low, high = (row[f"{metric}_{name}"] for name in ("difference", "low", "high"))
+            return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+        return Column(title, show)
+
+    return Table(
+        (
+            *_WHO,
+            difference("EM [95% CI]", "em"),
+            p_value("p", "em_p_holm"),
+            difference("Recall@5 [95% CI]", "recall_at_5"),
+            p_value("p of Recall@5", "recall_at_5_p_holm"),
+            interval("seconds × [least, most]", "seconds_ratio", 2),
+            interval("FLOP × [least, most]", "flops_ratio", 2),
         ),
         rows,
     )
