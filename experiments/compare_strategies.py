@@ -86,7 +86,12 @@ def report(config, folder: pathlib.Path):
                 for record in rounds:
                     file.write(json.dumps(where | {"task": task} | record) + "\n")
 
-    unmoved = json.loads((folder / "no_op.json").read_text())["largest_change"]
+    controlled = (
+        "EM in percent without passages, with a distractor alone, with the gold passages alone."
+    )
+    if (no_op_file := folder / "no_op.json").exists():
+        change = json.loads(no_op_file.read_text())["largest_change"]
+        controlled += f" Training at learning rate zero changed scores by {change:.1f}."
     different = ", ".join(f"{alpha:g}" for alpha in sorted(set(alphas.values())))
     split = f", Dirichlet alpha {different} over {config.federated.column}" if alphas else ""
     sections = [
@@ -138,7 +143,7 @@ def report(config, folder: pathlib.Path):
             "times",
             "Seconds, mean over seeds, summed over clients in the local setting. Collating includes "
             "likelihoods under a frozen generator, aggregation all of a round that is no local step; "
-            "passages are embedded once.",
+            "passages are embedded once. A program is compiled for the first cell that needs it.",
             comparison.times_table(rows),
         ),
         Section(
@@ -164,8 +169,7 @@ def report(config, folder: pathlib.Path):
         Section(
             "Controls",
             "controls",
-            "EM in percent without passages, with a distractor alone, with the gold passages alone. "
-            f"Training at learning rate zero changed scores by {unmoved:.1f}.",
+            controlled,
             comparison.controls_table(controls),
         ),
     ]

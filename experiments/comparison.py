@@ -25,7 +25,7 @@ class Comparison:
             "generator": load_generator(config.models),
             "retriever": hub.load(config.models.retriever),
         }
-        self.systems, self.embed_seconds = {}, 0.0
+        self.systems = {}  # and the seconds their corpus takes to embed
         if config.federated.column == "topic":
             self.dataset = with_topics(dataset, self.system(config.seeds[0]).retriever)
 
@@ -35,10 +35,11 @@ class Comparison:
         from fedrag_jax.models.lora import LoraConfig
         from fedrag_jax.rag import RAGSystem
 
-        if seed not in self.systems:
-            c, clock = self.config, Clock()
-            lora = LoraConfig(c.lora.rank, c.lora.alpha, tuple(c.lora.targets))
-            self.systems[seed] = RAGSystem.build(
+        c = self.config
+        lora = LoraConfig(c.lora.rank, c.lora.alpha, tuple(c.lora.targets))
+        if (seed, lora) not in self.systems:
+            clock = Clock()
+            system = RAGSystem.build(
                 self.dataset.passages,
                 self.dataset.train,
                 **self.models,
@@ -49,8 +50,8 @@ class Comparison:
                 seed=seed,
                 progress=True,
             )
-            self.embed_seconds = clock.lap().embedding
-        return self.systems[seed]
+            self.systems[seed, lora] = system, clock.lap().embedding
+        return self.systems[seed, lora][0]
 
     def corpus_cost(self, clients: int):
         """Of embedding the passages, and of having them and their vectors at so many clients."""
@@ -58,7 +59,8 @@ class Comparison:
 
         retriever = self.system(self.config.seeds[0]).retriever
         cost = corpus_cost(retriever.passages, retriever.vectors, clients)
-        return cost._replace(embed_seconds=self.embed_seconds)
+        _, seconds = next(iter(self.systems.values()))
+        return cost._replace(embed_seconds=seconds)
 
     def like(self, config, folder: pathlib.Path) -> "Comparison":
         """The same data and untuned systems under a config that differs in other things."""
@@ -74,6 +76,16 @@ class Comparison:
         _, alpha = parse(setting, federated.alpha)
         return split_clients(self.dataset.train, federated.clients, alpha, federated.column, split)
 
+    def budget(self):
+        """How much training."""
+        from fedrag_jax.strategies.settings import Budget
+
+        t, f = self.config.training, self.config.federated
+        group = t.group_size or None
+        return Budget(
+            t.rounds, t.local_steps, f.clients, t.batch_size, group, f.devices, f.participation
+        )
+
     def rate(self, setting: str, task: str, part: str) -> float:
         """The learning rate chosen for a part of a task in a setting, or for its kind."""
         known = self.config.learning_rates
@@ -84,30 +96,21 @@ class Comparison:
 
     def tuner(self, setting: str, seed: int, split: int, client: int | None = None, rate=None):
         """The `tune` of one setting, pair of seeds and (local) client."""
-        from fedrag_jax.strategies.settings import Budget, parse
+        from fedrag_jax.strategies.settings import parse
         from fedrag_jax.strategies.tuner import Tuner
         from fedrag_jax.tracking.cells import seeds_name
 
-        t = self.config.training
         folder = self.folder / "tuned" / f"{setting}-{seeds_name(seed, split)}"
         return Tuner(
             folder=folder if client is None else folder / f"client{client}",
             setting=parse(setting, self.config.federated.alpha)[0],
             examples=self.dataset.train,
             clients=self.clients(setting, split),
-            budget=Budget(
-                t.rounds,
-                t.local_steps,
-                self.config.federated.clients,
-                t.batch_size,
-                t.group_size or None,
-                self.config.federated.devices,
-                self.config.federated.participation,
-            ),
+            budget=self.budget(),
             rates=rate or (lambda task, part: self.rate(setting, task, part)),
             seed=seed,
             client=client,
-            checkpoint_every=t.checkpoint_every,
+            checkpoint_every=self.config.training.checkpoint_every,
         )
 
     def tuned_systems(self, strategy: str, setting: str, seed: int, split: int):
@@ -161,36 +164,41 @@ def compute_cell(
         controls = controls and len(systems) == 1
         controlled = control_scores(systems[0], test) if controls else {}
         em = [f["em"] for f in found]
-    # Centralised training has a round for each S steps: as many as there are clients make a point.
-    stretch = run.config.federated.clients if setting == "centralised" else 1
-    curves = training_curves(tuners, stretch)
+    curves = training_curves(tuners)
     by_client = client_scores(clients, test, em, run.config.federated.column)
     return cells.Cell(strategy, setting, seed, split, scores, controlled, by_client, cost, curves)
 
 
-def training_curves(tuners, stretch: int) -> dict:
-    """Points of each task: a mean over clients and over `stretch` rounds; examples, seconds add up."""
+def training_curves(tuners) -> dict:
+    """Of each task a point for each index refresh that the budget has."""
     curves = {}
     for task in tuners[0].costs if tuners else ():
         files = [t.folder / task / "rounds.jsonl" for t in tuners]
-        runs = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
-        curves[task] = []
-        for start in range(0, len(runs[0]), stretch):
-            stretches = [records[start : start + stretch] for records in runs]
-            some = [record for records in stretches for record in records]
-            curves[task].append(
-                {
-                    "round": start // stretch + 1,
-                    "loss": float(np.mean([r["loss"] for r in some])),
-                    "metrics": {
-                        name: float(np.mean([r["metrics"][name] for r in some]))
-                        for name in some[0]["metrics"]
-                    },
-                    "examples": sum(records[-1]["examples"] for records in stretches),
-                    "seconds": sum(r["seconds"] for r in some),
-                }
-            )
+        histories = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+        stretch = tuners[0].budget.schedule(tuners[0].setting).refresh_every
+        curves[task] = curve(histories, stretch)
     return curves
+
+
+def curve(histories, stretch: int) -> list[dict]:
+    """Points: a mean over clients and over `stretch` rounds; examples and seconds add up."""
+    points = []
+    for start in range(0, len(histories[0]), stretch):
+        stretches = [records[start : start + stretch] for records in histories]
+        some = [record for records in stretches for record in records]
+        points.append(
+            {
+                "round": start // stretch + 1,
+                "loss": float(np.mean([r["loss"] for r in some])),
+                "metrics": {
+                    name: float(np.mean([r["metrics"][name] for r in some]))
+                    for name in some[0]["metrics"]
+                },
+                "examples": sum(records[-1]["examples"] for records in stretches),
+                "seconds": sum(r["seconds"] for r in some),
+            }
+        )
+    return points
 
 
 def control_scores(system, examples) -> dict[str, float]:

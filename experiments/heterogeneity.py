@@ -7,7 +7,7 @@ factors) has a folder of its own below points/; what is finished there is not co
 """
 
 import itertools
-import json
+import math
 import pathlib
 import time
 
@@ -22,6 +22,7 @@ from experiments.inputs import (
     warn_of_borrowed_rates,
 )
 from experiments.launch import launch, settled_config
+from experiments.rates import chosen_rate
 from fedrag_jax.errors import ConfigError, DivergenceError
 
 NAMES = {
@@ -48,13 +49,19 @@ def points(config) -> list[tuple[str, float]]:
 
 
 def at_point(config, factor: str, value: float):
-    """The config with one value changed, and as many rounds as leave the number of examples alone.
+    """The config with one value changed and the same number of examples to train on.
+
+    Rounds follow from that. Learning rates are those chosen for an alpha where there are such; they
+    fall linearly, and are scaled so that their mean over the rounds does not depend on how many.
 
     Raises:
-      ConfigError: that would not be a whole number of rounds.
+      ConfigError: a value that is none of the factor's, or leaves no whole number of rounds.
     """
     changed, (room, name) = config.copy_and_resolve_references(), WHERE[factor]
-    changed[room][name] = type(config[room][name])(value)
+    whole = isinstance(config[room][name], int)
+    if whole and (value != int(value) or value < 1):
+        raise ConfigError(f"config.factors.{factor} must be whole and at least 1, got {value:g}")
+    changed[room][name] = int(value) if whole else float(value)
 
     def steps(c):
         return c.federated.clients * c.training.local_steps
@@ -66,7 +73,28 @@ def at_point(config, factor: str, value: float):
             f"local_steps must divide {work}"
         )
     changed.training.rounds = work // steps(changed)
+    check(changed)
+    rates = config.learning_rates.get(f"federated_{changed.federated.alpha:g}")
+    rates = rates if rates and factor == "alpha" else config.learning_rates.federated
+    more = mean_share(schedule(config).rounds) / mean_share(schedule(changed).rounds)
+    for part in rates:
+        changed.learning_rates.federated[part] = rates[part] * more
     return changed
+
+
+def mean_share(rounds: int) -> float:
+    """Of the first round's learning rate, over all rounds."""
+    return (rounds + 1) / (2 * rounds)
+
+
+def schedule(config):
+    """Rounds and refreshes of a point."""
+    from fedrag_jax.strategies.settings import Budget
+
+    t, f = config.training, config.federated
+    return Budget(t.rounds, t.local_steps, f.clients, participation=f.participation).schedule(
+        "federated"
+    )
 
 
 def point_name(config) -> str:
@@ -77,56 +105,47 @@ def point_name(config) -> str:
 
 
 def scaled(run: Comparison, factor: float) -> Comparison:
-    """The same point at other learning rates."""
+    """The same point at learning rates times a factor."""
     config = run.config.copy_and_resolve_references()
-    for rates in config.learning_rates.values():
-        for part in rates:
-            rates[part] *= factor
+    for part in config.learning_rates.federated:
+        config.learning_rates.federated[part] *= factor
     return run.like(config, run.folder / f"rates-x{factor:g}")
 
 
-def best_rates(run: Comparison, strategy: str) -> Comparison:
-    """The point at the rates that serve a strategy best on validation questions, first seed."""
-    from fedrag_jax.evaluation.evaluator import evaluate
+def at_best_rates(run: Comparison, strategy: str) -> Comparison:
+    """The point at the rates that serve a strategy best on validation questions, first seeds."""
+    from fedrag_jax.evaluation import evaluator
 
-    config, path = run.config, run.folder / f"rates-{strategy}.json"
-    if not path.exists():
-        metric = "mrr" if strategy == "retriever" else config.primary_metric
-        some = run.dataset.validation[: config.validation_questions]
-        found = {}
-        for factor in config.rate_factors:
-            try:
-                systems, _ = scaled(run, factor).tuned_systems(
-                    strategy, "federated", *replicates(config)[0]
-                )
-            except DivergenceError as error:
-                print(f"{point_name(config)}: {strategy} at x{factor:g}: {error}")
-                continue
-            found[factor] = 100 * float(np.nanmean(evaluate(systems[0], some)[metric]))
-        if not found:
-            raise ConfigError(
-                f"{strategy} at {point_name(config)}: training diverged at all of "
-                f"config.rate_factors {config.rate_factors}; add smaller ones"
+    examples = run.dataset.validation[: run.config.validation_questions or None]
+    ranked = strategy == "retriever" and any(e.positive_ids for e in examples)
+    pair = replicates(run.config)[0]
+
+    def judge(factor):
+        (system,), _ = scaled(run, factor).tuned_systems(strategy, "federated", *pair)
+        if not ranked:
+            return float(
+                np.nanmean(evaluator.evaluate(system, examples)[run.config.primary_metric])
             )
-        best = max(found, key=found.__getitem__)
-        run.folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"factor": best, "metric": metric, "validation": found}) + "\n")
-    return scaled(run, json.loads(path.read_text())["factor"])
+        rows, _ = system.retriever.search([e.question for e in examples], evaluator.RANKED)
+        return float(np.nanmean(evaluator.rank_scores(system.retriever, examples, rows)["mrr"]))
+
+    path = run.folder / f"rates-{strategy}.json"
+    what = f"{strategy}, {run.folder.name}"
+    return scaled(run, chosen_rate(path, run.config.rate_factors, judge, what))
 
 
-def finished(config, folder: pathlib.Path, strategy: str):
-    """(factor of the rates, finished cells) of a strategy at a point."""
+def finished(config, folder: pathlib.Path, strategy: str) -> list:
+    """The finished cells of a strategy at a point; untuned is untuned everywhere."""
     from fedrag_jax.tracking import cells
 
-    here, chosen = folder / "points" / point_name(config), 1.0
-    if strategy != "none":
-        path = here / f"rates-{strategy}.json"
-        if not path.exists():
-            return None, []
-        chosen = json.loads(path.read_text())["factor"]
-        here = here / f"rates-x{chosen:g}"
+    here = folder / "points" / point_name(config)
+    if strategy == "none":
+        here = folder
+    elif (path := here / f"rates-{strategy}.json").exists():
+        factor = chosen_rate(path, (), None, strategy)
+        here = here / f"rates-x{factor:g}"
     some = (cells.load(here, strategy, "federated", *pair) for pair in replicates(config))
-    return chosen, [cell for cell in some if cell]
+    return [cell for cell in some if cell]
 
 
 def rows_of(config, folder: pathlib.Path) -> list[dict]:
@@ -137,15 +156,18 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
     for factor, value in points(config):
         here, (room, name) = at_point(config, factor, value), WHERE[factor]
         for strategy in config.strategies:
-            chosen, cells = finished(here, folder, strategy)
-            if not cells:
+            if not (cells := finished(here, folder, strategy)):
                 continue
             (row,) = comparison.strategy_rows(cells, {"federated": here.federated.alpha})
-            row |= {"factor": factor, "value": value, "rounds": here.training.rounds}
-            row |= {"rate_factor": chosen}
-            if strategy != "none" and value != config[room][name]:
-                _, usual = finished(config, folder, strategy)
-                row |= comparison.paired_difference(cells, usual, config.primary_metric) or {}
+            row |= {"factor": factor, "value": value}
+            if strategy != "none":
+                row["rounds"] = schedule(here).rounds
+                row["examples"] = float(
+                    np.mean([curve[-1]["examples"] for c in cells for curve in c.curves.values()])
+                )
+                if value != config[room][name]:
+                    usual = finished(config, folder, strategy)
+                    row |= comparison.paired_difference(cells, usual, config.primary_metric) or {}
             rows.append(row)
     comparison.adjust([row for row in rows if "p" in row])
     return rows
@@ -158,6 +180,7 @@ def report(config, folder: pathlib.Path):
     from fedrag_jax.tracking.tables import (
         Column,
         Table,
+        difference,
         interval,
         number,
         p_value,
@@ -170,25 +193,29 @@ def report(config, folder: pathlib.Path):
     others = (name for row in rows for name in row)
     write_csv(folder / "heterogeneity.csv", rows, list(dict.fromkeys([*first, *others])))
 
-    def difference(row):
-        if "difference" not in row:
-            return "–"
-        return f"{row['difference']:+.1f} [{row['low']:+.1f}, {row['high']:+.1f}]"
-
-    columns = (
+    who = (
         words("factor", "factor"),
         Column("value", lambda row: f"{row['value']:g}".replace("inf", "∞")),
         words("strategy", "strategy"),
-        number("rounds", "rounds", 0),
-        number("rates ×", "rate_factor", 2),
+    )
+    quality = (
+        number("seeds", "seeds", 0),
         interval("EM [95% CI]", "em"),
         number("sd over seeds", "em_seed_sd"),
         number("Recall@5", "recall_at_5"),
-        Column("against the usual [95% CI]", difference),
+        difference(f"{config.primary_metric} against the usual [95% CI]"),
         p_value("p", "p_holm"),
         number("worst client", "client_em_worst"),
+    )
+    costs = (
+        number("rounds", "rounds", 0),
+        number("refreshes", "refreshes", 0),
+        number("examples", "examples", 0),
         number("seconds", "seconds"),
+        number("of aggregation", "aggregate_seconds", 2),
+        number("peak MB", "peak_bytes", 0, 1e6),
         number("MB up", "bytes_up", 1, 1e6),
+        number("MB down", "bytes_down", 1, 1e6),
     )
     f, t = config.federated, config.training
     usual = (
@@ -198,8 +225,9 @@ def report(config, folder: pathlib.Path):
     open_marks = {factor: config[room][name] for factor, (room, name) in WHERE.items()}
     return Report(
         folder.name,
-        f"Federated fine-tuning on {config.data.name}, one factor varied at a time around {usual}; "
-        "every point trains on as many examples.",
+        f"Federated fine-tuning on {config.data.name}, one factor varied at a time around {usual}. "
+        "Every point takes as many local steps of as many examples, except for clients that hold fewer "
+        "than a batch.",
         [
             Section(
                 "Figure",
@@ -209,22 +237,34 @@ def report(config, folder: pathlib.Path):
                 figure=figures.over_factors(rows, NAMES, open_marks),
             ),
             Section(
-                "Points",
+                "Quality",
                 "points",
-                "EM with its 95% bootstrap interval over test questions; the difference from the usual "
-                "point is paired by question and seed, p by permutation, Holm-adjusted over this "
-                "table; learning rates are those of the config times a factor that validation "
-                "questions chose.",
-                Table(columns, rows),
+                "EM with its 95% bootstrap interval over test questions. The difference from the usual "
+                "point is paired by question and seed; p by permutation over questions, for the splits "
+                "of these seeds, Holm-adjusted over this table. Learning rates were searched on "
+                "validation questions at every point, with the first seed.",
+                Table((*who, *quality), rows),
+            ),
+            Section(
+                "Costs",
+                "costs",
+                "Refreshes are those of strategies that retrieve while they train: one a round, and "
+                "fewer where a round draws few clients.",
+                Table((*who, *costs), [row for row in rows if row["strategy"] != "none"]),
             ),
         ],
     )
 
 
 def run(config, runs: str) -> pathlib.Path:
-    """Every point; returns the folder of the results."""
+    """Every point; returns the folder of the results.
+
+    Raises:
+      ConfigError: as `inputs.check` and `at_point`.
+    """
     from fedrag_jax.tracking import cells
     from fedrag_jax.tracking.manifest import write_manifest
+    from fedrag_jax.tracking.processes import everywhere
     from fedrag_jax.tracking.weights_and_biases import log_cell
 
     began, folder = time.perf_counter(), pathlib.Path(runs) / config.name
@@ -232,12 +272,12 @@ def run(config, runs: str) -> pathlib.Path:
     check(config)
     if tuple(config.settings) != ("federated",):
         raise ConfigError(f"config.settings must be ('federated',) here, got {config.settings}")
+    if not config.rate_factors or min(config.rate_factors) <= 0:
+        raise ConfigError(f"config.rate_factors must be positive, got {config.rate_factors}")
     warn_of_borrowed_rates(config)
     at = {point_name(c): c for c in (at_point(config, *point) for point in points(config))}
     if not at:
         raise ConfigError("config.factors: all are empty; give some values to one of them")
-    for point in at.values():
-        check(point)
     whole = Comparison(config, dataset, folder)
     runs_at = [whole.like(c, folder / "points" / name) for name, c in at.items()]
     for there, (_, split) in itertools.product(runs_at, replicates(config)):
@@ -245,18 +285,25 @@ def run(config, runs: str) -> pathlib.Path:
     folder.mkdir(parents=True, exist_ok=True)
     settled_config(config, folder, free=("seeds", "split_seeds", "strategies", "factors", "wandb"))
     write_manifest(folder, dataset, experiment="heterogeneity", seeds=list(config.seeds))
-    todo = list(itertools.product(runs_at, trainable_strategies(config, dataset)))
+    strategies = trainable_strategies(config, dataset)
+    todo = [(whole, "none")] if "none" in strategies else []
+    todo += itertools.product(runs_at, [s for s in strategies if s != "none"])
     for i, (point, strategy) in enumerate(todo, 1):
-        there = point if strategy == "none" else best_rates(point, strategy)
+        there = point if strategy == "none" else at_best_rates(point, strategy)
         for seed, split in replicates(config):
-            if cells.load(there.folder, strategy, "federated", seed, split):
+            if everywhere(cells.load(there.folder, strategy, "federated", seed, split) is not None):
                 continue
-            cell = compute_cell(there, strategy, "federated", seed, split, controls=False)
+            try:
+                cell = compute_cell(there, strategy, "federated", seed, split, controls=False)
+            except DivergenceError as error:  # one run of many: the others are worth having
+                print(f"{strategy}, {point.folder.name}, seed {seed}: {error}")
+                continue
             cells.save(there.folder, cell)
-            about, wandb = there.config.to_dict(), config.wandb
-            log_cell(cell, folder, config.name, wandb.mode, wandb.project, about)
-        _, done = finished(point.config, folder, strategy)
-        em = 100 * np.mean([cell.scores["em"].mean() for cell in done])
+            c, wandb = there.config, config.wandb
+            about = {factor: c[room][name] for factor, (room, name) in WHERE.items()}
+            log_cell(cell, folder, config.name, wandb.mode, wandb.project, c.to_dict(), **about)
+        done = finished(point.config, folder, strategy)
+        em = 100 * np.mean([c.scores["em"].mean() for c in done]) if done else math.nan
         print(
             f"[{i}/{len(todo)}] {strategy}, {point.folder.name}: EM {em:.1f} over {len(done)} seeds  "
             f"({time.perf_counter() - began:.0f} s so far)",

@@ -36,27 +36,17 @@ def check(config) -> None:
     from fedrag_jax.strategies.strategies import STRATEGIES
     from fedrag_jax.tracking.comparison import METRICS
 
-    for name in ("seeds", "strategies", "settings"):
+    for name in ("strategies", "settings"):
         if not config[name]:
             raise ConfigError(f"config.{name} is empty; give at least one")
+    check_replicates(config)
     if unknown := [value for value in config.strategies if value not in STRATEGIES]:
         raise ConfigError(f"config.strategies: {unknown} unknown; choose among {[*STRATEGIES]}")
-    if config.split_seeds and len(config.split_seeds) != len(config.seeds):
-        raise ConfigError(
-            f"config.split_seeds has {len(config.split_seeds)} seeds, config.seeds has "
-            f"{len(config.seeds)}; they go in pairs, and () makes them the same"
-        )
     if not config.federated.alpha > 0:
         raise ConfigError(f"config.federated.alpha must be > 0, got {config.federated.alpha}")
     if not 0 < config.federated.participation <= 1:
         raise ConfigError(
             f"config.federated.participation must be in (0, 1], got {config.federated.participation}"
-        )
-    pairs = replicates(config)
-    if twice := [pair for pair in pairs if pairs.count(pair) > 1]:
-        raise ConfigError(
-            f"config.seeds, config.split_seeds: the pair {twice[0]} is there twice, which would be the "
-            "same run again; give each pair once"
         )
     if config.primary_metric not in METRICS:
         raise ConfigError(
@@ -64,6 +54,27 @@ def check(config) -> None:
         )
     for setting in config.settings:
         parse(setting, config.federated.alpha)
+
+
+def check_replicates(config) -> None:
+    """Refuses seeds that do not make pairs.
+
+    Raises:
+      ConfigError: there are none, they are of different number, or a pair is there twice.
+    """
+    if not config.seeds:
+        raise ConfigError("config.seeds is empty; give at least one")
+    if config.split_seeds and len(config.split_seeds) != len(config.seeds):
+        raise ConfigError(
+            f"config.split_seeds has {len(config.split_seeds)} seeds, config.seeds has "
+            f"{len(config.seeds)}; they go in pairs, and () makes them the same"
+        )
+    pairs = replicates(config)
+    if twice := [pair for pair in pairs if pairs.count(pair) > 1]:
+        raise ConfigError(
+            f"config.seeds, config.split_seeds: the pair {twice[0]} is there twice, which would be the "
+            "same run again; give each pair once"
+        )
 
 
 def trainable_strategies(config, dataset: Dataset) -> list[str]:

@@ -7,229 +7,185 @@ alpha, seeds) that is finished is not computed again.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import pathlib
 import time
 import zlib
-from typing import NamedTuple
 
 import numpy as np
 
-from experiments.inputs import load_data, load_generator, replicates
+from experiments.comparison import Comparison, client_scores, curve
+from experiments.inputs import check_replicates, load_data, replicates
 from experiments.launch import launch, settled_config
+from experiments.rates import chosen_rate
 from fedrag_jax.errors import ConfigError, DataError, DivergenceError
 
-
-class Reading(NamedTuple):
-    """A system of one rank, and what its generator reads for each question.
-
-    Attributes:
-      rows: {id of an example: corpus rows}, its gold passages among them.
-    """
-
-    system: object
-    rows: dict[str, np.ndarray]
-
-    def of(self, examples) -> np.ndarray:
-        """Corpus rows [N, k]."""
-        return np.stack([self.rows[e.id] for e in examples])
+METRICS = ("em", "f1", "nll")
 
 
-def with_gold(retriever, examples, k: int) -> dict[str, np.ndarray]:
-    """For each example its gold passages and the nearest others, k in all, in an order by chance."""
+def with_gold(retriever, examples, k: int) -> np.ndarray:
+    """Corpus rows [N, k]: of each example its gold passages and the nearest others, in any order."""
     from fedrag_jax.data.seeds import stream
 
     found, _ = retriever.search([e.question for e in examples], k)
     row = {passage.id: i for i, passage in enumerate(retriever.passages)}
-    read = {}
+    read = []
     for example, nearest in zip(examples, found, strict=True):
         gold = [row[i] for i in example.positive_ids][:k]
         others = [r for r in nearest if r not in gold]
-        chosen = np.array([*gold, *others[: k - len(gold)]])
         order = stream(0, "reading order", zlib.crc32(example.id.encode())).permutation(k)
-        read[example.id] = chosen[order]
-    return read
+        read.append(np.array([*gold, *others[: k - len(gold)]])[order])
+    return np.stack(read)
 
 
-def scores(systems, reading: Reading, examples) -> dict[str, np.ndarray]:
-    """`em`, `f1` and `nll` of the answer [Q], the mean over systems."""
-    from fedrag_jax.evaluation import evaluator
-
-    rows = reading.of(examples)
-    found = [
-        evaluator.answers(system, examples, rows)
-        | {"nll": evaluator.answer_nll(system, examples, rows)}
-        for system in systems
-    ]
-    return {name: np.mean([f[name] for f in found], axis=0) for name in found[0]}
+def at_point(config, rank: int, alpha: float):
+    """The config of a comparison with adapters of a rank and clients of a split."""
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.lora.rank, config.lora.alpha = rank, config.lora.scale * rank
+        config.federated.alpha = alpha
+    return config
 
 
-class Aggregation:
-    """What all cells share: data, systems, client splits, folder."""
-
-    def __init__(self, config, dataset, folder: pathlib.Path):
-        from fedrag_jax.models import hub
-
-        self.config, self.dataset, self.folder, self.readings = config, dataset, folder, {}
-        self.models = {
-            "generator": load_generator(config.models),
-            "retriever": hub.load(config.models.retriever),
-        }
-        self.validation = dataset.validation[: config.validation_questions]
-
-    def reading(self, rank: int, seed: int) -> Reading:
-        """The untuned system of a rank."""
-        from fedrag_jax.models.lora import LoraConfig
-        from fedrag_jax.rag import RAGSystem
-
-        c, data = self.config, self.dataset
-        if (rank, seed) not in self.readings:
-            everybody = [*data.train, *self.validation, *data.test]
-            system = RAGSystem.build(
-                data.passages,
-                everybody,
-                **self.models,
-                adapters=LoraConfig(rank, c.lora.scale * rank, tuple(c.lora.targets)),
-                prompt_style=c.models.prompt_style,
-                top_k=c.retrieval.top_k,
-                max_passage_tokens=c.models.max_passage_tokens,
-                seed=seed,
-            )
-            known = next(iter(self.readings.values()), None)
-            rows = known.rows if known else with_gold(system.retriever, everybody, system.top_k)
-            self.readings[rank, seed] = Reading(system, rows)
-        return self.readings[rank, seed]
-
-    def clients(self, alpha: float, split: int):
-        """Who holds what."""
-        from fedrag_jax.strategies.settings import split_clients
-
-        f = self.config.federated
-        return split_clients(self.dataset.train, f.clients, alpha, f.column, split)
-
-    def tuned(self, rule: str, rank: int, alpha: float, seed: int, split: int, rate: float):
-        """`(systems, cost)`: one system, or one for each client where adapters are personal.
-
-        Raises:
-          DivergenceError: training at this rate ends in numbers that are not finite.
-        """
-        import jax
-
-        from fedrag_jax.federated.fed_lora import fed_lora
-        from fedrag_jax.federated.fit import fit
-        from fedrag_jax.objectives.generator import concatenated
-        from fedrag_jax.strategies import settings
-        from fedrag_jax.tracking.ledger import training_cost
-        from fedrag_jax.tracking.logs import Progress
-
-        t, f = self.config.training, self.config.federated
-        reading = self.reading(rank, seed)
-        system = reading.system
-        task = concatenated(
-            system.decoder, system.generator.params, system.adapters, system.prompts, reading.of
-        )
-        budget = settings.Budget(
-            t.rounds, t.local_steps, f.clients, t.batch_size, t.group_size or None, f.devices
-        )
-        arguments = settings.arguments(
-            task,
-            "federated",
-            self.dataset.train,
-            self.clients(alpha, split),
-            budget,
-            {"adapters": rate},
-            seed,
-            callbacks=[Progress(f"{rule}, rank {rank}, alpha {alpha:g}, rate {rate:g}")],
-        )
-        algorithm = fed_lora(rule, system.decoder, local_steps=t.local_steps)
-        result = fit(**arguments | {"algorithm": algorithm})
-        table = task.collate(self.dataset.train[:1], None)
-        steps = t.rounds * t.local_steps * f.clients
-        cost = training_cost(task, result.history, table, steps=steps, batch_size=t.batch_size)
-        generator = dataclasses.replace(system.generator, params=result.frozen["decoder"])
-        several = [result.trainable]
-        if algorithm.model is not None:  # stacked
-            several = [
-                jax.tree.map(lambda x, i=i: x[i], result.trainable) for i in range(f.clients)
-            ]
-        system = dataclasses.replace(system, generator=generator)
-        return [system.replace(**trainable) for trainable in several], cost
-
-    def cell(self, rule: str, rank: int, alpha: float, seed: int, split: int):
-        """A cell at the best learning rate, which is searched with the first seed."""
-        from fedrag_jax.evaluation import evaluator
-        from fedrag_jax.tracking import cells
-
-        setting, reading = setting_name(rank, alpha), self.reading(rank, seed)
-        path, best = self.folder / "rates" / f"{rule}-{setting}.json", None
-        if (seed, split) == replicates(self.config)[0] or not path.exists():
-            found = {}
-            for rate in self.config.learning_rates:
-                try:
-                    systems, cost = self.tuned(rule, rank, alpha, *replicates(self.config)[0], rate)
-                except DivergenceError as error:
-                    print(f"{rule}, {setting}, rate {rate:g}: {error}")
-                    continue
-                rows = reading.of(self.validation)
-                nll = [evaluator.answer_nll(system, self.validation, rows) for system in systems]
-                found[rate] = float(np.mean(nll))
-                if found[rate] == min(found.values()):
-                    best = systems, cost
-            if not found:
-                raise ConfigError(
-                    f"{rule}, {setting}: training diverged at all of config.learning_rates "
-                    f"{self.config.learning_rates}; add smaller ones"
-                )
-            path.parent.mkdir(parents=True, exist_ok=True)
-            chosen = min(found, key=found.__getitem__)
-            path.write_text(json.dumps({"rate": chosen, "validation nll": found}) + "\n")
-        if (seed, split) != replicates(self.config)[0]:
-            rate = json.loads(path.read_text())["rate"]
-            best = self.tuned(rule, rank, alpha, seed, split, rate)
-        systems, cost = best
-        scored = scores(systems, reading, self.dataset.test)
-        return cells.Cell(rule, setting, seed, split, scored, {}, [], cost, {})
-
-
-def setting_name(rank: int, alpha: float) -> str:
+def point_name(rank: int, alpha: float) -> str:
     """What a cell is called beside its rule."""
     return f"rank{rank}-alpha{alpha:g}"
 
 
+def tuned(run: Comparison, rule: str, seed: int, split: int, rate: float):
+    """`(systems, cost, curves)`: one system, or one for each client where adapters are personal.
+
+    Raises:
+      DivergenceError: training at this rate ends in numbers that are not finite.
+    """
+    import jax
+
+    from fedrag_jax.federated.fed_lora import fed_lora
+    from fedrag_jax.federated.fit import fit
+    from fedrag_jax.objectives.generator import concatenated
+    from fedrag_jax.strategies import settings
+    from fedrag_jax.tracking.ledger import training_cost
+    from fedrag_jax.tracking.logs import Progress
+
+    system, examples, budget = run.system(seed), run.dataset.train, run.budget()
+    task = concatenated(
+        system.decoder,
+        system.generator.params,
+        system.adapters,
+        system.prompts,
+        lambda some: with_gold(system.retriever, some, system.top_k),
+    )
+    where = f"{rule}, rank {run.config.lora.rank}, alpha {run.config.federated.alpha:g}"
+    arguments = settings.arguments(
+        task,
+        "federated",
+        examples,
+        run.clients("federated", split),
+        budget,
+        {"adapters": rate},
+        seed,
+        callbacks=[Progress(f"{where}, rate {rate:g}")],
+        averaging=functools.partial(fed_lora, rule, system.decoder),
+    )
+    result = fit(**arguments)
+    # Off the devices of the clients, each of which would do all of what follows.
+    trainable, base = jax.device_get((result.trainable, result.frozen["decoder"]))
+    system = dataclasses.replace(
+        system, generator=dataclasses.replace(system.generator, params=base)
+    )
+    several = [trainable]
+    if arguments["algorithm"].model is not None:  # stacked
+        several = [jax.tree.map(lambda x, i=i: x[i], trainable) for i in range(budget.clients)]
+    cost = training_cost(
+        task,
+        result.history,
+        task.collate(examples[:1], None),
+        steps=budget.rounds * budget.local_steps * budget.clients,
+        batch_size=budget.batch_size,
+    )
+    curves = {rule: curve([result.history], budget.schedule("federated").refresh_every)}
+    return [system.replace(**each) for each in several], cost, curves
+
+
+def compute_cell(run: Comparison, rule: str, seed: int, split: int):
+    """A cell at the learning rate that suits validation answers best, with the first seeds."""
+    from fedrag_jax.clock import Clock
+    from fedrag_jax.evaluation import evaluator
+    from fedrag_jax.tracking import cells
+    from fedrag_jax.tracking.ledger import Cost
+
+    config, dataset = run.config, run.dataset
+    name = point_name(config.lora.rank, config.federated.alpha)
+    validation = dataset.validation[: config.validation_questions or None]
+    retriever, k = run.system(seed).retriever, config.retrieval.top_k
+
+    def judge(rate):
+        systems, _, _ = tuned(run, rule, *replicates(config)[0], rate)
+        rows = with_gold(retriever, validation, k)
+        return -float(np.mean([evaluator.answer_nll(s, validation, rows) for s in systems]))
+
+    path = run.folder / "rates" / f"{rule}-{name}.json"
+    rate = chosen_rate(path, config.learning_rates, judge, f"{rule}, {name}")
+    systems, cost, curves = tuned(run, rule, seed, split, rate)
+    clock, clients = Clock(), run.clients("federated", split)
+    scores = reading_scores(systems, dataset.test, with_gold(retriever, dataset.test, k))
+    lap = clock.lap()
+    cost += run.corpus_cost(len(clients.clients))
+    cost += Cost(evaluate_seconds=lap.others + lap.searching, compile_seconds=lap.compiling)
+    by_client = client_scores(
+        clients, dataset.test, [s["em"] for s in scores], config.federated.column
+    )
+    mean = {metric: np.mean([s[metric] for s in scores], axis=0) for metric in METRICS}
+    return cells.Cell(rule, name, seed, split, mean, {}, by_client, cost, curves)
+
+
+def reading_scores(systems, examples, rows) -> list[dict[str, np.ndarray]]:
+    """`em`, `f1`, `nll` [Q] of each system when it reads corpus rows [Q, k]."""
+    from fedrag_jax.evaluation import evaluator
+
+    return [
+        evaluator.answers(system, examples, rows)
+        | {"nll": evaluator.answer_nll(system, examples, rows)}
+        for system in systems
+    ]
+
+
 def rows_of(config, folder: pathlib.Path) -> list[dict]:
-    """A row for every rule, rank and alpha, with its difference from FedIT."""
-    from fedrag_jax.evaluation.metrics import percent
+    """A row for every rule, rank and alpha, with its differences from FedIT."""
     from fedrag_jax.evaluation.significance import bootstrap_interval
     from fedrag_jax.tracking import cells, comparison
-    from fedrag_jax.tracking.ledger import mean_cost
 
     def finished(rule, rank, alpha):
         pairs = replicates(config)
-        some = (cells.load(folder, rule, setting_name(rank, alpha), *pair) for pair in pairs)
+        some = (cells.load(folder, rule, point_name(rank, alpha), *pair) for pair in pairs)
         return [cell for cell in some if cell]
 
     rows = []
     for alpha, rank, rule in itertools.product(config.alphas, config.ranks, config.rules):
         if not (found := finished(rule, rank, alpha)):
             continue
-        em, nll = (comparison.scores(found, metric) for metric in ("em", "nll"))
-        (em_low, em_high), (low, high) = bootstrap_interval(em), bootstrap_interval(nll)
-        cost = mean_cost([cell.cost for cell in found])
-        path = folder / "rates" / f"{rule}-{setting_name(rank, alpha)}.json"
-        row = {
-            "rule": rule, "rank": rank, "alpha": alpha, "seeds": len(found),
-            "learning_rate": json.loads(path.read_text())["rate"],
-            "em": percent(em), "em_low": 100 * em_low, "em_high": 100 * em_high,
-            "nll": float(nll.mean()), "nll_low": low, "nll_high": high,
-            "bytes_up": cost.bytes_up, "bytes_down": cost.bytes_down, "seconds": cost.seconds,
-            "aggregate_seconds": cost.aggregate_seconds, "flops": cost.flops,
-            "peak_bytes": cost.peak_bytes,
-        }  # fmt: skip
-        if rule != "fedit" and (usual := finished("fedit", rank, alpha)):
-            row |= comparison.paired_difference(found, usual, config.primary_metric) or {}
+        path = folder / "rates" / f"{rule}-{point_name(rank, alpha)}.json"
+        row = {"rule": rule, "rank": rank, "alpha": alpha, "seeds": len(found)}
+        row["learning_rate"] = chosen_rate(path, (), None, rule)
+        for metric, unit in (("em", 100), ("f1", 100), ("nll", 1)):
+            some = comparison.scores(found, metric)
+            low, high = bootstrap_interval(some)
+            row |= {metric: unit * float(some.mean())}
+            row |= {f"{metric}_low": unit * low, f"{metric}_high": unit * high}
+            if rule != "fedit" and (usual := finished("fedit", rank, alpha)):
+                against = comparison.paired_difference(found, usual, metric, unit) or {}
+                row |= {f"{metric}_against_{name}": value for name, value in against.items()}
+        row |= comparison.costs_and_clients(found)
         rows.append(row)
-    comparison.adjust([row for row in rows if "p" in row])
+    for metric in METRICS:
+        p = f"{metric}_against_p"
+        compared = [row for row in rows if p in row]
+        adjusted = [{"p": row[p], "p_t": row[f"{p}_t"]} for row in compared]
+        comparison.adjust(adjusted)
+        for row, one in zip(compared, adjusted, strict=True):
+            row[f"{p}_holm"] = one["p_holm"]
     return rows
 
 
@@ -240,6 +196,7 @@ def report(config, folder: pathlib.Path):
     from fedrag_jax.tracking.tables import (
         Column,
         Table,
+        difference,
         interval,
         number,
         p_value,
@@ -250,98 +207,143 @@ def report(config, folder: pathlib.Path):
     rows = rows_of(config, folder)
     write_csv(folder / "lora_aggregation.csv", rows)
     untuned = json.loads((folder / "untuned.json").read_text())
-
-    def difference(row):
-        if "difference" not in row:
-            return "–"
-        return f"{row['difference']:+.1f} [{row['low']:+.1f}, {row['high']:+.1f}]"
-
-    columns = (
+    who = (
         words("rule", "rule"),
         number("rank", "rank", 0),
         Column("α", lambda row: f"{row['alpha']:g}".replace("inf", "∞")),
-        Column("rate", lambda row: f"{row['learning_rate']:g}"),
+    )
+    quality = (
+        number("seeds", "seeds", 0),
+        Column("rate", lambda row: f"{row['learning_rate']:.2g}"),
+        interval("NLL [95% CI]", "nll", 2),
+        difference("against FedIT [95% CI]", "nll_against_", 2),
+        p_value("p", "nll_against_p_holm"),
         interval("EM [95% CI]", "em"),
-        Column("against FedIT [95% CI]", difference),
-        p_value("p", "p_holm"),
-        interval("answer NLL [95% CI]", "nll", 2),
+        difference("EM against FedIT [95% CI]", "em_against_"),
+        p_value("p of EM", "em_against_p_holm"),
+        number("worst client", "client_em_worst"),
+    )
+    costs = (
         number("MB up", "bytes_up", 2, 1e6),
         number("MB down", "bytes_down", 2, 1e6),
         number("seconds", "seconds"),
         number("of aggregation", "aggregate_seconds", 2),
+        number("TFLOP", "flops", 2, 1e12),
+        number("peak MB", "peak_bytes", 0, 1e6),
     )
-    c = config
+    t = config.training
     return Report(
         folder.name,
-        f"Adapters of {c.federated.clients} clients averaged by seven rules: {c.data.name}, "
-        f"{c.training.rounds} rounds of {c.training.local_steps} local steps. Every prompt holds the "
-        f"gold passages; untuned the generator has EM {untuned['em']:.1f} and an NLL of "
-        f"{untuned['nll']:.2f} per answer.",
+        f"Adapters of {config.federated.clients} clients, averaged by different rules: "
+        f"{config.data.name}, {t.rounds} rounds of {t.local_steps} local steps. Every prompt holds the "
+        f"gold passages; untuned, the generator has EM {untuned['em']:.1f} and a negative "
+        f"log-likelihood (NLL) of {untuned['nll']:.2f} nats per answer.",
         [
             Section(
                 "Figure",
                 "rules",
-                "Negative log-likelihood of the answers to test questions, with 95% intervals; the "
-                "dotted line is the untuned generator.",
+                "NLL of the answers to test questions with 95% intervals; the dotted line is the "
+                "untuned generator.",
                 figure=figures.over_rules(rows, untuned["nll"]),
             ),
             Section(
-                "Rules",
+                "Quality",
                 "aggregation",
-                "EM in percent and NLL with 95% bootstrap intervals over test questions; differences "
-                "from FedIT at the same rank and split, paired by question and seed, p by permutation, "
-                "Holm-adjusted over this table. FedSA's adapters are personal: means over its clients.",
-                Table(columns, rows),
+                "NLL, the primary metric, and EM in percent with 95% bootstrap intervals over test "
+                "questions; differences from FedIT at the same rank and split, paired by question and "
+                "seed, p by permutation over questions, each metric Holm-adjusted over this table. "
+                "Learning rates were searched for every rule, rank and split on validation answers, "
+                "with the first seed. FedSA's adapters are personal: means over its clients.",
+                Table((*who, *quality), rows),
+            ),
+            Section(
+                "Costs",
+                "costs",
+                "Means over seeds.",
+                Table((*who, *costs), rows),
             ),
         ],
     )
+
+
+def check(config) -> None:
+    """Refuses settings that could only fail later.
+
+    Raises:
+      ConfigError: an unknown rule or metric, a list that is empty, a rank below 1, a rule that would
+        change a quantised base.
+    """
+    from fedrag_jax.federated.fed_lora import RULES
+
+    check_replicates(config)
+    for name in ("rules", "ranks", "alphas", "learning_rates"):
+        if not config[name]:
+            raise ConfigError(f"config.{name} is empty; give at least one")
+    if unknown := [rule for rule in config.rules if rule not in RULES]:
+        raise ConfigError(f"config.rules: {unknown} unknown; choose among {[*RULES]}")
+    for name in ("ranks", "learning_rates"):
+        if min(config[name]) <= 0:
+            raise ConfigError(f"config.{name} must be positive, got {config[name]}")
+    changing = [rule for rule in config.rules if RULES[rule].changes_base]
+    if config.models.quantize and changing:
+        raise ConfigError(
+            f"config.rules: {changing} change the base, which config.models.quantize makes "
+            f"{config.models.quantize}; leave either out"
+        )
 
 
 def run(config, runs: str) -> pathlib.Path:
     """Every cell; returns the folder of the results.
 
     Raises:
-      ConfigError: an unknown rule, a list that is empty.
+      ConfigError: as `check`.
       DataError: training, validation or test questions without gold passages.
     """
-    from fedrag_jax.federated.fed_lora import RULES
     from fedrag_jax.tracking import cells
     from fedrag_jax.tracking.manifest import write_manifest
+    from fedrag_jax.tracking.processes import everywhere
     from fedrag_jax.tracking.weights_and_biases import log_cell
 
     began, folder = time.perf_counter(), pathlib.Path(runs) / config.name
-    for name in ("seeds", "rules", "ranks", "alphas", "learning_rates"):
-        if not config[name]:
-            raise ConfigError(f"config.{name} is empty; give at least one")
-    if unknown := [rule for rule in config.rules if rule not in RULES]:
-        raise ConfigError(f"config.rules: {unknown} unknown; choose among {[*RULES]}")
+    check(config)
     dataset = load_data(config)
-    shared = Aggregation(config, dataset, folder)
-    asked = [*dataset.train, *shared.validation, *dataset.test]
+    validation = dataset.validation[: config.validation_questions or None]
+    asked = [*dataset.train, *validation, *dataset.test]
     if bare := sum(not e.positive_ids for e in asked):
         raise DataError(
             f"{bare} of {len(asked)} questions name no gold passage, which every prompt is to hold "
             "here; give positive_ids"
         )
-    for alpha, (_, split) in itertools.product(config.alphas, replicates(config)):
-        shared.clients(alpha, split)  # refuses what cannot be split
+    whole = Comparison(at_point(config, config.ranks[0], config.alphas[0]), dataset, folder)
+    at = {
+        (alpha, rank): whole.like(at_point(config, rank, alpha), folder)
+        for alpha, rank in itertools.product(config.alphas, config.ranks)
+    }
+    for there, (_, split) in itertools.product(at.values(), replicates(config)):
+        there.budget().schedule("federated")
+        there.clients("federated", split)  # refuses what cannot be split
     folder.mkdir(parents=True, exist_ok=True)
     free = ("seeds", "split_seeds", "rules", "ranks", "alphas", "wandb")
     settled_config(config, folder, free=free)
     write_manifest(folder, dataset, experiment="lora_aggregation", seeds=list(config.seeds))
-    if not (folder / "untuned.json").exists():
-        reading = shared.reading(config.ranks[0], config.seeds[0])
-        found = scores([reading.system], reading, dataset.test)
+    if not everywhere((folder / "untuned.json").exists()):
+        system = whole.system(config.seeds[0])
+        rows = with_gold(system.retriever, dataset.test, system.top_k)
+        (found,) = reading_scores([system], dataset.test, rows)
         untuned = {"em": 100 * float(found["em"].mean()), "nll": float(found["nll"].mean())}
         (folder / "untuned.json").write_text(json.dumps(untuned) + "\n")
-    todo = list(itertools.product(config.alphas, config.ranks, config.rules, replicates(config)))
-    for i, (alpha, rank, rule, pair) in enumerate(todo, 1):
-        if cells.load(folder, rule, setting_name(rank, alpha), *pair):
+    todo = list(itertools.product(at, config.rules, replicates(config)))
+    for i, ((alpha, rank), rule, pair) in enumerate(todo, 1):
+        if everywhere(cells.load(folder, rule, point_name(rank, alpha), *pair) is not None):
             continue
-        cell = shared.cell(rule, rank, alpha, *pair)
+        try:
+            cell = compute_cell(at[alpha, rank], rule, *pair)
+        except DivergenceError as error:  # one run of many: the others are worth having
+            print(f"{rule}, {point_name(rank, alpha)}, {cells.seeds_name(*pair)}: {error}")
+            continue
         cells.save(folder, cell)
-        wandb = config.wandb
-        log_cell(cell, folder, config.name, wandb.mode, wandb.project, config.to_dict())
+        wandb, about = config.wandb, {"rank": rank, "alpha": alpha}
+        log_cell(cell, folder, config.name, wandb.mode, wandb.project, config.to_dict(), **about)
         print(
             f"[{i}/{len(todo)}] {rule}, rank {rank}, alpha {alpha:g}, {cells.seeds_name(*pair)}: EM "
             f"{100 * cell.scores['em'].mean():.1f}  NLL {cell.scores['nll'].mean():.2f}  "

@@ -16,6 +16,8 @@ from ml_collections import ConfigDict
 
 from fedrag_jax.errors import ConfigError, FedragError
 
+EXPERIMENTS = ("compare_strategies", "heterogeneity", "lora_aggregation")
+
 
 def rebuild(folder: pathlib.Path) -> list[str]:
     """Writes the report of a run anew; returns the names of its files.
@@ -30,8 +32,10 @@ def rebuild(folder: pathlib.Path) -> list[str]:
         raise ConfigError(
             f"{folder} holds no run: {error.filename} is missing; give a folder below runs/"
         ) from error
-    experiment = importlib.import_module(f"experiments.{manifest['experiment']}")
-    return experiment.report(config, folder).write(folder)
+    name = manifest.get("experiment")
+    if name not in EXPERIMENTS:
+        raise ConfigError(f"{folder}/manifest.json names none of {EXPERIMENTS}, but {name!r}")
+    return importlib.import_module(f"experiments.{name}").report(config, folder).write(folder)
 
 
 if __name__ == "__main__":

@@ -155,6 +155,8 @@ def test_the_ledger_of_a_comparison(finished):
         parts = ("retrieve", "collate", "train", "aggregate")
         assert cost["seconds"] == pytest.approx(sum(cost[f"{p}_seconds"] for p in parts))
         assert cost["evaluate_seconds"] > 0 and cost["embed_seconds"] > 0
+        searches = row["strategy"] == "two_phase"
+        assert (cost["retrieve_seconds"] > 0) == searches and cost["bytes_passages"] > 2e5
         trains = row["strategy"] != "none"
         assert (cost["tokens"] > 0) == (cost["peak_bytes"] > 0) == trains
         assert (cost["aggregate_seconds"] > 0) == trains

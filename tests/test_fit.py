@@ -109,8 +109,9 @@ def test_what_is_no_local_step_is_told_apart():
         (linear_task(loss=loss), steps, 0, slow / 2),
         (linear_task(), steps._replace(turns=(turn,)), slow, 2 * slow),
     ):
-        found = fit(task, FOUR, algorithm, rounds=2)
+        found = fit(task, FOUR, algorithm, rounds=2, time_aggregation=True)
         assert_equal(found.trainable, plain.trainable)
+        assert {record["aggregate_seconds"] for record in plain.history} == {0.0}
         for record in found.history:
             assert low <= record["aggregate_seconds"] < high
             assert record["seconds"] >= max(slow, record["aggregate_seconds"])

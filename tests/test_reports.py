@@ -7,11 +7,13 @@ import subprocess
 import sys
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 from small import small_aggregation, small_heterogeneity
 
 from experiments import heterogeneity, lora_aggregation, report
-from fedrag_jax.errors import ConfigError, DataError
+from experiments.rates import chosen_rate
+from fedrag_jax.errors import ConfigError, DataError, DivergenceError
 from fedrag_jax.tracking import tables
 from fedrag_jax.tracking.cells import load
 from fedrag_jax.tracking.report import Report, Section
@@ -36,7 +38,8 @@ def written(tmp_path):
         Section("Nothing", "empty", "Not shown.", tables.Table([], [])),
     ]
     (tmp_path / "config.json").write_text('{"name": "</script>"}')
-    (tmp_path / "manifest.json").write_text('{"commands": ["python -m x --y=\'(0, 1)\'"]}')
+    session = {"command": "python -m x --y='(0, 1)'", "device": "1 x cpu", "time": "now"}
+    (tmp_path / "manifest.json").write_text(json.dumps({"sessions": [session]}))
     return tmp_path, Report("title", "About.", sections).write(tmp_path)
 
 
@@ -83,14 +86,9 @@ def test_points_differ_in_one_factor_and_train_on_as_much(skewed):
     rows = [r for r in read(skewed / "heterogeneity.csv") if r["strategy"] == "retriever"]
     assert [(r["factor"], r["value"], r["rounds"]) for r in rows] == [
         ("alpha", "1.0", "2"), ("alpha", "inf", "2"), ("local_steps", "1", "2"),
-        ("local_steps", "2", "1"), ("participation", "0.5", "2"), ("participation", "1.0", "2"),
+        ("local_steps", "2", "1"), ("participation", "0.5", "4"), ("participation", "1.0", "2"),
     ]  # fmt: skip
-    assert len({r["flops"] for r in rows}) == 1
-    examples = []
-    for point in (skewed / "points").glob("*"):
-        for tuned in point.glob("rates-x1/tuned/*/multiple_negatives_ranking/rounds.jsonl"):
-            examples.append(json.loads(tuned.read_text().splitlines()[-1])["examples"])
-    assert len(examples) >= 4 and len(set(examples)) == 1
+    assert {r["examples"] for r in rows} == {"16.0"}  # 2 rounds, 2 clients, batches of 4
     part = next((skewed / "points").glob("*part0.5/rates-x1/tuned/*/*/rounds.jsonl"))
     assert {json.loads(line)["drawn"] for line in part.read_text().splitlines()} == {1}
     usual = {json.dumps({k: r[k] for k in ("em", "seconds")}) for r in rows if not r["difference"]}
@@ -101,8 +99,70 @@ def test_points_differ_in_one_factor_and_train_on_as_much(skewed):
 def test_rates_of_a_point_are_those_that_validation_likes_best(skewed):
     for path in (skewed / "points").glob("*/rates-retriever.json"):
         found = json.loads(path.read_text())
-        assert set(found["validation"]) == {"0.25", "1.0"} and found["metric"] == "mrr"
-        assert found["validation"][str(found["factor"])] == max(found["validation"].values())
+        assert {"0.25", "1.0"} < set(found["scores"])  # the lower is better, so others are tried
+        assert found["scores"][str(found["chosen"])] == max(found["scores"].values())
+
+
+def test_rates_that_are_judged_are_those_that_train(skewed, monkeypatch):
+    """On validation questions, and so that their mean does not depend on the number of rounds."""
+    from experiments.comparison import Comparison
+    from fedrag_jax.evaluation import evaluator
+
+    config, judged, rates = small_heterogeneity(), [], []
+    plain = config.learning_rates.federated.retriever
+    dataset = heterogeneity.load_data(config)
+
+    def tuned_systems(self, *_):
+        rates.append(self.config.learning_rates.federated.retriever)
+        return [self.system(0)], []
+
+    def rank_scores(retriever, examples, rows):
+        judged.append(examples)
+        return {"mrr": np.array([0.5])}
+
+    monkeypatch.setattr(Comparison, "tuned_systems", tuned_systems)
+    monkeypatch.setattr(evaluator, "rank_scores", rank_scores)
+    run = Comparison(heterogeneity.at_point(config, "local_steps", 2), dataset, skewed / "other")
+    best = heterogeneity.at_best_rates(run, "retriever")
+    # One round at the full rate, where two rounds have it and half of it.
+    assert rates[:2] == pytest.approx([0.25 * 0.75 * plain, 0.75 * plain])
+    assert best.config.learning_rates.federated.retriever in rates
+    assert all(some == dataset.validation[:40] for some in judged) and len(judged) > 2
+
+
+def test_an_alpha_has_the_rates_that_were_chosen_for_it():
+    config = small_heterogeneity()
+    known = config.learning_rates.federated_inf.marginal_generator
+    found = heterogeneity.at_point(config, "alpha", float("inf")).learning_rates.federated
+    assert found.marginal_generator == known != config.learning_rates.federated.marginal_generator
+    other = heterogeneity.at_point(config, "alpha", 0.3).learning_rates.federated
+    assert other.marginal_generator == config.learning_rates.federated.marginal_generator
+
+
+@pytest.mark.parametrize(
+    "scores, tried, best",
+    [
+        ({1.0: 1, 2.0: 3, 4.0: 2}, {1.0, 2.0, 4.0}, 2.0),
+        ({1.0: 1, 2.0: 2, 4.0: 3, 8.0: 4, 16.0: 0}, {1.0, 2.0, 4.0, 8.0, 16.0}, 8.0),
+        ({1.0: 3, 2.0: 2, 4.0: 1, 0.5: None}, {0.5, 1.0, 2.0, 4.0}, 1.0),  # diverges beyond
+    ],
+)
+def test_rates_beyond_an_end_that_is_best_are_tried(tmp_path, scores, tried, best):
+    judged = []
+
+    def judge(rate):
+        judged.append(rate)
+        if scores[rate] is None:
+            raise DivergenceError("too high")
+        return scores[rate]
+
+    path = tmp_path / "deep" / "rates.json"
+    assert chosen_rate(path, (1.0, 2.0, 4.0), judge, "here") == best
+    assert set(judged) == tried and len(judged) == len(tried)
+    assert chosen_rate(path, (), None, "here") == best  # read back
+    scores = dict.fromkeys([0.125, 0.25, 0.5, *scores])
+    with pytest.raises(ConfigError, match="here: training diverged at all rates"):
+        chosen_rate(tmp_path / "other.json", (1.0, 2.0), judge, "here")
 
 
 def test_a_point_that_is_missing_is_computed_alone(skewed, monkeypatch):
@@ -138,6 +198,10 @@ def test_a_report_is_made_again_from_what_lies_there(skewed):
         ("factors.clients", (3,), r"clients: 3 leaves 1.33333 rounds; .* must divide 4"),
         ("factors.participation", (1.5,), r"participation must be in \(0, 1\], got 1.5"),
         ("factors.alpha", (-1.0,), r"alpha must be > 0, got -1.0"),
+        ("factors.local_steps", (1.5,), r"local_steps must be whole and at least 1, got 1.5"),
+        ("factors.clients", (0,), r"clients must be whole and at least 1, got 0"),
+        ("factors.participation", (0.3,), r"participation 0.3 of 2 clients is 0.6"),
+        ("rate_factors", (), r"rate_factors must be positive"),
         ("settings", ("local",), r"settings must be \('federated',\) here"),
     ],
 )
@@ -166,9 +230,12 @@ def test_rules_side_by_side(averaged):
     assert up["fedsa"] == down["fedsa"] < up["fedit"]
     for rule, row in rows.items():
         assert float(row["nll_low"]) < float(row["nll"]) < float(row["nll_high"])
-        chosen = json.loads((averaged / "rates" / f"{rule}-rank2-alpha1.json").read_text())
-        assert float(row["learning_rate"]) == chosen["rate"]
-        assert (row["difference"] == "") == (rule == "fedit")
+        found = json.loads((averaged / "rates" / f"{rule}-rank2-alpha1.json").read_text())
+        assert float(row["learning_rate"]) == found["chosen"]
+        assert found["scores"][row["learning_rate"]] == max(found["scores"].values())
+        assert (row["nll_against_difference"] == "") == (rule == "fedit")
+        assert float(row["evaluate_seconds"]) > 0 < float(row["bytes_passages"])
+        assert float(row["client_em_worst"]) <= float(row["client_em_mean"])
     untuned = json.loads((averaged / "untuned.json").read_text())
     assert untuned["em"] > 50 and 0 < untuned["nll"] < 10
 
@@ -183,8 +250,7 @@ def test_every_prompt_holds_the_gold_passages(averaged):
     rows = lora_aggregation.with_gold(retriever, dataset.test, 5)
     number = {p.id: i for i, p in enumerate(dataset.passages)}
     places = []
-    for example in dataset.test:
-        read = rows[example.id].tolist()
+    for example, read in zip(dataset.test, rows.tolist(), strict=True):
         assert len(set(read)) == 5
         places += [read.index(number[i]) for i in example.positive_ids]
     assert {places.count(k) > len(places) / 10 for k in range(5)} == {True}  # anywhere
@@ -193,17 +259,49 @@ def test_every_prompt_holds_the_gold_passages(averaged):
 def test_a_rule_that_is_missing_is_computed_alone(averaged, monkeypatch):
     config, computed = small_aggregation(), []
     before = load(averaged, "fedsa", "rank2-alpha1", 1, 1).scores["nll"]
-    real = lora_aggregation.Aggregation.cell
+    real = lora_aggregation.compute_cell
 
-    def watched(self, *cell):
-        computed.append(cell)
-        return real(self, *cell)
+    def watched(run, *cell):
+        computed.append((run.config.lora.rank, run.config.federated.alpha, *cell))
+        return real(run, *cell)
 
-    monkeypatch.setattr(lora_aggregation.Aggregation, "cell", watched)
+    monkeypatch.setattr(lora_aggregation, "compute_cell", watched)
     (averaged / "cells" / "fedsa-rank2-alpha1-seed1" / "cell.json").unlink()
     lora_aggregation.run(config, str(averaged.parent))
-    assert computed == [("fedsa", 2, 1.0, 1, 1)]
+    assert computed == [(2, 1.0, "fedsa", 1, 1)]
     assert load(averaged, "fedsa", "rank2-alpha1", 1, 1).scores["nll"] == pytest.approx(before)
+
+
+def test_systems_are_those_that_the_rules_have_made(tmp_path):
+    """FLoRA and FedEx move the base and are read with it; FedSA leaves one system a client."""
+    import jax
+
+    from experiments.comparison import Comparison
+    from fedrag_jax.models.network import flatten
+
+    config = lora_aggregation.at_point(small_aggregation(), 3, 1.0)
+    run = Comparison(config, lora_aggregation.load_data(config), tmp_path)
+    untuned = run.system(0)
+    systems = {
+        rule: lora_aggregation.tuned(run, rule, 0, 0, 0.05)[0]
+        for rule in ("fedit", "flora", "fedex", "fedsa")
+    }
+    assert {rule: len(some) for rule, some in systems.items()} == {
+        "fedit": 1, "flora": 1, "fedex": 1, "fedsa": 2,
+    }  # fmt: skip
+    factors = dict(flatten(untuned.adapters))
+    assert all(x.shape[-1] == 3 for path, x in factors.items() if path[-1] == "lora_a")
+    for rule, (system, *_) in systems.items():
+        pairs = zip(
+            jax.tree.leaves(system.generator.params),
+            jax.tree.leaves(untuned.generator.params),
+            strict=True,
+        )
+        moved = any(not np.array_equal(a, b) for a, b in pairs)
+        assert moved == (rule in ("flora", "fedex")), rule
+    one, other = (dict(flatten(s.adapters)) for s in systems["fedsa"])
+    for path in one:
+        assert np.array_equal(one[path], other[path]) == (path[-1] == "lora_a")
 
 
 @pytest.mark.parametrize(
@@ -211,6 +309,14 @@ def test_a_rule_that_is_missing_is_computed_alone(averaged, monkeypatch):
     [
         ("rules", ("mean",), ConfigError, r"rules: \['mean'\] unknown; choose among"),
         ("ranks", (), ConfigError, r"config.ranks is empty"),
+        ("ranks", (0,), ConfigError, r"config.ranks must be positive, got \(0,\)"),
+        ("split_seeds", (1,), ConfigError, r"split_seeds has 1 seeds, config.seeds has 2"),
+        (
+            "models.quantize",
+            "nf4",
+            ConfigError,
+            r"rules: \['fedex'\] change the base, which .* nf4",
+        ),
         ("data.labels", False, DataError, r"160 of 260 questions name no gold passage"),
     ],
 )

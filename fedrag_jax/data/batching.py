@@ -1,5 +1,6 @@
 """Examples and passages as padded integer arrays."""
 
+import copy
 import functools
 from collections.abc import Sequence
 
@@ -52,11 +53,9 @@ class Prompts:
         self._passages = [np.array(t[:max_passage_tokens], np.int32) for t in self._tokenize(texts)]
         self._questions: dict[str, np.ndarray] = {}
         self._answers: dict[str, np.ndarray] = {}
-        asked = [len(self.question_tokens(e.question)) for e in examples]
-        answered = [len(self.answer_tokens(e.answers[0])) for e in examples]
-        self.answer_width = max(answered, default=0)
-        self._after_width = max(map(sum, zip(asked, answered, strict=True)), default=0)
         self._passage_lengths = np.array([len(p) for p in self._passages])
+        self.answer_width = self._after_width = 0
+        self._widen(examples)
 
     @functools.cached_property
     def stop_tokens(self) -> tuple[int, ...]:
@@ -64,6 +63,19 @@ class Prompts:
         vocabulary = self.tokenizer.get_vocab().items()
         breaks = (i for piece, i in vocabulary if "\u010a" in piece or piece == "<0x0A>")
         return tuple(sorted({self.eos, self.tokenizer.eos_token_id, *breaks} - {None}))
+
+    def wide_enough_for(self, examples: Sequence[Example]) -> "Prompts":
+        """The same with room for other questions and answers."""
+        wider = copy.copy(self)
+        wider._widen(examples)
+        return wider
+
+    def _widen(self, examples: Sequence[Example]) -> None:
+        asked = [len(self.question_tokens(e.question)) for e in examples]
+        answered = [len(self.answer_tokens(e.answers[0])) for e in examples]
+        after = map(sum, zip(asked, answered, strict=True))
+        self.answer_width = max([self.answer_width, *answered])
+        self._after_width = max([self._after_width, *after])
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"]

@@ -85,12 +85,9 @@ def answers(
 
 
 def answer_nll(system: RAGSystem, examples: Sequence[Example], rows) -> np.ndarray:
-    """-log p(first answer, EOS | passages, question) [Q], in nats, when corpus rows [Q, k] are read.
-
-    Raises:
-      DataError: a question longer than those given to `RAGSystem.build`.
-    """
-    table, found = system.prompts.training_table(examples, rows, per_passage=False), []
+    """-log p(first answer, EOS | passages, question) [Q], in nats, when corpus rows [Q, k] are read."""
+    prompts, found = system.prompts.wide_enough_for(examples), []
+    table = prompts.training_table(examples, rows, per_passage=False)
     for start in range(0, len(examples), BATCH):
         some = np.arange(start, start + BATCH) % len(examples)  # the last batch is filled up
         batch = {name: column[some] for name, column in table.items()}

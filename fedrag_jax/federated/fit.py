@@ -59,6 +59,7 @@ def fit(
     table_rows: int = 0,
     callbacks: Iterable[Callback] = (),
     mesh: Mesh | None = None,
+    time_aggregation: bool = False,
     debug: bool = False,
 ) -> Generator[Round, Ran, FitResult]:
     """Trains a task on one pile of examples or on those of many clients.
@@ -81,6 +82,8 @@ def fit(
       callbacks: told of every round, in order; one that restores a state comes first.
       mesh: with an axis "clients": its devices share the groups of a round. Over several hosts
         (`jax.distributed`) every process makes the same call.
+      time_aggregation: run the first round twice more without local steps, on a copy of the state, to
+        see how much of a round is none.
       debug: loop over clients and steps in Python; what fails is said with client, step and batch.
 
     Returns:
@@ -90,8 +93,9 @@ def fit(
       that was no example), `bytes_down` and `bytes_up` of the round and `traffic`, the same by part and
       type, `peak_bytes` on a device, `refreshed` (whether examples were searched for anew); `seconds`
       of training, `refresh_seconds` of retrieval and collating, `compile_seconds`. Of the first,
-      `aggregate_seconds` go by without a local step; of the second, `embed_seconds` are for passages,
-      `retrieve_seconds` for searching.
+      `aggregate_seconds` are no local steps (sampling, handing out, aggregation, the server's step; 0
+      unless they are timed); of the second, `embed_seconds` are for passages, `retrieve_seconds` for
+      searching.
 
     Raises:
       ConfigError: a setting that cannot be honoured.
@@ -165,7 +169,7 @@ def fit(
     state = placing.everywhere(state)._replace(population=now.state.population)
     now = dataclasses.replace(now, state=state)
     key = placing.everywhere(jax.random.fold_in(jax.random.key(seed), zlib.crc32(b"local update")))
-    table = aggregate_seconds = None
+    table = idle_seconds = None
     while now.round < rounds:
         clock = Clock()
         refresh = task.retrieve is not None and now.round % refresh_every == 0
@@ -205,14 +209,19 @@ def fit(
         )
         sample_seconds = clock.lap().others
         ran = yield asked
-        if aggregate_seconds is None:
-            aggregate_seconds = (
-                (yield _without_steps(asked, ran.state)).seconds if not debug else 0.0
-            )
+        if idle_seconds is None and time_aggregation:
+            idle_seconds = np.inf
+            for _ in range(2):
+                idle = yield _without_steps(asked, ran.state)
+                idle_seconds = min(idle_seconds, idle.seconds)
         clock.lap()  # others may have had their turn
         after = ran.state
         mine, (report, server_finite) = placing.read((after.population, ran.told))
-        seconds = sample_seconds + ran.seconds + sum(clock.lap())
+        read_seconds = sum(clock.lap())
+        seconds = sample_seconds + ran.seconds + read_seconds
+        aggregate_seconds = 0.0
+        if time_aggregation:
+            aggregate_seconds = sample_seconds + min(idle_seconds, ran.seconds) + read_seconds
         compile_seconds += ran.compile_seconds
 
         clients, report = by_client(report, parts, total)
@@ -230,7 +239,7 @@ def fit(
             "traffic": traffic._asdict(),
             "peak_bytes": ran.peak_bytes,
             "seconds": seconds,
-            "aggregate_seconds": min(aggregate_seconds, seconds),
+            "aggregate_seconds": aggregate_seconds,
             "refreshed": refresh,
             "refresh_seconds": sum(refresh_lap) - refresh_lap.compiling,
             "embed_seconds": refresh_lap.embedding,

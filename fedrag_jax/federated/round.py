@@ -111,6 +111,11 @@ def peak_bytes(compiled: jax.stages.Compiled) -> int:
     return held + memory.temp_size_in_bytes - memory.alias_size_in_bytes
 
 
+def peak_alone(program: "Program") -> int:
+    """`peak_bytes` of a round by itself."""
+    return peak_bytes(_compile(program)[0])
+
+
 def compile_seconds(program: "Program") -> float:
     """How long it took, whoever it was that asked first."""
     return _compile(program)[1]

@@ -15,6 +15,7 @@ from fedrag_jax.federated.round import (
     Ran,
     Round,
     compile_seconds,
+    peak_alone,
     peak_bytes,
     run_round,
 )
@@ -117,7 +118,9 @@ class Together:
         results = jax.block_until_ready(results)
         if way.devices > 1:  # so that they are tied to none
             results = jax.device_put(jax.device_get(results))
-        lap, peak = clock.lap(), peak_bytes(run)
+        lap = clock.lap()
+        # Of one fit, however many are side by side.
+        peak = peak_bytes(run) if width == 1 else peak_alone(program)
         return [Ran(*r, lap.others / len(asked), lap.compiling / len(asked), peak) for r in results]
 
     def _copy(self, x, device):

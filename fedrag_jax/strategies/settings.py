@@ -1,7 +1,7 @@
 """Where the data sits: with one party, with clients who federate, or with clients who do not."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +13,7 @@ from fedrag_jax.data.examples import Example
 from fedrag_jax.data.partition import Partition, partition
 from fedrag_jax.data.schemes import dirichlet
 from fedrag_jax.errors import ConfigError
+from fedrag_jax.federated.algorithm import Algorithm
 from fedrag_jax.federated.centralised import centralised
 from fedrag_jax.federated.fed_avg import fed_avg
 from fedrag_jax.federated.optimizers import tunable
@@ -64,6 +65,39 @@ class Budget(NamedTuple):
     devices: int = 1
     participation: float = 1.0
 
+    def schedule(self, setting: str) -> "Schedule":
+        """The rounds of a setting.
+
+        Raises:
+          ConfigError: a participation that is no whole number of clients which divides them.
+        """
+        if setting == "centralised":
+            return Schedule(self.rounds * self.clients, self.clients, 1)
+        if setting == "local":
+            return Schedule(self.rounds, 1, 1)
+        drawn = round(self.participation * self.clients)
+        if drawn < 1 or self.clients % drawn or drawn != self.participation * self.clients:
+            raise ConfigError(
+                f"participation {self.participation:g} of {self.clients} clients is "
+                f"{self.participation * self.clients:g}; it must be a whole number that divides them"
+            )
+        longer = self.clients // drawn
+        return Schedule(self.rounds * longer, longer, drawn)
+
+
+class Schedule(NamedTuple):
+    """How a setting spends its budget.
+
+    Attributes:
+      rounds: of `fit`.
+      refresh_every: rounds between two index refreshes, of which all settings have R.
+      drawn: clients of a round.
+    """
+
+    rounds: int
+    refresh_every: int
+    drawn: int
+
 
 def split_clients(
     examples: Sequence[Example],
@@ -87,6 +121,7 @@ def arguments(
     seed: int,
     callbacks=(),
     client: int | None = None,
+    averaging: Callable[..., Algorithm] = fed_avg,
 ) -> dict[str, Any]:
     """What to call `fit` with, to train a task in a setting.
 
@@ -95,23 +130,21 @@ def arguments(
       rates: learning rate of each part that moves (`adapters`, `query`, `document`) in the first
         round; from round to round it falls linearly towards zero, as in Lawton et al.
       client: the one that trains, in the local setting.
+      averaging: makes the algorithm of the federated setting, of what `Work` takes.
     """
-    rounds, refresh_every, work = budget.rounds, 1, {"local_steps": budget.local_steps}
+    if setting not in SETTINGS:
+        raise ConfigError(f"setting must be one of {SETTINGS}, got {setting!r}")
+    rounds, refresh_every, drawn = budget.schedule(setting)
+    work = {"local_steps": budget.local_steps}
     if setting == "federated":
         data = clients
-        drawn = max(1, round(budget.participation * budget.clients))
         if drawn < budget.clients:
-            rounds = round(rounds * budget.clients / drawn)
-            refresh_every = max(1, rounds // budget.rounds)
             work["sampling"] = uniform(drawn)
     elif setting == "centralised":
         data = Partition(examples, (np.arange(len(examples)),))
-        rounds, refresh_every = rounds * budget.clients, budget.clients
-    elif setting == "local":
+    else:
         own = clients.of(client)
         data = Partition(own, (np.arange(len(own)),))
-    else:
-        raise ConfigError(f"setting must be one of {SETTINGS}, got {setting!r}")
     alone = setting != "federated"
     # Of one height in all settings, so that every client runs the program of centralised training.
     stretch = budget.local_steps * budget.clients * budget.batch_size
@@ -119,7 +152,7 @@ def arguments(
     return {
         "task": task,
         "data": data,
-        "algorithm": (centralised if alone else fed_avg)(**work),
+        "algorithm": (centralised if alone else averaging)(**work),
         "rounds": rounds,
         "batch_size": budget.batch_size,
         "optimizer": lambda round: adamw(
@@ -131,6 +164,7 @@ def arguments(
         "table_rows": min(seen, len(examples)),
         "callbacks": callbacks,
         "mesh": None if alone else clients_mesh(budget.devices),
+        "time_aggregation": True,
     }
 
 

@@ -66,13 +66,13 @@ class Tuner:
     def read(self, task: Task) -> PyTree:
         """What a finished task came to."""
         folder = self.folder / task.name
-        self.costs[task.name] = Cost(**json.loads((folder / "cost.json").read_text()))
+        self.costs[task.name] = Cost.read(folder / "cost.json")
         return hub.load_arrays(folder / "tuned.safetensors")
 
     def arguments(self, task: Task, *callbacks: Callback) -> dict[str, Any]:
         """What to call `fit` with; it resumes from its own checkpoints."""
         folder = self.folder / task.name
-        stretch = self.budget.clients if self.setting == "centralised" else 1
+        stretch = self.budget.schedule(self.setting).refresh_every
         # Processes that each have a folder of their own could not share a checkpoint.
         saved = [Checkpointer(folder / "checkpoints", self.checkpoint_every * stretch)]
         saved = saved if jax.process_count() == 1 else []

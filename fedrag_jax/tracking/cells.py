@@ -73,7 +73,6 @@ def load(folder: pathlib.Path, strategy: str, setting: str, seed: int, split: in
 def load_folder(here: pathlib.Path) -> Cell:
     """The finished cell in a folder of its own."""
     about = json.loads((here / "cell.json").read_text())
+    cost = Cost.of(about["cost"], here / "cell.json")
     with np.load(here / "scores.npz") as scores:
-        return Cell(
-            **about | {"cost": Cost(**about["cost"]), "scores": {k: scores[k] for k in scores}}
-        )
+        return Cell(**about | {"cost": cost, "scores": {k: scores[k] for k in scores}})

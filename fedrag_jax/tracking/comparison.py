@@ -17,7 +17,7 @@ from fedrag_jax.evaluation.significance import (
 )
 from fedrag_jax.tracking.cells import Cell
 from fedrag_jax.tracking.ledger import mean_cost
-from fedrag_jax.tracking.tables import MISSING, Column, Table, interval, number, p_value, words
+from fedrag_jax.tracking.tables import Table, difference, interval, number, p_value, words
 
 COLUMNS = (
     "strategy", "setting", "alpha", "labels", "seeds", "em", "em_low", "em_high", "em_seed_sd", "f1",
@@ -59,9 +59,7 @@ def strategy_rows(cells: Sequence[Cell], alphas: dict[str, float]) -> list[dict[
     for (strategy, setting), group in by_cell(cells).items():
         em = scores(group, "em")
         low, high = bootstrap_interval(em)
-        cost = mean_cost([cell.cost for cell in group])
         row = {
-            **{name: value for name, value in cost._asdict().items() if name != "traffic"},
             "strategy": strategy,
             "setting": setting,
             "alpha": alphas.get(setting, ""),
@@ -73,17 +71,24 @@ def strategy_rows(cells: Sequence[Cell], alphas: dict[str, float]) -> list[dict[
             "em_seed_sd": None if (sd := seed_sd(em)) is None else 100 * sd,
             "em_model_sd": _sd_within(group, lambda cell: cell.split),
             "em_split_sd": _sd_within(group, lambda cell: cell.seed),
-            "bytes_up": int(cost.bytes_up),
-            "bytes_down": int(cost.bytes_down),
+            **costs_and_clients(group),
         }
         for metric in ("f1", "recall_at_5", "mrr"):
             scored = scores(group, metric)
             row[metric] = percent(scored) if scored.size else None
-        if all(cell.client_em for cell in group):
-            for name, of in _OVER_CLIENTS.items():
-                row[f"client_em_{name}"] = float(np.mean([of(cell.client_em) for cell in group]))
         rows.append(row)
     return rows
+
+
+def costs_and_clients(cells: Sequence[Cell]) -> dict[str, Any]:
+    """The part of a row that is costs, means over seeds, and `client_em_*`."""
+    cost = mean_cost([cell.cost for cell in cells])
+    row = {name: value for name, value in cost._asdict().items() if name != "traffic"}
+    row |= {"bytes_up": int(cost.bytes_up), "bytes_down": int(cost.bytes_down)}
+    if all(cell.client_em for cell in cells):
+        for name, of in _OVER_CLIENTS.items():
+            row[f"client_em_{name}"] = float(np.mean([of(cell.client_em) for cell in cells]))
+    return row
 
 
 _OVER_CLIENTS = {
@@ -139,9 +144,12 @@ def comparison_rows(
 
 
 def paired_difference(
-    some: Sequence[Cell], others: Sequence[Cell], metric: str
+    some: Sequence[Cell], others: Sequence[Cell], metric: str, unit: float = 100.0
 ) -> dict[str, Any] | None:
-    """One such row, without names and adjustment; None where no runs or no questions are in common."""
+    """One such row, without names and adjustment; None where no runs or no questions are in common.
+
+    Differences of scores are multiplied by `unit`: those of shares become points.
+    """
     both = _paired(some, others)
     if not both:
         return None
@@ -151,9 +159,9 @@ def paired_difference(
     low, high = bootstrap_interval(a.mean(0) - b.mean(0))
     better, worse = better_and_worse(a, b)
     return {
-        "difference": 100 * float((a.mean(0) - b.mean(0)).mean()),
-        "low": 100 * low,
-        "high": 100 * high,
+        "difference": unit * float((a.mean(0) - b.mean(0)).mean()),
+        "low": unit * low,
+        "high": unit * high,
         "effect": effect_size(a, b),
         "better": 100 * better,
         "worse": 100 * worse,
@@ -248,6 +256,7 @@ def strategies_table(rows: Sequence[dict[str, Any]]) -> Table:
         (
             *_WHO,
             words("labels", "labels"),
+            number("seeds", "seeds", 0),
             interval("EM [95% CI]", "em"),
             number("sd over seeds", "em_seed_sd"),
             number("F1", "f1"),
@@ -284,10 +293,7 @@ def comparisons_table(rows: Sequence[dict[str, Any]]) -> Table:
         (
             *_WHO,
             words("against", "against"),
-            Column(
-                "difference [95% CI]",
-                lambda r: f"{r['difference']:+.1f} [{r['low']:+.1f}, {r['high']:+.1f}]",
-            ),
+            difference("difference [95% CI]"),
             number("d_z", "effect", 2),
             number("% better", "better"),
             number("% worse", "worse"),
@@ -300,22 +306,12 @@ def comparisons_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 def independent_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Against `independent`."""
-
-    def difference(title, metric):
-        def show(row):
-            if f"{metric}_difference" not in row:
-                return MISSING
-            value, low, high = (row[f"{metric}_{name}"] for name in ("difference", "low", "high"))
-            return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
-
-        return Column(title, show)
-
     return Table(
         (
             *_WHO,
-            difference("EM [95% CI]", "em"),
+            difference("EM [95% CI]", "em_"),
             p_value("p", "em_p_holm"),
-            difference("Recall@5 [95% CI]", "recall_at_5"),
+            difference("Recall@5 [95% CI]", "recall_at_5_"),
             p_value("p of Recall@5", "recall_at_5_p_holm"),
             interval("seconds × [least, most]", "seconds_ratio", 2),
             interval("FLOP × [least, most]", "flops_ratio", 2),

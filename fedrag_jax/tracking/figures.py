@@ -76,7 +76,9 @@ def pyplot():
 
 
 def quality_against_cost(rows: Sequence[dict[str, Any]]):
-    """A Matplotlib figure: EM with its interval over training seconds, a panel per setting."""
+    """EM with its interval over training seconds, a panel per setting: a Matplotlib figure, or None."""
+    if not rows:
+        return None
     plt = pyplot()
     settings = list(dict.fromkeys(row["setting"] for row in rows))
     columns = min(3, len(settings))
@@ -105,7 +107,7 @@ def quality_against_cost(rows: Sequence[dict[str, Any]]):
     low, high = axes[0][0].get_ylim()
     if high - low < 1:  # all the same, such as 0: still a scale of percent
         axes[0][0].set_ylim((low + high) / 2 - 1, (low + high) / 2 + 1)
-    handles, labels = axes[0][0].get_legend_handles_labels()
+    handles, labels = _legend(axes)
     fig.legend(handles, labels, loc="upper center", ncols=4, bbox_to_anchor=(0.5, 0.0))
     fig.tight_layout()
     return fig
@@ -152,20 +154,29 @@ def learning_curves(cells: Sequence[Cell]):
         ax.set_xlabel("training examples seen")
     for row in axes:
         row[0].set_ylabel("training loss")
-    handles, labels = axes.flat[0].get_legend_handles_labels()
+    handles, labels = _legend(axes)
     fig.legend(handles, labels, loc="upper center", ncols=3, bbox_to_anchor=(0.5, 0.01))
     fig.tight_layout()
     return fig
 
 
+def _legend(axes):
+    """Handles and labels of all panels, each once."""
+    pairs = (pair for ax in axes.flat for pair in zip(*ax.get_legend_handles_labels(), strict=True))
+    found = {label: handle for handle, label in pairs}
+    return list(found.values()), list(found)
+
+
 def over_factors(rows: Sequence[dict[str, Any]], names: dict[str, str], usual: dict[str, Any]):
-    """A Matplotlib figure: EM over the values of each factor, a panel per factor.
+    """EM over the values of each factor, a panel per factor: a Matplotlib figure, or None.
 
     Args:
       rows: `factor`, `value`, `strategy`, `em`, `em_low`, `em_high`.
       names: of the axes.
       usual: the value of each factor whose mark is open.
     """
+    if not rows:
+        return None
     plt = pyplot()
     factors = list(dict.fromkeys(row["factor"] for row in rows))
     columns = min(2, len(factors))
@@ -197,7 +208,7 @@ def over_factors(rows: Sequence[dict[str, Any]], names: dict[str, str], usual: d
         ax.set_xlabel(names[factor])
     for line in axes:
         line[0].set_ylabel("test exact match (%)")
-    handles, labels = axes[0][0].get_legend_handles_labels()
+    handles, labels = _legend(axes)
     fig.legend(handles, labels, loc="upper center", ncols=4, bbox_to_anchor=(0.5, 0.0))
     fig.tight_layout()
     return fig
@@ -208,12 +219,14 @@ RULES = {"fedit": "FedIT", "ffa": "FFA", "rolora": "RoLoRA", "flora": "FLoRA", "
 
 
 def over_rules(rows: Sequence[dict[str, Any]], untuned: float):
-    """A Matplotlib figure: answer NLL of aggregation rules by rank, a panel per alpha.
+    """Answer NLL of aggregation rules by rank, a panel per alpha: a Matplotlib figure, or None.
 
     Args:
       rows: `rule`, `rank`, `alpha`, `nll`, `nll_low`, `nll_high`.
       untuned: the NLL before training.
     """
+    if not rows:
+        return None
     plt = pyplot()
     alphas, ranks, rules = (
         list(dict.fromkeys(row[key] for row in rows)) for key in ("alpha", "rank", "rule")
@@ -236,7 +249,7 @@ def over_rules(rows: Sequence[dict[str, Any]], untuned: float):
         ax.set_xticks(range(len(rules)), [RULES[rule] for rule in rules], rotation=35)
         ax.set_title(f"α = {alpha:g}".replace("inf", "∞"), fontsize=10)
     axes[0][0].set_ylabel("NLL of test answers (nats)")
-    handles, labels = axes[0][0].get_legend_handles_labels()
+    handles, labels = _legend(axes)
     fig.legend(handles, labels, loc="upper center", ncols=4, bbox_to_anchor=(0.5, 0.0))
     fig.tight_layout()
     return fig

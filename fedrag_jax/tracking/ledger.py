@@ -2,15 +2,18 @@
 
 import dataclasses
 import functools
+import json
 import operator
+import pathlib
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fedrag_jax.data.examples import Passage, embedding_text
+from fedrag_jax.errors import DataError
 from fedrag_jax.federated.algorithm import added
 from fedrag_jax.models.decoder import DecoderConfig
 from fedrag_jax.models.encoder import EncoderConfig
@@ -59,6 +62,30 @@ class Cost(NamedTuple):
     bytes_passages: int = 0
     bytes_vectors: int = 0
     bytes_questions: int = 0
+
+    @classmethod
+    def read(cls, path: pathlib.Path) -> "Cost":
+        """What `_asdict` wrote as JSON.
+
+        Raises:
+          DataError: as `of` does.
+        """
+        return cls.of(json.loads(path.read_text()), path)
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any], path: pathlib.Path) -> "Cost":
+        """The cost with fields that were read from a file.
+
+        Raises:
+          DataError: there are others, as another version has.
+        """
+        try:
+            return cls(**fields)
+        except TypeError as error:
+            raise DataError(
+                f"{path} was written by another version of fedrag_jax ({error}); remove its run, or "
+                "choose another --config.name"
+            ) from error
 
     @property
     def bytes_up(self) -> int:

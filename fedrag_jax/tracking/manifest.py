@@ -6,6 +6,7 @@ import json
 import pathlib
 import platform
 import shlex
+import subprocess
 import sys
 
 import jax
@@ -18,7 +19,8 @@ PACKAGES = ("fedrag-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", 
 
 
 def write_manifest(folder: pathlib.Path, dataset: Dataset, **about) -> None:
-    """`manifest.json`: commands, versions, device and the hash of the data, besides what is given.
+    """`manifest.json`: every command with its device, commit and time; versions, and the hash of the
+    data, besides what is given.
 
     Raises:
       DataError: the folder holds results of other data.
@@ -31,18 +33,17 @@ def write_manifest(folder: pathlib.Path, dataset: Dataset, **about) -> None:
             f"{data}. Choose another --config.name, or remove the folder"
         )
     device = jax.devices()[0]
-    manifest = {
-        # All that have added to the folder.
-        "commands": list(dict.fromkeys([*old.get("commands", ()), _command()])),
+    now = {
+        "command": _command(),
+        "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
+        "commit": _commit(),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    manifest = {
+        "sessions": [*old.get("sessions", ()), now],
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "device": {
-            "kind": device.device_kind,
-            "platform": device.platform,
-            "count": jax.device_count(),
-        },
         "data": {
             "name": dataset.name,
             "hash": data,
@@ -51,6 +52,21 @@ def write_manifest(folder: pathlib.Path, dataset: Dataset, **about) -> None:
         },
     }
     path.write_text(json.dumps(manifest | about, indent=2) + "\n")
+
+
+def _commit() -> str | None:
+    """Of the checkout that runs, with a plus if it was changed; None where there is none."""
+    here = pathlib.Path(__file__).parent
+
+    def git(*words):
+        done = subprocess.run(["git", "-C", here, *words], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    try:
+        commit, changed = git("rev-parse", "--short", "HEAD"), git("status", "--porcelain", "-uno")
+    except OSError:  # no git here
+        return None
+    return commit and commit + ("+" if changed else "")
 
 
 def _command() -> str:

@@ -64,7 +64,7 @@ class Report:
         return _template().render(
             report=self,
             svg={s.name: _svg(s.figure, s.name) for s in self.sections if s.figure is not None},
-            commands=about["manifest"]["commands"],
+            sessions=about["manifest"]["sessions"],
             about={name: json.dumps(value, indent=2) for name, value in about.items()},
         )
 

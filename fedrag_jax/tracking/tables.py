@@ -9,6 +9,7 @@ from tabulate import tabulate
 
 Row = Mapping[str, Any]
 MISSING = "–"
+_LATEX = {"–": "--", "α": r"$\alpha$", "∞": r"$\infty$", "×": r"$\times$"}
 
 
 class Column(NamedTuple):
@@ -44,6 +45,19 @@ def interval(title: str, key: str, digits: int = 1) -> Column:
     return Column(title, show)
 
 
+def difference(title: str, prefix: str = "", digits: int = 1) -> Column:
+    """A difference with its interval, signed; a dash where there is none."""
+
+    def show(row):
+        numbers = [row.get(f"{prefix}{name}") for name in ("difference", "low", "high")]
+        if None in numbers:
+            return MISSING
+        value, low, high = (f"{x:+.{digits}f}" for x in numbers)
+        return f"{value} [{low}, {high}]"
+
+    return Column(title, show)
+
+
 def p_value(title: str, key: str) -> Column:
     """A probability to three decimals."""
 
@@ -67,7 +81,7 @@ class Table(NamedTuple):
     def latex(self) -> str:
         """A tabular for a paper that loads booktabs."""
         text = self._as("latex_booktabs")
-        for sign, command in (("–", "--"), ("α", r"$\alpha$"), ("∞", r"$\infty$")):
+        for sign, command in _LATEX.items():
             text = text.replace(sign, command)
         return text + "\n"
 

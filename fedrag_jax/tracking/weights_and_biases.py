@@ -9,9 +9,12 @@ from fedrag_jax.evaluation.metrics import percent
 from fedrag_jax.tracking.cells import Cell, seeds_name
 
 
-def log_cell(cell: Cell, folder: pathlib.Path, group: str, mode: str, project: str, config: dict):
+def log_cell(
+    cell: Cell, folder: pathlib.Path, group: str, mode: str, project: str, config: dict, **about
+):
     """Curves and results of a finished cell as one run.
 
+    `about` tells cells of one strategy and setting apart, such as rank=8: in name, tags and config.
     Without a key, mode "online" falls back to "offline" and says so; "disabled" writes nothing.
     """
     if mode == "disabled":
@@ -22,14 +25,15 @@ def log_cell(cell: Cell, folder: pathlib.Path, group: str, mode: str, project: s
         print("wandb: no API key found, logging offline; send it later with `wandb sync`")
         mode = "offline"
     seeds = {"seed": cell.seed, "split": cell.split}
+    others = [f"{name}={value:g}" for name, value in about.items()]
     run = wandb.init(
         dir=folder,
         project=project,
         group=group,
-        name=f"{cell.strategy}-{cell.setting}-{seeds_name(**seeds)}",
+        name="-".join([cell.strategy, cell.setting, *others, seeds_name(**seeds)]),
         job_type=cell.strategy,
-        tags=[cell.strategy, cell.setting, seeds_name(**seeds)],
-        config=config | {"strategy": cell.strategy, "setting": cell.setting} | seeds,
+        tags=[cell.strategy, cell.setting, *others, seeds_name(**seeds)],
+        config=config | {"strategy": cell.strategy, "setting": cell.setting} | seeds | about,
         mode=mode,
         reinit="finish_previous",
         settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
