@@ -96,10 +96,17 @@ def report(config, folder: pathlib.Path):
     split = f", Dirichlet alpha {different} over {config.federated.column}" if alphas else ""
     sections = [
         Section(
+            "At a glance",
+            "glance",
+            "Exact match in percent with its 95% bootstrap interval over test questions, seeds averaged.",
+            comparison.glance_table(rows),
+        ),
+        Section(
             "Strategies",
             "strategies",
-            "Metrics in percent, EM with its 95% bootstrap interval over test questions; seconds of "
-            "training, retrieval and index refresh, elapsed, over all cores or devices.",
+            "Metrics in percent, EM with its 95% bootstrap interval over test questions and its "
+            "standard deviation over seeds; seconds of training, retrieval and index refresh, elapsed, "
+            "over all cores or devices.",
             comparison.strategies_table(rows),
         ),
         Section(
@@ -122,7 +129,7 @@ def report(config, folder: pathlib.Path):
             comparison.without_labels_table(rows),
         ),
         Section(
-            f"Paired comparisons of {primary}, the primary metric",
+            f"Paired comparisons of {comparison.METRICS[primary]}, the primary metric",
             "comparisons",
             "Difference in points with its 95% interval; Cohen's d_z; percent of questions that are "
             "better and worse; p by permutation over questions, which is what claims rest on, and from "

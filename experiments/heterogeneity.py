@@ -176,6 +176,7 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
 def report(config, folder: pathlib.Path):
     """Writes heterogeneity.csv and returns the `Report`."""
     from fedrag_jax.tracking import figures
+    from fedrag_jax.tracking.comparison import METRICS
     from fedrag_jax.tracking.report import Report, Section
     from fedrag_jax.tracking.tables import (
         Column,
@@ -201,9 +202,9 @@ def report(config, folder: pathlib.Path):
     quality = (
         number("seeds", "seeds", 0),
         interval("EM [95% CI]", "em"),
-        number("sd over seeds", "em_seed_sd"),
+        number("sd", "em_seed_sd"),
         number("Recall@5", "recall_at_5"),
-        difference(f"{config.primary_metric} against the usual [95% CI]"),
+        difference(f"{METRICS[config.primary_metric]} against the usual [95% CI]"),
         p_value("p", "p_holm"),
         number("worst client", "client_em_worst"),
     )

@@ -198,6 +198,17 @@ def test_a_table_in_three_languages():
     assert "two_phase &lt;b&gt;" in table.html() and "<b>" not in table.html()
 
 
+def test_strategies_at_a_glance():
+    cells = [cell("none", "local", [0, 1]), cell("none", "centralised", [1, 1])]
+    cells.append(cell("generator", "local", [1, 1]))
+    table = comparison.glance_table(comparison.strategy_rows(cells, {}))
+    assert [c.title for c in table.columns] == ["strategy", "local", "centralised"]
+    assert shown(table) == [
+        ["none", "50.0 [0.0, 100.0]", "100.0 [100.0, 100.0]"],
+        ["generator", "100.0 [100.0, 100.0]", "–"],
+    ]
+
+
 def test_rows_for_machines(tmp_path):
     tables.write_csv(tmp_path / "rows.csv", [{"a": 0.1 + 0.2, "b": "x"}, {"c": 1}])
     assert (tmp_path / "rows.csv").read_text().splitlines() == ["a,b,c", f"{0.1 + 0.2},x,", ",,1"]

@@ -17,7 +17,16 @@ from fedrag_jax.evaluation.significance import (
 )
 from fedrag_jax.tracking.cells import Cell
 from fedrag_jax.tracking.ledger import mean_cost
-from fedrag_jax.tracking.tables import Table, difference, interval, number, p_value, words
+from fedrag_jax.tracking.tables import (
+    MISSING,
+    Column,
+    Table,
+    difference,
+    interval,
+    number,
+    p_value,
+    words,
+)
 
 COLUMNS = (
     "strategy", "setting", "alpha", "labels", "seeds", "em", "em_low", "em_high", "em_seed_sd", "f1",
@@ -111,7 +120,7 @@ def _sd_within(cells: Sequence[Cell], same) -> float | None:
     return float(np.sqrt(squares / sum(len(em) - 1 for em in groups)))
 
 
-METRICS = ("em", "f1", "recall_at_5", "mrr")
+METRICS = {"em": "EM", "f1": "F1", "recall_at_5": "Recall@5", "mrr": "MRR@10"}
 
 
 def comparison_rows(
@@ -250,6 +259,24 @@ def traffic_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
 _WHO = (words("strategy", "strategy"), words("setting", "setting"))
 
 
+def glance_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """EM of every strategy, a column for each setting."""
+    em = {(row["strategy"], row["setting"]): row for row in rows}
+    settings = dict.fromkeys(row["setting"] for row in rows)
+
+    def column(setting):
+        shown = interval(setting, "em").show
+
+        def show(row):
+            found = em.get((row["strategy"], setting))
+            return MISSING if found is None else shown(found)
+
+        return Column(setting, show)
+
+    strategies = [{"strategy": name} for name in dict.fromkeys(row["strategy"] for row in rows)]
+    return Table((_WHO[0], *map(column, settings)), strategies)
+
+
 def strategies_table(rows: Sequence[dict[str, Any]]) -> Table:
     """The table of a paper."""
     return Table(
@@ -258,7 +285,7 @@ def strategies_table(rows: Sequence[dict[str, Any]]) -> Table:
             words("labels", "labels"),
             number("seeds", "seeds", 0),
             interval("EM [95% CI]", "em"),
-            number("sd over seeds", "em_seed_sd"),
+            number("sd", "em_seed_sd"),
             number("F1", "f1"),
             number("Recall@5", "recall_at_5"),
             number("MRR@10", "mrr"),

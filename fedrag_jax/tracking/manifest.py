@@ -73,4 +73,10 @@ def _command() -> str:
     """What to type for the same again."""
     spec = sys.modules["__main__"].__spec__
     program = ["-m", spec.name] if spec else [sys.argv[0]]
-    return shlex.join(["python", *program, *sys.argv[1:]])
+    return " ".join(["python", *map(_quoted, [*program, *sys.argv[1:]])])
+
+
+def _quoted(word: str) -> str:
+    """For a shell; readable where the word itself has single quotes."""
+    plain = "'" not in word or set(word) & set('"$`\\!')
+    return shlex.quote(word) if plain else f'"{word}"'
