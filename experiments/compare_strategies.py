@@ -49,7 +49,7 @@ def no_op(run: Comparison, seed: int, split: int) -> float:
 def report(config, folder: pathlib.Path):
     """Writes rows of all finished cells as CSV and returns the `Report` on them."""
     from fedrag_jax.strategies.settings import parse
-    from fedrag_jax.tracking import cells, comparison, figures
+    from fedrag_jax.tracking import cells, comparison, comparison_tables, figures
     from fedrag_jax.tracking.report import Report, Section
     from fedrag_jax.tracking.tables import write_csv
 
@@ -98,8 +98,8 @@ def report(config, folder: pathlib.Path):
         Section(
             "At a glance",
             "glance",
-            "Exact match in percent with its 95% bootstrap interval over test questions, seeds averaged.",
-            comparison.glance_table(rows),
+            "Exact match in percent with its 95% bootstrap interval over test questions.",
+            comparison_tables.glance_table(rows),
         ),
         Section(
             "Strategies",
@@ -107,7 +107,7 @@ def report(config, folder: pathlib.Path):
             "Metrics in percent, EM with its 95% bootstrap interval over test questions and its "
             "standard deviation over seeds; seconds of training, retrieval and index refresh, elapsed, "
             "over all cores or devices.",
-            comparison.strategies_table(rows),
+            comparison_tables.strategies_table(rows),
         ),
         Section(
             "Quality and cost",
@@ -126,7 +126,7 @@ def report(config, folder: pathlib.Path):
             "without_labels",
             "Where training questions name no gold passage, strategies that need none are as above, "
             "for they do not read it.",
-            comparison.without_labels_table(rows),
+            comparison_tables.without_labels_table(rows),
         ),
         Section(
             f"Paired comparisons of {comparison.METRICS[primary]}, the primary metric",
@@ -135,7 +135,7 @@ def report(config, folder: pathlib.Path):
             "better and worse; p by permutation over questions, which is what claims rest on, and from "
             "five seeds p over seeds, each Holm-adjusted over this table. Other metrics, each adjusted "
             "by itself, are in comparisons.csv.",
-            comparison.comparisons_table(compared[primary]),
+            comparison_tables.comparisons_table(compared[primary]),
         ),
         Section(
             "Against independent tuning",
@@ -143,7 +143,7 @@ def report(config, folder: pathlib.Path):
             "Differences in points from independent tuning in the same setting, paired by question and "
             "seed, each metric Holm-adjusted over this table; seconds and operations as multiples of "
             "its own, the mean over seeds.",
-            comparison.independent_table(against),
+            comparison_tables.independent_table(against),
         ),
         Section(
             "Time by part",
@@ -151,7 +151,7 @@ def report(config, folder: pathlib.Path):
             "Seconds, mean over seeds, summed over clients in the local setting. Collating includes "
             "likelihoods under a frozen generator, aggregation all of a round that is no local step; "
             "passages are embedded once. A program is compiled for the first cell that needs it.",
-            comparison.times_table(rows),
+            comparison_tables.times_table(rows),
         ),
         Section(
             "Costs",
@@ -159,25 +159,25 @@ def report(config, folder: pathlib.Path):
             "Operations of training steps, by formula and by the compiler; memory of the largest round "
             "on a device; tokens read in training; bytes of what is trained, and of the corpus and its "
             "index on their way to the clients.",
-            comparison.costs_table(rows),
+            comparison_tables.costs_table(rows),
         ),
         Section(
             "Traffic",
             "traffic",
             "What is trained on its way between clients and server, by part and type.",
-            comparison.traffic_table(traffic),
+            comparison_tables.traffic_table(traffic),
         ),
         Section(
             "Clients",
             "clients",
             "EM of the model each client would use, on questions such as it holds.",
-            comparison.clients_table(rows),
+            comparison_tables.clients_table(rows),
         ),
         Section(
             "Controls",
             "controls",
             controlled,
-            comparison.controls_table(controls),
+            comparison_tables.controls_table(controls),
         ),
     ]
     return Report(

@@ -6,6 +6,7 @@ import json
 import pathlib
 import re
 import shutil
+import time
 import types
 
 import jax
@@ -15,10 +16,10 @@ import pytest
 from nbclient import NotebookClient
 from small import small
 
-from experiments import compare_strategies, comparison, inputs, partition_statistics
+from experiments import compare_strategies, comparison, inputs, partition_statistics, report
 from fedrag_jax.data import synthetic
 from fedrag_jax.errors import CheckpointError, ConfigError, DataError
-from fedrag_jax.tracking import figures
+from fedrag_jax.tracking import cells, figures
 from fedrag_jax.tracking.comparison import COLUMNS
 
 WANTED = [
@@ -27,7 +28,15 @@ WANTED = [
 ]  # fmt: skip
 
 
-COSTS = ("seconds", "tokens", "peak_bytes", "refreshes", "bytes_vectors", "bytes_questions")
+COSTS = (
+    "seconds",
+    "tokens",
+    "bytes_passages",
+    "peak_bytes",
+    "refreshes",
+    "bytes_vectors",
+    "bytes_questions",
+)
 
 
 @pytest.fixture(scope="module")
@@ -94,16 +103,21 @@ def wandb_records(path):
 
 
 def test_weights_and_biases_can_compare_cells(finished, tmp_path):
-    from fedrag_jax.tracking.cells import load
     from fedrag_jax.tracking.weights_and_biases import log_cell
 
-    cell = load(finished, "two_phase", "federated", 0, 0)
-    log_cell(cell, tmp_path, "a-group", "offline", "a-project", {"federated": {"alpha": 1.0}})
+    cell = cells.load(finished, "two_phase", "federated", 0, 0)
+    about = {"federated": {"alpha": 1.0}}
+    log_cell(cell, tmp_path, "a-group", "offline", "a-project", about, rank=8)
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    records = list(wandb_records(file))
+    for _ in range(300):  # another process writes it
+        records = list(wandb_records(file))
+        if any(r.HasField("exit") for r in records):
+            break
+        time.sleep(0.2)
     (run,) = (r.run for r in records if r.HasField("run"))
     assert (run.run_group, run.job_type, run.project) == ("a-group", "two_phase", "a-project")
-    assert [*run.tags] == ["two_phase", "federated", "seed0"]
+    assert [*run.tags] == ["two_phase", "federated", "rank=8", "seed0"]
+    assert run.display_name == "two_phase-federated-rank=8-seed0"
     told = {}
     for record in records:
         for item in (*record.history.item, *record.summary.update):
@@ -114,6 +128,33 @@ def test_weights_and_biases_can_compare_cells(finished, tmp_path):
     assert told["rag_token_query/examples"] == last["examples"]
     steps = {r.metric.step_metric for r in records if r.HasField("metric")}
     assert "rag_token_query/examples" in steps
+
+
+def test_a_comparison_that_was_killed_has_a_report(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "killed", ignore=shutil.ignore_patterns("tuned"))
+    page = (folder / "report.html").read_text()
+    assert "report.html" in report.rebuild(folder)
+    assert (folder / "report.html").read_text() == page.replace(">small<", ">killed<")
+    (folder / "no_op.json").unlink()
+    shutil.rmtree(folder / "cells" / "two_phase-federated-seed0")
+    report.rebuild(folder)
+    text = (folder / "table.md").read_text()
+    assert "learning rate zero" not in text and "two_phase" in text
+    shutil.rmtree(folder / "cells")
+    report.rebuild(folder)  # nothing is finished, nothing fails
+    assert "two_phase" not in (folder / "table.md").read_text()
+    manifest = json.loads((folder / "manifest.json").read_text()) | {"experiment": "other"}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ConfigError, match=r"names none of .*, but 'other'"):
+        report.rebuild(folder)
+
+
+def test_results_of_another_version_are_refused(finished, tmp_path):
+    shutil.copytree(finished / "cells", tmp_path / "cells")
+    path = tmp_path / "cells" / "none-local-seed0" / "cell.json"
+    path.write_text(path.read_text().replace('"tokens"', '"refresh_seconds"'))
+    with pytest.raises(DataError, match=r"cell.json was written by another version"):
+        cells.load(tmp_path, "none", "local", 0, 0)
 
 
 def test_learning_rate_zero_changes_nothing(finished):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fedrag_jax.evaluation.significance import paired_t_test
-from fedrag_jax.tracking import comparison, tables
+from fedrag_jax.tracking import comparison, comparison_tables, tables
 from fedrag_jax.tracking.cells import Cell, load, save
 from fedrag_jax.tracking.ledger import Cost
 
@@ -48,7 +48,7 @@ def test_clients_from_the_worst_to_the_ninth_decile():
     assert row["client_em_worst"] == (0 + 20) / 2
     assert row["client_em_decile_1"] == (10 + 22) / 2
     assert row["client_em_decile_9"] == (90 + 38) / 2
-    assert shown(comparison.clients_table([row])) == [
+    assert shown(comparison_tables.clients_table([row])) == [
         ["generator", "local", "40.0", "10.0", "16.0", "64.0"]
     ]
     (row,) = comparison.strategy_rows([cell("none", "local", [1, 0])], {})
@@ -142,7 +142,7 @@ def test_against_independent_tuning():
     )
     assert row["em_difference"] == pytest.approx(100 * (joint - alone))
     assert row["em_p"] == row["em_p_holm"] and row["recall_at_5_low"] < row["recall_at_5_high"]
-    assert "3.00 [2.50, 3.50]" in comparison.independent_table([row]).markdown()
+    assert "3.00 [2.50, 3.50]" in comparison_tables.independent_table([row]).markdown()
 
 
 def test_few_seeds_have_no_t_test_and_unlabelled_questions_no_ranking():
@@ -151,12 +151,12 @@ def test_few_seeds_have_no_t_test_and_unlabelled_questions_no_ranking():
     (row,) = comparison.comparison_rows(cells, "em", {})
     assert row["p_t"] is None and "p_t_holm" not in row
     assert comparison.comparison_rows(cells, "recall_at_5", {}) == []
-    assert shown(comparison.comparisons_table([row]))[0][-1] == "–"
+    assert shown(comparison_tables.comparisons_table([row]))[0][-1] == "–"
 
 
 def test_what_needs_labels_says_so_where_there_are_none():
     cells = [cell(s, "centralised", [0, 1]) for s in ("none", "retriever", "two_phase")]
-    table = shown(comparison.without_labels_table(comparison.strategy_rows(cells, {})))
+    table = shown(comparison_tables.without_labels_table(comparison.strategy_rows(cells, {})))
     assert table[1] == ["retriever", "centralised", "needs gold passages", "–", "–"]
     assert table[2][2].startswith("50.0 [")
 
@@ -201,7 +201,7 @@ def test_a_table_in_three_languages():
 def test_strategies_at_a_glance():
     cells = [cell("none", "local", [0, 1]), cell("none", "centralised", [1, 1])]
     cells.append(cell("generator", "local", [1, 1]))
-    table = comparison.glance_table(comparison.strategy_rows(cells, {}))
+    table = comparison_tables.glance_table(comparison.strategy_rows(cells, {}))
     assert [c.title for c in table.columns] == ["strategy", "local", "centralised"]
     assert shown(table) == [
         ["none", "50.0 [0.0, 100.0]", "100.0 [100.0, 100.0]"],

@@ -1,0 +1,152 @@
+"""The comparison of strategies as people see it: tables of the rows that `comparison` makes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from fedrag_jax.tracking.tables import (
+    MISSING,
+    Column,
+    Table,
+    difference,
+    interval,
+    number,
+    p_value,
+    words,
+)
+
+WHO = (words("strategy", "strategy"), words("setting", "setting"))
+
+
+def glance_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """EM of every strategy, a column for each setting."""
+    em = {(row["strategy"], row["setting"]): row for row in rows}
+    settings = dict.fromkeys(row["setting"] for row in rows)
+
+    def column(setting):
+        shown = interval(setting, "em").show
+
+        def show(row):
+            found = em.get((row["strategy"], setting))
+            return MISSING if found is None else shown(found)
+
+        return Column(setting, show)
+
+    strategies = [{"strategy": name} for name in dict.fromkeys(row["strategy"] for row in rows)]
+    return Table((WHO[0], *map(column, settings)), strategies)
+
+
+def strategies_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """The table of a paper."""
+    return Table(
+        (
+            *WHO,
+            words("labels", "labels"),
+            number("seeds", "seeds", 0),
+            interval("EM [95% CI]", "em"),
+            number("sd", "em_seed_sd"),
+            number("F1", "f1"),
+            number("Recall@5", "recall_at_5"),
+            number("MRR@10", "mrr"),
+            number("seconds", "seconds"),
+            number("TFLOP", "flops", 2, 1e12),
+            number("MB up", "bytes_up", 1, 1e6),
+            number("MB down", "bytes_down", 1, 1e6),
+        ),
+        rows,
+    )
+
+
+def without_labels_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """What is left of it where training questions have no gold passages."""
+    em, recall, seconds = (
+        interval("EM [95% CI]", "em"),
+        number("Recall@5", "recall_at_5"),
+        number("seconds", "seconds"),
+    )
+
+    def unless(column, instead="–"):
+        return column._replace(
+            show=lambda row: instead if row["labels"] == "yes" else column.show(row)
+        )
+
+    return Table((*WHO, unless(em, "needs gold passages"), unless(recall), unless(seconds)), rows)
+
+
+def comparisons_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Paired differences of one metric."""
+    return Table(
+        (
+            *WHO,
+            words("against", "against"),
+            difference("difference [95% CI]"),
+            number("d_z", "effect", 2),
+            number("% better", "better"),
+            number("% worse", "worse"),
+            p_value("p", "p_holm"),
+            p_value("p over seeds", "p_t_holm"),
+        ),
+        rows,
+    )
+
+
+def independent_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Against `independent`."""
+    return Table(
+        (
+            *WHO,
+            difference("EM [95% CI]", "em_"),
+            p_value("p", "em_p_holm"),
+            difference("Recall@5 [95% CI]", "recall_at_5_"),
+            p_value("p of Recall@5", "recall_at_5_p_holm"),
+            interval("seconds × [least, most]", "seconds_ratio", 2),
+            interval("FLOP × [least, most]", "flops_ratio", 2),
+        ),
+        rows,
+    )
+
+
+def times_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Where the time goes, in seconds."""
+    parts = ("retrieve", "collate", "train", "aggregate", "embed", "evaluate", "compile")
+    return Table((*WHO, *(number(part, f"{part}_seconds", 2) for part in parts)), rows)
+
+
+def costs_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """What else a cell costs."""
+    return Table(
+        (
+            *WHO,
+            number("TFLOP", "flops", 2, 1e12),
+            number("TFLOP by compiler", "flops_compiler", 2, 1e12),
+            number("peak MB", "peak_bytes", 0, 1e6),
+            number("Mtokens", "tokens", 2, 1e6),
+            number("refreshes", "refreshes", 0),
+            number("MB up", "bytes_up", 1, 1e6),
+            number("MB down", "bytes_down", 1, 1e6),
+            number("MB passages", "bytes_passages", 1, 1e6),
+            number("MB vectors", "bytes_vectors", 1, 1e6),
+        ),
+        rows,
+    )
+
+
+def traffic_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """What is trained on its way, by part and type."""
+    about = (words(name, name) for name in ("direction", "part", "dtype"))
+    return Table((*WHO, *about, number("MB", "bytes", 2, 1e6)), rows)
+
+
+def clients_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """EM over clients, of the rows where it is known."""
+    titles = {"mean": "mean", "worst": "worst client", "decile_1": "1st decile",
+              "decile_9": "9th decile"}  # fmt: skip
+    columns = (number(title, f"client_em_{name}") for name, title in titles.items())
+    return Table((*WHO, *columns), [row for row in rows if "client_em_mean" in row])
+
+
+def controls_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """EM where it must be low or high."""
+    names = dict.fromkeys(name for row in rows for name in row if name.endswith(("_em", "_hop")))
+    titles = {"closed_book_em": "no passage", "distractor_em": "a distractor",
+              "gold_em": "gold, one hop", "gold_em_two_hop": "gold, two hops"}  # fmt: skip
+    return Table((*WHO, *(number(titles[name], name) for name in names)), rows)
