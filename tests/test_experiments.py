@@ -95,8 +95,10 @@ def wandb_records(path):
         if 32768 - at % 32768 < 7:  # no header fits into the rest of a block
             at += 32768 - at % 32768
         size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
-        whole += data[at + 7 : at + 7 + size]
         at += 7 + size
+        if at > len(data):  # not all of it is written
+            return
+        whole += data[at - size : at]
         if kind in (1, 4):  # full, last
             yield Record.FromString(whole)
             whole = b""
