@@ -99,7 +99,8 @@ def quality_against_cost(rows: Sequence[dict[str, Any]]):
                 row["seconds"], row["em"], yerr=error, fmt=MARKERS[name], ms=6, capsize=2, lw=1,
                 color=COLORS[name], label=LABELS[name],
             )  # fmt: skip
-        ax.set_title(setting_name(setting), fontsize=10)
+        kind, alpha = setting.partition("_")[0], row["alpha"]
+        ax.set_title(setting_name(f"{kind}_{alpha:g}" if alpha else kind), fontsize=10)
         ax.set_xlabel("training time (s)")
         ax.set_xlim(left=0)
     for line in axes:
