@@ -46,38 +46,43 @@ def no_op(run: Comparison, seed: int, split: int) -> float:
     return 100 * max(float(np.nan_to_num(np.abs(after[m] - before[m])).max()) for m in before)
 
 
-def report(config, folder: pathlib.Path):
-    """Writes rows of all finished cells as CSV and returns the `Report` on them."""
+def alphas_of(config) -> dict[str, float]:
+    """Those of the settings that have one."""
     from fedrag_jax.strategies.settings import parse
-    from fedrag_jax.tracking import cells, comparison, comparison_tables, figures
-    from fedrag_jax.tracking.report import Report, Section
+
+    apart = [setting for setting in config.settings if setting != "centralised"]
+    return {setting: parse(setting, config.federated.alpha)[1] for setting in apart}
+
+
+def finished(config, folder: pathlib.Path) -> list:
+    """All cells there are, setting by setting."""
+    from fedrag_jax.tracking import cells
+
+    asked = itertools.product(config.settings, config.strategies, replicates(config))
+    found = (cells.load(folder, strategy, where, *pair) for where, strategy, pair in asked)
+    return [cell for cell in found if cell]
+
+
+def write_rows(config, folder: pathlib.Path, done: list) -> dict[str, list[dict]]:
+    """Rows of every table by its name, all of them written as `<name>.csv`; `metrics.jsonl`."""
+    from fedrag_jax.tracking import comparison
     from fedrag_jax.tracking.tables import write_csv
 
-    done = [
-        cell
-        for setting in config.settings
-        for strategy in config.strategies
-        for seed, split in replicates(config)
-        if (cell := cells.load(folder, strategy, setting, seed, split))
-    ]
-    alphas = {
-        setting: parse(setting, config.federated.alpha)[1]
-        for setting in config.settings
-        if setting != "centralised"
-    }
-    rows = comparison.strategy_rows(done, alphas)
-    primary = config.primary_metric
+    alphas, primary = alphas_of(config), config.primary_metric
     compared = {
         metric: comparison.comparison_rows(done, metric, alphas)
         for metric in (primary, *(m for m in comparison.METRICS if m != primary))
     }
-    controls, traffic = comparison.control_rows(done), comparison.traffic_rows(done)
-    write_csv(folder / "strategies.csv", rows, comparison.COLUMNS)
-    write_csv(folder / "comparisons.csv", [row for found in compared.values() for row in found])
-    against = comparison.independent_rows(done)
-    write_csv(folder / "against_independent.csv", against)
-    write_csv(folder / "controls.csv", controls)
-    write_csv(folder / "traffic.csv", traffic)
+    rows = {
+        "strategies": comparison.strategy_rows(done, alphas),
+        "comparisons": [row for found in compared.values() for row in found],
+        "against_independent": comparison.independent_rows(done),
+        "controls": comparison.control_rows(done),
+        "traffic": comparison.traffic_rows(done),
+    }
+    for name, some in rows.items():
+        columns = comparison.COLUMNS if name == "strategies" else ()
+        write_csv(folder / f"{name}.csv", some, columns)
     with open(folder / "metrics.jsonl", "w", encoding="utf-8") as file:
         for cell in done:
             where = {"strategy": cell.strategy, "setting": cell.setting}
@@ -85,21 +90,34 @@ def report(config, folder: pathlib.Path):
             for task, rounds in cell.curves.items():
                 for record in rounds:
                     file.write(json.dumps(where | {"task": task} | record) + "\n")
+    return rows
 
+
+def report(config, folder: pathlib.Path):
+    """Writes the rows of all finished cells and returns the `Report` on them."""
+    from fedrag_jax.tracking import comparison, figures
+    from fedrag_jax.tracking import comparison_tables as tables
+    from fedrag_jax.tracking.report import Report, Section
+
+    done, primary = finished(config, folder), config.primary_metric
+    found = write_rows(config, folder, done)
+    rows = found["strategies"]
+    compared = [row for row in found["comparisons"] if row["metric"] == primary]
+    alphas = set(alphas_of(config).values())
     controlled = (
         "EM in percent without passages, with a distractor alone, with the gold passages alone."
     )
     if (no_op_file := folder / "no_op.json").exists():
         change = json.loads(no_op_file.read_text())["largest_change"]
         controlled += f" Training at learning rate zero changed scores by {change:.1f}."
-    different = ", ".join(f"{alpha:g}" for alpha in sorted(set(alphas.values())))
+    different = ", ".join(f"{alpha:g}" for alpha in sorted(alphas))
     split = f", Dirichlet alpha {different} over {config.federated.column}" if alphas else ""
     sections = [
         Section(
             "At a glance",
             "glance",
             "Exact match in percent with its 95% bootstrap interval over test questions.",
-            comparison_tables.glance_table(rows),
+            tables.glance_table(rows),
         ),
         Section(
             "Strategies",
@@ -107,7 +125,7 @@ def report(config, folder: pathlib.Path):
             "Metrics in percent, EM with its 95% bootstrap interval over test questions and its "
             "standard deviation over seeds; seconds of training, retrieval and index refresh, elapsed, "
             "over all cores or devices.",
-            comparison_tables.strategies_table(rows),
+            tables.strategies_table(rows),
         ),
         Section(
             "Quality and cost",
@@ -126,7 +144,7 @@ def report(config, folder: pathlib.Path):
             "without_labels",
             "Where training questions name no gold passage, strategies that need none are as above, "
             "for they do not read it.",
-            comparison_tables.without_labels_table(rows),
+            tables.without_labels_table(rows),
         ),
         Section(
             f"Paired comparisons of {comparison.METRICS[primary]}, the primary metric",
@@ -135,7 +153,7 @@ def report(config, folder: pathlib.Path):
             "better and worse; p by permutation over questions, which is what claims rest on, and from "
             "five seeds p over seeds, each Holm-adjusted over this table. Other metrics, each adjusted "
             "by itself, are in comparisons.csv.",
-            comparison_tables.comparisons_table(compared[primary]),
+            tables.comparisons_table(compared),
         ),
         Section(
             "Against independent tuning",
@@ -143,7 +161,7 @@ def report(config, folder: pathlib.Path):
             "Differences in points from independent tuning in the same setting, paired by question and "
             "seed, each metric Holm-adjusted over this table; seconds and operations as multiples of "
             "its own, the mean over seeds.",
-            comparison_tables.independent_table(against),
+            tables.independent_table(found["against_independent"]),
         ),
         Section(
             "Time by part",
@@ -151,7 +169,7 @@ def report(config, folder: pathlib.Path):
             "Seconds, mean over seeds, summed over clients in the local setting. Collating includes "
             "likelihoods under a frozen generator, aggregation all of a round that is no local step; "
             "passages are embedded once. A program is compiled for the first cell that needs it.",
-            comparison_tables.times_table(rows),
+            tables.times_table(rows),
         ),
         Section(
             "Costs",
@@ -159,25 +177,25 @@ def report(config, folder: pathlib.Path):
             "Operations of training steps, by formula and by the compiler; memory of the largest round "
             "on a device; tokens read in training; bytes of what is trained, and of the corpus and its "
             "index on their way to the clients.",
-            comparison_tables.costs_table(rows),
+            tables.costs_table(rows),
         ),
         Section(
             "Traffic",
             "traffic",
             "What is trained on its way between clients and server, by part and type.",
-            comparison_tables.traffic_table(traffic),
+            tables.traffic_table(found["traffic"]),
         ),
         Section(
             "Clients",
             "clients",
             "EM of the model each client would use, on questions such as it holds.",
-            comparison_tables.clients_table(rows),
+            tables.clients_table(rows),
         ),
         Section(
             "Controls",
             "controls",
             controlled,
-            comparison_tables.controls_table(controls),
+            tables.controls_table(found["controls"]),
         ),
     ]
     return Report(
