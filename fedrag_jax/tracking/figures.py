@@ -189,7 +189,8 @@ def over_factors(rows: Sequence[dict[str, Any]], names: dict[str, str], usual: d
         ax.set_visible(False)
     for ax, factor in zip(axes.flat, factors, strict=False):
         values = sorted({row["value"] for row in rows if row["factor"] == factor})
-        for name in dict.fromkeys(row["strategy"] for row in rows):
+        names_here = list(dict.fromkeys(row["strategy"] for row in rows))
+        for place, name in enumerate(names_here):
             some = [r for r in rows if (r["factor"], r["strategy"]) == (factor, name)]
             x = np.array([values.index(row["value"]) for row in some])
             em = np.array([row["em"] for row in some])
@@ -197,6 +198,7 @@ def over_factors(rows: Sequence[dict[str, Any]], names: dict[str, str], usual: d
                 ax.plot(x, em, color=COLORS[name], lw=1, ls=":", label=LABELS[name])
                 continue
             error = em - [row["em_low"] for row in some], [row["em_high"] for row in some] - em
+            x = x + 0.08 * (place - (len(names_here) - 1) / 2)  # intervals beside each other
             ax.errorbar(
                 x, em, yerr=error, fmt=MARKERS[name], ls="-", ms=5, capsize=2, lw=1,
                 color=COLORS[name], label=LABELS[name],
