@@ -1,8 +1,8 @@
 """What federated fine-tuning loses as clients differ, are many, work long, or seldom take part.
 
 Each factor is varied by itself around the federated setting of configs/compare_strategies.py, at the
-same number of training examples. Expected on the built-in world: how unlike clients are, and how many of
-them take part in a round, hardly matters; few rounds do, because of many clients or many local steps.
+same number of training examples. Expected on the built-in world: how unlike clients are, and how many
+of them take part in a round, hardly matters; few rounds do, because of many clients or local steps.
 
     python -m experiments.heterogeneity --config=configs/heterogeneity.py
     python -m experiments.heterogeneity --config=configs/heterogeneity.py \
