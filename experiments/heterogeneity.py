@@ -175,48 +175,38 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
 
 def report(config, folder: pathlib.Path):
     """Writes heterogeneity.csv and returns the `Report`."""
-    from fedrag_jax.tracking import figures
+    from fedrag_jax.tracking import figures, tables
     from fedrag_jax.tracking.comparison import METRICS
     from fedrag_jax.tracking.report import Report, Section
-    from fedrag_jax.tracking.tables import (
-        Column,
-        Table,
-        difference,
-        interval,
-        number,
-        p_value,
-        words,
-        write_csv,
-    )
 
     rows = rows_of(config, folder)
     first = ("factor", "value", "strategy", "seeds", "em", "em_low", "em_high")
     others = (name for row in rows for name in row)
-    write_csv(folder / "heterogeneity.csv", rows, list(dict.fromkeys([*first, *others])))
+    tables.write_csv(folder / "heterogeneity.csv", rows, list(dict.fromkeys([*first, *others])))
 
     who = (
-        words("factor", "factor"),
-        Column("value", lambda row: f"{row['value']:g}".replace("inf", "∞")),
-        words("strategy", "strategy"),
+        tables.words("factor", "factor"),
+        tables.Column("value", lambda row: f"{row['value']:g}".replace("inf", "∞")),
+        tables.words("strategy", "strategy"),
     )
     quality = (
-        number("seeds", "seeds", 0),
-        interval("EM [95% CI]", "em"),
-        number("sd", "em_seed_sd"),
-        number("Recall@5", "recall_at_5"),
-        difference(f"{METRICS[config.primary_metric]} against the usual [95% CI]"),
-        p_value("p", "p_holm"),
-        number("worst client", "client_em_worst"),
+        tables.number("seeds", "seeds", 0),
+        tables.interval("EM [95% CI]", "em"),
+        tables.number("sd", "em_seed_sd"),
+        tables.number("Recall@5", "recall_at_5"),
+        tables.difference(f"{METRICS[config.primary_metric]} against the usual [95% CI]"),
+        tables.p_value("p", "p_holm"),
+        tables.number("worst client", "client_em_worst"),
     )
     costs = (
-        number("rounds", "rounds", 0),
-        number("refreshes", "refreshes", 0),
-        number("examples", "examples", 0),
-        number("seconds", "seconds"),
-        number("of aggregation", "aggregate_seconds", 2),
-        number("peak MB", "peak_bytes", 0, 1e6),
-        number("MB up", "bytes_up", 1, 1e6),
-        number("MB down", "bytes_down", 1, 1e6),
+        tables.number("rounds", "rounds", 0),
+        tables.number("refreshes", "refreshes", 0),
+        tables.number("examples", "examples", 0),
+        tables.number("seconds", "seconds"),
+        tables.number("of aggregation", "aggregate_seconds", 2),
+        tables.number("peak MB", "peak_bytes", 0, 1e6),
+        tables.number("MB up", "bytes_up", 1, 1e6),
+        tables.number("MB down", "bytes_down", 1, 1e6),
     )
     f, t = config.federated, config.training
     usual = (
@@ -244,14 +234,14 @@ def report(config, folder: pathlib.Path):
                 "point is paired by question and seed; p by permutation over questions, for the splits "
                 "of these seeds, Holm-adjusted over this table. Learning rates were searched on "
                 "validation questions at every point, with the first seed.",
-                Table((*who, *quality), rows),
+                tables.Table((*who, *quality), rows),
             ),
             Section(
                 "Costs",
                 "costs",
                 "Refreshes are those of strategies that retrieve while they train: one a round, and "
                 "fewer where a round draws few clients.",
-                Table((*who, *costs), [row for row in rows if row["strategy"] != "none"]),
+                tables.Table((*who, *costs), [row for row in rows if row["strategy"] != "none"]),
             ),
         ],
     )

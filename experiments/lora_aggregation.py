@@ -191,45 +191,35 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
 
 def report(config, folder: pathlib.Path):
     """Writes lora_aggregation.csv and returns the `Report`."""
-    from fedrag_jax.tracking import figures
+    from fedrag_jax.tracking import figures, tables
     from fedrag_jax.tracking.report import Report, Section
-    from fedrag_jax.tracking.tables import (
-        Column,
-        Table,
-        difference,
-        interval,
-        number,
-        p_value,
-        words,
-        write_csv,
-    )
 
     rows = rows_of(config, folder)
-    write_csv(folder / "lora_aggregation.csv", rows)
+    tables.write_csv(folder / "lora_aggregation.csv", rows)
     untuned = json.loads((folder / "untuned.json").read_text())
     who = (
-        words("rule", "rule"),
-        number("rank", "rank", 0),
-        Column("α", lambda row: f"{row['alpha']:g}".replace("inf", "∞")),
+        tables.words("rule", "rule"),
+        tables.number("rank", "rank", 0),
+        tables.Column("α", lambda row: f"{row['alpha']:g}".replace("inf", "∞")),
     )
     quality = (
-        number("seeds", "seeds", 0),
-        Column("rate", lambda row: f"{row['learning_rate']:.2g}"),
-        interval("NLL [95% CI]", "nll", 2),
-        difference("against FedIT [95% CI]", "nll_against_", 2),
-        p_value("p", "nll_against_p_holm"),
-        interval("EM [95% CI]", "em"),
-        difference("EM against FedIT [95% CI]", "em_against_"),
-        p_value("p of EM", "em_against_p_holm"),
-        number("worst client", "client_em_worst"),
+        tables.number("seeds", "seeds", 0),
+        tables.Column("rate", lambda row: f"{row['learning_rate']:.2g}"),
+        tables.interval("NLL [95% CI]", "nll", 2),
+        tables.difference("against FedIT [95% CI]", "nll_against_", 2),
+        tables.p_value("p", "nll_against_p_holm"),
+        tables.interval("EM [95% CI]", "em"),
+        tables.difference("EM against FedIT [95% CI]", "em_against_"),
+        tables.p_value("p of EM", "em_against_p_holm"),
+        tables.number("worst client", "client_em_worst"),
     )
     costs = (
-        number("MB up", "bytes_up", 2, 1e6),
-        number("MB down", "bytes_down", 2, 1e6),
-        number("seconds", "seconds"),
-        number("of aggregation", "aggregate_seconds", 2),
-        number("TFLOP", "flops", 2, 1e12),
-        number("peak MB", "peak_bytes", 0, 1e6),
+        tables.number("MB up", "bytes_up", 2, 1e6),
+        tables.number("MB down", "bytes_down", 2, 1e6),
+        tables.number("seconds", "seconds"),
+        tables.number("of aggregation", "aggregate_seconds", 2),
+        tables.number("TFLOP", "flops", 2, 1e12),
+        tables.number("peak MB", "peak_bytes", 0, 1e6),
     )
     t = config.training
     return Report(
@@ -254,13 +244,13 @@ def report(config, folder: pathlib.Path):
                 "seed, p by permutation over questions, each metric Holm-adjusted over this table. "
                 "Learning rates were searched for every rule, rank and split on validation answers, "
                 "with the first seed. FedSA's adapters are personal: means over its clients.",
-                Table((*who, *quality), rows),
+                tables.Table((*who, *quality), rows),
             ),
             Section(
                 "Costs",
                 "costs",
                 "Means over seeds.",
-                Table((*who, *costs), rows),
+                tables.Table((*who, *costs), rows),
             ),
         ],
     )

@@ -79,15 +79,8 @@ def quality_against_cost(rows: Sequence[dict[str, Any]]):
     """EM with its interval over training seconds, a panel per setting: a Matplotlib figure, or None."""
     if not rows:
         return None
-    plt = pyplot()
     settings = list(dict.fromkeys(row["setting"] for row in rows))
-    columns = min(3, len(settings))
-    lines = -(-len(settings) // columns)
-    fig, axes = plt.subplots(
-        lines, columns, figsize=(0.6 + 2.6 * columns, 0.2 + 2.7 * lines), sharey=True, squeeze=False
-    )
-    for ax in axes.flat[len(settings) :]:
-        ax.set_visible(False)
+    fig, axes = _panels(len(settings), most=3, width=2.6, height=2.7, sharey=True)
     for ax, setting in zip(axes.flat, settings, strict=False):
         for row in (r for r in rows if r["setting"] == setting):
             name = row["strategy"]
@@ -100,7 +93,7 @@ def quality_against_cost(rows: Sequence[dict[str, Any]]):
                 color=COLORS[name], label=LABELS[name],
             )  # fmt: skip
         kind, alpha = setting.partition("_")[0], row["alpha"]
-        ax.set_title(setting_name(f"{kind}_{alpha:g}" if alpha else kind), fontsize=10)
+        ax.set_title(setting_name(f"{kind}_{alpha:g}" if alpha else setting), fontsize=10)
         ax.set_xlabel("training time (s)")
         ax.set_xlim(left=0)
     for line in axes:
@@ -117,7 +110,6 @@ def quality_against_cost(rows: Sequence[dict[str, Any]]):
 def learning_curves(cells: Sequence[Cell]):
     """A Matplotlib figure: training loss of each objective over examples seen, the mean over seeds in
     a band from least to most; None where nothing was trained."""
-    plt = pyplot()
     curves: dict[str, dict[str, list[list[dict]]]] = {}
     for group in by_cell(cells).values():
         for cell in group:
@@ -128,11 +120,7 @@ def learning_curves(cells: Sequence[Cell]):
     tasks = [task for task in TASKS if task in curves]
     if not tasks:
         return None
-    columns = min(3, len(tasks))
-    lines = -(-len(tasks) // columns)
-    fig, axes = plt.subplots(
-        lines, columns, figsize=(0.4 + 2.7 * columns, 0.6 + 2.1 * lines), squeeze=False
-    )
+    fig, axes = _panels(len(tasks), most=3, width=2.7, height=2.3)
     settings = dict.fromkeys(setting for runs in curves.values() for setting in runs)
     others = itertools.cycle(OTHER_STYLES)
     styles = {s: SETTING_STYLES.get(s) or next(others) for s in settings}
@@ -149,8 +137,6 @@ def learning_curves(cells: Sequence[Cell]):
                 ax.fill_between(x, y.min(0), y.max(0), color=color, alpha=0.15, lw=0)
         ax.set_title(TASKS[task], fontsize=9)
         ax.set_ylim(bottom=0)
-    for ax in axes.flat[len(tasks) :]:
-        ax.set_visible(False)
     for ax in axes[-1]:
         ax.set_xlabel("training examples seen")
     for row in axes:
@@ -159,6 +145,17 @@ def learning_curves(cells: Sequence[Cell]):
     fig.legend(handles, labels, loc="upper center", ncols=3, bbox_to_anchor=(0.5, 0.01))
     fig.tight_layout()
     return fig
+
+
+def _panels(count: int, most: int, width: float, height: float, **shared):
+    """A figure and axes [lines, columns], at most so many in a line; width and height of one."""
+    columns = min(most, count)
+    lines = -(-count // columns)
+    size = 0.5 + width * columns, 0.2 + height * lines
+    fig, axes = pyplot().subplots(lines, columns, figsize=size, squeeze=False, **shared)
+    for ax in axes.flat[count:]:
+        ax.set_visible(False)
+    return fig, axes
 
 
 def _legend(axes):
@@ -178,15 +175,8 @@ def over_factors(rows: Sequence[dict[str, Any]], names: dict[str, str], usual: d
     """
     if not rows:
         return None
-    plt = pyplot()
     factors = list(dict.fromkeys(row["factor"] for row in rows))
-    columns = min(2, len(factors))
-    lines = -(-len(factors) // columns)
-    fig, axes = plt.subplots(
-        lines, columns, figsize=(0.6 + 3 * columns, 0.2 + 2.5 * lines), sharey=True, squeeze=False
-    )
-    for ax in axes.flat[len(factors) :]:
-        ax.set_visible(False)
+    fig, axes = _panels(len(factors), most=2, width=3.0, height=2.5, sharey=True)
     for ax, factor in zip(axes.flat, factors, strict=False):
         values = sorted({row["value"] for row in rows if row["factor"] == factor})
         names_here = list(dict.fromkeys(row["strategy"] for row in rows))
@@ -230,14 +220,11 @@ def over_rules(rows: Sequence[dict[str, Any]], untuned: float):
     """
     if not rows:
         return None
-    plt = pyplot()
     alphas, ranks, rules = (
         list(dict.fromkeys(row[key] for row in rows)) for key in ("alpha", "rank", "rule")
     )
-    fig, axes = plt.subplots(
-        1, len(alphas), figsize=(0.6 + 3.4 * len(alphas), 2.7), sharey=True, squeeze=False
-    )
-    for ax, alpha in zip(axes[0], alphas, strict=True):
+    fig, axes = _panels(len(alphas), most=3, width=3.4, height=2.5, sharey=True)
+    for ax, alpha in zip(axes.flat, alphas, strict=False):
         for i, rank in enumerate(ranks):
             some = [r for r in rows if (r["alpha"], r["rank"]) == (alpha, rank)]
             x = np.array([rules.index(r["rule"]) for r in some]) + 0.2 * (i - (len(ranks) - 1) / 2)
