@@ -24,7 +24,7 @@ def small_heterogeneity():
 
 def small_aggregation():
     config = _short(lora_aggregation.get_config())
-    config.seeds, config.rules, config.ranks = (0, 1), ("fedit", "fedex", "fedsa"), (2,)
+    config.seeds, config.rules, config.ranks = (0, 1), ("fedit", "fedex"), (2,)
     config.alphas, config.learning_rates, config.validation_questions = (1.0,), (5e-4, 1e-3), 40
     return config
 

@@ -350,6 +350,7 @@ def test_a_folder_without_labels_topics_or_one_hop_questions(tmp_path, capsys):
     config = small()
     config.data.name = own_folder(tmp_path, hops=2)
     config.strategies = ("none", "retriever", "joint_token")
+    config.settings = ("federated",)
     folder = compare_strategies.run(config, str(tmp_path))
     assert "retriever left out: needs gold passages, and 36 of 36" in capsys.readouterr().out
     assert {row["strategy"] for row in read(folder)} == {"none", "joint_token"}

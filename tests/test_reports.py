@@ -223,11 +223,10 @@ def averaged(tmp_path_factory):
 
 def test_rules_side_by_side(averaged):
     rows = {r["rule"]: r for r in read(averaged / "lora_aggregation.csv")}
-    assert list(rows) == ["fedit", "fedex", "fedsa"]
+    assert list(rows) == ["fedit", "fedex"]
     up = {rule: int(float(row["bytes_up"])) for rule, row in rows.items()}
     down = {rule: int(float(row["bytes_down"])) for rule, row in rows.items()}
     assert up["fedit"] == up["fedex"] == down["fedit"] < down["fedex"]
-    assert up["fedsa"] == down["fedsa"] < up["fedit"]
     for rule, row in rows.items():
         assert float(row["nll_low"]) < float(row["nll"]) < float(row["nll_high"])
         found = json.loads((averaged / "rates" / f"{rule}-rank2-alpha1.json").read_text())
@@ -258,7 +257,7 @@ def test_every_prompt_holds_the_gold_passages(averaged):
 
 def test_a_rule_that_is_missing_is_computed_alone(averaged, monkeypatch):
     config, computed = small_aggregation(), []
-    before = load(averaged, "fedsa", "rank2-alpha1", 1, 1).scores["nll"]
+    before = load(averaged, "fedex", "rank2-alpha1", 1, 1).scores["nll"]
     real = lora_aggregation.compute_cell
 
     def watched(run, *cell):
@@ -266,14 +265,14 @@ def test_a_rule_that_is_missing_is_computed_alone(averaged, monkeypatch):
         return real(run, *cell)
 
     monkeypatch.setattr(lora_aggregation, "compute_cell", watched)
-    (averaged / "cells" / "fedsa-rank2-alpha1-seed1" / "cell.json").unlink()
+    (averaged / "cells" / "fedex-rank2-alpha1-seed1" / "cell.json").unlink()
     lora_aggregation.run(config, str(averaged.parent))
-    assert computed == [(2, 1.0, "fedsa", 1, 1)]
-    assert load(averaged, "fedsa", "rank2-alpha1", 1, 1).scores["nll"] == pytest.approx(before)
+    assert computed == [(2, 1.0, "fedex", 1, 1)]
+    assert load(averaged, "fedex", "rank2-alpha1", 1, 1).scores["nll"] == pytest.approx(before)
 
 
 def test_systems_are_those_that_the_rules_have_made(tmp_path):
-    """FLoRA and FedEx move the base and are read with it; FedSA leaves one system a client."""
+    """FedEx moves the base and is read with it; FedSA leaves one system a client."""
     import jax
 
     from experiments.comparison import Comparison
@@ -283,12 +282,9 @@ def test_systems_are_those_that_the_rules_have_made(tmp_path):
     run = Comparison(config, lora_aggregation.load_data(config), tmp_path)
     untuned = run.system(0)
     systems = {
-        rule: lora_aggregation.tuned(run, rule, 0, 0, 0.05)[0]
-        for rule in ("fedit", "flora", "fedex", "fedsa")
+        rule: lora_aggregation.tuned(run, rule, 0, 0, 0.05)[0] for rule in ("fedex", "fedsa")
     }
-    assert {rule: len(some) for rule, some in systems.items()} == {
-        "fedit": 1, "flora": 1, "fedex": 1, "fedsa": 2,
-    }  # fmt: skip
+    assert {rule: len(some) for rule, some in systems.items()} == {"fedex": 1, "fedsa": 2}
     factors = dict(flatten(untuned.adapters))
     assert all(x.shape[-1] == 3 for path, x in factors.items() if path[-1] == "lora_a")
     for rule, (system, *_) in systems.items():
@@ -298,7 +294,7 @@ def test_systems_are_those_that_the_rules_have_made(tmp_path):
             strict=True,
         )
         moved = any(not np.array_equal(a, b) for a, b in pairs)
-        assert moved == (rule in ("flora", "fedex")), rule
+        assert moved == (rule == "fedex"), rule
     one, other = (dict(flatten(s.adapters)) for s in systems["fedsa"])
     for path in one:
         assert np.array_equal(one[path], other[path]) == (path[-1] == "lora_a")

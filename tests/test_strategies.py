@@ -11,6 +11,7 @@ from fedrag_jax.data import synthetic
 from fedrag_jax.data.examples import Dataset
 from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.federated.sweep import sweep
+from fedrag_jax.objectives.likelihood import tokens_read
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.strategies import strategies
 from fedrag_jax.strategies import tuner as tuner_module
@@ -177,17 +178,22 @@ def test_tokens_are_those_that_training_reads(system, world, tmp_path):
     ]
     questions = [len(system.retriever.tokenizer(e.question)["input_ids"]) for e in some]
     expected = {
-        "retriever": [sum(questions)],
-        "generator": [sum(together)],
-        "joint_token": [sum(apart) + sum(questions)],
-        "second_phase": [sum(apart) + sum(questions)],  # read once, used as often as it is
+        "retriever": sum(questions),
+        "generator": sum(together),
+        "joint_token": sum(apart) + sum(questions),
+        "second_phase": sum(apart) + sum(questions),  # read once, used as often as it is
     }
     for name, tokens in expected.items():
-        tuner = tuner_module.Tuner(
-            tmp_path / name, "centralised", some, None, Budget(1, 1, 1, 4), lambda *_: 0.0, seed=0
-        )
-        getattr(strategies, name)(system, short, tuner)
-        assert [cost.tokens for cost in tuner.costs.values()] == tokens, name
+        tune = Recorder()
+        getattr(strategies, name)(system, short, tune)
+        (task,) = tune.tasks
+        table = task.collate(some, task.retrieve and task.retrieve(some, task.trainable))
+        assert tokens_read(table | {"weight": np.ones(4)}).sum() == tokens, name
+    tuner = tuner_module.Tuner(
+        tmp_path, "centralised", some, None, Budget(2, 1, 1, 4), lambda *_: 0.0, seed=0
+    )
+    strategies.retriever(system, short, tuner)
+    assert tuner.costs["multiple_negatives_ranking"].tokens == 2 * sum(questions)  # two rounds
 
 
 def test_costs_add_up():
