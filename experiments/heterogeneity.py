@@ -213,6 +213,10 @@ def report(config, folder: pathlib.Path):
         f"α = {f.alpha:g}, {f.clients} clients, {t.rounds} rounds of {t.local_steps} local steps, "
         f"{100 * f.participation:g}% of the clients in each"
     )
+    untuned = next(
+        (f" Untuned, EM is {row['em']:.1f}." for row in rows if row["strategy"] == "none"), ""
+    )
+    tuned = [row for row in rows if row["strategy"] != "none"]
     open_marks = {factor: config[room][name] for factor, (room, name) in WHERE.items()}
     return Report(
         folder.name,
@@ -233,15 +237,15 @@ def report(config, folder: pathlib.Path):
                 "EM with its 95% bootstrap interval over test questions. The difference from the usual "
                 "point is paired by question and seed; p by permutation over questions, for the splits "
                 "of these seeds, Holm-adjusted over this table. Learning rates were searched on "
-                "validation questions at every point, with the first seed.",
-                tables.Table((*who, *quality), rows),
+                f"validation questions at every point, with the first seed.{untuned}",
+                tables.Table((*who, *quality), tuned),
             ),
             Section(
                 "Costs",
                 "costs",
                 "Refreshes are those of strategies that retrieve while they train: one a round, and "
                 "fewer where a round draws few clients.",
-                tables.Table((*who, *costs), [row for row in rows if row["strategy"] != "none"]),
+                tables.Table((*who, *costs), tuned),
             ),
         ],
     )
