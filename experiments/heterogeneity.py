@@ -22,7 +22,7 @@ from experiments.inputs import (
     warn_of_borrowed_rates,
 )
 from experiments.launch import launch, settled_config
-from experiments.rates import chosen_rate
+from experiments.rates import chosen_rate, kept_rate
 from fedrag_jax.errors import ConfigError, DivergenceError
 
 NAMES = {
@@ -142,8 +142,7 @@ def finished(config, folder: pathlib.Path, strategy: str) -> list:
     if strategy == "none":
         here = folder
     elif (path := here / f"rates-{strategy}.json").exists():
-        factor = chosen_rate(path, (), None, strategy)
-        here = here / f"rates-x{factor:g}"
+        here = here / f"rates-x{kept_rate(path):g}"
     some = (cells.load(here, strategy, "federated", *pair) for pair in replicates(config))
     return [cell for cell in some if cell]
 

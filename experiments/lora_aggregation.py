@@ -19,7 +19,7 @@ import numpy as np
 from experiments.comparison import Comparison, client_scores, curve
 from experiments.inputs import check_replicates, load_data, replicates
 from experiments.launch import launch, settled_config
-from experiments.rates import chosen_rate
+from experiments.rates import chosen_rate, kept_rate
 from fedrag_jax.errors import ConfigError, DataError, DivergenceError
 
 METRICS = ("em", "f1", "nll")
@@ -168,7 +168,7 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
             continue
         path = folder / "rates" / f"{rule}-{point_name(rank, alpha)}.json"
         row = {"rule": rule, "rank": rank, "alpha": alpha, "seeds": len(found)}
-        row["learning_rate"] = chosen_rate(path, (), None, rule)
+        row["learning_rate"] = kept_rate(path)
         for metric, unit in (("em", 100), ("f1", 100), ("nll", 1)):
             some = comparison.scores(found, metric)
             low, high = bootstrap_interval(some)

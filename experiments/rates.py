@@ -52,4 +52,9 @@ def chosen_rate(
         beside = path.with_suffix(".tmp")
         beside.write_text(json.dumps({"chosen": best, "scores": known}) + "\n")
         beside.replace(path)
+    return kept_rate(path)
+
+
+def kept_rate(path: pathlib.Path) -> float:
+    """What `chosen_rate` left in a file."""
     return json.loads(path.read_text())["chosen"]

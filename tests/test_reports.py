@@ -12,7 +12,7 @@ import pytest
 from small import small_aggregation, small_heterogeneity
 
 from experiments import heterogeneity, lora_aggregation, report
-from experiments.rates import chosen_rate
+from experiments.rates import chosen_rate, kept_rate
 from fedrag_jax.errors import ConfigError, DataError, DivergenceError
 from fedrag_jax.tracking import tables
 from fedrag_jax.tracking.cells import load
@@ -159,7 +159,8 @@ def test_rates_beyond_an_end_that_is_best_are_tried(tmp_path, scores, tried, bes
     path = tmp_path / "deep" / "rates.json"
     assert chosen_rate(path, (1.0, 2.0, 4.0), judge, "here") == best
     assert set(judged) == tried and len(judged) == len(tried)
-    assert chosen_rate(path, (), None, "here") == best  # read back
+    assert chosen_rate(path, (1.0,), judge, "here") == kept_rate(path) == best  # read back
+    assert len(judged) == len(tried)
     scores = dict.fromkeys([0.125, 0.25, 0.5, *scores])
     with pytest.raises(ConfigError, match="here: training diverged at all rates"):
         chosen_rate(tmp_path / "other.json", (1.0, 2.0), judge, "here")
