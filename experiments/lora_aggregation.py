@@ -40,6 +40,11 @@ def with_gold(retriever, examples, k: int) -> np.ndarray:
     return np.stack(read)
 
 
+def rows_for(read: dict[str, np.ndarray], examples) -> np.ndarray:
+    """Corpus rows [N, k] of examples, from those of all by id."""
+    return np.stack([read[e.id] for e in examples])
+
+
 def at_point(config, rank: int, alpha: float):
     """The config of a comparison with adapters of a rank and clients of a split."""
     config = config.copy_and_resolve_references()
@@ -54,7 +59,7 @@ def point_name(rank: int, alpha: float) -> str:
     return f"rank{rank}-alpha{alpha:g}"
 
 
-def tuned(run: Comparison, rule: str, seed: int, split: int, rate: float):
+def tuned(run: Comparison, read: dict, rule: str, seed: int, split: int, rate: float):
     """`(systems, cost, curves)`: one system, or one for each client where adapters are personal.
 
     Raises:
@@ -75,7 +80,7 @@ def tuned(run: Comparison, rule: str, seed: int, split: int, rate: float):
         system.generator.params,
         system.adapters,
         system.prompts,
-        lambda some: with_gold(system.retriever, some, system.top_k),
+        functools.partial(rows_for, read),
     )
     where = f"{rule}, rank {run.config.lora.rank}, alpha {run.config.federated.alpha:g}"
     arguments = settings.arguments(
@@ -109,8 +114,12 @@ def tuned(run: Comparison, rule: str, seed: int, split: int, rate: float):
     return [system.replace(**each) for each in several], cost, curves
 
 
-def compute_cell(run: Comparison, rule: str, seed: int, split: int):
-    """A cell at the learning rate that suits validation answers best, with the first seeds."""
+def compute_cell(run: Comparison, read: dict, rule: str, seed: int, split: int):
+    """A cell at the learning rate that suits validation answers best, with the first seeds.
+
+    Args:
+      read: the corpus rows of every question's prompt, by its id.
+    """
     from fedrag_jax.clock import Clock
     from fedrag_jax.evaluation import evaluator
     from fedrag_jax.tracking import cells
@@ -119,18 +128,17 @@ def compute_cell(run: Comparison, rule: str, seed: int, split: int):
     config, dataset = run.config, run.dataset
     name = point_name(config.lora.rank, config.federated.alpha)
     validation = dataset.validation[: config.validation_questions or None]
-    retriever, k = run.system(seed).retriever, config.retrieval.top_k
 
     def judge(rate):
-        systems, _, _ = tuned(run, rule, *replicates(config)[0], rate)
-        rows = with_gold(retriever, validation, k)
+        systems, _, _ = tuned(run, read, rule, *replicates(config)[0], rate)
+        rows = rows_for(read, validation)
         return -float(np.mean([evaluator.answer_nll(s, validation, rows) for s in systems]))
 
     path = run.folder / "rates" / f"{rule}-{name}.json"
     rate = chosen_rate(path, config.learning_rates, judge, f"{rule}, {name}")
-    systems, cost, curves = tuned(run, rule, seed, split, rate)
+    systems, cost, curves = tuned(run, read, rule, seed, split, rate)
     clock, clients = Clock(), run.clients("federated", split)
-    scores = reading_scores(systems, dataset.test, with_gold(retriever, dataset.test, k))
+    scores = reading_scores(systems, dataset.test, rows_for(read, dataset.test))
     lap = clock.lap()
     cost += run.corpus_cost(len(clients.clients))
     cost += Cost(evaluate_seconds=lap.others + lap.searching, compile_seconds=lap.compiling)
@@ -316,10 +324,11 @@ def run(config, runs: str) -> pathlib.Path:
     free = ("seeds", "split_seeds", "rules", "ranks", "alphas", "wandb")
     settled_config(config, folder, free=free)
     write_manifest(folder, dataset, experiment="lora_aggregation", seeds=list(config.seeds))
+    system = whole.system(config.seeds[0])
+    ids = [e.id for e in asked]
+    read = dict(zip(ids, with_gold(system.retriever, asked, system.top_k), strict=True))
     if not everywhere((folder / "untuned.json").exists()):
-        system = whole.system(config.seeds[0])
-        rows = with_gold(system.retriever, dataset.test, system.top_k)
-        (found,) = reading_scores([system], dataset.test, rows)
+        (found,) = reading_scores([system], dataset.test, rows_for(read, dataset.test))
         untuned = {"em": 100 * float(found["em"].mean()), "nll": float(found["nll"].mean())}
         (folder / "untuned.json").write_text(json.dumps(untuned) + "\n")
     todo = list(itertools.product(at, config.rules, replicates(config)))
@@ -327,7 +336,7 @@ def run(config, runs: str) -> pathlib.Path:
         if everywhere(cells.load(folder, rule, point_name(rank, alpha), *pair) is not None):
             continue
         try:
-            cell = compute_cell(at[alpha, rank], rule, *pair)
+            cell = compute_cell(at[alpha, rank], read, rule, *pair)
         except DivergenceError as error:  # one run of many: the others are worth having
             print(f"{rule}, {point_name(rank, alpha)}, {cells.seeds_name(*pair)}: {error}")
             continue

@@ -261,9 +261,9 @@ def test_a_rule_that_is_missing_is_computed_alone(averaged, monkeypatch):
     before = load(averaged, "fedex", "rank2-alpha1", 1, 1).scores["nll"]
     real = lora_aggregation.compute_cell
 
-    def watched(run, *cell):
+    def watched(run, read, *cell):
         computed.append((run.config.lora.rank, run.config.federated.alpha, *cell))
-        return real(run, *cell)
+        return real(run, read, *cell)
 
     monkeypatch.setattr(lora_aggregation, "compute_cell", watched)
     (averaged / "cells" / "fedex-rank2-alpha1-seed1" / "cell.json").unlink()
@@ -282,8 +282,10 @@ def test_systems_are_those_that_the_rules_have_made(tmp_path):
     config = lora_aggregation.at_point(small_aggregation(), 3, 1.0)
     run = Comparison(config, lora_aggregation.load_data(config), tmp_path)
     untuned = run.system(0)
+    rows = lora_aggregation.with_gold(untuned.retriever, run.dataset.train, 5)
+    read = dict(zip((e.id for e in run.dataset.train), rows, strict=True))
     systems = {
-        rule: lora_aggregation.tuned(run, rule, 0, 0, 0.05)[0] for rule in ("fedex", "fedsa")
+        rule: lora_aggregation.tuned(run, read, rule, 0, 0, 0.05)[0] for rule in ("fedex", "fedsa")
     }
     assert {rule: len(some) for rule, some in systems.items()} == {"fedex": 1, "fedsa": 2}
     factors = dict(flatten(untuned.adapters))
