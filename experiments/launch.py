@@ -88,9 +88,6 @@ def virtual_devices(count: int) -> None:
     To be called before JAX is used. Fits and clients are dealt out over devices, which keeps cores
     busier than products of small matrices do.
     """
-    # Each would call LAPACK with a pool of threads, and the pools wait for each other: a decomposition
-    # of milliseconds takes seconds.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     option, given = "--xla_force_host_platform_device_count", os.environ.get("XLA_FLAGS", "")
     if option not in given:
         os.environ["XLA_FLAGS"] = f"{given} {option}={count}".strip()

@@ -41,37 +41,6 @@ def test_eight_devices_equal_one():
     require_equal(start("devices", devices=8))
 
 
-DECOMPOSE = """
-import numpy as np
-from experiments.launch import virtual_devices
-virtual_devices(2)
-import jax
-from jax.sharding import Mesh, PartitionSpec
-assert len(jax.devices()) == 2
-mesh = Mesh(np.array(jax.devices()), ("clients",))
-
-def svd(x):
-    return jax.numpy.linalg.svd(jax.lax.psum(x, "clients")[0], full_matrices=False)
-
-specs = {"in_specs": PartitionSpec("clients"), "out_specs": PartitionSpec(), "check_vma": False}
-run = jax.jit(jax.shard_map(svd, mesh=mesh, **specs))
-x = np.random.default_rng(0).normal(size=(2, 4, 192, 192)).astype(np.float32)
-for _ in range(20):
-    u, s, vt = jax.block_until_ready(run(x))
-np.testing.assert_allclose((u * s[:, None]) @ vt, x.sum(0), atol=1e-3)
-"""
-
-
-def test_decompositions_do_not_wait_for_each_other():
-    """FlexLoRA's, of which every device does the same: minutes, where pools of threads meet."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    for name in ("XLA_FLAGS", "OPENBLAS_NUM_THREADS"):
-        environment.pop(name, None)
-    subprocess.run(
-        [sys.executable, "-c", DECOMPOSE], check=True, timeout=30, cwd=ROOT, env=environment
-    )
-
-
 def test_two_processes_equal_one(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
