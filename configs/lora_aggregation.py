@@ -26,8 +26,6 @@ def get_config() -> ConfigDict:
     del config.training["checkpoint_every"]
     del config.lora["rank"], config.lora["alpha"], config.federated["alpha"]
 
-    # FlexLoRA's decompositions can hang where several virtual devices of a CPU make them at once.
-    config.federated.devices = 1
     config.rules = ("fedit", "ffa", "rolora", "flora", "fedex", "flexlora", "fedsa")
     config.ranks = (2, 8)
     config.lora.scale = 2.0  # of the product of the factors, at every rank

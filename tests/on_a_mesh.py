@@ -1,9 +1,12 @@
 """Run by test_mesh.py: clients over several devices, or over processes, give what one device gives.
 
 on_a_mesh.py devices                  # where JAX sees eight
+on_a_mesh.py decompositions           # where it sees two
 on_a_mesh.py process <number> <port> <folder>  # one of two
 """
 
+import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -13,6 +16,7 @@ import tempfile
 import jax
 import numpy as np
 import optax
+from jax.sharding import Mesh, PartitionSpec
 from toys import assert_close, assert_equal, leaves, make_examples, mlp_task
 
 from fedrag_jax.data.partition import Partition
@@ -25,6 +29,9 @@ from fedrag_jax.federated.local_only import local_only
 from fedrag_jax.federated.sampling import uniform
 from fedrag_jax.federated.scaffold import scaffold
 from fedrag_jax.federated.sweep import sweep
+from fedrag_jax.models import lora
+from fedrag_jax.models.decoder import Decoder
+from fedrag_jax.models.network import Network, flatten
 from fedrag_jax.tracking.checkpoints import Checkpointer
 from fedrag_jax.tracking.logs import JsonlLog
 
@@ -98,15 +105,43 @@ def compare_lora(mesh):
     from tiny import random_adapters
 
     task = chain_task(jax.tree.map(lambda x: 0.3 * x, random_adapters(NETWORK, 0)))
-    for rule in ("fedex", "fedsa"):
+    for rule in ("fedex", "flexlora", "fedsa"):
         algorithm = fed_lora(rule, NETWORK, local_steps=3)
         one, many = (fit(task, CLIENTS, algorithm, rounds=2, mesh=m, **SGD) for m in (None, mesh))
-        if rule == "fedex":
+        if rule != "fedsa":
             one, many = (after(task, result) for result in (one, many))
             one, many = ({".".join(p): x for p, x in d.items()} for d in (one, many))
         else:
             one, many = one.trainable, many.trainable
         assert_close(many, one, 1e-5)
+
+
+def compare_decompositions(mesh):
+    """Kernels of many layers, decomposed by every device at once."""
+    from tiny import ALL, TINY
+
+    config = dataclasses.replace(TINY, hidden_size=96, num_layers=4, num_heads=16, num_kv_heads=16)
+    network = lora.add_lora(Network.of(Decoder, config), lora.LoraConfig(4, 8.0, ALL[:4]))
+    adapters = lora.init_adapters(network, 0)
+    parts = jax.tree.map(
+        lambda x: jax.random.normal(jax.random.key(1), (8, *x.shape)),
+        lora.product(network, adapters),
+    )
+
+    @jax.jit
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=PartitionSpec("clients"), out_specs=PartitionSpec(),
+        check_vma=False,
+    )  # fmt: skip
+    def nearest(parts):
+        kernels = jax.tree.map(lambda x: jax.lax.psum(x.sum(0), "clients"), parts)
+        return lora.product(network, lora.factorize(network, kernels, adapters))
+
+    found = [jax.block_until_ready(nearest(parts)) for _ in range(10)]
+    for (_, x), (_, kept) in zip(flatten(parts), flatten(found[-1]), strict=True):
+        u, s, vt = np.linalg.svd(x.sum(0))
+        best = u[..., :4] @ (s[..., :4, None] * vt[..., :4, :])
+        np.testing.assert_allclose(kept, best, rtol=1e-3, atol=1e-3)
 
 
 def compare_sweep():
@@ -131,6 +166,8 @@ if __name__ == "__main__":
         mesh = jax.make_mesh((2,), ("clients",))
         compare(mesh)
         compare_resumed(mesh, pathlib.Path(sys.argv[4]))
+    elif sys.argv[1] == "decompositions":
+        compare_decompositions(Mesh(np.array(jax.devices()), ("clients",)))
     else:
         assert len(jax.devices()) == 8
         mesh = jax.make_mesh((8,), ("clients",))

@@ -31,14 +31,21 @@ def start(*arguments, devices):
     )
 
 
-def require_equal(process):
-    out, err = process.communicate(timeout=600)
+def require_equal(process, timeout=600):
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
     assert process.returncode == 0, err[-4000:]
     assert out.endswith("equal\n")
 
 
 def test_eight_devices_equal_one():
     require_equal(start("devices", devices=8))
+
+
+def test_devices_decompose_at_the_same_time():
+    require_equal(start("decompositions", devices=2), timeout=120)
 
 
 def test_two_processes_equal_one(tmp_path):

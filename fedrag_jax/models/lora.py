@@ -205,7 +205,8 @@ def factorize(network: Network, kernels: dict, like: dict) -> dict:
     for path, kernel in flatten(kernels):
         path_a, path_b = ((*path[:-1], name) for name in ("lora_a", "lora_b"))
         a, b = (dict(flatten(like))[p] for p in (path_a, path_b))
-        u, s, vt = jnp.linalg.svd(kernel, full_matrices=False)
+        each = kernel.reshape(-1, *kernel.shape[-2:])
+        u, s, vt = (x.reshape(*kernel.shape[:-2], *x.shape[1:]) for x in jax.vmap(_svd)(each))
         rank, there = a.shape[-1], _there(network.lora, path_a, a.shape)
         scale = network.lora.scale(path_a, a.shape[0])
         weighted = s[..., None] * vt / scale
@@ -213,6 +214,13 @@ def factorize(network: Network, kernels: dict, like: dict) -> dict:
         weighted = _columns(weighted.swapaxes(-1, -2), rank) * there
         factors[path_b] = weighted.swapaxes(-1, -2).astype(b.dtype)
     return unflatten(factors.items())
+
+
+@jax.custom_batching.sequential_vmap
+def _svd(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    # One after another: on a CPU a batch waits for threads of the pool that it runs in, so that those of
+    # several devices can wait for each other for ever (jaxlib 0.10).
+    return tuple(jnp.linalg.svd(matrix, full_matrices=False))
 
 
 def _columns(x: jax.Array, count: int) -> jax.Array:
