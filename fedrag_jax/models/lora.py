@@ -218,7 +218,7 @@ def factorize(network: Network, kernels: dict, like: dict) -> dict:
 
 @jax.custom_batching.sequential_vmap
 def _svd(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    # One after another: on a CPU a batch waits for threads of the pool that it runs in, so that those of
+    # One after another: on a CPU a batch waits for threads of the pool that it runs in, so those of
     # several devices can wait for each other for ever (jaxlib 0.10).
     return tuple(jnp.linalg.svd(matrix, full_matrices=False))
 
