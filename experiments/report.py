@@ -16,7 +16,8 @@ from ml_collections import ConfigDict
 
 from fedrag_jax.errors import ConfigError, FedragError
 
-EXPERIMENTS = ("compare_strategies", "heterogeneity", "lora_aggregation")
+EXPERIMENTS = ("compare_strategies", "heterogeneity", "lora_aggregation", "methods",
+               "index_refresh")  # fmt: skip
 
 
 def rebuild(folder: pathlib.Path) -> list[str]:

@@ -55,12 +55,7 @@ def tuned(config, dataset, retriever, setting: str, folder: pathlib.Path):
                 checkpoint_every=config.rounds,
             )
             task = multiple_negatives_ranking(
-                retriever.encoder,
-                retriever.query,
-                retriever.tokenizer,
-                dataset,
-                document_vectors=retriever.vectors,
-                max_length=config.max_question_tokens,
+                retriever, dataset, max_question_tokens=config.max_question_tokens
             )
             encoders.append(tuner(task)["query"])
             seconds += tuner.costs[task.name].seconds

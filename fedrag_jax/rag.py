@@ -112,9 +112,11 @@ class RAGSystem:
             score_scale=score_scale,
         )
 
-    def replace(self, *, adapters=None, query=None, document=None) -> "RAGSystem":
+    def replace(self, *, adapters=None, query=None, document=None, head=None) -> "RAGSystem":
         """The system with tuned parts; the corpus is re-embedded if `document` is given."""
         retriever = self.retriever
+        if head is not None:
+            retriever = retriever.with_head(head)
         if document is not None:
             retriever = retriever.refresh(document)
         if query is not None:

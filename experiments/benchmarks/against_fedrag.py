@@ -147,19 +147,20 @@ def ours(folder: str) -> dict:
     from fedrag_jax.federated.optimizers import tunable
     from fedrag_jax.models import hub
     from fedrag_jax.objectives.retriever import multiple_negatives_ranking
+    from fedrag_jax.retrieval.retriever import Retriever
 
     model = hub.load(f"{folder}/model")
     config = dataclasses.replace(model.network.config, unroll=work["unroll"])
     examples = [Example(f"q{i}", q, ("",), (f"p{i}",)) for i, q in enumerate(work["questions"])]
     passages = [Passage(f"p{i}", "", "") for i in range(len(examples))]  # their vectors are there
+    network = dataclasses.replace(model.network, config=config)
+    vectors = np.load(f"{folder}/documents.npy")
+    both = model.params, model.params
     task = multiple_negatives_ranking(
-        dataclasses.replace(model.network, config=config),
-        model.params,
-        model.tokenizer,
+        Retriever(network, model.tokenizer, *both, passages, vectors, vectors, None),
         Dataset("work", passages, examples, [], []),
-        document_vectors=np.load(f"{folder}/documents.npy"),
         score_scale=work["scale"],
-        max_length=work["tokens"],
+        max_question_tokens=work["tokens"],
     )
     clients = np.arange(len(examples)).reshape(work["clients"], -1)
 

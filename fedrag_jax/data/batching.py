@@ -159,6 +159,20 @@ class Prompts:
             "answer_mask": mask,
         }
 
+    def passage_places(self, examples: Sequence[Example], retrieved) -> np.ndarray:
+        """int [N, T]: of prompts with all passages in one, as `training_table` has them, whose the
+        tokens are: from 0 for the first passage, -1 outside of them."""
+        k = len(retrieved[0])
+        places = np.full((len(examples), self.training_width(k)), -1, np.int32)
+        for i, (example, rows) in enumerate(zip(examples, retrieved, strict=True)):
+            asked = self.question_tokens(example.question)
+            room = places.shape[1] - len(asked) - len(self.answer_tokens(example.answers[0]))
+            whose = np.repeat(np.arange(k), [len(self._passages[r]) for r in rows])
+            start = len(self._opening)
+            end = min(start + len(whose), room)
+            places[i, start:end] = whose[: max(end - start, 0)]
+        return places
+
 
 def _text(passage: Passage) -> str:
     """What the generator reads; the title only where the text does not name it already."""

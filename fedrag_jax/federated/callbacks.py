@@ -16,6 +16,7 @@ class FitState:
       round: rounds done.
       state: arrays of the algorithm; the next round reuses their memory, so copy what you keep.
       retrieved: int32 [N, k] rows last retrieved for the examples in use, or None.
+      index: {name: NumPy array} of what they were retrieved from, if the task has an index, or None.
       history: one record per round done; see `fit`.
       settings: what must not change when a run is resumed; JSON types. None is still to be chosen,
         and is what the resumed run had.
@@ -26,6 +27,7 @@ class FitState:
     retrieved: np.ndarray | None
     history: tuple[dict[str, Any], ...]
     settings: dict[str, Any]
+    index: Any = None
 
 
 class Callback:

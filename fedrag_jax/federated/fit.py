@@ -124,6 +124,11 @@ def fit(
                 f"fit: {algorithm.name} holds for its own optimizer alone; leave `optimizer` out"
             )
         optimizer = algorithm.optimizer
+    if algorithm.model is not None and task.index is not None:
+        raise ConfigError(
+            f"fit: {algorithm.name} leaves a model to each client, and {task.name!r} keeps one index "
+            "for all; let its index be fresh each time, or train a model for all"
+        )
     optimizer = ADAMW if optimizer is None else optimizer
     scheduled = not isinstance(optimizer, optax.GradientTransformation)
     at_round = optimizer if scheduled else lambda _: optimizer
@@ -179,8 +184,8 @@ def fit(
                 first, count = now.round - now.round % refresh_every, refresh_every
             rows = used_rows(data, work, first, count, batch_size, seed, table_rows)
             if refresh:
-                found = retrieve(task, data, rows, algorithm, now.state)
-                now = dataclasses.replace(now, retrieved=found)
+                found, index = retrieve(task, data, rows, algorithm, now.state, now.index)
+                now = dataclasses.replace(now, retrieved=found, index=index)
             table = placing.everywhere(collate(task, data.examples, rows, now.retrieved))
             place = np.zeros(len(data.examples), np.int32)
             place[rows] = np.arange(len(rows))

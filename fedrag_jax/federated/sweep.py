@@ -71,9 +71,9 @@ def _sharing(task: Task) -> Task:
         about = None if retrieved is None else retrieved.tobytes()
         return tables.get(examples, about, lambda: task.collate(examples, retrieved))
 
-    def retrieve(examples, trainable):
-        if not _equal(trainable, task.trainable):
-            return task.retrieve(examples, trainable)
+    def retrieve(examples, trainable, *index):
+        if index or not _equal(trainable, task.trainable):
+            return task.retrieve(examples, trainable, *index)
         return found.get(examples, None, lambda: task.retrieve(examples, trainable))
 
     frozen = jax.tree.map(jax.numpy.asarray, task.frozen)

@@ -34,12 +34,25 @@ def used_rows(
     return np.pad(rows, (0, max(height - len(rows), 0)), constant_values=rows[0])
 
 
-def retrieve(task: Task, data: Partition, rows, algorithm: Algorithm, state: State) -> np.ndarray:
-    """int32 [len(rows), k]: what each example finds with the model that trains on it."""
+def retrieve(
+    task: Task, data: Partition, rows, algorithm: Algorithm, state: State, index: Any
+) -> tuple[np.ndarray, Any]:
+    """What each example finds with the model that trains on it, and the index it was found in.
+
+    Args:
+      index: of the retrieval before.
+
+    Returns:
+      int32 [len(rows), k], and the task's index or None.
+    """
     rows, inverse = np.unique(rows, return_inverse=True)
     if algorithm.model is None:
-        found = task.retrieve([data.examples[i] for i in rows], state.trainable)
-        return np.asarray(found)[inverse]
+        examples, where = [data.examples[i] for i in rows], ()
+        if task.index is not None:
+            index = jax.device_get(task.index(examples, state.trainable, index))
+            where = (index,)
+        found = task.retrieve(examples, state.trainable, *where)
+        return np.asarray(found)[inverse], index
     retrieved: np.ndarray | None = None
     for client, held in enumerate(data.clients):
         own = np.flatnonzero(np.isin(rows, held))
@@ -51,7 +64,7 @@ def retrieve(task: Task, data: Partition, rows, algorithm: Algorithm, state: Sta
         if retrieved is None:
             retrieved = np.zeros((len(rows), *found.shape[1:]), found.dtype)
         retrieved[own] = found
-    return retrieved[inverse]
+    return retrieved[inverse], None
 
 
 def collate(task: Task, examples: Sequence[Any], rows, retrieved) -> dict[str, np.ndarray]:

@@ -117,9 +117,7 @@ class Decoder(nnx.Module):
         limits = jnp.array([w or mask.shape[1] for w in config.windows])
 
         hidden = self.embed(tokens)
-        angles = positions[..., None].astype(jnp.float32) * rope_frequencies(config)
-        angles = jnp.concatenate([angles, angles], -1)[:, :, None]
-        rope = jnp.cos(angles).astype(hidden.dtype), jnp.sin(angles).astype(hidden.dtype)
+        rope = _rope(config, positions, hidden.dtype)
 
         def step(layer, carry, index, read=None):
             hidden, *kept = carry
@@ -131,6 +129,32 @@ class Decoder(nnx.Module):
         hidden, *kept = run_stack(self.layers, step, carry, config, last)
         hidden = self.norm(hidden)
         return hidden if cache is None else (hidden, Cache(*kept, mask, start + t))
+
+    def attention(self, tokens, positions, mask, read) -> jax.Array:
+        """How much each token adds to what the tokens at `read` take in: float32 [B, M, T].
+
+        alpha_n |v_n|, the attention to token n times the length of its value, averaged over heads and
+        layers.
+
+        Args:
+          as for a call without a cache.
+        """
+        config, t = self.config, tokens.shape[1]
+        back = jnp.arange(t)[:, None] - jnp.arange(t)
+        visible = (back >= 0) & mask.astype(bool)[:, None]
+        limits = jnp.array([w or t for w in config.windows])
+        hidden = self.embed(tokens)
+        rope = _rope(config, positions, hidden.dtype)
+
+        def step(layer, carry, index):
+            hidden, total = carry
+            near = visible & (back < limits[index]) if config.windows else visible
+            normed = layer.attention_norm(hidden)
+            total = total + layer.attention.mass(normed, rope, near, read)
+            return layer(hidden, rope, near, None, None)[0], total
+
+        none = jnp.zeros((*read.shape, t), jnp.float32)
+        return run_stack(self.layers, step, (hidden, none), config)[1] / config.num_layers
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> float32 [..., V]."""
@@ -205,6 +229,19 @@ class _Attention(nnx.Module):
             k, v, kept = keys[layer], values[layer], (keys, values)
         return self.o_proj(attend(q, k, v, visible)), *kept
 
+    def mass(self, x, rope, visible, read):
+        """alpha_n |v_n|, averaged over heads: float32 [B, M, T]."""
+        v, k = self._heads(self.v_proj(x)), _rotate(self.k_norm(self._heads(self.k_proj(x))), rope)
+        x, visible, *rope = (take_rows(array, read) for array in (x, visible, *rope))
+        q = _rotate(self.q_norm(self._heads(self.q_proj(x))), rope)
+        q, groups = q * self.head_dim**-0.5, k.shape[2]
+        q = q.reshape(*q.shape[:2], groups, -1, self.head_dim)
+        scores = jnp.einsum("bmghe,btge->bghmt", q, k).astype(jnp.float32)
+        weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -1e30))
+        lengths = jnp.linalg.norm(v.astype(jnp.float32), axis=-1)
+        mass = jnp.einsum("bghmt,btg->bmt", weights, lengths)
+        return mass / (groups * q.shape[3])
+
     def _heads(self, x):
         return x.reshape(*x.shape[:2], -1, self.head_dim)
 
@@ -218,6 +255,13 @@ class _MLP(nnx.Module):
 
     def __call__(self, x):
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def _rope(config, positions, dtype):
+    """Cosine and sine of the angles of positions [B, T]: [B, T, 1, E]."""
+    angles = positions[..., None].astype(jnp.float32) * rope_frequencies(config)
+    angles = jnp.concatenate([angles, angles], -1)[:, :, None]
+    return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
 
 
 def _rotate(x, rope):

@@ -53,7 +53,7 @@ def load(name_or_path: str | pathlib.Path, dtype=jnp.float32) -> Pretrained:
       CheckpointError: no such model, an option that is not supported, or tensors that are missing,
         unexpected or of another shape (all of them at once).
     """
-    folder = _folder(str(name_or_path))
+    folder = folder_of(str(name_or_path))
     hf = _config(folder)
     try:
         family = family_of(hf)
@@ -118,7 +118,7 @@ def load_arrays(path: str | pathlib.Path) -> dict:
     return unflatten(leaves)
 
 
-def _folder(name: str) -> pathlib.Path:
+def folder_of(name: str) -> pathlib.Path:
     if name.startswith("builtin:"):
         folder = BUILTIN / name.removeprefix("builtin:")
         if not folder.is_dir():

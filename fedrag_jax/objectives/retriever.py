@@ -1,18 +1,27 @@
 """Losses that tune the retriever from labelled passages."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedrag_jax.data.batching import encoder_table
-from fedrag_jax.data.examples import embedding_text
-from fedrag_jax.errors import DataError
+from fedrag_jax.data.examples import Dataset, Example
+from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.models.network import Network
+from fedrag_jax.objectives.encoding import (
+    Questions,
+    as_trained,
+    passage_vectors,
+    question_vectors,
+    trained_parts,
+)
 from fedrag_jax.objectives.likelihood import tokens_read, weighted_mean
-from fedrag_jax.objectives.task import PyTree, Task
+from fedrag_jax.objectives.task import Task
+from fedrag_jax.retrieval.mining import Mining, hard_negatives
+from fedrag_jax.retrieval.retriever import Retriever, headed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,78 +29,94 @@ class MultipleNegativesRanking:
     """In-batch softmax over cosine similarities (Lawton et al. 2025, Ft. Embed.).
 
     L = -1/B sum_i log exp(s cos(q_i, d_i)) / sum_j exp(s cos(q_i, d_j)), where pairs j that share a
-    gold passage with question i are no negatives of it, nor is padding.
+    gold passage with question i are no negatives of it, nor is padding. Mined negatives, if there are
+    any, are further d_j of the whole batch.
 
-    The batch holds `question_tokens`, `question_mask` [B, T], `positive` int [B] (corpus row) and
-    `golds` int [B, G], padded with -1. With `sides="query"` document vectors are looked up in
-    `frozen["document_vectors"]` [N, D]; with "both" the passages are encoded anew by the trainable
-    `document` encoder from `frozen["passages"]`.
+    With several `dimensions` it is the mean of the losses of vectors cut there (Matryoshka
+    representation learning, Kusupati et al. 2022, 2205.13147, with equal weights).
+
+    The batch holds questions as `objectives.encoding` reads them, `positive` int [B] (corpus row),
+    `golds` int [B, G] and, of mined ones, `negatives` int [B, H]; -1 is none.
+
+    Attributes:
+      score_scale: s, the inverse of a temperature.
+      at_once: texts encoded at a time, as in GradCache; 0 takes the batch whole.
     """
 
     encoder: Network
     score_scale: float = 20.0
-    sides: str = "query"
+    dimensions: tuple[int, ...] = ()
+    at_once: int = 0
 
     def __call__(self, trainable, frozen, batch, rng):
-        parts = frozen | trainable
-        queries = self.encoder(parts["query"], batch["question_tokens"], batch["question_mask"])
-        if self.sides == "query":
-            documents = parts["document_vectors"][batch["positive"]]
-        else:
-            passages = {k: v[batch["positive"]] for k, v in parts["passages"].items()}
-            documents = self.encoder(parts["document"], passages["tokens"], passages["mask"])
-        scores = self.score_scale * normalised(queries) @ normalised(documents).T
+        parts, golds = frozen | trainable, batch["golds"]
+        size, there = len(golds), batch["weight"] > 0
+        rows, negative = batch["positive"], ~_share_a_gold(golds, golds) & there
+        if "negatives" in batch:
+            mined = jnp.where(there[:, None], batch["negatives"], -1).reshape(-1)
+            rows = jnp.concatenate([rows, jnp.maximum(mined, 0)])
+            usable = ~_share_a_gold(golds, mined[:, None]) & (mined >= 0)
+            negative = jnp.concatenate([negative, usable], axis=1)
+        shown = negative | jnp.eye(size, negative.shape[1], dtype=bool)
 
-        golds, own = batch["golds"], jnp.eye(len(queries), dtype=bool)
-        shared = (golds[:, None, :, None] == golds[None, :, None, :]) & (golds >= 0)[
-            :, None, :, None
-        ]
-        negative = ~shared.any((2, 3)) & (batch["weight"] > 0)[None, :]
-        scores = jnp.where(own | negative, scores, -jnp.inf)
-        nll = optax.softmax_cross_entropy_with_integer_labels(scores, jnp.arange(len(queries)))
-        first = (scores.argmax(1) == jnp.arange(len(queries))).astype(jnp.float32)
+        queries = question_vectors(self.encoder, parts, batch, self.at_once)
+        documents = passage_vectors(self.encoder, parts, rows, self.at_once)
+        losses = []
+        for d in self.dimensions or (queries.shape[-1],):
+            cosines = headed(queries[:, :d]) @ headed(documents[:, :d]).T
+            scores = jnp.where(shown, self.score_scale * cosines, -jnp.inf)
+            own = jnp.arange(size)
+            losses.append(optax.softmax_cross_entropy_with_integer_labels(scores, own))
+        first = (scores.argmax(1) == own).astype(jnp.float32)
         told = {"first": first, "tokens": tokens_read(batch)}
-        loss = weighted_mean(nll, batch["weight"])
+        loss = weighted_mean(sum(losses) / len(losses), batch["weight"])
         return loss, {name: weighted_mean(x, batch["weight"]) for name, x in told.items()}
 
 
-def normalised(vectors: jax.Array) -> jax.Array:
-    """Vectors [..., D] at unit length, so that an inner product is a cosine."""
-    return vectors / jnp.maximum(jnp.linalg.norm(vectors, axis=-1, keepdims=True), 1e-9)
+def _share_a_gold(golds: jax.Array, others: jax.Array) -> jax.Array:
+    """bool [B, N]: whether any of golds [B, G] is among others [N, M]; -1 is none."""
+    same = golds[:, None, :, None] == others[None, :, None, :]
+    return (same & (golds >= 0)[:, None, :, None]).any((2, 3))
 
 
 def multiple_negatives_ranking(
-    encoder: Network,
-    query: PyTree,
-    tokenizer,
-    dataset,
+    retriever: Retriever,
+    dataset: Dataset,
     *,
-    document_vectors=None,
-    document: PyTree | None = None,
+    train: tuple[str, ...] = ("query",),
     score_scale: float = 20.0,
-    max_length: int = 256,
+    dimensions: Sequence[int] = (),
+    at_once: int = 0,
+    mining: Mining | None = None,
+    pool: Callable[[Example], np.ndarray] | None = None,
+    max_question_tokens: int = 0,
 ) -> Task:
     """Ranking of the first gold passage of each question among those of its batch.
 
-    Query-side tuning, with `document_vectors` [N, D] frozen, unless `document` parameters are given:
-    then both encoders are trained, each on its own.
+    Args:
+      train: which of `query`, `document`, `head` move. Query-side tuning is ("query",). A ("head",)
+        alone learns a matrix after both frozen encoders, which are then run once (as pFedRAG's shared
+        head, Findings of EMNLP 2025.769).
+      dimensions: vectors are trained to be good when cut there; the last is what `first` tells of.
+      mining: hard negatives for every question, mined anew whenever retrieval is (each round, unless
+        `fit` says otherwise) with the retriever as it is trained by then.
+      pool: corpus rows that the negatives of a question may come from, where they must stay with a
+        client; all, unless given. Those of its batch are the client's own in any case.
+      max_question_tokens: longer questions are cut; 0 cuts at what the encoder was made for.
+
+    Raises:
+      ConfigError: dimensions that the vectors do not have; nothing or something unknown to train.
+      DataError: in collating, a question that names no gold passage.
     """
+    size = retriever.bare_vectors.shape[1]
+    if not all(0 < d <= size for d in dimensions):
+        raise ConfigError(f"dimensions must be between 1 and {size}, got {tuple(dimensions)}")
     row = {passage.id: i for i, passage in enumerate(dataset.passages)}
     most = max((len(e.positive_ids) for e in dataset.train), default=1)
-    if document is None:
-        sides, trainable = "query", {"query": query}
-        frozen = {"document_vectors": jnp.asarray(document_vectors)}
-    else:
-        sides, trainable = "both", {"query": query, "document": document}
-        texts = [embedding_text(p) for p in dataset.passages]
-        table = encoder_table(tokenizer, texts, max_length)
-        frozen = {"passages": {name: jnp.asarray(array) for name, array in table.items()}}
+    trainable, frozen = trained_parts(retriever, train)
+    questions = Questions(retriever, dataset.train, "query" not in train, max_question_tokens)
 
-    width = encoder_table(tokenizer, [e.question for e in dataset.train], max_length)[
-        "tokens"
-    ].shape[1]
-
-    def collate(examples, _):
+    def golds_of(examples) -> np.ndarray:
         unlabelled = [e.id for e in examples if not e.positive_ids]
         if unlabelled:
             raise DataError(
@@ -101,22 +126,24 @@ def multiple_negatives_ranking(
         golds = np.full((len(examples), most), -1, np.int32)
         for i, example in enumerate(examples):
             golds[i, : len(example.positive_ids)] = [row[p] for p in example.positive_ids]
-        return question_table(tokenizer, examples, width) | {
-            "positive": golds[:, 0],
-            "golds": golds,
-        }
+        return golds
+
+    def mine(examples, trained) -> np.ndarray:
+        current = as_trained(retriever, trained)
+        return hard_negatives(current, examples, golds_of(examples), mining, pool)
+
+    def collate(examples, mined):
+        golds = golds_of(examples)
+        table = questions(examples) | {"positive": golds[:, 0], "golds": golds}
+        return table if mined is None else table | {"negatives": mined}
 
     return Task(
-        name="multiple_negatives_ranking",
+        name="multiple_negatives_ranking" + ("_mined" if mining else ""),
         trainable=trainable,
         frozen=frozen,
-        loss=MultipleNegativesRanking(encoder, score_scale, sides),
+        loss=MultipleNegativesRanking(
+            retriever.encoder, score_scale, tuple(sorted(dimensions)), at_once
+        ),
         collate=collate,
+        retrieve=mine if mining else None,
     )
-
-
-def question_table(tokenizer, examples, width: int) -> dict[str, np.ndarray]:
-    """`question_tokens`, `question_mask` [N, width]: questions as the query encoder reads them."""
-    table = encoder_table(tokenizer, [e.question for e in examples], width)
-    pad = ((0, 0), (0, width - table["tokens"].shape[1]))
-    return {f"question_{name}": np.pad(array, pad) for name, array in table.items()}

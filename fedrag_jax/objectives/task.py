@@ -23,6 +23,9 @@ class Task:
         the same shapes at every call.
       retrieve: `retrieve(examples, trainable) -> int32 [N, k]` rows of the knowledge store, asked
         again whenever what is trained moves the vectors searched; None if nothing is retrieved.
+      index: `index(examples, trainable, before) -> {name: array}`, what is searched: asked before each
+        retrieval, with None before the first, and then `retrieve(examples, trainable, index)`. None
+        where `retrieve` sees to it that its index is fresh.
     """
 
     name: str
@@ -30,4 +33,5 @@ class Task:
     frozen: PyTree
     loss: Callable[[PyTree, PyTree, dict, Any], tuple[Any, dict]]
     collate: Callable[[Any, Any], dict]
-    retrieve: Callable[[Any, PyTree], Any] | None = None
+    retrieve: Callable[..., Any] | None = None
+    index: Callable[[Any, PyTree, Any], Any] | None = None

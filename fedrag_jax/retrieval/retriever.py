@@ -19,7 +19,10 @@ class Retriever:
     """Query and document encoders, which share a network and may differ in parameters, and an index.
 
     Attributes:
-      vectors: float32 [N, D], normalised, so that the store's inner product is the cosine.
+      bare_vectors: float32 [N, D] of the passages, as the document encoder gives them.
+      vectors: float32 [N, D], those that are searched: behind the head, and of length 1, so that the
+        store's inner product is the cosine.
+      head: a matrix [D, D] that vectors of questions and passages are multiplied with; None for none.
     """
 
     encoder: Network
@@ -27,35 +30,60 @@ class Retriever:
     query: Any
     document: Any
     passages: Sequence[Passage]
+    bare_vectors: np.ndarray
     vectors: np.ndarray
     store: FaissStore
+    head: np.ndarray | None = None
 
     @classmethod
     def build(cls, model: Pretrained, passages: Sequence[Passage], progress: bool = False):
         """Embeds the corpus (from the disk cache where it was embedded before) and indexes it."""
-        bare = cls(model.network, model.tokenizer, model.params, None, passages, None, None)
-        return bare._indexed(model.params, progress=progress)
+        vectors = embed_corpus(
+            model.network,
+            model.params,
+            model.tokenizer,
+            [embedding_text(p) for p in passages],
+            max_length=model.network.config.max_length,
+            progress=progress,
+        )
+        both = model.params, model.params
+        bare = cls(model.network, model.tokenizer, *both, passages, vectors, None, None)
+        return bare._behind_head()
 
     def refresh(self, document) -> "Retriever":
         """The same corpus seen by document parameters in training: re-embedded and re-indexed."""
-        return self._indexed(document, keep=False)
+        vectors = self.embed_passages(document)
+        return dataclasses.replace(self, document=document).with_vectors(vectors)
 
-    def _indexed(self, document, **how) -> "Retriever":
-        vectors = embed_corpus(
+    def _behind_head(self) -> "Retriever":
+        vectors = headed(self.bare_vectors, self.head)
+        store = FaissStore.build([p.id for p in self.passages], vectors)
+        return dataclasses.replace(self, vectors=vectors, store=store)
+
+    def embed_passages(self, document, rows=None) -> np.ndarray:
+        """Vectors [R, D] that document parameters give to passages, all or those at `rows` int [R]."""
+        passages = self.passages if rows is None else [self.passages[r] for r in rows]
+        return embed_corpus(
             self.encoder,
             document,
             self.tokenizer,
-            [embedding_text(p) for p in self.passages],
+            [embedding_text(p) for p in passages],
             max_length=self.encoder.config.max_length,
-            **how,
+            keep=False,
         )
-        vectors = _normalised(vectors)
-        store = FaissStore.build([p.id for p in self.passages], vectors)
-        return dataclasses.replace(self, document=document, vectors=vectors, store=store)
+
+    def with_vectors(self, bare_vectors) -> "Retriever":
+        """An index of these vectors [N, D], however old they are."""
+        return dataclasses.replace(self, bare_vectors=np.asarray(bare_vectors))._behind_head()
 
     def with_query(self, query) -> "Retriever":
         """Query-side tuning: new query parameters over the same document vectors."""
         return dataclasses.replace(self, query=query)
+
+    def with_head(self, head) -> "Retriever":
+        """Another head after both encoders, or none: nothing is embedded anew."""
+        head = None if head is None else np.asarray(head)
+        return dataclasses.replace(self, head=head)._behind_head()
 
     def embed_questions(self, questions: Sequence[str]) -> np.ndarray:
         """Normalised vectors float32 [Q, D] of the query encoder."""
@@ -66,7 +94,7 @@ class Retriever:
             questions,
             max_length=self.encoder.config.max_length,
         )
-        return _normalised(vectors)
+        return headed(vectors, self.head)
 
     def search(self, questions: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         """Corpus rows int32 [Q, k] and cosines float32 [Q, k], best first."""
@@ -76,5 +104,10 @@ class Retriever:
         return found
 
 
-def _normalised(vectors: np.ndarray) -> np.ndarray:
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-9)
+def headed(vectors, head=None):
+    """Vectors [..., D], of NumPy or JAX, times a head [D, E] if there is one, at unit length.
+
+    So an inner product of two is a cosine.
+    """
+    vectors = vectors if head is None else vectors @ head
+    return vectors / ((vectors**2).sum(-1, keepdims=True) ** 0.5).clip(1e-9)

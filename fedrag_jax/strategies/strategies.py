@@ -19,14 +19,10 @@ import functools
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
-import numpy as np
-
-from fedrag_jax.data.examples import Dataset, Example
-from fedrag_jax.objectives.generator import concatenated
-from fedrag_jax.objectives.joint import marginal_likelihood
-from fedrag_jax.objectives.retriever import multiple_negatives_ranking
+from fedrag_jax.data.examples import Dataset
 from fedrag_jax.objectives.task import PyTree, Task
 from fedrag_jax.rag import RAGSystem
+from fedrag_jax.strategies.objectives import OBJECTIVES, marginal_task
 
 Tune = Callable[[Task], PyTree]
 Tasks = Generator[Task, PyTree, RAGSystem]
@@ -88,25 +84,13 @@ def none(system: RAGSystem, dataset: Dataset) -> Tasks:
 @strategy
 def retriever(system: RAGSystem, dataset: Dataset) -> Tasks:
     """Query-side tuning on gold passages."""
-    task = multiple_negatives_ranking(
-        system.retriever.encoder,
-        system.retriever.query,
-        system.retriever.tokenizer,
-        dataset,
-        document_vectors=system.retriever.vectors,
-        score_scale=system.score_scale,
-        max_length=system.retriever.encoder.config.max_length,
-    )
-    return system.replace(**(yield task))
+    return system.replace(**(yield OBJECTIVES["in_batch"].task(system, dataset)))
 
 
 @strategy
 def generator(system: RAGSystem, dataset: Dataset) -> Tasks:
     """Adapters tuned on what the base retriever finds."""
-    task = concatenated(
-        system.decoder, system.generator.params, system.adapters, system.prompts, _found(system)
-    )
-    return system.replace(**(yield task))
+    return system.replace(**(yield OBJECTIVES["concatenated"].task(system, dataset)))
 
 
 @strategy
@@ -127,58 +111,28 @@ def two_phase(system: RAGSystem, dataset: Dataset) -> Tasks:
 @strategy
 def first_phase(system: RAGSystem, dataset: Dataset) -> Tasks:
     """RAG-Token on the adapters, the retriever frozen."""
-    return system.replace(**(yield _marginal(system, dataset, ("adapters",), "token")))
+    return system.replace(**(yield marginal_task(system, dataset, ("adapters",), "token")))
 
 
 @strategy
 def second_phase(system: RAGSystem, dataset: Dataset) -> Tasks:
     """RAG-Token on the query encoder, the generator frozen."""
-    return system.replace(**(yield _marginal(system, dataset, ("query",), "token")))
+    return system.replace(**(yield marginal_task(system, dataset, ("query",), "token")))
 
 
 @strategy
 def joint_token(system: RAGSystem, dataset: Dataset) -> Tasks:
     """RAG-Token on both parts at once."""
-    return system.replace(**(yield _marginal(system, dataset, ("adapters", "query"), "token")))
+    return system.replace(**(yield OBJECTIVES["rag_token"].task(system, dataset)))
 
 
 @strategy
 def joint_sequence(system: RAGSystem, dataset: Dataset) -> Tasks:
     """RAG-Sequence on both parts at once."""
-    return system.replace(**(yield _marginal(system, dataset, ("adapters", "query"), "sequence")))
+    return system.replace(**(yield OBJECTIVES["rag_sequence"].task(system, dataset)))
 
 
 STRATEGIES = {
     f.__name__: f
     for f in (none, retriever, generator, independent, two_phase, joint_token, joint_sequence)
 }
-
-
-def _marginal(system: RAGSystem, dataset: Dataset, train: tuple[str, ...], marginal: str) -> Task:
-    # Passages beyond those that are read teach the retriever alone, where it moves.
-    passages = system.marginal_k if "query" in train else system.top_k
-    return marginal_likelihood(
-        system.decoder,
-        {"decoder": system.generator.params, "adapters": system.adapters},
-        system.prompts,
-        system.retriever,
-        dataset.train,
-        train=train,
-        marginal=marginal,
-        passages=passages,
-        score_scale=system.score_scale,
-    )
-
-
-def _found(system: RAGSystem) -> Callable[[Sequence[Example]], np.ndarray]:
-    """What the system's retriever finds for examples, searched once."""
-    known: dict[str, np.ndarray] = {}
-
-    def rows(examples: Sequence[Example]) -> np.ndarray:
-        missing = [e for e in examples if e.id not in known]
-        if missing:
-            found, _ = system.retriever.search([e.question for e in missing], system.top_k)
-            known.update(zip((e.id for e in missing), found, strict=True))
-        return np.stack([known[e.id] for e in examples])
-
-    return rows

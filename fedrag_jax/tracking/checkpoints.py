@@ -16,9 +16,9 @@ class Checkpointer(Callback):
     """Saves a fit with Orbax and, when the same fit starts again, takes it up where it stood.
 
     A round counts only once all of it is written, so a process killed at any moment leaves the last
-    finished round. What is kept: every array of the state, the retrieved rows, the history and the
-    settings of the fit. On the same device kind and versions a resumed run ends bit-identical to
-    one that was never stopped.
+    finished round. What is kept: every array of the state, the retrieved rows and their index, the
+    history and the settings of the fit. On the same device kind and versions a resumed run ends
+    bit-identical to one that was never stopped.
 
     Args:
       directory: one fit's own; made if absent. Several processes name one that all of them see.
@@ -54,9 +54,8 @@ class Checkpointer(Callback):
             self._require_same("settings", about["settings"], settings)
             self._require_same("arrays", about["arrays"], here)
             arrays = {name: np.empty(x.shape, x.dtype) for name, x in named.items()}
-            if about["retrieved"] is not None:
-                shape, dtype = about["retrieved"]
-                arrays["retrieved"] = np.empty(shape, dtype)
+            others = {name: np.empty(*kind) for name, kind in about["others"].items()}
+            arrays |= others
             restore = ocp.args.Composite(arrays=ocp.args.StandardRestore(arrays))
             arrays = manager.restore(step, args=restore)["arrays"]
         # The rows of a population stay on the host.
@@ -68,6 +67,7 @@ class Checkpointer(Callback):
             round=step,
             state=jax.tree.unflatten(jax.tree.structure(state.state), leaves),
             retrieved=arrays.get("retrieved"),
+            index={n.removeprefix("index."): arrays[n] for n in others if n != "retrieved"} or None,
             history=tuple(about["history"]),
             settings=settings,
         )
@@ -79,12 +79,13 @@ class Checkpointer(Callback):
         about = {
             "settings": state.settings,
             "arrays": {name: [list(x.shape), str(x.dtype)] for name, x in arrays.items()},
-            "retrieved": None,
             "history": list(state.history),
         }
+        others = {f"index.{name}": np.asarray(x) for name, x in (state.index or {}).items()}
         if state.retrieved is not None:
-            arrays["retrieved"] = state.retrieved
-            about["retrieved"] = [list(state.retrieved.shape), str(state.retrieved.dtype)]
+            others["retrieved"] = state.retrieved
+        about["others"] = {name: [list(x.shape), str(x.dtype)] for name, x in others.items()}
+        arrays |= others
         with self._manager() as manager:
             manager.save(
                 state.round,

@@ -162,7 +162,7 @@ def step_flops(task: Task, table, batch_size: int) -> float:
     flops = 0.0
     if "prompt_tokens" in table:
         decoder = task.loss.decoder
-        _, prompts, answer = table["answer_log_probs"].shape
+        prompts, answer = table["prompt_tokens"].shape[1], table["answer_mask"].shape[1]
         tokens = int(table["prompt_tokens"].max())
         flops += prompts * decoder_flops(
             decoder.config, decoder.lora, tokens, answer, trained=False
@@ -176,6 +176,11 @@ def step_flops(task: Task, table, batch_size: int) -> float:
     if "question_tokens" in table and "query" in task.trainable:
         width = table["question_tokens"].shape[1]
         flops += encoder_flops(task.loss.encoder.config, width, trained=True)
+    if "document" in task.trainable:
+        names = [n for n in ("positive", "negatives", "retrieved") if n in table]
+        passages = sum(np.asarray(table[n]).reshape(len(table[n]), -1).shape[1] for n in names)
+        width = task.frozen["passages"]["tokens"].shape[1]
+        flops += passages * encoder_flops(task.loss.encoder.config, width, trained=True)
     return batch_size * flops
 
 
@@ -188,7 +193,9 @@ def compiler_flops(task: Task, table, batch_size: int) -> float:
     count = _compiler_flops(task.loss, tree, shapes)
     if "prompt_tokens" in table:
         tokens = int(table["prompt_tokens"].max())
-        count += _compiler_likelihoods(task.loss.decoder, batch["answer_log_probs"].shape, tokens)
+        prompts, answer = table["prompt_tokens"].shape[1], table["answer_mask"].shape[1]
+        shape = batch_size, prompts, answer
+        count += _compiler_likelihoods(task.loss.decoder, shape, tokens)
     return count
 
 

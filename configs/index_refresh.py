@@ -1,0 +1,43 @@
+"""What keeping an index fresh costs and buys while both encoders are trained.
+
+Both encoders learn what a frozen generator makes of their passages (PDist); `query_side` trains the
+query encoder alone and has nothing to re-embed.
+
+    python -m experiments.index_refresh --config=configs/index_refresh.py
+    python -m experiments.index_refresh --config=configs/index_refresh.py \
+        --config.name=mine --config.policies="{'every 3': {'every': 3}}"
+"""
+
+from ml_collections import ConfigDict
+
+from configs import compare_strategies
+
+
+def get_config() -> ConfigDict:
+    config = compare_strategies.get_config()
+    config.name = "index_refresh"
+    config.seeds = (0, 1, 2)
+    config.settings = ("centralised", "federated")
+    del config["strategies"], config["learning_rates"], config["primary_metric"]
+    config.objective = "pdist"  # or another that a generator teaches, see strategies/objectives.py
+    # Settings of `retrieval.refresh.Policy`; "query_side" trains the query encoder alone. A retrieval
+    # is due `training.rounds` times.
+    config.policies = ConfigDict(
+        {
+            "never": {"every": 0},
+            "every 4": {"every": 4},
+            "every 2": {"every": 2},
+            "every 1": {"every": 1},
+            "stale 20%": {"staleness": 0.2},
+            "re-rank 40": {"every": 0, "candidates": 40},
+            "in use 40": {"every": 0, "candidates": 40, "keep": True},
+            "query_side": {},
+        }
+    )
+    # Of both encoders in the first round, falling linearly, times the factor that does best on so many
+    # validation questions with the first seed and an index that is always fresh.
+    config.learning_rates = ConfigDict({"centralised": 7.5e-4, "federated": 1.78e-3})
+    config.rate_factors = (0.25, 1.0, 4.0)
+    config.validation_questions = 400
+    config.probe_questions = 200  # of validation, on which staleness is told
+    return config

@@ -1,0 +1,303 @@
+"""Policies of index refreshing: the quality, the staleness and the cost of each.
+
+    python -m experiments.index_refresh --config=configs/index_refresh.py
+
+Results go to runs/<name>/: index_refresh.csv, table.md, report.html, figures. A cell (policy, setting,
+seed) that is finished is not computed again.
+"""
+
+import dataclasses
+import itertools
+import pathlib
+import time
+
+import numpy as np
+
+from experiments.comparison import Comparison, client_scores, curve
+from experiments.inputs import check_replicates, load_data, replicates
+from experiments.launch import launch, settled_config
+from experiments.rates import chosen_rate, kept_rate
+from fedrag_jax.errors import ConfigError, DivergenceError
+from fedrag_jax.federated.callbacks import Callback
+
+QUERY_SIDE, FRESH = "query_side", "every 1"
+
+
+class Staleness(Callback):
+    """After every stretch of rounds: the share of the probe's passages that a fresh index replaces."""
+
+    def __init__(self, retriever, probe, k: int, stretch: int):
+        self.retriever, self.probe, self.k, self.stretch = retriever, probe, k, stretch
+        self.shares, self.index = [], None
+
+    def round_end(self, state, record):
+        from fedrag_jax.objectives.encoding import as_trained
+
+        self.index = state.index
+        if record["round"] % self.stretch:
+            return
+        current = as_trained(self.retriever, state.state.trainable, fresh=False)
+        fresh, found = as_trained(self.retriever, state.state.trainable), current
+        if state.index is not None:
+            found = current.with_vectors(state.index["vectors"])
+        pairs = zip(*(r.search(self.probe, self.k)[0] for r in (found, fresh)), strict=True)
+        self.shares.append(float(1 - np.mean([np.isin(a, b).mean() for a, b in pairs])))
+
+
+class Refreshing(Comparison):
+    """The data and system of a comparison, and what the generator says of passages, once for all."""
+
+    def trained(self, name: str, setting: str, seed: int, split: int, factor: float):
+        """`(retriever with a fresh index, the same with the index that training left, cost, watch,
+        history)`."""
+        from fedrag_jax.federated.fit import fit
+        from fedrag_jax.objectives.encoding import as_trained, searching, trained_parts
+        from fedrag_jax.retrieval.refresh import Policy
+        from fedrag_jax.strategies import settings
+        from fedrag_jax.strategies.objectives import OBJECTIVES
+        from fedrag_jax.tracking.ledger import training_cost
+        from fedrag_jax.tracking.logs import Progress
+
+        config, system, budget = self.config, self.system(self.config.seeds[0]), self.budget()
+        retriever = system.retriever
+        if not hasattr(self, "taught"):
+            self.taught = OBJECTIVES[config.objective].task(system, self.dataset)
+        train, policy = ("query", "document"), None
+        if name == QUERY_SIDE:
+            train = ("query",)
+        else:
+            policy = Policy(**config.policies[name])
+        trainable, frozen = trained_parts(retriever, train)
+        task = dataclasses.replace(
+            self.taught,
+            name=f"{config.objective}, {name}",
+            trainable=trainable,
+            frozen=frozen,
+            **{"index": None} | searching(retriever, system.marginal_k, policy),
+        )
+        stretch = budget.schedule(setting).refresh_every
+        probe = [e.question for e in self.dataset.validation[: config.probe_questions]]
+        watch = Staleness(retriever, probe, system.top_k, stretch)
+        rate = factor * config.learning_rates[setting]
+        arguments = settings.arguments(
+            task,
+            setting,
+            self.dataset.train,
+            self.clients(setting, split),
+            budget,
+            {part: rate for part in train},
+            seed,
+            callbacks=[Progress(f"{setting}, {name}, rate {rate:.2g}"), watch],
+        )
+        result = fit(**arguments)
+        cost = training_cost(
+            task,
+            result.history,
+            self.taught.collate(self.dataset.train[:1], np.zeros((1, system.marginal_k), np.int32)),
+            steps=budget.rounds * budget.local_steps * budget.clients,
+            batch_size=budget.batch_size,
+        )
+        fresh = as_trained(retriever, result.trainable)
+        left = fresh if watch.index is None else fresh.with_vectors(watch.index["vectors"])
+        return fresh, left, cost, watch, result.history
+
+
+def compute_cell(run: Refreshing, name: str, setting: str, seed: int, split: int):
+    """Trains under a policy and tests with a fresh index and with the one that training left."""
+    from fedrag_jax.clock import Clock
+    from fedrag_jax.evaluation import evaluator
+    from fedrag_jax.tracking import cells
+    from fedrag_jax.tracking.ledger import Cost
+
+    config, dataset = run.config, run.dataset
+    validation = dataset.validation[: config.validation_questions or None]
+
+    def scores(retriever, examples):
+        rows, _ = retriever.search([e.question for e in examples], evaluator.RANKED)
+        return evaluator.rank_scores(retriever, examples, rows)
+
+    def judge(factor):
+        fresh, *_ = run.trained(FRESH, setting, *replicates(config)[0], factor)
+        return float(np.nanmean(scores(fresh, validation)["mrr"]))
+
+    path = run.folder / "rates" / f"{setting}.json"
+    factor = chosen_rate(path, config.rate_factors, judge, setting)
+    fresh, left, cost, watch, history = run.trained(name, setting, seed, split, factor)
+    clock = Clock()
+    found = scores(fresh, dataset.test)
+    found |= {f"{metric}_left": x for metric, x in scores(left, dataset.test).items()}
+    lap = clock.lap()
+    cost += Cost(evaluate_seconds=lap.others + lap.searching, compile_seconds=lap.compiling)
+    clients = run.clients(setting, split)
+    told = {"embedded": 0 if watch.index is None else int(watch.index["embedded"])}
+    told |= {f"stale_{i}": 100 * share for i, share in enumerate(watch.shares, 1)}
+    by_client = client_scores(
+        clients, dataset.test, [found["recall_at_5"]], config.federated.column
+    )
+    curves = {name: curve([history], run.budget().schedule(setting).refresh_every)}
+    return cells.Cell(name, setting, seed, split, found, told, by_client, cost, curves)
+
+
+def rows_of(config, folder: pathlib.Path) -> list[dict]:
+    """A row for every policy and setting, with its difference from an index that is always fresh."""
+    from fedrag_jax.evaluation.significance import bootstrap_interval
+    from fedrag_jax.tracking import cells, comparison
+
+    def finished(name, setting):
+        some = (cells.load(folder, name, setting, *pair) for pair in replicates(config))
+        return [cell for cell in some if cell]
+
+    rows = []
+    for setting, name in itertools.product(config.settings, config.policies):
+        if not (found := finished(name, setting)):
+            continue
+        row = {"policy": name, "setting": setting, "seeds": len(found)}
+        for metric in ("recall_at_5", "recall_at_5_left", "mrr"):
+            some = comparison.scores(found, metric)
+            low, high = bootstrap_interval(some)
+            row |= {metric: 100 * float(some.mean())}
+            row |= {f"{metric}_low": 100 * low, f"{metric}_high": 100 * high}
+        usual = finished(FRESH, setting)
+        if name != FRESH and usual:
+            row |= comparison.paired_difference(found, usual, "recall_at_5") or {}
+        stale = [
+            # In the order of training.
+            [share for told, share in cell.controls.items() if told.startswith("stale_")]
+            for cell in found
+        ]
+        row |= {"stale": float(np.mean(stale)), "stale_by_refresh": np.mean(stale, 0).tolist()}
+        row |= comparison.costs_and_clients(found)
+        row["embedded"] = float(np.mean([cell.controls["embedded"] for cell in found]))
+        row["rate"] = config.learning_rates[setting] * kept_rate(folder / f"rates/{setting}.json")
+        rows.append(row)
+    comparison.adjust([row for row in rows if "p" in row])
+    return rows
+
+
+COLUMNS = ("policy", "setting", "seeds", "recall_at_5", "recall_at_5_low", "recall_at_5_high",
+           "recall_at_5_left", "recall_at_5_left_low", "recall_at_5_left_high", "mrr", "difference",
+           "low", "high", "p_holm", "stale", "embedded", "embed_seconds", "retrieve_seconds",
+           "seconds", "flops", "rate")  # fmt: skip
+
+
+def report(config, folder: pathlib.Path):
+    """Writes index_refresh.csv and returns the `Report`."""
+    from fedrag_jax.tracking import figures, tables
+    from fedrag_jax.tracking.report import Report, Section
+
+    rows = rows_of(config, folder)
+    tables.write_csv(folder / "index_refresh.csv", rows, COLUMNS)
+    columns = (
+        tables.words("policy", "policy"),
+        tables.words("setting", "setting"),
+        tables.interval("Recall@5 [95% CI]", "recall_at_5"),
+        tables.difference("against always fresh [95% CI]"),
+        tables.p_value("p", "p_holm"),
+        tables.number("index as left", "recall_at_5_left"),
+        tables.number("stale %", "stale"),
+        tables.number("re-embedded", "embedded", 0),
+        tables.number("s embedding", "embed_seconds"),
+        tables.number("s searching", "retrieve_seconds"),
+        tables.number("s in all", "seconds"),
+    )
+    t = config.training
+    return Report(
+        folder.name,
+        f"Index refreshing while both encoders learn by {config.objective}: {config.data.name}, "
+        f"{t.rounds} retrievals, each for {t.local_steps} x {config.federated.clients} steps.",
+        [
+            Section(
+                "Figure",
+                "refresh",
+                "Left: Recall@5 with a fresh index after training, over the passages re-embedded in "
+                "training. Right: how stale the index is before each retrieval and at the end.",
+                figure=figures.refresh_policies(rows),
+            ),
+            Section(
+                "Policies",
+                "policies",
+                "Scores in percent, means over seeds, 95% bootstrap intervals over test questions; "
+                "differences from `every 1` paired by question and seed, p by permutation over "
+                "questions, Holm-adjusted. Recall@5 is with an index made anew after training; `index "
+                "as left` is the one that training searched last. Stale: the share of the five "
+                "passages of a validation question that a fresh index would replace, at the end of a "
+                "stretch between two retrievals. Re-embedded passages are those of training.",
+                tables.Table(columns, rows),
+            ),
+        ],
+    )
+
+
+def check(config) -> None:
+    """Refuses settings that could only fail later.
+
+    Raises:
+      ConfigError: an unknown objective, setting or policy, or no policy that is always fresh.
+    """
+    from fedrag_jax.objectives.distillation import METHODS
+    from fedrag_jax.retrieval.refresh import Policy
+
+    check_replicates(config)
+    known = [*METHODS, "emdr", "replug_log"]
+    if config.objective not in known:
+        raise ConfigError(f"config.objective: {config.objective!r} unknown; choose among {known}")
+    if unknown := [s for s in config.settings if s not in config.learning_rates]:
+        raise ConfigError(
+            f"config.settings: {unknown} unknown; choose among {[*config.learning_rates]}, which have "
+            "learning rates"
+        )
+    if FRESH not in config.policies:
+        raise ConfigError(f"config.policies needs {FRESH!r}: rates are chosen, others judged by it")
+    for name, settings in config.policies.items():
+        try:
+            Policy(**settings).check()
+        except (TypeError, ConfigError) as error:
+            raise ConfigError(f"config.policies: {name!r}: {error}") from error
+
+
+def run(config, runs: str) -> pathlib.Path:
+    """Every cell; returns the folder of the results.
+
+    Raises:
+      ConfigError: as `check`.
+    """
+    from fedrag_jax.tracking import cells
+    from fedrag_jax.tracking.manifest import write_manifest
+    from fedrag_jax.tracking.processes import everywhere
+    from fedrag_jax.tracking.weights_and_biases import log_cell
+
+    began, folder = time.perf_counter(), pathlib.Path(runs) / config.name
+    check(config)
+    dataset = load_data(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    free = ("seeds", "split_seeds", "policies", "settings", "wandb")
+    settled_config(config, folder, free=free)
+    write_manifest(folder, dataset, experiment="index_refresh", seeds=list(config.seeds))
+    refreshing = Refreshing(config, dataset, folder)
+    todo = list(itertools.product(config.settings, config.policies, replicates(config)))
+    for i, (setting, name, pair) in enumerate(todo, 1):
+        if everywhere(cells.load(folder, name, setting, *pair) is not None):
+            continue
+        try:
+            cell = compute_cell(refreshing, name, setting, *pair)
+        except DivergenceError as error:  # one run of many: the others are worth having
+            print(f"{name}, {setting}, {cells.seeds_name(*pair)}: {error}")
+            continue
+        cells.save(folder, cell)
+        wandb = config.wandb
+        log_cell(cell, folder, config.name, wandb.mode, wandb.project, config.to_dict())
+        print(
+            f"[{i}/{len(todo)}] {name}, {setting}, {cells.seeds_name(*pair)}: Recall@5 "
+            f"{100 * np.nanmean(cell.scores['recall_at_5']):.1f}, {cell.controls['embedded']} passages "
+            f"re-embedded  ({time.perf_counter() - began:.0f} s so far)",
+            flush=True,
+        )
+    made = report(config, folder)
+    written = made.write(folder)
+    print(made.markdown())
+    print(f"{folder}/: index_refresh.csv {' '.join(written)}")
+    return folder
+
+
+if __name__ == "__main__":
+    launch(run, "configs/index_refresh.py")

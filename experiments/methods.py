@@ -1,0 +1,305 @@
+"""Every objective from one start: what it brings to the part that it trains, with intervals.
+
+    python -m experiments.methods --config=configs/methods.py
+
+Results go to runs/<name>/: methods.csv, table.md, report.html, figures. A cell (objective, setting,
+seed) that is finished is not computed again.
+"""
+
+import dataclasses
+import itertools
+import pathlib
+import time
+
+import numpy as np
+
+from experiments.comparison import Comparison, client_scores, training_curves
+from experiments.inputs import check_replicates, load_data, replicates
+from experiments.launch import launch, settled_config
+from experiments.rates import chosen_rate, kept_rate
+from fedrag_jax.errors import ConfigError, DivergenceError
+
+UNTUNED = "none"
+METRICS = {
+    "retriever": ("recall_at_5", "mrr"),
+    "generator": ("em", "f1"),
+    "both": ("recall_at_5", "em"),
+}
+
+
+def objective_of(name: str):
+    """The `Objective` of a row; the no-op is one that is trained at a rate of 0."""
+    from fedrag_jax.strategies.objectives import OBJECTIVES
+
+    return OBJECTIVES["in_batch" if name == "no_op" else name]
+
+
+def tuned(run: Comparison, name: str, setting: str, seed: int, split: int, factor: float):
+    """`(system, tuner)` after training at a factor of the config's learning rates."""
+    objective, rates = objective_of(name), run.config.learning_rates
+    system, tuner = run.system(seed), run.tuner(setting, seed, split)
+    budget = tuner.budget
+    tuner = dataclasses.replace(
+        tuner,
+        folder=tuner.folder / f"{name}-x{factor:g}",
+        budget=budget._replace(batch_size=budget.batch_size * objective.batch),
+        rates=lambda task, part: factor * rates[part],
+    )
+    task = run.task(name, seed)
+    return system.replace(**tuner(task)), tuner
+
+
+class Methods(Comparison):
+    """The data and systems of a comparison, and a task of each objective."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.tasks = {}
+
+    def task(self, name: str, seed: int):
+        """The same object for every rate, and for every seed where adapters take no part: what a frozen
+        generator says is then asked once."""
+        objective = objective_of(name)
+        seed = self.config.seeds[0] if objective.part == "retriever" else seed
+        if (name, seed) not in self.tasks:
+            self.tasks = {(name, seed): objective.task(self.system(seed), self.dataset)}
+        return self.tasks[name, seed]
+
+
+def validation_score(system, examples, part: str) -> float:
+    """Higher is better: MRR@10 of a retriever, log-likelihood of answers else."""
+    from fedrag_jax.evaluation import evaluator
+
+    rows, _ = system.retriever.search([e.question for e in examples], evaluator.RANKED)
+    if part == "retriever":
+        return float(np.nanmean(evaluator.rank_scores(system.retriever, examples, rows)["mrr"]))
+    return -float(evaluator.answer_nll(system, examples, rows[:, : system.top_k]).mean())
+
+
+def test_scores(system, examples, part: str) -> dict[str, np.ndarray]:
+    """The metrics of a part, [Q] each."""
+    from fedrag_jax.evaluation import evaluator
+
+    rows, _ = system.retriever.search([e.question for e in examples], evaluator.RANKED)
+    scores = evaluator.rank_scores(system.retriever, examples, rows)
+    if part != "retriever":
+        scores |= evaluator.answers(system, examples, rows[:, : system.top_k])
+    return scores
+
+
+def rate_path(folder: pathlib.Path, name: str, setting: str) -> pathlib.Path:
+    """Where the factor chosen for an objective is kept."""
+    return folder / "rates" / f"{name}-{setting}.json"
+
+
+def compute_cell(run: Methods, name: str, setting: str, seed: int, split: int):
+    """Trains at the rates that suit validation questions, tests and prices."""
+    from fedrag_jax.clock import Clock
+    from fedrag_jax.tracking import cells
+    from fedrag_jax.tracking.ledger import Cost
+
+    config, dataset = run.config, run.dataset
+    clients, test = run.clients(setting, split), dataset.test
+    validation = dataset.validation[: config.validation_questions or None]
+    if name == UNTUNED:
+        system, tuners, cost = run.system(seed), [], Cost()
+        part = "both"
+    else:
+        part, factor = objective_of(name).part, 0.0
+        if name != "no_op":
+            first = replicates(config)[0]
+            factor = chosen_rate(
+                rate_path(run.folder, name, setting),
+                config.rate_factors,
+                lambda f: validation_score(
+                    tuned(run, name, setting, *first, f)[0], validation, part
+                ),
+                f"{name}, {setting}",
+            )
+        system, tuner = tuned(run, name, setting, seed, split, factor)
+        tuners, cost = [tuner], sum(tuner.costs.values(), Cost())
+    clock = Clock()
+    scores = test_scores(system, test, part)
+    lap = clock.lap()
+    cost += Cost(evaluate_seconds=lap.others + lap.searching, compile_seconds=lap.compiling)
+    main = scores[METRICS[part][-1] if part == "both" else METRICS[part][0]]
+    by_client = client_scores(clients, test, [main], config.federated.column)
+    curves = training_curves(tuners)
+    return cells.Cell(name, setting, seed, split, scores, {}, by_client, cost, curves)
+
+
+def rows_of(config, folder: pathlib.Path) -> list[dict]:
+    """A row for every objective, setting and metric of its part."""
+    from fedrag_jax.tracking import cells, comparison
+
+    def finished(name, setting):
+        some = (cells.load(folder, name, setting, *pair) for pair in replicates(config))
+        return [cell for cell in some if cell]
+
+    rows = []
+    for setting, name in itertools.product(config.settings, config.objectives):
+        found, start = finished(name, setting), finished(UNTUNED, setting)
+        if not found or not start:
+            continue
+        objective = objective_of(name)
+        for metric in METRICS[objective.part]:
+            against = comparison.paired_difference(found, start, metric, 100) or {}
+            path = rate_path(folder, name, setting)
+            rows.append(
+                {
+                    "objective": name,
+                    "part": objective.part,
+                    "setting": setting,
+                    "metric": metric,
+                    "before": 100 * float(np.nanmean(comparison.scores(start, metric))),
+                    "after": 100 * float(np.nanmean(comparison.scores(found, metric))),
+                    **against,
+                    "seeds": len(found),
+                    "rate_factor": kept_rate(path) if path.exists() else 0.0,
+                    **comparison.costs_and_clients(found),
+                }
+            )
+    for metric in {row["metric"] for row in rows}:
+        comparison.adjust([row for row in rows if row["metric"] == metric and "p" in row])
+    return rows
+
+
+COLUMNS = ("objective", "part", "setting", "metric", "before", "after", "low", "high", "difference",
+           "p", "p_holm", "seeds", "rate_factor", "seconds", "flops", "tokens", "bytes_up",
+           "bytes_down")  # fmt: skip
+
+
+def verdict(row) -> str:
+    """What may be claimed of a row: its interval is of the difference, Holm's p of the table."""
+    if row.get("p_holm") is None or not (row["low"] > 0 or row["high"] < 0):
+        return "no difference shown"
+    sure = "" if row["p_holm"] < 0.05 else ", not after Holm"
+    return ("better" if row["low"] > 0 else "worse") + sure
+
+
+def report(config, folder: pathlib.Path):
+    """Writes methods.csv and returns the `Report`."""
+    from fedrag_jax.tracking import figures, tables
+    from fedrag_jax.tracking.report import Report, Section
+
+    rows = rows_of(config, folder)
+    tables.write_csv(folder / "methods.csv", rows, COLUMNS)
+    columns = (
+        tables.words("objective", "objective"),
+        tables.words("part", "part"),
+        *([tables.words("setting", "setting")] if len(config.settings) > 1 else []),
+        tables.words("metric", "metric"),
+        tables.number("before", "before"),
+        tables.number("after", "after"),
+        tables.difference("difference [95% CI]"),
+        tables.p_value("p", "p_holm"),
+        tables.Column("", verdict, "left"),
+        tables.Column("rate ×", lambda row: f"{row['rate_factor']:.2g}"),
+        tables.number("seconds", "seconds"),
+        tables.number("TFLOP", "flops", 2, 1e12),
+    )
+    t = config.training
+    return Report(
+        folder.name,
+        f"Every objective from the same start: {config.data.name}, {t.rounds} x {t.local_steps} x "
+        f"{config.federated.clients} steps of {t.batch_size} examples (large_batch: 16 times as many).",
+        [
+            Section(
+                "Figure",
+                "differences",
+                "What each objective adds to the part it trains, with 95% intervals over questions.",
+                figure=figures.differences(rows),
+            ),
+            Section(
+                "Objectives",
+                "objectives",
+                "Scores in percent, means over seeds. Differences from the untuned system are paired "
+                "by question and seed, with 95% bootstrap intervals over questions; p by permutation "
+                "over questions, Holm-adjusted over each metric. Learning rates were chosen for every "
+                "objective on validation questions, with the first seed. The no-op trains at a rate "
+                "of 0.",
+                tables.Table(columns, rows),
+            ),
+        ],
+    )
+
+
+def check(config, dataset) -> list[str]:
+    """The objectives that the training questions allow; says which they do not.
+
+    Raises:
+      ConfigError: an unknown objective or a list that is empty; none is left.
+    """
+    from fedrag_jax.strategies.objectives import OBJECTIVES
+    from fedrag_jax.strategies.settings import parse
+
+    check_replicates(config)
+    for name in ("objectives", "settings", "rate_factors"):
+        if not config[name]:
+            raise ConfigError(f"config.{name} is empty; give at least one")
+    if unknown := [n for n in config.objectives if n not in ("no_op", *OBJECTIVES)]:
+        raise ConfigError(
+            f"config.objectives: {unknown} unknown; choose among {['no_op', *OBJECTIVES]}"
+        )
+    for setting in config.settings:
+        if parse(setting, config.federated.alpha)[0] == "local":
+            raise ConfigError("config.settings: objectives are compared centralised and federated")
+    bare = sum(not e.positive_ids for e in dataset.train)
+    left = [n for n in config.objectives if not (bare and objective_of(n).labels)]
+    if len(left) < len(config.objectives):
+        out = ", ".join(n for n in config.objectives if n not in left)
+        print(
+            f"{out} left out: needs gold passages, {bare} training questions have none", flush=True
+        )
+    if not left:
+        raise ConfigError("config.objectives: none is left; add some that need no gold passages")
+    return left
+
+
+def run(config, runs: str) -> pathlib.Path:
+    """Every cell; returns the folder of the results.
+
+    Raises:
+      ConfigError: as `check`.
+    """
+    from fedrag_jax.tracking import cells
+    from fedrag_jax.tracking.manifest import write_manifest
+    from fedrag_jax.tracking.processes import everywhere
+    from fedrag_jax.tracking.weights_and_biases import log_cell
+
+    began, folder = time.perf_counter(), pathlib.Path(runs) / config.name
+    dataset = load_data(config)
+    objectives = check(config, dataset)
+    folder.mkdir(parents=True, exist_ok=True)
+    free = ("seeds", "split_seeds", "objectives", "settings", "wandb")
+    settled_config(config, folder, free=free)
+    write_manifest(folder, dataset, experiment="methods", seeds=list(config.seeds))
+    methods = Methods(config, dataset, folder)
+    pairs = replicates(config)
+    todo = list(itertools.product(config.settings, (UNTUNED, *objectives), pairs))
+    for i, (setting, name, pair) in enumerate(todo, 1):
+        if everywhere(cells.load(folder, name, setting, *pair) is not None):
+            continue
+        try:
+            cell = compute_cell(methods, name, setting, *pair)
+        except DivergenceError as error:  # one run of many: the others are worth having
+            print(f"{name}, {setting}, {cells.seeds_name(*pair)}: {error}")
+            continue
+        cells.save(folder, cell)
+        wandb = config.wandb
+        log_cell(cell, folder, config.name, wandb.mode, wandb.project, config.to_dict())
+        told = "  ".join(f"{m} {100 * np.nanmean(x):.1f}" for m, x in cell.scores.items())
+        print(
+            f"[{i}/{len(todo)}] {name}, {setting}, {cells.seeds_name(*pair)}: {told}  "
+            f"({time.perf_counter() - began:.0f} s so far)",
+            flush=True,
+        )
+    made = report(config, folder)
+    written = made.write(folder)
+    print(made.markdown())
+    print(f"{folder}/: methods.csv {' '.join(written)}")
+    return folder
+
+
+if __name__ == "__main__":
+    launch(run, "configs/methods.py")

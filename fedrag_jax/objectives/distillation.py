@@ -1,0 +1,213 @@
+"""The retriever learns from what the generator, or another model, makes of the passages.
+
+For the k passages z that are retrieved for a question x, a frozen teacher gives a signal t_z, and
+
+    Q(z) = softmax(t_z / temperature)          p_R(z|x) = softmax(score_scale cos(x, z))
+
+are brought together, only p_R with a gradient. Methods differ in the signal and the divergence:
+
+| method | signal | temperature | loss | from |
+|---|---|---|---|---|
+| `lsr` | p(y|z, x) | 0.01 | KL(p_R, Q) | RA-DIT, 2310.01352, section 2.3 |
+| `replug` | p(y|z, x) | 0.1, score_scale 10 | KL(Q, p_R) | REPLUG LSR, 2301.12652 |
+| `pdist` | log p(y|z, x) | 1 | KL(Q, p_R) | PDist, Atlas, 2208.03299 |
+| `adist` | attention to z | 1 | KL(Q, p_R) | ADist, Atlas, for a decoder: `supervision.Attention` |
+| `loop` | -log p(y|all but z, x) | 1 | KL(Q, p_R) | LOOP, Atlas |
+| `emdr` | log p(y|z, x) | | -log sum_z p_R(z|x) p(y|z, x) | EMDR2, 2106.05346; Atlas |
+| `distilled` | a teacher's score | 1 | KL(Q, p_R) | a cross-encoder's, for one |
+
+p(y|z, x) is a product over the tokens of the answer and its EOS. As a signal the probability itself
+has a trap: of answers of several tokens it is so small that Q is all but uniform and teaches nothing;
+the metric `target_entropy` (at most log k) tells. `signal="log_probability"` is what the code of REPLUG
+uses, `"mean_log_probability"`, by token, that of Atlas. REPLUG's arXiv text has KL(p_R, Q), its NAACL
+text and code KL(Q, p_R): `first` chooses.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fedrag_jax.data.batching import Prompts
+from fedrag_jax.data.examples import Example, embedding_text
+from fedrag_jax.errors import ConfigError
+from fedrag_jax.models.network import Network
+from fedrag_jax.objectives.encoding import Questions, passage_scores, searching, trained_parts
+from fedrag_jax.objectives.joint import marginal_likelihood
+from fedrag_jax.objectives.likelihood import tokens_read, weighted_mean
+from fedrag_jax.objectives.supervision import Attention, LeaveOneOut, Likelihoods, Teacher
+from fedrag_jax.objectives.task import PyTree, Task
+from fedrag_jax.retrieval.refresh import Policy
+from fedrag_jax.retrieval.retriever import Retriever
+
+
+def _log_probability(batch) -> jax.Array:
+    return (batch["answer_log_probs"] * batch["answer_mask"][:, None]).sum(-1)
+
+
+# Signals t_z [B, k] of a batch.
+SIGNALS: dict[str, Callable[[Any], jax.Array]] = {
+    "probability": lambda batch: jnp.exp(_log_probability(batch)),
+    "log_probability": _log_probability,
+    "mean_log_probability": lambda batch: (
+        _log_probability(batch) / jnp.maximum(batch["answer_mask"].sum(1, keepdims=True), 1)
+    ),
+    "leave_one_out": lambda batch: -batch["left_out_log_probs"],
+    "attention": lambda batch: batch["attention"],
+    "teacher": lambda batch: batch["teacher_scores"],
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+    """A divergence between the teacher's Q and the retriever's p_R, mean over examples.
+
+    The batch holds questions as `objectives.encoding` reads them, `retrieved` int [B, k] and what the
+    signal is made of.
+
+    Attributes:
+      first: "target" for KL(Q, p_R), "retriever" for KL(p_R, Q).
+      decoder: that gives the signal, if one does; the loss itself runs none.
+    """
+
+    encoder: Network
+    signal: str
+    temperature: float
+    first: str
+    score_scale: float
+    decoder: Network | None = None
+
+    def __call__(self, trainable, frozen, batch, rng):
+        scores = passage_scores(self.encoder, frozen | trainable, batch, self.score_scale)
+        log_r = jax.nn.log_softmax(scores)
+        signal = jax.lax.stop_gradient(SIGNALS[self.signal](batch))
+        log_q = jax.nn.log_softmax(signal / self.temperature)
+        divergence = kl(log_q, log_r) if self.first == "target" else kl(log_r, log_q)
+        told = {
+            "retrieval_entropy": entropy(log_r),
+            "target_entropy": entropy(log_q),
+            "tokens": tokens_read(batch),
+        }
+        loss = weighted_mean(divergence, batch["weight"])
+        return loss, {name: weighted_mean(x, batch["weight"]) for name, x in told.items()}
+
+
+def kl(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+    """KL(p, q) = sum_z p_z (log p_z - log q_z) [B], from log-probabilities [B, k]."""
+    return (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
+
+
+def entropy(log_p: jax.Array) -> jax.Array:
+    """-sum_z p_z log p_z [B], in nats, from log-probabilities [B, k]."""
+    return -(jnp.exp(log_p) * log_p).sum(-1)
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "lsr": {"signal": "probability", "temperature": 0.01, "first": "retriever"},
+    "replug": {
+        "signal": "probability", "temperature": 0.1, "first": "target", "score_scale": 10.0,
+    },
+    "pdist": {"signal": "log_probability", "temperature": 1.0, "first": "target"},
+    "adist": {"signal": "attention", "temperature": 1.0, "first": "target"},
+    "loop": {"signal": "leave_one_out", "temperature": 1.0, "first": "target"},
+}  # fmt: skip
+
+
+def distillation(
+    method: str,
+    decoder: Network,
+    parts: PyTree,
+    prompts: Prompts,
+    retriever: Retriever,
+    questions: Sequence[Example],
+    *,
+    train: tuple[str, ...] = ("query",),
+    passages: int = 10,
+    refresh: Policy | None = None,
+    **settings,
+) -> Task:
+    """Tunes the retriever by what a frozen generator makes of its passages.
+
+    Args:
+      method: "lsr", "replug", "pdist", "adist", "loop" or "emdr".
+      parts: `decoder` and `adapters` of the generator. What it says is computed once for each passage
+        and question (for `adist` and `loop`: each set of passages).
+      questions: all examples that may be trained on; they set the width of question arrays.
+      train: which of `query`, `document`, `head` move.
+      passages: k, that are retrieved for each question, by the retriever as it is trained by then.
+      refresh: how the index follows the document encoder; None re-embeds all at each retrieval.
+      settings: `signal`, `temperature`, `first`, `score_scale` in place of the method's own.
+
+    Raises:
+      ConfigError: an unknown method or setting.
+    """
+    if method == "emdr":
+        return dataclasses.replace(
+            marginal_likelihood(
+                decoder, parts, prompts, retriever, questions,
+                train=train, marginal="sequence", passages=passages, refresh=refresh, **settings,
+            ),
+            name="emdr",
+        )  # fmt: skip
+    if method not in METHODS:
+        raise ConfigError(f"distillation: method is one of {[*METHODS, 'emdr']}, got {method!r}")
+    loss = _loss(retriever, METHODS[method] | settings, decoder)
+    sources = {"leave_one_out": LeaveOneOut, "attention": Attention}
+    source = sources.get(loss.signal, Likelihoods)(decoder, parts, prompts)
+    return _task(method, loss, source, retriever, questions, train, passages, refresh)
+
+
+def distilled(
+    score: Callable[[list[str], list[str]], Any],
+    retriever: Retriever,
+    questions: Sequence[Example],
+    *,
+    train: tuple[str, ...] = ("query",),
+    passages: int = 10,
+    refresh: Policy | None = None,
+    **settings,
+) -> Task:
+    """Tunes the retriever by a teacher's scores, such as those of a cross-encoder.
+
+    Args:
+      score: `score(questions, texts) -> float [P]`, one for each pair; asked once for each.
+      others: as of `distillation`.
+    """
+    defaults = {"signal": "teacher", "temperature": 1.0, "first": "target"}
+    teacher = Teacher(score, [embedding_text(p) for p in retriever.passages])
+    loss = _loss(retriever, defaults | settings)
+    return _task("distilled", loss, teacher, retriever, questions, train, passages, refresh)
+
+
+def _loss(retriever: Retriever, settings: dict[str, Any], decoder=None) -> Distillation:
+    known = ["signal", "temperature", "first", "score_scale"]
+    unknown = [name for name in settings if name not in known]
+    if unknown:
+        raise ConfigError(f"distillation: {unknown} are no settings; there are {known}")
+    loss = Distillation(retriever.encoder, **{"score_scale": 20.0} | settings, decoder=decoder)
+    if loss.signal not in SIGNALS or loss.first not in ("target", "retriever"):
+        raise ConfigError(
+            f"distillation: signal is one of {[*SIGNALS]} and first 'target' or 'retriever', got "
+            f"{loss.signal!r} and {loss.first!r}"
+        )
+    if not (loss.temperature > 0 and loss.score_scale > 0):
+        raise ConfigError(
+            "distillation: temperature and score_scale must be > 0, got "
+            f"{loss.temperature} and {loss.score_scale}"
+        )
+    return loss
+
+
+def _task(name, loss, source, retriever, examples, train, passages, refresh) -> Task:
+    trainable, frozen = trained_parts(retriever, train)
+    questions = Questions(retriever, examples, frozen="query" not in train)
+    return Task(
+        name=name,
+        trainable=trainable,
+        frozen=frozen,
+        loss=loss,
+        collate=lambda some, rows: {"retrieved": rows} | questions(some) | source(some, rows),
+        **searching(retriever, passages, refresh),
+    )

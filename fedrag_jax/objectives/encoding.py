@@ -1,0 +1,168 @@
+"""Vectors of questions and passages inside a loss, whichever part of the retriever is trained.
+
+Parts of a retriever, by name: `query` and `document`, the parameters of its two encoders; `head`, a
+matrix after both of them; `document_vectors` [N, D] of a frozen document encoder; `passages`, the
+tokens and mask [N, T] of the corpus, where the document encoder is trained.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedrag_jax.data.batching import encoder_table
+from fedrag_jax.data.examples import embedding_text
+from fedrag_jax.errors import ConfigError
+from fedrag_jax.models.network import Network
+from fedrag_jax.objectives.task import PyTree
+from fedrag_jax.retrieval.refresh import Index, Policy, first_index, next_index, search
+from fedrag_jax.retrieval.retriever import Retriever, headed
+
+
+def trained_parts(retriever: Retriever, train: tuple[str, ...]) -> tuple[PyTree, PyTree]:
+    """What a loss needs of a retriever, `(trainable, frozen)`, if `train` is what moves.
+
+    A head that is not there yet starts as the identity.
+
+    Raises:
+      ConfigError: a part that no retriever has, or none.
+    """
+    if not train or {*train} - {"query", "document", "head"}:
+        raise ConfigError(
+            f"a retriever trains its 'query', 'document' or 'head', one or several, got {train}"
+        )
+    head = retriever.head
+    if "head" in train and head is None:
+        head = np.eye(retriever.bare_vectors.shape[1], dtype=np.float32)
+    parts = {"query": retriever.query, "document": retriever.document, "head": head}
+    trainable = {name: parts[name] for name in train}
+    frozen = {} if head is None or "head" in train else {"head": jnp.asarray(head)}
+    if "document" in train:
+        texts = [embedding_text(p) for p in retriever.passages]
+        table = encoder_table(retriever.tokenizer, texts, retriever.encoder.config.max_length)
+        frozen["passages"] = {name: jnp.asarray(array) for name, array in table.items()}
+        frozen |= {} if "query" in train else {"query": retriever.query}
+    else:
+        frozen["document_vectors"] = jnp.asarray(retriever.bare_vectors)
+    return trainable, frozen
+
+
+def as_trained(retriever: Retriever, trained: PyTree, fresh: bool = True) -> Retriever:
+    """The retriever with those of its parts that `trained` has, its index fresh or as it was."""
+    retriever = retriever.with_query(trained.get("query", retriever.query))
+    if "head" in trained:
+        retriever = retriever.with_head(trained["head"])
+    if "document" not in trained:
+        return retriever
+    if fresh:
+        return retriever.refresh(trained["document"])
+    return dataclasses.replace(retriever, document=trained["document"])
+
+
+def searching(retriever: Retriever, k: int, policy: Policy | None) -> dict[str, Callable]:
+    """`retrieve` and `index` of a `Task` that searches for the k best passages as it is trained.
+
+    Args:
+      policy: of keeping the index fresh; None where all is re-embedded each time.
+    """
+
+    def asked(examples):
+        return [e.question for e in examples]
+
+    if policy is None:
+        return {
+            "retrieve": lambda e, trained: as_trained(retriever, trained).search(asked(e), k)[0]
+        }
+    policy.check()
+
+    def index(examples, trained, before):
+        if before is None:
+            return first_index(retriever)._asdict()
+        current = as_trained(retriever, trained, fresh=False)
+        return next_index(policy, current, asked(examples), k, Index(**before))._asdict()
+
+    def retrieve(examples, trained, index):
+        current = as_trained(retriever, trained, fresh=False)
+        return search(policy, current, asked(examples), k, Index(**index))
+
+    return {"retrieve": retrieve, "index": index}
+
+
+def question_vectors(encoder: Network, parts: PyTree, batch, at_once: int = 0) -> jax.Array:
+    """Unit vectors [B, D] of the questions of a batch.
+
+    The batch holds `question_tokens`, `question_mask` [B, T], or `question_vectors` [B, D] of a frozen
+    query encoder.
+    """
+    if "question_vectors" in batch:
+        vectors = batch["question_vectors"]
+    else:
+        tokens, mask = batch["question_tokens"], batch["question_mask"]
+        vectors = encode(encoder, parts["query"], tokens, mask, at_once)
+    return headed(vectors, parts.get("head"))
+
+
+def passage_vectors(encoder: Network, parts: PyTree, rows, at_once: int = 0) -> jax.Array:
+    """Unit vectors [..., D] of the passages at `rows` int [...] of the corpus."""
+    if "document" in parts:
+        flat = rows.reshape(-1)
+        tokens, mask = (parts["passages"][name][flat] for name in ("tokens", "mask"))
+        vectors = encode(encoder, parts["document"], tokens, mask, at_once)
+        vectors = vectors.reshape(*rows.shape, -1)
+    else:
+        vectors = parts["document_vectors"][rows]
+    return headed(vectors, parts.get("head"))
+
+
+def encode(encoder: Network, params: PyTree, tokens, mask, at_once: int = 0) -> jax.Array:
+    """Vectors [N, D] of texts [N, T], `at_once` of them at a time; 0 takes all together.
+
+    Memory for the backward pass is that of `at_once` texts and the vectors of all, because every chunk
+    is encoded again for its own gradient: what GradCache (Gao et al. 2021, 2101.06983) does by hand.
+    The gradient is that of the whole batch.
+    """
+    if not 0 < at_once < len(tokens):
+        return encoder(params, tokens, mask)
+    missing = -len(tokens) % at_once
+    chunks = jnp.pad(tokens, ((0, missing), (0, 0))), jnp.pad(mask, ((0, missing), (0, 0)))
+    chunks = jax.tree.map(lambda x: x.reshape(-1, at_once, x.shape[1]), chunks)
+    vectors = jax.lax.map(jax.checkpoint(lambda chunk: encoder(params, *chunk)), chunks)
+    return vectors.reshape(-1, vectors.shape[-1])[: len(tokens)]
+
+
+def passage_scores(encoder: Network, parts: PyTree, batch, score_scale: float) -> jax.Array:
+    """Scaled cosine [B, k] of each question with the passages `retrieved` int [B, k] for it."""
+    queries = question_vectors(encoder, parts, batch)
+    passages = passage_vectors(encoder, parts, batch["retrieved"])
+    return score_scale * jnp.einsum("bd,bkd->bk", queries, passages)
+
+
+class Questions:
+    """Questions as the query encoder reads them, all of one width.
+
+    Args:
+      examples: all that may be trained on.
+      frozen: whether nothing moves that their vectors depend on: these are then given instead.
+    """
+
+    def __init__(self, retriever: Retriever, examples, frozen: bool = False, max_length: int = 0):
+        self._retriever, self._frozen = retriever, frozen
+        most = max_length or retriever.encoder.config.max_length
+        texts = [e.question for e in examples]
+        self._width = encoder_table(retriever.tokenizer, texts, most)["tokens"].shape[1]
+        self._known: dict[str, np.ndarray] = {}
+
+    def __call__(self, examples) -> dict[str, np.ndarray]:
+        """`question_tokens`, `question_mask` [N, width], or `question_vectors` [N, D]."""
+        texts = [e.question for e in examples]
+        if self._frozen:
+            missing = list(dict.fromkeys(t for t in texts if t not in self._known))
+            if missing:
+                vectors = self._retriever.with_head(None).embed_questions(missing)
+                self._known.update(zip(missing, vectors, strict=True))
+            return {"question_vectors": np.stack([self._known[t] for t in texts])}
+        table = encoder_table(self._retriever.tokenizer, texts, self._width)
+        pad = ((0, 0), (0, self._width - table["tokens"].shape[1]))
+        return {f"question_{name}": np.pad(array, pad) for name, array in table.items()}

@@ -1,0 +1,172 @@
+"""What a frozen generator says of the passages of a question: asked once, however often it is used.
+
+Every source is called with examples and corpus rows [N, k] and gives columns of a task's table.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedrag_jax.data.batching import Prompts
+from fedrag_jax.data.examples import Example
+from fedrag_jax.models.network import Network
+from fedrag_jax.objectives.likelihood import answer_log_probs
+from fedrag_jax.objectives.task import PyTree
+
+CHUNK = 64  # prompts that are read at once
+
+
+class Known:
+    """Answers to hashable questions, `ask` being asked in chunks of one size for those not yet known.
+
+    Args:
+      ask: `ask(list of questions) -> list of answers`, of at most `chunk` questions.
+      full: fill the last chunk up, so that a compiled program has one shape.
+    """
+
+    def __init__(self, ask: Callable[[list], Sequence[Any]], chunk: int, full: bool = True):
+        self._ask, self._chunk, self._full, self._known = ask, chunk, full, {}
+
+    def __call__(self, questions: Sequence) -> list:
+        missing = [q for q in dict.fromkeys(questions) if q not in self._known]
+        for start in range(0, len(missing), self._chunk):
+            some = missing[start : start + self._chunk]
+            spare = (self._chunk - len(some)) * self._full
+            found = self._ask(some + some[:1] * spare)
+            self._known.update(zip(some, found, strict=False))
+        return [self._known[q] for q in questions]
+
+
+class Likelihoods:
+    """log p(y_i | z, x, y_<i), of each passage z by itself."""
+
+    def __init__(self, decoder: Network, parts: PyTree, prompts: Prompts):
+        self._prompts, self._known = prompts, Known(self._read, CHUNK)
+        self._run = decoder, parts["decoder"], parts["adapters"]
+
+    def __call__(self, examples: Sequence[Example], rows: np.ndarray) -> dict[str, np.ndarray]:
+        """`answer_log_probs` [N, k, A], `answer_mask` [N, A], `lengths` [N, k] of the prompts that were
+        read and `prompt_tokens` [N, k], the same with padding."""
+        pairs = [(e, int(row)) for e, some in zip(examples, rows, strict=True) for row in some]
+        known, lengths = zip(*self._known(pairs), strict=True)
+        shape = (*np.shape(rows), known[0].shape[-1])
+        return {
+            "answer_log_probs": np.stack(known).reshape(shape),
+            "answer_mask": _answer_mask(self._prompts, examples, shape[-1]),
+            "lengths": np.array(lengths, np.int32).reshape(shape[:2]),
+            "prompt_tokens": np.full(shape[:2], self._prompts.training_width(1), np.int32),
+        }
+
+    def _read(self, pairs):
+        examples, rows = zip(*pairs, strict=True)
+        table = self._prompts.training_table(examples, np.array(rows)[:, None], per_passage=True)
+        found = _log_probs(*self._run, table)
+        return list(zip(np.asarray(found)[:, 0], table["lengths"][:, 0], strict=True))
+
+
+class LeaveOneOut:
+    """log p(y | D without z, x) of each passage z of a prompt with all the others (LOOP, Atlas)."""
+
+    def __init__(self, decoder: Network, parts: PyTree, prompts: Prompts):
+        self._prompts, self._known = prompts, Known(self._read, CHUNK // 4)
+        self._run = decoder, parts["decoder"], parts["adapters"]
+
+    def __call__(self, examples: Sequence[Example], rows: np.ndarray) -> dict[str, np.ndarray]:
+        """`left_out_log_probs` [N, k], summed over the answer, and what was read."""
+        rows = np.asarray(rows)
+        k = rows.shape[1]
+        asked = [
+            (example, tuple(int(r) for r in np.delete(some, z)))
+            for example, some in zip(examples, rows, strict=True)
+            for z in range(k)
+        ]
+        found = np.array(self._known(asked), np.float32)
+        table = {"left_out_log_probs": found.reshape(rows.shape)}
+        return table | _was_read(self._prompts, examples, k, k - 1)
+
+    def _read(self, asked):
+        examples, rows = zip(*asked, strict=True)
+        table = self._prompts.training_table(examples, np.array(rows), per_passage=False)
+        return (np.asarray(_log_probs(*self._run, table))[:, 0] * table["answer_mask"]).sum(1)
+
+
+class Attention:
+    """How much of what a decoder reads for the answer comes from each passage of one prompt.
+
+    Atlas (2208.03299, section 2.2) takes alpha_n |v_n| of the cross-attention of a Fusion-in-Decoder.
+    A decoder alone has none; here it is the attention of the positions that predict the answer to the
+    tokens n of a passage, summed over these and averaged over answer tokens, heads and layers. Passages
+    stand one after another in a prompt and compete for attention, so their order has a part in it.
+    """
+
+    def __init__(self, decoder: Network, parts: PyTree, prompts: Prompts):
+        self._prompts, self._known = prompts, Known(self._read, CHUNK // 4)
+        self._run = decoder, parts["decoder"], parts["adapters"]
+
+    def __call__(self, examples: Sequence[Example], rows: np.ndarray) -> dict[str, np.ndarray]:
+        """`attention` [N, k], and what was read."""
+        asked = [(e, tuple(map(int, some))) for e, some in zip(examples, rows, strict=True)]
+        found = {"attention": np.stack(self._known(asked))}
+        return found | _was_read(self._prompts, examples, 1, np.shape(rows)[1])
+
+    def _read(self, asked):
+        examples, rows = zip(*asked, strict=True)
+        table = self._prompts.training_table(examples, np.array(rows), per_passage=False)
+        table["places"] = self._prompts.passage_places(examples, rows)
+        return list(np.asarray(_attention(*self._run, table, len(rows[0]))))
+
+
+class Teacher:
+    """Scores of a model that reads question and passage together, such as a cross-encoder.
+
+    Args:
+      score: `score(questions, texts) -> float [P]`, of pairs.
+      texts: of the corpus.
+    """
+
+    def __init__(self, score: Callable[[list[str], list[str]], Any], texts: Sequence[str]):
+        self._score, self._texts, self._known = score, texts, Known(self._ask, CHUNK, full=False)
+
+    def __call__(self, examples: Sequence[Example], rows: np.ndarray) -> dict[str, np.ndarray]:
+        """`teacher_scores` [N, k]."""
+        pairs = [(e.question, int(r)) for e, some in zip(examples, rows, strict=True) for r in some]
+        found = np.array(self._known(pairs), np.float32)
+        return {"teacher_scores": found.reshape(np.shape(rows))}
+
+    def _ask(self, pairs):
+        questions, rows = zip(*pairs, strict=True)
+        return list(self._score(list(questions), [self._texts[r] for r in rows]))
+
+
+def _was_read(prompts: Prompts, examples, count: int, passages: int) -> dict[str, np.ndarray]:
+    """`answer_mask` [N, A] and `prompt_tokens` [N, count], padding included, of prompts with so many
+    passages."""
+    width = prompts.training_width(passages)
+    return {
+        "answer_mask": _answer_mask(prompts, examples, prompts.answer_width),
+        "prompt_tokens": np.full((len(examples), count), width, np.int32),
+    }
+
+
+def _answer_mask(prompts: Prompts, examples, width: int) -> np.ndarray:
+    lengths = [len(prompts.answer_tokens(e.answers[0])) for e in examples]
+    return (np.arange(width) < np.array(lengths)[:, None]).astype(np.float32)
+
+
+_log_probs = jax.jit(answer_log_probs, static_argnums=0)  # one program for all clients
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _attention(decoder, params, adapters, table, k: int):
+    """Mean over answer tokens of what `Decoder.attention` gives, summed by passage: [N, k]."""
+    tokens = table["tokens"][:, 0]
+    index = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    mask, read = index < table["lengths"], table["answer_positions"][:, 0] - 1
+    seen = decoder(params, tokens, index, mask, read, method="attention", adapters=adapters)
+    weight = table["answer_mask"] / table["answer_mask"].sum(1, keepdims=True)
+    each = jnp.einsum("nat,na->nt", seen, weight)
+    return jnp.einsum("nt,ntk->nk", each, jax.nn.one_hot(table["places"], k))

@@ -1,0 +1,133 @@
+"""Every objective by name, as a task about a RAG system.
+
+task = OBJECTIVES["pdist"].task(system, dataset)
+system = system.replace(**fit(task, dataset.train).trainable)
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from fedrag_jax.data.examples import Dataset
+from fedrag_jax.objectives.distillation import distillation
+from fedrag_jax.objectives.generator import concatenated, ralt
+from fedrag_jax.objectives.joint import marginal_likelihood
+from fedrag_jax.objectives.retriever import multiple_negatives_ranking
+from fedrag_jax.objectives.task import Task
+from fedrag_jax.rag import RAGSystem
+from fedrag_jax.retrieval.mining import Mining
+
+
+class Objective(NamedTuple):
+    """One way to tune a part of a RAG system.
+
+    Attributes:
+      part: "retriever", "generator" or "both".
+      task: `task(system, dataset) -> Task`; what it trains goes to `RAGSystem.replace`.
+      labels: whether training questions must name their gold passages.
+      batch: how many times the usual batch it takes.
+    """
+
+    part: str
+    task: Callable[[RAGSystem, Dataset], Task]
+    labels: bool = False
+    batch: int = 1
+
+
+def _ranking(batch: int = 1, **options) -> Objective:
+    def task(system, dataset):
+        return multiple_negatives_ranking(
+            system.retriever, dataset, score_scale=system.score_scale, **options
+        )
+
+    return Objective("retriever", task, labels=True, batch=batch)
+
+
+def _taught(method: str, **options) -> Objective:
+    def task(system, dataset):
+        return distillation(
+            method,
+            *_generator(system),
+            system.retriever,
+            dataset.train,
+            passages=system.marginal_k,
+            **options,
+        )
+
+    return Objective("retriever", task)
+
+
+def marginal_task(
+    system: RAGSystem, dataset: Dataset, train: tuple[str, ...], marginal: str
+) -> Task:
+    """RAG-Token or RAG-Sequence on some parts of a system."""
+    # Passages beyond those that are read teach the retriever alone, where it moves.
+    passages = system.marginal_k if "query" in train else system.top_k
+    return marginal_likelihood(
+        *_generator(system),
+        system.retriever,
+        dataset.train,
+        train=train,
+        marginal=marginal,
+        passages=passages,
+        score_scale=system.score_scale,
+    )
+
+
+def _joint(marginal: str) -> Objective:
+    def task(system, dataset):
+        return marginal_task(system, dataset, ("adapters", "query"), marginal)
+
+    return Objective("both", task)
+
+
+def _reading(make, rows: Callable, labels: bool = False) -> Objective:
+    """Of the generator, whose prompts hold `rows(system, dataset)(examples)`."""
+
+    def task(system, dataset):
+        decoder, parts, prompts = _generator(system)
+        found = rows(system, dataset)
+        return make(decoder, parts["decoder"], parts["adapters"], prompts, found)
+
+    return Objective("generator", task, labels)
+
+
+def _generator(system: RAGSystem):
+    parts = {"decoder": system.generator.params, "adapters": system.adapters}
+    return system.decoder, parts, system.prompts
+
+
+def retrieved_rows(system: RAGSystem, dataset: Dataset) -> Callable:
+    """`rows(examples) -> int [N, top_k]`, what the system's retriever finds, searched once."""
+    known: dict[str, np.ndarray] = {}
+
+    def rows(examples) -> np.ndarray:
+        missing = [e for e in examples if e.id not in known]
+        if missing:
+            found, _ = system.retriever.search([e.question for e in missing], system.top_k)
+            known.update(zip((e.id for e in missing), found, strict=True))
+        return np.stack([known[e.id] for e in examples])
+
+    return rows
+
+
+OBJECTIVES = {
+    "in_batch": _ranking(),
+    "mined": _ranking(mining=Mining(count=2)),
+    "large_batch": _ranking(batch=16, at_once=16),
+    "matryoshka": _ranking(dimensions=(16, 32, 64)),
+    "both_sides": _ranking(train=("query", "document")),
+    "head": _ranking(train=("head",)),
+    "lsr": _taught("lsr"),
+    "replug": _taught("replug"),
+    "replug_log": _taught("replug", signal="log_probability"),
+    "pdist": _taught("pdist"),
+    "adist": _taught("adist"),
+    "loop": _taught("loop"),
+    "emdr": _taught("emdr"),
+    "concatenated": _reading(concatenated, retrieved_rows),
+    "ralt": _reading(ralt, retrieved_rows),
+    "rag_token": _joint("token"),
+    "rag_sequence": _joint("sequence"),
+}

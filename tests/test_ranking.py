@@ -1,0 +1,194 @@
+"""Learning from labels: ranking among negatives, mined or not, in one go or by chunks, cut short."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toy_rag import DATASET, EXAMPLES, KEY, batch_of, toy_parts
+
+from fedrag_jax.errors import ConfigError, DataError
+from fedrag_jax.federated.fit import fit
+from fedrag_jax.objectives.encoding import encode
+from fedrag_jax.objectives.retriever import multiple_negatives_ranking
+from fedrag_jax.retrieval.mining import Mining, hard_negatives
+
+GOLDS = np.array([[0, -1], [1, -1], [0, -1], [3, 2]])
+EASY = Mining(count=2, share=1.0)
+
+
+@pytest.fixture(scope="module")
+def retriever():
+    return toy_parts().retriever
+
+
+def loss_of(task, batch):
+    return jax.jit(task.loss)(task.trainable, task.frozen, batch, KEY)[0]
+
+
+def unit(vectors):
+    return np.asarray(vectors) / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+
+def slow_ranking(queries, documents, rows, golds, weight, scale, dimensions):
+    """`rows` are corpus rows: of the positives first, then of mined negatives."""
+    count, by_dimension = len(queries), []
+    for d in dimensions:
+        losses = []
+        for i in range(count):
+            own = {g for g in golds[i] if g >= 0}
+            terms = []
+            for j, row in enumerate(rows):
+                if j < count and j != i and (not weight[j] or own & {*golds[j]}):
+                    continue
+                if j >= count and (row < 0 or row in own):
+                    continue
+                a, b = unit(queries[i, :d]), unit(documents[row, :d])
+                terms.append(np.exp(scale * a @ b))
+                if j == i:
+                    positive = terms[-1]
+            losses.append(-np.log(positive / sum(terms)))
+        by_dimension.append(np.average(losses, weights=weight))
+    return np.mean(by_dimension)
+
+
+@pytest.mark.parametrize("train", [("query",), ("query", "document"), ("document",), ("head",)])
+@pytest.mark.parametrize("mining", [None, EASY])
+def test_ranking_against_numpy(retriever, train, mining):
+    weight = 1, 1, 1, 0
+    head = np.eye(16, dtype=np.float32) + np.random.default_rng(0).normal(0, 0.1, (16, 16))
+    retriever = retriever.with_head(head) if "head" in train else retriever
+    task = multiple_negatives_ranking(
+        retriever, DATASET, train=train, mining=mining, dimensions=(16, 5), score_scale=7.0
+    )
+    batch = batch_of(task, weight)
+    queries = retriever.embed_questions([e.question for e in EXAMPLES])
+    rows = [0, 1, 0, 3]
+    if mining:
+        mined = np.where(np.array(weight)[:, None] > 0, batch["negatives"], -1)
+        rows = [*rows, *mined.reshape(-1)]
+        assert (mined >= 0).any()
+    slow = slow_ranking(queries, retriever.vectors, rows, GOLDS, weight, 7.0, (5, 16))
+    np.testing.assert_allclose(loss_of(task, batch), slow, rtol=2e-4)
+
+
+def test_chunks_have_the_loss_and_gradient_of_the_whole_batch(retriever):
+    """GradCache's promise."""
+    for train in (("query",), ("query", "document")):
+        with jax.enable_x64(True):
+            found = []
+            for at_once in (0, 3):
+                task = multiple_negatives_ranking(retriever, DATASET, train=train, at_once=at_once)
+                trainable = jax.tree.map(lambda x: jnp.asarray(x, float), task.trainable)
+                gradient = jax.jit(jax.value_and_grad(task.loss, has_aux=True))
+                found.append(gradient(trainable, task.frozen, batch_of(task), KEY))
+        ((whole, _), of_whole), ((chunked, _), of_chunks) = found
+        np.testing.assert_allclose(chunked, whole, rtol=1e-9)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9), of_chunks, of_whole)
+
+
+def test_chunks_need_less_memory(retriever):
+    tokens = jnp.ones((64, 40), jnp.int32)
+
+    def scratch(at_once):
+        def loss(params):
+            return encode(retriever.encoder, params, tokens, tokens > 0, at_once).sum()
+
+        compiled = jax.jit(jax.grad(loss)).lower(retriever.query).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert scratch(8) < scratch(0) / 3
+
+
+def test_the_last_dimension_alone_is_the_plain_loss(retriever):
+    plain, cut = (multiple_negatives_ranking(retriever, DATASET, dimensions=d) for d in ((), (16,)))
+    np.testing.assert_allclose(
+        loss_of(cut, batch_of(cut)), loss_of(plain, batch_of(plain)), rtol=1e-6
+    )
+    with pytest.raises(ConfigError, match=r"between 1 and 16, got \(17,\)"):
+        multiple_negatives_ranking(retriever, DATASET, dimensions=(17,))
+
+
+def test_a_head_learns_from_vectors_that_are_made_once(retriever):
+    task = multiple_negatives_ranking(retriever, DATASET, train=("head",))
+    batch = batch_of(task)
+    assert "question_tokens" not in batch and "passages" not in task.frozen
+    plain = multiple_negatives_ranking(retriever, DATASET)
+    np.testing.assert_allclose(loss_of(task, batch), loss_of(plain, batch_of(plain)), rtol=1e-4)
+    tuned = fit(task, EXAMPLES, rounds=30, batch_size=4).trainable["head"]
+    trained = dataclasses.replace(task, trainable={"head": tuned})
+    assert loss_of(trained, batch) < 0.5 * loss_of(task, batch)
+    # What the loss saw is what is searched with.
+    behind = retriever.with_head(tuned)
+    _, scores = behind.search([EXAMPLES[0].question], 4)
+    query = np.asarray(retriever.embed_questions([EXAMPLES[0].question]) @ tuned)
+    expected = unit(query) @ unit(np.asarray(retriever.bare_vectors @ tuned)).T
+    np.testing.assert_allclose(scores[0], -np.sort(-expected[0]), rtol=1e-4)
+
+
+def slow_negatives(retriever, golds, mining, pools):
+    found = []
+    for i, example in enumerate(EXAMPLES):
+        query = retriever.embed_questions([example.question])[0]
+        cosine = [float(query @ v) for v in retriever.vectors]
+        own = [g for g in golds[i] if g >= 0]
+        positive = max(cosine[g] for g in own)
+        highest = positive - max(abs(positive) * (1 - mining.share), mining.margin)
+        near = sorted(pools[i], key=lambda row: (-cosine[row], row))[: mining.depth]
+        usable = [row for row in near if row not in own and cosine[row] <= highest]
+        found.append((usable + [-1] * mining.count)[: mining.count])
+    return np.array(found)
+
+
+@pytest.mark.parametrize(
+    "mining",
+    [
+        EASY,
+        Mining(3, share=0.999),
+        Mining(3, share=1.0, margin=1e-3),
+        Mining(3, depth=2, share=1.0),
+    ],
+)
+@pytest.mark.parametrize("pools", [None, ([0, 1], [2, 3], [1, 2, 3], [0, 1, 2])])
+def test_mined_negatives_against_numpy(retriever, mining, pools):
+    pool = None if pools is None else lambda e: np.array(pools[EXAMPLES.index(e)])
+    found = hard_negatives(retriever, EXAMPLES, GOLDS, mining, pool)
+    everywhere = [range(4)] * 4
+    np.testing.assert_array_equal(
+        found, slow_negatives(retriever, GOLDS, mining, pools or everywhere)
+    )
+
+
+def test_filters_leave_out_what_is_nearer_than_the_gold_passage(retriever):
+    """Otherwise the test above could compare nothing but gaps."""
+    loose, strict = (
+        hard_negatives(retriever, EXAMPLES, GOLDS, Mining(3, share=share)) for share in (1.0, 0.9)
+    )
+    assert (loose >= 0).sum() > (strict >= 0).sum()
+    with pytest.raises(ConfigError, match="0 < share <= 1"):
+        hard_negatives(retriever, EXAMPLES, GOLDS, Mining(share=1.1))
+
+
+def test_negatives_are_mined_again_with_the_trained_encoder(retriever):
+    task = multiple_negatives_ranking(retriever, DATASET, mining=EASY)
+    moved = {"query": jax.tree.map(lambda x: x + 0.3 * jnp.sin(1e3 * x), retriever.query)}
+    expected = hard_negatives(retriever.with_query(moved["query"]), EXAMPLES, GOLDS, EASY)
+    found = task.retrieve(EXAMPLES, moved)
+    np.testing.assert_array_equal(found, expected)
+    assert (found != task.retrieve(EXAMPLES, task.trainable)).any()
+    history = fit(task, EXAMPLES, rounds=4, batch_size=4, refresh_every=2).history
+    assert [r["refreshed"] for r in history] == [True, False, True, False]
+
+
+def test_ranking_refuses_questions_without_a_gold_passage(retriever):
+    task = multiple_negatives_ranking(retriever, DATASET)
+    unlabelled = dataclasses.replace(EXAMPLES[0], id="z", positive_ids=())
+    with pytest.raises(DataError, match="1 questions name no gold passage, 'z' first"):
+        task.collate([*EXAMPLES, unlabelled], None)
+
+
+def test_a_part_that_no_retriever_has_is_refused(retriever):
+    for train in (("encoder",), ()):
+        with pytest.raises(ConfigError, match="trains its 'query', 'document' or 'head'"):
+            multiple_negatives_ranking(retriever, DATASET, train=train)
