@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from fedrag_jax.clock import Clock
 from fedrag_jax.errors import CheckpointError, ConfigError, DataError
-from fedrag_jax.retrieval import embedding
+from fedrag_jax.retrieval import device_search, embedding
+from fedrag_jax.retrieval.device_search import DeviceStore
 from fedrag_jax.retrieval.embedding import embed_corpus, embed_texts
 from fedrag_jax.retrieval.faiss_store import FaissStore
 
@@ -228,13 +229,23 @@ def vectors_of(count, dimension=16, seed=0):
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
 
-def store_of(vectors):
-    return FaissStore.build([f"p{i}" for i in range(len(vectors))], vectors)
+@pytest.fixture(params=[FaissStore, DeviceStore])
+def kind(request, monkeypatch):
+    """Every test of a store is of both kinds."""
+    # Several blocks of passages and of queries.
+    monkeypatch.setattr("fedrag_jax.retrieval.device_search._BLOCK", 256)
+    monkeypatch.setattr("fedrag_jax.retrieval.device_search._QUERIES", 8)
+    return request.param
+
+
+@pytest.fixture
+def store_of(kind):
+    return lambda vectors: kind.build([f"p{i}" for i in range(len(vectors))], vectors)
 
 
 @pytest.mark.parametrize("queries", [1, 30])  # FAISS changes its method at 20
 @pytest.mark.parametrize("k", [1, 10, 500])
-def test_search_agrees_with_a_sorted_matrix_product(queries, k):
+def test_search_agrees_with_a_sorted_matrix_product(store_of, queries, k):
     vectors, q = vectors_of(500), vectors_of(queries, seed=1)
     rows, scores = store_of(vectors).search(q, k)
     assert rows.dtype == np.int32 and scores.dtype == np.float32
@@ -246,7 +257,7 @@ def test_search_agrees_with_a_sorted_matrix_product(queries, k):
 
 @pytest.mark.parametrize("queries", [1, 30])
 @pytest.mark.parametrize("k", [3, 25, 39, 40, 41])
-def test_ties_are_ordered_by_row(queries, k):
+def test_ties_are_ordered_by_row(store_of, queries, k):
     vectors = vectors_of(2000)
     copies = np.random.default_rng(3).choice(2000, 40, replace=False)
     vectors[copies] = vectors[copies[0]]
@@ -255,18 +266,18 @@ def test_ties_are_ordered_by_row(queries, k):
         assert row[:40].tolist() == np.sort(copies)[:k].tolist()
 
 
-def test_everything_tied():
+def test_everything_tied(store_of):
     store = store_of(np.ones((300, 4), np.float32))
     assert store.search(np.ones((2, 4)), 5)[0].tolist() == [[0, 1, 2, 3, 4]] * 2
     assert store.search(np.ones((1, 4)), 300)[0].tolist() == [list(range(300))]
 
 
-def test_no_queries():
+def test_no_queries(store_of):
     rows, scores = store_of(vectors_of(5)).search(np.empty((0, 16)), 2)
     assert rows.shape == scores.shape == (0, 2)
 
 
-def test_replace_is_a_rebuild_of_the_rows_named():
+def test_replace_is_a_rebuild_of_the_rows_named(store_of):
     vectors, new = vectors_of(100), vectors_of(7, seed=5)
     store = store_of(vectors)
     before = store.vectors.copy()
@@ -285,7 +296,7 @@ def test_replace_is_a_rebuild_of_the_rows_named():
     assert store.ids[3] == "p3" and len(store) == 100
 
 
-def test_store_keeps_its_own_copy():
+def test_store_keeps_its_own_copy(store_of):
     vectors = vectors_of(10)
     store = store_of(vectors)
     vectors[:] = 0
@@ -294,17 +305,33 @@ def test_store_keeps_its_own_copy():
         store.vectors[0] = 1
 
 
-def test_save_and_load(tmp_path):
+def test_other_vectors_make_a_store_of_the_same_kind_and_passages(store_of, kind):
+    store, vectors = store_of(vectors_of(20)), vectors_of(20, dimension=8, seed=1)
+    other = store.with_vectors(vectors)
+    assert type(other) is kind and other.ids == store.ids and other.dimension == 8
+    np.testing.assert_array_equal(other.vectors, vectors)
+    np.testing.assert_array_equal(store.vectors, vectors_of(20))
+
+
+def test_one_program_searches_for_similar_numbers_of_questions():
+    store = DeviceStore.build([f"p{i}" for i in range(200)], vectors_of(200))
+    device_search._nearest.clear_cache()
+    for queries in (9, 12, 16, 256 + 13):
+        store.search(vectors_of(queries), 5)
+    assert device_search._nearest._cache_size() == 2  # 16 and 256
+
+
+def test_save_and_load(store_of, kind, tmp_path):
     store = store_of(vectors_of(20))
     store.replace([4], vectors_of(1, seed=9))
     store.save(tmp_path / "new" / "store")
-    loaded = FaissStore.load(tmp_path / "new" / "store")
+    loaded = kind.load(tmp_path / "new" / "store")
     assert loaded.ids == store.ids and loaded.dimension == 16
     np.testing.assert_array_equal(loaded.vectors, store.vectors)
 
 
 @pytest.mark.parametrize("damage", ["ids.json gone", "vectors.npy gone", "cut", "fewer ids"])
-def test_a_damaged_store_is_refused(tmp_path, damage):
+def test_a_damaged_store_is_refused(store_of, kind, tmp_path, damage):
     store_of(vectors_of(20)).save(tmp_path)
     if damage.endswith("gone"):
         (tmp_path / damage.split()[0]).unlink()
@@ -314,23 +341,23 @@ def test_a_damaged_store_is_refused(tmp_path, damage):
     else:
         (tmp_path / "ids.json").write_text('["p0"]')
     with pytest.raises(CheckpointError, match="does not hold a store"):
-        FaissStore.load(tmp_path)
+        kind.load(tmp_path)
 
 
-def test_store_refuses_what_it_cannot_hold():
+def test_store_refuses_what_it_cannot_hold(kind):
     with pytest.raises(DataError, match="corpus is empty"):
-        FaissStore.build([], np.empty((0, 4)))
+        kind.build([], np.empty((0, 4)))
     with pytest.raises(DataError, match="'b' occurs twice"):
-        FaissStore.build(["a", "b", "b"], np.ones((3, 4)))
+        kind.build(["a", "b", "b"], np.ones((3, 4)))
     with pytest.raises(DataError, match="2 passage ids but 3 vectors"):
-        FaissStore.build(["a", "b"], np.ones((3, 4)))
+        kind.build(["a", "b"], np.ones((3, 4)))
     with pytest.raises(ConfigError, match=r"got shape \(4,\)"):
-        FaissStore.build(["a"], np.ones(4))
+        kind.build(["a"], np.ones(4))
     with pytest.raises(DataError, match="passage vector 1 has a value that is not finite"):
-        FaissStore.build(["a", "b"], [[1.0, 2.0], [1.0, np.nan]])
+        kind.build(["a", "b"], [[1.0, 2.0], [1.0, np.nan]])
 
 
-def test_store_refuses_what_it_cannot_search_or_replace():
+def test_store_refuses_what_it_cannot_search_or_replace(store_of):
     store = store_of(vectors_of(5))
     for k in (0, 6):
         with pytest.raises(ConfigError, match=f"corpus' 5 passages, got {k}"):

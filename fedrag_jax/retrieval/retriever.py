@@ -12,6 +12,7 @@ from fedrag_jax.models.hub import Pretrained
 from fedrag_jax.models.network import Network
 from fedrag_jax.retrieval.embedding import embed_corpus, embed_texts
 from fedrag_jax.retrieval.faiss_store import FaissStore
+from fedrag_jax.retrieval.store import Searched
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +23,8 @@ class Retriever:
       bare_vectors: float32 [N, D] of the passages, as the document encoder gives them.
       vectors: float32 [N, D], those that are searched: behind the head, and of length 1, so that the
         store's inner product is the cosine.
+      store: what searches them: an index, or silos that have one each (`federated.over_silos`). A
+        refreshed retriever has one of the same kind.
       head: a matrix [D, D] that vectors of questions and passages are multiplied with; None for none.
     """
 
@@ -32,7 +35,7 @@ class Retriever:
     passages: Sequence[Passage]
     bare_vectors: np.ndarray
     vectors: np.ndarray
-    store: FaissStore
+    store: Searched
     head: np.ndarray | None = None
 
     @classmethod
@@ -57,7 +60,10 @@ class Retriever:
 
     def _behind_head(self) -> "Retriever":
         vectors = headed(self.bare_vectors, self.head)
-        store = FaissStore.build([p.id for p in self.passages], vectors)
+        if self.store is None:
+            store = FaissStore.build([p.id for p in self.passages], vectors)
+        else:
+            store = self.store.with_vectors(vectors)
         return dataclasses.replace(self, vectors=vectors, store=store)
 
     def embed_passages(self, document, rows=None) -> np.ndarray:

@@ -1,0 +1,340 @@
+"""Federated retrieval: each silo searches passages of its own, the asker merges what they answer.
+
+    retriever = Retriever.build(model, world.passages)
+    silos = partition(world.passages, dirichlet(alpha=0.1, clients=8)).clients
+    retriever = over_silos(retriever, silos, merge="rrf", budget=Budget(silos=2))
+
+The second retriever is used like the first, in training or to answer. Where all silos are asked and
+answers are merged by score, or where there is one silo, it finds what one index over everything does.
+
+A question's vector goes to silos, each answers with its best rows and their scores, and of those that
+are best of all the asker fetches the texts. Under a budget it asks the silos that have a centroid
+nearest to the question: each has published a few, found by k-means, as in resource selection.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import faiss
+import numpy as np
+
+from fedrag_jax.data.examples import embedding_text
+from fedrag_jax.errors import ConfigError, DataError
+from fedrag_jax.retrieval.faiss_store import FaissStore
+from fedrag_jax.retrieval.retriever import Retriever
+from fedrag_jax.retrieval.store import Store, finite, require_depth
+
+RRF_K = 60  # Cormack et al. 2009
+MERGES = ("score", "rrf")
+
+
+class Budget(NamedTuple):
+    """What one question may cost; None is no limit. `Traffic` tells the bytes.
+
+    Attributes:
+      silos: how many are asked.
+      passages_per_silo: how many each of them may answer with.
+    """
+
+    silos: int | None = None
+    passages_per_silo: int | None = None
+
+
+class Traffic(NamedTuple):
+    """What each question of a call cost, int64 [Q] each; what stays with the asker is free.
+
+    Attributes:
+      silos: how many were asked.
+      query_bytes: of the question's vector, sent to each of them.
+      answer_bytes: of the rows and scores that came back.
+      passage_bytes: of the texts fetched, in UTF-8: the passages found, each once.
+    """
+
+    silos: np.ndarray
+    query_bytes: np.ndarray
+    answer_bytes: np.ndarray
+    passage_bytes: np.ndarray
+
+    @property
+    def total_bytes(self) -> np.ndarray:
+        """All of them, int64 [Q]."""
+        return self.query_bytes + self.answer_bytes + self.passage_bytes
+
+
+class Silo(NamedTuple):
+    """One client's index.
+
+    Attributes:
+      rows: of the corpus, int64 [n], ascending.
+      store: over them.
+      centroids: float32 [C, D], what it tells others about itself.
+    """
+
+    rows: np.ndarray
+    store: Store
+    centroids: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class FederatedStore:
+    """Silos where a `Retriever` has its store. A passage may be with several.
+
+    Attributes:
+      text_bytes: int64 [N], of the passages.
+      merge: "score", or "rrf" for reciprocal rank fusion.
+      asker: the silo that asks, whose own index costs nothing and counts for no budget; None for
+        somebody without passages.
+      listen: told the `Traffic` of every search.
+
+    Raises:
+      ConfigError: an unknown merge or asker, or a budget that allows nothing.
+    """
+
+    silos: tuple[Silo, ...]
+    text_bytes: np.ndarray
+    merge: str = "score"
+    budget: Budget = Budget()
+    asker: int | None = None
+    listen: Callable[[Traffic], None] | None = None
+
+    def __post_init__(self):
+        if self.merge not in MERGES:
+            raise ConfigError(f"merge must be one of {MERGES}, got {self.merge!r}")
+        for name, most in self.budget._asdict().items():
+            if most is not None and most < 1:
+                raise ConfigError(
+                    f"budget.{name} must be at least 1, got {most}, which allows nothing; "
+                    "None is no limit"
+                )
+        if self.asker is not None and not 0 <= self.asker < len(self.silos):
+            raise ConfigError(
+                f"asker must be a silo between 0 and {len(self.silos) - 1} or None, got {self.asker}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.text_bytes)
+
+    @property
+    def published_bytes(self) -> int:
+        """Of the centroids that the asker has been sent, once: none where all silos are asked."""
+        if not self._chooses():
+            return 0
+        return sum(self.silos[number].centroids.nbytes for number in self._others())
+
+    def with_vectors(self, vectors: np.ndarray) -> "FederatedStore":
+        """The same silos over other vectors [N, D] of the corpus; centroids are found anew."""
+        silos = tuple(
+            Silo(s.rows, s.store.with_vectors(x), _centroids(x, len(s.centroids)))
+            for s in self.silos
+            for x in [vectors[s.rows]]
+        )
+        return dataclasses.replace(self, silos=silos)
+
+    def search(self, query_vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `ask`; the traffic is told to `listen`."""
+        rows, scores, traffic = self.ask(query_vectors, k)
+        if self.listen is not None:
+            self.listen(traffic)
+        return rows, scores
+
+    def ask(self, query_vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, Traffic]:
+        """The k best passages of the silos asked, best first.
+
+        Args:
+          query_vectors: float [Q, D].
+
+        Returns:
+          rows int32 [Q, k] of the corpus, scores float32 [Q, k] (inner products, also where ranks were
+          fused), and what it cost.
+
+        Raises:
+          ConfigError: k below 1 or above the corpus, queries of another dimension, or a budget under
+            which fewer than k passages may come.
+          DataError: a query vector that is not finite.
+        """
+        require_depth(k, len(self))
+        queries = finite(query_vectors, "query")
+        asked = self._asked(queries, k)
+        depths = np.array([self._depth(number, k) for number in range(len(self.silos))])
+        answers = []
+        for silo, depth, questions in zip(self.silos, depths, asked.T, strict=True):
+            (questions,) = np.nonzero(questions)
+            rows, scores = silo.store.search(queries[questions], int(depth))
+            ranks = np.broadcast_to(np.arange(1, depth + 1), rows.shape)
+            of = np.broadcast_to(questions[:, None], rows.shape)
+            answers.append([x.ravel() for x in (of, silo.rows[rows], scores, ranks)])
+        rows, scores = fuse(*map(np.concatenate, zip(*answers, strict=True)), self.merge, asked, k)
+        return rows, scores, self._traffic(queries, asked, depths, rows)
+
+    def _traffic(self, queries, asked, depths, rows) -> Traffic:
+        sent, fetched = asked.copy(), self.text_bytes[rows]
+        if self.asker is not None:
+            sent[:, self.asker] = False
+            fetched[np.isin(rows, self.silos[self.asker].rows)] = 0
+        silos = sent.sum(1)
+        a_row_and_score = np.dtype(np.int32).itemsize + np.dtype(np.float32).itemsize
+        return Traffic(
+            silos=silos,
+            query_bytes=silos * queries.shape[1] * queries.itemsize,
+            answer_bytes=(sent @ depths) * a_row_and_score,
+            passage_bytes=fetched.sum(1),
+        )
+
+    def _asked(self, queries: np.ndarray, k: int) -> np.ndarray:
+        """Which question goes to which silo, bool [Q, S].
+
+        A silo that can give less than its share of k is passed over: those asked have k together.
+        """
+        asked = np.ones((len(queries), len(self.silos)), bool)
+        if not self._chooses():
+            return asked
+        most, others = self.budget.silos, self._others()
+        share = -(-k // most)
+        able = [number for number in others if self._depth(number, k) >= share]
+        if len(able) < most:
+            raise ConfigError(
+                f"budget: k={k} passages from {most} silos are {share} from each, which {len(able)} of "
+                f"{len(others)} silos can give; ask for fewer, or raise the budget"
+            )
+        nearness = np.stack([(queries @ self.silos[n].centroids.T).max(1) for n in able], axis=1)
+        nearest = np.argsort(-nearness, axis=1, kind="stable")[:, :most]
+        asked[:, others] = False
+        np.put_along_axis(asked, np.array(able)[nearest], True, axis=1)
+        return asked
+
+    def _chooses(self) -> bool:
+        return self.budget.silos is not None and self.budget.silos < len(self._others())
+
+    def _others(self) -> list[int]:
+        return [number for number in range(len(self.silos)) if number != self.asker]
+
+    def _depth(self, number: int, k: int) -> int:
+        most = self.budget.passages_per_silo
+        if number == self.asker or most is None:
+            most = k
+        return min(k, most, len(self.silos[number].rows))
+
+
+def over_silos(
+    retriever: Retriever,
+    silos: Sequence[np.ndarray],
+    *,
+    merge: str = "score",
+    budget: Budget = Budget(),
+    asker: int | None = None,
+    centroids: int = 8,
+    listen: Callable[[Traffic], None] | None = None,
+    index: type[Store] = FaissStore,
+) -> Retriever:
+    """The same retriever where each silo holds, and searches, some of the passages.
+
+    `Retriever.vectors` stays whole: what the simulation knows, but no index has.
+
+    Args:
+      silos: corpus rows int [n] of each, such as `Partition.clients`.
+      centroids: how many vectors a silo publishes at most, for `budget.silos`.
+      index: the kind of store that each silo has.
+      merge, budget, asker, listen: see `FederatedStore`.
+
+    Raises:
+      ConfigError: no centroid, or what `FederatedStore` refuses.
+      DataError: a silo that is empty or names a row twice or one that there is not, or a passage that
+        is with no silo.
+    """
+    if centroids < 1:
+        raise ConfigError(f"centroids must be at least 1, got {centroids}")
+    held = [np.sort(np.asarray(rows, np.int64)) for rows in silos]
+    _check(held, len(retriever.passages))
+    ids = np.array([p.id for p in retriever.passages], object)
+    store = FederatedStore(
+        silos=tuple(
+            Silo(rows, index.build(ids[rows], vectors), _centroids(vectors, centroids))
+            for rows in held
+            for vectors in [retriever.vectors[rows]]
+        ),
+        text_bytes=np.array([len(embedding_text(p).encode()) for p in retriever.passages]),
+        merge=merge,
+        budget=budget,
+        asker=asker,
+        listen=listen,
+    )
+    return dataclasses.replace(retriever, store=store)
+
+
+def fuse(
+    question: np.ndarray,
+    row: np.ndarray,
+    score: np.ndarray,
+    rank: np.ndarray,
+    merge: str,
+    asked: np.ndarray,
+    k: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and scores [Q, k] of the best among M answers of silos: [M] each, `rank` from 1.
+
+    "rrf" is reciprocal rank fusion (Cormack, Clarke and Büttcher 2009, SIGIR): a passage is worth
+    sum over silos 1 / (60 + rank). Equal worth is ordered by score, equal scores by row.
+
+    Args:
+      asked: bool [Q, S], which silos were.
+
+    Raises:
+      ConfigError: fewer than k passages for a question.
+    """
+    if not len(asked):
+        return np.empty((0, k), np.int32), np.empty((0, k), np.float32)
+    # A passage that several silos found is there once.
+    question_and_row = np.stack([question, row])
+    (question, row), first, same = np.unique(
+        question_and_row, axis=1, return_index=True, return_inverse=True
+    )
+    score = score[first]
+    worth = score
+    if merge == "rrf":
+        # Rounded, because votes that are added up in another order are the same.
+        worth = np.round(np.bincount(same.ravel(), 1 / (RRF_K + rank)), 12)
+    order = np.lexsort((row, -score, -worth, question))
+    counts = np.bincount(question, minlength=len(asked))
+    if counts.min() < k:
+        short = counts.argmin()
+        raise ConfigError(
+            f"question {short}: the {asked[short].sum()} silos asked gave {counts[short]} different "
+            f"passages, k is {k}; raise the budget, or ask for fewer"
+        )
+    best = order[(np.cumsum(counts) - counts)[:, None] + np.arange(k)]
+    return row[best].astype(np.int32), score[best]
+
+
+def _centroids(vectors: np.ndarray, count: int) -> np.ndarray:
+    """Of `vectors` [n, D], float32 [min(count, n), D] and of unit length."""
+    # Fewer than 39 points a cluster make FAISS warn, and they are fine here.
+    kmeans = faiss.Kmeans(
+        vectors.shape[1],
+        min(count, len(vectors)),
+        niter=25,
+        seed=0,
+        spherical=True,
+        min_points_per_centroid=1,
+    )
+    kmeans.train(np.ascontiguousarray(vectors, np.float32))
+    return kmeans.centroids
+
+
+def _check(silos: list[np.ndarray], passages: int) -> None:
+    if not silos:
+        raise DataError("there are no silos; give at least one array of rows")
+    for number, rows in enumerate(silos):
+        if not len(rows):
+            raise DataError(f"silo {number} has no passages; leave it out")
+        if rows[0] < 0 or rows[-1] >= passages:
+            raise DataError(
+                f"silo {number}: rows go from {rows[0]} to {rows[-1]}, but there are {passages} passages"
+            )
+        if twice := rows[1:][np.diff(rows) == 0].tolist():
+            raise DataError(f"silo {number} has row {twice[0]} twice; give each once")
+    if missing := np.setdiff1d(np.arange(passages), np.concatenate(silos)).tolist():
+        raise DataError(
+            f"passage {missing[0]} and {len(missing) - 1} others are with no silo; "
+            "leave them out of the corpus"
+        )

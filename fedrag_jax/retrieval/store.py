@@ -1,0 +1,166 @@
+"""Passages and their vectors, searched by inner product: what every store promises and refuses."""
+
+import abc
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol, Self
+
+import numpy as np
+
+from fedrag_jax.errors import CheckpointError, ConfigError, DataError
+
+
+class Searched(Protocol):
+    """What a `Retriever` wants of a store; silos that search together are one, too."""
+
+    def search(self, query_vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `Store.search`."""
+
+    def with_vectors(self, vectors: np.ndarray) -> Self:
+        """As `Store.with_vectors`."""
+
+
+class Store(abc.ABC):
+    """Passage ids and their vectors, searched exactly by inner product (cosine, if normalised).
+
+    Row i of everything belongs to passage `ids[i]`; rows never move. Each kind of store says where
+    vectors lie and how they are searched.
+    """
+
+    def __init__(self, ids: tuple[str, ...], vectors: np.ndarray):
+        self.ids, self.dimension = ids, vectors.shape[1]
+
+    @classmethod
+    def build(cls, ids: Sequence[str], vectors: np.ndarray) -> Self:
+        """Indexes `vectors` [N, D] under `ids` [N].
+
+        Raises:
+          DataError: no passages, an id twice, not one vector per id, or a vector not finite.
+        """
+        ids = tuple(ids)
+        if not ids:
+            raise DataError("the corpus is empty: a store needs at least one passage")
+        if len(set(ids)) < len(ids):
+            twice = next(i for i, count in Counter(ids).items() if count > 1)
+            raise DataError(f"passage id {twice!r} occurs twice; ids must be unique")
+        vectors = finite(vectors, "passage")
+        if len(vectors) != len(ids):
+            raise DataError(f"{len(ids)} passage ids but {len(vectors)} vectors; give one per id")
+        return cls(ids, vectors)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def with_vectors(self, vectors: np.ndarray) -> Self:
+        """A store of the same kind and passages over other vectors [N, D]."""
+        return self.build(self.ids, vectors)
+
+    def search(self, query_vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The k passages of largest inner product with each query, best first.
+
+        Equal scores are ordered by row, also where the cut at k falls among them.
+
+        Args:
+          query_vectors: float [Q, D].
+
+        Returns:
+          rows int32 [Q, k] and scores float32 [Q, k].
+
+        Raises:
+          ConfigError: k below 1 or above the corpus, or queries of another dimension.
+          DataError: a query vector that is not finite.
+        """
+        require_depth(k, len(self))
+        queries = self._same_dimension(finite(query_vectors, "query"))
+        if not len(queries):
+            return np.empty((0, k), np.int32), np.empty((0, k), np.float32)
+        return self._search(queries, k)
+
+    def replace(self, rows: np.ndarray, vectors: np.ndarray) -> None:
+        """Puts `vectors` [R, D] in the place of those at `rows` int [R]; nothing else is touched.
+
+        Raises:
+          ConfigError: a row outside the corpus, not one vector per row, or another dimension.
+          DataError: a vector that is not finite.
+        """
+        rows = np.asarray(rows, np.int64)
+        vectors = self._same_dimension(finite(vectors, "passage"))
+        if rows.shape != (len(vectors),):
+            raise ConfigError(f"{len(vectors)} vectors for rows of shape {rows.shape}")
+        if rows.size and not (rows.min() >= 0 and rows.max() < len(self)):
+            raise ConfigError(
+                f"rows must be between 0 and {len(self) - 1}, got {rows.min()} to {rows.max()}"
+            )
+        self._replace(rows, vectors)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes ids.json and vectors.npy into the folder `path`."""
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "ids.json").write_text(json.dumps(self.ids), encoding="utf-8")
+        np.save(folder / "vectors.npy", self.vectors, allow_pickle=False)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Self:
+        """Reads what `save` wrote, by whatever kind of store.
+
+        Raises:
+          CheckpointError: a file is missing or damaged, or the two do not belong together.
+        """
+        folder = Path(path)
+        try:
+            ids = json.loads((folder / "ids.json").read_text(encoding="utf-8"))
+            vectors = np.load(folder / "vectors.npy", allow_pickle=False)
+            return cls.build(ids, vectors)
+        except (OSError, EOFError, ValueError, TypeError) as error:  # ours are ValueErrors
+            raise CheckpointError(
+                f"{folder} does not hold a store ({error}); save it again"
+            ) from error
+
+    @property
+    @abc.abstractmethod
+    def vectors(self) -> np.ndarray:
+        """float32 [N, D], read-only: `replace` is the way to change them."""
+
+    @abc.abstractmethod
+    def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]: ...
+
+    @abc.abstractmethod
+    def _replace(self, rows: np.ndarray, vectors: np.ndarray) -> None: ...
+
+    def _same_dimension(self, vectors: np.ndarray) -> np.ndarray:
+        if vectors.shape[1] != self.dimension:
+            raise ConfigError(
+                f"the store holds vectors of dimension {self.dimension}, got {vectors.shape[1]}; "
+                "use the encoder that embedded the corpus, or embed it again"
+            )
+        return vectors
+
+
+def require_depth(k: int, passages: int) -> None:
+    """Refuses a number of passages that the corpus cannot give.
+
+    Raises:
+      ConfigError: k below 1 or above the corpus.
+    """
+    if not 1 <= k <= passages:
+        raise ConfigError(f"k must be between 1 and the corpus' {passages} passages, got {k}")
+
+
+def finite(vectors, kind: str) -> np.ndarray:
+    """`vectors` as float32 [number, dimension].
+
+    Raises:
+      ConfigError: another shape.
+      DataError: a value that is not finite.
+    """
+    vectors = np.ascontiguousarray(vectors, np.float32)
+    if vectors.ndim != 2 or not vectors.shape[1]:
+        raise ConfigError(f"{kind} vectors must be [number, dimension], got shape {vectors.shape}")
+    bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    if bad.size:
+        raise DataError(f"{kind} vector {bad[0]} has a value that is not finite; see its encoder")
+    return vectors
