@@ -9,10 +9,11 @@ answers are merged by score, or where there is one silo, it finds what one index
 
 A question's vector goes to silos, each answers with its best rows and their scores, and of those that
 are best of all the asker fetches the texts. Under a budget it asks the silos that have a centroid
-nearest to the question: each has published a few, found by k-means, as in resource selection.
+nearest to the question: each has published a few, found by k-means.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -41,6 +42,9 @@ class Budget(NamedTuple):
     passages_per_silo: int | None = None
 
 
+UNLIMITED = Budget()
+
+
 class Traffic(NamedTuple):
     """What each question of a call cost, int64 [Q] each; what stays with the asker is free.
 
@@ -63,17 +67,10 @@ class Traffic(NamedTuple):
 
 
 class Silo(NamedTuple):
-    """One client's index.
-
-    Attributes:
-      rows: of the corpus, int64 [n], ascending.
-      store: over them.
-      centroids: float32 [C, D], what it tells others about itself.
-    """
+    """One client's index: corpus rows int64 [n], ascending, and a store over them."""
 
     rows: np.ndarray
     store: Store
-    centroids: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,25 +79,29 @@ class FederatedStore:
 
     Attributes:
       text_bytes: int64 [N], of the passages.
+      centroids: how many vectors a silo publishes, for `budget.silos`; as many as it has, if fewer.
       merge: "score", or "rrf" for reciprocal rank fusion.
       asker: the silo that asks, whose own index costs nothing and counts for no budget; None for
         somebody without passages.
       listen: told the `Traffic` of every search.
 
     Raises:
-      ConfigError: an unknown merge or asker, or a budget that allows nothing.
+      ConfigError: an unknown merge or asker, no centroid, or a budget that allows nothing.
     """
 
     silos: tuple[Silo, ...]
     text_bytes: np.ndarray
     merge: str = "score"
-    budget: Budget = Budget()
+    budget: Budget = UNLIMITED
+    centroids: int = 8
     asker: int | None = None
     listen: Callable[[Traffic], None] | None = None
 
     def __post_init__(self):
         if self.merge not in MERGES:
             raise ConfigError(f"merge must be one of {MERGES}, got {self.merge!r}")
+        if self.centroids < 1:
+            raise ConfigError(f"centroids must be at least 1, got {self.centroids}")
         for name, most in self.budget._asdict().items():
             if most is not None and most < 1:
                 raise ConfigError(
@@ -115,21 +116,20 @@ class FederatedStore:
     def __len__(self) -> int:
         return len(self.text_bytes)
 
+    @functools.cached_property
+    def published(self) -> tuple[np.ndarray, ...]:
+        """What each silo tells others about itself: centroids float32 [C, D]."""
+        return tuple(_centroids(silo.store.vectors, self.centroids) for silo in self.silos)
+
     @property
     def published_bytes(self) -> int:
         """Of the centroids that the asker has been sent, once: none where all silos are asked."""
-        if not self._chooses():
-            return 0
-        return sum(self.silos[number].centroids.nbytes for number in self._others())
+        return sum(self.published[n].nbytes for n in self._others()) if self._chooses() else 0
 
     def with_vectors(self, vectors: np.ndarray) -> "FederatedStore":
-        """The same silos over other vectors [N, D] of the corpus; centroids are found anew."""
-        silos = tuple(
-            Silo(s.rows, s.store.with_vectors(x), _centroids(x, len(s.centroids)))
-            for s in self.silos
-            for x in [vectors[s.rows]]
-        )
-        return dataclasses.replace(self, silos=silos)
+        """The same silos over other vectors [N, D] of the corpus, published anew."""
+        silos = [Silo(s.rows, s.store.with_vectors(vectors[s.rows])) for s in self.silos]
+        return dataclasses.replace(self, silos=tuple(silos))
 
     def search(self, query_vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """As `ask`; the traffic is told to `listen`."""
@@ -164,7 +164,8 @@ class FederatedStore:
             ranks = np.broadcast_to(np.arange(1, depth + 1), rows.shape)
             of = np.broadcast_to(questions[:, None], rows.shape)
             answers.append([x.ravel() for x in (of, silo.rows[rows], scores, ranks)])
-        rows, scores = fuse(*map(np.concatenate, zip(*answers, strict=True)), self.merge, asked, k)
+        merged = map(np.concatenate, zip(*answers, strict=True))
+        rows, scores = fuse(*merged, questions=len(queries), k=k, merge=self.merge)
         return rows, scores, self._traffic(queries, asked, depths, rows)
 
     def _traffic(self, queries, asked, depths, rows) -> Traffic:
@@ -190,14 +191,15 @@ class FederatedStore:
         if not self._chooses():
             return asked
         most, others = self.budget.silos, self._others()
-        share = -(-k // most)
+        own = 0 if self.asker is None else self._depth(self.asker, k)
+        share = -(-(k - own) // most)
         able = [number for number in others if self._depth(number, k) >= share]
         if len(able) < most:
             raise ConfigError(
-                f"budget: k={k} passages from {most} silos are {share} from each, which {len(able)} of "
-                f"{len(others)} silos can give; ask for fewer, or raise the budget"
+                f"budget: {k - own} passages from {most} silos are {share} from each, which "
+                f"{len(able)} of {len(others)} silos can give; ask for fewer, or raise the budget"
             )
-        nearness = np.stack([(queries @ self.silos[n].centroids.T).max(1) for n in able], axis=1)
+        nearness = np.stack([(queries @ self.published[n].T).max(1) for n in able], axis=1)
         nearest = np.argsort(-nearness, axis=1, kind="stable")[:, :most]
         asked[:, others] = False
         np.put_along_axis(asked, np.array(able)[nearest], True, axis=1)
@@ -219,13 +221,8 @@ class FederatedStore:
 def over_silos(
     retriever: Retriever,
     silos: Sequence[np.ndarray],
-    *,
-    merge: str = "score",
-    budget: Budget = Budget(),
-    asker: int | None = None,
-    centroids: int = 8,
-    listen: Callable[[Traffic], None] | None = None,
     index: type[Store] = FaissStore,
+    **settings,
 ) -> Retriever:
     """The same retriever where each silo holds, and searches, some of the passages.
 
@@ -233,33 +230,20 @@ def over_silos(
 
     Args:
       silos: corpus rows int [n] of each, such as `Partition.clients`.
-      centroids: how many vectors a silo publishes at most, for `budget.silos`.
       index: the kind of store that each silo has.
-      merge, budget, asker, listen: see `FederatedStore`.
+      settings: `merge`, `budget`, `centroids`, `asker`, `listen`, as in `FederatedStore`.
 
     Raises:
-      ConfigError: no centroid, or what `FederatedStore` refuses.
+      ConfigError: what `FederatedStore` refuses.
       DataError: a silo that is empty or names a row twice or one that there is not, or a passage that
         is with no silo.
     """
-    if centroids < 1:
-        raise ConfigError(f"centroids must be at least 1, got {centroids}")
     held = [np.sort(np.asarray(rows, np.int64)) for rows in silos]
     _check(held, len(retriever.passages))
     ids = np.array([p.id for p in retriever.passages], object)
-    store = FederatedStore(
-        silos=tuple(
-            Silo(rows, index.build(ids[rows], vectors), _centroids(vectors, centroids))
-            for rows in held
-            for vectors in [retriever.vectors[rows]]
-        ),
-        text_bytes=np.array([len(embedding_text(p).encode()) for p in retriever.passages]),
-        merge=merge,
-        budget=budget,
-        asker=asker,
-        listen=listen,
-    )
-    return dataclasses.replace(retriever, store=store)
+    text_bytes = np.array([len(embedding_text(p).encode()) for p in retriever.passages])
+    held = tuple(Silo(rows, index.build(ids[rows], retriever.vectors[rows])) for rows in held)
+    return dataclasses.replace(retriever, store=FederatedStore(held, text_bytes, **settings))
 
 
 def fuse(
@@ -267,40 +251,35 @@ def fuse(
     row: np.ndarray,
     score: np.ndarray,
     rank: np.ndarray,
-    merge: str,
-    asked: np.ndarray,
+    *,
+    questions: int,
     k: int,
+    merge: str,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and scores [Q, k] of the best among M answers of silos: [M] each, `rank` from 1.
+    """Rows and scores [Q, k], best first, of all that silos answered: int, int, float, int [M].
 
     "rrf" is reciprocal rank fusion (Cormack, Clarke and Büttcher 2009, SIGIR): a passage is worth
-    sum over silos 1 / (60 + rank). Equal worth is ordered by score, equal scores by row.
-
-    Args:
-      asked: bool [Q, S], which silos were.
+    sum over silos 1 / (60 + rank), ranks from 1. Equal worth is ordered by score, equal scores by row.
 
     Raises:
       ConfigError: fewer than k passages for a question.
     """
-    if not len(asked):
+    if not questions:
         return np.empty((0, k), np.int32), np.empty((0, k), np.float32)
     # A passage that several silos found is there once.
-    question_and_row = np.stack([question, row])
-    (question, row), first, same = np.unique(
-        question_and_row, axis=1, return_index=True, return_inverse=True
-    )
-    score = score[first]
+    rows = row.max() + 1
+    key, first, same = np.unique(question * rows + row, return_index=True, return_inverse=True)
+    (question, row), score = np.divmod(key, rows), score[first]
     worth = score
     if merge == "rrf":
-        # Rounded, because votes that are added up in another order are the same.
-        worth = np.round(np.bincount(same.ravel(), 1 / (RRF_K + rank)), 12)
+        # Rounded, because the same votes in another order may differ in the last digit.
+        worth = np.round(np.bincount(same, 1 / (RRF_K + rank)), 12)
     order = np.lexsort((row, -score, -worth, question))
-    counts = np.bincount(question, minlength=len(asked))
+    counts = np.bincount(question, minlength=questions)
     if counts.min() < k:
-        short = counts.argmin()
         raise ConfigError(
-            f"question {short}: the {asked[short].sum()} silos asked gave {counts[short]} different "
-            f"passages, k is {k}; raise the budget, or ask for fewer"
+            f"budget: the silos that question {counts.argmin()} went to have {counts.min()} different "
+            f"passages to give, k is {k}; ask for fewer, or raise the budget"
         )
     best = order[(np.cumsum(counts) - counts)[:, None] + np.arange(k)]
     return row[best].astype(np.int32), score[best]
@@ -312,7 +291,7 @@ def _centroids(vectors: np.ndarray, count: int) -> np.ndarray:
     kmeans = faiss.Kmeans(
         vectors.shape[1],
         min(count, len(vectors)),
-        niter=25,
+        niter=10,
         seed=0,
         spherical=True,
         min_points_per_centroid=1,
@@ -325,14 +304,10 @@ def _check(silos: list[np.ndarray], passages: int) -> None:
     if not silos:
         raise DataError("there are no silos; give at least one array of rows")
     for number, rows in enumerate(silos):
-        if not len(rows):
-            raise DataError(f"silo {number} has no passages; leave it out")
-        if rows[0] < 0 or rows[-1] >= passages:
+        if not len(rows) or rows[0] < 0 or rows[-1] >= passages or not np.diff(rows).all():
             raise DataError(
-                f"silo {number}: rows go from {rows[0]} to {rows[-1]}, but there are {passages} passages"
+                f"silo {number}: rows must be some of 0 to {passages - 1}, each once, got {rows}"
             )
-        if twice := rows[1:][np.diff(rows) == 0].tolist():
-            raise DataError(f"silo {number} has row {twice[0]} twice; give each once")
     if missing := np.setdiff1d(np.arange(passages), np.concatenate(silos)).tolist():
         raise DataError(
             f"passage {missing[0]} and {len(missing) - 1} others are with no silo; "
