@@ -41,6 +41,8 @@ def launch(run, config: str) -> None:
       config: path of the config file used where none is given.
     """
     _keep_pages()
+    # FAISS's threads would spin while they wait, and keep JAX's from the cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     virtual_devices(min(os.cpu_count() or 1, DEVICES))
     logging.set_verbosity(logging.WARNING)  # libraries tell a lot about themselves
     config_flags.DEFINE_config_file("config", config)

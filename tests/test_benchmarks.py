@@ -42,6 +42,16 @@ def test_decoding_against_transformers():
     assert report["ours_tokens_per_second"] > 0 and report["transformers_tokens_per_second"] > 0
 
 
+def test_search_on_the_device_against_faiss():
+    report = run("search", "--sizes=300,40,2000", "--batches=1,20", "--dimension=16", "--repeats=1")
+    for batch in ("1", "20"):
+        ours, theirs = (report[side][batch] for side in ("device_ms", "faiss_ms"))
+        assert [*ours] == [*theirs] == ["40", "300", "2000"] and min(theirs.values()) > 0
+        wins = [ours[size] < theirs[size] for size in ours]
+        always = [int(size) for i, size in enumerate(ours) if all(wins[i:])]
+        assert report["crossover"][batch] == (min(always) if always else None)
+
+
 def test_fedrag_is_asked_for_where_it_is_absent():
     command = [sys.executable, "-m", "experiments.benchmarks.against_fedrag"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

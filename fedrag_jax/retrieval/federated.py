@@ -93,7 +93,7 @@ class FederatedStore:
     text_bytes: np.ndarray
     merge: str = "score"
     budget: Budget = UNLIMITED
-    centroids: int = 8
+    centroids: int = 32
     asker: int | None = None
     listen: Callable[[Traffic], None] | None = None
 
