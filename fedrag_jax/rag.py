@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.special import log_softmax
 
+from fedrag_jax import inference
 from fedrag_jax.data.batching import Prompts
 from fedrag_jax.data.examples import Passage
 from fedrag_jax.data.prompts import PromptStyle, named_style
@@ -69,7 +71,8 @@ class RAGSystem:
           marginal_k: passages that training of the retriever marginalises over (all, if the corpus has
             fewer). More than are read, because only a question whose gold passage is among them teaches
             the retriever.
-          score_scale: of cosines in training losses; a smaller one spreads p(z|x) over more passages.
+          score_scale: of cosines in training losses and in answers that weigh passages; a smaller one
+            spreads p(z|x) over more of them.
           seed: of the adapters' random half.
 
         Raises:
@@ -124,49 +127,82 @@ class RAGSystem:
         adapters = self.adapters if adapters is None else adapters
         return dataclasses.replace(self, adapters=adapters, retriever=retriever)
 
-    def query(self, question: str, **sampling) -> Response:
+    def query(self, question: str, **how) -> Response:
         """Answers one question.
 
         Args:
-          sampling: see `batch_query`.
+          how: see `batch_query`.
         """
-        return self.batch_query([question], **sampling)[0]
+        return self.batch_query([question], **how)[0]
 
-    def batch_query(self, questions: Sequence[str], **sampling) -> list[Response]:
-        """Answers questions from their top-k passages in one prompt each.
+    def batch_query(self, questions: Sequence[str], **how) -> list[Response]:
+        """Answers questions from their top-k passages.
 
         Args:
-          sampling: `max_new_tokens`, `temperature`, `top_p`, `seed`, `stop`, as in
-            `models.writing.Sampling`: by default the likeliest answer of at most 16 tokens.
+          how: `mode` and `beams`, see `answer`; `max_new_tokens`, `temperature`, `top_p`, `seed`,
+            `stop`, as in `models.writing.Sampling`: by default the likeliest answer of at most 16
+            tokens, from one prompt with all passages.
 
         Raises:
           ConfigError: a value out of its range.
         """
         rows, scores = self.retriever.search(questions, self.top_k)
-        answers = self.answer(questions, rows, **sampling)
+        answers = self.answer(questions, rows, scores, **how)
         return [
             Response(a, tuple(self.retriever.passages[i] for i in r), tuple(map(float, s)))
             for a, r, s in zip(answers, rows, scores, strict=True)
         ]
 
     def answer(
-        self, questions: Sequence[str], rows: Sequence[Sequence[int]], **sampling
+        self,
+        questions: Sequence[str],
+        rows: Sequence[Sequence[int]],
+        scores=None,
+        *,
+        mode: str = "concatenated",
+        beams: int | None = None,
+        **sampling,
     ) -> list[str]:
         """Answers given corpus rows to read (none: closed book).
 
         Args:
+          scores: cosines [Q, k] of the rows; computed if they are not given.
+          mode: how several passages come to one answer: one of `inference.MODES`.
+          beams: hypotheses that a mode of `inference.BEAMS` holds at a time.
           sampling: see `batch_query`.
+
+        Raises:
+          ConfigError: a value out of its range; a mode other than `concatenated` with more rows for one
+            question than for another, or with none.
         """
         settings = Sampling(**sampling)
-        prompts = self._prompts(questions, rows, settings)
-        return [c.text.strip() for c in self.writer.complete(prompts, settings)]
+        beams = inference.check(mode, beams, settings)
+        if mode == "concatenated":
+            log_weights, read = None, [[some] for some in rows]
+        else:
+            log_weights = self._log_weights(questions, rows, scores, mode)
+            read = [[[row] for row in some] for some in rows]
+        prompts = [
+            self._prompts([question] * len(some), some, settings)
+            for question, some in zip(questions, read, strict=True)
+        ]
+        answers = inference.MODES[mode](self.writer, prompts, log_weights, settings, beams)
+        return [answer.strip() for answer in answers]
 
-    def stream(self, question: str, **sampling) -> Iterator[str]:
+    def stream(self, question: str, mode: str = "concatenated", **sampling) -> Iterator[str]:
         """The answer that `query` gives, in pieces as they are written.
 
         Args:
           sampling: see `batch_query`.
+
+        Raises:
+          ConfigError: with the first piece, a value out of its range or another mode.
         """
+        if mode != "concatenated":
+            raise ConfigError(
+                f"mode {mode!r} cannot be streamed: its answer is known at the end alone; use query, "
+                "or mode 'concatenated'"
+            )
         settings = Sampling(**sampling)
         rows, _ = self.retriever.search([question], self.top_k)
         (prompt,) = self._prompts([question], rows, settings)
@@ -193,6 +229,17 @@ class RAGSystem:
     def _prompts(self, questions, rows, settings: Sampling) -> list[np.ndarray]:
         limit = self.decoder.config.max_positions - settings.max_new_tokens
         return [self.prompts.prompt(q, r, limit) for q, r in zip(questions, rows, strict=True)]
+
+    def _log_weights(self, questions, rows, scores, mode: str) -> np.ndarray:
+        """log p(z | x) [Q, k], the log-softmax of scaled cosines."""
+        if 0 in (counts := {len(some) for some in rows}) or len(counts) > 1:
+            raise ConfigError(
+                f"mode {mode!r} reads equally many passages for all questions, and at least one; got "
+                f"{sorted(counts)}: use mode 'concatenated'"
+            )
+        if scores is None:
+            scores = self.retriever.cosines(questions, rows)
+        return log_softmax(self.score_scale * np.asarray(scores, np.float64), axis=-1)
 
     # --- on disk ------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """Random networks small enough to run in no time, and what the tests of networks do with them."""
 
 import functools
+import string
 
 import jax
 import jax.numpy as jnp
@@ -81,3 +82,17 @@ class _Link(nnx.Module):
 
 
 CHAIN = Network.of(Chain, TINY_ENCODER)
+
+
+def characters(letters=string.printable):
+    """A tokenizer of characters: enough for shapes and boundaries."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<s>", "</s>", "?"]
+    vocabulary = {piece: i for i, piece in enumerate([*special, *sorted({*letters} - {"?"})])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )

@@ -1,12 +1,12 @@
 """A toy RAG system: four questions about four passages, a tokenizer of characters, tiny networks."""
 
 import functools
-import string
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tiny import characters
 
 from fedrag_jax.data.batching import Prompts
 from fedrag_jax.data.examples import Dataset, Example, Passage
@@ -19,21 +19,6 @@ from fedrag_jax.objectives.joint import marginal_likelihood
 from fedrag_jax.retrieval.retriever import Retriever
 
 KEY = jax.random.key(0)
-
-
-def characters():
-    """A tokenizer of characters: enough for shapes and boundaries."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<pad>", "<s>", "</s>", "?"]
-    letters = sorted(set(string.printable) - {"?"})
-    vocabulary = {piece: i for i, piece in enumerate(special + letters)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
 
 
 TOKENIZER = characters()

@@ -15,16 +15,20 @@ RANKED = 10  # passages searched for, as MRR@10 wants
 BATCH = 32  # prompts whose likelihood is computed at once
 
 
-def evaluate(system: RAGSystem, examples: Sequence[Example]) -> dict[str, np.ndarray]:
+def evaluate(system: RAGSystem, examples: Sequence[Example], **how) -> dict[str, np.ndarray]:
     """Per-question scores in [0, 1], each [Q]: `em`, `f1`, `recall_at_5`, `mrr`.
 
-    Answers are greedy, from one prompt with the system's top-k passages. Rankings of questions
-    without a gold passage have no score: NaN.
+    Answers are greedy, from one prompt with the system's top-k passages, unless said otherwise.
+    Rankings of questions without a gold passage have no score: NaN.
+
+    Args:
+      how: `mode`, `beams` and other options of `RAGSystem.answer`.
     """
     questions = [e.question for e in examples]
     depth = min(max(RANKED, system.top_k), len(system.retriever.passages))
-    rows, _ = system.retriever.search(questions, depth)
-    scores = answers(system, examples, rows[:, : system.top_k])
+    rows, cosines = system.retriever.search(questions, depth)
+    k = system.top_k
+    scores = answers(system, examples, rows[:, :k], cosines[:, :k], **how)
     return scores | rank_scores(system.retriever, examples, rows)
 
 
@@ -77,10 +81,19 @@ def distractor_passage(system: RAGSystem, examples: Sequence[Example]) -> dict[s
 
 
 def answers(
-    system: RAGSystem, examples: Sequence[Example], rows: Sequence[Sequence[int]]
+    system: RAGSystem,
+    examples: Sequence[Example],
+    rows: Sequence[Sequence[int]],
+    scores=None,
+    **how,
 ) -> dict[str, np.ndarray]:
-    """`em`, `f1` [Q] when those corpus rows are read, whatever the retriever would find."""
-    predictions = system.answer([e.question for e in examples], rows)
+    """`em`, `f1` [Q] when those corpus rows are read, whatever the retriever would find.
+
+    Args:
+      scores: cosines [Q, k] of the rows.
+      how: see `evaluate`.
+    """
+    predictions = system.answer([e.question for e in examples], rows, scores, **how)
     return metrics.score_answers(predictions, [e.answers for e in examples])
 
 

@@ -4,17 +4,13 @@ Every function over many questions returns float64 [Q] with values in [0, 1], re
 `significance.bootstrap_interval`; tables print `percent` of it.
 """
 
-import re
-import string
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
+from fedrag_jax.data.answers import normalize_answer
 from fedrag_jax.errors import ConfigError, DataError
-
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
 def percent(scores: np.ndarray) -> float:
@@ -23,14 +19,6 @@ def percent(scores: np.ndarray) -> float:
     if not scores.size:
         raise DataError("no question was scored: an average over nothing has no value")
     return float(100 * scores.mean())
-
-
-def normalize_answer(text: str) -> str:
-    """SQuAD v1.1's normal form: lower case; no ASCII punctuation, English articles, spare spaces.
-
-    Other scripts' punctuation stays, so scores of other languages are stricter than of English.
-    """
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:

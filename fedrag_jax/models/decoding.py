@@ -100,21 +100,12 @@ def pieces(
     """
     tokens, mask = np.asarray(tokens, np.int32), np.asarray(mask, bool)
     check_options(max_new_tokens, temperature, top_p)
+    check_prompts(network, mask, max_new_tokens)
     if not 1 <= every <= PIECE:
         raise ConfigError(f"every must be between 1 and {PIECE}, got {every}")
-    if not mask[:, -1].all():
-        raise ConfigError(
-            "generation continues the last token: pad prompts on the left, not the right"
-        )
     if temperature > 0 and key is None:
         raise ConfigError(
             f"temperature {temperature:g} draws tokens at random: give a key, or temperature 0"
-        )
-    most, longest = network.config.max_positions, int(mask.sum(1).max())
-    if longest + max_new_tokens > most:
-        raise ConfigError(
-            f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} are more than the "
-            f"model's {most} positions: shorten one of them"
         )
     rows = np.arange(len(tokens)) if rows is None else rows
     options = _Options(
@@ -154,6 +145,20 @@ def check_options(max_new_tokens: int, temperature: float, top_p: float) -> None
         )
 
 
+def check_prompts(network: Network, mask: np.ndarray, max_new_tokens: int) -> None:
+    """Raises ConfigError for padding at the end of a row of `mask` [..., T], or too many tokens."""
+    if not mask[..., -1].all():
+        raise ConfigError(
+            "generation continues the last token: pad prompts on the left, not the right"
+        )
+    most, longest = network.config.max_positions, int(mask.sum(-1).max())
+    if longest + max_new_tokens > most:
+        raise ConfigError(
+            f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} are more than the "
+            f"model's {most} positions: shorten one of them"
+        )
+
+
 def bucket(length: int, least: int = 32) -> int:
     """The length rounded up: to a multiple of `least`, of long ones to an eighth of a power of two.
 
@@ -187,15 +192,10 @@ class _State(NamedTuple):
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _begin(network, sampled, room, params, adapters, tokens, mask, options):
     run = functools.partial(network, params, adapters=adapters)
-    rows, width = tokens.shape
-    positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-    cache = run(rows, room, method="empty_cache")
-    last = jnp.full((rows, 1), width - 1)
-    hidden, cache = run(tokens, positions, mask, cache=cache, read=last)
-    logits = run(hidden[:, 0], method="logits")
+    logits, position, cache = read_prompts(run, tokens, mask, room)
     token, log_prob = _choose(logits, sampled, options, jnp.int32(0))
     stopped = jnp.isin(token, options.stops)
-    state = _State(token, positions[:, -1], jnp.int32(1), stopped, cache)
+    state = _State(token, position, jnp.int32(1), stopped, cache)
     return state, token[:, None], log_prob[:, None]
 
 
@@ -203,7 +203,6 @@ def _begin(network, sampled, room, params, adapters, tokens, mask, options):
 def _advance(network, sampled, state, params, adapters, count, options):
     run = functools.partial(network, params, adapters=adapters)
     rows = len(state.token)
-    seen = jnp.ones((rows, 1), bool)
 
     def running(carry):
         i, state, *_ = carry
@@ -212,8 +211,7 @@ def _advance(network, sampled, state, params, adapters, count, options):
     def step(carry):
         i, (token, position, number, stopped, cache), tokens, log_probs = carry
         position = position + 1
-        hidden, cache = run(token[:, None], position[:, None], seen, cache=cache)
-        logits = run(hidden[:, 0], method="logits")
+        logits, cache = read_token(run, token, position, cache)
         token, log_prob = _choose(logits, sampled, options, number)
         token = jnp.where(stopped, options.pad, token)
         tokens = tokens.at[:, i].set(token)
@@ -223,6 +221,27 @@ def _advance(network, sampled, state, params, adapters, count, options):
 
     tokens, log_probs = jnp.full((rows, PIECE), options.pad), jnp.zeros((rows, PIECE), jnp.float32)
     return jax.lax.while_loop(running, step, (jnp.int32(0), state, tokens, log_probs))[1:]
+
+
+def read_prompts(run, tokens, mask, room: int):
+    """What follows prompts [B, T]: logits [B, V], the last position [B] and a cache of `room` places.
+
+    Args:
+      run: the network with its parameters.
+    """
+    rows, width = tokens.shape
+    positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+    cache = run(rows, room, method="empty_cache")
+    last = jnp.full((rows, 1), width - 1)
+    hidden, cache = run(tokens, positions, mask, cache=cache, read=last)
+    return run(hidden[:, 0], method="logits"), positions[:, -1], cache
+
+
+def read_token(run, token, position, cache: Cache):
+    """What follows one more token [B] at its position [B]: logits [B, V], and the cache with it."""
+    seen = jnp.ones((len(token), 1), bool)
+    hidden, cache = run(token[:, None], position[:, None], seen, cache=cache)
+    return run(hidden[:, 0], method="logits"), cache
 
 
 def _choose(logits, sampled, options, step):

@@ -10,12 +10,13 @@ import numpy as np
 
 from fedrag_jax.data.batching import ANSWER_TOKENS, left_padded
 from fedrag_jax.errors import ConfigError
-from fedrag_jax.models import decoding
+from fedrag_jax.models import decoding, mixture
 from fedrag_jax.models.network import Network
 
 # Prompts decoded together: few, so that a CPU keeps them in its cache.
 _ROWS = {"cpu": 10}
 _ROWS_ACCELERATOR = 64
+_ROWS_SEARCHED = {"cpu": 20}  # of prompts with one passage each, times beams
 _IN_FLIGHT = {"cpu": 4}  # such chunks decoded at once: one alone keeps two cores half busy
 _UNFINISHED = "\ufffd"  # what a character of which bytes are missing is decoded to
 
@@ -89,29 +90,78 @@ class Writer:
           ConfigError: a prompt that leaves no room for `max_new_tokens`.
         """
         sampling = sampling or Sampling()
-        order = np.argsort([len(p) for p in prompts], kind="stable")
         most = _ROWS.get(jax.default_backend(), _ROWS_ACCELERATOR)
-        # Few sizes, because each compiles anew: a power of two, or the most there can be.
-        count = min(most, 1 << max(len(prompts) - 1, 0).bit_length())
-        chunks = [order[start : start + count] for start in range(0, len(order), count)]
 
         def write(chosen):
-            filled = np.concatenate([chosen, np.repeat(chosen[-1:], count - len(chosen))])
-            written = [None] * len(chosen)
-            for texts in self._texts([prompts[i] for i in filled], filled, sampling):
-                written = texts[: len(chosen)]
-                if all(text.finish for text in written):
+            texts = []
+            for texts in self._texts([prompts[i] for i in chosen], chosen, sampling):
+                if all(text.finish for text in texts):
                     break
-            return [text.completion() for text in written]
+            return [text.completion() for text in texts]
 
-        completions: list = [None] * len(prompts)
-        with concurrent.futures.ThreadPoolExecutor(
-            _IN_FLIGHT.get(jax.default_backend(), 1)
-        ) as pool:
-            for chosen, found in zip(chunks, pool.map(write, chunks), strict=True):
-                for i, completion in zip(chosen, found, strict=True):
-                    completions[i] = completion
-        return completions
+        return chunk_by_chunk(write, [len(p) for p in prompts], most)
+
+    def search(
+        self,
+        prompts: Sequence[Sequence[np.ndarray]],
+        log_weights,
+        beams: int = 1,
+        best: int = 1,
+        sampling: Sampling | None = None,
+    ) -> list[list[Completion]]:
+        """Texts that follow several prompts at once, by `mixture.beam_search`.
+
+        Args:
+          prompts: K of each text, int [T].
+          log_weights: [B, K], log p(z | x) of the prompts.
+          beams: hypotheses held at a time; 1 is greedy.
+          best: hypotheses wanted of each text, at most `beams`.
+          sampling: `max_new_tokens` and `stop`; a stop string cuts what was found.
+
+        Returns:
+          for each text its hypotheses, the likeliest first: `best`, or as many as there are. Their
+          `log_probs` are those of the mixture.
+
+        Raises:
+          ConfigError: as `complete` and `mixture.beam_search`.
+        """
+        if not len(prompts):
+            return []
+        sampling = sampling or Sampling()
+        k, log_weights = len(prompts[0]), np.asarray(log_weights, np.float32)
+        pad = self.tokenizer.pad_token_id or 0
+        rows = _ROWS_SEARCHED.get(jax.default_backend(), _ROWS_ACCELERATOR)
+        # A power of two, like the number of texts where there are few.
+        most = 1 << (max(1, rows // (k * beams)).bit_length() - 1)
+
+        def write(chosen):
+            each = [prompt for i in chosen for prompt in prompts[i]]
+            tokens, mask = left_padded(each, pad, multiple=decoding.bucket(max(map(len, each))))
+            found = mixture.beam_search(
+                self.network,
+                self.params,
+                tokens.reshape(len(chosen), k, -1),
+                mask.reshape(len(chosen), k, -1),
+                log_weights[chosen],
+                adapters=self.adapters,
+                beams=beams,
+                best=best,
+                max_new_tokens=sampling.max_new_tokens,
+                stop_tokens=self.stop_tokens,
+                pad_token=pad,
+            )
+            return [
+                [self._completion(*one, sampling) for one in zip(*of_one, strict=True)]
+                for of_one in zip(*found, strict=True)
+            ]
+
+        found = chunk_by_chunk(write, [max(map(len, some)) for some in prompts], most)
+        return [[text for text in some if np.isfinite(text.log_probs).all()] for some in found]
+
+    def _completion(self, tokens, log_probs, sampling: Sampling) -> Completion:
+        text = _Text(self.tokenizer, self.stop_tokens, sampling)
+        text.add(tokens, log_probs)
+        return text.completion()
 
     def stream(
         self, prompt: np.ndarray, sampling: Sampling | None = None, every: int = 4
@@ -161,6 +211,21 @@ class Writer:
             for text, *new in zip(texts, *piece, strict=True):
                 text.add(*new)
             yield texts
+
+
+def chunk_by_chunk(write, lengths: Sequence[int], most: int) -> list:
+    """What `write(chosen)` gives for each of the numbers it is given, those of like length together."""
+    order = np.argsort(lengths, kind="stable")
+    # Few sizes, because each compiles anew: a power of two, or the most there can be.
+    count = min(most, 1 << max(len(lengths) - 1, 0).bit_length())
+    chunks = [order[start : start + count] for start in range(0, len(order), count)]
+    filled = (np.concatenate([c, np.repeat(c[-1:], count - len(c))]) for c in chunks)
+    written: list = [None] * len(lengths)
+    with concurrent.futures.ThreadPoolExecutor(_IN_FLIGHT.get(jax.default_backend(), 1)) as pool:
+        for chosen, found in zip(chunks, pool.map(write, filled), strict=True):
+            for i, one in zip(chosen, found, strict=False):
+                written[i] = one
+    return written
 
 
 class _Text:

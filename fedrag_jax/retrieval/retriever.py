@@ -109,6 +109,11 @@ class Retriever:
         tell("searching", clock.lap().others)
         return found
 
+    def cosines(self, questions: Sequence[str], rows) -> np.ndarray:
+        """Cosines float32 [Q, k] of questions with their corpus rows int [Q, k]."""
+        passages = self.vectors[np.asarray(rows)]
+        return np.einsum("qd,qkd->qk", self.embed_questions(questions), passages)
+
 
 def headed(vectors, head=None):
     """Vectors [..., D], of NumPy or JAX, times a head [D, E] if there is one, at unit length.

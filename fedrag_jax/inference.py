@@ -1,0 +1,181 @@
+"""Ways to answer a question from several passages, by name in `MODES`.
+
+| mode | answer | source |
+|---|---|---|
+| concatenated | of one prompt with all passages | |
+| ensemble | greedy on the mixture of next tokens | RA-DIT (2310.01352), Eq. 2; REPLUG (2301.12652) |
+| rag_token | beam search on that mixture | Lewis et al. 2020 (2005.11401), section 2.5 |
+| rag_sequence_thorough | likeliest under the mixture of answers, all scored | the same |
+| rag_sequence_fast | likeliest under it, as far as the search has scored them | the same |
+| vote | what most passages answer by themselves | REPLUG, question answering |
+
+All but the first have a prompt for each passage z, weighed by p(z|x), the softmax of scaled cosines
+over the passages read. With one passage and one beam all modes give the same answer.
+
+Every mode is `mode(writer, prompts, log_weights, sampling, beams) -> [str]` over `prompts` [B][K] of
+int [T], K prompts a question (one a passage, or one with all), and `log_weights` [B, K], log p(z|x).
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from scipy.special import logsumexp
+
+from fedrag_jax.data.answers import normalize_answer
+from fedrag_jax.errors import ConfigError
+from fedrag_jax.models import decoding
+from fedrag_jax.models.writing import Completion, Sampling, Writer, chunk_by_chunk
+from fedrag_jax.objectives.likelihood import answer_log_probs
+
+Asked = Sequence[Sequence[np.ndarray]]
+_SCORED = {"cpu": 8}  # prompts with an answer whose likelihood is computed at once
+_SCORED_ACCELERATOR = 64
+
+
+def concatenated(
+    writer: Writer, prompts: Asked, log_weights, sampling: Sampling, beams
+) -> list[str]:
+    """The continuation of each question's only prompt; `log_weights` are not looked at."""
+    return [c.text for c in writer.complete([prompt for (prompt,) in prompts], sampling)]
+
+
+def ensemble(writer: Writer, prompts: Asked, log_weights, sampling: Sampling, beams) -> list[str]:
+    """Greedy on p'(y_i | x, y_<i) = sum_z p(z|x) p(y_i | x, z, y_<i): `rag_token` with one beam."""
+    return rag_token(writer, prompts, log_weights, sampling, beams=1)
+
+
+def rag_token(writer: Writer, prompts: Asked, log_weights, sampling: Sampling, beams) -> list[str]:
+    """Beam search on p'(y_i | x, y_<i) = sum_z p(z|x) p(y_i | x, z, y_<i).
+
+    With one beam it is the `ensemble` of RA-DIT and REPLUG.
+    """
+    found = writer.search(prompts, log_weights, beams=beams, sampling=sampling)
+    return [best.text for best, *_ in found]
+
+
+def rag_sequence_thorough(
+    writer: Writer, prompts: Asked, log_weights, sampling: Sampling, beams
+) -> list[str]:
+    """The y with the highest p(y|x) = sum_z p(z|x) p(y|x,z) among the `beams` likeliest of each z.
+
+    Every y is scored with every passage: all tokens that were written, EOS included.
+    """
+    asked, candidates = [], []
+    for i, of_passages in enumerate(_own_answers(writer, prompts, sampling, beams)):
+        distinct = {tuple(c.tokens.tolist()): c for found in of_passages for c in found}
+        asked += [i] * len(distinct)
+        candidates += distinct.values()
+    log_probs = _log_probs(writer, [prompts[i] for i in asked], [c.tokens for c in candidates])
+    scored: list = [[] for _ in prompts]
+    for i, candidate, of_passages in zip(asked, candidates, log_probs, strict=True):
+        scored[i].append((logsumexp(log_weights[i] + of_passages), candidate.text))
+    return [max(some)[1] for some in scored]
+
+
+def rag_sequence_fast(
+    writer: Writer, prompts: Asked, log_weights, sampling: Sampling, beams
+) -> list[str]:
+    """As `rag_sequence_thorough`, but p(y|x,z) is 0 for passages z whose own search did not find y."""
+    answers = []
+    own = _own_answers(writer, prompts, sampling, beams)
+    for of_passages, r in zip(own, log_weights, strict=True):
+        terms = defaultdict(list)
+        for found, r_z in zip(of_passages, r, strict=True):
+            for c in found:
+                terms[tuple(c.tokens.tolist()), c.text].append(r_z + c.log_probs.sum())
+        answers.append(max((logsumexp(terms[y]), y[1]) for y in terms)[1])
+    return answers
+
+
+def vote(writer: Writer, prompts: Asked, log_weights, sampling: Sampling, beams) -> list[str]:
+    """Each passage gives its greedy answer exp(mean token log-prob) x p(z|x) votes; equal ones add up.
+
+    Answers are equal if their normal forms are (SQuAD's). Of those that win, the text with the most
+    votes of a single passage is given.
+    """
+    answers = []
+    own = _own_answers(writer, prompts, sampling, beams=1)
+    for of_passages, r in zip(own, log_weights, strict=True):
+        votes = defaultdict(list)
+        for (c,), r_z in zip(of_passages, r, strict=True):
+            votes[normalize_answer(c.text)].append((math.exp(r_z + c.log_probs.mean()), c.text))
+        # fsum, so that the order of the passages does not matter.
+        winners = max(votes.values(), key=lambda some: (math.fsum(v for v, _ in some), max(some)))
+        answers.append(max(winners)[1])
+    return answers
+
+
+MODES = {
+    f.__name__: f
+    for f in (concatenated, ensemble, rag_token, rag_sequence_thorough, rag_sequence_fast, vote)
+}
+# Beams of the modes that search with several, unless said otherwise; Lewis et al. answer questions
+# greedily where they search passage by passage.
+BEAMS = {"rag_token": 4, "rag_sequence_thorough": 1, "rag_sequence_fast": 1}
+
+
+def check(mode: str, beams: int | None, sampling: Sampling) -> int:
+    """The number of beams of a mode.
+
+    Raises:
+      ConfigError: an unknown mode, beams for one that has none or below 1, a temperature for one that
+        draws nothing.
+    """
+    if mode not in MODES:
+        raise ConfigError(f"mode must be one of {[*MODES]}, got {mode!r}")
+    if beams is not None and mode not in BEAMS:
+        raise ConfigError(
+            f"mode {mode!r} takes no beams, got {beams}; those that do are {[*BEAMS]}"
+        )
+    if beams is not None and beams < 1:
+        raise ConfigError(f"beams must be at least 1, got {beams}")
+    if sampling.temperature and mode != "concatenated":
+        raise ConfigError(
+            f"mode {mode!r} takes the likeliest tokens, got temperature {sampling.temperature:g}: set "
+            "it to 0, or use mode 'concatenated'"
+        )
+    return BEAMS.get(mode, 1) if beams is None else beams
+
+
+def _own_answers(
+    writer: Writer, prompts: Asked, sampling: Sampling, beams: int
+) -> list[list[list[Completion]]]:
+    """Of each question and prompt the `beams` likeliest answers, the likeliest first."""
+    flat = [[prompt] for some in prompts for prompt in some]
+    certain = np.zeros((len(flat), 1))
+    found = iter(writer.search(flat, certain, beams=beams, best=beams, sampling=sampling))
+    return [[next(found) for _ in some] for some in prompts]
+
+
+def _log_probs(writer: Writer, prompts: Asked, answers: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """log p(y | prompt) float64 [M][K] of answers y, int [A] each, after each of their K prompts."""
+    pairs = [(prompt, y) for some, y in zip(prompts, answers, strict=True) for prompt in some]
+    rows = [np.concatenate(pair) for pair in pairs]
+    most = _SCORED.get(jax.default_backend(), _SCORED_ACCELERATOR)
+
+    def score(chosen):
+        lengths = np.array([[len(rows[i])] for i in chosen])
+        starts = np.array([[len(pairs[i][0])] for i in chosen])
+        a = decoding.bucket(int((lengths - starts).max()), 8)
+        width = decoding.bucket(int(lengths.max()))
+        tokens = np.zeros((len(chosen), 1, width), np.int32)
+        for row, i in zip(tokens, chosen, strict=True):
+            row[0, : len(rows[i])] = rows[i]
+        places = starts + np.arange(a)
+        written = places < lengths
+        batch = {
+            "tokens": tokens,
+            "lengths": lengths,
+            "answer_positions": np.where(written, places, 1)[:, None],
+        }
+        found = _answer_log_probs(writer.network, writer.params, writer.adapters, batch)
+        return (np.asarray(found, np.float64)[:, 0] * written).sum(1)
+
+    found = iter(chunk_by_chunk(score, [len(row) for row in rows], most))
+    return [np.array([next(found) for _ in some]) for some in prompts]
+
+
+_answer_log_probs = jax.jit(answer_log_probs, static_argnums=0)
