@@ -90,6 +90,8 @@ class Comparison:
         """The learning rate chosen for a part of a task in a setting, or for its kind."""
         known = self.config.learning_rates
         rates = known[setting if setting in known else setting.partition("_")[0]]
+        if task in rates:
+            return rates[task]
         if task.startswith("rag_"):
             return rates.marginal_generator if part == "adapters" else rates.marginal_retriever
         return rates.generator if part == "adapters" else rates.retriever

@@ -16,8 +16,8 @@ from ml_collections import ConfigDict
 
 from fedrag_jax.errors import ConfigError, FedragError
 
-EXPERIMENTS = ("compare_strategies", "heterogeneity", "lora_aggregation", "methods",
-               "index_refresh")  # fmt: skip
+EXPERIMENTS = ("compare_strategies", "heterogeneity", "index_refresh", "inference_modes",
+               "lora_aggregation", "methods")  # fmt: skip
 
 
 def rebuild(folder: pathlib.Path) -> list[str]:

@@ -1,6 +1,6 @@
 """Experiments of seconds."""
 
-from configs import compare_strategies, heterogeneity, lora_aggregation
+from configs import compare_strategies, heterogeneity, inference_modes, lora_aggregation
 
 
 def small():
@@ -26,6 +26,13 @@ def small_aggregation():
     config = _short(lora_aggregation.get_config())
     config.seeds, config.rules, config.ranks = (0, 1), ("fedit", "fedex"), (2,)
     config.alphas, config.learning_rates, config.validation_questions = (1.0,), (5e-4, 1e-3), 40
+    return config
+
+
+def small_modes():
+    config = _short(inference_modes.get_config())
+    config.strategies, config.modes = ("none", "ralt"), ("concatenated", "rag_token")
+    config.data.test_questions, config.beams = 30, 2
     return config
 
 

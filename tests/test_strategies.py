@@ -23,6 +23,7 @@ TRAINED = {
     "none": [],
     "retriever": [{"query"}],
     "generator": [{"adapters"}],
+    "ralt": [{"adapters"}],
     "independent": [{"query"}, {"adapters"}],
     "two_phase": [{"adapters"}, {"query"}],
     "joint_token": [{"adapters", "query"}],

@@ -16,7 +16,9 @@ from fedrag_jax.models.network import Network
 # Prompts decoded together: few, so that a CPU keeps them in its cache.
 _ROWS = {"cpu": 10}
 _ROWS_ACCELERATOR = 64
-_ROWS_SEARCHED = {"cpu": 20}  # of prompts with one passage each, times beams
+# Prompts with one passage each, times beams, of those that are mixed.
+_ROWS_SEARCHED = {"cpu": 20}
+_ROWS_SEARCHED_ACCELERATOR = 256
 _IN_FLIGHT = {"cpu": 4}  # such chunks decoded at once: one alone keeps two cores half busy
 _UNFINISHED = "\ufffd"  # what a character of which bytes are missing is decoded to
 
@@ -130,7 +132,7 @@ class Writer:
         sampling = sampling or Sampling()
         k, log_weights = len(prompts[0]), np.asarray(log_weights, np.float32)
         pad = self.tokenizer.pad_token_id or 0
-        rows = _ROWS_SEARCHED.get(jax.default_backend(), _ROWS_ACCELERATOR)
+        rows = _ROWS_SEARCHED.get(jax.default_backend(), _ROWS_SEARCHED_ACCELERATOR)
         # A power of two, like the number of texts where there are few.
         most = 1 << (max(1, rows // (k * beams)).bit_length() - 1)
 

@@ -1,10 +1,13 @@
-"""The fine-tuning strategies of Lawton et al. 2025 (arXiv 2510.01600), section 2.
+"""The fine-tuning strategies of Lawton et al. 2025 (arXiv 2510.01600), section 2, and RA-DIT's.
 
 | strategy | trains | objective | needs gold passages |
 |---|---|---|---|
 | none | nothing | | no |
 | retriever | query encoder | multiple-negatives ranking | yes |
 | generator | adapters | answer NLL over the base retriever's passages, in one prompt | no |
+| ralt | adapters | answer NLL over the same passages, in a prompt each: RA-DIT (2310.01352) | no |
+| lsr | query encoder | KL to what the base generator makes of its passages: RA-DIT | no |
+| ra_dit | nothing more | puts these two together | no |
 | independent | nothing more | puts those two together | yes |
 | two_phase | adapters, then query encoder | RAG-Token, the other part frozen | no |
 | joint_token | both at once | RAG-Token | no |
@@ -94,6 +97,26 @@ def generator(system: RAGSystem, dataset: Dataset) -> Tasks:
 
 
 @strategy
+def ralt(system: RAGSystem, dataset: Dataset) -> Tasks:
+    """Adapters tuned on what the base retriever finds, passage by passage."""
+    return system.replace(**(yield OBJECTIVES["ralt"].task(system, dataset)))
+
+
+@strategy
+def lsr(system: RAGSystem, dataset: Dataset) -> Tasks:
+    """The query encoder tuned by what the base generator makes of its passages."""
+    return system.replace(**(yield OBJECTIVES["lsr"].task(system, dataset)))
+
+
+@strategy
+def ra_dit(system: RAGSystem, dataset: Dataset) -> Tasks:
+    """RA-DIT: both of these, each beside the untuned other."""
+    read = yield from ralt.tasks(system, dataset)
+    found = yield from lsr.tasks(system, dataset)
+    return system.replace(query=found.retriever.query, adapters=read.adapters)
+
+
+@strategy
 def independent(system: RAGSystem, dataset: Dataset) -> Tasks:
     """The tuned retriever and the tuned generator, which have never met."""
     found = yield from retriever.tasks(system, dataset)
@@ -134,5 +157,16 @@ def joint_sequence(system: RAGSystem, dataset: Dataset) -> Tasks:
 
 STRATEGIES = {
     f.__name__: f
-    for f in (none, retriever, generator, independent, two_phase, joint_token, joint_sequence)
+    for f in (
+        none,
+        retriever,
+        generator,
+        ralt,
+        lsr,
+        ra_dit,
+        independent,
+        two_phase,
+        joint_token,
+        joint_sequence,
+    )
 }

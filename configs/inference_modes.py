@@ -1,0 +1,29 @@
+"""Ways to fine-tune a generator against ways to answer with it: which suits which.
+
+Training reads all passages in one prompt (`generator`) or one passage in each (`ralt`, `two_phase`,
+`joint_token`, `joint_sequence`); so does answering.
+
+    python -m experiments.inference_modes --config=configs/inference_modes.py
+    python -m experiments.inference_modes --config=configs/inference_modes.py \
+        --config.name=beams --config.modes="('rag_token',)" --config.beams=8
+"""
+
+from ml_collections import ConfigDict
+
+from configs import compare_strategies
+
+
+def get_config() -> ConfigDict:
+    config = compare_strategies.get_config()
+    config.name = "inference_modes"
+    config.strategies = (
+        "none", "generator", "ralt", "two_phase", "joint_token", "joint_sequence"
+    )  # fmt: skip
+    config.settings = ("centralised",)  # one, and not "local"
+    config.data.test_questions = 500
+    config.modes = (
+        "concatenated", "ensemble", "rag_token", "rag_sequence_thorough", "rag_sequence_fast", "vote"
+    )  # fmt: skip
+    config.beams = 0  # of the modes that have some; 0 is the usual number of each
+    config.learning_rates.centralised.ralt = 1e-3
+    return config
