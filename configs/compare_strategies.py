@@ -25,6 +25,7 @@ def get_config() -> ConfigDict:
     # federated_1 is federated with alpha 1, federated_inf with an even split.
     config.settings = ("centralised", "federated", "local")
     config.primary_metric = "em"  # what is claimed is claimed of this; decided before a run
+    config.mode = "concatenated"  # how questions are answered, see fedrag_jax/inference.py
 
     # Data: "world", "squad", "hotpotqa", or a folder with questions.jsonl and passages.jsonl.
     # Without labels, training questions do not tell their gold passages.

@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     config.name = "lora_aggregation"
     config.seeds = (0, 1, 2)
     # These are of the comparison of strategies.
-    for name in ("strategies", "settings", "learning_rates", "primary_metric"):
+    for name in ("strategies", "settings", "learning_rates", "primary_metric", "mode"):
         del config[name]
     for name in ("marginal_k", "score_scale"):
         del config.retrieval[name]

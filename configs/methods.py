@@ -16,7 +16,8 @@ def get_config() -> ConfigDict:
     config.name = "methods"
     config.seeds = (0, 1, 2)
     config.settings = ("centralised",)
-    del config["strategies"], config["learning_rates"], config["primary_metric"]
+    for name in ("strategies", "learning_rates", "primary_metric", "mode"):
+        del config[name]
     # "no_op" is the first of them at a learning rate of 0, which must change nothing.
     config.objectives = ("no_op", *OBJECTIVES)
     # Of each part in the first round, falling linearly, times the factor that does best on so many

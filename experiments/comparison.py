@@ -159,7 +159,7 @@ def compute_cell(
         cost += Cost(evaluate_seconds=known.cost.evaluate_seconds)
     else:
         clock = Clock()
-        found = [evaluate(system, test) for system in systems]
+        found = [evaluate(system, test, mode=run.config.mode) for system in systems]
         lap = clock.lap()
         cost += Cost(evaluate_seconds=lap.others + lap.searching, compile_seconds=lap.compiling)
         scores = {metric: np.mean([f[metric] for f in found], axis=0) for metric in found[0]}

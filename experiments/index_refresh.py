@@ -182,7 +182,7 @@ COLUMNS = ("policy", "setting", "seeds", "recall_at_5", "recall_at_5_low", "reca
 
 def report(config, folder: pathlib.Path):
     """Writes index_refresh.csv and returns the `Report`."""
-    from fedrag_jax.tracking import figures, tables
+    from fedrag_jax.tracking import experiment_figures, tables
     from fedrag_jax.tracking.report import Report, Section
 
     rows = rows_of(config, folder)
@@ -211,7 +211,7 @@ def report(config, folder: pathlib.Path):
                 "refresh",
                 "Left: Recall@5 with a fresh index after training, over the passages re-embedded in "
                 "training. Right: how stale the index is before each retrieval and at the end.",
-                figure=figures.refresh_policies(rows),
+                figure=experiment_figures.refresh_policies(rows),
             ),
             Section(
                 "Policies",

@@ -32,6 +32,7 @@ def check(config) -> None:
     Raises:
       ConfigError: names the setting, its value and what it may be.
     """
+    from fedrag_jax.inference import MODES
     from fedrag_jax.strategies.settings import parse
     from fedrag_jax.strategies.strategies import STRATEGIES
     from fedrag_jax.tracking.comparison import METRICS
@@ -48,6 +49,8 @@ def check(config) -> None:
         raise ConfigError(
             f"config.federated.participation must be in (0, 1], got {config.federated.participation}"
         )
+    if config.mode not in MODES:
+        raise ConfigError(f"config.mode: {config.mode!r} unknown; choose among {[*MODES]}")
     if config.primary_metric not in METRICS:
         raise ConfigError(
             f"config.primary_metric: {config.primary_metric!r} unknown; choose among {[*METRICS]}"

@@ -199,7 +199,7 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
 
 def report(config, folder: pathlib.Path):
     """Writes lora_aggregation.csv and returns the `Report`."""
-    from fedrag_jax.tracking import figures, tables
+    from fedrag_jax.tracking import experiment_figures, tables
     from fedrag_jax.tracking.report import Report, Section
 
     rows = rows_of(config, folder)
@@ -242,7 +242,7 @@ def report(config, folder: pathlib.Path):
                 "rules",
                 "NLL of the answers to test questions with 95% intervals; the dotted line is the "
                 "untuned generator.",
-                figure=figures.over_rules(rows, untuned["nll"]),
+                figure=experiment_figures.over_rules(rows, untuned["nll"]),
             ),
             Section(
                 "Quality",

@@ -179,7 +179,7 @@ def verdict(row) -> str:
 
 def report(config, folder: pathlib.Path):
     """Writes methods.csv and returns the `Report`."""
-    from fedrag_jax.tracking import figures, tables
+    from fedrag_jax.tracking import experiment_figures, tables
     from fedrag_jax.tracking.report import Report, Section
 
     rows = rows_of(config, folder)
@@ -208,7 +208,7 @@ def report(config, folder: pathlib.Path):
                 "Figure",
                 "differences",
                 "What each objective adds to the part it trains, with 95% intervals over questions.",
-                figure=figures.differences(rows),
+                figure=experiment_figures.differences(rows),
             ),
             Section(
                 "Objectives",

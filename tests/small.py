@@ -1,6 +1,15 @@
 """Experiments of seconds."""
 
-from configs import compare_strategies, heterogeneity, inference_modes, lora_aggregation
+from ml_collections import ConfigDict
+
+from configs import (
+    compare_strategies,
+    heterogeneity,
+    index_refresh,
+    inference_modes,
+    lora_aggregation,
+    methods,
+)
 
 
 def small():
@@ -33,6 +42,23 @@ def small_modes():
     config = _short(inference_modes.get_config())
     config.strategies, config.modes = ("none", "ralt"), ("concatenated", "rag_token")
     config.data.test_questions, config.beams = 30, 2
+    return config
+
+
+def small_methods():
+    config = _short(methods.get_config())
+    config.seeds, config.objectives = (0,), ("no_op", "in_batch", "concatenated")
+    config.settings, config.rate_factors = ("federated",), (1.0,)
+    config.validation_questions = 40
+    return config
+
+
+def small_refresh():
+    config = _short(index_refresh.get_config())
+    config.seeds, config.settings, config.training.rounds = (0,), ("federated",), 2
+    kept = {name: config.policies[name] for name in ("never", "every 1", "in use 40", "query_side")}
+    config.policies, config.rate_factors = ConfigDict(kept), (10.0,)
+    config.validation_questions = config.probe_questions = 40
     return config
 
 

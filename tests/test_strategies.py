@@ -24,6 +24,8 @@ TRAINED = {
     "retriever": [{"query"}],
     "generator": [{"adapters"}],
     "ralt": [{"adapters"}],
+    "lsr": [{"query"}],
+    "ra_dit": [{"adapters"}, {"query"}],
     "independent": [{"query"}, {"adapters"}],
     "two_phase": [{"adapters"}, {"query"}],
     "joint_token": [{"adapters", "query"}],

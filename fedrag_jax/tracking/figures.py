@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fedrag_jax.tracking.cells import Cell
-from fedrag_jax.tracking.comparison import METRICS, by_cell
+from fedrag_jax.tracking.comparison import by_cell
 
 LABELS = {
     "none": "none",
@@ -28,9 +28,18 @@ COLORS = dict(
     )
 )
 MARKERS = dict(zip(LABELS, "ovs^DPX", strict=True))
+# RA-DIT's, which tune the same parts, look like those.
+for _name, _label, _like in (
+    ("lsr", "LSR", "retriever"),
+    ("ralt", "RALT", "generator"),
+    ("ra_dit", "RA-DIT", "independent"),
+):
+    LABELS[_name], COLORS[_name], MARKERS[_name] = _label, COLORS[_like], MARKERS[_like]
 TASKS = {
     "multiple_negatives_ranking": "retriever: ranking",
+    "lsr": "retriever: LSR",
     "concatenated": "generator: answer NLL",
+    "ralt": "generator: RALT",
     "rag_token_adapters": "two-phase, 1: generator",
     "rag_token_query": "two-phase, 2: retriever",
     "rag_token_adapters_query": "joint, RAG-Token",
@@ -80,7 +89,7 @@ def quality_against_cost(rows: Sequence[dict[str, Any]]):
     if not rows:
         return None
     settings = list(dict.fromkeys(row["setting"] for row in rows))
-    fig, axes = _panels(len(settings), most=3, width=2.6, height=2.7, sharey=True)
+    fig, axes = panels(len(settings), most=3, width=2.6, height=2.7, sharey=True)
     for ax, setting in zip(axes.flat, settings, strict=False):
         for row in (r for r in rows if r["setting"] == setting):
             name = row["strategy"]
@@ -101,7 +110,7 @@ def quality_against_cost(rows: Sequence[dict[str, Any]]):
     low, high = axes[0][0].get_ylim()
     if high - low < 1:  # all the same, such as 0: still a scale of percent
         axes[0][0].set_ylim((low + high) / 2 - 1, (low + high) / 2 + 1)
-    handles, labels = _legend(axes)
+    handles, labels = legend(axes)
     fig.legend(handles, labels, loc="upper center", ncols=4, bbox_to_anchor=(0.5, 0.0))
     fig.tight_layout()
     return fig
@@ -120,7 +129,7 @@ def learning_curves(cells: Sequence[Cell]):
     tasks = [task for task in TASKS if task in curves]
     if not tasks:
         return None
-    fig, axes = _panels(len(tasks), most=3, width=2.7, height=2.3)
+    fig, axes = panels(len(tasks), most=3, width=2.7, height=2.3)
     settings = dict.fromkeys(setting for runs in curves.values() for setting in runs)
     others = itertools.cycle(OTHER_STYLES)
     styles = {s: SETTING_STYLES.get(s) or next(others) for s in settings}
@@ -141,13 +150,13 @@ def learning_curves(cells: Sequence[Cell]):
         ax.set_xlabel("training examples seen")
     for row in axes:
         row[0].set_ylabel("training loss")
-    handles, labels = _legend(axes)
+    handles, labels = legend(axes)
     fig.legend(handles, labels, loc="upper center", ncols=3, bbox_to_anchor=(0.5, 0.01))
     fig.tight_layout()
     return fig
 
 
-def _panels(count: int, most: int, width: float, height: float, **shared):
+def panels(count: int, most: int, width: float, height: float, **shared):
     """A figure and axes [lines, columns], at most so many in a line; width and height of one."""
     columns = min(most, count)
     lines = -(-count // columns)
@@ -158,7 +167,7 @@ def _panels(count: int, most: int, width: float, height: float, **shared):
     return fig, axes
 
 
-def _legend(axes):
+def legend(axes):
     """Handles and labels of all panels, each once."""
     pairs = (pair for ax in axes.flat for pair in zip(*ax.get_legend_handles_labels(), strict=True))
     found = {label: handle for handle, label in pairs}
@@ -176,7 +185,7 @@ def over_factors(rows: Sequence[dict[str, Any]], names: dict[str, str], usual: d
     if not rows:
         return None
     factors = list(dict.fromkeys(row["factor"] for row in rows))
-    fig, axes = _panels(len(factors), most=2, width=3.0, height=2.5, sharey=True)
+    fig, axes = panels(len(factors), most=2, width=3.0, height=2.5, sharey=True)
     for ax, factor in zip(axes.flat, factors, strict=False):
         values = sorted({row["value"] for row in rows if row["factor"] == factor})
         names_here = list(dict.fromkeys(row["strategy"] for row in rows))
@@ -201,126 +210,7 @@ def over_factors(rows: Sequence[dict[str, Any]], names: dict[str, str], usual: d
         ax.set_xlabel(names[factor])
     for line in axes:
         line[0].set_ylabel("test exact match (%)")
-    handles, labels = _legend(axes)
-    fig.legend(handles, labels, loc="upper center", ncols=4, bbox_to_anchor=(0.5, 0.0))
-    fig.tight_layout()
-    return fig
-
-
-def differences(rows: Sequence[dict[str, Any]]):
-    """What each objective adds, with its interval, a panel for each metric and a colour for each
-    setting: a Matplotlib figure, or None.
-
-    Args:
-      rows: `objective`, `setting`, `metric`, `difference`, `low`, `high`.
-    """
-    rows = [row for row in rows if row.get("difference") is not None]
-    if not rows:
-        return None
-    metrics, settings = (list(dict.fromkeys(r[key] for r in rows)) for key in ("metric", "setting"))
-    names = {
-        m: list(dict.fromkeys(r["objective"] for r in rows if r["metric"] == m)) for m in metrics
-    }
-    plt = pyplot()
-    height = 0.6 + 0.24 * max(map(len, names.values()))
-    fig, axes = plt.subplots(1, len(metrics), figsize=(2.9 * len(metrics), height), squeeze=False)
-    styles = [*SETTING_STYLES.values(), *OTHER_STYLES]
-    for ax, metric in zip(axes[0], metrics, strict=True):
-        for i, setting in enumerate(settings):
-            some = [r for r in rows if (r["metric"], r["setting"]) == (metric, setting)]
-            y = np.array([names[metric].index(r["objective"]) for r in some], float)
-            x = np.array([r["difference"] for r in some])
-            error = x - [r["low"] for r in some], [r["high"] for r in some] - x
-            color, _ = SETTING_STYLES.get(setting, styles[i % len(styles)])
-            ax.errorbar(
-                x, y + 0.22 * (i - (len(settings) - 1) / 2), xerr=error, fmt="o", ms=4, capsize=2,
-                lw=1, color=color, label=setting_name(setting),
-            )  # fmt: skip
-        ax.axvline(0, color="#000000", lw=1, ls=":")
-        ax.set_yticks(range(len(names[metric])), names[metric])
-        ax.set_ylim(len(names[metric]) - 0.5, -0.5)
-        ax.set_xlabel(f"{METRICS.get(metric, metric)}, difference in points")
-    if len(settings) > 1:
-        handles, labels = _legend(axes)
-        fig.legend(handles, labels, loc="upper center", ncols=4, bbox_to_anchor=(0.5, 0.0))
-    fig.tight_layout()
-    return fig
-
-
-def refresh_policies(rows: Sequence[dict[str, Any]]):
-    """Recall@5 over the passages re-embedded, and how stale indexes are over retrievals, a line of
-    panels for each setting: a Matplotlib figure, or None.
-
-    Args:
-      rows: `policy`, `setting`, `recall_at_5` with `_low` and `_high`, `embedded`, `stale_by_refresh`.
-    """
-    if not rows:
-        return None
-    settings, policies = (
-        list(dict.fromkeys(row[key] for row in rows)) for key in ("setting", "policy")
-    )
-    plt = pyplot()
-    fig, axes = plt.subplots(
-        len(settings), 2, figsize=(7.0, 2.4 * len(settings) + 0.4), squeeze=False, sharex="col"
-    )
-    palette = [*COLORS.values(), "#777777"]
-    for (quality, age), setting in zip(axes, settings, strict=True):
-        for row in (r for r in rows if r["setting"] == setting):
-            place = policies.index(row["policy"])
-            look = {"color": palette[place % len(palette)], "label": row["policy"]}
-            marker = list(MARKERS.values())[place % len(MARKERS)]
-            y = row["recall_at_5"]
-            error = [[y - row["recall_at_5_low"]], [row["recall_at_5_high"] - y]]
-            quality.errorbar(
-                row["embedded"], y, yerr=error, fmt=marker, ms=5, capsize=2, lw=1, **look
-            )
-            stale = row["stale_by_refresh"]
-            age.plot(range(1, len(stale) + 1), stale, marker=marker, ms=4, lw=1, **look)
-        quality.set_ylabel(f"{setting_name(setting)}\nRecall@5 (%)")
-        quality.set_xscale("symlog", linthresh=1000)
-        quality.set_xlim(left=-100)
-        age.set_ylabel("stale passages (%)")
-    axes[-1][0].set_xlabel("passages re-embedded")
-    axes[-1][1].set_xlabel("stretch between retrievals")
-    handles, labels = _legend(axes)
-    fig.legend(handles, labels, loc="upper center", ncols=4, bbox_to_anchor=(0.5, 0.0))
-    fig.tight_layout()
-    return fig
-
-
-RULES = {"fedit": "FedIT", "ffa": "FFA", "rolora": "RoLoRA", "flora": "FLoRA", "fedex": "FedEx",
-         "flexlora": "FlexLoRA", "fedsa": "FedSA"}  # fmt: skip
-
-
-def over_rules(rows: Sequence[dict[str, Any]], untuned: float):
-    """Answer NLL of aggregation rules by rank, a panel per alpha: a Matplotlib figure, or None.
-
-    Args:
-      rows: `rule`, `rank`, `alpha`, `nll`, `nll_low`, `nll_high`.
-      untuned: the NLL before training.
-    """
-    if not rows:
-        return None
-    alphas, ranks, rules = (
-        list(dict.fromkeys(row[key] for row in rows)) for key in ("alpha", "rank", "rule")
-    )
-    fig, axes = _panels(len(alphas), most=3, width=3.4, height=2.5, sharey=True)
-    for ax, alpha in zip(axes.flat, alphas, strict=False):
-        for i, rank in enumerate(ranks):
-            some = [r for r in rows if (r["alpha"], r["rank"]) == (alpha, rank)]
-            x = np.array([rules.index(r["rule"]) for r in some]) + 0.2 * (i - (len(ranks) - 1) / 2)
-            nll = np.array([r["nll"] for r in some])
-            error = nll - [r["nll_low"] for r in some], [r["nll_high"] for r in some] - nll
-            color, marker = list(COLORS.values())[1:][i % 6], list(MARKERS.values())[i % 7]
-            ax.errorbar(
-                x, nll, yerr=error, fmt=marker, ms=5, capsize=2, lw=1, color=color,
-                label=f"rank {rank}",
-            )  # fmt: skip
-        ax.axhline(untuned, color="#000000", lw=1, ls=":", label="untuned")
-        ax.set_xticks(range(len(rules)), [RULES[rule] for rule in rules], rotation=35)
-        ax.set_title(f"α = {alpha:g}".replace("inf", "∞"), fontsize=10)
-    axes[0][0].set_ylabel("NLL of test answers (nats)")
-    handles, labels = _legend(axes)
+    handles, labels = legend(axes)
     fig.legend(handles, labels, loc="upper center", ncols=4, bbox_to_anchor=(0.5, 0.0))
     fig.tight_layout()
     return fig

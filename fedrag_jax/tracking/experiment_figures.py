@@ -1,0 +1,137 @@
+"""Figures of single experiments: rules, objectives, refresh policies."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fedrag_jax.tracking.comparison import METRICS
+from fedrag_jax.tracking.figures import (
+    COLORS,
+    MARKERS,
+    OTHER_STYLES,
+    SETTING_STYLES,
+    legend,
+    panels,
+    pyplot,
+    setting_name,
+)
+
+
+def differences(rows: Sequence[dict[str, Any]]):
+    """What each objective adds, with its interval, a panel for each metric and a colour for each
+    setting: a Matplotlib figure, or None.
+
+    Args:
+      rows: `objective`, `setting`, `metric`, `difference`, `low`, `high`.
+    """
+    rows = [row for row in rows if row.get("difference") is not None]
+    if not rows:
+        return None
+    metrics, settings = (list(dict.fromkeys(r[key] for r in rows)) for key in ("metric", "setting"))
+    names = {
+        m: list(dict.fromkeys(r["objective"] for r in rows if r["metric"] == m)) for m in metrics
+    }
+    plt = pyplot()
+    height = 0.6 + 0.24 * max(map(len, names.values()))
+    fig, axes = plt.subplots(1, len(metrics), figsize=(2.9 * len(metrics), height), squeeze=False)
+    styles = [*SETTING_STYLES.values(), *OTHER_STYLES]
+    for ax, metric in zip(axes[0], metrics, strict=True):
+        for i, setting in enumerate(settings):
+            some = [r for r in rows if (r["metric"], r["setting"]) == (metric, setting)]
+            y = np.array([names[metric].index(r["objective"]) for r in some], float)
+            x = np.array([r["difference"] for r in some])
+            error = x - [r["low"] for r in some], [r["high"] for r in some] - x
+            color, _ = SETTING_STYLES.get(setting, styles[i % len(styles)])
+            ax.errorbar(
+                x, y + 0.22 * (i - (len(settings) - 1) / 2), xerr=error, fmt="o", ms=4, capsize=2,
+                lw=1, color=color, label=setting_name(setting),
+            )  # fmt: skip
+        ax.axvline(0, color="#000000", lw=1, ls=":")
+        ax.set_yticks(range(len(names[metric])), names[metric])
+        ax.set_ylim(len(names[metric]) - 0.5, -0.5)
+        ax.set_xlabel(f"{METRICS.get(metric, metric)}, difference in points")
+    if len(settings) > 1:
+        handles, labels = legend(axes)
+        fig.legend(handles, labels, loc="upper center", ncols=4, bbox_to_anchor=(0.5, 0.0))
+    fig.tight_layout()
+    return fig
+
+
+def refresh_policies(rows: Sequence[dict[str, Any]]):
+    """Recall@5 over the passages re-embedded, and how stale indexes are over retrievals, a line of
+    panels for each setting: a Matplotlib figure, or None.
+
+    Args:
+      rows: `policy`, `setting`, `recall_at_5` with `_low` and `_high`, `embedded`, `stale_by_refresh`.
+    """
+    if not rows:
+        return None
+    settings, policies = (
+        list(dict.fromkeys(row[key] for row in rows)) for key in ("setting", "policy")
+    )
+    plt = pyplot()
+    fig, axes = plt.subplots(
+        len(settings), 2, figsize=(7.0, 2.4 * len(settings) + 0.4), squeeze=False, sharex="col"
+    )
+    palette = [*COLORS.values(), "#777777"]
+    for (quality, age), setting in zip(axes, settings, strict=True):
+        for row in (r for r in rows if r["setting"] == setting):
+            place = policies.index(row["policy"])
+            look = {"color": palette[place % len(palette)], "label": row["policy"]}
+            marker = list(MARKERS.values())[place % len(MARKERS)]
+            y = row["recall_at_5"]
+            error = [[y - row["recall_at_5_low"]], [row["recall_at_5_high"] - y]]
+            quality.errorbar(
+                row["embedded"], y, yerr=error, fmt=marker, ms=5, capsize=2, lw=1, **look
+            )
+            stale = row["stale_by_refresh"]
+            age.plot(range(1, len(stale) + 1), stale, marker=marker, ms=4, lw=1, **look)
+        quality.set_ylabel(f"{setting_name(setting)}\nRecall@5 (%)")
+        quality.set_xscale("symlog", linthresh=1000)
+        quality.set_xlim(left=-100)
+        age.set_ylabel("stale passages (%)")
+    axes[-1][0].set_xlabel("passages re-embedded")
+    axes[-1][1].set_xlabel("stretch between retrievals")
+    handles, labels = legend(axes)
+    fig.legend(handles, labels, loc="upper center", ncols=4, bbox_to_anchor=(0.5, 0.0))
+    fig.tight_layout()
+    return fig
+
+
+RULES = {"fedit": "FedIT", "ffa": "FFA", "rolora": "RoLoRA", "flora": "FLoRA", "fedex": "FedEx",
+         "flexlora": "FlexLoRA", "fedsa": "FedSA"}  # fmt: skip
+
+
+def over_rules(rows: Sequence[dict[str, Any]], untuned: float):
+    """Answer NLL of aggregation rules by rank, a panel per alpha: a Matplotlib figure, or None.
+
+    Args:
+      rows: `rule`, `rank`, `alpha`, `nll`, `nll_low`, `nll_high`.
+      untuned: the NLL before training.
+    """
+    if not rows:
+        return None
+    alphas, ranks, rules = (
+        list(dict.fromkeys(row[key] for row in rows)) for key in ("alpha", "rank", "rule")
+    )
+    fig, axes = panels(len(alphas), most=3, width=3.4, height=2.5, sharey=True)
+    for ax, alpha in zip(axes.flat, alphas, strict=False):
+        for i, rank in enumerate(ranks):
+            some = [r for r in rows if (r["alpha"], r["rank"]) == (alpha, rank)]
+            x = np.array([rules.index(r["rule"]) for r in some]) + 0.2 * (i - (len(ranks) - 1) / 2)
+            nll = np.array([r["nll"] for r in some])
+            error = nll - [r["nll_low"] for r in some], [r["nll_high"] for r in some] - nll
+            color, marker = list(COLORS.values())[1:][i % 6], list(MARKERS.values())[i % 7]
+            ax.errorbar(
+                x, nll, yerr=error, fmt=marker, ms=5, capsize=2, lw=1, color=color,
+                label=f"rank {rank}",
+            )  # fmt: skip
+        ax.axhline(untuned, color="#000000", lw=1, ls=":", label="untuned")
+        ax.set_xticks(range(len(rules)), [RULES[rule] for rule in rules], rotation=35)
+        ax.set_title(f"α = {alpha:g}".replace("inf", "∞"), fontsize=10)
+    axes[0][0].set_ylabel("NLL of test answers (nats)")
+    handles, labels = legend(axes)
+    fig.legend(handles, labels, loc="upper center", ncols=4, bbox_to_anchor=(0.5, 0.0))
+    fig.tight_layout()
+    return fig
