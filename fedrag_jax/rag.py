@@ -3,14 +3,14 @@
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.special import log_softmax
 
 from fedrag_jax import inference
-from fedrag_jax.data.batching import Prompts
+from fedrag_jax.data.batching import ANSWER_TOKENS, Prompts
 from fedrag_jax.data.examples import Passage
 from fedrag_jax.data.prompts import PromptStyle, named_style
 from fedrag_jax.errors import CheckpointError, ConfigError
@@ -58,6 +58,7 @@ class RAGSystem:
         marginal_k: int = 10,
         score_scale: float = 20.0,
         max_passage_tokens: int = 256,
+        max_answer_tokens: int = ANSWER_TOKENS,
         seed: int = 0,
         progress: bool = False,
     ) -> "RAGSystem":
@@ -65,19 +66,21 @@ class RAGSystem:
 
         Args:
           examples: questions that may be trained on; they set the widths of training arrays.
-          prompt_style: "compact", "instruct", "chat" (the generator's own chat template), or a style
-            of your own.
+          prompt_style: "compact", "instruct", "chat" (the generator's own chat template), "raft" or
+            "compact_reasoned" for answers that come after reasoning, or a style of your own.
           top_k: passages read together.
           marginal_k: passages that training of the retriever marginalises over (all, if the corpus has
             fewer). More than are read, because only a question whose gold passage is among them teaches
             the retriever.
           score_scale: of cosines in training losses and in answers that weigh passages; a smaller one
             spreads p(z|x) over more of them.
+          max_answer_tokens: of the longest answer trained on, and written unless told otherwise,
+            reasoning included.
           seed: of the adapters' random half.
 
         Raises:
           ConfigError: an unknown prompt style, `top_k` larger than the corpus, `marginal_k` below 1,
-            `score_scale` not positive.
+            `score_scale` not positive, `max_answer_tokens` below 2.
           CheckpointError: a folder that holds no such model.
         """
         if not 1 <= top_k <= len(passages):
@@ -103,7 +106,9 @@ class RAGSystem:
             style = named_style(prompt_style, generator.tokenizer)
         adapters = adapters or lora.LoraConfig()
         decoder = lora.add_lora(generator.network, adapters)
-        prompts = Prompts(generator.tokenizer, style, passages, examples, max_passage_tokens)
+        prompts = Prompts(
+            generator.tokenizer, style, passages, examples, max_passage_tokens, max_answer_tokens
+        )
         return cls(
             generator=generator,
             decoder=decoder,
@@ -140,8 +145,8 @@ class RAGSystem:
 
         Args:
           how: `mode` and `beams`, see `answer`; `max_new_tokens`, `temperature`, `top_p`, `seed`,
-            `stop`, as in `models.writing.Sampling`: by default the likeliest answer of at most 16
-            tokens, from one prompt with all passages.
+            `stop`, as in `models.writing.Sampling`: by default the likeliest answer of at most the
+            system's `max_answer_tokens`, from one prompt with all passages.
 
         Raises:
           ConfigError: a value out of its range.
@@ -165,6 +170,9 @@ class RAGSystem:
     ) -> list[str]:
         """Answers given corpus rows to read (none: closed book).
 
+        In a style with reasoning, what follows the style's `final`; all that was written if that never
+        came.
+
         Args:
           scores: cosines [Q, k] of the rows; computed if they are not given.
           mode: how several passages come to one answer: one of `inference.MODES`.
@@ -175,8 +183,13 @@ class RAGSystem:
           ConfigError: a value out of its range; a mode other than `concatenated` with more rows for one
             question than for another, or with none.
         """
-        settings = Sampling(**sampling)
+        settings = self._sampling(sampling)
         beams = inference.check(mode, beams, settings)
+        if mode == "vote" and self.prompts.style.final:
+            raise ConfigError(
+                "mode 'vote' counts texts that are equal, and reasoning seldom is: use another mode, or a "
+                "prompt style without reasoning"
+            )
         if mode == "concatenated":
             log_weights, read = None, [[some] for some in rows]
         else:
@@ -187,10 +200,10 @@ class RAGSystem:
             for question, some in zip(questions, read, strict=True)
         ]
         answers = inference.MODES[mode](self.writer, prompts, log_weights, settings, beams)
-        return [answer.strip() for answer in answers]
+        return ["".join(self._answer([text])).strip() for text in answers]
 
     def stream(self, question: str, mode: str = "concatenated", **sampling) -> Iterator[str]:
-        """The answer that `query` gives, in pieces as they are written.
+        """The answer that `query` gives, in pieces as they are written; reasoning is held back.
 
         Args:
           sampling: see `batch_query`.
@@ -203,11 +216,11 @@ class RAGSystem:
                 f"mode {mode!r} cannot be streamed: its answer is known at the end alone; use query, "
                 "or mode 'concatenated'"
             )
-        settings = Sampling(**sampling)
+        settings = self._sampling(sampling)
         rows, _ = self.retriever.search([question], self.top_k)
         (prompt,) = self._prompts([question], rows, settings)
         answer = space = ""
-        for piece in self.writer.stream(prompt, settings):
+        for piece in self._answer(self.writer.stream(prompt, settings)):
             # White space waits for what follows it: there is none at either end of an answer.
             piece = space + piece if answer else piece.lstrip()
             space = piece[len(piece.rstrip()) :]
@@ -225,6 +238,20 @@ class RAGSystem:
             self.prompts.stop_tokens,
             self.adapters,
         )
+
+    def _sampling(self, given: dict[str, Any]) -> Sampling:
+        return Sampling(**{"max_new_tokens": self.prompts.max_answer_tokens} | given)
+
+    def _answer(self, pieces: Iterable[str]) -> Iterator[str]:
+        """The pieces of a text that follow the mark of the final answer; all if it never comes."""
+        pieces, said, mark = iter(pieces), "", self.prompts.style.final.strip()
+        for piece in pieces if mark else ():
+            said += piece
+            if mark in said:
+                said = said.partition(mark)[2]
+                break
+        yield said
+        yield from pieces
 
     def _prompts(self, questions, rows, settings: Sampling) -> list[np.ndarray]:
         limit = self.decoder.config.max_positions - settings.max_new_tokens
@@ -269,6 +296,7 @@ class RAGSystem:
             "score_scale": self.score_scale,
             "prompt_style": self.prompts.style._asdict(),
             "max_passage_tokens": self.prompts.max_passage_tokens,
+            "max_answer_tokens": self.prompts.max_answer_tokens,
         }
         (folder / "system.json").write_text(json.dumps(settings, indent=2) + "\n")
 
@@ -299,6 +327,7 @@ class RAGSystem:
             marginal_k=settings["marginal_k"],
             score_scale=settings["score_scale"],
             max_passage_tokens=settings["max_passage_tokens"],
+            max_answer_tokens=settings.get("max_answer_tokens", ANSWER_TOKENS),
         )
         return system.replace(
             adapters=adapters,

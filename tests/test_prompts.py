@@ -75,7 +75,7 @@ def test_templates_that_cannot_be_used_are_refused():
     ):
         with pytest.raises(ConfigError, match=words):
             named_style("chat", tokenizer_of(template))
-    with pytest.raises(ConfigError, match=r"\['compact', 'instruct', 'chat'\], got 'poem'"):
+    with pytest.raises(ConfigError, match=r"\['compact', .*'instruct', .*'chat'\], got 'poem'"):
         named_style("poem", tokenizer_of(CHATML))
 
 

@@ -8,9 +8,9 @@ import numpy as np
 
 from fedrag_jax.data.examples import Example, Passage, embedding_text
 from fedrag_jax.data.prompts import PromptStyle
-from fedrag_jax.errors import CheckpointError, DataError
+from fedrag_jax.errors import CheckpointError, ConfigError, DataError
 
-ANSWER_TOKENS = 16  # longest answer trained on and written, EOS included
+ANSWER_TOKENS = 16  # longest answer trained on and written unless told otherwise, EOS included
 
 
 class Prompts:
@@ -22,6 +22,12 @@ class Prompts:
       passages: the corpus; retrieved rows index into it.
       examples: those whose questions and answers set the width of training arrays.
       max_passage_tokens: longer passages are cut.
+      max_answer_tokens: of the longest answer trained on and written, reasoning and EOS included.
+
+    Raises:
+      CheckpointError: a tokenizer without EOS.
+      ConfigError: a `max_answer_tokens` below 2, or a style whose `final` has a line break, with which
+        answers end.
     """
 
     def __init__(
@@ -31,9 +37,16 @@ class Prompts:
         passages: Sequence[Passage],
         examples: Sequence[Example],
         max_passage_tokens: int = 256,
+        max_answer_tokens: int = ANSWER_TOKENS,
     ):
+        if max_answer_tokens < 2:
+            raise ConfigError(f"max_answer_tokens must be at least 2, got {max_answer_tokens}")
+        if "\n" in style.final:
+            raise ConfigError(
+                f"prompt style: final must be on one line, as answers are; got {style.final!r}"
+            )
         self.tokenizer, self.style = tokenizer, style
-        self.max_passage_tokens = max_passage_tokens
+        self.max_passage_tokens, self.max_answer_tokens = max_passage_tokens, max_answer_tokens
         self.eos = tokenizer.eos_token_id
         if style.end:
             # White space may come before the token that ends a turn, and more after it.
@@ -52,9 +65,10 @@ class Prompts:
         texts = [style.passage.format(text=_text(p)) for p in passages]
         self._passages = [np.array(t[:max_passage_tokens], np.int32) for t in self._tokenize(texts)]
         self._questions: dict[str, np.ndarray] = {}
-        self._answers: dict[str, np.ndarray] = {}
+        self._answers: dict[tuple[str, str], np.ndarray] = {}
         self._passage_lengths = np.array([len(p) for p in self._passages])
-        self.answer_width = self._after_width = 0
+        self.answer_width = 0
+        self._after_lengths: dict[str, int] = {}  # of question and answer, by example id
         self._widen(examples)
 
     @functools.cached_property
@@ -64,18 +78,26 @@ class Prompts:
         breaks = (i for piece, i in vocabulary if "\u010a" in piece or piece == "<0x0A>")
         return tuple(sorted({self.eos, self.tokenizer.eos_token_id, *breaks} - {None}))
 
-    def wide_enough_for(self, examples: Sequence[Example]) -> "Prompts":
-        """The same with room for other questions and answers."""
+    def wide_enough_for(
+        self, examples: Sequence[Example], reasoning: Sequence[str] | None = None
+    ) -> "Prompts":
+        """The same with room for other questions and answers, and their reasoning."""
         wider = copy.copy(self)
-        wider._widen(examples)
+        wider._widen(examples, reasoning)
         return wider
 
-    def _widen(self, examples: Sequence[Example]) -> None:
-        asked = [len(self.question_tokens(e.question)) for e in examples]
-        answered = [len(self.answer_tokens(e.answers[0])) for e in examples]
-        after = map(sum, zip(asked, answered, strict=True))
-        self.answer_width = max([self.answer_width, *answered])
-        self._after_width = max([self._after_width, *after])
+    def _widen(self, examples: Sequence[Example], reasoning=None) -> None:
+        reasoning = [""] * len(examples) if reasoning is None else reasoning
+        self._after_lengths = dict(self._after_lengths)
+        for e, why in zip(examples, reasoning, strict=True):
+            answered = len(self.answer_tokens(e.answers[0], why))
+            after = len(self.question_tokens(e.question)) + answered
+            self.answer_width = max(self.answer_width, answered)
+            self._after_lengths[e.id] = max(self._after_lengths.get(e.id, 0), after)
+
+    @property
+    def _after_width(self) -> int:
+        return max(self._after_lengths.values(), default=0)
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
@@ -87,43 +109,73 @@ class Prompts:
             self._questions[question] = np.array(self._tokenize([text])[0], np.int32)
         return self._questions[question]
 
-    def answer_tokens(self, answer: str) -> np.ndarray:
-        """The scored tokens: the answer and its EOS."""
-        if answer not in self._answers:
-            tokens = self._tokenize([self.style.answer.format(answer=answer)])[0]
-            self._answers[answer] = np.array([*tokens[: ANSWER_TOKENS - 1], self.eos], np.int32)
-        return self._answers[answer]
+    def answer_tokens(self, answer: str, reasoning: str = "") -> np.ndarray:
+        """The scored tokens: the reasoning, if any, and what ends it, the answer and its EOS.
+
+        An answer that is too long is cut at its end; of reasoning that leaves too little room, the end
+        is cut, and the answer stays. Reasoning is put on one line.
+
+        Raises:
+          ConfigError: reasoning in a style that has no mark between it and the answer.
+        """
+        if (answer, reasoning) not in self._answers:
+            if reasoning and not self.style.final:
+                raise ConfigError(
+                    "the prompt style has no mark between reasoning and final answer: use "
+                    "'compact_reasoned' or 'raft', or train on answers alone (teacher=None)"
+                )
+            room = self.max_answer_tokens - 1
+            first = " ".join(reasoning.split()) or answer
+            tokens = self._tokenize([self.style.answer.format(answer=first)])[0]
+            if reasoning:
+                last = self._tokenize([self.style.final + answer])[0][:room]
+                tokens = [*tokens[: room - len(last)], *last]
+            self._answers[answer, reasoning] = np.array([*tokens[:room], self.eos], np.int32)
+        return self._answers[answer, reasoning]
 
     def prompt(self, question: str, rows: Sequence[int], width: int | None = None) -> np.ndarray:
         """Opening, passages in the order given, question; at most `width` tokens if it can be.
 
-        Passages that do not fit are cut from the end; the question never is.
+        A row of -1 is no passage. Passages that do not fit are cut from the end; the question never is.
         """
-        head = np.concatenate([self._opening, *(self._passages[r] for r in rows)])
+        head = np.concatenate([self._opening, *(self._passages[r] for r in rows if r >= 0)])
         tail = self.question_tokens(question)
         room = None if width is None else max(0, width - len(tail))
         return np.concatenate([head[:room], tail])
 
-    def training_width(self, k: int) -> int:
-        """Tokens T of a training prompt with `k` passages and its answer.
+    def training_width(self, k: int, packed: int = 1) -> int:
+        """Tokens T of a training prompt with `k` passages and its answer, or of so many in one row.
 
         Several passages are seldom all long: each has room for the 90th percentile, the last is cut.
+        So has, packed, a question with its answer; a longer one takes its room from the last passages.
         """
-        each = np.quantile(self._passage_lengths, 1.0 if k == 1 else 0.9)
-        return len(self._opening) + k * int(each) + self._after_width
+        opening, longest = len(self._opening), self._after_width
+        each = int(np.quantile(self._passage_lengths, 1.0 if k * packed == 1 else 0.9))
+        if packed == 1:
+            return opening + k * each + longest
+        after = int(np.quantile([*self._after_lengths.values()] or [0], 0.9))
+        return packed * (opening + max(longest, after + k * each))
 
     def training_table(
-        self, examples: Sequence[Example], retrieved: np.ndarray, per_passage: bool
+        self,
+        examples: Sequence[Example],
+        retrieved: np.ndarray,
+        per_passage: bool,
+        packed: bool = False,
+        reasoning: Sequence[str] | None = None,
     ) -> dict[str, np.ndarray]:
         """Prompts with their first answer, right-padded, as `objectives.likelihood` reads them.
 
         Args:
-          retrieved: int [N, k] corpus rows.
+          retrieved: int [N, k] corpus rows, -1 for none; k may be 0.
           per_passage: one prompt per passage (K = k) rather than one with all of them (K = 1).
+          packed: the K prompts of a question one after another in one row.
+          reasoning: of each example, to be written before the answer; "" for none.
 
         Returns:
           `tokens` [N, K, T], `lengths` [N, K], `answer_positions` [N, K, A] where in `tokens` each
-          answer token stands, `answer_mask` [N, A].
+          answer token stands, `answer_mask` [N, A]. Packed, `tokens` is [N, 1, T] and there is
+          `segments` [N, 1, T], which prompt a token belongs to: 1 to K, 0 for padding.
 
         Raises:
           DataError: a question or answer longer than any of those given to `Prompts`.
@@ -131,33 +183,37 @@ class Prompts:
         retrieved = np.asarray(retrieved)
         groups = retrieved[:, :, None] if per_passage else retrieved[:, None, :]
         n, prompts, k = groups.shape
-        longest, width = self.answer_width, self.training_width(k)
-        tokens = np.full((n, prompts, width), self.pad, np.int32)
+        rows = 1 if packed else prompts
+        longest, width = self.answer_width, self.training_width(k, prompts if packed else 1)
+        tokens = np.full((n, rows, width), self.pad, np.int32)
+        segments = np.zeros((n, rows, width), np.int32)
         lengths = np.zeros((n, prompts), np.int32)
         positions = np.ones((n, prompts, longest), np.int32)
         mask = np.zeros((n, longest), np.float32)
+        most = self._after_width
         for i, example in enumerate(examples):
-            answer = self.answer_tokens(example.answers[0])
-            asked = self.question_tokens(example.question)
-            if len(answer) > longest or len(asked) + len(answer) > self._after_width:
+            answer = self.answer_tokens(example.answers[0], reasoning[i] if reasoning else "")
+            after = len(self.question_tokens(example.question)) + len(answer)
+            if len(answer) > longest or after > most:
                 raise DataError(
                     f"question {example.id!r} or its answer is longer than any the prompts were made "
                     "for; give the training questions to RAGSystem.build as `examples`"
                 )
             mask[i, : len(answer)] = 1
-            for j, rows in enumerate(groups[i]):
-                prompt = self.prompt(example.question, rows, width - len(answer))
-                end = len(prompt) + len(answer)
-                tokens[i, j, : len(prompt)] = prompt
-                tokens[i, j, len(prompt) : end] = answer
-                positions[i, j, : len(answer)] = np.arange(len(prompt), end)
-                lengths[i, j] = end
-        return {
-            "tokens": tokens,
-            "lengths": lengths,
-            "answer_positions": positions,
-            "answer_mask": mask,
-        }
+            end = 0
+            for j, read in enumerate(groups[i]):
+                row, start, later = (0, end, prompts - 1 - j) if packed else (j, 0, 0)
+                kept = later * (len(self._opening) + after)  # prompts still to come need so much
+                room = width - start - kept - len(answer)
+                prompt = self.prompt(example.question, read, room)
+                begin, end = start + len(prompt), start + len(prompt) + len(answer)
+                tokens[i, row, start:begin], tokens[i, row, begin:end] = prompt, answer
+                segments[i, row, start:end] = j + 1
+                positions[i, j, : len(answer)] = np.arange(begin, end)
+                lengths[i, j] = end - start
+        table = {"tokens": tokens, "lengths": lengths}
+        table |= {"answer_positions": positions, "answer_mask": mask}
+        return table | ({"segments": segments} if packed else {})
 
     def passage_places(self, examples: Sequence[Example], retrieved) -> np.ndarray:
         """int [N, T]: of prompts with all passages in one, as `training_table` has them, whose the

@@ -3,7 +3,7 @@
 A set is two files, plain or gzipped, one JSON object per line:
 
     questions.jsonl   {"id", "question", "answers": [...]} and, if known, "positive_ids": [...],
-                      "split": "train" | "validation" | "test", "topic", "hops"
+                      "split": "train" | "validation" | "test", "topic", "hops", "reasoning"
     passages.jsonl    {"id", "text"} and, if known, "title", "topic"
 
 in a folder of their own, or side by side with other sets as NAME.questions.jsonl and
@@ -70,6 +70,7 @@ def load(name: str | os.PathLike) -> Dataset:
             positive_ids=_strings(row, "positive_ids", where, default=[]),
             topic=_string(row, "title" if text == "squad" else "topic", where, default=""),
             hops=hops,
+            reasoning=_string(row, "reasoning", where, default=""),
         )
         questions.append((example, _string(row, "split", where, default=""), where))
     split = {"squad": _split_squad, "hotpotqa": _split_hotpotqa}.get(text, _split_own)

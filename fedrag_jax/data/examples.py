@@ -27,6 +27,7 @@ class Example:
       positive_ids: gold passages; empty where nobody labelled them.
       topic: what clients differ in; "" if unknown.
       hops: how many passages must be read together.
+      reasoning: how the gold passages lead to the answer, for training; "" if nobody wrote it down.
     """
 
     id: str
@@ -35,6 +36,7 @@ class Example:
     positive_ids: tuple[str, ...]
     topic: str = ""
     hops: int = 1
+    reasoning: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,15 +56,17 @@ def embedding_text(passage: Passage) -> str:
 
 
 def content_hash(dataset: Dataset) -> str:
-    """16 hex characters of the sha256 of every field of every passage and question, in order.
+    """16 hex characters of the sha256 of every passage and question, in order.
 
-    The name is left out: equal content, equal hash.
+    Left out are the name, because equal content has an equal hash, and the reasoning, which is neither
+    asked nor scored.
     """
     digest = hashlib.sha256()
     for part in ("passages", "train", "validation", "test"):
         digest.update(part.encode())
         for record in getattr(dataset, part):
-            fields = [getattr(record, field.name) for field in dataclasses.fields(record)]
+            names = (field.name for field in dataclasses.fields(record))
+            fields = [getattr(record, name) for name in names if name != "reasoning"]
             digest.update(json.dumps(fields).encode())
     return digest.hexdigest()[:16]
 

@@ -17,6 +17,8 @@ class PromptStyle(NamedTuple):
     Attributes:
       end: the token after an answer; the tokenizer's EOS if empty.
       bos: whether the tokenizer's BOS comes first.
+      final: what stands between reasoning and the final answer, on one line; empty where answers come
+        without reasoning. What follows it is the answer.
     """
 
     opening: str
@@ -25,6 +27,7 @@ class PromptStyle(NamedTuple):
     answer: str
     end: str = ""
     bos: bool = True
+    final: str = ""
 
 
 # For the built-in decoder, which has no use for instructions and pays for every token.
@@ -46,7 +49,26 @@ INSTRUCT = PromptStyle(
     answer="{answer}",
 )
 
-STYLES = {"compact": COMPACT, "instruct": INSTRUCT}
+# Reasoning before the answer. "Answer" without a space is one token of the built-in decoder.
+COMPACT_REASONED = COMPACT._replace(final="Answer: ")
+
+# The marks of the code of RAFT (arXiv 2403.10131).
+RAFT = INSTRUCT._replace(
+    opening=(
+        "You are a helpful general knowledge expert. Answer the question using the relevant "
+        "context. First reason on one line, copying each sentence that you rely on between "
+        "##begin_quote## and ##end_quote##; then write <ANSWER>: and the answer in as few words as "
+        "possible.\n### Context:\n"
+    ),
+    final=" <ANSWER>: ",
+)
+
+STYLES = {
+    "compact": COMPACT,
+    "compact_reasoned": COMPACT_REASONED,
+    "instruct": INSTRUCT,
+    "raft": RAFT,
+}
 
 
 def named_style(name: str, tokenizer) -> PromptStyle:

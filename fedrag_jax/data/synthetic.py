@@ -9,6 +9,9 @@ share each title word.
 
 Questions are split by fact: a person and all their works belong to one split, so no fact asked in
 the test set was asked in training, while all passages are in the one corpus that is searched.
+
+The reasoning of a question are the sentences of its gold passages that tell the facts, in the order in
+which they lead to the answer.
 """
 
 import itertools
@@ -97,7 +100,7 @@ def generate(config: WorldConfig | None = None) -> Dataset:
         for i in range(config.junk)
     ]
     order = rng.permutation(len(passages))
-    splits = _questions(config, rng, people, works)
+    splits = _questions(config, rng, people, works, {p.id: p.text for p in passages})
     return Dataset("world", [passages[i] for i in order], *splits)
 
 
@@ -185,7 +188,7 @@ def _vocabulary(entity: Entity) -> dict[str, str]:
     return {**TOPICS[entity.topic]._asdict(), "n": entity.name, "w": entity.name}
 
 
-def _questions(config, rng, people, works) -> list[list[Example]]:
+def _questions(config, rng, people, works, texts) -> list[list[Example]]:
     """Train, validation and test questions; a person and their works are in one split."""
     sizes = np.array(config.questions)
     splits = rng.choice(3, size=len(people), p=sizes / sizes.sum())
@@ -212,17 +215,18 @@ def _questions(config, rng, people, works) -> list[list[Example]]:
                     "raise `people` and `works`"
                 )
             for i in rng.permutation(len(pool))[:count]:
-                examples.append(_example(*pool[i], hops, config, people, rng))
+                examples.append(_example(*pool[i], hops, config, people, rng, texts))
         result.append([examples[i] for i in rng.permutation(len(examples))])
     return result
 
 
-def _example(entity: Entity, fact: str, hops: int, config: WorldConfig, people, rng) -> Example:
+def _example(entity: Entity, fact: str, hops: int, config, people, rng, texts) -> Example:
     topic = TOPICS[entity.topic]
-    source, golds = entity, (entity.id,)
+    source, golds, told = entity, (entity.id,), []
     if hops == 2:
         source = people[entity.maker]
         golds = (entity.id, source.id)
+        told = [_sentence(entity, "maker", texts)]
         pattern = str(rng.choice(PLAIN_TWO_HOP[fact]))
     elif rng.random() < config.jargon:
         pattern = JARGON[fact][entity.topic]
@@ -237,4 +241,15 @@ def _example(entity: Entity, fact: str, hops: int, config: WorldConfig, people, 
         positive_ids=golds,
         topic=topic.name,
         hops=hops,
+        reasoning=" ".join([*told, _sentence(source, fact, texts)]),
     )
+
+
+def _sentence(entity: Entity, fact: str, texts: dict[str, str]) -> str:
+    """The sentence of an entity's passage that tells a fact."""
+    patterns = WORK_PASSAGES if entity.maker is not None else PERSON_PASSAGES
+    sentences = (s.rstrip(".") + "." for pattern in patterns for s in pattern.split(". "))
+    telling = (
+        s.format(**_vocabulary(entity), **entity.facts) for s in sentences if f"{{{fact}}}" in s
+    )
+    return next(s for s in telling if s in texts[entity.id])

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from fedrag_jax.errors import ConfigError
 from fedrag_jax.models.layers import Embed, Linear, RMSNorm, attend, run_stack, stack, take_rows
 from fedrag_jax.models.lora import LoraConfig
 
@@ -90,7 +91,9 @@ class Decoder(nnx.Module):
             outside = lora.widths(None) if lora else {}
             self.lm_head = Linear("lm_head", *size, outside, rngs=rngs)
 
-    def __call__(self, tokens, positions, mask, cache: Cache | None = None, read=None):
+    def __call__(
+        self, tokens, positions, mask, cache: Cache | None = None, read=None, segments=None
+    ):
         """Hidden states after the last norm.
 
         A token looks at the tokens before it in the array that are not padding, no further back than
@@ -102,9 +105,14 @@ class Decoder(nnx.Module):
           cache: of the tokens before these; `empty_cache` makes one.
           read: int [B, M], the places among the T whose hidden states are wanted; all by default. The
             last layer computes no others, which of a small model is a good part.
+          segments: int [B, T], of texts that share a row: a token looks at those of its own number
+            alone.
 
         Returns:
           [B, T, D], or [B, M, D] at `read`; with a cache, that and the cache with these tokens added.
+
+        Raises:
+          ConfigError: segments with a cache, which does not keep them.
         """
         config, t = self.config, tokens.shape[1]
         mask, start = mask.astype(bool), 0
@@ -114,6 +122,10 @@ class Decoder(nnx.Module):
         rows, columns = start + jnp.arange(t), jnp.arange(mask.shape[1])
         back = rows[:, None] - columns
         visible = (back >= 0) & mask[:, None]
+        if segments is not None:
+            if cache is not None:
+                raise ConfigError("segments are read whole, not continued: leave the cache out")
+            visible &= segments[:, :, None] == segments[:, None]
         limits = jnp.array([w or mask.shape[1] for w in config.windows])
 
         hidden = self.embed(tokens)

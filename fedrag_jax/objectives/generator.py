@@ -2,12 +2,14 @@
 
 `concatenated`: one prompt with the top-k passages (Lawton et al. 2025, Ft. Gen.).
 `ralt`: one prompt per passage, losses summed (RA-DIT, arXiv 2310.01352, LM fine-tuning).
-At k = 1 the two are the same number.
+`closed_book`: no passage at all, the baseline that shows what can be learned by heart.
+At k = 1 the first two are the same number, at k = 0 the first is the last.
 """
 
 import dataclasses
 
 import jax.numpy as jnp
+import numpy as np
 
 from fedrag_jax.data.batching import Prompts
 from fedrag_jax.models.network import Network
@@ -45,16 +47,39 @@ def concatenated(
     return _task("concatenated", decoder, params, adapters, prompts, rows, per_passage=False)
 
 
-def ralt(decoder: Network, params: PyTree, adapters: PyTree, prompts: Prompts, rows) -> Task:
-    """L = -sum_j sum_i log p(y_i | c_j, x, y_<i): one prompt per passage c_j (RA-DIT, L(D_L))."""
-    return _task("ralt", decoder, params, adapters, prompts, rows, per_passage=True)
+def ralt(
+    decoder: Network,
+    params: PyTree,
+    adapters: PyTree,
+    prompts: Prompts,
+    rows,
+    *,
+    packed: bool = False,
+) -> Task:
+    """L = -sum_j sum_i log p(y_i | c_j, x, y_<i): one prompt per passage c_j (RA-DIT, L(D_L)).
+
+    Args:
+      packed: the k prompts of a question share one row of tokens, which pads less and attends over
+        more: the same loss but for passages that are cut (see `Prompts.training_width`). It pays
+        where passages differ in length, and costs where they are alike.
+    """
+    return _task("ralt", decoder, params, adapters, prompts, rows, per_passage=True, packed=packed)
 
 
-def _task(name, decoder, params, adapters, prompts, rows, per_passage) -> Task:
+def closed_book(decoder: Network, params: PyTree, adapters: PyTree, prompts: Prompts) -> Task:
+    """Answer NLL given the question alone."""
+
+    def none(examples):
+        return np.zeros((len(examples), 0), np.int32)
+
+    return _task("closed_book", decoder, params, adapters, prompts, none, per_passage=False)
+
+
+def _task(name, decoder, params, adapters, prompts, rows, **how) -> Task:
     return Task(
         name=name,
         trainable={"adapters": adapters},
         frozen={"decoder": params},
         loss=AnswerLoss(decoder),
-        collate=lambda examples, _: prompts.training_table(examples, rows(examples), per_passage),
+        collate=lambda examples, _: prompts.training_table(examples, rows(examples), **how),
     )

@@ -17,20 +17,32 @@ def answer_log_probs(decoder: Network, params, adapters, batch) -> jax.Array:
     position t is the hidden state at t - 1.
 
     Args:
-      batch: `tokens` [B, K, T] right-padded, `lengths` [B, K], `answer_positions` [B, K, A].
+      batch: `tokens` [B, K, T] right-padded, `lengths` [B, K], `answer_positions` [B, K, A]; or,
+        packed, `tokens` [B, 1, T] with the K prompts one after another and `segments` [B, 1, T], which
+        counts them from 1 and is 0 for padding. Positions are places in the row.
     """
-    b, k, t = batch["tokens"].shape
-    tokens = batch["tokens"].reshape(b * k, t)
+    t = batch["tokens"].shape[-1]
+    tokens = batch["tokens"].reshape(-1, t)
     index = jnp.broadcast_to(jnp.arange(t), tokens.shape)
-    mask = index < batch["lengths"].reshape(b * k, 1)
-    positions = batch["answer_positions"].reshape(b * k, -1)
+    if "segments" in batch:
+        segments = batch["segments"].reshape(-1, t)
+        packed, mask, rotary = {"segments": segments}, segments > 0, _since_start(segments, index)
+    else:
+        packed, mask, rotary = {}, index < batch["lengths"].reshape(-1, 1), index
+    positions = batch["answer_positions"].reshape(len(tokens), -1)
     targets = jnp.take_along_axis(tokens, positions, axis=1)
     read = positions - 1
-    predicting = decoder(params, tokens, index, mask, read=read, adapters=adapters)
+    predicting = decoder(params, tokens, rotary, mask, read=read, adapters=adapters, **packed)
     logits = decoder(params, predicting, method="logits", adapters=adapters)
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
     chosen = jnp.take_along_axis(log_probs, targets[..., None], axis=-1)
-    return chosen.reshape(b, k, -1)
+    return chosen.reshape(batch["answer_positions"].shape)
+
+
+def _since_start(segments: jax.Array, index: jax.Array) -> jax.Array:
+    """How far each place of a row [N, T] is from the start of its segment."""
+    starts = jnp.diff(segments, axis=1, prepend=-1) != 0
+    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
 
 
 def tokens_read(batch) -> jax.Array:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import operator
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -170,7 +171,8 @@ def step_flops(task: Task, table, batch_size: int) -> float:
     if "tokens" in table:
         decoder = task.loss.decoder
         _, prompts, tokens = table["tokens"].shape
-        answer = table["answer_positions"].shape[-1]
+        _, *read = table["answer_positions"].shape
+        answer = math.prod(read) // prompts  # of a row, which may hold several packed prompts
         one = decoder_flops(decoder.config, decoder.lora, tokens, answer, trained=True)
         flops += prompts * one
     if "question_tokens" in table and "query" in task.trainable:

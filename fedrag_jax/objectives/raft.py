@@ -1,0 +1,189 @@
+"""RAFT: reading the passage that answers among passages that do not (Zhang et al. 2024, 2403.10131).
+
+A share P of the questions is put with its gold (oracle) passages D* among distractors, the rest with
+distractors alone; the target A* is reasoning that quotes the gold passages, then the answer:
+
+    P of the questions   Q + D* + D_1 ... D_D  ->  A*
+    the others           Q + D_1 ... D_(D+1)   ->  A*
+
+With P = 1, no distractors and no reasoning it is `oracle` training, on the gold passages alone.
+"""
+
+import dataclasses
+import re
+import zlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from fedrag_jax.data.batching import Prompts
+from fedrag_jax.data.examples import Example, Passage
+from fedrag_jax.data.seeds import stream
+from fedrag_jax.errors import ConfigError, DataError
+from fedrag_jax.models.network import Network
+from fedrag_jax.objectives.generator import AnswerLoss
+from fedrag_jax.objectives.task import PyTree, Task
+from fedrag_jax.retrieval.retriever import Retriever
+
+
+def recorded(example: Example, passages: Sequence[Passage]) -> str:
+    """The teacher who says what the data set says: `example.reasoning`."""
+    return example.reasoning
+
+
+def raft(
+    decoder: Network,
+    params: PyTree,
+    adapters: PyTree,
+    prompts: Prompts,
+    retriever: Retriever,
+    questions: Sequence[Example],
+    *,
+    oracle_share: float = 0.8,
+    distractors: int = 4,
+    hard: bool = False,
+    teacher: Callable[[Example, Sequence[Passage]], str] | None = recorded,
+    seed: int = 0,
+) -> Task:
+    """NLL of reasoning and answer given one prompt with gold passages and distractors.
+
+    A prompt has distractors + 1 places, or as many as there are gold passages if those are more.
+
+    Args:
+      questions: all examples that may be trained on.
+      oracle_share: P, the probability that the gold passages of a question are in its prompt.
+      distractors: D; one less for every gold passage beyond the first.
+      hard: the passages nearest to the question that hold none of its answers, rather than any of the
+        corpus.
+      teacher: `teacher(example, gold passages) -> reasoning`, asked once for every question, with ""
+        for an answer alone; None for answers alone. The prompt style says what follows reasoning.
+      seed: of what is in the prompts, for each example drawn by its id, whoever holds it.
+
+    Raises:
+      ConfigError: a share outside [0, 1], distractors below 0, or reasoning in a style without it.
+      DataError: questions without a gold passage, or a corpus with too few distractors.
+    """
+    rows = raft_rows(retriever, questions, oracle_share, distractors, hard=hard, seed=seed)
+    reasoning = dict.fromkeys(rows, "")
+    if teacher is not None:
+        golds = _gold_rows(retriever.passages, questions)
+        passages = ([retriever.passages[r] for r in gold] for gold in golds)
+        reasoning = {e.id: teacher(e, p) for e, p in zip(questions, passages, strict=True)}
+    prompts = prompts.wide_enough_for(questions, [reasoning[e.id] for e in questions])
+
+    def collate(examples, _):
+        unknown = [e.id for e in examples if e.id not in rows]
+        if unknown:
+            raise DataError(
+                f"raft: question {unknown[0]!r} was not among `questions`; give it there"
+            )
+        return prompts.training_table(
+            examples,
+            np.stack([rows[e.id] for e in examples]),
+            per_passage=False,
+            reasoning=[reasoning[e.id] for e in examples],
+        )
+
+    return Task("raft", {"adapters": adapters}, {"decoder": params}, AnswerLoss(decoder), collate)
+
+
+def oracle(
+    decoder: Network,
+    params: PyTree,
+    adapters: PyTree,
+    prompts: Prompts,
+    retriever: Retriever,
+    questions: Sequence[Example],
+) -> Task:
+    """Answer NLL given the gold passages alone: the reader behind a perfect retriever."""
+    task = raft(
+        decoder, params, adapters, prompts, retriever, questions,
+        oracle_share=1.0, distractors=0, teacher=None,
+    )  # fmt: skip
+    return dataclasses.replace(task, name="oracle")
+
+
+def raft_rows(
+    retriever: Retriever,
+    questions: Sequence[Example],
+    oracle_share: float = 0.8,
+    distractors: int = 4,
+    *,
+    hard: bool = False,
+    seed: int = 0,
+) -> dict[str, np.ndarray]:
+    """Corpus rows int [k] of each question's prompt by its id, in the order read; -1 for none.
+
+    Whether gold passages are there, which distractors and their order are three draws of their own, so
+    that a larger share adds gold passages and changes no other prompt.
+
+    Args, Raises: as for `raft`.
+    """
+    if not 0 <= oracle_share <= 1:
+        raise ConfigError(f"raft: oracle_share must be between 0 and 1, got {oracle_share}")
+    if distractors < 0:
+        raise ConfigError(f"raft: distractors must be at least 0, got {distractors}")
+    golds = _gold_rows(retriever.passages, questions)
+    places = [max(distractors + 1, len(gold)) for gold in golds]
+    others = (_nearest if hard else _drawn)(retriever, questions, golds, places, seed)
+    rows = {}
+    for example, gold, wrong, count in zip(questions, golds, others, places, strict=True):
+        draw = _stream(seed, "raft oracle", example).random()
+        read = np.array([*gold, *wrong][:count] if draw < oracle_share else wrong, np.int32)
+        read = _stream(seed, "raft order", example).permutation(read)
+        rows[example.id] = np.pad(read, (0, max(places) - count), constant_values=-1)
+    return rows
+
+
+def _gold_rows(passages: Sequence[Passage], questions: Sequence[Example]) -> list[list[int]]:
+    unlabelled = [e.id for e in questions if not e.positive_ids]
+    if unlabelled:
+        raise DataError(
+            f"{len(unlabelled)} questions name no gold passage, {unlabelled[0]!r} first: RAFT needs "
+            "positive_ids; give them, or train on retrieved passages (`concatenated`)"
+        )
+    row = {passage.id: i for i, passage in enumerate(passages)}
+    return [[row[p] for p in e.positive_ids] for e in questions]
+
+
+def _drawn(retriever, questions, golds, places, seed) -> list[list[int]]:
+    """Distractors from anywhere in the corpus, all equally likely."""
+    size, found = len(retriever.passages), []
+    for example, gold, count in zip(questions, golds, places, strict=True):
+        if count + len(gold) > size:
+            raise _too_few(example, count, size - len(gold))
+        rng = _stream(seed, "raft distractors", example)
+        drawn = rng.choice(size, count + len(gold), replace=False)
+        found.append([r for r in drawn if r not in gold][:count])
+    return found
+
+
+def _nearest(retriever, questions, golds, places, seed) -> list[list[int]]:
+    """Distractors that look right: a passage that holds an answer is none, gold or not."""
+    size, found = len(retriever.passages), {}
+    depth, asked = 2 * max(places), range(len(questions))
+    while asked:
+        depth = min(4 * depth, size)
+        ranked, _ = retriever.search([questions[i].question for i in asked], depth)
+        for i, nearest in zip(asked, ranked, strict=True):
+            answers = "|".join(map(re.escape, questions[i].answers))
+            telling = re.compile(rf"(?<!\w)({answers})(?!\w)", re.IGNORECASE)
+            others = (r for r in nearest if r not in golds[i])
+            found[i] = [r for r in others if not telling.search(retriever.passages[r].text)]
+            found[i] = found[i][: places[i]]
+        asked = [i for i in asked if len(found[i]) < places[i]]
+        if asked and depth == size:
+            i = asked[0]
+            raise _too_few(questions[i], places[i], len(found[i]))
+    return [found[i] for i in range(len(questions))]
+
+
+def _too_few(example: Example, wanted: int, there: int) -> DataError:
+    return DataError(
+        f"raft: question {example.id!r} needs {wanted} distractors and the corpus has {there}: give "
+        "more passages or lower `distractors`"
+    )
+
+
+def _stream(seed: int, name: str, example: Example) -> np.random.Generator:
+    return stream(seed, name, zlib.crc32(example.id.encode()))
