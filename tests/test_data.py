@@ -62,10 +62,10 @@ def test_a_folder_becomes_a_dataset(folder):
 
 def test_optional_fields_are_read(folder):
     rows = [question(i, split=s) for i, s in enumerate(["train", "validation", "test"])]
-    rows[0] |= {"topic": "films", "hops": 2}
+    rows[0] |= {"topic": "films", "hops": 2, "reasoning": "p1 says so."}
     del rows[0]["positive_ids"]
     (folder / "questions.jsonl").write_text("\ufeff" + lines(rows) + "\n\n")
-    assert load(folder).train == [Example("q0", "what 0?", ("a0",), (), "films", 2)]
+    assert load(folder).train == [Example("q0", "what 0?", ("a0",), (), "films", 2, "p1 says so.")]
 
 
 def test_gzip_and_named_files_load_like_plain_ones(folder, tmp_path_factory, monkeypatch):
@@ -169,7 +169,7 @@ def test_a_question_may_not_be_in_two_splits(folder):
         check(dataclasses.replace(dataset, test=dataset.test + dataset.train[:1]))
 
 
-def test_content_hash_sees_every_field(folder):
+def test_content_hash_sees_every_field_that_is_asked_or_scored(folder):
     dataset = load(folder)
     assert content_hash(dataset) == content_hash(dataclasses.replace(dataset, name="other"))
     assert len(content_hash(dataset)) == 16
@@ -188,6 +188,8 @@ def test_content_hash_sees_every_field(folder):
     ):  # fmt: skip
         new = dataclasses.replace(example, **{field: value})
         changed.append({"train": [new, *dataset.train[1:]]})
+    told = [dataclasses.replace(example, reasoning="z"), *dataset.train[1:]]
+    assert content_hash(dataset) == content_hash(dataclasses.replace(dataset, train=told))
     hashes = {content_hash(dataclasses.replace(dataset, **change)) for change in changed}
     assert len(hashes | {content_hash(dataset)}) == len(changed) + 1
 

@@ -37,7 +37,7 @@ def test_sizes(world):
 
 def test_deterministic_and_different_for_other_seeds(world):
     again = content_hash(synthetic.generate())
-    assert content_hash(world) == again
+    assert content_hash(world) == again == "39404ed465a31a9e"
     assert content_hash(synthetic.generate(synthetic.WorldConfig(seed=1))) != again
 
 
@@ -46,6 +46,21 @@ def test_answers_stand_in_the_gold_passage_that_answers(world):
     for e in world.train + world.validation + world.test:
         assert len(e.positive_ids) == e.hops
         assert e.answers[0] in texts[e.positive_ids[-1]]
+
+
+def test_reasoning_is_quoted_from_the_gold_passages_and_ends_with_the_fact(world):
+    texts = {p.id: p.text for p in world.passages}
+    for e in world.train + world.validation + world.test:
+        sentences = re.findall(r"[^.]+\.", e.reasoning)
+        assert len(sentences) == e.hops
+        for sentence, gold in zip(sentences, e.positive_ids, strict=True):
+            assert sentence.strip() in texts[gold]
+        assert e.answers[0] in sentences[-1]
+        fact = e.id.rsplit("-", 2)[1]
+        verb = {"born_in": "born in", "settled_in": "settled in", "owner": "belongs to"}.get(fact)
+        assert verb is None or f"{verb} {e.answers[0]}" in sentences[-1]
+        if e.hops == 2:  # the work's maker leads to the person
+            assert re.search(r" by (.+) in \d", sentences[0])[1] in sentences[1]
 
 
 def test_no_tested_fact_was_trained_on(world):

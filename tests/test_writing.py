@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from fedrag_jax.data.examples import Passage
+from fedrag_jax.data.prompts import COMPACT_REASONED
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.models import hub
 from fedrag_jax.models.decoder import Decoder, DecoderConfig
@@ -39,9 +40,10 @@ def prompts(model):
     return [np.array(row, np.int32) for row in rows]
 
 
-def scripted(model, text):
-    """A writer that writes these words after any prompt of one token, then its stop token."""
-    script = [*model.tokenizer(text, add_special_tokens=False)["input_ids"], 2, *[5] * 50]
+def scripted(model, text, after=1):
+    """A writer that writes these words after any prompt of so many tokens, then its stop token."""
+    script = [5] * (after - 1)
+    script += [*model.tokenizer(text, add_special_tokens=False)["input_ids"], 2, *[5] * 50]
     size = model.network.config.vocab_size
 
     class Scripted(Decoder):
@@ -220,3 +222,35 @@ def test_answers_take_options(system):
     assert system.query(questions[0], stop=(whole[2:4],)).answer == whole[:2].strip()
     with pytest.raises(ConfigError, match="temperature"):
         system.query(questions[0], temperature=-1)
+
+
+def test_answers_after_reasoning_are_what_follows_the_mark(tmp_path):
+    passages = [Passage("0", "", "Ann was born in Rome.")]
+    system = RAGSystem.build(
+        passages, top_k=1, prompt_style="compact_reasoned", max_answer_tokens=40
+    )
+    system.save(tmp_path)
+    loaded = RAGSystem.load(tmp_path)
+    assert (loaded.prompts.style, loaded.prompts.max_answer_tokens) == (COMPACT_REASONED, 40)
+    question = "Where?"
+    prompt = loaded.prompts.prompt(question, [0])
+
+    def saying(text, system):
+        writer = scripted(system.generator, text, after=len(prompt))
+        generator = dataclasses.replace(system.generator, params=writer.params)
+        return dataclasses.replace(
+            system, decoder=writer.network, generator=generator, adapters=None
+        )
+
+    quote = " Ann was born in Rome." * 3  # with the answer more than 16 tokens
+    for text, answer in (
+        (f"{quote}Answer: Rome", "Rome"),
+        ("Answer: Rome Answer: Oslo", "Rome Answer: Oslo"),
+        (" Rome and Oslo", "Rome and Oslo"),
+        (f"{quote}Answer:", ""),
+    ):
+        speaking = saying(text, loaded)
+        assert speaking.query(question).answer == answer
+        assert "".join(speaking.stream(question)) == answer
+    plain = RAGSystem.build(passages, top_k=1)
+    assert saying(" Rome.Answer: Oslo", plain).query(question).answer == "Rome.Answer: Oslo"
