@@ -45,6 +45,7 @@ def get_config() -> ConfigDict:
     config.models.quantize = ""
     config.models.devices = 1
     config.models.max_passage_tokens = 256
+    config.models.max_answer_tokens = 16  # that are trained on and written, reasoning included
     config.lora = ConfigDict()
     config.lora.rank = 8
     config.lora.alpha = 16.0

@@ -47,6 +47,7 @@ class Comparison:
                 prompt_style=c.models.prompt_style,
                 **c.retrieval,
                 max_passage_tokens=c.models.max_passage_tokens,
+                max_answer_tokens=c.models.max_answer_tokens,
                 seed=seed,
                 progress=True,
             )

@@ -187,8 +187,8 @@ class RAGSystem:
         beams = inference.check(mode, beams, settings)
         if mode == "vote" and self.prompts.style.final:
             raise ConfigError(
-                "mode 'vote' counts texts that are equal, and reasoning seldom is: use another mode, or a "
-                "prompt style without reasoning"
+                "mode 'vote' counts texts that are equal, and reasoning seldom is: use another mode, "
+                "or a prompt style without reasoning"
             )
         if mode == "concatenated":
             log_weights, read = None, [[some] for some in rows]

@@ -15,6 +15,7 @@ from fedrag_jax.objectives.likelihood import tokens_read
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.strategies import strategies
 from fedrag_jax.strategies import tuner as tuner_module
+from fedrag_jax.strategies.objectives import OBJECTIVES
 from fedrag_jax.strategies.settings import Budget
 from fedrag_jax.strategies.strategies import STRATEGIES
 from fedrag_jax.tracking.ledger import Cost, compiler_flops, mean_cost, step_flops
@@ -230,3 +231,24 @@ def test_as_many_are_trained_at_once_as_memory_allows(tmp_path, monkeypatch, roo
     assert len({float(tree["w"][0]) for tree in found}) == 3
     tuner_module.tune_together([(tuner, task) for tuner in tuners])
     assert done == sweeps  # finished
+
+
+@pytest.mark.parametrize("name", list(OBJECTIVES))
+def test_objectives_train_the_part_they_name_on_batches_of_the_system(name, system, world):
+    there = {p.id for p in world.passages}
+    labelled = [e for e in world.train if set(e.positive_ids) <= there][:20]
+    system = dataclasses.replace(system, prompts=system.prompts.wide_enough_for(labelled))
+    objective = OBJECTIVES[name]
+    task = objective.task(system, dataclasses.replace(world, train=labelled))
+    parts = {"retriever": {"query", "document", "head"}, "generator": {"adapters"}}
+    parts["both"] = parts["retriever"] | parts["generator"]
+    assert task.trainable.keys() <= parts[objective.part]
+    assert system.replace(**task.trainable).top_k == system.top_k
+    table = task.collate(
+        labelled[:3], task.retrieve and task.retrieve(labelled[:3], task.trainable)
+    )
+    assert {len(column) for column in table.values()} == {3}
+    if objective.labels:
+        bare = [dataclasses.replace(e, positive_ids=()) for e in labelled]
+        with pytest.raises(DataError, match="positive_ids"):
+            objective.task(system, dataclasses.replace(world, train=bare)).collate(bare, None)

@@ -11,8 +11,9 @@ import numpy as np
 
 from fedrag_jax.data.examples import Dataset
 from fedrag_jax.objectives.distillation import distillation
-from fedrag_jax.objectives.generator import concatenated, ralt
+from fedrag_jax.objectives.generator import closed_book, concatenated, ralt
 from fedrag_jax.objectives.joint import marginal_likelihood
+from fedrag_jax.objectives.raft import oracle, raft, recorded
 from fedrag_jax.objectives.retriever import multiple_negatives_ranking
 from fedrag_jax.objectives.task import Task
 from fedrag_jax.rag import RAGSystem
@@ -82,7 +83,7 @@ def _joint(marginal: str) -> Objective:
     return Objective("both", task)
 
 
-def _reading(make, rows: Callable, labels: bool = False) -> Objective:
+def _reading(make, rows: Callable) -> Objective:
     """Of the generator, whose prompts hold `rows(system, dataset)(examples)`."""
 
     def task(system, dataset):
@@ -90,7 +91,24 @@ def _reading(make, rows: Callable, labels: bool = False) -> Objective:
         found = rows(system, dataset)
         return make(decoder, parts["decoder"], parts["adapters"], prompts, found)
 
-    return Objective("generator", task, labels)
+    return Objective("generator", task)
+
+
+def _trained_on(make, **options) -> Objective:
+    """Of the generator, on prompts that the gold passages decide."""
+
+    def task(system, dataset):
+        decoder, parts, prompts = _generator(system)
+        how = {name: value(system) for name, value in options.items()}
+        parameters = parts["decoder"], parts["adapters"]
+        return make(decoder, *parameters, prompts, system.retriever, dataset.train, **how)
+
+    return Objective("generator", task, labels=True)
+
+
+def _closed_book(system: RAGSystem, dataset: Dataset) -> Task:
+    decoder, parts, prompts = _generator(system)
+    return closed_book(decoder, parts["decoder"], parts["adapters"], prompts)
 
 
 def _generator(system: RAGSystem):
@@ -128,6 +146,12 @@ OBJECTIVES = {
     "emdr": _taught("emdr"),
     "concatenated": _reading(concatenated, retrieved_rows),
     "ralt": _reading(ralt, retrieved_rows),
+    # With reasoning where the prompt style has a mark that ends it.
+    "raft": _trained_on(
+        raft, teacher=lambda system: recorded if system.prompts.style.final else None
+    ),
+    "oracle": _trained_on(oracle),
+    "closed_book": Objective("generator", _closed_book),
     "rag_token": _joint("token"),
     "rag_sequence": _joint("sequence"),
 }
