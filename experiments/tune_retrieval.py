@@ -13,8 +13,9 @@ import time
 import numpy as np
 
 from experiments.launch import launch, settled_config
+from fedrag_jax.errors import ConfigError
 
-COLUMNS = ("dataset", "setting", "stage", "recall_at_1", "recall_at_5", "recall_at_20", "mrr",
+COLUMNS = ("dataset", "setting", "method", "recall_at_1", "recall_at_5", "recall_at_20", "mrr",
            "learning_rate", "seconds")  # fmt: skip
 
 
@@ -27,7 +28,26 @@ def rank_scores(retriever, examples) -> dict[str, np.ndarray]:
     return evaluator.rank_scores(retriever, examples, ranked, depths=(1, 5, 20))
 
 
-def tuned(config, dataset, retriever, setting: str, folder: pathlib.Path):
+def method_of(config, name: str) -> tuple[int, dict]:
+    """`(batch size, options of multiple_negatives_ranking)` of a way to train.
+
+    Raises:
+      ConfigError: there is none of that name.
+    """
+    from fedrag_jax.retrieval.mining import Mining
+
+    size = config.batch_size
+    methods = {
+        "in_batch": (size, {}),
+        "mined": (size, {"mining": Mining(config.mined)}),
+        "large_batch": (size * config.large_batch, {"at_once": size}),
+    }
+    if name not in methods:
+        raise ConfigError(f"config.methods: {name!r} unknown; choose among {[*methods]}")
+    return methods[name]
+
+
+def tuned(config, dataset, retriever, setting: str, method: str, rates, folder: pathlib.Path):
     """`(encoders, learning rate, seconds)`: one query encoder, in the local setting one a client."""
     from fedrag_jax.objectives.retriever import multiple_negatives_ranking
     from fedrag_jax.strategies.settings import Budget, split_clients
@@ -38,29 +58,30 @@ def tuned(config, dataset, retriever, setting: str, folder: pathlib.Path):
     )
     validation = dataset.validation[:500]
     members = range(config.clients) if setting == "local" else (None,)
-    best = None
-    for rate in config.learning_rates[setting]:
+    best, (batch_size, options) = None, method_of(config, method)
+    for rate in rates:
         encoders, seconds = [], 0.0
         for client in members:
-            where = folder / dataset.name / setting / f"lr{rate:g}"
+            where = folder / dataset.name / setting / method / f"lr{rate:g}"
             tuner = Tuner(
                 folder=where if client is None else where / f"client{client}",
                 setting=setting,
                 examples=dataset.train,
                 clients=clients,
-                budget=Budget(config.rounds, config.local_steps, config.clients, config.batch_size),
+                budget=Budget(config.rounds, config.local_steps, config.clients, batch_size),
                 rates=lambda task, part, rate=rate: rate,
                 seed=config.seed,
                 client=client,
                 checkpoint_every=config.rounds,
             )
             task = multiple_negatives_ranking(
-                retriever, dataset, max_question_tokens=config.max_question_tokens
+                retriever, dataset, max_question_tokens=config.max_question_tokens, **options
             )
             encoders.append(tuner(task)["query"])
             seconds += tuner.costs[task.name].seconds
         found = [rank_scores(retriever.with_query(q), validation)["mrr"].mean() for q in encoders]
-        print(f"{dataset.name}, {setting}, lr {rate:g}: validation MRR {100 * np.mean(found):.2f}")
+        mrr = 100 * np.mean(found)
+        print(f"{dataset.name}, {setting}, {method}, lr {rate:g}: validation MRR {mrr:.2f}")
         if best is None or np.mean(found) > best[0]:
             best = np.mean(found), encoders, rate, seconds
     return best[1:]
@@ -78,7 +99,9 @@ def run(config, runs: str) -> pathlib.Path:
 
     folder = pathlib.Path(runs) / config.name
     folder.mkdir(parents=True, exist_ok=True)
-    settled_config(config, folder, free=("learning_rates", "settings", "datasets"))
+    for method in config.methods:
+        method_of(config, method)  # refuses what there is not
+    settled_config(config, folder, free=("learning_rates", "settings", "datasets", "methods"))
     began = time.perf_counter()
     model = hub.load(config.retriever)
     rows = []
@@ -97,17 +120,23 @@ def run(config, runs: str) -> pathlib.Path:
         dataset = with_topics(dataset, retriever)
         before = {k: 100 * v.mean() for k, v in rank_scores(retriever, dataset.test).items()}
         print(f"{dataset.name}, untuned: {json.dumps({k: round(v, 2) for k, v in before.items()})}")
+        rows.append({"dataset": dataset.name, "setting": "", "method": "untuned"} | before)
         for setting in config.settings:
-            where = {"dataset": dataset.name, "setting": setting}
-            rows.append(where | {"stage": "before"} | before)
-            encoders, rate, seconds = tuned(config, dataset, retriever, setting, folder)
-            found = [rank_scores(retriever.with_query(query), dataset.test) for query in encoders]
-            after = {k: 100 * float(np.mean([f[k] for f in found])) for k in found[0]}
-            about = {"stage": "after", "learning_rate": rate, "seconds": seconds}
-            rows.append(where | about | after)
-            write_csv(folder / "retrieval.csv", rows, COLUMNS)
-            print(f"{dataset.name}, {setting}: Recall@5 {after['recall_at_5']:.1f} "
-                  f"({time.perf_counter() - began:.0f} s so far)", flush=True)  # fmt: skip
+            rates = config.learning_rates[setting]
+            for method in config.methods:
+                if setting == "local" and method == "large_batch":
+                    continue  # clients hold fewer questions than that
+                encoders, rate, seconds = tuned(
+                    config, dataset, retriever, setting, method, rates, folder
+                )
+                rates = (rate,)  # the others take the one that suits the first
+                found = [rank_scores(retriever.with_query(q), dataset.test) for q in encoders]
+                after = {k: 100 * float(np.mean([f[k] for f in found])) for k in found[0]}
+                about = {"dataset": dataset.name, "setting": setting, "method": method}
+                rows.append(about | {"learning_rate": rate, "seconds": seconds} | after)
+                write_csv(folder / "retrieval.csv", rows, COLUMNS)
+                print(f"{dataset.name}, {setting}, {method}: Recall@5 {after['recall_at_5']:.1f} "
+                      f"({time.perf_counter() - began:.0f} s so far)", flush=True)  # fmt: skip
     columns = [*(words(name, name) for name in COLUMNS[:3]), *(number(n, n) for n in COLUMNS[3:7])]
     text = Table(columns, rows).markdown()
     (folder / "table.md").write_text(text + "\n")

@@ -457,15 +457,17 @@ def test_query_side_tuning_on_real_questions(tmp_path):
     config = real.get_config()
     config.datasets = ("squad",)
     config.settings = ("federated",)
-    config.retriever = "builtin:encoder"
+    config.retriever, config.large_batch = "builtin:encoder", 2
     config.rounds, config.local_steps, config.learning_rates.federated = 1, 1, (1e-4,)
     config.train_questions, config.test_questions, config.min_examples = 300, 40, 2
     folder = tune_retrieval.run(config, str(tmp_path))
     with open(folder / "retrieval.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [(r["dataset"], r["setting"], r["stage"]) for r in rows] == [
-        ("squad", "federated", "before"), ("squad", "federated", "after"),
+    assert [(r["dataset"], r["setting"], r["method"]) for r in rows] == [
+        ("squad", "", "untuned"), ("squad", "federated", "in_batch"),
+        ("squad", "federated", "mined"), ("squad", "federated", "large_batch"),
     ]  # fmt: skip
+    assert {r["learning_rate"] for r in rows[1:]} == {"0.0001"}
     for row in rows:
         ranks = [float(row[k]) for k in ("recall_at_1", "mrr", "recall_at_20")]
         assert 0 <= ranks[0] <= ranks[1] <= ranks[2] <= 100
