@@ -68,9 +68,9 @@ def rag_sequence_thorough(
         distinct = {tuple(c.tokens.tolist()): c for found in of_passages for c in found}
         asked += [i] * len(distinct)
         candidates += distinct.values()
-    log_probs = _log_probs(writer, [prompts[i] for i in asked], [c.tokens for c in candidates])
+    scores = sequence_log_probs(writer, [prompts[i] for i in asked], [c.tokens for c in candidates])
     scored: list = [[] for _ in prompts]
-    for i, candidate, of_passages in zip(asked, candidates, log_probs, strict=True):
+    for i, candidate, of_passages in zip(asked, candidates, scores, strict=True):
         scored[i].append((logsumexp(log_weights[i] + of_passages), candidate.text))
     return [max(some)[1] for some in scored]
 
@@ -150,7 +150,9 @@ def _own_answers(
     return [[next(found) for _ in some] for some in prompts]
 
 
-def _log_probs(writer: Writer, prompts: Asked, answers: Sequence[np.ndarray]) -> list[np.ndarray]:
+def sequence_log_probs(
+    writer: Writer, prompts: Asked, answers: Sequence[np.ndarray]
+) -> list[np.ndarray]:
     """log p(y | prompt) float64 [M][K] of answers y, int [A] each, after each of their K prompts."""
     pairs = [(prompt, y) for some, y in zip(prompts, answers, strict=True) for prompt in some]
     rows = [np.concatenate(pair) for pair in pairs]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fedrag_jax.data.examples import Dataset
-from fedrag_jax.objectives.distillation import distillation
+from fedrag_jax.objectives.distillation import distillation, distilled
 from fedrag_jax.objectives.generator import closed_book, concatenated, ralt
 from fedrag_jax.objectives.joint import marginal_likelihood
 from fedrag_jax.objectives.raft import oracle, raft, recorded
@@ -18,6 +18,7 @@ from fedrag_jax.objectives.retriever import multiple_negatives_ranking
 from fedrag_jax.objectives.task import Task
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.retrieval.mining import Mining
+from fedrag_jax.strategies.teachers import question_likelihood
 
 
 class Objective(NamedTuple):
@@ -57,6 +58,11 @@ def _taught(method: str, **options) -> Objective:
         )
 
     return Objective("retriever", task)
+
+
+def _asked_about(system: RAGSystem, dataset: Dataset) -> Task:
+    teacher = question_likelihood(system)
+    return distilled(teacher, system.retriever, dataset.train, passages=system.marginal_k)
 
 
 def marginal_task(
@@ -144,6 +150,7 @@ OBJECTIVES = {
     "adist": _taught("adist"),
     "loop": _taught("loop"),
     "emdr": _taught("emdr"),
+    "question_likelihood": Objective("retriever", _asked_about),
     "concatenated": _reading(concatenated, retrieved_rows),
     "ralt": _reading(ralt, retrieved_rows),
     # With reasoning where the prompt style has a mark that ends it.
