@@ -312,8 +312,9 @@ def test_budgets_that_allow_too_little_are_refused():
         copies.search(QUERIES, 5)
 
 
-def test_searches_are_refused_as_by_one_index():
-    store = over_silos(WHOLE, dealt(3)).store
+@pytest.mark.parametrize("budget", [Budget(), Budget(silos=1)])
+def test_searches_are_refused_as_by_one_index(budget):
+    store = over_silos(WHOLE, dealt(3), budget=budget).store
     for k in (0, N + 1):
         with pytest.raises(ConfigError, match=f"corpus' {N} passages, got {k}"):
             store.search(QUERIES, k)

@@ -68,8 +68,9 @@ def _nearest(blocks: jax.Array, count, queries: jax.Array, k: int):
         kept = jnp.take_along_axis(rows, jnp.minimum(places, k - 1), axis=1)
         return (jnp.where(places < k, kept, number * size + places - k), scores), None
 
-    none = jnp.zeros((len(queries), k), jnp.int32), jnp.full((len(queries), k), -jnp.inf)
-    return jax.lax.scan(step, none, (jnp.arange(len(blocks)), blocks))[0]
+    shape = len(queries), k
+    none = jnp.zeros(shape, jnp.int32), jnp.full(shape, -jnp.inf, queries.dtype)
+    return jax.lax.scan(step, none, (jnp.arange(len(blocks), dtype=jnp.int32), blocks))[0]
 
 
 @partial(jax.jit, donate_argnums=0)

@@ -24,7 +24,7 @@ from fedrag_jax.data.examples import embedding_text
 from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.retrieval.faiss_store import FaissStore
 from fedrag_jax.retrieval.retriever import Retriever
-from fedrag_jax.retrieval.store import Store, finite, require_depth
+from fedrag_jax.retrieval.store import Store, require_depth
 
 RRF_K = 60  # Cormack et al. 2009
 MERGES = ("score", "rrf")
@@ -154,7 +154,7 @@ class FederatedStore:
           DataError: a query vector that is not finite.
         """
         require_depth(k, len(self))
-        queries = finite(query_vectors, "query")
+        queries = self.silos[0].store.fitting(query_vectors, "query")
         asked = self._asked(queries, k)
         depths = np.array([self._depth(number, k) for number in range(len(self.silos))])
         answers = []

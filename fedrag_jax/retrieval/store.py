@@ -74,7 +74,7 @@ class Store(abc.ABC):
           DataError: a query vector that is not finite.
         """
         require_depth(k, len(self))
-        queries = self._same_dimension(finite(query_vectors, "query"))
+        queries = self.fitting(query_vectors, "query")
         if not len(queries):
             return np.empty((0, k), np.int32), np.empty((0, k), np.float32)
         return self._search(queries, k)
@@ -87,7 +87,7 @@ class Store(abc.ABC):
           DataError: a vector that is not finite.
         """
         rows = np.asarray(rows, np.int64)
-        vectors = self._same_dimension(finite(vectors, "passage"))
+        vectors = self.fitting(vectors, "passage")
         if rows.shape != (len(vectors),):
             raise ConfigError(f"{len(vectors)} vectors for rows of shape {rows.shape}")
         if rows.size and not (rows.min() >= 0 and rows.max() < len(self)):
@@ -131,7 +131,14 @@ class Store(abc.ABC):
     @abc.abstractmethod
     def _replace(self, rows: np.ndarray, vectors: np.ndarray) -> None: ...
 
-    def _same_dimension(self, vectors: np.ndarray) -> np.ndarray:
+    def fitting(self, vectors: np.ndarray, kind: str) -> np.ndarray:
+        """Vectors of the store's dimension, checked as by `finite`.
+
+        Raises:
+          ConfigError: another shape or dimension.
+          DataError: a value that is not finite.
+        """
+        vectors = finite(vectors, kind)
         if vectors.shape[1] != self.dimension:
             raise ConfigError(
                 f"the store holds vectors of dimension {self.dimension}, got {vectors.shape[1]}; "
