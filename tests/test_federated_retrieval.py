@@ -128,6 +128,26 @@ def test_votes_of_several_silos_add_up():
     assert fuse(question, row, score, rank, merge="score", **how)[0].tolist() == [[3, 5, 7]]
 
 
+@pytest.mark.parametrize(
+    ("better", "worse", "otherwise"), [((1, 13), (5, 8), 61), ((6, 9), (2, 14), 59)]
+)
+def test_sixty_is_added_to_ranks_from_one(better, worse, otherwise):
+    def votes(ranks, constant=60):
+        return sum(1 / (constant + rank) for rank in ranks)
+
+    assert votes(better) > votes(worse) and votes(better, otherwise) < votes(worse, otherwise)
+    rows, _ = fuse(
+        np.zeros(4, int),
+        np.array([9, 9, 2, 2]),
+        np.full(4, 0.5),
+        np.array(better + worse),
+        questions=1,
+        k=2,
+        merge="rrf",
+    )
+    assert rows.tolist() == [[9, 2]]
+
+
 def test_the_same_votes_in_another_order_are_a_tie():
     row = np.repeat([4, 2], 3)
     rank = np.array([1, 2, 7, 1, 7, 2])  # added up as they stand, these differ in the last digit
