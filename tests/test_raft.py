@@ -193,6 +193,9 @@ def test_long_reasoning_is_cut_and_the_answer_stays():
     assert len(tokens) == 20
     assert "".join(TOKENIZER.convert_ids_to_tokens(tokens)) == " Ann waAnswer: Rome</s>"
     assert len(prompts.answer_tokens("Rome" * 9)) == 20
+    np.testing.assert_array_equal(
+        prompts.answer_tokens("Rome", " \n"), prompts.answer_tokens("Rome")
+    )
     short = Prompts(TOKENIZER, COMPACT, PASSAGES, EXAMPLES)
     assert len(short.answer_tokens("Rome" * 9)) == short.max_answer_tokens == 16
     with pytest.raises(ConfigError, match="max_answer_tokens must be at least 2, got 1"):

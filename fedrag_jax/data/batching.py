@@ -118,6 +118,7 @@ class Prompts:
         Raises:
           ConfigError: reasoning in a style that has no mark between it and the answer.
         """
+        reasoning = " ".join(reasoning.split())
         if (answer, reasoning) not in self._answers:
             if reasoning and not self.style.final:
                 raise ConfigError(
@@ -125,8 +126,7 @@ class Prompts:
                     "'compact_reasoned' or 'raft', or train on answers alone (teacher=None)"
                 )
             room = self.max_answer_tokens - 1
-            first = " ".join(reasoning.split()) or answer
-            tokens = self._tokenize([self.style.answer.format(answer=first)])[0]
+            tokens = self._tokenize([self.style.answer.format(answer=reasoning or answer)])[0]
             if reasoning:
                 last = self._tokenize([self.style.final + answer])[0][:room]
                 tokens = [*tokens[: room - len(last)], *last]

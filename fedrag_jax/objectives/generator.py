@@ -60,8 +60,8 @@ def ralt(
 
     Args:
       packed: the k prompts of a question share one row of tokens, which pads less and attends over
-        more: the same loss but for passages that are cut (see `Prompts.training_width`). It pays
-        where passages differ in length, and costs where they are alike.
+        more: the same loss but for passages that are cut (see `Prompts.training_width`). That
+        is slower where passages are alike in length, and on a CPU.
     """
     return _task("ralt", decoder, params, adapters, prompts, rows, per_passage=True, packed=packed)
 
