@@ -6,7 +6,7 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/xla
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.5
 COMPARE := $(BIN)/python -m experiments.compare_strategies --config=configs/compare_strategies.py
 
-.PHONY: compare table retrieval test clean
+.PHONY: compare table retrieval test test-slow clean
 
 compare: $(VENV)/installed  ## the main job on the built-in world, one seed
 	$(COMPARE) --config.name=compare
@@ -21,6 +21,9 @@ retrieval: $(VENV)/tested  ## query-side tuning of MiniLM on SQuAD and HotpotQA
 test: $(VENV)/tested  ## the test suite
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-slow: $(VENV)/tested  ## tests that take minutes, such as those of several processes
+	$(BIN)/python -m pytest -n 2 -m slow
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)

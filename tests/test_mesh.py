@@ -40,6 +40,7 @@ def require_equal(process, timeout=600):
     assert out.endswith("equal\n")
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one():
     require_equal(start("devices", devices=8))
 
@@ -48,6 +49,7 @@ def test_devices_decompose_at_the_same_time():
     require_equal(start("decompositions", devices=2), timeout=120)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -10,6 +10,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["float32", "int8"])
 def test_eight_devices_equal_one(format):
     """In a process of its own, because the number of devices is settled when JAX starts."""
