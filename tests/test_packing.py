@@ -16,6 +16,7 @@ from fedrag_jax.models.decoder import Decoder, DecoderConfig
 from fedrag_jax.models.lora import LoraConfig, add_lora, init_adapters
 from fedrag_jax.models.network import Network
 from fedrag_jax.objectives.generator import ralt
+from fedrag_jax.objectives.likelihood import answer_log_probs
 from fedrag_jax.tracking.ledger import step_flops
 
 CONFIG = DecoderConfig(
@@ -41,7 +42,7 @@ def decoder_of(**changes):
 
 def task_of(packed, *network, passages=PASSAGES):
     prompts = Prompts(TOKENIZER, COMPACT, passages, EXAMPLES)
-    return ralt(*network, prompts, lambda examples: ROWS, packed=packed)
+    return ralt(*network, prompts, lambda examples: ROWS[: len(examples)], packed=packed)
 
 
 def batch_of(task):
@@ -78,6 +79,22 @@ def test_a_row_holds_the_prompts_one_after_another():
                 apart["tokens"][i, j][apart["answer_positions"][i, j][scored]],
             )
     np.testing.assert_array_equal(apart["lengths"], packed["lengths"])
+
+
+def test_positions_start_again_in_each_prompt():
+    """Attention sees differences of positions alone, so that only a look at them can tell."""
+    network, *arrays = decoder_of()
+    seen = []
+
+    def watched(params, tokens, *inputs, **options):
+        seen.append(inputs)
+        return network(params, tokens, *inputs, **options)
+
+    table = task_of(True, network, *arrays).collate(EXAMPLES[:1], None)
+    answer_log_probs(watched, *arrays, table)
+    positions, mask = seen[0]
+    lengths = table["lengths"][0]
+    np.testing.assert_array_equal(positions[mask], np.concatenate([np.arange(n) for n in lengths]))
 
 
 def test_passages_of_different_lengths_take_less_room_packed():
