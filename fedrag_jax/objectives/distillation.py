@@ -11,7 +11,7 @@ are brought together, only p_R with a gradient. Methods differ in the signal and
 | `lsr` | p(y|z, x) | 0.01 | KL(p_R, Q) | RA-DIT, 2310.01352, section 2.3 |
 | `replug` | p(y|z, x) | 0.1, score_scale 10 | KL(Q, p_R) | REPLUG LSR, 2301.12652 |
 | `pdist` | log p(y|z, x) | 1 | KL(Q, p_R) | PDist, Atlas, 2208.03299 |
-| `adist` | attention to z | 1 | KL(Q, p_R) | ADist, Atlas, for a decoder: `supervision.Attention` |
+| `adist` | attention to z | 0.01, as Atlas' code | KL(Q, p_R) | ADist, Atlas: `supervision.Attention` |
 | `loop` | -log p(y|all but z, x) | 1 | KL(Q, p_R) | LOOP, Atlas |
 | `emdr` | log p(y|z, x) | | -log sum_z p_R(z|x) p(y|z, x) | EMDR2, 2106.05346; Atlas |
 | `distilled` | a teacher's score | 1 | KL(Q, p_R) | a cross-encoder's, for one |
@@ -110,7 +110,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "signal": "probability", "temperature": 0.1, "first": "target", "score_scale": 10.0,
     },
     "pdist": {"signal": "log_probability", "temperature": 1.0, "first": "target"},
-    "adist": {"signal": "attention", "temperature": 1.0, "first": "target"},
+    "adist": {"signal": "attention", "temperature": 0.01, "first": "target"},
     "loop": {"signal": "leave_one_out", "temperature": 1.0, "first": "target"},
 }  # fmt: skip
 

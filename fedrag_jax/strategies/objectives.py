@@ -62,7 +62,9 @@ def _taught(method: str, **options) -> Objective:
 
 def _asked_about(system: RAGSystem, dataset: Dataset) -> Task:
     teacher = question_likelihood(system)
-    return distilled(teacher, system.retriever, dataset.train, passages=system.marginal_k)
+    # A mean over tokens differs little between passages: at temperature 1 it would ask for all alike.
+    how = {"passages": system.marginal_k, "temperature": 0.1}
+    return distilled(teacher, system.retriever, dataset.train, **how)
 
 
 def marginal_task(
