@@ -20,10 +20,12 @@ def get_config() -> ConfigDict:
         "none", "generator", "ralt", "two_phase", "joint_token", "joint_sequence"
     )  # fmt: skip
     config.settings = ("centralised",)  # one, and not "local"
-    config.data.test_questions = 500
+    config.data.test_questions = 400
     config.modes = (
         "concatenated", "ensemble", "rag_token", "rag_sequence_thorough", "rag_sequence_fast", "vote"
     )  # fmt: skip
     config.beams = 0  # of the modes that have some; 0 is the usual number of each
-    config.learning_rates.centralised.ralt = 1e-3
+    # By EM of the ensemble on 400 validation questions, seed 0: 38.2, 38.0, 27.0 and 22.0 at 1e-4,
+    # 3.16e-4, 1e-3 and 3.16e-3; untuned 38.2. Passages without the answer make most of the loss.
+    config.learning_rates.centralised.ralt = 1e-4
     return config

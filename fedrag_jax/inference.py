@@ -65,7 +65,7 @@ def rag_sequence_thorough(
     """
     asked, candidates = [], []
     for i, of_passages in enumerate(_own_answers(writer, prompts, sampling, beams)):
-        distinct = {tuple(c.tokens.tolist()): c for found in of_passages for c in found}
+        distinct = {y: c for found in of_passages for y, c in found.items()}
         asked += [i] * len(distinct)
         candidates += distinct.values()
     scores = sequence_log_probs(writer, [prompts[i] for i in asked], [c.tokens for c in candidates])
@@ -84,9 +84,9 @@ def rag_sequence_fast(
     for of_passages, r in zip(own, log_weights, strict=True):
         terms = defaultdict(list)
         for found, r_z in zip(of_passages, r, strict=True):
-            for c in found:
-                terms[tuple(c.tokens.tolist()), c.text].append(r_z + c.log_probs.sum())
-        answers.append(max((logsumexp(terms[y]), y[1]) for y in terms)[1])
+            for y, c in found.items():
+                terms[y, c.text].append(r_z + c.log_probs.sum())
+        answers.append(max((logsumexp(some), text) for (_, text), some in terms.items())[1])
     return answers
 
 
@@ -100,7 +100,8 @@ def vote(writer: Writer, prompts: Asked, log_weights, sampling: Sampling, beams)
     own = _own_answers(writer, prompts, sampling, beams=1)
     for of_passages, r in zip(own, log_weights, strict=True):
         votes = defaultdict(list)
-        for (c,), r_z in zip(of_passages, r, strict=True):
+        for found, r_z in zip(of_passages, r, strict=True):
+            (c,) = found.values()
             votes[normalize_answer(c.text)].append((math.exp(r_z + c.log_probs.mean()), c.text))
         # fsum, so that the order of the passages does not matter.
         winners = max(votes.values(), key=lambda some: (math.fsum(v for v, _ in some), max(some)))
@@ -142,12 +143,14 @@ def check(mode: str, beams: int | None, sampling: Sampling) -> int:
 
 def _own_answers(
     writer: Writer, prompts: Asked, sampling: Sampling, beams: int
-) -> list[list[list[Completion]]]:
-    """Of each question and prompt the `beams` likeliest answers, the likeliest first."""
+) -> list[list[dict[tuple[int, ...], Completion]]]:
+    """Of each question and prompt the `beams` likeliest answers, by their tokens."""
     flat = [[prompt] for some in prompts for prompt in some]
     certain = np.zeros((len(flat), 1))
-    found = iter(writer.search(flat, certain, beams=beams, best=beams, sampling=sampling))
-    return [[next(found) for _ in some] for some in prompts]
+    found = writer.search(flat, certain, beams=beams, best=beams, sampling=sampling)
+    # A stop string can cut two hypotheses down to one.
+    distinct = iter([{tuple(c.tokens.tolist()): c for c in some} for some in found])
+    return [[next(distinct) for _ in some] for some in prompts]
 
 
 def sequence_log_probs(
