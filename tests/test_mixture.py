@@ -202,16 +202,20 @@ def test_ends_when_the_best_is_found_and_computes_nothing_after_it(model):
     network, params, adapters = model
     prompts, log_weights = asked()
     free = search(model, prompts, log_weights, max_new_tokens=4).tokens[:, 0]
-    stops = tuple(map(int, free[:, 1]))
-    for options, steps in (
-        ({"max_new_tokens": 7}, 7),
-        ({"max_new_tokens": 7, "stop_tokens": stops}, 2),
-    ):
+    first, second = (tuple(map(int, free[:, i])) for i in range(2))
+
+    def rows_predicted(**options):
         seen = []
         other = lora.add_lora(Network.of(counted(seen), network.config), network.lora)
-        search((other, params, adapters), prompts, log_weights, **options)
+        search((other, params, adapters), prompts, log_weights, max_new_tokens=7, **options)
         jax.effects_barrier()
-        assert seen == [4 * K] * steps
+        return seen
+
+    assert rows_predicted() == [4 * K] * 7
+    assert rows_predicted(stop_tokens=second) == [4 * K] * 2
+    assert rows_predicted(stop_tokens=first, beams=3) == [4 * K]
+    others_too = rows_predicted(stop_tokens=first, beams=3, best=3)
+    assert others_too[:2] == [4 * K, 4 * 3 * K]
 
 
 def test_compiles_once_per_bucket_whatever_the_options(model):
