@@ -5,7 +5,7 @@ query encoder alone and has nothing to re-embed.
 
     python -m experiments.index_refresh --config=configs/index_refresh.py
     python -m experiments.index_refresh --config=configs/index_refresh.py \
-        --config.name=mine --config.policies="{'every 3': {'every': 3}}"
+        --config.name=wider --config.policies.rerank_40.candidates=100
 """
 
 from ml_collections import ConfigDict
@@ -26,12 +26,12 @@ def get_config() -> ConfigDict:
     config.policies = ConfigDict(
         {
             "never": {"every": 0},
-            "every 4": {"every": 4},
-            "every 2": {"every": 2},
-            "every 1": {"every": 1},
-            "stale 20%": {"staleness": 0.2},
-            "re-rank 40": {"every": 0, "candidates": 40},
-            "in use 40": {"every": 0, "candidates": 40, "keep": True},
+            "every_4": {"every": 4},
+            "every_2": {"every": 2},
+            "every_1": {"every": 1},
+            "stale_20": {"staleness": 0.2},
+            "rerank_40": {"every": 0, "candidates": 40},
+            "in_use_40": {"every": 0, "candidates": 40, "keep": True},
             "query_side": {},
         }
     )

@@ -20,7 +20,7 @@ from experiments.rates import chosen_rate, kept_rate
 from fedrag_jax.errors import ConfigError, DivergenceError
 from fedrag_jax.federated.callbacks import Callback
 
-QUERY_SIDE, FRESH = "query_side", "every 1"
+QUERY_SIDE, FRESH = "query_side", "every_1"
 
 
 class Staleness(Callback):
@@ -217,7 +217,7 @@ def report(config, folder: pathlib.Path):
                 "Policies",
                 "policies",
                 "Scores in percent, means over seeds, 95% bootstrap intervals over test questions; "
-                "differences from `every 1` paired by question and seed, p by permutation over "
+                "differences from `every_1` paired by question and seed, p by permutation over "
                 "questions, Holm-adjusted. Recall@5 is with an index made anew after training; `index "
                 "as left` is the one that training searched last. Stale: the share of the five "
                 "passages of a validation question that a fresh index would replace, at the end of a "

@@ -56,8 +56,8 @@ def small_methods():
 def small_refresh():
     config = _short(index_refresh.get_config())
     config.seeds, config.settings, config.training.rounds = (0,), ("federated",), 2
-    kept = {name: config.policies[name] for name in ("never", "every 1", "in use 40", "query_side")}
-    config.policies, config.rate_factors = ConfigDict(kept), (10.0,)
+    kept = {name: config.policies[name] for name in ("never", "every_1", "in_use_40", "query_side")}
+    config.policies, config.rate_factors = ConfigDict(kept), (0.1,)
     config.validation_questions = config.probe_questions = 40
     return config
 
