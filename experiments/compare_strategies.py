@@ -16,6 +16,7 @@ import time
 
 import numpy as np
 
+from experiments.cell_by_cell import write_report
 from experiments.comparison import CONTROL_QUESTIONS, Comparison, compute_cell
 from experiments.inputs import (
     check,
@@ -251,11 +252,7 @@ def run(config, runs: str) -> pathlib.Path:
     if not (folder / "no_op.json").exists():
         change = no_op(comparison, *replicates(config)[0])
         (folder / "no_op.json").write_text(json.dumps({"largest_change": change}) + "\n")
-    made = report(config, folder)
-    written = made.write(folder)
-    print(made.markdown())
-    print(f"{folder}/: {' '.join(written)} and CSV files of all rows")
-    return folder
+    return write_report(report(config, folder), folder, "CSV files of all rows and")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import time
 
 import numpy as np
 
+from experiments.cell_by_cell import write_report
 from experiments.comparison import Comparison, compute_cell
 from experiments.inputs import (
     check,
@@ -303,11 +304,7 @@ def run(config, runs: str) -> pathlib.Path:
             f"({time.perf_counter() - began:.0f} s so far)",
             flush=True,
         )
-    made = report(config, folder)
-    written = made.write(folder)
-    print(made.markdown())
-    print(f"{folder}/: heterogeneity.csv {' '.join(written)}")
-    return folder
+    return write_report(report(config, folder), folder, "heterogeneity.csv")
 
 
 if __name__ == "__main__":

@@ -7,17 +7,18 @@ seed) that is finished is not computed again.
 """
 
 import dataclasses
+import functools
 import itertools
 import pathlib
-import time
 
 import numpy as np
 
+from experiments.cell_by_cell import compute_missing, write_report
 from experiments.comparison import Comparison, client_scores, curve
 from experiments.inputs import check_replicates, load_data, replicates
 from experiments.launch import launch, settled_config
 from experiments.rates import chosen_rate, kept_rate
-from fedrag_jax.errors import ConfigError, DivergenceError
+from fedrag_jax.errors import ConfigError
 from fedrag_jax.federated.callbacks import Callback
 
 QUERY_SIDE, FRESH = "query_side", "every_1"
@@ -261,12 +262,9 @@ def run(config, runs: str) -> pathlib.Path:
     Raises:
       ConfigError: as `check`.
     """
-    from fedrag_jax.tracking import cells
     from fedrag_jax.tracking.manifest import write_manifest
-    from fedrag_jax.tracking.processes import everywhere
-    from fedrag_jax.tracking.weights_and_biases import log_cell
 
-    began, folder = time.perf_counter(), pathlib.Path(runs) / config.name
+    folder = pathlib.Path(runs) / config.name
     check(config)
     dataset = load_data(config)
     folder.mkdir(parents=True, exist_ok=True)
@@ -274,29 +272,20 @@ def run(config, runs: str) -> pathlib.Path:
     settled_config(config, folder, free=free)
     write_manifest(folder, dataset, experiment="index_refresh", seeds=list(config.seeds))
     refreshing = Refreshing(config, dataset, folder)
-    todo = list(itertools.product(config.settings, config.policies, replicates(config)))
-    for i, (setting, name, pair) in enumerate(todo, 1):
-        if everywhere(cells.load(folder, name, setting, *pair) is not None):
-            continue
-        try:
-            cell = compute_cell(refreshing, name, setting, *pair)
-        except DivergenceError as error:  # one run of many: the others are worth having
-            print(f"{name}, {setting}, {cells.seeds_name(*pair)}: {error}")
-            continue
-        cells.save(folder, cell)
-        wandb = config.wandb
-        log_cell(cell, folder, config.name, wandb.mode, wandb.project, config.to_dict())
-        print(
-            f"[{i}/{len(todo)}] {name}, {setting}, {cells.seeds_name(*pair)}: Recall@5 "
-            f"{100 * np.nanmean(cell.scores['recall_at_5']):.1f}, {cell.controls['embedded']} passages "
-            f"re-embedded  ({time.perf_counter() - began:.0f} s so far)",
-            flush=True,
+    todo = [
+        (name, setting, pair)
+        for setting, name, pair in itertools.product(
+            config.settings, config.policies, replicates(config)
         )
-    made = report(config, folder)
-    written = made.write(folder)
-    print(made.markdown())
-    print(f"{folder}/: index_refresh.csv {' '.join(written)}")
-    return folder
+    ]
+    compute_missing(config, folder, todo, functools.partial(compute_cell, refreshing), told)
+    return write_report(report(config, folder), folder, "index_refresh.csv")
+
+
+def told(cell) -> str:
+    """What people are told of a cell."""
+    recall, embedded = np.nanmean(cell.scores["recall_at_5"]), cell.controls["embedded"]
+    return f"Recall@5 {100 * recall:.1f}, {embedded} passages re-embedded"
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 
+from experiments.cell_by_cell import write_report
 from experiments.comparison import Comparison
 from experiments.inputs import check as check_comparison
 from experiments.inputs import load_data, replicates, trainable_strategies
@@ -189,11 +190,7 @@ def run(config, runs: str) -> pathlib.Path:
                 f"({time.perf_counter() - began:.0f} s so far)",
                 flush=True,
             )
-    made = report(config, folder)
-    written = made.write(folder)
-    print(made.markdown())
-    print(f"{folder}/: inference_modes.csv {' '.join(written)}")
-    return folder
+    return write_report(report(config, folder), folder, "inference_modes.csv")
 
 
 if __name__ == "__main__":

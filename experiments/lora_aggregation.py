@@ -11,16 +11,16 @@ import functools
 import itertools
 import json
 import pathlib
-import time
 import zlib
 
 import numpy as np
 
+from experiments.cell_by_cell import compute_missing, write_report
 from experiments.comparison import Comparison, client_scores, curve
 from experiments.inputs import check_replicates, load_data, replicates
 from experiments.launch import launch, settled_config
 from experiments.rates import chosen_rate, kept_rate
-from fedrag_jax.errors import ConfigError, DataError, DivergenceError
+from fedrag_jax.errors import ConfigError, DataError
 
 METRICS = ("em", "f1", "nll")
 
@@ -297,12 +297,10 @@ def run(config, runs: str) -> pathlib.Path:
       ConfigError: as `check`.
       DataError: training, validation or test questions without gold passages.
     """
-    from fedrag_jax.tracking import cells
     from fedrag_jax.tracking.manifest import write_manifest
     from fedrag_jax.tracking.processes import everywhere
-    from fedrag_jax.tracking.weights_and_biases import log_cell
 
-    began, folder = time.perf_counter(), pathlib.Path(runs) / config.name
+    folder = pathlib.Path(runs) / config.name
     check(config)
     dataset = load_data(config)
     validation = dataset.validation[: config.validation_questions or None]
@@ -331,29 +329,26 @@ def run(config, runs: str) -> pathlib.Path:
         (found,) = reading_scores([system], dataset.test, rows_for(read, dataset.test))
         untuned = {"em": 100 * float(found["em"].mean()), "nll": float(found["nll"].mean())}
         (folder / "untuned.json").write_text(json.dumps(untuned) + "\n")
-    todo = list(itertools.product(at, config.rules, replicates(config)))
-    for i, ((alpha, rank), rule, pair) in enumerate(todo, 1):
-        if everywhere(cells.load(folder, rule, point_name(rank, alpha), *pair) is not None):
-            continue
-        try:
-            cell = compute_cell(at[alpha, rank], read, rule, *pair)
-        except DivergenceError as error:  # one run of many: the others are worth having
-            print(f"{rule}, {point_name(rank, alpha)}, {cells.seeds_name(*pair)}: {error}")
-            continue
-        cells.save(folder, cell)
-        wandb, about = config.wandb, {"rank": rank, "alpha": alpha}
-        log_cell(cell, folder, config.name, wandb.mode, wandb.project, config.to_dict(), **about)
-        print(
-            f"[{i}/{len(todo)}] {rule}, rank {rank}, alpha {alpha:g}, {cells.seeds_name(*pair)}: EM "
-            f"{100 * cell.scores['em'].mean():.1f}  NLL {cell.scores['nll'].mean():.2f}  "
-            f"({time.perf_counter() - began:.0f} s so far)",
-            flush=True,
-        )
-    made = report(config, folder)
-    written = made.write(folder)
-    print(made.markdown())
-    print(f"{folder}/: lora_aggregation.csv {' '.join(written)}")
-    return folder
+    points = {point_name(rank, alpha): (alpha, rank) for alpha, rank in at}
+    todo = [
+        (rule, point, pair)
+        for point, rule, pair in itertools.product(points, config.rules, replicates(config))
+    ]
+
+    def compute(rule, point, seed, split):
+        return compute_cell(at[points[point]], read, rule, seed, split)
+
+    def about(rule, point):
+        alpha, rank = points[point]
+        return {"rank": rank, "alpha": alpha}
+
+    compute_missing(config, folder, todo, compute, told, about)
+    return write_report(report(config, folder), folder, "lora_aggregation.csv")
+
+
+def told(cell) -> str:
+    """The means of a cell's scores, for people."""
+    return f"EM {100 * cell.scores['em'].mean():.1f}  NLL {cell.scores['nll'].mean():.2f}"
 
 
 if __name__ == "__main__":

@@ -7,17 +7,18 @@ seed) that is finished is not computed again.
 """
 
 import dataclasses
+import functools
 import itertools
 import pathlib
-import time
 
 import numpy as np
 
+from experiments.cell_by_cell import compute_missing, write_report
 from experiments.comparison import Comparison, client_scores, training_curves
 from experiments.inputs import check_replicates, load_data, replicates
 from experiments.launch import launch, settled_config
 from experiments.rates import chosen_rate, kept_rate
-from fedrag_jax.errors import ConfigError, DivergenceError
+from fedrag_jax.errors import ConfigError
 
 UNTUNED = "none"
 METRICS = {
@@ -262,12 +263,9 @@ def run(config, runs: str) -> pathlib.Path:
     Raises:
       ConfigError: as `check`.
     """
-    from fedrag_jax.tracking import cells
     from fedrag_jax.tracking.manifest import write_manifest
-    from fedrag_jax.tracking.processes import everywhere
-    from fedrag_jax.tracking.weights_and_biases import log_cell
 
-    began, folder = time.perf_counter(), pathlib.Path(runs) / config.name
+    folder = pathlib.Path(runs) / config.name
     dataset = load_data(config)
     objectives = check(config, dataset)
     folder.mkdir(parents=True, exist_ok=True)
@@ -275,30 +273,18 @@ def run(config, runs: str) -> pathlib.Path:
     settled_config(config, folder, free=free)
     write_manifest(folder, dataset, experiment="methods", seeds=list(config.seeds))
     methods = Methods(config, dataset, folder)
-    pairs = replicates(config)
-    todo = list(itertools.product(config.settings, (UNTUNED, *objectives), pairs))
-    for i, (setting, name, pair) in enumerate(todo, 1):
-        if everywhere(cells.load(folder, name, setting, *pair) is not None):
-            continue
-        try:
-            cell = compute_cell(methods, name, setting, *pair)
-        except DivergenceError as error:  # one run of many: the others are worth having
-            print(f"{name}, {setting}, {cells.seeds_name(*pair)}: {error}")
-            continue
-        cells.save(folder, cell)
-        wandb = config.wandb
-        log_cell(cell, folder, config.name, wandb.mode, wandb.project, config.to_dict())
-        told = "  ".join(f"{m} {100 * np.nanmean(x):.1f}" for m, x in cell.scores.items())
-        print(
-            f"[{i}/{len(todo)}] {name}, {setting}, {cells.seeds_name(*pair)}: {told}  "
-            f"({time.perf_counter() - began:.0f} s so far)",
-            flush=True,
-        )
-    made = report(config, folder)
-    written = made.write(folder)
-    print(made.markdown())
-    print(f"{folder}/: methods.csv {' '.join(written)}")
-    return folder
+    names = (UNTUNED, *objectives)
+    todo = [
+        (name, setting, pair)
+        for setting, name, pair in itertools.product(config.settings, names, replicates(config))
+    ]
+    compute_missing(config, folder, todo, functools.partial(compute_cell, methods), told)
+    return write_report(report(config, folder), folder, "methods.csv")
+
+
+def told(cell) -> str:
+    """The means of a cell's scores, for people."""
+    return "  ".join(f"{name} {100 * np.nanmean(x):.1f}" for name, x in cell.scores.items())
 
 
 if __name__ == "__main__":

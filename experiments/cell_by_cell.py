@@ -1,0 +1,57 @@
+"""The loop of an experiment: the cells that are missing, one after another, then the report."""
+
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fedrag_jax.errors import DivergenceError
+
+
+def compute_missing(
+    config,
+    folder: pathlib.Path,
+    todo: Sequence[tuple[str, str, tuple[int, int]]],
+    compute: Callable[..., Any],
+    told: Callable[[Any], str],
+    about: Callable[[str, str], dict[str, float]] = lambda name, setting: {},
+) -> None:
+    """Computes, keeps and logs the cells that a folder lacks; one that diverges is told and left out.
+
+    Args:
+      todo: `(strategy, setting, (seed, split))` of each cell, by which it is known.
+      compute: `compute(strategy, setting, seed, split) -> Cell`.
+      told: what people are told of a cell.
+      about: numbers of a strategy and setting, for Weights & Biases to know it by.
+    """
+    from fedrag_jax.tracking import cells
+    from fedrag_jax.tracking.processes import everywhere
+    from fedrag_jax.tracking.weights_and_biases import log_cell
+
+    began, wandb = time.perf_counter(), config.wandb
+    for i, (name, setting, pair) in enumerate(todo, 1):
+        if everywhere(cells.load(folder, name, setting, *pair) is not None):
+            continue
+        where = f"{name}, {setting}, {cells.seeds_name(*pair)}"
+        try:
+            cell = compute(name, setting, *pair)
+        except DivergenceError as error:  # one of many: the others are worth having
+            print(f"{where}: {error}")
+            continue
+        cells.save(folder, cell)
+        known = about(name, setting)
+        log_cell(cell, folder, config.name, wandb.mode, wandb.project, config.to_dict(), **known)
+        seconds = time.perf_counter() - began
+        print(f"[{i}/{len(todo)}] {where}: {told(cell)}  ({seconds:.0f} s so far)", flush=True)
+
+
+def write_report(report, folder: pathlib.Path, others: str) -> pathlib.Path:
+    """Writes a `Report` and prints it; returns the folder.
+
+    Args:
+      others: files that lie beside it.
+    """
+    written = report.write(folder)
+    print(report.markdown())
+    print(f"{folder}/: {others} {' '.join(written)}")
+    return folder
