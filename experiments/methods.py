@@ -209,7 +209,9 @@ def report(config, folder: pathlib.Path):
                 "Figure",
                 "differences",
                 "What each objective adds to the part it trains, with 95% intervals over questions.",
-                figure=experiment_figures.differences(rows),
+                figure=experiment_figures.differences(
+                    [row for row in rows if row["metric"] in ("recall_at_5", "em")]
+                ),
             ),
             Section(
                 "Objectives",
