@@ -48,6 +48,10 @@ class Staleness(Callback):
 class Refreshing(Comparison):
     """The data and system of a comparison, and what the generator says of passages, once for all."""
 
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.taught = None
+
     def trained(self, name: str, setting: str, seed: int, split: int, factor: float):
         """`(retriever with a fresh index, the same with the index that training left, cost, watch,
         history)`."""
@@ -61,7 +65,7 @@ class Refreshing(Comparison):
 
         config, system, budget = self.config, self.system(self.config.seeds[0]), self.budget()
         retriever = system.retriever
-        if not hasattr(self, "taught"):
+        if self.taught is None:
             self.taught = OBJECTIVES[config.objective].task(system, self.dataset)
         train, policy = ("query", "document"), None
         if name == QUERY_SIDE:
