@@ -26,6 +26,7 @@ def run(name, *flags):
     return json.loads(done.stdout[done.stdout.index("{") :])
 
 
+@pytest.mark.slow
 def test_memory_of_a_round():
     pytest.importorskip("qwix", reason="qwix is absent")
     report = run("memory", "--model=small", "--clients=2", "--tokens=32", "--batch_size=1")

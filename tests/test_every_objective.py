@@ -132,6 +132,7 @@ def test_gradients_reach_every_trainable_leaf(name):
             assert np.abs(g).max() > 1e-7, f"{name}: no gradient for {leaf}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*OBJECTIVES][::4])
 def test_training_moves_what_is_trainable_and_nothing_else(name):
     task, _ = objective(name)

@@ -221,6 +221,7 @@ def test_the_ledger_of_a_comparison(finished):
         assert sum(int(r["bytes"]) for r in sent) == int(row["bytes_up"])
 
 
+@pytest.mark.slow
 def test_strategies_that_need_no_labels_do_not_read_them(finished, tmp_path):
     from fedrag_jax.models.hub import load_arrays
 
@@ -236,6 +237,7 @@ def test_strategies_that_need_no_labels_do_not_read_them(finished, tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_alphas_and_splits_of_a_comparison(tmp_path):
     config = small()
     config.strategies, config.settings = ("none", "retriever"), ("federated_inf", "federated")
@@ -346,6 +348,7 @@ def own_folder(folder, labelled=False, hops=1):
     return str(folder)
 
 
+@pytest.mark.slow
 def test_a_folder_without_labels_topics_or_one_hop_questions(tmp_path, capsys):
     config = small()
     config.data.name = own_folder(tmp_path, hops=2)
@@ -448,6 +451,7 @@ def real_data():
     return (folder / "squad.questions.jsonl.gz").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not real_data(), reason="no squad in $FEDRAG_DATA or ../shared/data")
 def test_query_side_tuning_on_real_questions(tmp_path):
     """The program behind `make retrieval`, with the small encoder in MiniLM's place."""

@@ -32,7 +32,7 @@ def retriever_of(vectors):
     """One index; nothing here embeds questions."""
     passages = [Passage(f"p{i}", "ä" * (i % 7), f"text {i}") for i in range(len(vectors))]
     store = FaissStore.build([p.id for p in passages], vectors)
-    return Retriever(None, None, None, None, passages, vectors, store)
+    return Retriever(None, None, None, None, passages, vectors, vectors, store)
 
 
 WHOLE = retriever_of(unit(N, 0))

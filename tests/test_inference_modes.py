@@ -13,6 +13,8 @@ from fedrag_jax.errors import ConfigError
 from fedrag_jax.evaluation.evaluator import evaluate
 from fedrag_jax.tracking import cells
 
+pytestmark = pytest.mark.slow  # whole experiments, if small ones
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):

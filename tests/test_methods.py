@@ -10,6 +10,8 @@ from experiments import index_refresh, methods, report
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.tracking import cells
 
+pytestmark = pytest.mark.slow  # whole experiments, if small ones
+
 
 @pytest.fixture(scope="module")
 def objectives(tmp_path_factory):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_objectives import EXAMPLES, PASSAGES, TOKENIZER
+from toy_rag import EXAMPLES, PASSAGES, TOKENIZER
 
 from fedrag_jax.data.batching import Prompts
 from fedrag_jax.data.examples import Passage

@@ -70,6 +70,7 @@ def test_fewer_bits_are_further_off_and_nf4_fits_weights_better_than_int4(model)
     assert off("int8") < 0.03 < off("nf4") < off("int4") < 0.5
 
 
+@pytest.mark.slow
 def test_a_quantised_network_is_the_network_of_the_rounded_weights(model):
     network = lora.add_lora(model.network, lora.LoraConfig(4, 8.0))
     small = quantize(model.params, "nf4", BLOCK)

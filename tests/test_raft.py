@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from test_objectives import EXAMPLES, KEY, PASSAGES, TOKENIZER, batch_of, parts, slow_log_probs
+from toy_rag import EXAMPLES, KEY, PASSAGES, TOKENIZER, batch_of, slow_log_probs, toy_parts
 
 from fedrag_jax.data.batching import Prompts
 from fedrag_jax.data.examples import Example, Passage
@@ -14,13 +14,17 @@ from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.objectives.generator import closed_book, concatenated
 from fedrag_jax.objectives.raft import oracle, raft, raft_rows
 
-parts = parts  # the fixture
 CITIES = [Passage(f"c{i}", "", f"Person {i} lives in Town{i}.") for i in range(40)]
 MANY = [
     Example(f"m{i}", f"Where is {i}?", (f"Town{i % 40}",), (f"c{i % 40}",), hops=1)
     for i in range(400)
 ] + [Example("two", "Where?", ("Town3",), ("c3", "c4"), hops=2)]
 GOLDS = {e.id: {int(p[1:]) for p in e.positive_ids} for e in MANY}
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return toy_parts()
 
 
 class Nearest:

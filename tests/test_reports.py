@@ -82,6 +82,7 @@ def skewed(tmp_path_factory):
     return heterogeneity.run(small_heterogeneity(), str(tmp_path_factory.mktemp("runs")))
 
 
+@pytest.mark.slow
 def test_points_differ_in_one_factor_and_train_on_as_much(skewed):
     rows = [r for r in read(skewed / "heterogeneity.csv") if r["strategy"] == "retriever"]
     assert [(r["factor"], r["value"], r["rounds"]) for r in rows] == [
@@ -96,6 +97,7 @@ def test_points_differ_in_one_factor_and_train_on_as_much(skewed):
     assert all(float(r["p_holm"]) >= float(r["p"]) for r in rows if r["difference"])
 
 
+@pytest.mark.slow
 def test_rates_of_a_point_are_those_that_validation_likes_best(skewed):
     for path in (skewed / "points").glob("*/rates-retriever.json"):
         found = json.loads(path.read_text())
@@ -103,6 +105,7 @@ def test_rates_of_a_point_are_those_that_validation_likes_best(skewed):
         assert found["scores"][str(found["chosen"])] == max(found["scores"].values())
 
 
+@pytest.mark.slow
 def test_rates_that_are_judged_are_those_that_train(skewed, monkeypatch):
     """On validation questions, and so that their mean does not depend on the number of rounds."""
     from experiments.comparison import Comparison
@@ -166,6 +169,7 @@ def test_rates_beyond_an_end_that_is_best_are_tried(tmp_path, scores, tried, bes
         chosen_rate(tmp_path / "other.json", (1.0, 2.0), judge, "here")
 
 
+@pytest.mark.slow
 def test_a_point_that_is_missing_is_computed_alone(skewed, monkeypatch):
     before = read(skewed / "heterogeneity.csv")
     cells, done = sorted((skewed / "points").glob("*/rates-x*/cells/*")), []
@@ -184,6 +188,7 @@ def test_a_point_that_is_missing_is_computed_alone(skewed, monkeypatch):
     assert [r["em"] for r in after] == [r["em"] for r in before]
 
 
+@pytest.mark.slow
 def test_a_report_is_made_again_from_what_lies_there(skewed):
     page = (skewed / "report.html").read_text()
     for name in ("report.html", "heterogeneity.csv"):
@@ -222,6 +227,7 @@ def averaged(tmp_path_factory):
     return lora_aggregation.run(small_aggregation(), str(tmp_path_factory.mktemp("runs")))
 
 
+@pytest.mark.slow
 def test_rules_side_by_side(averaged):
     rows = {r["rule"]: r for r in read(averaged / "lora_aggregation.csv")}
     assert list(rows) == ["fedit", "fedex"]
@@ -240,6 +246,7 @@ def test_rules_side_by_side(averaged):
     assert untuned["em"] > 50 and 0 < untuned["nll"] < 10
 
 
+@pytest.mark.slow
 def test_every_prompt_holds_the_gold_passages(averaged):
     from experiments.inputs import load_data
     from fedrag_jax.models import hub
@@ -256,6 +263,7 @@ def test_every_prompt_holds_the_gold_passages(averaged):
     assert {places.count(k) > len(places) / 10 for k in range(5)} == {True}  # anywhere
 
 
+@pytest.mark.slow
 def test_a_rule_that_is_missing_is_computed_alone(averaged, monkeypatch):
     config, computed = small_aggregation(), []
     before = load(averaged, "fedex", "rank2-alpha1", 1, 1).scores["nll"]
@@ -272,6 +280,7 @@ def test_a_rule_that_is_missing_is_computed_alone(averaged, monkeypatch):
     assert load(averaged, "fedex", "rank2-alpha1", 1, 1).scores["nll"] == pytest.approx(before)
 
 
+@pytest.mark.slow
 def test_systems_are_those_that_the_rules_have_made(tmp_path):
     """FedEx moves the base and is read with it; FedSA leaves one system a client."""
     import jax
