@@ -17,7 +17,10 @@ from fedrag_jax.errors import CheckpointError, ConfigError
 from fedrag_jax.models import hub, lora, peft
 from fedrag_jax.models.network import Network
 from fedrag_jax.models.writing import Sampling, Writer
+from fedrag_jax.retrieval.federated import FederatedStore
 from fedrag_jax.retrieval.retriever import Retriever
+
+HEAD = "head.safetensors"
 
 
 class Response(NamedTuple):
@@ -271,12 +274,16 @@ class RAGSystem:
     # --- on disk ------------------------------------------------------------------------------
 
     def save(self, path: str | pathlib.Path) -> None:
-        """One folder: generator, adapters (PEFT), query and document encoders, passages, settings.
+        """One folder: generator, adapters (PEFT), both encoders, head, passages, settings.
 
         Raises:
-          CheckpointError: the generator is quantised; nothing is written.
+          CheckpointError: the generator is quantised, or passages lie with silos; nothing is written.
         """
         folder = pathlib.Path(path)
+        if isinstance(self.retriever.store, FederatedStore):
+            raise CheckpointError(
+                "a system over silos has no index of its own to save: save it before over_silos"
+            )
         hub.save(self.generator, folder / "generator")
         peft.save(self.adapters, self.decoder, folder / "adapters", base="../generator")
         for side in ("query", "document"):
@@ -287,6 +294,10 @@ class RAGSystem:
                 side,
             )
             hub.save(encoder, folder / f"{side}_encoder")
+        if self.retriever.head is not None:
+            hub.save_arrays({"head": self.retriever.head}, folder / HEAD)
+        else:
+            (folder / HEAD).unlink(missing_ok=True)
         with open(folder / "passages.jsonl", "w", encoding="utf-8") as file:
             for passage in self.retriever.passages:
                 file.write(json.dumps(dataclasses.asdict(passage), ensure_ascii=False) + "\n")
@@ -329,7 +340,7 @@ class RAGSystem:
             max_passage_tokens=settings["max_passage_tokens"],
             max_answer_tokens=settings.get("max_answer_tokens", ANSWER_TOKENS),
         )
+        head = hub.load_arrays(folder / HEAD)["head"] if (folder / HEAD).exists() else None
         return system.replace(
-            adapters=adapters,
-            query=hub.load(folder / "query_encoder").params,
+            adapters=adapters, query=hub.load(folder / "query_encoder").params, head=head
         )

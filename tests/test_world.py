@@ -1,6 +1,7 @@
 """The built-in world is what the protocol says, and the start is frozen where it says."""
 
 import collections
+import dataclasses
 import re
 
 import numpy as np
@@ -8,10 +9,11 @@ import pytest
 
 from fedrag_jax.data import synthetic
 from fedrag_jax.data.examples import check, content_hash
-from fedrag_jax.errors import ConfigError
+from fedrag_jax.errors import CheckpointError, ConfigError
 from fedrag_jax.evaluation import evaluator
 from fedrag_jax.evaluation.metrics import percent
 from fedrag_jax.rag import RAGSystem
+from fedrag_jax.retrieval.federated import over_silos
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +119,7 @@ def test_a_saved_system_answers_alike(world, system, tmp_path):
     tuned = system.replace(
         adapters=jax.tree.map(lambda x: x + 0.01, system.adapters),
         query=jax.tree.map(lambda x: 1.01 * x, system.retriever.query),
+        head=np.eye(64, dtype=np.float32) + np.random.default_rng(0).normal(0, 0.05, (64, 64)),
     )
     questions = [e.question for e in world.test[:6]]
     expected = tuned.batch_query(questions)
@@ -128,11 +131,16 @@ def test_a_saved_system_answers_alike(world, system, tmp_path):
         np.testing.assert_allclose(found.scores, wanted.scores, atol=1e-5)
     assert loaded.query(questions[0]).answer == expected[0].answer
     assert len(expected[0].sources) == system.top_k == 5
+    # A head that is there no longer is not read back.
+    system.save(tmp_path / "system")
+    assert RAGSystem.load(tmp_path / "system").retriever.head is None
+    everywhere = [np.arange(len(world.passages))]
+    apart = dataclasses.replace(system, retriever=over_silos(system.retriever, everywhere))
+    with pytest.raises(CheckpointError, match="save it before over_silos"):
+        apart.save(tmp_path / "apart")
 
 
 def test_systems_that_cannot_be(world, tmp_path):
-    from fedrag_jax.errors import CheckpointError
-
     with pytest.raises(ConfigError, match=r"top_k must be between 1 and the corpus' 3 passages"):
         RAGSystem.build(world.passages[:3], top_k=5)
     with pytest.raises(ConfigError, match="prompt_style"):
