@@ -23,7 +23,7 @@ test: $(VENV)/tested  ## the test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/tested  ## tests that take minutes, such as those of several processes
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
