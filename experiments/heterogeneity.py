@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 
-from experiments.cell_by_cell import write_report
+from experiments.cell_by_cell import finished, write_report
 from experiments.comparison import Comparison, compute_cell
 from experiments.inputs import (
     check,
@@ -135,17 +135,14 @@ def at_best_rates(run: Comparison, strategy: str) -> Comparison:
     return scaled(run, chosen_rate(path, run.config.rate_factors, judge, what))
 
 
-def finished(config, folder: pathlib.Path, strategy: str) -> list:
+def finished_at(config, folder: pathlib.Path, strategy: str) -> list:
     """The finished cells of a strategy at a point; untuned is untuned everywhere."""
-    from fedrag_jax.tracking import cells
-
     here = folder / "points" / point_name(config)
     if strategy == "none":
         here = folder
     elif (path := here / f"rates-{strategy}.json").exists():
         here = here / f"rates-x{kept_rate(path):g}"
-    some = (cells.load(here, strategy, "federated", *pair) for pair in replicates(config))
-    return [cell for cell in some if cell]
+    return finished(config, here, strategy, "federated")
 
 
 def rows_of(config, folder: pathlib.Path) -> list[dict]:
@@ -156,7 +153,7 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
     for factor, value in points(config):
         here, (room, name) = at_point(config, factor, value), WHERE[factor]
         for strategy in config.strategies:
-            if not (cells := finished(here, folder, strategy)):
+            if not (cells := finished_at(here, folder, strategy)):
                 continue
             (row,) = comparison.strategy_rows(cells, {"federated": here.federated.alpha})
             row |= {"factor": factor, "value": value}
@@ -166,7 +163,7 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
                     np.mean([curve[-1]["examples"] for c in cells for curve in c.curves.values()])
                 )
                 if value != config[room][name]:
-                    usual = finished(config, folder, strategy)
+                    usual = finished_at(config, folder, strategy)
                     row |= comparison.paired_difference(cells, usual, config.primary_metric) or {}
             rows.append(row)
     comparison.adjust([row for row in rows if "p" in row])
@@ -297,7 +294,7 @@ def run(config, runs: str) -> pathlib.Path:
             c, wandb = there.config, config.wandb
             about = {factor: c[room][name] for factor, (room, name) in WHERE.items()}
             log_cell(cell, folder, config.name, wandb.mode, wandb.project, c.to_dict(), **about)
-        done = finished(point.config, folder, strategy)
+        done = finished_at(point.config, folder, strategy)
         em = 100 * np.mean([c.scores["em"].mean() for c in done]) if done else math.nan
         print(
             f"[{i}/{len(todo)}] {strategy}, {point.folder.name}: EM {em:.1f} over {len(done)} seeds  "

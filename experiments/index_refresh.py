@@ -13,8 +13,8 @@ import pathlib
 
 import numpy as np
 
-from experiments.cell_by_cell import compute_missing, write_report
-from experiments.comparison import Comparison, client_scores, curve
+from experiments.cell_by_cell import compute_missing, finished, write_report
+from experiments.comparison import Comparison, curve
 from experiments.inputs import check_replicates, load_data, replicates
 from experiments.launch import launch, settled_config
 from experiments.rates import chosen_rate, kept_rate
@@ -133,28 +133,20 @@ def compute_cell(run: Refreshing, name: str, setting: str, seed: int, split: int
     found |= {f"{metric}_left": x for metric, x in scores(left, dataset.test).items()}
     lap = clock.lap()
     cost += Cost(evaluate_seconds=lap.others + lap.searching, compile_seconds=lap.compiling)
-    clients = run.clients(setting, split)
     told = {"embedded": 0 if watch.index is None else int(watch.index["embedded"])}
     told |= {f"stale_{i}": 100 * share for i, share in enumerate(watch.shares, 1)}
-    by_client = client_scores(
-        clients, dataset.test, [found["recall_at_5"]], config.federated.column
-    )
     curves = {name: curve([history], run.budget().schedule(setting).refresh_every)}
-    return cells.Cell(name, setting, seed, split, found, told, by_client, cost, curves)
+    return cells.Cell(name, setting, seed, split, found, told, [], cost, curves)
 
 
 def rows_of(config, folder: pathlib.Path) -> list[dict]:
     """A row for every policy and setting, with its difference from an index that is always fresh."""
     from fedrag_jax.evaluation.significance import bootstrap_interval
-    from fedrag_jax.tracking import cells, comparison
-
-    def finished(name, setting):
-        some = (cells.load(folder, name, setting, *pair) for pair in replicates(config))
-        return [cell for cell in some if cell]
+    from fedrag_jax.tracking import comparison
 
     rows = []
     for setting, name in itertools.product(config.settings, config.policies):
-        if not (found := finished(name, setting)):
+        if not (found := finished(config, folder, name, setting)):
             continue
         row = {"policy": name, "setting": setting, "seeds": len(found)}
         for metric in ("recall_at_5", "recall_at_5_left", "mrr"):
@@ -162,7 +154,7 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
             low, high = bootstrap_interval(some)
             row |= {metric: 100 * float(some.mean())}
             row |= {f"{metric}_low": 100 * low, f"{metric}_high": 100 * high}
-        usual = finished(FRESH, setting)
+        usual = finished(config, folder, FRESH, setting)
         if name != FRESH and usual:
             row |= comparison.paired_difference(found, usual, "recall_at_5") or {}
         stale = [

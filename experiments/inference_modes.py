@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 
-from experiments.cell_by_cell import write_report
+from experiments.cell_by_cell import finished, write_report
 from experiments.comparison import Comparison
 from experiments.inputs import check as check_comparison
 from experiments.inputs import load_data, replicates, trainable_strategies
@@ -50,15 +50,11 @@ def beams_of(config, mode: str) -> int | None:
 def rows_of(config, folder: pathlib.Path) -> list[dict]:
     """A row for every strategy and mode, with its difference from `concatenated` answering."""
     from fedrag_jax.evaluation.significance import bootstrap_interval
-    from fedrag_jax.tracking import cells, comparison
-
-    def finished(strategy, mode):
-        some = (cells.load(folder, strategy, mode, *pair) for pair in replicates(config))
-        return [cell for cell in some if cell]
+    from fedrag_jax.tracking import comparison
 
     rows = []
     for strategy, mode in itertools.product(config.strategies, config.modes):
-        if not (found := finished(strategy, mode)):
+        if not (found := finished(config, folder, strategy, mode)):
             continue
         seconds = [c.cost.evaluate_seconds / len(c.scores["em"]) for c in found]
         row = {"strategy": strategy, "mode": mode, "seeds": len(found)}
@@ -68,7 +64,7 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
             low, high = bootstrap_interval(some)
             row |= {metric: 100 * float(some.mean())}
             row |= {f"{metric}_low": 100 * low, f"{metric}_high": 100 * high}
-        if mode != "concatenated" and (usual := finished(strategy, "concatenated")):
+        if mode != "concatenated" and (usual := finished(config, folder, strategy, "concatenated")):
             row |= comparison.paired_difference(found, usual, config.primary_metric) or {}
         rows.append(row)
     comparison.adjust([row for row in rows if "p" in row])

@@ -15,7 +15,7 @@ import zlib
 
 import numpy as np
 
-from experiments.cell_by_cell import compute_missing, write_report
+from experiments.cell_by_cell import compute_missing, finished, write_report
 from experiments.comparison import Comparison, client_scores, curve
 from experiments.inputs import check_replicates, load_data, replicates
 from experiments.launch import launch, settled_config
@@ -163,18 +163,14 @@ def reading_scores(systems, examples, rows) -> list[dict[str, np.ndarray]]:
 def rows_of(config, folder: pathlib.Path) -> list[dict]:
     """A row for every rule, rank and alpha, with its differences from FedIT."""
     from fedrag_jax.evaluation.significance import bootstrap_interval
-    from fedrag_jax.tracking import cells, comparison
-
-    def finished(rule, rank, alpha):
-        pairs = replicates(config)
-        some = (cells.load(folder, rule, point_name(rank, alpha), *pair) for pair in pairs)
-        return [cell for cell in some if cell]
+    from fedrag_jax.tracking import comparison
 
     rows = []
     for alpha, rank, rule in itertools.product(config.alphas, config.ranks, config.rules):
-        if not (found := finished(rule, rank, alpha)):
+        point = point_name(rank, alpha)
+        if not (found := finished(config, folder, rule, point)):
             continue
-        path = folder / "rates" / f"{rule}-{point_name(rank, alpha)}.json"
+        path = folder / "rates" / f"{rule}-{point}.json"
         row = {"rule": rule, "rank": rank, "alpha": alpha, "seeds": len(found)}
         row["learning_rate"] = kept_rate(path)
         for metric, unit in (("em", 100), ("f1", 100), ("nll", 1)):
@@ -182,7 +178,7 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
             low, high = bootstrap_interval(some)
             row |= {metric: unit * float(some.mean())}
             row |= {f"{metric}_low": unit * low, f"{metric}_high": unit * high}
-            if rule != "fedit" and (usual := finished("fedit", rank, alpha)):
+            if rule != "fedit" and (usual := finished(config, folder, "fedit", point)):
                 against = comparison.paired_difference(found, usual, metric, unit) or {}
                 row |= {f"{metric}_against_{name}": value for name, value in against.items()}
         row |= comparison.costs_and_clients(found)

@@ -13,8 +13,8 @@ import pathlib
 
 import numpy as np
 
-from experiments.cell_by_cell import compute_missing, write_report
-from experiments.comparison import Comparison, client_scores, training_curves
+from experiments.cell_by_cell import compute_missing, finished, write_report
+from experiments.comparison import Comparison, training_curves
 from experiments.inputs import check_replicates, load_data, replicates
 from experiments.launch import launch, settled_config
 from experiments.rates import chosen_rate, kept_rate
@@ -100,7 +100,6 @@ def compute_cell(run: Methods, name: str, setting: str, seed: int, split: int):
     from fedrag_jax.tracking.ledger import Cost
 
     config, dataset = run.config, run.dataset
-    clients, test = run.clients(setting, split), dataset.test
     validation = dataset.validation[: config.validation_questions or None]
     if name == UNTUNED:
         system, tuners, cost = run.system(seed), [], Cost()
@@ -120,26 +119,20 @@ def compute_cell(run: Methods, name: str, setting: str, seed: int, split: int):
         system, tuner = tuned(run, name, setting, seed, split, factor)
         tuners, cost = [tuner], sum(tuner.costs.values(), Cost())
     clock = Clock()
-    scores = test_scores(system, test, part)
+    scores = test_scores(system, dataset.test, part)
     lap = clock.lap()
     cost += Cost(evaluate_seconds=lap.others + lap.searching, compile_seconds=lap.compiling)
-    main = scores[METRICS[part][-1] if part == "both" else METRICS[part][0]]
-    by_client = client_scores(clients, test, [main], config.federated.column)
     curves = training_curves(tuners)
-    return cells.Cell(name, setting, seed, split, scores, {}, by_client, cost, curves)
+    return cells.Cell(name, setting, seed, split, scores, {}, [], cost, curves)
 
 
 def rows_of(config, folder: pathlib.Path) -> list[dict]:
     """A row for every objective, setting and metric of its part."""
-    from fedrag_jax.tracking import cells, comparison
-
-    def finished(name, setting):
-        some = (cells.load(folder, name, setting, *pair) for pair in replicates(config))
-        return [cell for cell in some if cell]
+    from fedrag_jax.tracking import comparison
 
     rows = []
     for setting, name in itertools.product(config.settings, config.objectives):
-        found, start = finished(name, setting), finished(UNTUNED, setting)
+        found, start = (finished(config, folder, n, setting) for n in (name, UNTUNED))
         if not found or not start:
             continue
         objective = objective_of(name)

@@ -1,4 +1,7 @@
-"""Experiments of seconds."""
+"""Experiments of seconds, a folder of data for them, and what they leave."""
+
+import csv
+import json
 
 from ml_collections import ConfigDict
 
@@ -10,6 +13,7 @@ from configs import (
     lora_aggregation,
     methods,
 )
+from fedrag_jax.data import synthetic
 
 
 def small():
@@ -71,3 +75,27 @@ def _short(config):
     config.training.local_steps = 1
     config.wandb.mode = "disabled"
     return config
+
+
+def own_folder(folder, labelled=False, hops=1):
+    """Sixty questions of the built-in world, one of them with an answer that is everywhere."""
+    world = synthetic.generate()
+    some = world.train[:60]
+    gold = {i for e in some for i in e.positive_ids}
+    passages = [p for p in world.passages if p.id in gold] + world.passages[:40]
+    with open(folder / "passages.jsonl", "w") as file:
+        for passage in {p.id: p for p in passages}.values():
+            file.write(json.dumps({"id": passage.id, "text": passage.text}) + "\n")
+    with open(folder / "questions.jsonl", "w") as file:
+        for i, e in enumerate(some):
+            row = {"id": e.id, "question": e.question, "answers": [*e.answers, "e"], "hops": hops}
+            row["split"] = "train" if i < 36 else "validation" if i < 40 else "test"
+            if labelled:
+                row["positive_ids"] = e.positive_ids
+            file.write(json.dumps(row) + "\n")
+    return str(folder)
+
+
+def read(folder):
+    with open(folder / "strategies.csv", newline="") as file:
+        return list(csv.DictReader(file))

@@ -7,17 +7,15 @@ import pathlib
 import re
 import shutil
 import time
-import types
 
 import jax
 import nbformat
 import numpy as np
 import pytest
 from nbclient import NotebookClient
-from small import small
+from small import read, small
 
-from experiments import compare_strategies, comparison, inputs, partition_statistics, report
-from fedrag_jax.data import synthetic
+from experiments import compare_strategies, comparison, inputs, report
 from fedrag_jax.errors import CheckpointError, ConfigError, DataError
 from fedrag_jax.tracking import cells, figures
 from fedrag_jax.tracking.comparison import COLUMNS
@@ -43,11 +41,6 @@ COSTS = (
 def finished(tmp_path_factory):
     runs = tmp_path_factory.mktemp("runs")
     return compare_strategies.run(small(), str(runs))
-
-
-def read(folder):
-    with open(folder / "strategies.csv", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_what_a_comparison_leaves_behind(finished):
@@ -255,41 +248,6 @@ def test_alphas_and_splits_of_a_comparison(tmp_path):
     assert figures.setting_name("federated_inf") == "federated, α = ∞"
 
 
-def test_statistics_are_those_of_the_split_that_is_trained_on(tmp_path):
-    config = small()
-    config.seeds, config.federated.clients, config.federated.alpha = (0, 3), 6, 0.1
-    folder = partition_statistics.run(config, str(tmp_path))
-    with open(folder / "partition.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [r["partition"] for r in rows] == ["alpha 0.1, seed 0", "alpha 0.1, seed 3", "IID"]
-    split = comparison.Comparison.clients
-    some = types.SimpleNamespace(config=config, dataset=inputs.load_data(config))
-    for row, seed in zip(rows, config.seeds, strict=False):
-        expected = split(some, "federated", seed).statistics()
-        assert {k: float(row[k]) for k in expected} == pytest.approx(expected)
-    assert float(rows[0]["total_variation"]) > 2 * float(rows[2]["total_variation"])
-    assert (folder / "partition.png").read_bytes().startswith(b"\x89PNG")
-    table = [line.split() for line in (folder / "partition.md").read_text().splitlines()]
-    assert ["|", "IID", "|", "6", "|", "160", "|", "26", "|", "27.0", "|", "27"] in [
-        line[:12] for line in table
-    ]
-    config.seeds = ()
-    with pytest.raises(ConfigError, match=r"config.seeds is empty"):
-        partition_statistics.run(config, str(tmp_path))
-
-
-def test_statistics_of_questions_without_a_topic_are_over_clusters(tmp_path):
-    from fedrag_jax.models import hub
-    from fedrag_jax.retrieval.clusters import with_topics
-    from fedrag_jax.retrieval.retriever import Retriever
-
-    config = small()
-    config.data.name = own_folder(tmp_path)
-    found, dataset = partition_statistics.questions(config), inputs.load_data(config)
-    whole = with_topics(dataset, Retriever.build(hub.load("builtin:encoder"), dataset.passages[:2]))
-    assert found == whole.train and all(e.topic.startswith("cluster") for e in found)
-
-
 def test_another_config_does_not_mix_with_old_results(finished):
     config = small()
     config.federated.alpha = 0.5
@@ -327,56 +285,6 @@ def test_bad_settings_are_named(tmp_path, setting, value, error, message):
     with pytest.raises(error, match=message):
         compare_strategies.run(config, str(tmp_path))
     assert not list(tmp_path.rglob("config.json"))  # the name is still free
-
-
-def own_folder(folder, labelled=False, hops=1):
-    """Sixty questions of the built-in world, one of them with an answer that is everywhere."""
-    world = synthetic.generate()
-    some = world.train[:60]
-    gold = {i for e in some for i in e.positive_ids}
-    passages = [p for p in world.passages if p.id in gold] + world.passages[:40]
-    with open(folder / "passages.jsonl", "w") as file:
-        for passage in {p.id: p for p in passages}.values():
-            file.write(json.dumps({"id": passage.id, "text": passage.text}) + "\n")
-    with open(folder / "questions.jsonl", "w") as file:
-        for i, e in enumerate(some):
-            row = {"id": e.id, "question": e.question, "answers": [*e.answers, "e"], "hops": hops}
-            row["split"] = "train" if i < 36 else "validation" if i < 40 else "test"
-            if labelled:
-                row["positive_ids"] = e.positive_ids
-            file.write(json.dumps(row) + "\n")
-    return str(folder)
-
-
-@pytest.mark.slow
-def test_a_folder_without_labels_topics_or_one_hop_questions(tmp_path, capsys):
-    config = small()
-    config.data.name = own_folder(tmp_path, hops=2)
-    config.strategies = ("none", "retriever", "joint_token")
-    config.settings = ("federated",)
-    folder = compare_strategies.run(config, str(tmp_path))
-    assert "retriever left out: needs gold passages, and 36 of 36" in capsys.readouterr().out
-    assert {row["strategy"] for row in read(folder)} == {"none", "joint_token"}
-    config.strategies = ("retriever",)
-    with pytest.raises(ConfigError, match="none is left; add some that need no gold passages"):
-        compare_strategies.run(config, str(tmp_path))
-    for row in read(folder):
-        assert row["em"] and not row["recall_at_5"] and not row["mrr"]
-    assert re.search(r"\| +– \| +– \|", (folder / "table.md").read_text())
-    own_folder(tmp_path, labelled=True)
-    with pytest.raises(DataError, match=r"holds results of other data"):
-        compare_strategies.run(config, str(tmp_path))
-
-
-def test_controls_of_questions_of_one_kind(tmp_path):
-    from fedrag_jax.data import datasets
-    from fedrag_jax.rag import RAGSystem
-
-    dataset = datasets.load(own_folder(tmp_path, labelled=True, hops=2))
-    system = RAGSystem.build(dataset.passages, dataset.train)
-    controls = comparison.control_scores(system, dataset.test)
-    assert controls.keys() == {"closed_book_em", "distractor_em", "gold_em_two_hop"}
-    assert controls["gold_em_two_hop"] > 20 > controls["distractor_em"]
 
 
 def test_clients_are_scored_on_questions_such_as_they_hold():
@@ -419,62 +327,6 @@ def test_an_unknown_setting_is_refused_on_the_command_line():
     command += ["--config=configs/compare_strategies.py", "--config.federated.client=3"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode != 0 and "client" in done.stderr
-
-
-def test_ones_own_jsonl_folder_runs(tmp_path):
-    data = tmp_path / "mine"
-    data.mkdir()
-    rng = np.random.default_rng(0)
-    with open(data / "passages.jsonl", "w") as file:
-        for i in range(30):
-            text = f"The {i} Tower was designed by Ann {i} in 1700."
-            file.write(json.dumps({"id": f"p{i}", "title": f"Tower {i}", "text": text}) + "\n")
-    with open(data / "questions.jsonl", "w") as file:
-        for i in range(30):
-            question = {"id": f"q{i}", "question": f"Who designed the {i} Tower?",
-                        "answers": [f"Ann {i}"], "positive_ids": [f"p{i}"],
-                        "topic": str(rng.choice(["a", "b"]))}  # fmt: skip
-            file.write(json.dumps(question) + "\n")
-    config = small()
-    config.data.name = str(data)
-    config.strategies = ("none", "retriever")
-    config.settings = ("federated",)
-    config.data.train_questions = 0
-    rows = read(compare_strategies.run(config, str(tmp_path / "runs")))
-    assert len(rows) == 2
-
-
-def real_data():
-    import os
-
-    folder = pathlib.Path(os.environ.get("FEDRAG_DATA", "../shared/data"))
-    return (folder / "squad.questions.jsonl.gz").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not real_data(), reason="no squad in $FEDRAG_DATA or ../shared/data")
-def test_query_side_tuning_on_real_questions(tmp_path):
-    """The program behind `make retrieval`, with the small encoder in MiniLM's place."""
-    from configs import tune_retrieval as real
-    from experiments import tune_retrieval
-
-    config = real.get_config()
-    config.datasets = ("squad",)
-    config.settings = ("federated",)
-    config.retriever, config.large_batch = "builtin:encoder", 2
-    config.rounds, config.local_steps, config.learning_rates.federated = 1, 1, (1e-4,)
-    config.train_questions, config.test_questions, config.min_examples = 300, 40, 2
-    folder = tune_retrieval.run(config, str(tmp_path))
-    with open(folder / "retrieval.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [(r["dataset"], r["setting"], r["method"]) for r in rows] == [
-        ("squad", "", "untuned"), ("squad", "federated", "in_batch"),
-        ("squad", "federated", "mined"), ("squad", "federated", "large_batch"),
-    ]  # fmt: skip
-    assert {r["learning_rate"] for r in rows[1:]} == {"0.0001"}
-    for row in rows:
-        ranks = [float(row[k]) for k in ("recall_at_1", "mrr", "recall_at_20")]
-        assert 0 <= ranks[0] <= ranks[1] <= ranks[2] <= 100
 
 
 @pytest.mark.parametrize("free", [(), ("rates",)])

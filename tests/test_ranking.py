@@ -170,13 +170,22 @@ def test_filters_leave_out_what_is_nearer_than_the_gold_passage(retriever):
         hard_negatives(retriever, EXAMPLES, GOLDS, Mining(share=1.1))
 
 
-def test_negatives_are_mined_again_with_the_trained_encoder(retriever):
-    task = multiple_negatives_ranking(retriever, DATASET, mining=EASY)
-    moved = {"query": jax.tree.map(lambda x: x + 0.3 * jnp.sin(1e3 * x), retriever.query)}
-    expected = hard_negatives(retriever.with_query(moved["query"]), EXAMPLES, GOLDS, EASY)
+@pytest.mark.parametrize("train", [("query",), ("query", "document"), ("document",), ("head",)])
+def test_negatives_are_mined_again_with_what_is_trained(retriever, train):
+    task = multiple_negatives_ranking(retriever, DATASET, train=train, mining=EASY)
+    moved = jax.tree.map(lambda x: x + 0.3 * jnp.sin(1e3 * x + jnp.arange(x.size).reshape(x.shape)),
+                         task.trainable)  # fmt: skip
+    current = retriever.with_query(moved.get("query", retriever.query))
+    current = current.refresh(moved.get("document", retriever.document))
+    current = current.with_head(moved.get("head"))
+    expected = hard_negatives(current, EXAMPLES, GOLDS, EASY)
     found = task.retrieve(EXAMPLES, moved)
     np.testing.assert_array_equal(found, expected)
     assert (found != task.retrieve(EXAMPLES, task.trainable)).any()
+
+
+def test_mining_follows_the_rounds(retriever):
+    task = multiple_negatives_ranking(retriever, DATASET, mining=EASY)
     history = fit(task, EXAMPLES, rounds=4, batch_size=4, refresh_every=2).history
     assert [r["refreshed"] for r in history] == [True, False, True, False]
 

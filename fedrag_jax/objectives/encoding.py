@@ -51,14 +51,14 @@ def trained_parts(retriever: Retriever, train: tuple[str, ...]) -> tuple[PyTree,
 
 def as_trained(retriever: Retriever, trained: PyTree, fresh: bool = True) -> Retriever:
     """The retriever with those of its parts that `trained` has, its index fresh or as it was."""
-    retriever = retriever.with_query(trained.get("query", retriever.query))
+    trained = {name: trained[name] for name in ("query", "document", "head") if name in trained}
     if "head" in trained:
-        retriever = retriever.with_head(trained["head"])
-    if "document" not in trained:
-        return retriever
-    if fresh:
-        return retriever.refresh(trained["document"])
-    return dataclasses.replace(retriever, document=trained["document"])
+        trained["head"] = np.asarray(trained["head"])
+    retriever = dataclasses.replace(retriever, **trained)
+    if fresh and "document" in trained:
+        return retriever.refresh(retriever.document)
+    # What was searched is behind the head that was there.
+    return retriever.with_head(retriever.head) if "head" in trained else retriever
 
 
 def searching(retriever: Retriever, k: int, policy: Policy | None) -> dict[str, Callable]:
@@ -148,11 +148,13 @@ class Questions:
     """
 
     def __init__(self, retriever: Retriever, examples, frozen: bool = False, max_length: int = 0):
-        self._retriever, self._frozen = retriever, frozen
-        most = max_length or retriever.encoder.config.max_length
-        texts = [e.question for e in examples]
-        self._width = encoder_table(retriever.tokenizer, texts, most)["tokens"].shape[1]
+        # Without a head, which comes after these vectors in the loss.
+        self._retriever, self._frozen = dataclasses.replace(retriever, head=None), frozen
         self._known: dict[str, np.ndarray] = {}
+        if not frozen:
+            most = max_length or retriever.encoder.config.max_length
+            texts = [e.question for e in examples]
+            self._width = encoder_table(retriever.tokenizer, texts, most)["tokens"].shape[1]
 
     def __call__(self, examples) -> dict[str, np.ndarray]:
         """`question_tokens`, `question_mask` [N, width], or `question_vectors` [N, D]."""
@@ -160,7 +162,7 @@ class Questions:
         if self._frozen:
             missing = list(dict.fromkeys(t for t in texts if t not in self._known))
             if missing:
-                vectors = self._retriever.with_head(None).embed_questions(missing)
+                vectors = self._retriever.embed_questions(missing)
                 self._known.update(zip(missing, vectors, strict=True))
             return {"question_vectors": np.stack([self._known[t] for t in texts])}
         table = encoder_table(self._retriever.tokenizer, texts, self._width)

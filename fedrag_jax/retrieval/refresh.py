@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fedrag_jax.clock import Clock, tell
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.retrieval.retriever import Retriever, headed
 
@@ -98,15 +99,15 @@ def next_index(
     """
     vectors, age, embedded = before.vectors, before.age + 1, before.embedded
     due, stale = policy.every > 0 and age >= policy.every, before.stale
-    old = retriever.with_vectors(vectors)
     if policy.staleness is not None:
-        probe = questions[: policy.probe]
+        old, probe = retriever.with_vectors(vectors), questions[: policy.probe]
         share, count = staleness(old, probe, k, policy.candidates or 4 * k)
         due, stale, embedded = share > policy.staleness, np.array(share), embedded + count
     if due:
         vectors = retriever.embed_passages(retriever.document)
         age, embedded = np.zeros((), np.int64), embedded + len(vectors)
     elif policy.keep:
+        old = retriever.with_vectors(vectors)
         rows = np.unique(old.search(questions, _at_most(old, policy.candidates))[0])
         vectors = vectors.copy()
         vectors[rows] = retriever.embed_passages(retriever.document, rows)
@@ -121,7 +122,7 @@ def search(
     old = retriever.with_vectors(index.vectors)
     if not policy.candidates or policy.keep:
         return old.search(questions, k)[0]
-    return _reranked(old, questions, k, max(policy.candidates, k))[0]
+    return _reranked(old, questions, k, policy.candidates)[1]
 
 
 def staleness(
@@ -132,21 +133,23 @@ def staleness(
     The fresh ones are looked for among so many candidates of the old index, of which `embedded` are
     re-embedded; an underestimate where a passage comes from further down.
     """
-    fresh, embedded = _reranked(retriever, questions, k, max(candidates, k))
-    stale, _ = retriever.search(questions, k)
+    stale, fresh, embedded = _reranked(retriever, questions, k, candidates)
     kept = [np.isin(a, b).mean() for a, b in zip(stale, fresh, strict=True)]
     return float(1 - np.mean(kept)), embedded
 
 
-def _reranked(retriever, questions, k, candidates) -> tuple[np.ndarray, int]:
-    """The best k of the candidates under fresh vectors, and how many passages were re-embedded."""
+def _reranked(retriever, questions, k, candidates) -> tuple[np.ndarray, np.ndarray, int]:
+    """The best k under the index' vectors, the best k of the candidates under fresh ones, and how many
+    passages were re-embedded."""
+    clock = Clock()
     queries = retriever.embed_questions(questions)
-    rows, _ = retriever.store.search(queries, _at_most(retriever, candidates))
+    rows, _ = retriever.store.search(queries, _at_most(retriever, max(candidates, k)))
+    tell("searching", clock.lap().others)
     used, place = np.unique(rows, return_inverse=True)
     fresh = headed(retriever.embed_passages(retriever.document, used), retriever.head)
     scores = np.einsum("qd,qkd->qk", queries, fresh[place.reshape(rows.shape)])
     order = np.lexsort((rows, -scores))[:, :k]
-    return np.take_along_axis(rows, order, 1), len(used)
+    return rows[:, :k], np.take_along_axis(rows, order, 1), len(used)
 
 
 def _at_most(retriever: Retriever, count: int) -> int:
