@@ -27,9 +27,9 @@ QUERY_SIDE, FRESH = "query_side", "every_1"
 class Staleness(Callback):
     """After every stretch of rounds: the share of the probe's passages that a fresh index replaces."""
 
-    def __init__(self, retriever, probe, k: int, stretch: int):
-        self.retriever, self.probe, self.k, self.stretch = retriever, probe, k, stretch
-        self.shares, self.index = [], None
+    def __init__(self, retriever, policy, probe, k: int, stretch: int):
+        self.retriever, self.policy, self.k, self.stretch = retriever, policy, k, stretch
+        self.probe, self.shares, self.index = probe, [], None
 
     def round_end(self, state, record):
         from fedrag_jax.objectives.encoding import as_trained
@@ -37,12 +37,20 @@ class Staleness(Callback):
         self.index = state.index
         if record["round"] % self.stretch:
             return
-        current = as_trained(self.retriever, state.state.trainable, fresh=False)
-        fresh, found = as_trained(self.retriever, state.state.trainable), current
-        if state.index is not None:
-            found = current.with_vectors(state.index["vectors"])
-        pairs = zip(*(r.search(self.probe, self.k)[0] for r in (found, fresh)), strict=True)
-        self.shares.append(float(1 - np.mean([np.isin(a, b).mean() for a, b in pairs])))
+        fresh, _ = as_trained(self.retriever, state.state.trainable).search(self.probe, self.k)
+        found = self.find(state.state.trainable, self.probe, self.k)
+        shares = [np.isin(a, b).mean() for a, b in zip(found, fresh, strict=True)]
+        self.shares.append(float(1 - np.mean(shares)))
+
+    def find(self, trained, questions, k: int) -> np.ndarray:
+        """Corpus rows [Q, k] that trained encoders find in the last index, as the policy has it."""
+        from fedrag_jax.objectives.encoding import as_trained
+        from fedrag_jax.retrieval.refresh import search
+
+        current = as_trained(self.retriever, trained, fresh=False)
+        if self.index is None:  # no document vector moves
+            return current.search(questions, k)[0]
+        return search(self.policy, current, questions, k, self.index["vectors"])[0]
 
 
 class Refreshing(Comparison):
@@ -53,10 +61,9 @@ class Refreshing(Comparison):
         self.taught = None
 
     def trained(self, name: str, setting: str, seed: int, split: int, factor: float):
-        """`(retriever with a fresh index, the same with the index that training left, cost, watch,
-        history)`."""
+        """`(what was trained, cost, watch, history)`."""
         from fedrag_jax.federated.fit import fit
-        from fedrag_jax.objectives.encoding import as_trained, searching, trained_parts
+        from fedrag_jax.objectives.encoding import searching, trained_parts
         from fedrag_jax.retrieval.refresh import Policy
         from fedrag_jax.strategies import settings
         from fedrag_jax.strategies.objectives import OBJECTIVES
@@ -82,7 +89,7 @@ class Refreshing(Comparison):
         )
         stretch = budget.schedule(setting).refresh_every
         probe = [e.question for e in self.dataset.validation[: config.probe_questions]]
-        watch = Staleness(retriever, probe, system.top_k, stretch)
+        watch = Staleness(retriever, policy, probe, system.top_k, stretch)
         rate = factor * config.learning_rates[setting]
         arguments = settings.arguments(
             task,
@@ -98,39 +105,42 @@ class Refreshing(Comparison):
         cost = training_cost(
             task,
             result.history,
-            self.taught.collate(self.dataset.train[:1], np.zeros((1, system.marginal_k), np.int32)),
+            task.table(self.dataset.train[:1]),
             steps=budget.rounds * budget.local_steps * budget.clients,
             batch_size=budget.batch_size,
         )
-        fresh = as_trained(retriever, result.trainable)
-        left = fresh if watch.index is None else fresh.with_vectors(watch.index["vectors"])
-        return fresh, left, cost, watch, result.history
+        return result.trainable, cost, watch, result.history
 
 
 def compute_cell(run: Refreshing, name: str, setting: str, seed: int, split: int):
     """Trains under a policy and tests with a fresh index and with the one that training left."""
     from fedrag_jax.clock import Clock
     from fedrag_jax.evaluation import evaluator
+    from fedrag_jax.objectives.encoding import as_trained
     from fedrag_jax.tracking import cells
     from fedrag_jax.tracking.ledger import Cost
 
     config, dataset = run.config, run.dataset
     validation = dataset.validation[: config.validation_questions or None]
+    start = run.system(config.seeds[0]).retriever
 
-    def scores(retriever, examples):
-        rows, _ = retriever.search([e.question for e in examples], evaluator.RANKED)
-        return evaluator.rank_scores(retriever, examples, rows)
+    def scores(trained, examples):
+        fresh = as_trained(start, trained)
+        return evaluator.rank_scores(fresh, examples, evaluator.ranking(fresh, examples)[0])
 
     def judge(factor):
-        fresh, *_ = run.trained(FRESH, setting, *replicates(config)[0], factor)
-        return float(np.nanmean(scores(fresh, validation)["mrr"]))
+        trained, *_ = run.trained(FRESH, setting, *replicates(config)[0], factor)
+        return float(np.nanmean(scores(trained, validation)["mrr"]))
 
     path = run.folder / "rates" / f"{setting}.json"
     factor = chosen_rate(path, config.rate_factors, judge, setting)
-    fresh, left, cost, watch, history = run.trained(name, setting, seed, split, factor)
+    trained, cost, watch, history = run.trained(name, setting, seed, split, factor)
     clock = Clock()
-    found = scores(fresh, dataset.test)
-    found |= {f"{metric}_left": x for metric, x in scores(left, dataset.test).items()}
+    found = scores(trained, dataset.test)
+    depth = min(evaluator.RANKED, len(dataset.passages))
+    rows = watch.find(trained, [e.question for e in dataset.test], depth)
+    left = evaluator.rank_scores(start, dataset.test, rows)
+    found |= {f"{metric}_left": x for metric, x in left.items()}
     lap = clock.lap()
     cost += Cost(evaluate_seconds=lap.others + lap.searching, compile_seconds=lap.compiling)
     told = {"embedded": 0 if watch.index is None else int(watch.index["embedded"])}
@@ -216,9 +226,10 @@ def report(config, folder: pathlib.Path):
                 "Scores in percent, means over seeds, 95% bootstrap intervals over test questions; "
                 "differences from `every_1` paired by question and seed, p by permutation over "
                 "questions, Holm-adjusted. Recall@5 is with an index made anew after training; `index "
-                "as left` is the one that training searched last. Stale: the share of the five "
-                "passages of a validation question that a fresh index would replace, at the end of a "
-                "stretch between two retrievals. Re-embedded passages are those of training.",
+                "as left` is the one that training searched last, in the way of the policy. Stale: the "
+                "share of the five passages of a validation question that a fresh index would replace, "
+                "at the end of a stretch between two retrievals. Re-embedded passages are those of "
+                "training.",
                 tables.Table(columns, rows),
             ),
         ],

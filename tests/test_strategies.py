@@ -96,7 +96,7 @@ def test_the_second_phase_listens_to_the_tuned_generator(system, world):
         strategy(base, short, tune)
         task = tune.tasks[-1]
         some = world.train[:3]
-        return task.collate(some, task.retrieve(some, task.trainable))["answer_log_probs"]
+        return task.table(some)["answer_log_probs"]
 
     two_phase = likelihoods(strategies.two_phase, system)
     tuned = system.replace(adapters=jax.tree.map(lambda x: x + 0.01, system.adapters))
@@ -136,7 +136,7 @@ def test_a_frozen_generator_that_is_read_is_paid_for(system, world, count):
         tune = Recorder()
         strategy(system, short, tune)
         (task,) = tune.tasks
-        table = task.collate(short.train[:1], task.retrieve(short.train[:1], task.trainable))
+        table = task.table(short.train[:1])
         flops.append(count(task, table, batch_size=4))
     assert 1 / 3 < flops[0] / flops[1] < 1 / 2
 
@@ -191,7 +191,7 @@ def test_tokens_are_those_that_training_reads(system, world, tmp_path):
         tune = Recorder()
         getattr(strategies, name)(system, short, tune)
         (task,) = tune.tasks
-        table = task.collate(some, task.retrieve and task.retrieve(some, task.trainable))
+        table = task.table(some)
         assert tokens_read(table | {"weight": np.ones(4)}).sum() == tokens, name
     tuner = tuner_module.Tuner(
         tmp_path, "centralised", some, None, Budget(2, 1, 1, 4), lambda *_: 0.0, seed=0
@@ -244,10 +244,9 @@ def test_objectives_train_the_part_they_name_on_batches_of_the_system(name, syst
     parts["both"] = parts["retriever"] | parts["generator"]
     assert task.trainable.keys() <= parts[objective.part]
     assert system.replace(**task.trainable).top_k == system.top_k
-    table = task.collate(
-        labelled[:3], task.retrieve and task.retrieve(labelled[:3], task.trainable)
-    )
-    assert {len(column) for column in table.values()} == {3}
+    assert {len(column) for column in task.table(labelled[:3]).values()} == {3}
+    # One p(z|x) in all of training, whatever an objective would take by itself.
+    assert getattr(task.loss, "score_scale", system.score_scale) == system.score_scale
     if objective.labels:
         bare = [dataclasses.replace(e, positive_ids=()) for e in labelled]
         with pytest.raises(DataError, match="positive_ids"):

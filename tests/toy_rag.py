@@ -85,11 +85,8 @@ def rows(k):
 
 
 def batch_of(task, weight=(1, 1, 1, 1)):
-    retrieved = task.retrieve(EXAMPLES, task.trainable) if task.retrieve else None
-    table = task.collate(EXAMPLES, retrieved)
-    return {k: jnp.asarray(v) for k, v in table.items()} | {
-        "weight": jnp.array(weight, jnp.float32)
-    }
+    table = {k: jnp.asarray(v) for k, v in task.table(EXAMPLES).items()}
+    return table | {"weight": jnp.array(weight, jnp.float32)}
 
 
 def slow_log_probs(parts, question, passages, answer):

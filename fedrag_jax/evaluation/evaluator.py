@@ -24,12 +24,18 @@ def evaluate(system: RAGSystem, examples: Sequence[Example], **how) -> dict[str,
     Args:
       how: `mode`, `beams` and other options of `RAGSystem.answer`.
     """
-    questions = [e.question for e in examples]
-    depth = min(max(RANKED, system.top_k), len(system.retriever.passages))
-    rows, cosines = system.retriever.search(questions, depth)
+    rows, cosines = ranking(system.retriever, examples, system.top_k)
     k = system.top_k
     scores = answers(system, examples, rows[:, :k], cosines[:, :k], **how)
     return scores | rank_scores(system.retriever, examples, rows)
+
+
+def ranking(
+    retriever: Retriever, examples: Sequence[Example], read: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Corpus rows and cosines [Q, k] of as many passages as `rank_scores` wants, and as are read."""
+    depth = min(max(RANKED, read), len(retriever.passages))
+    return retriever.search([e.question for e in examples], depth)
 
 
 def rank_scores(

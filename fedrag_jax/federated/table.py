@@ -47,12 +47,11 @@ def retrieve(
     """
     rows, inverse = np.unique(rows, return_inverse=True)
     if algorithm.model is None:
-        examples, where = [data.examples[i] for i in rows], ()
-        if task.index is not None:
-            index = jax.device_get(task.index(examples, state.trainable, index))
-            where = (index,)
-        found = task.retrieve(examples, state.trainable, *where)
-        return np.asarray(found)[inverse], index
+        examples = [data.examples[i] for i in rows]
+        if task.index is None:
+            return np.asarray(task.retrieve(examples, state.trainable))[inverse], None
+        found, index = task.retrieve(examples, state.trainable, index or task.index)
+        return np.asarray(found)[inverse], jax.device_get(index)
     retrieved: np.ndarray | None = None
     for client, held in enumerate(data.clients):
         own = np.flatnonzero(np.isin(rows, held))

@@ -6,7 +6,7 @@ tokens and mask [N, T] of the corpus, where the document encoder is trained.
 """
 
 import dataclasses
-from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +61,7 @@ def as_trained(retriever: Retriever, trained: PyTree, fresh: bool = True) -> Ret
     return retriever.with_head(retriever.head) if "head" in trained else retriever
 
 
-def searching(retriever: Retriever, k: int, policy: Policy | None) -> dict[str, Callable]:
+def searching(retriever: Retriever, k: int, policy: Policy | None) -> dict[str, Any]:
     """`retrieve` and `index` of a `Task` that searches for the k best passages as it is trained.
 
     Args:
@@ -77,17 +77,13 @@ def searching(retriever: Retriever, k: int, policy: Policy | None) -> dict[str, 
         }
     policy.check()
 
-    def index(examples, trained, before):
-        if before is None:
-            return first_index(retriever)._asdict()
-        current = as_trained(retriever, trained, fresh=False)
-        return next_index(policy, current, asked(examples), k, Index(**before))._asdict()
+    def retrieve(examples, trained, before):
+        current, questions = as_trained(retriever, trained, fresh=False), asked(examples)
+        index = next_index(policy, current, questions, k, Index(**before))
+        rows, embedded = search(policy, current, questions, k, index.vectors)
+        return rows, index._replace(embedded=index.embedded + embedded)._asdict()
 
-    def retrieve(examples, trained, index):
-        current = as_trained(retriever, trained, fresh=False)
-        return search(policy, current, asked(examples), k, Index(**index))
-
-    return {"retrieve": retrieve, "index": index}
+    return {"retrieve": retrieve, "index": first_index(retriever)._asdict()}
 
 
 def question_vectors(encoder: Network, parts: PyTree, batch, at_once: int = 0) -> jax.Array:

@@ -76,7 +76,8 @@ class LeaveOneOut:
         self._run = decoder, parts["decoder"], parts["adapters"]
 
     def __call__(self, examples: Sequence[Example], rows: np.ndarray) -> dict[str, np.ndarray]:
-        """`left_out_log_probs` [N, k], summed over the answer, and what was read."""
+        """`left_out_log_probs` [N, k], summed over the answer; `answer_mask`, `lengths` [N, k] and
+        `prompt_tokens` [N, k] as of `Likelihoods`."""
         rows = np.asarray(rows)
         k = rows.shape[1]
         asked = [
@@ -84,14 +85,15 @@ class LeaveOneOut:
             for example, some in zip(examples, rows, strict=True)
             for z in range(k)
         ]
-        found = np.array(self._known(asked), np.float32)
-        table = {"left_out_log_probs": found.reshape(rows.shape)}
-        return table | _was_read(self._prompts, examples, k, k - 1)
+        found, lengths = zip(*self._known(asked), strict=True)
+        table = {"left_out_log_probs": np.array(found, np.float32).reshape(rows.shape)}
+        return table | _was_read(self._prompts, examples, lengths, k, k - 1)
 
     def _read(self, asked):
         examples, rows = zip(*asked, strict=True)
         table = self._prompts.training_table(examples, np.array(rows), per_passage=False)
-        return (np.asarray(_log_probs(*self._run, table))[:, 0] * table["answer_mask"]).sum(1)
+        found = np.asarray(_log_probs(*self._run, table))[:, 0] * table["answer_mask"]
+        return list(zip(found.sum(1), table["lengths"][:, 0], strict=True))
 
 
 class Attention:
@@ -108,16 +110,19 @@ class Attention:
         self._run = decoder, parts["decoder"], parts["adapters"]
 
     def __call__(self, examples: Sequence[Example], rows: np.ndarray) -> dict[str, np.ndarray]:
-        """`attention` [N, k], and what was read."""
+        """`attention` [N, k]; `answer_mask`, `lengths` [N, 1] and `prompt_tokens` [N, 1] as of
+        `Likelihoods`."""
         asked = [(e, tuple(map(int, some))) for e, some in zip(examples, rows, strict=True)]
-        found = {"attention": np.stack(self._known(asked))}
-        return found | _was_read(self._prompts, examples, 1, np.shape(rows)[1])
+        found, lengths = zip(*self._known(asked), strict=True)
+        table = {"attention": np.stack(found)}
+        return table | _was_read(self._prompts, examples, lengths, 1, np.shape(rows)[1])
 
     def _read(self, asked):
         examples, rows = zip(*asked, strict=True)
         table = self._prompts.training_table(examples, np.array(rows), per_passage=False)
         table["places"] = self._prompts.passage_places(examples, rows)
-        return list(np.asarray(_attention(*self._run, table, len(rows[0]))))
+        found = np.asarray(_attention(*self._run, table, len(rows[0])))
+        return list(zip(found, table["lengths"][:, 0], strict=True))
 
 
 class Teacher:
@@ -142,13 +147,15 @@ class Teacher:
         return list(self._score(list(questions), [self._texts[r] for r in rows]))
 
 
-def _was_read(prompts: Prompts, examples, count: int, passages: int) -> dict[str, np.ndarray]:
-    """`answer_mask` [N, A] and `prompt_tokens` [N, count], padding included, of prompts with so many
-    passages."""
-    width = prompts.training_width(passages)
+def _was_read(
+    prompts: Prompts, examples, lengths, count: int, passages: int
+) -> dict[str, np.ndarray]:
+    """`answer_mask` [N, A], `lengths`, `prompt_tokens` [N, count] of prompts with so many passages."""
+    shape, width = (len(examples), count), prompts.training_width(passages)
     return {
         "answer_mask": _answer_mask(prompts, examples, prompts.answer_width),
-        "prompt_tokens": np.full((len(examples), count), width, np.int32),
+        "lengths": np.array(lengths, np.int32).reshape(shape),
+        "prompt_tokens": np.full(shape, width, np.int32),
     }
 
 

@@ -23,9 +23,9 @@ class Task:
         the same shapes at every call.
       retrieve: `retrieve(examples, trainable) -> int32 [N, k]` rows of the knowledge store, asked
         again whenever what is trained moves the vectors searched; None if nothing is retrieved.
-      index: `index(examples, trainable, before) -> {name: array}`, what is searched: asked before each
-        retrieval, with None before the first, and then `retrieve(examples, trainable, index)`. None
-        where `retrieve` sees to it that its index is fresh.
+      index: {name: array}, what is searched at first; then it is
+        `retrieve(examples, trainable, index) -> (rows, index)`, each time with the index that the time
+        before left. None where `retrieve` sees to it that its index is fresh.
     """
 
     name: str
@@ -34,4 +34,11 @@ class Task:
     loss: Callable[[PyTree, PyTree, dict, Any], tuple[Any, dict]]
     collate: Callable[[Any, Any], dict]
     retrieve: Callable[..., Any] | None = None
-    index: Callable[[Any, PyTree, Any], Any] | None = None
+    index: dict[str, Any] | None = None
+
+    def table(self, examples) -> dict[str, Any]:
+        """What `collate` makes of examples before anything is trained."""
+        found = None
+        if self.retrieve is not None:
+            found = self.retrieve(examples, self.trainable, *([self.index] if self.index else []))
+        return self.collate(examples, found[0] if self.index else found)

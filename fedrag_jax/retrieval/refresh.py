@@ -70,7 +70,7 @@ class Index(NamedTuple):
 
     Attributes:
       vectors: float32 [N, D], of the document encoder, each as old as it is.
-      age: retrievals since all were fresh.
+      age: retrievals since all were fresh; -1 before the first, which finds them so.
       embedded: passages re-embedded since the beginning.
       stale: the share of a probe's passages that were others when last measured; NaN if never.
     """
@@ -83,8 +83,12 @@ class Index(NamedTuple):
 
 def first_index(retriever: Retriever) -> Index:
     """That of the untrained retriever."""
-    zero = np.zeros((), np.int64)
-    return Index(np.asarray(retriever.bare_vectors), zero, zero, np.array(np.nan))
+    return Index(
+        np.asarray(retriever.bare_vectors),
+        np.array(-1),
+        np.array(0),
+        np.array(np.nan),
+    )
 
 
 def next_index(
@@ -99,6 +103,8 @@ def next_index(
     """
     vectors, age, embedded = before.vectors, before.age + 1, before.embedded
     due, stale = policy.every > 0 and age >= policy.every, before.stale
+    if age == 0:
+        return before._replace(age=np.asarray(age))
     if policy.staleness is not None:
         old, probe = retriever.with_vectors(vectors), questions[: policy.probe]
         share, count = staleness(old, probe, k, policy.candidates or 4 * k)
@@ -116,13 +122,17 @@ def next_index(
 
 
 def search(
-    policy: Policy, retriever: Retriever, questions: Sequence[str], k: int, index: Index
-) -> np.ndarray:
-    """Corpus rows int32 [Q, k], best first, found in an index as the policy has it."""
-    old = retriever.with_vectors(index.vectors)
+    policy: Policy, retriever: Retriever, questions: Sequence[str], k: int, vectors: np.ndarray
+) -> tuple[np.ndarray, int]:
+    """`(rows, embedded)`: corpus rows int32 [Q, k], best first, and how many passages were re-embedded.
+
+    Args:
+      vectors: [N, D] of an `Index`; what is searched, and ranked anew if the policy says so.
+    """
+    old = retriever.with_vectors(vectors)
     if not policy.candidates or policy.keep:
-        return old.search(questions, k)[0]
-    return _reranked(old, questions, k, policy.candidates)[1]
+        return old.search(questions, k)[0], 0
+    return _reranked(old, questions, k, policy.candidates)[1:]
 
 
 def staleness(

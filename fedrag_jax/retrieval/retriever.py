@@ -91,6 +91,11 @@ class Retriever:
         head = None if head is None else np.asarray(head)
         return dataclasses.replace(self, head=head)._behind_head()
 
+    def cut(self, dimensions: int) -> "Retriever":
+        """The same with vectors cut to their first so many dimensions (Matryoshka, 2205.13147)."""
+        whole = np.eye(self.bare_vectors.shape[1], dtype=np.float32)
+        return self.with_head((whole if self.head is None else self.head)[:, :dimensions])
+
     def embed_questions(self, questions: Sequence[str]) -> np.ndarray:
         """Normalised vectors float32 [Q, D] of the query encoder."""
         vectors = embed_texts(

@@ -46,6 +46,11 @@ def _ranking(batch: int = 1, **options) -> Objective:
     return Objective("retriever", task, labels=True, batch=batch)
 
 
+def _matryoshka(system: RAGSystem, dataset: Dataset) -> Task:
+    size = system.retriever.vectors.shape[1]
+    return _ranking(dimensions=(size // 4, size // 2, size)).task(system, dataset)
+
+
 def _taught(method: str, **options) -> Objective:
     def task(system, dataset):
         return distillation(
@@ -54,6 +59,7 @@ def _taught(method: str, **options) -> Objective:
             system.retriever,
             dataset.train,
             passages=system.marginal_k,
+            score_scale=system.score_scale,
             **options,
         )
 
@@ -62,9 +68,15 @@ def _taught(method: str, **options) -> Objective:
 
 def _asked_about(system: RAGSystem, dataset: Dataset) -> Task:
     teacher = question_likelihood(system)
-    # A mean over tokens differs little between passages: at temperature 1 it would ask for all alike.
-    how = {"passages": system.marginal_k, "temperature": 0.1}
-    return distilled(teacher, system.retriever, dataset.train, **how)
+    return distilled(
+        teacher,
+        system.retriever,
+        dataset.train,
+        passages=system.marginal_k,
+        score_scale=system.score_scale,
+        # A mean over tokens differs little between passages: at 1 it would ask for all alike.
+        temperature=0.1,
+    )
 
 
 def marginal_task(
@@ -142,7 +154,7 @@ OBJECTIVES = {
     "in_batch": _ranking(),
     "mined": _ranking(mining=Mining(count=2)),
     "large_batch": _ranking(batch=16, at_once=16),
-    "matryoshka": _ranking(dimensions=(16, 32, 64)),
+    "matryoshka": Objective("retriever", _matryoshka, labels=True),
     "both_sides": _ranking(train=("query", "document")),
     "head": _ranking(train=("head",)),
     "lsr": _taught("lsr"),

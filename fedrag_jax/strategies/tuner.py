@@ -99,14 +99,12 @@ class Tuner:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
     def _cost(self, task: Task, history) -> Cost:
-        some = self.examples[:1]
-        table = task.collate(some, task.retrieve and task.retrieve(some, task.trainable))
         budget = self.budget
         clients = 1 if self.setting == "local" else budget.clients
         return training_cost(
             task,
             history,
-            table,
+            task.table(self.examples[:1]),
             steps=budget.rounds * budget.local_steps * clients,
             batch_size=budget.batch_size,
         )
