@@ -3,15 +3,17 @@
     python -m experiments.choose_learning_rates --config=configs/compare_strategies.py
 
 As in Lawton et al. 2025: retriever, generator and the two phases search a grid each, in every
-setting by itself; joint training reuses the rates of the two phases. The retriever is judged by its
-MRR, the others by exact match. A grid has nine points unless a flag names them, and they are trained
-at once. Prints what to put into the config and writes runs/<name>-rates/learning_rates.json; finished
-grid points are not trained again.
+setting by itself; joint training reuses the rates of the two phases. So do the two parts of RA-DIT.
+What none of the config's strategies trains is not searched. The retriever is judged by its MRR, the
+others by exact match of answers in the config's mode. A grid has nine points unless a flag names them,
+and they are trained at once. Prints what to put into the config and writes
+runs/<name>-rates/learning_rates.json; finished grid points are not trained again.
 """
 
 import dataclasses
 import json
 import pathlib
+from typing import NamedTuple
 
 import numpy as np
 from absl import flags
@@ -28,10 +30,39 @@ BUILT_IN = {
 }
 LAWTON = [1e-8, 3e-8, 1e-7, 3e-7, 1e-6, 3e-6, 1e-5, 3e-5, 1e-4]
 
+JOINT = ("two_phase", "joint_token", "joint_sequence")
 
-def usual_grid(config, name: str) -> list[float]:
-    """The rates to search of `retriever`, `generator`, `marginal_retriever` or `marginal_generator`."""
-    part = name.removeprefix("marginal_")
+
+class Search(NamedTuple):
+    """A rate that is looked for.
+
+    Attributes:
+      name: in `config.learning_rates`.
+      part: whose rate it is.
+      strategy: that is trained with it, by name.
+      metric: that judges it.
+      users: strategies that train with it.
+    """
+
+    name: str
+    part: str
+    strategy: str
+    metric: str
+    users: tuple[str, ...]
+
+
+SEARCHES = (
+    Search("retriever", "retriever", "retriever", "mrr", ("retriever", "independent")),
+    Search("generator", "generator", "generator", "em", ("generator", "independent")),
+    Search("marginal_generator", "generator", "first_phase", "em", JOINT),
+    Search("marginal_retriever", "retriever", "second_phase", "em", JOINT),
+    Search("ralt", "generator", "ralt", "em", ("ralt", "ra_dit")),
+    Search("lsr", "retriever", "lsr", "em", ("lsr", "ra_dit")),
+)
+
+
+def usual_grid(config, part: str) -> list[float]:
+    """The rates to search of a `retriever` or a `generator`."""
     return BUILT_IN[part] if config.models[part].startswith("builtin:") else LAWTON
 
 
@@ -72,7 +103,7 @@ def search(
         else:
             parts = [examples[i :: len(members)] or examples for i in range(len(members))]
             scores = [
-                np.nanmean(evaluate(system, some)[metric])
+                np.nanmean(evaluate(system, some, mode=comparison.config.mode)[metric])
                 for system, some in zip(systems, parts, strict=True)
             ]
             if np.isnan(scores).all():
@@ -90,7 +121,7 @@ def run(config, runs: str, grids: dict[str, list[float]], questions: int) -> pat
     """Searches every setting of the config; returns the folder of the results.
 
     Args:
-      grids: rates of `retriever`, `generator`, `marginal_generator`, `marginal_retriever`.
+      grids: rates of what is in `SEARCHES`, by name.
       questions: of the validation set, which a system is judged on.
     """
     from fedrag_jax.strategies import strategies
@@ -108,20 +139,16 @@ def run(config, runs: str, grids: dict[str, list[float]], questions: int) -> pat
         count = config.federated.clients if setting.startswith("local") else 1
         base = [comparison.system(seed)] * count
         rates, found, systems = {}, {}, base
-        for name, strategy, metric in (
-            ("retriever", strategies.retriever, "mrr"),
-            ("generator", strategies.generator, "em"),
-            ("marginal_generator", strategies.first_phase, "em"),
-            ("marginal_retriever", strategies.second_phase, "em"),
-        ):
+        for name, _, strategy, metric, users in SEARCHES:
             labelled = [any(e.positive_ids for e in some) for some in (dataset.train, examples)]
-            if name == "retriever" and not all(labelled):
+            if not {*users} & {*config.strategies} or (metric == "mrr" and not all(labelled)):
                 continue
             start, where = base, ""
-            if strategy is strategies.second_phase:
+            if strategy == "second_phase":
                 start, where = systems, f"after-{rates['marginal_generator']:g}"
+            tune = getattr(strategies, strategy)
             rates[name], systems, found[name] = search(
-                comparison, setting, strategy, metric, grids[name], start, examples, where
+                comparison, setting, tune, metric, grids[name], start, examples, where
             )
         chosen[setting], scores[setting] = rates, found
     result = {"chosen": chosen, "validation": scores}
@@ -131,21 +158,16 @@ def run(config, runs: str, grids: dict[str, list[float]], questions: int) -> pat
 
 
 if __name__ == "__main__":
-    parts = {
-        "retriever": "rates of the query encoder, by ranking",
-        "generator": "rates of the adapters, by answer likelihood",
-        "marginal_generator": "rates of the first phase",
-        "marginal_retriever": "rates of the second phase",
+    given = {
+        s: flags.DEFINE_list(s.name, None, f"rates of the {s.part} in {s.strategy}")
+        for s in SEARCHES
     }
-    given = [flags.DEFINE_list(name, None, what) for name, what in parts.items()]
     questions = flags.DEFINE_integer("questions", 400, "validation questions to judge a system on")
 
     def with_flags(config, runs):
         grids = {
-            flag.name: usual_grid(config, flag.name)
-            if flag.value is None
-            else [float(rate) for rate in flag.value]
-            for flag in given
+            s.name: [float(rate) for rate in flag.value or usual_grid(config, s.part)]
+            for s, flag in given.items()
         }
         return run(config, runs, grids, questions.value)
 

@@ -85,7 +85,7 @@ class Refreshing(Comparison):
             name=f"{config.objective}, {name}",
             trainable=trainable,
             frozen=frozen,
-            **{"index": None} | searching(retriever, system.marginal_k, policy),
+            **{"index": None} | searching(retriever, train, system.marginal_k, policy),
         )
         stretch = budget.schedule(setting).refresh_every
         probe = [e.question for e in self.dataset.validation[: config.probe_questions]]

@@ -6,13 +6,14 @@ Results go to runs/<name>/: inference_modes.csv, table.md, report.html. A cell (
 that is finished is not computed again, nor is a training.
 """
 
+import functools
 import itertools
 import pathlib
 import time
 
 import numpy as np
 
-from experiments.cell_by_cell import finished, write_report
+from experiments.cell_by_cell import compute_missing, finished, write_report
 from experiments.comparison import Comparison
 from experiments.inputs import check as check_comparison
 from experiments.inputs import load_data, replicates, trainable_strategies
@@ -154,39 +155,38 @@ def run(config, runs: str) -> pathlib.Path:
     Raises:
       ConfigError: as `check`.
     """
-    from fedrag_jax.tracking import cells
     from fedrag_jax.tracking.manifest import write_manifest
-    from fedrag_jax.tracking.processes import everywhere
 
-    began, folder = time.perf_counter(), pathlib.Path(runs) / config.name
+    folder = pathlib.Path(runs) / config.name
     check(config)
     dataset = load_data(config)
-    comparison, (setting,) = Comparison(config, dataset, folder), config.settings
     folder.mkdir(parents=True, exist_ok=True)
     free = ("seeds", "split_seeds", "strategies", "modes", "wandb")
     settled_config(config, folder, free=free)
     write_manifest(folder, dataset, experiment="inference_modes", seeds=list(config.seeds))
-    strategies = trainable_strategies(config, dataset)
-    todo = list(itertools.product(strategies, replicates(config)))
-    for i, (strategy, pair) in enumerate(todo, 1):
-        left = [
-            mode
-            for mode in config.modes
-            if not everywhere(cells.load(folder, strategy, mode, *pair) is not None)
-        ]
-        if not left:
-            continue
-        (system,), _ = comparison.tuned_systems(strategy, setting, *pair)
-        for mode in left:
-            cell = compute_cell(comparison, system, strategy, mode, *pair)
-            cells.save(folder, cell)
-            print(
-                f"[{i}/{len(todo)}] {strategy}, {mode}, {cells.seeds_name(*pair)}: EM "
-                f"{100 * cell.scores['em'].mean():.1f}  F1 {100 * cell.scores['f1'].mean():.1f}  "
-                f"({time.perf_counter() - began:.0f} s so far)",
-                flush=True,
-            )
+    todo = [
+        (strategy, mode, pair)
+        for strategy, pair, mode in itertools.product(
+            trainable_strategies(config, dataset), replicates(config), config.modes
+        )
+    ]
+    comparison = Comparison(config, dataset, folder)
+
+    @functools.lru_cache(maxsize=1)  # for all modes
+    def system(strategy, *pair):
+        (tuned,), _ = comparison.tuned_systems(strategy, config.settings[0], *pair)
+        return tuned
+
+    def compute(strategy, mode, *pair):
+        return compute_cell(comparison, system(strategy, *pair), strategy, mode, *pair)
+
+    compute_missing(config, folder, todo, compute, told)
     return write_report(report(config, folder), folder, "inference_modes.csv")
+
+
+def told(cell) -> str:
+    """What people are told of a cell."""
+    return f"EM {100 * cell.scores['em'].mean():.1f}  F1 {100 * cell.scores['f1'].mean():.1f}"
 
 
 if __name__ == "__main__":

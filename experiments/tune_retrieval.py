@@ -6,6 +6,7 @@ Writes runs/<name>/retrieval.csv and table.md. Corpora are embedded once and cac
 encoders are kept, so that a second call only evaluates.
 """
 
+import csv
 import json
 import pathlib
 import time
@@ -17,6 +18,32 @@ from fedrag_jax.errors import ConfigError
 
 COLUMNS = ("dataset", "setting", "method", "recall_at_1", "recall_at_5", "recall_at_20", "mrr",
            "learning_rate", "seconds")  # fmt: skip
+
+
+class Kept:
+    """The rows of retrieval.csv, those of earlier calls too."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.path, self.found = folder / "retrieval.csv", {}
+        if self.path.exists():
+            with open(self.path, newline="") as file:
+                for row in csv.DictReader(file):
+                    numbers = {name: float(row[name]) for name in COLUMNS[3:] if row[name]}
+                    self._put({name: row[name] for name in COLUMNS[:3]} | numbers)
+
+    def _put(self, row) -> None:
+        self.found[tuple(row[name] for name in COLUMNS[:3])] = row
+
+    def add(self, row) -> None:
+        """In place of the one about the same, if there is one."""
+        from fedrag_jax.tracking.tables import write_csv
+
+        self._put(row)
+        write_csv(self.path, self.rows(), COLUMNS)
+
+    def rows(self) -> list[dict]:
+        """In the order of the table: by set, in each first what is untuned."""
+        return [self.found[key] for key in sorted(self.found)]
 
 
 def rank_scores(retriever, examples) -> dict[str, np.ndarray]:
@@ -95,7 +122,7 @@ def run(config, runs: str) -> pathlib.Path:
     from fedrag_jax.retrieval.clusters import with_topics
     from fedrag_jax.retrieval.retriever import Retriever
     from fedrag_jax.tracking.manifest import write_manifest
-    from fedrag_jax.tracking.tables import Table, number, words, write_csv
+    from fedrag_jax.tracking.tables import Table, number, words
 
     folder = pathlib.Path(runs) / config.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -104,7 +131,7 @@ def run(config, runs: str) -> pathlib.Path:
     settled_config(config, folder, free=("learning_rates", "settings", "datasets", "methods"))
     began = time.perf_counter()
     model = hub.load(config.retriever)
-    rows = []
+    kept = Kept(folder)
     for name in config.datasets:
         loaded = datasets.load(name)
         dataset = Dataset(
@@ -120,12 +147,15 @@ def run(config, runs: str) -> pathlib.Path:
         dataset = with_topics(dataset, retriever)
         before = {k: 100 * v.mean() for k, v in rank_scores(retriever, dataset.test).items()}
         print(f"{dataset.name}, untuned: {json.dumps({k: round(v, 2) for k, v in before.items()})}")
-        rows.append({"dataset": dataset.name, "setting": "", "method": "untuned"} | before)
+        kept.add({"dataset": dataset.name, "setting": "", "method": "untuned"} | before)
         for setting in config.settings:
             rates = config.learning_rates[setting]
             for method in config.methods:
                 if setting == "local" and method == "large_batch":
-                    continue  # clients hold fewer questions than that
+                    print(
+                        "large_batch is left out of local training: clients hold too few questions"
+                    )
+                    continue
                 encoders, rate, seconds = tuned(
                     config, dataset, retriever, setting, method, rates, folder
                 )
@@ -133,12 +163,11 @@ def run(config, runs: str) -> pathlib.Path:
                 found = [rank_scores(retriever.with_query(q), dataset.test) for q in encoders]
                 after = {k: 100 * float(np.mean([f[k] for f in found])) for k in found[0]}
                 about = {"dataset": dataset.name, "setting": setting, "method": method}
-                rows.append(about | {"learning_rate": rate, "seconds": seconds} | after)
-                write_csv(folder / "retrieval.csv", rows, COLUMNS)
+                kept.add(about | {"learning_rate": rate, "seconds": seconds} | after)
                 print(f"{dataset.name}, {setting}, {method}: Recall@5 {after['recall_at_5']:.1f} "
                       f"({time.perf_counter() - began:.0f} s so far)", flush=True)  # fmt: skip
     columns = [*(words(name, name) for name in COLUMNS[:3]), *(number(n, n) for n in COLUMNS[3:7])]
-    text = Table(columns, rows).markdown()
+    text = Table(columns, kept.rows()).markdown()
     (folder / "table.md").write_text(text + "\n")
     print(f"{text}\n\n{(time.perf_counter() - began) / 60:.1f} minutes; {folder}/retrieval.csv")
     return folder

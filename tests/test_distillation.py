@@ -1,6 +1,8 @@
 """Learning from the generator's signal, against slow, obvious versions."""
 
 import dataclasses
+import itertools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from fedrag_jax.models.network import Network
 from fedrag_jax.objectives.distillation import METHODS, distillation, distilled, entropy, kl
 from fedrag_jax.objectives.joint import marginal_likelihood
 from fedrag_jax.objectives.supervision import Attention, Known, LeaveOneOut, Likelihoods
+from fedrag_jax.retrieval.refresh import NEVER
 
 K = 3
 
@@ -45,6 +48,8 @@ def softmax(x):
 def slow_signal(parts, signal, example, rows):
     """t_z of each passage."""
     values = []
+    if signal == "attention":
+        return seen_of(parts, example, rows)
     for row in rows:
         alone = slow_log_probs(parts, example.question, [row], example.answers[0])
         others = [r for r in rows if r != row]
@@ -61,6 +66,21 @@ def slow_signal(parts, signal, example, rows):
     return np.array(values)
 
 
+DEFAULTS = {
+    "lsr": {"signal": "probability", "temperature": 0.01, "first": "retriever", "score_scale": 20},
+    "replug": {"signal": "probability", "temperature": 0.1, "first": "target", "score_scale": 10},
+    "pdist": {"signal": "log_probability", "temperature": 1, "first": "target", "score_scale": 20},
+    "adist": {"signal": "attention", "temperature": 0.01, "first": "target", "score_scale": 20},
+    "loop": {"signal": "leave_one_out", "temperature": 1, "first": "target", "score_scale": 20},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_the_settings_of_its_paper(parts, method):
+    loss = taught(parts, method).loss
+    assert {name: getattr(loss, name) for name in DEFAULTS[method]} == DEFAULTS[method]
+
+
 @pytest.mark.parametrize(
     "method, settings",
     [
@@ -70,11 +90,13 @@ def slow_signal(parts, signal, example, rows):
         ("replug", {"signal": "mean_log_probability", "first": "retriever"}),
         ("pdist", {"score_scale": 3.0}),
         ("loop", {}),
+        ("adist", {}),
+        ("adist", {"temperature": 0.5}),
     ],
 )
 def test_losses_against_numpy(parts, method, settings):
     task, weight = taught(parts, method, **settings), (1, 1, 0, 1)
-    loss = task.loss
+    loss = types.SimpleNamespace(**DEFAULTS[method] | settings)
     found, cosines = parts.retriever.search([e.question for e in EXAMPLES], K)
     slow = []
     for example, rows, cosine in zip(EXAMPLES, found, cosines, strict=True):
@@ -86,12 +108,6 @@ def test_losses_against_numpy(parts, method, settings):
     np.testing.assert_allclose(
         loss_of(task, weight)[0], np.average(slow, weights=weight), rtol=2e-3
     )
-
-
-def test_every_method_has_the_settings_of_its_paper():
-    assert METHODS["lsr"] == {"signal": "probability", "temperature": 0.01, "first": "retriever"}
-    assert METHODS["replug"]["temperature"] == 1 / METHODS["replug"]["score_scale"] == 0.1
-    assert all(m["first"] == "target" for name, m in METHODS.items() if name != "lsr")
 
 
 def test_divergence_and_entropy_by_hand():
@@ -171,8 +187,18 @@ def test_all_sources_say_what_was_read(parts):
     rows = np.array([[0, 1, 2]] * 4)
     for source, prompts in ((Likelihoods, 3), (LeaveOneOut, 3), (Attention, 1)):
         table = source(*generator(parts))(EXAMPLES, rows)
-        assert table["prompt_tokens"].shape == (4, prompts)
+        assert table["prompt_tokens"].shape == table["lengths"].shape == (4, prompts)
         answers = [len(parts.prompts.answer_tokens(e.answers[0])) for e in EXAMPLES]
+        read = {Likelihoods: [[0], [1], [2]], LeaveOneOut: [[1, 2], [0, 2], [0, 1]]}
+        slow = [
+            [
+                len(parts.prompts.prompt(e.question, some)) + answer
+                for some in read.get(source, [[0, 1, 2]])
+            ]
+            for e, answer in zip(EXAMPLES, answers, strict=True)
+        ]
+        width = table["prompt_tokens"].max()
+        np.testing.assert_array_equal(table["lengths"], np.minimum(slow, width))
         np.testing.assert_array_equal(table["answer_mask"].sum(1), answers)
 
 
@@ -235,12 +261,11 @@ def test_attention_is_the_mean_over_layers_and_minds_windows():
     np.testing.assert_array_equal(close > 0, [0, 0, 0, 0, 1, 1])
 
 
-def test_attention_is_summed_over_the_tokens_of_each_passage(parts):
-    """Of a passage's tokens in the prompt, averaged over the positions that predict the answer."""
-    prompts, rows = parts.prompts, [2, 0]
-    example = EXAMPLES[1]
-    found = Attention(*generator(parts))([example], np.array([rows]))["attention"][0]
-    prompt, answer = prompts.prompt(example.question, rows), prompts.answer_tokens("Oslo")
+def seen_of(parts, example, rows):
+    """Of each passage's tokens in the prompt, averaged over the positions that predict the answer."""
+    prompts = parts.prompts
+    prompt = prompts.prompt(example.question, rows)
+    answer = prompts.answer_tokens(example.answers[0])
     tokens = np.concatenate([prompt, answer])[None]
     index = np.arange(tokens.shape[1])[None]
     read = len(prompt) - 1 + np.arange(len(answer))[None]
@@ -248,9 +273,15 @@ def test_attention_is_summed_over_the_tokens_of_each_passage(parts):
         parts.params, tokens, index, np.ones_like(tokens), read, method="attention",
         adapters=parts.adapters,
     )[0].mean(0)  # fmt: skip
-    first = 1 + len(PASSAGES[2].text) + 1  # the opening is a BOS, a passage ends with its line
-    second = first + len(PASSAGES[0].text) + 1
-    np.testing.assert_allclose(found, [seen[1:first].sum(), seen[first:second].sum()], rtol=1e-4)
+    # The opening is a BOS, a passage ends with its line.
+    ends = 1 + np.cumsum([0, *(len(PASSAGES[row].text) + 1 for row in rows)])
+    return np.array([seen[start:end].sum() for start, end in itertools.pairwise(ends)])
+
+
+def test_attention_is_summed_over_the_tokens_of_each_passage(parts):
+    rows = [2, 0]
+    found = Attention(*generator(parts))(EXAMPLES[1:2], np.array([rows]))["attention"][0]
+    np.testing.assert_allclose(found, seen_of(parts, EXAMPLES[1], rows), rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -261,8 +292,27 @@ def test_attention_is_summed_over_the_tokens_of_each_passage(parts):
         ("lsr", {"signal": "loss"}, "signal is one of"),
         ("pdist", {"first": "student"}, "first 'target' or 'retriever'"),
         ("pdist", {"temperature": 0.0}, "must be > 0"),
+        ("pdist", {"signal": "teacher"}, "use `distilled`"),
+        ("emdr", {"temperature": 1.0}, r"\['temperature'\] are no settings here"),
+        ("emdr", {"marginal": "sum"}, r"marginal is one of \['token', 'sequence'\]"),
+        ("pdist", {"refresh": NEVER}, "train 'document'"),
     ],
 )
 def test_what_cannot_be_is_refused(parts, method, settings, words):
     with pytest.raises(ConfigError, match=words):
         taught(parts, method, **settings)
+
+
+def test_other_settings_and_parts_are_refused(parts):
+    with pytest.raises(ConfigError, match=r"\['signal'\] are no settings here"):
+        distilled(len, parts.retriever, EXAMPLES, signal="probability")
+    for train in ((), ("adaptors",)):
+        with pytest.raises(ConfigError, match="train names some of"):
+            marginal_likelihood(*generator(parts), parts.retriever, EXAMPLES, train=train)
+
+
+def test_emdr_marginalises_token_by_token_if_asked(parts):
+    how = {"train": ("query",), "marginal": "token", "passages": K}
+    marginal = marginal_likelihood(*generator(parts), parts.retriever, EXAMPLES, **how)
+    found = loss_of(taught(parts, "emdr", marginal="token"))[0]
+    np.testing.assert_allclose(found, loss_of(marginal)[0], rtol=1e-6)

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import itertools
 from collections import defaultdict
 
 import jax
@@ -168,8 +169,9 @@ def test_a_budget_asks_the_silos_with_the_nearest_centroids(most):
     assert (traffic.silos == most).all()
     for query, found, cosines in zip(QUERIES, rows, scores, strict=True):
         near = [max(centroids @ query) for centroids in store.published]
-        able = [i for i in range(6) if len(silos[i]) >= -(-k // most)]
-        chosen = sorted(able, key=lambda i: -near[i])[:most]
+        nearest = sorted(range(6), key=lambda i: -near[i])
+        together = itertools.combinations(nearest, most)
+        chosen = next(some for some in together if sum(min(len(silos[i]), k) for i in some) >= k)
         held = np.concatenate([silos[i] for i in chosen])
         cosine = WHOLE.vectors @ query
         assert found.tolist() == sorted(held, key=lambda row: -cosine[row])[:k]
@@ -185,12 +187,15 @@ def test_a_question_goes_to_the_silo_about_it():
     assert_same(narrow.search(axes, 10), whole.store.search(axes, 10))
 
 
-def test_a_silo_too_small_for_its_share_is_passed_over():
-    silos = [np.arange(3), np.arange(3, 100), np.arange(100, N)]
+def test_a_silo_is_passed_over_where_too_little_would_be_left():
+    silos = [np.arange(3), np.arange(3, 5), np.arange(5, N)]
     at_home = WHOLE.vectors[:3]  # what the first silo would be asked
-    for k, passed_over in ((3, False), (4, True)):
-        store = over_silos(WHOLE, silos, budget=Budget(silos=1)).store
+    for most, k, passed_over in ((1, 3, False), (1, 4, True), (2, 10, False)):
+        store = over_silos(WHOLE, silos, budget=Budget(silos=most)).store
         assert (store.search(at_home, k)[0].min() > 2) == passed_over
+    with pytest.raises(ConfigError, match="2 silos have 8 passages to give at most, 10 are wanted"):
+        over_silos(WHOLE, silos[:2] + [np.arange(5, 10)] + [np.arange(10, N)],
+                   budget=Budget(silos=2, passages_per_silo=4)).store.search(at_home, 10)  # fmt: skip
 
 
 def test_traffic_is_that_of_every_message():
@@ -322,7 +327,7 @@ def test_budgets_that_allow_nothing_are_refused():
 
 def test_budgets_that_allow_too_little_are_refused():
     narrow = over_silos(WHOLE, dealt(3), budget=Budget(2, 3)).store
-    with pytest.raises(ConfigError, match="7 passages from 2 silos are 4 from each, which 0 of 3"):
+    with pytest.raises(ConfigError, match="2 silos have 6 passages to give at most, 7 are wanted"):
         narrow.search(QUERIES, 7)
     everywhere = over_silos(WHOLE, dealt(3), budget=Budget(passages_per_silo=2)).store
     with pytest.raises(ConfigError, match=r"question 0 went to have 6 different passages.*k is 7"):

@@ -37,7 +37,9 @@ def test_rates_that_diverge_are_left_out(tmp_path, monkeypatch, capsys):
         return [DivergenceError("not finite") if t.rate > 1 else t.rate for t, _ in asked]
 
     monkeypatch.setattr(tuner, "tune_together", tune_together)
-    monkeypatch.setattr(evaluator, "evaluate", lambda rate, some: {"mrr": np.array([rate, np.nan])})
+    monkeypatch.setattr(
+        evaluator, "evaluate", lambda rate, some, mode: {"mrr": np.array([rate, np.nan])}
+    )
     search = choose_learning_rates.search
     best, systems, scores = search(Run(), "federated", by_rate, "mrr", [0.5, 0.75, 2], [0], [1])
     assert (best, systems, scores) == (0.75, [0.75], {0.5: 50.0, 0.75: 75.0})
@@ -50,13 +52,13 @@ def test_grids_are_those_of_the_models():
     from experiments.choose_learning_rates import LAWTON, usual_grid
 
     config = small()
-    grid = usual_grid(config, "marginal_generator")
+    grid = usual_grid(config, "generator")
     assert (len(grid), grid[0], grid[-1]) == (9, 1e-4, 1e-1)
     grid = usual_grid(config, "retriever")
     assert (len(grid), grid[0], grid[-1]) == (9, 1e-5, 1e-2)
     np.testing.assert_allclose(np.diff(np.log(grid)), np.log(1000) / 8, rtol=0.01)
     config.models.retriever = "minilm"
-    assert usual_grid(config, "marginal_retriever") == LAWTON
+    assert usual_grid(config, "retriever") == LAWTON
     assert usual_grid(config, "generator") != LAWTON
 
 
@@ -72,12 +74,23 @@ def test_rates_of_the_built_in_models_are_not_lent_in_silence(caplog):
     assert len(caplog.messages) == 1
 
 
+@pytest.mark.slow
+def test_only_what_the_strategies_train_is_searched(tmp_path):
+    from experiments import choose_learning_rates
+
+    config = small()
+    config.settings, config.strategies, config.mode = ("federated",), ("none", "lsr"), "ensemble"
+    folder = choose_learning_rates.run(config, str(tmp_path), {"lsr": [1e-3, 1e-9]}, questions=20)
+    chosen = json.loads((folder / "learning_rates.json").read_text())["chosen"]
+    assert [*chosen["federated"]] == ["lsr"]
+
+
 def test_learning_rates_are_those_of_the_best_validation_scores(tmp_path):
     """The second phase is searched under the first that was chosen, and nothing is done twice."""
     from experiments import choose_learning_rates
 
     config = small()
-    config.settings = ("federated",)
+    config.settings, config.strategies = ("federated",), ("independent", "two_phase")
     grids = {
         "retriever": [1e-9, 1e-3],
         "generator": [1e-3],

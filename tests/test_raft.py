@@ -90,8 +90,24 @@ def test_hard_distractors_are_the_nearest_that_tell_no_answer():
         "a": [0, 1, 2, 4],
         "b": [0, 1, 2, 3],
     }
-    with pytest.raises(DataError, match=r"'c' needs 4 distractors and the corpus has 0"):
+    with pytest.raises(DataError, match=r"'c' needs 3 distractors and the corpus has 0"):
         raft_rows(Nearest(), questions, 1.0, 3, hard=True)
+
+
+def test_a_title_tells_an_answer_too():
+    nearest = Nearest()
+    nearest.passages = [CITIES[0], Passage("t", "Rome", "A city on a river."), *CITIES[1:3]]
+    rows = raft_rows(nearest, [Example("a", "?", ("Rome",), ("c0",))], 1.0, 2, hard=True)
+    assert sorted(rows["a"].tolist()) == [0, 2, 3]
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_gold_passages_alone_need_no_others(hard):
+    nearest = Nearest()
+    for golds in (("c0",), ("c0", "c1")):
+        nearest.passages = CITIES[: len(golds)]
+        rows = raft_rows(nearest, [Example("a", "?", ("x",), golds)], 1.0, 0, hard=hard)
+        assert sorted(rows["a"].tolist()) == [*range(len(golds))]
 
 
 def test_what_cannot_be_is_refused(parts):
@@ -102,7 +118,7 @@ def test_what_cannot_be_is_refused(parts):
     ):
         with pytest.raises(ConfigError, match=words):
             raft_rows(Nearest(), MANY, **options)
-    with pytest.raises(DataError, match=r"'m0' needs 41 distractors and the corpus has 39"):
+    with pytest.raises(DataError, match=r"'m0' needs 40 distractors and the corpus has 39"):
         raft_rows(Nearest(), MANY[:1], distractors=40)
     bare = dataclasses.replace(MANY[0], id="bare", positive_ids=())
     with pytest.raises(

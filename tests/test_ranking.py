@@ -6,11 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy_rag import DATASET, EXAMPLES, KEY, batch_of, toy_parts
+from toy_rag import DATASET, EXAMPLES, KEY, PASSAGES, batch_of, toy_parts
 
+from fedrag_jax.data.corpora import own_passages
+from fedrag_jax.data.partition import Partition
 from fedrag_jax.errors import ConfigError, DataError
+from fedrag_jax.federated.fed_avg import fed_avg
 from fedrag_jax.federated.fit import fit
+from fedrag_jax.objectives.distillation import distillation
 from fedrag_jax.objectives.encoding import encode
+from fedrag_jax.objectives.joint import marginal_likelihood
 from fedrag_jax.objectives.retriever import multiple_negatives_ranking
 from fedrag_jax.retrieval.mining import Mining, hard_negatives
 
@@ -182,6 +187,49 @@ def test_negatives_are_mined_again_with_what_is_trained(retriever, train):
     found = task.retrieve(EXAMPLES, moved)
     np.testing.assert_array_equal(found, expected)
     assert (found != task.retrieve(EXAMPLES, task.trainable)).any()
+
+
+@pytest.mark.parametrize(
+    "objective", ["ranking", "distillation", "RAG-Token", "RAG-Token, adapters"]
+)
+def test_clients_find_passages_of_their_own_alone(objective):
+    parts = toy_parts()
+    own = Partition(EXAMPLES, (np.array([0, 2]), np.array([1, 3])))
+    held = Partition(PASSAGES, (np.array([0, 2]), np.array([1, 3])))
+    pool, found = own_passages(own, held), []
+    where = {"passages": 2, "pool": pool}
+    generator = parts.decoder, {"decoder": parts.params, "adapters": parts.adapters}, parts.prompts
+    task = {
+        "ranking": lambda: multiple_negatives_ranking(
+            parts.retriever, DATASET, mining=EASY, pool=pool
+        ),
+        "distillation": lambda: distillation(
+            "pdist", *generator, parts.retriever, EXAMPLES, **where
+        ),
+        "RAG-Token": lambda: marginal_likelihood(*generator, parts.retriever, EXAMPLES, **where),
+        "RAG-Token, adapters": lambda: marginal_likelihood(
+            *generator, parts.retriever, EXAMPLES, train=("adapters",), **where
+        ),
+    }[objective]()
+
+    def collate(examples, rows):
+        table = task.collate(examples, rows)
+        rows = table.get("negatives", rows)
+        if rows is None:  # the generator alone moves: told by the scores of what was found
+            cosines = table["retrieval_scores"] / 20.0
+            every = parts.retriever.cosines(
+                [e.question for e in examples], [np.arange(4)] * len(examples)
+            )
+            rows = np.abs(every[:, None] - cosines[:, :, None]).argmin(-1)
+        found.extend(zip(examples, rows, strict=True))
+        return table
+
+    watched = dataclasses.replace(task, collate=collate)
+    fit(watched, own, fed_avg(local_steps=1), rounds=2, batch_size=2)
+    assert {e.id for e, _ in found} == {e.id for e in EXAMPLES}
+    for example, rows in found:
+        client = EXAMPLES.index(example) % 2
+        assert {*np.asarray(rows).tolist()} - {-1} <= {*held.clients[client].tolist()}
 
 
 def test_mining_follows_the_rounds(retriever):

@@ -178,6 +178,7 @@ def test_models_of_their_own_cannot_share_an_index():
         (Policy(every=-1), "every >= 0"),
         (Policy(staleness=1.5), "staleness from 0 to 1"),
         (Policy(every=0, keep=True), "set `candidates`"),
+        (Policy(candidates=3), "set every to 0"),
     ],
 )
 def test_policies_that_cannot_be_are_refused(policy, words):

@@ -1,10 +1,15 @@
 """Corpora of clients: passages go where the questions are that they answer."""
 
+from collections.abc import Callable
+
 import numpy as np
 
+from fedrag_jax.data.examples import Example
 from fedrag_jax.data.partition import Partition, Scheme, classes_of, values_of
 from fedrag_jax.data.schemes import cut, redrawn, require_enough, require_positive
 from fedrag_jax.errors import ConfigError, DataError
+
+Pool = Callable[[Example], np.ndarray]  # the corpus rows, int [n], that an example may see
 
 
 def following(questions: Partition, rest: str = "topic", min_examples: int = 1) -> Scheme:
@@ -56,6 +61,31 @@ def following(questions: Partition, rest: str = "topic", min_examples: int = 1) 
         return redrawn(owners, clients, min_examples, seed, f"following(rest={rest!r})", remedy)
 
     return split
+
+
+def own_passages(questions: Partition, passages: Partition) -> Pool:
+    """`pool(example)`, the corpus rows that lie with the client that holds the example.
+
+    What objectives take as their `pool`, so that a client trains on passages of its own alone.
+
+    Raises:
+      ConfigError: other clients hold questions than hold passages.
+      DataError: from the pool, an example that no client holds.
+    """
+    if len(questions.clients) != len(passages.clients):
+        raise ConfigError(
+            f"questions are split over {len(questions.clients)} clients and passages over "
+            f"{len(passages.clients)}; split them alike, such as with `following`"
+        )
+    ids = values_of(questions.examples, "id")
+    holder = {ids[row]: client for client, held in enumerate(questions.clients) for row in held}
+
+    def pool(example):
+        if example.id not in holder:
+            raise DataError(f"question {example.id!r} is with no client, so it has no passages")
+        return passages.clients[holder[example.id]]
+
+    return pool
 
 
 def _votes(questions: Partition, passages) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

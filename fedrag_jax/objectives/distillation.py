@@ -11,7 +11,7 @@ are brought together, only p_R with a gradient. Methods differ in the signal and
 | `lsr` | p(y|z, x) | 0.01 | KL(p_R, Q) | RA-DIT, 2310.01352, section 2.3 |
 | `replug` | p(y|z, x) | 0.1, score_scale 10 | KL(Q, p_R) | REPLUG LSR, 2301.12652 |
 | `pdist` | log p(y|z, x) | 1 | KL(Q, p_R) | PDist, Atlas, 2208.03299 |
-| `adist` | attention to z | 0.01, as Atlas' code | KL(Q, p_R) | ADist, Atlas: `supervision.Attention` |
+| `adist` | attention to z | 0.01, ours | KL(Q, p_R) | ADist, Atlas: `supervision.Attention` |
 | `loop` | -log p(y|all but z, x) | 1 | KL(Q, p_R) | LOOP, Atlas |
 | `emdr` | log p(y|z, x) | | -log sum_z p_R(z|x) p(y|z, x) | EMDR2, 2106.05346; Atlas |
 | `distilled` | a teacher's score | 1 | KL(Q, p_R) | a cross-encoder's, for one |
@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 
 from fedrag_jax.data.batching import Prompts
+from fedrag_jax.data.corpora import Pool
 from fedrag_jax.data.examples import Example, embedding_text
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.models.network import Network
@@ -126,6 +127,7 @@ def distillation(
     train: tuple[str, ...] = ("query",),
     passages: int = 10,
     refresh: Policy | None = None,
+    pool: Pool | None = None,
     **settings,
 ) -> Task:
     """Tunes the retriever by what a frozen generator makes of its passages.
@@ -138,25 +140,32 @@ def distillation(
       train: which of `query`, `document`, `head` move.
       passages: k, that are retrieved for each question, by the retriever as it is trained by then.
       refresh: how the index follows the document encoder; None re-embeds all at each retrieval.
-      settings: `signal`, `temperature`, `first`, `score_scale` in place of the method's own.
+      pool: `pool(example)`, the corpus rows that it may find, where passages stay with their clients
+        (`data.corpora.own_passages`); all, unless given.
+      settings: `signal`, `temperature`, `first`, `score_scale` in place of the method's own; for `emdr`
+        `marginal` ("token" for RAG-Token's) and `score_scale`.
 
     Raises:
-      ConfigError: an unknown method or setting.
+      ConfigError: an unknown method or setting, nothing or something unknown to train.
     """
     if method == "emdr":
-        return dataclasses.replace(
-            marginal_likelihood(
-                decoder, parts, prompts, retriever, questions,
-                train=train, marginal="sequence", passages=passages, refresh=refresh, **settings,
-            ),
-            name="emdr",
+        _require_known(settings, ("marginal", "score_scale"))
+        task = marginal_likelihood(
+            decoder, parts, prompts, retriever, questions,
+            train=train, passages=passages, refresh=refresh, pool=pool,
+            **{"marginal": "sequence"} | settings,
         )  # fmt: skip
+        return dataclasses.replace(task, name="emdr")
     if method not in METHODS:
         raise ConfigError(f"distillation: method is one of {[*METHODS, 'emdr']}, got {method!r}")
     loss = _loss(retriever, METHODS[method] | settings, decoder)
+    if loss.signal == "teacher":
+        raise ConfigError(
+            "distillation: signal 'teacher' is that of another model: use `distilled`"
+        )
     sources = {"leave_one_out": LeaveOneOut, "attention": Attention}
     source = sources.get(loss.signal, Likelihoods)(decoder, parts, prompts)
-    return _task(method, loss, source, retriever, questions, train, passages, refresh)
+    return _task(method, loss, source, retriever, questions, train, passages, refresh, pool)
 
 
 def distilled(
@@ -167,25 +176,28 @@ def distilled(
     train: tuple[str, ...] = ("query",),
     passages: int = 10,
     refresh: Policy | None = None,
+    pool: Pool | None = None,
     **settings,
 ) -> Task:
     """Tunes the retriever by a teacher's scores, such as those of a cross-encoder.
 
     Args:
       score: `score(questions, texts) -> float [P]`, one for each pair; asked once for each.
+      settings: `temperature`, `first`, `score_scale`.
       others: as of `distillation`.
+
+    Raises:
+      ConfigError: an unknown setting, nothing or something unknown to train.
     """
+    _require_known(settings, ("temperature", "first", "score_scale"))
     defaults = {"signal": "teacher", "temperature": 1.0, "first": "target"}
     teacher = Teacher(score, [embedding_text(p) for p in retriever.passages])
     loss = _loss(retriever, defaults | settings)
-    return _task("distilled", loss, teacher, retriever, questions, train, passages, refresh)
+    return _task("distilled", loss, teacher, retriever, questions, train, passages, refresh, pool)
 
 
 def _loss(retriever: Retriever, settings: dict[str, Any], decoder=None) -> Distillation:
-    known = ["signal", "temperature", "first", "score_scale"]
-    unknown = [name for name in settings if name not in known]
-    if unknown:
-        raise ConfigError(f"distillation: {unknown} are no settings; there are {known}")
+    _require_known(settings, ("signal", "temperature", "first", "score_scale"))
     loss = Distillation(retriever.encoder, **{"score_scale": 20.0} | settings, decoder=decoder)
     if loss.signal not in SIGNALS or loss.first not in ("target", "retriever"):
         raise ConfigError(
@@ -200,7 +212,12 @@ def _loss(retriever: Retriever, settings: dict[str, Any], decoder=None) -> Disti
     return loss
 
 
-def _task(name, loss, source, retriever, examples, train, passages, refresh) -> Task:
+def _require_known(settings: dict[str, Any], known: tuple[str, ...]) -> None:
+    if unknown := [name for name in settings if name not in known]:
+        raise ConfigError(f"distillation: {unknown} are no settings here; there are {[*known]}")
+
+
+def _task(name, loss, source, retriever, examples, train, passages, refresh, pool) -> Task:
     trainable, frozen = trained_parts(retriever, train)
     questions = Questions(retriever, examples, frozen="query" not in train)
     return Task(
@@ -209,5 +226,5 @@ def _task(name, loss, source, retriever, examples, train, passages, refresh) -> 
         frozen=frozen,
         loss=loss,
         collate=lambda some, rows: {"retrieved": rows} | questions(some) | source(some, rows),
-        **searching(retriever, passages, refresh),
+        **searching(retriever, train, passages, refresh, pool),
     )

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedrag_jax.data.batching import encoder_table
+from fedrag_jax.data.corpora import Pool
 from fedrag_jax.data.examples import embedding_text
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.models.network import Network
@@ -61,24 +62,45 @@ def as_trained(retriever: Retriever, trained: PyTree, fresh: bool = True) -> Ret
     return retriever.with_head(retriever.head) if "head" in trained else retriever
 
 
-def searching(retriever: Retriever, k: int, policy: Policy | None) -> dict[str, Any]:
+def found_by(retriever: Retriever, examples, k: int, pool: Pool | None = None):
+    """Corpus rows and cosines [N, k], best first; of `pool(example)` alone, where there is one."""
+    questions = [e.question for e in examples]
+    if pool is None:
+        return retriever.search(questions, k)
+    return retriever.search_within(questions, [pool(e) for e in examples], k)
+
+
+def searching(
+    retriever: Retriever,
+    train: tuple[str, ...],
+    k: int,
+    policy: Policy | None = None,
+    pool: Pool | None = None,
+) -> dict[str, Any]:
     """`retrieve` and `index` of a `Task` that searches for the k best passages as it is trained.
 
     Args:
+      train: what moves.
       policy: of keeping the index fresh; None where all is re-embedded each time.
+      pool: `pool(example)`, the corpus rows that it may find; all, unless given.
+
+    Raises:
+      ConfigError: a policy that cannot be, or one with a pool or where no document vector moves.
     """
-
-    def asked(examples):
-        return [e.question for e in examples]
-
     if policy is None:
         return {
-            "retrieve": lambda e, trained: as_trained(retriever, trained).search(asked(e), k)[0]
+            "retrieve": lambda e, trained: found_by(as_trained(retriever, trained), e, k, pool)[0]
         }
     policy.check()
+    if "document" not in train or pool is not None:
+        raise ConfigError(
+            "a refresh policy is for one index of passages whose encoder moves: train 'document', and "
+            f"give no pool, or leave `refresh` away; got train={train}"
+        )
 
     def retrieve(examples, trained, before):
-        current, questions = as_trained(retriever, trained, fresh=False), asked(examples)
+        current = as_trained(retriever, trained, fresh=False)
+        questions = [e.question for e in examples]
         index = next_index(policy, current, questions, k, Index(**before))
         rows, embedded = search(policy, current, questions, k, index.vectors)
         return rows, index._replace(embedded=index.embedded + embedded)._asdict()

@@ -18,8 +18,16 @@ import numpy as np
 from jax.scipy.special import logsumexp
 
 from fedrag_jax.data.batching import Prompts
+from fedrag_jax.data.corpora import Pool
+from fedrag_jax.errors import ConfigError
 from fedrag_jax.models.network import Network
-from fedrag_jax.objectives.encoding import Questions, passage_scores, searching, trained_parts
+from fedrag_jax.objectives.encoding import (
+    Questions,
+    found_by,
+    passage_scores,
+    searching,
+    trained_parts,
+)
 from fedrag_jax.objectives.likelihood import answer_log_probs, tokens_read, weighted_mean
 from fedrag_jax.objectives.supervision import Likelihoods
 from fedrag_jax.objectives.task import PyTree, Task
@@ -84,6 +92,7 @@ def marginal_likelihood(
     passages: int = 5,
     score_scale: float = 20.0,
     refresh: Policy | None = None,
+    pool: Pool | None = None,
 ) -> Task:
     """Joint tuning, or one phase of two-phase tuning, by marginal likelihood.
 
@@ -93,7 +102,17 @@ def marginal_likelihood(
       train: which of `adapters`, `query`, `document`, `head` move. Questions are searched again unless
         `adapters` alone do.
       refresh: how the index follows the document encoder; None re-embeds all at each retrieval.
+      pool: `pool(example)`, the corpus rows that it may find, where passages stay with their clients
+        (`data.corpora.own_passages`); all, unless given.
+
+    Raises:
+      ConfigError: an unknown marginal, nothing or something unknown to train.
     """
+    if marginal not in MARGINALS:
+        raise ConfigError(f"marginal is one of {[*MARGINALS]}, got {marginal!r}")
+    trains = ("adapters", "query", "document", "head")
+    if not train or {*train} - {*trains}:
+        raise ConfigError(f"train names some of {trains}, got {train}")
     moving = tuple(name for name in train if name != "adapters")
     loss = MarginalLoss(decoder, retriever.encoder, marginal, score_scale)
     trainable, frozen = trained_parts(retriever, moving) if moving else ({}, {})
@@ -105,7 +124,7 @@ def marginal_likelihood(
 
     def collate(examples, retrieved):
         if retrieved is None:
-            retrieved, cosines = retriever.search([e.question for e in examples], passages)
+            retrieved, cosines = found_by(retriever, examples, passages, pool)
             table = {"retrieval_scores": (score_scale * cosines).astype(np.float32)}
         else:
             table = {"retrieved": retrieved} | asked(examples)
@@ -119,5 +138,5 @@ def marginal_likelihood(
         frozen=frozen,
         loss=loss,
         collate=collate,
-        **(searching(retriever, passages, refresh) if moving else {}),
+        **(searching(retriever, moving, passages, refresh, pool) if moving else {}),
     )

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from fedrag_jax.data.batching import Prompts
-from fedrag_jax.data.examples import Example, Passage
+from fedrag_jax.data.examples import Example, Passage, embedding_text
 from fedrag_jax.data.seeds import stream
 from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.models.network import Network
@@ -129,7 +129,13 @@ def raft_rows(
     rows = {}
     for example, gold, wrong, count in zip(questions, golds, others, places, strict=True):
         draw = _stream(seed, "raft oracle", example).random()
-        read = np.array([*gold, *wrong][:count] if draw < oracle_share else wrong, np.int32)
+        shown = gold if draw < oracle_share else []
+        read = np.array([*shown, *wrong][:count], np.int32)
+        if len(read) < count:
+            raise DataError(
+                f"raft: question {example.id!r} needs {count - len(shown)} distractors and the corpus "
+                f"has {len(wrong)}: give more passages or lower `distractors`"
+            )
         read = _stream(seed, "raft order", example).permutation(read)
         rows[example.id] = np.pad(read, (0, max(places) - count), constant_values=-1)
     return rows
@@ -147,13 +153,11 @@ def _gold_rows(passages: Sequence[Passage], questions: Sequence[Example]) -> lis
 
 
 def _drawn(retriever, questions, golds, places, seed) -> list[list[int]]:
-    """Distractors from anywhere in the corpus, all equally likely."""
+    """Distractors from anywhere in the corpus, all equally likely; fewer if there are no more."""
     size, found = len(retriever.passages), []
     for example, gold, count in zip(questions, golds, places, strict=True):
-        if count + len(gold) > size:
-            raise _too_few(example, count, size - len(gold))
         rng = _stream(seed, "raft distractors", example)
-        drawn = rng.choice(size, count + len(gold), replace=False)
+        drawn = rng.choice(size, min(count + len(gold), size), replace=False)
         found.append([r for r in drawn if r not in gold][:count])
     return found
 
@@ -161,6 +165,7 @@ def _drawn(retriever, questions, golds, places, seed) -> list[list[int]]:
 def _nearest(retriever, questions, golds, places, seed) -> list[list[int]]:
     """Distractors that look right: a passage that holds an answer is none, gold or not."""
     size, found = len(retriever.passages), {}
+    texts = [embedding_text(p) for p in retriever.passages]
     depth, asked = 2 * max(places), range(len(questions))
     while asked:
         depth = min(4 * depth, size)
@@ -169,20 +174,10 @@ def _nearest(retriever, questions, golds, places, seed) -> list[list[int]]:
             answers = "|".join(map(re.escape, questions[i].answers))
             telling = re.compile(rf"(?<!\w)({answers})(?!\w)", re.IGNORECASE)
             others = (r for r in nearest if r not in golds[i])
-            found[i] = [r for r in others if not telling.search(retriever.passages[r].text)]
+            found[i] = [r for r in others if not telling.search(texts[r])]
             found[i] = found[i][: places[i]]
-        asked = [i for i in asked if len(found[i]) < places[i]]
-        if asked and depth == size:
-            i = asked[0]
-            raise _too_few(questions[i], places[i], len(found[i]))
+        asked = [i for i in asked if len(found[i]) < places[i] and depth < size]
     return [found[i] for i in range(len(questions))]
-
-
-def _too_few(example: Example, wanted: int, there: int) -> DataError:
-    return DataError(
-        f"raft: question {example.id!r} needs {wanted} distractors and the corpus has {there}: give "
-        "more passages or lower `distractors`"
-    )
 
 
 def _stream(seed: int, name: str, example: Example) -> np.random.Generator:

@@ -1,14 +1,15 @@
 """Losses that tune the retriever from labelled passages."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedrag_jax.data.examples import Dataset, Example
+from fedrag_jax.data.corpora import Pool
+from fedrag_jax.data.examples import Dataset
 from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.models.network import Network
 from fedrag_jax.objectives.encoding import (
@@ -88,7 +89,7 @@ def multiple_negatives_ranking(
     dimensions: Sequence[int] = (),
     at_once: int = 0,
     mining: Mining | None = None,
-    pool: Callable[[Example], np.ndarray] | None = None,
+    pool: Pool | None = None,
     max_question_tokens: int = 0,
 ) -> Task:
     """Ranking of the first gold passage of each question among those of its batch.
@@ -97,11 +98,12 @@ def multiple_negatives_ranking(
       train: which of `query`, `document`, `head` move. Query-side tuning is ("query",). A ("head",)
         alone learns a matrix after both frozen encoders, which are then run once (as pFedRAG's shared
         head, Findings of EMNLP 2025.769).
-      dimensions: vectors are trained to be good when cut there; the last is what `first` tells of.
+      dimensions: vectors are trained to be good when cut there; the largest is what `first` tells of.
       mining: hard negatives for every question, mined anew whenever retrieval is (each round, unless
         `fit` says otherwise) with the retriever as it is trained by then.
-      pool: corpus rows that the negatives of a question may come from, where they must stay with a
-        client; all, unless given. Those of its batch are the client's own in any case.
+      pool: `pool(example)`, the corpus rows that its mined negatives may come from, where passages stay
+        with their clients (`data.corpora.own_passages`); all, unless given. Those of its batch are the
+        client's own in any case.
       max_question_tokens: longer questions are cut; 0 cuts at what the encoder was made for.
 
     Raises:

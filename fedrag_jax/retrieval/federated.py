@@ -9,7 +9,8 @@ answers are merged by score, or where there is one silo, it finds what one index
 
 A question's vector goes to silos, each answers with its best rows and their scores, and of those that
 are best of all the asker fetches the texts. Under a budget it asks the silos that have a centroid
-nearest to the question: each has published a few, found by k-means.
+nearest to the question: each has published a few, found by k-means. A centroid is a mean of vectors; of
+a silo with few passages it is one of them, so let a silo publish far fewer than it has to hide.
 """
 
 import dataclasses
@@ -185,24 +186,23 @@ class FederatedStore:
     def _asked(self, queries: np.ndarray, k: int) -> np.ndarray:
         """Which question goes to which silo, bool [Q, S].
 
-        A silo that can give less than its share of k is passed over: those asked have k together.
+        The nearest, but for those too small for what is then left to have k together.
         """
         asked = np.ones((len(queries), len(self.silos)), bool)
         if not self._chooses():
             return asked
         most, others = self.budget.silos, self._others()
-        own = 0 if self.asker is None else self._depth(self.asker, k)
-        share = -(-(k - own) // most)
-        able = [number for number in others if self._depth(number, k) >= share]
-        if len(able) < most:
+        wanted = k - (0 if self.asker is None else self._depth(self.asker, k))
+        depths = np.array([self._depth(number, k) for number in others])
+        if (there := np.sort(depths)[-most:].sum()) < wanted:
             raise ConfigError(
-                f"budget: {k - own} passages from {most} silos are {share} from each, which "
-                f"{len(able)} of {len(others)} silos can give; ask for fewer, or raise the budget"
+                f"budget: {most} silos have {there} passages to give at most, {wanted} are wanted; ask "
+                "for fewer, or raise the budget"
             )
-        nearness = np.stack([(queries @ self.published[n].T).max(1) for n in able], axis=1)
-        nearest = np.argsort(-nearness, axis=1, kind="stable")[:, :most]
+        nearness = np.stack([(queries @ self.published[n].T).max(1) for n in others], axis=1)
         asked[:, others] = False
-        np.put_along_axis(asked, np.array(able)[nearest], True, axis=1)
+        for to, nearest in zip(asked, np.argsort(-nearness, axis=1, kind="stable"), strict=True):
+            to[np.array(others)[_sufficient(nearest, depths, most, wanted)]] = True
         return asked
 
     def _chooses(self) -> bool:
@@ -283,6 +283,17 @@ def fuse(
         )
     best = order[(np.cumsum(counts) - counts)[:, None] + np.arange(k)]
     return row[best].astype(np.int32), score[best]
+
+
+def _sufficient(nearest, depths: np.ndarray, most: int, wanted: int) -> list[int]:
+    """The first `most` of `nearest` that have as many as `wanted` together."""
+    chosen = []
+    for i in nearest:
+        rest = sorted((depths[j] for j in nearest if j not in (*chosen, i)), reverse=True)
+        best = depths[[*chosen, i]].sum() + sum(rest[: most - len(chosen) - 1])
+        if len(chosen) < most and best >= wanted:
+            chosen.append(i)
+    return chosen
 
 
 def _centroids(vectors: np.ndarray, count: int) -> np.ndarray:

@@ -1,10 +1,11 @@
 """Hard negatives: what the retriever takes for an answer and is none."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from fedrag_jax.data.corpora import Pool
 from fedrag_jax.data.examples import Example
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.retrieval.retriever import Retriever
@@ -38,7 +39,7 @@ def hard_negatives(
     examples: Sequence[Example],
     golds: np.ndarray,
     mining: Mining,
-    pool: Callable[[Example], np.ndarray] | None = None,
+    pool: Pool | None = None,
 ) -> np.ndarray:
     """The nearest passages to each question that are wrong for it, as far as can be told.
 
@@ -63,10 +64,7 @@ def hard_negatives(
         if pool is None:
             near, cosine = rows[i], cosines[i]
         else:
-            near = np.asarray(pool(example), np.int32)
-            cosine = retriever.vectors[near] @ queries[i]
-            order = np.lexsort((near, -cosine))[:depth]
-            near, cosine = near[order], cosine[order]
+            near, cosine = retriever.nearest(queries[i], pool(example), depth)
         own = golds[i][golds[i] >= 0]
         positive = (retriever.vectors[own] @ queries[i]).max()
         # Where p is negative, a share of it would be nearer than it.

@@ -49,7 +49,8 @@ class Policy(NamedTuple):
         """The policy.
 
         Raises:
-          ConfigError: a number out of its range, or `keep` without candidates.
+          ConfigError: a number out of its range, `keep` without candidates, or candidates of an index
+            that is always fresh.
         """
         share = 0 if self.staleness is None else self.staleness
         if self.every < 0 or self.candidates < 0 or self.probe < 1 or not 0 <= share <= 1:
@@ -59,6 +60,11 @@ class Policy(NamedTuple):
             )
         if self.keep and not self.candidates:
             raise ConfigError("a refresh policy that keeps candidates needs some: set `candidates`")
+        if self.candidates and self.every == 1 and self.staleness is None:
+            raise ConfigError(
+                "a refresh policy that re-embeds all each time (every=1) leaves no candidates to rank "
+                "anew: set every to 0, or above 1"
+            )
         return self
 
 

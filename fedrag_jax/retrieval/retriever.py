@@ -8,6 +8,7 @@ import numpy as np
 
 from fedrag_jax.clock import Clock, tell
 from fedrag_jax.data.examples import Passage, embedding_text
+from fedrag_jax.errors import ConfigError
 from fedrag_jax.models.hub import Pretrained
 from fedrag_jax.models.network import Network
 from fedrag_jax.retrieval.embedding import embed_corpus, embed_texts
@@ -113,6 +114,29 @@ class Retriever:
         found = self.store.search(self.embed_questions(questions), k)
         tell("searching", clock.lap().others)
         return found
+
+    def search_within(
+        self, questions: Sequence[str], pools: Sequence[np.ndarray], k: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As `search`, each question among corpus rows of its own, int [n] each.
+
+        Raises:
+          ConfigError: fewer than k rows for a question.
+        """
+        if least := [len(pool) for pool in pools if len(pool) < k]:
+            raise ConfigError(f"{k} passages are wanted, and a question may see {min(least)} alone")
+        queries, clock = self.embed_questions(questions), Clock()
+        found = [self.nearest(query, pool, k) for query, pool in zip(queries, pools, strict=True)]
+        tell("searching", clock.lap().others)
+        rows, cosines = zip(*found, strict=True)
+        return np.stack(rows), np.stack(cosines)
+
+    def nearest(self, query: np.ndarray, pool, most: int) -> tuple[np.ndarray, np.ndarray]:
+        """The rows of a pool int [n] nearest to a vector [D], at most so many, and their cosines."""
+        rows = np.asarray(pool, np.int32)
+        cosines = self.vectors[rows] @ query
+        best = np.lexsort((rows, -cosines))[:most]
+        return rows[best], cosines[best]
 
     def cosines(self, questions: Sequence[str], rows) -> np.ndarray:
         """Cosines float32 [Q, k] of questions with their corpus rows int [Q, k]."""
