@@ -96,7 +96,14 @@ def train_tokenizer(worlds):
     """Byte-level BPE over everything that is said in the pretraining worlds."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    formats = [*prompts.COMPACT, *prompts.RATE, *prompts.ASK, *prompts.CITE]
+    cite = prompts.COMPACT_CITED
+    formats = [
+        part
+        for style in (prompts.COMPACT, prompts.RATE, prompts.ASK, cite)
+        for part in (style.opening, style.passage, style.question)
+    ]
+    formats += [style.answer for style in (prompts.COMPACT, prompts.RATE, prompts.ASK)]
+    formats += [cite.answer.format(answer="{number}") + cite.final + "{answer}"]
     texts = [embedding_text(p) + "\n" for w in worlds for p in w.passages]
     texts += [" ".join([e.question, e.answers[0]]) for w in worlds for e in w.train]
     texts += [text for text in formats for _ in range(2000)]

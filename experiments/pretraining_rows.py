@@ -127,13 +127,12 @@ class Reader:
     def cite(self, k):
         gold = self.choice(self.facts)
         example = self.choice(self.asked[gold.id])
-        row = self.start()
+        row, style = self.start(), prompts.COMPACT_CITED
         for number, p in enumerate(context := self.context([gold], k), 1):
-            row += self.piece(prompts.CITE.passage.format(number=number, text=p.text))
-        target = prompts.CITE.answer.format(
-            number=[p.id for p in context].index(gold.id) + 1, answer=example.answers[0]
-        )
-        row += self.piece(prompts.CITE.question.format(question=example.question))
+            row += self.piece(style.passage.format(number=number, text=p.text))
+        number = [p.id for p in context].index(gold.id) + 1
+        target = style.answer.format(answer=number) + style.final + example.answers[0]
+        row += self.piece(style.question.format(question=example.question))
         return row + self.piece(target, 1.0, end=True)
 
     def ask(self):

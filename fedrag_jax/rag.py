@@ -11,6 +11,7 @@ from scipy.special import log_softmax
 
 from fedrag_jax import inference
 from fedrag_jax.data.batching import ANSWER_TOKENS, Prompts
+from fedrag_jax.data.citations import cited
 from fedrag_jax.data.examples import Passage
 from fedrag_jax.data.prompts import PromptStyle, named_style
 from fedrag_jax.errors import CheckpointError, ConfigError
@@ -24,11 +25,25 @@ HEAD = "head.safetensors"
 
 
 class Response(NamedTuple):
-    """An answer, the passages it was read from and their cosines, best first."""
+    """An answer and where it comes from.
+
+    Attributes:
+      sources: the passages it was read from, best first.
+      scores: their cosines.
+      cited: those of the sources that it cites; none where the prompt style has no numbers.
+    """
 
     answer: str
     sources: tuple[Passage, ...]
     scores: tuple[float, ...]
+    cited: tuple[Passage, ...] = ()
+
+
+class Reading(NamedTuple):
+    """What was written: an answer, and the reasoning or citation before it; "" if there is none."""
+
+    answer: str
+    reasoning: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +162,7 @@ class RAGSystem:
         """Answers questions from their top-k passages.
 
         Args:
-          how: `mode` and `beams`, see `answer`; `max_new_tokens`, `temperature`, `top_p`, `seed`,
+          how: `mode` and `beams`, see `read`; `max_new_tokens`, `temperature`, `top_p`, `seed`,
             `stop`, as in `models.writing.Sampling`: by default the likeliest answer of at most the
             system's `max_answer_tokens`, from one prompt with all passages.
 
@@ -155,13 +170,24 @@ class RAGSystem:
           ConfigError: a value out of its range.
         """
         rows, scores = self.retriever.search(questions, self.top_k)
-        answers = self.answer(questions, rows, scores, **how)
-        return [
-            Response(a, tuple(self.retriever.passages[i] for i in r), tuple(map(float, s)))
-            for a, r, s in zip(answers, rows, scores, strict=True)
-        ]
+        readings = self.read(questions, rows, scores, **how)
+        # One prompt numbers all passages, prompts of one passage each number none.
+        cites = self.prompts.cites and how.get("mode", "concatenated") == "concatenated"
+        responses = []
+        for reading, r, s in zip(readings, rows, scores, strict=True):
+            sources = tuple(self.retriever.passages[i] for i in r)
+            numbers = (cites and cited(reading.reasoning, len(sources))) or ()
+            named = tuple(sources[n - 1] for n in numbers)
+            responses.append(Response(reading.answer, sources, tuple(map(float, s)), named))
+        return responses
 
     def answer(
+        self, questions: Sequence[str], rows: Sequence[Sequence[int]], scores=None, **how
+    ) -> list[str]:
+        """The answers of `read`."""
+        return [reading.answer for reading in self.read(questions, rows, scores, **how)]
+
+    def read(
         self,
         questions: Sequence[str],
         rows: Sequence[Sequence[int]],
@@ -170,11 +196,11 @@ class RAGSystem:
         mode: str = "concatenated",
         beams: int | None = None,
         **sampling,
-    ) -> list[str]:
+    ) -> list[Reading]:
         """Answers given corpus rows to read (none: closed book).
 
-        In a style with reasoning, what follows the style's `final`; all that was written if that never
-        came.
+        In a style with reasoning the answer is what follows the style's `final`; all that was written
+        if that never came.
 
         Args:
           scores: cosines [Q, k] of the rows; computed if they are not given.
@@ -202,8 +228,11 @@ class RAGSystem:
             self._prompts([question] * len(some), some, settings)
             for question, some in zip(questions, read, strict=True)
         ]
-        answers = inference.MODES[mode](self.writer, prompts, log_weights, settings, beams)
-        return ["".join(self._answer([text])).strip() for text in answers]
+        texts = inference.MODES[mode](self.writer, prompts, log_weights, settings, beams)
+        answers = ("".join(self._answer([text])).strip() for text in texts)
+        mark = self.prompts.style.final.strip()
+        before = (text.partition(mark)[0] if mark and mark in text else "" for text in texts)
+        return [Reading(a, b.strip()) for a, b in zip(answers, before, strict=True)]
 
     def stream(self, question: str, mode: str = "concatenated", **sampling) -> Iterator[str]:
         """The answer that `query` gives, in pieces as they are written; reasoning is held back.

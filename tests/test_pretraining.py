@@ -1,5 +1,7 @@
 """What the built-in decoder is pretrained on, and the start it is pretrained from."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -9,6 +11,14 @@ from fedrag_jax.data import synthetic
 from fedrag_jax.models import hub
 from fedrag_jax.models.decoder import Decoder, rope_frequencies
 from fedrag_jax.models.network import Network
+
+
+@pytest.mark.slow
+def test_the_tokenizer_is_the_one_that_is_shipped():
+    worlds = [synthetic.generate(config) for config in pretrain_tiny.WORLDS]
+    made = json.loads(pretrain_tiny.train_tokenizer(worlds).to_str())
+    shipped = json.loads((hub.BUILTIN / "decoder" / "tokenizer.json").read_text())
+    assert made["model"] == shipped["model"]
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import transformers
 
 from fedrag_jax.data.batching import Prompts
 from fedrag_jax.data.examples import Example, Passage
-from fedrag_jax.data.prompts import INSTRUCT, named_style
+from fedrag_jax.data.prompts import CITED, INSTRUCT, named_style
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.models import hub
 
@@ -75,7 +75,9 @@ def test_templates_that_cannot_be_used_are_refused():
     ):
         with pytest.raises(ConfigError, match=words):
             named_style("chat", tokenizer_of(template))
-    with pytest.raises(ConfigError, match=r"\['compact', .*'instruct', .*'chat'\], got 'poem'"):
+    with pytest.raises(
+        ConfigError, match=r"\['compact', .*'instruct', .*'chat', 'chat_cited'\], got 'poem'"
+    ):
         named_style("poem", tokenizer_of(CHATML))
 
 
@@ -95,3 +97,25 @@ def test_a_system_with_a_chat_template_is_saved_and_loaded(tmp_path):
     assert again.prompts.style == system.prompts.style == named_style("chat", model.tokenizer)
     asked = system.prompts.prompt("Who is Ada?", [0]), again.prompts.prompt("Who is Ada?", [0])
     assert asked[0].tolist() == asked[1].tolist()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_chat_that_cites_begins_the_assistants_turn(name):
+    template, end = CASES[name]
+    tokenizer = tokenizer_of(template)
+    style = named_style("chat_cited", tokenizer, "German")
+    prompts = Prompts(tokenizer, style, PASSAGES, [QUESTION], max_answer_tokens=64)
+    said = (
+        CITED.opening.replace("{language}", "German")
+        + "### 1\nAda lived in {Rome}.\n\n### 2\nBob saw <b>.\n\n"
+        + f"### Question\n{QUESTION.question}"
+    )
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": said}],
+        tokenize=False, add_generation_prompt=True, enable_thinking=False,
+    )  # fmt: skip
+    lead = "" if end else " "  # templates without marks put a space before what the assistant says
+    begun = asked + lead + "### Reference\n"
+    assert tokenizer.decode(prompts.prompt(QUESTION.question, [0, 1])) == begun
+    answer = tokenizer.decode(prompts.answer_tokens("Rome", "1")[:-1])
+    assert answer == "1\n\n### Answer\nRome"

@@ -26,8 +26,7 @@ class Prompts:
 
     Raises:
       CheckpointError: a tokenizer without EOS.
-      ConfigError: a `max_answer_tokens` below 2, or a style whose `final` has a line break, with which
-        answers end.
+      ConfigError: a `max_answer_tokens` below 2, or a style with a `{number}` after its `{text}`.
     """
 
     def __init__(
@@ -41,9 +40,11 @@ class Prompts:
     ):
         if max_answer_tokens < 2:
             raise ConfigError(f"max_answer_tokens must be at least 2, got {max_answer_tokens}")
-        if "\n" in style.final:
+        before = style.passage.partition("{text}")[0]
+        self._number = before.rstrip(" ") if "{number}" in before else ""
+        if ("{number}" in style.passage) != bool(self._number):
             raise ConfigError(
-                f"prompt style: final must be on one line, as answers are; got {style.final!r}"
+                f"prompt style: passage needs its {{number}} before its {{text}}, got {style.passage!r}"
             )
         self.tokenizer, self.style = tokenizer, style
         self.max_passage_tokens, self.max_answer_tokens = max_passage_tokens, max_answer_tokens
@@ -62,20 +63,28 @@ class Prompts:
         if style.bos and tokenizer.bos_token_id is not None:
             opening = [tokenizer.bos_token_id, *opening]
         self._opening = np.array(opening, np.int32)
-        texts = [style.passage.format(text=_text(p)) for p in passages]
+        after_number = style.passage.removeprefix(self._number)
+        texts = [after_number.format(text=_text(p)) for p in passages]
         self._passages = [np.array(t[:max_passage_tokens], np.int32) for t in self._tokenize(texts)]
         self._questions: dict[str, np.ndarray] = {}
         self._answers: dict[tuple[str, str], np.ndarray] = {}
+        self._numbers: list[np.ndarray] = []  # before the first passage, the second, ...
         self._passage_lengths = np.array([len(p) for p in self._passages])
         self.answer_width = 0
         self._after_lengths: dict[str, int] = {}  # of question and answer, by example id
         self._widen(examples)
 
+    @property
+    def cites(self) -> bool:
+        """Whether passages have numbers, and answers come after those of the passages they are from."""
+        return bool(self._number and self.style.final)
+
     @functools.cached_property
     def stop_tokens(self) -> tuple[int, ...]:
-        """EOS and every token with a line break in it (byte-level and byte-fallback spellings)."""
-        vocabulary = self.tokenizer.get_vocab().items()
-        breaks = (i for piece, i in vocabulary if "\u010a" in piece or piece == "<0x0A>")
+        """EOS and, where answers end with their line, every token with a line break in it, in
+        byte-level and byte-fallback spellings."""
+        vocabulary = {} if "\n" in self.style.final else self.tokenizer.get_vocab()
+        breaks = (i for piece, i in vocabulary.items() if "\u010a" in piece or piece == "<0x0A>")
         return tuple(sorted({self.eos, self.tokenizer.eos_token_id, *breaks} - {None}))
 
     def wide_enough_for(
@@ -138,10 +147,22 @@ class Prompts:
 
         A row of -1 is no passage. Passages that do not fit are cut from the end; the question never is.
         """
-        head = np.concatenate([self._opening, *(self._passages[r] for r in rows if r >= 0)])
+        head = np.concatenate([self._opening, *self._numbered([r for r in rows if r >= 0])])
         tail = self.question_tokens(question)
         room = None if width is None else max(0, width - len(tail))
         return np.concatenate([head[:room], tail])
+
+    def _numbered(self, rows: Sequence[int]) -> list[np.ndarray]:
+        """The tokens of each passage, after those of its number if the style has numbers."""
+        numbers = self._number_tokens(len(rows))
+        return [np.append(n, self._passages[row]) for n, row in zip(numbers, rows, strict=True)]
+
+    def _number_tokens(self, count: int) -> list[np.ndarray]:
+        while len(self._numbers) < count:
+            text = self._number.format(number=len(self._numbers) + 1)
+            tokens = self._tokenize([text])[0] if text else []
+            self._numbers.append(np.array(tokens, np.int32))
+        return self._numbers[:count]
 
     def training_width(self, k: int, packed: int = 1) -> int:
         """Tokens T of a training prompt with `k` passages and its answer, or of so many in one row.
@@ -151,6 +172,7 @@ class Prompts:
         """
         opening, longest = len(self._opening), self._after_width
         each = int(np.quantile(self._passage_lengths, 1.0 if k * packed == 1 else 0.9))
+        each += max((len(tokens) for tokens in self._number_tokens(k)), default=0)
         if packed == 1:
             return opening + k * each + longest
         after = int(np.quantile([*self._after_lengths.values()] or [0], 0.9))
@@ -223,7 +245,7 @@ class Prompts:
         for i, (example, rows) in enumerate(zip(examples, retrieved, strict=True)):
             asked = self.question_tokens(example.question)
             room = places.shape[1] - len(asked) - len(self.answer_tokens(example.answers[0]))
-            whose = np.repeat(np.arange(k), [len(self._passages[r]) for r in rows])
+            whose = np.repeat(np.arange(k), [len(tokens) for tokens in self._numbered(rows)])
             start = len(self._opening)
             end = min(start + len(whose), room)
             places[i, start:end] = whose[: max(end - start, 0)]

@@ -15,10 +15,12 @@ class PromptStyle(NamedTuple):
     """The text around the parts of a prompt.
 
     Attributes:
+      passage: around `{text}`; before it there may be `{number}`, the passage's place from 1 on.
       end: the token after an answer; the tokenizer's EOS if empty.
       bos: whether the tokenizer's BOS comes first.
-      final: what stands between reasoning and the final answer, on one line; empty where answers come
-        without reasoning. What follows it is the answer.
+      final: what stands between reasoning and the final answer; empty where answers come without
+        reasoning. What follows it is the answer. Where it goes over lines an answer may do so, too;
+        else it ends with its line.
     """
 
     opening: str
@@ -52,6 +54,15 @@ INSTRUCT = PromptStyle(
 # Reasoning before the answer. "Answer" without a space is one token of the built-in decoder.
 COMPACT_REASONED = COMPACT._replace(final="Answer: ")
 
+# Citing: the numbers of the passages that were read stand where reasoning does, before the answer.
+COMPACT_CITED = PromptStyle(
+    opening="",
+    passage="{number}: {text}\n",
+    question="Question: {question}\nCite:",
+    answer=" {answer}",
+    final="\nAnswer: ",
+)
+
 # The marks of the code of RAFT (arXiv 2403.10131).
 RAFT = INSTRUCT._replace(
     opening=(
@@ -63,72 +74,107 @@ RAFT = INSTRUCT._replace(
     final=" <ANSWER>: ",
 )
 
+# The headings of ALoFTRAG (arXiv 2501.11929, appendix B): the numbers of the passages, then the answer.
+CITED = PromptStyle(
+    opening=(
+        "You answer questions from numbered documents. First give the numbers of the documents that "
+        "answer the question best, separated by commas; then answer it, in {language}. Write:\n\n"
+        "### Reference\n<numbers>\n\n### Answer\n<answer>\n\n"
+    ),
+    passage="### {number}\n{text}\n\n",
+    question="### Question\n{question}\n\n### Reference\n",
+    answer="{answer}",
+    final="\n\n### Answer\n",
+)
+
 STYLES = {
     "compact": COMPACT,
     "compact_reasoned": COMPACT_REASONED,
+    "compact_cited": COMPACT_CITED,
     "instruct": INSTRUCT,
+    "cited": CITED,
     "raft": RAFT,
+}
+# In the turns of a chat: the style, what the user asks after the passages, how the assistant begins.
+CHATS = {
+    "chat": (INSTRUCT, "### Question:\n{question}", ""),
+    "chat_cited": (CITED, "### Question\n{question}", "### Reference\n"),
 }
 
 
-def named_style(name: str, tokenizer) -> PromptStyle:
-    """One of `STYLES`, or "chat": the turns of the tokenizer's own chat template.
+def named_style(name: str, tokenizer, language: str = "English") -> PromptStyle:
+    """One of `STYLES`, or one of `CHATS`: in the turns of the tokenizer's own chat template.
+
+    Args:
+      language: of answers, where the style asks for one.
 
     Raises:
       ConfigError: an unknown name, or no chat template that passes the user's words on.
     """
-    if name == "chat":
-        return _chat(tokenizer)
-    if name not in STYLES:
-        raise ConfigError(f"prompt_style must be one of {[*STYLES, 'chat']}, got {name!r}")
-    return STYLES[name]
+    if name not in (*STYLES, *CHATS):
+        raise ConfigError(f"prompt_style must be one of {[*STYLES, *CHATS]}, got {name!r}")
+    style = _chat(tokenizer, name) if name in CHATS else STYLES[name]
+    return style._replace(opening=style.opening.replace("{language}", language))
 
 
 # Templates that tell the date tell this one, so that a system asks the same tomorrow.
 _SAME_DAY = "{% macro strftime_now(form) %}26 Jul 2024{% endmacro %}"
 
 
-def _chat(tokenizer) -> PromptStyle:
-    """The user gives instruction, context and question; the assistant answers."""
+def turns(tokenizer, *contents: str, reply: bool = False) -> str:
+    """What user and assistant say in turn, in the tokenizer's chat template.
+
+    Args:
+      reply: whether what opens the assistant's next turn follows.
+
+    Raises:
+      ConfigError: no chat template, or one that fails.
+    """
     if not tokenizer.chat_template:
-        raise ConfigError("prompt_style 'chat': the tokenizer has no chat template; use 'instruct'")
-
-    template = _SAME_DAY + tokenizer.get_chat_template()
-
-    def turns(*contents, **options) -> str:
-        roles = zip(("user", "assistant"), contents, strict=False)
-        messages = [{"role": role, "content": content} for role, content in roles]
-        # Reasoning aloud, where a template offers it, would have to be written before each answer.
-        options |= {"chat_template": template, "enable_thinking": False}
-        try:
-            return tokenizer.apply_chat_template(messages, tokenize=False, **options)
-        except jinja2.TemplateError as error:
-            raise ConfigError(
-                f"prompt_style 'chat': the chat template fails ({error}); use 'instruct'"
-            ) from error
-
-    passages, question, answer = "<passages>", "{question}", "<answer>"
-    said = f"{INSTRUCT.opening}{passages}### Question:\n{question}"
-    asked, answered = turns(said, add_generation_prompt=True), turns(said, answer)
-    if passages not in asked or question not in asked or answer not in answered:
-        raise ConfigError(
-            "prompt_style 'chat': the chat template does not pass the words of user and assistant on; "
-            "use 'instruct'"
+        raise ConfigError("prompt style of a chat: the tokenizer has no chat template")
+    messages = [
+        {"role": ("user", "assistant")[i % 2], "content": content}
+        for i, content in enumerate(contents)
+    ]
+    try:
+        return tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=reply,
+            chat_template=_SAME_DAY + tokenizer.get_chat_template(),
+            # Reasoning aloud, where a template offers it, would have to be written before each answer.
+            enable_thinking=False,
         )
+    except jinja2.TemplateError as error:
+        raise ConfigError(f"prompt style of a chat: the template fails ({error})") from error
+
+
+def _chat(tokenizer, name: str) -> PromptStyle:
+    """The user gives instruction, context and question; the assistant answers."""
+    style, asking, start = CHATS[name]
+    passages, question, answer = "@passages@", "{question}", "@answer@"
+    said = f"{style.opening}{passages}{asking}"
+    try:
+        asked, answered = turns(tokenizer, said, reply=True), turns(tokenizer, said, answer)
+        passed = passages in asked and question in asked and answer in answered
+        why = "" if passed else "it does not pass the words of user and assistant on"
+    except ConfigError as error:
+        why = str(error)
+    if why:
+        other = next(n for n, known in STYLES.items() if known is style)
+        raise ConfigError(f"prompt_style {name!r}: {why}; use {other!r}")
     opening, _, rest = asked.partition(passages)
     before, _, after = rest.partition(question)
     until, _, end = answered.partition(answer)
     lead = until.removeprefix(asked) if until.startswith(asked) else ""
     after, lead = (text.replace("{", "{{").replace("}", "}}") for text in (after, lead))
-    return PromptStyle(
-        opening, INSTRUCT.passage, before + question + after, lead + "{answer}", end, bos=False
-    )
+    asks, writes = before + question + after, lead + "{answer}"
+    if start:  # is given, with all that comes before it
+        asks, writes = asks + lead + start, "{answer}"
+    return PromptStyle(opening, style.passage, asks, writes, end, bos=False, final=style.final)
 
 
 # What the built-in decoder was also taught: to rate a text from 0 to 10 by how much can be asked
-# about it, to ask a question with its answer, and to cite the passage before it answers.
+# about it, and to ask a question with its answer.
 RATE = PromptStyle("", "Text: {text}\n", "Rate:", " {answer}")
 ASK = PromptStyle("", "Text: {text}\n", "Ask:", " {question}\nAnswer: {answer}")
-CITE = PromptStyle(
-    "", "{number}: {text}\n", "Question: {question}\nCite:", " {number}\nAnswer: {answer}"
-)

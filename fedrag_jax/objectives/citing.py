@@ -1,0 +1,84 @@
+"""Citing, then answering: the training step of ALoFTRAG (Devine, 2501.11929, section 3.5).
+
+    Q + D_1 ... D_n  ->  the numbers of the passages that hold the answer, then the answer
+
+One prompt with numbered passages, in an order without meaning; the loss is on the target alone.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from fedrag_jax.data.batching import Prompts
+from fedrag_jax.data.citations import cite
+from fedrag_jax.data.examples import Example
+from fedrag_jax.errors import ConfigError, DataError
+from fedrag_jax.models.network import Network
+from fedrag_jax.objectives.generator import AnswerLoss
+from fedrag_jax.objectives.task import PyTree, Task
+
+
+class Context(NamedTuple):
+    """What is read for a question.
+
+    Attributes:
+      rows: int [n] of the corpus, in the order read.
+      cites: numbers of those to be cited, from 1 on; none where nothing answers the question.
+    """
+
+    rows: np.ndarray
+    cites: tuple[int, ...]
+
+
+def citing(
+    decoder: Network,
+    params: PyTree,
+    adapters: PyTree,
+    prompts: Prompts,
+    examples: Sequence[Example],
+    contexts: Mapping[str, Context],
+    unanswerable: str = "unknown",
+) -> Task:
+    """NLL of citation and answer given one prompt with the passages of a context.
+
+    Args:
+      examples: all that may be trained on.
+      contexts: of each example by its id, equally long.
+      unanswerable: the answer where nothing is to be cited.
+
+    Raises:
+      ConfigError: a prompt style without numbers or without a mark after them.
+      DataError: an example without a context.
+    """
+    if not prompts.cites:
+        raise ConfigError(
+            "citing needs a prompt style with {number} and `final`, such as 'compact_cited', 'cited' "
+            "or 'chat_cited'"
+        )
+    missing = [e.id for e in examples if e.id not in contexts]
+    if missing:
+        raise DataError(
+            f"citing: question {missing[0]!r} and {len(missing) - 1} others lack a context"
+        )
+
+    def answered(example: Example) -> Example:
+        if contexts[example.id].cites:
+            return example
+        return Example(example.id, example.question, (unanswerable,), ())
+
+    def cited(example: Example) -> str:
+        return cite(contexts[example.id].cites) or "0"
+
+    targets = {e.id: answered(e) for e in examples}
+    prompts = prompts.wide_enough_for([*targets.values()], [cited(e) for e in examples])
+
+    def collate(some, _):
+        return prompts.training_table(
+            [targets[e.id] for e in some],
+            np.stack([contexts[e.id].rows for e in some]),
+            per_passage=False,
+            reasoning=[cited(e) for e in some],
+        )
+
+    return Task("citing", {"adapters": adapters}, {"decoder": params}, AnswerLoss(decoder), collate)

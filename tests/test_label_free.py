@@ -1,0 +1,306 @@
+"""The steps of label-free fine-tuning: what is kept and dropped, and why; what is asked twice."""
+
+import json
+
+import numpy as np
+import pytest
+from toy_rag import TOKENIZER, toy_parts
+
+from fedrag_jax.data import label_free_prompts
+from fedrag_jax.data.examples import Example, Passage
+from fedrag_jax.data.label_free_prompts import COMPACT, instruct
+from fedrag_jax.errors import ConfigError, DataError
+from fedrag_jax.models import hub
+from fedrag_jax.models.author import LocalAuthor, Reply, Request
+from fedrag_jax.models.writing import Sampling
+from fedrag_jax.retrieval.retriever import Retriever
+from fedrag_jax.strategies import label_free
+
+TEXTS = [Passage(f"t{i}", "", f"Person {i} was born in Town{i}.", topic="towns") for i in range(12)]
+PROMPTS = instruct("German")
+
+
+class Scripted:
+    """An author that replies as it is told, and remembers what it was asked."""
+
+    name = "scripted"
+
+    def __init__(self, reply):
+        self.reply, self.asked = reply, []
+
+    def __call__(self, requests, sampling):
+        self.asked += requests
+        replies = [self.reply(request) for request in requests]
+        return [r if isinstance(r, Reply) else Reply(r, True) for r in replies]
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def number(text):
+    return int("".join(c for c in text.split(" was")[0] if c.isdigit()))
+
+
+# --- 1, rating texts -------------------------------------------------------------------------------
+
+
+def test_texts_are_kept_by_their_rating_and_every_rejection_has_its_reason(tmp_path):
+    odd = [
+        Passage("blank", "", " \n"), Passage("word", "", "Hello"),
+        Passage("again", "", "Person 3  was born in Town3."),
+    ]  # fmt: skip
+    written = {0: "9.5", 1: "7", 2: "[8]", 3: "ten", 4: "12", 5: "8 points", 6: "-8"}
+
+    def reply(request):
+        n = number(request.user)
+        return Reply("10", False) if n == 7 else written.get(n, "10")
+
+    author = Scripted(reply)
+    step = label_free.rate_texts(author, [*TEXTS, *odd], PROMPTS, tmp_path)
+    assert [*step.kept] == ["t0", "t2", *(f"t{i}" for i in range(8, 12))]
+    assert step.counts == {
+        "kept": 6, "low": 1, "unparsable": 4, "unfinished": 1, "empty": 1, "short": 1, "duplicate": 1,
+    }  # fmt: skip
+    told = {line["id"]: line for line in lines(tmp_path / "1_texts.jsonl")}
+    assert told["t1"] == {"id": "t1", "kept": False, "reason": "low", "score": "7"}
+    assert told["t4"]["reason"] == "unparsable" and told["blank"]["reason"] == "empty"
+    assert all(word not in [r.user for r in author.asked] for word in ("Hello", " \n"))
+    # The step is as it was for whoever asks for less.
+    again = label_free.rate_texts(author, TEXTS, PROMPTS, tmp_path, least=7)
+    assert "low" not in again.counts and len(author.asked) == len(TEXTS)
+
+
+# --- 2, asking -------------------------------------------------------------------------------------
+
+
+def question(request):
+    n = number(request.user)
+    return f"Wo wurde {n} geboren?\n\n### Answer\nTown{n}"
+
+
+def test_a_question_and_its_answer_are_an_example_about_the_text(tmp_path):
+    step = label_free.ask(Scripted(question), TEXTS[:2], PROMPTS, tmp_path)
+    assert step.kept == {
+        f"t{i}#0": Example(f"t{i}#0", f"Wo wurde {i} geboren?", (f"Town{i}",), (f"t{i}",), "towns")
+        for i in range(2)
+    }
+
+
+@pytest.mark.parametrize(
+    "reply",
+    ["Where?", "Where?\n\n### Answer\n", "### Answer\nTown", "  \n### Answer\nTown", ""],
+)
+def test_replies_in_another_form_are_no_questions(reply, tmp_path):
+    step = label_free.ask(Scripted(lambda request: reply), TEXTS[:2], PROMPTS, tmp_path)
+    assert step.counts == {"kept": 0, "unparsable": 2}
+    with pytest.raises(
+        DataError, match=r"nothing is left to train on\.\nquestions: 0 of 2; dropped: 2"
+    ):
+        label_free.require_some({"questions": step})
+
+
+def test_several_questions_are_drawn_and_none_is_kept_twice(tmp_path):
+    count = iter(range(100))
+
+    def reply(request):
+        i = next(count)
+        return f"Question {0 if i % 3 == 2 else i}?\n### Answer\nTown{i}"
+
+    step = label_free.ask(Scripted(reply), TEXTS[:1], PROMPTS, tmp_path, per_text=3)
+    assert [*step.kept] == ["t0#0", "t0#1"] and step.counts["duplicate"] == 1
+    how = [lines(tmp_path / "replies" / f"questions_{i}.jsonl")[0]["asked"] for i in range(3)]
+    assert [h["temperature"] for h in how] == [0.0, 1.0, 1.0] and len({h["seed"] for h in how}) == 3
+    with pytest.raises(ConfigError, match="per_text must be at least 1"):
+        label_free.ask(Scripted(reply), TEXTS[:1], PROMPTS, tmp_path, per_text=0)
+
+
+def test_a_reply_that_repeats_its_beginning_is_read_all_the_same(tmp_path):
+    said = PROMPTS.ask.read("### Question\nWo?\n\n### Answer\nDort\nund da")
+    assert said == {"question": "Wo?", "answer": "Dort\nund da"}
+    assert COMPACT.ask.read(" Who?\nAnswer: Ann") == {"question": "Who?", "answer": "Ann"}
+    assert COMPACT.ask.read(" Who?\nAnswer: Ann\nBob") is None
+
+
+# --- 3, rating questions -----------------------------------------------------------------------------
+
+
+def test_a_question_is_kept_if_it_and_its_answer_are_good(tmp_path):
+    examples = [Example(f"e{i}", f"Q{i}?", (f"A{i}",), (f"t{i}",)) for i in range(4)]
+
+    def reply(request):
+        answers = "### Answer" in request.user
+        n = number(request.user)
+        return {(1, False): "7", (2, True): "3", (3, True): "?"}.get((n, answers), "9")
+
+    author = Scripted(reply)
+    step = label_free.rate_questions(author, examples, TEXTS, PROMPTS, tmp_path)
+    assert [*step.kept] == ["e0"]
+    reasons = [line.get("reason") for line in lines(tmp_path / "3_ratings.jsonl")]
+    assert reasons == [None, "question low", "answer low", "answer unparsable"]
+    assert author.asked[0].user == ("### Context\nPerson 0 was born in Town0.\n\n### Question\nQ0?")
+    assert author.asked[4].user.endswith("### Question\nQ0?\n\n### Answer\nA0")
+
+
+# --- files -----------------------------------------------------------------------------------------
+
+
+def test_what_was_asked_is_not_asked_again_and_the_rest_is(tmp_path):
+    class Killed(Exception):
+        pass
+
+    def reply(request):
+        if len(author.asked) > label_free_at_once:
+            raise Killed
+        return question(request)
+
+    label_free_at_once = 64
+    many = [Passage(f"m{i}", "", f"Person {i} was born in Town{i}.") for i in range(100)]
+    author = Scripted(reply)
+    with pytest.raises(Killed):
+        label_free.ask(author, many, PROMPTS, tmp_path)
+    path = tmp_path / "replies" / "questions_0.jsonl"
+    assert len(lines(path)) == 65
+    with open(path, "a") as file:
+        file.write('{"id": "m64", "about"')  # a line cut short
+    author = Scripted(question)
+    step = label_free.ask(author, many, PROMPTS, tmp_path)
+    assert len(step.kept) == 100 and len(author.asked) == 36
+    assert len(lines(path)) == 101
+    # A text that has changed is asked about again, a line of another script's paragraphs is one line.
+    changed = [Passage("m0", "", "Person 5\u2028 was born in {text}."), *many[1:]]
+    step = label_free.ask(author, changed, PROMPTS, tmp_path)
+    assert len(author.asked) == 37 and step.kept["m0#0"].answers == ("Town5",)
+    assert author.asked[-1].user == changed[0].text
+
+
+def test_files_of_other_prompts_or_authors_are_not_read(tmp_path):
+    label_free.rate_texts(Scripted(lambda r: "9"), TEXTS, PROMPTS, tmp_path)
+    other = Scripted(lambda r: "9")
+    other.name = "another"
+    for author, prompts in ((other, PROMPTS), (Scripted(lambda r: "9"), instruct("French"))):
+        if prompts is not PROMPTS:
+            prompts = prompts._replace(rate_text=prompts.rate_text._replace(system="Otherwise."))
+        with pytest.raises(ConfigError, match=r"texts.jsonl holds what was asked otherwise"):
+            label_free.rate_texts(author, TEXTS, prompts, tmp_path)
+
+
+# --- 4, contexts -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def retriever():
+    parts = toy_parts()
+    model = hub.Pretrained(parts.encoder, parts.query, TOKENIZER, "toy")
+    return Retriever.build(model, TEXTS)
+
+
+EXAMPLES = [Example(f"e{i}", f"Where was Person {i}?", ("x",), (f"t{i}",)) for i in range(12)]
+
+
+@pytest.mark.parametrize("negatives", ["top", "random"])
+def test_contexts_hold_the_text_among_the_nearest_others(retriever, negatives, tmp_path):
+    n = 4
+    step = label_free.add_hard_negatives(retriever, EXAMPLES, tmp_path, n, negatives=negatives)
+    cosines = retriever.embed_questions([e.question for e in EXAMPLES]) @ retriever.vectors.T
+    left_out = 0
+    for i, example in enumerate(EXAMPLES):
+        rows, cites = step.kept[example.id]
+        nearest = [r for r in np.lexsort((np.arange(12), -cosines[i])) if r != i]
+        wrong = {*rows.tolist()} - {i}
+        assert len(rows) == n and len(wrong) == n - 1
+        assert wrong <= {*nearest[: n - (negatives == "top")]}
+        left_out += wrong != {*nearest[: n - 1]}
+        assert [rows[c - 1] for c in cites] == [i]
+    assert (left_out > 0) == (negatives == "random")
+    places = {c for context in step.kept.values() for c in context.cites}
+    assert len(places) > 1  # the order tells nothing
+    line = lines(tmp_path / "4_contexts.jsonl")[0]
+    assert line["passages"][line["cites"][0] - 1] == "t0"
+
+
+def test_contexts_are_the_same_for_any_order_or_part_of_the_examples(retriever, tmp_path):
+    how = {"negatives": "random", "unanswerable": 0.5}
+    whole = label_free.add_hard_negatives(retriever, EXAMPLES, tmp_path, 4, **how).kept
+    part = label_free.add_hard_negatives(retriever, EXAMPLES[:3:-1], tmp_path, 4, **how).kept
+    for i, context in part.items():
+        np.testing.assert_array_equal(context.rows, whole[i].rows)
+        assert context.cites == whole[i].cites
+    hidden = [i for i, context in whole.items() if not context.cites]
+    assert 0 < len(hidden) < len(whole)
+    for i in hidden:
+        assert len(whole[i].rows) == 4 and int(i[1:]) not in whole[i].rows
+
+
+def test_contexts_stay_within_a_pool(retriever, tmp_path):
+    def pool(example):
+        return np.arange(int(example.id[1:]) % 2, 12, 2)
+
+    step = label_free.add_hard_negatives(retriever, EXAMPLES, tmp_path, 5, pool=pool)
+    for i, context in step.kept.items():
+        assert {*context.rows.tolist()} <= {*pool(EXAMPLES[int(i[1:])]).tolist()}
+    with pytest.raises(
+        ConfigError, match="need 6 that are not gold, and question 'e0' has 5 among 6"
+    ):
+        label_free.add_hard_negatives(retriever, EXAMPLES, tmp_path, 7, pool=pool)
+
+
+@pytest.mark.parametrize(
+    "n, how, words",
+    [
+        (1, {}, "n >= 2"),
+        (4, {"unanswerable": 2}, "unanswerable from 0 to 1"),
+        (4, {"negatives": "hard"}, "negatives must be one of"),
+        (12, {"negatives": "random"}, "need 12 that are not gold"),
+    ],
+)
+def test_contexts_that_cannot_be_are_refused(retriever, n, how, words, tmp_path):
+    with pytest.raises(ConfigError, match=words):
+        label_free.add_hard_negatives(retriever, EXAMPLES, tmp_path, n, **how)
+
+
+# --- prompts and authors ---------------------------------------------------------------------------
+
+
+def test_prompts_go_to_a_file_and_back(tmp_path):
+    path = tmp_path / "prompts.json"
+    label_free_prompts.write(PROMPTS, path)
+    assert label_free_prompts.read(path) == PROMPTS
+    fields = json.loads(path.read_text())
+    fields["ask"]["reply"] = "(?P<question>.+)"
+    path.write_text(json.dumps(fields))
+    with pytest.raises(ConfigError, match="ask: reply has no group named 'answer'"):
+        label_free_prompts.read(path)
+    for text in ("{}", "[", json.dumps(fields | {"more": 1})):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match="no prompts for label-free fine-tuning"):
+            label_free_prompts.read(path)
+
+
+def test_a_local_author_is_asked_in_its_template_and_cuts_what_does_not_fit():
+    model = hub.load("builtin:decoder")
+    author = LocalAuthor(model)
+    request = Request("Be short.", "Text: a text\n", "Rate:")
+    prompt = author._prompt(request, 100)
+    assert model.tokenizer.decode(prompt) == "<s>Be short.\n\nText: a text\nRate:"
+    long = Request("", "word " * 4_000_000, "Rate:")
+    prompt = author._prompt(long, 50)
+    assert len(prompt) == 50 and model.tokenizer.decode(prompt).endswith("Rate:")
+    replies = author([request, long], Sampling(max_new_tokens=4))
+    assert len(replies) == 2 and all(isinstance(r, Reply) for r in replies)
+
+
+def test_the_built_in_decoder_rates_and_asks(tmp_path):
+    """It was taught to: junk has no question to be asked about it."""
+    from fedrag_jax.data import synthetic
+
+    world = synthetic.generate()
+    junk = [p for p in world.passages if not p.title][:8]
+    some = [p for p in world.passages if p.title][:24]
+    author = LocalAuthor(hub.load("builtin:decoder"))
+    rated = label_free.rate_texts(author, [*junk, *some], COMPACT, tmp_path)
+    assert {p.title != "" for p in rated.kept.values()} == {True} and len(rated.kept) > 20
+    asked = label_free.ask(author, rated.kept.values(), COMPACT, tmp_path)
+    text = {p.id: p.text for p in some}
+    told = [e.answers[0] in text[e.positive_ids[0]] for e in asked.kept.values()]
+    assert len(told) > 18 and np.mean(told) > 0.9
