@@ -1,11 +1,24 @@
 """Answers that cite the passages they come from."""
 
+import jax
+import numpy as np
 import pytest
-from toy_rag import EXAMPLES, PASSAGES, TOKENIZER
+from toy_rag import EXAMPLES, KEY, PASSAGES, TOKENIZER, batch_of, toy_parts
 
+from fedrag_jax.data import synthetic
 from fedrag_jax.data.batching import Prompts
+from fedrag_jax.data.citations import cite, cited
+from fedrag_jax.data.examples import Example
 from fedrag_jax.data.prompts import COMPACT, COMPACT_CITED
-from fedrag_jax.errors import ConfigError
+from fedrag_jax.errors import ConfigError, DataError
+from fedrag_jax.evaluation.citing import (
+    citation_scores,
+    contexts_of,
+    evaluate_citing,
+    without_gold,
+)
+from fedrag_jax.objectives.citing import Context, citing
+from fedrag_jax.rag import RAGSystem
 
 
 def test_passages_are_numbered_from_one_and_cited_before_the_answer():
@@ -36,3 +49,110 @@ def test_a_number_after_the_text_is_refused():
     style = COMPACT_CITED._replace(passage="{text} [{number}]\n")
     with pytest.raises(ConfigError, match=r"needs its \{number\} before its \{text\}"):
         Prompts(TOKENIZER, style, PASSAGES, [])
+
+
+def slow_nll(prompts, question, rows, answer, reasoning):
+    """One forward pass per token of the target."""
+    parts, total = toy_parts(), 0.0
+    written = [int(t) for t in prompts.prompt(question, rows)]
+    for token in prompts.answer_tokens(answer, reasoning):
+        tokens = np.zeros(160, np.int32)
+        tokens[: len(written)] = written
+        logits = np.asarray(parts.next_token(tokens, len(written)), np.float64)
+        total -= logits[token] - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
+        written.append(int(token))
+    return total
+
+
+def test_the_loss_is_that_of_citation_and_answer_alone():
+    parts = toy_parts()
+    prompts = Prompts(TOKENIZER, COMPACT_CITED, PASSAGES, EXAMPLES, max_answer_tokens=40)
+    contexts = {
+        "a": Context(np.array([1, 0, 3]), (2,)), "b": Context(np.array([1, 2, 0]), (1,)),
+        "c": Context(np.array([3, 2, 1]), ()), "d": Context(np.array([2, 0, 3]), (1, 3)),
+    }  # fmt: skip
+    task = citing(parts.decoder, parts.params, parts.adapters, prompts, EXAMPLES, contexts)
+    loss, _ = jax.jit(task.loss)(task.trainable, task.frozen, batch_of(task), KEY)
+    targets = {
+        "a": ("Rome", "2"),
+        "b": ("Oslo", "1"),
+        "c": ("unknown", "0"),
+        "d": ("Bonn town", "1, 3"),
+    }
+    slow = [slow_nll(prompts, e.question, contexts[e.id].rows, *targets[e.id]) for e in EXAMPLES]
+    np.testing.assert_allclose(loss, np.mean(slow), rtol=1e-4)
+    assert task.trainable.keys() == {"adapters"}
+    with pytest.raises(DataError, match="question 'b' and 2 others lack a context"):
+        citing(parts.decoder, parts.params, parts.adapters, prompts, EXAMPLES, {"a": contexts["a"]})
+    plain = Prompts(TOKENIZER, COMPACT, PASSAGES, EXAMPLES)
+    with pytest.raises(ConfigError, match="to cite needs a prompt style"):
+        citing(parts.decoder, parts.params, parts.adapters, plain, EXAMPLES, contexts)
+
+
+@pytest.mark.parametrize(
+    "text, numbers",
+    [
+        ("2", (2,)), (" 3,1 ", (1, 3)), ("[1, 2]", (1, 2)), ("1, 1", (1,)), ("0", ()),
+        ("4", None), ("0, 1", None), ("", None), ("two", None), ("1 and 2", None), ("-1", None),
+    ],
+)  # fmt: skip
+def test_citations_are_read_strictly(text, numbers):
+    assert cited(text, passages=3) == numbers
+
+
+def test_citations_are_written_as_they_are_read():
+    for numbers in ((1,), (1, 3), ()):
+        assert cited(cite(numbers), 3) == numbers
+
+
+def test_citation_scores_by_hand():
+    named = [(1,), (1, 2, 3), (2,), None, (), (1, 2), (), (1,)]
+    golds = [(1,), (1,), (1,), (1,), (1,), (1, 3), (), ()]
+    found = citation_scores(named, golds)
+    assert found["citation"].tolist() == [1, 1, 0, 0, 0, 1, 1, 0]
+    np.testing.assert_allclose(found["citation_precision"], [1, 1 / 3, 0, 0, 0, 0.5, 1, 0])
+    np.testing.assert_allclose(found["citation_recall"], [1, 1, 0, 0, 0, 0.5, 1, 0])
+    np.testing.assert_allclose(found["citation_f1"], [1, 0.5, 0, 0, 0, 0.5, 1, 0])
+    assert found["abstained"].tolist() == [0, 0, 0, 0, 1, 0, 1, 0]
+
+
+def test_gold_passages_are_forced_in_place_of_the_last():
+    retriever = toy_parts().retriever
+    ranked, _ = retriever.search([e.question for e in EXAMPLES], 2)
+    golds = [{0}, {1}, {0}, {3, 2}]
+    contexts, hard = contexts_of(retriever, EXAMPLES, 2)
+    found, again = contexts_of(retriever, EXAMPLES, 2, forced=False)
+    np.testing.assert_array_equal(hard, again)
+    assert hard.tolist() == [not {*r} & g for r, g in zip(ranked.tolist(), golds, strict=True)]
+    assert 0 < hard.sum() < 4
+    for i, (forced, own) in enumerate(zip(contexts, found, strict=True)):
+        assert {*own.rows} == {*ranked[i]}
+        kept = {*ranked[i][:1], *forced.rows[[c - 1 for c in forced.cites]]}
+        assert {*forced.rows} == (kept if hard[i] else {*ranked[i]})
+        assert [r in golds[i] for r in forced.rows] == [n + 1 in forced.cites for n in range(2)]
+        assert bool(own.cites) != hard[i]
+    for context, gold in zip(without_gold(retriever, EXAMPLES, 2), golds, strict=True):
+        assert len(context.rows) == 2 and not {*context.rows} & gold and context.cites == ()
+
+
+def test_a_system_answers_with_what_it_cites():
+    """The built-in decoder was taught the format."""
+    world = synthetic.generate()
+    system = RAGSystem.build(world.passages[:60], prompt_style="compact_cited", top_k=2)
+    asked = [e.question for e in world.test[:6]]
+    responses = system.batch_query(asked)
+    assert sum(len(r.cited) == 1 and r.cited[0] in r.sources for r in responses) >= 4
+    rows, _ = system.retriever.search(asked, 2)
+    readings = system.read(asked, rows)
+    assert [r.answer for r in readings] == [r.answer for r in responses]
+    assert all("Answer" not in r.answer and "\n" not in r.answer for r in readings)
+    assert system.batch_query(asked[:1], mode="ensemble")[0].cited == ()
+    own = [Example(f"q{i}", q, ("x",), (world.passages[i].id,)) for i, q in enumerate(asked)]
+    contexts, _ = contexts_of(system.retriever, own, 2)
+    scores = evaluate_citing(system, own, contexts)
+    named = [cited(r.reasoning, 2) for r in system.read(asked, [c.rows for c in contexts])]
+    expected = citation_scores(named, [c.cites for c in contexts])
+    np.testing.assert_array_equal(scores["citation_f1"], expected["citation_f1"])
+    plain = RAGSystem.build(world.passages[:60])
+    with pytest.raises(ConfigError, match="to cite needs a prompt style"):
+        evaluate_citing(plain, own, contexts)

@@ -79,6 +79,14 @@ class Prompts:
         """Whether passages have numbers, and answers come after those of the passages they are from."""
         return bool(self._number and self.style.final)
 
+    def require_citing(self) -> None:
+        """Raises ConfigError where passages cannot be cited."""
+        if not self.cites:
+            raise ConfigError(
+                "to cite needs a prompt style with {number} and `final`, such as 'compact_cited', "
+                "'cited' or 'chat_cited'"
+            )
+
     @functools.cached_property
     def stop_tokens(self) -> tuple[int, ...]:
         """EOS and, where answers end with their line, every token with a line break in it, in

@@ -13,7 +13,7 @@ import numpy as np
 from fedrag_jax.data.batching import Prompts
 from fedrag_jax.data.citations import cite
 from fedrag_jax.data.examples import Example
-from fedrag_jax.errors import ConfigError, DataError
+from fedrag_jax.errors import DataError
 from fedrag_jax.models.network import Network
 from fedrag_jax.objectives.generator import AnswerLoss
 from fedrag_jax.objectives.task import PyTree, Task
@@ -51,11 +51,7 @@ def citing(
       ConfigError: a prompt style without numbers or without a mark after them.
       DataError: an example without a context.
     """
-    if not prompts.cites:
-        raise ConfigError(
-            "citing needs a prompt style with {number} and `final`, such as 'compact_cited', 'cited' "
-            "or 'chat_cited'"
-        )
+    prompts.require_citing()
     missing = [e.id for e in examples if e.id not in contexts]
     if missing:
         raise DataError(
@@ -67,18 +63,16 @@ def citing(
             return example
         return Example(example.id, example.question, (unanswerable,), ())
 
-    def cited(example: Example) -> str:
-        return cite(contexts[example.id].cites) or "0"
-
     targets = {e.id: answered(e) for e in examples}
-    prompts = prompts.wide_enough_for([*targets.values()], [cited(e) for e in examples])
+    citations = {e.id: cite(contexts[e.id].cites) for e in examples}
+    prompts = prompts.wide_enough_for([*targets.values()], [*citations.values()])
 
     def collate(some, _):
         return prompts.training_table(
             [targets[e.id] for e in some],
             np.stack([contexts[e.id].rows for e in some]),
             per_passage=False,
-            reasoning=[cited(e) for e in some],
+            reasoning=[citations[e.id] for e in some],
         )
 
     return Task("citing", {"adapters": adapters}, {"decoder": params}, AnswerLoss(decoder), collate)
