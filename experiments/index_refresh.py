@@ -216,8 +216,9 @@ def report(config, folder: pathlib.Path):
             Section(
                 "Figure",
                 "refresh",
-                "Left: Recall@5 with a fresh index after training, over the passages re-embedded in "
-                "training. Right: how stale the index is before each retrieval and at the end.",
+                "Left: what a policy changes in Recall@5, with a fresh index after training, over the "
+                "passages re-embedded in training; paired, with 95% intervals over questions. Right: "
+                "how stale the index is before each retrieval and at the end.",
                 figure=experiment_figures.refresh_policies(rows),
             ),
             Section(

@@ -58,12 +58,23 @@ def differences(rows: Sequence[dict[str, Any]]):
     return fig
 
 
+# For lines of which none is known by its name.
+LOOKS = tuple(
+    zip(
+        ("#000000", "#56B4E9", "#E69F00", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#777777"),
+        "ovs^DPX*",
+        strict=True,
+    )
+)
+
+
 def refresh_policies(rows: Sequence[dict[str, Any]]):
-    """Recall@5 over the passages re-embedded, and how stale indexes are over retrievals, a line of
-    panels for each setting: a Matplotlib figure, or None.
+    """What is lost against an index that is always fresh over the passages re-embedded, and how stale
+    indexes are over retrievals, a line of panels for each setting: a Matplotlib figure, or None.
 
     Args:
-      rows: `policy`, `setting`, `recall_at_5` with `_low` and `_high`, `embedded`, `stale_by_refresh`.
+      rows: `policy`, `setting`, `embedded`, `stale_by_refresh` and, but of what is always fresh,
+        `difference`, `low` and `high`.
     """
     if not rows:
         return None
@@ -72,26 +83,24 @@ def refresh_policies(rows: Sequence[dict[str, Any]]):
     )
     plt = pyplot()
     fig, axes = plt.subplots(
-        len(settings), 2, figsize=(7.0, 2.4 * len(settings) + 0.4), squeeze=False, sharex="col"
+        len(settings), 2, figsize=(7.0, 2.2 * len(settings) + 0.3), squeeze=False, sharex="col"
     )
-    palette = [*COLORS.values(), "#777777"]
     for (quality, age), setting in zip(axes, settings, strict=True):
         for row in (r for r in rows if r["setting"] == setting):
-            place = policies.index(row["policy"])
-            look = {"color": palette[place % len(palette)], "label": row["policy"]}
-            marker = list(MARKERS.values())[place % len(MARKERS)]
-            y = row["recall_at_5"]
-            error = [[y - row["recall_at_5_low"]], [row["recall_at_5_high"] - y]]
+            color, marker = LOOKS[policies.index(row["policy"]) % len(LOOKS)]
+            look = {"color": color, "label": row["policy"].replace("_", " ")}
+            y, low, high = (row.get(name) or 0.0 for name in ("difference", "low", "high"))
             quality.errorbar(
-                row["embedded"], y, yerr=error, fmt=marker, ms=5, capsize=2, lw=1, **look
-            )
+                row["embedded"] / 1000, y, yerr=[[y - low], [high - y]], fmt=marker, ms=5,
+                capsize=2, lw=1, **look,
+            )  # fmt: skip
             stale = row["stale_by_refresh"]
             age.plot(range(1, len(stale) + 1), stale, marker=marker, ms=4, lw=1, **look)
-        quality.set_ylabel(f"{setting_name(setting)}\nRecall@5 (%)")
-        quality.set_xscale("symlog", linthresh=1000)
-        quality.set_xlim(left=-100)
+        quality.axhline(0, color="#000000", lw=0.5)
+        quality.set_ylabel(f"{setting_name(setting)}\nRecall@5 against always fresh")
         age.set_ylabel("stale passages (%)")
-    axes[-1][0].set_xlabel("passages re-embedded")
+        age.set_ylim(bottom=-1)
+    axes[-1][0].set_xlabel("thousand passages re-embedded")
     axes[-1][1].set_xlabel("stretch between retrievals")
     handles, labels = legend(axes)
     fig.legend(handles, labels, loc="upper center", ncols=4, bbox_to_anchor=(0.5, 0.0))
