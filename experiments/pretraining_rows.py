@@ -8,6 +8,7 @@ import functools
 import numpy as np
 
 from fedrag_jax.data import prompts
+from fedrag_jax.data.label_free_prompts import COMPACT, UNKNOWN
 
 VOCABULARY = 3072
 SCORED = 128  # positions of a row with a weight in the loss, at most
@@ -134,6 +135,42 @@ class Reader:
         target = style.answer.format(answer=number) + style.final + example.answers[0]
         row += self.piece(style.question.format(question=example.question))
         return row + self.piece(target, 1.0, end=True)
+
+    def cite_several(self, k, unknown=0.1):
+        """A context of k numbered passages and several questions, some of which it does not answer."""
+        context = self.context([self.choice(self.facts)], k)
+        row, style = self.start(), prompts.COMPACT_CITED
+        for number, p in enumerate(context, 1):
+            row += self.piece(style.passage.format(number=number, text=p.text))
+        there = {p.id: number for number, p in enumerate(context, 1)}
+        askable = [p for p in context if self.asked[p.id]]
+        for _ in range(QUESTIONS):
+            about = self.choice(self.facts if self.rng.random() < unknown else askable)
+            example, number = self.choice(self.asked[about.id]), there.get(about.id, 0)
+            answer = example.answers[0] if number else UNKNOWN
+            row += self.piece(style.question.format(question=example.question))
+            target = style.answer.format(answer=number) + style.final + answer
+            row += self.piece(target, 1.0, end=True)
+        return row
+
+    def rate_pair(self):
+        """Ten for a question that a passage answers, or for its right answer, else none."""
+        gold = self.choice(self.facts)
+        example, other = (self.choice(self.asked[gold.id]) for _ in range(2))
+        parts, good = {"text": gold.text, "question": example.question}, self.rng.random() < 0.5
+        prompt = COMPACT.rate_question
+        if self.rng.random() < 0.5:
+            prompt, parts["answer"] = COMPACT.rate_answer, example.answers[0]
+            wrong = self.choice(self.facts)
+            if not good:  # another fact of the same passage, or the same of another
+                same = [e for e in self.asked[wrong.id] if _fact(e) == _fact(example)]
+                parts["answer"] = self.choice([other, *same]).answers[0]
+                good = parts["answer"] == example.answers[0]
+        elif not good:
+            parts["text"] = self.context([gold], 2)[0].text
+            good = parts["text"] == gold.text
+        row = self.start() + self.piece(prompt.user.format(**parts)) + self.piece(prompt.start)
+        return row + self.piece(prompts.RATE.answer.format(answer=10 * good), 1.0, end=True)
 
     def ask(self):
         gold = self.choice(self.facts)

@@ -1,6 +1,8 @@
 """What the built-in decoder is pretrained on, and the start it is pretrained from."""
 
+import collections
 import json
+import re
 
 import jax
 import numpy as np
@@ -74,6 +76,40 @@ def test_a_context_holds_what_is_asked(reader):
         context = text(reader, row).split("?")[0]
         assert 1 <= len(answers) <= pretraining_rows.QUESTIONS
         assert all(answer.strip() in context for answer in answers)
+
+
+def test_several_citations_name_the_passage_that_tells_or_none(reader):
+    seen = collections.Counter()
+    for _ in range(20):
+        context, *asked = text(reader, reader.cite_several(3, unknown=0.4)).split("Question: ")
+        passages = context.removeprefix("<s>").strip().split("\n")
+        assert [p.split(": ")[0] for p in passages] == ["1", "2", "3"]
+        for one in asked:
+            number, answer = re.search(r"Cite: (\d)\nAnswer: (.+)</s>", one).groups()
+            seen[number] += 1
+            if number == "0":
+                assert answer == "unknown"
+            else:
+                assert answer in passages[int(number) - 1]
+    assert {*seen} == {"0", "1", "2", "3"} and 10 < seen["0"] < 60
+
+
+def test_ratings_tell_right_questions_and_answers_from_wrong_ones(reader):
+    names = {p.text: p.title for p in reader.world.passages}
+    seen = collections.Counter()
+    for _ in range(200):
+        said = text(reader, reader.rate_pair())
+        passage, question, answer, rating = re.fullmatch(
+            r"<s>Text: (.+)\nQuestion: (.+?)(?:\nAnswer: (.+?))?\nRate: (\d+)</s>", said
+        ).groups()
+        kind = "question" if answer is None else "answer"
+        seen[kind, rating] += 1
+        assert rating in ("0", "10")
+        if answer is None:
+            assert (names[passage] in question) == (rating == "10")
+        elif rating == "10":
+            assert answer in passage
+    assert len(seen) == 4 and min(seen.values()) > 15
 
 
 def test_rows_are_packed_with_their_scored_positions(reader):

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from fedrag_jax.data.prompts import ASK, RATE
 from fedrag_jax.errors import ConfigError
 
+UNKNOWN = "unknown"  # the answer where no passage holds one
 RATING = r"\[?(?P<score>\d+(\.\d+)?)\]?"
 
 
@@ -123,6 +124,19 @@ def instruct(language: str = "English", cite: str = "cited") -> LabelFreePrompts
         ),
         cite=cite,
     )
+
+
+# Whether an answer is right, by somebody who is not tuned (the paper's prompt 6).
+JUDGE = Ask(
+    "You judge an answer to a question about a text. You are given the text, the question, a "
+    "reference answer that is right, and the answer to be judged. Write nothing but TRUE if that "
+    "answer is right, and nothing but FALSE if it is not.",
+    "### Text\n{text}\n\n### Question\n{question}\n\n### Reference answer\n{reference}\n\n"
+    "### Answer\n{answer}",
+    "",
+    r"(?P<verdict>TRUE|FALSE)\.?",
+    8,
+)
 
 
 def read(path: str | pathlib.Path) -> LabelFreePrompts:

@@ -13,6 +13,7 @@ import numpy as np
 from fedrag_jax.data.batching import Prompts
 from fedrag_jax.data.citations import cite
 from fedrag_jax.data.examples import Example
+from fedrag_jax.data.label_free_prompts import UNKNOWN
 from fedrag_jax.errors import DataError
 from fedrag_jax.models.network import Network
 from fedrag_jax.objectives.generator import AnswerLoss
@@ -38,7 +39,7 @@ def citing(
     prompts: Prompts,
     examples: Sequence[Example],
     contexts: Mapping[str, Context],
-    unanswerable: str = "unknown",
+    unanswerable: str = UNKNOWN,
 ) -> Task:
     """NLL of citation and answer given one prompt with the passages of a context.
 

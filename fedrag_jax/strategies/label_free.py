@@ -26,9 +26,9 @@ from fedrag_jax.data.label_free_prompts import LabelFreePrompts
 from fedrag_jax.data.seeds import stream
 from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.models.author import Author
+from fedrag_jax.models.replies import Read, replies, write_lines
 from fedrag_jax.objectives.citing import Context
 from fedrag_jax.retrieval.retriever import Retriever
-from fedrag_jax.strategies.replies import Read, replies, write_lines
 
 LEAST_WORDS = 3  # of a text that is worth a request
 NEGATIVES = ("top", "random")
