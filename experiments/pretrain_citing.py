@@ -17,7 +17,7 @@ import time
 import numpy as np
 from absl import app, flags, logging
 
-from experiments.pretrain_tiny import WORLDS, decoder_loss, trainer
+from experiments.pretraining import WORLDS, decoder_loss, trainer
 from experiments.pretraining_rows import Reader, pack
 from fedrag_jax.data import synthetic
 from fedrag_jax.models import hub
