@@ -25,19 +25,26 @@ from fedrag_jax.models import hub
 _OUT = flags.DEFINE_string("out", str(hub.BUILTIN / "citing"), "folder for the checkpoint")
 _STEPS = flags.DEFINE_integer("steps", 1500, "batches of 8 to 24 rows")
 
-# So many passages, in batches of so many rows, for so many steps at most.
-LEVELS = ((2, 24, 300), (3, 20, 200), (5, 14, 200), (10, 8, None))
+# So many sentences or passages, in batches of so many rows, for so many steps at most.
+LEVELS = (
+    ("sentences", 2, 32, 400),
+    ("sentences", 4, 24, 200),
+    ("passages", 2, 24, 400),
+    ("passages", 3, 20, 200),
+    ("passages", 5, 14, 200),
+    ("passages", 10, 8, None),
+)
 EARLIER = 0.25  # of the batches come from a level already left behind
 LEARNING_RATE = 1e-3
 KINDS = {"cite": 0.7, "ask and rate": 0.2, "read": 0.1}
 
 
-def rows_of(kind: str, readers, passages: int):
+def rows_of(kind: str, readers, what: str, count: int):
     """A training row of each reader."""
     if kind == "cite":
-        return [reader.cite_several(passages) for reader in readers]
+        return [reader.cite_several(count, what == "sentences") for reader in readers]
     if kind == "read":
-        return [reader.read(min(passages, 5)) for reader in readers]
+        return [reader.read(min(count, 5)) for reader in readers]
     ways = [(r.ask, r.rate, r.rate_pair, r.rate_pair) for r in readers]
     return [of_one[i % 4]() for i, of_one in enumerate(ways)]
 
@@ -51,20 +58,20 @@ def train(base: hub.Pretrained, worlds, steps: int, rng) -> hub.Pretrained:
     recent = collections.deque(maxlen=10)
     for i in range(steps):
         able = len(recent) == recent.maxlen and np.mean(recent) > 0.5
-        if level < len(LEVELS) - 1 and (able or i - since >= LEVELS[level][2]):
+        if level < len(LEVELS) - 1 and (able or i - since >= LEVELS[level][3]):
             level, since = level + 1, i
             recent.clear()
         at = int(rng.integers(level + 1)) if rng.random() < EARLIER else level
-        passages, count, _ = LEVELS[at]
+        what, passages, count, _ = LEVELS[at]
         kind = str(rng.choice([*KINDS], p=[*KINDS.values()]))
         some = [readers[rng.integers(len(readers))] for _ in range(count)]
-        batch = pack(rows_of(kind, some, passages), base.tokenizer.pad_token_id)
+        batch = pack(rows_of(kind, some, what, passages), base.tokenizer.pad_token_id)
         params, state, value, right = step(params, state, batch)
         if kind == "cite" and at == level:
             recent.append(float(right.mean()))
         if i % 50 == 0 or i == steps - 1:
             print(
-                f"step {i:5d}  {passages:2d} passages, {kind:12s}  loss {float(value):.3f}  rows cited "
+                f"step {i:5d}  {passages:2d} {what}, {kind:12s}  loss {float(value):.3f}  rows cited "
                 f"right {100 * np.mean(recent or [0]):.0f}%  {time.perf_counter() - began:.0f}s",
                 flush=True,
             )

@@ -13,6 +13,7 @@ from fedrag_jax.data.label_free_prompts import COMPACT, UNKNOWN
 VOCABULARY = 3072
 SCORED = 128  # positions of a row with a weight in the loss, at most
 QUESTION_WEIGHT = 0.3  # of a question's own words, beside 1 for those of an answer
+CITATION_WEIGHT = 3.0  # of a citation's number, beside 1 for each piece of an answer
 QUESTIONS = 5  # most questions about a context
 RECITED = 0.5  # of what is asked about sentences: to say one again from its name on
 NAMESAKES = 0.4  # of a context: sharing a word with another, the distractors that matter
@@ -136,21 +137,32 @@ class Reader:
         row += self.piece(style.question.format(question=example.question))
         return row + self.piece(target, 1.0, end=True)
 
-    def cite_several(self, k, unknown=0.1):
-        """A context of k numbered passages and several questions, some of which it does not answer."""
+    def cite_several(self, k, sentences=False, unknown=0.1):
+        """A context of k numbered passages and several questions, some of which it does not answer.
+
+        Args:
+          sentences: one of each passage alone.
+        """
         context = self.context([self.choice(self.facts)], k)
+        asked = {p.id: self.asked[p.id] for p in context}
         row, style = self.start(), prompts.COMPACT_CITED
         for number, p in enumerate(context, 1):
-            row += self.piece(style.passage.format(number=number, text=p.text))
-        there = {p.id: number for number, p in enumerate(context, 1)}
-        askable = [p for p in context if self.asked[p.id]]
+            text = p.text
+            if sentences:
+                about = self.choice(asked[p.id])
+                text = next(s for s in text.split(". ") if about.answers[0] in s).rstrip(".") + "."
+                asked[p.id] = [e for e in asked[p.id] if e.answers[0] in text]
+            row += self.piece(style.passage.format(number=number, text=text))
+        numbers = {p.id: number for number, p in enumerate(context, 1)}
         for _ in range(QUESTIONS):
-            about = self.choice(self.facts if self.rng.random() < unknown else askable)
-            example, number = self.choice(self.asked[about.id]), there.get(about.id, 0)
-            answer = example.answers[0] if number else UNKNOWN
+            about = self.choice(self.facts if self.rng.random() < unknown else context)
+            number = numbers.get(about.id, 0)
+            example = self.choice(asked[about.id] if number else self.asked[about.id])
             row += self.piece(style.question.format(question=example.question))
-            target = style.answer.format(answer=number) + style.final + answer
-            row += self.piece(target, 1.0, end=True)
+            row += self.piece(style.answer.format(answer=number), CITATION_WEIGHT)
+            row += self.piece(
+                style.final + (example.answers[0] if number else UNKNOWN), 1.0, end=True
+            )
         return row
 
     def rate_pair(self):
