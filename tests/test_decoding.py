@@ -102,6 +102,7 @@ def test_rows_end_with_the_first_stop_token(model):
     assert (written.tokens[0, 3:] == 49).all()
 
 
+@pytest.mark.slow
 def test_compiles_once_per_bucket_whatever_the_options(model):
     network, params = model
     decoding._begin.clear_cache(), decoding._advance.clear_cache()
@@ -209,6 +210,7 @@ def draw(model, prompts, width=5, **options):
     return decoding.generate(network, params, *left_padded(prompts, width), **settings)
 
 
+@pytest.mark.slow
 def test_draws_depend_on_key_row_and_step_alone(model):
     written = draw(model, ROWS).tokens
     np.testing.assert_array_equal(draw(model, ROWS).tokens, written)

@@ -244,6 +244,7 @@ def test_group_sizes_agree_and_runs_resume(task, rule, tmp_path):
         assert max(np.abs(a[p] - b[p]).max() for p in a) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", [r for r in RULES if r != "fedsa"])
 def test_nothing_moves_at_a_rate_of_zero_or_where_nobody_answers(task, rule):
     start = dense(task.trainable["adapters"])

@@ -85,6 +85,7 @@ def test_only_what_the_strategies_train_is_searched(tmp_path):
     assert [*chosen["federated"]] == ["lsr"]
 
 
+@pytest.mark.slow
 def test_learning_rates_are_those_of_the_best_validation_scores(tmp_path):
     """The second phase is searched under the first that was chosen, and nothing is done twice."""
     from experiments import choose_learning_rates

@@ -198,6 +198,7 @@ def counted(seen):
     return Counted
 
 
+@pytest.mark.slow
 def test_ends_when_the_best_is_found_and_computes_nothing_after_it(model):
     network, params, adapters = model
     prompts, log_weights = asked()
@@ -218,6 +219,7 @@ def test_ends_when_the_best_is_found_and_computes_nothing_after_it(model):
     assert others_too[:2] == [4 * K, 4 * 3 * K]
 
 
+@pytest.mark.slow
 def test_compiles_once_per_bucket_whatever_the_options(model):
     prompts, log_weights = asked()
     mixture._search.clear_cache()

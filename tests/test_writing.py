@@ -139,6 +139,7 @@ def test_a_prompt_is_continued_alike_alone_and_among_others(writer, prompts):
     assert writer.complete([], sampling) == []
 
 
+@pytest.mark.slow
 def test_the_nth_prompt_draws_alike_whatever_the_others(writer, prompts):
     sampling = Sampling(max_new_tokens=12, temperature=1.2, top_p=0.95, seed=1)
     found = writer.complete([prompts[0]] * 12, sampling)
@@ -149,6 +150,7 @@ def test_the_nth_prompt_draws_alike_whatever_the_others(writer, prompts):
     assert [c.text for c in again] != [c.text for c in found[:2]]
 
 
+@pytest.mark.slow
 def test_lengths_of_one_bucket_share_their_programs(writer):
     """Whatever the lengths of prompts and texts, counted by the compiler's own events."""
     writer = dataclasses.replace(writer, stop_tokens=())  # each writes as much as it may
