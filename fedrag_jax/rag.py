@@ -229,10 +229,13 @@ class RAGSystem:
             for question, some in zip(questions, read, strict=True)
         ]
         texts = inference.MODES[mode](self.writer, prompts, log_weights, settings, beams)
-        answers = ("".join(self._answer([text])).strip() for text in texts)
         mark = self.prompts.style.final.strip()
-        before = (text.partition(mark)[0] if mark and mark in text else "" for text in texts)
-        return [Reading(a, b.strip()) for a, b in zip(answers, before, strict=True)]
+        readings = []
+        for text in texts:
+            reasoning, found, answer = text.partition(mark) if mark else ("", "", text)
+            reading = Reading(answer, reasoning) if found else Reading(text, "")
+            readings.append(Reading(*map(str.strip, reading)))
+        return readings
 
     def stream(self, question: str, mode: str = "concatenated", **sampling) -> Iterator[str]:
         """The answer that `query` gives, in pieces as they are written; reasoning is held back.

@@ -162,8 +162,11 @@ class Prompts:
 
     def _numbered(self, rows: Sequence[int]) -> list[np.ndarray]:
         """The tokens of each passage, after those of its number if the style has numbers."""
+        passages = [self._passages[row] for row in rows]
+        if not self._number:
+            return passages
         numbers = self._number_tokens(len(rows))
-        return [np.append(n, self._passages[row]) for n, row in zip(numbers, rows, strict=True)]
+        return [np.append(n, tokens) for n, tokens in zip(numbers, passages, strict=True)]
 
     def _number_tokens(self, count: int) -> list[np.ndarray]:
         while len(self._numbers) < count:

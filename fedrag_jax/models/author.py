@@ -50,8 +50,6 @@ class LocalAuthor:
     """
 
     model: Pretrained
-    adapters: object = None
-    network: object = None  # with adapters; the model's own, unless given
 
     @property
     def name(self) -> str:
@@ -64,16 +62,14 @@ class LocalAuthor:
         Raises:
           ConfigError: instructions that leave no room for a reply.
         """
-        tokenizer, network = self.model.tokenizer, self.network or self.model.network
+        tokenizer, network = self.model.tokenizer, self.model.network
         stops = {tokenizer.eos_token_id}
         if tokenizer.chat_template:
             # What ends a turn is seen where one has ended.
             ended = turns(tokenizer, "x", "<reply>").partition("<reply>")[2]
             (end,) = tokenizer([ended], add_special_tokens=False)["input_ids"]
             stops |= {i for i in end[:1] if i in tokenizer.all_special_ids}
-        writer = Writer(
-            network, self.model.params, tokenizer, tuple(sorted(stops - {None})), self.adapters
-        )
+        writer = Writer(network, self.model.params, tokenizer, tuple(sorted(stops - {None})))
         room = network.config.max_positions - sampling.max_new_tokens
         written = writer.complete([self._prompt(r, room) for r in requests], sampling)
         return [Reply(w.text, w.finish == "stop") for w in written]
