@@ -81,7 +81,7 @@ def table(rows):
 def run(config, runs: str) -> pathlib.Path:
     """All splits, merges and budgets; returns the folder of the results."""
     check(config)
-    from fedrag_jax.data import datasets, synthetic
+    from fedrag_jax.data import datasets
     from fedrag_jax.data.examples import Dataset
     from fedrag_jax.data.partition import partition
     from fedrag_jax.data.schemes import dirichlet
@@ -96,8 +96,7 @@ def run(config, runs: str) -> pathlib.Path:
     folder = pathlib.Path(runs) / config.name
     folder.mkdir(parents=True, exist_ok=True)
     settled_config(config, folder, free=())
-    world = config.data.name == "world"
-    loaded = synthetic.generate() if world else datasets.load(config.data.name)
+    loaded = datasets.load(config.data.name)
     test = [e for e in loaded.test if e.positive_ids][: config.data.test_questions or None]
     dataset = Dataset(loaded.name, loaded.passages, loaded.train, loaded.validation, test)
     write_manifest(folder, dataset, seeds=config.seeds)

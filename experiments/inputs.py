@@ -9,11 +9,10 @@ from fedrag_jax.errors import ConfigError
 
 
 def load_data(config) -> Dataset:
-    """The built-in world, a named set or a user's folder, shortened if asked for."""
-    from fedrag_jax.data import datasets, synthetic
+    """A built-in world, a named set or a user's folder, shortened if asked for."""
+    from fedrag_jax.data import datasets
 
-    name = config.data.name
-    dataset = synthetic.generate() if name == "world" else datasets.load(name)
+    dataset = datasets.load(config.data.name)
     train = dataset.train[: config.data.train_questions or None]
     if not config.data.labels:
         train = [dataclasses.replace(e, positive_ids=()) for e in train]

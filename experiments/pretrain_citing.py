@@ -36,7 +36,7 @@ LEVELS = (
 )
 EARLIER = 0.25  # of the batches come from a level already left behind
 LEARNING_RATE = 1e-3
-KINDS = {"cite": 0.7, "ask and rate": 0.2, "read": 0.1}
+KINDS = {"cite": 0.6, "ask and rate": 0.3, "read": 0.1}
 
 
 def rows_of(kind: str, readers, what: str, count: int):
@@ -45,8 +45,8 @@ def rows_of(kind: str, readers, what: str, count: int):
         return [reader.cite_several(count, what == "sentences") for reader in readers]
     if kind == "read":
         return [reader.read(min(count, 5)) for reader in readers]
-    ways = [(r.ask, r.rate, r.rate_pair, r.rate_pair) for r in readers]
-    return [of_one[i % 4]() for i, of_one in enumerate(ways)]
+    ways = [(r.ask, r.ask, r.rate, r.rate_pair, r.rate_pair) for r in readers]
+    return [of_one[i % 5]() for i, of_one in enumerate(ways)]
 
 
 def train(base: hub.Pretrained, worlds, steps: int, rng) -> hub.Pretrained:

@@ -56,12 +56,12 @@ class Reader:
     def start(self):
         return [(self.tokenizer.bos_token_id, 0.0)]
 
-    def context(self, golds, k):
-        """The gold passages among k, in random order."""
+    def context(self, golds, k, namesakes=NAMESAKES):
+        """The gold passages among k, in random order; so many of the others are namesakes of one."""
         chosen = {p.id: p for p in golds}
         while len(chosen) < k:
             near = self.namesakes[self.choice(golds).title.split()[self.rng.integers(2)]]
-            p = self.choice(near if near and self.rng.random() < NAMESAKES else self.facts)
+            p = self.choice(near if near and self.rng.random() < namesakes else self.facts)
             chosen.setdefault(p.id, p)
         passages = list(chosen.values())
         self.rng.shuffle(passages)
@@ -137,13 +137,16 @@ class Reader:
         row += self.piece(style.question.format(question=example.question))
         return row + self.piece(target, 1.0, end=True)
 
-    def cite_several(self, k, sentences=False, unknown=0.1):
+    def cite_several(self, k, sentences=False, unknown=0.04):
         """A context of k numbered passages and several questions, some of which it does not answer.
+
+        Half of the contexts are such as a search finds, nearly all of them namesakes.
 
         Args:
           sentences: one of each passage alone.
         """
-        context = self.context([self.choice(self.facts)], k)
+        searched = self.rng.random() < 0.5
+        context = self.context([self.choice(self.facts)], k, 0.9 if searched else NAMESAKES)
         asked = {p.id: self.asked[p.id] for p in context}
         row, style = self.start(), prompts.COMPACT_CITED
         for number, p in enumerate(context, 1):
@@ -185,10 +188,16 @@ class Reader:
         return row + self.piece(prompts.RATE.answer.format(answer=10 * good), 1.0, end=True)
 
     def ask(self):
+        """A question about a passage; sentences may lack, but not the one asked about."""
         gold = self.choice(self.facts)
         example = self.choice(self.asked[gold.id])
+        text = " ".join(
+            sentence.rstrip(".") + "."
+            for sentence in gold.text.split(". ")
+            if example.answers[0] in sentence or self.rng.random() < 0.7
+        )
         target = prompts.ASK.answer.format(question=example.question, answer=example.answers[0])
-        row = self.start() + self.piece(prompts.ASK.passage.format(text=gold.text))
+        row = self.start() + self.piece(prompts.ASK.passage.format(text=text))
         return row + self.piece(prompts.ASK.question) + self.piece(target, 1.0, end=True)
 
     def rate(self):

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from fedrag_jax.errors import ConfigError, FedragError
 
-EXPERIMENTS = ("compare_strategies", "heterogeneity", "index_refresh", "inference_modes",
+EXPERIMENTS = ("aloftrag", "compare_strategies", "heterogeneity", "index_refresh", "inference_modes",
                "lora_aggregation", "methods")  # fmt: skip
 
 

@@ -35,6 +35,10 @@ class Scripted:
         return [r if isinstance(r, Reply) else Reply(r, True) for r in replies]
 
 
+def asking(author, folder, prompts=PROMPTS):
+    return label_free.Asking(author, prompts, folder / "replies")
+
+
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -58,7 +62,7 @@ def test_texts_are_kept_by_their_rating_and_every_rejection_has_its_reason(tmp_p
         return Reply("10", False) if n == 7 else written.get(n, "10")
 
     author = Scripted(reply)
-    step = label_free.rate_texts(author, [*TEXTS, *odd], PROMPTS, tmp_path)
+    step = label_free.rate_texts(asking(author, tmp_path), [*TEXTS, *odd], tmp_path)
     assert [*step.kept] == ["t0", "t2", *(f"t{i}" for i in range(8, 12))]
     assert step.counts == {
         "kept": 6, "low": 1, "unparsable": 4, "unfinished": 1, "empty": 1, "short": 1, "duplicate": 1,
@@ -68,7 +72,7 @@ def test_texts_are_kept_by_their_rating_and_every_rejection_has_its_reason(tmp_p
     assert told["t4"]["reason"] == "unparsable" and told["blank"]["reason"] == "empty"
     assert all(word not in [r.user for r in author.asked] for word in ("Hello", " \n"))
     # The step is as it was for whoever asks for less.
-    again = label_free.rate_texts(author, TEXTS, PROMPTS, tmp_path, least=7)
+    again = label_free.rate_texts(asking(author, tmp_path), TEXTS, tmp_path, least=7)
     assert "low" not in again.counts and len(author.asked) == len(TEXTS)
 
 
@@ -81,7 +85,7 @@ def question(request):
 
 
 def test_a_question_and_its_answer_are_an_example_about_the_text(tmp_path):
-    step = label_free.ask(Scripted(question), TEXTS[:2], PROMPTS, tmp_path)
+    step = label_free.ask(asking(Scripted(question), tmp_path), TEXTS[:2], tmp_path)
     assert step.kept == {
         f"t{i}#0": Example(f"t{i}#0", f"Wo wurde {i} geboren?", (f"Town{i}",), (f"t{i}",), "towns")
         for i in range(2)
@@ -93,7 +97,7 @@ def test_a_question_and_its_answer_are_an_example_about_the_text(tmp_path):
     ["Where?", "Where?\n\n### Answer\n", "### Answer\nTown", "  \n### Answer\nTown", ""],
 )
 def test_replies_in_another_form_are_no_questions(reply, tmp_path):
-    step = label_free.ask(Scripted(lambda request: reply), TEXTS[:2], PROMPTS, tmp_path)
+    step = label_free.ask(asking(Scripted(lambda request: reply), tmp_path), TEXTS[:2], tmp_path)
     assert step.counts == {"kept": 0, "unparsable": 2}
     with pytest.raises(
         DataError, match=r"nothing is left to train on\.\nquestions: 0 of 2; dropped: 2"
@@ -108,12 +112,12 @@ def test_several_questions_are_drawn_and_none_is_kept_twice(tmp_path):
         i = next(count)
         return f"Question {0 if i % 3 == 2 else i}?\n### Answer\nTown{i}"
 
-    step = label_free.ask(Scripted(reply), TEXTS[:1], PROMPTS, tmp_path, per_text=3)
+    step = label_free.ask(asking(Scripted(reply), tmp_path), TEXTS[:1], tmp_path, per_text=3)
     assert [*step.kept] == ["t0#0", "t0#1"] and step.counts["duplicate"] == 1
-    how = [lines(tmp_path / "replies" / f"questions_{i}.jsonl")[0]["asked"] for i in range(3)]
+    how = [lines(tmp_path / "replies" / f"ask_{i}.jsonl")[0]["asked"] for i in range(3)]
     assert [h["temperature"] for h in how] == [0.0, 1.0, 1.0] and len({h["seed"] for h in how}) == 3
     with pytest.raises(ConfigError, match="per_text must be at least 1"):
-        label_free.ask(Scripted(reply), TEXTS[:1], PROMPTS, tmp_path, per_text=0)
+        label_free.ask(asking(Scripted(reply), tmp_path), TEXTS[:1], tmp_path, per_text=0)
 
 
 def test_a_reply_that_repeats_its_beginning_is_read_all_the_same(tmp_path):
@@ -135,7 +139,7 @@ def test_a_question_is_kept_if_it_and_its_answer_are_good(tmp_path):
         return {(1, False): "7", (2, True): "3", (3, True): "?"}.get((n, answers), "9")
 
     author = Scripted(reply)
-    step = label_free.rate_questions(author, examples, TEXTS, PROMPTS, tmp_path)
+    step = label_free.rate_questions(asking(author, tmp_path), examples, TEXTS, tmp_path)
     assert [*step.kept] == ["e0"]
     reasons = [line.get("reason") for line in lines(tmp_path / "3_ratings.jsonl")]
     assert reasons == [None, "question low", "answer low", "answer unparsable"]
@@ -159,31 +163,31 @@ def test_what_was_asked_is_not_asked_again_and_the_rest_is(tmp_path):
     many = [Passage(f"m{i}", "", f"Person {i} was born in Town{i}.") for i in range(100)]
     author = Scripted(reply)
     with pytest.raises(Killed):
-        label_free.ask(author, many, PROMPTS, tmp_path)
-    path = tmp_path / "replies" / "questions_0.jsonl"
+        label_free.ask(asking(author, tmp_path), many, tmp_path)
+    path = tmp_path / "replies" / "ask_0.jsonl"
     assert len(lines(path)) == 65
     with open(path, "a") as file:
         file.write('{"id": "m64", "about"')  # a line cut short
     author = Scripted(question)
-    step = label_free.ask(author, many, PROMPTS, tmp_path)
+    step = label_free.ask(asking(author, tmp_path), many, tmp_path)
     assert len(step.kept) == 100 and len(author.asked) == 36
     assert len(lines(path)) == 101
     # A text that has changed is asked about again, a line of another script's paragraphs is one line.
     changed = [Passage("m0", "", "Person 5\u2028 was born in {text}."), *many[1:]]
-    step = label_free.ask(author, changed, PROMPTS, tmp_path)
+    step = label_free.ask(asking(author, tmp_path), changed, tmp_path)
     assert len(author.asked) == 37 and step.kept["m0#0"].answers == ("Town5",)
     assert author.asked[-1].user == changed[0].text
 
 
 def test_files_of_other_prompts_or_authors_are_not_read(tmp_path):
-    label_free.rate_texts(Scripted(lambda r: "9"), TEXTS, PROMPTS, tmp_path)
+    label_free.rate_texts(asking(Scripted(lambda r: "9"), tmp_path), TEXTS, tmp_path)
     other = Scripted(lambda r: "9")
     other.name = "another"
     for author, prompts in ((other, PROMPTS), (Scripted(lambda r: "9"), instruct("French"))):
         if prompts is not PROMPTS:
             prompts = prompts._replace(rate_text=prompts.rate_text._replace(system="Otherwise."))
-        with pytest.raises(ConfigError, match=r"texts.jsonl holds what was asked otherwise"):
-            label_free.rate_texts(author, TEXTS, prompts, tmp_path)
+        with pytest.raises(ConfigError, match=r"rate_text.jsonl holds what was asked otherwise"):
+            label_free.rate_texts(asking(author, tmp_path, prompts), TEXTS, tmp_path)
 
 
 # --- 4, contexts -----------------------------------------------------------------------------------
@@ -299,9 +303,9 @@ def test_the_built_in_decoder_rates_and_asks(tmp_path):
     junk = [p for p in world.passages if not p.title][:8]
     some = [p for p in world.passages if p.title][:24]
     author = LocalAuthor(hub.load("builtin:decoder"))
-    rated = label_free.rate_texts(author, [*junk, *some], COMPACT, tmp_path)
+    rated = label_free.rate_texts(asking(author, tmp_path, COMPACT), [*junk, *some], tmp_path)
     assert {p.title != "" for p in rated.kept.values()} == {True} and len(rated.kept) > 20
-    asked = label_free.ask(author, rated.kept.values(), COMPACT, tmp_path)
+    asked = label_free.ask(asking(author, tmp_path, COMPACT), rated.kept.values(), tmp_path)
     text = {p.id: p.text for p in some}
     told = [e.answers[0] in text[e.positive_ids[0]] for e in asked.kept.values()]
     assert len(told) > 18 and np.mean(told) > 0.9

@@ -10,6 +10,7 @@ in a folder of their own, or side by side with other sets as NAME.questions.json
 NAME.passages.jsonl. Fields not listed are ignored.
 """
 
+import dataclasses
 import gzip
 import hashlib
 import json
@@ -18,11 +19,16 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from fedrag_jax.data import synthetic
 from fedrag_jax.data.examples import Dataset, Example, Passage, check
 from fedrag_jax.errors import DataError
 
 SPLITS = ("train", "validation", "test")
 HOTPOTQA_TRAIN, HOTPOTQA_VALIDATION = 1500, 200
+TOPICS = {
+    "squad": "title",
+    "xquad": "lang",
+}  # the field that tells the clients of a named set apart
 
 
 def load(name: str | os.PathLike) -> Dataset:
@@ -38,6 +44,11 @@ def load(name: str | os.PathLike) -> Dataset:
       hotpotqa: in the order of the sha256 of the question id, 1,300 train, 200 validation, and the
         rest test. The topic is "": cluster the questions to tell clients apart.
 
+      xquad: by the sha256 of the question id without its language, 70% train, 10% validation, 20%
+        test, so that no question is in one and its translation in another. The topic is the language.
+
+    `"world"` and `"chatty_world"` are made (`data.synthetic.WORLDS`).
+
     Any other name is a folder, a path prefix (`folder/NAME` for folder/NAME.questions.jsonl) or a
     set in FEDRAG_DATA. Its questions go where their `split` says. Without that field they go by the
     sha256 of their id, 70% train, 10% validation, 20% test, so that questions added later move none
@@ -48,15 +59,17 @@ def load(name: str | os.PathLike) -> Dataset:
         for (file and line), or anything `examples.check` refuses.
     """
     text = os.fspath(name)
+    if text in synthetic.WORLDS:
+        return dataclasses.replace(synthetic.generate(synthetic.WORLDS[text]), name=text)
     questions_path, passages_path = _find(text)
-    passages, questions = [], []
+    topic, passages, questions = TOPICS.get(text, "topic"), [], []
     for row, where in _rows(passages_path):
         passages.append(
             Passage(
                 id=_string(row, "id", where),
                 title=_string(row, "title", where, default=""),
                 text=_string(row, "text", where),
-                topic=_string(row, "title" if text == "squad" else "topic", where, default=""),
+                topic=_string(row, topic, where, default=""),
             )
         )
     for row, where in _rows(questions_path):
@@ -68,12 +81,13 @@ def load(name: str | os.PathLike) -> Dataset:
             question=_string(row, "question", where),
             answers=_strings(row, "answers", where),
             positive_ids=_strings(row, "positive_ids", where, default=[]),
-            topic=_string(row, "title" if text == "squad" else "topic", where, default=""),
+            topic=_string(row, topic, where, default=""),
             hops=hops,
             reasoning=_string(row, "reasoning", where, default=""),
         )
         questions.append((example, _string(row, "split", where, default=""), where))
-    split = {"squad": _split_squad, "hotpotqa": _split_hotpotqa}.get(text, _split_own)
+    splits = {"squad": _split_squad, "hotpotqa": _split_hotpotqa, "xquad": _split_xquad}
+    split = splits.get(text, _split_own)
     return check(Dataset(Path(text).resolve().name, passages, **split(questions)))
 
 
@@ -111,14 +125,20 @@ def _split_hotpotqa(questions) -> dict[str, list[Example]]:
     return result
 
 
+def _split_xquad(questions) -> dict[str, list[Example]]:
+    result = {split: [] for split in SPLITS}
+    for example, _, _ in questions:
+        result[_side(example.id.rpartition("-")[2])].append(example)
+    return result
+
+
 def _split_own(questions) -> dict[str, list[Example]]:
     result = {split: [] for split in SPLITS}
     for example, label, where in questions:
         if label:
             result[_named(label, {split: split for split in SPLITS}, where)].append(example)
         else:
-            place = _fraction(example.id)
-            result[SPLITS[(place >= 0.7) + (place >= 0.8)]].append(example)
+            result[_side(example.id)].append(example)
     if not result["validation"]:
         train = result["train"]
         # Salted: of unlabelled questions only those with a small hash are in train at all.
@@ -126,6 +146,11 @@ def _split_own(questions) -> dict[str, list[Example]]:
         result["validation"] = [e for e in train if e.id in held_out]
         result["train"] = [e for e in train if e.id not in held_out]
     return result
+
+
+def _side(identifier: str) -> str:
+    place = _fraction(identifier)
+    return SPLITS[(place >= 0.7) + (place >= 0.8)]
 
 
 def _named(label: str, splits: dict[str, str], where: str) -> str:

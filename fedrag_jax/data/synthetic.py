@@ -53,6 +53,7 @@ class WorldConfig(NamedTuple):
       crowding: how many entities share a name word, the closeness of distractors.
       jargon: fraction of one-hop questions asked in the topic's own jargon.
       chatter: fraction of the other questions that come wrapped in the topic's own chatter.
+      passage_chatter: fraction of a passage's sentences that come wrapped in the topic's chatter.
       questions: train, validation and test; a quarter of each is two-hop.
     """
 
@@ -64,6 +65,7 @@ class WorldConfig(NamedTuple):
     crowding: float = 4.0
     jargon: float = 0.2
     chatter: float = 0.45
+    passage_chatter: float = 0.0
     questions: tuple[int, int, int] = (1600, 400, 600)
 
 
@@ -75,6 +77,10 @@ class Entity(NamedTuple):
     name: str
     facts: dict[str, str]
     maker: int | None  # index of the person who made it, for works
+
+
+# By the names of their datasets. Chatty documents are what pretraining worlds never show.
+WORLDS = {"world": WorldConfig(), "chatty_world": WorldConfig(passage_chatter=1.0)}
 
 
 def generate(config: WorldConfig | None = None) -> Dataset:
@@ -89,8 +95,8 @@ def generate(config: WorldConfig | None = None) -> Dataset:
     rng = np.random.default_rng([config.seed, zlib.crc32(config.side.encode())])
     words = _Words(rng, config.side)
     people, works = _entities(config, rng, words)
-    passages = [_passage(e, PERSON_PASSAGES, rng) for e in people]
-    passages += [_passage(e, WORK_PASSAGES, rng) for e in works]
+    passages = [_passage(e, PERSON_PASSAGES, rng, config) for e in people]
+    passages += [_passage(e, WORK_PASSAGES, rng, config) for e in works]
     passages += [
         Passage(
             f"junk-{i}",
@@ -179,9 +185,19 @@ def _entities(config, rng, words) -> tuple[list[Entity], list[Entity]]:
     return people, works
 
 
-def _passage(entity: Entity, patterns: tuple[str, ...], rng) -> Passage:
+def _passage(entity: Entity, patterns: tuple[str, ...], rng, config: WorldConfig) -> Passage:
     text = str(rng.choice(patterns)).format(**_vocabulary(entity), **entity.facts)
+    if config.passage_chatter:
+        lines = CHATTER[entity.topic]
+        text = " ".join(
+            str(rng.choice(lines)).format(q=s) if rng.random() < config.passage_chatter else s
+            for s in _sentences(text)
+        )
     return Passage(entity.id, entity.name, text, TOPICS[entity.topic].name)
+
+
+def _sentences(text: str) -> list[str]:
+    return [sentence.rstrip(".") + "." for sentence in text.split(". ")]
 
 
 def _vocabulary(entity: Entity) -> dict[str, str]:
@@ -248,7 +264,7 @@ def _example(entity: Entity, fact: str, hops: int, config, people, rng, texts) -
 def _sentence(entity: Entity, fact: str, texts: dict[str, str]) -> str:
     """The sentence of an entity's passage that tells a fact."""
     patterns = WORK_PASSAGES if entity.maker is not None else PERSON_PASSAGES
-    sentences = (s.rstrip(".") + "." for pattern in patterns for s in pattern.split(". "))
+    sentences = (s for pattern in patterns for s in _sentences(pattern))
     telling = (
         s.format(**_vocabulary(entity), **entity.facts) for s in sentences if f"{{{fact}}}" in s
     )

@@ -4,15 +4,17 @@ The paper's citation accuracy (ALoFTRAG, 2501.11929, section 4.2) asks whether t
 those cited, which citing all of them always achieves; precision, recall and F1 stand beside it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from fedrag_jax.data.citations import cited
+from fedrag_jax.data.corpora import Pool
 from fedrag_jax.data.examples import Example
 from fedrag_jax.data.seeds import stream
 from fedrag_jax.evaluation.metrics import score_answers
 from fedrag_jax.objectives.citing import Context
+from fedrag_jax.objectives.encoding import found_by
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.retrieval.retriever import Retriever
 
@@ -23,6 +25,7 @@ def contexts_of(
     n: int,
     forced: bool = True,
     seed: int = 0,
+    pool: Pool | None = None,
 ) -> tuple[list[Context], np.ndarray]:
     """The n passages that are read for each question, in random order, and which were hard to find.
 
@@ -30,12 +33,13 @@ def contexts_of(
       forced: put a gold passage in place of the last of the n where none is among them, as the paper
         does; else questions are read with what was found, from end to end.
       seed: of the order.
+      pool: `pool(example)`, the corpus rows that may be read; all, unless given.
 
     Returns:
       Contexts, and bool [Q]: whether no gold passage is among the n nearest.
     """
     row = {p.id: i for i, p in enumerate(retriever.passages)}
-    ranked, _ = retriever.search([e.question for e in examples], n)
+    ranked, _ = found_by(retriever, examples, n, pool)
     contexts, hard = [], np.zeros(len(examples), bool)
     for i, (example, nearest) in enumerate(zip(examples, ranked, strict=True)):
         golds = [row[p] for p in example.positive_ids]
@@ -48,13 +52,19 @@ def contexts_of(
 
 
 def without_gold(
-    retriever: Retriever, examples: Sequence[Example], n: int, seed: int = 0
+    retriever: Retriever,
+    examples: Sequence[Example],
+    n: int,
+    seed: int = 0,
+    pool: Pool | None = None,
 ) -> list[Context]:
     """The n nearest passages that are not gold, in random order: nothing to be cited."""
     row = {p.id: i for i, p in enumerate(retriever.passages)}
     most = max((len(e.positive_ids) for e in examples), default=0)
-    depth = min(n + most, len(retriever.passages))
-    ranked, _ = retriever.search([e.question for e in examples], depth)
+    size = len(retriever.passages)
+    if pool is not None:
+        size = min((len(pool(e)) for e in examples), default=size)
+    ranked, _ = found_by(retriever, examples, min(n + most, size), pool)
     contexts = []
     for example, nearest in zip(examples, ranked, strict=True):
         wrong = nearest[~np.isin(nearest, [row[p] for p in example.positive_ids])][:n]
@@ -64,11 +74,17 @@ def without_gold(
 
 
 def evaluate_citing(
-    system: RAGSystem, examples: Sequence[Example], contexts: Sequence[Context], **sampling
+    system: RAGSystem,
+    examples: Sequence[Example],
+    contexts: Sequence[Context],
+    judge: Callable[..., np.ndarray] | None = None,
+    **sampling,
 ) -> dict[str, np.ndarray]:
     """Scores [Q] of reading those contexts: `em`, `f1`, and those of `citation_scores`.
 
     Args:
+      judge: `judge(examples, texts, answers)`, verdicts [repeats, Q] on the answers given the gold
+        passages, such as `judge.judged` with its author; each repeat is a score, `judged_<i>`.
       sampling: options of `RAGSystem.read`.
 
     Raises:
@@ -80,8 +96,15 @@ def evaluate_citing(
     named = [
         cited(reading.reasoning, len(c.rows)) for reading, c in zip(readings, contexts, strict=True)
     ]
-    answers = score_answers([r.answer for r in readings], [e.answers for e in examples])
-    return answers | citation_scores(named, [c.cites for c in contexts])
+    answers = [reading.answer for reading in readings]
+    scores = score_answers(answers, [e.answers for e in examples])
+    if judge is not None:
+        text = {p.id: p.text for p in system.retriever.passages}
+        verdicts = judge(
+            examples, ["\n".join(text[i] for i in e.positive_ids) for e in examples], answers
+        )
+        scores |= {f"judged_{i}": verdict for i, verdict in enumerate(verdicts)}
+    return scores | citation_scores(named, [c.cites for c in contexts])
 
 
 def citation_scores(

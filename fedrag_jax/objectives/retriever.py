@@ -1,7 +1,7 @@
 """Losses that tune the retriever from labelled passages."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +89,7 @@ def multiple_negatives_ranking(
     dimensions: Sequence[int] = (),
     at_once: int = 0,
     mining: Mining | None = None,
+    negatives: Mapping[str, Sequence[int]] | None = None,
     pool: Pool | None = None,
     max_question_tokens: int = 0,
 ) -> Task:
@@ -101,18 +102,22 @@ def multiple_negatives_ranking(
       dimensions: vectors are trained to be good when cut there; the largest is what `first` tells of.
       mining: hard negatives for every question, mined anew whenever retrieval is (each round, unless
         `fit` says otherwise) with the retriever as it is trained by then.
+      negatives: in their place, corpus rows for each question by its id, equally many.
       pool: `pool(example)`, the corpus rows that its mined negatives may come from, where passages stay
         with their clients (`data.corpora.own_passages`); all, unless given. Those of its batch are the
         client's own in any case.
       max_question_tokens: longer questions are cut; 0 cuts at what the encoder was made for.
 
     Raises:
-      ConfigError: dimensions that the vectors do not have; nothing or something unknown to train.
+      ConfigError: dimensions that the vectors do not have; nothing or something unknown to train;
+        negatives both given and to be mined.
       DataError: in collating, a question that names no gold passage.
     """
     size = retriever.bare_vectors.shape[1]
     if not all(0 < d <= size for d in dimensions):
         raise ConfigError(f"dimensions must be between 1 and {size}, got {tuple(dimensions)}")
+    if mining and negatives is not None:
+        raise ConfigError("negatives are given, so there are none to mine: leave out one of both")
     row = {passage.id: i for i, passage in enumerate(dataset.passages)}
     most = max((len(e.positive_ids) for e in dataset.train), default=1)
     trainable, frozen = trained_parts(retriever, train)
@@ -137,6 +142,8 @@ def multiple_negatives_ranking(
     def collate(examples, mined):
         golds = golds_of(examples)
         table = questions(examples) | {"positive": golds[:, 0], "golds": golds}
+        if negatives is not None:
+            mined = np.array([negatives[e.id] for e in examples], np.int32)
         return table if mined is None else table | {"negatives": mined}
 
     return Task(

@@ -10,7 +10,8 @@ The steps of ALoFTRAG (Devine, 2501.11929, section 3), each with a file of its o
 | 4 | `add_hard_negatives`: the text among others that look as if they answered | 4_contexts.jsonl |
 | 5 | `objectives.citing.citing`: training to cite the text and to answer | |
 
-Each line says what was kept, or why it was dropped. What the generator wrote is in replies/.
+`generate` takes the first four. Each line of a file says what was kept, or why it was dropped; what
+the generator wrote is in files of its own.
 """
 
 import collections
@@ -28,10 +29,28 @@ from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.models.author import Author
 from fedrag_jax.models.replies import Read, replies, write_lines
 from fedrag_jax.objectives.citing import Context
+from fedrag_jax.objectives.encoding import found_by
 from fedrag_jax.retrieval.retriever import Retriever
 
 LEAST_WORDS = 3  # of a text that is worth a request
 NEGATIVES = ("top", "random")
+
+
+class Asking(NamedTuple):
+    """Who is asked, and how.
+
+    Attributes:
+      folder: where replies are kept. What is there is not asked again, in whatever step or run.
+    """
+
+    author: Author
+    prompts: LabelFreePrompts
+    folder: pathlib.Path
+
+    def __call__(self, what: str, about, doing: str, file: str = "", **sampling) -> dict[str, Read]:
+        """The replies to one of the prompts, by its name."""
+        path = self.folder / f"{file or what}.jsonl"
+        return replies(self.author, getattr(self.prompts, what), about, path, doing, **sampling)
 
 
 class Step(NamedTuple):
@@ -47,9 +66,8 @@ class Step(NamedTuple):
 
 
 def rate_texts(
-    author: Author,
+    asking: Asking,
     passages: Sequence[Passage],
-    prompts: LabelFreePrompts,
     folder: pathlib.Path,
     least: float = 8.0,
 ) -> Step:
@@ -66,8 +84,7 @@ def rate_texts(
             dropped[passage.id] = "duplicate"
         seen.add(text)
     asked = {p.id: {"text": p.text} for p in passages if p.id not in dropped}
-    path = folder / "replies" / "texts.jsonl"
-    rated = replies(author, prompts.rate_text, asked, path, "rate texts")
+    rated = asking("rate_text", asked, "rate texts")
     found = {p.id: p for p in passages}
     reasons = {i: dropped.get(i) or _low(rated[i], least) for i in found}
     told = {i: (rated[i].said if i in rated else None) or {} for i in found}
@@ -75,9 +92,8 @@ def rate_texts(
 
 
 def ask(
-    author: Author,
+    asking: Asking,
     passages: Iterable[Passage],
-    prompts: LabelFreePrompts,
     folder: pathlib.Path,
     per_text: int = 1,
     temperature: float = 1.0,
@@ -97,8 +113,7 @@ def ask(
     for draw in range(per_text):
         requests = {f"{i}#{draw}": {"text": p.text} for i, p in about.items()}
         sampling = {"temperature": temperature * (draw > 0), "seed": seed + draw}
-        path = folder / "replies" / f"questions_{draw}.jsonl"
-        read = replies(author, prompts.ask, requests, path, "ask", **sampling)
+        read = asking("ask", requests, "ask", f"ask_{draw}", **sampling)
         for identifier, reply in read.items():
             passage = about[identifier.rpartition("#")[0]]
             said = reply.said or {"question": "", "answer": ""}
@@ -116,10 +131,9 @@ def ask(
 
 
 def rate_questions(
-    author: Author,
+    asking: Asking,
     examples: Iterable[Example],
     passages: Sequence[Passage],
-    prompts: LabelFreePrompts,
     folder: pathlib.Path,
     least: float = 8.0,
 ) -> Step:
@@ -132,8 +146,7 @@ def rate_questions(
     }
     reasons, told = dict.fromkeys(found, ""), {i: {} for i in found}
     for part in ("question", "answer"):
-        prompt, path = getattr(prompts, f"rate_{part}"), folder / "replies" / f"{part}s_rated.jsonl"
-        rated = replies(author, prompt, parts, path, f"rate {part}s")
+        rated = asking(f"rate_{part}", parts, f"rate {part}s")
         for i, reply in rated.items():
             fault = _low(reply, least)
             reasons[i] = reasons[i] or (f"{part} {fault}" if fault else "")
@@ -174,13 +187,10 @@ def add_hard_negatives(
             f"contexts need n >= 2 and unanswerable from 0 to 1, got {n} and {unanswerable}"
         )
     row = {p.id: i for i, p in enumerate(retriever.passages)}
-    questions, size = [e.question for e in examples], len(retriever.passages)
-    if pool is None:
-        ranked, _ = retriever.search(questions, min(n + 1, size))
-    else:
-        pools = [pool(e) for e in examples]
-        size = min(map(len, pools), default=size)
-        ranked, _ = retriever.search_within(questions, pools, min(n + 1, size))
+    size = len(retriever.passages)
+    if pool is not None:
+        size = min((len(pool(e)) for e in examples), default=size)
+    ranked, _ = found_by(retriever, examples, min(n + 1, size), pool)
     least = n - 1 + (negatives == "random" or unanswerable > 0)
     found = {}
     for example, nearest in zip(examples, ranked, strict=True):
@@ -211,6 +221,59 @@ def add_hard_negatives(
     return _step(folder / "4_contexts.jsonl", found, dict.fromkeys(found, ""), told)
 
 
+class Generated(NamedTuple):
+    """What there is to train on.
+
+    Attributes:
+      examples: questions with their answers and the text that they are about.
+      contexts: of each example by its id.
+      steps: what each step kept and dropped, by its name.
+    """
+
+    examples: list[Example]
+    contexts: dict[str, Context]
+    steps: dict[str, Step]
+
+
+def generate(
+    asking: Asking,
+    passages: Sequence[Passage],
+    retriever: Retriever,
+    folder: pathlib.Path,
+    *,
+    filter_texts: bool = True,
+    filter_questions: bool = False,
+    per_text: int = 1,
+    **contexts,
+) -> Generated:
+    """Steps 1 to 4 over some texts.
+
+    Args:
+      passages: to ask about, all of them the retriever's.
+      filter_texts: step 1.
+      filter_questions: step 3.
+      per_text: questions about a text.
+      contexts: options of `add_hard_negatives`.
+
+    Raises:
+      ConfigError: what the steps raise.
+      DataError: nothing is left to train on; the message says what became of everything.
+    """
+    steps = {}
+    if filter_texts:
+        steps["texts"] = rate_texts(asking, passages, folder)
+    kept = steps["texts"].kept.values() if filter_texts else passages
+    steps["questions"] = ask(asking, kept, folder, per_text)
+    if filter_questions:
+        examples = steps["questions"].kept.values()
+        steps["ratings"] = rate_questions(asking, examples, passages, folder)
+    require_some(steps)
+    *_, last = steps.values()
+    examples = [*last.kept.values()]
+    steps["contexts"] = add_hard_negatives(retriever, examples, folder, **contexts)
+    return Generated(examples, steps["contexts"].kept, steps)
+
+
 def summary(steps: Mapping[str, Step]) -> str:
     """What every step kept and dropped, one line each, for people."""
     lines = []
@@ -221,6 +284,15 @@ def summary(steps: Mapping[str, Step]) -> str:
             f"{name}: {step.counts['kept']} of {sum(step.counts.values())}; dropped: {why}"
         )
     return "\n".join(lines)
+
+
+def total_counts(runs: Iterable[Mapping[str, Step]]) -> dict[str, int]:
+    """What the steps of several runs kept and dropped together, such as {"texts kept": 9}."""
+    total: collections.Counter[str] = collections.Counter()
+    for steps in runs:
+        for name, step in steps.items():
+            total.update({f"{name} {what}": n for what, n in step.counts.items()})
+    return dict(total)
 
 
 def require_some(steps: Mapping[str, Step]) -> None:

@@ -17,7 +17,7 @@ class Cell(NamedTuple):
       split: the seed of who holds what.
       scores: per test question [Q], in [0, 1], or in nats (`nll`); means over clients in the local
         setting.
-      controls: single numbers in percent.
+      controls: single numbers, in percent or counts.
       client_em: EM in percent of the model that each client would use, on test questions in the
         proportions of what it holds; empty where no test question is of any client's kind.
       curves: for each trained task its rounds: `round`, `loss`, `metrics`, `examples`, `seconds`.

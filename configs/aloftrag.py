@@ -1,0 +1,76 @@
+"""Label-free fine-tuning: the ablation of ALoFTRAG (2501.11929), with controls, from raw texts alone.
+
+Expected on the built-in world: `all` cites some ten points better than `base` and answers some points
+better; neither control cites better.
+
+    python -m experiments.aloftrag --config=configs/aloftrag.py
+    python -m experiments.aloftrag --config=configs/aloftrag.py --config.name=questions \
+        --config.variants="('base', 'without_step_3', 'questions_4', 'unanswerable', 'retriever')"
+    python -m experiments.aloftrag --config=configs/aloftrag.py --config.name=mine \
+        --config.data.name=FOLDER --config.models.generator=FOLDER \
+        --config.models.prompt_style=chat_cited --config.author.prompts=instruct
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.name = "aloftrag"  # results go to runs/<name>
+    # Pairs: of adapters, shuffling and the order of passages, and (unused here) of splits.
+    config.seeds = (0,)
+    config.split_seeds = ()
+    # Of label-free data, see VARIANTS of experiments/aloftrag.py; `base` is untuned.
+    config.variants = (
+        "base", "all", "without_step_1", "without_step_3", "pretraining_world",
+        "shuffled_citations",
+    )  # fmt: skip
+    # "centralised" trains on what all texts gave; "federated" and "local" need silos.
+    config.settings = ("centralised",)
+    # Whether each topic is a silo of its own, whose questions are answered from its own texts.
+    config.silos = False
+
+    # "chatty_world" is the built-in world with documents in each topic's own chatter, which the
+    # generator never saw; "xquad"; or a folder as for experiments/compare_strategies.py, of which test
+    # questions are asked, and no others. Two-hop questions are left out: one text is asked about.
+    config.data = ConfigDict({"name": "chatty_world", "passages": 0, "test_questions": 0})
+
+    # Who rates texts and asks about them: the generator itself, or `model` behind an OpenAI-compatible
+    # endpoint ("http://localhost:8000/v1"). Prompts are "compact" (of the built-in decoder), "instruct"
+    # or a JSON file of data/label_free_prompts.py; they ask for `language`, where they name one.
+    config.author = ConfigDict(
+        {"endpoint": "", "model": "", "prompts": "compact", "language": "English"}
+    )
+    config.author.languages = ConfigDict()  # of topics, where they differ
+    # Answers are judged so many times by a model behind an endpoint, too, if there is one.
+    config.judge = ConfigDict({"endpoint": "", "model": "", "repeats": 3})
+
+    config.models = ConfigDict()
+    config.models.retriever = "builtin:encoder"
+    config.models.generator = "builtin:citing"
+    config.models.prompt_style = "compact_cited"  # or "cited", "chat_cited"
+    config.models.dtype = "float32"
+    config.models.quantize = ""
+    config.models.devices = 1
+    config.models.max_passage_tokens = 256
+    config.models.max_answer_tokens = 24  # that are trained on and written, citation included
+    config.lora = ConfigDict()
+    config.lora.rank = 16
+    config.lora.alpha = 32.0
+    config.lora.targets = ("q_proj", "v_proj")
+
+    # Passages of a context: trained on with the last number, read with each.
+    config.contexts = (2, 5, 10)
+
+    # Every variant takes rounds x local_steps x clients steps; clients are the silos, or one.
+    config.training = ConfigDict()
+    config.training.rounds = 5
+    config.training.local_steps = 40
+    config.training.batch_size = 8
+    config.training.devices = 0  # that share the silos of federated training; 0 are all
+    # Of the first round, falling linearly.
+    config.learning_rates = ConfigDict({"centralised": 1e-3, "federated": 1e-3, "local": 1e-3})
+    config.retriever_learning_rate = 7.5e-4  # of the variant that trains the query encoder
+
+    config.wandb = ConfigDict({"mode": "offline", "project": "fedrag_jax"})
+    return config

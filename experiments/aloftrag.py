@@ -1,0 +1,391 @@
+"""Label-free fine-tuning of a generator that cites: steps left out, controls, and silos.
+
+    python -m experiments.aloftrag --config=configs/aloftrag.py
+
+Results go to runs/<name>/: aloftrag.csv, contexts.csv, silos.csv, table.md, report.html. What was
+asked about the texts and what became of it lies in label_free/, line by line. A cell (variant, setting,
+seeds) that is finished is not computed again, nor is anything asked twice.
+"""
+
+import functools
+import itertools
+import json
+import pathlib
+from typing import NamedTuple
+from urllib.parse import quote
+
+import numpy as np
+
+from experiments.cell_by_cell import compute_missing, write_report
+from experiments.comparison import training_curves
+from experiments.inputs import check_replicates, load_generator, replicates
+from experiments.launch import launch, settled_config
+from fedrag_jax.errors import ConfigError
+
+
+class Variant(NamedTuple):
+    """Which of the steps are taken, and how.
+
+    Attributes:
+      generate: options of `label_free.generate`.
+      part: what is trained, "generator" or "retriever".
+      shuffled: a control, each question given the citation of another.
+      elsewhere: a control, the same on texts of a world like those the generator was made with.
+    """
+
+    generate: dict
+    part: str = "generator"
+    shuffled: bool = False
+    elsewhere: bool = False
+
+
+BASE = "base"
+VARIANTS = {
+    "all": Variant({"filter_questions": True}),
+    "without_step_1": Variant({"filter_texts": False, "filter_questions": True}),
+    "without_step_3": Variant({}),
+    "random_negatives": Variant({"negatives": "random"}),
+    "unanswerable": Variant({"unanswerable": 0.2}),
+    "questions_2": Variant({"per_text": 2}),
+    "questions_4": Variant({"per_text": 4}),
+    "retriever": Variant({}, part="retriever"),
+    "pretraining_world": Variant({}, elsewhere=True),
+    "shuffled_citations": Variant({}, shuffled=True),
+}
+METRICS = ("em", "f1", "citation", "citation_precision", "citation_recall", "citation_f1")
+
+
+class Study:
+    """What all cells share: texts, questions, models, contexts, who is asked."""
+
+    def __init__(self, config, dataset, folder: pathlib.Path):
+        from fedrag_jax.models import hub
+
+        self.config, self.folder = config, folder
+        self.passages = dataset.passages[: config.data.passages or None]
+        there = {p.id for p in self.passages}
+        asked = [e for e in dataset.test if len(e.positive_ids) == 1 and there >= {*e.positive_ids}]
+        self.test = asked[: config.data.test_questions or None]
+        if not self.test:
+            raise ConfigError(
+                f"config.data: none of {len(dataset.test)} test questions of {dataset.name} has one "
+                f"gold passage among the {len(there)} texts"
+            )
+        self.generator = load_generator(config.models)
+        self.retriever = hub.load(config.models.retriever)
+        self.silos = self._silos() if config.silos else {"all": np.arange(len(self.passages))}
+        self.silo_of = {self.passages[r].id: s for s, rows in self.silos.items() for r in rows}
+        names = [*self.silos]
+        self.asked_of = np.array([names.index(self.silo_of[e.positive_ids[0]]) for e in self.test])
+        self.system = functools.lru_cache(self._system)
+        self.contexts = functools.lru_cache(self._contexts)
+
+    def _silos(self) -> dict[str, np.ndarray]:
+        """Corpus rows of each topic; texts without one are dealt out."""
+        topics = np.array([p.topic for p in self.passages])
+        names = sorted({*topics} - {""})
+        if len(names) < 2:
+            raise ConfigError(f"config.silos: texts of several topics are needed, found {names}")
+        owner = np.array([names.index(t) if t else i % len(names) for i, t in enumerate(topics)])
+        return {name: np.flatnonzero(owner == i) for i, name in enumerate(names)}
+
+    def pool(self, example) -> np.ndarray:
+        """The corpus rows of the silo whose text a question is about."""
+        return self.silos[self.silo_of[example.positive_ids[0]]]
+
+    def prompts(self, silo: str = ""):
+        """What a silo asks its author."""
+        from fedrag_jax.data import label_free_prompts
+
+        author = self.config.author
+        language = author.languages.get(silo, author.language)
+        known = {
+            "compact": lambda: label_free_prompts.COMPACT,
+            "instruct": lambda: label_free_prompts.instruct(language),
+        }
+        return known.get(author.prompts, lambda: label_free_prompts.read(author.prompts))()
+
+    @functools.cached_property
+    def author(self):
+        """Who rates and asks."""
+        from fedrag_jax.models.author import LocalAuthor
+
+        return endpoint(self.config.author) or LocalAuthor(self.generator)
+
+    def _system(self, seed: int, elsewhere: bool = False):
+        """The untuned system over the texts, or over those of a pretraining world."""
+        from fedrag_jax.data.prompts import named_style
+        from fedrag_jax.models.lora import LoraConfig
+        from fedrag_jax.rag import RAGSystem
+
+        c = self.config
+        style, tokenizer = c.models.prompt_style, self.generator.tokenizer
+        return RAGSystem.build(
+            pretraining_world().passages if elsewhere else self.passages,
+            generator=self.generator,
+            retriever=self.retriever,
+            adapters=LoraConfig(c.lora.rank, c.lora.alpha, tuple(c.lora.targets)),
+            prompt_style=named_style(style, tokenizer, c.author.language),
+            top_k=max(c.contexts),
+            max_passage_tokens=c.models.max_passage_tokens,
+            max_answer_tokens=c.models.max_answer_tokens,
+            seed=seed,
+            progress=True,
+        )
+
+    def _contexts(self, n: int, kind: str):
+        """Of each test question, and whether it is hard; by the untuned retriever.
+
+        Args:
+          kind: "forced", the gold passage put in place of the last; "none", without it.
+        """
+        from fedrag_jax.evaluation.citing import contexts_of, without_gold
+
+        retriever, pool = self.system(0).retriever, self.pool if self.config.silos else None
+        if kind == "none":
+            return without_gold(retriever, self.test, n, pool=pool), None
+        return contexts_of(retriever, self.test, n, pool=pool)
+
+    def generated(self, name: str, setting: str, seed: int):
+        """What each silo made of its texts: `Generated` by silo."""
+        from fedrag_jax.strategies import label_free
+
+        variant, where = VARIANTS[name], self.folder / "label_free"
+        retriever = self.system(seed, variant.elsewhere).retriever
+        pooled = "pooled" if setting == "centralised" else "own"
+        silos = {"elsewhere": range(len(retriever.passages))} if variant.elsewhere else self.silos
+        made = {}
+        for silo, rows in silos.items():
+            asking = label_free.Asking(
+                self.author, self.prompts(silo), where / "replies" / quote(silo, safe="")
+            )
+            made[silo] = label_free.generate(
+                asking,
+                [retriever.passages[r] for r in rows],
+                retriever,
+                where / f"{name}-{pooled}-seed{seed}" / quote(silo, safe=""),
+                n=max(self.config.contexts),
+                seed=seed,
+                pool=None if pooled == "pooled" else self.pool,
+                **variant.generate,
+            )
+            told = label_free.summary(made[silo].steps).replace("\n", "; ")
+            print(f"{name}, {silo}: {told}", flush=True)
+        return made
+
+    def tune(self, task, name: str, setting: str, made, seed: int, client: int | None = None):
+        """`(what was trained, Tuner)` of one task."""
+        from fedrag_jax.data.partition import Partition
+        from fedrag_jax.strategies.settings import Budget
+        from fedrag_jax.strategies.tuner import Tuner
+
+        t, c = self.config.training, self.config
+        examples = [e for some in made.values() for e in some.examples]
+        ends = np.cumsum([len(some.examples) for some in made.values()])
+        held = np.split(np.arange(len(examples)), ends[:-1])
+        clients = len(self.silos)
+        rate = c.learning_rates[setting]
+        if VARIANTS[name].part == "retriever":
+            rate = c.retriever_learning_rate
+        folder = self.folder / "tuned" / f"{name}-{setting}-seed{seed}"
+        tuner = Tuner(
+            folder=folder if client is None else folder / f"client{client}",
+            setting=setting,
+            examples=examples,
+            clients=Partition(examples, tuple(held)),
+            budget=Budget(t.rounds, t.local_steps, clients, t.batch_size, devices=t.devices),
+            rates=lambda task, part: rate,
+            seed=seed,
+            client=client,
+            checkpoint_every=1,
+        )
+        return tuner(task), tuner
+
+
+def endpoint(where):
+    """The author behind an endpoint of the config, or None."""
+    from fedrag_jax.models.endpoint import EndpointAuthor
+
+    return EndpointAuthor(where.endpoint, where.model) if where.endpoint else None
+
+
+@functools.cache
+def pretraining_world():
+    """One that the built-in generator was made with."""
+    from experiments.pretraining import WORLDS
+    from fedrag_jax.data import synthetic
+
+    return synthetic.generate(WORLDS[0]._replace(crowding=4.0))
+
+
+def task_of(study: Study, name: str, system, made, seed: int):
+    """What a variant trains on."""
+    from fedrag_jax.data.examples import Dataset
+    from fedrag_jax.data.seeds import stream
+    from fedrag_jax.objectives.citing import citing
+    from fedrag_jax.objectives.retriever import multiple_negatives_ranking
+
+    variant = VARIANTS[name]
+    examples = [e for some in made.values() for e in some.examples]
+    contexts = {i: c for some in made.values() for i, c in some.contexts.items()}
+    if variant.part == "retriever":
+        dataset = Dataset("label-free", system.retriever.passages, examples, [], [])
+        negatives = {i: np.delete(c.rows, np.array(c.cites) - 1) for i, c in contexts.items()}
+        return multiple_negatives_ranking(system.retriever, dataset, negatives=negatives)
+    if variant.shuffled:
+        order = stream(seed, "shuffled citations").permutation(len(examples))
+        others = [contexts[examples[i].id].cites for i in order]
+        contexts = {
+            e.id: contexts[e.id]._replace(cites=cites)
+            for e, cites in zip(examples, others, strict=True)
+        }
+    return citing(
+        system.decoder, system.generator.params, system.adapters, system.prompts, examples, contexts
+    )
+
+
+def compute_cell(study: Study, name: str, setting: str, seed: int, split: int):
+    """Generates, trains and reads the contexts of the test questions."""
+    from fedrag_jax.clock import Clock
+    from fedrag_jax.strategies import label_free
+    from fedrag_jax.tracking import cells
+    from fedrag_jax.tracking.ledger import Cost
+
+    untuned, counts, tuners = study.system(seed), {}, []
+    readers = [(untuned, np.arange(len(study.test)))]  # who reads which questions
+    if name != BASE:
+        made = study.generated(name, setting, seed)
+        counts = label_free.total_counts([some.steps for some in made.values()])
+        at = study.system(seed, VARIANTS[name].elsewhere)
+        task = task_of(study, name, at, made, seed)
+        members = range(len(study.silos)) if setting == "local" else (None,)
+        readers = []
+        for client in members:
+            trained, tuner = study.tune(task, name, setting, made, seed, client)
+            own = study.asked_of == client if client is not None else np.ones(len(study.test), bool)
+            readers.append((untuned.replace(**trained), np.flatnonzero(own)))
+            tuners.append(tuner)
+    cost = sum((c for tuner in tuners for c in tuner.costs.values()), Cost())
+    clock, scores = Clock(), {}
+    for system, own in readers:
+        if not len(own):
+            continue
+        for metric, values in read(
+            study, name, system, own, f"{name}-{setting}-seed{seed}"
+        ).items():
+            scores.setdefault(metric, np.full(len(study.test), np.nan))[own] = values
+    lap = clock.lap()
+    cost += Cost(evaluate_seconds=lap.others + lap.searching, compile_seconds=lap.compiling)
+    curves = training_curves(tuners)
+    return cells.Cell(name, setting, seed, split, scores, counts, [], cost, curves)
+
+
+def read(study: Study, name: str, system, own: np.ndarray, cell: str) -> dict[str, np.ndarray]:
+    """Scores of some test questions, named `<metric>_<n>` with the gold passage forced into n.
+
+    `<metric>_<n>_found` is from end to end; `hard_<n>` whether it had to be forced in;
+    `abstained_none` whether none is cited where none answers; `recall_at_<n>` of retrieval.
+    """
+    from fedrag_jax.evaluation.citing import contexts_of, evaluate_citing
+    from fedrag_jax.evaluation.judge import judged
+
+    config, questions, scores = study.config, [study.test[i] for i in own], {}
+    most = max(config.contexts)
+    pool = study.pool if config.silos else None
+    for n in config.contexts:
+        contexts, hard = study.contexts(n, "forced")
+        judge = None
+        if n == most and (author := endpoint(config.judge)):
+            judge = functools.partial(
+                judged, author, folder=study.folder / "judged" / cell, repeats=config.judge.repeats
+            )
+        found = evaluate_citing(system, questions, [contexts[i] for i in own], judge)
+        scores |= {f"{metric}_{n}": values for metric, values in found.items()}
+        scores[f"hard_{n}"] = hard[own].astype(float)
+        contexts, hard = contexts_of(system.retriever, questions, n, forced=False, pool=pool)
+        found = evaluate_citing(system, questions, contexts)
+        scores |= {f"{metric}_{n}_found": found[metric] for metric in METRICS}
+        scores[f"recall_at_{n}"] = 1.0 - hard
+    contexts, _ = study.contexts(most, "none")
+    found = evaluate_citing(system, questions, [contexts[i] for i in own])
+    return scores | {"abstained_none": found["abstained"]}
+
+
+def check(config) -> None:
+    """Refuses settings that could only fail later.
+
+    Raises:
+      ConfigError: names the setting, its value and what it may be.
+    """
+    check_replicates(config)
+    for name in ("variants", "settings", "contexts"):
+        if not config[name]:
+            raise ConfigError(f"config.{name} is empty; give at least one")
+    known = (BASE, *VARIANTS)
+    if unknown := [v for v in config.variants if v not in known]:
+        raise ConfigError(f"config.variants: {unknown} unknown; choose among {[*known]}")
+    if unknown := [s for s in config.settings if s not in config.learning_rates]:
+        raise ConfigError(
+            f"config.settings: {unknown} unknown; choose among {[*config.learning_rates]}"
+        )
+    if {*config.settings} - {"centralised"} and not config.silos:
+        raise ConfigError("config.settings: federated and local need --config.silos")
+    if config.silos and "pretraining_world" in config.variants:
+        raise ConfigError("config.variants: pretraining_world has no silos")
+    if min(config.contexts) < 2:
+        raise ConfigError(f"config.contexts: 2 passages at least, got {config.contexts}")
+    for where in ("author", "judge"):
+        if config[where].endpoint and not config[where].model:
+            raise ConfigError(
+                f"config.{where}.model: tell the model that {config[where].endpoint} is to run"
+            )
+
+
+def run(config, runs: str) -> pathlib.Path:
+    """Every cell; returns the folder of the results.
+
+    Raises:
+      ConfigError: as `check`.
+      DataError: a generator whose replies leave nothing to train on.
+    """
+    from fedrag_jax.data import datasets
+    from fedrag_jax.tracking.manifest import write_manifest
+
+    folder = pathlib.Path(runs) / config.name
+    check(config)
+    dataset = datasets.load(config.data.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    free = ("seeds", "split_seeds", "variants", "settings", "wandb")
+    settled_config(config, folder, free=free)
+    write_manifest(folder, dataset, experiment="aloftrag", seeds=list(config.seeds))
+    study = Study(config, dataset, folder)
+    todo = [
+        (name, setting, pair)
+        for name, setting, pair in itertools.product(
+            config.variants, config.settings, replicates(config)
+        )
+        if name != BASE or setting == config.settings[0]  # untuned is untuned wherever texts are
+    ]
+    of_question = {"names": [*study.silos], "of_question": study.asked_of.tolist()}
+    (folder / "silos.json").write_text(json.dumps(of_question) + "\n")
+    compute_missing(config, folder, todo, functools.partial(compute_cell, study), told)
+    return write_report(report(config, folder), folder, "aloftrag.csv contexts.csv")
+
+
+def report(config, folder: pathlib.Path):
+    """Writes the CSV files and returns the `Report`."""
+    from experiments import aloftrag_report
+
+    return aloftrag_report.report(config, folder)
+
+
+def told(cell) -> str:
+    """The means of a cell's scores with most passages, for people."""
+    most = max(int(m.removeprefix("em_")) for m in cell.scores if m.removeprefix("em_").isdigit())
+    return f"EM {100 * cell.scores[f'em_{most}'].mean():.1f}  citation " + (
+        f"{100 * cell.scores[f'citation_{most}'].mean():.1f}"
+    )
+
+
+if __name__ == "__main__":
+    launch(run, "configs/aloftrag.py")

@@ -1,0 +1,298 @@
+"""What the cells of experiments/aloftrag.py come to: tables, a figure, CSV files."""
+
+import json
+import pathlib
+
+import numpy as np
+
+from experiments.aloftrag import BASE, METRICS
+from experiments.cell_by_cell import finished
+
+COLUMNS = ("variant", "answer", "answer_low", "answer_high", "citation", "citation_low",
+           "citation_high", "citation_f1")  # fmt: skip
+
+
+def cells_of(config, folder: pathlib.Path, variant: str, setting: str) -> list:
+    """The cells of all seeds; untuned is untuned in every setting."""
+    return finished(config, folder, variant, config.settings[0] if variant == BASE else setting)
+
+
+def main_rows(config, folder: pathlib.Path) -> list[dict]:
+    """A row for each variant in the first setting, with most passages, the gold one forced in."""
+    from fedrag_jax.evaluation.significance import bootstrap_interval
+    from fedrag_jax.tracking import comparison
+
+    n, setting, rows = max(config.contexts), config.settings[0], []
+    start = cells_of(config, folder, BASE, setting)
+    for variant in config.variants:
+        if not (found := cells_of(config, folder, variant, setting)):
+            continue
+        row = {"variant": variant, "seeds": len(found)}
+        for name, metric in (("answer", f"em_{n}"), ("citation", f"citation_{n}")):
+            some = comparison.scores(found, metric)
+            low, high = bootstrap_interval(some)
+            row |= {name: mean(found, metric), f"{name}_low": 100 * low, f"{name}_high": 100 * high}
+            if variant != BASE and start:
+                other = comparison.paired_difference(found, start, metric)
+                row |= {f"{name}_by": other}
+        for metric in METRICS[3:]:
+            row[metric] = mean(found, f"{metric}_{n}")
+        if "judged_0" in "".join(found[0].scores):
+            repeats = [m for m in found[0].scores if m.startswith("judged_")]
+            row["judged"] = float(np.mean([mean(found, m) for m in repeats]))
+            row["judged_sd"] = float(
+                np.std([mean(found, m) for m in repeats], ddof=len(repeats) > 1)
+            )
+        rows.append(row)
+    for name in ("answer", "citation"):
+        comparison.adjust([row[f"{name}_by"] for row in rows if row.get(f"{name}_by")])
+    return rows
+
+
+def mean(cells, metric: str, where: str = "", value: float = 1.0) -> float | None:
+    """Of the scores of several seeds, in percent; of questions where another score has a value."""
+    found = []
+    for cell in cells:
+        scores = cell.scores[metric]
+        found.append(scores[cell.scores[where] == value] if where else scores)
+    found = np.concatenate(found)
+    found = found[~np.isnan(found)]
+    return 100 * float(found.mean()) if found.size else None
+
+
+def context_rows(config, folder: pathlib.Path) -> list[dict]:
+    """A row for each variant, setting and number of passages."""
+    rows = []
+    for setting in config.settings:
+        for variant in config.variants:
+            found = cells_of(config, folder, variant, setting)
+            if not found or (variant == BASE and setting != config.settings[0]):
+                continue
+            for n in config.contexts:
+                row = {"variant": variant, "setting": setting, "passages": n}
+                for name, metric in (("answer", "em"), ("citation", "citation")):
+                    row[name] = mean(found, f"{metric}_{n}")
+                    row[f"{name}_easy"] = mean(found, f"{metric}_{n}", f"hard_{n}", 0.0)
+                    row[f"{name}_hard"] = mean(found, f"{metric}_{n}", f"hard_{n}", 1.0)
+                    row[f"{name}_found"] = mean(found, f"{metric}_{n}_found")
+                row["answer_uncited"] = mean(found, f"em_{n}", f"citation_{n}", 0.0)
+                row["recall"] = mean(found, f"recall_at_{n}")
+                row["abstained"] = mean(found, f"abstained_{n}")
+                if n == max(config.contexts):
+                    row["abstained_none"] = mean(found, "abstained_none")
+                rows.append(row)
+    return rows
+
+
+def silo_rows(config, folder: pathlib.Path) -> list[dict]:
+    """A row for each variant and setting: the mean over silos and the worst one; one for each silo."""
+    from fedrag_jax.tracking.comparison import costs_and_clients
+
+    silos = json.loads((folder / "silos.json").read_text())
+    of_question, n, rows = np.array(silos["of_question"]), max(config.contexts), []
+    if len(silos["names"]) < 2:
+        return []
+    for setting in config.settings:
+        for variant in config.variants:
+            found = cells_of(config, folder, variant, setting)
+            if not found or (variant == BASE and setting != config.settings[0]):
+                continue
+            cost = costs_and_clients(found)
+            row = {"variant": variant, "setting": "" if variant == BASE else setting}
+            row |= {"bytes_up": cost["bytes_up"], "seconds": cost["seconds"]}
+            for name, metric in (("answer", f"em_{n}"), ("citation", f"citation_{n}")):
+                scores = np.mean([cell.scores[metric] for cell in found], axis=0)
+                values = {
+                    silo: 100 * float(scores[of_question == i].mean())
+                    for i, silo in enumerate(silos["names"])
+                    if (of_question == i).any()
+                }
+                worst = min(values, key=values.get)
+                row |= {f"{name}_mean": float(np.mean([*values.values()]))}
+                row |= {f"{name}_worst": values[worst], f"{name}_worst_silo": worst}
+                row |= {f"{name} {silo}": value for silo, value in values.items()}
+            rows.append(row)
+    return rows
+
+
+def generated_rows(config, folder: pathlib.Path) -> list[dict]:
+    """What became of texts and questions, by variant: counts, and requests to the author."""
+    rows = []
+    for variant in config.variants:
+        found = cells_of(config, folder, variant, config.settings[0])
+        if not found or variant == BASE:
+            continue
+        counts = found[0].controls
+        row = {"variant": variant, "requests": 0}
+        for step, asked in (("texts", 1), ("questions", 1), ("ratings", 2)):
+            some = {
+                k.partition(" ")[2]: int(v) for k, v in counts.items() if k.startswith(step + " ")
+            }
+            if not some:
+                continue
+            row["requests"] += asked * sum(v for k, v in some.items() if k not in UNASKED)
+            dropped = ", ".join(f"{v} {k}" for k, v in some.items() if k != "kept" and v)
+            row[step] = f"{some['kept']:,} of {sum(some.values()):,}" + (
+                f" ({dropped})" if dropped else ""
+            )
+        rows.append(row)
+    return rows
+
+
+UNASKED = ("empty", "short")
+NAMES = {"base": "base", "all": "all steps", "without_step_1": "without step 1",
+         "without_step_3": "without step 3"}  # fmt: skip
+
+
+def report(config, folder: pathlib.Path):
+    """Writes aloftrag.csv, contexts.csv and silos.csv and returns the `Report`."""
+    from fedrag_jax.tracking import citing_figures, tables
+    from fedrag_jax.tracking.report import Report, Section
+
+    rows, contexts = main_rows(config, folder), context_rows(config, folder)
+    silos, made = silo_rows(config, folder), generated_rows(config, folder)
+    tables.write_csv(folder / "aloftrag.csv", rows, COLUMNS)
+    tables.write_csv(folder / "contexts.csv", contexts)
+    if silos:
+        tables.write_csv(folder / "silos.csv", silos)
+    n = max(config.contexts)
+    for row in (*rows, *contexts, *silos, *made):
+        row["name"] = NAMES.get(row["variant"], row["variant"].replace("_", " "))
+    judged = [tables.Column("judged (SD over repeats)", _judged)] if _any(rows, "judged") else []
+    name = tables.words("variant", "name")
+    several = [tables.words("setting", "setting")] if len(config.settings) > 1 else []
+    sections = [
+        Section(
+            "Answers and citations",
+            "ablation",
+            f"Percent of the test questions, read among {n} passages of which one is gold: answers by "
+            "exact match; citations by whether the gold passage is among those cited, and by the F1 "
+            "of those cited. 95% bootstrap intervals over questions; differences from the untuned "
+            "generator are paired by question and seed, p by permutation over questions, "
+            "Holm-adjusted over each column.",
+            tables.Table(
+                [
+                    name,
+                    tables.interval("answer [95% CI]", "answer"),
+                    _by("against base", "answer_by"),
+                    _p("p", "answer_by"),
+                    tables.interval("citation [95% CI]", "citation"),
+                    _by("against base", "citation_by"),
+                    _p("p", "citation_by"),
+                    tables.number("citation F1", "citation_f1"),
+                    *judged,
+                ],
+                rows,
+            ),
+        ),
+        Section(
+            "Figure",
+            "passages",
+            "Answers and citations by the number of passages read, the gold one among them.",
+            figure=citing_figures.over_passages(contexts, config.settings[0]),
+        ),
+        Section(
+            "Easy, hard, and from end to end",
+            "contexts",
+            "Hard questions are those whose gold passage is not among the nearest and was put in place "
+            "of the last. From end to end questions are read with what was found, and its recall is "
+            "the most that can be cited. Last, right answers among those that cite a wrong passage.",
+            tables.Table(
+                [
+                    name,
+                    *several,
+                    tables.number("passages", "passages", 0),
+                    *(
+                        tables.number(f"{what}{of and ', ' + of}", f"{what}{of and '_' + of}")
+                        for what in ("answer", "citation")
+                        for of in ("", "easy", "hard", "found")
+                    ),
+                    tables.number("recall", "recall"),
+                    tables.number("answered though cited wrong", "answer_uncited"),
+                ],
+                contexts,
+            ),
+        ),
+        Section(
+            "Where nothing answers",
+            "abstention",
+            "Percent of questions that cite no passage: among the nearest without the gold one, where "
+            "that is right, and with it, where it is wrong.",
+            tables.Table(
+                [
+                    name,
+                    *several,
+                    tables.number("without gold passage", "abstained_none"),
+                    tables.number("with it", "abstained"),
+                ],
+                [row for row in contexts if row["passages"] == n],
+            ),
+        ),
+        Section(
+            "Silos",
+            "silos",
+            f"Means over silos, each asked about its own texts, and the worst one, with {n} passages.",
+            tables.Table(
+                [
+                    name,
+                    tables.words("setting", "setting"),
+                    tables.number("answer, mean", "answer_mean"),
+                    tables.number("worst", "answer_worst"),
+                    tables.words("", "answer_worst_silo"),
+                    tables.number("citation, mean", "citation_mean"),
+                    tables.number("worst", "citation_worst"),
+                    tables.words("", "citation_worst_silo"),
+                    tables.number("MB up", "bytes_up", 1, 1e6),
+                    tables.number("seconds", "seconds", 0),
+                ],
+                silos,
+            ),
+        ),
+        Section(
+            "What the generator wrote",
+            "generated",
+            "Kept of what there was in each step, and why others were dropped; requests to the "
+            "generator are shared by variants.",
+            tables.Table(
+                [
+                    name,
+                    tables.words("texts", "texts"),
+                    tables.words("questions", "questions"),
+                    tables.words("rated questions", "ratings"),
+                    tables.number("requests", "requests", 0),
+                ],
+                made,
+            ),
+        ),
+    ]
+    t = config.training
+    who = config.author.model or config.models.generator
+    return Report(
+        folder.name,
+        f"Label-free fine-tuning on {config.data.name}: {who} rates texts and asks about them, "
+        f"{config.models.generator} learns to cite and to answer in {t.rounds} x {t.local_steps} steps "
+        f"of {t.batch_size} contexts" + (" at each silo." if config.silos else "."),
+        sections,
+    )
+
+
+def _any(rows, key: str) -> bool:
+    return any(row.get(key) is not None for row in rows)
+
+
+def _judged(row) -> str:
+    return f"{row['judged']:.1f} ({row['judged_sd']:.1f})"
+
+
+def _by(title: str, key: str):
+    from fedrag_jax.tracking import tables
+
+    shown = tables.difference(title)
+    return shown._replace(show=lambda row: shown.show(row.get(key) or {}))
+
+
+def _p(title: str, key: str):
+    from fedrag_jax.tracking import tables
+
+    shown = tables.p_value(title, "p_holm")
+    return shown._replace(show=lambda row: shown.show(row.get(key) or {}))
