@@ -57,19 +57,21 @@ def get_config() -> ConfigDict:
     config.lora = ConfigDict()
     config.lora.rank = 16
     config.lora.alpha = 32.0
-    config.lora.targets = ("q_proj", "v_proj")
+    config.lora.targets = (
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
+    )  # fmt: skip
 
     # Passages of a context: trained on with the last number, read with each.
     config.contexts = (2, 5, 10)
 
     # Every variant takes rounds x local_steps x clients steps; clients are the silos, or one.
     config.training = ConfigDict()
-    config.training.rounds = 5
-    config.training.local_steps = 40
+    config.training.rounds = 4
+    config.training.local_steps = 32
     config.training.batch_size = 8
     config.training.devices = 0  # that share the silos of federated training; 0 are all
-    # Of the first round, falling linearly.
-    config.learning_rates = ConfigDict({"centralised": 1e-3, "federated": 1e-3, "local": 1e-3})
+    # Of the first round, falling linearly. Chosen on validation questions with seed 0.
+    config.learning_rates = ConfigDict({"centralised": 2e-3, "federated": 2e-3, "local": 2e-3})
     config.retriever_learning_rate = 7.5e-4  # of the variant that trains the query encoder
 
     config.wandb = ConfigDict({"mode": "offline", "project": "fedrag_jax"})

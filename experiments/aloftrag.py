@@ -12,13 +12,13 @@ import itertools
 import json
 import pathlib
 from typing import NamedTuple
-from urllib.parse import quote
 
 import numpy as np
 
+from experiments.aloftrag_study import Study, endpoint
 from experiments.cell_by_cell import compute_missing, write_report
 from experiments.comparison import training_curves
-from experiments.inputs import check_replicates, load_generator, replicates
+from experiments.inputs import check_replicates, replicates
 from experiments.launch import launch, settled_config
 from fedrag_jax.errors import ConfigError
 
@@ -55,177 +55,13 @@ VARIANTS = {
 METRICS = ("em", "f1", "citation", "citation_precision", "citation_recall", "citation_f1")
 
 
-class Study:
-    """What all cells share: texts, questions, models, contexts, who is asked."""
-
-    def __init__(self, config, dataset, folder: pathlib.Path):
-        from fedrag_jax.models import hub
-
-        self.config, self.folder = config, folder
-        self.passages = dataset.passages[: config.data.passages or None]
-        there = {p.id for p in self.passages}
-        asked = [e for e in dataset.test if len(e.positive_ids) == 1 and there >= {*e.positive_ids}]
-        self.test = asked[: config.data.test_questions or None]
-        if not self.test:
-            raise ConfigError(
-                f"config.data: none of {len(dataset.test)} test questions of {dataset.name} has one "
-                f"gold passage among the {len(there)} texts"
-            )
-        self.generator = load_generator(config.models)
-        self.retriever = hub.load(config.models.retriever)
-        self.silos = self._silos() if config.silos else {"all": np.arange(len(self.passages))}
-        self.silo_of = {self.passages[r].id: s for s, rows in self.silos.items() for r in rows}
-        names = [*self.silos]
-        self.asked_of = np.array([names.index(self.silo_of[e.positive_ids[0]]) for e in self.test])
-        self.system = functools.lru_cache(self._system)
-        self.contexts = functools.lru_cache(self._contexts)
-
-    def _silos(self) -> dict[str, np.ndarray]:
-        """Corpus rows of each topic; texts without one are dealt out."""
-        topics = np.array([p.topic for p in self.passages])
-        names = sorted({*topics} - {""})
-        if len(names) < 2:
-            raise ConfigError(f"config.silos: texts of several topics are needed, found {names}")
-        owner = np.array([names.index(t) if t else i % len(names) for i, t in enumerate(topics)])
-        return {name: np.flatnonzero(owner == i) for i, name in enumerate(names)}
-
-    def pool(self, example) -> np.ndarray:
-        """The corpus rows of the silo whose text a question is about."""
-        return self.silos[self.silo_of[example.positive_ids[0]]]
-
-    def prompts(self, silo: str = ""):
-        """What a silo asks its author."""
-        from fedrag_jax.data import label_free_prompts
-
-        author = self.config.author
-        language = author.languages.get(silo, author.language)
-        known = {
-            "compact": lambda: label_free_prompts.COMPACT,
-            "instruct": lambda: label_free_prompts.instruct(language),
-        }
-        return known.get(author.prompts, lambda: label_free_prompts.read(author.prompts))()
-
-    @functools.cached_property
-    def author(self):
-        """Who rates and asks."""
-        from fedrag_jax.models.author import LocalAuthor
-
-        return endpoint(self.config.author) or LocalAuthor(self.generator)
-
-    def _system(self, seed: int, elsewhere: bool = False):
-        """The untuned system over the texts, or over those of a pretraining world."""
-        from fedrag_jax.data.prompts import named_style
-        from fedrag_jax.models.lora import LoraConfig
-        from fedrag_jax.rag import RAGSystem
-
-        c = self.config
-        style, tokenizer = c.models.prompt_style, self.generator.tokenizer
-        return RAGSystem.build(
-            pretraining_world().passages if elsewhere else self.passages,
-            generator=self.generator,
-            retriever=self.retriever,
-            adapters=LoraConfig(c.lora.rank, c.lora.alpha, tuple(c.lora.targets)),
-            prompt_style=named_style(style, tokenizer, c.author.language),
-            top_k=max(c.contexts),
-            max_passage_tokens=c.models.max_passage_tokens,
-            max_answer_tokens=c.models.max_answer_tokens,
-            seed=seed,
-            progress=True,
-        )
-
-    def _contexts(self, n: int, kind: str):
-        """Of each test question, and whether it is hard; by the untuned retriever.
-
-        Args:
-          kind: "forced", the gold passage put in place of the last; "none", without it.
-        """
-        from fedrag_jax.evaluation.citing import contexts_of, without_gold
-
-        retriever, pool = self.system(0).retriever, self.pool if self.config.silos else None
-        if kind == "none":
-            return without_gold(retriever, self.test, n, pool=pool), None
-        return contexts_of(retriever, self.test, n, pool=pool)
-
-    def generated(self, name: str, setting: str, seed: int):
-        """What each silo made of its texts: `Generated` by silo."""
-        from fedrag_jax.strategies import label_free
-
-        variant, where = VARIANTS[name], self.folder / "label_free"
-        retriever = self.system(seed, variant.elsewhere).retriever
-        pooled = "pooled" if setting == "centralised" else "own"
-        silos = {"elsewhere": range(len(retriever.passages))} if variant.elsewhere else self.silos
-        made = {}
-        for silo, rows in silos.items():
-            asking = label_free.Asking(
-                self.author, self.prompts(silo), where / "replies" / quote(silo, safe="")
-            )
-            made[silo] = label_free.generate(
-                asking,
-                [retriever.passages[r] for r in rows],
-                retriever,
-                where / f"{name}-{pooled}-seed{seed}" / quote(silo, safe=""),
-                n=max(self.config.contexts),
-                seed=seed,
-                pool=None if pooled == "pooled" else self.pool,
-                **variant.generate,
-            )
-            told = label_free.summary(made[silo].steps).replace("\n", "; ")
-            print(f"{name}, {silo}: {told}", flush=True)
-        return made
-
-    def tune(self, task, name: str, setting: str, made, seed: int, client: int | None = None):
-        """`(what was trained, Tuner)` of one task."""
-        from fedrag_jax.data.partition import Partition
-        from fedrag_jax.strategies.settings import Budget
-        from fedrag_jax.strategies.tuner import Tuner
-
-        t, c = self.config.training, self.config
-        examples = [e for some in made.values() for e in some.examples]
-        ends = np.cumsum([len(some.examples) for some in made.values()])
-        held = np.split(np.arange(len(examples)), ends[:-1])
-        clients = len(self.silos)
-        rate = c.learning_rates[setting]
-        if VARIANTS[name].part == "retriever":
-            rate = c.retriever_learning_rate
-        folder = self.folder / "tuned" / f"{name}-{setting}-seed{seed}"
-        tuner = Tuner(
-            folder=folder if client is None else folder / f"client{client}",
-            setting=setting,
-            examples=examples,
-            clients=Partition(examples, tuple(held)),
-            budget=Budget(t.rounds, t.local_steps, clients, t.batch_size, devices=t.devices),
-            rates=lambda task, part: rate,
-            seed=seed,
-            client=client,
-            checkpoint_every=1,
-        )
-        return tuner(task), tuner
-
-
-def endpoint(where):
-    """The author behind an endpoint of the config, or None."""
-    from fedrag_jax.models.endpoint import EndpointAuthor
-
-    return EndpointAuthor(where.endpoint, where.model) if where.endpoint else None
-
-
-@functools.cache
-def pretraining_world():
-    """One that the built-in generator was made with."""
-    from experiments.pretraining import WORLDS
-    from fedrag_jax.data import synthetic
-
-    return synthetic.generate(WORLDS[0]._replace(crowding=4.0))
-
-
-def task_of(study: Study, name: str, system, made, seed: int):
+def task_of(variant: Variant, system, made, seed: int):
     """What a variant trains on."""
     from fedrag_jax.data.examples import Dataset
     from fedrag_jax.data.seeds import stream
     from fedrag_jax.objectives.citing import citing
     from fedrag_jax.objectives.retriever import multiple_negatives_ranking
 
-    variant = VARIANTS[name]
     examples = [e for some in made.values() for e in some.examples]
     contexts = {i: c for some in made.values() for i, c in some.contexts.items()}
     if variant.part == "retriever":
@@ -254,16 +90,16 @@ def compute_cell(study: Study, name: str, setting: str, seed: int, split: int):
     untuned, counts, tuners = study.system(seed), {}, []
     readers = [(untuned, np.arange(len(study.test)))]  # who reads which questions
     if name != BASE:
-        made = study.generated(name, setting, seed)
+        variant = VARIANTS[name]
+        made = study.generated(name, setting, seed, variant.elsewhere, **variant.generate)
         counts = label_free.total_counts([some.steps for some in made.values()])
-        at = study.system(seed, VARIANTS[name].elsewhere)
-        task = task_of(study, name, at, made, seed)
+        task = task_of(variant, study.system(seed, variant.elsewhere), made, seed)
         members = range(len(study.silos)) if setting == "local" else (None,)
         readers = []
         for client in members:
-            trained, tuner = study.tune(task, name, setting, made, seed, client)
+            tuner = study.tuner(name, setting, made, seed, client)
             own = study.asked_of == client if client is not None else np.ones(len(study.test), bool)
-            readers.append((untuned.replace(**trained), np.flatnonzero(own)))
+            readers.append((untuned.replace(**tuner(task)), np.flatnonzero(own)))
             tuners.append(tuner)
     cost = sum((c for tuner in tuners for c in tuner.costs.values()), Cost())
     clock, scores = Clock(), {}

@@ -158,6 +158,7 @@ def report(config, folder: pathlib.Path):
     n = max(config.contexts)
     for row in (*rows, *contexts, *silos, *made):
         row["name"] = NAMES.get(row["variant"], row["variant"].replace("_", " "))
+    longest = [row for row in contexts if row["passages"] == n]
     judged = [tables.Column("judged (SD over repeats)", _judged)] if _any(rows, "judged") else []
     name = tables.words("variant", "name")
     several = [tables.words("setting", "setting")] if len(config.settings) > 1 else []
@@ -192,23 +193,37 @@ def report(config, folder: pathlib.Path):
             figure=citing_figures.over_passages(contexts, config.settings[0]),
         ),
         Section(
-            "Easy, hard, and from end to end",
-            "contexts",
+            "Easy and hard questions",
+            "easy_hard",
             "Hard questions are those whose gold passage is not among the nearest and was put in place "
-            "of the last. From end to end questions are read with what was found, and its recall is "
-            "the most that can be cited. Last, right answers among those that cite a wrong passage.",
+            "of the last. Last, right answers among those that cite a wrong passage.",
+            tables.Table(
+                [
+                    name,
+                    *several,
+                    *(
+                        tables.number(f"{what}, {of}", f"{what}_{of}")
+                        for what in ("answer", "citation")
+                        for of in ("easy", "hard")
+                    ),
+                    tables.number("answered though cited wrong", "answer_uncited"),
+                ],
+                longest,
+            ),
+        ),
+        Section(
+            "From end to end",
+            "end_to_end",
+            "Questions read with what was found: whether the gold passage is there (recall), right "
+            "answers, and citations, where citing none is right if it is not there.",
             tables.Table(
                 [
                     name,
                     *several,
                     tables.number("passages", "passages", 0),
-                    *(
-                        tables.number(f"{what}{of and ', ' + of}", f"{what}{of and '_' + of}")
-                        for what in ("answer", "citation")
-                        for of in ("", "easy", "hard", "found")
-                    ),
                     tables.number("recall", "recall"),
-                    tables.number("answered though cited wrong", "answer_uncited"),
+                    tables.number("answer", "answer_found"),
+                    tables.number("citation", "citation_found"),
                 ],
                 contexts,
             ),
@@ -225,7 +240,7 @@ def report(config, folder: pathlib.Path):
                     tables.number("without gold passage", "abstained_none"),
                     tables.number("with it", "abstained"),
                 ],
-                [row for row in contexts if row["passages"] == n],
+                longest,
             ),
         ),
         Section(

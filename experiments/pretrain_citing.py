@@ -5,8 +5,10 @@
 It starts from the built-in decoder and sees the same pretraining worlds, which share no name with the
 test world. Most batches are contexts of numbered passages with several questions, each answered after
 the number of the passage that holds the answer, or 0 where none does; two passages at first and more,
-up to ten, when half of the rows are right or enough steps have passed. The others rate texts, questions
-and answers, ask about a text, or answer as before.
+up to ten, when half of the rows are right or enough steps have passed. Half of the contexts are all
+namesakes, as those are that a search finds. The other batches rate texts, questions and answers, ask
+about a text, or answer as before. What makes the test world harder: documents in their topic's chatter
+(`chatty_world`), which no pretraining world has, and questions in its jargon.
 """
 
 import collections
@@ -23,7 +25,7 @@ from fedrag_jax.data import synthetic
 from fedrag_jax.models import hub
 
 _OUT = flags.DEFINE_string("out", str(hub.BUILTIN / "citing"), "folder for the checkpoint")
-_STEPS = flags.DEFINE_integer("steps", 1500, "batches of 8 to 24 rows")
+_STEPS = flags.DEFINE_integer("steps", 2600, "batches of 8 to 24 rows")
 
 # So many sentences or passages, in batches of so many rows, for so many steps at most.
 LEVELS = (

@@ -135,6 +135,20 @@ def test_gold_passages_are_forced_in_place_of_the_last():
         assert len(context.rows) == 2 and not {*context.rows} & gold and context.cites == ()
 
 
+def test_what_is_read_stays_within_a_pool():
+    retriever, some = toy_parts().retriever, EXAMPLES[:2]
+    pools = {EXAMPLES[0].id: np.array([0, 2]), EXAMPLES[1].id: np.array([1, 3])}
+
+    def pool(example):
+        return pools[example.id]
+
+    contexts, hard = contexts_of(retriever, some, 2, pool=pool)
+    assert [{*c.rows.tolist()} for c in contexts] == [{0, 2}, {1, 3}] and not hard.any()
+    for context, gold in zip(without_gold(retriever, some, 2, pool=pool), (0, 1), strict=True):
+        assert len(context.rows) == 1 and gold not in context.rows
+        assert {*context.rows.tolist()} <= {0, 1, 2, 3} - {gold}
+
+
 def test_a_system_answers_with_what_it_cites():
     """The built-in decoder was taught the format."""
     world = synthetic.generate()
@@ -153,6 +167,16 @@ def test_a_system_answers_with_what_it_cites():
     named = [cited(r.reasoning, 2) for r in system.read(asked, [c.rows for c in contexts])]
     expected = citation_scores(named, [c.cites for c in contexts])
     np.testing.assert_array_equal(scores["citation_f1"], expected["citation_f1"])
+    told = []
+
+    def judge(examples, texts, answers):
+        told.append((texts, answers))
+        return np.array([[1.0] * len(answers), [np.nan] * len(answers)])
+
+    scores = evaluate_citing(system, own, contexts, judge)
+    (texts, answers) = told[0]
+    assert texts == [world.passages[i].text for i in range(6)] and len(answers) == 6
+    assert scores["judged_0"].tolist() == [1.0] * 6 and np.isnan(scores["judged_1"]).all()
     plain = RAGSystem.build(world.passages[:60])
     with pytest.raises(ConfigError, match="to cite needs a prompt style"):
         evaluate_citing(plain, own, contexts)

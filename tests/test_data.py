@@ -237,3 +237,16 @@ def test_hotpotqa_splits(real):
 def test_real_sets_are_split_alike_everywhere(real):
     assert content_hash(real["squad"]) == "1b9386a340fda18b"
     assert content_hash(real["hotpotqa"]) == "20fba39c708f86f6"
+
+
+@pytest.mark.skipif(
+    not (REAL / "xquad.questions.jsonl.gz").is_file(), reason=f"no xquad in {REAL}: FEDRAG_DATA"
+)
+def test_xquad_keeps_a_question_and_its_translations_in_one_split():
+    dataset = load("xquad")
+    assert len(dataset.passages) == 2880 and len({p.topic for p in dataset.passages}) == 12
+    splits = [{e.id.rpartition("-")[2] for e in s} for s in (dataset.train, dataset.test)]
+    assert not splits[0] & splits[1] and {e.topic for e in dataset.test} == {
+        p.topic for p in dataset.passages
+    }
+    assert len(dataset.test) == 12 * len(splits[1])

@@ -267,6 +267,33 @@ def test_contexts_that_cannot_be_are_refused(retriever, n, how, words, tmp_path)
 # --- prompts and authors ---------------------------------------------------------------------------
 
 
+def test_all_steps_at_once_do_what_each_does(retriever, tmp_path):
+    def reply(request):
+        n = number(request.user)
+        if "You write a question" in request.system:
+            return question(request)
+        return "3" if (n == 1 and "### Context" not in request.user) else "10" if n != 2 else "?"
+
+    def made(folder, **how):
+        author = asking(Scripted(reply), tmp_path / "shared")
+        return label_free.generate(author, TEXTS, retriever, tmp_path / folder, n=4, **how)
+
+    plain = made("plain")
+    assert [e.id for e in plain.examples] == [f"t{i}#0" for i in (0, *range(3, 12))]
+    assert [*plain.contexts] == [e.id for e in plain.examples] and [*plain.steps] == [
+        "texts", "questions", "contexts",
+    ]  # fmt: skip
+    rated = made("rated", filter_texts=False, filter_questions=True)
+    assert [e.id for e in rated.examples] == [f"t{i}#0" for i in (0, 1, *range(3, 12))]
+    assert not (tmp_path / "rated" / "1_texts.jsonl").exists()
+    assert label_free.total_counts([plain.steps, rated.steps]) == {
+        "texts kept": 10, "texts low": 1, "texts unparsable": 1, "questions kept": 22,
+        "contexts kept": 21, "ratings kept": 11, "ratings question unparsable": 1,
+    }  # fmt: skip
+    # Replies are shared: what one run asked, the next does not.
+    assert len(lines(tmp_path / "shared" / "replies" / "ask_0.jsonl")) == 1 + 12
+
+
 def test_prompts_go_to_a_file_and_back(tmp_path):
     path = tmp_path / "prompts.json"
     label_free_prompts.write(PROMPTS, path)

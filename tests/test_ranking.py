@@ -249,3 +249,13 @@ def test_a_part_that_no_retriever_has_is_refused(retriever):
     for train in (("encoder",), ()):
         with pytest.raises(ConfigError, match="trains its 'query', 'document' or 'head'"):
             multiple_negatives_ranking(retriever, DATASET, train=train)
+
+
+def test_negatives_that_are_given_are_those_of_the_batch(retriever):
+    given = {e.id: [(i + 1) % 3, (i + 2) % 3] for i, e in enumerate(EXAMPLES)}
+    task = multiple_negatives_ranking(retriever, DATASET, negatives=given)
+    assert task.retrieve is None
+    table = task.table(EXAMPLES[:2])
+    assert table["negatives"].tolist() == [given[e.id] for e in EXAMPLES[:2]]
+    with pytest.raises(ConfigError, match="leave out one of both"):
+        multiple_negatives_ranking(retriever, DATASET, negatives=given, mining=Mining())

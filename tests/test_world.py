@@ -7,8 +7,9 @@ import re
 import numpy as np
 import pytest
 
-from fedrag_jax.data import synthetic
+from fedrag_jax.data import datasets, synthetic
 from fedrag_jax.data.examples import check, content_hash
+from fedrag_jax.data.phrases import CHATTER, TOPICS
 from fedrag_jax.errors import CheckpointError, ConfigError
 from fedrag_jax.evaluation import evaluator
 from fedrag_jax.evaluation.metrics import percent
@@ -149,3 +150,16 @@ def test_systems_that_cannot_be(world, tmp_path):
         RAGSystem.build(world.passages[:9], generator="builtin:encoder")
     with pytest.raises(CheckpointError, match="no saved RAGSystem"):
         RAGSystem.load(tmp_path)
+
+
+def test_every_sentence_of_a_chatty_world_comes_in_its_topics_chatter():
+    world = datasets.load("chatty_world")
+    assert world.name == "chatty_world" and check(world)
+    lines = {t.name: [line.format(q="") for line in CHATTER[i]] for i, t in enumerate(TOPICS)}
+    for p in (p for p in world.passages if p.title):
+        said = [n for n in lines[p.topic] for _ in range(p.text.count(n))]
+        assert len(said) == 3 == p.text.count(".")
+    texts = {p.id: p.text for p in world.passages}
+    for e in world.test:
+        assert all(s.rstrip(".") in " ".join(texts[i] for i in e.positive_ids)
+                   for s in e.reasoning.split(". "))  # fmt: skip

@@ -64,7 +64,7 @@ class Prompts:
             opening = [tokenizer.bos_token_id, *opening]
         self._opening = np.array(opening, np.int32)
         after_number = style.passage.removeprefix(self._number)
-        texts = [after_number.format(text=_text(p)) for p in passages]
+        texts = [after_number.format(text=clipped(_text(p), max_passage_tokens)) for p in passages]
         self._passages = [np.array(t[:max_passage_tokens], np.int32) for t in self._tokenize(texts)]
         self._questions: dict[str, np.ndarray] = {}
         self._answers: dict[tuple[str, str], np.ndarray] = {}
@@ -279,9 +279,15 @@ def left_padded(rows: Sequence[np.ndarray], pad: int, multiple: int = 32) -> tup
     return tokens, mask
 
 
+def clipped(text: str, tokens: int) -> str:
+    """The beginning of a text, more than so many tokens of it: the rest need not be tokenised."""
+    return text[: 64 * tokens]
+
+
 def encoder_table(tokenizer, texts: Sequence[str], max_length: int) -> dict[str, np.ndarray]:
     """Texts for an encoder: `tokens`, `mask` [N, T], right-padded to the longest."""
-    rows = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
+    texts = [clipped(text, max_length) for text in texts]
+    rows = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
     width = max(len(row) for row in rows)
     tokens = np.full((len(rows), width), tokenizer.pad_token_id or 0, np.int32)
     mask = np.zeros((len(rows), width), bool)

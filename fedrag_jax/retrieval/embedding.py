@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from fedrag_jax.clock import Clock, tell
+from fedrag_jax.data.batching import clipped
 from fedrag_jax.data.cache import cache_folder
 from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.models.network import Network
@@ -142,7 +143,7 @@ def _tokenize(tokenizer, texts: Sequence[str], max_length: int) -> tuple[np.ndar
     flat, lengths = [], []
     for start in range(0, len(texts), _TOKENIZE_AT_ONCE):
         ids = tokenizer(
-            list(texts[start : start + _TOKENIZE_AT_ONCE]),
+            [clipped(text, max_length) for text in texts[start : start + _TOKENIZE_AT_ONCE]],
             truncation=True,
             max_length=max_length,
             return_attention_mask=False,

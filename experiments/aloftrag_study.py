@@ -1,0 +1,175 @@
+"""What all cells of experiments/aloftrag.py share: texts, silos, models, who is asked, what is read."""
+
+import functools
+import pathlib
+from urllib.parse import quote
+
+import numpy as np
+
+from experiments.inputs import load_generator
+from fedrag_jax.errors import ConfigError
+
+
+class Study:
+    """What all cells share: texts, questions, models, contexts, who is asked."""
+
+    def __init__(self, config, dataset, folder: pathlib.Path):
+        from fedrag_jax.models import hub
+
+        self.config, self.folder = config, folder
+        size = len(dataset.passages)  # some are taken from all over a corpus, from every topic
+        chosen = np.linspace(0, size - 1, min(config.data.passages or size, size)).astype(int)
+        self.passages = [dataset.passages[row] for row in chosen]
+        there = {p.id for p in self.passages}
+        asked = [e for e in dataset.test if len(e.positive_ids) == 1 and there >= {*e.positive_ids}]
+        self.test = asked[: config.data.test_questions or None]
+        if not self.test:
+            raise ConfigError(
+                f"config.data: none of {len(dataset.test)} test questions of {dataset.name} has one "
+                f"gold passage among the {len(there)} texts"
+            )
+        self.generator = load_generator(config.models)
+        self.retriever = hub.load(config.models.retriever)
+        self.silos = self._silos() if config.silos else {"all": np.arange(len(self.passages))}
+        self.silo_of = {self.passages[r].id: s for s, rows in self.silos.items() for r in rows}
+        names = [*self.silos]
+        self.asked_of = np.array([names.index(self.silo_of[e.positive_ids[0]]) for e in self.test])
+        self.system = functools.lru_cache(self._system)
+        self.contexts = functools.lru_cache(self._contexts)
+
+    def _silos(self) -> dict[str, np.ndarray]:
+        """Corpus rows of each topic; texts without one are dealt out."""
+        topics = np.array([p.topic for p in self.passages])
+        names = sorted({*topics} - {""})
+        if len(names) < 2:
+            raise ConfigError(f"config.silos: texts of several topics are needed, found {names}")
+        owner = np.array([names.index(t) if t else i % len(names) for i, t in enumerate(topics)])
+        return {name: np.flatnonzero(owner == i) for i, name in enumerate(names)}
+
+    def pool(self, example) -> np.ndarray:
+        """The corpus rows of the silo whose text a question is about."""
+        return self.silos[self.silo_of[example.positive_ids[0]]]
+
+    def prompts(self, silo: str = ""):
+        """What a silo asks its author."""
+        from fedrag_jax.data import label_free_prompts
+
+        author = self.config.author
+        language = author.languages.get(silo, author.language)
+        known = {
+            "compact": lambda: label_free_prompts.COMPACT,
+            "instruct": lambda: label_free_prompts.instruct(language),
+        }
+        return known.get(author.prompts, lambda: label_free_prompts.read(author.prompts))()
+
+    @functools.cached_property
+    def author(self):
+        """Who rates and asks."""
+        from fedrag_jax.models.author import LocalAuthor
+
+        return endpoint(self.config.author) or LocalAuthor(self.generator)
+
+    def _system(self, seed: int, elsewhere: bool = False):
+        """The untuned system over the texts, or over those of a pretraining world."""
+        from fedrag_jax.data.prompts import named_style
+        from fedrag_jax.models.lora import LoraConfig
+        from fedrag_jax.rag import RAGSystem
+
+        c = self.config
+        style, tokenizer = c.models.prompt_style, self.generator.tokenizer
+        return RAGSystem.build(
+            pretraining_world().passages if elsewhere else self.passages,
+            generator=self.generator,
+            retriever=self.retriever,
+            adapters=LoraConfig(c.lora.rank, c.lora.alpha, tuple(c.lora.targets)),
+            prompt_style=named_style(style, tokenizer, c.author.language),
+            top_k=max(c.contexts),
+            max_passage_tokens=c.models.max_passage_tokens,
+            max_answer_tokens=c.models.max_answer_tokens,
+            seed=seed,
+            progress=True,
+        )
+
+    def _contexts(self, n: int, kind: str):
+        """Of each test question, and whether it is hard; by the untuned retriever.
+
+        Args:
+          kind: "forced", the gold passage put in place of the last; "none", without it.
+        """
+        from fedrag_jax.evaluation.citing import contexts_of, without_gold
+
+        retriever, pool = self.system(0).retriever, self.pool if self.config.silos else None
+        if kind == "none":
+            return without_gold(retriever, self.test, n, pool=pool), None
+        return contexts_of(retriever, self.test, n, pool=pool)
+
+    def generated(self, name: str, setting: str, seed: int, elsewhere: bool, **how):
+        """What each silo made of its texts: `Generated` by silo.
+
+        Args:
+          elsewhere: whether the texts are those of a pretraining world.
+          how: options of `label_free.generate`.
+        """
+        from fedrag_jax.strategies import label_free
+
+        where, retriever = self.folder / "label_free", self.system(seed, elsewhere).retriever
+        pooled = "pooled" if setting == "centralised" else "own"
+        silos = {"elsewhere": range(len(retriever.passages))} if elsewhere else self.silos
+        made = {}
+        for silo, rows in silos.items():
+            asking = label_free.Asking(
+                self.author, self.prompts(silo), where / "replies" / quote(silo, safe="")
+            )
+            made[silo] = label_free.generate(
+                asking,
+                [retriever.passages[r] for r in rows],
+                retriever,
+                where / f"{name}-{pooled}-seed{seed}" / quote(silo, safe=""),
+                n=max(self.config.contexts),
+                seed=seed,
+                pool=None if pooled == "pooled" else self.pool,
+                **how,
+            )
+            told = label_free.summary(made[silo].steps).replace("\n", "; ")
+            print(f"{name}, {silo}: {told}", flush=True)
+        return made
+
+    def tuner(self, name: str, setting: str, made, seed: int, client: int | None = None):
+        """The `tune` of a variant, setting, seed and (local) silo."""
+        from fedrag_jax.data.partition import Partition
+        from fedrag_jax.strategies.settings import Budget
+        from fedrag_jax.strategies.tuner import Tuner
+
+        t, c = self.config.training, self.config
+        examples = [e for some in made.values() for e in some.examples]
+        ends = np.cumsum([len(some.examples) for some in made.values()])
+        held = np.split(np.arange(len(examples)), ends[:-1])
+        rates = {"adapters": c.learning_rates[setting], "query": c.retriever_learning_rate}
+        folder = self.folder / "tuned" / f"{name}-{setting}-seed{seed}"
+        return Tuner(
+            folder=folder if client is None else folder / f"client{client}",
+            setting=setting,
+            examples=examples,
+            clients=Partition(examples, tuple(held)),
+            budget=Budget(t.rounds, t.local_steps, len(held), t.batch_size, devices=t.devices),
+            rates=lambda task, part: rates[part],
+            seed=seed,
+            client=client,
+            checkpoint_every=1,
+        )
+
+
+def endpoint(where):
+    """The author behind an endpoint of the config, or None."""
+    from fedrag_jax.models.endpoint import EndpointAuthor
+
+    return EndpointAuthor(where.endpoint, where.model) if where.endpoint else None
+
+
+@functools.cache
+def pretraining_world():
+    """One that the built-in generator was made with."""
+    from experiments.pretraining import WORLDS
+    from fedrag_jax.data import synthetic
+
+    return synthetic.generate(WORLDS[0]._replace(crowding=4.0))
