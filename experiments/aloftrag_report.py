@@ -74,12 +74,14 @@ def context_rows(config, folder: pathlib.Path) -> list[dict]:
                     row[name] = mean(found, f"{metric}_{n}")
                     row[f"{name}_easy"] = mean(found, f"{metric}_{n}", f"hard_{n}", 0.0)
                     row[f"{name}_hard"] = mean(found, f"{metric}_{n}", f"hard_{n}", 1.0)
-                    row[f"{name}_found"] = mean(found, f"{metric}_{n}_found")
+                    if n == max(config.contexts):
+                        row[f"{name}_found"] = mean(found, f"{metric}_found")
                 row["answer_uncited"] = mean(found, f"em_{n}", f"citation_{n}", 0.0)
                 row["recall"] = mean(found, f"recall_at_{n}")
                 row["abstained"] = mean(found, f"abstained_{n}")
                 if n == max(config.contexts):
                     row["abstained_none"] = mean(found, "abstained_none")
+                    row |= {f"recall_{k}": mean(found, f"recall_at_{k}") for k in config.contexts}
                 rows.append(row)
     return rows
 
@@ -214,18 +216,17 @@ def report(config, folder: pathlib.Path):
         Section(
             "From end to end",
             "end_to_end",
-            "Questions read with what was found: whether the gold passage is there (recall), right "
-            "answers, and citations, where citing none is right if it is not there.",
+            f"Whether the gold passage is among the nearest, and {n} passages read as they were found: "
+            "right answers, and citations, where citing none is right if the gold passage is not there.",
             tables.Table(
                 [
                     name,
                     *several,
-                    tables.number("passages", "passages", 0),
-                    tables.number("recall", "recall"),
+                    *(tables.number(f"Recall@{k}", f"recall_{k}") for k in config.contexts),
                     tables.number("answer", "answer_found"),
                     tables.number("citation", "citation_found"),
                 ],
-                contexts,
+                longest,
             ),
         ),
         Section(

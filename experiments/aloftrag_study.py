@@ -6,7 +6,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from experiments.inputs import load_generator
+from experiments.inputs import load_generator, replicates
 from fedrag_jax.errors import ConfigError
 
 
@@ -16,7 +16,7 @@ class Study:
     def __init__(self, config, dataset, folder: pathlib.Path):
         from fedrag_jax.models import hub
 
-        self.config, self.folder = config, folder
+        self.config, self.folder, self.replicates = config, folder, replicates(config)
         size = len(dataset.passages)  # some are taken from all over a corpus, from every topic
         chosen = np.linspace(0, size - 1, min(config.data.passages or size, size)).astype(int)
         self.passages = [dataset.passages[row] for row in chosen]
