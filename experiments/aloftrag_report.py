@@ -216,8 +216,8 @@ def report(config, folder: pathlib.Path):
         Section(
             "From end to end",
             "end_to_end",
-            f"Whether the gold passage is among the nearest, and {n} passages read as they were found: "
-            "right answers, and citations, where citing none is right if the gold passage is not there.",
+            f"Whether the gold passage is among the nearest, and {n} passages read as they were "
+            "found: right answers, and citations, where citing none is right if no gold one is there.",
             tables.Table(
                 [
                     name,
