@@ -32,8 +32,11 @@ def get_config() -> ConfigDict:
 
     # "chatty_world" is the built-in world with documents in each topic's own chatter, which the
     # generator never saw; "xquad"; or a folder as for experiments/compare_strategies.py, of which test
-    # questions are asked, and no others. Two-hop questions are left out: one text is asked about.
-    config.data = ConfigDict({"name": "chatty_world", "passages": 0, "test_questions": 0})
+    # questions are asked, and no others (validation ones to choose rates by). Two-hop questions are left
+    # out: one text is asked about. 0 is all there are.
+    config.data = ConfigDict(
+        {"name": "chatty_world", "passages": 0, "split": "test", "test_questions": 0}
+    )
 
     # Who rates texts and asks about them: the generator itself, or `model` behind an OpenAI-compatible
     # endpoint ("http://localhost:8000/v1"). Prompts are "compact" (of the built-in decoder), "instruct"

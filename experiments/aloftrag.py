@@ -162,6 +162,10 @@ def check(config) -> None:
     for name in ("variants", "settings", "contexts"):
         if not config[name]:
             raise ConfigError(f"config.{name} is empty; give at least one")
+    if config.data.split not in ("test", "validation", "train"):
+        raise ConfigError(
+            f"config.data.split: 'test', 'validation' or 'train', got {config.data.split!r}"
+        )
     known = (BASE, *VARIANTS)
     if unknown := [v for v in config.variants if v not in known]:
         raise ConfigError(f"config.variants: {unknown} unknown; choose among {[*known]}")

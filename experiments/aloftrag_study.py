@@ -21,12 +21,13 @@ class Study:
         chosen = np.linspace(0, size - 1, min(config.data.passages or size, size)).astype(int)
         self.passages = [dataset.passages[row] for row in chosen]
         there = {p.id for p in self.passages}
-        asked = [e for e in dataset.test if len(e.positive_ids) == 1 and there >= {*e.positive_ids}]
+        questions = getattr(dataset, config.data.split)
+        asked = [e for e in questions if len(e.positive_ids) == 1 and there >= {*e.positive_ids}]
         self.test = asked[: config.data.test_questions or None]
         if not self.test:
             raise ConfigError(
-                f"config.data: none of {len(dataset.test)} test questions of {dataset.name} has one "
-                f"gold passage among the {len(there)} texts"
+                f"config.data: none of {len(questions)} {config.data.split} questions of "
+                f"{dataset.name} has one gold passage among the {len(there)} texts"
             )
         self.generator = load_generator(config.models)
         self.retriever = hub.load(config.models.retriever)
