@@ -32,8 +32,8 @@ def get_config() -> ConfigDict:
 
     # "chatty_world" is the built-in world with documents in each topic's own chatter, which the
     # generator never saw; "xquad"; or a folder as for experiments/compare_strategies.py, of which test
-    # questions are asked, and no others ("validation" to choose rates by). Two-hop questions are left out,
-    # as one text is asked about. 0 is all there are.
+    # questions are asked, and no others ("validation" to choose rates by). Two-hop questions are left
+    # out, as one text is asked about. 0 is all there are.
     config.data = ConfigDict(
         {"name": "chatty_world", "passages": 0, "split": "test", "test_questions": 0}
     )

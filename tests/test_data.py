@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedrag_jax.data.datasets import load
+from fedrag_jax.data.datasets import load, load_passages
 from fedrag_jax.data.examples import (
     Dataset,
     Example,
@@ -250,3 +250,16 @@ def test_xquad_keeps_a_question_and_its_translations_in_one_split():
         p.topic for p in dataset.passages
     }
     assert len(dataset.test) == 12 * len(splits[1])
+
+
+def test_passages_alone_are_read_and_checked(folder):
+    path = next(p for p in folder.iterdir() if "passages" in p.name)
+    assert load_passages(path) == load(folder).passages
+    with pytest.raises(DataError, match="is not a file; give one such as passages.jsonl"):
+        load_passages(folder)
+    path.write_bytes(lines([{"id": "p", "text": "One."}, {"id": "p", "text": "Two."}]).encode())
+    with pytest.raises(DataError, match="passage id 'p' occurs twice"):
+        load_passages(path)
+    path.write_bytes(b"")
+    with pytest.raises(DataError, match="the corpus is empty"):
+        load_passages(path)

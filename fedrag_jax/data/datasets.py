@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fedrag_jax.data import synthetic
-from fedrag_jax.data.examples import Dataset, Example, Passage, check
+from fedrag_jax.data.examples import Dataset, Example, Passage, check, check_passages
 from fedrag_jax.errors import DataError
 
 SPLITS = ("train", "validation", "test")
@@ -62,16 +62,8 @@ def load(name: str | os.PathLike) -> Dataset:
     if text in synthetic.WORLDS:
         return dataclasses.replace(synthetic.generate(synthetic.WORLDS[text]), name=text)
     questions_path, passages_path = _find(text)
-    topic, passages, questions = TOPICS.get(text, "topic"), [], []
-    for row, where in _rows(passages_path):
-        passages.append(
-            Passage(
-                id=_string(row, "id", where),
-                title=_string(row, "title", where, default=""),
-                text=_string(row, "text", where),
-                topic=_string(row, topic, where, default=""),
-            )
-        )
+    topic, questions = TOPICS.get(text, "topic"), []
+    passages = _passages(passages_path, topic)
     for row, where in _rows(questions_path):
         hops = row.get("hops", 2 if text == "hotpotqa" else 1)
         if not isinstance(hops, int) or hops < 1:
@@ -89,6 +81,29 @@ def load(name: str | os.PathLike) -> Dataset:
     splits = {"squad": _split_squad, "hotpotqa": _split_hotpotqa, "xquad": _split_xquad}
     split = splits.get(text, _split_own)
     return check(Dataset(Path(text).resolve().name, passages, **split(questions)))
+
+
+def load_passages(path: str | os.PathLike) -> list[Passage]:
+    """The passages of a file such as `passages.jsonl` (or `.jsonl.gz`), for who has no questions.
+
+    Raises:
+      DataError: no such file, none in it, an id used twice, a line that is not what the schema asks for.
+    """
+    if not Path(path).is_file():
+        raise DataError(f"no passages: {path} is not a file; give one such as passages.jsonl")
+    return check_passages(_passages(Path(path), "topic"), os.fspath(path))
+
+
+def _passages(path: Path, topic: str) -> list[Passage]:
+    return [
+        Passage(
+            id=_string(row, "id", where),
+            title=_string(row, "title", where, default=""),
+            text=_string(row, "text", where),
+            topic=_string(row, topic, where, default=""),
+        )
+        for row, where in _rows(path)
+    ]
 
 
 def _split_squad(questions) -> dict[str, list[Example]]:

@@ -78,9 +78,7 @@ def check(dataset: Dataset) -> Dataset:
       DataError: no passages, a split without questions, an id used twice, a question without an
         answer, or a positive id that no passage has; the message names the id.
     """
-    if not dataset.passages:
-        raise DataError(f"{dataset.name}: the corpus is empty; give at least one passage")
-    passage_ids = _unique((passage.id for passage in dataset.passages), "passage", dataset.name)
+    passage_ids = {p.id for p in check_passages(dataset.passages, dataset.name)}
     splits = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
     _unique((e.id for examples in splits.values() for e in examples), "question", dataset.name)
     for split, examples in splits.items():
@@ -102,6 +100,18 @@ def check(dataset: Dataset) -> Dataset:
                         f"which none of the {len(passage_ids):,} passages has"
                     )
     return dataset
+
+
+def check_passages(passages: list[Passage], name: str) -> list[Passage]:
+    """Returns the passages if there are any, each with an id of its own.
+
+    Raises:
+      DataError: else, with the id.
+    """
+    if not passages:
+        raise DataError(f"{name}: the corpus is empty; give at least one passage")
+    _unique((passage.id for passage in passages), "passage", name)
+    return passages
 
 
 def _unique(ids: Iterable[str], kind: str, name: str) -> set[str]:
