@@ -255,7 +255,7 @@ def test_xquad_keeps_a_question_and_its_translations_in_one_split():
 def test_passages_alone_are_read_and_checked(folder):
     path = next(p for p in folder.iterdir() if "passages" in p.name)
     assert load_passages(path) == load(folder).passages
-    with pytest.raises(DataError, match="is not a file; give one such as passages.jsonl"):
+    with pytest.raises(DataError, match=r"is not a file; give one such as passages\.jsonl"):
         load_passages(folder)
     path.write_bytes(lines([{"id": "p", "text": "One."}, {"id": "p", "text": "Two."}]).encode())
     with pytest.raises(DataError, match="passage id 'p' occurs twice"):

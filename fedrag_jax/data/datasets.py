@@ -87,7 +87,7 @@ def load_passages(path: str | os.PathLike) -> list[Passage]:
     """The passages of a file such as `passages.jsonl` (or `.jsonl.gz`), for who has no questions.
 
     Raises:
-      DataError: no such file, none in it, an id used twice, a line that is not what the schema asks for.
+      DataError: no such file, none in it, an id used twice, a line that is not as the schema has it.
     """
     if not Path(path).is_file():
         raise DataError(f"no passages: {path} is not a file; give one such as passages.jsonl")
