@@ -95,7 +95,7 @@ def compute_cell(study: Study, name: str, setting: str, seed: int, split: int):
     readers = [(untuned, np.arange(len(study.test)))]  # who reads which questions
     if name != BASE:
         variant = VARIANTS[name]
-        made = study.generated(name, setting, seed, variant.elsewhere, **variant.generate)
+        made = study.generated(name, seed, variant.elsewhere, **variant.generate)
         counts = label_free.total_counts([some.steps for some in made.values()])
         task = task_of(variant, study.system(seed, variant.elsewhere), made, seed)
         members = range(len(study.silos)) if setting == "local" else (None,)
@@ -179,11 +179,22 @@ def check(config) -> None:
         raise ConfigError("config.variants: pretraining_world has no silos")
     if min(config.contexts) < 2:
         raise ConfigError(f"config.contexts: 2 passages at least, got {config.contexts}")
+    if config.judge.repeats < 1:
+        raise ConfigError(f"config.judge.repeats must be at least 1, got {config.judge.repeats}")
     for where in ("author", "judge"):
+        endpoint(config[where])  # refuses a package that is missing
         if config[where].endpoint and not config[where].model:
             raise ConfigError(
                 f"config.{where}.model: tell the model that {config[where].endpoint} is to run"
             )
+
+
+def variants(config) -> list[str]:
+    """Those of the config that suit its generator; says which do not."""
+    if "builtin:" in config.models.generator or "pretraining_world" not in config.variants:
+        return [*config.variants]
+    print("pretraining_world left out: a control of the built-in generator alone", flush=True)
+    return [name for name in config.variants if name != "pretraining_world"]
 
 
 def run(config, runs: str) -> pathlib.Path:
@@ -199,15 +210,18 @@ def run(config, runs: str) -> pathlib.Path:
     folder = pathlib.Path(runs) / config.name
     check(config)
     dataset = datasets.load(config.data.name)
+    study = Study(config, dataset, folder)  # before anything is written: it refuses what cannot be
+    study.system(config.seeds[0]).prompts.require_citing()
+    for silo in study.silos:
+        study.prompts(silo)
     folder.mkdir(parents=True, exist_ok=True)
     free = ("seeds", "split_seeds", "variants", "settings", "wandb")
     settled_config(config, folder, free=free)
     write_manifest(folder, dataset, experiment="aloftrag", seeds=list(config.seeds))
-    study = Study(config, dataset, folder)
     todo = [
         (name, setting, pair)
         for name, setting, pair in itertools.product(
-            config.variants, config.settings, replicates(config)
+            variants(config), config.settings, replicates(config)
         )
         if name != BASE or setting == config.settings[0]  # untuned is untuned wherever texts are
     ]

@@ -37,12 +37,13 @@ def main_rows(config, folder: pathlib.Path) -> list[dict]:
                 row |= {f"{name}_by": other}
         for metric in METRICS[3:]:
             row[metric] = mean(found, f"{metric}_{n}")
-        if "judged_0" in "".join(found[0].scores):
-            repeats = [m for m in found[0].scores if m.startswith("judged_")]
-            row["judged"] = float(np.mean([mean(found, m) for m in repeats]))
-            row["judged_sd"] = float(
-                np.std([mean(found, m) for m in repeats], ddof=len(repeats) > 1)
-            )
+        repeats = [metric for metric in found[0].scores if metric.startswith("judged_")]
+        verdicts = [v for v in (mean(found, metric) for metric in repeats) if v is not None]
+        if verdicts:
+            row["judged"] = float(np.mean(verdicts))
+            row["judged_sd"] = float(np.std(verdicts, ddof=len(verdicts) > 1))
+            unread = [np.isnan(cell.scores[metric]).mean() for cell in found for metric in repeats]
+            row["judge_unread"] = 100 * float(np.mean(unread))
         rows.append(row)
     for name in ("answer", "citation"):
         comparison.adjust([row[f"{name}_by"] for row in rows if row.get(f"{name}_by")])
@@ -132,7 +133,7 @@ def generated_rows(config, folder: pathlib.Path) -> list[dict]:
             }
             if not some:
                 continue
-            row["requests"] += asked * sum(v for k, v in some.items() if k not in UNASKED)
+            row["requests"] += asked * sum(v for k, v in some.items() if (step, k) not in UNASKED)
             dropped = ", ".join(f"{v} {k}" for k, v in some.items() if k != "kept" and v)
             row[step] = f"{some['kept']:,} of {sum(some.values()):,}" + (
                 f" ({dropped})" if dropped else ""
@@ -141,7 +142,7 @@ def generated_rows(config, folder: pathlib.Path) -> list[dict]:
     return rows
 
 
-UNASKED = ("empty", "short")
+UNASKED = {("texts", "empty"), ("texts", "short"), ("texts", "duplicate")}
 NAMES = {"base": "base", "all": "all steps", "without_step_1": "without step 1",
          "without_step_3": "without step 3"}  # fmt: skip
 
@@ -168,11 +169,11 @@ def report(config, folder: pathlib.Path):
         Section(
             "Answers and citations",
             "ablation",
-            f"Percent of the test questions, read among {n} passages of which one is gold: answers by "
-            "exact match; citations by whether the gold passage is among those cited, and by the F1 "
-            "of those cited. 95% bootstrap intervals over questions; differences from the untuned "
-            "generator are paired by question and seed, p by permutation over questions, "
-            "Holm-adjusted over each column.",
+            f"Percent of the {config.data.split} questions ({config.settings[0]} training), read among "
+            f"{n} passages of which one is gold: answers by exact match; citations by whether the gold "
+            "passage is among those cited, and by the F1 of those cited. 95% bootstrap intervals over "
+            "questions; differences from the untuned generator are paired by question and seed, p by "
+            "permutation over questions, Holm-adjusted over each column.",
             tables.Table(
                 [
                     name,
@@ -198,7 +199,7 @@ def report(config, folder: pathlib.Path):
             "Easy and hard questions",
             "easy_hard",
             "Hard questions are those whose gold passage is not among the nearest and was put in place "
-            "of the last. Last, right answers among those that cite a wrong passage.",
+            "of the last. Last, right answers among those that do not cite the gold passage.",
             tables.Table(
                 [
                     name,
@@ -208,7 +209,7 @@ def report(config, folder: pathlib.Path):
                         for what in ("answer", "citation")
                         for of in ("easy", "hard")
                     ),
-                    tables.number("answered though cited wrong", "answer_uncited"),
+                    tables.number("answer where it is not cited", "answer_uncited"),
                 ],
                 longest,
             ),
@@ -267,8 +268,8 @@ def report(config, folder: pathlib.Path):
         Section(
             "What the generator wrote",
             "generated",
-            "Kept of what there was in each step, and why others were dropped; requests to the "
-            "generator are shared by variants.",
+            f"Kept of what there was in each step ({config.settings[0]}), and why others were dropped; "
+            "requests to the generator are shared by variants.",
             tables.Table(
                 [
                     name,
@@ -297,7 +298,12 @@ def _any(rows, key: str) -> bool:
 
 
 def _judged(row) -> str:
-    return f"{row['judged']:.1f} ({row['judged_sd']:.1f})"
+    from fedrag_jax.tracking import tables
+
+    if row.get("judged") is None:
+        return tables.MISSING
+    unread = f", {row['judge_unread']:.0f}% unread" if row["judge_unread"] else ""
+    return f"{row['judged']:.1f} ({row['judged_sd']:.1f}{unread})"
 
 
 def _by(title: str, key: str):

@@ -7,7 +7,7 @@ from urllib.parse import quote
 import numpy as np
 
 from experiments.inputs import load_generator, replicates
-from fedrag_jax.errors import ConfigError
+from fedrag_jax.errors import ConfigError, DataError
 
 
 class Study:
@@ -17,13 +17,11 @@ class Study:
         from fedrag_jax.models import hub
 
         self.config, self.folder, self.replicates = config, folder, replicates(config)
-        size = len(dataset.passages)  # some are taken from all over a corpus, from every topic
-        chosen = np.linspace(0, size - 1, min(config.data.passages or size, size)).astype(int)
-        self.passages = [dataset.passages[row] for row in chosen]
+        self.passages = spread(dataset.passages, config.data.passages)
         there = {p.id for p in self.passages}
         questions = getattr(dataset, config.data.split)
         asked = [e for e in questions if len(e.positive_ids) == 1 and there >= {*e.positive_ids}]
-        self.test = asked[: config.data.test_questions or None]
+        self.test = spread(asked, config.data.test_questions)
         if not self.test:
             raise ConfigError(
                 f"config.data: none of {len(questions)} {config.data.split} questions of "
@@ -35,7 +33,13 @@ class Study:
         self.silo_of = {self.passages[r].id: s for s, rows in self.silos.items() for r in rows}
         names = [*self.silos]
         self.asked_of = np.array([names.index(self.silo_of[e.positive_ids[0]]) for e in self.test])
-        self.system = functools.lru_cache(self._system)
+        least = min(map(len, self.silos.values()))
+        if max(config.contexts) >= least:
+            raise ConfigError(
+                f"config.contexts: {max(config.contexts)} passages do not leave one to choose where a "
+                f"silo has {least}; lower them, or raise config.data.passages"
+            )
+        self.systems = {}
         self.contexts = functools.lru_cache(self._contexts)
 
     def _silos(self) -> dict[str, np.ndarray]:
@@ -57,11 +61,15 @@ class Study:
 
         author = self.config.author
         language = author.languages.get(silo, author.language)
-        known = {
-            "compact": lambda: label_free_prompts.COMPACT,
-            "instruct": lambda: label_free_prompts.instruct(language),
-        }
-        return known.get(author.prompts, lambda: label_free_prompts.read(author.prompts))()
+        if author.prompts == "compact":
+            return label_free_prompts.COMPACT
+        if author.prompts == "instruct":
+            return label_free_prompts.instruct(language)
+        if not pathlib.Path(author.prompts).is_file():
+            raise ConfigError(
+                f"config.author.prompts: 'compact', 'instruct' or a JSON file, got {author.prompts!r}"
+            )
+        return label_free_prompts.read(author.prompts, language)
 
     @functools.cached_property
     def author(self):
@@ -70,8 +78,19 @@ class Study:
 
         return endpoint(self.config.author) or LocalAuthor(self.generator)
 
-    def _system(self, seed: int, elsewhere: bool = False):
-        """The untuned system over the texts, or over those of a pretraining world."""
+    def system(self, seed: int, elsewhere: bool = False):
+        """The untuned system over the texts, or over those of a pretraining world.
+
+        Seeds differ in the random half of the adapters alone.
+        """
+        from fedrag_jax.models import lora
+
+        if elsewhere not in self.systems:
+            self.systems[elsewhere] = self._built(elsewhere)
+        system = self.systems[elsewhere]
+        return system.replace(adapters=lora.init_adapters(system.decoder, seed))
+
+    def _built(self, elsewhere: bool):
         from fedrag_jax.data.prompts import named_style
         from fedrag_jax.models.lora import LoraConfig
         from fedrag_jax.rag import RAGSystem
@@ -87,7 +106,6 @@ class Study:
             top_k=max(c.contexts),
             max_passage_tokens=c.models.max_passage_tokens,
             max_answer_tokens=c.models.max_answer_tokens,
-            seed=seed,
             progress=True,
         )
 
@@ -99,13 +117,16 @@ class Study:
         """
         from fedrag_jax.evaluation.citing import contexts_of, without_gold
 
-        retriever, pool = self.system(0).retriever, self.pool if self.config.silos else None
+        retriever, pool = (
+            self.system(self.replicates[0][0]).retriever,
+            self.pool if self.config.silos else None,
+        )
         if kind == "none":
             return without_gold(retriever, self.test, n, pool=pool), None
         return contexts_of(retriever, self.test, n, pool=pool)
 
-    def generated(self, name: str, setting: str, seed: int, elsewhere: bool, **how):
-        """What each silo made of its texts: `Generated` by silo.
+    def generated(self, name: str, seed: int, elsewhere: bool, **how):
+        """What each silo made of its texts, wherever is trained on it: `Generated` by silo.
 
         Args:
           elsewhere: whether the texts are those of a pretraining world.
@@ -114,23 +135,25 @@ class Study:
         from fedrag_jax.strategies import label_free
 
         where, retriever = self.folder / "label_free", self.system(seed, elsewhere).retriever
-        pooled = "pooled" if setting == "centralised" else "own"
         silos = {"elsewhere": range(len(retriever.passages))} if elsewhere else self.silos
         made = {}
         for silo, rows in silos.items():
             asking = label_free.Asking(
                 self.author, self.prompts(silo), where / "replies" / quote(silo, safe="")
             )
-            made[silo] = label_free.generate(
-                asking,
-                [retriever.passages[r] for r in rows],
-                retriever,
-                where / f"{name}-{pooled}-seed{seed}" / quote(silo, safe=""),
-                n=max(self.config.contexts),
-                seed=seed,
-                pool=None if pooled == "pooled" else self.pool,
-                **how,
-            )
+            try:
+                made[silo] = label_free.generate(
+                    asking,
+                    [retriever.passages[r] for r in rows],
+                    retriever,
+                    where / f"{name}-seed{seed}" / quote(silo, safe=""),
+                    n=max(self.config.contexts),
+                    seed=seed,
+                    pool=self.pool if self.config.silos else None,
+                    **how,
+                )
+            except DataError as error:
+                raise DataError(f"{name}, {silo}: {error}") from error
             told = label_free.summary(made[silo].steps).replace("\n", "; ")
             print(f"{name}, {silo}: {told}", flush=True)
         return made
@@ -158,6 +181,12 @@ class Study:
             client=client,
             checkpoint_every=1,
         )
+
+
+def spread(items: list, most: int) -> list:
+    """So many of them, from all over the list and so of every topic; all for 0."""
+    count = min(most or len(items), len(items))
+    return [items[i] for i in np.linspace(0, max(len(items) - 1, 0), count).astype(int)]
 
 
 def endpoint(where):

@@ -15,7 +15,11 @@ from chat_server import Server, said
 from configs import aloftrag as configs
 from configs import aloftrag_silos, aloftrag_xquad
 from experiments import aloftrag, report
+from fedrag_jax.data import datasets
+from fedrag_jax.data.examples import Example
 from fedrag_jax.errors import ConfigError, DataError
+from fedrag_jax.objectives.citing import Context
+from fedrag_jax.strategies import label_free
 from fedrag_jax.tracking import cells
 
 DATA = pathlib.Path(os.environ.get("FEDRAG_DATA", "../shared/data"))
@@ -41,16 +45,18 @@ def read(path):
 @pytest.mark.slow
 def test_every_variant_has_its_row_and_nothing_is_done_twice(tmp_path, capsys):
     config = small(configs.get_config(), passages=60)
-    config.variants = (aloftrag.BASE, *aloftrag.VARIANTS)
+    config.variants = (
+        "base", "all", "without_step_3", "unanswerable", "retriever", "shuffled_citations"
+    )  # fmt: skip
     folder = aloftrag.run(config, str(tmp_path))
     rows = read(folder / "aloftrag.csv")
     assert [*rows[0]] == COLUMNS and [r["variant"] for r in rows] == [*config.variants]
     contexts = read(folder / "contexts.csv")
-    assert len(contexts) == 2 * len(rows)
+    assert len(contexts) == 2 * len(rows)  # numbers of passages
     base, moved = ([r for r in contexts if r["variant"] == v] for v in ("base", "retriever"))
     assert [r["citation"] for r in base] == [r["citation"] for r in moved]  # its adapters rest
     # What was asked is on record, and what training saw.
-    made = folder / "label_free" / "unanswerable-pooled-seed0" / "all"
+    made = folder / "label_free" / "unanswerable-seed0" / "all"
     shown = [json.loads(line) for line in (made / "4_contexts.jsonl").read_text().splitlines()]
     assert any(not line["cites"] for line in shown) and any(line["cites"] for line in shown)
     shuffled = cells.load(folder, "shuffled_citations", "centralised", 0, 0)
@@ -61,7 +67,7 @@ def test_every_variant_has_its_row_and_nothing_is_done_twice(tmp_path, capsys):
     capsys.readouterr()
     aloftrag.run(config, str(tmp_path))
     assert re.findall(r"^\[.*: EM", capsys.readouterr().out, re.M) == [
-        "[2/11] all, centralised, seed0: EM"
+        "[2/6] all, centralised, seed0: EM"
     ]
     assert read(folder / "aloftrag.csv") == rows
     assert "report.html" in report.rebuild(folder)
@@ -82,14 +88,38 @@ def test_silos_ask_about_their_own_texts_and_are_asked_about_them(tmp_path):
         own = [float(row[f"citation {name}"]) for name in silos["names"] if row[f"citation {name}"]]
         assert float(row["citation_worst"]) == min(own)
         assert float(row["citation_mean"]) == pytest.approx(np.mean(own))
-    # Of what a silo trains on, every passage is its own; pooled training may see all.
-    elsewhere = {"own": 0, "pooled": 0}
-    for where in elsewhere:
-        lines = folder / "label_free" / f"all-{where}-seed0" / "music" / "4_contexts.jsonl"
+    # Of what a silo trains on and is asked about, every passage is its own.
+    study = aloftrag.Study(config, datasets.load("chatty_world"), folder)
+    own = {s: {study.passages[row].id for row in rows} for s, rows in study.silos.items()}
+    for silo, ids in own.items():
+        lines = folder / "label_free" / "all-seed0" / silo / "4_contexts.jsonl"
         for line in map(json.loads, lines.read_text().splitlines()):
-            facts = [p for p in line["passages"] if not p.startswith("junk")]
-            elsewhere[where] += sum(not p.startswith("music") for p in facts)
-    assert elsewhere["own"] == 0
+            assert {*line["passages"]} <= ids
+    for kind in ("forced", "none"):
+        for context, silo in zip(study.contexts(3, kind)[0], study.asked_of, strict=True):
+            assert {study.passages[row].id for row in context.rows} <= own[silos["names"][silo]]
+
+
+def test_controls_differ_from_what_they_control(tmp_path):
+    config = small(configs.get_config(), passages=60)
+    study = aloftrag.Study(config, datasets.load("chatty_world"), tmp_path)
+    system, elsewhere = study.system(0), study.system(0, elsewhere=True)
+    own, others = ({p.text for p in s.retriever.passages} for s in (system, elsewhere))
+    assert not own & others
+    examples = [Example(f"e{i}", "Who?", ("Ann",), (p.id,)) for i, p in enumerate(study.passages)]
+    contexts = {
+        e.id: Context(np.arange(3, dtype=np.int32), (1 + i % 3,)) for i, e in enumerate(examples)
+    }
+    made = {"all": label_free.Generated(examples, contexts, {})}
+
+    def answers(name):
+        table = aloftrag.task_of(aloftrag.VARIANTS[name], system, made, 0).table(examples)
+        written = np.take_along_axis(table["tokens"][:, 0], table["answer_positions"][:, 0], axis=1)
+        return np.where(table["answer_mask"], written, -1)
+
+    plain, shuffled = answers("without_step_3"), answers("shuffled_citations")
+    assert 20 < (plain != shuffled).any(axis=1).sum() < 60
+    np.testing.assert_array_equal(np.sort(plain, axis=0), np.sort(shuffled, axis=0))
 
 
 @pytest.mark.parametrize(
@@ -105,7 +135,10 @@ def test_silos_ask_about_their_own_texts_and_are_asked_about_them(tmp_path):
             {"author.endpoint": "http://x/v1"},
             "config.author.model: tell the model that http://x/v1",
         ),
-        ({"author.prompts": "no.json"}, "no.json: no prompts for label-free fine-tuning"),
+        ({"author.prompts": "no.json"}, "'compact', 'instruct' or a JSON file, got 'no.json'"),
+        ({"judge.repeats": 0}, "config.judge.repeats must be at least 1"),
+        ({"contexts": (2, 60)}, "60 passages do not leave one to choose where a silo has 60"),
+        ({"models.prompt_style": "compact"}, "to cite needs a prompt style"),
         ({"data.passages": 3}, "has one gold passage among the 3 texts"),
     ],
 )
@@ -128,10 +161,10 @@ def test_an_author_that_never_follows_the_format_is_told_of_and_trains_nothing(t
 
 
 def cloze(body, tried):
-    """Asks for the longest word of a text, and rates all there is highly."""
+    """Asks for the longest word of a text, and finds all there is good and right."""
     asked, text = (message["content"] for message in body["messages"])
     if "You write a question" not in asked:
-        return 200, said("10")
+        return 200, said("TRUE" if "TRUE" in asked else "10")
     words = text.split()
     longest = max(range(len(words)), key=lambda i: len(words[i]))
     start = max(0, longest - 8)
@@ -158,5 +191,9 @@ def test_languages_are_silos_with_a_real_retriever(tmp_path):
     assert {w for t in told for w in ("German", "Thai", "Arabic") if w in t} == {
         "German", "Thai", "Arabic",
     }  # fmt: skip
-    names = json.loads((folder / "silos.json").read_text())["names"]
-    assert len(names) == 12
+    assert len(json.loads((folder / "silos.json").read_text())["names"]) == 12
+    base, tuned = read(folder / "silos.csv")
+    assert sum(name.startswith("citation ") for name in base) >= 8  # of so many languages is asked
+    cell = cells.load(folder, "base", "federated", 0, 0)
+    assert cell.scores["judged_0"].tolist() == [1.0] * 24
+    assert int(tuned["bytes_up"]) > 0

@@ -123,6 +123,8 @@ def test_several_questions_are_drawn_and_none_is_kept_twice(tmp_path):
 def test_a_reply_that_repeats_its_beginning_is_read_all_the_same(tmp_path):
     said = PROMPTS.ask.read("### Question\nWo?\n\n### Answer\nDort\nund da")
     assert said == {"question": "Wo?", "answer": "Dort\nund da"}
+    assert PROMPTS.ask.read("\n\n### Question\nWo?\n\n### Answer\nDort\nund da") == said
+    assert PROMPTS.rate_text.read("\n### Filter score\n9") == {"score": "9"}
     assert COMPACT.ask.read(" Who?\nAnswer: Ann") == {"question": "Who?", "answer": "Ann"}
     assert COMPACT.ask.read(" Who?\nAnswer: Ann\nBob") is None
 
@@ -237,6 +239,23 @@ def test_contexts_are_the_same_for_any_order_or_part_of_the_examples(retriever, 
         assert len(whole[i].rows) == 4 and int(i[1:]) not in whole[i].rows
 
 
+def test_a_copy_of_the_gold_passage_is_no_negative_of_it(tmp_path):
+    parts = toy_parts()
+    texts = [*TEXTS[:5], Passage("copy", "", TEXTS[0].text + " "), *TEXTS[5:]]
+    model = hub.Pretrained(parts.encoder, parts.query, TOKENIZER, "toy")
+    step = label_free.add_hard_negatives(
+        Retriever.build(model, texts), EXAMPLES, tmp_path, n=len(texts) - 2
+    )
+    assert 5 not in step.kept["e0"].rows and 5 in step.kept["e1"].rows
+
+
+def test_a_title_that_the_text_does_not_name_is_asked_about_too(tmp_path):
+    author = Scripted(lambda request: "10")
+    texts = [Passage("a", "Ann", "She was born in Rome."), Passage("b", "Bob", "Bob was born.")]
+    label_free.rate_texts(asking(author, tmp_path), texts, tmp_path)
+    assert [r.user for r in author.asked] == ["Ann She was born in Rome.", "Bob was born."]
+
+
 def test_contexts_stay_within_a_pool(retriever, tmp_path):
     def pool(example):
         return np.arange(int(example.id[1:]) % 2, 12, 2)
@@ -303,6 +322,9 @@ def test_prompts_go_to_a_file_and_back(tmp_path):
     path.write_text(json.dumps(fields))
     with pytest.raises(ConfigError, match="ask: reply has no group named 'answer'"):
         label_free_prompts.read(path)
+    told = PROMPTS._replace(ask=PROMPTS.ask._replace(system="In {language}, {please}."))
+    label_free_prompts.write(told, path)
+    assert label_free_prompts.read(path, "Thai").ask.system == "In Thai, {please}."
     for text in ("{}", "[", json.dumps(fields | {"more": 1})):
         path.write_text(text)
         with pytest.raises(ConfigError, match="no prompts for label-free fine-tuning"):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedrag_jax.data.examples import Example, Passage, embedding_text
+from fedrag_jax.data.examples import Example, Passage, reading_text
 from fedrag_jax.data.prompts import PromptStyle
 from fedrag_jax.errors import CheckpointError, ConfigError, DataError
 
@@ -64,7 +64,9 @@ class Prompts:
             opening = [tokenizer.bos_token_id, *opening]
         self._opening = np.array(opening, np.int32)
         after_number = style.passage.removeprefix(self._number)
-        texts = [after_number.format(text=clipped(_text(p), max_passage_tokens)) for p in passages]
+        texts = [
+            after_number.format(text=clipped(reading_text(p), max_passage_tokens)) for p in passages
+        ]
         self._passages = [np.array(t[:max_passage_tokens], np.int32) for t in self._tokenize(texts)]
         self._questions: dict[str, np.ndarray] = {}
         self._answers: dict[tuple[str, str], np.ndarray] = {}
@@ -261,11 +263,6 @@ class Prompts:
             end = min(start + len(whose), room)
             places[i, start:end] = whose[: max(end - start, 0)]
         return places
-
-
-def _text(passage: Passage) -> str:
-    """What the generator reads; the title only where the text does not name it already."""
-    return passage.text if passage.title in passage.text else embedding_text(passage)
 
 
 def left_padded(rows: Sequence[np.ndarray], pad: int, multiple: int = 32) -> tuple[np.ndarray, ...]:

@@ -55,6 +55,11 @@ def embedding_text(passage: Passage) -> str:
     return f"{passage.title} {passage.text}" if passage.title else passage.text
 
 
+def reading_text(passage: Passage) -> str:
+    """What a generator reads of it: the title only where the text does not name it already."""
+    return passage.text if passage.title in passage.text else embedding_text(passage)
+
+
 def content_hash(dataset: Dataset) -> str:
     """16 hex characters of the sha256 of every passage and question, in order.
 

@@ -40,7 +40,8 @@ class Ask(NamedTuple):
 
         A reply may begin with `start` again, as one of a chat does that could not be begun for it.
         """
-        found = re.fullmatch(self.reply, written.removeprefix(self.start).strip(), re.DOTALL)
+        said = written.strip().removeprefix(self.start.strip()).strip()
+        found = re.fullmatch(self.reply, said, re.DOTALL)
         if found is None:
             return None
         said = {name: value.strip() for name, value in found.groupdict().items()}
@@ -55,14 +56,12 @@ class LabelFreePrompts(NamedTuple):
       ask: a question about a text, with its answer.
       rate_question: whether a text answers a question, from 0 to 10.
       rate_answer: whether an answer is right, from 0 to 10.
-      cite: the prompt style of training and answering, a name in `prompts.STYLES` or `prompts.CHATS`.
     """
 
     rate_text: Ask
     ask: Ask
     rate_question: Ask
     rate_answer: Ask
-    cite: str
 
 
 def _compact(style, asked: str = "", reply: str = RATING, max_tokens: int = 4) -> Ask:
@@ -74,11 +73,10 @@ COMPACT = LabelFreePrompts(
     ask=_compact(ASK, reply=r"(?P<question>[^\n]+)\nAnswer: (?P<answer>[^\n]+)", max_tokens=48),
     rate_question=_compact(RATE, "Question: {question}\n"),
     rate_answer=_compact(RATE, "Question: {question}\nAnswer: {answer}\n"),
-    cite="compact_cited",
 )
 
 
-def instruct(language: str = "English", cite: str = "cited") -> LabelFreePrompts:
+def instruct(language: str = "English") -> LabelFreePrompts:
     """For generators that follow instructions, in the language of the texts."""
     scale = "Give a score from 0 to 10, where"
     told = "Write nothing but this:\n\n"
@@ -122,7 +120,6 @@ def instruct(language: str = "English", cite: str = "cited") -> LabelFreePrompts
             RATING,
             16,
         ),
-        cite=cite,
     )
 
 
@@ -139,8 +136,11 @@ JUDGE = Ask(
 )
 
 
-def read(path: str | pathlib.Path) -> LabelFreePrompts:
+def read(path: str | pathlib.Path, language: str = "English") -> LabelFreePrompts:
     """Prompts from a JSON file: an object with the fields of `LabelFreePrompts`, and of `Ask` in each.
+
+    Args:
+      language: put wherever a `system` says `{language}`.
 
     Raises:
       ConfigError: no such file, not JSON, a field that is missing or unknown, a `reply` that is no
@@ -148,8 +148,14 @@ def read(path: str | pathlib.Path) -> LabelFreePrompts:
     """
     try:
         found = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-        asks = {name: Ask(**found.pop(name)) for name in LabelFreePrompts._fields[:-1]}
-        prompts = LabelFreePrompts(**asks, **found)
+        asks = {name: Ask(**found.pop(name)) for name in LabelFreePrompts._fields}
+        prompts = LabelFreePrompts(
+            **{
+                name: ask._replace(system=ask.system.replace("{language}", language))
+                for name, ask in asks.items()
+            },
+            **found,
+        )
         for name, ask in asks.items():
             wanted = {"question", "answer"} if name == "ask" else {"score"}
             missing = wanted - re.compile(ask.reply).groupindex.keys()
@@ -164,5 +170,5 @@ def read(path: str | pathlib.Path) -> LabelFreePrompts:
 
 def write(prompts: LabelFreePrompts, path: str | pathlib.Path) -> None:
     """The file that `read` reads, to start from."""
-    fields = {n: x._asdict() if isinstance(x, Ask) else x for n, x in prompts._asdict().items()}
+    fields = {name: ask._asdict() for name, ask in prompts._asdict().items()}
     pathlib.Path(path).write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", "utf-8")

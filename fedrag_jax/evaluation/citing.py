@@ -10,7 +10,7 @@ import numpy as np
 
 from fedrag_jax.data.citations import cited
 from fedrag_jax.data.corpora import Pool
-from fedrag_jax.data.examples import Example
+from fedrag_jax.data.examples import Example, reading_text
 from fedrag_jax.data.seeds import stream
 from fedrag_jax.evaluation.metrics import score_answers
 from fedrag_jax.objectives.citing import Context
@@ -99,7 +99,7 @@ def evaluate_citing(
     answers = [reading.answer for reading in readings]
     scores = score_answers(answers, [e.answers for e in examples])
     if judge is not None:
-        text = {p.id: p.text for p in system.retriever.passages}
+        text = {p.id: reading_text(p) for p in system.retriever.passages}
         verdicts = judge(
             examples, ["\n".join(text[i] for i in e.positive_ids) for e in examples], answers
         )

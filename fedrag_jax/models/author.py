@@ -4,7 +4,7 @@ An author has a `name` and is called with requests; it gives one reply for each,
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -38,7 +38,7 @@ class Author(Protocol):
 
     name: str
 
-    def __call__(self, requests: Sequence[Request], sampling: Sampling) -> list[Reply]:
+    def __call__(self, requests: Sequence[Request], sampling: Sampling) -> Iterable[Reply]:
         """One reply for each request."""
 
 

@@ -7,7 +7,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from fedrag_jax.errors import ConfigError, FedragError
 from fedrag_jax.models.author import Reply, Request
@@ -68,14 +68,14 @@ class EndpointAuthor:
             max_retries=self.retries,
         )
 
-    def __call__(self, requests: Sequence[Request], sampling: Sampling) -> list[Reply]:
-        """One reply for each request.
+    def __call__(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Reply]:
+        """A reply for each request, in their order, as they come.
 
         Raises:
-          EndpointError: no answer after the last retry, a refusal, or an answer without text.
+          EndpointError: no answer after the last retry, a refusal, or something else than an answer.
         """
         with concurrent.futures.ThreadPoolExecutor(self.at_once) as pool:
-            return list(pool.map(functools.partial(self._reply, sampling), requests))
+            yield from pool.map(functools.partial(self._reply, sampling), requests)
 
     def _reply(self, sampling: Sampling, request: Request) -> Reply:
         system = [{"role": "system", "content": request.system}] if request.system else []
@@ -95,12 +95,13 @@ class EndpointAuthor:
                 "there? What was replied until now is kept"
             ) from error
         choices = getattr(found, "choices", None)
-        if not choices or choices[0].message.content is None:
+        if not choices:
             raise EndpointError(
                 f"{self.name}: the answer holds no text: {found!r}; is this the address of a chat "
                 "completions API, up to and with /v1?"
             )
-        return Reply(choices[0].message.content, choices[0].finish_reason == "stop")
+        # A refusal, or a model that thought until the limit: no text, and nothing to read.
+        return Reply(choices[0].message.content or "", choices[0].finish_reason == "stop")
 
 
 def _openai():

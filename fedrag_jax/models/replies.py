@@ -1,7 +1,7 @@
 """What an author says about many things: asked once, kept in a file, and read strictly.
 
 A file is JSON lines. The first says how was asked, each other what came back about one thing, and what
-it says or why it cannot be read. A line is there as soon as its reply is, and is not asked for again.
+it says or why it cannot be read. What came is kept even if the author fails, and not asked for again.
 """
 
 import dataclasses
@@ -55,13 +55,15 @@ def replies(
             some = missing[start : start + AT_ONCE]
             requests = [Request(ask.system, _filled(ask.user, about[i]), ask.start) for i in some]
             lines = []
-            for i, reply in zip(some, author(requests, settings), strict=True):
-                line = {"id": i, "about": _hash(about[i]), "reply": reply.text}
-                said = ask.read(reply.text) if reply.finished else None
-                fault = "unparsable" if reply.finished else "unfinished"
-                lines.append(line | (said or {"fault": fault}))
-                known[i] = lines[-1]
-            _append(path, lines)
+            try:
+                for i, reply in zip(some, author(requests, settings), strict=True):
+                    line = {"id": i, "about": _hash(about[i]), "reply": reply.text}
+                    said = ask.read(reply.text) if reply.finished else None
+                    fault = "unparsable" if reply.finished else "unfinished"
+                    lines.append(line | (said or {"fault": fault}))
+                    known[i] = lines[-1]
+            finally:  # what came before an author failed is kept
+                _append(path, lines)
             bar.update(len(some))
     return {i: _read_line(known[i]) for i in about}
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedrag_jax.data.corpora import Pool
-from fedrag_jax.data.examples import Example, Passage
+from fedrag_jax.data.examples import Example, Passage, reading_text
 from fedrag_jax.data.label_free_prompts import LabelFreePrompts
 from fedrag_jax.data.seeds import stream
 from fedrag_jax.errors import ConfigError, DataError
@@ -73,7 +73,7 @@ def rate_texts(
 ) -> Step:
     """Step 1: the passages that the author gives `least` of 10 points.
 
-    Dropped unasked are texts that are empty, of fewer than 3 words, or there already.
+    Dropped unasked are texts that are empty, there already, or of fewer than 3 words and 20 characters.
     """
     dropped, seen = {}, set()
     for passage in passages:
@@ -83,7 +83,7 @@ def rate_texts(
         elif text in seen:
             dropped[passage.id] = "duplicate"
         seen.add(text)
-    asked = {p.id: {"text": p.text} for p in passages if p.id not in dropped}
+    asked = {p.id: {"text": reading_text(p)} for p in passages if p.id not in dropped}
     rated = asking("rate_text", asked, "rate texts")
     found = {p.id: p for p in passages}
     reasons = {i: dropped.get(i) or _low(rated[i], least) for i in found}
@@ -111,7 +111,7 @@ def ask(
     about = {p.id: p for p in passages}
     found, reasons, asked = {}, {}, set()
     for draw in range(per_text):
-        requests = {f"{i}#{draw}": {"text": p.text} for i, p in about.items()}
+        requests = {f"{i}#{draw}": {"text": reading_text(p)} for i, p in about.items()}
         sampling = {"temperature": temperature * (draw > 0), "seed": seed + draw}
         read = asking("ask", requests, "ask", f"ask_{draw}", **sampling)
         for identifier, reply in read.items():
@@ -138,7 +138,7 @@ def rate_questions(
     least: float = 8.0,
 ) -> Step:
     """Step 3: the examples of which question and answer are given `least` of 10 points each."""
-    text = {p.id: p.text for p in passages}
+    text = {p.id: reading_text(p) for p in passages}
     found = {e.id: e for e in examples}
     parts = {
         e.id: {"text": text[e.positive_ids[0]], "question": e.question, "answer": e.answers[0]}
@@ -169,7 +169,7 @@ def add_hard_negatives(
 
     Args:
       negatives: "top", the n - 1 nearest passages that are not gold, as the paper says; "random", n - 1
-        of the n nearest, as its code does.
+        of the n nearest, as its code does. Those that say the same as a gold one are none.
       unanswerable: the share of questions whose own passage is left out, to be cited as none.
       pool: `pool(example)`, the corpus rows that may be shown; all, unless given.
       seed: of the order and of what is drawn, for each example by its id.
@@ -190,13 +190,16 @@ def add_hard_negatives(
     size = len(retriever.passages)
     if pool is not None:
         size = min((len(pool(e)) for e in examples), default=size)
-    ranked, _ = found_by(retriever, examples, min(n + 1, size), pool)
+    # A copy of the gold passage answers as well as it does: as a negative it would teach what is wrong.
+    said = np.array([" ".join(p.text.split()) for p in retriever.passages])
+    copies = max(collections.Counter(said.tolist()).values())
+    ranked, _ = found_by(retriever, examples, min(n + copies, size), pool)
     least = n - 1 + (negatives == "random" or unanswerable > 0)
     found = {}
     for example, nearest in zip(examples, ranked, strict=True):
         rng = stream(seed, f"context of {example.id}")
         golds = [row[i] for i in example.positive_ids]
-        wrong = [int(r) for r in nearest if r not in golds][:n]
+        wrong = [int(r) for r in nearest if said[r] not in said[golds]][:n]
         if len(wrong) < least:
             raise ConfigError(
                 f"contexts of {n} passages need {least} that are not gold, and question {example.id!r} "
