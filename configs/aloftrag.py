@@ -64,6 +64,9 @@ def get_config() -> ConfigDict:
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
     )  # fmt: skip
 
+    # The share of questions that are trained on without their passage, to be cited as none; the paper's
+    # is 0, the variant `unanswerable` has its own.
+    config.unanswerable = 0.0
     # Passages of a context: trained on with the last number, read with each.
     config.contexts = (2, 5, 10)
 

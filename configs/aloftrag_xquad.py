@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
     config.data.name = "xquad"
     config.variants = ("base", "without_step_3")  # the paper's best
     config.models.retriever = "minilm"
+    config.models.max_passage_tokens = 512  # paragraphs, in scripts that take many
     config.models.max_answer_tokens = 64
     config.author.prompts = "instruct"
     config.author.language = "the language of the question"  # of what the generator answers

@@ -95,7 +95,8 @@ def compute_cell(study: Study, name: str, setting: str, seed: int, split: int):
     readers = [(untuned, np.arange(len(study.test)))]  # who reads which questions
     if name != BASE:
         variant = VARIANTS[name]
-        made = study.generated(name, seed, variant.elsewhere, **variant.generate)
+        how = {"unanswerable": study.config.unanswerable} | variant.generate
+        made = study.generated(name, seed, variant.elsewhere, **how)
         counts = label_free.total_counts([some.steps for some in made.values()])
         task = task_of(variant, study.system(seed, variant.elsewhere), made, seed)
         members = range(len(study.silos)) if setting == "local" else (None,)
@@ -211,7 +212,15 @@ def run(config, runs: str) -> pathlib.Path:
     check(config)
     dataset = datasets.load(config.data.name)
     study = Study(config, dataset, folder)  # before anything is written: it refuses what cannot be
-    study.system(config.seeds[0]).prompts.require_citing()
+    prompts = study.system(config.seeds[0]).prompts
+    prompts.require_citing()
+    if prompts.share_cut > 0.01:
+        print(
+            f"{prompts.share_cut:.0%} of the texts are longer than config.models.max_passage_tokens="
+            f"{config.models.max_passage_tokens}: questions are about all of a text, and its beginning "
+            "is read",
+            flush=True,
+        )
     for silo in study.silos:
         study.prompts(silo)
     folder.mkdir(parents=True, exist_ok=True)

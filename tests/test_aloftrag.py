@@ -195,5 +195,5 @@ def test_languages_are_silos_with_a_real_retriever(tmp_path):
     base, tuned = read(folder / "silos.csv")
     assert sum(name.startswith("citation ") for name in base) >= 8  # of so many languages is asked
     cell = cells.load(folder, "base", "federated", 0, 0)
-    assert cell.scores["judged_0"].tolist() == [1.0] * 24
+    assert cell.scores["judged_0_3"].tolist() == [1.0] * 24
     assert int(tuned["bytes_up"]) > 0

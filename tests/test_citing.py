@@ -8,7 +8,7 @@ from toy_rag import EXAMPLES, KEY, PASSAGES, TOKENIZER, batch_of, toy_parts
 from fedrag_jax.data import synthetic
 from fedrag_jax.data.batching import Prompts
 from fedrag_jax.data.citations import cite, cited
-from fedrag_jax.data.examples import Example
+from fedrag_jax.data.examples import Example, Passage
 from fedrag_jax.data.prompts import COMPACT, COMPACT_CITED
 from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.evaluation.citing import (
@@ -49,6 +49,19 @@ def test_a_number_after_the_text_is_refused():
     style = COMPACT_CITED._replace(passage="{text} [{number}]\n")
     with pytest.raises(ConfigError, match=r"needs its \{number\} before its \{text\}"):
         Prompts(TOKENIZER, style, PASSAGES, [])
+
+
+def test_no_passage_of_a_known_context_is_cut():
+    parts = toy_parts()
+    texts = [Passage(str(i), "", "Cy was here.") for i in range(19)]
+    texts.append(Passage("long", "", 5 * "Cy was everywhere. "))
+    prompts = Prompts(TOKENIZER, COMPACT_CITED, texts, [], max_answer_tokens=40)
+    contexts = {"a": Context(np.array([19, 3, 0]), (3,)), "b": Context(np.array([3, 4, 5]), (1,))}
+    task = citing(parts.decoder, parts.params, parts.adapters, prompts, EXAMPLES[:2], contexts)
+    table = task.table(EXAMPLES[:2])
+    for tokens, length, example in zip(table["tokens"], table["lengths"], EXAMPLES, strict=False):
+        prompt = prompts.prompt(example.question, contexts[example.id].rows)
+        np.testing.assert_array_equal(tokens[0, : length[0]][: len(prompt)], prompt)
 
 
 def slow_nll(prompts, question, rows, answer, reasoning):

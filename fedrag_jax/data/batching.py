@@ -74,6 +74,7 @@ class Prompts:
         self._passage_lengths = np.array([len(p) for p in self._passages])
         self.answer_width = 0
         self._after_lengths: dict[str, int] = {}  # of question and answer, by example id
+        self._context_width = 0  # of the longest of the contexts known beforehand
         self._widen(examples)
 
     @property
@@ -89,6 +90,11 @@ class Prompts:
                 "'cited' or 'chat_cited'"
             )
 
+    @property
+    def share_cut(self) -> float:
+        """Of the passages, those that fill `max_passage_tokens`: their ends are not read."""
+        return float(np.mean(self._passage_lengths >= self.max_passage_tokens))
+
     @functools.cached_property
     def stop_tokens(self) -> tuple[int, ...]:
         """EOS and, where answers end with their line, every token with a line break in it, in
@@ -98,11 +104,20 @@ class Prompts:
         return tuple(sorted({self.eos, self.tokenizer.eos_token_id, *breaks} - {None}))
 
     def wide_enough_for(
-        self, examples: Sequence[Example], reasoning: Sequence[str] | None = None
+        self,
+        examples: Sequence[Example],
+        reasoning: Sequence[str] | None = None,
+        contexts: Sequence[np.ndarray] = (),
     ) -> "Prompts":
-        """The same with room for other questions and answers, and their reasoning."""
+        """The same with room for other questions and answers, and their reasoning.
+
+        Args:
+          contexts: corpus rows of all prompts to come, where they are known: as wide as the longest,
+            so that no passage is cut.
+        """
         wider = copy.copy(self)
         wider._widen(examples, reasoning)
+        wider._context_width = max((len(wider._head(rows)) for rows in contexts), default=0)
         return wider
 
     def _widen(self, examples: Sequence[Example], reasoning=None) -> None:
@@ -157,10 +172,13 @@ class Prompts:
 
         A row of -1 is no passage. Passages that do not fit are cut from the end; the question never is.
         """
-        head = np.concatenate([self._opening, *self._numbered([r for r in rows if r >= 0])])
-        tail = self.question_tokens(question)
+        head, tail = self._head(rows), self.question_tokens(question)
         room = None if width is None else max(0, width - len(tail))
         return np.concatenate([head[:room], tail])
+
+    def _head(self, rows: Sequence[int]) -> np.ndarray:
+        """The opening and the passages."""
+        return np.concatenate([self._opening, *self._numbered([r for r in rows if r >= 0])])
 
     def _numbered(self, rows: Sequence[int]) -> list[np.ndarray]:
         """The tokens of each passage, after those of its number if the style has numbers."""
@@ -180,10 +198,13 @@ class Prompts:
     def training_width(self, k: int, packed: int = 1) -> int:
         """Tokens T of a training prompt with `k` passages and its answer, or of so many in one row.
 
-        Several passages are seldom all long: each has room for the 90th percentile, the last is cut.
+        Several passages are seldom all long: each has room for the 90th percentile, the last is cut,
+        unless the contexts are known (`wide_enough_for`).
         So has, packed, a question with its answer; a longer one takes its room from the last passages.
         """
         opening, longest = len(self._opening), self._after_width
+        if self._context_width:
+            return self._context_width + longest
         each = int(np.quantile(self._passage_lengths, 1.0 if k * packed == 1 else 0.9))
         each += max((len(tokens) for tokens in self._number_tokens(k)), default=0)
         if packed == 1:

@@ -66,7 +66,9 @@ def citing(
 
     targets = {e.id: answered(e) for e in examples}
     citations = {e.id: cite(contexts[e.id].cites) for e in examples}
-    prompts = prompts.wide_enough_for([*targets.values()], [*citations.values()])
+    prompts = prompts.wide_enough_for(
+        [*targets.values()], [*citations.values()], [contexts[e.id].rows for e in examples]
+    )
 
     def collate(some, _):
         return prompts.training_table(
