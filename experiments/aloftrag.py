@@ -45,6 +45,7 @@ VARIANTS = {
     "without_step_1": Variant({"filter_texts": False, "filter_questions": True}),
     "without_step_3": Variant({}),
     "random_negatives": Variant({"negatives": "random"}),
+    "always_answerable": Variant({"unanswerable": 0.0}),
     "unanswerable": Variant({"unanswerable": 0.2}),
     "questions_2": Variant({"per_text": 2}),
     "questions_4": Variant({"per_text": 4}),

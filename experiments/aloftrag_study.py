@@ -156,6 +156,15 @@ class Study:
                 raise DataError(f"{name}, {silo}: {error}") from error
             told = label_free.summary(made[silo].steps).replace("\n", "; ")
             print(f"{name}, {silo}: {told}", flush=True)
+        most, prompts = self.config.models.max_answer_tokens, self.system(seed).prompts
+        answers = [e.answers[0] for some in made.values() for e in some.examples]
+        cut = np.mean([len(prompts.answer_tokens(answer, "1")) >= most for answer in answers])
+        if cut > 0.01:
+            print(
+                f"{name}: {cut:.0%} of the answers are longer than config.models.max_answer_tokens="
+                f"{most} with their citation: their ends are not trained on",
+                flush=True,
+            )
         return made
 
     def tuner(self, name: str, setting: str, made, seed: int, client: int | None = None):

@@ -1,11 +1,15 @@
-"""The quickstart and the README's example run as they are printed."""
+"""The quickstart and the examples of README and docs run as they are printed."""
 
+import json
 import pathlib
 import re
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
+
+from fedrag_jax.data import datasets
+from fedrag_jax.rag import RAGSystem
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -19,9 +23,27 @@ def test_quickstart_notebook():
     assert any("| federated " in o.get("data", {}).get("text/markdown", "") for o in outputs)
 
 
-def test_the_readme_example_trains():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def code_of(page: str) -> list[str]:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert blocks
+    return blocks
+
+
+@pytest.mark.slow
+def test_documents_alone_become_a_tuned_system(tmp_path, monkeypatch):
+    (tmp_path / "path" / "to").mkdir(parents=True)
+    with open(tmp_path / "path" / "to" / "passages.jsonl", "w", encoding="utf-8") as file:
+        for passage in datasets.load("chatty_world").passages[:60]:
+            file.write(json.dumps({"id": passage.id, "title": "", "text": passage.text}) + "\n")
+    monkeypatch.chdir(tmp_path)
+    (block,) = code_of("docs/label_free.md")
+    exec(compile(block.replace("local_steps=100", "local_steps=3"), "label_free.md", "exec"), {})
+    system = RAGSystem.load("tuned")
+    assert system.query("Who?").sources
+
+
+def test_the_readme_example_trains():
+    blocks = code_of("README.md")
     scope = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), scope)

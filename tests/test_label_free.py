@@ -14,6 +14,7 @@ from fedrag_jax.evaluation.judge import judged
 from fedrag_jax.models import hub
 from fedrag_jax.models.author import LocalAuthor, Reply, Request
 from fedrag_jax.models.writing import Sampling
+from fedrag_jax.rag import RAGSystem
 from fedrag_jax.retrieval.retriever import Retriever
 from fedrag_jax.strategies import label_free
 
@@ -383,3 +384,19 @@ def test_a_judge_is_asked_about_each_answer_as_often_as_is_wanted(tmp_path):
     np.testing.assert_array_equal(again, found)
     with pytest.raises(ConfigError, match="repeats must be at least 1"):
         judged(author, examples, texts, ["a", "b", "c"], tmp_path, repeats=0)
+
+
+def test_ten_megabytes_in_one_text_are_read_as_far_as_they_fit(tmp_path):
+    story, unbroken = "Ann Bo was born in Rome. " * 400_000, "x" * 10_000_000
+    texts = [Passage("story", "", story), Passage("unbroken", "", unbroken), *TEXTS]
+    system = RAGSystem.build(
+        texts, generator="builtin:citing", prompt_style="compact_cited", max_passage_tokens=64
+    )
+    lengths = [len(system.prompts.prompt("Who?", [row])) for row in range(2)]
+    assert max(lengths) < 64 + 20 and system.prompts.share_cut == 2 / 14
+    author = LocalAuthor(system.generator)
+    rated = label_free.rate_texts(asking(author, tmp_path, COMPACT), texts, tmp_path)
+    assert sum(rated.counts.values()) == 14
+    examples = [Example("e", "Where was Ann Bo born?", ("Rome",), ("story",))]
+    step = label_free.add_hard_negatives(system.retriever, examples, tmp_path, n=3)
+    assert 0 in step.kept["e"].rows
