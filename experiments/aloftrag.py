@@ -211,7 +211,7 @@ def run(config, runs: str) -> pathlib.Path:
 
     folder = pathlib.Path(runs) / config.name
     check(config)
-    dataset = datasets.load(config.data.name)
+    dataset = datasets.load(config.data.name, needed=(config.data.split,))
     study = Study(config, dataset, folder)  # before anything is written: it refuses what cannot be
     prompts = study.system(config.seeds[0]).prompts
     prompts.require_citing()

@@ -161,6 +161,18 @@ def test_an_empty_split_is_refused(folder, split):
     dataset = dataclasses.replace(load(folder), **{split: []})
     with pytest.raises(DataError, match=f"no question in split '{split}'"):
         check(dataset)
+    assert check(dataset, needed=()) is dataset
+
+
+def test_questions_may_be_for_the_test_alone(tmp_path):
+    row = {"question": "Who?", "answers": ["Ann"], "split": "test"}
+    questions = "".join(json.dumps({"id": str(i), **row}) + "\n" for i in range(3))
+    (tmp_path / "questions.jsonl").write_text(questions)
+    (tmp_path / "passages.jsonl").write_text('{"id": "p", "text": "Ann was here."}\n')
+    dataset = load(tmp_path, needed=("test",))
+    assert [len(some) for some in (dataset.train, dataset.validation, dataset.test)] == [0, 0, 3]
+    with pytest.raises(DataError, match="no question in split 'train'"):
+        load(tmp_path)
 
 
 def test_a_question_may_not_be_in_two_splits(folder):

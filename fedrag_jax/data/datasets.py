@@ -16,14 +16,13 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fedrag_jax.data import synthetic
-from fedrag_jax.data.examples import Dataset, Example, Passage, check, check_passages
+from fedrag_jax.data.examples import SPLITS, Dataset, Example, Passage, check, check_passages
 from fedrag_jax.errors import DataError
 
-SPLITS = ("train", "validation", "test")
 HOTPOTQA_TRAIN, HOTPOTQA_VALIDATION = 1500, 200
 TOPICS = {
     "squad": "title",
@@ -31,7 +30,7 @@ TOPICS = {
 }  # the field that tells the clients of a named set apart
 
 
-def load(name: str | os.PathLike) -> Dataset:
+def load(name: str | os.PathLike, needed: Sequence[str] = SPLITS) -> Dataset:
     """Reads a set by its name or from a user's own folder, and checks it.
 
     `"squad"` and `"hotpotqa"` are read from the folder in the environment variable FEDRAG_DATA
@@ -53,6 +52,9 @@ def load(name: str | os.PathLike) -> Dataset:
     set in FEDRAG_DATA. Its questions go where their `split` says. Without that field they go by the
     sha256 of their id, 70% train, 10% validation, 20% test, so that questions added later move none
     of the old ones. If no question is for validation, a tenth of train is, by the same hash.
+
+    Args:
+      needed: the splits that must have questions.
 
     Raises:
       DataError: files not found (names those looked for), a line that is not what the schema asks
@@ -80,7 +82,7 @@ def load(name: str | os.PathLike) -> Dataset:
         questions.append((example, _string(row, "split", where, default=""), where))
     splits = {"squad": _split_squad, "hotpotqa": _split_hotpotqa, "xquad": _split_xquad}
     split = splits.get(text, _split_own)
-    return check(Dataset(Path(text).resolve().name, passages, **split(questions)))
+    return check(Dataset(Path(text).resolve().name, passages, **split(questions)), needed)
 
 
 def load_passages(path: str | os.PathLike) -> list[Passage]:

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from fedrag_jax.errors import DataError
 
@@ -76,18 +76,24 @@ def content_hash(dataset: Dataset) -> str:
     return digest.hexdigest()[:16]
 
 
-def check(dataset: Dataset) -> Dataset:
+SPLITS = ("train", "validation", "test")
+
+
+def check(dataset: Dataset, needed: Sequence[str] = SPLITS) -> Dataset:
     """Returns the dataset if it can be trained and tested on.
+
+    Args:
+      needed: the splits that must have questions.
 
     Raises:
       DataError: no passages, a split without questions, an id used twice, a question without an
         answer, or a positive id that no passage has; the message names the id.
     """
     passage_ids = {p.id for p in check_passages(dataset.passages, dataset.name)}
-    splits = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
+    splits = {split: getattr(dataset, split) for split in SPLITS}
     _unique((e.id for examples in splits.values() for e in examples), "question", dataset.name)
     for split, examples in splits.items():
-        if not examples:
+        if split in needed and not examples:
             raise DataError(
                 f"{dataset.name}: no question in split {split!r}; "
                 f'mark some with "split": "{split}" or give more questions'

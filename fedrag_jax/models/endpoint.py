@@ -55,7 +55,11 @@ class EndpointAuthor:
 
     @property
     def name(self) -> str:
-        """Of the model, and where it is."""
+        """The model's: what it says is the same wherever it runs."""
+        return self.model
+
+    @property
+    def _where(self) -> str:
         return f"{self.model} at {self.base_url}"
 
     @functools.cached_property
@@ -91,13 +95,13 @@ class EndpointAuthor:
         except (_openai().OpenAIError, ValueError) as error:  # a ValueError: what came is no JSON
             cause = f" ({error.__cause__})" if error.__cause__ else ""
             raise EndpointError(
-                f"{self.name}: {type(error).__name__}: {error}{cause}; is it running, and is the model "
-                "there? What was replied until now is kept"
+                f"{self._where}: {type(error).__name__}: {error}{cause}; is it running, and is the "
+                "model there? What was replied until now is kept"
             ) from error
         choices = getattr(found, "choices", None)
         if not choices:
             raise EndpointError(
-                f"{self.name}: the answer holds no text: {found!r}; is this the address of a chat "
+                f"{self._where}: the answer holds no text: {found!r}; is this the address of a chat "
                 "completions API, up to and with /v1?"
             )
         # A refusal, or a model that thought until the limit: no text, and nothing to read.
