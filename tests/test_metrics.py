@@ -1,4 +1,4 @@
-"""Answer scores against cases worked by hand; rankings against loops that cannot be wrong."""
+"""Answer scores against cases worked by hand, and against the rules of the official scripts."""
 
 import collections
 import re
@@ -7,18 +7,17 @@ import string
 import numpy as np
 import pytest
 
+from fedrag_jax.data.answers import normalize_answer
 from fedrag_jax.errors import ConfigError, DataError
+from fedrag_jax.evaluation import metrics
 from fedrag_jax.evaluation.metrics import (
-    answer_recall_at_k,
+    abstained,
     exact_match,
     f1,
-    mrr,
-    normalize_answer,
     percent,
-    recall_all_at_k,
-    recall_at_k,
-    recall_fraction_at_k,
+    rouge_l,
     score_answers,
+    substring_match,
 )
 
 
@@ -97,60 +96,75 @@ def test_percent():
         percent([])
 
 
-def test_recalls_by_hand():
-    ranked = np.array([[3, 1, 2], [9, 8, 7], [4, 5, 6]])
-    golds = [{1, 2}, [1], {4}]
-    assert recall_at_k(ranked, golds, 1).tolist() == [0, 0, 1]
-    assert recall_at_k(ranked, golds, 2).tolist() == [1, 0, 1]
-    assert recall_all_at_k(ranked, golds, 2).tolist() == [0, 0, 1]
-    assert recall_all_at_k(ranked, golds, 3).tolist() == [1, 0, 1]
-    assert recall_fraction_at_k(ranked, golds, 2).tolist() == [0.5, 0, 1]
-    assert mrr(ranked, golds).tolist() == [0.5, 0, 1]
-    assert mrr(ranked, golds, k=1).tolist() == [0, 0, 1]
+@pytest.mark.parametrize(
+    ("rule", "prediction", "answers", "em", "word_f1"),
+    [
+        # Of evaluate-v2.0.py: a question without an answer wants none, and none alone.
+        ("squad_v2", "", [], 1, 1),
+        ("squad_v2", "the", [], 1, 1),
+        ("squad_v2", "Rome", [], 0, 0),
+        ("squad_v2", "", ["Rome"], 0, 0),
+        ("squad_v2", "Rome", ["the", "Rome"], 1, 1),
+        ("squad_v2", "", ["the", "Rome"], 0, 0),  # an answer without words is no answer
+        ("squad_v2", "", ["the", "!"], 1, 1),
+        ("squad_v2", "in Rome", ["Rome"], 0, 2 / 3),
+        # Of evaluate-v1.1.py: nothing shared is nothing gained, whoever is empty.
+        ("squad", "", ["the"], 1, 0),
+        ("squad", "yes it is", ["yes"], 0, 0.5),
+        # Of hotpot_evaluate_v1.py: yes, no and noanswer are all or nothing.
+        ("hotpotqa", "yes it is", ["yes"], 0, 0),
+        ("hotpotqa", "Yes.", ["yes"], 1, 1),
+        ("hotpotqa", "no", ["no man's land"], 0, 0),
+        ("hotpotqa", "noanswer", ["noanswer given"], 0, 0),
+        ("hotpotqa", "not a man", ["a man"], 0, 2 / 3),
+        # Punctuation of ASCII goes, and no other; articles are words, not letters.
+        ("squad", "«Élan»", ["élan"], 0, 0),
+        ("squad", "ÉLAN—vital", ["élan—vital"], 1, 1),
+        ("squad", "An apple-tree, a day", ["appletree day"], 1, 1),
+        ("squad", "İstanbul", ["i̇stanbul"], 1, 1),  # lower case of a letter may be two
+    ],
+)
+def test_rules_of_the_official_scripts(rule, prediction, answers, em, word_f1):
+    assert exact_match(prediction, answers, rule) == em
+    assert f1(prediction, answers, rule) == pytest.approx(word_f1)
+    scores = score_answers([prediction], [answers], rule)
+    assert (scores["em"], scores["f1"]) == (em, pytest.approx(word_f1))
 
 
-@pytest.mark.parametrize("kind", [int, str])
-@pytest.mark.parametrize("k", [1, 5, 10])
-def test_rankings_agree_with_loops(kind, k):
-    rng = np.random.default_rng(k)
-    ranked = np.array([rng.permutation(30)[:12] for _ in range(200)]).astype(kind)
-    golds = [rng.choice(30, rng.integers(1, 4), replace=False).astype(kind) for _ in range(200)]
-    any_gold, every_gold, share, reciprocal = [], [], [], []
-    for row, gold in zip(ranked, golds, strict=True):
-        found = sum(1 for g in gold if any(g == p for p in row[:k]))
-        any_gold.append(float(found > 0))
-        every_gold.append(float(found == len(gold)))
-        share.append(found / len(gold))
-        rank = min([i for i in range(10) for g in gold if row[i] == g], default=None)
-        reciprocal.append(0.0 if rank is None else 1 / (rank + 1))
-    golds = [set(g.tolist()) for g in golds]
-    assert recall_at_k(ranked, golds, k).tolist() == any_gold
-    assert recall_all_at_k(ranked, golds, k).tolist() == every_gold
-    assert recall_fraction_at_k(ranked, golds, k).tolist() == share
-    assert mrr(ranked, golds).tolist() == reciprocal
+def test_an_unknown_rule_and_questions_without_answers_are_refused():
+    for score in (exact_match, f1):
+        with pytest.raises(ConfigError, match=r"'squad', 'squad_v2', 'hotpotqa'.*got 'trivia'"):
+            score("x", ["x"], "trivia")
+        with pytest.raises(DataError, match="list of at least one string"):
+            score("x", "x", "squad_v2")
+        with pytest.raises(DataError, match="list of at least one string"):
+            score("x", [], "hotpotqa")
 
 
-def test_mrr_stops_at_ten():
-    ranked = [list(range(20))] * 2
-    assert mrr(ranked, [{9}, {10}]).tolist() == [0.1, 0.0]
+def test_substring_match_grows_with_what_is_said():
+    assert substring_match("It is the Eiffel-Tower, I think", ["tower", "Eiffel Tower"]) == 1.0
+    assert substring_match("Eiffel", ["Eiffel Tower"]) == 0.0
+    assert substring_match("anything at all", ["the", "!"]) == 0.0
+    with pytest.raises(DataError, match="list of at least one string"):
+        substring_match("x", [])
 
 
-def test_answer_recall():
-    texts = ["The focus was here.", "He lived in the US, then Rome.", "Nothing"]
-    ranked = [[0, 1, 2]] * 4
-    answers = [["us"], ["Paris", "rome"], ["the"], ["U.S. then"]]
-    assert answer_recall_at_k(ranked, texts, answers, 1).tolist() == [0, 0, 0, 0]
-    assert answer_recall_at_k(ranked, texts, answers, 2).tolist() == [1, 1, 0, 1]
+def test_rouge_l_is_that_of_its_package(monkeypatch):
+    # The longest common subsequence of 3 words: precision 3/4, recall 3/6.
+    assert rouge_l("police kill the gunman", ["the police did kill that gunman"]) == pytest.approx(
+        0.6
+    )
+    assert rouge_l("Yes.", ["no", "YES"]) == 1.0
+    with pytest.raises(DataError, match="list of at least one string"):
+        rouge_l("x", "x")
+    metrics._rouge.cache_clear()
+    monkeypatch.setitem(__import__("sys").modules, "rouge_score.rouge_scorer", None)
+    with pytest.raises(ConfigError, match=r"pip install 'fedrag-jax\[rouge\]'"):
+        rouge_l("x", ["x"])
+    metrics._rouge.cache_clear()
 
 
-@pytest.mark.parametrize("score", [recall_at_k, recall_all_at_k, recall_fraction_at_k])
-def test_rankings_that_cannot_be_scored_are_refused(score):
-    for k in (0, 3):
-        with pytest.raises(ConfigError, match=f"k must be between 1 and the 2.*got {k}"):
-            score([[1, 2]], [{1}], k)
-    with pytest.raises(ConfigError, match="one row for each of 2 questions"):
-        score([[1, 2]], [{1}, {2}], 1)
-    with pytest.raises(DataError, match="question number 1"):
-        score([[1, 2], [1, 2]], [{1}, set()], 1)
-    with pytest.raises(DataError, match="gold passages 'p1'"):
-        score([["p1", "p2"]], ["p1"], 1)
+def test_abstentions_are_told_from_answers():
+    said = ["", "Unknown.", "I don't know", "noanswer", "The unknown soldier", "no"]
+    assert abstained(said).tolist() == [1, 1, 1, 1, 0, 0]
+    assert abstained(["weiß nicht"], ["Weiß nicht!"]).tolist() == [1]

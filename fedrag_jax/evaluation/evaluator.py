@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from fedrag_jax.data.examples import Example
-from fedrag_jax.evaluation import metrics
+from fedrag_jax.evaluation import metrics, rankings
 from fedrag_jax.objectives.likelihood import answer_log_probs
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.retrieval.retriever import Retriever
@@ -52,10 +52,10 @@ def rank_scores(
         return found
 
     scores = {
-        f"recall_at_{k}": everywhere(metrics.recall_at_k(ranked, golds, min(k, len(rows[0]))))
+        f"recall_at_{k}": everywhere(rankings.recall_at_k(ranked, golds, min(k, len(rows[0]))))
         for k in depths
     }
-    return scores | {"mrr": everywhere(metrics.mrr(ranked, golds))}
+    return scores | {"mrr": everywhere(rankings.mrr(ranked, golds))}
 
 
 def gold_passage(system: RAGSystem, examples: Sequence[Example]) -> dict[str, np.ndarray]:

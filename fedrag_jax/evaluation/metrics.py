@@ -1,16 +1,21 @@
-"""Scores of answers and of rankings, one per question.
+"""Scores of answers, one per question.
 
 Every function over many questions returns float64 [Q] with values in [0, 1], ready for
-`significance.bootstrap_interval`; tables print `percent` of it.
+`significance.bootstrap_interval`; tables print `percent` of it. Those of rankings are in `rankings`.
 """
 
+import functools
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from fedrag_jax.data.answers import normalize_answer
+from fedrag_jax.data.label_free_prompts import UNKNOWN
 from fedrag_jax.errors import ConfigError, DataError
+
+# Ways to say that nothing is known: this project's own, SQuAD v2's and HotpotQA's, and plain words.
+ABSTENTIONS = (UNKNOWN, "unanswerable", "noanswer", "no answer", "I don't know", "I do not know")
 
 
 def percent(scores: np.ndarray) -> float:
@@ -21,28 +26,77 @@ def percent(scores: np.ndarray) -> float:
     return float(100 * scores.mean())
 
 
-def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """1.0 if the prediction is one of the answers after normalisation (SQuAD v1.1), else 0.0."""
-    return _best(lambda p, a: float(p == a), prediction, answers)
+YES_NO = ("yes", "no", "noanswer")
 
 
-def f1(prediction: str, answers: Sequence[str]) -> float:
-    """Overlap of the bags of normalised words, best over the answers (SQuAD v1.1), in [0, 1]."""
-    return _best(_word_f1, prediction, answers)
+def exact_match(prediction: str, answers: Sequence[str], rule: str = "squad") -> float:
+    """1.0 if the prediction is one of the answers after normalisation, else 0.0.
+
+    Args:
+      rule: as of `f1`.
+    """
+    return _best(lambda p, a: float(p == a), prediction, answers, rule)
+
+
+def f1(prediction: str, answers: Sequence[str], rule: str = "squad") -> float:
+    """Overlap of the bags of normalised words, best over the answers, in [0, 1].
+
+    Args:
+      rule: "squad" as evaluate-v1.1.py; "squad_v2" as evaluate-v2.0.py, where a question may have no
+        answer and an empty prediction is then right; "hotpotqa" as hotpot_evaluate_v1.py, where yes, no
+        and noanswer share no word with anything but themselves.
+
+    Raises:
+      ConfigError: an unknown rule.
+      DataError: no answers, but in SQuAD v2.
+    """
+    return _best(RULES.get(rule), prediction, answers, rule)
+
+
+def substring_match(prediction: str, answers: Sequence[str]) -> float:
+    """1.0 if an answer is somewhere in the prediction after normalisation: sub-EM, or accuracy.
+
+    It rises with the length of predictions, so it stands beside exact match and not in its place. An
+    answer of which normalisation leaves nothing is never found.
+    """
+    return _best(lambda p, a: float(bool(a) and a in p), prediction, answers, "squad")
+
+
+def rouge_l(prediction: str, answers: Sequence[str]) -> float:
+    """F-measure of the longest common subsequence of words, best over the answers (Lin, 2004).
+
+    By the package rouge-score, without stemming: lower case, words of Latin letters and digits alone.
+
+    Raises:
+      ConfigError: the package is missing.
+    """
+    _require_answers(answers)
+    scorer = _rouge()
+    return max(scorer.score(answer, prediction)["rougeL"].fmeasure for answer in answers)
 
 
 def score_answers(
-    predictions: Sequence[str], answers: Sequence[Sequence[str]]
+    predictions: Sequence[str], answers: Sequence[Sequence[str]], rule: str = "squad"
 ) -> dict[str, np.ndarray]:
-    """{"em": [Q], "f1": [Q]} of one prediction per question against all of its answers."""
+    """{"em": [Q], "f1": [Q]} of one prediction per question against all of its answers.
+
+    Args:
+      rule: as of `f1`.
+    """
     pairs = list(zip(predictions, answers, strict=True))
     return {
-        "em": np.array([exact_match(p, a) for p, a in pairs], np.float64),
-        "f1": np.array([f1(p, a) for p, a in pairs], np.float64),
+        "em": np.array([exact_match(p, a, rule) for p, a in pairs], np.float64),
+        "f1": np.array([f1(p, a, rule) for p, a in pairs], np.float64),
     }
 
 
-def _word_f1(prediction: str, answer: str) -> float:
+def abstained(predictions: Sequence[str], abstentions: Sequence[str] = ABSTENTIONS) -> np.ndarray:
+    """[Q]: 1 where a prediction is empty or one of the ways to say that nothing is known."""
+    said = {normalize_answer(text) for text in ("", *abstentions)}
+    return np.array([float(normalize_answer(p) in said) for p in predictions])
+
+
+def _squad_f1(prediction: str, answer: str) -> float:
     predicted, wanted = prediction.split(), answer.split()
     shared = sum((Counter(predicted) & Counter(wanted)).values())
     if not shared:
@@ -51,80 +105,44 @@ def _word_f1(prediction: str, answer: str) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
-def _best(score: Callable[[str, str], float], prediction: str, answers: Sequence[str]) -> float:
+def _squad_v2_f1(prediction: str, answer: str) -> float:
+    if not prediction or not answer:
+        return float(prediction == answer)
+    return _squad_f1(prediction, answer)
+
+
+def _hotpotqa_f1(prediction: str, answer: str) -> float:
+    if prediction != answer and (prediction in YES_NO or answer in YES_NO):
+        return 0.0
+    return _squad_f1(prediction, answer)
+
+
+RULES = {"squad": _squad_f1, "squad_v2": _squad_v2_f1, "hotpotqa": _hotpotqa_f1}
+
+
+def _best(
+    score: Callable[[str, str], float], prediction: str, answers: Sequence[str], rule: str
+) -> float:
+    if rule not in RULES:
+        raise ConfigError(f"the rule must be one of {[*RULES]}, got {rule!r}")
+    if rule != "squad_v2" or isinstance(answers, str):
+        _require_answers(answers)
+    golds = [normalize_answer(answer) for answer in answers]
+    if rule == "squad_v2":
+        golds = [gold for gold in golds if gold] or [""]
+    prediction = normalize_answer(prediction)
+    return max(score(prediction, gold) for gold in golds)
+
+
+def _require_answers(answers: Sequence[str]) -> None:
     if isinstance(answers, str) or not answers:
         raise DataError(f"answers must be a list of at least one string, got {answers!r}")
-    prediction = normalize_answer(prediction)
-    return max(score(prediction, normalize_answer(answer)) for answer in answers)
 
 
-# Rankings. `ranked` [Q, >= k] holds passage ids (or store rows), best first; `golds` has for each
-# question its gold ids of the same kind.
-
-
-def recall_at_k(ranked, golds: Sequence[Collection], k: int) -> np.ndarray:
-    """[Q]: 1 if any gold passage is among the first k (elsewhere hit or success@k)."""
-    return _per_question(lambda top, gold: bool(gold & set(top)), ranked, golds, k)
-
-
-def recall_all_at_k(ranked, golds: Sequence[Collection], k: int) -> np.ndarray:
-    """[Q]: 1 if every gold passage is among the first k."""
-    return _per_question(lambda top, gold: gold <= set(top), ranked, golds, k)
-
-
-def recall_fraction_at_k(ranked, golds: Sequence[Collection], k: int) -> np.ndarray:
-    """[Q]: share of the gold passages that are among the first k."""
-    return _per_question(lambda top, gold: len(gold & set(top)) / len(gold), ranked, golds, k)
-
-
-def mrr(ranked, golds: Sequence[Collection], k: int = 10) -> np.ndarray:
-    """[Q]: 1 / rank of the first gold passage, 0 if it is not among the first k (MRR@10).
-
-    A ranking of fewer than k counts as it is: right for a corpus that is no larger.
-    """
-
-    def reciprocal_rank(top, gold):
-        return next((1 / rank for rank, p in enumerate(top, start=1) if p in gold), 0.0)
-
-    return _per_question(reciprocal_rank, ranked, golds, min(k, np.shape(ranked)[-1]))
-
-
-def answer_recall_at_k(
-    ranked, texts: Sequence[str], answers: Sequence[Sequence[str]], k: int
-) -> np.ndarray:
-    """[Q]: 1 if one of the first k passages has an answer in it, gold or not.
-
-    `ranked` [Q, >= k] are rows of `texts` [N]. Both sides are normalised as answers are, and whole
-    words must match; an answer of which normalisation leaves nothing is never found.
-    """
-    ranked = _first(ranked, k, len(answers))
-    padded: dict[int, str] = {}
-    for row in {row for top in ranked for row in top}:
-        padded[row] = f" {normalize_answer(texts[row])} "
-    scores = np.zeros(len(ranked))
-    for i, (top, alternatives) in enumerate(zip(ranked, answers, strict=True)):
-        wanted = [f" {a} " for a in map(normalize_answer, alternatives) if a]
-        scores[i] = any(answer in padded[row] for row in top for answer in wanted)
-    return scores
-
-
-def _per_question(score: Callable, ranked, golds: Sequence[Collection], k: int) -> np.ndarray:
-    ranked = _first(ranked, k, len(golds))
-    for i, gold in enumerate(golds):
-        if isinstance(gold, str) or not len(gold):
-            raise DataError(
-                f"question number {i} (from 0) has gold passages {gold!r}; ranking is scored only "
-                "over questions with at least one gold id: leave the others out"
-            )
-    return np.array([score(t, set(g)) for t, g in zip(ranked, golds, strict=True)], np.float64)
-
-
-def _first(ranked, k: int, questions: int) -> list[list]:
-    ranked = np.asarray(ranked)
-    if ranked.ndim != 2 or len(ranked) != questions:
-        raise ConfigError(
-            f"ranked must have one row for each of {questions} questions, has shape {ranked.shape}"
-        )
-    if not 1 <= k <= ranked.shape[1]:
-        raise ConfigError(f"k must be between 1 and the {ranked.shape[1]} passages ranked, got {k}")
-    return ranked[:, :k].tolist()
+@functools.cache
+def _rouge():
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise ConfigError("ROUGE-L needs rouge-score: pip install 'fedrag-jax[rouge]'") from error
+    return RougeScorer(["rougeL"])
