@@ -233,7 +233,7 @@ def vectors_of(count, dimension=16, seed=0):
 def kind(request, monkeypatch):
     """Every test of a store is of both kinds."""
     # Several blocks of passages and of queries.
-    monkeypatch.setattr("fedrag_jax.retrieval.device_search._BLOCK", 256)
+    monkeypatch.setattr("fedrag_jax.retrieval.device_search.BLOCK", 256)
     monkeypatch.setattr("fedrag_jax.retrieval.device_search._QUERIES", 8)
     return request.param
 

@@ -13,9 +13,9 @@ import numpy as np
 from fedrag_jax.retrieval.store import Store
 
 # Scores held at once, whatever the corpus: 256 queries by 16,384 passages are 16 MiB.
-_BLOCK = 16384
+BLOCK = 16384
 _QUERIES = 256
-_TILE = 128  # blocks are multiples of this: products of a ragged edge may be rounded otherwise
+TILE = 128  # blocks are multiples of this: products of a ragged edge may be rounded otherwise
 
 
 class DeviceStore(Store):
@@ -23,8 +23,8 @@ class DeviceStore(Store):
 
     def __init__(self, ids: tuple[str, ...], vectors: np.ndarray):
         super().__init__(ids, vectors)
-        blocks = -(-len(ids) // _BLOCK)
-        block = -(-len(ids) // (blocks * _TILE)) * _TILE
+        blocks = -(-len(ids) // BLOCK)
+        block = -(-len(ids) // (blocks * TILE)) * TILE
         padded = np.zeros((blocks * block, self.dimension), np.float32)
         padded[: len(self)] = vectors
         self._blocks = jax.device_put(padded.reshape(blocks, block, self.dimension))
@@ -35,19 +35,29 @@ class DeviceStore(Store):
         return np.asarray(self._blocks).reshape(-1, self.dimension)[: len(self)]
 
     def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        rows, scores = [], []
-        for start in range(0, len(queries), _QUERIES):
-            some = queries[start : start + _QUERIES]
-            # Widths are powers of two, so that few programs are compiled.
-            padded = np.zeros((1 << (len(some) - 1).bit_length(), self.dimension), np.float32)
-            padded[: len(some)] = some
-            found = _nearest(self._blocks, len(self), padded, k)
-            rows.append(found[0][: len(some)])
-            scores.append(found[1][: len(some)])
-        return np.concatenate(jax.device_get(rows)), np.concatenate(jax.device_get(scores))
+        return search_blocks(self._blocks, len(self), queries, k)
 
     def _replace(self, rows: np.ndarray, vectors: np.ndarray) -> None:
-        self._blocks = _put(self._blocks, rows, vectors)
+        self._blocks = put_rows(self._blocks, rows, vectors)
+
+
+def search_blocks(
+    blocks: jax.Array, count: int, queries: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows int32 and scores float32 [Q, k] among the first `count` rows of `blocks` [n, b, D].
+
+    Equal scores are ordered by row.
+    """
+    rows, scores = [], []
+    for start in range(0, len(queries), _QUERIES):
+        some = queries[start : start + _QUERIES]
+        # Widths are powers of two, so that few programs are compiled.
+        padded = np.zeros((1 << (len(some) - 1).bit_length(), queries.shape[1]), np.float32)
+        padded[: len(some)] = some
+        found = _nearest(blocks, count, padded, k)
+        rows.append(found[0][: len(some)])
+        scores.append(found[1][: len(some)])
+    return np.concatenate(jax.device_get(rows)), np.concatenate(jax.device_get(scores))
 
 
 @partial(jax.jit, static_argnames="k")
@@ -74,5 +84,6 @@ def _nearest(blocks: jax.Array, count, queries: jax.Array, k: int):
 
 
 @partial(jax.jit, donate_argnums=0)
-def _put(blocks: jax.Array, rows: jax.Array, vectors: jax.Array) -> jax.Array:
+def put_rows(blocks: jax.Array, rows: jax.Array, vectors: jax.Array) -> jax.Array:
+    """`blocks` [n, b, D], which are given up, with `vectors` [R, D] at `rows` int [R]."""
     return blocks.at[rows // blocks.shape[1], rows % blocks.shape[1]].set(vectors)

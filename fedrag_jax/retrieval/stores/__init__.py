@@ -1,0 +1,1 @@
+"""Stores of passages that people add to, delete from and ask while a system answers."""

@@ -1,0 +1,132 @@
+"""Exact search on the device: a GPU, a TPU, or a CPU through XLA."""
+
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedrag_jax.data.examples import Passage
+from fedrag_jax.errors import CheckpointError, ConfigError
+from fedrag_jax.retrieval.device_search import BLOCK, TILE, put_rows, search_blocks
+from fedrag_jax.retrieval.stores.knowledge import Found, KnowledgeStore
+from fedrag_jax.retrieval.stores.lines import LINES, read_lines, write_lines
+
+VECTORS = "vectors.npy"
+
+
+class DeviceKnowledge(KnowledgeStore):
+    """Vectors in blocks on JAX's default device, passages in memory.
+
+    Rows are dense: what is deleted makes room for the last. Room doubles when it runs out, so programs
+    are compiled for few sizes.
+    """
+
+    kind = "device"
+
+    def __init__(self, dimension: int):
+        """An empty store.
+
+        Raises:
+          ConfigError: a dimension below 1.
+        """
+        super().__init__()
+        if dimension < 1:
+            raise ConfigError(f"a store needs dimension >= 1, got {dimension}")
+        self.dimension = dimension
+        self._blocks = jnp.zeros((1, TILE, dimension), jnp.float32)
+        self._rows: list[Passage] = []
+        self._row_of: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def passages(self) -> Iterable[Passage]:
+        """All passages."""
+        return iter([*self._rows])
+
+    def _known(self, ids: Sequence[str]) -> set[str]:
+        return {i for i in ids if i in self._row_of}
+
+    def _get(self, ids: Sequence[str]) -> list[Passage]:
+        return [self._rows[self._row_of[i]] for i in ids]
+
+    def _put(self, passages: Sequence[Passage], vectors: np.ndarray) -> None:
+        places = []
+        for passage in passages:
+            row = self._row_of.setdefault(passage.id, len(self._rows))
+            if row == len(self._rows):
+                self._rows.append(passage)
+            self._rows[row] = passage
+            places.append(row)
+        self._blocks = _put(_grown(self._blocks, len(self._rows)), places, vectors)
+
+    def _delete(self, ids: Sequence[str]) -> None:
+        sources: dict[int, int] = {}  # row -> whose vector it gets
+        for identifier in ids:
+            row, last = self._row_of.pop(identifier), len(self._rows) - 1
+            moved = self._rows.pop()
+            if row != last:
+                self._rows[row], self._row_of[moved.id] = moved, row
+                sources[row] = sources.pop(last, last)
+        sources = {row: source for row, source in sources.items() if row < len(self._rows)}
+        if sources:
+            flat = self._blocks.reshape(-1, self.dimension)
+            vectors = np.asarray(flat[np.array([*sources.values()])])
+            self._blocks = _put(self._blocks, [*sources], vectors)
+
+    def _refresh(self, passages: Sequence[Passage], vectors: np.ndarray) -> None:
+        rows = [self._row_of[p.id] for p in passages]
+        blocks = _put(jnp.zeros_like(self._blocks), rows, vectors)
+        blocks.block_until_ready()
+        with self._lock:
+            self._blocks = blocks
+
+    def _search(self, questions, vectors: np.ndarray, k: int) -> list[list[Found]]:
+        rows, scores = search_blocks(self._blocks, len(self), vectors, min(k, len(self)))
+        return [
+            [Found(self._rows[row], float(score)) for row, score in zip(r, s, strict=True)]
+            for r, s in zip(rows.tolist(), scores, strict=True)
+        ]
+
+    # --- on disk -------------------------------------------------------------------------------
+
+    def _settings(self) -> dict[str, Any]:
+        return {"dimension": self.dimension}
+
+    def _save(self, folder: pathlib.Path) -> None:
+        vectors = np.asarray(self._blocks).reshape(-1, self.dimension)[: len(self)]
+        np.save(folder / VECTORS, vectors, allow_pickle=False)
+        write_lines(folder / LINES, self._rows)
+
+    @classmethod
+    def _load(cls, folder: pathlib.Path, settings: dict[str, Any], memory_map: bool) -> Self:
+        store, passages = cls(**settings), read_lines(folder / LINES)
+        vectors = np.load(folder / VECTORS, allow_pickle=False)
+        if None in passages or vectors.shape != (len(passages), store.dimension):
+            raise CheckpointError(
+                f"{folder} holds vectors {[*vectors.shape]} for {len(passages)} passages and dimension "
+                f"{store.dimension}; save it again"
+            )
+        store.add(passages, vectors)
+        return store
+
+
+def _grown(blocks: jax.Array, size: int) -> jax.Array:
+    """The same with room for so many rows: one block until it is full, then more of them."""
+    count, block, dimension = blocks.shape
+    room = count * block
+    while room < size:
+        room *= 2
+    if room == count * block:
+        return blocks
+    flat = jnp.pad(blocks.reshape(-1, dimension), ((0, room - count * block), (0, 0)))
+    return flat.reshape(-1, min(room, BLOCK), dimension)
+
+
+def _put(blocks: jax.Array, rows: Sequence[int], vectors: np.ndarray) -> jax.Array:
+    """`put_rows`, the last of them repeated up to a power of two: compiled for few counts."""
+    places = np.minimum(np.arange(1 << (len(rows) - 1).bit_length()), len(rows) - 1)
+    return put_rows(blocks, np.asarray(rows)[places], vectors[places])

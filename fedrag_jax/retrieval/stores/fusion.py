@@ -1,0 +1,106 @@
+"""Several stores over the same passages, asked together: vectors and words."""
+
+import pathlib
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any, Self
+
+import numpy as np
+
+from fedrag_jax.data.examples import Passage
+from fedrag_jax.errors import CheckpointError, ConfigError
+from fedrag_jax.retrieval.federated import RRF_K
+from fedrag_jax.retrieval.stores.knowledge import Found, KnowledgeStore
+
+
+class HybridStore(KnowledgeStore):
+    """Reciprocal rank fusion (Cormack, Clarke and Büttcher 2009) of what several stores find.
+
+        score = sum over stores that found the passage: 1 / (60 + rank), ranks from 1
+
+    What is added, replaced or deleted is so in all of them; nobody else may change them.
+    """
+
+    kind = "hybrid"
+
+    def __init__(self, parts: Sequence[KnowledgeStore], depth: int = 100):
+        """A store over others, which hold the same passages.
+
+        Args:
+          depth: passages of each that are ranked; at least as many as are searched for.
+
+        Raises:
+          ConfigError: fewer than two stores, other passages or dimensions in one than in another, depth
+            below 1.
+        """
+        super().__init__()
+        if len(parts) < 2 or depth < 1:
+            raise ConfigError(
+                f"a hybrid needs two stores or more and depth >= 1, got {len(parts)} and {depth}"
+            )
+        dimensions = sorted({part.dimension for part in parts} - {None})
+        if len(dimensions) > 1:
+            raise ConfigError(f"stores of one hybrid have vectors of dimensions {dimensions}")
+        held = [{p.id for p in part.passages()} for part in parts]
+        if any(ids != held[0] for ids in held[1:]):
+            raise ConfigError(
+                f"stores of one hybrid hold the same passages, these hold {[*map(len, held)]}: add "
+                "passages through the hybrid"
+            )
+        self.parts, self.depth = tuple(parts), depth
+        self.dimension = next(iter(dimensions), None)
+        self.read_only = any(part.read_only for part in parts)
+
+    def __len__(self) -> int:
+        return len(self.parts[0])
+
+    def passages(self) -> Iterable[Passage]:
+        """All passages, in the order of the first store."""
+        return self.parts[0].passages()
+
+    def _known(self, ids: Sequence[str]) -> set[str]:
+        return self.parts[0]._known(ids)
+
+    def _get(self, ids: Sequence[str]) -> list[Passage]:
+        return self.parts[0]._get(ids)
+
+    def _put(self, passages: Sequence[Passage], vectors: np.ndarray | None) -> None:
+        for part in self.parts:
+            part._put(passages, None if part.dimension is None else vectors)
+
+    def _delete(self, ids: Sequence[str]) -> None:
+        for part in self.parts:
+            part._delete(ids)
+
+    def _refresh(self, passages: Sequence[Passage], vectors: np.ndarray) -> None:
+        for part in self.parts:
+            if part.dimension is not None:
+                part._refresh(passages, vectors)
+
+    def _search(self, questions, vectors, k: int) -> list[list[Found]]:
+        scores = [defaultdict(float) for _ in questions]
+        passages: dict[str, Passage] = {}
+        for part in self.parts:
+            for question, some in enumerate(part.search(questions, vectors, max(k, self.depth))):
+                for rank, found in enumerate(some, start=1):
+                    scores[question][found.passage.id] += 1 / (RRF_K + rank)
+                    passages[found.passage.id] = found.passage
+        return [[Found(passages[i], score) for i, score in some.items()] for some in scores]
+
+    # --- on disk -------------------------------------------------------------------------------
+
+    def _settings(self) -> dict[str, Any]:
+        return {"depth": self.depth, "parts": len(self.parts)}
+
+    def _save(self, folder: pathlib.Path) -> None:
+        for i, part in enumerate(self.parts):
+            part.save(folder / f"part-{i}")
+
+    @classmethod
+    def _load(cls, folder: pathlib.Path, settings: dict[str, Any], memory_map: bool) -> Self:
+        from fedrag_jax.retrieval.stores.opening import open_store
+
+        if not 2 <= settings["parts"] <= 100:
+            raise CheckpointError(f"{folder}: a hybrid of {settings['parts']!r} stores")
+        parts = [open_store(folder / f"part-{i}", memory_map) for i in range(settings["parts"])]
+        return cls(parts, settings["depth"])

@@ -1,0 +1,260 @@
+"""What every store of passages promises: search, add, replace, delete, refresh, save.
+
+Training looks at a corpus that stands still, by row (`retrieval.store`). A system in use asks a
+`KnowledgeStore`, which changes under it: passages go by their ids, searches and changes come from many
+threads, and every search sees all of a change or nothing of it.
+"""
+
+import abc
+import json
+import pathlib
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, NamedTuple, Self
+
+import numpy as np
+
+from fedrag_jax.data.examples import Passage
+from fedrag_jax.errors import ConfigError, DataError
+from fedrag_jax.retrieval.store import finite
+
+FORMAT = 1
+SETTINGS = "store.json"
+Embed = Callable[[Sequence[Passage]], np.ndarray]
+
+
+class Found(NamedTuple):
+    """A passage, and how well it fits: higher is better; of what kind depends on the store."""
+
+    passage: Passage
+    score: float
+
+
+class KnowledgeStore(abc.ABC):
+    """Passages by their ids, searched by vectors, by words or by both.
+
+    Attributes:
+      kind: its name in a saved folder.
+      dimension: of its vectors; None where words alone are searched.
+      read_only: whether it lies memory-mapped on disk and refuses changes.
+    """
+
+    kind: ClassVar[str]
+    dimension: int | None = None
+    read_only: bool = False
+
+    def __init__(self):
+        self._changing = (
+            threading.RLock()
+        )  # held by whoever changes the store, however long it takes
+        self._lock = threading.RLock()  # held for the moment of a change, and while a search lasts
+
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
+
+    def add(self, passages: Sequence[Passage], vectors=None) -> None:
+        """Takes in passages that are not there yet, with vectors [N, D] of unit length.
+
+        Raises:
+          DataError: an id that is there already or comes twice, a vector that is not finite; nothing is
+            added.
+          ConfigError: vectors that are missing, too few or of another dimension.
+        """
+        passages, vectors = self._checked(passages, vectors)
+        with self._changing:
+            if known := self._known([p.id for p in passages]):
+                raise DataError(
+                    f"passage id {min(known)!r} is in the store already: replace it, or give the new "
+                    "passage an id of its own"
+                )
+            self._change(passages, vectors)
+
+    def replace(self, passages: Sequence[Passage], vectors=None) -> None:
+        """Puts passages, and vectors [N, D], in the place of those with their ids.
+
+        Raises:
+          DataError: an id that is not there or comes twice, a vector that is not finite; nothing is
+            replaced.
+          ConfigError: as `add`.
+        """
+        passages, vectors = self._checked(passages, vectors)
+        with self._changing:
+            self._require([p.id for p in passages])
+            self._change(passages, vectors)
+
+    def delete(self, ids: Iterable[str]) -> None:
+        """Takes passages out.
+
+        Raises:
+          DataError: an id that is not there; nothing is deleted.
+        """
+        ids = [*dict.fromkeys(ids)]
+        with self._changing:
+            self._require(ids)
+            if ids:
+                self._require_writable()
+                with self._lock:
+                    self._delete(ids)
+
+    def get(self, ids: Sequence[str]) -> list[Passage]:
+        """The passages with those ids, in their order.
+
+        Raises:
+          DataError: an id that is not there.
+        """
+        with self._lock:
+            self._require(ids)
+            return self._get(ids)
+
+    def search(self, questions: Sequence[str], vectors=None, k: int = 5) -> list[list[Found]]:
+        """For each question the k passages that fit best, best first; all there are if they are fewer.
+
+        Equal scores are ordered by id. Approximate indexes may find less than there is.
+
+        Args:
+          vectors: [Q, D] of the questions, for stores that have a dimension.
+
+        Raises:
+          ConfigError: k below 1, vectors that are missing, too few or of another dimension.
+          DataError: a vector that is not finite.
+        """
+        if k < 1:
+            raise ConfigError(f"k must be at least 1, got {k}")
+        vectors = self._fitting(questions, vectors, "question")
+        if not len(questions):
+            return []
+        with self._lock:
+            if not len(self):
+                return [[] for _ in questions]
+            found = self._search(questions, vectors, k)
+        return [sorted(some, key=lambda f: (-f.score, f.passage.id))[:k] for some in found]
+
+    def refresh(self, embed: Embed) -> None:
+        """Gives every passage a new vector, as after training the document encoder.
+
+        Searches see the old vectors until all of the new are there, and then the new alone. Changes
+        wait.
+
+        Args:
+          embed: `embed(passages) -> [N, D]`.
+
+        Raises:
+          ConfigError: the store has no vectors, or the new ones are too few or of another dimension.
+          DataError: a vector that is not finite.
+        """
+        if self.dimension is None:
+            raise ConfigError(f"a store of kind {self.kind!r} has no vectors to refresh")
+        self._require_writable()
+        with self._changing:
+            passages = [*self.passages()]
+            if passages:
+                self._refresh(passages, self._fitting(passages, embed(passages), "passage"))
+
+    @abc.abstractmethod
+    def passages(self) -> Iterable[Passage]:
+        """All passages, in no particular order."""
+
+    # --- on disk ------------------------------------------------------------------------------
+
+    def save(self, path: str | pathlib.Path) -> None:
+        """One folder, replaced whole: whoever reads it meanwhile finds the old store or the new one."""
+        folder = pathlib.Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        former = {p.name for p in folder.glob("data-*") if p.is_dir()}
+        number = 1 + max((int(n[5:]) for n in former if n[5:].isdigit()), default=0)
+        data = folder / f"data-{number}"
+        data.mkdir()
+        with self._changing:
+            self._save(data)
+            settings = {
+                "format": FORMAT,
+                "kind": self.kind,
+                "settings": self._settings(),
+                "data": data.name,
+            }
+        beside = folder / (SETTINGS + ".tmp")
+        beside.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        beside.replace(folder / SETTINGS)
+        for name in former:
+            shutil.rmtree(folder / name, ignore_errors=True)
+
+    # --- of each kind --------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def _settings(self) -> dict[str, Any]:
+        """What `_load` needs to know, as JSON."""
+
+    @abc.abstractmethod
+    def _save(self, folder: pathlib.Path) -> None: ...
+
+    @classmethod
+    @abc.abstractmethod
+    def _load(cls, folder: pathlib.Path, settings: dict[str, Any], memory_map: bool) -> Self:
+        """What `_save` left in the folder."""
+
+    @abc.abstractmethod
+    def _known(self, ids: Sequence[str]) -> set[str]:
+        """Those of the ids that are there."""
+
+    @abc.abstractmethod
+    def _get(self, ids: Sequence[str]) -> list[Passage]: ...
+
+    @abc.abstractmethod
+    def _put(self, passages: Sequence[Passage], vectors: np.ndarray | None) -> None:
+        """Adds or replaces, all or nothing."""
+
+    @abc.abstractmethod
+    def _delete(self, ids: Sequence[str]) -> None: ...
+
+    def _refresh(self, passages: Sequence[Passage], vectors: np.ndarray) -> None:
+        """Of a kind with vectors: all of them anew, which takes `_lock` for the change alone."""
+        raise NotImplementedError
+
+    @abc.abstractmethod
+    def _search(
+        self, questions: Sequence[str], vectors: np.ndarray | None, k: int
+    ) -> list[list[Found]]:
+        """At least the k best of each question, in any order; the store is not empty."""
+
+    def _change(self, passages, vectors) -> None:
+        if passages:
+            self._require_writable()
+            with self._lock:
+                self._put(passages, vectors)
+
+    # --- checks --------------------------------------------------------------------------------
+
+    def _checked(self, passages, vectors) -> tuple[list[Passage], np.ndarray | None]:
+        passages, seen = [*passages], set()
+        for passage in passages:
+            if passage.id in seen:
+                raise DataError(f"passage id {passage.id!r} comes twice; ids must be unique")
+            seen.add(passage.id)
+        return passages, self._fitting(passages, vectors, "passage")
+
+    def _fitting(self, things: Sequence, vectors, kind: str) -> np.ndarray | None:
+        if self.dimension is None:
+            return None
+        if not len(things):
+            return np.empty((0, self.dimension), np.float32)
+        if vectors is None:
+            raise ConfigError(f"a store of kind {self.kind!r} needs the vectors of a {kind}")
+        vectors = finite(vectors, kind)
+        if vectors.shape != (len(things), self.dimension):
+            raise ConfigError(
+                f"{len(things)} {kind}s need vectors [{len(things)}, {self.dimension}], got "
+                f"{[*vectors.shape]}; use the encoder that embedded the passages, or embed them again"
+            )
+        return vectors
+
+    def _require_writable(self) -> None:
+        if self.read_only:
+            raise ConfigError(
+                "the store was opened memory-mapped and cannot be changed: open it without memory_map"
+            )
+
+    def _require(self, ids: Sequence[str]) -> None:
+        missing = {*ids} - self._known(ids)
+        if missing:
+            raise DataError(f"passage id {min(missing)!r} is not in the store")

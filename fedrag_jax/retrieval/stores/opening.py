@@ -1,0 +1,39 @@
+"""Opens a saved store, of whatever kind it is."""
+
+import json
+import pathlib
+import re
+
+from fedrag_jax.errors import CheckpointError, ConfigError
+from fedrag_jax.retrieval.stores.device import DeviceKnowledge
+from fedrag_jax.retrieval.stores.faiss_kinds import FaissKnowledge
+from fedrag_jax.retrieval.stores.fusion import HybridStore
+from fedrag_jax.retrieval.stores.knowledge import FORMAT, SETTINGS, KnowledgeStore
+from fedrag_jax.retrieval.stores.words import WordStore
+
+KINDS = {store.kind: store for store in (FaissKnowledge, DeviceKnowledge, WordStore, HybridStore)}
+
+
+def open_store(path: str | pathlib.Path, memory_map: bool = False) -> KnowledgeStore:
+    """The store that `KnowledgeStore.save` left in a folder.
+
+    Args:
+      memory_map: leave vectors and passages on disk and read what a search needs. Such a store cannot
+        be changed; kinds that do not lie in the folder are opened as ever.
+
+    Raises:
+      CheckpointError: no store is there, it is damaged, or of a kind or format that is not known.
+    """
+    folder = pathlib.Path(path)
+    try:
+        saved = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        # A name, and nothing that leads out of the folder.
+        if not re.fullmatch(r"data-\d+", saved["data"]) or saved["format"] != FORMAT:
+            raise ValueError(f"format {saved['format']!r} in {saved['data']!r}")
+        return KINDS[saved["kind"]]._load(folder / saved["data"], saved["settings"], memory_map)
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ConfigError) as error:
+        raise CheckpointError(
+            f"{folder} holds no store ({error!r}); save one there first"
+        ) from error

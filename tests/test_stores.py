@@ -1,0 +1,386 @@
+"""One battery for every kind of store, then what is particular to each."""
+
+import dataclasses
+import json
+import re
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from fedrag_jax.data.examples import Passage
+from fedrag_jax.errors import CheckpointError, ConfigError, DataError
+from fedrag_jax.retrieval.stores.device import DeviceKnowledge
+from fedrag_jax.retrieval.stores.faiss_kinds import FaissKnowledge
+from fedrag_jax.retrieval.stores.fusion import HybridStore
+from fedrag_jax.retrieval.stores.opening import open_store
+from fedrag_jax.retrieval.stores.words import WordStore
+
+D = 16
+RNG = np.random.default_rng(0)
+
+
+def unit(count, seed=0):
+    vectors = np.random.default_rng(seed).normal(size=(count, D)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+WORDS = [f"word{i}" for i in range(50)]
+PASSAGES = [
+    Passage(
+        f"p{i:03}", f"Title {i}", f"Passage {WORDS[i % 50]} number{i} “quoted” {{text}}\n", "topic"
+    )
+    for i in range(200)
+]
+VECTORS = unit(200)
+KINDS = {
+    "flat": lambda: FaissKnowledge(D),
+    "ivf": lambda: FaissKnowledge(D, "ivf", lists=4, probes=4),
+    "hnsw": lambda: FaissKnowledge(D, "hnsw", effort=200),
+    "pq": lambda: FaissKnowledge(D, "pq"),
+    "device": lambda: DeviceKnowledge(D),
+    "bm25": WordStore,
+    "hybrid": lambda: HybridStore([FaissKnowledge(D), WordStore("english")]),
+}
+
+
+@pytest.fixture(params=[*KINDS])
+def empty(request):
+    return KINDS[request.param]()
+
+
+@pytest.fixture
+def store(empty):
+    empty.add(PASSAGES, VECTORS)
+    return empty
+
+
+def ask(store, rows, k=5, vectors=VECTORS):
+    """Searches with the words and the vectors of passages."""
+    return store.search([f"number{row}" for row in rows], vectors[list(rows)], k)
+
+
+def ids(found):
+    return [[f.passage.id for f in some] for some in found]
+
+
+def test_what_is_there_is_found_whole_and_best_first(store):
+    assert len(store) == 200
+    found = ask(store, range(0, 200, 7))
+    assert [some[0].passage for some in found] == PASSAGES[::7]
+    for some in found:
+        scores = [f.score for f in some]
+        assert scores == sorted(scores, reverse=True) and len({f.passage.id for f in some}) == len(
+            some
+        )
+    assert store.get(["p003", "p001"]) == [PASSAGES[3], PASSAGES[1]]
+    assert sorted(p.id for p in store.passages()) == [p.id for p in PASSAGES]
+
+
+def test_vectors_are_searched_by_inner_product(store):
+    if store.kind not in ("faiss", "device"):
+        pytest.skip("not by vectors alone")
+    questions = unit(20, seed=1)
+    found = store.search([""] * 20, questions, k=10)
+    exact = np.argsort(-questions @ VECTORS.T, axis=1)[:, :10]
+    assert ids(found) == [[PASSAGES[row].id for row in rows] for rows in exact]
+    best = (questions @ VECTORS.T).max(axis=1)
+    np.testing.assert_allclose([some[0].score for some in found], best, atol=1e-5)
+
+
+def test_an_empty_store_finds_nothing_and_takes_what_comes_one_by_one(empty):
+    assert len(empty) == 0 and ask(empty, [1, 2]) == [[], []]
+    assert empty.search([], np.empty((0, D), np.float32)) == []
+    for row in range(3):
+        empty.add([PASSAGES[row]], VECTORS[row : row + 1])
+    assert ids(ask(empty, [1], k=1)) == [["p001"]]
+    assert len(ask(empty, [1], k=5)[0]) <= 3
+    empty.delete(["p000", "p001", "p002"])
+    assert len(empty) == 0 and ask(empty, [1]) == [[]]
+    empty.add(PASSAGES, VECTORS)
+    assert ids(ask(empty, [199], k=1)) == [["p199"]]
+
+
+def test_a_deleted_passage_is_gone_and_may_come_back(store):
+    gone = [p.id for p in PASSAGES[::2]]
+    store.delete([*gone, "p000"])  # twice is once
+    assert len(store) == 100
+    assert not {i for some in ids(ask(store, range(200), k=20)) for i in some} & {*gone}
+    assert ids(ask(store, [1, 3], k=1)) == [["p001"], ["p003"]]
+    with pytest.raises(DataError, match="passage id 'p000' is not in the store"):
+        store.get(["p000"])
+    store.add(PASSAGES[:1], VECTORS[:1])
+    assert ids(ask(store, [0], k=1)) == [["p000"]] and len(store) == 101
+
+
+def test_a_replaced_passage_is_found_by_what_it_says_now(store):
+    news = [dataclasses.replace(PASSAGES[i], text=f"changed{i}") for i in (5, 9)]
+    store.replace(news, unit(2, seed=7))
+    assert len(store) == 200 and store.get(["p005"]) == news[:1]
+    found = store.search(["changed5", "changed9"], unit(2, seed=7), k=1)
+    assert [some[0].passage for some in found] == news
+
+
+def test_what_cannot_be_is_refused_and_nothing_is_lost(store):
+    new = Passage("new", "", "new")
+    with pytest.raises(DataError, match="passage id 'p007' is in the store already"):
+        store.add([new, PASSAGES[7]], unit(2))
+    with pytest.raises(DataError, match="passage id 'new' comes twice"):
+        store.add([new, new], unit(2))
+    for change in (lambda: store.replace([new], unit(1)), lambda: store.delete(["p001", "new"])):
+        with pytest.raises(DataError, match="passage id 'new' is not in the store"):
+            change()
+    with pytest.raises(ConfigError, match="k must be at least 1, got 0"):
+        ask(store, [1], k=0)
+    if store.dimension is not None:
+        with pytest.raises(ConfigError, match=r"need vectors \[1, 16\], got \[1, 17\]"):
+            store.add([new], np.zeros((1, 17), np.float32))
+        with pytest.raises(ConfigError, match=r"need vectors \[2, 16\], got \[1, 16\]"):
+            store.search(["a", "b"], VECTORS[:1])
+        with pytest.raises(ConfigError, match="needs the vectors of a question"):
+            store.search(["a"])
+        with pytest.raises(DataError, match="not finite"):
+            store.replace(PASSAGES[:1], np.full((1, D), np.nan))
+    store.add([])
+    assert len(store) == 200 and ids(ask(store, [7], k=1)) == [["p007"]]
+
+
+def test_a_saved_store_opens_as_it_was_and_can_be_saved_over(store, tmp_path):
+    store.delete(["p010"])
+    store.save(tmp_path / "s")
+    again = open_store(tmp_path / "s")
+    assert type(again) is type(store) and len(again) == 199
+    assert ask(again, range(40)) == ask(store, range(40))
+    again.add(PASSAGES[10:11], VECTORS[10:11])
+    again.save(tmp_path / "s")
+    assert ids(ask(open_store(tmp_path / "s"), [10], k=1)) == [["p010"]]
+    assert len([p for p in (tmp_path / "s").iterdir() if p.name.startswith("data-")]) == 1
+
+
+def test_searches_during_a_refresh_see_the_old_or_the_new(store):
+    if store.dimension is None:
+        pytest.skip("words alone")
+    old, new = ids(ask(store, range(10))), None
+    turned = -VECTORS
+    seen, stop = [], threading.Event()
+
+    def look():
+        while not stop.is_set():
+            seen.append(ids(ask(store, range(10))))
+
+    def embed(passages):
+        time.sleep(0.2)  # so that searches come in between
+        return turned[[int(p.id[1:]) for p in passages]]
+
+    readers = [threading.Thread(target=look) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    store.refresh(embed)
+    new = ids(ask(store, range(10)))
+    time.sleep(0.1)
+    stop.set()
+    for reader in readers:
+        reader.join()
+    assert old != new and seen.count(old) and seen.count(new)
+    assert seen.count(old) + seen.count(new) == len(seen)
+
+
+def test_many_threads_change_and_search(empty):
+    empty.add(PASSAGES[:100], VECTORS[:100])
+    faults = []
+
+    def change(start):
+        for row in range(start, 200, 4):
+            empty.add([PASSAGES[row]], VECTORS[row : row + 1])
+            empty.delete([PASSAGES[row - 100].id])
+
+    def look():
+        for _ in range(50):
+            for some in ask(empty, range(0, 200, 20)):
+                if any(f.passage != PASSAGES[int(f.passage.id[1:])] for f in some):
+                    faults.append(some)
+
+    threads = [threading.Thread(target=change, args=(100 + i,)) for i in range(4)]
+    threads += [threading.Thread(target=look) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not faults and sorted(p.id for p in empty.passages()) == [p.id for p in PASSAGES[100:]]
+
+
+# --- FAISS ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("index", ["ivf", "hnsw", "pq"])
+def test_approximate_indexes_find_most_of_what_is_near(index):
+    size = 12_000
+    # Near copies: what a search is for.
+    vectors, questions = unit(size), None
+    questions = vectors[:200] + 0.3 * unit(200, seed=3)
+    questions /= np.linalg.norm(questions, axis=1, keepdims=True)
+    store = FaissKnowledge(D, index, probes=8)
+    store.add([Passage(str(i), "", "") for i in range(size)], vectors)
+    assert type(store._held.index).__name__ == {
+        "ivf": "IndexIVFFlat", "hnsw": "IndexHNSWFlat", "pq": "IndexIVFPQ"
+    }[index]  # fmt: skip
+    nearest = np.argmax(questions @ vectors.T, axis=1)
+    found = ids(store.search([""] * 200, questions, k=10))
+    hit = np.mean([str(row) in some for row, some in zip(nearest, found, strict=True)])
+    assert hit > 0.85
+    store.delete([str(row) for row in nearest])
+    found = ids(store.search([""] * 200, questions, k=10))
+    assert not {i for some in found for i in some} & {str(row) for row in nearest}
+    assert all(len(some) == 10 for some in found)
+
+
+def test_rows_of_what_is_gone_are_given_back():
+    store = FaissKnowledge(D)
+    store.add(PASSAGES, VECTORS)
+    for i in range(10):
+        store.replace(PASSAGES, unit(200, seed=i))
+    assert len(store._held.passages) <= 1000
+    assert ids(ask(store, range(200), k=1, vectors=unit(200, seed=9))) == [[p.id] for p in PASSAGES]
+
+
+def test_a_memory_mapped_store_answers_and_refuses_to_change(tmp_path):
+    for index in ("flat", "ivf", "hnsw"):
+        store = KINDS[index]()
+        store.add(PASSAGES, VECTORS)
+        store.delete(["p004"])
+        store.save(tmp_path / index)
+        mapped = open_store(tmp_path / index, memory_map=True)
+        assert ask(mapped, range(40)) == ask(store, range(40)) and len(mapped) == 199
+        for change in (
+            lambda s=mapped: s.add([Passage("new", "", "")], unit(1)),
+            lambda s=mapped: s.delete(["p001"]),
+            lambda s=mapped: s.replace(PASSAGES[:1], unit(1)),
+            lambda s=mapped: s.refresh(lambda passages: VECTORS[: len(passages)]),
+        ):
+            with pytest.raises(ConfigError, match="memory-mapped and cannot be changed"):
+                change()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"index": "tree"}, "index must be one of .*'tree'"),
+        ({"dimension": 0}, "dimension >= 1"),
+        ({"neighbours": 1}, "neighbours >= 2"),
+        ({"codes": 5}, "codes must divide the dimension 16, got 5"),
+    ],
+)
+def test_indexes_that_cannot_be_are_refused(settings, words):
+    with pytest.raises(ConfigError, match=words):
+        FaissKnowledge(**({"dimension": D} | settings))
+
+
+# --- words ----------------------------------------------------------------------------------------
+
+
+def test_bm25_is_the_formula():
+    texts = ["red fish, blue fish", "one fish", "The RED Cat sat: red!", "nothing of the kind"]
+    store = WordStore()
+    store.add([Passage(str(i), "", text) for i, text in enumerate(texts)])
+    split = [[w for w in re.split(r"\W+", text.lower()) if w] for text in texts]
+    mean, scores = np.mean([len(words) for words in split]), np.zeros(4)
+    for word in ("red", "fish"):
+        there = sum(word in words for words in split)
+        idf = np.log(1 + (4 - there + 0.5) / (there + 0.5))
+        for i, words in enumerate(split):
+            tf = words.count(word)
+            scores[i] += idf * tf * 2.2 / (tf + 1.2 * (0.25 + 0.75 * len(words) / mean))
+    (found,) = store.search(["Red fish?"], k=4)
+    assert [f.passage.id for f in found] == [str(i) for i in np.argsort(-scores)[:3]]
+    np.testing.assert_allclose([f.score for f in found], np.sort(scores)[::-1][:3], rtol=1e-5)
+
+
+def test_words_are_words_and_no_query_language():
+    store = WordStore("english")
+    store.add(
+        [Passage("a", "Running", "of dogs"), Passage("b", "", 'AND NOT "x" text:(+y) [z TO *]')]
+    )
+    assert ids(store.search(["run", "dog!", 'NOT "dogs"', "text:(", "* \x00 ~2", ""], k=2)) == [
+        ["a"], ["a"], ["a", "b"], ["b"], [], []
+    ]  # fmt: skip
+    assert ids(store.search([" ".join(f"w{i}" for i in range(1_000_000)), "of " * 1_000_000])) == [
+        [], ["a"]
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match=r"language must be one of .*'klingon'"):
+        WordStore("klingon")
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "tantivy", None)
+    with pytest.raises(ConfigError, match=r"pip install 'fedrag-jax\[bm25\]'"):
+        WordStore()
+
+
+def test_ranks_are_fused():
+    store = HybridStore([FaissKnowledge(2), WordStore()])
+    texts = ["apple", "apple pie and more", "pear"]
+    vectors = np.array([[0, 1], [1, 0], [0.6, 0.8]], np.float32)
+    store.add([Passage(str(i), "", text) for i, text in enumerate(texts)], vectors)
+    # By vector 1, 2, 0; by words 0, 1.
+    (found,) = store.search(["apple"], vectors[1:2], k=3)
+    assert [f.passage.id for f in found] == ["1", "0", "2"]
+    np.testing.assert_allclose(
+        [f.score for f in found], [1 / 61 + 1 / 62, 1 / 63 + 1 / 61, 1 / 62], rtol=1e-12
+    )
+
+
+def test_a_hybrid_of_stores_that_do_not_fit_is_refused():
+    one, other = WordStore(), WordStore()
+    one.add([Passage("a", "", "a")])
+    for parts, words in (
+        ([one], "two stores or more"),
+        ([one, other], r"hold the same passages, these hold \[1, 0\]"),
+        ([FaissKnowledge(2), FaissKnowledge(3)], r"dimensions \[2, 3\]"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            HybridStore(parts)
+
+
+# --- on disk --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [
+        "{",
+        "[]",
+        '{"format": 1, "kind": "faiss", "settings": {"dimension": 16}, "data": "../other/data-1"}',
+        '{"format": 1, "kind": "faiss", "settings": {"dimension": 16}, "data": "data-1/../../x"}',
+        '{"format": 2, "kind": "faiss", "settings": {"dimension": 16}, "data": "data-1"}',
+        '{"format": 1, "kind": "pickle", "settings": {"dimension": 16}, "data": "data-1"}',
+        '{"format": 1, "kind": "faiss", "settings": {"dimension": 17}, "data": "data-1"}',
+        '{"format": 1, "kind": "faiss", "settings": {"os": "rm"}, "data": "data-1"}',
+    ],
+)
+def test_a_folder_that_is_no_store_is_refused(tmp_path, saved):
+    store = FaissKnowledge(D)
+    store.add(PASSAGES, VECTORS)
+    store.save(tmp_path / "s")
+    store.save(tmp_path / "other")
+    (tmp_path / "s" / "store.json").write_text(saved)
+    with pytest.raises(CheckpointError, match=r"s holds no store|s/data-1 holds 200 vectors"):
+        open_store(tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    "line", ["{}", "7", "[", '{"id": "p", "title": "", "text": 7, "topic": ""}']
+)
+def test_a_damaged_line_is_named(tmp_path, line):
+    store = FaissKnowledge(D)
+    store.add(PASSAGES, VECTORS)
+    store.save(tmp_path)
+    path = tmp_path / "data-1" / "passages.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], line, *lines[2:]]) + "\n")
+    with pytest.raises(CheckpointError, match=r"passages.jsonl:2: no passage"):
+        open_store(tmp_path)
+    (tmp_path / "data-1" / "index.faiss").write_bytes(b"not an index")
+    with pytest.raises(CheckpointError, match="holds no store"):
+        open_store(tmp_path)
+    assert json.loads((tmp_path / "store.json").read_text())["kind"] == "faiss"
