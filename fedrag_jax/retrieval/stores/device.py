@@ -9,12 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedrag_jax.data.examples import Passage
-from fedrag_jax.errors import CheckpointError, ConfigError
+from fedrag_jax.errors import ConfigError
 from fedrag_jax.retrieval.device_search import BLOCK, TILE, put_rows, search_blocks
 from fedrag_jax.retrieval.stores.knowledge import Found, KnowledgeStore
-from fedrag_jax.retrieval.stores.lines import LINES, read_lines, write_lines
-
-VECTORS = "vectors.npy"
+from fedrag_jax.retrieval.stores.lines import read_pairs, write_pairs
 
 
 class DeviceKnowledge(KnowledgeStore):
@@ -98,19 +96,12 @@ class DeviceKnowledge(KnowledgeStore):
 
     def _save(self, folder: pathlib.Path) -> None:
         vectors = np.asarray(self._blocks).reshape(-1, self.dimension)[: len(self)]
-        np.save(folder / VECTORS, vectors, allow_pickle=False)
-        write_lines(folder / LINES, self._rows)
+        write_pairs(folder, self._rows, vectors)
 
     @classmethod
     def _load(cls, folder: pathlib.Path, settings: dict[str, Any], memory_map: bool) -> Self:
-        store, passages = cls(**settings), read_lines(folder / LINES)
-        vectors = np.load(folder / VECTORS, allow_pickle=False)
-        if None in passages or vectors.shape != (len(passages), store.dimension):
-            raise CheckpointError(
-                f"{folder} holds vectors {[*vectors.shape]} for {len(passages)} passages and dimension "
-                f"{store.dimension}; save it again"
-            )
-        store.add(passages, vectors)
+        store = cls(**settings)
+        store.add(*read_pairs(folder, store.dimension))
         return store
 
 

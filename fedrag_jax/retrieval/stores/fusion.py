@@ -90,7 +90,13 @@ class HybridStore(KnowledgeStore):
     # --- on disk -------------------------------------------------------------------------------
 
     def _settings(self) -> dict[str, Any]:
-        return {"depth": self.depth, "parts": len(self.parts)}
+        elsewhere = any(part.lies_elsewhere(part._settings()) for part in self.parts)
+        return {"depth": self.depth, "parts": len(self.parts), "elsewhere": elsewhere}
+
+    @classmethod
+    def lies_elsewhere(cls, settings: dict[str, Any]) -> bool:
+        """If one of its stores does."""
+        return settings["elsewhere"]
 
     def _save(self, folder: pathlib.Path) -> None:
         for i, part in enumerate(self.parts):
@@ -102,5 +108,9 @@ class HybridStore(KnowledgeStore):
 
         if not 2 <= settings["parts"] <= 100:
             raise CheckpointError(f"{folder}: a hybrid of {settings['parts']!r} stores")
-        parts = [open_store(folder / f"part-{i}", memory_map) for i in range(settings["parts"])]
+        # A store that lies elsewhere is opened only where the settings said so to whoever agreed.
+        parts = [
+            open_store(folder / f"part-{i}", memory_map, settings["elsewhere"] is True)
+            for i in range(settings["parts"])
+        ]
         return cls(parts, settings["depth"])

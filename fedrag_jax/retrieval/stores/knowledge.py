@@ -16,12 +16,16 @@ from typing import Any, ClassVar, NamedTuple, Self
 import numpy as np
 
 from fedrag_jax.data.examples import Passage
-from fedrag_jax.errors import ConfigError, DataError
+from fedrag_jax.errors import ConfigError, DataError, FedragError
 from fedrag_jax.retrieval.store import finite
 
 FORMAT = 1
 SETTINGS = "store.json"
 Embed = Callable[[Sequence[Passage]], np.ndarray]
+
+
+class StoreUnreachable(FedragError):
+    """A store somewhere else that does not answer, or refuses."""
 
 
 class Found(NamedTuple):
@@ -178,6 +182,11 @@ class KnowledgeStore(abc.ABC):
         beside.replace(folder / SETTINGS)
         for name in former:
             shutil.rmtree(folder / name, ignore_errors=True)
+
+    @classmethod
+    def lies_elsewhere(cls, settings: dict[str, Any]) -> bool:
+        """Whether a saved folder only tells where the passages are: on a server, in another folder."""
+        return False
 
     # --- of each kind --------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Passages as lines of a file, in memory or read from disk when they are asked for."""
+"""Passages as lines of a file, in memory or read from disk when they are asked for; their vectors."""
 
 import dataclasses
 import json
@@ -12,6 +12,7 @@ from fedrag_jax.data.examples import Passage
 from fedrag_jax.errors import CheckpointError
 
 LINES = "passages.jsonl"  # in the folder of a store
+VECTORS = "vectors.npy"
 FIELDS = {field.name for field in dataclasses.fields(Passage)}
 
 
@@ -31,6 +32,28 @@ def read_lines(path: pathlib.Path) -> list[Passage | None]:
     """
     with open(path, "rb") as file:
         return [_passage(line, f"{path}:{i}") for i, line in enumerate(file, start=1)]
+
+
+def write_pairs(folder: pathlib.Path, passages: Sequence[Passage], vectors: np.ndarray) -> None:
+    """Passages and their vectors [N, D]."""
+    np.save(folder / VECTORS, vectors, allow_pickle=False)
+    write_lines(folder / LINES, passages)
+
+
+def read_pairs(folder: pathlib.Path, dimension: int) -> tuple[list[Passage], np.ndarray]:
+    """What `write_pairs` wrote.
+
+    Raises:
+      CheckpointError: files that do not belong together.
+    """
+    passages = read_lines(folder / LINES)
+    vectors = np.load(folder / VECTORS, allow_pickle=False)
+    if None in passages or vectors.shape != (len(passages), dimension):
+        raise CheckpointError(
+            f"{folder} holds vectors {[*vectors.shape]} for {len(passages)} passages and dimension "
+            f"{dimension}; save it again"
+        )
+    return passages, vectors
 
 
 class MappedLines(Sequence):

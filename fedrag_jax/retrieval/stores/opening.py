@@ -9,17 +9,33 @@ from fedrag_jax.retrieval.stores.device import DeviceKnowledge
 from fedrag_jax.retrieval.stores.faiss_kinds import FaissKnowledge
 from fedrag_jax.retrieval.stores.fusion import HybridStore
 from fedrag_jax.retrieval.stores.knowledge import FORMAT, SETTINGS, KnowledgeStore
+from fedrag_jax.retrieval.stores.postgres import PostgresStore
+from fedrag_jax.retrieval.stores.qdrant import QdrantStore
 from fedrag_jax.retrieval.stores.words import WordStore
 
-KINDS = {store.kind: store for store in (FaissKnowledge, DeviceKnowledge, WordStore, HybridStore)}
+KINDS = {
+    store.kind: store
+    for store in (
+        FaissKnowledge,
+        DeviceKnowledge,
+        WordStore,
+        HybridStore,
+        QdrantStore,
+        PostgresStore,
+    )
+}
 
 
-def open_store(path: str | pathlib.Path, memory_map: bool = False) -> KnowledgeStore:
+def open_store(
+    path: str | pathlib.Path, memory_map: bool = False, elsewhere: bool = False
+) -> KnowledgeStore:
     """The store that `KnowledgeStore.save` left in a folder.
 
     Args:
       memory_map: leave vectors and passages on disk and read what a search needs. Such a store cannot
         be changed; kinds that do not lie in the folder are opened as ever.
+      elsewhere: follow a folder that tells of a server or of another folder. Say so of folders that
+        you trust: questions will go there.
 
     Raises:
       CheckpointError: no store is there, it is damaged, or of a kind or format that is not known.
@@ -30,7 +46,13 @@ def open_store(path: str | pathlib.Path, memory_map: bool = False) -> KnowledgeS
         # A name, and nothing that leads out of the folder.
         if not re.fullmatch(r"data-\d+", saved["data"]) or saved["format"] != FORMAT:
             raise ValueError(f"format {saved['format']!r} in {saved['data']!r}")
-        return KINDS[saved["kind"]]._load(folder / saved["data"], saved["settings"], memory_map)
+        settings, kind = saved["settings"], KINDS[saved["kind"]]
+        if kind.lies_elsewhere(settings) and not elsewhere:
+            raise CheckpointError(
+                f"{folder}: the passages lie elsewhere, {settings}: if you trust that place, open the "
+                "store with elsewhere=True"
+            )
+        return kind._load(folder / saved["data"], settings, memory_map)
     except CheckpointError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ConfigError) as error:

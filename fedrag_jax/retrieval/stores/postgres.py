@@ -1,0 +1,228 @@
+"""Passages in PostgreSQL, searched by pgvector.
+
+pip install 'fedrag-jax[postgres]'
+"""
+
+import pathlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Self
+
+import numpy as np
+
+from fedrag_jax.data.examples import Passage
+from fedrag_jax.errors import ConfigError, DataError
+from fedrag_jax.retrieval.stores.knowledge import Found, KnowledgeStore, StoreUnreachable
+
+COLUMNS = ("id", "title", "text", "topic")
+INDEXES = ("exact", "hnsw")
+
+
+class PostgresStore(KnowledgeStore):
+    """One table: id, title, text, topic and vector; made where it is not there.
+
+    Others may search and change the table at the same time: every change is one transaction.
+    """
+
+    kind = "postgres"
+
+    def __init__(
+        self, conninfo: str, table: str, dimension: int, index: str = "exact", effort: int = 64
+    ):
+        """A store in a database that has the extension `vector`, or may create it.
+
+        Args:
+          conninfo: as of libpq, such as "postgresql://me@host/database"; keep passwords in PGPASSWORD
+            or ~/.pgpass, as a saved store leaves them out.
+          index: "exact", or "hnsw" for an approximate index.
+          effort: candidates that hnsw keeps as it searches.
+
+        Raises:
+          ConfigError: psycopg or pgvector is missing, an unknown index, a table of another dimension.
+          StoreUnreachable: the database does not answer, or refuses.
+        """
+        super().__init__()
+        if index not in INDEXES or dimension < 1 or effort < 1:
+            raise ConfigError(
+                f"a store needs dimension >= 1, effort >= 1 and an index of {INDEXES}, got "
+                f"{dimension}, {effort} and {index!r}"
+            )
+        self.dimension, self.table, self.index, self.effort = dimension, table, index, effort
+        self._conninfo, self._psycopg = conninfo, _psycopg()
+        with self._asking():
+            self._connection = self._connect()
+            self._prepare()
+
+    def __len__(self) -> int:
+        with self._asking():
+            return self._run("SELECT count(*) FROM {table}").fetchone()[0]
+
+    def close(self) -> None:
+        """Gives the connection back."""
+        self._connection.close()
+
+    def passages(self) -> Iterable[Passage]:
+        """All passages, ordered by id."""
+        with self._asking():
+            rows = self._run("SELECT id, title, text, topic FROM {table} ORDER BY id").fetchall()
+        return [Passage(*row) for row in rows]
+
+    # --- of this kind --------------------------------------------------------------------------
+
+    def _connect(self):
+        from pgvector.psycopg import register_vector
+
+        connection = self._psycopg.connect(self._conninfo, autocommit=True)
+        try:
+            connection.execute("CREATE EXTENSION IF NOT EXISTS vector")
+            register_vector(connection)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _prepare(self) -> None:
+        self._run(
+            "CREATE TABLE IF NOT EXISTS {table} (id text PRIMARY KEY, title text NOT NULL, "
+            f"text text NOT NULL, topic text NOT NULL, vector vector({int(self.dimension)}) NOT NULL)"
+        )
+        held = self._run(
+            "SELECT atttypmod FROM pg_attribute "
+            "WHERE attrelid = {name}::regclass AND attname = 'vector'"
+        ).fetchone()
+        if held is None or held[0] != self.dimension:
+            raise ConfigError(
+                f"table {self.table!r} holds vectors of dimension {held and held[0]}, not "
+                f"{self.dimension}: take another table, or the encoder that embedded its passages"
+            )
+        if self.index == "hnsw":
+            self._run(
+                "CREATE INDEX IF NOT EXISTS {index} ON {table} USING hnsw (vector vector_ip_ops)"
+            )
+            self._connection.execute(
+                self._psycopg.sql.SQL("SET hnsw.ef_search = {}").format(min(self.effort, 1000))
+            )
+
+    def _run(self, command: str, parameters=None, connection=None):
+        sql = self._psycopg.sql
+        names = {
+            "table": sql.Identifier(self.table),
+            "index": sql.Identifier(f"{self.table}_vector_ip"),
+            "name": sql.Literal(sql.Identifier(self.table).as_string(self._connection)),
+        }
+        return (connection or self._connection).execute(
+            sql.SQL(command).format(**names), parameters
+        )
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        try:
+            yield
+        except self._psycopg.Error as error:
+            raise StoreUnreachable(
+                f"PostgreSQL, table {self.table!r}: {error}; is the server running, and may this user "
+                "use the database and its extension vector?"
+            ) from error
+
+    def _known(self, ids: Sequence[str]) -> set[str]:
+        with self._asking():
+            rows = self._run("SELECT id FROM {table} WHERE id = ANY(%s)", [[*ids]])
+            return {row[0] for row in rows}
+
+    def _get(self, ids: Sequence[str]) -> list[Passage]:
+        with self._asking():
+            rows = self._run(
+                "SELECT id, title, text, topic FROM {table} WHERE id = ANY(%s)", [[*ids]]
+            ).fetchall()
+        found = {row[0]: Passage(*row) for row in rows}
+        return [found[i] for i in ids]
+
+    def _put(self, passages: Sequence[Passage], vectors: np.ndarray) -> None:
+        for passage in passages:
+            if any("\0" in getattr(passage, column) for column in COLUMNS):
+                raise DataError(
+                    f"passage {passage.id!r} has a NUL character, which PostgreSQL cannot hold"
+                )
+        rows = [
+            (p.id, p.title, p.text, p.topic, vector)
+            for p, vector in zip(passages, vectors, strict=True)
+        ]
+        command = (
+            "INSERT INTO {table} (id, title, text, topic, vector) VALUES (%s, %s, %s, %s, %s) "
+            "ON CONFLICT (id) DO UPDATE SET title = EXCLUDED.title, text = EXCLUDED.text, "
+            "topic = EXCLUDED.topic, vector = EXCLUDED.vector"
+        )
+        sql = self._psycopg.sql
+        with self._asking(), self._connection.transaction(), self._connection.cursor() as cursor:
+            cursor.executemany(sql.SQL(command).format(table=sql.Identifier(self.table)), rows)
+
+    def _delete(self, ids: Sequence[str]) -> None:
+        with self._asking():
+            self._run("DELETE FROM {table} WHERE id = ANY(%s)", [[*ids]])
+
+    def _refresh(self, passages: Sequence[Passage], vectors: np.ndarray) -> None:
+        # By a connection of its own: searches go on with the old vectors until it commits.
+        with self._asking(), self._connect() as connection, connection.transaction():
+            connection.execute(
+                f"CREATE TEMPORARY TABLE fresh (id text, vector vector({int(self.dimension)})) "
+                "ON COMMIT DROP"
+            )
+            with connection.cursor().copy("COPY fresh FROM STDIN") as copy:
+                for passage, vector in zip(passages, vectors, strict=True):
+                    copy.write_row((passage.id, vector))
+            self._run(
+                "UPDATE {table} SET vector = fresh.vector FROM fresh WHERE {table}.id = fresh.id",
+                connection=connection,
+            )
+
+    def _search(self, questions, vectors: np.ndarray, k: int) -> list[list[Found]]:
+        command = (
+            "SELECT id, title, text, topic, -(vector <#> %(v)s) FROM {table} "
+            "ORDER BY vector <#> %(v)s LIMIT %(k)s"
+        )
+        # One look at the table for all questions.
+        with self._asking(), self._connection.transaction():
+            self._connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+            return [
+                [
+                    Found(Passage(*row), float(score))
+                    for *row, score in self._run(command, {"v": vector, "k": k})
+                ]
+                for vector in vectors
+            ]
+
+    # --- on disk -------------------------------------------------------------------------------
+
+    def _settings(self) -> dict[str, Any]:
+        parts = self._psycopg.conninfo.conninfo_to_dict(self._conninfo)
+        parts.pop("password", None)
+        return {
+            "conninfo": self._psycopg.conninfo.make_conninfo(**parts),
+            "table": self.table,
+            "dimension": self.dimension,
+            "index": self.index,
+            "effort": self.effort,
+        }
+
+    @classmethod
+    def lies_elsewhere(cls, settings: dict[str, Any]) -> bool:
+        """Always: in the database."""
+        return True
+
+    def _save(self, folder: pathlib.Path) -> None:
+        """The folder tells where the database is, and no more."""
+
+    @classmethod
+    def _load(cls, folder: pathlib.Path, settings: dict[str, Any], memory_map: bool) -> Self:
+        return cls(**settings)
+
+
+def _psycopg():
+    try:
+        import pgvector.psycopg  # noqa: F401
+        import psycopg
+    except ImportError as error:
+        raise ConfigError(
+            "PostgreSQL needs psycopg and pgvector: pip install 'fedrag-jax[postgres]'"
+        ) from error
+    return psycopg

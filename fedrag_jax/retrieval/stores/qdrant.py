@@ -1,0 +1,214 @@
+"""Passages in Qdrant: embedded in this process, or on a server.
+
+pip install 'fedrag-jax[qdrant]'
+"""
+
+import dataclasses
+import os
+import pathlib
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Self
+
+import numpy as np
+
+from fedrag_jax.data.examples import Passage
+from fedrag_jax.errors import ConfigError
+from fedrag_jax.retrieval.stores.knowledge import Found, KnowledgeStore, StoreUnreachable
+from fedrag_jax.retrieval.stores.lines import read_pairs, write_pairs
+
+AT_ONCE = 256  # points of one request
+MEMORY = ":memory:"
+NAMES = uuid.UUID("a0bb2d5c-0a43-4ac0-9f0b-3c7c1b6f7e2d")  # Qdrant's ids are numbers or UUIDs
+
+
+class QdrantStore(KnowledgeStore):
+    """One collection behind an alias; made where it is not there.
+
+    Embedded it is searched exactly, on a server by Qdrant's HNSW.
+    """
+
+    kind = "qdrant"
+
+    def __init__(self, collection: str, dimension: int, location: str = MEMORY):
+        """A store.
+
+        Args:
+          location: ":memory:", a folder of an embedded Qdrant, which one process at a time may open, or
+            a server's address ("http://localhost:6333"); its key is read from QDRANT_API_KEY.
+
+        Raises:
+          ConfigError: qdrant-client is missing, or a collection of another dimension.
+          StoreUnreachable: the server does not answer, or refuses.
+        """
+        super().__init__()
+        if dimension < 1:
+            raise ConfigError(f"a store needs dimension >= 1, got {dimension}")
+        self.dimension, self.collection, self.location = dimension, collection, location
+        qdrant = _qdrant()
+        self._models = qdrant.models
+        with self._asking():
+            if location.startswith(("http://", "https://")):
+                key = os.environ.get("QDRANT_API_KEY")
+                self._client = qdrant.QdrantClient(url=location, api_key=key)
+            elif location == MEMORY:
+                self._client = qdrant.QdrantClient(location)
+            else:
+                self._client = qdrant.QdrantClient(path=location)
+            aliases = {a.alias_name: a.collection_name for a in self._client.get_aliases().aliases}
+            if collection not in aliases:
+                self._point_to(self._begin(1))
+            held = self._client.get_collection(collection).config.params.vectors.size
+        if held != dimension:
+            raise ConfigError(
+                f"collection {collection!r} holds vectors of dimension {held}, not {dimension}: take "
+                "another collection, or the encoder that embedded its passages"
+            )
+
+    def __len__(self) -> int:
+        with self._asking():
+            return self._client.count(self.collection, exact=True).count
+
+    def close(self) -> None:
+        """Gives the folder or connection back."""
+        self._client.close()
+
+    def passages(self) -> Iterable[Passage]:
+        """All passages, in no particular order."""
+        return [_passage(point) for point in self._points()]
+
+    # --- of this kind --------------------------------------------------------------------------
+
+    def _points(self, **how) -> Iterator:
+        start = None
+        while True:
+            with self._asking():
+                points, start = self._client.scroll(
+                    self.collection, limit=AT_ONCE, offset=start, with_payload=True, **how
+                )
+            yield from points
+            if start is None:
+                return
+
+    def _begin(self, number: int) -> str:
+        """A new, empty collection."""
+        models, name = self._models, f"{self.collection}-{number}"
+        self._client.delete_collection(name)  # of a refresh that was killed
+        self._client.create_collection(
+            name, models.VectorParams(size=self.dimension, distance=models.Distance.DOT)
+        )
+        return name
+
+    def _point_to(self, name: str, former: bool = False) -> None:
+        """The alias moves in one step."""
+        models = self._models
+        create = models.CreateAlias(collection_name=name, alias_name=self.collection)
+        changes = [models.CreateAliasOperation(create_alias=create)]
+        if former:
+            gone = models.DeleteAlias(alias_name=self.collection)
+            changes.insert(0, models.DeleteAliasOperation(delete_alias=gone))
+        self._client.update_collection_aliases(change_aliases_operations=changes)
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            # Its errors have no class in common: of HTTP, of gRPC, of a folder that is in use.
+            if isinstance(error, ConfigError | StoreUnreachable):
+                raise
+            raise StoreUnreachable(
+                f"Qdrant at {self.location}, collection {self.collection!r}: {error!r}; is it running, "
+                "and is no other process using the folder?"
+            ) from error
+
+    def _retrieve(self, ids: Sequence[str], **how) -> list:
+        with self._asking():
+            return self._client.retrieve(self.collection, [_key(i) for i in ids], **how)
+
+    def _known(self, ids: Sequence[str]) -> set[str]:
+        return {p.payload["id"] for p in self._retrieve(ids, with_payload=["id"])} if ids else set()
+
+    def _get(self, ids: Sequence[str]) -> list[Passage]:
+        found = {p.payload["id"]: _passage(p) for p in self._retrieve(ids, with_payload=True)}
+        return [found[i] for i in ids]
+
+    def _put(self, passages: Sequence[Passage], vectors: np.ndarray) -> None:
+        self._upsert(self.collection, passages, vectors)
+
+    def _upsert(self, name: str, passages: Sequence[Passage], vectors: np.ndarray) -> None:
+        points = [
+            self._models.PointStruct(
+                id=_key(p.id), vector=vector.tolist(), payload=dataclasses.asdict(p)
+            )
+            for p, vector in zip(passages, vectors, strict=True)
+        ]
+        with self._asking():
+            for start in range(0, len(points), AT_ONCE):
+                self._client.upsert(name, points[start : start + AT_ONCE], wait=True)
+
+    def _delete(self, ids: Sequence[str]) -> None:
+        keys = self._models.PointIdsList(points=[_key(i) for i in ids])
+        with self._asking():
+            self._client.delete(self.collection, keys, wait=True)
+
+    def _refresh(self, passages: Sequence[Passage], vectors: np.ndarray) -> None:
+        with self._asking():
+            aliases = {a.alias_name: a.collection_name for a in self._client.get_aliases().aliases}
+            former = aliases[self.collection]
+            name = self._begin(int(former.rpartition("-")[2]) + 1)
+            self._upsert(name, passages, vectors)
+            with self._lock:
+                self._point_to(name, former=True)
+            self._client.delete_collection(former)
+
+    def _search(self, questions, vectors: np.ndarray, k: int) -> list[list[Found]]:
+        request = self._models.QueryRequest
+        requests = [request(query=v.tolist(), limit=k, with_payload=True) for v in vectors]
+        with self._asking():
+            responses = self._client.query_batch_points(self.collection, requests)
+        return [[Found(_passage(p), p.score) for p in response.points] for response in responses]
+
+    # --- on disk -------------------------------------------------------------------------------
+
+    @classmethod
+    def lies_elsewhere(cls, settings: dict[str, Any]) -> bool:
+        """Unless it is in memory, when a saved folder holds all."""
+        return settings["location"] != MEMORY
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "collection": self.collection,
+            "dimension": self.dimension,
+            "location": self.location,
+        }
+
+    def _save(self, folder: pathlib.Path) -> None:
+        if self.location == MEMORY:
+            points = [*self._points(with_vectors=True)]
+            vectors = np.array([p.vector for p in points], np.float32).reshape(-1, self.dimension)
+            write_pairs(folder, [_passage(p) for p in points], vectors)
+
+    @classmethod
+    def _load(cls, folder: pathlib.Path, settings: dict[str, Any], memory_map: bool) -> Self:
+        store = cls(**settings)
+        if store.location == MEMORY:
+            store.add(*read_pairs(folder, store.dimension))
+        return store
+
+
+def _key(identifier: str) -> str:
+    return str(uuid.uuid5(NAMES, identifier))
+
+
+def _passage(point) -> Passage:
+    return Passage(**point.payload)
+
+
+def _qdrant():
+    try:
+        import qdrant_client
+    except ImportError as error:
+        raise ConfigError("Qdrant needs qdrant-client: pip install 'fedrag-jax[qdrant]'") from error
+    return qdrant_client
