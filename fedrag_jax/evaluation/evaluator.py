@@ -80,7 +80,7 @@ def distractor_passage(system: RAGSystem, examples: Sequence[Example]) -> dict[s
     rows = []
     for example, gold, ranked in zip(examples, golds, found, strict=True):
         alone = ranked[:, None]  # each passage as a ranking of its own
-        told = metrics.answer_recall_at_k(alone, texts, [example.answers] * depth, 1)
+        told = rankings.answer_recall_at_k(alone, texts, [example.answers] * depth, 1)
         usable = [row for row, tells in zip(ranked, told, strict=True) if not tells]
         rows.append([row for row in usable if row not in gold][:1])
     return answers(system, examples, rows)
