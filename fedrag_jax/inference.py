@@ -18,7 +18,7 @@ int [T], K prompts a question (one a passage, or one with all), and `log_weights
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -184,3 +184,36 @@ def sequence_log_probs(
 
 
 _answer_log_probs = jax.jit(answer_log_probs, static_argnums=0)
+
+
+# --- reasoning and answers -----------------------------------------------------------------------
+
+
+def answer_and_reasoning(text: str, mark: str) -> tuple[str, str]:
+    """What follows the mark, and what comes before it; all is the answer if it never comes."""
+    reasoning, found, answer = text.partition(mark) if mark else ("", "", text)
+    return (answer.strip(), reasoning.strip()) if found else (text.strip(), "")
+
+
+def answer_pieces(pieces: Iterable[str], mark: str) -> Iterator[str]:
+    """The pieces of the answer of `answer_and_reasoning`, as they come."""
+    answer = space = ""
+    for piece in _after(iter(pieces), mark):
+        # White space waits for what follows it: there is none at either end of an answer.
+        piece = space + piece if answer else piece.lstrip()
+        space = piece[len(piece.rstrip()) :]
+        answer += piece.rstrip()
+        if piece.strip():
+            yield piece.rstrip()
+
+
+def _after(pieces: Iterator[str], mark: str) -> Iterator[str]:
+    """The pieces that follow the mark; all if it never comes."""
+    said = ""
+    for piece in pieces if mark else ():
+        said += piece
+        if mark in said:
+            said = said.partition(mark)[2]
+            break
+    yield said
+    yield from pieces

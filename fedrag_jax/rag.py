@@ -1,27 +1,26 @@
 """Retriever, generator and passages as one system that answers questions."""
 
+import asyncio
 import dataclasses
-import json
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.special import log_softmax
 
-from fedrag_jax import inference
+from fedrag_jax import inference, rag_folder
 from fedrag_jax.data.batching import ANSWER_TOKENS, Prompts
 from fedrag_jax.data.citations import cited
 from fedrag_jax.data.examples import Passage
 from fedrag_jax.data.prompts import PromptStyle, named_style
-from fedrag_jax.errors import CheckpointError, ConfigError
-from fedrag_jax.models import hub, lora, peft
+from fedrag_jax.errors import ConfigError
+from fedrag_jax.models import hub, lora
 from fedrag_jax.models.network import Network
 from fedrag_jax.models.writing import Sampling, Writer
-from fedrag_jax.retrieval.federated import FederatedStore
 from fedrag_jax.retrieval.retriever import Retriever
-
-HEAD = "head.safetensors"
+from fedrag_jax.retrieval.stores.knowledge import Found, KnowledgeStore
+from fedrag_jax.retrieval.stores.opening import open_store
 
 
 class Response(NamedTuple):
@@ -29,7 +28,7 @@ class Response(NamedTuple):
 
     Attributes:
       sources: the passages it was read from, best first.
-      scores: their cosines.
+      scores: their cosines, or what the store scores by.
       cited: those of the sources that it cites; none where the prompt style has no numbers.
     """
 
@@ -50,7 +49,8 @@ class Reading(NamedTuple):
 class RAGSystem:
     """Everything needed to answer: which passages, read how, by which parameters.
 
-    Immutable: `replace` gives a system with other parameters over the same corpus.
+    Immutable: `replace` gives a system with other parameters over the same corpus, `over` one that
+    answers from a store, which may change, in place of the corpus that it is trained with.
     """
 
     generator: hub.Pretrained
@@ -61,13 +61,15 @@ class RAGSystem:
     top_k: int
     marginal_k: int
     score_scale: float
+    store: KnowledgeStore | None = None
 
     @classmethod
     def build(
         cls,
-        passages: Sequence[Passage],
+        passages: Sequence[Passage] = (),
         examples: Sequence = (),
         *,
+        store: KnowledgeStore | None = None,
         generator: str | hub.Pretrained = "builtin:decoder",
         retriever: str | hub.Pretrained = "builtin:encoder",
         adapters: lora.LoraConfig | None = None,
@@ -83,7 +85,9 @@ class RAGSystem:
         """Loads the two models, embeds the corpus and attaches fresh (zero) adapters.
 
         Args:
+          passages: the corpus it is trained with, and answers from unless there is a store.
           examples: questions that may be trained on; they set the widths of training arrays.
+          store: what it answers from, see `over`.
           prompt_style: "compact", "instruct", "chat" (the generator's own chat template), "raft" or
             "compact_reasoned" for answers that come after reasoning, or a style of your own.
           top_k: passages read together.
@@ -101,7 +105,7 @@ class RAGSystem:
             `score_scale` not positive, `max_answer_tokens` below 2.
           CheckpointError: a folder that holds no such model.
         """
-        if not 1 <= top_k <= len(passages):
+        if top_k < 1 or (store is None and top_k > len(passages)):
             raise ConfigError(
                 f"top_k must be between 1 and the corpus' {len(passages)} passages, got {top_k}"
             )
@@ -127,16 +131,17 @@ class RAGSystem:
         prompts = Prompts(
             generator.tokenizer, style, passages, examples, max_passage_tokens, max_answer_tokens
         )
-        return cls(
+        system = cls(
             generator=generator,
             decoder=decoder,
             adapters=lora.init_adapters(decoder, seed),
             retriever=Retriever.build(retriever, passages, progress),
             prompts=prompts,
             top_k=top_k,
-            marginal_k=min(marginal_k, len(passages)),
+            marginal_k=min(marginal_k, len(passages) or marginal_k),
             score_scale=score_scale,
         )
+        return system.over(store)
 
     def replace(self, *, adapters=None, query=None, document=None, head=None) -> "RAGSystem":
         """The system with tuned parts; the corpus is re-embedded if `document` is given."""
@@ -149,6 +154,52 @@ class RAGSystem:
             retriever = retriever.with_query(query)
         adapters = self.adapters if adapters is None else adapters
         return dataclasses.replace(self, adapters=adapters, retriever=retriever)
+
+    # --- the passages it answers from ---------------------------------------------------------
+
+    def over(self, store: KnowledgeStore | None) -> "RAGSystem":
+        """The system answering from a store; None for its own corpus again.
+
+        Whatever a store searches by vectors has those of this system's document encoder: `embed` gives
+        them. After tuning that encoder, `store.refresh(system.embed)`.
+
+        Raises:
+          ConfigError: a store of vectors of another dimension than the system's; neither store nor
+            corpus.
+        """
+        if store is None and not self.retriever.passages:
+            raise ConfigError("a system needs passages to answer from: give it some, or a store")
+        dimension = self.retriever.vectors.shape[1]
+        if store is not None and store.dimension not in (None, dimension):
+            raise ConfigError(
+                f"the store holds vectors of dimension {store.dimension}, the system's are of "
+                f"{dimension}: open the store that its encoder filled, or fill one with system.embed"
+            )
+        return dataclasses.replace(self, store=store)
+
+    def embed(self, passages: Sequence[Passage]) -> np.ndarray:
+        """Vectors [N, D] of unit length by the document encoder, to put passages into a store."""
+        return self.retriever.embed_new(passages)
+
+    def retrieve(self, questions: Sequence[str], k: int | None = None) -> list[list[Found]]:
+        """The k passages nearest to each question (`top_k`), best first.
+
+        Raises:
+          ConfigError: k below 1, or above the corpus where there is no store.
+        """
+        k = self.top_k if k is None else k
+        if self.store is not None:
+            by_vector = self.store.dimension is not None and len(questions)
+            vectors = self.retriever.embed_questions(questions) if by_vector else None
+            return self.store.search(questions, vectors, k)
+        rows, scores = self.retriever.search(questions, k)
+        passages = self.retriever.passages
+        return [
+            [Found(passages[row], float(score)) for row, score in zip(r, s, strict=True)]
+            for r, s in zip(rows, scores, strict=True)
+        ]
+
+    # --- questions and answers ----------------------------------------------------------------
 
     def query(self, question: str, **how) -> Response:
         """Answers one question.
@@ -169,20 +220,21 @@ class RAGSystem:
         Raises:
           ConfigError: a value out of its range.
         """
-        rows, scores = self.retriever.search(questions, self.top_k)
-        readings = self.read(questions, rows, scores, **how)
+        found = self.retrieve(questions)
+        read = [[f.passage for f in some] for some in found]
+        readings = self.read(questions, read, [[f.score for f in some] for some in found], **how)
         # One prompt numbers all passages, prompts of one passage each number none.
         cites = self.prompts.cites and how.get("mode", "concatenated") == "concatenated"
         responses = []
-        for reading, r, s in zip(readings, rows, scores, strict=True):
-            sources = tuple(self.retriever.passages[i] for i in r)
+        for reading, sources, some in zip(readings, read, found, strict=True):
             numbers = (cites and cited(reading.reasoning, len(sources))) or ()
             named = tuple(sources[n - 1] for n in numbers)
-            responses.append(Response(reading.answer, sources, tuple(map(float, s)), named))
+            scores = tuple(f.score for f in some)
+            responses.append(Response(reading.answer, tuple(sources), scores, named))
         return responses
 
     def answer(
-        self, questions: Sequence[str], rows: Sequence[Sequence[int]], scores=None, **how
+        self, questions: Sequence[str], rows: Sequence[Sequence], scores=None, **how
     ) -> list[str]:
         """The answers of `read`."""
         return [reading.answer for reading in self.read(questions, rows, scores, **how)]
@@ -190,20 +242,20 @@ class RAGSystem:
     def read(
         self,
         questions: Sequence[str],
-        rows: Sequence[Sequence[int]],
+        rows: Sequence[Sequence],
         scores=None,
         *,
         mode: str = "concatenated",
         beams: int | None = None,
         **sampling,
     ) -> list[Reading]:
-        """Answers given corpus rows to read (none: closed book).
+        """Answers given what to read, rows of the corpus or passages of anywhere (none: closed book).
 
         In a style with reasoning the answer is what follows the style's `final`; all that was written
         if that never came.
 
         Args:
-          scores: cosines [Q, k] of the rows; computed if they are not given.
+          scores: [Q, k] of what is read, for modes that weigh it; cosines of rows, if none are given.
           mode: how several passages come to one answer: one of `inference.MODES`.
           beams: hypotheses that a mode of `inference.BEAMS` holds at a time.
           sampling: see `batch_query`.
@@ -230,12 +282,7 @@ class RAGSystem:
         ]
         texts = inference.MODES[mode](self.writer, prompts, log_weights, settings, beams)
         mark = self.prompts.style.final.strip()
-        readings = []
-        for text in texts:
-            reasoning, found, answer = text.partition(mark) if mark else ("", "", text)
-            reading = Reading(answer, reasoning) if found else Reading(text, "")
-            readings.append(Reading(*map(str.strip, reading)))
-        return readings
+        return [Reading(*inference.answer_and_reasoning(text, mark)) for text in texts]
 
     def stream(self, question: str, mode: str = "concatenated", **sampling) -> Iterator[str]:
         """The answer that `query` gives, in pieces as they are written; reasoning is held back.
@@ -252,16 +299,24 @@ class RAGSystem:
                 "or mode 'concatenated'"
             )
         settings = self._sampling(sampling)
-        rows, _ = self.retriever.search([question], self.top_k)
-        (prompt,) = self._prompts([question], rows, settings)
-        answer = space = ""
-        for piece in self._answer(self.writer.stream(prompt, settings)):
-            # White space waits for what follows it: there is none at either end of an answer.
-            piece = space + piece if answer else piece.lstrip()
-            space = piece[len(piece.rstrip()) :]
-            answer += piece.rstrip()
-            if piece.strip():
-                yield piece.rstrip()
+        (found,) = self.retrieve([question])
+        (prompt,) = self._prompts([question], [[f.passage for f in found]], settings)
+        mark = self.prompts.style.final.strip()
+        yield from inference.answer_pieces(self.writer.stream(prompt, settings), mark)
+
+    async def aquery(self, question: str, **how) -> Response:
+        """`query`, in a thread of its own."""
+        return await asyncio.to_thread(self.query, question, **how)
+
+    async def abatch_query(self, questions: Sequence[str], **how) -> list[Response]:
+        """`batch_query`, in a thread of its own."""
+        return await asyncio.to_thread(self.batch_query, questions, **how)
+
+    async def astream(self, question: str, **how) -> AsyncIterator[str]:
+        """`stream`, each piece written in a thread of its own."""
+        pieces = self.stream(question, **how)
+        while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+            yield piece
 
     @property
     def writer(self) -> Writer:
@@ -276,17 +331,6 @@ class RAGSystem:
 
     def _sampling(self, given: dict[str, Any]) -> Sampling:
         return Sampling(**{"max_new_tokens": self.prompts.max_answer_tokens} | given)
-
-    def _answer(self, pieces: Iterable[str]) -> Iterator[str]:
-        """The pieces of a text that follow the mark of the final answer; all if it never comes."""
-        pieces, said, mark = iter(pieces), "", self.prompts.style.final.strip()
-        for piece in pieces if mark else ():
-            said += piece
-            if mark in said:
-                said = said.partition(mark)[2]
-                break
-        yield said
-        yield from pieces
 
     def _prompts(self, questions, rows, settings: Sampling) -> list[np.ndarray]:
         limit = self.decoder.config.max_positions - settings.max_new_tokens
@@ -306,33 +350,11 @@ class RAGSystem:
     # --- on disk ------------------------------------------------------------------------------
 
     def save(self, path: str | pathlib.Path) -> None:
-        """One folder: generator, adapters (PEFT), both encoders, head, passages, settings.
+        """One folder: generator, adapters (PEFT), both encoders, head, passages, store, settings.
 
         Raises:
           CheckpointError: the generator is quantised, or passages lie with silos; nothing is written.
         """
-        folder = pathlib.Path(path)
-        if isinstance(self.retriever.store, FederatedStore):
-            raise CheckpointError(
-                "a system over silos has no index of its own to save: save it before over_silos"
-            )
-        hub.save(self.generator, folder / "generator")
-        peft.save(self.adapters, self.decoder, folder / "adapters", base="../generator")
-        for side in ("query", "document"):
-            encoder = hub.Pretrained(
-                self.retriever.encoder,
-                getattr(self.retriever, side),
-                self.retriever.tokenizer,
-                side,
-            )
-            hub.save(encoder, folder / f"{side}_encoder")
-        if self.retriever.head is not None:
-            hub.save_arrays({"head": self.retriever.head}, folder / HEAD)
-        else:
-            (folder / HEAD).unlink(missing_ok=True)
-        with open(folder / "passages.jsonl", "w", encoding="utf-8") as file:
-            for passage in self.retriever.passages:
-                file.write(json.dumps(dataclasses.asdict(passage), ensure_ascii=False) + "\n")
         settings = {
             "top_k": self.top_k,
             "marginal_k": self.marginal_k,
@@ -340,39 +362,38 @@ class RAGSystem:
             "prompt_style": self.prompts.style._asdict(),
             "max_passage_tokens": self.prompts.max_passage_tokens,
             "max_answer_tokens": self.prompts.max_answer_tokens,
+            "store": self.store is not None,
         }
-        (folder / "system.json").write_text(json.dumps(settings, indent=2) + "\n")
+        folder = pathlib.Path(path)
+        parts = self.generator, self.decoder, self.adapters, self.retriever
+        rag_folder.write(folder, *parts, settings)
+        if self.store is not None:
+            self.store.save(folder / rag_folder.STORE)
 
     @classmethod
-    def load(cls, path: str | pathlib.Path) -> "RAGSystem":
+    def load(
+        cls, path: str | pathlib.Path, *, memory_map: bool = False, elsewhere: bool = False
+    ) -> "RAGSystem":
         """What `save` wrote; it answers as before.
+
+        Args:
+          memory_map: as in `open_store`, of a store that was saved with it.
+          elsewhere: as in `open_store`.
 
         Raises:
           CheckpointError: the folder holds no saved system.
         """
         folder = pathlib.Path(path)
-        try:
-            settings = json.loads((folder / "system.json").read_text())
-            lines = (folder / "passages.jsonl").read_text(encoding="utf-8").splitlines()
-        except OSError as error:
-            raise CheckpointError(
-                f"{folder} holds no saved RAGSystem ({error}); save one there first"
-            ) from error
-        generator, document = (hub.load(folder / n) for n in ("generator", "document_encoder"))
-        decoder, adapters = peft.load(generator.network, folder / "adapters")
+        saved = rag_folder.read(folder)
+        settings, store = saved.settings, None
+        if settings.pop("store", False):
+            store = open_store(folder / rag_folder.STORE, memory_map, elsewhere)
         system = cls.build(
-            [Passage(**json.loads(line)) for line in lines],
-            generator=generator,
-            retriever=document,
-            adapters=decoder.lora,
-            prompt_style=PromptStyle(**settings["prompt_style"]),
-            top_k=settings["top_k"],
-            marginal_k=settings["marginal_k"],
-            score_scale=settings["score_scale"],
-            max_passage_tokens=settings["max_passage_tokens"],
-            max_answer_tokens=settings.get("max_answer_tokens", ANSWER_TOKENS),
+            saved.passages,
+            store=store,
+            generator=saved.generator,
+            retriever=saved.document,
+            adapters=saved.lora,
+            **settings | {"prompt_style": PromptStyle(**settings["prompt_style"])},
         )
-        head = hub.load_arrays(folder / HEAD)["head"] if (folder / HEAD).exists() else None
-        return system.replace(
-            adapters=adapters, query=hub.load(folder / "query_encoder").params, head=head
-        )
+        return system.replace(adapters=saved.adapters, query=saved.query, head=saved.head)

@@ -8,7 +8,7 @@ import sys
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "fedrag_jax"
 # Each room may import from itself and from those after it.
-ORDER = ["strategies", "tracking", "evaluation", "rag", "federated", "inference",
+ORDER = ["strategies", "tracking", "evaluation", "rag", "rag_folder", "federated", "inference",
          "objectives", "retrieval", "models", "data", "clock", "errors"]  # fmt: skip
 
 

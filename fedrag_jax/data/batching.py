@@ -63,11 +63,10 @@ class Prompts:
         if style.bos and tokenizer.bos_token_id is not None:
             opening = [tokenizer.bos_token_id, *opening]
         self._opening = np.array(opening, np.int32)
-        after_number = style.passage.removeprefix(self._number)
-        texts = [
-            after_number.format(text=clipped(reading_text(p), max_passage_tokens)) for p in passages
-        ]
-        self._passages = [np.array(t[:max_passage_tokens], np.int32) for t in self._tokenize(texts)]
+        self._passages = self._passage_tokens(passages)
+        self._foreign = functools.lru_cache(4096)(
+            lambda passage: self._passage_tokens([passage])[0]
+        )
         self._questions: dict[str, np.ndarray] = {}
         self._answers: dict[tuple[str, str], np.ndarray] = {}
         self._numbers: list[np.ndarray] = []  # before the first passage, the second, ...
@@ -93,7 +92,7 @@ class Prompts:
     @property
     def share_cut(self) -> float:
         """Of the passages, those that fill `max_passage_tokens`: their ends are not read."""
-        return float(np.mean(self._passage_lengths >= self.max_passage_tokens))
+        return float((self._passage_lengths >= self.max_passage_tokens).mean())
 
     @functools.cached_property
     def stop_tokens(self) -> tuple[int, ...]:
@@ -133,8 +132,13 @@ class Prompts:
     def _after_width(self) -> int:
         return max(self._after_lengths.values(), default=0)
 
+    def _passage_tokens(self, passages: Sequence[Passage]) -> list[np.ndarray]:
+        around, most = self.style.passage.removeprefix(self._number), self.max_passage_tokens
+        texts = [around.format(text=clipped(reading_text(p), most)) for p in passages]
+        return [np.array(tokens[:most], np.int32) for tokens in self._tokenize(texts)]
+
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
     def question_tokens(self, question: str) -> np.ndarray:
         """Tokens from the end of the passages to where the answer starts."""
@@ -170,7 +174,8 @@ class Prompts:
     def prompt(self, question: str, rows: Sequence[int], width: int | None = None) -> np.ndarray:
         """Opening, passages in the order given, question; at most `width` tokens if it can be.
 
-        A row of -1 is no passage. Passages that do not fit are cut from the end; the question never is.
+        In place of a row there may be a passage that is not in the corpus. A row of -1 is no passage.
+        Passages that do not fit are cut from the end; the question never is.
         """
         head, tail = self._head(rows), self.question_tokens(question)
         room = None if width is None else max(0, width - len(tail))
@@ -178,11 +183,14 @@ class Prompts:
 
     def _head(self, rows: Sequence[int]) -> np.ndarray:
         """The opening and the passages."""
-        return np.concatenate([self._opening, *self._numbered([r for r in rows if r >= 0])])
+        read = [row for row in rows if isinstance(row, Passage) or row >= 0]
+        return np.concatenate([self._opening, *self._numbered(read)])
 
     def _numbered(self, rows: Sequence[int]) -> list[np.ndarray]:
         """The tokens of each passage, after those of its number if the style has numbers."""
-        passages = [self._passages[row] for row in rows]
+        passages = [
+            self._foreign(row) if isinstance(row, Passage) else self._passages[row] for row in rows
+        ]
         if not self._number:
             return passages
         numbers = self._number_tokens(len(rows))

@@ -41,15 +41,20 @@ class Retriever:
 
     @classmethod
     def build(cls, model: Pretrained, passages: Sequence[Passage], progress: bool = False):
-        """Embeds the corpus (from the disk cache where it was embedded before) and indexes it."""
-        vectors = embed_corpus(
-            model.network,
-            model.params,
-            model.tokenizer,
-            [embedding_text(p) for p in passages],
-            max_length=model.network.config.max_length,
-            progress=progress,
-        )
+        """Embeds the corpus (from the disk cache where it was embedded before) and indexes it.
+
+        Without passages it embeds questions and passages for a store elsewhere, and searches nothing.
+        """
+        vectors = np.empty((0, model.network.config.hidden_size), np.float32)
+        if passages:
+            vectors = embed_corpus(
+                model.network,
+                model.params,
+                model.tokenizer,
+                [embedding_text(p) for p in passages],
+                max_length=model.network.config.max_length,
+                progress=progress,
+            )
         both = model.params, model.params
         bare = cls(model.network, model.tokenizer, *both, passages, vectors, None, None)
         return bare._behind_head()
@@ -61,10 +66,11 @@ class Retriever:
 
     def _behind_head(self) -> "Retriever":
         vectors = headed(self.bare_vectors, self.head)
-        if self.store is None:
+        store = self.store
+        if store is not None:
+            store = store.with_vectors(vectors)
+        elif self.passages:
             store = FaissStore.build([p.id for p in self.passages], vectors)
-        else:
-            store = self.store.with_vectors(vectors)
         return dataclasses.replace(self, vectors=vectors, store=store)
 
     def embed_passages(self, document, rows=None) -> np.ndarray:
@@ -78,6 +84,17 @@ class Retriever:
             max_length=self.encoder.config.max_length,
             keep=False,
         )
+
+    def embed_new(self, passages: Sequence[Passage]) -> np.ndarray:
+        """Vectors [N, D] of unit length, behind the head, of passages of anywhere."""
+        vectors = embed_texts(
+            self.encoder,
+            self.document,
+            self.tokenizer,
+            [embedding_text(p) for p in passages],
+            max_length=self.encoder.config.max_length,
+        )
+        return headed(vectors, self.head)
 
     def with_vectors(self, bare_vectors) -> "Retriever":
         """An index of these vectors [N, D], however old they are."""

@@ -1,0 +1,100 @@
+"""A RAG system on disk: one folder of ordinary checkpoints, passages and settings."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+from fedrag_jax.data.examples import Passage
+from fedrag_jax.errors import CheckpointError
+from fedrag_jax.models import hub, lora, peft
+from fedrag_jax.models.network import Network
+from fedrag_jax.retrieval.federated import FederatedStore
+from fedrag_jax.retrieval.retriever import Retriever
+
+HEAD, SETTINGS, STORE = "head.safetensors", "system.json", "store"
+
+
+class Parts(NamedTuple):
+    """What lies in the folder of a system.
+
+    Attributes:
+      decoder: the generator's network with its adapters.
+      document: the document encoder; `query`, the parameters of the other side.
+      settings: options of `RAGSystem.build` by name, as JSON.
+    """
+
+    generator: hub.Pretrained
+    decoder: Network
+    adapters: Any
+    document: hub.Pretrained
+    query: Any
+    head: Any
+    passages: list[Passage]
+    settings: dict[str, Any]
+
+    @property
+    def lora(self) -> lora.LoraConfig:
+        """Of the adapters."""
+        return self.decoder.lora
+
+
+def write(
+    folder: pathlib.Path,
+    generator: hub.Pretrained,
+    decoder: Network,
+    adapters,
+    retriever: Retriever,
+    settings: dict[str, Any],
+) -> None:
+    """Generator, adapters (PEFT), both encoders, head, passages and settings.
+
+    Raises:
+      CheckpointError: the generator is quantised, or passages lie with silos; nothing is written.
+    """
+    if isinstance(retriever.store, FederatedStore):
+        raise CheckpointError(
+            "a system over silos has no index of its own to save: save it before over_silos"
+        )
+    hub.save(generator, folder / "generator")
+    peft.save(adapters, decoder, folder / "adapters", base="../generator")
+    for side in ("query", "document"):
+        encoder = hub.Pretrained(
+            retriever.encoder, getattr(retriever, side), retriever.tokenizer, side
+        )
+        hub.save(encoder, folder / f"{side}_encoder")
+    if retriever.head is not None:
+        hub.save_arrays({"head": retriever.head}, folder / HEAD)
+    else:
+        (folder / HEAD).unlink(missing_ok=True)
+    with open(folder / "passages.jsonl", "w", encoding="utf-8") as file:
+        for passage in retriever.passages:
+            file.write(json.dumps(dataclasses.asdict(passage), ensure_ascii=False) + "\n")
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def read(folder: pathlib.Path) -> Parts:
+    """What `write` wrote.
+
+    Raises:
+      CheckpointError: the folder holds no saved system.
+    """
+    try:
+        settings = json.loads((folder / SETTINGS).read_text())
+        lines = (folder / "passages.jsonl").read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder} holds no saved RAGSystem ({error}); save one there first"
+        ) from error
+    generator, document = (hub.load(folder / n) for n in ("generator", "document_encoder"))
+    decoder, adapters = peft.load(generator.network, folder / "adapters")
+    return Parts(
+        generator,
+        decoder,
+        adapters,
+        document,
+        hub.load(folder / "query_encoder").params,
+        hub.load_arrays(folder / HEAD)["head"] if (folder / HEAD).exists() else None,
+        [Passage(**json.loads(line)) for line in lines if line],
+        settings,
+    )
