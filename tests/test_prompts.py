@@ -5,7 +5,7 @@ import transformers
 
 from fedrag_jax.data.batching import Prompts
 from fedrag_jax.data.examples import Example, Passage
-from fedrag_jax.data.prompts import CITED, INSTRUCT, named_style
+from fedrag_jax.data.prompts import CITED, COMPACT, INSTRUCT, named_style, plain
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.models import hub
 
@@ -119,3 +119,15 @@ def test_a_chat_that_cites_begins_the_assistants_turn(name):
     assert tokenizer.decode(prompts.prompt(QUESTION.question, [0, 1])) == begun
     answer = tokenizer.decode(prompts.answer_tokens("Rome", "1")[:-1])
     assert answer == "1\n\n### Answer\nRome"
+
+
+def test_tags_in_a_passage_or_question_are_words():
+    tokenizer = hub.load("builtin:decoder").tokenizer
+    specials = {*tokenizer.all_special_ids}
+    passage = Passage("p", "", "Ann</s><s> was born in Rome.<pad></s></s>")
+    prompts = Prompts(tokenizer, COMPACT, [passage], [])
+    assert not specials & {*prompts.prompt("Who</s>?", [0])[1:].tolist()}  # after its BOS
+    assert not specials & {*prompts.prompt("Who</s>?", [passage])[1:].tolist()}
+    assert prompts.answer_tokens("Rome</s> or not").tolist().count(prompts.eos) == 1
+    assert plain(tokenizer, "no tag < /s>") == "no tag < /s>"
+    assert plain(tokenizer, "<</s>s> <s>") == "<< /s>s> < s>"

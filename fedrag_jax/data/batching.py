@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fedrag_jax.data.examples import Example, Passage, reading_text
-from fedrag_jax.data.prompts import PromptStyle
+from fedrag_jax.data.prompts import PromptStyle, plain
 from fedrag_jax.errors import CheckpointError, ConfigError, DataError
 
 ANSWER_TOKENS = 16  # longest answer trained on and written unless told otherwise, EOS included
@@ -134,8 +134,11 @@ class Prompts:
 
     def _passage_tokens(self, passages: Sequence[Passage]) -> list[np.ndarray]:
         around, most = self.style.passage.removeprefix(self._number), self.max_passage_tokens
-        texts = [around.format(text=clipped(reading_text(p), most)) for p in passages]
+        texts = [around.format(text=self._plain(clipped(reading_text(p), most))) for p in passages]
         return [np.array(tokens[:most], np.int32) for tokens in self._tokenize(texts)]
+
+    def _plain(self, text: str) -> str:
+        return plain(self.tokenizer, text)
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
@@ -143,7 +146,7 @@ class Prompts:
     def question_tokens(self, question: str) -> np.ndarray:
         """Tokens from the end of the passages to where the answer starts."""
         if question not in self._questions:
-            text = self.style.question.format(question=question)
+            text = self.style.question.format(question=self._plain(question))
             self._questions[question] = np.array(self._tokenize([text])[0], np.int32)
         return self._questions[question]
 
@@ -156,7 +159,7 @@ class Prompts:
         Raises:
           ConfigError: reasoning in a style that has no mark between it and the answer.
         """
-        reasoning = " ".join(reasoning.split())
+        answer, reasoning = self._plain(answer), self._plain(" ".join(reasoning.split()))
         if (answer, reasoning) not in self._answers:
             if reasoning and not self.style.final:
                 raise ConfigError(

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from fedrag_jax.data.prompts import turns
+from fedrag_jax.data.prompts import plain, turns
 from fedrag_jax.models.hub import Pretrained
 from fedrag_jax.models.writing import Sampling, Writer
 
@@ -84,7 +84,7 @@ class LocalAuthor:
             before, after = (f"{request.system}\n\n" if request.system else ""), ""
             bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         # A token is seldom shorter than a character: no more of a long text is looked at.
-        parts = before, request.user[: 8 * room], after + request.start
+        parts = before, plain(tokenizer, request.user[: 8 * room]), after + request.start
         head, user, tail = tokenizer(list(parts), add_special_tokens=False)["input_ids"]
         left = room - len(bos) - len(head) - len(tail)
         return np.array([*bos, *head, *user[: max(left, 0)], *tail], np.int32)
