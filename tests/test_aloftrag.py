@@ -48,6 +48,7 @@ def test_every_variant_has_its_row_and_nothing_is_done_twice(tmp_path, capsys):
     config.variants = (
         "base", "all", "without_step_3", "unanswerable", "retriever", "shuffled_citations"
     )  # fmt: skip
+    config.unanswerable = 0.1  # of 60 texts, some
     folder = aloftrag.run(config, str(tmp_path))
     rows = read(folder / "aloftrag.csv")
     assert [*rows[0]] == COLUMNS and [r["variant"] for r in rows] == [*config.variants]

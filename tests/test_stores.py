@@ -177,7 +177,7 @@ def test_a_saved_store_opens_as_it_was_and_can_be_saved_over(store, tmp_path):
     again.add(PASSAGES[10:11], VECTORS[10:11])
     again.save(tmp_path / "s")
     assert ids(ask(open_store(tmp_path / "s", elsewhere=True), [10], k=1)) == [["p010"]]
-    assert len([p for p in (tmp_path / "s").iterdir() if p.name.startswith("data-")]) == 1
+    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == ["store-data-2", "store.json"]
 
 
 def test_searches_during_a_refresh_see_the_old_or_the_new(store):
@@ -430,12 +430,12 @@ def test_a_hybrid_of_stores_that_do_not_fit_is_refused():
     [
         "{",
         "[]",
-        '{"format": 1, "kind": "faiss", "settings": {"dimension": 16}, "data": "../other/data-1"}',
-        '{"format": 1, "kind": "faiss", "settings": {"dimension": 16}, "data": "data-1/../../x"}',
-        '{"format": 2, "kind": "faiss", "settings": {"dimension": 16}, "data": "data-1"}',
-        '{"format": 1, "kind": "pickle", "settings": {"dimension": 16}, "data": "data-1"}',
-        '{"format": 1, "kind": "faiss", "settings": {"dimension": 17}, "data": "data-1"}',
-        '{"format": 1, "kind": "faiss", "settings": {"os": "rm"}, "data": "data-1"}',
+        '{"format": 1, "kind": "faiss", "settings": {"dimension": 16}, "data": "../other/store-data-1"}',
+        '{"format": 1, "kind": "faiss", "settings": {"dimension": 16}, "data": "store-data-1/../../x"}',
+        '{"format": 2, "kind": "faiss", "settings": {"dimension": 16}, "data": "store-data-1"}',
+        '{"format": 1, "kind": "pickle", "settings": {"dimension": 16}, "data": "store-data-1"}',
+        '{"format": 1, "kind": "faiss", "settings": {"dimension": 17}, "data": "store-data-1"}',
+        '{"format": 1, "kind": "faiss", "settings": {"os": "rm"}, "data": "store-data-1"}',
     ],
 )
 def test_a_folder_that_is_no_store_is_refused(tmp_path, saved):
@@ -444,7 +444,7 @@ def test_a_folder_that_is_no_store_is_refused(tmp_path, saved):
     store.save(tmp_path / "s")
     store.save(tmp_path / "other")
     (tmp_path / "s" / "store.json").write_text(saved)
-    with pytest.raises(CheckpointError, match=r"s holds no store|s/data-1 holds 200 vectors"):
+    with pytest.raises(CheckpointError, match=r"s holds no store|s/store-data-1 holds 200 vectors"):
         open_store(tmp_path / "s")
 
 
@@ -455,12 +455,12 @@ def test_a_damaged_line_is_named(tmp_path, line):
     store = FaissKnowledge(D)
     store.add(PASSAGES, VECTORS)
     store.save(tmp_path)
-    path = tmp_path / "data-1" / "passages.jsonl"
+    path = tmp_path / "store-data-1" / "passages.jsonl"
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], line, *lines[2:]]) + "\n")
     with pytest.raises(CheckpointError, match=r"passages.jsonl:2: no passage"):
         open_store(tmp_path)
-    (tmp_path / "data-1" / "index.faiss").write_bytes(b"not an index")
+    (tmp_path / "store-data-1" / "index.faiss").write_bytes(b"not an index")
     with pytest.raises(CheckpointError, match="holds no store"):
         open_store(tmp_path)
     assert json.loads((tmp_path / "store.json").read_text())["kind"] == "faiss"

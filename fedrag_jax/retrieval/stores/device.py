@@ -2,6 +2,7 @@
 
 import pathlib
 from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
 from typing import Any, Self
 
 import jax
@@ -75,12 +76,16 @@ class DeviceKnowledge(KnowledgeStore):
             vectors = np.asarray(flat[np.array([*sources.values()])])
             self._blocks = _put(self._blocks, [*sources], vectors)
 
-    def _refresh(self, passages: Sequence[Passage], vectors: np.ndarray) -> None:
+    @contextmanager
+    def _fresh(self, passages: Sequence[Passage], vectors: np.ndarray):
         rows = [self._row_of[p.id] for p in passages]
         blocks = _put(jnp.zeros_like(self._blocks), rows, vectors)
         blocks.block_until_ready()
-        with self._lock:
+
+        def commit():
             self._blocks = blocks
+
+        yield commit
 
     def _search(self, questions, vectors: np.ndarray, k: int) -> list[list[Found]]:
         rows, scores = search_blocks(self._blocks, len(self), vectors, min(k, len(self)))

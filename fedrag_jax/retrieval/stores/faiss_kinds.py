@@ -2,6 +2,7 @@
 
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Self
 
 import faiss
@@ -15,6 +16,7 @@ from fedrag_jax.retrieval.stores.lines import LINES, MappedLines, read_lines, wr
 INDEXES = ("flat", "ivf", "hnsw", "pq")
 # Vectors that k-means wants for a list, and for a codebook of 256.
 PER_LIST, FEWEST_CODED = 39, 39 * 256
+HNSW, TRAINED = faiss.IndexHNSWFlat, {"ivf": faiss.IndexIVFFlat, "pq": faiss.IndexIVFPQ}
 INDEX = "index.faiss"
 WASTE = 0.5  # of the rows may be of passages that are gone, before all are written anew
 
@@ -91,7 +93,8 @@ class FaissKnowledge(KnowledgeStore):
 
         Args:
           index: "flat", exact; "ivf", vectors in lists, of which those nearest to a question are looked
-            into; "hnsw", a graph of neighbours; "pq", IVF whose vectors are codes.
+            into; "hnsw", a graph of neighbours; "pq", IVF whose vectors are codes. They are trained
+            on the first vectors that are enough, and anew by `refresh`.
           lists: of ivf and pq; 0 for the root of the vectors that they are trained on. Until there are
             39 for each (10,000 for pq) the search is exact.
           probes: lists that are looked into; 0 for a quarter of them.
@@ -139,8 +142,10 @@ class FaissKnowledge(KnowledgeStore):
         fewest = max(PER_LIST * lists, FEWEST_CODED * (self.index == "pq"))
         return lists if self.index in ("ivf", "pq") and size >= fewest else 0
 
-    def _built(self, passages: Sequence[Passage], vectors: np.ndarray) -> Rows:
-        lists, index = self._lists(len(vectors)), self._untrained()
+    def _built(self, passages: Sequence[Passage], vectors: np.ndarray, index=None) -> Rows:
+        """Rows of an index that is trained on them, unless there is one."""
+        lists = self._lists(len(vectors)) if index is None else 0
+        index = self._untrained() if index is None else index
         if lists:
             coarse, metric = faiss.IndexFlatIP(self.dimension), faiss.METRIC_INNER_PRODUCT
             if self.index == "ivf":
@@ -158,7 +163,8 @@ class FaissKnowledge(KnowledgeStore):
         held = self._held
         untrained = isinstance(held.index, faiss.IndexFlat) and self._lists(len(held.row_of))
         if untrained or held.wasted > WASTE * max(len(held.passages), 1000):
-            self._held = self._built([*held.alive()], held.vectors())
+            index = None if untrained else _emptied(held.index)
+            self._held = self._built([*held.alive()], held.vectors(), index)
 
     def _known(self, ids: Sequence[str]) -> set[str]:
         return {i for i in ids if i in self._held.row_of}
@@ -174,10 +180,14 @@ class FaissKnowledge(KnowledgeStore):
         self._held.drop(ids)
         self._tidy()
 
-    def _refresh(self, passages: Sequence[Passage], vectors: np.ndarray) -> None:
+    @contextmanager
+    def _fresh(self, passages: Sequence[Passage], vectors: np.ndarray):
         built = self._built(passages, vectors)
-        with self._lock:
+
+        def commit():
             self._held = built
+
+        yield commit
 
     def _search(self, questions, vectors: np.ndarray, k: int) -> list[list[Found]]:
         held, selector = self._held, self._held.selector()
@@ -200,6 +210,24 @@ class FaissKnowledge(KnowledgeStore):
             for r, s in zip(rows.tolist(), scores, strict=True)
         ]
 
+    def _fits(self, index) -> bool:
+        """Whether a file held what `_built` builds: vectors in the file itself, and inner products."""
+
+        def flat(other) -> bool:
+            return type(other) in (faiss.IndexFlat, faiss.IndexFlatIP)
+
+        if index.metric_type != faiss.METRIC_INNER_PRODUCT:
+            return False
+        if self.index == "hnsw":
+            storage = faiss.downcast_index(index.storage) if type(index) is HNSW else None
+            return flat(storage) and storage.metric_type == faiss.METRIC_INNER_PRODUCT
+        if type(index) is not TRAINED.get(self.index):
+            return flat(index)
+        lists = faiss.downcast_InvertedLists(index.invlists)
+        return flat(faiss.downcast_index(index.quantizer)) and type(lists) in (
+            faiss.ArrayInvertedLists,
+        )
+
     # --- on disk -------------------------------------------------------------------------------
 
     def _settings(self) -> dict[str, Any]:
@@ -214,7 +242,9 @@ class FaissKnowledge(KnowledgeStore):
     def _load(cls, folder: pathlib.Path, settings: dict[str, Any], memory_map: bool) -> Self:
         store = cls(**settings)
         flags = faiss.IO_FLAG_MMAP_IFC if memory_map else 0
-        index = faiss.read_index(str(folder / INDEX), flags)
+        index = faiss.read_index(str(folder / INDEX), flags | faiss.IO_FLAG_READ_ONLY)
+        if not store._fits(index):
+            raise CheckpointError(f"{folder / INDEX} is no index of kind {store.index!r}")
         passages = MappedLines(folder / LINES) if memory_map else read_lines(folder / LINES)
         if (index.d, index.ntotal) != (store.dimension, len(passages)):
             raise CheckpointError(
@@ -223,3 +253,12 @@ class FaissKnowledge(KnowledgeStore):
             )
         store._held, store.read_only = Rows(index, passages), memory_map
         return store
+
+
+def _emptied(index):
+    """An index trained as this one, without vectors."""
+    fresh = faiss.clone_index(index)
+    fresh.reset()
+    if isinstance(fresh, faiss.IndexIVF):
+        fresh.make_direct_map()
+    return fresh

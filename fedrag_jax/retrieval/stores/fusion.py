@@ -3,6 +3,7 @@
 import pathlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, Self
 
 import numpy as np
@@ -18,7 +19,7 @@ class HybridStore(KnowledgeStore):
 
         score = sum over stores that found the passage: 1 / (60 + rank), ranks from 1
 
-    What is added, replaced or deleted is so in all of them; nobody else may change them.
+    What is added, replaced or deleted is so in all of them; nobody else may change or save them.
     """
 
     kind = "hybrid"
@@ -64,18 +65,39 @@ class HybridStore(KnowledgeStore):
     def _get(self, ids: Sequence[str]) -> list[Passage]:
         return self.parts[0]._get(ids)
 
+    def _fault(self, passage: Passage) -> str:
+        return next(filter(None, (part._fault(passage) for part in self.parts)), "")
+
     def _put(self, passages: Sequence[Passage], vectors: np.ndarray | None) -> None:
-        for part in self.parts:
-            part._put(passages, None if part.dimension is None else vectors)
+        known = self._known([p.id for p in passages])
+        new = [p.id for p in passages if p.id not in known]
+        for i, part in enumerate(self.parts):
+            try:
+                part._put(passages, None if part.dimension is None else vectors)
+            except BaseException:
+                # A server that went away: what is new is nowhere, what was replaced may be so in part.
+                for earlier in self.parts[:i] if new else ():
+                    earlier._delete(new)
+                raise
 
     def _delete(self, ids: Sequence[str]) -> None:
         for part in self.parts:
-            part._delete(ids)
+            part._delete([i for i in ids if i in part._known(ids)])
 
-    def _refresh(self, passages: Sequence[Passage], vectors: np.ndarray) -> None:
-        for part in self.parts:
-            if part.dimension is not None:
-                part._refresh(passages, vectors)
+    @contextmanager
+    def _fresh(self, passages: Sequence[Passage], vectors: np.ndarray):
+        with ExitStack() as ready:
+            commits = [
+                ready.enter_context(part._fresh(passages, vectors))
+                for part in self.parts
+                if part.dimension is not None
+            ]
+
+            def commit():
+                for each in commits:
+                    each()
+
+            yield commit
 
     def _search(self, questions, vectors, k: int) -> list[list[Found]]:
         scores = [defaultdict(float) for _ in questions]
@@ -90,13 +112,19 @@ class HybridStore(KnowledgeStore):
     # --- on disk -------------------------------------------------------------------------------
 
     def _settings(self) -> dict[str, Any]:
-        elsewhere = any(part.lies_elsewhere(part._settings()) for part in self.parts)
+        told = [(part, part._settings()) for part in self.parts]
+        elsewhere = ", ".join(part.place(s) for part, s in told if part.lies_elsewhere(s))
         return {"depth": self.depth, "parts": len(self.parts), "elsewhere": elsewhere}
 
     @classmethod
     def lies_elsewhere(cls, settings: dict[str, Any]) -> bool:
         """If one of its stores does."""
-        return settings["elsewhere"]
+        return settings["elsewhere"] != ""
+
+    @classmethod
+    def place(cls, settings: dict[str, Any]) -> str:
+        """The places of those stores."""
+        return str(settings["elsewhere"])
 
     def _save(self, folder: pathlib.Path) -> None:
         for i, part in enumerate(self.parts):
@@ -110,7 +138,7 @@ class HybridStore(KnowledgeStore):
             raise CheckpointError(f"{folder}: a hybrid of {settings['parts']!r} stores")
         # A store that lies elsewhere is opened only where the settings said so to whoever agreed.
         parts = [
-            open_store(folder / f"part-{i}", memory_map, settings["elsewhere"] is True)
+            open_store(folder / f"part-{i}", memory_map, cls.lies_elsewhere(settings))
             for i in range(settings["parts"])
         ]
         return cls(parts, settings["depth"])

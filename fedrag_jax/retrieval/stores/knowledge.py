@@ -6,11 +6,14 @@ threads, and every search sees all of a change or nothing of it.
 """
 
 import abc
+import dataclasses
 import json
 import pathlib
+import re
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
@@ -21,6 +24,7 @@ from fedrag_jax.retrieval.store import finite
 
 FORMAT = 1
 SETTINGS = "store.json"
+DATA = re.compile(r"store-data-([1-9]\d{0,8})")  # a folder of ours in the folder of a store
 Embed = Callable[[Sequence[Passage]], np.ndarray]
 
 
@@ -93,7 +97,7 @@ class KnowledgeStore(abc.ABC):
         Raises:
           DataError: an id that is not there; nothing is deleted.
         """
-        ids = [*dict.fromkeys(ids)]
+        ids = [*dict.fromkeys(_strings(ids, "ids"))]
         with self._changing:
             self._require(ids)
             if ids:
@@ -107,6 +111,7 @@ class KnowledgeStore(abc.ABC):
         Raises:
           DataError: an id that is not there.
         """
+        ids = _strings(ids, "ids")
         with self._lock:
             self._require(ids)
             return self._get(ids)
@@ -125,14 +130,24 @@ class KnowledgeStore(abc.ABC):
         """
         if k < 1:
             raise ConfigError(f"k must be at least 1, got {k}")
+        questions = _strings(questions, "questions")
         vectors = self._fitting(questions, vectors, "question")
-        if not len(questions):
-            return []
+        found: list[list[Found]] = [[] for _ in questions]
+        undecided, most = [*range(len(questions))], k + 1
         with self._lock:
-            if not len(self):
-                return [[] for _ in questions]
-            found = self._search(questions, vectors, k)
-        return [sorted(some, key=lambda f: (-f.score, f.passage.id))[:k] for some in found]
+            while undecided and len(self):
+                some = None if vectors is None else vectors[undecided]
+                nearest = self._search([questions[i] for i in undecided], some, most)
+                for i, candidates in zip(undecided, nearest, strict=True):
+                    found[i] = sorted(candidates, key=lambda f: (-f.score, f.passage.id))
+                # Where the last that came is as good as the k-th, some that did not may have lower ids.
+                undecided = [
+                    i
+                    for i in undecided
+                    if len(found[i]) >= most and found[i][-1].score == found[i][k - 1].score
+                ]
+                most *= 4
+        return [some[:k] for some in found]
 
     def refresh(self, embed: Embed) -> None:
         """Gives every passage a new vector, as after training the document encoder.
@@ -152,8 +167,11 @@ class KnowledgeStore(abc.ABC):
         self._require_writable()
         with self._changing:
             passages = [*self.passages()]
-            if passages:
-                self._refresh(passages, self._fitting(passages, embed(passages), "passage"))
+            if not passages:
+                return
+            vectors = self._fitting(passages, embed(passages), "passage")
+            with self._fresh(passages, vectors) as commit, self._lock:
+                commit()
 
     @abc.abstractmethod
     def passages(self) -> Iterable[Passage]:
@@ -162,31 +180,43 @@ class KnowledgeStore(abc.ABC):
     # --- on disk ------------------------------------------------------------------------------
 
     def save(self, path: str | pathlib.Path) -> None:
-        """One folder, replaced whole: whoever reads it meanwhile finds the old store or the new one."""
+        """One folder, replaced whole: whoever opens it meanwhile gets the old store or the new one.
+
+        What is there stays until the new is whole. One process at a time may save into a folder.
+        """
         folder = pathlib.Path(path)
         folder.mkdir(parents=True, exist_ok=True)
-        former = {p.name for p in folder.glob("data-*") if p.is_dir()}
-        number = 1 + max((int(n[5:]) for n in former if n[5:].isdigit()), default=0)
-        data = folder / f"data-{number}"
-        data.mkdir()
         with self._changing:
-            self._save(data)
+            former = [p for p in folder.iterdir() if DATA.fullmatch(p.name) and p.is_dir()]
+            number = 1 + max((int(DATA.fullmatch(p.name)[1]) for p in former), default=0)
+            data = folder / f"store-data-{number}"
+            data.mkdir()
+            try:
+                self._save(data)
+            except BaseException:
+                shutil.rmtree(data, ignore_errors=True)
+                raise
             settings = {
                 "format": FORMAT,
                 "kind": self.kind,
                 "settings": self._settings(),
                 "data": data.name,
             }
-        beside = folder / (SETTINGS + ".tmp")
-        beside.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        beside.replace(folder / SETTINGS)
-        for name in former:
-            shutil.rmtree(folder / name, ignore_errors=True)
+            beside = folder / (SETTINGS + ".tmp")
+            beside.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+            beside.replace(folder / SETTINGS)
+            for gone in former:
+                shutil.rmtree(gone, ignore_errors=True)
 
     @classmethod
     def lies_elsewhere(cls, settings: dict[str, Any]) -> bool:
         """Whether a saved folder only tells where the passages are: on a server, in another folder."""
         return False
+
+    @classmethod
+    def place(cls, settings: dict[str, Any]) -> str:
+        """Where that is, for people."""
+        return str(settings)
 
     # --- of each kind --------------------------------------------------------------------------
 
@@ -216,15 +246,19 @@ class KnowledgeStore(abc.ABC):
     @abc.abstractmethod
     def _delete(self, ids: Sequence[str]) -> None: ...
 
-    def _refresh(self, passages: Sequence[Passage], vectors: np.ndarray) -> None:
-        """Of a kind with vectors: all of them anew, which takes `_lock` for the change alone."""
+    @contextmanager
+    def _fresh(
+        self, passages: Sequence[Passage], vectors: np.ndarray
+    ) -> Iterator[Callable[[], None]]:
+        """Of a kind with vectors: makes ready for new ones, and gives what puts them in place."""
         raise NotImplementedError
+        yield
 
     @abc.abstractmethod
     def _search(
         self, questions: Sequence[str], vectors: np.ndarray | None, k: int
     ) -> list[list[Found]]:
-        """At least the k best of each question, in any order; the store is not empty."""
+        """The k best of each question, or more, in any order; the store is not empty."""
 
     def _change(self, passages, vectors) -> None:
         if passages:
@@ -237,6 +271,8 @@ class KnowledgeStore(abc.ABC):
     def _checked(self, passages, vectors) -> tuple[list[Passage], np.ndarray | None]:
         passages, seen = [*passages], set()
         for passage in passages:
+            if fault := self._fault(passage):
+                raise DataError(f"passage {passage.id!r} {fault}")
             if passage.id in seen:
                 raise DataError(f"passage id {passage.id!r} comes twice; ids must be unique")
             seen.add(passage.id)
@@ -257,6 +293,17 @@ class KnowledgeStore(abc.ABC):
             )
         return vectors
 
+    def _fault(self, passage: Passage) -> str:
+        """What keeps a passage out of a store of this kind; "" if nothing does."""
+        for value in dataclasses.astuple(passage):
+            if not isinstance(value, str):
+                return f"has {value!r} for a text"
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                return f"holds half a character ({error.reason}): decode its text as what it is"
+        return ""
+
     def _require_writable(self) -> None:
         if self.read_only:
             raise ConfigError(
@@ -267,3 +314,10 @@ class KnowledgeStore(abc.ABC):
         missing = {*ids} - self._known(ids)
         if missing:
             raise DataError(f"passage id {min(missing)!r} is not in the store")
+
+
+def _strings(values: Iterable[str], what: str) -> list[str]:
+    """A list of them; one string alone would be taken for its letters."""
+    if isinstance(values, str):
+        raise ConfigError(f"{what} must be a list of strings, got the string {values!r}")
+    return [*values]

@@ -47,13 +47,15 @@ def read_pairs(folder: pathlib.Path, dimension: int) -> tuple[list[Passage], np.
       CheckpointError: files that do not belong together.
     """
     passages = read_lines(folder / LINES)
-    vectors = np.load(folder / VECTORS, allow_pickle=False)
-    if None in passages or vectors.shape != (len(passages), dimension):
+    # Mapped: a shape that a damaged header tells is not taken for memory.
+    vectors = np.load(folder / VECTORS, allow_pickle=False, mmap_mode="r")
+    shape = getattr(vectors, "shape", None)
+    if None in passages or shape != (len(passages), dimension):
         raise CheckpointError(
-            f"{folder} holds vectors {[*vectors.shape]} for {len(passages)} passages and dimension "
-            f"{dimension}; save it again"
+            f"{folder} holds vectors {shape} for {len(passages)} passages and dimension {dimension}; "
+            "save it again"
         )
-    return passages, vectors
+    return passages, np.array(vectors, np.float32)
 
 
 class MappedLines(Sequence):

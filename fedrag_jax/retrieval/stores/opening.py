@@ -2,13 +2,18 @@
 
 import json
 import pathlib
-import re
 
 from fedrag_jax.errors import CheckpointError, ConfigError
 from fedrag_jax.retrieval.stores.device import DeviceKnowledge
 from fedrag_jax.retrieval.stores.faiss_kinds import FaissKnowledge
 from fedrag_jax.retrieval.stores.fusion import HybridStore
-from fedrag_jax.retrieval.stores.knowledge import FORMAT, SETTINGS, KnowledgeStore
+from fedrag_jax.retrieval.stores.knowledge import (
+    DATA,
+    FORMAT,
+    SETTINGS,
+    KnowledgeStore,
+    StoreUnreachable,
+)
 from fedrag_jax.retrieval.stores.postgres import PostgresStore
 from fedrag_jax.retrieval.stores.qdrant import QdrantStore
 from fedrag_jax.retrieval.stores.words import WordStore
@@ -35,27 +40,41 @@ def open_store(
       memory_map: leave vectors and passages on disk and read what a search needs. Such a store cannot
         be changed; kinds that do not lie in the folder are opened as ever.
       elsewhere: follow a folder that tells of a server or of another folder. Say so of folders that
-        you trust: questions will go there.
+        you trust: questions will go there, and QDRANT_API_KEY or libpq's password with them.
 
     Raises:
+      ConfigError: a library that its kind needs is missing.
+      StoreUnreachable: it lies elsewhere, and nobody answers there.
       CheckpointError: no store is there, it is damaged, or of a kind or format that is not known.
     """
     folder = pathlib.Path(path)
+    while True:
+        told = (folder / SETTINGS).read_bytes() if (folder / SETTINGS).is_file() else b""
+        try:
+            return _opened(folder, told, memory_map, elsewhere)
+        except CheckpointError:
+            # Saved over meanwhile, or no store.
+            if not told or (folder / SETTINGS).read_bytes() == told:
+                raise
+
+
+def _opened(folder: pathlib.Path, told: bytes, memory_map: bool, elsewhere: bool) -> KnowledgeStore:
     try:
-        saved = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        saved = json.loads(told)
         # A name, and nothing that leads out of the folder.
-        if not re.fullmatch(r"data-\d+", saved["data"]) or saved["format"] != FORMAT:
+        if not DATA.fullmatch(saved["data"]) or saved["format"] != FORMAT:
             raise ValueError(f"format {saved['format']!r} in {saved['data']!r}")
         settings, kind = saved["settings"], KINDS[saved["kind"]]
         if kind.lies_elsewhere(settings) and not elsewhere:
             raise CheckpointError(
-                f"{folder}: the passages lie elsewhere, {settings}: if you trust that place, open the "
-                "store with elsewhere=True"
+                f"{folder}: the passages lie elsewhere ({kind.place(settings)}): if you trust that "
+                "place with questions, and with this user's key or password for it, open the store "
+                "with elsewhere=True"
             )
         return kind._load(folder / saved["data"], settings, memory_map)
-    except CheckpointError:
+    except (CheckpointError, StoreUnreachable, ConfigError):
         raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ConfigError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise CheckpointError(
             f"{folder} holds no store ({error!r}); save one there first"
         ) from error

@@ -11,7 +11,7 @@ from typing import Any, Self
 import numpy as np
 
 from fedrag_jax.data.examples import Passage
-from fedrag_jax.errors import ConfigError, DataError
+from fedrag_jax.errors import ConfigError
 from fedrag_jax.retrieval.stores.knowledge import Found, KnowledgeStore, StoreUnreachable
 
 COLUMNS = ("id", "title", "text", "topic")
@@ -48,10 +48,14 @@ class PostgresStore(KnowledgeStore):
                 f"{dimension}, {effort} and {index!r}"
             )
         self.dimension, self.table, self.index, self.effort = dimension, table, index, effort
-        self._conninfo, self._psycopg = conninfo, _psycopg()
+        self._conninfo, self._psycopg, self._connection = conninfo, _psycopg(), None
         with self._asking():
             self._connection = self._connect()
-            self._prepare()
+            try:
+                self._prepare()
+            except BaseException:
+                self._connection.close()
+                raise
 
     def __len__(self) -> int:
         with self._asking():
@@ -76,6 +80,8 @@ class PostgresStore(KnowledgeStore):
         try:
             connection.execute("CREATE EXTENSION IF NOT EXISTS vector")
             register_vector(connection)
+            if self.index == "hnsw":
+                connection.execute(f"SET hnsw.ef_search = {min(int(self.effort), 1000)}")
         except BaseException:
             connection.close()
             raise
@@ -99,14 +105,16 @@ class PostgresStore(KnowledgeStore):
             self._run(
                 "CREATE INDEX IF NOT EXISTS {index} ON {table} USING hnsw (vector vector_ip_ops)"
             )
-            self._connection.execute(
-                self._psycopg.sql.SQL("SET hnsw.ef_search = {}").format(min(self.effort, 1000))
-            )
+
+    def _table(self, doubled: bool = True):
+        """Its name as SQL; where there are parameters, a % would be taken for the place of one."""
+        name = self._psycopg.sql.Identifier(self.table).as_string(self._connection)
+        return self._psycopg.sql.SQL(name.replace("%", "%%") if doubled else name)
 
     def _run(self, command: str, parameters=None, connection=None):
         sql = self._psycopg.sql
         names = {
-            "table": sql.Identifier(self.table),
+            "table": self._table(doubled=parameters is not None),
             "index": sql.Identifier(f"{self.table}_vector_ip"),
             "name": sql.Literal(sql.Identifier(self.table).as_string(self._connection)),
         }
@@ -115,7 +123,7 @@ class PostgresStore(KnowledgeStore):
         )
 
     @contextmanager
-    def _asking(self) -> Iterator[None]:
+    def _told(self) -> Iterator[None]:
         try:
             yield
         except self._psycopg.Error as error:
@@ -123,6 +131,14 @@ class PostgresStore(KnowledgeStore):
                 f"PostgreSQL, table {self.table!r}: {error}; is the server running, and may this user "
                 "use the database and its extension vector?"
             ) from error
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        """Holds the connection, which is made anew if it was found lost."""
+        with self._told(), self._lock:
+            if self._connection is not None and self._connection.closed:
+                self._connection = self._connect()
+            yield
 
     def _known(self, ids: Sequence[str]) -> set[str]:
         with self._asking():
@@ -137,12 +153,12 @@ class PostgresStore(KnowledgeStore):
         found = {row[0]: Passage(*row) for row in rows}
         return [found[i] for i in ids]
 
+    def _fault(self, passage: Passage) -> str:
+        if any("\0" in getattr(passage, column) for column in COLUMNS):
+            return "has a NUL character, which PostgreSQL cannot hold"
+        return super()._fault(passage)
+
     def _put(self, passages: Sequence[Passage], vectors: np.ndarray) -> None:
-        for passage in passages:
-            if any("\0" in getattr(passage, column) for column in COLUMNS):
-                raise DataError(
-                    f"passage {passage.id!r} has a NUL character, which PostgreSQL cannot hold"
-                )
         rows = [
             (p.id, p.title, p.text, p.topic, vector)
             for p, vector in zip(passages, vectors, strict=True)
@@ -154,42 +170,44 @@ class PostgresStore(KnowledgeStore):
         )
         sql = self._psycopg.sql
         with self._asking(), self._connection.transaction(), self._connection.cursor() as cursor:
-            cursor.executemany(sql.SQL(command).format(table=sql.Identifier(self.table)), rows)
+            cursor.executemany(sql.SQL(command).format(table=self._table()), rows)
 
     def _delete(self, ids: Sequence[str]) -> None:
         with self._asking():
             self._run("DELETE FROM {table} WHERE id = ANY(%s)", [[*ids]])
 
-    def _refresh(self, passages: Sequence[Passage], vectors: np.ndarray) -> None:
+    @contextmanager
+    def _fresh(self, passages: Sequence[Passage], vectors: np.ndarray):
         # By a connection of its own: searches go on with the old vectors until it commits.
-        with self._asking(), self._connect() as connection, connection.transaction():
+        with self._told(), self._connect() as connection, connection.cursor() as cursor:
+            connection.autocommit = False
             connection.execute(
                 f"CREATE TEMPORARY TABLE fresh (id text, vector vector({int(self.dimension)})) "
                 "ON COMMIT DROP"
             )
-            with connection.cursor().copy("COPY fresh FROM STDIN") as copy:
+            with cursor.copy("COPY fresh FROM STDIN") as copy:
                 for passage, vector in zip(passages, vectors, strict=True):
                     copy.write_row((passage.id, vector))
             self._run(
                 "UPDATE {table} SET vector = fresh.vector FROM fresh WHERE {table}.id = fresh.id",
                 connection=connection,
             )
+            yield connection.commit
+            connection.rollback()
 
     def _search(self, questions, vectors: np.ndarray, k: int) -> list[list[Found]]:
+        # One statement, so that all questions look at the same moment of the table.
         command = (
-            "SELECT id, title, text, topic, -(vector <#> %(v)s) FROM {table} "
-            "ORDER BY vector <#> %(v)s LIMIT %(k)s"
+            "SELECT asked.number, near.* FROM unnest(%s::text[]) WITH ORDINALITY AS asked (v, number), "
+            "LATERAL (SELECT id, title, text, topic, -(vector <#> asked.v::vector) FROM {table} "
+            "ORDER BY vector <#> asked.v::vector LIMIT %s) AS near"
         )
-        # One look at the table for all questions.
-        with self._asking(), self._connection.transaction():
-            self._connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
-            return [
-                [
-                    Found(Passage(*row), float(score))
-                    for *row, score in self._run(command, {"v": vector, "k": k})
-                ]
-                for vector in vectors
-            ]
+        found: list[list[Found]] = [[] for _ in questions]
+        told = [f"[{','.join(map(repr, vector.tolist()))}]" for vector in vectors]
+        with self._asking():
+            for number, *row, score in self._run(command, [told, k]):
+                found[number - 1].append(Found(Passage(*row), float(score)))
+        return found
 
     # --- on disk -------------------------------------------------------------------------------
 
@@ -208,6 +226,11 @@ class PostgresStore(KnowledgeStore):
     def lies_elsewhere(cls, settings: dict[str, Any]) -> bool:
         """Always: in the database."""
         return True
+
+    @classmethod
+    def place(cls, settings: dict[str, Any]) -> str:
+        """The address of the database, and the table."""
+        return f"PostgreSQL at {settings['conninfo']}, table {settings['table']}"
 
     def _save(self, folder: pathlib.Path) -> None:
         """The folder tells where the database is, and no more."""

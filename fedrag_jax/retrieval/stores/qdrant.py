@@ -26,7 +26,8 @@ NAMES = uuid.UUID("a0bb2d5c-0a43-4ac0-9f0b-3c7c1b6f7e2d")  # Qdrant's ids are nu
 class QdrantStore(KnowledgeStore):
     """One collection behind an alias; made where it is not there.
 
-    Embedded it is searched exactly, on a server by Qdrant's HNSW.
+    Embedded it is searched exactly, on a server by Qdrant's HNSW. Many may search it, and one process
+    at a time may change it.
     """
 
     kind = "qdrant"
@@ -56,9 +57,8 @@ class QdrantStore(KnowledgeStore):
                 self._client = qdrant.QdrantClient(location)
             else:
                 self._client = qdrant.QdrantClient(path=location)
-            aliases = {a.alias_name: a.collection_name for a in self._client.get_aliases().aliases}
-            if collection not in aliases:
-                self._point_to(self._begin(1))
+            if self._pointed_to() is None:
+                self._point_to(self._begin())
             held = self._client.get_collection(collection).config.params.vectors.size
         if held != dimension:
             raise ConfigError(
@@ -91,10 +91,14 @@ class QdrantStore(KnowledgeStore):
             if start is None:
                 return
 
-    def _begin(self, number: int) -> str:
-        """A new, empty collection."""
-        models, name = self._models, f"{self.collection}-{number}"
-        self._client.delete_collection(name)  # of a refresh that was killed
+    def _pointed_to(self) -> str | None:
+        aliases = self._client.get_aliases().aliases
+        found = (a.collection_name for a in aliases if a.alias_name == self.collection)
+        return next(found, None)
+
+    def _begin(self) -> str:
+        """A new, empty collection, under a name that nobody has."""
+        models, name = self._models, f"{self.collection}-{uuid.uuid4()}"
         self._client.create_collection(
             name, models.VectorParams(size=self.dimension, distance=models.Distance.DOT)
         )
@@ -135,7 +139,14 @@ class QdrantStore(KnowledgeStore):
         return [found[i] for i in ids]
 
     def _put(self, passages: Sequence[Passage], vectors: np.ndarray) -> None:
-        self._upsert(self.collection, passages, vectors)
+        known = self._known([p.id for p in passages])
+        try:
+            self._upsert(self.collection, passages, vectors)
+        except BaseException:
+            # What is new is nowhere; what was to be replaced may be so in part.
+            if new := [p.id for p in passages if p.id not in known]:
+                self._delete(new)
+            raise
 
     def _upsert(self, name: str, passages: Sequence[Passage], vectors: np.ndarray) -> None:
         points = [
@@ -153,15 +164,26 @@ class QdrantStore(KnowledgeStore):
         with self._asking():
             self._client.delete(self.collection, keys, wait=True)
 
-    def _refresh(self, passages: Sequence[Passage], vectors: np.ndarray) -> None:
+    @contextmanager
+    def _fresh(self, passages: Sequence[Passage], vectors: np.ndarray):
         with self._asking():
-            aliases = {a.alias_name: a.collection_name for a in self._client.get_aliases().aliases}
-            former = aliases[self.collection]
-            name = self._begin(int(former.rpartition("-")[2]) + 1)
+            former, name = self._pointed_to(), self._begin()
+        kept = former
+
+        def commit():
+            nonlocal kept
+            self._point_to(name, former=True)
+            kept = name
+
+        try:
             self._upsert(name, passages, vectors)
-            with self._lock:
-                self._point_to(name, former=True)
-            self._client.delete_collection(former)
+            with self._asking():
+                yield commit
+        finally:
+            gone = former if kept == name else name
+            if gone.startswith(f"{self.collection}-"):  # one of ours
+                with self._asking():
+                    self._client.delete_collection(gone)
 
     def _search(self, questions, vectors: np.ndarray, k: int) -> list[list[Found]]:
         request = self._models.QueryRequest
@@ -176,6 +198,11 @@ class QdrantStore(KnowledgeStore):
     def lies_elsewhere(cls, settings: dict[str, Any]) -> bool:
         """Unless it is in memory, when a saved folder holds all."""
         return settings["location"] != MEMORY
+
+    @classmethod
+    def place(cls, settings: dict[str, Any]) -> str:
+        """The address or folder."""
+        return f"Qdrant at {settings['location']}"
 
     def _settings(self) -> dict[str, Any]:
         return {

@@ -4,7 +4,8 @@ pip install 'fedrag-jax[bm25]'
 """
 
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Self
 
 from fedrag_jax.data.examples import Passage, embedding_text
@@ -54,10 +55,7 @@ class WordStore(KnowledgeStore):
         schema.add_text_field("id", stored=True, tokenizer_name="raw")
         schema.add_text_field("text", tokenizer_name="words", index_option="freq")
         self._schema = schema.build()
-        self._begin()
-
-    def _begin(self) -> None:
-        self._index = _tantivy().Index(self._schema)
+        self._index = tantivy.Index(self._schema)
         self._index.register_tokenizer("words", self._words)
         self._writer = self._index.writer(num_threads=1)
         self._held: dict[str, Passage] = {}
@@ -77,25 +75,32 @@ class WordStore(KnowledgeStore):
         return [self._held[i] for i in ids]
 
     def _put(self, passages: Sequence[Passage], vectors: None) -> None:
-        documents = _tantivy().Document
-        for passage in passages:
-            if passage.id in self._held:
-                self._writer.delete_documents_by_term("id", passage.id)
-                self._counts_gone = True
-            self._writer.add_document(documents(id=passage.id, text=embedding_text(passage)))
-        self._commit()
+        make = _tantivy().Document
+        documents = [make(id=p.id, text=embedding_text(p)) for p in passages]
+        with self._written():
+            for passage, document in zip(passages, documents, strict=True):
+                if passage.id in self._held:
+                    self._writer.delete_documents_by_term("id", passage.id)
+                    self._counts_gone = True
+                self._writer.add_document(document)
         self._held |= {p.id: p for p in passages}
 
     def _delete(self, ids: Sequence[str]) -> None:
-        for identifier in ids:
-            self._writer.delete_documents_by_term("id", identifier)
-        self._commit()
+        with self._written():
+            for identifier in ids:
+                self._writer.delete_documents_by_term("id", identifier)
         self._counts_gone = True
         for identifier in ids:
             del self._held[identifier]
 
-    def _commit(self) -> None:
-        self._writer.commit()
+    @contextmanager
+    def _written(self) -> Iterator[None]:
+        try:
+            yield
+            self._writer.commit()
+        except BaseException:
+            self._writer.rollback()
+            raise
         self._index.reload()
 
     def _search(self, questions: Sequence[str], vectors, k: int) -> list[list[Found]]:
@@ -127,10 +132,12 @@ class WordStore(KnowledgeStore):
     def _save(self, folder: pathlib.Path) -> None:
         passages = [*self._held.values()]
         write_lines(folder / LINES, passages)
-        if self._counts_gone:  # as it will be where it is opened
+        if self._counts_gone:  # count as it will be counted where it is opened
+            fresh = WordStore(self.language)
+            fresh.add(passages)
             with self._lock:
-                self._begin()
-                self._put(passages, None)
+                self._index, self._writer = fresh._index, fresh._writer
+                self._counts_gone = False
 
     @classmethod
     def _load(cls, folder: pathlib.Path, settings: dict[str, Any], memory_map: bool) -> Self:
