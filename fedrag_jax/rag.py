@@ -222,7 +222,9 @@ class RAGSystem:
         """
         found = self.retrieve(questions)
         read = [[f.passage for f in some] for some in found]
-        readings = self.read(questions, read, [[f.score for f in some] for some in found], **how)
+        by_cosine = self.store is None or self.store.cosines
+        scores = [[f.score for f in some] for some in found] if by_cosine else None
+        readings = self.read(questions, read, scores, **how)
         # One prompt numbers all passages, prompts of one passage each number none.
         cites = self.prompts.cites and how.get("mode", "concatenated") == "concatenated"
         responses = []
@@ -377,8 +379,7 @@ class RAGSystem:
         """What `save` wrote; it answers as before.
 
         Args:
-          memory_map: as in `open_store`, of a store that was saved with it.
-          elsewhere: as in `open_store`.
+          memory_map, elsewhere: as in `open_store`, of a store that was saved with it.
 
         Raises:
           CheckpointError: the folder holds no saved system.

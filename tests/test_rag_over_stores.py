@@ -79,6 +79,18 @@ def test_words_and_vectors_together(over):
     hybrid.add(PASSAGES, over.embed(PASSAGES))
     named = over.over(hybrid).query(f"Where is {PASSAGES[0].title}?")
     assert PASSAGES[0] in named.sources and list(named.scores) == sorted(named.scores, reverse=True)
+    # Modes that weigh passages do so by cosines, whatever the store scores by.
+    asked = QUESTIONS[:4]
+    read = [[f.passage for f in some] for some in over.over(hybrid).retrieve(asked)]
+    vectors = over.retriever.embed_questions(asked)
+    cosines = np.stack(
+        [over.embed(some) @ vector for some, vector in zip(read, vectors, strict=True)]
+    )
+    for mode in ("ensemble", "rag_token"):
+        assert (
+            over.over(hybrid).batch_query(asked, mode=mode)[2].answer
+            == (over.answer(asked, read, cosines, mode=mode)[2])
+        )
     words = WordStore()
     words.add(PASSAGES)
     assert PASSAGES[0] in over.over(words).query(f"Where is {PASSAGES[0].title}?").sources

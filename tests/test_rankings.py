@@ -82,6 +82,17 @@ def test_a_grade_of_zero_is_no_gold():
         ndcg(ranked, [{"a": 0}])
 
 
+def test_what_cannot_be_scored_is_refused():
+    with pytest.raises(DataError, match="has a passage twice in its ranking"):
+        average_precision(np.array([["a", "a"]]), [{"a"}])
+    with pytest.raises(ConfigError, match="equally many passages for every question"):
+        ndcg([["a", "b"], ["a"]], [{"a"}, {"a"}])
+    with pytest.raises(ConfigError, match="rows of the 2 texts"):
+        answer_recall_at_k([[0, -1]], ["x", "y"], [["x"]], 2)
+    with pytest.raises(DataError, match="lists of strings, one list for each question"):
+        answer_recall_at_k([[0], [1]], ["x", "y"], ["x", "y"], 1)
+
+
 def test_ndcg_and_average_precision_by_hand():
     ranked = np.array([["a", "b", "c", "d"]])
     # Gains 1 / log2(3) and 1 / log2(5), of 1 and 1 / log2(3) at best.

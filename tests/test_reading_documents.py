@@ -41,7 +41,8 @@ def test_every_kind_of_file_is_read(tmp_path):
         "| a | b |\n|---|---|\n| 1 | 2 |\n"
     )
     (tmp_path / "c.HTML").write_text(
-        "<html><head><title>Page &amp; more</title><style>p {}</style></head><body><nav>menu</nav>"
+        "<!DOCTYPE html><html><head><title>Page &amp; more</title><style>p {}</style><body>"
+        "<nav>menu</nav><!-- hidden --><?php x ?>"
         "<h1>Head</h1><p>One <b>bold</b>word.</p><script>alert(1)</script><ul><li>x</li><li>y</li></ul>"
     )
     pdf(tmp_path / "d.pdf", ["Ada was born in London.", "She wrote notes."], Title="Ada")
@@ -72,6 +73,7 @@ def test_every_kind_of_file_is_read(tmp_path):
         ("x.txt", b"caf\xe9", r"x.txt: byte 3 is not utf-8-sig; save the file as UTF-8"),
         ("x.pdf", b"%PDF-1.4 and then nothing", "x.pdf: cannot be read"),
         ("x.jsonl", b'{"text": "a"}\n{"txt": 1}', r"x.jsonl:2: no object with a 'text'"),
+        ("x.jsonl", b'{"text": "\\ud800"}', r"x.jsonl: cannot be read .UnicodeEncodeError"),
         ("x.jsonl", b"[1]", r"x.jsonl:1: no object with a 'text'"),
         ("x.jsonl", b'{"text": 7}', r"x.jsonl:1: 'text' and 'title' must be strings"),
     ],
@@ -131,6 +133,12 @@ def test_passages_are_short_overlap_and_cover_all():
         assert shared and tokens(" ".join(shared)) <= 14
     apart = documents.split(document, TOKENIZER, tokens=50, overlap=0)
     assert " ".join(p.text for p in apart) == document.text
+
+
+def test_white_space_makes_no_passages():
+    text = "a" + 8000 * " " + "b" + 8000 * "\n" + "c\0d"
+    passages = documents.split(Document("d", "", text), TOKENIZER, tokens=100, overlap=10)
+    assert [p.text for p in passages] == ["a b\n\nc d"]
 
 
 def test_cuts_are_where_a_paragraph_or_sentence_ends():

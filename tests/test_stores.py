@@ -9,7 +9,9 @@ import re
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
+import faiss
 import numpy as np
 import pytest
 
@@ -49,7 +51,7 @@ KINDS = {
     "qdrant": lambda: QdrantStore("passages", D),
     "device": lambda: DeviceKnowledge(D),
     "bm25": WordStore,
-    "hybrid": lambda: HybridStore([FaissKnowledge(D), WordStore("english")]),
+    "hybrid": lambda: HybridStore([FaissKnowledge(D), DeviceKnowledge(D), WordStore("english")]),
 }
 
 
@@ -164,6 +166,17 @@ def test_what_cannot_be_is_refused_and_nothing_is_lost(store):
             store.search(["a"])
         with pytest.raises(DataError, match="not finite"):
             store.replace(PASSAGES[:1], np.full((1, D), np.nan))
+    for bad, words in (
+        (Passage("half", "", "\ud800"), "passage 'half' holds half a character"),
+        (Passage("none", None, "text"), "passage 'none' has None for a text"),
+    ):
+        with pytest.raises(DataError, match=words):
+            store.add([new, bad], unit(2))
+    for several in (lambda: store.delete("p001"), lambda: store.get("p001")):
+        with pytest.raises(ConfigError, match="ids must be a list of strings"):
+            several()
+    with pytest.raises(ConfigError, match="questions must be a list of strings"):
+        store.search("number7", VECTORS[:7])
     store.add([])
     assert len(store) == 200 and ids(ask(store, [7], k=1)) == [["p007"]]
 
@@ -195,15 +208,16 @@ def test_searches_during_a_refresh_see_the_old_or_the_new(store):
         time.sleep(0.2)  # so that searches come in between
         return turned[[int(p.id[1:]) for p in passages]]
 
-    readers = [threading.Thread(target=look) for _ in range(3)]
-    for reader in readers:
-        reader.start()
-    store.refresh(embed)
-    new = ids(ask(store, range(10)))
-    time.sleep(0.1)
-    stop.set()
-    for reader in readers:
-        reader.join()
+    with ThreadPoolExecutor(3) as pool:
+        readers = [pool.submit(look) for _ in range(3)]
+        try:
+            store.refresh(embed)
+            new = ids(ask(store, range(10)))
+            time.sleep(0.1)
+        finally:
+            stop.set()
+        for reader in readers:
+            reader.result()
     assert old != new and seen.count(old) and seen.count(new)
     assert seen.count(old) + seen.count(new) == len(seen)
 
@@ -223,13 +237,70 @@ def test_many_threads_change_and_search(empty):
                 if any(f.passage != PASSAGES[int(f.passage.id[1:])] for f in some):
                     faults.append(some)
 
-    threads = [threading.Thread(target=change, args=(100 + i,)) for i in range(4)]
-    threads += [threading.Thread(target=look) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(7) as pool:
+        done = [pool.submit(change, 100 + i) for i in range(4)]
+        done += [pool.submit(look) for _ in range(3)]
+        for each in done:
+            each.result()
     assert not faults and sorted(p.id for p in empty.passages()) == [p.id for p in PASSAGES[100:]]
+
+
+def test_equal_scores_are_ordered_by_id_and_stay_so(empty, tmp_path):
+    same = [Passage(f"e{i:02}", "", "the same words") for i in range(30)]
+    one = np.tile(unit(1), (30, 1))
+    for row in range(29, -1, -1):
+        empty.add(same[row : row + 1], one[row : row + 1])
+    (found,) = empty.search(["same words"], one[:1], k=5)
+    assert [f.passage.id for f in found] == ["e00", "e01", "e02", "e03", "e04"]
+    empty.save(tmp_path)
+    (again,) = open_store(tmp_path, elsewhere=True).search(["same words"], one[:1], k=5)
+    assert again == found
+
+
+def test_saving_leaves_what_is_not_its_own(store, tmp_path):
+    for name in ("data-1", "store-data-x", "notes"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.txt").write_text("mine")
+    store.save(tmp_path)
+    store.save(tmp_path)
+    assert len([*tmp_path.rglob("mine.txt")]) == 3
+
+
+def test_a_save_that_fails_leaves_the_former_store(store, tmp_path, monkeypatch):
+    store.save(tmp_path)
+
+    def fails(folder):
+        (folder / "half").write_text("half")
+        raise OSError("no space left")
+
+    store.delete(["p001"])
+    monkeypatch.setattr(store, "_save", fails)
+    with pytest.raises(OSError, match="no space left"):
+        store.save(tmp_path)
+    assert len([*tmp_path.iterdir()]) == 2
+    if not store.lies_elsewhere(store._settings()):
+        assert len(open_store(tmp_path)) == 200
+
+
+def test_who_opens_while_another_saves_gets_a_whole_store(store, tmp_path):
+    if store.lies_elsewhere(store._settings()):
+        pytest.skip("its passages lie in no folder")
+    store.save(tmp_path)
+    stop = threading.Event()
+
+    def save():
+        while not stop.is_set():
+            store.save(tmp_path)
+
+    with ThreadPoolExecutor(2) as pool:
+        saving = [pool.submit(save) for _ in range(2)]
+        try:
+            for _ in range(10):
+                assert len(open_store(tmp_path)) == 200
+        finally:
+            stop.set()
+        for each in saving:
+            each.result()
 
 
 # --- FAISS ----------------------------------------------------------------------------------------
@@ -264,6 +335,50 @@ def test_rows_of_what_is_gone_are_given_back():
         store.replace(PASSAGES, unit(200, seed=i))
     assert len(store._held.passages) <= 1000
     assert ids(ask(store, range(200), k=1, vectors=unit(200, seed=9))) == [[p.id] for p in PASSAGES]
+
+
+def test_a_trained_index_keeps_its_quality_under_changes(tmp_path):
+    size = 12_000
+    vectors, passages = unit(size), [Passage(str(i), "", "") for i in range(size)]
+    store = FaissKnowledge(D, "pq", probes=1000)
+    store.add(passages, vectors)
+
+    def error():
+        held = {p.id: v for p, v in zip(store._held.alive(), store._held.vectors(), strict=True)}
+        return np.mean([((held[str(i)] - vectors[i]) ** 2).sum() for i in range(100)])
+
+    before = error()
+    for _ in range(3):
+        store.delete([str(i) for i in range(5000, size)])
+        store.add(passages[5000:], vectors[5000:])
+    assert error() < 1.1 * before  # some have moved to the next list, nothing is trained anew
+    store.save(tmp_path)
+    for memory_map in (False, True):
+        assert ask(open_store(tmp_path, memory_map), range(20), vectors=vectors) == ask(
+            store, range(20), vectors=vectors
+        )
+
+
+@pytest.mark.parametrize("index", ["flat", "ivf", "hnsw", "pq"])
+def test_an_index_of_another_kind_is_refused(tmp_path, index):
+    store = FaissKnowledge(D, index, lists=4)
+    store.add(PASSAGES, VECTORS)
+    store.save(tmp_path)
+    distances = faiss.IndexFlatL2(D)
+    victim = tmp_path / "victim.bin"
+    elsewhere = faiss.IndexIVFFlat(faiss.IndexFlatIP(D), D, 4, faiss.METRIC_INNER_PRODUCT)
+    elsewhere.train(VECTORS)
+    lists = faiss.OnDiskInvertedLists(4, D * 4, str(victim))
+    elsewhere.replace_invlists(lists, False)
+    for hostile in (distances, elsewhere):
+        hostile.add(VECTORS)
+        faiss.write_index(hostile, str(tmp_path / "store-data-1" / "index.faiss"))
+        before = victim.read_bytes() if victim.exists() else b""
+        with pytest.raises(
+            CheckpointError, match=r"index.faiss is no index of kind|holds no store"
+        ):
+            open_store(tmp_path)
+        assert (victim.read_bytes() if victim.exists() else b"") == before
 
 
 def test_a_memory_mapped_store_answers_and_refuses_to_change(tmp_path):
@@ -425,17 +540,20 @@ def test_a_hybrid_of_stores_that_do_not_fit_is_refused():
 # --- on disk --------------------------------------------------------------------------------------
 
 
+WHOLE = {"format": 1, "kind": "faiss", "settings": {"dimension": D}, "data": "store-data-1"}
+
+
 @pytest.mark.parametrize(
     "saved",
     [
         "{",
         "[]",
-        '{"format": 1, "kind": "faiss", "settings": {"dimension": 16}, "data": "../other/store-data-1"}',
-        '{"format": 1, "kind": "faiss", "settings": {"dimension": 16}, "data": "store-data-1/../../x"}',
-        '{"format": 2, "kind": "faiss", "settings": {"dimension": 16}, "data": "store-data-1"}',
-        '{"format": 1, "kind": "pickle", "settings": {"dimension": 16}, "data": "store-data-1"}',
-        '{"format": 1, "kind": "faiss", "settings": {"dimension": 17}, "data": "store-data-1"}',
-        '{"format": 1, "kind": "faiss", "settings": {"os": "rm"}, "data": "store-data-1"}',
+        json.dumps(WHOLE | {"data": "../other/store-data-1"}),
+        json.dumps(WHOLE | {"data": "store-data-1/../x/store-data-1"}),
+        json.dumps(WHOLE | {"format": 2}),
+        json.dumps(WHOLE | {"kind": "pickle"}),
+        json.dumps(WHOLE | {"settings": {"dimension": 17}}),
+        json.dumps(WHOLE | {"settings": {"os": "rm"}}),
     ],
 )
 def test_a_folder_that_is_no_store_is_refused(tmp_path, saved):
@@ -443,6 +561,7 @@ def test_a_folder_that_is_no_store_is_refused(tmp_path, saved):
     store.add(PASSAGES, VECTORS)
     store.save(tmp_path / "s")
     store.save(tmp_path / "other")
+    store.save(tmp_path / "s" / "x")
     (tmp_path / "s" / "store.json").write_text(saved)
     with pytest.raises(CheckpointError, match=r"s holds no store|s/store-data-1 holds 200 vectors"):
         open_store(tmp_path / "s")

@@ -159,8 +159,9 @@ class Prompts:
         Raises:
           ConfigError: reasoning in a style that has no mark between it and the answer.
         """
-        answer, reasoning = self._plain(answer), self._plain(" ".join(reasoning.split()))
-        if (answer, reasoning) not in self._answers:
+        asked = answer, reasoning
+        if asked not in self._answers:
+            answer, reasoning = self._plain(answer), self._plain(" ".join(reasoning.split()))
             if reasoning and not self.style.final:
                 raise ConfigError(
                     "the prompt style has no mark between reasoning and final answer: use "
@@ -171,8 +172,8 @@ class Prompts:
             if reasoning:
                 last = self._tokenize([self.style.final + answer])[0][:room]
                 tokens = [*tokens[: room - len(last)], *last]
-            self._answers[answer, reasoning] = np.array([*tokens[:room], self.eos], np.int32)
-        return self._answers[answer, reasoning]
+            self._answers[asked] = np.array([*tokens[:room], self.eos], np.int32)
+        return self._answers[asked]
 
     def prompt(self, question: str, rows: Sequence[int], width: int | None = None) -> np.ndarray:
         """Opening, passages in the order given, question; at most `width` tokens if it can be.
@@ -200,10 +201,10 @@ class Prompts:
         return [np.append(n, tokens) for n, tokens in zip(numbers, passages, strict=True)]
 
     def _number_tokens(self, count: int) -> list[np.ndarray]:
-        while len(self._numbers) < count:
-            text = self._number.format(number=len(self._numbers) + 1)
-            tokens = self._tokenize([text])[0] if text else []
-            self._numbers.append(np.array(tokens, np.int32))
+        if len(self._numbers) < count:
+            texts = [self._number.format(number=n) for n in range(1, count + 1)]
+            # Made whole and then put in place: others may be answering meanwhile.
+            self._numbers = [np.array(tokens, np.int32) for tokens in self._tokenize(texts)]
         return self._numbers[:count]
 
     def training_width(self, k: int, packed: int = 1) -> int:

@@ -56,10 +56,13 @@ def read(path: pathlib.Path, root: pathlib.Path) -> list[Document]:
     """
     name = path.relative_to(root).as_posix() if path != root else path.name
     try:
-        return [
+        found = [
             Document(f"{name}{part}", title or path.stem, text)
             for part, title, text in READERS[path.suffix.lower()](path)
         ]
+        for document in found:
+            (document.title + document.text).encode()  # half characters are no text
+        return found
     except (ConfigError, DataError):
         raise
     except Exception as error:  # whatever a parser makes of a damaged file
@@ -67,7 +70,7 @@ def read(path: pathlib.Path, root: pathlib.Path) -> list[Document]:
 
 
 def split(document: Document, tokenizer, tokens: int = 200, overlap: int = 40) -> list[Passage]:
-    """A document as passages of at most so many tokens, each beginning with the end of the one before.
+    """A document as passages of so many tokens or fewer, each beginning with the end of the one before.
 
     Cuts are between words, at a blank line or the end of a sentence where one is in the last third.
 
@@ -82,7 +85,9 @@ def split(document: Document, tokenizer, tokens: int = 200, overlap: int = 40) -
         raise ConfigError(
             f"passages need tokens >= 1 and 0 <= overlap < tokens / 2, got {tokens} and {overlap}"
         )
-    text = document.text.strip()
+    # Runs of white space say nothing, and NUL characters neither.
+    text = re.sub(r"[^\S\n]{2,}", " ", document.text.replace("\0", " ")).strip()
+    text = re.sub(r"\n\s*\n\s*", "\n\n", text)
     offsets = [
         (start, end)
         for start, end in tokenizer(
@@ -95,8 +100,8 @@ def split(document: Document, tokenizer, tokens: int = 200, overlap: int = 40) -
         last = min(first + tokens, len(offsets))
         if last < len(offsets):
             last = _cut(text, offsets, first, last)
-        piece = text[offsets[first][0] : offsets[last - 1][1]].strip()
-        passages.append(Passage(f"{document.id}#{len(passages)}", document.title, piece))
+        if piece := text[offsets[first][0] : offsets[last - 1][1]].strip():
+            passages.append(Passage(f"{document.id}#{len(passages)}", document.title, piece))
         if last == len(offsets):
             break
         following = max(last - overlap, first + 1)
@@ -184,13 +189,17 @@ ROWS = ("li", "tr", "br")
 
 
 def _of_html(html: str) -> tuple[str, str]:
-    soup = _library("bs4", "HTML").BeautifulSoup(html, "html.parser")
+    bs4 = _library("bs4", "HTML")
+    soup = bs4.BeautifulSoup(html, "html.parser")
     heading = soup.title or soup.h1
     title = " ".join(heading.get_text(" ").split()) if heading else ""
-    for gone in soup(["script", "style", "noscript", "template", "nav", "head"]):
+    for gone in soup(["title", "script", "style", "noscript", "template", "nav"]):
         gone.decompose()
+    kept = {id(words) for pre in soup("pre") for words in pre.find_all(string=True)}
     for words in soup.find_all(string=True):
-        if not words.find_parent("pre"):
+        if type(words) not in (bs4.NavigableString, bs4.CData):
+            words.extract()  # comments and declarations
+        elif id(words) not in kept:
             words.replace_with(re.sub(r"\s+", " ", words))
     for block in soup([*BLOCKS, *ROWS]):
         apart = "\n" if block.name in ROWS else "\n\n"

@@ -4,6 +4,7 @@ A prompt is a row of segments (opening, passages, question, answer), each tokeni
 boundary of the answer is exact, and a passage is tokenised once however often it is retrieved.
 """
 
+import functools
 import re
 from typing import NamedTuple
 
@@ -121,14 +122,15 @@ def named_style(name: str, tokenizer, language: str = "English") -> PromptStyle:
 def plain(tokenizer, text: str) -> str:
     """A text that means nothing but itself to a tokenizer: of special tokens in it, such as "</s>" or
     "<|im_start|>", the first letter is set apart, lest a passage end its turn and speak for another."""
-    specials = [
-        str(t) for t in tokenizer.added_tokens_decoder.values() if t.special and len(str(t)) > 1
-    ]
-    if not any(token in text for token in specials):
-        return text
-    longest_first = sorted(specials, key=len, reverse=True)
-    pattern = "|".join(re.escape(token) for token in longest_first)
-    return re.sub(pattern, lambda found: f"{found[0][0]} {found[0][1:]}", text)
+    specials = tuple(str(t) for t in tokenizer.added_tokens_decoder.values() if t.special)
+    return _any_of(specials).sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
+
+
+@functools.lru_cache(16)
+def _any_of(tokens: tuple[str, ...]) -> re.Pattern:
+    """A pattern of all of them, the longest first, and of nothing where there are none."""
+    longest_first = sorted((t for t in tokens if len(t) > 1), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
 # Templates that tell the date tell this one, so that a system asks the same tomorrow.

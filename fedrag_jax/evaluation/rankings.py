@@ -39,7 +39,7 @@ def mrr(ranked, golds: Sequence[Collection], k: int = 10) -> np.ndarray:
     def reciprocal_rank(top, gold):
         return next((1 / rank for rank, p in enumerate(top, start=1) if p in gold), 0.0)
 
-    return _per_question(reciprocal_rank, ranked, golds, min(k, np.shape(ranked)[-1]))
+    return _per_question(reciprocal_rank, ranked, golds, min(k, _width(ranked)))
 
 
 def ndcg(ranked, golds: Sequence[Collection], k: int = 10) -> np.ndarray:
@@ -56,7 +56,7 @@ def ndcg(ranked, golds: Sequence[Collection], k: int = 10) -> np.ndarray:
         best = sorted(gold.values(), reverse=True)[:k]
         return found / (best @ discounts[: len(best)])
 
-    return _per_question(gain, ranked, golds, min(k, np.shape(ranked)[-1]))
+    return _per_question(gain, ranked, golds, min(k, _width(ranked)))
 
 
 def average_precision(ranked, golds: Sequence[Collection]) -> np.ndarray:
@@ -66,7 +66,7 @@ def average_precision(ranked, golds: Sequence[Collection]) -> np.ndarray:
         hits = np.array([p in gold for p in top])
         return (hits * np.cumsum(hits) / np.arange(1, len(top) + 1)).sum() / len(gold)
 
-    return _per_question(precision, ranked, golds, np.shape(ranked)[-1])
+    return _per_question(precision, ranked, golds, _width(ranked))
 
 
 def answer_recall_at_k(
@@ -78,6 +78,10 @@ def answer_recall_at_k(
     words must match; an answer of which normalisation leaves nothing is never found.
     """
     ranked = _first(ranked, k, len(answers))
+    if not all(0 <= row < len(texts) for top in ranked for row in top):
+        raise ConfigError(f"ranked must be rows of the {len(texts)} texts, from 0")
+    if any(isinstance(alternatives, str) for alternatives in answers):
+        raise DataError("answers must be lists of strings, one list for each question")
     padded: dict[int, str] = {}
     for row in {row for top in ranked for row in top}:
         padded[row] = f" {normalize_answer(texts[row])} "
@@ -94,6 +98,10 @@ def _per_question(score: Callable, ranked, golds: Sequence[Collection], k: int) 
     for i, (top, gold) in enumerate(zip(ranked, golds, strict=True)):
         grades = gold if isinstance(gold, Mapping) else dict.fromkeys(gold, 1.0)
         grades = {p: grade for p, grade in grades.items() if grade > 0}
+        if len({*top}) < len(top):
+            raise DataError(
+                f"question number {i} (from 0) has a passage twice in its ranking: {top}"
+            )
         if isinstance(gold, str) or not grades:
             raise DataError(
                 f"question number {i} (from 0) has gold passages {gold!r}; ranking is scored only "
@@ -103,7 +111,15 @@ def _per_question(score: Callable, ranked, golds: Sequence[Collection], k: int) 
     return scores
 
 
+def _width(ranked) -> int:
+    widths = {len(row) for row in ranked}
+    if len(widths) > 1:
+        raise ConfigError("ranked must have equally many passages for every question")
+    return max(widths, default=0)
+
+
 def _first(ranked, k: int, questions: int) -> list[list]:
+    _width(ranked)
     ranked = np.asarray(ranked)
     if ranked.ndim != 2 or len(ranked) != questions:
         raise ConfigError(

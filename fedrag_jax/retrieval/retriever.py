@@ -155,10 +155,15 @@ class Retriever:
         best = np.lexsort((rows, -cosines))[:most]
         return rows[best], cosines[best]
 
-    def cosines(self, questions: Sequence[str], rows) -> np.ndarray:
-        """Cosines float32 [Q, k] of questions with their corpus rows int [Q, k]."""
-        passages = self.vectors[np.asarray(rows)]
-        return np.einsum("qd,qkd->qk", self.embed_questions(questions), passages)
+    def cosines(self, questions: Sequence[str], read) -> np.ndarray:
+        """Cosines float32 [Q, k] of questions with k corpus rows or passages each."""
+        asked = self.embed_questions(questions)
+        if isinstance(read[0][0], Passage):
+            passages = self.embed_new([passage for some in read for passage in some])
+            passages = passages.reshape(len(read), -1, passages.shape[1])
+        else:
+            passages = self.vectors[np.asarray(read)]
+        return np.einsum("qd,qkd->qk", asked, passages)
 
 
 def headed(vectors, head=None):

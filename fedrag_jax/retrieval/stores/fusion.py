@@ -22,7 +22,7 @@ class HybridStore(KnowledgeStore):
     What is added, replaced or deleted is so in all of them; nobody else may change or save them.
     """
 
-    kind = "hybrid"
+    kind, cosines = "hybrid", False
 
     def __init__(self, parts: Sequence[KnowledgeStore], depth: int = 100):
         """A store over others, which hold the same passages.

@@ -45,11 +45,13 @@ class KnowledgeStore(abc.ABC):
     Attributes:
       kind: its name in a saved folder.
       dimension: of its vectors; None where words alone are searched.
+      cosines: whether scores are inner products of vectors.
       read_only: whether it lies memory-mapped on disk and refuses changes.
     """
 
     kind: ClassVar[str]
     dimension: int | None = None
+    cosines: bool = True
     read_only: bool = False
 
     def __init__(self):

@@ -154,9 +154,10 @@ class PostgresStore(KnowledgeStore):
         return [found[i] for i in ids]
 
     def _fault(self, passage: Passage) -> str:
-        if any("\0" in getattr(passage, column) for column in COLUMNS):
-            return "has a NUL character, which PostgreSQL cannot hold"
-        return super()._fault(passage)
+        if fault := super()._fault(passage):
+            return fault
+        nul = any("\0" in getattr(passage, column) for column in COLUMNS)
+        return "has a NUL character, which PostgreSQL cannot hold" if nul else ""
 
     def _put(self, passages: Sequence[Passage], vectors: np.ndarray) -> None:
         rows = [

@@ -28,7 +28,7 @@ class WordStore(KnowledgeStore):
     lower case. What is deleted is counted in idf until the store is saved.
     """
 
-    kind = "bm25"
+    kind, cosines = "bm25", False
 
     def __init__(self, language: str = ""):
         """An empty store.
