@@ -20,4 +20,7 @@ def get_config() -> ConfigDict:
     # Of each of ten silos: as many steps together as the ablation takes.
     config.training.rounds = 4
     config.training.local_steps = 3
+    # The better of 2e-3 and 5e-3 on 150 validation questions, for each setting.
+    config.learning_rates.federated = 5e-3
+    config.learning_rates.local = 2e-3
     return config
