@@ -49,7 +49,7 @@ VARIANTS = {
     "unanswerable": Variant({"unanswerable": 0.2}),
     "questions_2": Variant({"per_text": 2}),
     "questions_4": Variant({"per_text": 4}),
-    "retriever": Variant({"unanswerable": 0.0}, part="retriever"),
+    "retriever": Variant({"filter_questions": True, "unanswerable": 0.0}, part="retriever"),
     "pretraining_world": Variant({}, elsewhere=True),
     "shuffled_citations": Variant({}, shuffled=True),
 }
