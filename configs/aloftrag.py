@@ -1,6 +1,6 @@
 """Label-free fine-tuning: the ablation of ALoFTRAG (2501.11929), with controls, from raw texts alone.
 
-Expected on the built-in world: `all` cites some ten points better than `base` and answers some points
+Expected on the built-in world: `all` cites some ten points better than `base` and answers some six points
 better; neither control cites better.
 
     python -m experiments.aloftrag --config=configs/aloftrag.py
