@@ -1,7 +1,7 @@
 """Label-free fine-tuning: the ablation of ALoFTRAG (2501.11929), with controls, from raw texts alone.
 
-Expected on the built-in world: `all` cites some ten points better than `base` and answers some six points
-better; neither control cites better.
+Expected on the built-in world: `all` cites some ten points better than `base` and answers some six
+points better; neither control cites better.
 
     python -m experiments.aloftrag --config=configs/aloftrag.py
     python -m experiments.aloftrag --config=configs/aloftrag.py --config.name=questions \
@@ -83,8 +83,8 @@ def get_config() -> ConfigDict:
     # Of the first round, falling linearly: of those searched on validation questions, the highest at
     # which training on pretraining-world data does not raise citations.
     config.learning_rates = ConfigDict({"centralised": 1e-3, "federated": 1e-3, "local": 1e-3})
-    # Of the variant that trains the query encoder: of 1e-5 and 5e-5 on validation questions, of which the
-    # higher lowers recall.
+    # Of the variant that trains the query encoder: of 1e-5 and 5e-5 on validation questions, of which
+    # the higher lowers recall.
     config.retriever_learning_rate = 1e-5
 
     config.wandb = ConfigDict({"mode": "offline", "project": "fedrag_jax"})
