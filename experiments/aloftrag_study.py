@@ -36,8 +36,9 @@ class Study:
         least = min(map(len, self.silos.values()))
         if max(config.contexts) >= least:
             raise ConfigError(
-                f"config.contexts: {max(config.contexts)} passages do not leave one to choose where a "
-                f"silo has {least}; lower them, or raise config.data.passages"
+                f"config.contexts: {max(config.contexts)} passages do not leave one to choose where "
+                f"{'a silo has' if config.silos else 'there are'} {least}; lower them, or raise "
+                "config.data.passages"
             )
         self.systems = {}
         self.contexts = functools.lru_cache(self._contexts)

@@ -138,7 +138,7 @@ def test_controls_differ_from_what_they_control(tmp_path):
         ),
         ({"author.prompts": "no.json"}, "'compact', 'instruct' or a JSON file, got 'no.json'"),
         ({"judge.repeats": 0}, "config.judge.repeats must be at least 1"),
-        ({"contexts": (2, 60)}, "60 passages do not leave one to choose where a silo has 60"),
+        ({"contexts": (2, 60)}, "60 passages do not leave one to choose where there are 60"),
         ({"models.prompt_style": "compact"}, "to cite needs a prompt style"),
         ({"data.passages": 3}, "has one gold passage among the 3 texts"),
     ],
