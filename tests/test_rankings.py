@@ -53,6 +53,11 @@ def test_mrr_stops_at_ten():
     assert mrr(ranked, [{9}, {10}]).tolist() == [0.1, 0.0]
 
 
+@pytest.mark.parametrize("score", [mrr, ndcg, average_precision])
+def test_no_question_with_a_gold_passage_has_no_scores(score):
+    assert score(np.empty((0, 10), int), []).shape == (0,)
+
+
 def test_answer_recall():
     texts = ["The focus was here.", "He lived in the US, then Rome.", "Nothing"]
     ranked = [[0, 1, 2]] * 4

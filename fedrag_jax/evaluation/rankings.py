@@ -115,7 +115,7 @@ def _width(ranked) -> int:
     widths = {len(row) for row in ranked}
     if len(widths) > 1:
         raise ConfigError("ranked must have equally many passages for every question")
-    return max(widths, default=0)
+    return widths.pop() if widths else np.shape(ranked)[-1]
 
 
 def _first(ranked, k: int, questions: int) -> list[list]:
