@@ -19,6 +19,7 @@ int [T], K prompts a question (one a passage, or one with all), and `log_weights
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -189,10 +190,17 @@ _answer_log_probs = jax.jit(answer_log_probs, static_argnums=0)
 # --- reasoning and answers -----------------------------------------------------------------------
 
 
-def answer_and_reasoning(text: str, mark: str) -> tuple[str, str]:
+class Reading(NamedTuple):
+    """What was written: an answer, and the reasoning or citation before it; "" if there is none."""
+
+    answer: str
+    reasoning: str
+
+
+def answer_and_reasoning(text: str, mark: str) -> Reading:
     """What follows the mark, and what comes before it; all is the answer if it never comes."""
     reasoning, found, answer = text.partition(mark) if mark else ("", "", text)
-    return (answer.strip(), reasoning.strip()) if found else (text.strip(), "")
+    return Reading(answer.strip(), reasoning.strip()) if found else Reading(text.strip(), "")
 
 
 def answer_pieces(pieces: Iterable[str], mark: str) -> Iterator[str]:

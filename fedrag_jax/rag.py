@@ -38,13 +38,6 @@ class Response(NamedTuple):
     cited: tuple[Passage, ...] = ()
 
 
-class Reading(NamedTuple):
-    """What was written: an answer, and the reasoning or citation before it; "" if there is none."""
-
-    answer: str
-    reasoning: str
-
-
 @dataclasses.dataclass(frozen=True)
 class RAGSystem:
     """Everything needed to answer: which passages, read how, by which parameters.
@@ -74,6 +67,7 @@ class RAGSystem:
         retriever: str | hub.Pretrained = "builtin:encoder",
         adapters: lora.LoraConfig | None = None,
         prompt_style: str | PromptStyle = "compact",
+        system_prompt: str = "",
         top_k: int = 5,
         marginal_k: int = 10,
         score_scale: float = 20.0,
@@ -90,6 +84,7 @@ class RAGSystem:
           store: what it answers from, see `over`.
           prompt_style: "compact", "instruct", "chat" (the generator's own chat template), "raft" or
             "compact_reasoned" for answers that come after reasoning, or a style of your own.
+          system_prompt: what all prompts begin with, see `under`.
           top_k: passages read together.
           marginal_k: passages that training of the retriever marginalises over (all, if the corpus has
             fewer). More than are read, because only a question whose gold passage is among them teaches
@@ -141,7 +136,7 @@ class RAGSystem:
             marginal_k=min(marginal_k, len(passages) or marginal_k),
             score_scale=score_scale,
         )
-        return system.over(store)
+        return (system.under(system_prompt) if system_prompt else system).over(store)
 
     def replace(self, *, adapters=None, query=None, document=None, head=None) -> "RAGSystem":
         """The system with tuned parts; the corpus is re-embedded if `document` is given."""
@@ -154,6 +149,11 @@ class RAGSystem:
             retriever = retriever.with_query(query)
         adapters = self.adapters if adapters is None else adapters
         return dataclasses.replace(self, adapters=adapters, retriever=retriever)
+
+    def under(self, system_prompt: str) -> "RAGSystem":
+        """The system with a system prompt, in place of one that it has: in a chat style a turn of its
+        own where the template has one, else a line before all others."""
+        return dataclasses.replace(self, prompts=self.prompts.under(system_prompt))
 
     # --- the passages it answers from ---------------------------------------------------------
 
@@ -250,7 +250,7 @@ class RAGSystem:
         mode: str = "concatenated",
         beams: int | None = None,
         **sampling,
-    ) -> list[Reading]:
+    ) -> list[inference.Reading]:
         """Answers given what to read, rows of the corpus or passages of anywhere (none: closed book).
 
         In a style with reasoning the answer is what follows the style's `final`; all that was written
@@ -284,7 +284,7 @@ class RAGSystem:
         ]
         texts = inference.MODES[mode](self.writer, prompts, log_weights, settings, beams)
         mark = self.prompts.style.final.strip()
-        return [Reading(*inference.answer_and_reasoning(text, mark)) for text in texts]
+        return [inference.answer_and_reasoning(text, mark) for text in texts]
 
     def stream(self, question: str, mode: str = "concatenated", **sampling) -> Iterator[str]:
         """The answer that `query` gives, in pieces as they are written; reasoning is held back.
@@ -395,6 +395,6 @@ class RAGSystem:
             generator=saved.generator,
             retriever=saved.document,
             adapters=saved.lora,
-            **settings | {"prompt_style": PromptStyle(**settings["prompt_style"])},
+            **settings,
         )
         return system.replace(adapters=saved.adapters, query=saved.query, head=saved.head)

@@ -6,6 +6,7 @@ import pathlib
 from typing import Any, NamedTuple
 
 from fedrag_jax.data.examples import Passage
+from fedrag_jax.data.prompts import PromptStyle
 from fedrag_jax.errors import CheckpointError
 from fedrag_jax.models import hub, lora, peft
 from fedrag_jax.models.network import Network
@@ -21,7 +22,7 @@ class Parts(NamedTuple):
     Attributes:
       decoder: the generator's network with its adapters.
       document: the document encoder; `query`, the parameters of the other side.
-      settings: options of `RAGSystem.build` by name, as JSON.
+      settings: options of `RAGSystem.build` by name, and whether there is a store.
     """
 
     generator: hub.Pretrained
@@ -49,6 +50,8 @@ def write(
 ) -> None:
     """Generator, adapters (PEFT), both encoders, head, passages and settings.
 
+    The settings come last: where they are, all of it is.
+
     Raises:
       CheckpointError: the generator is quantised, or passages lie with silos; nothing is written.
     """
@@ -56,6 +59,8 @@ def write(
         raise CheckpointError(
             "a system over silos has no index of its own to save: save it before over_silos"
         )
+    hub.refuse_quantized(generator, folder)
+    (folder / SETTINGS).unlink(missing_ok=True)
     hub.save(generator, folder / "generator")
     peft.save(adapters, decoder, folder / "adapters", base="../generator")
     for side in ("query", "document"):
@@ -70,7 +75,9 @@ def write(
     with open(folder / "passages.jsonl", "w", encoding="utf-8") as file:
         for passage in retriever.passages:
             file.write(json.dumps(dataclasses.asdict(passage), ensure_ascii=False) + "\n")
-    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+    beside = folder / (SETTINGS + ".tmp")
+    beside.write_text(json.dumps(settings, indent=2) + "\n")
+    beside.replace(folder / SETTINGS)
 
 
 def read(folder: pathlib.Path) -> Parts:
@@ -80,9 +87,13 @@ def read(folder: pathlib.Path) -> Parts:
       CheckpointError: the folder holds no saved system.
     """
     try:
-        settings = json.loads((folder / SETTINGS).read_text())
+        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        if not isinstance(settings, dict) or not settings.keys() >= {"top_k", "prompt_style"}:
+            raise ValueError(f"{SETTINGS} is not of a system")
+        settings["prompt_style"] = PromptStyle(**settings["prompt_style"])
         lines = (folder / "passages.jsonl").read_text(encoding="utf-8").split("\n")
-    except OSError as error:
+        passages = [Passage(**json.loads(line)) for line in lines if line]
+    except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(
             f"{folder} holds no saved RAGSystem ({error}); save one there first"
         ) from error
@@ -95,6 +106,6 @@ def read(folder: pathlib.Path) -> Parts:
         document,
         hub.load(folder / "query_encoder").params,
         hub.load_arrays(folder / HEAD)["head"] if (folder / HEAD).exists() else None,
-        [Passage(**json.loads(line)) for line in lines if line],
+        passages,
         settings,
     )

@@ -67,6 +67,39 @@ def test_chat_prompts_are_what_the_template_makes_of_the_conversation(name):
     assert {last, tokenizer.eos_token_id} <= set(prompts.stop_tokens)
 
 
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('none here') }}{% endif %}"
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3"])
+@pytest.mark.parametrize("taken", [True, False])
+def test_a_system_prompt_is_a_turn_where_the_template_has_one(name, taken):
+    template = CASES[name][0] if taken else NO_SYSTEM + CASES[name][0]
+    tokenizer = tokenizer_of(template)
+    prompts = Prompts(tokenizer, named_style("chat", tokenizer), PASSAGES, [QUESTION])
+    said = INSTRUCT.opening + "Ada lived in {Rome}.\n### Question:\nWho?"
+    for system in ("Say it in {one} word.", "Be brief."):  # the second in place of the first
+        prompts = prompts.under(system)
+        given = {"role": "system", "content": system}
+        turns = [given, {"role": "user", "content": said}]
+        if not taken:
+            turns = [{"role": "user", "content": f"{system}\n\n{said}"}]
+        asked = tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+        assert tokenizer.decode(prompts.prompt("Who?", [0])) == asked
+
+
+def test_a_system_prompt_comes_before_all_else_and_ends_no_turn():
+    tokenizer = tokenizer_of(CHATML)
+    bare = Prompts(tokenizer, COMPACT, PASSAGES, [QUESTION])
+    prompts = bare.under("Be brief.<|im_end|>").under("In verse.<|im_end|>")
+    tokens = prompts.prompt("Who?", [0]).tolist()
+    assert tokenizer.decode(tokens[1:]) == "In verse.< |im_end|>\nAda lived in {Rome}.\nWho?"
+    assert tokens[0] == tokenizer.bos_token_id
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") not in tokens
+    assert bare.style.opening == "" and len(bare.prompt("Who?", [0])) < len(tokens)
+
+
 def test_templates_that_cannot_be_used_are_refused():
     for template, words in (
         (None, "no chat template; use 'instruct'"),
@@ -91,10 +124,13 @@ def test_a_system_with_a_chat_template_is_saved_and_loaded(tmp_path):
 
     model = hub.load("builtin:decoder")
     model.tokenizer.chat_template = MISTRAL
-    system = RAGSystem.build(PASSAGES, generator=model, prompt_style="chat", top_k=1)
+    system = RAGSystem.build(
+        PASSAGES, generator=model, prompt_style="chat", system_prompt="Be brief.", top_k=1
+    )
     system.save(tmp_path)
     again = RAGSystem.load(tmp_path)
-    assert again.prompts.style == system.prompts.style == named_style("chat", model.tokenizer)
+    style = named_style("chat", model.tokenizer).under("Be brief.")
+    assert again.prompts.style == system.prompts.style == style
     asked = system.prompts.prompt("Who is Ada?", [0]), again.prompts.prompt("Who is Ada?", [0])
     assert asked[0].tolist() == asked[1].tolist()
 

@@ -150,6 +150,10 @@ def test_systems_that_cannot_be(world, tmp_path):
         RAGSystem.build(world.passages[:9], generator="builtin:encoder")
     with pytest.raises(CheckpointError, match="no saved RAGSystem"):
         RAGSystem.load(tmp_path)
+    for damaged in ("{", "[]", '{"top_k": 1, "prompt_style": {"poem": ""}}'):
+        (tmp_path / "system.json").write_text(damaged)
+        with pytest.raises(CheckpointError, match="no saved RAGSystem"):
+            RAGSystem.load(tmp_path)
 
 
 def test_every_sentence_of_a_chatty_world_comes_in_its_topics_chatter():

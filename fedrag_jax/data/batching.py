@@ -59,22 +59,28 @@ class Prompts:
                 "tokenizer_config.json"
             )
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos
-        opening = self._tokenize([style.opening])[0] if style.opening else []
-        if style.bos and tokenizer.bos_token_id is not None:
-            opening = [tokenizer.bos_token_id, *opening]
-        self._opening = np.array(opening, np.int32)
+        self._opening = self._opening_tokens()
         self._passages = self._passage_tokens(passages)
         self._foreign = functools.lru_cache(4096)(
             lambda passage: self._passage_tokens([passage])[0]
         )
-        self._questions: dict[str, np.ndarray] = {}
-        self._answers: dict[tuple[str, str], np.ndarray] = {}
+        # Of so many that training finds all of its own, and a service does not keep all ever asked.
+        remembered = functools.lru_cache(1 << 17)
+        self.question_tokens = remembered(self.question_tokens)
+        self.answer_tokens = remembered(self.answer_tokens)
         self._numbers: list[np.ndarray] = []  # before the first passage, the second, ...
         self._passage_lengths = np.array([len(p) for p in self._passages])
         self.answer_width = 0
         self._after_lengths: dict[str, int] = {}  # of question and answer, by example id
         self._context_width = 0  # of the longest of the contexts known beforehand
         self._widen(examples)
+
+    def under(self, system: str) -> "Prompts":
+        """The same under a system prompt, in place of one that there is."""
+        instructed = copy.copy(self)
+        instructed.style = self.style.under(self._plain(system))
+        instructed._opening = instructed._opening_tokens()
+        return instructed
 
     @property
     def cites(self) -> bool:
@@ -132,6 +138,12 @@ class Prompts:
     def _after_width(self) -> int:
         return max(self._after_lengths.values(), default=0)
 
+    def _opening_tokens(self) -> np.ndarray:
+        opening = self._tokenize([self.style.opening])[0] if self.style.opening else []
+        if self.style.bos and self.tokenizer.bos_token_id is not None:
+            opening = [self.tokenizer.bos_token_id, *opening]
+        return np.array(opening, np.int32)
+
     def _passage_tokens(self, passages: Sequence[Passage]) -> list[np.ndarray]:
         around, most = self.style.passage.removeprefix(self._number), self.max_passage_tokens
         texts = [around.format(text=self._plain(clipped(reading_text(p), most))) for p in passages]
@@ -145,10 +157,8 @@ class Prompts:
 
     def question_tokens(self, question: str) -> np.ndarray:
         """Tokens from the end of the passages to where the answer starts."""
-        if question not in self._questions:
-            text = self.style.question.format(question=self._plain(question))
-            self._questions[question] = np.array(self._tokenize([text])[0], np.int32)
-        return self._questions[question]
+        text = self.style.question.format(question=self._plain(question))
+        return np.array(self._tokenize([text])[0], np.int32)
 
     def answer_tokens(self, answer: str, reasoning: str = "") -> np.ndarray:
         """The scored tokens: the reasoning, if any, and what ends it, the answer and its EOS.
@@ -159,21 +169,18 @@ class Prompts:
         Raises:
           ConfigError: reasoning in a style that has no mark between it and the answer.
         """
-        asked = answer, reasoning
-        if asked not in self._answers:
-            answer, reasoning = self._plain(answer), self._plain(" ".join(reasoning.split()))
-            if reasoning and not self.style.final:
-                raise ConfigError(
-                    "the prompt style has no mark between reasoning and final answer: use "
-                    "'compact_reasoned' or 'raft', or train on answers alone (teacher=None)"
-                )
-            room = self.max_answer_tokens - 1
-            tokens = self._tokenize([self.style.answer.format(answer=reasoning or answer)])[0]
-            if reasoning:
-                last = self._tokenize([self.style.final + answer])[0][:room]
-                tokens = [*tokens[: room - len(last)], *last]
-            self._answers[asked] = np.array([*tokens[:room], self.eos], np.int32)
-        return self._answers[asked]
+        answer, reasoning = self._plain(answer), self._plain(" ".join(reasoning.split()))
+        if reasoning and not self.style.final:
+            raise ConfigError(
+                "the prompt style has no mark between reasoning and final answer: use "
+                "'compact_reasoned' or 'raft', or train on answers alone (teacher=None)"
+            )
+        room = self.max_answer_tokens - 1
+        tokens = self._tokenize([self.style.answer.format(answer=reasoning or answer)])[0]
+        if reasoning:
+            last = self._tokenize([self.style.final + answer])[0][:room]
+            tokens = [*tokens[: room - len(last)], *last]
+        return np.array([*tokens[:room], self.eos], np.int32)
 
     def prompt(self, question: str, rows: Sequence[int], width: int | None = None) -> np.ndarray:
         """Opening, passages in the order given, question; at most `width` tokens if it can be.

@@ -23,6 +23,7 @@ class PromptStyle(NamedTuple):
       final: what stands between reasoning and the final answer; empty where answers come without
         reasoning. What follows it is the answer. Where it goes over lines an answer may do so, too;
         else it ends with its line.
+      instructed: the opening under a system prompt, `{system}`; if empty, a line before the opening.
     """
 
     opening: str
@@ -32,6 +33,12 @@ class PromptStyle(NamedTuple):
     end: str = ""
     bos: bool = True
     final: str = ""
+    instructed: str = ""
+
+    def under(self, system: str) -> "PromptStyle":
+        """The style under a system prompt, in place of one that it has."""
+        template = self.instructed or "{system}\n" + self.opening
+        return self._replace(opening=template.replace("{system}", system), instructed=template)
 
 
 # For the built-in decoder, which has no use for instructions and pays for every token.
@@ -137,11 +144,12 @@ def _any_of(tokens: tuple[str, ...]) -> re.Pattern:
 _SAME_DAY = "{% macro strftime_now(form) %}26 Jul 2024{% endmacro %}"
 
 
-def turns(tokenizer, *contents: str, reply: bool = False) -> str:
+def turns(tokenizer, *contents: str, reply: bool = False, system: str = "") -> str:
     """What user and assistant say in turn, in the tokenizer's chat template.
 
     Args:
       reply: whether what opens the assistant's next turn follows.
+      system: what comes before, in a turn of its own; none if empty.
 
     Raises:
       ConfigError: no chat template, or one that fails.
@@ -152,6 +160,8 @@ def turns(tokenizer, *contents: str, reply: bool = False) -> str:
         {"role": ("user", "assistant")[i % 2], "content": content}
         for i, content in enumerate(contents)
     ]
+    if system:
+        messages.insert(0, {"role": "system", "content": system})
     try:
         return tokenizer.apply_chat_template(
             messages,
@@ -184,10 +194,23 @@ def _chat(tokenizer, name: str) -> PromptStyle:
     until, _, end = answered.partition(answer)
     lead = until.removeprefix(asked) if until.startswith(asked) else ""
     after, lead = (text.replace("{", "{{").replace("}", "}}") for text in (after, lead))
+    instructed = _under_system(tokenizer, said).partition(passages)[0]
     asks, writes = before + question + after, lead + "{answer}"
     if start:  # is given, with all that comes before it
         asks, writes = asks + lead + start, "{answer}"
-    return PromptStyle(opening, style.passage, asks, writes, end, bos=False, final=style.final)
+    return PromptStyle(opening, style.passage, asks, writes, end, False, style.final, instructed)
+
+
+def _under_system(tokenizer, said: str) -> str:
+    """What a user says under a `{system}` prompt, which opens the user's turn if it may have none."""
+    mark = "@system@"
+    try:
+        asked = turns(tokenizer, said, reply=True, system=mark)
+    except ConfigError:
+        asked = ""
+    if mark not in asked:
+        asked = turns(tokenizer, f"{mark}\n\n{said}", reply=True)
+    return asked.replace(mark, "{system}")
 
 
 # What the built-in decoder was also taught: to rate a text from 0 to 10 by how much can be asked

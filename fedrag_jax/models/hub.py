@@ -68,6 +68,15 @@ def load(name_or_path: str | pathlib.Path, dtype=jnp.float32) -> Pretrained:
     return Pretrained(network, params, _tokenizer(folder), str(name_or_path))
 
 
+def refuse_quantized(pretrained: Pretrained, path) -> None:
+    """Raises CheckpointError for parameters that cannot be written to a path."""
+    if is_quantized(pretrained.params):
+        raise CheckpointError(
+            f"{pretrained.name} is quantised and not written to {path}: keep the folder it was loaded "
+            "from, and save its adapters with peft.save"
+        )
+
+
 def save(pretrained: Pretrained, path: str | pathlib.Path, dtype: str = "float32") -> None:
     """Writes a folder that `load`, transformers and sentence-transformers open.
 
@@ -79,11 +88,7 @@ def save(pretrained: Pretrained, path: str | pathlib.Path, dtype: str = "float32
     """
     if dtype not in ("float32", "float16"):
         raise CheckpointError(f"dtype must be 'float32' or 'float16', got {dtype!r} ({path})")
-    if is_quantized(pretrained.params):
-        raise CheckpointError(
-            f"{pretrained.name} is quantised and not written to {path}: keep the folder it was loaded "
-            "from, and save its adapters with peft.save"
-        )
+    refuse_quantized(pretrained, path)
     folder, network = pathlib.Path(path), pretrained.network
     folder.mkdir(parents=True, exist_ok=True)
     family = FAMILIES[network.config.family]
