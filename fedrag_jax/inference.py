@@ -12,13 +12,14 @@
 All but the first have a prompt for each passage z, weighed by p(z|x), the softmax of scaled cosines
 over the passages read. With one passage and one beam all modes give the same answer.
 
-Every mode is `mode(writer, prompts, log_weights, sampling, beams) -> [str]` over `prompts` [B][K] of
-int [T], K prompts a question (one a passage, or one with all), and `log_weights` [B, K], log p(z|x).
+Every mode is `mode(writer, prompts, log_weights, sampling, beams) -> [Completion]` over `prompts`
+[B][K] of int [T], K prompts a question (one a passage, or one with all), and `log_weights` [B, K],
+log p(z|x).
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -26,6 +27,7 @@ import numpy as np
 from scipy.special import logsumexp
 
 from fedrag_jax.data.answers import normalize_answer
+from fedrag_jax.data.examples import Passage
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.models import decoding
 from fedrag_jax.models.writing import Completion, Sampling, Writer, chunk_by_chunk
@@ -38,28 +40,32 @@ _SCORED_ACCELERATOR = 64
 
 def concatenated(
     writer: Writer, prompts: Asked, log_weights, sampling: Sampling, beams
-) -> list[str]:
+) -> list[Completion]:
     """The continuation of each question's only prompt; `log_weights` are not looked at."""
-    return [c.text for c in writer.complete([prompt for (prompt,) in prompts], sampling)]
+    return writer.complete([prompt for (prompt,) in prompts], sampling)
 
 
-def ensemble(writer: Writer, prompts: Asked, log_weights, sampling: Sampling, beams) -> list[str]:
+def ensemble(
+    writer: Writer, prompts: Asked, log_weights, sampling: Sampling, beams
+) -> list[Completion]:
     """Greedy on p'(y_i | x, y_<i) = sum_z p(z|x) p(y_i | x, z, y_<i): `rag_token` with one beam."""
     return rag_token(writer, prompts, log_weights, sampling, beams=1)
 
 
-def rag_token(writer: Writer, prompts: Asked, log_weights, sampling: Sampling, beams) -> list[str]:
+def rag_token(
+    writer: Writer, prompts: Asked, log_weights, sampling: Sampling, beams
+) -> list[Completion]:
     """Beam search on p'(y_i | x, y_<i) = sum_z p(z|x) p(y_i | x, z, y_<i).
 
     With one beam it is the `ensemble` of RA-DIT and REPLUG.
     """
     found = writer.search(prompts, log_weights, beams=beams, sampling=sampling)
-    return [best.text for best, *_ in found]
+    return [best for best, *_ in found]
 
 
 def rag_sequence_thorough(
     writer: Writer, prompts: Asked, log_weights, sampling: Sampling, beams
-) -> list[str]:
+) -> list[Completion]:
     """The y with the highest p(y|x) = sum_z p(z|x) p(y|x,z) among the `beams` likeliest of each z.
 
     Every y is scored with every passage: all tokens that were written, EOS included.
@@ -72,26 +78,29 @@ def rag_sequence_thorough(
     scores = sequence_log_probs(writer, [prompts[i] for i in asked], [c.tokens for c in candidates])
     scored: list = [[] for _ in prompts]
     for i, candidate, of_passages in zip(asked, candidates, scores, strict=True):
-        scored[i].append((logsumexp(log_weights[i] + of_passages), candidate.text))
-    return [max(some)[1] for some in scored]
+        scored[i].append((logsumexp(log_weights[i] + of_passages), candidate))
+    return [_best(some) for some in scored]
 
 
 def rag_sequence_fast(
     writer: Writer, prompts: Asked, log_weights, sampling: Sampling, beams
-) -> list[str]:
+) -> list[Completion]:
     """As `rag_sequence_thorough`, but p(y|x,z) is 0 for passages z whose own search did not find y."""
     answers = []
     own = _own_answers(writer, prompts, sampling, beams)
     for of_passages, r in zip(own, log_weights, strict=True):
-        terms = defaultdict(list)
+        terms, candidates = defaultdict(list), {}
         for found, r_z in zip(of_passages, r, strict=True):
             for y, c in found.items():
-                terms[y, c.text].append(r_z + c.log_probs.sum())
-        answers.append(max((logsumexp(some), text) for (_, text), some in terms.items())[1])
+                terms[y].append(r_z + c.log_probs.sum())
+                candidates[y] = c
+        answers.append(_best([(logsumexp(some), candidates[y]) for y, some in terms.items()]))
     return answers
 
 
-def vote(writer: Writer, prompts: Asked, log_weights, sampling: Sampling, beams) -> list[str]:
+def vote(
+    writer: Writer, prompts: Asked, log_weights, sampling: Sampling, beams
+) -> list[Completion]:
     """Each passage gives its greedy answer exp(mean token log-prob) x p(z|x) votes; equal ones add up.
 
     Answers are equal if their normal forms are (SQuAD's). Of those that win, the text with the most
@@ -103,11 +112,19 @@ def vote(writer: Writer, prompts: Asked, log_weights, sampling: Sampling, beams)
         votes = defaultdict(list)
         for found, r_z in zip(of_passages, r, strict=True):
             (c,) = found.values()
-            votes[normalize_answer(c.text)].append((math.exp(r_z + c.log_probs.mean()), c.text))
+            votes[normalize_answer(c.text)].append((math.exp(r_z + c.log_probs.mean()), c))
+
         # fsum, so that the order of the passages does not matter.
-        winners = max(votes.values(), key=lambda some: (math.fsum(v for v, _ in some), max(some)))
-        answers.append(max(winners)[1])
+        def all_votes(some):
+            return math.fsum(v for v, _ in some), max((v, c.text) for v, c in some)
+
+        answers.append(_best(max(votes.values(), key=all_votes)))
     return answers
+
+
+def _best(scored: Sequence[tuple[float, Completion]]) -> Completion:
+    """That of the highest score, of equal ones the last by its text."""
+    return max(scored, key=lambda one: (one[0], one[1].text))[1]
 
 
 MODES = {
@@ -190,17 +207,80 @@ _answer_log_probs = jax.jit(answer_log_probs, static_argnums=0)
 # --- reasoning and answers -----------------------------------------------------------------------
 
 
+class Response(NamedTuple):
+    """An answer and where it comes from.
+
+    Attributes:
+      sources: the passages it was read from, best first.
+      scores: their cosines, or what the store scores by.
+      cited: those of the sources that it cites; none where the prompt style has no numbers.
+      finish, tokens: see `Reading`.
+    """
+
+    answer: str
+    sources: tuple[Passage, ...]
+    scores: tuple[float, ...]
+    cited: tuple[Passage, ...] = ()
+    finish: str = "stop"
+    tokens: tuple[int, int] = (0, 0)
+
+
 class Reading(NamedTuple):
-    """What was written: an answer, and the reasoning or citation before it; "" if there is none."""
+    """What was made of a question and its passages.
+
+    Attributes:
+      reasoning: what was written before the answer, such as a citation; "" if nothing was.
+      finish: "stop", or "length" where `max_new_tokens` cut the text.
+      tokens: of the prompts, all of them, and of the text that the answer is from, its end included.
+    """
 
     answer: str
     reasoning: str
+    finish: str
+    tokens: tuple[int, int]
 
 
-def answer_and_reasoning(text: str, mark: str) -> Reading:
+def reading(written: Completion, prompts: Sequence[np.ndarray], mark: str) -> Reading:
+    """Of a question, its prompts, what was written, and the mark before the answer."""
+    tokens = sum(map(len, prompts)), len(written.tokens)
+    return Reading(*answer_and_reasoning(written.text, mark), written.finish, tokens)
+
+
+def answer_and_reasoning(text: str, mark: str) -> tuple[str, str]:
     """What follows the mark, and what comes before it; all is the answer if it never comes."""
     reasoning, found, answer = text.partition(mark) if mark else ("", "", text)
-    return Reading(answer.strip(), reasoning.strip()) if found else Reading(text.strip(), "")
+    return (answer.strip(), reasoning.strip()) if found else (text.strip(), "")
+
+
+class Streamed(Iterator[str]):
+    """An answer in pieces, as it is written; what comes before it is held back."""
+
+    def __init__(self, begin: Callable[[], Iterator[str]], mark: str):
+        """Begins with the first piece that is asked for.
+
+        Args:
+          begin: gives all that is written, in pieces.
+          mark: between reasoning and answer; "" where there is none.
+        """
+        self._mark, self._written = mark, []
+        self._pieces = answer_pieces(self._heard(begin), mark)
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    @property
+    def reasoning(self) -> str:
+        """That of `Reading`, from the first piece on."""
+        return answer_and_reasoning("".join(self._written), self._mark)[1]
+
+    def close(self) -> None:
+        """Writes no more."""
+        self._pieces.close()
+
+    def _heard(self, begin) -> Iterator[str]:
+        for piece in begin():
+            self._written.append(piece)
+            yield piece
 
 
 def answer_pieces(pieces: Iterable[str], mark: str) -> Iterator[str]:

@@ -3,8 +3,8 @@
 import asyncio
 import dataclasses
 import pathlib
-from collections.abc import AsyncIterator, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 import numpy as np
 from scipy.special import log_softmax
@@ -15,27 +15,13 @@ from fedrag_jax.data.citations import cited
 from fedrag_jax.data.examples import Passage
 from fedrag_jax.data.prompts import PromptStyle, named_style
 from fedrag_jax.errors import ConfigError
+from fedrag_jax.inference import Response, Streamed
 from fedrag_jax.models import hub, lora
 from fedrag_jax.models.network import Network
 from fedrag_jax.models.writing import Sampling, Writer
 from fedrag_jax.retrieval.retriever import Retriever
-from fedrag_jax.retrieval.stores.knowledge import Found, KnowledgeStore
 from fedrag_jax.retrieval.stores.opening import open_store
-
-
-class Response(NamedTuple):
-    """An answer and where it comes from.
-
-    Attributes:
-      sources: the passages it was read from, best first.
-      scores: their cosines, or what the store scores by.
-      cited: those of the sources that it cites; none where the prompt style has no numbers.
-    """
-
-    answer: str
-    sources: tuple[Passage, ...]
-    scores: tuple[float, ...]
-    cited: tuple[Passage, ...] = ()
+from fedrag_jax.retrieval.stores.source import Found, PassageSource
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +40,7 @@ class RAGSystem:
     top_k: int
     marginal_k: int
     score_scale: float
-    store: KnowledgeStore | None = None
+    store: PassageSource | None = None
 
     @classmethod
     def build(
@@ -62,7 +48,7 @@ class RAGSystem:
         passages: Sequence[Passage] = (),
         examples: Sequence = (),
         *,
-        store: KnowledgeStore | None = None,
+        store: PassageSource | None = None,
         generator: str | hub.Pretrained = "builtin:decoder",
         retriever: str | hub.Pretrained = "builtin:encoder",
         adapters: lora.LoraConfig | None = None,
@@ -157,7 +143,7 @@ class RAGSystem:
 
     # --- the passages it answers from ---------------------------------------------------------
 
-    def over(self, store: KnowledgeStore | None) -> "RAGSystem":
+    def over(self, store: PassageSource | None) -> "RAGSystem":
         """The system answering from a store; None for its own corpus again.
 
         Whatever a store searches by vectors has those of this system's document encoder: `embed` gives
@@ -225,15 +211,21 @@ class RAGSystem:
         by_cosine = self.store is None or self.store.cosines
         scores = [[f.score for f in some] for some in found] if by_cosine else None
         readings = self.read(questions, read, scores, **how)
-        # One prompt numbers all passages, prompts of one passage each number none.
-        cites = self.prompts.cites and how.get("mode", "concatenated") == "concatenated"
         responses = []
         for reading, sources, some in zip(readings, read, found, strict=True):
-            numbers = (cites and cited(reading.reasoning, len(sources))) or ()
-            named = tuple(sources[n - 1] for n in numbers)
-            scores = tuple(f.score for f in some)
-            responses.append(Response(reading.answer, tuple(sources), scores, named))
+            named = self.cited(reading.reasoning, sources, how.get("mode", "concatenated"))
+            told = tuple(f.score for f in some), named, reading.finish, reading.tokens
+            responses.append(Response(reading.answer, tuple(sources), *told))
         return responses
+
+    def cited(self, reasoning: str, sources: Sequence, mode: str = "concatenated") -> tuple:
+        """Those of the sources that what was written before an answer names by their numbers.
+
+        One prompt numbers all passages; prompts of one passage each, as in other modes, number none.
+        """
+        cites = self.prompts.cites and mode == "concatenated"
+        numbers = (cites and cited(reasoning, len(sources))) or ()
+        return tuple(sources[n - 1] for n in numbers)
 
     def answer(
         self, questions: Sequence[str], rows: Sequence[Sequence], scores=None, **how
@@ -282,29 +274,35 @@ class RAGSystem:
             self._prompts([question] * len(some), some, settings)
             for question, some in zip(questions, read, strict=True)
         ]
-        texts = inference.MODES[mode](self.writer, prompts, log_weights, settings, beams)
+        found = inference.MODES[mode](self.writer, prompts, log_weights, settings, beams)
         mark = self.prompts.style.final.strip()
-        return [inference.answer_and_reasoning(text, mark) for text in texts]
+        return [inference.reading(*of, mark) for of in zip(found, prompts, strict=True)]
 
-    def stream(self, question: str, mode: str = "concatenated", **sampling) -> Iterator[str]:
+    def stream(
+        self, question: str, read: Sequence | None = None, mode: str = "concatenated", **sampling
+    ) -> Streamed:
         """The answer that `query` gives, in pieces as they are written; reasoning is held back.
 
         Args:
+          read: as `rows` of `read`; what is retrieved unless given.
           sampling: see `batch_query`.
 
         Raises:
           ConfigError: with the first piece, a value out of its range or another mode.
         """
-        if mode != "concatenated":
-            raise ConfigError(
-                f"mode {mode!r} cannot be streamed: its answer is known at the end alone; use query, "
-                "or mode 'concatenated'"
-            )
-        settings = self._sampling(sampling)
-        (found,) = self.retrieve([question])
-        (prompt,) = self._prompts([question], [[f.passage for f in found]], settings)
-        mark = self.prompts.style.final.strip()
-        yield from inference.answer_pieces(self.writer.stream(prompt, settings), mark)
+
+        def written():
+            if mode != "concatenated":
+                raise ConfigError(
+                    f"mode {mode!r} cannot be streamed: its answer is known at the end alone; use "
+                    "query, or mode 'concatenated'"
+                )
+            settings = self._sampling(sampling)
+            rows = [f.passage for f in self.retrieve([question])[0]] if read is None else read
+            (prompt,) = self._prompts([question], [rows], settings)
+            yield from self.writer.stream(prompt, settings)
+
+        return Streamed(written, self.prompts.style.final.strip())
 
     async def aquery(self, question: str, **how) -> Response:
         """`query`, in a thread of its own."""
@@ -364,13 +362,9 @@ class RAGSystem:
             "prompt_style": self.prompts.style._asdict(),
             "max_passage_tokens": self.prompts.max_passage_tokens,
             "max_answer_tokens": self.prompts.max_answer_tokens,
-            "store": self.store is not None,
         }
-        folder = pathlib.Path(path)
-        parts = self.generator, self.decoder, self.adapters, self.retriever
-        rag_folder.write(folder, *parts, settings)
-        if self.store is not None:
-            self.store.save(folder / rag_folder.STORE)
+        parts = self.generator, self.decoder, self.adapters, self.retriever, self.store
+        rag_folder.write(pathlib.Path(path), *parts, settings)
 
     @classmethod
     def load(

@@ -12,6 +12,7 @@ from fedrag_jax.models import hub, lora, peft
 from fedrag_jax.models.network import Network
 from fedrag_jax.retrieval.federated import FederatedStore
 from fedrag_jax.retrieval.retriever import Retriever
+from fedrag_jax.retrieval.stores.source import PassageSource
 
 HEAD, SETTINGS, STORE = "head.safetensors", "system.json", "store"
 
@@ -46,9 +47,10 @@ def write(
     decoder: Network,
     adapters,
     retriever: Retriever,
+    store: PassageSource | None,
     settings: dict[str, Any],
 ) -> None:
-    """Generator, adapters (PEFT), both encoders, head, passages and settings.
+    """Generator, adapters (PEFT), both encoders, head, passages, store and settings.
 
     The settings come last: where they are, all of it is.
 
@@ -75,8 +77,11 @@ def write(
     with open(folder / "passages.jsonl", "w", encoding="utf-8") as file:
         for passage in retriever.passages:
             file.write(json.dumps(dataclasses.asdict(passage), ensure_ascii=False) + "\n")
+    if store is not None:
+        store.save(folder / STORE)
+    settings = settings | {"store": store is not None}
     beside = folder / (SETTINGS + ".tmp")
-    beside.write_text(json.dumps(settings, indent=2) + "\n")
+    beside.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     beside.replace(folder / SETTINGS)
 
 

@@ -8,8 +8,8 @@ import sys
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "fedrag_jax"
 # Each room may import from itself and from those after it.
-ORDER = ["strategies", "tracking", "evaluation", "rag", "rag_folder", "federated", "inference",
-         "objectives", "retrieval", "models", "data", "clock", "errors"]  # fmt: skip
+ORDER = ["serving", "strategies", "tracking", "evaluation", "rag", "rag_folder", "federated",
+         "inference", "objectives", "retrieval", "models", "data", "clock", "errors"]  # fmt: skip
 
 
 def imports(path):

@@ -47,7 +47,7 @@ def asked():
 
 def answers(mode, writer, prompts, log_weights, beams=None):
     beams = BEAMS.get(mode, 1) if beams is None else beams
-    return MODES[mode](writer, prompts, log_weights, SAMPLING, beams)
+    return [c.text for c in MODES[mode](writer, prompts, log_weights, SAMPLING, beams)]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -224,7 +224,7 @@ def test_a_system_answers_by_mode(world, system):
         found[mode] = [r.answer for r in system.batch_query(questions, mode=mode)]
         assert system.answer(questions, rows, mode=mode) == found[mode]
         direct = MODES[mode](writer, prompts, log_weights, Sampling(), BEAMS.get(mode, 1))
-        assert [text.strip() for text in direct] == found[mode]
+        assert [completion.text.strip() for completion in direct] == found[mode]
         one = system.answer(questions, rows[:, :1], mode=mode, beams=1 if mode in BEAMS else None)
         assert one == system.answer(questions, rows[:, :1])
     usual = [r.answer for r in system.batch_query(questions)]

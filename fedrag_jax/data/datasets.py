@@ -11,16 +11,14 @@ NAME.passages.jsonl. Fields not listed are ignored.
 """
 
 import dataclasses
-import gzip
 import hashlib
-import json
 import os
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from fedrag_jax.data import synthetic
 from fedrag_jax.data.examples import SPLITS, Dataset, Example, Passage, check, check_passages
+from fedrag_jax.data.json_lines import json_rows, jsonl_file, string_of, strings_of
 from fedrag_jax.errors import DataError
 
 HOTPOTQA_TRAIN, HOTPOTQA_VALIDATION = 1500, 200
@@ -64,22 +62,9 @@ def load(name: str | os.PathLike, needed: Sequence[str] = SPLITS) -> Dataset:
     if text in synthetic.WORLDS:
         return dataclasses.replace(synthetic.generate(synthetic.WORLDS[text]), name=text)
     questions_path, passages_path = _find(text)
-    topic, questions = TOPICS.get(text, "topic"), []
+    topic = TOPICS.get(text, "topic")
     passages = _passages(passages_path, topic)
-    for row, where in _rows(questions_path):
-        hops = row.get("hops", 2 if text == "hotpotqa" else 1)
-        if not isinstance(hops, int) or hops < 1:
-            raise DataError(f"{where}: 'hops' must be a positive whole number, got {hops!r}")
-        example = Example(
-            id=_string(row, "id", where),
-            question=_string(row, "question", where),
-            answers=_strings(row, "answers", where),
-            positive_ids=_strings(row, "positive_ids", where, default=[]),
-            topic=_string(row, topic, where, default=""),
-            hops=hops,
-            reasoning=_string(row, "reasoning", where, default=""),
-        )
-        questions.append((example, _string(row, "split", where, default=""), where))
+    questions = _questions(questions_path, topic, hops=2 if text == "hotpotqa" else 1)
     splits = {"squad": _split_squad, "hotpotqa": _split_hotpotqa, "xquad": _split_xquad}
     split = splits.get(text, _split_own)
     return check(Dataset(Path(text).resolve().name, passages, **split(questions)), needed)
@@ -96,15 +81,58 @@ def load_passages(path: str | os.PathLike) -> list[Passage]:
     return check_passages(_passages(Path(path), "topic"), os.fspath(path))
 
 
+def load_questions(
+    path: str | os.PathLike, passages: Sequence[Passage], needed: Sequence[str] = SPLITS
+) -> Dataset:
+    """The questions of a file such as `questions.jsonl` (or `.jsonl.gz`) about passages that are given.
+
+    They are split as those of a user's own folder.
+
+    Args:
+      needed: as in `load`.
+
+    Raises:
+      DataError: no such file, or as in `load`.
+    """
+    if not Path(path).is_file():
+        raise DataError(f"no questions: {path} is not a file; give one such as questions.jsonl")
+    split = _split_own(_questions(Path(path), "topic", hops=1))
+    return check(Dataset(Path(path).name, [*passages], **split), needed)
+
+
+def _questions(path: Path, topic: str, hops: int) -> list[tuple[Example, str, str]]:
+    """(question, name of its split, "file:line") of each line.
+
+    Args:
+      hops: of those that do not say.
+    """
+    questions = []
+    for row, where in json_rows(path):
+        own = row.get("hops", hops)
+        if not isinstance(own, int) or own < 1:
+            raise DataError(f"{where}: 'hops' must be a positive whole number, got {own!r}")
+        example = Example(
+            id=string_of(row, "id", where),
+            question=string_of(row, "question", where),
+            answers=strings_of(row, "answers", where),
+            positive_ids=strings_of(row, "positive_ids", where, default=[]),
+            topic=string_of(row, topic, where, default=""),
+            hops=own,
+            reasoning=string_of(row, "reasoning", where, default=""),
+        )
+        questions.append((example, string_of(row, "split", where, default=""), where))
+    return questions
+
+
 def _passages(path: Path, topic: str) -> list[Passage]:
     return [
         Passage(
-            id=_string(row, "id", where),
-            title=_string(row, "title", where, default=""),
-            text=_string(row, "text", where),
-            topic=_string(row, topic, where, default=""),
+            id=string_of(row, "id", where),
+            title=string_of(row, "title", where, default=""),
+            text=string_of(row, "text", where),
+            topic=string_of(row, topic, where, default=""),
         )
-        for row, where in _rows(path)
+        for row, where in json_rows(path)
     ]
 
 
@@ -145,7 +173,7 @@ def _split_hotpotqa(questions) -> dict[str, list[Example]]:
 def _split_xquad(questions) -> dict[str, list[Example]]:
     result = {split: [] for split in SPLITS}
     for example, _, _ in questions:
-        result[_side(example.id.rpartition("-")[2])].append(example)
+        result[side(example.id.rpartition("-")[2])].append(example)
     return result
 
 
@@ -155,7 +183,7 @@ def _split_own(questions) -> dict[str, list[Example]]:
         if label:
             result[_named(label, {split: split for split in SPLITS}, where)].append(example)
         else:
-            result[_side(example.id)].append(example)
+            result[side(example.id)].append(example)
     if not result["validation"]:
         train = result["train"]
         # Salted: of unlabelled questions only those with a small hash are in train at all.
@@ -165,7 +193,8 @@ def _split_own(questions) -> dict[str, list[Example]]:
     return result
 
 
-def _side(identifier: str) -> str:
+def side(identifier: str) -> str:
+    """The split of a question that does not say: by the sha256 of its id, 70, 10 and 20 percent."""
     place = _fraction(identifier)
     return SPLITS[(place >= 0.7) + (place >= 0.8)]
 
@@ -200,7 +229,7 @@ def _find(name: str) -> tuple[Path, Path]:
                 raise DataError(f"{place} holds several sets; choose one: {', '.join(sets)}")
             stems += [f"{stem}." for stem in sets]
         for stem in stems:
-            questions, passages = _file(f"{stem}questions"), _file(f"{stem}passages")
+            questions, passages = jsonl_file(f"{stem}questions"), jsonl_file(f"{stem}passages")
             if questions and passages:
                 return questions, passages
             looked_for.append(f"{stem}questions.jsonl[.gz] with {stem}passages.jsonl[.gz]")
@@ -208,55 +237,3 @@ def _find(name: str) -> tuple[Path, Path]:
         f"no set {name!r}: looked for {'; '.join(looked_for)}. Give a folder that has both files, "
         f"or set FEDRAG_DATA (now {shared}) to the folder of the named sets"
     )
-
-
-def _file(stem: str) -> Path | None:
-    return next((p for p in (Path(f"{stem}.jsonl"), Path(f"{stem}.jsonl.gz")) if p.is_file()), None)
-
-
-def _rows(path: Path) -> Iterator[tuple[dict, str]]:
-    """Yields (object, "file:line") for each line that is not blank."""
-    line = 0
-    try:
-        opener = gzip.open if path.suffix == ".gz" else open
-        with opener(path, "rb") as file:
-            for line, raw in enumerate(file, start=1):
-                text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
-                if not text.strip():
-                    continue
-                where = f"{path}:{line}"
-                try:
-                    row = json.loads(text)
-                except json.JSONDecodeError as error:
-                    raise DataError(f"{where}: not JSON ({error.msg}): {text[:60]!r}") from error
-                if not isinstance(row, dict):
-                    raise DataError(f"{where}: not a JSON object: {text[:60]!r}")
-                yield row, where
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}:{line}: not UTF-8 ({error.reason}): {raw[:60]!r}") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read after line {line}: {error}") from error
-
-
-def _string(row: dict, field: str, where: str, default: str | None = None) -> str:
-    """A string field; without a default it must be there and not blank."""
-    value = _field(row, field, where, default)
-    if not isinstance(value, str) or (default is None and not value.strip()):
-        raise DataError(f"{where}: {field!r} must be a non-empty string, got {value!r}")
-    return value
-
-
-def _strings(row: dict, field: str, where: str, default: list | None = None) -> tuple[str, ...]:
-    value = _field(row, field, where, default)
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise DataError(f"{where}: {field!r} must be a list of strings, got {value!r}")
-    return tuple(value)
-
-
-def _field(row: dict, field: str, where: str, default):
-    value = row.get(field)
-    if value is not None:
-        return value
-    if default is None:
-        raise DataError(f"{where}: missing field {field!r}; found {', '.join(row) or 'none'}")
-    return default

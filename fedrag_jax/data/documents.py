@@ -224,16 +224,23 @@ def _pdf(path: pathlib.Path):
 
 
 def _json_lines(path: pathlib.Path):
+    lines: dict[str, int] = {}
     for number, line in enumerate(_decoded(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            part, title, text = row.get("id", number), row.get("title", ""), row["text"]
+            part, title, text = row.get("id"), row.get("title") or "", row["text"]
         except (ValueError, KeyError, AttributeError) as error:
             raise DataError(f"{path}:{number}: no object with a 'text' ({error!r})") from error
         if not isinstance(text, str) or not isinstance(title, str):
             raise DataError(f"{path}:{number}: 'text' and 'title' must be strings")
+        part = str(number if part is None else part)
+        if part in lines:
+            raise DataError(
+                f"{path}:{number}: id {part!r} is that of line {lines[part]} too; ids must be unique"
+            )
+        lines[part] = number
         yield f":{part}", title, text
 
 

@@ -96,8 +96,14 @@ class Encoder(nnx.Module):
             pooled = pooled * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
         return pooled
 
-    def hidden(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        """The last layer [B, T, D]."""
+    def hidden(
+        self, tokens: jax.Array, mask: jax.Array, types: jax.Array | None = None
+    ) -> jax.Array:
+        """The last layer [B, T, D].
+
+        Args:
+          types: int [B, T], of the tokens; all 0 if None.
+        """
         config, t = self.config, tokens.shape[1]
         if t > config.max_positions:
             raise ConfigError(
@@ -107,7 +113,8 @@ class Encoder(nnx.Module):
         first = config.first_position
         hidden = self.embed(tokens) + self.position_embed.embedding[first : first + t][None]
         if config.type_vocab_size:
-            hidden = hidden + self.type_embed.embedding[:1][None]
+            first_type = self.type_embed.embedding[:1][None]
+            hidden = hidden + (first_type if types is None else self.type_embed(types))
         bias = None
         if config.relative_buckets:
             bias = self.distance_embed(distance_buckets(t, config.relative_buckets))

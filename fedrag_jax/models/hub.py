@@ -54,7 +54,7 @@ def load(name_or_path: str | pathlib.Path, dtype=jnp.float32) -> Pretrained:
         unexpected or of another shape (all of them at once).
     """
     folder = folder_of(str(name_or_path))
-    hf = _config(folder)
+    hf = read_config(folder)
     try:
         family = family_of(hf)
         extra = sentence.read(folder) if family.module is Encoder else {}
@@ -64,8 +64,8 @@ def load(name_or_path: str | pathlib.Path, dtype=jnp.float32) -> Pretrained:
     except (CheckpointError, ConfigError) as error:
         raise CheckpointError(f"{folder}: {error}") from error
     network = Network.of(family.module, config)
-    params = _read(folder, family, network, jnp.dtype(dtype))
-    return Pretrained(network, params, _tokenizer(folder), str(name_or_path))
+    params = read_params(folder, family, network, jnp.dtype(dtype))
+    return Pretrained(network, params, read_tokenizer(folder), str(name_or_path))
 
 
 def refuse_quantized(pretrained: Pretrained, path) -> None:
@@ -92,7 +92,7 @@ def save(pretrained: Pretrained, path: str | pathlib.Path, dtype: str = "float32
     folder, network = pathlib.Path(path), pretrained.network
     folder.mkdir(parents=True, exist_ok=True)
     family = FAMILIES[network.config.family]
-    tensors = _to_tensors(family, pretrained.params, np.dtype(dtype))
+    tensors = to_tensors(family, pretrained.params, np.dtype(dtype))
     broken = sorted(name for name, x in tensors.items() if not np.isfinite(x).all())
     if broken:
         raise CheckpointError(f"{folder}: not finite as {dtype}: {broken}; nothing was written")
@@ -100,7 +100,7 @@ def save(pretrained: Pretrained, path: str | pathlib.Path, dtype: str = "float32
     tokenizer = pretrained.tokenizer
     tokenizer.save_pretrained(folder)
     special = {f"{n}_token_id": getattr(tokenizer, f"{n}_token_id") for n in ("bos", "eos", "pad")}
-    _write_json(folder / "config.json", family.write(network.config) | special | {"dtype": dtype})
+    write_json(folder / "config.json", family.write(network.config) | special | {"dtype": dtype})
     if family.module is Encoder:
         sentence.write(folder, network.config)
 
@@ -152,7 +152,8 @@ def folder_of(name: str) -> pathlib.Path:
         ) from error
 
 
-def _config(folder: pathlib.Path) -> dict:
+def read_config(folder: pathlib.Path) -> dict:
+    """The `config.json` of a Hugging Face folder, or CheckpointError."""
     try:
         return json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -162,11 +163,14 @@ def _config(folder: pathlib.Path) -> dict:
         ) from error
 
 
-def _tokenizer(folder: pathlib.Path):
+def read_tokenizer(folder: pathlib.Path):
+    """The tokenizer of a Hugging Face folder, or CheckpointError; code in the folder is not run."""
     import transformers  # here, because it takes seconds
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # whatever its many backends raise
         raise CheckpointError(f"{folder}: the tokenizer cannot be loaded ({error})") from error
 
@@ -183,11 +187,17 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").exists() or not index.exists():
         return [folder / "model.safetensors"]
-    shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    return [folder / shard for shard in sorted(set(shards))]
+    try:
+        shards = {*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        strange = [shard for shard in shards if pathlib.Path(shard).name != shard]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} cannot be read ({error!r})") from error
+    if strange:
+        raise CheckpointError(f"{index} names files that are not beside it: {sorted(strange)}")
+    return [folder / shard for shard in sorted(shards)]
 
 
-def _read(folder: pathlib.Path, family: Family, network: Network, dtype) -> dict:
+def read_params(folder: pathlib.Path, family: Family, network: Network, dtype) -> dict:
     """Parameters from files, each tensor checked against the network."""
     leaves = dict(flatten(network.shapes()))
     wanted = {}  # tensor name -> shape in the file
@@ -234,7 +244,8 @@ def _names(family: Family, path: tuple, leaf) -> list[str]:
     return [name.format(i) for i in range(leaf.shape[0])] if path[0] == "layers" else [name]
 
 
-def _to_tensors(family: Family, params: dict, dtype) -> dict[str, np.ndarray]:
+def to_tensors(family: Family, params: dict, dtype) -> dict[str, np.ndarray]:
+    """Parameters by the names, and in the shapes, that transformers writes."""
     tensors = {}
     for path, leaf in flatten(params):
         with np.errstate(over="ignore"):  # save refuses what is not finite
@@ -245,5 +256,6 @@ def _to_tensors(family: Family, params: dict, dtype) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _write_json(path: pathlib.Path, content: Any) -> None:
+def write_json(path: pathlib.Path, content: Any) -> None:
+    """A file such as `config.json`."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

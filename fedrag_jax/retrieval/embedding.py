@@ -177,7 +177,8 @@ def _batches(
         yield len(chosen), batch, mask
 
 
-def _key(encoder: Network, params, tokenizer, texts: Sequence[str], max_length: int) -> str:
+def fingerprint(encoder: Network, params, tokenizer, max_length: int):
+    """A sha256, to go on with or to be read, of all that makes vectors of texts."""
     digest = hashlib.sha256(f"2 {encoder.config!r} {max_length}".encode())  # 2: of the file's form
     settings = json.loads(tokenizer.backend_tokenizer.to_str())
     # What the last call cut and padded to: states of the object, not of the tokenizer.
@@ -187,6 +188,11 @@ def _key(encoder: Network, params, tokenizer, texts: Sequence[str], max_length: 
         leaf = np.asarray(leaf)
         digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
         digest.update(np.ascontiguousarray(leaf).view(np.uint8))
+    return digest
+
+
+def _key(encoder: Network, params, tokenizer, texts: Sequence[str], max_length: int) -> str:
+    digest = fingerprint(encoder, params, tokenizer, max_length)
     for text in texts:
         # The length in front keeps ["ab", "c"] apart from ["a", "bc"].
         encoded = text.encode()

@@ -7,24 +7,17 @@ threads, and every search sees all of a change or nothing of it.
 
 import abc
 import dataclasses
-import json
-import pathlib
-import re
-import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
 from fedrag_jax.data.examples import Passage
 from fedrag_jax.errors import ConfigError, DataError, FedragError
 from fedrag_jax.retrieval.store import finite
+from fedrag_jax.retrieval.stores.source import Found, PassageSource, half_character, strings
 
-FORMAT = 1
-SETTINGS = "store.json"
-DATA = re.compile(r"store-data-([1-9]\d{0,8})")  # a folder of ours in the folder of a store
 Embed = Callable[[Sequence[Passage]], np.ndarray]
 
 
@@ -32,32 +25,18 @@ class StoreUnreachable(FedragError):
     """A store somewhere else that does not answer, or refuses."""
 
 
-class Found(NamedTuple):
-    """A passage, and how well it fits: higher is better; of what kind depends on the store."""
-
-    passage: Passage
-    score: float
-
-
-class KnowledgeStore(abc.ABC):
+class KnowledgeStore(PassageSource):
     """Passages by their ids, searched by vectors, by words or by both.
 
     Attributes:
-      kind: its name in a saved folder.
       dimension: of its vectors; None where words alone are searched.
-      cosines: whether scores are inner products of vectors.
       read_only: whether it lies memory-mapped on disk and refuses changes.
     """
 
-    kind: ClassVar[str]
-    dimension: int | None = None
-    cosines: bool = True
     read_only: bool = False
 
     def __init__(self):
-        self._changing = (
-            threading.RLock()
-        )  # held by whoever changes the store, however long it takes
+        super().__init__()
         self._lock = threading.RLock()  # held for the moment of a change, and while a search lasts
 
     @abc.abstractmethod
@@ -99,7 +78,7 @@ class KnowledgeStore(abc.ABC):
         Raises:
           DataError: an id that is not there; nothing is deleted.
         """
-        ids = [*dict.fromkeys(_strings(ids, "ids"))]
+        ids = [*dict.fromkeys(strings(ids, "ids"))]
         with self._changing:
             self._require(ids)
             if ids:
@@ -113,7 +92,7 @@ class KnowledgeStore(abc.ABC):
         Raises:
           DataError: an id that is not there.
         """
-        ids = _strings(ids, "ids")
+        ids = strings(ids, "ids")
         with self._lock:
             self._require(ids)
             return self._get(ids)
@@ -132,7 +111,7 @@ class KnowledgeStore(abc.ABC):
         """
         if k < 1:
             raise ConfigError(f"k must be at least 1, got {k}")
-        questions = _strings(questions, "questions")
+        questions = strings(questions, "questions")
         vectors = self._fitting(questions, vectors, "question")
         found: list[list[Found]] = [[] for _ in questions]
         undecided, most = [*range(len(questions))], k + 1
@@ -179,60 +158,7 @@ class KnowledgeStore(abc.ABC):
     def passages(self) -> Iterable[Passage]:
         """All passages, in no particular order."""
 
-    # --- on disk ------------------------------------------------------------------------------
-
-    def save(self, path: str | pathlib.Path) -> None:
-        """One folder, replaced whole: whoever opens it meanwhile gets the old store or the new one.
-
-        What is there stays until the new is whole. One process at a time may save into a folder.
-        """
-        folder = pathlib.Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        with self._changing:
-            former = [p for p in folder.iterdir() if DATA.fullmatch(p.name) and p.is_dir()]
-            number = 1 + max((int(DATA.fullmatch(p.name)[1]) for p in former), default=0)
-            data = folder / f"store-data-{number}"
-            data.mkdir()
-            try:
-                self._save(data)
-            except BaseException:
-                shutil.rmtree(data, ignore_errors=True)
-                raise
-            settings = {
-                "format": FORMAT,
-                "kind": self.kind,
-                "settings": self._settings(),
-                "data": data.name,
-            }
-            beside = folder / (SETTINGS + ".tmp")
-            beside.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-            beside.replace(folder / SETTINGS)
-            for gone in former:
-                shutil.rmtree(gone, ignore_errors=True)
-
-    @classmethod
-    def lies_elsewhere(cls, settings: dict[str, Any]) -> bool:
-        """Whether a saved folder only tells where the passages are: on a server, in another folder."""
-        return False
-
-    @classmethod
-    def place(cls, settings: dict[str, Any]) -> str:
-        """Where that is, for people."""
-        return str(settings)
-
     # --- of each kind --------------------------------------------------------------------------
-
-    @abc.abstractmethod
-    def _settings(self) -> dict[str, Any]:
-        """What `_load` needs to know, as JSON."""
-
-    @abc.abstractmethod
-    def _save(self, folder: pathlib.Path) -> None: ...
-
-    @classmethod
-    @abc.abstractmethod
-    def _load(cls, folder: pathlib.Path, settings: dict[str, Any], memory_map: bool) -> Self:
-        """What `_save` left in the folder."""
 
     @abc.abstractmethod
     def _known(self, ids: Sequence[str]) -> set[str]:
@@ -300,10 +226,8 @@ class KnowledgeStore(abc.ABC):
         for value in dataclasses.astuple(passage):
             if not isinstance(value, str):
                 return f"has {value!r} for a text"
-            try:
-                value.encode()
-            except UnicodeEncodeError as error:
-                return f"holds half a character ({error.reason}): decode its text as what it is"
+            if fault := half_character(value):
+                return fault
         return ""
 
     def _require_writable(self) -> None:
@@ -316,10 +240,3 @@ class KnowledgeStore(abc.ABC):
         missing = {*ids} - self._known(ids)
         if missing:
             raise DataError(f"passage id {min(missing)!r} is not in the store")
-
-
-def _strings(values: Iterable[str], what: str) -> list[str]:
-    """A list of them; one string alone would be taken for its letters."""
-    if isinstance(values, str):
-        raise ConfigError(f"{what} must be a list of strings, got the string {values!r}")
-    return [*values]

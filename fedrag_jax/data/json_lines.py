@@ -1,0 +1,68 @@
+"""Files of JSON lines, plain or gzipped, read with the place of whatever is wrong in them."""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from fedrag_jax.errors import DataError
+
+
+def jsonl_file(stem: str) -> Path | None:
+    """STEM.jsonl, or STEM.jsonl.gz, or None where there is neither."""
+    return next((p for p in (Path(f"{stem}.jsonl"), Path(f"{stem}.jsonl.gz")) if p.is_file()), None)
+
+
+def json_rows(path: Path) -> Iterator[tuple[dict, str]]:
+    """Yields (object, "file:line") for each line that is not blank.
+
+    Raises:
+      DataError: a file that cannot be read, a line that is no JSON object, with the place.
+    """
+    line = 0
+    try:
+        opener = gzip.open if path.suffix == ".gz" else open
+        with opener(path, "rb") as file:
+            for line, raw in enumerate(file, start=1):
+                text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
+                if not text.strip():
+                    continue
+                where = f"{path}:{line}"
+                try:
+                    row = json.loads(text)
+                except json.JSONDecodeError as error:
+                    raise DataError(f"{where}: not JSON ({error.msg}): {text[:60]!r}") from error
+                if not isinstance(row, dict):
+                    raise DataError(f"{where}: not a JSON object: {text[:60]!r}")
+                yield row, where
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}:{line}: not UTF-8 ({error.reason}): {raw[:60]!r}") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read after line {line}: {error}") from error
+
+
+def string_of(row: dict, field: str, where: str, default: str | None = None) -> str:
+    """A string field; without a default it must be there and not blank."""
+    value = field_of(row, field, where, default)
+    if not isinstance(value, str) or (default is None and not value.strip()):
+        raise DataError(f"{where}: {field!r} must be a non-empty string, got {value!r}")
+    return value
+
+
+def strings_of(row: dict, field: str, where: str, default: list | None = None) -> tuple[str, ...]:
+    """A field with a list of strings; without a default it must be there."""
+    value = field_of(row, field, where, default)
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise DataError(f"{where}: {field!r} must be a list of strings, got {value!r}")
+    return tuple(value)
+
+
+def field_of(row: dict, field: str, where: str, default):
+    """Any field; without a default it must be there."""
+    value = row.get(field)
+    if value is not None:
+        return value
+    if default is None:
+        raise DataError(f"{where}: missing field {field!r}; found {', '.join(row) or 'none'}")
+    return default

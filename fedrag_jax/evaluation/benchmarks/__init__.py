@@ -1,0 +1,1 @@
+"""Public benchmarks, asked of one system: read, put, scored, kept."""

@@ -1,0 +1,148 @@
+"""How questions are put to a system: their words, the examples before them, and the room they have."""
+
+import bisect
+import dataclasses
+import re
+import string
+from collections.abc import Sequence
+
+from fedrag_jax.data.answers import normalize_answer
+from fedrag_jax.data.batching import Prompts
+from fedrag_jax.data.prompts import INSTRUCT, PromptStyle, plain
+from fedrag_jax.data.seeds import stream
+from fedrag_jax.errors import ConfigError
+from fedrag_jax.evaluation.benchmarks.hub_rows import Question
+from fedrag_jax.evaluation.metrics import abstained
+from fedrag_jax.rag import RAGSystem
+
+UNANSWERABLE = "unanswerable"  # what an example shows that has no answer
+_HEADING = re.compile(r"(?:^|(?<=\n))#+ [^\n]*\n\Z")
+
+
+def words(question: Question, kind: str, by: str) -> str:
+    """What a generator is asked: with the choices where one is to be named, and without them where each
+    is scored as the continuation."""
+    if by != "generation" or kind == "open":
+        return question.question
+    if kind == "labels":
+        *some, last = question.choices
+        return f"{question.question}\nAnswer {', '.join(some)} or {last}."
+    listed = [
+        f"{letter}. {c}" for letter, c in zip(_letters(question), question.choices, strict=True)
+    ]
+    return "\n".join([question.question, *listed, "Answer with the letter alone."])
+
+
+def right(question: Question, kind: str, by: str) -> str:
+    """What is to be written."""
+    if kind == "open":
+        return question.answers[0] if question.answers else UNANSWERABLE
+    by_letter = kind == "choices" and by == "generation"
+    return (_letters(question) if by_letter else question.choices)[question.label]
+
+
+def parsed(answer: str, question: Question, kind: str) -> int | None:
+    """The choice that an answer names, read strictly; None for none.
+
+    A letter stands alone, be it in brackets or before a full stop, or before the very words of its
+    choice. A label is the answer's first word.
+    """
+    if kind == "labels":
+        first = normalize_answer(answer).partition(" ")[0]
+        if first not in question.choices or abstained([answer]).any():  # "no answer" is not "no"
+            return None
+        return question.choices.index(first)
+    letters = "".join(_letters(question))
+    found = re.fullmatch(rf"\(?([{letters}])\)?[.:]?(?:\s+(.*))?", answer.strip(), re.DOTALL)
+    if found is None:
+        return None
+    named = letters.index(found[1])
+    said = normalize_answer(found[2] or "")
+    return named if said in ("", normalize_answer(question.choices[named])) else None
+
+
+def _letters(question: Question) -> str:
+    return string.ascii_uppercase[: len(question.choices)]
+
+
+# --- examples --------------------------------------------------------------------------------------
+
+
+def set_aside(asked: Sequence[Question], shots: int) -> tuple[list[Question], list[Question]]:
+    """Examples for a set that has one split only, and the rest, which is asked: a hundredth is set
+    aside, or as many as are shown if they are more; the same for all seeds."""
+    order = sorted(asked, key=lambda q: stream(0, f"set aside {q.id}").random())
+    n = max(shots, len(asked) // 100)
+    shown = {q.id for q in order[:n]}
+    return order[:n], [q for q in asked if q.id not in shown]
+
+
+def examples_for(
+    question: Question, shown: Sequence[Question], shots: int, seed: int
+) -> tuple[Question, ...]:
+    """So many examples of the question's group, drawn by the seed; none asks what the question asks.
+
+    Raises:
+      ConfigError: the group has too few.
+    """
+    if not shots:
+        return ()
+    asked = normalize_answer(question.question)
+    same = [q for q in shown if q.group == question.group]
+    drawn = (same[i] for i in stream(seed, f"shots {question.group}").permutation(len(same)))
+    others = [q for q in drawn if q.id != question.id and normalize_answer(q.question) != asked]
+    if len(others) < shots:
+        group = f" of {question.group!r}" if question.group else ""
+        raise ConfigError(
+            f"shots must be at most {len(others)}, the examples{group} for question {question.id!r}; "
+            f"got {shots}"
+        )
+    return tuple(others[:shots])
+
+
+def after_examples(
+    system: RAGSystem, examples: Sequence[Question], kind: str, by: str
+) -> RAGSystem:
+    """The system with examples, which have no passages, before the passages that it reads."""
+    if not examples:
+        return system
+    prompts = system.prompts
+    shown = [(words(q, kind, by), right(q, kind, by)) for q in examples]
+    style = _showing(prompts.style, prompts.tokenizer, shown)
+    # Passages come as they are, not as rows: no corpus has to be tokenised once more.
+    longest = prompts.max_passage_tokens, prompts.max_answer_tokens
+    return dataclasses.replace(system, prompts=Prompts(prompts.tokenizer, style, (), (), *longest))
+
+
+def _showing(style: PromptStyle, tokenizer, shown: Sequence[tuple[str, str]]) -> PromptStyle:
+    """The style with examples at the end of its opening, but before the heading of the passages."""
+    if style.final:
+        raise ConfigError(
+            "examples have no reasoning or citations, which the prompt style asks for: use shots=0, or "
+            "a style without them"
+        )
+    # In a chat, examples are part of the user's turn, and a question's own form would end that.
+    form = INSTRUCT if style.end else style
+    template = form.question + form.answer + "\n" * (1 + form.question.endswith("\n"))
+    texts = [
+        template.format(question=plain(tokenizer, q), answer=plain(tokenizer, a)) for q, a in shown
+    ]
+    heading = _HEADING.search(style.opening)
+    place = heading.start() if heading else len(style.opening)
+    opening = style.opening[:place] + "".join(texts) + style.opening[place:]
+    return style._replace(opening=opening)
+
+
+# --- room ------------------------------------------------------------------------------------------
+
+
+def fitted(prompts: Prompts, text: str, room: int) -> str:
+    """The question, or as many of its last words as `room` tokens hold."""
+    if len(prompts.question_tokens(text)) <= room:
+        return text
+    parts = text.split(" ")
+    fits = bisect.bisect_left(
+        range(len(parts)), True,
+        key=lambda i: len(prompts.question_tokens(" ".join(parts[i:]))) <= room,
+    )  # fmt: skip
+    return " ".join(parts[fits:])

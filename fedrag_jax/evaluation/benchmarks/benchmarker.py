@@ -1,0 +1,218 @@
+"""One system, asked the questions of public sets: `Benchmarker(system, folder).run("mmlu")`."""
+
+import hashlib
+import os
+import pathlib
+import tempfile
+import time
+from collections.abc import Collection, Sequence
+
+from tqdm import tqdm
+
+from fedrag_jax.data.examples import embedding_text
+from fedrag_jax.errors import ConfigError
+from fedrag_jax.evaluation.benchmarks import asking, reading, sets
+from fedrag_jax.evaluation.benchmarks.answering import Run
+from fedrag_jax.evaluation.benchmarks.hub_rows import Question
+from fedrag_jax.evaluation.benchmarks.identity import corpus_of, identity
+from fedrag_jax.evaluation.benchmarks.record import Record
+from fedrag_jax.evaluation.benchmarks.report import BenchmarkResult, summed
+from fedrag_jax.rag import RAGSystem
+from fedrag_jax.retrieval.embedding import embed_corpus
+from fedrag_jax.retrieval.retriever import headed
+from fedrag_jax.retrieval.stores.faiss_kinds import FaissKnowledge
+
+CORPORA = ("own", "benchmark", "gold", "none")
+
+
+class Benchmarker:
+    """Asks a system the questions of sets, and keeps what came of them.
+
+    Args:
+      folder: where results are kept, and where a run that was stopped goes on, each in a folder of its
+        own inside. None keeps nothing.
+      batch_size: questions between two writes; what is answered does not depend on it.
+      seed: of the sample of questions and of the examples shown.
+      progress: shows questions and time left on stderr.
+    """
+
+    def __init__(
+        self,
+        system: RAGSystem,
+        folder: str | os.PathLike | None = None,
+        *,
+        batch_size: int = 32,
+        seed: int = 0,
+        progress: bool = True,
+    ):
+        if batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
+        if seed < 0:
+            raise ConfigError(f"seed must be at least 0, got {seed}")
+        self.system, self.folder = system, None if folder is None else pathlib.Path(folder)
+        self.batch_size, self.seed, self.progress = batch_size, seed, progress
+
+    def run(
+        self,
+        name: str | sets.BenchmarkSet,
+        *,
+        split: str = "",
+        source: str | os.PathLike | None = None,
+        limit: int | None = None,
+        shots: int = 0,
+        by: str = "",
+        corpus: str = "own",
+        exclude: Collection[str] = (),
+        mode: str = "concatenated",
+        beams: int | None = None,
+        max_new_tokens: int | None = None,
+    ) -> BenchmarkResult:
+        """Scores of a set, greedy and reproducible; what is in the folder already is not asked again.
+
+        A row of the result has the question's `id`, the `prediction` (a text, or the place of a choice
+        from 0), the `gold`, its `scores`, the ids of the passages `read`, whether the prompt was `cut`
+        and the `seconds` it took; by likelihood also `log_probs` and `tokens` of each choice. In a set
+        with one split alone (PopQA), a hundredth of the questions is set aside for examples, if there
+        are any, and not asked.
+
+        Systems tuned on local sets of `data.datasets` may have seen a set's questions under another
+        split, as those of HotpotQA: `exclude` them.
+
+        Args:
+          name: one of `sets.SETS`, or a set of your own.
+          split: "" for the set's own, which has labels.
+          source: "hub", "local" or a folder; None for "local" where that has the set (`reading.read`).
+          limit: a random sample of so many. A larger one of the same seed goes on from a smaller one.
+          shots: examples before each question, without passages.
+          by: "generation" writes the answer (the letter of a choice, a label); "likelihood" takes the
+            choice whose text has the highest log p, in all and by token; "" is the set's usual way.
+          corpus: what is read: top-k of the system's "own" passages or store, top-k of all passages of
+            the "benchmark" split, the question's "gold" passages, or "none" (closed book).
+          exclude: ids of questions that are left out.
+          mode, beams, max_new_tokens: as in `RAGSystem.read`, of what is written.
+
+        Raises:
+          ConfigError: a value out of its range, or a folder that holds another run.
+          DataError: a set that cannot be read.
+        """
+        known = sets.named(name)
+        by = by or sets.KINDS[known.kind][0]
+        self._check(known, by, corpus, limit, shots, mode, beams)
+        material = reading.read(known, split, source, shown=shots > 0)
+        asked, shown = material.asked, material.shown
+        if shots and not known.shown:
+            shown, asked = asking.set_aside(asked, shots)
+        left_out = {*exclude}
+        asked = sets.in_order([q for q in asked if q.id not in left_out], self.seed)
+        if not asked:
+            raise ConfigError(f"{known.name}: exclude leaves no question to ask")
+        system = self._placed(material, corpus)
+        searches = corpus in ("own", "benchmark")
+        searched = corpus_of(system) if searches else None
+        settings = {
+            "split": split or known.split,
+            "by": by,
+            "shots": shots,
+            "corpus": corpus,
+            "seed": self.seed,
+            "mode": mode,
+            "beams": beams,
+            "max_new_tokens": max_new_tokens or system.prompts.max_answer_tokens,
+            "excluded": _hash(sorted(left_out)) if left_out else "",
+        }
+        origin = {
+            "source": material.origin,
+            "questions": len(material.asked),
+            "content": material.content,
+        }
+        identified = identity(system, searches, searched)
+        stem = f"{known.name}-{settings['split']}-{by}-{shots}shot-{corpus}"
+        with tempfile.TemporaryDirectory() as nowhere:
+            folder = (self.folder or pathlib.Path(nowhere)) / stem
+            # Where a set lies may change; what is in it may not.
+            header = {"settings": settings, "content": material.content, "system": identified}
+            record = Record(folder / "rows.jsonl", header)
+            ids = None if searched is None else {p.id for p in searched}
+            run = Run(known, settings, system, material, ids, shown)
+            self._ask(run, asked[:limit], record)
+            rows = [record.rows[q.id] for q in asked[:limit]]
+            written = [len(row["prediction"].split()) for row in rows if known.kind == "open"]
+            result = BenchmarkResult(
+                name=known.name,
+                first=known.first,
+                settings=settings | {"limit": limit},
+                origin=origin,
+                system=identified,
+                metrics=summed(rows),
+                answer_words=sum(written) / len(written) if written else None,
+                share_cut=sum(row["cut"] for row in rows) / len(rows),
+                seconds=sum(row["seconds"] for row in rows),
+                rows=rows,
+            )
+            result.write(folder / "result.json")
+        return result
+
+    def _check(self, known, by, corpus, limit, shots, mode, beams) -> None:
+        ways = sets.KINDS[known.kind]
+        faults = {
+            f"by must be one of {[*ways]} for {known.name}, got {by!r}": by not in ways,
+            f"corpus must be one of {[*CORPORA]}, got {corpus!r}": corpus not in CORPORA,
+            f"limit must be at least 1, got {limit}": limit is not None and limit < 1,
+            f"shots must be at least 0, got {shots}": shots < 0,
+            f"{known.name} asks for a ranking: shots must be 0, corpus 'own' or 'benchmark'": (
+                by == "retrieval" and (shots or corpus not in CORPORA[:2])
+            ),
+            f"by {by!r} reads all passages together: mode and beams cannot be chosen": (
+                by != "generation" and (mode, beams) != ("concatenated", None)
+            ),
+            "likelihood is of answers alone, and the prompt style begins with reasoning or citation: "
+            "use by='generation', or another style": (
+                by == "likelihood" and bool(self.system.prompts.style.final)
+            ),
+        }
+        for fault, found in faults.items():
+            if found:
+                raise ConfigError(fault)
+
+    def _placed(self, material: reading.Material, corpus: str) -> RAGSystem:
+        """The system over what it is to answer from."""
+        if corpus in ("benchmark", "gold") and not material.passages:
+            raise ConfigError(
+                f"{material.origin} has no passages: use corpus='own', or 'none' for closed book"
+            )
+        if corpus != "benchmark":
+            return self.system
+        retriever = self.system.retriever
+        vectors = embed_corpus(
+            retriever.encoder,
+            retriever.document,
+            retriever.tokenizer,
+            [embedding_text(p) for p in material.passages],
+            max_length=retriever.encoder.config.max_length,
+            progress=self.progress,
+        )
+        vectors = headed(vectors, retriever.head)
+        store = FaissKnowledge(vectors.shape[1])
+        store.add(material.passages, vectors)
+        return self.system.over(store)
+
+    def _ask(self, run: Run, asked: Sequence[Question], record: Record) -> None:
+        missing = [q for q in asked if q.id not in record.rows]
+        # Questions that share their examples are asked together.
+        missing.sort(key=lambda q: q.group)
+        bar = tqdm(
+            total=len(asked), initial=len(asked) - len(missing), desc=run.known.name,
+            unit=" questions", disable=not self.progress,
+        )  # fmt: skip
+        with bar:
+            for start in range(0, len(missing), self.batch_size):
+                some = missing[start : start + self.batch_size]
+                began = time.perf_counter()
+                rows = run.rows(some, self.seed)
+                each = (time.perf_counter() - began) / len(some)
+                record.add([row | {"seconds": round(each, 6)} for row in rows])
+                bar.update(len(some))
+
+
+def _hash(ids: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]

@@ -1,0 +1,31 @@
+"""Which choice a generator finds likeliest: log p of each after the prompt, scored and not written."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fedrag_jax import inference
+from fedrag_jax.data.batching import Prompts
+from fedrag_jax.data.prompts import plain
+from fedrag_jax.models.writing import Writer
+
+
+def choice_tokens(prompts: Prompts, choice: str) -> np.ndarray:
+    """The tokens of a choice as it follows a prompt, int [A]; without EOS, which is none of it."""
+    text = prompts.style.answer.format(answer=plain(prompts.tokenizer, choice))
+    return np.array(prompts.tokenizer([text], add_special_tokens=False)["input_ids"][0], np.int32)
+
+
+def log_likelihoods(
+    writer: Writer, asked: Sequence[np.ndarray], choices: Sequence[Sequence[np.ndarray]]
+) -> list[np.ndarray]:
+    """log p(choice | prompt) float64 [Q][C], the sum over a choice's tokens.
+
+    Args:
+      asked: int [T], the prompt of each question.
+      choices: int [Q][C][A], of `choice_tokens`.
+    """
+    pairs = [(prompt, c) for prompt, some in zip(asked, choices, strict=True) for c in some]
+    scored = inference.sequence_log_probs(writer, [[p] for p, _ in pairs], [c for _, c in pairs])
+    found = iter(np.concatenate(scored)) if scored else iter(())
+    return [np.array([next(found) for _ in some]) for some in choices]

@@ -1,0 +1,258 @@
+"""Questions and passages of a set: from the hub, from a copy of it, or from local JSON lines."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fedrag_jax.data.datasets import load_passages
+from fedrag_jax.data.examples import Passage
+from fedrag_jax.data.json_lines import field_of, json_rows, jsonl_file, string_of, strings_of
+from fedrag_jax.errors import ConfigError, DataError
+from fedrag_jax.evaluation.benchmarks.hub_rows import Question, beir_document
+from fedrag_jax.evaluation.benchmarks.sets import BenchmarkSet
+
+
+class Material(NamedTuple):
+    """What a run needs of a set.
+
+    Attributes:
+      asked: all questions of the split.
+      shown: those that may be shown as examples, of another split.
+      passages: all that come with the split's questions, each once; none where there are none.
+      origin: where it was read: a file, a folder, or the name on the hub.
+    """
+
+    asked: list[Question]
+    shown: list[Question]
+    passages: list[Passage]
+    origin: str
+
+    @property
+    def content(self) -> str:
+        """16 hex characters of the sha256 of every question and passage, in order."""
+        digest = hashlib.sha256()
+        for records in (self.asked, self.shown, self.passages):
+            digest.update(b"\n")
+            for record in records:
+                digest.update(json.dumps(dataclasses.astuple(record)).encode())
+        return digest.hexdigest()[:16]
+
+
+def read(
+    known: BenchmarkSet,
+    split: str = "",
+    source: str | os.PathLike | None = None,
+    shown: bool = False,
+) -> Material:
+    """A split of a set, every question with what is right.
+
+    Local files are `NAME.questions.jsonl` or `NAME.jsonl`, with `NAME.passages.jsonl` if there are
+    passages, plain or gzipped, in the schema of `data.datasets`; questions of the kind "choices" have
+    `choices` and `answer`, the place of the right one from 0.
+
+    Args:
+      split: as the hub calls it; "" for the set's own.
+      source: "hub"; "local" for the folder in the environment variable FEDRAG_DATA; another folder, of
+        local files or of copies of the hub's repositories (`FOLDER/OWNER/NAME`). None for "local" where
+        that has the set, and else the hub.
+      shown: whether examples are wanted, too.
+
+    Raises:
+      ConfigError: the package `datasets` is needed and missing, or examples of a set without.
+      DataError: nothing there, a split without labels, a row that is not as the set has them.
+    """
+    split = split or known.split
+    if shown and known.shown == split:
+        raise ConfigError(
+            f"{known.name}: examples in the prompt come from split {split!r}, so ask another or shots=0"
+        )
+    if local := _local(known, source):
+        where = _LocalFiles(known, local)
+    else:
+        copy = None if source in (None, "hub") else Path(source) / known.repo
+        where = _Hub(known, str(copy or known.repo), {})
+    asked, passages = where.questions(split), where.passages(split)
+    examples = where.questions(known.shown) if shown and known.shown else []
+    for kind, ids in (("question", asked), ("passage", passages)):
+        twice = next((i for i, n in Counter(one.id for one in ids).items() if n > 1), None)
+        if twice is not None:
+            raise DataError(f"{where.origin}: {kind} id {twice!r} occurs twice; ids must be unique")
+    if not asked:
+        raise DataError(f"{where.origin}: no question in split {split!r}")
+    for question in [*asked, *examples]:
+        if fault := _unlabelled(known, question):
+            raise DataError(
+                f"{where.origin}: question {question.id!r} has no {fault}: its split is without "
+                f"labels; ask split {known.split!r}"
+            )
+    return Material(asked, examples, passages, where.origin)
+
+
+def _unlabelled(known: BenchmarkSet, question: Question) -> str:
+    """What is missing to score a question; "" for nothing."""
+    if known.kind == "open":
+        return "" if question.answers or known.rule == "squad_v2" else "answer"
+    if known.kind == "retrieval":
+        return "" if question.golds else "relevant passage"
+    return "" if question.label is not None else "right choice"
+
+
+def _local(known: BenchmarkSet, source) -> Path | None:
+    """The local questions file of a set; None for the hub or a copy of it."""
+    if source == "hub":
+        return None
+    shared = Path(os.environ.get("FEDRAG_DATA", "../shared/data"))
+    folder = shared if source in (None, "local") else Path(source)
+    stems = [folder / f"{known.name}.questions", folder / known.name]
+    found = next(filter(None, map(jsonl_file, map(str, stems))), None)
+    if found or source is None or (source != "local" and (folder / known.repo).is_dir()):
+        return found
+    raise DataError(
+        f"no set {known.name!r} in {folder}: looked for {known.name}.questions.jsonl[.gz], "
+        f"{known.name}.jsonl[.gz] and a copy of the hub's {known.repo}/; set FEDRAG_DATA to the folder "
+        "of the local sets, give another as source, or take source='hub'"
+    )
+
+
+# --- local files -----------------------------------------------------------------------------------
+
+
+class _LocalFiles(NamedTuple):
+    known: BenchmarkSet
+    path: Path
+
+    @property
+    def origin(self) -> str:
+        return str(self.path)
+
+    def questions(self, split: str) -> list[Question]:
+        known, found, seen = self.known, [], set()
+        for row, where in json_rows(self.path):
+            question, label = self._question(row, where), string_of(row, "split", where, "")
+            if not label:
+                label = known.split if known.side is None or known.only else known.side(question)
+            seen.add(known.known_as.get(label, label))
+            if known.known_as.get(label, label) == split:
+                found.append(question)
+        if not found:
+            raise DataError(f"{self.path}: no question in split {split!r}, only in {sorted(seen)}")
+        return found
+
+    def passages(self, split: str) -> list[Passage]:
+        stem = self.path.name.split(".questions.")[0].split(".jsonl")[0]
+        path = jsonl_file(str(self.path.with_name(f"{stem}.passages")))
+        return load_passages(path) if path else []
+
+    def _question(self, row: Mapping[str, Any], where: str) -> Question:
+        known = self.known
+        answers, choices, label = (), (), None
+        if known.kind == "choices":
+            choices, label = strings_of(row, "choices", where), field_of(row, "answer", where, None)
+            if not isinstance(label, int) or not 0 <= label < len(choices):
+                raise DataError(
+                    f"{where}: 'answer' must be the place of one of {len(choices)} choices, from 0, "
+                    f"got {label!r}"
+                )
+        elif known.kind == "labels":
+            choices, told = known.labels, strings_of(row, "answers", where)
+            if len(told) != 1 or told[0] not in choices:
+                raise DataError(f"{where}: 'answers' must be one of {[*choices]}, got {[*told]}")
+            label = choices.index(told[0])
+        elif known.kind == "open":
+            answers = strings_of(row, "answers", where)
+        golds = known.golds if known.golds in row else "positive_ids"
+        return Question(
+            string_of(row, "id", where),
+            string_of(row, "question", where),
+            answers,
+            choices,
+            label,
+            strings_of(row, golds, where, default=[]),
+            string_of(row, known.group, where) if known.group else "",
+        )
+
+
+# --- the hub, or a copy of it ----------------------------------------------------------------------
+
+
+class _Hub(NamedTuple):
+    """A repository as the package `datasets` reads it: the same for its name and for a folder."""
+
+    known: BenchmarkSet
+    repo: str
+    read: dict[str, list[tuple[Question, list[Passage]]]]
+
+    @property
+    def origin(self) -> str:
+        return self.repo + (f", {self.known.config}" if self.known.config else "")
+
+    def questions(self, split: str) -> list[Question]:
+        return [question for question, _ in self._rows(split)]
+
+    def passages(self, split: str) -> list[Passage]:
+        if self.known.kind == "retrieval":
+            return [*self._converted("corpus", "corpus", lambda row, place: beir_document(row))]
+        each = {p.id: p for _, some in self._rows(split) for p in some}
+        return list(each.values())
+
+    def _rows(self, split: str) -> list[tuple[Question, list[Passage]]]:
+        if split not in self.read:
+            self.read[split] = (
+                self._relevant(split) if self.known.kind == "retrieval" else self._of(split)
+            )
+        return self.read[split]
+
+    def _of(self, split: str) -> list[tuple[Question, list[Passage]]]:
+        known = self.known
+        rows = self._converted(known.config, known.only or split, known.convert)
+        return [r for r in rows if known.side is None or known.side(r[0]) == split]
+
+    def _relevant(self, split: str) -> list[tuple[Question, list[Passage]]]:
+        """BEIR: queries of all splits in one table, and who is relevant to those of this split."""
+        golds: dict[str, list[str]] = {}
+        pairs = self._converted(
+            "default", split,
+            lambda row, place: (str(row["query-id"]), str(row["corpus-id"]), float(row["score"])),
+        )  # fmt: skip
+        for query, document, grade in pairs:
+            if grade > 0:
+                golds.setdefault(query, []).append(document)
+        rows = self._converted("queries", "queries", self.known.convert)
+        return [
+            (dataclasses.replace(q, golds=tuple(golds[q.id])), p) for q, p in rows if q.id in golds
+        ]
+
+    def _converted(self, config: str | None, split: str, convert) -> Iterator:
+        for i, row in enumerate(self._table(config, split)):
+            try:
+                yield convert(row, f"{split}-{i}")
+            except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+                raise DataError(
+                    f"{self.repo}, split {split!r}, row {i}: not as {self.known.name} has them "
+                    f"({type(error).__name__}: {error}); its columns are {', '.join(row)}"
+                ) from error
+
+    def _table(self, config: str | None, split: str) -> Iterable[Mapping[str, Any]]:
+        try:
+            import datasets
+        except ImportError as error:
+            raise ConfigError(
+                "reading benchmarks from the hub needs datasets: pip install 'fedrag-jax[benchmarks]'"
+            ) from error
+        try:
+            # A folder of files alone, without the hub's README, has no configurations by name.
+            bare = os.path.isdir(self.repo) and datasets.get_dataset_config_names(self.repo) == [
+                "default"
+            ]
+            return datasets.load_dataset(self.repo, None if bare else config, split=split)
+        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+            raise DataError(
+                f"{self.known.name}: split {split!r} of {self.repo} cannot be read "
+                f"({type(error).__name__}: {str(error).strip()}). Without a network give a folder as "
+                "source, or set FEDRAG_DATA to one with local files"
+            ) from error

@@ -1,0 +1,135 @@
+"""The result of a benchmark: means with their intervals, as JSON and in a table."""
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from tabulate import tabulate
+
+from fedrag_jax.errors import ConfigError
+from fedrag_jax.evaluation.metrics import percent
+from fedrag_jax.evaluation.significance import bootstrap_interval
+
+FORMS = {"markdown": "pipe", "text": "simple", "latex": "latex_booktabs"}
+
+
+class Mean(NamedTuple):
+    """Of a score, in percent, between the ends of its 95% bootstrap interval over questions.
+
+    Attributes:
+      n: questions that it applies to; without any, the others are None.
+    """
+
+    mean: float | None
+    low: float | None
+    high: float | None
+    n: int
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkResult:
+    """What a system made of a set.
+
+    Attributes:
+      first: the metric that the set's paper reports.
+      settings: all that was asked for, by the names of `Benchmarker.run`.
+      origin: `source`, `split`, `questions` in it, and the sha256 of its `content`.
+      system: hashes of the system's parts.
+      metrics: by name.
+      rows: a question each: `id`, `prediction`, `gold`, `scores` and more, see `Benchmarker.run`.
+      answer_words: the mean length of written answers, without which "substring" says little; None
+        where nothing open was written.
+      share_cut: of the prompts, those that did not fit and lost passages, examples or words.
+      seconds: spent on the questions, in all sessions together, compilation included.
+    """
+
+    name: str
+    first: str
+    settings: dict[str, Any]
+    origin: dict[str, Any]
+    system: dict[str, str]
+    metrics: dict[str, Mean]
+    answer_words: float | None
+    share_cut: float
+    seconds: float
+    rows: list[dict[str, Any]] = dataclasses.field(repr=False)
+
+    @property
+    def n(self) -> int:
+        """Questions asked."""
+        return len(self.rows)
+
+    def summary(self) -> dict[str, Any]:
+        """Everything but the rows, for JSON."""
+        fields = {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "rows"
+        }
+        fields["metrics"] = {name: mean._asdict() for name, mean in self.metrics.items()}
+        return fields | {"n": self.n}
+
+    def write(self, path: pathlib.Path) -> None:
+        """The summary as JSON, whole or not at all."""
+        text = json.dumps(self.summary(), indent=2, allow_nan=False, ensure_ascii=False)
+        beside = path.with_suffix(".tmp")
+        beside.write_text(text + "\n", encoding="utf-8")
+        beside.replace(path)
+
+
+def summed(rows: Sequence[Mapping[str, Any]]) -> dict[str, Mean]:
+    """Means of the rows' `scores`, each over the questions that have it; None is none."""
+    names = dict.fromkeys(name for row in rows for name in row["scores"])
+    return {name: _mean([row["scores"].get(name) for row in rows]) for name in names}
+
+
+def _mean(scores: Sequence[float | None]) -> Mean:
+    known = np.array([s for s in scores if s is not None and not math.isnan(s)], np.float64)
+    if not known.size:
+        return Mean(None, None, None, 0)
+    low, high = bootstrap_interval(known)
+    return Mean(percent(known), 100 * low, 100 * high, len(known))
+
+
+def table(
+    results: Sequence[BenchmarkResult], form: str = "markdown", metrics: Sequence[str] = ()
+) -> str:
+    """A line for each metric of each result, the set's own first; "–" where no question has it.
+
+    Args:
+      form: one of `FORMS`.
+      metrics: those shown, all unless some are named.
+
+    Raises:
+      ConfigError: another form.
+    """
+    if form not in FORMS:
+        raise ConfigError(f"a table's form must be one of {[*FORMS]}, got {form!r}")
+    lines = []
+    for result in results:
+        how, order = result.settings, sorted(result.metrics, key=lambda name: name != result.first)
+        for name in order:
+            if metrics and name not in metrics:
+                continue
+            mean = result.metrics[name]
+            shown = (
+                "–" if mean.mean is None else f"{mean.mean:.1f} [{mean.low:.1f}, {mean.high:.1f}]"
+            )
+            starred = name + " *" * (name == result.first)
+            lines.append(
+                [
+                    result.name,
+                    how["split"],
+                    how["by"],
+                    how["shots"],
+                    how["corpus"],
+                    starred,
+                    shown,
+                    mean.n,
+                ]
+            )
+    heads = ["set", "split", "by", "shots", "passages", "metric", "% [95%]", "n"]
+    text = tabulate(lines, heads, tablefmt=FORMS[form], disable_numparse=True)
+    return text.replace("–", "--") if form == "latex" else text

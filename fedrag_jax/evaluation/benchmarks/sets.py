@@ -1,0 +1,162 @@
+"""What each public set is: where its questions lie, which have labels, and how they are scored.
+
+| name | hub | asked of | may be shown | kind |
+|---|---|---|---|---|
+| mmlu | cais/mmlu, all | test | dev, of the same subject | choices |
+| hellaswag | Rowan/hellaswag | validation (test has no labels) | train | choices |
+| boolq | google/boolq | validation (there is no test) | train | labels |
+| pubmedqa | qiaojin/PubMedQA, pqa_labeled | the 500 official test ids | the other 500 | labels |
+| nq | google-research-datasets/nq_open | validation (there is no test) | train | open |
+| triviaqa | mandarjoshi/trivia_qa, unfiltered.nocontext | validation (test: no labels) | train | open |
+| popqa | akariasai/PopQA | test (there is nothing else) | set aside, see `Benchmarker.run` | open |
+| hotpotqa | hotpotqa/hotpot_qa, distractor | validation (test has no labels) | train | open |
+| squad, squad_v2 | rajpurkar/squad, rajpurkar/squad_v2 | validation (there is no test) | train | open |
+| scifact | mteb/scifact: BEIR's, without its loading script | test | nothing | retrieval |
+"""
+
+import dataclasses
+import hashlib
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fedrag_jax.data import datasets
+from fedrag_jax.data.examples import Passage
+from fedrag_jax.errors import ConfigError
+from fedrag_jax.evaluation.benchmarks import hub_rows
+from fedrag_jax.evaluation.benchmarks.hub_rows import Question
+from fedrag_jax.evaluation.benchmarks.pubmedqa_ids import TEST_IDS
+
+KINDS = {  # and how they can be answered, the usual way first
+    "open": ("generation",),
+    "choices": ("likelihood", "generation"),
+    "labels": ("generation", "likelihood"),
+    "retrieval": ("retrieval",),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkSet:
+    """One set; a set of your own is one more of these, given to `Benchmarker.run` in place of a name.
+
+    Attributes:
+      repo, config: on the hub.
+      split: what is asked, unless told otherwise: one with labels.
+      shown: the split that examples for the prompt are drawn from; "" where there is none.
+      kind: of `KINDS`. Of "choices" one is right, and by generation its letter is written; "labels" are
+        short choices, the same for all questions, that are written themselves.
+      convert: a row of the hub, by its columns, and the id it gets if it has none, to a question and
+        its passages.
+      labels: of the kind "labels".
+      rule: of `metrics.f1`, for the kind "open".
+      first: the metric that the set's paper reports.
+      also: scores beside those of the kind: "substring", "answerable", "recall_all".
+      side: of a question, its split, where all of the hub lie in `only`, or local files do not say.
+      known_as: names of splits in local files, where they are others.
+      golds: the field of local files with the ids of gold passages.
+      group: the field of local files that tells whose examples may be shown.
+    """
+
+    name: str
+    repo: str
+    split: str
+    shown: str
+    kind: str
+    convert: Callable[[Mapping[str, Any], str], tuple[Question, list[Passage]]]
+    config: str | None = None
+    labels: tuple[str, ...] = ()
+    rule: str = "squad"
+    first: str = "em"
+    also: tuple[str, ...] = ()
+    only: str = ""
+    side: Callable[[Question], str] | None = None
+    known_as: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    golds: str = "positive_ids"
+    group: str = ""
+
+
+def _pubmedqa_side(question: Question) -> str:
+    return "test" if question.id in TEST_IDS else "train"
+
+
+_ALL = (
+    BenchmarkSet(
+        "mmlu", "cais/mmlu", "test", "dev", "choices", hub_rows.mmlu, "all",
+        first="accuracy", known_as={"val": "validation"}, group="subject",
+    ),
+    BenchmarkSet(
+        "hellaswag", "Rowan/hellaswag", "validation", "train", "choices", hub_rows.hellaswag,
+        first="accuracy_per_token",
+    ),
+    BenchmarkSet(
+        "boolq", "google/boolq", "validation", "train", "labels", hub_rows.boolq,
+        labels=hub_rows.YES_NO, first="accuracy",
+    ),
+    BenchmarkSet(
+        "pubmedqa", "qiaojin/PubMedQA", "test", "train", "labels", hub_rows.pubmedqa, "pqa_labeled",
+        labels=hub_rows.YES_NO_MAYBE, first="accuracy", only="train", side=_pubmedqa_side,
+    ),
+    BenchmarkSet(
+        "nq", "google-research-datasets/nq_open", "validation", "train", "open", hub_rows.nq, "nq_open"
+    ),
+    BenchmarkSet(
+        "triviaqa", "mandarjoshi/trivia_qa", "validation", "train", "open", hub_rows.triviaqa,
+        "unfiltered.nocontext",
+    ),
+    # Mallen et al. 2023 (2212.10511) count an answer that has a gold answer somewhere in it as right.
+    BenchmarkSet(
+        "popqa", "akariasai/PopQA", "test", "", "open", hub_rows.popqa,
+        first="substring", also=("substring",),
+    ),
+    BenchmarkSet(
+        "hotpotqa", "hotpotqa/hotpot_qa", "validation", "train", "open", hub_rows.hotpotqa,
+        "distractor", rule="hotpotqa", first="f1", also=("recall_all",),
+        known_as={"dev": "validation"},
+    ),
+    BenchmarkSet(
+        "squad", "rajpurkar/squad", "validation", "train", "open", hub_rows.squad,
+        known_as={"dev": "validation", "train_44articles": "train", "train_sample": "train"},
+    ),
+    BenchmarkSet(
+        "squad_v2", "rajpurkar/squad_v2", "validation", "train", "open", hub_rows.squad,
+        rule="squad_v2", also=("answerable",), known_as={"dev": "validation"},
+    ),
+    # BEIR counts the documents that a claim cites as relevant, also where they settle nothing.
+    BenchmarkSet(
+        "scifact", "mteb/scifact", "test", "", "retrieval", hub_rows.beir_query,
+        first="ndcg_at_10", known_as={"validation": "test"}, golds="cited_ids",
+    ),
+)  # fmt: skip
+SETS = {known.name: known for known in _ALL}
+
+
+def named(name: str | BenchmarkSet) -> BenchmarkSet:
+    """A set by its name.
+
+    Raises:
+      ConfigError: an unknown name.
+    """
+    if isinstance(name, BenchmarkSet):
+        return name
+    if name not in SETS:
+        raise ConfigError(f"benchmark must be one of {[*SETS]}, got {name!r}")
+    return SETS[name]
+
+
+def own(path: pathlib.Path, everything: bool = False) -> BenchmarkSet:
+    """The set of a user's file of questions, NAME.jsonl or NAME.questions.jsonl (.gz).
+
+    Its test questions are those that training leaves alone (`data.datasets.load`).
+
+    Args:
+      everything: whether questions that do not tell their split are all asked.
+    """
+    name = path.name.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".questions")
+    side = None if everything else lambda question: datasets.side(question.id)
+    return BenchmarkSet(name, "", "test", "", "open", hub_rows.nq, side=side)
+
+
+def in_order(questions: list[Question], seed: int) -> list[Question]:
+    """The questions in an order of the seed in which no other question has a say: the first n are a
+    random sample, and the first n + 1 are the same and one more."""
+    return sorted(questions, key=lambda q: hashlib.sha256(f"{seed} {q.id}".encode()).digest())

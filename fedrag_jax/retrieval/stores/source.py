@@ -1,0 +1,128 @@
+"""What is searched for passages and saved as a folder: the least that a system needs to answer."""
+
+import abc
+import json
+import pathlib
+import re
+import shutil
+import threading
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, NamedTuple, Self
+
+import numpy as np
+
+from fedrag_jax.data.examples import Passage
+from fedrag_jax.errors import ConfigError
+
+FORMAT = 1
+SETTINGS = "store.json"
+DATA = re.compile(r"store-data-([1-9]\d{0,8})")  # a folder of ours in the folder of a store
+
+
+class Found(NamedTuple):
+    """A passage, and how well it fits: higher is better; of what kind depends on the store."""
+
+    passage: Passage
+    score: float
+
+
+class PassageSource(abc.ABC):
+    """Passages found by vectors, by words or by somebody else.
+
+    Attributes:
+      kind: its name in a saved folder.
+      dimension: of its vectors; None where it is asked in words alone.
+      cosines: whether scores are inner products of vectors.
+    """
+
+    kind: ClassVar[str]
+    dimension: int | None = None
+    cosines: bool = True
+
+    def __init__(self):
+        # Held by whoever changes or saves it, however long that takes.
+        self._changing = threading.RLock()
+
+    @abc.abstractmethod
+    def search(
+        self, questions: Sequence[str], vectors: np.ndarray | None = None, k: int = 5
+    ) -> list[list[Found]]:
+        """For each question the k passages that fit best, best first; all there are if they are fewer.
+
+        Args:
+          vectors: [Q, D] of the questions, for sources that have a dimension.
+
+        Raises:
+          ConfigError: k below 1.
+        """
+
+    # --- on disk ------------------------------------------------------------------------------
+
+    def save(self, path: str | pathlib.Path) -> None:
+        """One folder, replaced whole: whoever opens it meanwhile gets the old store or the new one.
+
+        What is there stays until the new is whole. One process at a time may save into a folder.
+        """
+        folder = pathlib.Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        with self._changing:
+            former = [p for p in folder.iterdir() if DATA.fullmatch(p.name) and p.is_dir()]
+            number = 1 + max((int(DATA.fullmatch(p.name)[1]) for p in former), default=0)
+            data = folder / f"store-data-{number}"
+            data.mkdir()
+            try:
+                self._save(data)
+            except BaseException:
+                shutil.rmtree(data, ignore_errors=True)
+                raise
+            settings = {
+                "format": FORMAT,
+                "kind": self.kind,
+                "settings": self._settings(),
+                "data": data.name,
+            }
+            beside = folder / (SETTINGS + ".tmp")
+            beside.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+            beside.replace(folder / SETTINGS)
+            for gone in former:
+                shutil.rmtree(gone, ignore_errors=True)
+
+    @classmethod
+    def lies_elsewhere(cls, settings: dict[str, Any]) -> bool:
+        """Whether a saved folder only tells where the passages are: on a server, in another folder."""
+        return False
+
+    @classmethod
+    def place(cls, settings: dict[str, Any]) -> str:
+        """Where that is, for people."""
+        return str(settings)
+
+    # --- of each kind --------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def _settings(self) -> dict[str, Any]:
+        """What `_load` needs to know, as JSON."""
+
+    @abc.abstractmethod
+    def _save(self, folder: pathlib.Path) -> None: ...
+
+    @classmethod
+    @abc.abstractmethod
+    def _load(cls, folder: pathlib.Path, settings: dict[str, Any], memory_map: bool) -> Self:
+        """What `_save` left in the folder."""
+
+
+def strings(values: Iterable[str], what: str) -> list[str]:
+    """A list of them; one string alone would be taken for its letters."""
+    if isinstance(values, str):
+        raise ConfigError(f"{what} must be a list of strings, got the string {values!r}")
+    return [*values]
+
+
+def half_character(text: str) -> str:
+    """What is wrong with a text that no file can hold; "" if nothing is."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"holds half a character ({error.reason}): decode its text as what it is"
+    return ""

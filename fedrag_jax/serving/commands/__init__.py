@@ -1,0 +1,1 @@
+"""The subcommands of `fedrag`: each a parser of its own, and what it runs."""

@@ -1,0 +1,50 @@
+"""What several subcommands ask for, and how they print."""
+
+import argparse
+import json
+import pathlib
+from typing import Any
+
+from fedrag_jax.data.examples import Passage
+
+
+def add_system(parser: argparse.ArgumentParser) -> None:
+    """The folder of a saved system, and whether to follow it elsewhere."""
+    parser.add_argument("system", type=pathlib.Path, help="folder of a saved system")
+    add_elsewhere(parser)
+
+
+def add_elsewhere(parser: argparse.ArgumentParser) -> None:
+    """Whether to follow a folder that tells of a server."""
+    parser.add_argument(
+        "--elsewhere",
+        action="store_true",
+        help="follow a saved system whose passages lie on a server that its folder names, or come from "
+        "a command that it names, which is run: only for folders that you trust",
+    )
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Whether to print for programs."""
+    parser.add_argument("--json", action="store_true", help="print JSON, an object a line")
+
+
+def print_json(told: Any) -> None:
+    """A line of JSON."""
+    print(json.dumps(told, ensure_ascii=False), flush=True)
+
+
+def harmless(text: str) -> str:
+    """A text without what would speak to a terminal: passages are anybody's words."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def printable(text: str, most: int = 0) -> str:
+    """A harmless text on one line, cut at so many characters."""
+    line = harmless(" ".join(text.split()))
+    return line if not most or len(line) <= most else line[: most - 1].rstrip() + "…"
+
+
+def as_dict(passage: Passage, score: float) -> dict[str, Any]:
+    """A source for JSON."""
+    return {"id": passage.id, "title": passage.title, "text": passage.text, "score": score}

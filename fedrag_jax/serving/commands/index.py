@@ -1,0 +1,179 @@
+"""Make a system of a folder of documents, or have it follow their changes.
+
+Reads txt, md, html, pdf and jsonl (objects with a "text" and, if known, "id" and "title"). What is done
+is kept: after a kill, and after changes of the documents, the same command does what is left. Documents
+that are gone from the folder are gone from the system.
+"""
+
+import argparse
+import pathlib
+import sys
+import time
+
+from fedrag_jax.serving.commands.common import add_elsewhere, add_json, print_json
+
+STORES = ("flat", "ivf", "hnsw", "pq", "device", "words", "hybrid", "qdrant", "postgres")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of `fedrag index`."""
+    parser.add_argument("documents", type=pathlib.Path, help="a folder, or one file")
+    parser.add_argument("--to", type=pathlib.Path, required=True, help="folder of the system")
+    parser.add_argument(
+        "--tokens", type=int, help="of a passage, at most (200, or what the retriever reads)"
+    )
+    parser.add_argument(
+        "--overlap", type=int, help="tokens that neighbours share, at most (a fifth)"
+    )
+    parser.add_argument(
+        "--moved", action="store_true", help="the documents of the system lie in another folder now"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    add_json(parser)
+    add_elsewhere(parser)
+    new = parser.add_argument_group("a new system")
+    new.add_argument(
+        "--like", type=pathlib.Path, help="models, adapters and prompts of this saved system"
+    )
+    new.add_argument(
+        "--retriever", help="builtin:encoder (the default), a folder, or a name on the hub"
+    )
+    new.add_argument(
+        "--generator", help="builtin:decoder (the default), a folder, or a name on the hub"
+    )
+    new.add_argument(
+        "--prompt-style",
+        help="compact, instruct, cited, chat, chat_cited, ... (chat where the generator has a "
+        "template, else instruct; compact for built-in ones)",
+    )
+    new.add_argument("--system-prompt", help="what every prompt begins with")
+    new.add_argument("--top-k", type=int, help="passages read for an answer (5)")
+    new.add_argument(
+        "--store",
+        choices=STORES,
+        help="flat, exact (the default); ivf, hnsw and pq, approximate; device, exact on the "
+        "accelerator; words, BM25; hybrid, flat and words; qdrant and postgres, elsewhere",
+    )
+    new.add_argument("--at", help="of qdrant a folder or address, of postgres a connection string")
+    new.add_argument("--collection", help="of qdrant, or table of postgres (fedrag)")
+    new.add_argument("--language", help="whose endings words and hybrid take off, such as english")
+    new.add_argument(
+        "--rerank", help="a cross-encoder that orders what the store finds: folder or hub name"
+    )
+
+
+NEW = ("like", "retriever", "generator", "prompt_style", "system_prompt", "top_k", "store", "at",
+       "collection", "language", "rerank")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Indexes; 3 where some documents could not be read."""
+    from fedrag_jax.errors import ConfigError
+    from fedrag_jax.rag_folder import SETTINGS
+    from fedrag_jax.serving.indexing import index
+
+    given = [f"--{name.replace('_', '-')}" for name in NEW if getattr(args, name) is not None]
+    if given and (args.to / SETTINGS).exists():
+        raise ConfigError(
+            f"{args.to} holds a system already, and {', '.join(given)} are of a new one: leave them "
+            "out, or choose another folder with --to"
+        )
+    if args.like and (set(given) & {"--retriever", "--generator", "--prompt-style"}):
+        raise ConfigError("--like takes models and prompts of a saved system: leave the others out")
+    start = time.perf_counter()
+    found = index(
+        args.documents,
+        args.to,
+        lambda: new_system(args),
+        tokens=args.tokens,
+        overlap=args.overlap,
+        moved=args.moved,
+        elsewhere=args.elsewhere,
+        progress=not args.quiet,
+    )
+    seconds = time.perf_counter() - start
+    for name, reason in found.unreadable.items():
+        print(f"left out: {reason if name in reason else f'{name}: {reason}'}", file=sys.stderr)
+    if args.json:
+        print_json(found._asdict() | {"system": str(args.to), "seconds": round(seconds, 3)})
+    else:
+        changes = (
+            f"{found.added:,} new, {found.changed:,} changed, {found.removed:,} removed"
+            if found.added or found.changed or found.removed
+            else "nothing new"
+        )
+        print(
+            f"{args.to}: {found.passages:,} passages of {found.files:,} documents ({changes}) "
+            f"in {seconds:.1f} s"
+        )
+    return 3 if found.unreadable else 0
+
+
+def new_system(args: argparse.Namespace):
+    """A system over an empty store, as the options say."""
+    from fedrag_jax.models import hub
+    from fedrag_jax.rag import RAGSystem
+
+    if args.like:
+        like = RAGSystem.load(args.like, elsewhere=args.elsewhere)
+        system = like.over(new_store(args, like.retriever.vectors.shape[1]))
+        return system.under(args.system_prompt) if args.system_prompt else system
+    retriever = hub.load(args.retriever or "builtin:encoder")
+    generator = hub.load(args.generator or "builtin:decoder")
+    style = args.prompt_style
+    if style is None and (args.generator or "builtin:decoder").startswith("builtin:"):
+        style = "compact"
+    elif style is None:
+        style = "chat" if generator.tokenizer.chat_template else "instruct"
+    return RAGSystem.build(
+        store=new_store(args, retriever.network.config.hidden_size),
+        generator=generator,
+        retriever=retriever,
+        prompt_style=style,
+        system_prompt=args.system_prompt or "",
+        top_k=args.top_k or 5,
+    )
+
+
+def new_store(args: argparse.Namespace, dimension: int):
+    """An empty store of the kind that the options name."""
+    from fedrag_jax.errors import ConfigError
+
+    kind = args.store or "flat"
+    if (args.at is not None or args.collection is not None) and kind not in ("qdrant", "postgres"):
+        raise ConfigError(
+            f"--at and --collection are of qdrant and postgres, the store is {kind!r}"
+        )
+    if args.language is not None and kind not in ("words", "hybrid"):
+        raise ConfigError(f"--language is of words and hybrid, the store is {kind!r}")
+    if args.at is None and kind in ("qdrant", "postgres"):
+        raise ConfigError(f"--store={kind} needs --at: where it is")
+    store = _bare_store(args, kind, dimension)
+    if args.rerank:
+        from fedrag_jax.models.cross_encoder import CrossEncoder
+        from fedrag_jax.retrieval.stores.reranked import RerankedStore
+
+        return RerankedStore(store, CrossEncoder.load(args.rerank))
+    return store
+
+
+def _bare_store(args: argparse.Namespace, kind: str, dimension: int):
+    from fedrag_jax.retrieval.stores.device import DeviceKnowledge
+    from fedrag_jax.retrieval.stores.faiss_kinds import FaissKnowledge
+    from fedrag_jax.retrieval.stores.fusion import HybridStore
+    from fedrag_jax.retrieval.stores.postgres import PostgresStore
+    from fedrag_jax.retrieval.stores.qdrant import QdrantStore
+    from fedrag_jax.retrieval.stores.words import WordStore
+
+    name, language = args.collection or "fedrag", args.language or ""
+    if kind == "words":
+        return WordStore(language)
+    if kind == "hybrid":
+        return HybridStore([FaissKnowledge(dimension), WordStore(language)])
+    if kind == "device":
+        return DeviceKnowledge(dimension)
+    if kind == "qdrant":
+        return QdrantStore(name, dimension, args.at)
+    if kind == "postgres":
+        return PostgresStore(args.at, name, dimension)
+    return FaissKnowledge(dimension, kind)

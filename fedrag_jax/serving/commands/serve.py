@@ -1,0 +1,44 @@
+"""Offer a system to others: over HTTP like OpenAI, or as an MCP server.
+
+HTTP: POST /v1/chat/completions (whole or streamed), GET /v1/models, GET /health. Where the environment
+has FEDRAG_API_KEY, callers must give it. SIGTERM stops it once requests under way are answered.
+"""
+
+import argparse
+import contextlib
+import sys
+
+from fedrag_jax.serving.commands.common import add_system
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of `fedrag serve`."""
+    add_system(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8000, help="(8000)")
+    parser.add_argument("--model", help="the name that callers ask for (fedrag)")
+    parser.add_argument(
+        "--mcp", choices=("stdio", "http"), help="speak the Model Context Protocol instead"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serves until it is stopped."""
+    from fedrag_jax.errors import ConfigError
+    from fedrag_jax.rag import RAGSystem
+
+    if args.mcp and args.model:
+        raise ConfigError("--model is of the HTTP interface, --mcp has none: leave one out")
+    if args.mcp:
+        from fedrag_jax.serving import mcp_server
+
+        # Over stdio, standard output is the protocol's alone.
+        with contextlib.redirect_stdout(sys.stderr):
+            system = RAGSystem.load(args.system, elsewhere=args.elsewhere)
+        mcp_server.run(system, args.mcp, args.host, args.port)
+        return 0
+    from fedrag_jax.serving import http
+
+    system = RAGSystem.load(args.system, elsewhere=args.elsewhere)
+    http.serve(system, args.host, args.port, args.model or http.MODEL)
+    return 0

@@ -1,0 +1,123 @@
+"""Tune the retriever and the generator of a system on questions about its passages.
+
+QUESTIONS is a file of JSON lines: {"id", "question", "answers": [...]} and, if known, "positive_ids"
+(ids of the passages that answer, as `fedrag ask --json` prints them), "topic" and "split" (train,
+validation or test; 70, 10 and 20 percent by their ids where none is told). Every factor of the
+learning rates is tried, and what answers validation questions best is saved. After a kill the same
+command goes on.
+"""
+
+import argparse
+import pathlib
+import time
+
+from fedrag_jax.serving.commands.common import add_json, add_system, print_json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of `fedrag train`."""
+    add_system(parser)
+    parser.add_argument("questions", type=pathlib.Path)
+    parser.add_argument("--to", type=pathlib.Path, required=True, help="folder of the tuned system")
+    parser.add_argument(
+        "--strategy",
+        default="joint_token",
+        help="retriever, generator, ralt, lsr, ra_dit, independent, two_phase, joint_token (the "
+        "default) or joint_sequence; retriever and independent need positive_ids",
+    )
+    parser.add_argument(
+        "--setting",
+        choices=("centralised", "federated"),
+        default="centralised",
+        help="all questions in one place (the default), or with clients who share updates alone",
+    )
+    parser.add_argument("--clients", type=int, default=8, help="(8); 0 makes every topic a client")
+    parser.add_argument(
+        "--alpha",
+        type=float,
+        default=float("inf"),
+        help="of the Dirichlet split over topics (even)",
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="rounds, and index refreshes (5)")
+    parser.add_argument("--local-steps", type=int, default=5, help="of a client in a round (5)")
+    parser.add_argument("--batch-size", type=int, default=8, help="(8)")
+    parser.add_argument("--query-rate", type=float, default=1e-4, help="learning rate (1e-4)")
+    parser.add_argument("--adapter-rate", type=float, default=1e-3, help="learning rate (1e-3)")
+    parser.add_argument(
+        "--factors",
+        type=float,
+        nargs="+",
+        default=(0.1, 1.0, 10.0),
+        help="of these rates (0.1 1 10)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="(0)")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains."""
+    from fedrag_jax.data.datasets import load_questions
+    from fedrag_jax.errors import ConfigError
+    from fedrag_jax.rag import RAGSystem
+    from fedrag_jax.rag_folder import SETTINGS
+    from fedrag_jax.serving import training
+    from fedrag_jax.strategies.settings import Budget
+    from fedrag_jax.strategies.strategies import STRATEGIES
+
+    known = [name for name in STRATEGIES if name != "none"]
+    if args.strategy not in known:
+        raise ConfigError(f"--strategy must be one of {known}, got {args.strategy!r}")
+    if (args.to / SETTINGS).exists():
+        raise ConfigError(f"{args.to} holds a system already: choose another folder with --to")
+    start = time.perf_counter()
+    system = RAGSystem.load(args.system, elsewhere=args.elsewhere)
+    passages = system.retriever.passages if system.store is None else system.store.passages()
+    dataset = load_questions(args.questions, [*passages], needed=("train", "validation"))
+    clients = training.split(dataset.train, args.setting, args.clients, args.alpha, args.seed)
+    count = args.clients or len({e.topic for e in dataset.train})
+    budget = Budget(args.rounds, args.local_steps, count, args.batch_size)
+    found = training.train(
+        system,
+        dataset,
+        args.to / "training",
+        strategy=args.strategy,
+        setting=args.setting,
+        budget=budget,
+        clients=clients,
+        rates={"query": args.query_rate, "adapters": args.adapter_rate},
+        factors=args.factors,
+        seed=args.seed,
+    )
+    found.system.save(args.to)
+    told = {
+        "system": str(args.to),
+        "validation": {"before": found.before, "after": found.best.scores},
+        "test": found.test,
+        "trials": [trial._asdict() for trial in found.trials],
+        "best_factor": found.best.factor,
+        "seconds": round(time.perf_counter() - start, 3),
+    }
+    if args.json:
+        print_json(told)
+    else:
+        _print(told, {"validation": dataset.validation, "test": dataset.test})
+    return 0
+
+
+def _print(told, questions) -> None:
+    from tabulate import tabulate
+
+    rows = []
+    for name in ("validation", "test"):
+        for when, means in (told[name] or {}).items():
+            percent = [f"{100 * value:.1f}" for value in means.values()]
+            rows.append([f"{name} ({len(questions[name])})", when, *percent])
+    names = [*told["validation"]["before"]]
+    print(tabulate(rows, ["questions", "", *names], disable_numparse=True))
+    validation = told["validation"]
+    if validation["after"]["em"] < validation["before"]["em"]:
+        print("no training answered validation questions as well as the system did before")
+    print(
+        f"{told['system']}: rates times {told['best_factor']:g}, the best of "
+        f"{len(told['trials'])}, in {told['seconds']:.0f} s"
+    )

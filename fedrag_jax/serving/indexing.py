@@ -1,0 +1,198 @@
+"""A folder of documents becomes a saved system that answers from them, and follows their changes."""
+
+import hashlib
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from fedrag_jax.data import documents
+from fedrag_jax.data.examples import Passage, embedding_text
+from fedrag_jax.errors import ConfigError, DataError
+from fedrag_jax.rag import RAGSystem
+from fedrag_jax.rag_folder import SETTINGS, STORE
+from fedrag_jax.retrieval.embedding import fingerprint
+from fedrag_jax.serving.journal import Journal
+
+JOURNAL = "documents.sqlite"
+AT_ONCE = 512  # passages embedded between two writes: what a kill may cost
+SLICE = 65_536  # passages put into a store at once
+
+
+class Indexed(NamedTuple):
+    """What came of it.
+
+    Attributes:
+      files, passages: that the system has now.
+      added, changed, removed: passages, against what it had before.
+      unreadable: files that could not be read, each with the reason; what the system had of them stays.
+    """
+
+    files: int
+    passages: int
+    added: int
+    changed: int
+    removed: int
+    unreadable: dict[str, str]
+
+
+def index(
+    source: pathlib.Path,
+    folder: pathlib.Path,
+    begin: Callable[[], RAGSystem],
+    *,
+    tokens: int | None = None,
+    overlap: int | None = None,
+    moved: bool = False,
+    elsewhere: bool = False,
+    progress: bool = False,
+) -> Indexed:
+    """Makes the system in a folder answer from the documents of another, as they are now.
+
+    What was read and embedded is kept in the folder as it is done: after a kill the same call goes on.
+    Later calls read the files that changed and embed their new passages alone; what is gone from the
+    source is taken out of the store.
+
+    Args:
+      source: a folder of documents, or one file, see `documents`.
+      folder: of a saved system; made by the first call.
+      begin: gives the system of the first call, over an empty store.
+      tokens: of a passage, by the document encoder's tokenizer; by default 200, or what the encoder
+        reads if that is less.
+      overlap: tokens that a passage shares with the one before; by default a fifth.
+      moved: the documents are those of another folder than before.
+      elsewhere: as in `open_store`.
+
+    Raises:
+      DataError: no documents, none that can be read, an id that two of them have.
+      ConfigError: a saved system without a store, or of other documents; passages longer than the
+        encoder reads; another process at work.
+      CheckpointError: what lies in the folder is damaged.
+    """
+    paths = documents.find(source)
+    there = (folder / SETTINGS).exists()
+    system = RAGSystem.load(folder, elsewhere=elsewhere) if there else begin()
+    if system.store is None:
+        raise ConfigError(
+            f"{folder} answers from passages of its own: index into another folder, like this system"
+        )
+    tokens, overlap = _lengths(system, tokens, overlap)
+    folder.mkdir(parents=True, exist_ok=True)
+    with Journal(folder / JOURNAL) as journal:
+        root = str(source.resolve())
+        if journal.root not in ("", root) and not moved:
+            raise ConfigError(
+                f"{folder} holds the documents of {journal.root}, not of {root}: index into another "
+                "folder, or say that they moved; what is gone is taken out"
+            )
+        journal.root = root
+        found, unreadable = _read(paths, source, journal, system, tokens, overlap, progress)
+        counts = _bring_up_to_date(system, found, journal, progress)
+        if not there:
+            system.save(folder)
+        elif any(counts):
+            system.store.save(folder / STORE)
+        journal.finish([*journal.names() - {_name(path, source) for path in paths}])
+    return Indexed(len(paths) - len(unreadable), len(system.store), *counts, unreadable)
+
+
+def _lengths(system: RAGSystem, tokens: int | None, overlap: int | None) -> tuple[int, int]:
+    special = system.retriever.tokenizer.num_special_tokens_to_add()
+    room = system.retriever.encoder.config.max_length - special
+    tokens = min(200, room) if tokens is None else tokens
+    if tokens > room:
+        raise ConfigError(
+            f"the document encoder reads {room} tokens of a passage: passages of {tokens} would be "
+            "searched by their beginnings alone; choose fewer"
+        )
+    return tokens, tokens // 5 if overlap is None else overlap
+
+
+def _name(path: pathlib.Path, source: pathlib.Path) -> str:
+    return path.relative_to(source).as_posix() if path != source else path.name
+
+
+def _read(
+    paths, source, journal: Journal, system: RAGSystem, tokens, overlap, progress
+) -> tuple[list[Passage], dict[str, str]]:
+    """The passages of all files, and why some could not be read."""
+    tokenizer, passages, unreadable = system.retriever.tokenizer, [], {}
+    how = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+    for path in tqdm(paths, "read", unit=" files", disable=not progress, mininterval=1):
+        name = _name(path, source)
+        try:
+            content = hashlib.sha256(path.read_bytes()).hexdigest()
+            digest = f"{content} {how} {tokens} {overlap}"
+            some = journal.passages(name, digest)
+            if some is None:
+                read = documents.read(path, source)
+                some = [p for d in read for p in documents.split(d, tokenizer, tokens, overlap)]
+                journal.keep_passages(name, digest, some)
+        except (DataError, OSError) as error:
+            unreadable[name] = str(error)
+            some = journal.passages(name) or []
+        passages += some
+    if not passages:
+        why = "".join(f"; {reason}" for reason in [*unreadable.values()][:3])
+        raise DataError(f"no words in the {len(paths)} documents of {source}{why}")
+    return passages, unreadable
+
+
+def _bring_up_to_date(
+    system: RAGSystem, passages: Sequence[Passage], journal: Journal, progress: bool
+) -> tuple[int, int, int]:
+    """Has the store hold these passages and no others; passages added, changed and removed."""
+    store, wanted = system.store, {p.id: p for p in passages}
+    if len(wanted) < len(passages):
+        seen: set[str] = set()
+        twice = next(p.id for p in passages if p.id in seen or seen.add(p.id))
+        raise DataError(f"two documents give passages of the id {twice!r}: rename one of them")
+    held = {p.id: p for p in store.passages()}
+    gone = [i for i in held if i not in wanted]
+    new = [p for p in passages if p.id not in held]
+    changed = [p for p in passages if p.id in held and held[p.id] != p]
+    embedded = _embedded(system, [*new, *changed], journal, progress)
+    store.delete(gone)
+    for put, some in ((store.replace, changed), (store.add, new)):
+        for start in range(0, len(some), SLICE):
+            part = some[start : start + SLICE]
+            put(part, None if embedded is None else np.stack([embedded(p) for p in part]))
+    return len(new), len(changed), len(gone)
+
+
+def _embedded(
+    system: RAGSystem, passages: Sequence[Passage], journal: Journal, progress: bool
+) -> Callable[[Passage], np.ndarray] | None:
+    """What gives the vector of each passage, from the journal; None for a store without vectors."""
+    if system.store.dimension is None:
+        return None
+    retriever = system.retriever
+    encoder = fingerprint(
+        retriever.encoder,
+        retriever.document,
+        retriever.tokenizer,
+        retriever.encoder.config.max_length,
+    )
+    if retriever.head is not None:
+        encoder.update(np.ascontiguousarray(retriever.head).view(np.uint8))
+
+    def key(passage: Passage) -> str:
+        own = encoder.copy()
+        own.update(embedding_text(passage).encode())
+        return own.hexdigest()
+
+    missing = {k: p for p in passages if journal.vector(k := key(p)) is None}
+    with tqdm(
+        desc="embed", total=len(missing), unit=" passages", disable=not progress, mininterval=1
+    ) as bar:
+        for some in _slices([*missing], AT_ONCE):
+            journal.keep_vectors(some, system.embed([missing[k] for k in some]))
+            bar.update(len(some))
+    return lambda passage: journal.vector(key(passage))
+
+
+def _slices(items: list, most: int) -> Iterator[list]:
+    for start in range(0, len(items), most):
+        yield items[start : start + most]

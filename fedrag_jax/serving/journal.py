@@ -1,0 +1,136 @@
+"""What indexing has done so far, on disk: a run that was killed goes on where it was."""
+
+import json
+import pathlib
+import sqlite3
+from collections.abc import Sequence
+from contextlib import contextmanager
+from typing import Self
+
+import numpy as np
+
+from fedrag_jax.data.examples import Passage
+from fedrag_jax.errors import CheckpointError, ConfigError
+
+SCHEMA = """
+    CREATE TABLE IF NOT EXISTS origin (root TEXT NOT NULL);
+    CREATE TABLE IF NOT EXISTS files (
+        name TEXT PRIMARY KEY, digest TEXT NOT NULL, passages TEXT NOT NULL
+    );
+    CREATE TABLE IF NOT EXISTS vectors (key TEXT PRIMARY KEY, vector BLOB NOT NULL);
+"""
+
+
+class Journal:
+    """The passages of every file that was read and, until a store has them, their vectors.
+
+    A change whose call returned outlives a kill; others are not made. One process holds a journal.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        """Opens it, or begins one.
+
+        Raises:
+          ConfigError: another process holds it.
+          CheckpointError: the file is no journal.
+        """
+        self.path = path
+        with self._asking():
+            self._database = sqlite3.connect(path, timeout=1, isolation_level=None)
+            # The first thing written takes the lock, which then stays.
+            self._database.execute("PRAGMA locking_mode = EXCLUSIVE")
+            self._database.execute("PRAGMA journal_mode = WAL")
+            self._database.execute("PRAGMA synchronous = NORMAL")
+            self._database.execute("BEGIN EXCLUSIVE")
+            for statement in filter(str.strip, SCHEMA.split(";")):
+                self._database.execute(statement)
+            self._database.execute("COMMIT")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._database.close()
+
+    @property
+    def root(self) -> str:
+        """The folder whose files these are; "" in a new journal."""
+        with self._asking():
+            row = self._database.execute("SELECT root FROM origin").fetchone()
+        return row[0] if row else ""
+
+    @root.setter
+    def root(self, root: str) -> None:
+        with self._asking(), self._whole():
+            self._database.execute("DELETE FROM origin")
+            self._database.execute("INSERT INTO origin VALUES (?)", (root,))
+
+    def passages(self, name: str, digest: str = "") -> list[Passage] | None:
+        """Those of a file; None if it is not known or, where a digest is given, was another then."""
+        with self._asking():
+            row = self._database.execute(
+                "SELECT digest, passages FROM files WHERE name = ?", (name,)
+            ).fetchone()
+            if row is None or digest not in ("", row[0]):
+                return None
+            return [Passage(*fields) for fields in json.loads(row[1])]
+
+    def keep_passages(self, name: str, digest: str, passages: Sequence[Passage]) -> None:
+        """Remembers those of a file."""
+        told = json.dumps([[p.id, p.title, p.text, p.topic] for p in passages])
+        with self._asking():
+            self._database.execute(
+                "INSERT OR REPLACE INTO files VALUES (?, ?, ?)", (name, digest, told)
+            )
+
+    def names(self) -> set[str]:
+        """The files that are known."""
+        with self._asking():
+            return {name for (name,) in self._database.execute("SELECT name FROM files")}
+
+    def vector(self, key: str) -> np.ndarray | None:
+        """A vector float32 [D] that was kept, or None."""
+        with self._asking():
+            row = self._database.execute(
+                "SELECT vector FROM vectors WHERE key = ?", (key,)
+            ).fetchone()
+        return None if row is None else np.frombuffer(row[0], np.float32)
+
+    def keep_vectors(self, keys: Sequence[str], vectors: np.ndarray) -> None:
+        """Remembers vectors [N, D]."""
+        rows = [(k, v.tobytes()) for k, v in zip(keys, vectors.astype(np.float32), strict=True)]
+        with self._asking(), self._whole():
+            self._database.executemany("INSERT OR REPLACE INTO vectors VALUES (?, ?)", rows)
+
+    def finish(self, gone: Sequence[str]) -> None:
+        """Forgets vectors, which a store has by now, and files that are gone."""
+        with self._asking():
+            with self._whole():
+                self._database.execute("DELETE FROM vectors")
+                self._database.executemany("DELETE FROM files WHERE name = ?", [(n,) for n in gone])
+            self._database.execute("VACUUM")
+
+    @contextmanager
+    def _whole(self):
+        self._database.execute("BEGIN")
+        try:
+            yield
+        except BaseException:
+            self._database.execute("ROLLBACK")
+            raise
+        self._database.execute("COMMIT")
+
+    @contextmanager
+    def _asking(self):
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            if "locked" in str(error):
+                raise ConfigError(
+                    f"{self.path} is held by another process that indexes: wait for it to end"
+                ) from error
+            raise ConfigError(f"{self.path} cannot be written ({error})") from error
+        except (sqlite3.DatabaseError, ValueError, TypeError) as error:
+            raise CheckpointError(
+                f"{self.path} is damaged ({error}): delete it, and all files are read again"
+            ) from error

@@ -1,0 +1,184 @@
+"""A saved system tuned on questions about the passages that it answers from."""
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from fedrag_jax.data.examples import Dataset, Example, content_hash
+from fedrag_jax.data.partition import Partition, partition
+from fedrag_jax.data.schemes import natural
+from fedrag_jax.errors import ConfigError, DivergenceError
+from fedrag_jax.evaluation.evaluator import evaluate
+from fedrag_jax.models import hub
+from fedrag_jax.rag import RAGSystem
+from fedrag_jax.strategies.settings import Budget, split_clients
+from fedrag_jax.strategies.strategies import STRATEGIES
+from fedrag_jax.strategies.tuner import Tuner
+from fedrag_jax.tracking.comparison import NEEDS_LABELS
+
+SETTINGS = "settings.json"
+SCORES = ("em", "f1", "recall_at_5", "mrr")
+
+
+class Trial(NamedTuple):
+    """One training.
+
+    Attributes:
+      factor: of the learning rates.
+      scores: on validation questions, means of `SCORES` in [0, 1]; empty where training diverged.
+    """
+
+    factor: float
+    scores: dict[str, float]
+
+
+class Trained(NamedTuple):
+    """What came of it.
+
+    Attributes:
+      system: tuned, over the store of the one it was made of.
+      before: scores of that one, as those of the trials.
+      best: the trial whose system it is.
+      test: scores on test questions before and after; empty without such questions.
+    """
+
+    system: RAGSystem
+    before: dict[str, float]
+    trials: list[Trial]
+    best: Trial
+    test: dict[str, dict[str, float]]
+
+
+def over_corpus(system: RAGSystem, dataset: Dataset) -> RAGSystem:
+    """The same system with the passages of a dataset for its corpus, as training wants them."""
+    retriever = system.retriever
+    document = hub.Pretrained(
+        retriever.encoder, retriever.document, retriever.tokenizer, "document encoder"
+    )
+    return RAGSystem.build(
+        dataset.passages,
+        [*dataset.train, *dataset.validation],
+        generator=system.generator,
+        retriever=document,
+        adapters=system.decoder.lora,
+        prompt_style=system.prompts.style,
+        top_k=min(system.top_k, len(dataset.passages)),
+        marginal_k=system.marginal_k,
+        score_scale=system.score_scale,
+        max_passage_tokens=system.prompts.max_passage_tokens,
+        max_answer_tokens=system.prompts.max_answer_tokens,
+        progress=True,
+    ).replace(adapters=system.adapters, query=retriever.query, head=retriever.head)
+
+
+def split(
+    examples: Sequence[Example], setting: str, clients: int, alpha: float, seed: int
+) -> Partition:
+    """Who holds which questions: clients by Dirichlet(alpha) over topics, or 0 for one a topic."""
+    if setting == "centralised":
+        return Partition(examples, (np.arange(len(examples)),))
+    if clients == 0:
+        return partition(examples, natural("topic"), seed=seed)
+    return split_clients(examples, clients, alpha, "topic", seed)
+
+
+def train(
+    system: RAGSystem,
+    dataset: Dataset,
+    folder: pathlib.Path,
+    *,
+    strategy: str,
+    setting: str,
+    budget: Budget,
+    clients: Partition,
+    rates: Mapping[str, float],
+    factors: Sequence[float],
+    seed: int = 0,
+) -> Trained:
+    """Trains once for each factor of the learning rates, and takes what answers validation best.
+
+    Args:
+      folder: of what is finished: the same call goes on from there after a kill.
+      setting: "centralised" or "federated".
+      rates: of the parts that move, `query` and `adapters`.
+
+    Raises:
+      ConfigError: a strategy that needs gold passages where questions have none, rates that are not
+        positive, a folder with other results; all trainings diverged.
+    """
+    bare = sum(not e.positive_ids for e in dataset.train)
+    if strategy in NEEDS_LABELS and bare:
+        raise ConfigError(
+            f"strategy {strategy!r} needs gold passages, and {bare} of {len(dataset.train)} training "
+            "questions have no positive_ids: give them, or choose joint_token, which needs none"
+        )
+    if not factors or not min(*rates.values(), *factors) > 0:
+        raise ConfigError(f"learning rates must be > 0, got {dict(rates)} times {[*factors]}")
+    _settle(
+        folder,
+        {
+            "strategy": strategy,
+            "setting": setting,
+            "budget": budget._asdict(),
+            "rates": dict(rates),
+            "seed": seed,
+            "data": content_hash(dataset),
+            "clients": [len(rows) for rows in clients.clients],
+        },
+    )
+    base = over_corpus(system, dataset)
+    before, trials, systems = scores(base, dataset.validation), [], {}
+    for factor in factors:
+        tuner = Tuner(
+            folder=folder / f"times-{factor:g}",
+            setting=setting,
+            examples=dataset.train,
+            clients=clients,
+            budget=budget,
+            rates=lambda task, part, factor=factor: rates[part] * factor,
+            seed=seed,
+        )
+        try:
+            tuned = STRATEGIES[strategy](base, dataset, tuner)
+        except DivergenceError:
+            trials.append(Trial(factor, {}))
+            continue
+        systems[factor] = tuned
+        trials.append(Trial(factor, scores(tuned, dataset.validation)))
+    if not systems:
+        raise ConfigError(f"training diverged with all rates, {dict(rates)} times {[*factors]}")
+    best = max((t for t in trials if t.scores), key=lambda t: (t.scores["em"], _ranks(t.scores)))
+    tuned, test = systems[best.factor], {}
+    if dataset.test:
+        test = {
+            "before": scores(base, dataset.test),
+            "after": scores(tuned, dataset.test),
+        }
+    own = system.replace(adapters=tuned.adapters, query=tuned.retriever.query)
+    return Trained(own, before, trials, best, test)
+
+
+def _ranks(found: dict[str, float]) -> float:
+    return found.get("mrr", 0.0)
+
+
+def scores(system: RAGSystem, examples: Sequence[Example]) -> dict[str, float]:
+    """Means of `SCORES`; rankings are scored over questions with gold passages, if there are any."""
+    found = evaluate(system, examples)
+    return {m: float(np.nanmean(found[m])) for m in SCORES if not np.isnan(found[m]).all()}
+
+
+def _settle(folder: pathlib.Path, settings: dict) -> None:
+    """Writes the settings; refuses a folder made with others."""
+    path, now = folder / SETTINGS, json.loads(json.dumps(settings))
+    if path.exists():
+        before = json.loads(path.read_text())
+        changed = [name for name in now if now[name] != before.get(name)]
+        if changed:
+            what = "; ".join(f"{n} was {before.get(n)}, is {now[n]}" for n in changed)
+            raise ConfigError(f"{folder} holds a training of others: {what}. Choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(now, indent=2) + "\n")

@@ -1,0 +1,83 @@
+"""Single questions of benchmarks: how answers are read and scored, and which examples are shown."""
+
+import math
+
+import numpy as np
+import pytest
+
+from fedrag_jax.errors import ConfigError
+from fedrag_jax.evaluation.benchmarks import asking, report, scoring, sets
+from fedrag_jax.evaluation.benchmarks.hub_rows import Question
+
+
+def test_length_counts_in_the_sum_and_not_in_the_mean():
+    q = Question("a", "?", (), ("short", "quite long"), 1)
+    found = scoring.likeliest(q, np.array([-2.0, -3.0]), [1, 4])
+    assert found == {"accuracy": 0.0, "accuracy_per_token": 1.0}
+
+
+@pytest.mark.parametrize(
+    "said, place",
+    [("B", 1), ("(C)", 2), ("A.", 0), ("B: Oslo", 1), ("D) the bonn", 3), ("B. Rome", None),
+     ("A man", None), ("E", None), ("", None), ("b", None), ("AB", None), ("Oslo", None)],
+)  # fmt: skip
+def test_letters_are_read_strictly(said, place):
+    q = Question("a", "Which?", (), ("Rome", "Oslo", "Lima", "Bonn"), 1)
+    assert asking.parsed(said, q, "choices") == place
+    assert asking.words(q, "choices", "generation") == (
+        "Which?\nA. Rome\nB. Oslo\nC. Lima\nD. Bonn\nAnswer with the letter alone."
+    )
+    assert asking.words(q, "choices", "likelihood") == "Which?"
+
+
+@pytest.mark.parametrize(
+    "said, place",
+    [("yes", 0), ("No, it does not.", 1), ("Maybe", 2), ("It does: yes", None), ("no answer", None),
+     ("nothing", None), ("", None)],
+)  # fmt: skip
+def test_labels_are_the_first_word(said, place):
+    q = Question("a", "Is it?", (), ("yes", "no", "maybe"), 1)
+    assert asking.parsed(said, q, "labels") == place
+    assert asking.words(q, "labels", "generation") == "Is it?\nAnswer yes, no or maybe."
+    assert scoring.chosen(q, place)["unparsable"] == (place is None)
+
+
+def test_open_questions_are_scored_by_the_rule_of_their_set():
+    yes = Question("a", "?", ("yes",))
+    hotpotqa, v2 = sets.SETS["hotpotqa"], sets.SETS["squad_v2"]
+    assert scoring.open_answer(hotpotqa, yes, "yes it is")["f1"] == 0.0
+    assert scoring.open_answer(sets.SETS["squad"], yes, "yes it is")["f1"] == 0.5
+    popqa = scoring.open_answer(
+        sets.SETS["popqa"], Question("a", "?", ("Oslo",)), "In Oslo, Norway"
+    )
+    assert (popqa["em"], popqa["substring"]) == (0.0, 1.0)
+    none, some = Question("a", "?"), Question("b", "?", ("Oslo",))
+    right = scoring.open_answer(v2, none, "I don't know.")
+    assert right["em"] == right["unanswerable_em"] == 1.0 and math.isnan(right["answerable_em"])
+    assert scoring.open_answer(v2, none, "Oslo")["em"] == 0.0
+    wrong = scoring.open_answer(v2, some, "unanswerable")
+    assert wrong["em"] == 0.0 and wrong["abstained"] == 1.0 and math.isnan(wrong["unanswerable_em"])
+
+
+def test_means_leave_out_whom_a_score_does_not_apply_to():
+    rows = [{"scores": {"a": s, "none": None}} for s in (0.0, 0.0, 0.0, None, 1.0)]
+    found = report.summed(rows)
+    assert found["a"].mean == 25.0 and found["a"].n == 4
+    assert found["a"].low <= 25.0 <= found["a"].high
+    assert found["none"] == (None, None, None, 0)
+
+
+def test_examples_are_of_the_group_and_never_the_question():
+    shown = [Question(str(i), f"Q {i}?", (), ("x", "y"), 0, (), f"g{i % 2}") for i in range(12)]
+    twin = Question("other id", "the Q 4?", (), ("x", "y"), 0, (), "g0")
+    for seed in range(20):
+        for q in (*shown, twin):
+            found = asking.examples_for(q, shown, 3, seed)
+            assert len({e.id for e in found}) == 3 and all(e.group == q.group for e in found)
+            assert q.id not in {e.id for e in found}
+            assert q is not twin or "4" not in {e.id for e in found}
+    assert asking.examples_for(twin, shown, 3, 0) != asking.examples_for(twin, shown, 3, 1)
+    with pytest.raises(ConfigError, match=r"at most 5, the examples of 'g0' .*got 6"):
+        asking.examples_for(twin, shown, 6, 0)
+    aside, asked = asking.set_aside(shown, 3)
+    assert len(aside) == 3 and {*aside} | {*asked} == {*shown} and not {*aside} & {*asked}

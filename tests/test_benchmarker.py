@@ -1,0 +1,346 @@
+"""A system on benchmarks: what is chosen and written, examples, runs that stop and go on, tables."""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from tiny import logits
+
+from fedrag_jax.data import synthetic
+from fedrag_jax.data.examples import Passage
+from fedrag_jax.data.prompts import INSTRUCT
+from fedrag_jax.errors import ConfigError, DataError
+from fedrag_jax.evaluation.benchmarks import asking, report
+from fedrag_jax.evaluation.benchmarks.benchmarker import Benchmarker
+from fedrag_jax.evaluation.benchmarks.hub_rows import Question
+from fedrag_jax.rag import RAGSystem
+from fedrag_jax.retrieval.stores.faiss_kinds import FaissKnowledge
+from fedrag_jax.retrieval.stores.knowledge import Found, StoreUnreachable
+
+REAL = pathlib.Path(os.environ.get("FEDRAG_DATA", "../shared/data"))
+WORLD = synthetic.generate(synthetic.WorldConfig())
+ASKED = [e for e in WORLD.test if e.hops == 1][:24]
+GOLDS = {p for e in ASKED for p in e.positive_ids}
+PASSAGES = [p for p in WORLD.passages if p.id in GOLDS]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Questions of the built-in world as local sets: open, with four choices, and without an answer."""
+    root = tmp_path_factory.mktemp("sets")
+    shown = [e for e in WORLD.train if e.hops == 1][:6]
+    for name in ("mmlu", "squad", "squad_v2"):
+        with open(root / f"{name}.questions.jsonl", "w") as file:
+            for i, e in enumerate([*ASKED, *shown]):
+                others = dict.fromkeys(o.answers[0] for o in WORLD.test if o.answers != e.answers)
+                choices = [*others][i : i + 3]
+                choices.insert(i % 4, e.answers[0])
+                row = {"id": e.id, "question": e.question, "positive_ids": e.positive_ids}
+                row |= {"choices": choices, "answer": i % 4, "subject": f"topic {i % 2}"}
+                side = ("test", "dev") if name == "mmlu" else ("validation", "train")
+                row |= {"split": side[i >= len(ASKED)]}
+                if name != "mmlu":
+                    none = name == "squad_v2" and i % 3 == 0
+                    row["answers"] = [] if none else e.answers
+                file.write(json.dumps(row) + "\n")
+        with open(root / f"{name}.passages.jsonl", "w") as file:
+            held = GOLDS | {p for e in shown for p in e.positive_ids}
+            for p in WORLD.passages:
+                if p.id in held:
+                    file.write(json.dumps(dataclasses.asdict(p)) + "\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def system():
+    return RAGSystem.build(PASSAGES, top_k=1)
+
+
+@pytest.fixture(scope="module")
+def run(system, folder):
+    """`Benchmarker.run` on the sets of the world."""
+
+    def run(name, at=None, using=system, batch_size=32, seed=0, **how):
+        benchmarker = Benchmarker(using, at, batch_size=batch_size, seed=seed, progress=False)
+        return benchmarker.run(name, source=folder, **how)
+
+    return run
+
+
+def scores(result, name):
+    return [row["scores"][name] for row in result.rows]
+
+
+# --- choices ---------------------------------------------------------------------------------------
+
+
+def test_the_likelihood_of_a_choice_is_that_of_its_tokens_one_by_one(system, run):
+    result = run("mmlu", limit=1, corpus="gold")
+    (row,) = result.rows
+    (example,) = [e for e in ASKED if e.id == row["id"]]
+    (passage,) = [p for p in PASSAGES if p.id in example.positive_ids]
+    assert row["read"] == [passage.id]
+    tokenizer = system.prompts.tokenizer
+    choices = next(
+        json.loads(line)["choices"]
+        for line in pathlib.Path(result.origin["source"]).read_text().splitlines()
+        if json.loads(line)["id"] == row["id"]
+    )
+    prompt = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    prompt += tokenizer(f"{passage.text}\n", add_special_tokens=False)["input_ids"]
+    prompt += tokenizer(example.question, add_special_tokens=False)["input_ids"]
+    for choice, log_prob, length in zip(choices, row["log_probs"], row["tokens"], strict=True):
+        answer = tokenizer(f" {choice}", add_special_tokens=False)["input_ids"]
+        tokens = np.zeros((1, 96), np.int32)
+        tokens[0, : len(prompt + answer)] = prompt + answer
+        index = np.arange(96)[None]
+        seen = index < len(prompt + answer)
+        found = logits(system.decoder, system.generator.params, tokens, index, seen)
+        chances = np.asarray(jax.nn.log_softmax(found.astype("float32"))[0], np.float64)
+        slow = sum(chances[len(prompt) + i - 1, t] for i, t in enumerate(answer))
+        assert length == len(answer) and math.isclose(log_prob, slow, rel_tol=1e-3, abs_tol=1e-3)
+
+
+def test_who_reads_the_answer_chooses_it_and_who_does_not_guesses(run):
+    told, untold = (run("mmlu", corpus=corpus) for corpus in ("gold", "none"))
+    assert told.n == 24 and told.metrics["accuracy"].mean >= 90
+    assert untold.metrics["accuracy"].mean <= 60
+    assert all(row["read"] == [] for row in untold.rows) and "mrr" not in untold.metrics
+    assert {row["group"] for row in told.rows} == {"topic 0", "topic 1"}
+
+
+def test_what_is_written_and_not_a_letter_counts_as_wrong_and_is_told(run):
+    result = run("mmlu", limit=4, corpus="gold", by="generation")
+    for row in result.rows:
+        unparsable = row["prediction"] is None
+        assert row["scores"] == {
+            "accuracy": float(row["prediction"] == row["gold"]), "unparsable": float(unparsable)
+        }  # fmt: skip
+    assert result.metrics["unparsable"].mean > 0  # the built-in decoder knows no letters
+
+
+# --- open answers and rankings ---------------------------------------------------------------------
+
+
+def test_passages_of_the_set_are_searched_ranked_and_read(run):
+    found = run("squad", limit=12, corpus="benchmark")
+    gold = run("squad", limit=12, corpus="gold")
+    assert found.metrics["mrr"].n == 12 and found.metrics["recall_at_5"].mean > 60
+    assert gold.metrics["em"].mean > 60 and "mrr" not in gold.metrics
+    for row in found.rows:
+        (example,) = [e for e in ASKED if e.id == row["id"]]
+        right = row["read"] == [*example.positive_ids]
+        assert right <= row["scores"]["answer_in_passages"]
+        assert (row["scores"]["mrr"] == 1.0) == right
+    # A corpus of its own that lacks the gold passages says nothing of how well it is ranked.
+    other = RAGSystem.build([Passage("other", "", "Nothing.")], top_k=1)
+    elsewhere = run("squad", limit=2, using=other)
+    assert elsewhere.metrics["mrr"].n == 0 and elsewhere.rows[0]["read"] == ["other"]
+    assert "–" in report.table([elsewhere])
+
+
+class Elsewhere:
+    """Somebody who is asked in words and does not list what there is."""
+
+    kind, dimension, cosines = "elsewhere", None, False
+
+    def search(self, questions, vectors=None, k=5):
+        return [[Found(p, 1.0) for p in PASSAGES[:k]] for _ in questions]
+
+
+def test_passages_that_nobody_lists_are_read_and_not_ranked(system, run):
+    result = run("squad", limit=2, using=system.over(Elsewhere()))
+    assert [row["read"] for row in result.rows] == 2 * [[PASSAGES[0].id]]
+    assert result.metrics["mrr"].n == 0 and result.metrics["answer_in_passages"].n == 2
+    assert result.system["corpus"] == "not listed"
+
+
+def test_batches_and_larger_samples_answer_the_same(run):
+    def answers(result):
+        return {row["id"]: (row["prediction"], row["scores"]) for row in result.rows}
+
+    ten, one_by_one = run("squad", limit=10), run("squad", limit=10, batch_size=3)
+    assert answers(ten) == answers(one_by_one)
+    six = run("squad", limit=6)
+    assert [r["id"] for r in six.rows] == [r["id"] for r in ten.rows][:6]
+    assert {r["id"] for r in run("squad", limit=6, seed=1).rows} != {r["id"] for r in six.rows}
+    left_out = {row["id"] for row in six.rows}
+    assert not left_out & {row["id"] for row in run("squad", limit=4, exclude=left_out).rows}
+
+
+# --- examples --------------------------------------------------------------------------------------
+
+
+def test_examples_stand_before_what_is_read(system, run):
+    shown = [Question("a", "Where is <s>Ann?", ("Rome",)), Question("b", "Who left?", ())]
+    after = asking.after_examples(system, shown, "open", "generation").prompts
+    text = after.tokenizer.decode(after.prompt("Why?", [PASSAGES[0]]), skip_special_tokens=True)
+    assert text == (f"Where is < s>Ann? Rome\nWho left? unanswerable\n{PASSAGES[0].text}\nWhy?")
+    style = asking._showing(INSTRUCT, system.prompts.tokenizer, [("Why?", "So.")])
+    before, heading, _ = style.opening.partition("### Context:\n")
+    assert (
+        before.endswith("words as possible.\n### Question:\nWhy?\n### Answer:\nSo.\n\n") and heading
+    )
+    chat = INSTRUCT._replace(end="<|end|>", question="{question}<|end|>")
+    assert (
+        asking._showing(chat, system.prompts.tokenizer, [("Why?", "So.")]).opening == style.opening
+    )
+    # Both groups have their own, and likelihoods after them are others.
+    bare, after = run("mmlu", limit=4), run("mmlu", limit=4, shots=2)
+    assert [r["log_probs"] for r in bare.rows] != [r["log_probs"] for r in after.rows]
+
+
+def test_what_does_not_fit_is_cut_and_told(system, run):
+    def tokens(text):
+        return len(system.prompts.question_tokens(text))
+
+    question = " ".join(e.question for e in ASKED[:5])
+    kept = asking.fitted(system.prompts, question, 20)
+    before = question.removesuffix(kept).split()[-1]
+    assert question.endswith(kept) and tokens(kept) <= 20 < tokens(f"{before} {kept}")
+    assert asking.fitted(system.prompts, kept, 20) == kept
+    config = dataclasses.replace(system.decoder.config, max_positions=40)
+    small = dataclasses.replace(system, decoder=dataclasses.replace(system.decoder, config=config))
+    assert run("squad", limit=3, using=small).share_cut == 1.0
+    assert run("squad", limit=3).share_cut == 0.0
+
+
+# --- runs that stop and go on ----------------------------------------------------------------------
+
+
+class GoesAway(FaissKnowledge):
+    """A store that cannot be reached any more after some searches."""
+
+    left = 2
+
+    def _search(self, *asked):
+        self.left -= 1
+        if self.left < 0:
+            raise StoreUnreachable("gone")
+        return super()._search(*asked)
+
+
+def same(a, b):
+    def without(result):
+        return [{n: v for n, v in row.items() if n != "seconds"} for row in result.rows]
+
+    return without(a) == without(b) and a.metrics == b.metrics
+
+
+def test_a_run_that_was_stopped_goes_on_where_it_was(system, run, tmp_path):
+    store = GoesAway(system.retriever.vectors.shape[1])
+    store.add(PASSAGES, system.embed(PASSAGES))
+    over = system.over(store)
+    how = {"using": over, "limit": 8, "batch_size": 2}
+    with pytest.raises(StoreUnreachable):
+        run("squad", tmp_path / "a", **how)
+    (rows,) = (tmp_path / "a").rglob("rows.jsonl")
+    assert len(rows.read_text().splitlines()) == 1 + 4
+    store.left = 100
+    whole = run("squad", tmp_path / "b", **how)
+    assert store.left == 96
+    assert same(run("squad", tmp_path / "a", **how), whole) and store.left == 94
+    # What is there is read back; a larger sample asks the rest alone.
+    assert same(run("squad", tmp_path / "a", **how), whole) and store.left == 94
+    run("squad", tmp_path / "a", **how | {"limit": 10})
+    assert store.left == 93
+
+
+def test_a_line_cut_in_two_is_asked_again(run, tmp_path):
+    whole = run("squad", tmp_path, limit=6)
+    (rows,) = tmp_path.rglob("rows.jsonl")
+    text = rows.read_bytes()
+    lines = text.splitlines(keepends=True)
+    rows.write_bytes(b"".join(lines[:3]) + lines[3][:25])
+    for _ in range(2):  # asks what is missing, and reads what was written then
+        assert same(run("squad", tmp_path, limit=6), whole)
+    assert len(rows.read_bytes().splitlines()) == 7
+    rows.write_bytes(lines[0][:30])  # killed at its first line
+    assert same(run("squad", tmp_path, limit=6), whole)
+    rows.write_bytes(b"".join(lines[:3]) + b"{...\n" + b"".join(lines[4:]))
+    with pytest.raises(DataError, match=r"rows\.jsonl:4 is damaged .*delete that line"):
+        run("squad", tmp_path, limit=6)
+
+
+def test_another_run_is_not_mixed_in(system, run, tmp_path):
+    run("squad", tmp_path, limit=2)
+    with pytest.raises(
+        ConfigError, match=r"another run \(settings\.seed: 0 then, 1 now\): .*folder"
+    ):
+        run("squad", tmp_path, limit=2, seed=1)
+    noise = jax.tree.map(lambda x: x + 0.01, system.adapters)
+    with pytest.raises(ConfigError, match=r"\(system\.adapters: '\w{16}' then, '\w{16}' now\)"):
+        run("squad", tmp_path, limit=2, using=system.replace(adapters=noise))
+    fewer = RAGSystem.build(PASSAGES[:-1], top_k=1)
+    with pytest.raises(ConfigError, match=r"system\.corpus: "):
+        run("squad", tmp_path, limit=2, using=fewer)
+    # Another way to ask, or to read, has a folder of its own.
+    run("squad", tmp_path, limit=2, corpus="none")
+    assert len([*tmp_path.rglob("result.json")]) == 2
+
+
+def test_results_are_json_and_tables(run, tmp_path):
+    result = run("squad_v2", tmp_path, limit=12)
+    (path,) = tmp_path.rglob("result.json")
+    kept = json.loads(path.read_text())
+    assert kept["n"] == 12 and kept["metrics"]["em"] == result.metrics["em"]._asdict()
+    assert kept["settings"]["split"] == "validation" and len(kept["origin"]["content"]) == 16
+    assert kept["origin"]["questions"] == 24 and kept["seconds"] > 0
+    has, none = (result.metrics[f"{n}answerable_em"].n for n in ("", "un"))
+    assert has + none == 12 and 0 < none < 12
+    text = report.table([result], metrics=["f1", "em"])
+    mean, low, high, _ = result.metrics["em"]
+    first, second = text.splitlines()[2:]
+    assert (
+        f"em * | {mean:.1f} [{low:.1f}, {high:.1f}]" in " ".join(first.split()) and "f1" in second
+    )
+    assert r"\toprule" in report.table([result], "latex")
+    with pytest.raises(ConfigError, match="a table's form must be one of"):
+        report.table([result], "csv")
+
+
+@pytest.mark.parametrize(
+    "name, how, words",
+    [("squad", {"by": "likelihood"}, r"by must be one of \['generation'\] for squad"),
+     ("mmlu", {"corpus": "all"}, "corpus must be one of"), ("mmlu", {"limit": 0}, "limit must be at"),
+     ("mmlu", {"shots": -1}, "shots must be at least 0"),
+     ("mmlu", {"mode": "ensemble"}, "mode and beams cannot be chosen"),
+     ("scifact", {"corpus": "none"}, "asks for a ranking"),
+     ("squad", {"exclude": [e.id for e in ASKED]}, "exclude leaves no question")],
+)  # fmt: skip
+def test_settings_that_cannot_be_are_refused(run, name, how, words):
+    with pytest.raises(ConfigError, match=words):
+        run(name, **how)
+
+
+def test_choices_are_scored_without_reasoning(run):
+    reasons = RAGSystem.build(PASSAGES, top_k=1, prompt_style="compact_reasoned")
+    with pytest.raises(ConfigError, match="likelihood is of answers alone"):
+        run("mmlu", using=reasons)
+    with pytest.raises(ConfigError, match="examples have no reasoning"):
+        run("squad", using=reasons, shots=1, limit=1)
+    with pytest.raises(ConfigError, match="batch_size must be at least 1"):
+        Benchmarker(reasons, batch_size=0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (REAL / "mmlu.jsonl.gz").is_file(), reason=f"no real data in {REAL}: FEDRAG_DATA"
+)
+def test_real_sets_from_end_to_end(system, tmp_path):
+    benchmarker = Benchmarker(system, tmp_path, progress=False)
+    ways = {
+        "mmlu": {"shots": 2}, "popqa": {"corpus": "benchmark", "shots": 1}, "squad": {"corpus": "gold"},
+        "hotpotqa": {"corpus": "gold", "mode": "concatenated"}, "pubmedqa": {"by": "likelihood"},
+        "scifact": {"corpus": "benchmark"},
+    }  # fmt: skip
+    results = [benchmarker.run(n, source=REAL, limit=8, **how) for n, how in ways.items()]
+    assert all(r.n == 8 and r.metrics[r.first].n == 8 for r in results)
+    assert report.table(results).count(" *") == len(ways)
+    again = [benchmarker.run(n, source=REAL, limit=8, **how) for n, how in ways.items()]
+    assert all(map(same, results, again))

@@ -1,0 +1,361 @@
+"""`fedrag`: from documents to answers, measures, a tuned system and a service, by real processes."""
+
+import io
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+
+import numpy as np
+import pytest
+
+from fedrag_jax.data import synthetic
+from fedrag_jax.rag import RAGSystem
+from fedrag_jax.serving import indexing
+from fedrag_jax.serving.command_line import main
+from fedrag_jax.serving.journal import Journal
+
+WORLD = synthetic.generate(synthetic.WorldConfig())
+PASSAGES = WORLD.passages[:60]
+HELD = {p.id for p in PASSAGES}
+QUESTIONS = [e for e in [*WORLD.train, *WORLD.validation, *WORLD.test] if {*e.positive_ids} <= HELD]
+FEDRAG = (
+    sys.executable,
+    "-c",
+    "import sys; from fedrag_jax.serving.command_line import main; sys.exit(main(sys.argv[1:]))",
+)
+
+
+def write_documents(folder: pathlib.Path, passages=PASSAGES) -> pathlib.Path:
+    """A file for each of the first, the others in one of JSON lines."""
+    folder.mkdir()
+    for p in passages[:20]:
+        (folder / f"{p.id}.txt").write_text(p.text)
+    lines = (json.dumps({"id": p.id, "title": p.title, "text": p.text}) for p in passages[20:])
+    (folder / "more.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def system(tmp_path_factory):
+    """The folder of a system over documents."""
+    folder = tmp_path_factory.mktemp("cli")
+    documents = write_documents(folder / "documents")
+    assert main(["index", str(documents), "--to", str(folder / "system"), "--quiet"]) == 0
+    return folder / "system"
+
+
+def told(capsys) -> list[dict]:
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+# --- index -----------------------------------------------------------------------------------------
+
+
+def test_a_system_follows_its_documents(tmp_path, capsys):
+    documents, folder = write_documents(tmp_path / "documents"), tmp_path / "system"
+    command = ["index", str(documents), "--to", str(folder), "--json", "--quiet"]
+    assert main(command) == 0
+    (first,) = told(capsys)
+    assert (first["files"], first["passages"], first["added"]) == (21, 60, 60)
+    assert main(command) == 0
+    (again,) = told(capsys)
+    assert (again["added"], again["changed"], again["removed"]) == (0, 0, 0)
+    one, other, gone = (documents / f"{p.id}.txt" for p in PASSAGES[:3])
+    one.write_text("Nobody lives in Xanadu.")
+    gone.unlink()
+    (documents / "new.md").write_text("# Names\n\nA *new* one.")
+    assert main(command) == 0
+    (changed,) = told(capsys)
+    assert (changed["added"], changed["changed"], changed["removed"]) == (1, 1, 1)
+    store = RAGSystem.load(folder).store
+    assert store.get([f"{one.name}#0"])[0].text == "Nobody lives in Xanadu."
+    held = {p.id for p in store.passages()}
+    assert f"{gone.name}#0" not in held and {f"{other.name}#0", "new.md#0"} <= held
+
+
+def test_the_vectors_of_a_system_are_those_of_its_passages(system):
+    loaded = RAGSystem.load(system)
+    passages = [*loaded.store.passages()][::7]
+    for passage, vector in zip(passages, loaded.embed(passages), strict=True):
+        (best,) = loaded.store.search([""], vector[None], 1)[0]
+        assert best.passage == passage and best.score == pytest.approx(1, abs=1e-5)
+
+
+def test_what_was_embedded_before_a_kill_is_not_embedded_again(tmp_path, monkeypatch, capsys):
+    documents, folder = write_documents(tmp_path / "documents"), tmp_path / "system"
+    monkeypatch.setattr(indexing, "AT_ONCE", 16)
+    embedded, embed = [], RAGSystem.embed
+
+    def counted(self, passages):
+        if len(embedded) == 32:
+            raise KeyboardInterrupt
+        embedded.extend(p.id for p in passages)
+        return embed(self, passages)
+
+    monkeypatch.setattr(RAGSystem, "embed", counted)
+    command = ["index", str(documents), "--to", str(folder), "--quiet"]
+    assert main(command) == 130
+    assert not (folder / "system.json").exists()
+    before, embedded[:] = [*embedded], []
+    monkeypatch.setattr(
+        RAGSystem, "embed", lambda s, some: (embedded.extend(p.id for p in some), embed(s, some))[1]
+    )
+    assert main(command) == 0
+    assert len(before) == 32 and len(embedded) == 28 and not {*before} & {*embedded}
+    assert len(RAGSystem.load(folder).store) == 60
+
+
+@pytest.mark.slow
+def test_a_killed_process_loses_nothing_that_was_written(tmp_path):
+    documents, folder = tmp_path / "documents", tmp_path / "system"
+    documents.mkdir()
+    lines = (
+        json.dumps({"id": p.id, "text": f"{p.text} {i}"}) for i, p in enumerate(WORLD.passages * 4)
+    )
+    texts = [json.loads(line) | {"id": str(i)} for i, line in enumerate(lines)]
+    (documents / "all.jsonl").write_text("\n".join(map(json.dumps, texts)))
+    command = [*FEDRAG, "index", str(documents), "--to", str(folder)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    journal, kept = folder / indexing.JOURNAL, 0
+    while not kept:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+        kept = (folder / f"{indexing.JOURNAL}-wal").exists() and _vectors_on_disk(journal)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with Journal(journal) as opened:
+        kept = opened._database.execute("SELECT count(*) FROM vectors").fetchone()[0]
+    assert 0 < kept < len(texts)
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["passages"] == len(texts)
+    assert f"0/{len(texts) - kept} " in done.stderr  # what is left to embed
+
+
+def _vectors_on_disk(journal: pathlib.Path) -> int:
+    """The write-ahead log grows with the vectors; the journal itself is locked by its process."""
+    return journal.with_name(journal.name + "-wal").stat().st_size > 600_000
+
+
+def test_documents_that_cannot_be_read_are_left_out_and_told(tmp_path, capsys):
+    documents, folder = write_documents(tmp_path / "documents"), tmp_path / "system"
+    command = ["index", str(documents), "--to", str(folder), "--json", "--quiet"]
+    (documents / "bad.jsonl").write_text('{"text": 1}')
+    (documents / "latin.txt").write_bytes(b"caf\xe9 in Rome")
+    assert main(command) == 3
+    printed = capsys.readouterr()
+    assert {*json.loads(printed.out)["unreadable"]} == {"bad.jsonl", "latin.txt"}
+    assert "latin.txt: byte 3 is not utf-8-sig" in printed.err
+    # What the system had of a file stays while it cannot be read.
+    (documents / f"{PASSAGES[0].id}.txt").write_bytes(b"\xff\xfe\xff")
+    assert main(command) == 3
+    assert told(capsys)[0]["passages"] == 60
+
+
+def test_indexing_refuses_what_would_lose_something(system, tmp_path, capsys):
+    documents = write_documents(tmp_path / "documents", PASSAGES[:21])
+    for more, error in (
+        (["--store", "hnsw"], "holds a system already, and --store are of a new one"),
+        ([], "holds the documents of .*/documents, not of"),
+        (["--tokens", "1000000"], "encoder reads [0-9]+ tokens of a passage"),
+    ):
+        assert main(["index", str(documents), "--to", str(system), "--quiet", *more]) == 1
+        assert re.search(error, capsys.readouterr().err)
+    new = ["index", str(documents), "--to", str(tmp_path / "new"), "--quiet"]
+    for more, error in (
+        (["--store", "qdrant"], "--store=qdrant needs --at"),
+        (["--at", "x"], "--at and --collection are of qdrant and postgres"),
+        (["--like", str(system), "--generator", "x"], "--like takes models and prompts"),
+        (["--language", "english"], "--language is of words and hybrid"),
+    ):
+        assert main([*new, *more]) == 1
+        assert error in capsys.readouterr().err
+    with Journal(system / indexing.JOURNAL):
+        assert main(["index", str(documents), "--to", str(system), "--quiet", "--moved"]) == 1
+    assert "another process that indexes" in capsys.readouterr().err
+    (system.parent / "damaged").mkdir()
+    (system.parent / "damaged" / indexing.JOURNAL).write_bytes(b"nonsense" * 999)
+    new[3] = str(system.parent / "damaged")
+    assert main(new) == 1
+    assert "is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["hnsw", "hybrid", "qdrant"])
+def test_other_stores(system, tmp_path, capsys, kind):
+    documents = system.parent / "documents"
+    command = ["index", str(documents), "--to", str(tmp_path / "new"), "--quiet", "--store", kind]
+    if kind == "qdrant":
+        command += ["--at", str(tmp_path / "qdrant")]
+    assert main(command) == 0
+    capsys.readouterr()
+    ask = ["ask", str(tmp_path / "new"), QUESTIONS[0].question, "--json"]
+    if kind == "qdrant":
+        assert main(ask) == 1
+        assert "the passages lie elsewhere" in capsys.readouterr().err
+        ask.append("--elsewhere")
+    assert main(ask) == 0
+    assert len(told(capsys)[0]["sources"]) == 5
+
+
+def test_a_new_system_like_a_tuned_one(system, tmp_path):
+    tuned = RAGSystem.load(system)
+    tuned = tuned.replace(query={**tuned.retriever.query}).under("Be brief.")
+    tuned.save(tmp_path / "tuned")
+    command = ["index", str(system.parent / "documents"), "--to", str(tmp_path / "new"), "--quiet"]
+    assert main([*command, "--like", str(tmp_path / "tuned"), "--store", "words"]) == 0
+    loaded = RAGSystem.load(tmp_path / "new")
+    assert loaded.store.kind == "bm25" and loaded.prompts.style == tuned.prompts.style
+
+
+# --- ask -------------------------------------------------------------------------------------------
+
+
+def test_asking_prints_answers_and_sources(system, capsys, monkeypatch):
+    asked = [e.question for e in QUESTIONS[:3]]
+    expected = RAGSystem.load(system).batch_query(asked)
+    assert main(["ask", str(system), *asked, "--json"]) == 0
+    found = told(capsys)
+    assert [f["answer"] for f in found] == [r.answer for r in expected]
+    assert [[s["id"] for s in f["sources"]] for f in found] == [
+        [p.id for p in r.sources] for r in expected
+    ]
+    assert main(["ask", str(system), asked[0], "--top-k", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("  [1] ") and lines[2].startswith("  [2] ") and lines[3] == ""
+    assert main(["ask", str(system), asked[0], "--stream", "--no-sources"]) == 0
+    assert capsys.readouterr().out == expected[0].answer + "\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(asked)))
+    assert main(["ask", str(system), "--json"]) == 0
+    assert [f["answer"] for f in told(capsys)] == [r.answer for r in expected]
+
+
+def test_passages_do_not_speak_to_the_terminal(tmp_path, capsys):
+    documents = tmp_path / "documents"
+    documents.mkdir()
+    (documents / "a.txt").write_text("Ada \x1b[31mlives\x1b]0;x\x07 in Rome.\u202e")
+    assert (
+        main(["index", str(documents), "--to", str(tmp_path / "s"), "--quiet", "--top-k", "1"]) == 0
+    )
+    assert main(["ask", str(tmp_path / "s"), "Where does Ada \x1b[31m live?"]) == 0
+    out = capsys.readouterr().out
+    assert "Ada" in out and not {"\x1b", "\x07", "\u202e"} & {*out}
+
+
+def test_what_cannot_be_asked_is_refused(system, tmp_path, capsys):
+    for arguments, error in (
+        ([str(tmp_path), "x"], "holds no saved RAGSystem"),
+        ([str(system), "x", "--mode", "poem"], "mode must be one of"),
+        ([str(system), "x", "--top-k", "0"], "k must be at least 1"),
+        ([str(system), "x", "--stream", "--json"], "choose one"),
+        ([str(system), "x", "--max-tokens", "0"], "max_new_tokens"),
+    ):
+        assert main(["ask", *arguments]) == 1
+        assert error in capsys.readouterr().err
+    with pytest.raises(SystemExit) as refused:
+        main(["ask"])
+    assert refused.value.code == 2
+
+
+# --- eval and train --------------------------------------------------------------------------------
+
+
+def write_questions(path: pathlib.Path, system: pathlib.Path) -> pathlib.Path:
+    """Those of the world, with the ids that the index gave their passages."""
+    ids = {p.id.split(":")[-1].split(".txt")[0].split("#")[0]: p.id
+           for p in RAGSystem.load(system).store.passages()}  # fmt: skip
+    with open(path, "w") as file:
+        for i, e in enumerate(QUESTIONS):
+            row = {"id": e.id, "question": e.question, "answers": e.answers, "topic": e.topic}
+            row["positive_ids"] = [ids[p] for p in e.positive_ids]
+            row["split"] = ("train", "train", "validation", "test")[i % 4]
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+def test_own_questions_are_measured_where_training_leaves_them(system, tmp_path, capsys):
+    questions = write_questions(tmp_path / "own.jsonl", system)
+    command = ["eval", str(system), "--questions", str(questions), "--quiet"]
+    assert main([*command, "--json", "--to", str(tmp_path / "results")]) == 0
+    (result,) = told(capsys)
+    assert result["n"] == len(QUESTIONS[3::4]) and result["settings"]["split"] == "test"
+    expected = RAGSystem.load(system).batch_query([e.question for e in QUESTIONS[3::4]])
+    right = [r.answer in e.answers for r, e in zip(expected, QUESTIONS[3::4], strict=True)]
+    assert result["metrics"]["em"]["mean"] == pytest.approx(100 * np.mean(right), abs=5)
+    assert main([*command, "--limit", "4", "--form", "markdown"]) == 0
+    assert "| own" in capsys.readouterr().out
+    assert main(["eval", str(system)]) == 1
+    assert "nothing to measure" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", ["centralised", "federated"])
+def test_training_tunes_and_keeps_the_store(system, tmp_path, capsys, setting):
+    questions = write_questions(tmp_path / "own.jsonl", system)
+    command = [
+        "train", str(system), str(questions), "--to", str(tmp_path / "tuned"), "--setting", setting,
+        "--strategy", "retriever", "--clients", "2", "--rounds", "3", "--factors", "1", "10", "--json",
+    ]  # fmt: skip
+    assert main(command) == 0
+    (result,) = told(capsys)
+    before, after = (result["validation"][when]["mrr"] for when in ("before", "after"))
+    assert after > before
+    assert {t["factor"] for t in result["trials"]} == {1, 10}
+    tuned, old = (RAGSystem.load(f) for f in (tmp_path / "tuned", system))
+    assert {p.id for p in tuned.store.passages()} == {p.id for p in old.store.passages()}
+    asked = [QUESTIONS[0].question]
+    assert tuned.retrieve(asked) != old.retrieve(asked)
+    assert main(command) == 1
+    assert "holds a system already" in capsys.readouterr().err
+
+
+def test_what_cannot_be_trained_is_refused(system, tmp_path, capsys):
+    questions = write_questions(tmp_path / "own.jsonl", system)
+    to = ["--to", str(tmp_path / "tuned")]
+    assert main(["train", str(system), str(questions), *to, "--strategy", "poem"]) == 1
+    assert "--strategy must be one of" in capsys.readouterr().err
+    bare = [json.loads(line) | {"positive_ids": []} for line in questions.read_text().splitlines()]
+    questions.write_text("\n".join(map(json.dumps, bare)))
+    assert main(["train", str(system), str(questions), *to, "--strategy", "retriever"]) == 1
+    assert "needs gold passages" in capsys.readouterr().err
+    assert main(["train", str(system), str(questions), *to, "--factors", "0"]) == 1
+    assert "learning rates must be > 0" in capsys.readouterr().err
+
+
+# --- as it is installed ----------------------------------------------------------------------------
+
+
+def test_help_is_quick_and_imports_little():
+    code = (
+        "import sys\nfrom fedrag_jax.serving.command_line import parser\nparser().format_help()\n"
+        "assert not {'jax', 'transformers', 'faiss'} & {*sys.modules}"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.slow
+def test_a_service_answers_and_stops(system):
+    command = [*FEDRAG, "serve", str(system), "--port", "0"]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}
+    )
+    try:
+        line = process.stderr.readline()
+        assert line.startswith("serving fedrag at http://127.0.0.1:"), line
+        address = line.split()[-1]
+        body = {"messages": [{"role": "user", "content": QUESTIONS[0].question}]}
+        request = urllib.request.Request(
+            f"{address}/chat/completions", json.dumps(body).encode(), method="POST"
+        )
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            answer = json.loads(reply.read())["choices"][0]["message"]["content"]
+        assert answer == RAGSystem.load(system).query(QUESTIONS[0].question).answer
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
+    finally:
+        process.kill()
+        process.wait()
