@@ -115,18 +115,19 @@ def test_what_was_embedded_before_a_kill_is_not_embedded_again(tmp_path, monkeyp
 def test_a_killed_process_loses_nothing_that_was_written(tmp_path):
     documents, folder = tmp_path / "documents", tmp_path / "system"
     documents.mkdir()
-    lines = (
-        json.dumps({"id": p.id, "text": f"{p.text} {i}"}) for i, p in enumerate(WORLD.passages * 4)
-    )
-    texts = [json.loads(line) | {"id": str(i)} for i, line in enumerate(lines)]
+    texts = [{"id": i, "text": f"{p.text} {i}"} for i, p in enumerate(WORLD.passages * 4)]
     (documents / "all.jsonl").write_text("\n".join(map(json.dumps, texts)))
     command = [*FEDRAG, "index", str(documents), "--to", str(folder)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
-    journal, kept = folder / indexing.JOURNAL, 0
-    while not kept:
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.05)
-        kept = (folder / f"{indexing.JOURNAL}-wal").exists() and _vectors_on_disk(journal)
+    journal, heard = folder / indexing.JOURNAL, ""
+    while "embed:" not in heard:  # all files are read by then
+        heard += (part := os.read(process.stderr.fileno(), 4096)).decode()
+        assert part, heard
+    log = journal.with_name(journal.name + "-wal")
+    begun = log.stat().st_size
+    while log.stat().st_size < begun + 200_000:  # of vectors
+        assert process.poll() is None, heard
+        time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     with Journal(journal) as opened:
@@ -135,11 +136,6 @@ def test_a_killed_process_loses_nothing_that_was_written(tmp_path):
     done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["passages"] == len(texts)
     assert f"0/{len(texts) - kept} " in done.stderr  # what is left to embed
-
-
-def _vectors_on_disk(journal: pathlib.Path) -> int:
-    """The write-ahead log grows with the vectors; the journal itself is locked by its process."""
-    return journal.with_name(journal.name + "-wal").stat().st_size > 600_000
 
 
 def test_documents_that_cannot_be_read_are_left_out_and_told(tmp_path, capsys):
