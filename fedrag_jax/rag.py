@@ -334,6 +334,11 @@ class RAGSystem:
 
     def _prompts(self, questions, rows, settings: Sampling) -> list[np.ndarray]:
         limit = self.decoder.config.max_positions - settings.max_new_tokens
+        if (longest := max(map(len, questions), default=0)) > 64 * max(limit, 1):
+            raise ConfigError(
+                f"a question of {longest:,} characters is more than the generator's {limit} tokens "
+                "can hold: shorten it"
+            )
         return [self.prompts.prompt(q, r, limit) for q, r in zip(questions, rows, strict=True)]
 
     def _log_weights(self, questions, rows, scores, mode: str) -> np.ndarray:
