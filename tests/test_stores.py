@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import faiss
 import numpy as np
 import pytest
+from cross_encoders import counting
 
 from fedrag_jax.data.examples import Passage
 from fedrag_jax.errors import CheckpointError, ConfigError, DataError
@@ -24,6 +25,7 @@ from fedrag_jax.retrieval.stores.knowledge import StoreUnreachable
 from fedrag_jax.retrieval.stores.opening import open_store
 from fedrag_jax.retrieval.stores.postgres import PostgresStore
 from fedrag_jax.retrieval.stores.qdrant import QdrantStore
+from fedrag_jax.retrieval.stores.reranked import RerankedStore
 from fedrag_jax.retrieval.stores.words import WordStore
 
 D = 16
@@ -43,6 +45,8 @@ PASSAGES = [
     for i in range(200)
 ]
 VECTORS = unit(200)
+# Counts the words that question and passage share.
+READS = counting([*(f"number{i}" for i in range(200)), "changed5", "changed9"])
 KINDS = {
     "flat": lambda: FaissKnowledge(D),
     "ivf": lambda: FaissKnowledge(D, "ivf", lists=4, probes=4),
@@ -52,6 +56,7 @@ KINDS = {
     "device": lambda: DeviceKnowledge(D),
     "bm25": WordStore,
     "hybrid": lambda: HybridStore([FaissKnowledge(D), DeviceKnowledge(D), WordStore("english")]),
+    "reranked": lambda: RerankedStore(FaissKnowledge(D), READS, depth=20),
 }
 
 
@@ -103,7 +108,7 @@ def test_what_is_there_is_found_whole_and_best_first(store):
 
 
 def test_vectors_are_searched_by_inner_product(store):
-    if store.kind in ("bm25", "hybrid"):
+    if store.kind in ("bm25", "hybrid", "reranked"):
         pytest.skip("not by vectors alone")
     questions = unit(20, seed=1)
     found = store.search([""] * 20, questions, k=10)

@@ -17,6 +17,7 @@ STEMMED = ("arabic", "danish", "dutch", "english", "finnish", "french", "german"
            "hungarian", "italian", "norwegian", "portuguese", "romanian", "russian", "spanish",
            "swedish", "tamil", "turkish")  # fmt: skip
 MOST_WORDS = 1024  # different ones of a question that are looked for: a page of them, and no book
+HEAP = 15_000_000  # bytes that are filled before a part of the index is made; the fewest there may be
 
 
 class WordStore(KnowledgeStore):
@@ -57,7 +58,9 @@ class WordStore(KnowledgeStore):
         self._schema = schema.build()
         self._index = tantivy.Index(self._schema)
         self._index.register_tokenizer("words", self._words)
-        self._writer = self._index.writer(num_threads=1)
+        # A reader that follows commits by itself takes the lock that `reload` then waits 100 ms for.
+        self._index.config_reader("manual")
+        self._writer = self._index.writer(HEAP, num_threads=1)
         self._held: dict[str, Passage] = {}
         self._counts_gone = False  # whether idf counts passages that are gone
 
