@@ -50,6 +50,19 @@ def test_modules_are_short():
         assert len(path.read_text().splitlines()) <= 400, path
 
 
+def test_nothing_unpickles():
+    pickling = {"pickle", "cPickle", "dill", "joblib", "cloudpickle", "shelve", "marshal"}
+    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "experiments").rglob("*.py")]:
+        assert not pickling & {module.split(".")[0] for module in imports(path)}, path
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            options = {k.arg: getattr(k.value, "value", None) for k in node.keywords}
+            if node.func.attr == "load" and getattr(node.func.value, "id", "") in ("np", "jnp"):
+                assert options.get("allow_pickle") is False, f"{path}:{node.lineno}"
+            assert not options.get("trust_remote_code"), f"{path}:{node.lineno}"
+
+
 def test_help_does_not_import_jax():
     code = (
         "import sys; import experiments.compare_strategies, experiments.partition_statistics; "

@@ -96,6 +96,35 @@ def test_operations_are_those_of_the_traced_gradient(scored):
     assert needed < operations(traced.jaxpr) < 1.05 * needed
 
 
+@pytest.mark.slow
+def test_a_store_is_built_saved_and_searched():
+    kinds = "flat", "pq", "words", "mapped"
+    report = run("stores", f"--kinds={','.join(kinds)}", "--passages=2000", "--repeats=5")
+    assert [*report["kinds"]] == [*kinds]
+    assert report["kinds"]["flat"]["found"] == report["kinds"]["mapped"]["found"] == 1.0
+    assert report["kinds"]["mapped"]["add_p50_ms"] is None
+    assert all(0 < v["search_p50_ms"] <= v["search_p99_ms"] for v in report["kinds"].values())
+
+
+@pytest.mark.slow
+def test_waiting_for_answers_by_part():
+    report = run("latency", "--passages=2500", "--repeats=5", "--batches=2")
+    parts = report["batches"]["2"]
+    whole = parts.pop("whole")
+    assert report["passages"] == 2500
+    assert 0.5 < whole["p50_ms"] / sum(part["p50_ms"] for part in parts.values()) < 2
+
+
+@pytest.mark.slow
+def test_what_stores_find_of_a_set():
+    if not (ROOT / "../shared/data/scifact.questions.jsonl.gz").exists():
+        pytest.skip("../shared/data has no scifact")
+    report = run("store_quality", "--retriever=builtin:encoder", "--limit=60")
+    found = {kind: metrics["ndcg_at_10"] for kind, metrics in report["found"].items()}
+    assert found["flat"] == pytest.approx(found["hnsw"], abs=3)
+    assert found["words"] > 50 > found["flat"]  # this encoder knows another world
+
+
 def operations(jaxpr) -> int:
     """Of the products, two for each multiplication."""
     total = 0

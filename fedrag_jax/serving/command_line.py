@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -77,6 +78,7 @@ def _settle() -> None:
     # FAISS's threads would spin while they wait, and keep JAX's from the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # what cannot be read is told once
     from fedrag_jax.data.cache import cache_folder
 
     # A command that ran once compiles nothing anew.

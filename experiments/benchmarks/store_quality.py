@@ -1,0 +1,62 @@
+"""What stores of several kinds find of a public set: the metrics of `Benchmarker`, side by side.
+
+    python -m experiments.benchmarks.store_quality
+    python -m experiments.benchmarks.store_quality --set=scifact --retriever=builtin:encoder
+
+The passages are those of the set, embedded once. `flat` is exact; `words` is BM25 over words as they
+are, `stems` over English ones without their endings, and `hybrid` fuses stems and vectors by reciprocal
+rank. Prints a table, and a line of JSON last.
+"""
+
+import json
+
+from absl import app, flags
+
+_SET = flags.DEFINE_string("set", "scifact", "of `evaluation.benchmarks.sets`, with passages")
+_RETRIEVER = flags.DEFINE_string("retriever", "minilm", "folder or name")
+_LIMIT = flags.DEFINE_integer("limit", None, "questions, drawn at random", lower_bound=1)
+
+
+def main(argv):
+    del argv
+    from tabulate import tabulate
+
+    from fedrag_jax.evaluation.benchmarks import reading, sets
+    from fedrag_jax.evaluation.benchmarks.benchmarker import Benchmarker
+    from fedrag_jax.rag import RAGSystem
+
+    passages = reading.read(sets.named(_SET.value)).passages
+    system = RAGSystem.build(passages, retriever=_RETRIEVER.value, progress=True)
+    results = {}
+    for name, store in empty_stores(system.retriever.vectors.shape[1]).items():
+        store.add(passages, system.retriever.vectors)
+        benchmarker = Benchmarker(system.over(store), progress=False)
+        results[name] = benchmarker.run(_SET.value, limit=_LIMIT.value).metrics
+    names = [*results["flat"]]
+    rows = [
+        [kind, *(f"{m[n].mean:.1f} [{m[n].low:.1f}, {m[n].high:.1f}]" for n in names)]
+        for kind, m in results.items()
+    ]
+    print(tabulate(rows, ["store", *names]))
+    found = {kind: {n: m[n].mean for n in names} for kind, m in results.items()}
+    print(json.dumps({"set": _SET.value, "retriever": _RETRIEVER.value, "found": found}))
+
+
+def empty_stores(dimension: int) -> dict:
+    """A store of each kind."""
+    from fedrag_jax.retrieval.stores.faiss_kinds import FaissKnowledge
+    from fedrag_jax.retrieval.stores.fusion import HybridStore
+    from fedrag_jax.retrieval.stores.words import WordStore
+
+    return {
+        "flat": FaissKnowledge(dimension),
+        "hnsw": FaissKnowledge(dimension, "hnsw"),
+        "ivf": FaissKnowledge(dimension, "ivf"),
+        "words": WordStore(),
+        "stems": WordStore("english"),
+        "hybrid": HybridStore([FaissKnowledge(dimension), WordStore("english")]),
+    }
+
+
+if __name__ == "__main__":
+    app.run(main)
