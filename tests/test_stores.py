@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 import faiss
 import numpy as np
 import pytest
+import qdrant_server
+import uvicorn
 from cross_encoders import counting
 
 from fedrag_jax.data.examples import Passage
@@ -27,6 +29,7 @@ from fedrag_jax.retrieval.stores.postgres import PostgresStore
 from fedrag_jax.retrieval.stores.qdrant import QdrantStore
 from fedrag_jax.retrieval.stores.reranked import RerankedStore
 from fedrag_jax.retrieval.stores.words import WordStore
+from fedrag_jax.serving.address import listening
 
 D = 16
 RNG = np.random.default_rng(0)
@@ -74,9 +77,32 @@ def in_postgres(**how):
     return PostgresStore(postgres(), f'odd "table {next(COUNT)}', D, **how)
 
 
-@pytest.fixture(params=[*KINDS, pytest.param("postgres", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module")
+def qdrant():
+    """The address of a server: the one that FEDRAG_QDRANT names, or the engine behind its interface."""
+    if address := os.environ.get("FEDRAG_QDRANT"):
+        yield address
+        return
+    with listening("127.0.0.1", 0) as (listener, address):
+        server = uvicorn.Server(uvicorn.Config(qdrant_server.application(), log_level="error"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        yield address
+        server.should_exit = True
+        thread.join()
+
+
+ELSEWHERE = [pytest.param(name, marks=pytest.mark.slow) for name in ("postgres", "qdrant_server")]
+
+
+@pytest.fixture(params=[*KINDS, *ELSEWHERE])
 def empty(request):
-    return KINDS[request.param]() if request.param in KINDS else in_postgres()
+    if request.param == "postgres":
+        return in_postgres()
+    if request.param == "qdrant_server":
+        name = f"test-{os.getpid()}-{next(COUNT)}"
+        return QdrantStore(name, D, request.getfixturevalue("qdrant"))
+    return KINDS[request.param]()
 
 
 @pytest.fixture
@@ -440,13 +466,12 @@ def test_an_embedded_qdrant_lies_in_its_folder(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_qdrant_server_keeps_what_it_is_given():
-    address = os.environ.get("FEDRAG_QDRANT")
-    if not address:
-        pytest.skip("no server: FEDRAG_QDRANT")
-    store = QdrantStore(f"test-{os.getpid()}", D, address)
+def test_a_qdrant_server_keeps_what_it_is_given(qdrant):
+    store = QdrantStore(f"test-{os.getpid()}", D, qdrant)
     store.add(PASSAGES, VECTORS)
-    assert ids(ask(QdrantStore(store.collection, D, address), [3], k=1)) == [["p003"]]
+    assert ids(ask(QdrantStore(store.collection, D, qdrant), [3], k=1)) == [["p003"]]
+    with pytest.raises(ConfigError, match="dimension 16, not 17"):
+        QdrantStore(store.collection, 17, qdrant)
     store.delete([p.id for p in PASSAGES])
 
 

@@ -74,5 +74,5 @@ def load_folder(here: pathlib.Path) -> Cell:
     """The finished cell in a folder of its own."""
     about = json.loads((here / "cell.json").read_text())
     cost = Cost.of(about["cost"], here / "cell.json")
-    with np.load(here / "scores.npz") as scores:
+    with np.load(here / "scores.npz", allow_pickle=False) as scores:
         return Cell(**about | {"cost": cost, "scores": {k: scores[k] for k in scores}})
