@@ -19,7 +19,7 @@ log p(z|x).
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -253,16 +253,20 @@ def answer_and_reasoning(text: str, mark: str) -> tuple[str, str]:
 
 
 class Streamed(Iterator[str]):
-    """An answer in pieces, as it is written; what comes before it is held back."""
+    """An answer in pieces, as it is written; what comes before it is held back.
 
-    def __init__(self, begin: Callable[[], Iterator[str]], mark: str):
+    Attributes:
+      finish: that of `Reading`, once all pieces have come; "" before.
+    """
+
+    def __init__(self, begin: Callable[[], Generator[str, None, Completion]], mark: str):
         """Begins with the first piece that is asked for.
 
         Args:
-          begin: gives all that is written, in pieces.
+          begin: gives all that is written, in pieces, and returns it.
           mark: between reasoning and answer; "" where there is none.
         """
-        self._mark, self._written = mark, []
+        self._mark, self._written, self.finish = mark, [], ""
         self._pieces = answer_pieces(self._heard(begin), mark)
 
     def __next__(self) -> str:
@@ -278,7 +282,13 @@ class Streamed(Iterator[str]):
         self._pieces.close()
 
     def _heard(self, begin) -> Iterator[str]:
-        for piece in begin():
+        pieces = begin()
+        while True:
+            try:
+                piece = next(pieces)
+            except StopIteration as end:
+                self.finish = end.value.finish
+                return
             self._written.append(piece)
             yield piece
 

@@ -138,7 +138,13 @@ class RAGSystem:
 
     def under(self, system_prompt: str) -> "RAGSystem":
         """The system with a system prompt, in place of one that it has: in a chat style a turn of its
-        own where the template has one, else a line before all others."""
+        own where the template has one, else a line before all others.
+
+        Raises:
+          ConfigError: one that no prompt can hold.
+        """
+        if len(system_prompt) > 64 * self.decoder.config.max_positions:
+            raise ConfigError(f"a system prompt of {len(system_prompt):,} characters: shorten it")
         return dataclasses.replace(self, prompts=self.prompts.under(system_prompt))
 
     # --- the passages it answers from ---------------------------------------------------------
@@ -300,7 +306,7 @@ class RAGSystem:
             settings = self._sampling(sampling)
             rows = [f.passage for f in self.retrieve([question])[0]] if read is None else read
             (prompt,) = self._prompts([question], [rows], settings)
-            yield from self.writer.stream(prompt, settings)
+            return (yield from self.writer.stream(prompt, settings))
 
         return Streamed(written, self.prompts.style.final.strip())
 
@@ -330,15 +336,10 @@ class RAGSystem:
         )
 
     def _sampling(self, given: dict[str, Any]) -> Sampling:
-        return Sampling(**{"max_new_tokens": self.prompts.max_answer_tokens} | given)
+        return Sampling.of({"max_new_tokens": self.prompts.max_answer_tokens} | given)
 
     def _prompts(self, questions, rows, settings: Sampling) -> list[np.ndarray]:
         limit = self.decoder.config.max_positions - settings.max_new_tokens
-        if (longest := max(map(len, questions), default=0)) > 64 * max(limit, 1):
-            raise ConfigError(
-                f"a question of {longest:,} characters is more than the generator's {limit} tokens "
-                "can hold: shorten it"
-            )
         return [self.prompts.prompt(q, r, limit) for q, r in zip(questions, rows, strict=True)]
 
     def _log_weights(self, questions, rows, scores, mode: str) -> np.ndarray:

@@ -9,6 +9,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+from cross_encoders import counting
 from tiny import logits
 
 from fedrag_jax.data import synthetic
@@ -18,9 +19,13 @@ from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.evaluation.benchmarks import asking, report
 from fedrag_jax.evaluation.benchmarks.benchmarker import Benchmarker
 from fedrag_jax.evaluation.benchmarks.hub_rows import Question
+from fedrag_jax.evaluation.benchmarks.identity import identity
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.retrieval.stores.faiss_kinds import FaissKnowledge
+from fedrag_jax.retrieval.stores.fusion import HybridStore
 from fedrag_jax.retrieval.stores.knowledge import Found, StoreUnreachable
+from fedrag_jax.retrieval.stores.reranked import RerankedStore
+from fedrag_jax.retrieval.stores.words import WordStore
 
 REAL = pathlib.Path(os.environ.get("FEDRAG_DATA", "../shared/data"))
 WORLD = synthetic.generate(synthetic.WorldConfig())
@@ -148,6 +153,9 @@ class Elsewhere:
     """Somebody who is asked in words and does not list what there is."""
 
     kind, dimension, cosines = "elsewhere", None, False
+
+    def told(self):
+        return {"kind": self.kind}
 
     def search(self, questions, vectors=None, k=5):
         return [[Found(p, 1.0) for p in PASSAGES[:k]] for _ in questions]
@@ -344,3 +352,23 @@ def test_real_sets_from_end_to_end(system, tmp_path):
     assert report.table(results).count(" *") == len(ways)
     again = [benchmarker.run(n, source=REAL, limit=8, **how) for n, how in ways.items()]
     assert all(map(same, results, again))
+
+
+def test_another_search_is_another_system(system):
+    def search(*stores):
+        found = []
+        for store in stores:
+            store.add(PASSAGES, system.embed(PASSAGES))
+            found.append(identity(system.over(store), True, PASSAGES)["search"])
+        return found
+
+    d = system.retriever.vectors.shape[1]
+    stores = [
+        FaissKnowledge(d), FaissKnowledge(d, "hnsw"), FaissKnowledge(d, "hnsw", effort=1),
+        WordStore(), WordStore("english"), HybridStore([FaissKnowledge(d), WordStore()]),
+        HybridStore([FaissKnowledge(d), WordStore("english")]),
+        RerankedStore(FaissKnowledge(d), counting(["ann"])),
+        RerankedStore(FaissKnowledge(d), counting(["ann", "bob"])),
+    ]  # fmt: skip
+    assert len({*search(*stores)}) == len(stores)
+    assert len({*search(FaissKnowledge(d), FaissKnowledge(d))}) == 1

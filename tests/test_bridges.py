@@ -464,7 +464,7 @@ def test_what_a_call_cannot_have_is_refused_there_too(system):
             call(QUESTION, filter={"topic": "painting"})
         with pytest.raises(ConfigError, match="61"):
             call(QUESTION, k=61)
-    with pytest.raises(TypeError, match="k"):
+    with pytest.raises(ConfigError, match="k"):
         answers.invoke(QUESTION, k=3)
     for wrong, words in (
         ({"query": "?"}, "needs a question as 'question' or 'input'.* of .'query'."),

@@ -18,6 +18,7 @@ from fedrag_jax.data import synthetic
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.serving import indexing
 from fedrag_jax.serving.command_line import main
+from fedrag_jax.serving.commands.common import harmless
 from fedrag_jax.serving.journal import Journal
 
 WORLD = synthetic.generate(synthetic.WorldConfig())
@@ -158,7 +159,7 @@ def test_indexing_refuses_what_would_lose_something(system, tmp_path, capsys):
     for more, error in (
         (["--store", "hnsw"], "holds a system already, and --store are of a new one"),
         ([], "holds the documents of .*/documents, not of"),
-        (["--tokens", "1000000"], "encoder reads [0-9]+ tokens of a passage"),
+        (["--moved", "--tokens", "1000000"], "encoder reads [0-9]+ tokens of a passage"),
     ):
         assert main(["index", str(documents), "--to", str(system), "--quiet", *more]) == 1
         assert re.search(error, capsys.readouterr().err)
@@ -179,6 +180,46 @@ def test_indexing_refuses_what_would_lose_something(system, tmp_path, capsys):
     new[3] = str(system.parent / "damaged")
     assert main(new) == 1
     assert "is damaged" in capsys.readouterr().err
+
+
+def test_a_system_leaves_a_store_of_others_alone(tmp_path, capsys):
+    place = ["--store", "qdrant", "--at", str(tmp_path / "qdrant"), "--quiet"]
+    for name, text in (("a", "Ada lives in Rome."), ("b", "Bob lives in Oslo.")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.txt").write_text(text)
+    assert main(["index", str(tmp_path / "a"), "--to", str(tmp_path / "one"), *place]) == 0
+    other = ["index", str(tmp_path / "b"), "--to", str(tmp_path / "other"), *place]
+    assert main(other) == 1
+    assert "holds 1 passages of others, such as 'a.txt#0'" in capsys.readouterr().err
+    assert main([*other, "--collection", "mine"]) == 0
+    assert main(["ask", str(tmp_path / "one"), "Who?", "--elsewhere", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [s["id"] for s in answer["sources"]] == ["a.txt#0"]
+
+
+def test_a_system_among_its_documents_is_no_document(tmp_path, capsys):
+    write_documents(tmp_path / "documents", PASSAGES[:21])
+    command = ["index", str(tmp_path), "--to", str(tmp_path / "system"), "--quiet", "--json"]
+    for added in (21, 0, 0):
+        assert main(command) == 0
+        (found,) = told(capsys)
+        assert (found["passages"], found["added"], found["removed"]) == (21, added, 0)
+
+
+def test_passages_keep_their_size_and_names_may_be_bytes(tmp_path, capsys):
+    documents = tmp_path / "documents"
+    documents.mkdir()
+    (documents / "long.txt").write_text("Ada lives in Rome. " * 100)
+    (documents / os.fsdecode(b"caf\xe9.txt")).write_text("Bob lives in Oslo.")
+    command = ["index", str(documents), "--to", str(tmp_path / "s"), "--quiet", "--json"]
+    assert main([*command, "--tokens", "50"]) == 3
+    (first,) = told(capsys)
+    assert {*first["unreadable"]} == {"caf\\udce9.txt"}
+    assert main(command) == 3
+    (again,) = told(capsys)
+    assert again["passages"] == first["passages"] > 5 and not again["changed"] + again["removed"]
+    assert main([*command, "--tokens", "90"]) == 3
+    assert told(capsys)[0]["passages"] < first["passages"]
 
 
 @pytest.mark.parametrize("kind", ["hnsw", "hybrid", "qdrant"])
@@ -203,9 +244,11 @@ def test_a_new_system_like_a_tuned_one(system, tmp_path):
     tuned = tuned.replace(query={**tuned.retriever.query}).under("Be brief.")
     tuned.save(tmp_path / "tuned")
     command = ["index", str(system.parent / "documents"), "--to", str(tmp_path / "new"), "--quiet"]
-    assert main([*command, "--like", str(tmp_path / "tuned"), "--store", "words"]) == 0
+    like = ["--like", str(tmp_path / "tuned"), "--store", "words", "--top-k", "3"]
+    assert main([*command, *like]) == 0
     loaded = RAGSystem.load(tmp_path / "new")
     assert loaded.store.kind == "bm25" and loaded.prompts.style == tuned.prompts.style
+    assert loaded.top_k == 3 and not loaded.retriever.passages
 
 
 # --- ask -------------------------------------------------------------------------------------------
@@ -240,6 +283,10 @@ def test_passages_do_not_speak_to_the_terminal(tmp_path, capsys):
     assert main(["ask", str(tmp_path / "s"), "Where does Ada \x1b[31m live?"]) == 0
     out = capsys.readouterr().out
     assert "Ada" in out and not {"\x1b", "\x07", "\u202e"} & {*out}
+    assert main(["ask", str(tmp_path / "\x1b[31m"), "Who?"]) == 1
+    assert "\x1b" not in capsys.readouterr().err
+    # No-break space, a tab, and what joins no letters in Persian.
+    assert harmless("Qui\u00a0?\n\t\u0646\u200c\u062e") == "Qui ?\n \u0646\u200c\u062e"
 
 
 def test_what_cannot_be_asked_is_refused(system, tmp_path, capsys):
@@ -307,6 +354,15 @@ def test_training_tunes_and_keeps_the_store(system, tmp_path, capsys, setting):
     assert tuned.retrieve(asked) != old.retrieve(asked)
     assert main(command) == 1
     assert "holds a system already" in capsys.readouterr().err
+    # Killed before it was saved: the trainings are read back, but not for another system.
+    (tmp_path / "tuned" / "system.json").unlink()
+    assert main(command) == 0
+    assert told(capsys)[0]["trials"] == result["trials"]
+    (tmp_path / "tuned" / "system.json").unlink()
+    tuned.under("Be brief.").save(tmp_path / "another")
+    command[1] = str(tmp_path / "another")
+    assert main(command) == 1
+    assert "holds a training of others: system was" in capsys.readouterr().err
 
 
 def test_what_cannot_be_trained_is_refused(system, tmp_path, capsys):

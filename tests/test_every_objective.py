@@ -160,6 +160,7 @@ def test_equal_tasks_have_equal_losses():
     assert len(losses) == 12
 
 
+@pytest.mark.slow
 def test_document_vectors_move_and_the_index_is_refreshed(parts):
     """Training the document side: every round searches an index of re-embedded passages."""
 

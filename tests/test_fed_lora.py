@@ -187,6 +187,7 @@ def test_fedsa_shares_a_and_keeps_b(task, alone):
 # --- clients of different ranks ----------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["flora", "flexlora"])
 def test_ranks_of_clients_and_their_own_scale(task, rule):
     """Client k trains the first r_k columns, at the scale alpha / r_k of a network of that rank."""
@@ -228,6 +229,7 @@ def test_equal_ranks_are_no_ranks(task):
 # --- the battery -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 def test_group_sizes_agree_and_runs_resume(task, rule, tmp_path):
     algorithm = fed_lora(rule, NETWORK, local_steps=2, **mixed(rule))

@@ -386,6 +386,7 @@ def test_a_judge_is_asked_about_each_answer_as_often_as_is_wanted(tmp_path):
         judged(author, examples, texts, ["a", "b", "c"], tmp_path, repeats=0)
 
 
+@pytest.mark.slow
 def test_ten_megabytes_in_one_text_are_read_as_far_as_they_fit(tmp_path):
     story, unbroken = "Ann Bo was born in Rome. " * 400_000, "x" * 10_000_000
     texts = [Passage("story", "", story), Passage("unbroken", "", unbroken), *TEXTS]

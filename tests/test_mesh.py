@@ -45,6 +45,7 @@ def test_eight_devices_equal_one():
     require_equal(start("devices", devices=8))
 
 
+@pytest.mark.slow
 def test_devices_decompose_at_the_same_time():
     require_equal(start("decompositions", devices=2), timeout=120)
 

@@ -189,6 +189,7 @@ def test_negatives_are_mined_again_with_what_is_trained(retriever, train):
     assert (found != task.retrieve(EXAMPLES, task.trainable)).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "objective", ["ranking", "distillation", "RAG-Token", "RAG-Token, adapters"]
 )

@@ -163,6 +163,7 @@ def test_questions_the_prompts_were_not_made_for_are_refused(world):
         system.prompts.training_table(world.train[:2], np.zeros((2, 1), int), per_passage=True)
 
 
+@pytest.mark.slow
 def test_tokens_are_those_that_training_reads(system, world, tmp_path):
     """Each of four examples once: prompts and questions as they are tokenised, no padding."""
     there = {p.id for p in world.passages}

@@ -154,7 +154,7 @@ def ours(folder: str) -> dict:
     examples = [Example(f"q{i}", q, ("",), (f"p{i}",)) for i, q in enumerate(work["questions"])]
     passages = [Passage(f"p{i}", "", "") for i in range(len(examples))]  # their vectors are there
     network = dataclasses.replace(model.network, config=config)
-    vectors = np.load(f"{folder}/documents.npy")
+    vectors = np.load(f"{folder}/documents.npy", allow_pickle=False)
     both = model.params, model.params
     task = multiple_negatives_ranking(
         Retriever(network, model.tokenizer, *both, passages, vectors, vectors, None),

@@ -140,7 +140,7 @@ def only_model(folder: str) -> SentenceTransformer:
 
 @functools.cache
 def documents(folder: str) -> torch.Tensor:
-    return torch.from_numpy(np.load(folder + "/documents.npy"))
+    return torch.from_numpy(np.load(folder + "/documents.npy", allow_pickle=False))
 
 
 @functools.cache

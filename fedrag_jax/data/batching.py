@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedrag_jax.data.examples import Example, Passage, reading_text
+from fedrag_jax.data.examples import Example, Passage, half_character, reading_text
 from fedrag_jax.data.prompts import PromptStyle, plain
 from fedrag_jax.errors import CheckpointError, ConfigError, DataError
 
@@ -76,7 +76,13 @@ class Prompts:
         self._widen(examples)
 
     def under(self, system: str) -> "Prompts":
-        """The same under a system prompt, in place of one that there is."""
+        """The same under a system prompt, in place of one that there is.
+
+        Raises:
+          DataError: one with half a character in it.
+        """
+        if fault := half_character(system):
+            raise DataError(f"the system prompt {system[:80]!r} {fault}")
         instructed = copy.copy(self)
         instructed.style = self.style.under(self._plain(system))
         instructed._opening = instructed._opening_tokens()
@@ -157,6 +163,8 @@ class Prompts:
 
     def question_tokens(self, question: str) -> np.ndarray:
         """Tokens from the end of the passages to where the answer starts."""
+        if fault := half_character(question):
+            raise DataError(f"the question {question[:80]!r} {fault}")
         text = self.style.question.format(question=self._plain(question))
         return np.array(self._tokenize([text])[0], np.int32)
 
@@ -187,8 +195,23 @@ class Prompts:
 
         In place of a row there may be a passage that is not in the corpus. A row of -1 is no passage.
         Passages that do not fit are cut from the end; the question never is.
+
+        Raises:
+          ConfigError: opening and question alone are more than the width.
+          DataError: a question with half a character in it.
         """
+        if width is not None and len(question) > 64 * max(width, 1):  # none of it need be tokenised
+            raise ConfigError(
+                f"a question of {len(question):,} characters is more than the {width} tokens that the "
+                "generator reads beside its answer: shorten it"
+            )
         head, tail = self._head(rows), self.question_tokens(question)
+        if width is not None and len(self._opening) + len(tail) > max(width, 0):
+            raise ConfigError(
+                f"a prompt that opens with {len(self._opening)} tokens (instruction and system prompt) "
+                f"and a question of {len(tail)} are more than the {width} that the generator reads "
+                "beside its answer: shorten one of them, or max_new_tokens"
+            )
         room = None if width is None else max(0, width - len(tail))
         return np.concatenate([head[:room], tail])
 

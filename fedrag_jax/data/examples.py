@@ -60,6 +60,15 @@ def reading_text(passage: Passage) -> str:
     return passage.text if passage.title in passage.text else embedding_text(passage)
 
 
+def half_character(text: str) -> str:
+    """What is wrong with a text that no file can hold; "" if nothing is."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"holds half a character ({error.reason}): decode its text as what it is"
+    return ""
+
+
 def content_hash(dataset: Dataset) -> str:
     """16 hex characters of the sha256 of every passage and question, in order.
 

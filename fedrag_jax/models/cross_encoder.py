@@ -21,6 +21,7 @@ from fedrag_jax.errors import CheckpointError, ConfigError
 from fedrag_jax.models import hub
 from fedrag_jax.models.encoder import Encoder
 from fedrag_jax.models.families import FAMILIES, Family
+from fedrag_jax.models.fingerprint import fingerprint
 from fedrag_jax.models.layers import Linear
 from fedrag_jax.models.network import Network
 
@@ -118,6 +119,10 @@ class CrossEncoder:
         # Cut to this length once and for all: a tokenizer cannot be told to while others use it.
         model._tokenize([""], [""])
         return model
+
+    def fingerprint(self) -> str:
+        """A hash of all that scores depend on."""
+        return fingerprint(self.params, self.tokenizer, self.network.config).hexdigest()[:16]
 
     def save(self, path: str | pathlib.Path) -> None:
         """Writes a folder that `load` and transformers open."""

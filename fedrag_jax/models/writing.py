@@ -2,7 +2,7 @@
 
 import concurrent.futures
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -44,8 +44,18 @@ class Sampling:
     seed: int = 0
     stop: tuple[str, ...] = ()
 
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> "Sampling":
+        """With options by name; ConfigError for one that there is not."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        if strange := sorted(options.keys() - {*known}):
+            raise ConfigError(f"{strange} cannot be said of a text to be written; {known} can")
+        return cls(**options)
+
     def __post_init__(self):
         decoding.check_options(self.max_new_tokens, self.temperature, self.top_p)
+        if not -(2**63) <= self.seed < 2**63:
+            raise ConfigError(f"seed must be a number of 64 bits, got {self.seed}")
         if isinstance(self.stop, str) or not all(self.stop):
             raise ConfigError(
                 f"stop must be a sequence of strings that are not empty, got {self.stop!r}"
@@ -167,8 +177,8 @@ class Writer:
 
     def stream(
         self, prompt: np.ndarray, sampling: Sampling | None = None, every: int = 4
-    ) -> Iterator[str]:
-        """The text that `complete` gives for this prompt alone, in pieces of a few tokens.
+    ) -> Generator[str, None, Completion]:
+        """The text that `complete` gives for this prompt alone, in pieces of a few tokens; returns it.
 
         What may yet change is held back: a character of which bytes are missing, and what could be the
         beginning of a stop string.
@@ -186,7 +196,7 @@ class Writer:
                 yield ready[sent:]
                 sent = len(ready)
             if text.finish:
-                return
+                return text.completion()
 
     def _texts(self, prompts, rows, sampling, every=decoding.PIECE) -> Iterator[list["_Text"]]:
         """The texts as far as they are written, again and again."""

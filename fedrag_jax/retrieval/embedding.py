@@ -1,7 +1,6 @@
 """Texts to vectors: many of them, as fast as the machine allows, and a corpus once only."""
 
 import hashlib
-import json
 import os
 import tempfile
 import warnings
@@ -19,6 +18,7 @@ from fedrag_jax.clock import Clock, tell
 from fedrag_jax.data.batching import clipped
 from fedrag_jax.data.cache import cache_folder
 from fedrag_jax.errors import ConfigError, DataError
+from fedrag_jax.models.fingerprint import fingerprint
 from fedrag_jax.models.network import Network
 
 # Widths are multiples of this: finer means less padding and more compilations.
@@ -177,22 +177,8 @@ def _batches(
         yield len(chosen), batch, mask
 
 
-def fingerprint(encoder: Network, params, tokenizer, max_length: int):
-    """A sha256, to go on with or to be read, of all that makes vectors of texts."""
-    digest = hashlib.sha256(f"2 {encoder.config!r} {max_length}".encode())  # 2: of the file's form
-    settings = json.loads(tokenizer.backend_tokenizer.to_str())
-    # What the last call cut and padded to: states of the object, not of the tokenizer.
-    settings = {k: v for k, v in settings.items() if k not in ("truncation", "padding")}
-    digest.update(json.dumps(settings, sort_keys=True).encode())
-    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        leaf = np.asarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
-        digest.update(np.ascontiguousarray(leaf).view(np.uint8))
-    return digest
-
-
 def _key(encoder: Network, params, tokenizer, texts: Sequence[str], max_length: int) -> str:
-    digest = fingerprint(encoder, params, tokenizer, max_length)
+    digest = fingerprint(params, tokenizer, encoder.config, max_length)
     for text in texts:
         # The length in front keeps ["ab", "c"] apart from ["a", "bc"].
         encoded = text.encode()

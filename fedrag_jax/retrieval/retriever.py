@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from fedrag_jax.clock import Clock, tell
-from fedrag_jax.data.examples import Passage, embedding_text
-from fedrag_jax.errors import ConfigError
+from fedrag_jax.data.examples import Passage, embedding_text, half_character
+from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.models.hub import Pretrained
 from fedrag_jax.models.network import Network
 from fedrag_jax.retrieval.embedding import embed_corpus, embed_texts
@@ -115,7 +115,14 @@ class Retriever:
         return self.with_head((whole if self.head is None else self.head)[:, :dimensions])
 
     def embed_questions(self, questions: Sequence[str]) -> np.ndarray:
-        """Normalised vectors float32 [Q, D] of the query encoder."""
+        """Normalised vectors float32 [Q, D] of the query encoder.
+
+        Raises:
+          DataError: a question with half a character in it.
+        """
+        for question in questions:
+            if fault := half_character(question):
+                raise DataError(f"the question {question[:80]!r} {fault}")
         vectors = embed_texts(
             self.encoder,
             self.query,

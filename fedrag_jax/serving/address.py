@@ -1,10 +1,12 @@
-"""Where a server listens."""
+"""Where a server listens, and what its callers must give."""
 
 import contextlib
 import socket
 from collections.abc import Iterator
 
 from fedrag_jax.errors import ConfigError
+
+KEY = "FEDRAG_API_KEY"  # of the environment: where it is set, callers must give it
 
 
 @contextlib.contextmanager

@@ -34,11 +34,13 @@ class Written(NamedTuple):
     Attributes:
       found: what it is read from.
       cited: gives those passages of it that are cited, once there was a piece.
+      finish: gives how it ended, once it has, see `inference.Reading`.
     """
 
     pieces: AsyncIterator[str]
     found: list[Found]
     cited: Callable[[], tuple[Passage, ...]]
+    finish: Callable[[], str]
 
 
 class Answering:
@@ -87,7 +89,12 @@ class Answering:
                     yield piece
                     piece = await asyncio.to_thread(next, pieces, None)
 
-        return Written(all_pieces(), found, lambda: system.cited(pieces.reasoning, passages))
+        return Written(
+            all_pieces(),
+            found,
+            cited=lambda: system.cited(pieces.reasoning, passages),
+            finish=lambda: pieces.finish,
+        )
 
     async def _answer_all(self) -> None:
         while True:
@@ -122,11 +129,14 @@ class Answering:
         return system.batch_query([q.text for q in questions], **how)
 
     def _under(self, system_prompt: str) -> RAGSystem:
-        if system_prompt not in self._instructed:
+        # Of several threads the slower makes the same again.
+        system = self._instructed.get(system_prompt)
+        if system is None:
+            system = self.system.under(system_prompt)
             if len(self._instructed) > INSTRUCTED:
                 self._instructed = {"": self.system}
-            self._instructed[system_prompt] = self.system.under(system_prompt)
-        return self._instructed[system_prompt]
+            self._instructed[system_prompt] = system
+        return system
 
 
 def _alike(one: Question, other: Question) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import fedrag_jax
 from fedrag_jax.errors import FedragError
 from fedrag_jax.serving.commands import ask, evaluate, index, serve, train
+from fedrag_jax.serving.commands.common import harmless
 
 DESCRIPTION = """\
 Retrieval-augmented generation over your documents, and its fine-tuning.
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args)
     except FedragError as error:
-        print(f"fedrag {args.command}: {error}", file=sys.stderr)
+        print(f"fedrag {args.command}: {harmless(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

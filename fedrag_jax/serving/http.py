@@ -16,7 +16,7 @@ from fedrag_jax.errors import ConfigError, DataError, FedragError
 from fedrag_jax.inference import Response
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.retrieval.stores.source import Found
-from fedrag_jax.serving.address import listening
+from fedrag_jax.serving.address import KEY, listening
 from fedrag_jax.serving.answering import Answering, Written
 
 try:
@@ -31,7 +31,6 @@ except ImportError as error:
     ) from error
 
 MODEL = "fedrag"
-KEY = "FEDRAG_API_KEY"
 MOST_BYTES = 16 << 20  # of a request
 GRACE_S = 60  # for answers under way when the server is told to end
 # Of the interface: what changes an answer is honoured or refused, what does not is let pass.
@@ -75,9 +74,7 @@ def application(system: RAGSystem, model: str = MODEL) -> Starlette:
             yield
 
     async def health(request: Request):
-        held = system.retriever.passages if system.store is None else system.store
-        passages = len(held) if hasattr(held, "__len__") else None
-        return JSONResponse({"status": "ok", "model": model, "passages": passages})
+        return JSONResponse({"status": "ok", "model": model})
 
     async def models(request: Request):
         _authorised(request, key)
@@ -94,13 +91,6 @@ def application(system: RAGSystem, model: str = MODEL) -> Starlette:
             "model": model,
         }
         if body.get("stream"):
-            usage = (body.get("stream_options") or {}).get("include_usage", False)
-            if usage:
-                raise RequestError(
-                    400,
-                    "stream_options.include_usage: tokens of streamed answers are not counted",
-                    "stream_options",
-                )
             # Begun here: what cannot be answered is refused, and not broken off.
             written = await answering.stream(question, system_prompt, **how)
             return StreamingResponse(_events(written, told), media_type="text/event-stream")
@@ -143,7 +133,7 @@ async def _body(request: Request) -> dict[str, Any]:
             raise RequestError(413, f"a request may have {MOST_BYTES} bytes")
     try:
         body = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RequestError(400, f"the body is not JSON: {error}") from error
     if not isinstance(body, dict):
         raise RequestError(400, "the body is not a JSON object")
@@ -183,6 +173,10 @@ def _understood(body: dict[str, Any], model: str) -> tuple[str, str, dict[str, A
         if not isinstance(stop, list) or not all(isinstance(s, str) for s in stop):
             raise RequestError(400, f"stop must be a string or some, got {stop!r}", "stop")
         how["stop"] = tuple(stop)
+    if body.get("stream_options") not in (None, {}, {"include_usage": False}):
+        raise RequestError(
+            400, "stream_options: tokens of streamed answers are not counted", "stream_options"
+        )
     if not isinstance(body.get("stream", False), bool | None):
         raise RequestError(400, f"stream must be a boolean, got {body['stream']!r}", "stream")
     return question, system_prompt, how
@@ -253,7 +247,7 @@ async def _events(written: Written, told: dict[str, Any]):
         except FedragError as error:
             yield f"data: {json.dumps({'error': {'message': str(error)}})}\n\n"
             return
-        yield event({}, "stop", fedrag=_grounds(written.found, written.cited()))
+        yield event({}, written.finish(), fedrag=_grounds(written.found, written.cited()))
         yield "data: [DONE]\n\n"
 
 

@@ -9,12 +9,13 @@ import numpy as np
 from tqdm import tqdm
 
 from fedrag_jax.data import documents
-from fedrag_jax.data.examples import Passage, embedding_text
+from fedrag_jax.data.examples import Passage, embedding_text, half_character
 from fedrag_jax.errors import ConfigError, DataError
+from fedrag_jax.models.fingerprint import fingerprint
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.rag_folder import SETTINGS, STORE
-from fedrag_jax.retrieval.embedding import fingerprint
-from fedrag_jax.serving.journal import Journal
+from fedrag_jax.retrieval.stores.source import SETTINGS as STORE_SETTINGS
+from fedrag_jax.serving.journal import Journal, Origin
 
 JOURNAL = "documents.sqlite"
 AT_ONCE = 512  # passages embedded between two writes: what a kill may cost
@@ -59,9 +60,9 @@ def index(
       source: a folder of documents, or one file, see `documents`.
       folder: of a saved system; made by the first call.
       begin: gives the system of the first call, over an empty store.
-      tokens: of a passage, by the document encoder's tokenizer; by default 200, or what the encoder
-        reads if that is less.
-      overlap: tokens that a passage shares with the one before; by default a fifth.
+      tokens: of a passage, by the document encoder's tokenizer; by default as many as before, at first
+        200, or what the encoder reads if that is less.
+      overlap: tokens that a passage shares with the one before; by default as before, at first a fifth.
       moved: the documents are those of another folder than before.
       elsewhere: as in `open_store`.
 
@@ -71,23 +72,25 @@ def index(
         encoder reads; another process at work.
       CheckpointError: what lies in the folder is damaged.
     """
-    paths = documents.find(source)
+    paths = [p for p in documents.find(source) if not _is_of_a_system(p, source, folder)]
     there = (folder / SETTINGS).exists()
     system = RAGSystem.load(folder, elsewhere=elsewhere) if there else begin()
     if system.store is None:
         raise ConfigError(
             f"{folder} answers from passages of its own: index into another folder, like this system"
         )
-    tokens, overlap = _lengths(system, tokens, overlap)
     folder.mkdir(parents=True, exist_ok=True)
     with Journal(folder / JOURNAL) as journal:
-        root = str(source.resolve())
-        if journal.root not in ("", root) and not moved:
+        before, root = journal.origin, str(source.resolve())
+        if before and before.root != root and not moved:
             raise ConfigError(
-                f"{folder} holds the documents of {journal.root}, not of {root}: index into another "
+                f"{folder} holds the documents of {before.root}, not of {root}: index into another "
                 "folder, or say that they moved; what is gone is taken out"
             )
-        journal.root = root
+        if not there:
+            _require_own(system.store, journal)
+        tokens, overlap = _lengths(system, tokens, overlap, before)
+        journal.origin = Origin(root, tokens, overlap)
         found, unreadable = _read(paths, source, journal, system, tokens, overlap, progress)
         counts = _bring_up_to_date(system, found, journal, progress)
         if not there:
@@ -98,7 +101,29 @@ def index(
     return Indexed(len(paths) - len(unreadable), len(system.store), *counts, unreadable)
 
 
-def _lengths(system: RAGSystem, tokens: int | None, overlap: int | None) -> tuple[int, int]:
+def _is_of_a_system(path: pathlib.Path, source: pathlib.Path, folder: pathlib.Path) -> bool:
+    """Whether a file belongs to a saved system or store, which may lie among the documents."""
+    inside = [p for p in path.parents if p.is_relative_to(source)]
+    return folder.resolve() in (p.resolve() for p in inside) or any(
+        (p / name).is_file() for p in inside for name in (SETTINGS, STORE_SETTINGS)
+    )
+
+
+def _require_own(store, journal: Journal) -> None:
+    """Refuses a store that others have filled: what is not of these documents would be taken out."""
+    own = {p.id for name in journal.names() for p in journal.passages(name) or ()}
+    if strange := [p.id for p in store.passages() if p.id not in own]:
+        raise ConfigError(
+            f"the store of the new system holds {len(strange):,} passages of others, such as "
+            f"{strange[0]!r}: choose another collection"
+        )
+
+
+def _lengths(
+    system: RAGSystem, tokens: int | None, overlap: int | None, before: Origin | None
+) -> tuple[int, int]:
+    if before and tokens in (None, before.tokens):
+        return before.tokens, before.overlap if overlap is None else overlap
     special = system.retriever.tokenizer.num_special_tokens_to_add()
     room = system.retriever.encoder.config.max_length - special
     tokens = min(200, room) if tokens is None else tokens
@@ -122,6 +147,9 @@ def _read(
     how = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
     for path in tqdm(paths, "read", unit=" files", disable=not progress, mininterval=1):
         name = _name(path, source)
+        if half_character(name):
+            unreadable[name.encode("utf-8", "backslashreplace").decode()] = "its name is not UTF-8"
+            continue
         try:
             content = hashlib.sha256(path.read_bytes()).hexdigest()
             digest = f"{content} {how} {tokens} {overlap}"
@@ -169,12 +197,7 @@ def _embedded(
     if system.store.dimension is None:
         return None
     retriever = system.retriever
-    encoder = fingerprint(
-        retriever.encoder,
-        retriever.document,
-        retriever.tokenizer,
-        retriever.encoder.config.max_length,
-    )
+    encoder = fingerprint(retriever.document, retriever.tokenizer, retriever.encoder.config)
     if retriever.head is not None:
         encoder.update(np.ascontiguousarray(retriever.head).view(np.uint8))
 

@@ -5,7 +5,7 @@ import pathlib
 import sqlite3
 from collections.abc import Sequence
 from contextlib import contextmanager
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -13,12 +13,25 @@ from fedrag_jax.data.examples import Passage
 from fedrag_jax.errors import CheckpointError, ConfigError
 
 SCHEMA = """
-    CREATE TABLE IF NOT EXISTS origin (root TEXT NOT NULL);
+    CREATE TABLE IF NOT EXISTS origin (root TEXT NOT NULL, tokens INTEGER, overlap INTEGER);
     CREATE TABLE IF NOT EXISTS files (
         name TEXT PRIMARY KEY, digest TEXT NOT NULL, passages TEXT NOT NULL
     );
     CREATE TABLE IF NOT EXISTS vectors (key TEXT PRIMARY KEY, vector BLOB NOT NULL);
 """
+
+
+class Origin(NamedTuple):
+    """Where passages come from.
+
+    Attributes:
+      root: the folder of the documents.
+      tokens, overlap: as in `indexing.index`.
+    """
+
+    root: str
+    tokens: int
+    overlap: int
 
 
 class Journal:
@@ -53,17 +66,17 @@ class Journal:
         self._database.close()
 
     @property
-    def root(self) -> str:
-        """The folder whose files these are; "" in a new journal."""
+    def origin(self) -> Origin | None:
+        """Whose passages these are; None in a new journal."""
         with self._asking():
-            row = self._database.execute("SELECT root FROM origin").fetchone()
-        return row[0] if row else ""
+            row = self._database.execute("SELECT root, tokens, overlap FROM origin").fetchone()
+        return Origin(*row) if row else None
 
-    @root.setter
-    def root(self, root: str) -> None:
+    @origin.setter
+    def origin(self, origin: Origin) -> None:
         with self._asking(), self._whole():
             self._database.execute("DELETE FROM origin")
-            self._database.execute("INSERT INTO origin VALUES (?)", (root,))
+            self._database.execute("INSERT INTO origin VALUES (?, ?, ?)", origin)
 
     def passages(self, name: str, digest: str = "") -> list[Passage] | None:
         """Those of a file; None if it is not known or, where a digest is given, was another then."""

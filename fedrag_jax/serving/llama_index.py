@@ -185,7 +185,7 @@ class RAGQueryEngine(_OwnPrompts, BaseQueryEngine):
                 "retriever that is given"
             )
         self.mode, self.beams = how.pop("mode", "concatenated"), how.pop("beams", None)
-        self.sampling = Sampling(**{"max_new_tokens": system.prompts.max_answer_tokens} | how)
+        self.sampling = Sampling.of({"max_new_tokens": system.prompts.max_answer_tokens} | how)
         inference.check(self.mode, self.beams, self.sampling)
         if streaming and self.mode != "concatenated":
             raise ConfigError(

@@ -1,5 +1,6 @@
 """A saved system tuned on questions about the passages that it answers from."""
 
+import hashlib
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -11,9 +12,10 @@ from fedrag_jax.data.examples import Dataset, Example, content_hash
 from fedrag_jax.data.partition import Partition, partition
 from fedrag_jax.data.schemes import natural
 from fedrag_jax.errors import ConfigError, DivergenceError
+from fedrag_jax.evaluation.benchmarks.identity import corpus_of, identity
 from fedrag_jax.evaluation.evaluator import evaluate
-from fedrag_jax.models import hub
 from fedrag_jax.rag import RAGSystem
+from fedrag_jax.serving.alike import alike
 from fedrag_jax.strategies.settings import Budget, split_clients
 from fedrag_jax.strategies.strategies import STRATEGIES
 from fedrag_jax.strategies.tuner import Tuner
@@ -50,28 +52,6 @@ class Trained(NamedTuple):
     trials: list[Trial]
     best: Trial
     test: dict[str, dict[str, float]]
-
-
-def over_corpus(system: RAGSystem, dataset: Dataset) -> RAGSystem:
-    """The same system with the passages of a dataset for its corpus, as training wants them."""
-    retriever = system.retriever
-    document = hub.Pretrained(
-        retriever.encoder, retriever.document, retriever.tokenizer, "document encoder"
-    )
-    return RAGSystem.build(
-        dataset.passages,
-        [*dataset.train, *dataset.validation],
-        generator=system.generator,
-        retriever=document,
-        adapters=system.decoder.lora,
-        prompt_style=system.prompts.style,
-        top_k=min(system.top_k, len(dataset.passages)),
-        marginal_k=system.marginal_k,
-        score_scale=system.score_scale,
-        max_passage_tokens=system.prompts.max_passage_tokens,
-        max_answer_tokens=system.prompts.max_answer_tokens,
-        progress=True,
-    ).replace(adapters=system.adapters, query=retriever.query, head=retriever.head)
 
 
 def split(
@@ -117,6 +97,13 @@ def train(
         )
     if not factors or not min(*rates.values(), *factors) > 0:
         raise ConfigError(f"learning rates must be > 0, got {dict(rates)} times {[*factors]}")
+    base = alike(
+        system,
+        dataset.passages,
+        [*dataset.train, *dataset.validation],
+        top_k=min(system.top_k, len(dataset.passages)),
+        progress=True,
+    )
     _settle(
         folder,
         {
@@ -126,10 +113,10 @@ def train(
             "rates": dict(rates),
             "seed": seed,
             "data": content_hash(dataset),
-            "clients": [len(rows) for rows in clients.clients],
+            "clients": _hash(clients),
+            "system": identity(base, True, corpus_of(base)),
         },
     )
-    base = over_corpus(system, dataset)
     before, trials, systems = scores(base, dataset.validation), [], {}
     for factor in factors:
         tuner = Tuner(
@@ -181,4 +168,13 @@ def _settle(folder: pathlib.Path, settings: dict) -> None:
             what = "; ".join(f"{n} was {before.get(n)}, is {now[n]}" for n in changed)
             raise ConfigError(f"{folder} holds a training of others: {what}. Choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(now, indent=2) + "\n")
+    beside = path.with_suffix(".tmp")
+    beside.write_text(json.dumps(now, indent=2) + "\n")
+    beside.replace(path)
+
+
+def _hash(clients: Partition) -> str:
+    digest = hashlib.sha256()
+    for rows in clients.clients:
+        digest.update(np.asarray(rows, np.int64).tobytes() + b" ")
+    return digest.hexdigest()[:16]

@@ -58,8 +58,8 @@ def read(
     Args:
       split: as the hub calls it; "" for the set's own.
       source: "hub"; "local" for the folder in the environment variable FEDRAG_DATA; another folder, of
-        local files or of copies of the hub's repositories (`FOLDER/OWNER/NAME`). None for "local" where
-        that has the set, and else the hub.
+        local files or of copies of the hub's repositories (`FOLDER/OWNER/NAME`); the local file of
+        questions itself. None for "local" where that has the set, and else the hub.
       shown: whether examples are wanted, too.
 
     Raises:
@@ -106,6 +106,8 @@ def _local(known: BenchmarkSet, source) -> Path | None:
     """The local questions file of a set; None for the hub or a copy of it."""
     if source == "hub":
         return None
+    if source not in (None, "local") and Path(source).is_file():
+        return Path(source)
     shared = Path(os.environ.get("FEDRAG_DATA", "../shared/data"))
     folder = shared if source in (None, "local") else Path(source)
     stems = [folder / f"{known.name}.questions", folder / known.name]

@@ -109,6 +109,10 @@ class HybridStore(KnowledgeStore):
                     passages[found.passage.id] = found.passage
         return [[Found(passages[i], score) for i, score in some.items()] for some in scores]
 
+    def told(self) -> dict[str, Any]:
+        """Its own settings, and what its stores tell."""
+        return super().told() | {"parts": [part.told() for part in self.parts]}
+
     # --- on disk -------------------------------------------------------------------------------
 
     def _settings(self) -> dict[str, Any]:
@@ -124,7 +128,7 @@ class HybridStore(KnowledgeStore):
     @classmethod
     def place(cls, settings: dict[str, Any]) -> str:
         """The places of those stores."""
-        return str(settings["elsewhere"])
+        return repr(settings["elsewhere"])
 
     def _save(self, folder: pathlib.Path) -> None:
         for i, part in enumerate(self.parts):

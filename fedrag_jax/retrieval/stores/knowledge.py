@@ -13,10 +13,10 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from fedrag_jax.data.examples import Passage
+from fedrag_jax.data.examples import Passage, half_character
 from fedrag_jax.errors import ConfigError, DataError, FedragError
 from fedrag_jax.retrieval.store import finite
-from fedrag_jax.retrieval.stores.source import Found, PassageSource, half_character, strings
+from fedrag_jax.retrieval.stores.source import Found, PassageSource, strings
 
 Embed = Callable[[Sequence[Passage]], np.ndarray]
 

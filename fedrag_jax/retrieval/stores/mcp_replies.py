@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from fedrag_jax.data.examples import Passage
+from fedrag_jax.data.examples import Passage, half_character
 from fedrag_jax.errors import DataError
-from fedrag_jax.retrieval.stores.source import Found, half_character
+from fedrag_jax.retrieval.stores.source import Found
 
 # Where answers have them, the likeliest first; a dot leads into an object.
 LISTS = ("passages", "results", "documents", "chunks", "hits", "matches", "items", "nodes", "sources",

@@ -101,6 +101,13 @@ class RerankedStore(KnowledgeStore):
     def _fresh(self, passages: Sequence[Passage], vectors: np.ndarray):
         return self.store._fresh(passages, vectors)
 
+    def told(self) -> dict[str, Any]:
+        """Its own settings, what the other store tells, and a hash of the cross-encoder."""
+        return super().told() | {
+            "store": self.store.told(),
+            "cross_encoder": self.cross_encoder.fingerprint(),
+        }
+
     # --- on disk -------------------------------------------------------------------------------
 
     def _settings(self) -> dict[str, Any]:
@@ -116,7 +123,7 @@ class RerankedStore(KnowledgeStore):
     @classmethod
     def place(cls, settings: dict[str, Any]) -> str:
         """The place of the other store."""
-        return str(settings["elsewhere"])
+        return repr(settings["elsewhere"])
 
     def _save(self, folder: pathlib.Path) -> None:
         self.store.save(folder / "store")

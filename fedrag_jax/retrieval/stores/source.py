@@ -11,8 +11,8 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
-from fedrag_jax.data.examples import Passage
-from fedrag_jax.errors import ConfigError
+from fedrag_jax.data.examples import Passage, half_character
+from fedrag_jax.errors import ConfigError, DataError
 
 FORMAT = 1
 SETTINGS = "store.json"
@@ -55,6 +55,10 @@ class PassageSource(abc.ABC):
         Raises:
           ConfigError: k below 1.
         """
+
+    def told(self) -> dict[str, Any]:
+        """What tells it from another source of the same passages, as JSON."""
+        return {"kind": self.kind} | self._settings()
 
     # --- on disk ------------------------------------------------------------------------------
 
@@ -113,16 +117,16 @@ class PassageSource(abc.ABC):
 
 
 def strings(values: Iterable[str], what: str) -> list[str]:
-    """A list of them; one string alone would be taken for its letters."""
+    """A list of them; one string alone would be taken for its letters.
+
+    Raises:
+      ConfigError: one string alone.
+      DataError: half a character in one of them.
+    """
     if isinstance(values, str):
         raise ConfigError(f"{what} must be a list of strings, got the string {values!r}")
-    return [*values]
-
-
-def half_character(text: str) -> str:
-    """What is wrong with a text that no file can hold; "" if nothing is."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        return f"holds half a character ({error.reason}): decode its text as what it is"
-    return ""
+    values = [*values]
+    for value in values:
+        if isinstance(value, str) and (fault := half_character(value)):
+            raise DataError(f"{value[:80]!r} among {what} {fault}")
+    return values

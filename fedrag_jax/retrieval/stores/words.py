@@ -17,7 +17,9 @@ STEMMED = ("arabic", "danish", "dutch", "english", "finnish", "french", "german"
            "hungarian", "italian", "norwegian", "portuguese", "romanian", "russian", "spanish",
            "swedish", "tamil", "turkish")  # fmt: skip
 MOST_WORDS = 1024  # different ones of a question that are looked for: a page of them, and no book
-HEAP = 15_000_000  # bytes that are filled before a part of the index is made; the fewest there may be
+HEAP = (
+    15_000_000  # bytes that are filled before a part of the index is made; the fewest there may be
+)
 
 
 class WordStore(KnowledgeStore):

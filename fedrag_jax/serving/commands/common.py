@@ -3,6 +3,7 @@
 import argparse
 import json
 import pathlib
+import unicodedata
 from typing import Any
 
 from fedrag_jax.data.examples import Passage
@@ -35,8 +36,14 @@ def print_json(told: Any) -> None:
 
 
 def harmless(text: str) -> str:
-    """A text without what would speak to a terminal: passages are anybody's words."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    """A text without what would speak to a terminal: passages and file names are anybody's words."""
+
+    def shown(c: str) -> str:
+        if c.isprintable() or c in "\n\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}":
+            return c
+        return " " if c == "\t" or unicodedata.category(c) == "Zs" else "\N{REPLACEMENT CHARACTER}"
+
+    return "".join(map(shown, text))
 
 
 def printable(text: str, most: int = 0) -> str:

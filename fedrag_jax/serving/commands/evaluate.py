@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     if args.questions is not None:
         if not args.questions.is_file():
             raise ConfigError(f"--questions {args.questions} is not a file")
-        asked.append((own(args.questions, args.all), args.questions.parent))
+        asked.append((own(args.questions, args.all), args.questions))
     if not asked:
         raise ConfigError(f"nothing to measure: name sets of {[*SETS]}, or give --questions")
     system = RAGSystem.load(args.system, elsewhere=args.elsewhere)

@@ -10,7 +10,7 @@ import pathlib
 import sys
 import time
 
-from fedrag_jax.serving.commands.common import add_elsewhere, add_json, print_json
+from fedrag_jax.serving.commands.common import add_elsewhere, add_json, harmless, print_json
 
 STORES = ("flat", "ivf", "hnsw", "pq", "device", "words", "hybrid", "qdrant", "postgres")
 
@@ -93,7 +93,8 @@ def run(args: argparse.Namespace) -> int:
     )
     seconds = time.perf_counter() - start
     for name, reason in found.unreadable.items():
-        print(f"left out: {reason if name in reason else f'{name}: {reason}'}", file=sys.stderr)
+        told = reason if name in reason else f"{name}: {reason}"
+        print(f"left out: {harmless(told)}", file=sys.stderr)
     if args.json:
         print_json(found._asdict() | {"system": str(args.to), "seconds": round(seconds, 3)})
     else:
@@ -113,10 +114,12 @@ def new_system(args: argparse.Namespace):
     """A system over an empty store, as the options say."""
     from fedrag_jax.models import hub
     from fedrag_jax.rag import RAGSystem
+    from fedrag_jax.serving.alike import alike
 
     if args.like:
         like = RAGSystem.load(args.like, elsewhere=args.elsewhere)
-        system = like.over(new_store(args, like.retriever.vectors.shape[1]))
+        store = new_store(args, like.retriever.vectors.shape[1])
+        system = alike(like, store=store, top_k=args.top_k)
         return system.under(args.system_prompt) if args.system_prompt else system
     retriever = hub.load(args.retriever or "builtin:encoder")
     generator = hub.load(args.generator or "builtin:decoder")
@@ -131,7 +134,7 @@ def new_system(args: argparse.Namespace):
         retriever=retriever,
         prompt_style=style,
         system_prompt=args.system_prompt or "",
-        top_k=args.top_k or 5,
+        top_k=5 if args.top_k is None else args.top_k,
     )
 
 

@@ -6,8 +6,10 @@ has FEDRAG_API_KEY, callers must give it. SIGTERM stops it once requests under w
 
 import argparse
 import contextlib
+import os
 import sys
 
+from fedrag_jax.serving.address import KEY
 from fedrag_jax.serving.commands.common import add_system
 
 
@@ -29,6 +31,10 @@ def run(args: argparse.Namespace) -> int:
 
     if args.mcp and args.model:
         raise ConfigError("--model is of the HTTP interface, --mcp has none: leave one out")
+    if args.mcp == "http" and os.environ.get(KEY):
+        raise ConfigError(
+            f"MCP over HTTP asks for no key, and {KEY} is set: unset it, or use stdio"
+        )
     if args.mcp:
         from fedrag_jax.serving import mcp_server
 

@@ -1,0 +1,43 @@
+"""A system's models, adapters and prompts over other passages."""
+
+from collections.abc import Sequence
+
+from fedrag_jax.data.examples import Example, Passage
+from fedrag_jax.models import hub
+from fedrag_jax.rag import RAGSystem
+from fedrag_jax.retrieval.stores.source import PassageSource
+
+
+def alike(
+    system: RAGSystem,
+    passages: Sequence[Passage] = (),
+    examples: Sequence[Example] = (),
+    store: PassageSource | None = None,
+    top_k: int | None = None,
+    progress: bool = False,
+) -> RAGSystem:
+    """The same, over a corpus or a store of its own.
+
+    Args:
+      passages, examples, store: as in `RAGSystem.build`.
+      top_k: the system's unless given.
+    """
+    retriever, prompts = system.retriever, system.prompts
+    document = hub.Pretrained(
+        retriever.encoder, retriever.document, retriever.tokenizer, "document encoder"
+    )
+    return RAGSystem.build(
+        passages,
+        examples,
+        store=store,
+        generator=system.generator,
+        retriever=document,
+        adapters=system.decoder.lora,
+        prompt_style=prompts.style,
+        top_k=system.top_k if top_k is None else top_k,
+        marginal_k=system.marginal_k,
+        score_scale=system.score_scale,
+        max_passage_tokens=prompts.max_passage_tokens,
+        max_answer_tokens=prompts.max_answer_tokens,
+        progress=progress,
+    ).replace(adapters=system.adapters, query=retriever.query, head=retriever.head)
