@@ -142,7 +142,10 @@ class _LocalFiles(NamedTuple):
             if known.known_as.get(label, label) == split:
                 found.append(question)
         if not found:
-            raise DataError(f"{self.path}: no question in split {split!r}, only in {sorted(seen)}")
+            raise DataError(
+                f"{self.path}: no question in split {split!r}, only in {sorted(seen)}: ask one of those, "
+                "or all of a file of your own (fedrag eval --all)"
+            )
         return found
 
     def passages(self, split: str) -> list[Passage]:

@@ -73,7 +73,8 @@ def run(args: argparse.Namespace) -> int:
     from fedrag_jax.serving.indexing import index
 
     given = [f"--{name.replace('_', '-')}" for name in NEW if getattr(args, name) is not None]
-    if given and (args.to / SETTINGS).exists():
+    new = not (args.to / SETTINGS).exists()
+    if given and not new:
         raise ConfigError(
             f"{args.to} holds a system already, and {', '.join(given)} are of a new one: leave them "
             "out, or choose another folder with --to"
@@ -92,6 +93,12 @@ def run(args: argparse.Namespace) -> int:
         progress=not args.quiet,
     )
     seconds = time.perf_counter() - start
+    if new and not args.quiet and not (args.like or args.generator):
+        print(
+            "the built-in generator reads the built-in world alone: for answers from other documents "
+            "index them into another folder with --generator",
+            file=sys.stderr,
+        )
     for name, reason in found.unreadable.items():
         told = reason if name in reason else f"{name}: {reason}"
         print(f"left out: {harmless(told)}", file=sys.stderr)
