@@ -143,8 +143,8 @@ class _LocalFiles(NamedTuple):
                 found.append(question)
         if not found:
             raise DataError(
-                f"{self.path}: no question in split {split!r}, only in {sorted(seen)}: ask one of those, "
-                "or all of a file of your own (fedrag eval --all)"
+                f"{self.path}: no question in split {split!r}, only in {sorted(seen)}: ask one of "
+                "those, or all of a file of your own (fedrag eval --all)"
             )
         return found
 
