@@ -63,6 +63,7 @@ def run(name, task, *, data=FOUR, rounds=3, work=None, **settings):
 # --- the battery -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @battery
 def test_group_sizes_agree_and_so_does_debugging(name):
     with jax.enable_x64(True):

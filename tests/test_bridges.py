@@ -160,7 +160,7 @@ def test_what_cannot_be_honoured_is_refused(system):
         retriever(system, 61).retrieve(QUESTION)
     with pytest.raises(TypeError, match="object_map"):
         retriever(system, object_map={})
-    with pytest.raises(TypeError, match="text_qa_template"):
+    with pytest.raises(ConfigError, match="text_qa_template"):
         engine(system, text_qa_template=PromptTemplate("{query_str}"))
     with pytest.raises(ConfigError, match="set it on the retriever"):
         engine(system, similarity_top_k=2, retriever=retriever(system))

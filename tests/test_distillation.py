@@ -154,6 +154,7 @@ def test_a_retriever_that_agrees_with_its_teacher_has_nothing_to_learn(parts):
     assert max(np.abs(g).max() for g in jax.tree.leaves(gradient)) < 1e-4
 
 
+@pytest.mark.slow
 def test_training_brings_the_retriever_to_its_teacher(parts):
     def favourite(questions, texts):
         return [5.0 * ("Lima" in text) for text in texts]

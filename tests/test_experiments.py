@@ -37,7 +37,8 @@ COSTS = (
 )
 
 
-@pytest.fixture(scope="module")
+# Computes a whole comparison: whatever looks at it is slow.
+@pytest.fixture(scope="module", params=[pytest.param("", marks=pytest.mark.slow)])
 def finished(tmp_path_factory):
     runs = tmp_path_factory.mktemp("runs")
     return compare_strategies.run(small(), str(runs))

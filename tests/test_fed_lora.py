@@ -216,6 +216,7 @@ def test_ranks_of_clients_and_their_own_scale(task, rule):
         assert gap(found, best, zero) < 1e-3
 
 
+@pytest.mark.slow
 def test_equal_ranks_are_no_ranks(task):
     for rule in ("flora", "flexlora"):
         plain, ranked = (
@@ -343,6 +344,7 @@ def test_the_change_of_the_base_is_in_the_checkpoint(task, tmp_path):
     assert all(isinstance(x, jnp.ndarray) for x in jax.tree.leaves(restored.frozen))
 
 
+@pytest.mark.slow
 def test_layers_of_several_ranks_keep_them():
     """What a layer does not have stays zero, also after the factors were made anew."""
     patterns = ((r"layers\.0\..*", 2, 12.0),)

@@ -345,6 +345,7 @@ def test_a_local_author_is_asked_in_its_template_and_cuts_what_does_not_fit():
     assert len(replies) == 2 and all(isinstance(r, Reply) for r in replies)
 
 
+@pytest.mark.slow
 def test_the_built_in_decoder_rates_and_asks(tmp_path):
     """It was taught to: junk has no question to be asked about it."""
     from fedrag_jax.data import synthetic

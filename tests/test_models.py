@@ -94,6 +94,7 @@ def test_cache_in_pieces_equals_one_pass(change):
     assert cache.length == 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [{}, {"unroll": True}, {"remat": False}, {"num_layers": 1}])
 def test_reading_some_places_gives_what_reading_all_gives_there(change):
     network = Network.of(Decoder, dataclasses.replace(TINY, **change))

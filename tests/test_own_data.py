@@ -33,7 +33,6 @@ def test_a_folder_without_labels_topics_or_one_hop_questions(tmp_path, capsys):
         compare_strategies.run(config, str(tmp_path))
 
 
-@pytest.mark.slow
 def test_ones_own_jsonl_folder_runs(tmp_path):
     data = tmp_path / "mine"
     data.mkdir()

@@ -78,6 +78,7 @@ def test_ranking_against_numpy(retriever, train, mining):
     np.testing.assert_allclose(loss_of(task, batch), slow, rtol=2e-4)
 
 
+@pytest.mark.slow
 def test_chunks_have_the_loss_and_gradient_of_the_whole_batch(retriever):
     """GradCache's promise."""
     for train in (("query",), ("query", "document")):
@@ -233,6 +234,7 @@ def test_clients_find_passages_of_their_own_alone(objective):
         assert {*np.asarray(rows).tolist()} - {-1} <= {*held.clients[client].tolist()}
 
 
+@pytest.mark.slow
 def test_mining_follows_the_rounds(retriever):
     task = multiple_negatives_ranking(retriever, DATASET, mining=EASY)
     history = fit(task, EXAMPLES, rounds=4, batch_size=4, refresh_every=2).history
