@@ -279,6 +279,7 @@ def seen_of(parts, example, rows):
     return np.array([seen[start:end].sum() for start, end in itertools.pairwise(ends)])
 
 
+@pytest.mark.slow
 def test_attention_is_summed_over_the_tokens_of_each_passage(parts):
     rows = [2, 0]
     found = Attention(*generator(parts))(EXAMPLES[1:2], np.array([rows]))["attention"][0]

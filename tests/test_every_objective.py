@@ -91,6 +91,7 @@ def value(task, batch):
     return jax.jit(task.loss)(task.trainable, task.frozen, batch, KEY)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_numbers_are_finite_and_padding_changes_nothing(name):
     task, batch = objective(name)

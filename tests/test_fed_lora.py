@@ -101,6 +101,7 @@ def after(task, result):
     return {p: x + change[p] for p, x in dense(result.trainable["adapters"]).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["fedit", "ffa", "rolora", "flora", "fedex", "flexlora"])
 def test_which_rules_keep_the_mean_update(task, alone, rule):
     if rule in ("ffa", "rolora"):  # which begins with B
@@ -117,6 +118,7 @@ def test_which_rules_keep_the_mean_update(task, alone, rule):
         assert 1e-3 < off < 2  # what a rank of three cannot hold of a mean of three products
 
 
+@pytest.mark.slow
 def test_fedit_averages_the_factors(task):
     result = fit(task, CLIENTS, fed_lora("fedit", NETWORK), rounds=2, **SGD)
     plain = fit(task, CLIENTS, fed_avg(), rounds=2, **SGD)
@@ -166,6 +168,7 @@ def test_flora_restarts_with_fresh_adapters(task):
             assert (first[path] != second[path]).all()
 
 
+@pytest.mark.slow
 def test_fedsa_shares_a_and_keeps_b(task, alone):
     result = fit(task, CLIENTS, fed_lora("fedsa", NETWORK), rounds=1, **SGD)
     found = dict(flatten(result.trainable["adapters"]))

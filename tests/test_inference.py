@@ -211,6 +211,7 @@ def system(world):
     return RAGSystem.build(world.passages[:300], world.train[:50], score_scale=10.0, top_k=3)
 
 
+@pytest.mark.slow
 def test_a_system_answers_by_mode(world, system):
     questions = [e.question for e in world.test[:12]]
     rows, cosines = system.retriever.search(questions, 3)

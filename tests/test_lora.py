@@ -28,6 +28,7 @@ def test_fresh_adapters_change_nothing_and_mirror_the_parameters(tiny):
     np.testing.assert_array_equal(run(network, params, *tiny_inputs()), expected)
 
 
+@pytest.mark.slow
 def test_merged_equals_unmerged(tiny):
     base, params = tiny
     network = lora.add_lora(base, lora.LoraConfig(rank=2, alpha=3.0, targets=(*ALL, "lm_head")))

@@ -96,6 +96,7 @@ def test_a_quantised_network_is_the_network_of_the_rounded_weights(model):
     np.testing.assert_array_equal(*written)
 
 
+@pytest.mark.slow
 def test_adapters_train_over_a_quantised_base_and_leave_it_alone(model):
     from fedrag_jax.data.partition import Partition
     from fedrag_jax.federated.fed_avg import fed_avg

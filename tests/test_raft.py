@@ -141,6 +141,7 @@ def quoting(example, passages):
     return f'"{passages[0].text}"\nSo'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("teacher", [None, quoting])
 def test_loss_against_numpy(parts, teacher):
     """All that is scored is the target; the prompt's passages are those drawn, in their order."""

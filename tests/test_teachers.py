@@ -31,6 +31,7 @@ def pairs(world):
     return [e.question for e in asked], gold, [*gold[1:], gold[0]]
 
 
+@pytest.mark.slow
 def test_question_likelihood_is_that_of_one_token_after_another(system, pairs):
     questions, texts, _ = (some[:3] for some in pairs)
     network, params, tokenizer = system.decoder, system.generator.params, system.prompts.tokenizer

@@ -125,6 +125,7 @@ def test_a_stream_adds_up_to_the_completion(writer, prompts, temperature):
         assert "".join(writer.stream(prompt, stopped, 3)) == cut.text
 
 
+@pytest.mark.slow
 def test_a_prompt_is_continued_alike_alone_and_among_others(writer, prompts):
     """In chunks of another size, with more padding, in another order."""
     sampling = Sampling(max_new_tokens=20)
@@ -226,6 +227,7 @@ def test_answers_take_options(system):
         system.query(questions[0], temperature=-1)
 
 
+@pytest.mark.slow
 def test_answers_after_reasoning_are_what_follows_the_mark(tmp_path):
     passages = [Passage("0", "", "Ann was born in Rome.")]
     system = RAGSystem.build(
