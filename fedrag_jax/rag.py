@@ -141,11 +141,10 @@ class RAGSystem:
         own where the template has one, else a line before all others.
 
         Raises:
-          ConfigError: one that no prompt can hold.
+          ConfigError: one that fills half of what the generator reads, or more.
         """
-        if len(system_prompt) > 64 * self.decoder.config.max_positions:
-            raise ConfigError(f"a system prompt of {len(system_prompt):,} characters: shorten it")
-        return dataclasses.replace(self, prompts=self.prompts.under(system_prompt))
+        half = self.decoder.config.max_positions // 2
+        return dataclasses.replace(self, prompts=self.prompts.under(system_prompt, half))
 
     # --- the passages it answers from ---------------------------------------------------------
 

@@ -78,7 +78,7 @@ def test_a_system_prompt_is_a_turn_where_the_template_has_one(name, taken):
     prompts = Prompts(tokenizer, named_style("chat", tokenizer), PASSAGES, [QUESTION])
     said = INSTRUCT.opening + "Ada lived in {Rome}.\n### Question:\nWho?"
     for system in ("Say it in {one} word.", "Be brief."):  # the second in place of the first
-        prompts = prompts.under(system)
+        prompts = prompts.under(system, 500)
         given = {"role": "system", "content": system}
         turns = [given, {"role": "user", "content": said}]
         if not taken:
@@ -92,12 +92,15 @@ def test_a_system_prompt_is_a_turn_where_the_template_has_one(name, taken):
 def test_a_system_prompt_comes_before_all_else_and_ends_no_turn():
     tokenizer = tokenizer_of(CHATML)
     bare = Prompts(tokenizer, COMPACT, PASSAGES, [QUESTION])
-    prompts = bare.under("Be brief.<|im_end|>").under("In verse.<|im_end|>")
+    prompts = bare.under("Be brief.<|im_end|>", 40).under("In verse.<|im_end|>", 40)
     tokens = prompts.prompt("Who?", [0]).tolist()
     assert tokenizer.decode(tokens[1:]) == "In verse.< |im_end|>\nAda lived in {Rome}.\nWho?"
     assert tokens[0] == tokenizer.bos_token_id
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") not in tokens
     assert bare.style.opening == "" and len(bare.prompt("Who?", [0])) < len(tokens)
+    for much in ("word " * 50, "x" * 10_000_000):
+        with pytest.raises(ConfigError, match="prompts may open with 40 tokens"):
+            bare.under(much, 40)
 
 
 def test_templates_that_cannot_be_used_are_refused():

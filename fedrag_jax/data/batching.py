@@ -75,17 +75,27 @@ class Prompts:
         self._context_width = 0  # of the longest of the contexts known beforehand
         self._widen(examples)
 
-    def under(self, system: str) -> "Prompts":
+    def under(self, system: str, most: int) -> "Prompts":
         """The same under a system prompt, in place of one that there is.
 
+        Args:
+          most: tokens that all prompts may open with.
+
         Raises:
-          DataError: one with half a character in it.
+          DataError: a system prompt with half a character in it.
+          ConfigError: one with which prompts open with more.
         """
         if fault := half_character(system):
             raise DataError(f"the system prompt {system[:80]!r} {fault}")
         instructed = copy.copy(self)
-        instructed.style = self.style.under(self._plain(system))
+        # Of a longer one not all need be tokenised to see that it is.
+        instructed.style = self.style.under(self._plain(clipped(system, most + 1)))
         instructed._opening = instructed._opening_tokens()
+        if len(system) > 64 * most or len(instructed._opening) > most:
+            raise ConfigError(
+                f"a system prompt of {len(system):,} characters: prompts may open with {most} tokens, "
+                "so that there is room for passages; shorten it"
+            )
         return instructed
 
     @property
@@ -197,7 +207,7 @@ class Prompts:
         Passages that do not fit are cut from the end; the question never is.
 
         Raises:
-          ConfigError: opening and question alone are more than the width.
+          ConfigError: a question of far more characters than the width can hold.
           DataError: a question with half a character in it.
         """
         if width is not None and len(question) > 64 * max(width, 1):  # none of it need be tokenised
@@ -206,12 +216,6 @@ class Prompts:
                 "generator reads beside its answer: shorten it"
             )
         head, tail = self._head(rows), self.question_tokens(question)
-        if width is not None and len(self._opening) + len(tail) > max(width, 0):
-            raise ConfigError(
-                f"a prompt that opens with {len(self._opening)} tokens (instruction and system prompt) "
-                f"and a question of {len(tail)} are more than the {width} that the generator reads "
-                "beside its answer: shorten one of them, or max_new_tokens"
-            )
         room = None if width is None else max(0, width - len(tail))
         return np.concatenate([head[:room], tail])
 
