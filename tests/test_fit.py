@@ -35,6 +35,7 @@ FED_AVG = fed_avg(local_steps=2)
 # --- one program per shape ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_shape_is_traced_once_and_learning_rates_share_it():
     loss = CountedLoss(squared_error)
     start = {"w": np.ones(3), "b": 0.25}  # a bare float must not make a second program

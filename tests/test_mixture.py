@@ -169,6 +169,7 @@ def test_enough_beams_find_the_best_of_all_texts(small):
     assert np.isneginf(found.log_probs[:, 40]).all()  # there is no other
 
 
+@pytest.mark.slow
 def test_the_order_of_prompts_does_not_matter_and_equal_ones_are_one(model):
     prompts, log_weights = asked()
     options = {"beams": 3, "best": 3, "max_new_tokens": 6}

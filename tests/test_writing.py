@@ -214,6 +214,7 @@ def test_a_streamed_answer_is_the_answer(system):
         assert "".join(system.stream(question, **options)) == answer
 
 
+@pytest.mark.slow
 def test_answers_take_options(system):
     questions = ["Who built the harbour of Port Bo?"] * 8
     assert len({r.answer for r in system.batch_query(questions)}) == 1
