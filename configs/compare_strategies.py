@@ -22,15 +22,24 @@ def get_config() -> ConfigDict:
         "none", "retriever", "generator", "independent", "two_phase", "joint_token",
         "joint_sequence",
     )  # fmt: skip
-    # federated_1 is federated with alpha 1, federated_inf with an even split.
+    # federated_1 is federated with alpha 1, federated_inf with an even split. One that ends in
+    # _converged trains until validation stops improving, not for a number of examples.
     config.settings = ("centralised", "federated", "local")
     config.primary_metric = "em"  # what is claimed is claimed of this; decided before a run
+    config.equivalence_margin = 2.0  # points within which two scores are called the same; as well
     config.mode = "concatenated"  # how questions are answered, see fedrag_jax/inference.py
 
     # Data: "world", "squad", "hotpotqa", or a folder with questions.jsonl and passages.jsonl.
-    # Without labels, training questions do not tell their gold passages.
+    # Without labels, training questions do not tell their gold passages. Numbers of questions are of a
+    # random sample (files are sorted by article); 0 is all there are.
     config.data = ConfigDict(
-        {"name": "world", "labels": True, "test_questions": 0, "train_questions": 0}
+        {
+            "name": "world",
+            "labels": True,
+            "test_questions": 0,
+            "train_questions": 0,
+            "sample_seed": 0,
+        }
     )
 
     # Models: built-in, a Hugging Face folder or a hub id. Large generators want "instruct" prompts, or
@@ -68,10 +77,14 @@ def get_config() -> ConfigDict:
     config.training.batch_size = 4
     config.training.group_size = 1  # fastest on a CPU; 0 measures it, once on a device
     config.training.checkpoint_every = 4  # rounds
+    # Settings that end in _converged take at most `cap` times as many steps, every client by itself
+    # too. After `every` rounds' worth of steps so many validation questions are asked; training ends
+    # when `patience` times in a row were no better than the best, which is kept.
+    config.training.converged = ConfigDict({"cap": 4, "every": 2, "patience": 2, "questions": 200})
 
     # Of the first round, falling linearly. Chosen on validation questions by
-    # experiments/choose_learning_rates.py, seed 0, from its grids of nine; joint training takes those
-    # of the two phases. Settings that are not here take those of their kind.
+    # experiments/choose_learning_rates.py; joint training takes those of the two phases. Settings that
+    # are not here take those of their kind and budget, or of their kind.
     config.learning_rates = ConfigDict()
     for setting, retriever, generator, marginal_generator, marginal_retriever in (
         ("centralised", 7.5e-4, 5.62e-4, 1e-4, 7.5e-4),
@@ -88,6 +101,9 @@ def get_config() -> ConfigDict:
                 "marginal_retriever": marginal_retriever,
             }
         )
+
+    # Device-seconds that choose_learning_rates took for each of them, where it was run.
+    config.search_seconds = ConfigDict()
 
     config.wandb = ConfigDict({"mode": "offline", "project": "fedrag_jax"})
     return config

@@ -18,7 +18,14 @@ def get_config() -> ConfigDict:
     config.name = "index_refresh"
     config.seeds = (0, 1, 2)
     config.settings = ("centralised", "federated")
-    for name in ("strategies", "learning_rates", "primary_metric", "mode"):
+    for name in (
+        "strategies",
+        "learning_rates",
+        "search_seconds",
+        "equivalence_margin",
+        "primary_metric",
+        "mode",
+    ):
         del config[name]
     config.objective = "pdist"  # or another that a generator teaches, see strategies/objectives.py
     # Settings of `retrieval.refresh.Policy`; "query_side" trains the query encoder alone. A retrieval

@@ -19,7 +19,15 @@ def get_config() -> ConfigDict:
     config.name = "lora_aggregation"
     config.seeds = (0, 1, 2)
     # These are of the comparison of strategies.
-    for name in ("strategies", "settings", "learning_rates", "primary_metric", "mode"):
+    for name in (
+        "strategies",
+        "settings",
+        "learning_rates",
+        "search_seconds",
+        "equivalence_margin",
+        "primary_metric",
+        "mode",
+    ):
         del config[name]
     for name in ("marginal_k", "score_scale"):
         del config.retrieval[name]

@@ -15,7 +15,14 @@ def get_config() -> ConfigDict:
     config.name = "methods"
     config.seeds = (0, 1, 2)
     config.settings = ("centralised",)
-    for name in ("strategies", "learning_rates", "primary_metric", "mode"):
+    for name in (
+        "strategies",
+        "learning_rates",
+        "search_seconds",
+        "equivalence_margin",
+        "primary_metric",
+        "mode",
+    ):
         del config[name]
     # "no_op" is the first of them at a learning rate of 0, which must change nothing.
     config.objectives = (

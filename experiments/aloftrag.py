@@ -119,7 +119,9 @@ def compute_cell(study: Study, name: str, setting: str, seed: int, split: int):
     lap = clock.lap()
     cost += Cost(evaluate_seconds=lap.others + lap.searching, compile_seconds=lap.compiling)
     curves = training_curves(tuners)
-    return cells.Cell(name, setting, seed, split, scores, counts, [], cost, curves)
+    return cells.Cell(
+        name, setting, seed, split, scores, counts, [], cost, curves, study.test_clusters
+    )
 
 
 def read(study: Study, name: str, system, own: np.ndarray, cell: str) -> dict[str, np.ndarray]:

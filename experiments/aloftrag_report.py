@@ -19,8 +19,7 @@ def cells_of(config, folder: pathlib.Path, variant: str, setting: str) -> list:
 
 def main_rows(config, folder: pathlib.Path) -> list[dict]:
     """A row for each variant in the first setting, with most passages, the gold one forced in."""
-    from fedrag_jax.evaluation.significance import bootstrap_interval
-    from fedrag_jax.tracking import comparison
+    from fedrag_jax.tracking import comparison, differences
 
     n, setting, rows = max(config.contexts), config.settings[0], []
     start = cells_of(config, folder, BASE, setting)
@@ -29,11 +28,9 @@ def main_rows(config, folder: pathlib.Path) -> list[dict]:
             continue
         row = {"variant": variant, "seeds": len(found)}
         for name, metric in (("answer", f"em_{n}"), ("citation", f"citation_{n}")):
-            some = comparison.scores(found, metric)
-            low, high = bootstrap_interval(some)
-            row |= {name: mean(found, metric), f"{name}_low": 100 * low, f"{name}_high": 100 * high}
+            row |= comparison.estimate(found, metric, name)
             if variant != BASE and start:
-                other = comparison.paired_difference(found, start, metric)
+                other = differences.paired_difference(found, start, metric)
                 row |= {f"{name}_by": other}
         for metric in METRICS[3:]:
             row[metric] = mean(found, f"{metric}_{n}")
@@ -46,7 +43,7 @@ def main_rows(config, folder: pathlib.Path) -> list[dict]:
             row["judge_unread"] = 100 * float(np.mean(unread))
         rows.append(row)
     for name in ("answer", "citation"):
-        comparison.adjust([row[f"{name}_by"] for row in rows if row.get(f"{name}_by")])
+        differences.adjust([row[f"{name}_by"] for row in rows if row.get(f"{name}_by")])
     return rows
 
 

@@ -7,6 +7,7 @@ from urllib.parse import quote
 import numpy as np
 
 from experiments.inputs import load_generator, replicates
+from fedrag_jax.data.examples import clusters
 from fedrag_jax.errors import ConfigError, DataError
 
 
@@ -40,6 +41,7 @@ class Study:
                 f"{'a silo has' if config.silos else 'there are'} {least}; lower them, or raise "
                 "config.data.passages"
             )
+        self.test_clusters = clusters(self.test, self.passages)
         self.systems = {}
         self.contexts = functools.lru_cache(self._contexts)
 

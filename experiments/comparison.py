@@ -8,9 +8,10 @@ import pathlib
 import numpy as np
 
 from experiments.inputs import load_generator
-from fedrag_jax.data.examples import Dataset
+from fedrag_jax.data.examples import Dataset, Example, clusters, sample
 
 CONTROL_QUESTIONS = 200
+METRICS = ("em", "f1", "recall_at_5", "mrr")
 
 
 class Comparison:
@@ -25,12 +26,17 @@ class Comparison:
             "generator": load_generator(config.models),
             "retriever": hub.load(config.models.retriever),
         }
+        self.test_clusters = clusters(dataset.test, dataset.passages)
         self.systems = {}  # and the seconds their corpus takes to embed
         if config.federated.column == "topic":
             self.dataset = with_topics(dataset, self.system(config.seeds[0]).retriever)
 
     def system(self, seed: int):
-        """The untuned system; only the random half of its adapters depends on the seed."""
+        """The untuned system; only the random half of its adapters depends on the seed.
+
+        Its prompts have room for the questions that are trained on and for those that decide when to
+        stop.
+        """
         from fedrag_jax.clock import Clock
         from fedrag_jax.models.lora import LoraConfig
         from fedrag_jax.rag import RAGSystem
@@ -41,7 +47,7 @@ class Comparison:
             clock = Clock()
             system = RAGSystem.build(
                 self.dataset.passages,
-                self.dataset.train,
+                [*self.dataset.train, *self.stop_questions()],
                 **self.models,
                 adapters=lora,
                 prompt_style=c.models.prompt_style,
@@ -74,23 +80,44 @@ class Comparison:
         from fedrag_jax.strategies.settings import parse, split_clients
 
         federated = self.config.federated
-        _, alpha = parse(setting, federated.alpha)
+        alpha = parse(setting, federated.alpha).alpha
         return split_clients(self.dataset.train, federated.clients, alpha, federated.column, split)
 
-    def budget(self):
-        """How much training."""
-        from fedrag_jax.strategies.settings import Budget
+    def mixtures(self, setting: str, split: int):
+        """Whose mixtures of questions a model is judged by, client by client.
+
+        One set for all splits: the least over clients of few kinds is lower than the least over clients
+        of many, whatever the model. Local models of another split have none.
+        """
+        from fedrag_jax.strategies.settings import parse
+
+        usual = self.config.federated.alpha
+        kind, alpha, _ = parse(setting, usual)
+        return None if kind == "local" and alpha != usual else self.clients("federated", split)
+
+    def budget(self, converged: bool = False):
+        """How much training: a number of examples, or until validation says that it is enough."""
+        from fedrag_jax.strategies.settings import Budget, Stopping
 
         t, f = self.config.training, self.config.federated
-        group = t.group_size or None
-        return Budget(
-            t.rounds, t.local_steps, f.clients, t.batch_size, group, f.devices, f.participation
-        )
+        matched = Budget(
+            t.rounds, t.local_steps, f.clients, t.batch_size, t.group_size or None, f.devices,
+            f.participation,
+        )  # fmt: skip
+        if not converged:
+            return matched
+        stopping = Stopping(t.converged.every, t.converged.patience)
+        return matched._replace(rounds=t.rounds * t.converged.cap, stopping=stopping)
+
+    def stop_questions(self) -> list[Example]:
+        """The validation questions that decide when to stop."""
+        c = self.config
+        return sample(self.dataset.validation, c.training.converged.questions, c.data.sample_seed)
 
     def rate(self, setting: str, task: str, part: str) -> float:
         """The learning rate chosen for a part of a task in a setting, or for its kind."""
         known = self.config.learning_rates
-        rates = known[setting if setting in known else setting.partition("_")[0]]
+        rates = known[rates_of(setting, known)]
         if task in rates:
             return rates[task]
         if task.startswith("rag_"):
@@ -104,26 +131,31 @@ class Comparison:
         from fedrag_jax.tracking.cells import seeds_name
 
         folder = self.folder / "tuned" / f"{setting}-{seeds_name(seed, split)}"
+        kind, _, converged = parse(setting, self.config.federated.alpha)
         return Tuner(
             folder=folder if client is None else folder / f"client{client}",
-            setting=parse(setting, self.config.federated.alpha)[0],
+            setting=kind,
             examples=self.dataset.train,
             clients=self.clients(setting, split),
-            budget=self.budget(),
+            budget=self.budget(converged),
+            validation=self.stop_questions() if converged else (),
             rates=rate or (lambda task, part: self.rate(setting, task, part)),
             seed=seed,
             client=client,
             checkpoint_every=self.config.training.checkpoint_every,
         )
 
+    def members(self, setting: str) -> list[int | None]:
+        """Who trains a model: each client by itself, or all together (None)."""
+        local = setting.startswith("local")
+        return [*range(self.config.federated.clients)] if local else [None]
+
     def tuned_systems(self, strategy: str, setting: str, seed: int, split: int):
         """`(systems, tuners)`: one of each, or one per client in the local setting."""
         from fedrag_jax.strategies.strategies import STRATEGIES, together
         from fedrag_jax.strategies.tuner import tune_together
 
-        local = setting.startswith("local")
-        members = range(self.config.federated.clients) if local else (None,)
-        tuners = [self.tuner(setting, seed, split, client) for client in members]
+        tuners = [self.tuner(setting, seed, split, client) for client in self.members(setting)]
         systems = together(
             STRATEGIES[strategy],
             [self.system(seed)] * len(tuners),
@@ -145,7 +177,7 @@ def compute_cell(
     from fedrag_jax.tracking import cells
     from fedrag_jax.tracking.ledger import Cost
 
-    test, known = run.dataset.test, None
+    test, known, column = run.dataset.test, None, run.config.federated.column
     clients = run.clients(setting, split)
     if strategy == "none":  # untuned is untuned wherever the data sits
         known = cells.load(run.folder, strategy, run.config.settings[0], seed, split)
@@ -155,39 +187,87 @@ def compute_cell(
     holders = 0 if setting == "centralised" else len(clients.clients)
     cost = sum((c for tuner in tuners for c in tuner.costs.values()), run.corpus_cost(holders))
     if known:
-        scores, controlled = known.scores, known.controls
-        em = [scores["em"]]
+        found, controlled = [known.scores], known.controls
         cost += Cost(evaluate_seconds=known.cost.evaluate_seconds)
     else:
         clock = Clock()
         found = [evaluate(system, test, mode=run.config.mode) for system in systems]
         lap = clock.lap()
         cost += Cost(evaluate_seconds=lap.others + lap.searching, compile_seconds=lap.compiling)
-        scores = {metric: np.mean([f[metric] for f in found], axis=0) for metric in found[0]}
         controls = controls and len(systems) == 1
         controlled = control_scores(systems[0], test) if controls else {}
-        em = [f["em"] for f in found]
+    everybody = run.mixtures(setting, split)
+    em = [f["em"] for f in found]
+    by_client = client_scores(everybody, test, em, column) if everybody else []
+    scores = {metric: np.mean([f[metric] for f in found], axis=0) for metric in METRICS}
+    for metric in METRICS:
+        each = [f[metric] for f in found]
+        scores[own_topics(metric)] = own_scores(clients, test, each, column)
     curves = training_curves(tuners)
-    by_client = client_scores(clients, test, em, run.config.federated.column)
-    return cells.Cell(strategy, setting, seed, split, scores, controlled, by_client, cost, curves)
+    return cells.Cell(
+        strategy, setting, seed, split, scores, controlled, by_client, cost, curves,
+        run.test_clusters,
+    )  # fmt: skip
 
 
 def training_curves(tuners) -> dict:
-    """Of each task a point for each index refresh that the budget has."""
+    """Of each task a point for each index refresh that the budget has.
+
+    The last has `epochs`: how often the training examples were seen. Where validation decided when to
+    stop, points have its `validation` loss, and the last has the `kept_epochs` of the models that were
+    kept and how many of the `trainings` ended `at_cap`, still improving.
+    """
+    from fedrag_jax.federated.stopping import read_evaluations
+
     curves = {}
     for task in tuners[0].costs if tuners else ():
-        files = [t.folder / task / "rounds.jsonl" for t in tuners]
-        histories = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+        folders = [t.folder / task for t in tuners]
+        histories = [json_lines(folder / "rounds.jsonl") for folder in folders]
         stretch = tuners[0].budget.schedule(tuners[0].setting).refresh_every
-        curves[task] = curve(histories, stretch)
+        points, held = curve(histories, stretch), len(tuners[0].examples)
+        points[-1]["epochs"] = points[-1]["examples"] / held
+        if tuners[0].budget.stopping:
+            judged = [read_evaluations(folder / "validation.jsonl") for folder in folders]
+            points[-1] |= kept_models(histories, judged, held)
+            for point in points:
+                at = [e for some in judged for e in some if e["round"] == point["round"] * stretch]
+                if len(at) == len(tuners):
+                    point["validation"] = float(np.mean([e["loss"] for e in at]))
+        curves[task] = points
     return curves
 
 
+def kept_models(histories, judged, held: int) -> dict[str, float]:
+    """`kept_epochs`, `at_cap` and `trainings` of trainings that validation ended.
+
+    Args:
+      histories: records of each training.
+      judged: its evaluations.
+      held: examples of an epoch.
+    """
+    best = [int(min(some, key=lambda e: e["loss"])["round"]) for some in judged]
+    examples = [h[r - 1]["examples"] if r else 0 for h, r in zip(histories, best, strict=True)]
+    at_cap = [r == h[-1]["rounds"] for h, r in zip(histories, best, strict=True)]
+    return {
+        "kept_epochs": sum(examples) / held,
+        "at_cap": sum(at_cap),
+        "trainings": len(histories),
+    }
+
+
+def json_lines(path: pathlib.Path) -> list[dict]:
+    """The records of a log."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def curve(histories, stretch: int) -> list[dict]:
-    """Points: a mean over clients and over `stretch` rounds; examples and seconds add up."""
+    """Points: a mean over clients and over `stretch` rounds; examples and seconds add up.
+
+    A client who has stopped stays where it was.
+    """
     points = []
-    for start in range(0, len(histories[0]), stretch):
-        stretches = [records[start : start + stretch] for records in histories]
+    for start in range(0, max(map(len, histories)), stretch):
+        stretches = [records[start : start + stretch] or records[-1:] for records in histories]
         some = [record for records in stretches for record in records]
         points.append(
             {
@@ -198,7 +278,9 @@ def curve(histories, stretch: int) -> list[dict]:
                     for name in some[0]["metrics"]
                 },
                 "examples": sum(records[-1]["examples"] for records in stretches),
-                "seconds": sum(r["seconds"] for r in some),
+                "seconds": sum(
+                    r["seconds"] for records in histories for r in records[start : start + stretch]
+                ),
             }
         )
     return points
@@ -209,7 +291,7 @@ def control_scores(system, examples) -> dict[str, float]:
     from fedrag_jax.evaluation import evaluator
     from fedrag_jax.evaluation.metrics import percent
 
-    some = examples[:CONTROL_QUESTIONS]
+    some = sample(examples, CONTROL_QUESTIONS, 0)
     controls = {
         "closed_book_em": percent(evaluator.closed_book(system, some)["em"]),
         "distractor_em": percent(evaluator.distractor_passage(system, some)["em"]),
@@ -221,21 +303,63 @@ def control_scores(system, examples) -> dict[str, float]:
     return controls
 
 
+def mixture_weights(clients, examples, column: str) -> np.ndarray:
+    """float [clients, Q]: how much each question counts for a client, rows adding up to 1.
+
+    A question counts in proportion to how much of its kind (the value of `column`) the client holds.
+    Rows of clients of whose kinds no question is are 0.
+    """
+    kinds = [getattr(e, column) for e in examples]
+    asked, weights = collections.Counter(kinds), []
+    for client in range(len(clients.clients)):
+        held = collections.Counter(getattr(e, column) for e in clients.of(client))
+        weight = np.array([held[kind] / asked[kind] for kind in kinds])
+        weights.append(weight / (weight.sum() or 1.0))
+    return np.stack(weights)
+
+
 def client_scores(clients, examples, scores, column: str) -> list[float]:
     """For each client the score of its model, in percent, on questions such as it holds.
 
-    A test question counts in proportion to how much of its kind (the value of `column`) the client
-    holds. Clients of whose kinds no test question is are left out.
+    Clients of whose kinds no test question is are left out.
 
     Args:
       scores: [Q] of the model that all clients use, or of the model of each: a list of one or all.
     """
-    kinds = [getattr(e, column) for e in examples]
-    asked, values = collections.Counter(kinds), []
-    for client in range(len(clients.clients)):
-        held = collections.Counter(getattr(e, column) for e in clients.of(client))
-        weight = np.array([held[kind] / asked[kind] for kind in kinds])
-        own = scores[client % len(scores)]
-        if weight.sum():
-            values.append(100 * float((weight * own).sum() / weight.sum()))
-    return values
+    weights = mixture_weights(clients, examples, column)
+    return [
+        100 * float(weight @ scores[client % len(scores)])
+        for client, weight in enumerate(weights)
+        if weight.any()
+    ]
+
+
+def own_scores(clients, examples, scores, column: str) -> np.ndarray:
+    """[Q], whose mean is the mean over clients of a score on questions such as each holds.
+
+    Args:
+      scores: as of `client_scores`; questions without the score (NaN) count for nobody.
+    """
+    scored = ~np.isnan(scores[0])
+    found = np.full(len(scored), np.nan)
+    if scored.any():
+        some = [e for e, known in zip(examples, scored, strict=True) if known]
+        weights = mixture_weights(clients, some, column)
+        each = np.stack([scores[i % len(scores)][scored] for i in range(len(weights))])
+        asked = weights.any(axis=1)
+        found[scored] = len(some) * (weights * each)[asked].mean(axis=0)
+    return found
+
+
+def own_topics(metric: str) -> str:
+    """What a metric is called on questions such as clients hold."""
+    return f"own_{metric}"
+
+
+def rates_of(setting: str, known) -> str:
+    """Whose learning rates a setting takes: its own, those of its kind and budget, or of its kind."""
+    from fedrag_jax.strategies.settings import CONVERGED
+
+    kind = setting.partition("_")[0]
+    budget = CONVERGED if setting.endswith(CONVERGED) else ""
+    return next(name for name in (setting, kind + budget, kind) if name in known)

@@ -20,10 +20,11 @@ from experiments.inputs import (
     load_data,
     replicates,
     trainable_strategies,
+    validation_sample,
     warn_of_borrowed_rates,
 )
 from experiments.launch import launch, settled_config
-from experiments.rates import chosen_rate, kept_rate
+from experiments.rates import chosen_rate, kept_rate, one_by_one
 from fedrag_jax.errors import ConfigError, DivergenceError
 
 NAMES = {
@@ -114,25 +115,29 @@ def scaled(run: Comparison, factor: float) -> Comparison:
 
 
 def at_best_rates(run: Comparison, strategy: str) -> Comparison:
-    """The point at the rates that serve a strategy best on validation questions, first seeds."""
+    """The point at the rates that serve a strategy best on validation questions, first two seeds.
+
+    By MRR where the retriever is tuned with labels, else by F1, which is less noisy than EM.
+    """
     from fedrag_jax.evaluation import evaluator
 
-    examples = run.dataset.validation[: run.config.validation_questions or None]
+    examples = validation_sample(run.config, run.dataset)
     ranked = strategy == "retriever" and any(e.positive_ids for e in examples)
-    pair = replicates(run.config)[0]
 
-    def judge(factor):
+    def score(factor, pair):
         (system,), _ = scaled(run, factor).tuned_systems(strategy, "federated", *pair)
         if not ranked:
-            return float(
-                np.nanmean(evaluator.evaluate(system, examples)[run.config.primary_metric])
-            )
+            return np.mean(evaluator.evaluate(system, examples)["f1"])
         rows, _ = system.retriever.search([e.question for e in examples], evaluator.RANKED)
-        return float(np.nanmean(evaluator.rank_scores(system.retriever, examples, rows)["mrr"]))
+        return np.nanmean(evaluator.rank_scores(system.retriever, examples, rows)["mrr"])
+
+    def judge(factor):
+        return float(np.mean([score(factor, pair) for pair in replicates(run.config)[:2]]))
 
     path = run.folder / f"rates-{strategy}.json"
     what = f"{strategy}, {run.folder.name}"
-    return scaled(run, chosen_rate(path, run.config.rate_factors, judge, what))
+    judged = one_by_one(judge, what)
+    return scaled(run, chosen_rate(path, run.config.rate_factors, judged, what))
 
 
 def finished_at(config, folder: pathlib.Path, strategy: str) -> list:
@@ -147,7 +152,8 @@ def finished_at(config, folder: pathlib.Path, strategy: str) -> list:
 
 def rows_of(config, folder: pathlib.Path) -> list[dict]:
     """A row for every point and strategy, with its difference from the point of the config."""
-    from fedrag_jax.tracking import comparison
+    from fedrag_jax.strategies.settings import parse
+    from fedrag_jax.tracking import comparison, differences
 
     rows = []
     for factor, value in points(config):
@@ -155,7 +161,8 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
         for strategy in config.strategies:
             if not (cells := finished_at(here, folder, strategy)):
                 continue
-            (row,) = comparison.strategy_rows(cells, {"federated": here.federated.alpha})
+            setting = parse("federated", here.federated.alpha)
+            (row,) = comparison.strategy_rows(cells, {"federated": setting})
             row |= {"factor": factor, "value": value}
             if strategy != "none":
                 row["rounds"] = schedule(here).rounds
@@ -164,9 +171,9 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
                 )
                 if value != config[room][name]:
                     usual = finished_at(config, folder, strategy)
-                    row |= comparison.paired_difference(cells, usual, config.primary_metric) or {}
+                    row |= differences.paired_difference(cells, usual, config.primary_metric) or {}
             rows.append(row)
-    comparison.adjust([row for row in rows if "p" in row])
+    differences.adjust([row for row in rows if "p" in row])
     return rows
 
 
@@ -189,7 +196,6 @@ def report(config, folder: pathlib.Path):
     quality = (
         tables.number("seeds", "seeds", 0),
         tables.interval("EM [95% CI]", "em"),
-        tables.number("sd", "em_seed_sd"),
         tables.number("Recall@5", "recall_at_5"),
         tables.difference(f"{METRICS[config.primary_metric]} against the usual [95% CI]"),
         tables.p_value("p", "p_holm"),

@@ -15,9 +15,10 @@ import numpy as np
 
 from experiments.cell_by_cell import compute_missing, finished, write_report
 from experiments.comparison import Comparison, curve
-from experiments.inputs import check_replicates, load_data, replicates
+from experiments.inputs import check_replicates, load_data, replicates, validation_sample
 from experiments.launch import launch, settled_config
-from experiments.rates import chosen_rate, kept_rate
+from experiments.rates import chosen_rate, kept_rate, one_by_one
+from fedrag_jax.data.examples import sample
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.federated.callbacks import Callback
 
@@ -88,7 +89,8 @@ class Refreshing(Comparison):
             **{"index": None} | searching(retriever, train, system.marginal_k, policy),
         )
         stretch = budget.schedule(setting).refresh_every
-        probe = [e.question for e in self.dataset.validation[: config.probe_questions]]
+        probed = sample(self.dataset.validation, config.probe_questions, config.data.sample_seed)
+        probe = [e.question for e in probed]
         watch = Staleness(retriever, policy, probe, system.top_k, stretch)
         rate = factor * config.learning_rates[setting]
         arguments = settings.arguments(
@@ -121,7 +123,7 @@ def compute_cell(run: Refreshing, name: str, setting: str, seed: int, split: int
     from fedrag_jax.tracking.ledger import Cost
 
     config, dataset = run.config, run.dataset
-    validation = dataset.validation[: config.validation_questions or None]
+    validation = validation_sample(config, dataset)
     start = run.system(config.seeds[0]).retriever
 
     def scores(trained, examples):
@@ -133,7 +135,7 @@ def compute_cell(run: Refreshing, name: str, setting: str, seed: int, split: int
         return float(np.nanmean(scores(trained, validation)["mrr"]))
 
     path = run.folder / "rates" / f"{setting}.json"
-    factor = chosen_rate(path, config.rate_factors, judge, setting)
+    factor = chosen_rate(path, config.rate_factors, one_by_one(judge, setting), setting)
     trained, cost, watch, history = run.trained(name, setting, seed, split, factor)
     clock = Clock()
     found = scores(trained, dataset.test)
@@ -146,13 +148,12 @@ def compute_cell(run: Refreshing, name: str, setting: str, seed: int, split: int
     told = {"embedded": 0 if watch.index is None else int(watch.index["embedded"])}
     told |= {f"stale_{i}": 100 * share for i, share in enumerate(watch.shares, 1)}
     curves = {name: curve([history], run.budget().schedule(setting).refresh_every)}
-    return cells.Cell(name, setting, seed, split, found, told, [], cost, curves)
+    return cells.Cell(name, setting, seed, split, found, told, [], cost, curves, run.test_clusters)
 
 
 def rows_of(config, folder: pathlib.Path) -> list[dict]:
     """A row for every policy and setting, with its difference from an index that is always fresh."""
-    from fedrag_jax.evaluation.significance import bootstrap_interval
-    from fedrag_jax.tracking import comparison
+    from fedrag_jax.tracking import comparison, differences
 
     rows = []
     for setting, name in itertools.product(config.settings, config.policies):
@@ -160,13 +161,10 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
             continue
         row = {"policy": name, "setting": setting, "seeds": len(found)}
         for metric in ("recall_at_5", "recall_at_5_left", "mrr"):
-            some = comparison.scores(found, metric)
-            low, high = bootstrap_interval(some)
-            row |= {metric: 100 * float(some.mean())}
-            row |= {f"{metric}_low": 100 * low, f"{metric}_high": 100 * high}
+            row |= comparison.estimate(found, metric)
         usual = finished(config, folder, FRESH, setting)
         if name != FRESH and usual:
-            row |= comparison.paired_difference(found, usual, "recall_at_5") or {}
+            row |= differences.paired_difference(found, usual, "recall_at_5") or {}
         stale = [
             # In the order of training.
             [share for told, share in cell.controls.items() if told.startswith("stale_")]
@@ -177,7 +175,7 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
         row["embedded"] = float(np.mean([cell.controls["embedded"] for cell in found]))
         row["rate"] = config.learning_rates[setting] * kept_rate(folder / f"rates/{setting}.json")
         rows.append(row)
-    comparison.adjust([row for row in rows if "p" in row])
+    differences.adjust([row for row in rows if "p" in row])
     return rows
 
 

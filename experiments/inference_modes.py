@@ -38,7 +38,7 @@ def compute_cell(run: Comparison, system, strategy: str, mode: str, seed: int, s
     evaluate(system, some, mode=mode, beams=beams)
     seconds = (time.perf_counter() - start) * len(test) / len(some)
     cost = Cost(evaluate_seconds=seconds)
-    return cells.Cell(strategy, mode, seed, split, scores, {}, [], cost, {})
+    return cells.Cell(strategy, mode, seed, split, scores, {}, [], cost, {}, run.test_clusters)
 
 
 def beams_of(config, mode: str) -> int | None:
@@ -50,8 +50,7 @@ def beams_of(config, mode: str) -> int | None:
 
 def rows_of(config, folder: pathlib.Path) -> list[dict]:
     """A row for every strategy and mode, with its difference from `concatenated` answering."""
-    from fedrag_jax.evaluation.significance import bootstrap_interval
-    from fedrag_jax.tracking import comparison
+    from fedrag_jax.tracking import comparison, differences
 
     rows = []
     for strategy, mode in itertools.product(config.strategies, config.modes):
@@ -61,14 +60,11 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
         row = {"strategy": strategy, "mode": mode, "seeds": len(found)}
         row |= {"questions": len(found[0].scores["em"]), "seconds": float(np.mean(seconds))}
         for metric in ("em", "f1"):
-            some = comparison.scores(found, metric)
-            low, high = bootstrap_interval(some)
-            row |= {metric: 100 * float(some.mean())}
-            row |= {f"{metric}_low": 100 * low, f"{metric}_high": 100 * high}
+            row |= comparison.estimate(found, metric)
         if mode != "concatenated" and (usual := finished(config, folder, strategy, "concatenated")):
-            row |= comparison.paired_difference(found, usual, config.primary_metric) or {}
+            row |= differences.paired_difference(found, usual, config.primary_metric) or {}
         rows.append(row)
-    comparison.adjust([row for row in rows if "p" in row])
+    differences.adjust([row for row in rows if "p" in row])
     return rows
 
 

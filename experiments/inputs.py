@@ -4,20 +4,25 @@ import dataclasses
 
 from absl import logging
 
-from fedrag_jax.data.examples import Dataset
+from fedrag_jax.data.examples import Dataset, Example, sample
 from fedrag_jax.errors import ConfigError
 
 
 def load_data(config) -> Dataset:
-    """A built-in world, a named set or a user's folder, shortened if asked for."""
+    """A built-in world, a named set or a user's folder; samples of its questions if asked for."""
     from fedrag_jax.data import datasets
 
-    dataset = datasets.load(config.data.name)
-    train = dataset.train[: config.data.train_questions or None]
+    dataset, seed = datasets.load(config.data.name), config.data.sample_seed
+    train = sample(dataset.train, config.data.train_questions, seed)
     if not config.data.labels:
         train = [dataclasses.replace(e, positive_ids=()) for e in train]
-    test = dataset.test[: config.data.test_questions or None]
+    test = sample(dataset.test, config.data.test_questions, seed)
     return Dataset(dataset.name, dataset.passages, train, dataset.validation, test)
+
+
+def validation_sample(config, dataset: Dataset) -> list[Example]:
+    """The validation questions that choose learning rates: a sample, or all of them for 0."""
+    return sample(dataset.validation, config.validation_questions, config.data.sample_seed)
 
 
 def replicates(config) -> list[tuple[int, int]]:

@@ -17,9 +17,9 @@ import numpy as np
 
 from experiments.cell_by_cell import compute_missing, finished, write_report
 from experiments.comparison import Comparison, client_scores, curve
-from experiments.inputs import check_replicates, load_data, replicates
+from experiments.inputs import check_replicates, load_data, replicates, validation_sample
 from experiments.launch import launch, settled_config
-from experiments.rates import chosen_rate, kept_rate
+from experiments.rates import chosen_rate, kept_rate, one_by_one
 from fedrag_jax.errors import ConfigError, DataError
 
 METRICS = ("em", "f1", "nll")
@@ -115,7 +115,7 @@ def tuned(run: Comparison, read: dict, rule: str, seed: int, split: int, rate: f
 
 
 def compute_cell(run: Comparison, read: dict, rule: str, seed: int, split: int):
-    """A cell at the learning rate that suits validation answers best, with the first seeds.
+    """A cell at the learning rate that suits validation answers best, with the first two seeds.
 
     Args:
       read: the corpus rows of every question's prompt, by its id.
@@ -127,15 +127,19 @@ def compute_cell(run: Comparison, read: dict, rule: str, seed: int, split: int):
 
     config, dataset = run.config, run.dataset
     name = point_name(config.lora.rank, config.federated.alpha)
-    validation = dataset.validation[: config.validation_questions or None]
+    validation = validation_sample(config, dataset)
 
     def judge(rate):
-        systems, _, _ = tuned(run, read, rule, *replicates(config)[0], rate)
         rows = rows_for(read, validation)
+        systems = [
+            system
+            for pair in replicates(config)[:2]
+            for system in tuned(run, read, rule, *pair, rate)[0]
+        ]
         return -float(np.mean([evaluator.answer_nll(s, validation, rows) for s in systems]))
 
-    path = run.folder / "rates" / f"{rule}-{name}.json"
-    rate = chosen_rate(path, config.learning_rates, judge, f"{rule}, {name}")
+    path, what = run.folder / "rates" / f"{rule}-{name}.json", f"{rule}, {name}"
+    rate = chosen_rate(path, config.learning_rates, one_by_one(judge, what), what)
     systems, cost, curves = tuned(run, read, rule, seed, split, rate)
     clock, clients = Clock(), run.clients("federated", split)
     scores = reading_scores(systems, dataset.test, rows_for(read, dataset.test))
@@ -146,7 +150,7 @@ def compute_cell(run: Comparison, read: dict, rule: str, seed: int, split: int):
         clients, dataset.test, [s["em"] for s in scores], config.federated.column
     )
     mean = {metric: np.mean([s[metric] for s in scores], axis=0) for metric in METRICS}
-    return cells.Cell(rule, name, seed, split, mean, {}, by_client, cost, curves)
+    return cells.Cell(rule, name, seed, split, mean, {}, by_client, cost, curves, run.test_clusters)
 
 
 def reading_scores(systems, examples, rows) -> list[dict[str, np.ndarray]]:
@@ -162,8 +166,7 @@ def reading_scores(systems, examples, rows) -> list[dict[str, np.ndarray]]:
 
 def rows_of(config, folder: pathlib.Path) -> list[dict]:
     """A row for every rule, rank and alpha, with its differences from FedIT."""
-    from fedrag_jax.evaluation.significance import bootstrap_interval
-    from fedrag_jax.tracking import comparison
+    from fedrag_jax.tracking import comparison, differences
 
     rows = []
     for alpha, rank, rule in itertools.product(config.alphas, config.ranks, config.rules):
@@ -174,12 +177,9 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
         row = {"rule": rule, "rank": rank, "alpha": alpha, "seeds": len(found)}
         row["learning_rate"] = kept_rate(path)
         for metric, unit in (("em", 100), ("f1", 100), ("nll", 1)):
-            some = comparison.scores(found, metric)
-            low, high = bootstrap_interval(some)
-            row |= {metric: unit * float(some.mean())}
-            row |= {f"{metric}_low": unit * low, f"{metric}_high": unit * high}
+            row |= comparison.estimate(found, metric, unit=unit)
             if rule != "fedit" and (usual := finished(config, folder, "fedit", point)):
-                against = comparison.paired_difference(found, usual, metric, unit) or {}
+                against = differences.paired_difference(found, usual, metric, unit) or {}
                 row |= {f"{metric}_against_{name}": value for name, value in against.items()}
         row |= comparison.costs_and_clients(found)
         rows.append(row)
@@ -187,7 +187,7 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
         p = f"{metric}_against_p"
         compared = [row for row in rows if p in row]
         adjusted = [{"p": row[p], "p_t": row[f"{p}_t"]} for row in compared]
-        comparison.adjust(adjusted)
+        differences.adjust(adjusted)
         for row, one in zip(compared, adjusted, strict=True):
             row[f"{p}_holm"] = one["p_holm"]
     return rows
@@ -299,7 +299,7 @@ def run(config, runs: str) -> pathlib.Path:
     folder = pathlib.Path(runs) / config.name
     check(config)
     dataset = load_data(config)
-    validation = dataset.validation[: config.validation_questions or None]
+    validation = validation_sample(config, dataset)
     asked = [*dataset.train, *validation, *dataset.test]
     if bare := sum(not e.positive_ids for e in asked):
         raise DataError(

@@ -15,9 +15,9 @@ import numpy as np
 
 from experiments.cell_by_cell import compute_missing, finished, write_report
 from experiments.comparison import Comparison, training_curves
-from experiments.inputs import check_replicates, load_data, replicates
+from experiments.inputs import check_replicates, load_data, replicates, validation_sample
 from experiments.launch import launch, settled_config
-from experiments.rates import chosen_rate, kept_rate
+from experiments.rates import chosen_rate, kept_rate, one_by_one
 from fedrag_jax.errors import ConfigError
 
 UNTUNED = "none"
@@ -107,22 +107,21 @@ def compute_cell(run: Methods, name: str, setting: str, seed: int, split: int):
     from fedrag_jax.tracking.ledger import Cost
 
     config, dataset = run.config, run.dataset
-    validation = dataset.validation[: config.validation_questions or None]
+    validation = validation_sample(config, dataset)
     if name == UNTUNED:
         system, tuners, cost = run.system(seed), [], Cost()
         part = "both"
     else:
         part, factor = objective_of(name).part, 0.0
         if name != "no_op":
-            first = replicates(config)[0]
-            factor = chosen_rate(
-                rate_path(run.folder, name, setting),
-                config.rate_factors,
-                lambda f: validation_score(
-                    tuned(run, name, setting, *first, f)[0], validation, part
-                ),
-                f"{name}, {setting}",
-            )
+            first, what = replicates(config)[0], f"{name}, {setting}"
+
+            def judge(factor):
+                system, _ = tuned(run, name, setting, *first, factor)
+                return validation_score(system, validation, part)
+
+            path = rate_path(run.folder, name, setting)
+            factor = chosen_rate(path, config.rate_factors, one_by_one(judge, what), what)
         system, tuner = tuned(run, name, setting, seed, split, factor)
         tuners, cost = [tuner], sum(tuner.costs.values(), Cost())
     clock = Clock()
@@ -130,12 +129,12 @@ def compute_cell(run: Methods, name: str, setting: str, seed: int, split: int):
     lap = clock.lap()
     cost += Cost(evaluate_seconds=lap.others + lap.searching, compile_seconds=lap.compiling)
     curves = training_curves(tuners)
-    return cells.Cell(name, setting, seed, split, scores, {}, [], cost, curves)
+    return cells.Cell(name, setting, seed, split, scores, {}, [], cost, curves, run.test_clusters)
 
 
 def rows_of(config, folder: pathlib.Path) -> list[dict]:
     """A row for every objective, setting and metric of its part."""
-    from fedrag_jax.tracking import comparison
+    from fedrag_jax.tracking import comparison, differences
 
     rows = []
     for setting, name in itertools.product(config.settings, config.objectives):
@@ -144,7 +143,7 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
             continue
         objective = objective_of(name)
         for metric in (*METRICS[objective.part], *(["recall_at_5_cut"] if name in CUT else [])):
-            against = comparison.paired_difference(found, start, metric, 100) or {}
+            against = differences.paired_difference(found, start, metric) or {}
             path = rate_path(folder, name, setting)
             rows.append(
                 {
@@ -152,8 +151,8 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
                     "part": objective.part,
                     "setting": setting,
                     "metric": metric,
-                    "before": 100 * float(np.nanmean(comparison.scores(start, metric))),
-                    "after": 100 * float(np.nanmean(comparison.scores(found, metric))),
+                    "before": comparison.estimate(start, metric, "before")["before"],
+                    **comparison.estimate(found, metric, "after"),
                     **against,
                     "seeds": len(found),
                     "rate_factor": kept_rate(path) if path.exists() else 0.0,
@@ -161,7 +160,7 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
                 }
             )
     for metric in {row["metric"] for row in rows}:
-        comparison.adjust([row for row in rows if row["metric"] == metric and "p" in row])
+        differences.adjust([row for row in rows if row["metric"] == metric and "p" in row])
     return rows
 
 

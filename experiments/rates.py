@@ -7,18 +7,25 @@ from collections.abc import Callable, Sequence
 
 from fedrag_jax.errors import ConfigError, DivergenceError
 
-BEYOND = 3  # rates tried beyond an end of a grid, as long as the outermost is the best
+BEYOND = 4  # rates tried beyond an end of a grid, as long as the outermost is the best
+FINE = 2.0  # neighbours of the chosen rate are at most this factor away
 
 
 def chosen_rate(
-    path: pathlib.Path, grid: Sequence[float], judge: Callable[[float], float], what: str
+    path: pathlib.Path,
+    grid: Sequence[float],
+    judge: Callable[[Sequence[float]], Sequence[float]],
+    what: str,
 ) -> float:
     """The rate, or factor of rates, with the highest score; kept in a file and read back.
 
+    The grid is gone on beyond an end that is best, then refined around the best until its neighbours
+    are within a factor of 2. A best rate that is still outermost is said, and `at_edge` knows it.
+
     Args:
-      path: JSON with `chosen` and the `scores` of all rates.
-      grid: geometric; it is gone on beyond an end that is best.
-      judge: trains at a rate and scores it; a DivergenceError rules the rate out.
+      path: JSON with `chosen`, the `scores` of rates and those that `diverged`.
+      grid: geometric.
+      judge: trains at some rates and scores each; -inf rules a rate out.
       what: for people.
 
     Raises:
@@ -29,32 +36,58 @@ def chosen_rate(
     if not everywhere(path.exists()):
         scores: dict[float, float] = {}
 
-        def tried(rate):
-            try:
-                scores[rate] = judge(rate)
-            except DivergenceError as error:
-                print(f"{what}, rate {rate:g}: {error}")
-                scores[rate] = -math.inf
-            return scores[rate]
+        def tried(rates) -> float:
+            scores.update(zip(rates, judge(rates), strict=True))
+            return max(scores, key=scores.__getitem__)
 
-        best = max(grid, key=tried)
+        best = tried([float(rate) for rate in grid])
         for _ in range(BEYOND):
             ordered = sorted(scores)
-            place = ordered.index(best)
-            if len(ordered) == 1 or 0 < place < len(ordered) - 1:
+            if len(ordered) == 1 or best not in (ordered[0], ordered[-1]):
                 break
-            tried(best * best / ordered[1 if place == 0 else place - 1])
-            best = max(scores, key=scores.__getitem__)
+            best = tried([best * best / ordered[1 if best == ordered[0] else -2]])
+        while len(scores) > 1 and (between := _between(best, sorted(scores))):
+            best = tried(between)
         if scores[best] == -math.inf:
             raise ConfigError(f"{what}: training diverged at all rates of {sorted(scores)}")
         path.parent.mkdir(parents=True, exist_ok=True)
         known = {rate: score for rate, score in sorted(scores.items()) if score > -math.inf}
+        found = {"chosen": best, "scores": known, "diverged": sorted({*scores} - {*known})}
         beside = path.with_suffix(".tmp")
-        beside.write_text(json.dumps({"chosen": best, "scores": known}) + "\n")
+        beside.write_text(json.dumps(found) + "\n")
         beside.replace(path)
+        if at_edge(path):
+            print(f"{what}: the best rate {best:g} is the outermost that was tried", flush=True)
     return kept_rate(path)
+
+
+def _between(best: float, ordered: Sequence[float]) -> list[float]:
+    """Geometric means of the best rate and neighbours that are too far away."""
+    place = ordered.index(best)
+    beside = [*ordered[max(place - 1, 0) : place], *ordered[place + 1 : place + 2]]
+    return [math.sqrt(best * r) for r in beside if max(best / r, r / best) > FINE * 1.01]
+
+
+def one_by_one(judge: Callable[[float], float], what: str):
+    """The `judge` of `chosen_rate` that scores one rate after the other; one that diverges is told."""
+
+    def scored(rate: float) -> float:
+        try:
+            return judge(rate)
+        except DivergenceError as error:
+            print(f"{what}, rate {rate:g}: {error}")
+            return -math.inf
+
+    return lambda rates: [scored(rate) for rate in rates]
 
 
 def kept_rate(path: pathlib.Path) -> float:
     """What `chosen_rate` left in a file."""
     return json.loads(path.read_text())["chosen"]
+
+
+def at_edge(path: pathlib.Path) -> bool:
+    """Whether the chosen rate was the lowest or the highest of several that were tried."""
+    kept = json.loads(path.read_text())
+    rates = [*map(float, kept["scores"]), *kept["diverged"]]
+    return len(rates) > 1 and kept["chosen"] in (min(rates), max(rates))

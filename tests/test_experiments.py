@@ -21,7 +21,7 @@ from fedrag_jax.tracking import cells, figures
 from fedrag_jax.tracking.comparison import COLUMNS
 
 WANTED = [
-    "strategy", "setting", "alpha", "labels", "seeds", "em", "em_low", "em_high", "em_seed_sd", "f1",
+    "strategy", "setting", "alpha", "labels", "seeds", "em", "em_low", "em_high", "em_sd", "f1",
     "recall_at_5", "mrr", "seconds", "flops", "bytes_up", "bytes_down",
 ]  # fmt: skip
 
@@ -303,6 +303,17 @@ def test_clients_are_scored_on_questions_such_as_they_hold():
     assert of_clients(about("x", "x", "y"), own[:1]) == [50.0, 25.0]
     assert of_clients(about("y", "y", "y"), own) == [pytest.approx(100 / 3)]
     assert of_clients(about("z", "z", "z"), own) == []
+
+    # The mean over questions is the mean over clients, and what has no score counts for nobody.
+    asked = about("x", "x", "y")
+    found = comparison.own_scores(held, asked, own, "topic")
+    assert found.mean() == pytest.approx(0.5)
+    assert comparison.own_scores(held, asked, own[:1], "topic").mean() == pytest.approx(0.375)
+    blank = [np.where([True, False, False], np.nan, scores) for scores in own]
+    found = comparison.own_scores(held, asked, blank, "topic")
+    # Of the x that is left the first client knows nothing; the second knows y, half of what it holds.
+    assert np.isnan(found[0]) and np.nanmean(found) == pytest.approx((0 + 0.5) / 2)
+    assert np.isnan(comparison.own_scores(held, asked, [np.full(3, np.nan)], "topic")).all()
 
 
 def test_the_generator_comes_as_the_config_wants_it():

@@ -12,8 +12,10 @@ from experiments import inputs
 from fedrag_jax.errors import ConfigError
 
 
-def test_rates_that_diverge_are_left_out(tmp_path, monkeypatch, capsys):
-    from experiments import choose_learning_rates
+def test_rates_that_diverge_are_left_out(tmp_path, capsys):
+    """Two pairs of seeds: a rate at which either diverges is none."""
+    from experiments.rates import chosen_rate
+    from experiments.search import SEARCHES, Trials
     from fedrag_jax.errors import DivergenceError
     from fedrag_jax.evaluation import evaluator
     from fedrag_jax.strategies import strategies, tuner
@@ -21,42 +23,87 @@ def test_rates_that_diverge_are_left_out(tmp_path, monkeypatch, capsys):
     @dataclasses.dataclass
     class Tuner:
         rate: float
+        seed: int
         folder: pathlib.Path = tmp_path
+        costs: dict = dataclasses.field(default_factory=dict)
 
     class Run:
         config, dataset = small(), None
 
+        def members(self, setting):
+            return [None]
+
         def tuner(self, setting, seed, split, client, rate):
-            return Tuner(rate("task", "part"))
+            return Tuner(rate("task", "part"), seed)
 
     @strategies.strategy
     def by_rate(base, dataset):
         return (yield "task")
 
     def tune_together(asked):
-        return [DivergenceError("not finite") if t.rate > 1 else t.rate for t, _ in asked]
+        return [
+            DivergenceError("not finite") if t.rate > 1 + t.seed else t.rate + t.seed / 4
+            for t, _ in asked
+        ]
 
-    monkeypatch.setattr(tuner, "tune_together", tune_together)
-    monkeypatch.setattr(
-        evaluator, "evaluate", lambda rate, some, mode: {"mrr": np.array([rate, np.nan])}
-    )
-    search = choose_learning_rates.search
-    best, systems, scores = search(Run(), "federated", by_rate, "mrr", [0.5, 0.75, 2], [0], [1])
-    assert (best, systems, scores) == (0.75, [0.75], {0.5: 50.0, 0.75: 75.0})
-    assert "lr 2        diverged" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match=r"every rate of \[2, 3\] diverged"):
-        search(Run(), "federated", by_rate, "mrr", [2, 3], [0], [1])
+    run = Run()
+    run.config.seeds = (0, 1, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuner, "tune_together", tune_together)
+        patch.setattr(strategies, "retriever", by_rate)
+        patch.setattr(
+            evaluator, "evaluate", lambda rate, some, mode: {"mrr": np.array([rate, np.nan])}
+        )
+        trials = Trials(run, "federated", SEARCHES[0], [0, 0], [1])
+        assert trials.judge([0.5, 0.75, 1.5]) == [62.5, 87.5, -np.inf]
+        assert trials.systems[0.5] == [0.5, 0.75]
+        assert "federated, retriever, 1.5: diverged" in capsys.readouterr().out
+        assert chosen_rate(tmp_path / "rate.json", [0.5, 1.0, 2.0], trials.judge, "rank") == 1.0
+        assert "outermost" not in capsys.readouterr().out  # the next one diverges
+        with pytest.raises(ConfigError, match=r"diverged at all rates of \[1.33.*, 2.0, 3.0\]"):
+            chosen_rate(tmp_path / "none.json", [2, 3], trials.judge, "rank")
+
+
+@pytest.mark.parametrize(
+    "grid, peak, chosen",
+    [
+        ([1.0, 4.0, 16.0], 6.0, 8.0),  # between two of the grid
+        ([1.0, 4.0, 16.0], 4.0, 4.0),
+        ([1.0, 4.0], 60.0, 64.0),  # beyond its end
+        ([1.0, 4.0, 16.0], 0.3, 0.25),
+        ([1.0], 9.0, 1.0),
+    ],
+)
+def test_the_best_rate_lies_inside_a_grid_of_factor_two(tmp_path, grid, peak, chosen):
+    from experiments.rates import at_edge, chosen_rate
+
+    def judge(rates):
+        return [-abs(np.log(rate / peak)) for rate in rates]
+
+    path = tmp_path / "rates.json"
+    assert chosen_rate(path, grid, judge, "some") == pytest.approx(chosen)
+    rates = sorted(float(r) for r in json.loads(path.read_text())["scores"])
+    place = rates.index(json.loads(path.read_text())["chosen"])
+    assert not at_edge(path)
+    if len(grid) > 1:
+        assert rates[place + 1] / rates[place] < 2.02 and rates[place] / rates[place - 1] < 2.02
+
+
+def test_a_best_rate_at_an_edge_is_said(tmp_path, capsys):
+    from experiments.rates import at_edge, chosen_rate
+
+    chosen_rate(tmp_path / "rates.json", [1.0, 2.0], lambda rates: [-r for r in rates], "some")
+    assert at_edge(tmp_path / "rates.json")
+    assert "some: the best rate 0.0625 is the outermost that was tried" in capsys.readouterr().out
 
 
 def test_grids_are_those_of_the_models():
     from experiments.choose_learning_rates import LAWTON, usual_grid
 
     config = small()
-    grid = usual_grid(config, "generator")
-    assert (len(grid), grid[0], grid[-1]) == (9, 1e-4, 1e-1)
-    grid = usual_grid(config, "retriever")
-    assert (len(grid), grid[0], grid[-1]) == (9, 1e-5, 1e-2)
-    np.testing.assert_allclose(np.diff(np.log(grid)), np.log(1000) / 8, rtol=0.01)
+    for part in ("generator", "retriever"):
+        grid = usual_grid(config, part)
+        np.testing.assert_allclose(np.diff(np.log(grid)), np.log(4), rtol=0.01)
     config.models.retriever = "minilm"
     assert usual_grid(config, "retriever") == LAWTON
     assert usual_grid(config, "generator") != LAWTON
@@ -80,7 +127,7 @@ def test_only_what_the_strategies_train_is_searched(tmp_path):
 
     config = small()
     config.settings, config.strategies, config.mode = ("federated",), ("none", "lsr"), "ensemble"
-    folder = choose_learning_rates.run(config, str(tmp_path), {"lsr": [1e-3, 1e-9]}, questions=20)
+    folder = choose_learning_rates.run(config, str(tmp_path), {"lsr": [1e-3]}, questions=20)
     chosen = json.loads((folder / "learning_rates.json").read_text())["chosen"]
     assert [*chosen["federated"]] == ["lsr"]
 
@@ -93,18 +140,19 @@ def test_learning_rates_are_those_of_the_best_validation_scores(tmp_path):
     config = small()
     config.settings, config.strategies = ("federated",), ("independent", "two_phase")
     grids = {
-        "retriever": [1e-9, 1e-3],
+        "retriever": [5e-4, 1e-3],
         "generator": [1e-3],
-        "marginal_generator": [1e-3, 1e-9],
+        "marginal_generator": [1e-3],
         "marginal_retriever": [1e-3],
     }
     folder = choose_learning_rates.run(config, str(tmp_path), grids, questions=40)
     result = json.loads((folder / "learning_rates.json").read_text())
     chosen, scores = result["chosen"]["federated"], result["validation"]["federated"]
     for name, grid in grids.items():
-        assert list(scores[name]) == [str(rate) for rate in grid]
+        assert {str(rate) for rate in grid} <= {*scores[name]}
         assert scores[name][str(chosen[name])] == max(scores[name].values())
-    assert len(set(scores["retriever"].values())) == 2  # there was something to choose
+        assert result["seconds"]["federated"][name] > 0
+    assert len(set(scores["retriever"].values())) > 1  # there was something to choose
     first = chosen["marginal_generator"]
     tuned = folder / "tuned" / "federated-seed0"
     (second,) = tuned.glob("after-*/second_phase-*")

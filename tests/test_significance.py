@@ -12,6 +12,7 @@ from fedrag_jax.evaluation.significance import (
     better_and_worse,
     bootstrap_interval,
     effect_size,
+    equivalence_test,
     holm,
     paired_permutation_test,
     paired_t_test,
@@ -20,14 +21,14 @@ from fedrag_jax.evaluation.significance import (
 
 
 def test_bootstrap_agrees_with_scipy():
-    scores = np.random.default_rng(0).gamma(1.0, size=(3, 200))
+    scores = np.random.default_rng(0).gamma(1.0, size=(3, 200))[:1]
     reference = stats.bootstrap(
-        (scores.mean(axis=0),), np.mean, method="percentile", n_resamples=20_000, rng=1
+        (scores[0],), np.mean, method="percentile", n_resamples=20_000, rng=1
     ).confidence_interval
     width = reference.high - reference.low
-    assert bootstrap_interval(scores) == pytest.approx(tuple(reference), abs=0.03 * width)
-    assert bootstrap_interval(scores) == bootstrap_interval(scores)
-    low, high = bootstrap_interval(scores, level=0.5)
+    assert bootstrap_interval(scores[0]) == pytest.approx(tuple(reference), abs=0.03 * width)
+    assert bootstrap_interval(scores[0]) == bootstrap_interval(scores[:1])
+    low, high = bootstrap_interval(scores[0], level=0.5)
     assert 0.3 < (high - low) / width < 0.4  # a normal's 50% interval is 0.344 of its 95%
 
 
@@ -40,9 +41,100 @@ def test_bootstrap_covers_the_truth_95_times_in_100():
     assert 0.91 < hits / 400 < 0.98
 
 
-def test_bootstrap_resamples_questions_not_seeds():
+def slow_bootstrap(scores, clusters, resamples, seed=0):
+    """Seeds and clusters drawn one by one, and the mean of all answers that were drawn."""
+    rng, means = np.random.default_rng(seed), []
+    names = sorted(set(clusters))
+    for _ in range(resamples):
+        seeds = rng.choice(len(scores), len(scores))
+        drawn = rng.choice(names, len(names))
+        values = [scores[s][q] for s in seeds for c in drawn for q in np.flatnonzero(clusters == c)]
+        means.append(np.mean(values))
+    return np.quantile(means, [0.025, 0.975])
+
+
+def test_bootstrap_agrees_with_a_slow_one_over_seeds_and_clusters():
+    rng = np.random.default_rng(0)
+    clusters = np.sort(rng.integers(0, 12, 60))
+    scores = rng.random((4, 60)) + rng.normal(size=12)[clusters] + rng.normal(size=(4, 1))
+    low, high = slow_bootstrap(scores, clusters, 4000)
+    found = bootstrap_interval(scores, clusters)
+    assert found == pytest.approx((low, high), abs=0.04 * (high - low))
+    # What either level alone would say is narrower.
+    assert high - low > 1.2 * np.diff(bootstrap_interval(scores.mean(0), clusters))[0]
+    assert high - low > 1.05 * np.diff(bootstrap_interval(scores))[0]
+
+
+def test_bootstrap_resamples_seeds_too():
     same_questions = np.tile(np.array([[0.0], [1.0]]), (1, 50))  # seeds differ, questions do not
-    assert bootstrap_interval(same_questions) == (0.5, 0.5)
+    assert bootstrap_interval(same_questions) == (0.0, 1.0)
+    assert bootstrap_interval(same_questions.mean(0)) == (0.5, 0.5)
+
+
+def test_two_level_intervals_cover_the_truth_where_articles_and_seeds_vary():
+    rng, hits, naive = np.random.default_rng(1), 0, 0
+    clusters = np.repeat(np.arange(30), 10)
+    for trial in range(400):
+        article, seed = rng.normal(size=30)[clusters], 0.2 * rng.normal(size=(8, 1))
+        scores = article + seed + rng.normal(size=(8, 300))
+        low, high = bootstrap_interval(scores, clusters, resamples=400, seed=trial)
+        hits += low <= 0 <= high
+        low, high = bootstrap_interval(scores.mean(0), resamples=400, seed=trial)
+        naive += low <= 0 <= high
+    assert 0.92 < hits / 400 <= 0.98
+    assert naive / 400 < 0.6  # questions alone, as if of as many articles
+
+
+def test_clusters_that_are_not_one_a_question_are_refused():
+    with pytest.raises(DataError, match=r"clusters must be \[3\], one a question, got \(2,\)"):
+        bootstrap_interval([1.0, 2, 3], [0, 0])
+
+
+def test_permutations_by_cluster_flip_articles():
+    rng = np.random.default_rng(0)
+    clusters = np.repeat(np.arange(8), 5)
+    a, b = rng.random((2, 40)), rng.random((2, 40))
+    d = (a.mean(0) - b.mean(0)).reshape(8, 5).sum(1)
+    extreme = [
+        abs(np.dot(signs, d)) >= abs(d.sum()) - 1e-12
+        for signs in itertools.product((1, -1), repeat=8)
+    ]
+    assert paired_permutation_test(a, b, clusters) == np.mean(extreme)
+
+
+def test_false_positives_by_article_are_five_in_a_hundred():
+    rng, by_article, by_question = np.random.default_rng(2), [], []
+    clusters = np.repeat(np.arange(20), 10)
+    for trial in range(1000):
+        differences = rng.normal(size=20)[clusters] + rng.normal(size=200)
+        zero = np.zeros(200)
+        by_article.append(
+            paired_permutation_test(differences, zero, clusters, resamples=200, seed=trial)
+        )
+        by_question.append(paired_permutation_test(differences, zero, resamples=200, seed=trial))
+    assert 0.03 < np.mean(np.array(by_article) <= 0.05) < 0.07
+    assert np.mean(np.array(by_question) <= 0.05) > 0.3
+
+
+def test_equivalence_is_where_the_90_percent_interval_lies_within_the_margin():
+    rng = np.random.default_rng(0)
+    clusters = np.repeat(np.arange(50), 4)
+    a, b = rng.random((5, 200)), rng.random((5, 200))
+    low, high = bootstrap_interval(a - b, clusters, level=0.9)
+    edge = max(-low, high)
+    assert equivalence_test(a, b, 1.05 * edge, clusters) < 0.05
+    assert equivalence_test(a, b, 0.95 * edge, clusters) > 0.05
+    assert equivalence_test(a, b, 1e-9, clusters) > 0.4
+    # One mean on the margin: claimed in one of twenty tables.
+    claims = []
+    for trial in range(1000):
+        at_edge = 0.1 + 0.3 * rng.normal(size=200)
+        p = equivalence_test(at_edge, np.zeros(200), 0.1, resamples=400, seed=trial)
+        claims.append(p < 0.05)
+    assert 0.03 < np.mean(claims) < 0.075
+    for margin in (0, -1, np.nan):
+        with pytest.raises(ConfigError, match="margin must be > 0"):
+            equivalence_test(a, b, margin)
 
 
 def test_bootstrap_in_pieces_draws_as_many_as_asked(monkeypatch):

@@ -4,16 +4,28 @@ import numpy as np
 import pytest
 
 from fedrag_jax.evaluation.significance import paired_t_test
-from fedrag_jax.tracking import comparison, comparison_tables, tables
+from fedrag_jax.strategies.settings import parse
+from fedrag_jax.tracking import comparison, comparison_tables, differences, tables
 from fedrag_jax.tracking.cells import Cell, load, save
 from fedrag_jax.tracking.ledger import Cost
+
+SETTINGS = {
+    name: parse(name, 0.1)
+    for name in (
+        "centralised", "federated", "federated_1", "federated_converged", "local", "local_1",
+        "local_converged",
+    )
+}  # fmt: skip
 
 
 def cell(strategy, setting, em, seed=0, split=0, clients=(), recall=None, seconds=1.0):
     em = np.asarray(em, float)
     recall = em if recall is None else np.asarray(recall, float)
     scores = {"em": em, "f1": em, "recall_at_5": recall, "mrr": recall}
-    return Cell(strategy, setting, seed, split, scores, {}, list(clients), Cost(seconds), {})
+    clusters = np.arange(len(em))
+    return Cell(
+        strategy, setting, seed, split, scores, {}, list(clients), Cost(seconds), {}, clusters
+    )
 
 
 def shown(table) -> list[list[str]]:
@@ -29,29 +41,34 @@ def test_spreads_of_model_and_split_seeds_are_told_apart():
         cell("retriever", "local", [1] * right + [0] * (4 - right), *seeds)
         for seeds, right in means.items()
     ]
-    (row,) = comparison.strategy_rows(cells, {"local": 0.1})
+    (row,) = comparison.strategy_rows(cells, SETTINGS)
     within_splits = np.array([0, 25, 75]), np.array([50, 100])
     squares = sum(((x - x.mean()) ** 2).sum() for x in within_splits)
     assert row["em_model_sd"] == pytest.approx(np.sqrt(squares / (2 + 1)))
     # By model: 0 50, 25 100, and one that has a single split.
     assert row["em_split_sd"] == pytest.approx(np.sqrt((50**2 + 75**2) / 2 / 2))
     assert row["em"] == 50 and row["alpha"] == 0.1
-    (row,) = comparison.strategy_rows(cells[:1], {})
-    assert row["em_model_sd"] is None and row["alpha"] == ""
+    (row,) = comparison.strategy_rows(cells[:1], SETTINGS)
+    assert row["em_model_sd"] is None
+    (row,) = comparison.strategy_rows([cell("none", "centralised", [0, 1])], SETTINGS)
+    assert row["alpha"] == ""
 
 
 def test_clients_from_the_worst_to_the_ninth_decile():
     cells = [cell("generator", "local", [1, 0], clients=range(0, 101, 10))]
     cells.append(cell("generator", "local", [1, 0], seed=1, clients=[20, 40]))
-    (row,) = comparison.strategy_rows(cells, {})
+    (row,) = comparison.strategy_rows(cells, SETTINGS)
     assert row["client_em_mean"] == (50 + 30) / 2
     assert row["client_em_worst"] == (0 + 20) / 2
     assert row["client_em_decile_1"] == (10 + 22) / 2
     assert row["client_em_decile_9"] == (90 + 38) / 2
     assert shown(comparison_tables.clients_table([row])) == [
-        ["generator", "local", "40.0", "10.0", "16.0", "64.0"]
+        ["generator", "local", "40.0", "10.0", "16.0", "64.0", "–", "–"]
     ]
-    (row,) = comparison.strategy_rows([cell("none", "local", [1, 0])], {})
+    together = row | {"setting": "centralised", "client_em_mean": 43.0, "client_em_worst": 8.5}
+    lines = shown(comparison_tables.clients_table([row, together]))
+    assert lines[0][-2:] == ["-3.0", "+1.5"]
+    (row,) = comparison.strategy_rows([cell("none", "local", [1, 0])], SETTINGS)
     assert "client_em_mean" not in row
 
 
@@ -64,8 +81,7 @@ def test_comparisons_by_hand():
             cells.append(cell("none", setting, [0] * 40, seed))
             right = np.arange(40) < gain
             cells.append(cell("retriever", setting, right ^ noise, seed))
-    alphas = {"federated_1": 1.0, "local_1": 1.0, "local": 0.1}
-    rows = comparison.comparison_rows(cells, "em", alphas)
+    rows = differences.comparison_rows(cells, "em", SETTINGS, margin=10.0)
     pairs = [(r["strategy"], r["setting"], r["against"]) for r in rows]
     assert pairs == [
         ("retriever", "centralised", "none, centralised"),
@@ -86,8 +102,13 @@ def test_comparisons_by_hand():
     assert one["low"] < one["difference"] < one["high"]
     assert all(row["p"] <= row["p_holm"] and row["p_t"] <= row["p_t_holm"] for row in rows)
     assert rows[3]["difference"] < 0
+    # Two questions of forty fewer: five points or less, equal within ten and not within two.
+    assert rows[3]["p_e"] <= rows[3]["p_e_holm"] and rows[3]["p_e"] < 0.1
+    strict = differences.comparison_rows(cells, "em", SETTINGS, margin=2.0)
+    assert strict[3]["p_e"] > 0.5
     # Local training on another split is no partner.
-    apart = comparison.comparison_rows(cells, "em", alphas | {"local_1": 0.1})
+    other = SETTINGS | {"local_1": parse("local", 0.1)}
+    apart = differences.comparison_rows(cells, "em", other, margin=10.0)
     assert [row["against"] for row in apart][3:] == ["retriever, centralised"]
 
 
@@ -96,8 +117,8 @@ def test_runs_are_paired_by_their_seeds():
     some, others = ([rng.random(30) for _ in range(6)] for _ in range(2))
     here = [cell("retriever", "local", em, seed, seed) for seed, em in enumerate(some)]
     there = [cell("none", "local", em, seed, seed) for seed, em in enumerate(others)]
-    (row,) = comparison.comparison_rows([*here, *reversed(there)], "em", {})
-    (less,) = comparison.comparison_rows([*here[:5], *there[1:]], "em", {})
+    (row,) = differences.comparison_rows([*here, *reversed(there)], "em", SETTINGS, 2.0)
+    (less,) = differences.comparison_rows([*here[:5], *there[1:]], "em", SETTINGS, 2.0)
     assert row["p_t"] == pytest.approx(paired_t_test(some, others))
     assert less["difference"] == pytest.approx(100 * np.mean(np.array(some[1:5]) - others[1:5]))
     assert less["p_t"] is None  # four pairs
@@ -119,7 +140,7 @@ def test_runs_that_share_seeds_have_no_t_test(seeds, splits, tested):
         for strategy in ("none", "generator")
         for pair in zip(seeds, splits, strict=True)
     ]
-    (row,) = comparison.comparison_rows(cells, "em", {})
+    (row,) = differences.comparison_rows(cells, "em", SETTINGS, 2.0)
     assert (row["p_t"] is not None) == tested
 
 
@@ -131,7 +152,7 @@ def test_against_independent_tuning():
             some = cell(name, "federated", rng.random(30) < 0.5, seed, seconds=seconds)
             cells.append(some._replace(cost=some.cost._replace(flops=3.0 + len(name))))
     cells.append(cell("joint_token", "local", [0, 1]))  # with nothing to be compared to
-    (row,) = comparison.independent_rows(cells)
+    (row,) = differences.independent_rows(cells)
     assert (row["strategy"], row["setting"]) == ("joint_token", "federated")
     assert row["seconds_ratio"] == pytest.approx((2.5 + 3 + 3.5) / 3)
     assert (row["seconds_ratio_low"], row["seconds_ratio_high"]) == (2.5, 3.5)
@@ -148,15 +169,15 @@ def test_against_independent_tuning():
 def test_few_seeds_have_no_t_test_and_unlabelled_questions_no_ranking():
     blank = [np.nan] * 3
     cells = [cell(s, "local", [0, 1, i], recall=blank) for i, s in enumerate(("none", "generator"))]
-    (row,) = comparison.comparison_rows(cells, "em", {})
+    (row,) = differences.comparison_rows(cells, "em", SETTINGS, 2.0)
     assert row["p_t"] is None and "p_t_holm" not in row
-    assert comparison.comparison_rows(cells, "recall_at_5", {}) == []
-    assert shown(comparison_tables.comparisons_table([row]))[0][-1] == "–"
+    assert differences.comparison_rows(cells, "recall_at_5", SETTINGS, 2.0) == []
+    assert shown(comparison_tables.comparisons_table([row]))[0][-2] == "–"
 
 
 def test_what_needs_labels_says_so_where_there_are_none():
     cells = [cell(s, "centralised", [0, 1]) for s in ("none", "retriever", "two_phase")]
-    table = shown(comparison_tables.without_labels_table(comparison.strategy_rows(cells, {})))
+    table = shown(comparison_tables.without_labels_table(comparison.strategy_rows(cells, SETTINGS)))
     assert table[1] == ["retriever", "centralised", "needs gold passages", "–", "–"]
     assert table[2][2].startswith("50.0 [")
 
@@ -201,7 +222,7 @@ def test_a_table_in_three_languages():
 def test_strategies_at_a_glance():
     cells = [cell("none", "local", [0, 1]), cell("none", "centralised", [1, 1])]
     cells.append(cell("generator", "local", [1, 1]))
-    table = comparison_tables.glance_table(comparison.strategy_rows(cells, {}))
+    table = comparison_tables.glance_table(comparison.strategy_rows(cells, SETTINGS))
     assert [c.title for c in table.columns] == ["strategy", "local", "centralised"]
     assert shown(table) == [
         ["none", "50.0 [0.0, 100.0]", "100.0 [100.0, 100.0]"],
@@ -212,3 +233,56 @@ def test_strategies_at_a_glance():
 def test_rows_for_machines(tmp_path):
     tables.write_csv(tmp_path / "rows.csv", [{"a": 0.1 + 0.2, "b": "x"}, {"c": 1}])
     assert (tmp_path / "rows.csv").read_text().splitlines() == ["a,b,c", f"{0.1 + 0.2},x,", ",,1"]
+
+
+def test_a_lone_client_is_compared_at_its_best():
+    """Of ten points, four are a longer training of the client itself and six other clients' data."""
+    right = {"local": 10, "local_converged": 14, "federated": 19, "federated_converged": 20}
+    cells = [
+        cell("retriever", setting, np.arange(100) < count, seed)
+        for setting, count in right.items()
+        for seed in range(2)
+    ]
+    (row,) = differences.headline_rows(cells, "em", SETTINGS, 0.1)
+    assert (row["setting"], row["against"]) == ("federated_converged", "local_converged")
+    assert (row["difference"], row["compute"], row["data"]) == pytest.approx((6, 4, 6))
+    assert (row["local"], row["federated"]) == pytest.approx((14, 20))
+    # A long training that is worse is not what is compared with.
+    worse = [c._replace(scores=cells[0].scores) if c.setting.endswith("ged") else c for c in cells]
+    (row,) = differences.headline_rows(worse, "em", SETTINGS, 0.1)
+    assert row["against"] == "local" and "data" not in row
+    # Clients of another split are others.
+    assert not differences.headline_rows(cells, "em", SETTINGS, 1.0)
+
+
+def test_estimates_have_intervals_over_seeds_and_clusters():
+    seeds = [[0, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0]]
+    cells = [cell("none", "local", em, seed) for seed, em in enumerate(seeds)]
+    clusters = np.array([0, 0, 1, 1])
+    cells = [c._replace(clusters=clusters) for c in cells]
+    found = comparison.estimate(cells, "em")
+    assert found["em"] == 50 and found["em_sd"] == pytest.approx(50)
+    assert (found["em_low"], found["em_high"]) == (0, 100)  # questions alone: 33 to 67
+    blank = [c._replace(scores=c.scores | {"mrr": np.full(4, np.nan)}) for c in cells]
+    assert comparison.estimate(blank, "mrr") == dict.fromkeys(
+        ("mrr", "mrr_low", "mrr_high", "mrr_sd")
+    )
+    assert shown(tables.Table([tables.interval("EM", "em")], [found])) == [
+        ["50.0 ± 50.0 [0.0, 100.0]"]
+    ]
+
+
+def test_epochs_are_those_of_the_models_that_were_kept():
+    curves = {
+        "rank": [{"epochs": 2.0, "kept_epochs": 1.5, "at_cap": 1, "trainings": 8}],
+        "read": [{"epochs": 1.0, "kept_epochs": 0.5, "at_cap": 0, "trainings": 8}],
+    }
+    (row,) = comparison.strategy_rows(
+        [cell("independent", "local_converged", [0, 1])._replace(curves=curves)], SETTINGS
+    )
+    assert (row["epochs"], row["at_cap"]) == ("1.5 + 0.5", "1 of 16")
+    matched = {"rank": [{"epochs": 0.48}]}
+    (row,) = comparison.strategy_rows(
+        [cell("retriever", "local", [0, 1])._replace(curves=matched)], SETTINGS
+    )
+    assert row["epochs"] == "0.5" and "at_cap" not in row

@@ -5,6 +5,9 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
+from fedrag_jax.data.seeds import stream
 from fedrag_jax.errors import DataError
 
 
@@ -58,6 +61,40 @@ def embedding_text(passage: Passage) -> str:
 def reading_text(passage: Passage) -> str:
     """What a generator reads of it: the title only where the text does not name it already."""
     return passage.text if passage.title in passage.text else embedding_text(passage)
+
+
+def clusters(examples: Sequence[Example], passages: Sequence[Passage]) -> np.ndarray:
+    """int [Q]: questions of one number are about one article, or share a gold passage.
+
+    Passages of one title are one article. Their questions are not independent of each other, and
+    resampling takes them together. A question without gold passages is by itself.
+    """
+    from scipy.sparse import coo_array  # here, because they take half a second
+    from scipy.sparse.csgraph import connected_components
+
+    article = {p.id: p.title or p.id for p in passages}
+    number: dict[str, int] = {}
+    pairs = [
+        (i, len(examples) + number.setdefault(article[gold], len(number)))
+        for i, example in enumerate(examples)
+        for gold in example.positive_ids
+    ]
+    some, others = np.array(pairs, int).reshape(-1, 2).T
+    size = len(examples) + len(number)
+    graph = coo_array((np.ones(len(pairs)), (some, others)), shape=(size, size))
+    _, found = connected_components(graph, directed=False)
+    return np.unique(found[: len(examples)], return_inverse=True)[1]
+
+
+def sample(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
+    """So many of them, drawn without replacement, in their order; all for 0 or where there are fewer.
+
+    Files are sorted by article: a beginning of one is a few articles, a sample is of all.
+    """
+    if not count or count >= len(examples):
+        return [*examples]
+    drawn = np.sort(stream(seed, "sample of examples").permutation(len(examples))[:count])
+    return [examples[i] for i in drawn]
 
 
 def half_character(text: str) -> str:

@@ -1,9 +1,15 @@
 """How sure a number is, and whether two numbers differ.
 
 `scores` are float [seeds, questions], or [questions] for one seed; the unit goes through unchanged.
-Questions are what resampling draws, after averaging over seeds: an interval says what other
-questions would have given, `seed_sd` what other seeds would have given.
+`clusters` are int [questions]: questions of one cluster (about one article, or one gold passage) are
+not independent and are resampled together. Left out, every question is a cluster of its own.
+
+An interval says what other seeds and other questions would have given: both are resampled. A
+permutation test speaks of the trained models alone, over questions; `paired_t_test` speaks of the
+method, over seeds.
 """
+
+import functools
 
 import numpy as np
 
@@ -13,22 +19,84 @@ _CHUNK = 1 << 22  # random draws held in memory at once
 
 
 def bootstrap_interval(
-    scores, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
+    scores, clusters=None, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval (low, high) of the mean over questions (Efron 1979)."""
+    """Two-level percentile bootstrap interval (low, high) of the mean.
+
+    Each resample draws, with replacement, as many seeds and as many clusters of questions as there
+    are: the pigeonhole bootstrap (Owen 2007, doi:10.1214/07-AOAS122), which errs towards width where
+    scores vary by seed and question at once. For paired scores pass the differences.
+    """
     if not 0 < level < 1:
         raise ConfigError(f"level must be between 0 and 1, got {level}")
-    per_question = _matrix(scores).mean(axis=0)
-    questions = len(per_question)
-    rng = np.random.default_rng(seed)
-    means = np.concatenate(
-        [
-            per_question[rng.integers(0, questions, (rows, questions), np.int32)].mean(axis=1)
-            for rows in _chunks(resamples, questions)
-        ]
-    )
+    means = _resampled_means(scores, clusters, resamples, seed)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def equivalence_test(
+    a, b, margin: float, clusters=None, *, resamples: int = 10_000, seed: int = 0
+) -> float:
+    """p of two one-sided tests that the mean of a is within `margin` of that of b (Schuirmann 1987).
+
+    Each side by the two-level bootstrap of the paired differences, so that p < 0.05 exactly where the
+    90% interval lies between -margin and margin. Never 0: (1 + resamples beyond) / (1 + resamples).
+
+    Args:
+      a, b: [seeds, questions]; row i of both ran with the same seed.
+      margin: > 0, in the unit of the scores, named before the scores are known.
+
+    Raises:
+      ConfigError: a margin that is not positive, or other shapes.
+    """
+    if not margin > 0:
+        raise ConfigError(f"an equivalence margin must be > 0, got {margin}")
+    a, b = _matrix(a), _matrix(b)
+    if a.shape != b.shape:
+        raise ConfigError(f"paired scores need one shape, got {a.shape} and {b.shape}")
+    means = _resampled_means(a - b, clusters, resamples, seed)
+    beyond = max(np.sum(means >= margin), np.sum(means <= -margin))
+    return float((1 + beyond) / (1 + resamples))
+
+
+def _resampled_means(scores, clusters, resamples: int, seed: int) -> np.ndarray:
+    """Means [resamples] over seeds and clusters drawn with replacement."""
+    scores = _matrix(scores)
+    sums, sizes = _by_cluster(scores, clusters)
+    seeds, count = sums.shape
+    drawn, weight = _drawn(count, resamples, seed), _drawn(seeds, resamples, seed + 1) / seeds
+    means, start = [], 0
+    for rows in _chunks(resamples, count):
+        some = drawn[start : start + rows].astype(np.float64)
+        means.append((weight[start : start + rows] * (some @ sums.T)).sum(1) / (some @ sizes))
+        start += rows
+    return np.concatenate(means)
+
+
+@functools.lru_cache(maxsize=8)  # a table asks for the same draws many times
+def _drawn(count: int, resamples: int, seed: int) -> np.ndarray:
+    """[resamples, count]: how often each of `count` things is drawn in `count` draws."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for rows in _chunks(resamples, count):
+        places = rng.integers(0, count, (rows, count), np.int64)
+        places += np.arange(rows)[:, None] * count
+        times = np.bincount(places.ravel(), minlength=rows * count)
+        found.append(times.reshape(rows, count).astype(np.uint16))
+    return np.concatenate(found)
+
+
+def _by_cluster(scores: np.ndarray, clusters) -> tuple[np.ndarray, np.ndarray]:
+    """Sums [seeds, clusters] of scores and the sizes [clusters] of clusters."""
+    questions = scores.shape[1]
+    if clusters is None:
+        return scores, np.ones(questions)
+    clusters = np.asarray(clusters)
+    if clusters.shape != (questions,):
+        raise DataError(f"clusters must be [{questions}], one a question, got {clusters.shape}")
+    _, place, sizes = np.unique(clusters, return_inverse=True, return_counts=True)
+    sums = np.stack([np.bincount(place, row, len(sizes)) for row in scores])
+    return sums, sizes.astype(np.float64)
 
 
 def seed_sd(scores) -> float | None:
@@ -37,19 +105,21 @@ def seed_sd(scores) -> float | None:
     return float(means.std(ddof=1)) if len(means) > 1 else None
 
 
-def paired_permutation_test(a, b, *, resamples: int = 10_000, seed: int = 0) -> float:
+def paired_permutation_test(
+    a, b, clusters=None, *, resamples: int = 10_000, seed: int = 0
+) -> float:
     """Two-sided p that a and b, answers to the same questions, have the same mean.
 
-    Flips the sign of each question's seed-averaged difference at random. With few enough questions
+    Flips the sign of each cluster's seed-averaged difference at random. With few enough clusters
     that differ, all sign patterns are tried and p is exact; otherwise it is
     (1 + patterns as extreme) / (1 + resamples), never 0 (Phipson and Smyth 2010).
 
     Args:
       a, b: [seeds, questions], the same questions in the same order; seeds may differ in number.
     """
-    differences = _differences(a, b)
+    sums, _ = _by_cluster(_differences(a, b)[None], clusters)
     # A tie adds nothing whatever its sign; EM is mostly ties.
-    differences = differences[differences != 0]
+    differences = sums[0][np.abs(sums[0]) > 1e-12 * np.abs(sums).max()]
     if not len(differences):
         return 1.0
     observed = abs(differences.sum()) - 1e-9 * np.abs(differences).sum()

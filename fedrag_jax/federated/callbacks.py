@@ -37,5 +37,9 @@ class Callback:
         """Before the first round; returns where to start, which may be a restored state."""
         return state
 
-    def round_end(self, state: FitState, record: dict[str, Any]) -> None:
-        """After every round whose numbers are finite; `record` is the last of `state.history`."""
+    def round_end(self, state: FitState, record: dict[str, Any]) -> bool | None:
+        """After every round whose numbers are finite; `record` is the last of `state.history`.
+
+        Returns:
+          True to end the fit with this round.
+        """

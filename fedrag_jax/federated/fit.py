@@ -79,7 +79,8 @@ def fit(
       refresh_every: rounds between two retrievals, for a task that has `retrieve`.
       table_rows: the table of examples is filled up to so many, for fits on more and fewer examples
         to share a compiled program.
-      callbacks: told of every round, in order; one that restores a state comes first.
+      callbacks: told of every round, in order; one that restores a state comes first. Each may end the
+        fit before its last round.
       mesh: with an axis "clients": its devices share the groups of a round. Over several hosts
         (`jax.distributed`) every process makes the same call.
       time_aggregation: run the first round twice more without local steps, on a copy of the state, to
@@ -91,7 +92,8 @@ def fit(
       examples seen), `clients` [K] and their `client_loss` [K], `drawn` (how many clients were, of
       whom K answered), `examples` seen since the start, `padding` (the share of the round's computing
       that was no example), `bytes_down` and `bytes_up` of the round and `traffic`, the same by part and
-      type, `peak_bytes` on a device, `refreshed` (whether examples were searched for anew); `seconds`
+      type, `peak_bytes` on a device, `device_seconds` (seconds of the round times the devices held for
+      it), `refreshed` (whether examples were searched for anew); `seconds`
       of training, `refresh_seconds` of retrieval and collating, `compile_seconds`. Of the first,
       `aggregate_seconds` are no local steps (sampling, handing out, aggregation, the server's step; 0
       unless they are timed); of the second, `embed_seconds` are for passages, `retrieve_seconds` for
@@ -244,6 +246,7 @@ def fit(
             "traffic": traffic._asdict(),
             "peak_bytes": ran.peak_bytes,
             "seconds": seconds,
+            "device_seconds": seconds + (ran.devices - 1) * ran.seconds,
             "aggregate_seconds": aggregate_seconds,
             "refreshed": refresh,
             "refresh_seconds": sum(refresh_lap) - refresh_lap.compiling,
@@ -257,8 +260,8 @@ def fit(
             state=after._replace(population=now.state.population),
             history=(*now.history, record),
         )
-        for callback in callbacks:
-            callback.round_end(now, record)
+        if any([callback.round_end(now, record) for callback in callbacks]):  # all are told
+            break
 
     trainable = now.state.trainable
     if algorithm.model is not None:

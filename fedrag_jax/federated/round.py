@@ -49,6 +49,7 @@ class Ran(NamedTuple):
       told: `(report, server_finite)`, the report as the turn gives it.
       seconds: without `compile_seconds`.
       peak_bytes: that the program takes on a device.
+      devices: that were held for those seconds.
     """
 
     state: State
@@ -56,6 +57,7 @@ class Ran(NamedTuple):
     seconds: float
     compile_seconds: float
     peak_bytes: int = 0
+    devices: int = 1
 
 
 def run_round(asked: Round) -> Ran:
@@ -69,7 +71,8 @@ def run_round(asked: Round) -> Ran:
         run = functools.partial(debug_round, *about)
     compile_seconds = sum(clock.lap())
     state, told = jax.block_until_ready(run(*asked.arguments))
-    return Ran(state, told, sum(clock.lap()), compile_seconds, peak)
+    devices = 1 if asked.mesh is None else asked.mesh.size
+    return Ran(state, told, sum(clock.lap()), compile_seconds, peak, devices)
 
 
 def run_alone(rounds: Callable[P, Generator[Round, Ran, R]]) -> Callable[P, R]:

@@ -121,7 +121,8 @@ class Together:
         lap = clock.lap()
         # Of one fit, however many are side by side.
         peak = peak_bytes(run) if width == 1 else peak_alone(program)
-        return [Ran(*r, lap.others / len(asked), lap.compiling / len(asked), peak) for r in results]
+        took = lap.others / len(asked), lap.compiling / len(asked), peak, len(devices)
+        return [Ran(*r, *took) for r in results]
 
     def _copy(self, x, device):
         """`x` on a device, kept there for the rounds to come."""

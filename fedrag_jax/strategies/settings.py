@@ -21,15 +21,31 @@ from fedrag_jax.federated.sampling import uniform
 from fedrag_jax.objectives.task import Task
 
 SETTINGS = ("centralised", "federated", "local")
+CONVERGED = "_converged"
 
 
-def parse(setting: str, alpha: float) -> tuple[str, float]:
-    """(one of `SETTINGS`, the alpha of its split): "federated" has the one given, "federated_1" 1.
+class Setting(NamedTuple):
+    """What the name of a setting says.
+
+    Attributes:
+      kind: one of `SETTINGS`.
+      alpha: of the split of clients.
+      converged: whether validation decides when training ends, and not the number of examples.
+    """
+
+    kind: str
+    alpha: float
+    converged: bool = False
+
+
+def parse(setting: str, alpha: float) -> Setting:
+    """`federated` has the alpha given, `federated_1` has 1; `federated_1_converged` trains until it
+    stops improving.
 
     Raises:
       ConfigError: neither a setting, nor federated or local with an alpha > 0.
     """
-    kind, mark, own = setting.partition("_")
+    kind, mark, own = setting.removesuffix(CONVERGED).partition("_")
     try:
         alpha = float(own) if mark else alpha
     except ValueError:
@@ -37,13 +53,28 @@ def parse(setting: str, alpha: float) -> tuple[str, float]:
     if kind not in SETTINGS or (mark and kind == "centralised") or not alpha > 0:
         raise ConfigError(
             f"setting {setting!r} unknown; choose among {[*SETTINGS]}, federated_<alpha> and "
-            "local_<alpha> with an alpha > 0, such as federated_1 or federated_inf"
+            "local_<alpha> with an alpha > 0, such as federated_1 or federated_inf; each may end in "
+            f"{CONVERGED}"
         )
-    return kind, alpha
+    return Setting(kind, alpha, setting.endswith(CONVERGED))
+
+
+class Stopping(NamedTuple):
+    """When a training ends that goes on until it stops improving.
+
+    Attributes:
+      every: index refreshes (S·K steps each) between two evaluations.
+      patience: evaluations in a row without a new best after which it ends.
+    """
+
+    every: int = 2
+    patience: int = 2
 
 
 class Budget(NamedTuple):
     """How much training: every setting sees R·S·K·B examples, unless a client holds fewer than B.
+
+    With `stopping` that is the most it may see, and a client who trains alone may see as many.
 
     Attributes:
       rounds: R, also the number of index refreshes.
@@ -55,6 +86,7 @@ class Budget(NamedTuple):
       devices: that share the clients of federated training; 0 are all there are.
       participation: the share of clients drawn for a round of federated training, which then takes as
         many more rounds and refreshes as before.
+      stopping: when training ends before that; None where it does not.
     """
 
     rounds: int = 5
@@ -64,6 +96,7 @@ class Budget(NamedTuple):
     group_size: int | None = 1
     devices: int = 1
     participation: float = 1.0
+    stopping: Stopping | None = None
 
     def schedule(self, setting: str) -> "Schedule":
         """The rounds of a setting.
@@ -71,7 +104,7 @@ class Budget(NamedTuple):
         Raises:
           ConfigError: a participation that is no whole number of clients which divides them.
         """
-        if setting == "centralised":
+        if setting == "centralised" or (setting == "local" and self.stopping):
             return Schedule(self.rounds * self.clients, self.clients, 1)
         if setting == "local":
             return Schedule(self.rounds, 1, 1)

@@ -15,6 +15,7 @@ from fedrag_jax.errors import DivergenceError
 from fedrag_jax.federated.algorithm import nbytes
 from fedrag_jax.federated.callbacks import Callback
 from fedrag_jax.federated.fit import FitResult
+from fedrag_jax.federated.stopping import EarlyStopping, held_out_loss, read_evaluations
 from fedrag_jax.federated.sweep import sweep
 from fedrag_jax.models import hub
 from fedrag_jax.objectives.task import PyTree, Task
@@ -35,6 +36,7 @@ class Tuner:
         is finished there is read back; one that was killed resumes from its checkpoints.
       rates: `rates(task name, part) -> learning rate`.
       checkpoint_every: index refreshes between two checkpoints.
+      validation: examples that decide when to stop, where the budget has them do so.
       costs: of each task asked for, in order, whether trained now or read back.
     """
 
@@ -47,6 +49,7 @@ class Tuner:
     seed: int
     client: int | None = None
     checkpoint_every: int = 1
+    validation: Sequence[Example] = ()
     costs: dict[str, Cost] = dataclasses.field(default_factory=dict)
 
     def __call__(self, task: Task) -> PyTree:
@@ -72,10 +75,14 @@ class Tuner:
     def arguments(self, task: Task, *callbacks: Callback) -> dict[str, Any]:
         """What to call `fit` with; it resumes from its own checkpoints."""
         folder = self.folder / task.name
-        stretch = self.budget.schedule(self.setting).refresh_every
+        stretch, stopping = self.budget.schedule(self.setting).refresh_every, self.budget.stopping
         # Processes that each have a folder of their own could not share a checkpoint.
         saved = [Checkpointer(folder / "checkpoints", self.checkpoint_every * stretch)]
         saved = saved if jax.process_count() == 1 else []
+        if stopping:
+            judge = held_out_loss(task, self.validation)
+            every = stopping.every * stretch
+            saved.append(EarlyStopping(judge, every, stopping.patience, folder))
         return settings.arguments(
             task,
             self.setting,
@@ -89,10 +96,15 @@ class Tuner:
         )
 
     def keep(self, task: Task, result: FitResult) -> None:
-        """Writes what a fit came to, for `read`."""
+        """Writes what a fit came to, for `read`: its end, or the best where validation decides."""
         folder = self.folder / task.name
         cost = self._cost(task, result.history)
-        hub.save_arrays(result.trainable, folder / "tuned.safetensors")
+        if self.budget.stopping:
+            spent = sum(e["seconds"] for e in read_evaluations(folder / "validation.jsonl"))
+            cost = cost._replace(validate_seconds=spent)
+            (folder / "best.safetensors").replace(folder / "tuned.safetensors")
+        else:
+            hub.save_arrays(result.trainable, folder / "tuned.safetensors")
         beside = folder / "cost.json.tmp"
         beside.write_text(json.dumps(cost._asdict()) + "\n")
         beside.replace(folder / "cost.json")
@@ -100,12 +112,11 @@ class Tuner:
 
     def _cost(self, task: Task, history) -> Cost:
         budget = self.budget
-        clients = 1 if self.setting == "local" else budget.clients
         return training_cost(
             task,
             history,
             task.table(self.examples[:1]),
-            steps=budget.rounds * budget.local_steps * clients,
+            steps=len(history) * budget.local_steps * budget.schedule(self.setting).drawn,
             batch_size=budget.batch_size,
         )
 

@@ -6,7 +6,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fedrag_jax.errors import DataError
 from fedrag_jax.tracking.ledger import Cost
+
+CLUSTERS = "clusters"  # beside the scores in their file
 
 
 class Cell(NamedTuple):
@@ -20,7 +23,9 @@ class Cell(NamedTuple):
       controls: single numbers, in percent or counts.
       client_em: EM in percent of the model that each client would use, on test questions in the
         proportions of what it holds; empty where no test question is of any client's kind.
-      curves: for each trained task its rounds: `round`, `loss`, `metrics`, `examples`, `seconds`.
+      curves: for each trained task its rounds: `round`, `loss`, `metrics`, `examples`, `seconds` and,
+        where validation decided when to stop, `validation`.
+      clusters: int [Q], see `data.examples.clusters`.
     """
 
     strategy: str
@@ -32,6 +37,7 @@ class Cell(NamedTuple):
     client_em: list[float]
     cost: Cost
     curves: dict[str, list[dict[str, Any]]]
+    clusters: np.ndarray
 
 
 def path(folder: pathlib.Path, strategy: str, setting: str, seed: int, split: int) -> pathlib.Path:
@@ -48,7 +54,7 @@ def save(folder: pathlib.Path, cell: Cell) -> None:
     """Writes `scores.npz`, then `cell.json`, whose presence says that the cell is finished."""
     here = path(folder, cell.strategy, cell.setting, cell.seed, cell.split)
     here.mkdir(parents=True, exist_ok=True)
-    np.savez(here / "scores.npz", **cell.scores)
+    np.savez(here / "scores.npz", **cell.scores, **{CLUSTERS: cell.clusters})
     about = {
         "strategy": cell.strategy,
         "setting": cell.setting,
@@ -74,5 +80,11 @@ def load_folder(here: pathlib.Path) -> Cell:
     """The finished cell in a folder of its own."""
     about = json.loads((here / "cell.json").read_text())
     cost = Cost.of(about["cost"], here / "cell.json")
-    with np.load(here / "scores.npz", allow_pickle=False) as scores:
-        return Cell(**about | {"cost": cost, "scores": {k: scores[k] for k in scores}})
+    with np.load(here / "scores.npz", allow_pickle=False) as file:
+        scores = {name: file[name] for name in file}
+    if CLUSTERS not in scores:
+        raise DataError(
+            f"{here / 'scores.npz'} has no {CLUSTERS}: another version of fedrag_jax wrote it; remove "
+            "its run, or choose another --config.name"
+        )
+    return Cell(**about | {"cost": cost, CLUSTERS: scores.pop(CLUSTERS), "scores": scores})

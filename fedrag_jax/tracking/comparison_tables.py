@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from fedrag_jax.tracking.comparison import METRICS, own
 from fedrag_jax.tracking.tables import (
     MISSING,
     Column,
@@ -43,17 +44,89 @@ def strategies_table(rows: Sequence[dict[str, Any]]) -> Table:
             words("labels", "labels"),
             number("seeds", "seeds", 0),
             interval("EM [95% CI]", "em"),
-            number("sd", "em_seed_sd"),
-            number("F1", "f1"),
-            number("Recall@5", "recall_at_5"),
-            number("MRR@10", "mrr"),
+            interval("F1 [95% CI]", "f1"),
+            interval("Recall@5 [95% CI]", "recall_at_5"),
+            interval("MRR@10 [95% CI]", "mrr"),
+            words("epochs", "epochs"),
+            words("at cap", "at_cap"),
             number("seconds", "seconds"),
+            number("device-s", "device_seconds"),
+            number("search device-s", "search_seconds", 0),
             number("TFLOP", "flops", 2, 1e12),
             number("MB up", "bytes_up", 1, 1e6),
             number("MB down", "bytes_down", 1, 1e6),
+            number("MB corpus", "bytes_corpus", 1, 1e6),
+        ),
+        [row | {"bytes_corpus": row["bytes_passages"] + row["bytes_vectors"]} for row in rows],
+    )
+
+
+def own_topics_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Every metric on questions such as each client holds."""
+    columns = (interval(f"{title} [95% CI]", own(metric)) for metric, title in METRICS.items())
+    return Table((*WHO, *columns), [row for row in rows if own("em") in row])
+
+
+def headline_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Federated training against the better lone client."""
+    return Table(
+        (
+            words("strategy", "strategy"),
+            words("federated", "setting"),
+            interval("[95% CI]", "federated"),
+            words("against", "against"),
+            interval("[95% CI]", "local"),
+            difference("difference [95% CI]"),
+            number("of compute", "compute"),
+            number("of data", "data"),
+            p_value("p", "p_holm"),
+            p_value("p over seeds", "p_t_holm"),
         ),
         rows,
     )
+
+
+def against_local_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """The same for every metric, on all topics and on clients' own."""
+    titles = METRICS | {own(metric): f"{title}, own topics" for metric, title in METRICS.items()}
+    return Table(
+        (
+            Column("metric", lambda row: titles[row["metric"]], "left"),
+            words("strategy", "strategy"),
+            words("federated", "setting"),
+            words("against", "against"),
+            difference("difference [95% CI]"),
+            p_value("p", "p_holm"),
+            p_value("p over seeds", "p_t_holm"),
+        ),
+        rows,
+    )
+
+
+def every_metric_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Settings against each other, a column for each metric."""
+    found: dict[tuple, dict[str, Any]] = {}
+    for row in rows:
+        strategy, setting, against = row["strategy"], row["setting"], row["against"]
+        if against.startswith(f"{strategy}, "):
+            key = strategy, setting, against
+            about = {"strategy": strategy, "setting": setting, "against": against.split(", ")[1]}
+            found.setdefault(key, about)[row["metric"]] = row
+
+    def column(metric, title):
+        shown = difference(title).show
+
+        def show(row):
+            one = row.get(metric)
+            if one is None:
+                return MISSING
+            marks = (one["p_holm"] < 0.05) * " *" + (one.get("p_e_holm", 1) < 0.05) * " ≈"
+            return shown(one) + marks
+
+        return Column(f"{title} [95% CI]", show)
+
+    columns = (column(metric, title) for metric, title in METRICS.items())
+    return Table((*WHO, words("against", "against"), *columns), list(found.values()))
 
 
 def without_labels_table(rows: Sequence[dict[str, Any]]) -> Table:
@@ -84,6 +157,7 @@ def comparisons_table(rows: Sequence[dict[str, Any]]) -> Table:
             number("% worse", "worse"),
             p_value("p", "p_holm"),
             p_value("p over seeds", "p_t_holm"),
+            p_value("p of equivalence", "p_e_holm"),
         ),
         rows,
     )
@@ -107,7 +181,9 @@ def independent_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 def times_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Where the time goes, in seconds."""
-    parts = ("retrieve", "collate", "train", "aggregate", "embed", "evaluate", "compile")
+    parts = (
+        "retrieve", "collate", "train", "aggregate", "embed", "validate", "evaluate", "compile"
+    )  # fmt: skip
     return Table((*WHO, *(number(part, f"{part}_seconds", 2) for part in parts)), rows)
 
 
@@ -137,11 +213,23 @@ def traffic_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def clients_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """EM over clients, of the rows where it is known."""
+    """EM over clients, of the rows where it is known, and what it is above the centralised model's."""
     titles = {"mean": "mean", "worst": "worst client", "decile_1": "1st decile",
               "decile_9": "9th decile"}  # fmt: skip
+    together = {row["strategy"]: row for row in rows if row["setting"] == "centralised"}
+
+    def against(name):
+        def show(row):
+            key, usual = f"client_em_{name}", together.get(row["strategy"], {})
+            return f"{row[key] - usual[key]:+.1f}" if key in usual else MISSING
+
+        return Column(f"{titles[name]} against centralised", show)
+
     columns = (number(title, f"client_em_{name}") for name, title in titles.items())
-    return Table((*WHO, *columns), [row for row in rows if "client_em_mean" in row])
+    return Table(
+        (*WHO, *columns, against("mean"), against("worst")),
+        [row for row in rows if "client_em_mean" in row],
+    )
 
 
 def controls_table(rows: Sequence[dict[str, Any]]) -> Table:

@@ -55,8 +55,10 @@ OTHER_STYLES = (("#E69F00", "-."), ("#009E73", (0, (1, 1))), ("#CC79A7", (0, (5,
 
 def setting_name(setting: str) -> str:
     """`federated_inf` as readers know it: federated, α = ∞."""
-    kind, _, alpha = setting.partition("_")
-    return f"{kind}, α = {alpha.replace('inf', '∞')}" if alpha else kind
+    name, converged = setting.removesuffix("_converged"), setting.endswith("_converged")
+    kind, _, alpha = name.partition("_")
+    said = f"{kind}, α = {alpha.replace('inf', '∞')}" if alpha else kind
+    return said + ", converged" * converged
 
 
 def pyplot():
@@ -101,8 +103,10 @@ def quality_against_cost(rows: Sequence[dict[str, Any]]):
                 row["seconds"], row["em"], yerr=error, fmt=MARKERS[name], ms=6, capsize=2, lw=1,
                 color=COLORS[name], label=LABELS[name],
             )  # fmt: skip
-        kind, alpha = setting.partition("_")[0], row["alpha"]
-        ax.set_title(setting_name(f"{kind}_{alpha:g}" if alpha else setting), fontsize=10)
+        alpha = (
+            "" if row["alpha"] == "" or "_" in setting.removesuffix("_converged") else row["alpha"]
+        )
+        ax.set_title(setting_name(setting) + (f", α = {alpha:g}" if alpha else ""), fontsize=10)
         ax.set_xlabel("training time (s)")
         ax.set_xlim(left=0)
     for line in axes:

@@ -28,12 +28,14 @@ class Cost(NamedTuple):
     """Costs add up, but for `peak_bytes`, of which the largest is kept.
 
     Attributes:
-      seconds: training, with all that it retrieves, collates and embeds anew on its way.
+      seconds: training, elapsed, with all that it retrieves, collates and embeds anew on its way.
+      device_seconds: the same, rounds times the devices that they held.
       retrieve_seconds, collate_seconds, train_seconds, aggregate_seconds: what those consist of;
         collating includes likelihoods under a frozen generator, aggregation all of a round that is no
         local step.
       embed_seconds: of passages, before training (as long as it took when they were embedded) and, as
         part of `seconds`, in it.
+      validate_seconds: of deciding when to stop.
       evaluate_seconds, compile_seconds: beside them.
       flops: model formula of the training steps; `flops_compiler` is the compiler's count of one
         unrolled step, times steps.
@@ -47,11 +49,13 @@ class Cost(NamedTuple):
     """
 
     seconds: float = 0.0
+    device_seconds: float = 0.0
     retrieve_seconds: float = 0.0
     collate_seconds: float = 0.0
     train_seconds: float = 0.0
     aggregate_seconds: float = 0.0
     embed_seconds: float = 0.0
+    validate_seconds: float = 0.0
     evaluate_seconds: float = 0.0
     compile_seconds: float = 0.0
     flops: float = 0.0
@@ -253,6 +257,7 @@ def training_cost(task: Task, history: list[dict], table, *, steps: int, batch_s
     embed, retrieve = total("embed_seconds"), total("retrieve_seconds")
     return Cost(
         seconds=total("seconds") + total("refresh_seconds"),
+        device_seconds=total("device_seconds") + total("refresh_seconds"),
         retrieve_seconds=retrieve,
         collate_seconds=total("refresh_seconds") - retrieve - embed,
         train_seconds=total("seconds") - total("aggregate_seconds"),

@@ -9,7 +9,7 @@ from tabulate import tabulate
 
 Row = Mapping[str, Any]
 MISSING = "–"
-_LATEX = {"–": "--", "α": r"$\alpha$", "∞": r"$\infty$", "×": r"$\times$"}
+_LATEX = {"–": "--", "±": r"$\pm$", "α": r"$\alpha$", "∞": r"$\infty$", "×": r"$\times$"}
 
 
 class Column(NamedTuple):
@@ -36,11 +36,15 @@ def number(title: str, key: str, digits: int = 1, unit: float = 1.0) -> Column:
 
 
 def interval(title: str, key: str, digits: int = 1) -> Column:
-    """A number between its `_low` and `_high`."""
+    """A number between its `_low` and `_high`, with its standard deviation over seeds (`_sd`) where
+    there are several; a dash where there is no number."""
 
     def show(row):
-        value, low, high = (row[name] for name in (key, f"{key}_low", f"{key}_high"))
-        return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+        value, low, high, sd = (row.get(key + part) for part in ("", "_low", "_high", "_sd"))
+        if value is None:
+            return MISSING
+        spread = "" if sd is None else f" ± {sd:.{digits}f}"
+        return f"{value:.{digits}f}{spread} [{low:.{digits}f}, {high:.{digits}f}]"
 
     return Column(title, show)
 

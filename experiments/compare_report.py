@@ -1,0 +1,247 @@
+"""What the cells of experiments/compare_strategies.py come to: CSV files, tables, figures."""
+
+import itertools
+import json
+import pathlib
+
+from experiments.inputs import replicates
+
+INTERVALS = (
+    "95% intervals resample seeds and questions together (two-level bootstrap; questions about one "
+    "article or gold passage as one); ± is the standard deviation over seeds."
+)
+
+
+def settings_of(config) -> dict:
+    """What the names of the config's settings say."""
+    from fedrag_jax.strategies.settings import parse
+
+    return {setting: parse(setting, config.federated.alpha) for setting in config.settings}
+
+
+def finished(config, folder: pathlib.Path) -> list:
+    """All cells there are, setting by setting."""
+    from fedrag_jax.tracking import cells
+
+    asked = itertools.product(config.settings, config.strategies, replicates(config))
+    found = (cells.load(folder, strategy, where, *pair) for where, strategy, pair in asked)
+    return [cell for cell in found if cell]
+
+
+def write_rows(config, folder: pathlib.Path, done: list) -> dict[str, list[dict]]:
+    """Rows of every table by its name, all of them written as `<name>.csv`; `metrics.jsonl`."""
+    from fedrag_jax.tracking import comparison, differences
+    from fedrag_jax.tracking.tables import write_csv
+
+    settings, primary = settings_of(config), config.primary_metric
+    metrics = (primary, *(m for m in comparison.METRICS if m != primary))
+    margin, alpha = config.equivalence_margin, config.federated.alpha
+    strategies = comparison.strategy_rows(done, settings)
+    for row in strategies:
+        row["search_seconds"] = search_seconds(config, row["strategy"], row["setting"])
+    compared = [differences.comparison_rows(done, m, settings, margin) for m in metrics]
+    alone = [
+        differences.headline_rows(done, name(m), settings, alpha)
+        for name in (str, comparison.own)
+        for m in metrics
+    ]
+    rows = {
+        "strategies": strategies,
+        "comparisons": [row for found in compared for row in found],
+        "against_local": [row for found in alone for row in found],
+        "against_independent": differences.independent_rows(done),
+        "controls": comparison.control_rows(done),
+        "traffic": comparison.traffic_rows(done),
+    }
+    for name, some in rows.items():
+        columns = comparison.COLUMNS if name == "strategies" else ()
+        write_csv(folder / f"{name}.csv", some, columns)
+    with open(folder / "metrics.jsonl", "w", encoding="utf-8") as file:
+        for cell in done:
+            where = {"strategy": cell.strategy, "setting": cell.setting}
+            where |= {"seed": cell.seed, "split": cell.split}
+            for task, rounds in cell.curves.items():
+                for record in rounds:
+                    file.write(json.dumps(where | {"task": task} | record) + "\n")
+    return rows
+
+
+def search_seconds(config, strategy: str, setting: str) -> float | None:
+    """Device-seconds of the searches for the learning rates a strategy needs; None if not known."""
+    from experiments.comparison import rates_of
+    from experiments.search import SEARCHES
+
+    known = config.search_seconds
+    if strategy == "none":
+        return 0.0
+    where = rates_of(setting, config.learning_rates)
+    needed = [search.name for search in SEARCHES if strategy in search.users]
+    if where not in known or not all(name in known[where] for name in needed):
+        return None
+    return float(sum(known[where][name] for name in needed))
+
+
+def report(config, folder: pathlib.Path):
+    """Writes the rows of all finished cells and returns the `Report` on them."""
+    from fedrag_jax.tracking import comparison, figures
+    from fedrag_jax.tracking import comparison_tables as tables
+    from fedrag_jax.tracking.report import Report, Section
+
+    done, primary = finished(config, folder), config.primary_metric
+    found = write_rows(config, folder, done)
+    rows, alone, title = found["strategies"], found["against_local"], comparison.METRICS[primary]
+    of_primary = [row for row in alone if row["metric"] == primary]
+    compared = [row for row in found["comparisons"] if row["metric"] == primary]
+    alphas = {s.alpha for s in settings_of(config).values() if s.kind != "centralised"}
+    different = ", ".join(f"{alpha:g}" for alpha in sorted(alphas))
+    split = f", Dirichlet alpha {different} over {config.federated.column}" if alphas else ""
+    sections = [
+        Section(
+            "At a glance",
+            "glance",
+            f"Exact match in percent. {INTERVALS}",
+            tables.glance_table(rows),
+        ),
+        Section(
+            f"Federated against a lone client, {title}",
+            "headline",
+            "Federated training against the better of two lone clients: `local` takes as many steps as "
+            "a client takes in federated training, `local_converged` trains until validation stops "
+            f"improving. {differences_said(of_primary, title)}",
+            tables.headline_table(of_primary),
+        ),
+        Section(
+            "The same for every metric",
+            "against_local",
+            "Differences in points, on all test questions and on questions such as each client holds "
+            "(own topics). p over questions and, from five seeds on, over seeds, Holm-adjusted for "
+            "each metric.",
+            tables.against_local_table(alone),
+        ),
+        Section(
+            "Strategies",
+            "strategies",
+            f"Metrics in percent. {INTERVALS} Epochs of the models that were kept, task by task; at "
+            "cap: trainings that validation should have ended and that were best at their last "
+            "evaluation. Seconds of training, retrieval and index refresh: elapsed, and times the "
+            "devices held; of the search for learning rates device-seconds.",
+            tables.strategies_table(rows),
+        ),
+        Section(
+            "On a client's own topics",
+            "own_topics",
+            "Means over clients of the model each would use, on test questions in the proportions of "
+            "its own topics.",
+            tables.own_topics_table(rows),
+        ),
+        Section(
+            "Quality and cost",
+            "quality_cost",
+            "Exact match with its 95% interval against seconds of training.",
+            figure=figures.quality_against_cost(rows),
+        ),
+        Section(
+            "Learning curves",
+            "learning_curves",
+            "Training loss over examples seen: mean over seeds, in a band from least to most.",
+            figure=figures.learning_curves(done),
+        ),
+        Section(
+            "Without gold passages",
+            "without_labels",
+            "Where training questions name no gold passage, strategies that need none are as above, "
+            "for they do not read it.",
+            tables.without_labels_table(rows),
+        ),
+        Section(
+            "Settings against each other, every metric",
+            "settings",
+            f"Differences in points with 95% intervals. * differs (p < 0.05 over questions, "
+            f"Holm-adjusted over the metric); ≈ equivalent within {config.equivalence_margin:g} points "
+            "(two one-sided tests, p < 0.05, Holm-adjusted). Neither: not shown either way.",
+            tables.every_metric_table(found["comparisons"]),
+        ),
+        Section(
+            f"Paired comparisons of {title}, the primary metric",
+            "comparisons",
+            "Difference in points with its 95% interval; Cohen's d_z; percent of questions that are "
+            "better and worse; p by permutation over questions, which speaks of these models, and from "
+            "five seeds on over seeds, which speaks of the methods; p of equivalence within "
+            f"{config.equivalence_margin:g} points. Each Holm-adjusted over this table.",
+            tables.comparisons_table(compared),
+        ),
+        Section(
+            "Against independent tuning",
+            "against_independent",
+            "Differences in points from independent tuning in the same setting, paired by question and "
+            "seed, each metric Holm-adjusted over this table; seconds and operations as multiples of "
+            "its own, the mean over seeds.",
+            tables.independent_table(found["against_independent"]),
+        ),
+        Section(
+            "Time by part",
+            "times",
+            "Seconds, mean over seeds, summed over clients in the local setting. Collating includes "
+            "likelihoods under a frozen generator, aggregation all of a round that is no local step; "
+            "passages are embedded once. A program is compiled for the first cell that needs it.",
+            tables.times_table(rows),
+        ),
+        Section(
+            "Costs",
+            "costs",
+            "Operations of training steps, by formula and by the compiler; memory of the largest round "
+            "on a device; tokens read in training; bytes of what is trained. Every client holds the "
+            "whole corpus and its index: their bytes on the way to the clients.",
+            tables.costs_table(rows),
+        ),
+        Section(
+            "Traffic",
+            "traffic",
+            "What is trained on its way between clients and server, by part and type.",
+            tables.traffic_table(found["traffic"]),
+        ),
+        Section(
+            "Clients",
+            "clients",
+            "EM on one set of client mixtures for all splits, that of alpha "
+            f"{config.federated.alpha:g}, and its difference from the centralised model under the same "
+            "mixtures.",
+            tables.clients_table(rows),
+        ),
+        Section(
+            "Controls", "controls", controls_said(folder), tables.controls_table(found["controls"])
+        ),
+    ]
+    return Report(
+        folder.name,
+        "Ways to fine-tune a retrieval-augmented generator, where the data sits together and where it "
+        f"does not: {config.data.name}, {config.federated.clients} clients{split}; "
+        f"pairs of seeds: {len(replicates(config))}.",
+        sections,
+    )
+
+
+def differences_said(rows: list[dict], title: str) -> str:
+    """Which part of what federated training has over a lone client is compute and which is data."""
+    parted = [row for row in rows if "data" in row]
+    if not parted:
+        return ""
+    said = "; ".join(
+        f"{row['strategy']} {row['compute'] + row['data']:+.1f} = {row['compute']:+.1f} compute "
+        f"{row['data']:+.1f} data"
+        for row in parted
+    )
+    return (
+        f"Of the points of {title} that federated training has over `local`, those of "
+        "`local_converged` are compute, which a lone client could have spent itself; the rest are "
+        f"other clients' data: {said}."
+    )
+
+
+def controls_said(folder: pathlib.Path) -> str:
+    """What the controls are, and what training at learning rate zero has changed."""
+    said = "EM in percent without passages, with a distractor alone, with the gold passages alone."
+    if (no_op_file := folder / "no_op.json").exists():
+        change = json.loads(no_op_file.read_text())["largest_change"]
+        said += f" Training at learning rate zero changed scores by {change:.1f}."
+    return said

@@ -1,0 +1,148 @@
+"""When to stop: held-out questions decide, and the best model is kept."""
+
+import functools
+import json
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedrag_jax.data.seeds import stream
+from fedrag_jax.errors import ConfigError, DataError
+from fedrag_jax.federated.callbacks import Callback
+from fedrag_jax.models import hub
+from fedrag_jax.objectives.task import PyTree, Task
+
+HELD_OUT_BATCH = 32  # questions scored at once; a ranking loss takes its negatives from these
+
+
+class EarlyStopping(Callback):
+    """Ends a fit that has stopped improving, and keeps the parameters that were best.
+
+    The start counts: a fit that never improves on it ends with what it started from. A fit that is
+    resumed goes on with the evaluations in its folder.
+
+    Args:
+      judge: `judge(trainable) -> float` of NumPy arrays; lower is better.
+      every: rounds between two evaluations.
+      patience: evaluations in a row without a new best after which the fit ends.
+      folder: where `validation.jsonl` (a line for each evaluation: `round`, `loss`, `seconds`) and
+        `best.safetensors` are kept.
+
+    Raises:
+      ConfigError: `every` or `patience` below 1.
+    """
+
+    def __init__(
+        self,
+        judge: Callable[[PyTree], float],
+        every: int,
+        patience: int,
+        folder: pathlib.Path,
+    ):
+        if every < 1 or patience < 1:
+            raise ConfigError(
+                f"EarlyStopping: every and patience must be at least 1, got {every} and {patience}"
+            )
+        self.judge, self.every, self.patience = judge, every, patience
+        self.log, self.kept = folder / "validation.jsonl", folder / "best.safetensors"
+        self.evaluations: list[dict[str, float]] = []
+
+    def start(self, state):
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        # Rounds after the checkpoint are made again, to the same parameters, and judged again.
+        self.evaluations = [e for e in read_evaluations(self.log) if e["round"] <= state.round]
+        due = state.round % self.every == 0
+        if due and state.round not in {e["round"] for e in self.evaluations}:
+            self._evaluate(state)
+        return state
+
+    def round_end(self, state, record) -> bool:
+        last = state.round == record["rounds"]
+        if state.round % self.every == 0 or last:
+            self._evaluate(state)
+        return self.stopped
+
+    @property
+    def best(self) -> dict[str, float]:
+        """The evaluation of the parameters that are kept."""
+        return min(self.evaluations, key=lambda e: e["loss"])
+
+    @property
+    def stopped(self) -> bool:
+        """Whether patience is at its end."""
+        after = [e for e in self.evaluations if e["round"] > self.best["round"]]
+        return len(after) >= self.patience
+
+    def trainable(self) -> PyTree:
+        """The parameters that are kept."""
+        return hub.load_arrays(self.kept)
+
+    def _evaluate(self, state) -> None:
+        began = time.perf_counter()
+        trainable = jax.device_get(state.state.trainable)
+        loss = float(self.judge(trainable))
+        before = [e["loss"] for e in self.evaluations]
+        if not before or loss < min(before):
+            hub.save_arrays(trainable, self.kept)
+        self.evaluations.append(
+            {"round": state.round, "loss": loss, "seconds": time.perf_counter() - began}
+        )
+        beside = self.log.with_suffix(".tmp")
+        beside.write_text("".join(json.dumps(e) + "\n" for e in self.evaluations))
+        beside.replace(self.log)
+
+
+def read_evaluations(path: pathlib.Path) -> list[dict[str, float]]:
+    """The lines of a `validation.jsonl`; none where there is no such file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def held_out_loss(
+    task: Task, examples: Sequence[Any], batch_size: int = HELD_OUT_BATCH
+) -> Callable[[PyTree], float]:
+    """`judge(trainable)`: the mean of a task's own loss over examples it is not trained on.
+
+    What the task retrieves is retrieved anew with the parameters that are judged.
+
+    Raises:
+      DataError: no examples.
+    """
+    if not examples:
+        raise DataError(f"{task.name}: no validation questions to decide when to stop; give some")
+    order = stream(0, "held-out batches").permutation(len(examples))
+    shuffled = [examples[i] for i in order]  # files are sorted: neighbours would be negatives
+    frozen = jax.tree.map(jnp.asarray, task.frozen)
+    now: dict[str, Any] = {"index": task.index, "rows": None, "table": None}
+
+    def judge(trainable: PyTree) -> float:
+        rows = None
+        if task.retrieve is not None:
+            rows = task.retrieve(shuffled, trainable, *([now["index"]] if task.index else []))
+            if task.index:
+                rows, now["index"] = rows
+        if now["table"] is None or not np.array_equal(rows, now["rows"]):
+            now["rows"], now["table"] = rows, task.collate(shuffled, rows)
+        total = 0.0
+        for start in range(0, len(shuffled), batch_size):
+            places = np.arange(start, start + batch_size)
+            weight = (places < len(shuffled)).astype(np.float32)
+            batch = {name: column[places % len(shuffled)] for name, column in now["table"].items()}
+            loss, _ = _compiled(task.loss)(
+                trainable, frozen, batch | {"weight": weight}, jax.random.key(0)
+            )
+            total += float(loss) * weight.sum()
+        return total / len(shuffled)
+
+    return judge
+
+
+@functools.lru_cache(maxsize=32)
+def _compiled(loss):
+    return jax.jit(loss)

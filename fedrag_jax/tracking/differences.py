@@ -1,0 +1,199 @@
+"""How the cells of a comparison differ: paired differences, with intervals and tests."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fedrag_jax.evaluation.significance import (
+    better_and_worse,
+    bootstrap_interval,
+    effect_size,
+    equivalence_test,
+    holm,
+    paired_permutation_test,
+    paired_t_test,
+    seed_sd,
+)
+from fedrag_jax.tracking.cells import Cell
+from fedrag_jax.tracking.comparison import by_cell, estimate, scores
+
+
+def comparison_rows(
+    cells: Sequence[Cell], metric: str, settings: Mapping[str, Any], margin: float
+) -> list[dict[str, Any]]:
+    """Paired differences of a metric in points: tuned against `none`, and settings against each other.
+
+    Federated training is compared with centralised training of the same budget, and with local
+    training of the same alpha and either budget. Runs are paired by their seeds. `effect` is Cohen's
+    d_z; `better` and `worse` are percentages of questions. p is over questions by permutation of
+    clusters, p_t over seeds by a paired t test, where there are five or more and no seed of model or
+    split is there twice, p_e of equivalence within the margin; `p_holm`, `p_t_holm` and `p_e_holm` are
+    adjusted over the rows, each by itself.
+
+    Args:
+      settings: what their names say, as `strategies.settings.Setting`.
+      margin: of equivalence, in points.
+    """
+    groups = by_cell(cells)
+    tuned = [pair for pair in groups if pair[0] != "none"]
+    pairs = [((s, where), ("none", where)) for s, where in tuned if ("none", where) in groups]
+    pairs += [
+        ((strategy, where), (strategy, other))
+        for strategy, where in tuned
+        for same, other in groups
+        if same == strategy and _partners(settings[where], settings[other])
+    ]
+    rows = []
+    for one, other in pairs:
+        about = {"strategy": one[0], "setting": one[1], "against": f"{other[0]}, {other[1]}"}
+        if found := paired_difference(groups[one], groups[other], metric, margin=margin):
+            rows.append(about | {"metric": metric} | found)
+    adjust(rows)
+    return rows
+
+
+def paired_difference(
+    some: Sequence[Cell],
+    others: Sequence[Cell],
+    metric: str,
+    unit: float = 100.0,
+    margin: float | None = None,
+) -> dict[str, Any] | None:
+    """One such row, without names and adjustment; None where no runs or no questions are in common.
+
+    Differences of scores are multiplied by `unit`: those of shares become points. `sd` is their
+    standard deviation over seeds.
+
+    Args:
+      margin: in `unit`; without one there is no `p_e`.
+    """
+    both = _paired(some, others)
+    if not both:
+        return None
+    (a, clusters), (b, _) = (scores(cells, metric) for cells in zip(*both, strict=True))
+    if not a.size:
+        return None
+    low, high = bootstrap_interval(a - b, clusters)
+    better, worse = better_and_worse(a, b)
+    sd = seed_sd(a - b)
+    equivalent = {} if margin is None else {"p_e": equivalence_test(a, b, margin / unit, clusters)}
+    return {
+        "difference": unit * float((a.mean(0) - b.mean(0)).mean()),
+        "low": unit * low,
+        "high": unit * high,
+        "sd": None if sd is None else unit * sd,
+        "effect": effect_size(a, b),
+        "better": 100 * better,
+        "worse": 100 * worse,
+        "p": paired_permutation_test(a, b, clusters),
+        "p_t": paired_t_test(a, b) if _independent([a for a, _ in both]) else None,
+        **equivalent,
+    }
+
+
+def adjust(rows: Sequence[dict[str, Any]]) -> None:
+    """Adds `p_holm`, `p_t_holm` and `p_e_holm`, adjusted over the rows (Holm 1979)."""
+    for name in ("p", "p_t", "p_e"):
+        known = [row for row in rows if row.get(name) is not None]
+        for row, p in zip(known, holm([row[name] for row in known]), strict=True):
+            row[f"{name}_holm"] = float(p)
+
+
+def independent_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """Every tuned strategy against `independent` in its setting: what Lawton et al. 2025 compare.
+
+    `em_*` and `recall_at_5_*` are as in `comparison_rows`, each metric adjusted by itself;
+    `seconds_ratio` and `flops_ratio` are means over pairs of runs with the same seeds, between `_low`
+    and `_high`, the least and the most.
+    """
+    groups, rows, found = by_cell(cells), [], {"em": [], "recall_at_5": []}
+    for (strategy, setting), group in groups.items():
+        usual = groups.get(("independent", setting), [])
+        both = _paired(group, usual) if strategy not in ("none", "independent") else []
+        if not both:
+            continue
+        row = {"strategy": strategy, "setting": setting}
+        for name in ("seconds", "flops"):
+            ratios = [getattr(a.cost, name) / getattr(b.cost, name) for a, b in both]
+            row |= {f"{name}_ratio": float(np.mean(ratios))}
+            row |= {f"{name}_ratio_low": min(ratios), f"{name}_ratio_high": max(ratios)}
+        for metric, others in found.items():
+            if one := paired_difference(group, usual, metric):
+                others.append((row, one))
+        rows.append(row)
+    for metric, pairs in found.items():
+        adjust([one for _, one in pairs])
+        for row, one in pairs:
+            row |= {f"{metric}_{name}": value for name, value in one.items()}
+    return rows
+
+
+def _partners(where, other) -> bool:
+    if where.kind != "federated":
+        return False
+    if other.kind == "centralised":
+        return where.converged == other.converged
+    return other.kind == "local" and where.alpha == other.alpha
+
+
+def headline_rows(
+    cells: Sequence[Cell], metric: str, settings: Mapping[str, Any], alpha: float
+) -> list[dict[str, Any]]:
+    """What federation brings each strategy over a lone client, and how much of that is compute.
+
+    A lone client is limited by its data, not by the length of a round: federated training is compared
+    with the better of `local` and `local_converged`, by the metric itself, which favours the lone
+    client. `compute` are the points a lone client gains by training until it stops improving,
+    `data` what federated training has over that. Runs are paired by their seeds.
+
+    Args:
+      metric: of which the rows are, such as "em" or "own_em".
+      settings: what their names say, as `strategies.settings.Setting`.
+      alpha: of the clients; settings of other splits are left out.
+    """
+    groups, rows = by_cell(cells), []
+    for strategy in dict.fromkeys(name for name, _ in groups if name != "none"):
+        there = {
+            kind: [
+                where
+                for name, where in groups
+                if name == strategy
+                and (settings[where].kind, settings[where].alpha) == (kind, alpha)
+            ]
+            for kind in ("local", "federated")
+        }
+        better = {
+            kind: max(names, key=lambda w: float(scores(groups[strategy, w], metric)[0].mean()))
+            for kind, names in there.items()
+            if names
+        }
+        if len(better) < 2:
+            continue
+        local, federated = (groups[strategy, better[kind]] for kind in ("local", "federated"))
+        found = paired_difference(federated, local, metric)
+        if not found:
+            continue
+        row = {"metric": metric, "strategy": strategy}
+        row |= {"setting": better["federated"], "against": better["local"]}
+        row |= estimate(local, metric, "local") | estimate(federated, metric, "federated") | found
+        matched = [w for w in there["local"] if not settings[w].converged]
+        if matched and settings[better["local"]].converged:
+            start = groups[strategy, matched[0]]
+            row["compute"] = paired_difference(local, start, metric)["difference"]
+            row["data"] = row["difference"]
+        rows.append(row)
+    adjust(rows)
+    return rows
+
+
+def _paired(some: Sequence[Cell], others: Sequence[Cell]) -> list[tuple[Cell, Cell]]:
+    known = {(cell.seed, cell.split): cell for cell in others}
+    return [(c, known[c.seed, c.split]) for c in some if (c.seed, c.split) in known]
+
+
+def _independent(cells: Sequence[Cell]) -> bool:
+    """Whether runs share neither a seed of the model nor one of the split, or all the same one."""
+    count = len(cells)
+    seeds, splits = (len({getattr(c, name) for c in cells}) for name in ("seed", "split"))
+    return {seeds, splits} <= {1, count} and (seeds == count or splits == count)
