@@ -102,13 +102,15 @@ class Tuner:
         if self.budget.stopping:
             spent = sum(e["seconds"] for e in read_evaluations(folder / "validation.jsonl"))
             cost = cost._replace(validate_seconds=spent)
-            (folder / "best.safetensors").replace(folder / "tuned.safetensors")
+            # Copied: until the cost is written a killed process trains on and may want it.
+            shutil.copyfile(folder / "best.safetensors", folder / "tuned.safetensors")
         else:
             hub.save_arrays(result.trainable, folder / "tuned.safetensors")
         beside = folder / "cost.json.tmp"
         beside.write_text(json.dumps(cost._asdict()) + "\n")
         beside.replace(folder / "cost.json")
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        (folder / "best.safetensors").unlink(missing_ok=True)
 
     def _cost(self, task: Task, history) -> Cost:
         budget = self.budget
