@@ -19,7 +19,8 @@ def get_config() -> ConfigDict:
     config.retriever = "builtin:encoder"  # "minilm", a folder or hub id
     config.data = ConfigDict()
     config.data.name = "world"  # or a named set, or a folder in the same schema
-    config.data.test_questions = 0  # 0: all
+    config.data.test_questions = 0  # of a random sample; 0: all
+    config.data.sample_seed = 0
     config.clients = 8  # silos
     config.alphas = (0.1, 1.0, float("inf"))  # of passages over topics, or clusters without them
     config.seeds = (0, 1, 2)  # of the split

@@ -17,7 +17,7 @@ from configs import compare_strategies
 def get_config() -> ConfigDict:
     config = compare_strategies.get_config()
     config.name = "lora_aggregation"
-    config.seeds = (0, 1, 2)
+    config.seeds = (0, 1, 2, 3, 4)
     # These are of the comparison of strategies.
     for name in (
         "strategies",
@@ -39,7 +39,8 @@ def get_config() -> ConfigDict:
     config.lora.scale = 2.0  # of the product of the factors, at every rank
     config.alphas = (0.1, float("inf"))
     # Of the first round, falling linearly. One is chosen for each rule, rank and alpha by the
-    # likelihood of validation answers, with the first seed; an end that is best is gone beyond.
-    config.learning_rates = (5e-4, 2e-3, 8e-3)
+    # likelihood of validation answers, with the first two seeds; an end that is best is gone beyond,
+    # and the best is refined to a factor of two.
+    config.learning_rates = (2e-3, 8e-3, 3.2e-2)
     config.validation_questions = 400
     return config

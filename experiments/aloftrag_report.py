@@ -8,8 +8,15 @@ import numpy as np
 from experiments.aloftrag import BASE, METRICS
 from experiments.cell_by_cell import finished
 
-COLUMNS = ("variant", "answer", "answer_low", "answer_high", "citation", "citation_low",
-           "citation_high", "citation_f1")  # fmt: skip
+COLUMNS = (
+    "variant", "seeds",
+    *(
+        f"{name}{part}"
+        for name in ("answer", "citation", "by_heart")
+        for part in ("", "_low", "_high", "_sd")
+    ),
+    "citation_f1",
+)  # fmt: skip
 
 
 def cells_of(config, folder: pathlib.Path, variant: str, setting: str) -> list:
@@ -27,7 +34,7 @@ def main_rows(config, folder: pathlib.Path) -> list[dict]:
         if not (found := cells_of(config, folder, variant, setting)):
             continue
         row = {"variant": variant, "seeds": len(found)}
-        for name, metric in (("answer", f"em_{n}"), ("citation", f"citation_{n}")):
+        for name, metric in main_metrics(n).items():
             row |= comparison.estimate(found, metric, name)
             if variant != BASE and start:
                 other = differences.paired_difference(found, start, metric)
@@ -42,9 +49,14 @@ def main_rows(config, folder: pathlib.Path) -> list[dict]:
             unread = [np.isnan(cell.scores[metric]).mean() for cell in found for metric in repeats]
             row["judge_unread"] = 100 * float(np.mean(unread))
         rows.append(row)
-    for name in ("answer", "citation"):
+    for name in main_metrics(n):
         differences.adjust([row[f"{name}_by"] for row in rows if row.get(f"{name}_by")])
     return rows
+
+
+def main_metrics(n: int) -> dict[str, str]:
+    """Scores of the main table: with n passages, the gold one among them or (by heart) left out."""
+    return {"answer": f"em_{n}", "citation": f"citation_{n}", "by_heart": "em_none"}
 
 
 def mean(cells, metric: str, where: str = "", value: float = 1.0) -> float | None:
@@ -166,11 +178,14 @@ def report(config, folder: pathlib.Path):
         Section(
             "Answers and citations",
             "ablation",
-            f"Percent of the {config.data.split} questions ({config.settings[0]} training), read among "
-            f"{n} passages of which one is gold: answers by exact match; citations by whether the gold "
-            "passage is among those cited, and by the F1 of those cited. 95% bootstrap intervals over "
-            "questions; differences from the untuned generator are paired by question and seed, p by "
-            "permutation over questions, Holm-adjusted over each column.",
+            f"Percent of the {config.data.split} questions ({config.settings[0]} training), read "
+            f"among {n} passages of which one is gold: answers by exact match; citations by "
+            "whether the gold passage is among those cited, and by the F1 of those cited. By "
+            "heart: right answers where the gold passage is left out of the context; the "
+            "generator is trained on questions about the very texts that are asked about, so what "
+            "rises there was memorised. 95% intervals over seeds and questions; differences from "
+            "the untuned generator are paired by question and seed, p by permutation over "
+            "questions, Holm-adjusted over each column.",
             tables.Table(
                 [
                     name,
@@ -181,6 +196,9 @@ def report(config, folder: pathlib.Path):
                     _by("against base", "citation_by"),
                     _p("p", "citation_by"),
                     tables.number("citation F1", "citation_f1"),
+                    tables.interval("by heart [95% CI]", "by_heart"),
+                    _by("against base", "by_heart_by"),
+                    _p("p", "by_heart_by"),
                     *judged,
                 ],
                 rows,
@@ -195,8 +213,9 @@ def report(config, folder: pathlib.Path):
         Section(
             "Easy and hard questions",
             "easy_hard",
-            "Hard questions are those whose gold passage is not among the nearest and was put in place "
-            "of the last. Last, right answers among those that do not cite the gold passage.",
+            "Hard questions are those whose gold passage is not among the nearest and was put in "
+            "place of the last. Last, right answers among those that do not cite the gold "
+            "passage.",
             tables.Table(
                 [
                     name,
@@ -215,7 +234,8 @@ def report(config, folder: pathlib.Path):
             "From end to end",
             "end_to_end",
             f"Whether the gold passage is among the nearest, and {n} passages read as they were "
-            "found: right answers, and citations, where citing none is right if no gold one is there.",
+            "found: right answers, and citations, where citing none is right if no gold one is "
+            "there.",
             tables.Table(
                 [
                     name,
@@ -230,8 +250,8 @@ def report(config, folder: pathlib.Path):
         Section(
             "Where nothing answers",
             "abstention",
-            "Percent of questions that cite no passage: among the nearest without the gold one, where "
-            "that is right, and with it, where it is wrong.",
+            "Percent of questions that cite no passage: among the nearest without the gold one, "
+            "where that is right, and with it, where it is wrong.",
             tables.Table(
                 [
                     name,
@@ -245,7 +265,8 @@ def report(config, folder: pathlib.Path):
         Section(
             "Silos",
             "silos",
-            f"Means over silos, each asked about its own texts, and the worst one, with {n} passages.",
+            f"Means over silos, each asked about its own texts, and the worst one, with {n} "
+            "passages.",
             tables.Table(
                 [
                     name,
@@ -265,8 +286,8 @@ def report(config, folder: pathlib.Path):
         Section(
             "What the generator wrote",
             "generated",
-            f"Kept of what there was in each step ({config.settings[0]}), and why others were dropped; "
-            "requests to the generator are shared by variants.",
+            f"Kept of what there was in each step ({config.settings[0]}), and why others were "
+            "dropped; requests to the generator are shared by variants.",
             tables.Table(
                 [
                     name,
@@ -284,7 +305,8 @@ def report(config, folder: pathlib.Path):
     return Report(
         folder.name,
         f"Label-free fine-tuning on {config.data.name}: {who} rates texts and asks about them, "
-        f"{config.models.generator} learns to cite and to answer in {t.rounds} x {t.local_steps} steps "
+        f"{config.models.generator} learns to cite and to answer in {t.rounds} x {t.local_steps} "
+        "steps "
         f"of {t.batch_size} contexts" + (" at each silo." if config.silos else "."),
         sections,
     )

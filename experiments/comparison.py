@@ -22,6 +22,7 @@ class Comparison:
         from fedrag_jax.retrieval.clusters import with_topics
 
         self.config, self.dataset, self.folder = config, dataset, folder
+        self.usual = config.federated  # whose mixtures judge the models of all splits
         self.models = {
             "generator": load_generator(config.models),
             "retriever": hub.load(config.models.retriever),
@@ -87,13 +88,15 @@ class Comparison:
         """Whose mixtures of questions a model is judged by, client by client.
 
         One set for all splits: the least over clients of few kinds is lower than the least over clients
-        of many, whatever the model. Local models of another split have none.
+        of many, whatever the model. Models of each client of another split have none.
         """
-        from fedrag_jax.strategies.settings import parse
+        from fedrag_jax.strategies.settings import parse, split_clients
 
-        usual = self.config.federated.alpha
-        kind, alpha, _ = parse(setting, usual)
-        return None if kind == "local" and alpha != usual else self.clients("federated", split)
+        usual, here = self.usual, self.config.federated
+        kind, alpha, _ = parse(setting, here.alpha)
+        if kind == "local" and (alpha, here.clients) != (usual.alpha, usual.clients):
+            return None
+        return split_clients(self.dataset.train, usual.clients, usual.alpha, usual.column, split)
 
     def budget(self, converged: bool = False):
         """How much training: a number of examples, or until validation says that it is enough."""

@@ -4,8 +4,8 @@
 
 Nothing is trained. Passages are split by topic, each silo indexes its own, and the test questions are
 asked by somebody without passages. Writes runs/<name>/federated_retrieval.csv and table.md: metrics in
-percent with 95% bootstrap intervals over questions, after averaging over seeds of the split, and bytes
-of a question by what they are.
+percent with 95% bootstrap intervals over questions and seeds of the split, and bytes of a question by
+what they are.
 """
 
 import pathlib
@@ -48,8 +48,12 @@ def measured(retriever, examples, questions, depth: int) -> dict[str, np.ndarray
     return rank_scores(retriever, examples, rows, depths=(1, 5)) | costs
 
 
-def summary(found: list[dict[str, np.ndarray]]) -> dict[str, float]:
-    """Means over seeds and questions, those of metrics in percent and with their intervals."""
+def summary(found: list[dict[str, np.ndarray]], about) -> dict[str, float]:
+    """Means over seeds and questions, those of metrics in percent and with their intervals.
+
+    Args:
+      about: the cluster of each question.
+    """
     from fedrag_jax.evaluation.significance import bootstrap_interval
 
     row = {}
@@ -57,7 +61,7 @@ def summary(found: list[dict[str, np.ndarray]]) -> dict[str, float]:
         scores = np.stack([f[name] for f in found]) * (100 if name in METRICS else 1)
         row[name] = float(scores.mean())
         if name in METRICS:
-            row[f"{name}_low"], row[f"{name}_high"] = bootstrap_interval(scores)
+            row[f"{name}_low"], row[f"{name}_high"] = bootstrap_interval(scores, about)
     return row
 
 
@@ -82,7 +86,7 @@ def run(config, runs: str) -> pathlib.Path:
     """All splits, merges and budgets; returns the folder of the results."""
     check(config)
     from fedrag_jax.data import datasets
-    from fedrag_jax.data.examples import Dataset
+    from fedrag_jax.data.examples import Dataset, clusters, sample
     from fedrag_jax.data.partition import partition
     from fedrag_jax.data.schemes import dirichlet
     from fedrag_jax.models import hub
@@ -97,20 +101,22 @@ def run(config, runs: str) -> pathlib.Path:
     folder.mkdir(parents=True, exist_ok=True)
     settled_config(config, folder, free=())
     loaded = datasets.load(config.data.name)
-    test = [e for e in loaded.test if e.positive_ids][: config.data.test_questions or None]
+    labelled = [e for e in loaded.test if e.positive_ids]
+    test = sample(labelled, config.data.test_questions, config.data.sample_seed)
     dataset = Dataset(loaded.name, loaded.passages, loaded.train, loaded.validation, test)
     write_manifest(folder, dataset, seeds=config.seeds)
 
     retriever = Retriever.build(hub.load(config.retriever), dataset.passages, progress=True)
     questions = retriever.embed_questions([e.question for e in test])
     topics = [p.topic for p in dataset.passages]
+    about = clusters(test, dataset.passages)
     column = topics if any(topics) else kmeans_labels(retriever.vectors)
 
     def row(silos_of_seed, **settings):
         systems = [over_silos(retriever, silos, **settings) for silos in silos_of_seed]
         found = [measured(system, test, questions, config.passages) for system in systems]
         published = np.mean([system.store.published_bytes for system in systems])
-        return summary(found) | {"published_bytes": float(published)}
+        return summary(found, about) | {"published_bytes": float(published)}
 
     rows = [{"merge": "one index"} | row([[np.arange(len(topics))]])]
     for alpha in config.alphas:

@@ -33,6 +33,10 @@ NAMES = {
     "local_steps": "local steps",
     "participation": "share of clients in a round",
 }
+# What may differ between calls whose points lie side by side.
+FREE = (
+    "seeds", "split_seeds", "strategies", "factors", "search_seconds", "equivalence_margin", "wandb"
+)  # fmt: skip
 WHERE = {
     "alpha": ("federated", "alpha"),
     "clients": ("federated", "clients"),
@@ -155,7 +159,7 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
     from fedrag_jax.strategies.settings import parse
     from fedrag_jax.tracking import comparison, differences
 
-    rows = []
+    rows, margin = [], config.equivalence_margin
     for factor, value in points(config):
         here, (room, name) = at_point(config, factor, value), WHERE[factor]
         for strategy in config.strategies:
@@ -171,9 +175,23 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
                 )
                 if value != config[room][name]:
                     usual = finished_at(config, folder, strategy)
-                    row |= differences.paired_difference(cells, usual, config.primary_metric) or {}
+                    row["against"] = {
+                        metric: found
+                        for metric in comparison.METRICS
+                        if (
+                            found := differences.paired_difference(
+                                cells, usual, metric, 100, margin
+                            )
+                        )
+                    }
             rows.append(row)
-    differences.adjust([row for row in rows if "p" in row])
+    for metric in comparison.METRICS:
+        compared = [row for row in rows if metric in row.get("against", {})]
+        differences.adjust([row["against"][metric] for row in compared])
+        for row in compared:
+            row |= {f"{metric}_by_{name}": x for name, x in row["against"][metric].items()}
+    for row in rows:
+        row.pop("against", None)
     return rows
 
 
@@ -196,10 +214,18 @@ def report(config, folder: pathlib.Path):
     quality = (
         tables.number("seeds", "seeds", 0),
         tables.interval("EM [95% CI]", "em"),
-        tables.number("Recall@5", "recall_at_5"),
-        tables.difference(f"{METRICS[config.primary_metric]} against the usual [95% CI]"),
-        tables.p_value("p", "p_holm"),
+        tables.interval("Recall@5 [95% CI]", "recall_at_5"),
         tables.number("worst client", "client_em_worst"),
+    )
+    against = (
+        column
+        for metric, title in METRICS.items()
+        for column in (
+            tables.difference(f"{title} [95% CI]", f"{metric}_by_"),
+            tables.p_value("p", f"{metric}_by_p_holm"),
+            tables.p_value("over seeds", f"{metric}_by_p_t_holm"),
+            tables.p_value("equivalent", f"{metric}_by_p_e_holm"),
+        )
     )
     costs = (
         tables.number("rounds", "rounds", 0),
@@ -237,11 +263,19 @@ def report(config, folder: pathlib.Path):
             Section(
                 "Quality",
                 "points",
-                "EM with its 95% bootstrap interval over test questions. The difference from the usual "
-                "point is paired by question and seed; p by permutation over questions, for the splits "
-                "of these seeds, Holm-adjusted over this table. Learning rates were searched on "
-                f"validation questions at every point, with the first seed.{untuned}",
+                "Metrics in percent with 95% intervals over seeds and questions. Learning rates were "
+                "searched on validation questions at every point, with the first two seeds. The worst "
+                "client is that of one set of client mixtures for all points, those of the usual "
+                f"point's split.{untuned}",
                 tables.Table((*who, *quality), tuned),
+            ),
+            Section(
+                "Against the usual point",
+                "differences",
+                "Differences in points from the usual point, paired by question and seed; p over "
+                "questions, over seeds (from five on), and of equivalence within "
+                f"{config.equivalence_margin:g} points, Holm-adjusted for each metric.",
+                tables.Table((*who, *against), [row for row in tuned if "em_by_difference" in row]),
             ),
             Section(
                 "Costs",
@@ -281,7 +315,7 @@ def run(config, runs: str) -> pathlib.Path:
     for there, (_, split) in itertools.product(runs_at, replicates(config)):
         there.clients("federated", split)  # refuses what cannot be split
     folder.mkdir(parents=True, exist_ok=True)
-    settled_config(config, folder, free=("seeds", "split_seeds", "strategies", "factors", "wandb"))
+    settled_config(config, folder, free=FREE)
     write_manifest(folder, dataset, experiment="heterogeneity", seeds=list(config.seeds))
     strategies = trainable_strategies(config, dataset)
     todo = [(whole, "none")] if "none" in strategies else []

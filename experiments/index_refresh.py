@@ -222,7 +222,7 @@ def report(config, folder: pathlib.Path):
             Section(
                 "Policies",
                 "policies",
-                "Scores in percent, means over seeds, 95% bootstrap intervals over test questions; "
+                "Scores in percent, means over seeds, 95% intervals over seeds and questions; "
                 "differences from `every_1` paired by question and seed, p by permutation over "
                 "questions, Holm-adjusted. Recall@5 is with an index made anew after training; `index "
                 "as left` is the one that training searched last, in the way of the policy. Stale: the "

@@ -107,7 +107,7 @@ def report(config, folder: pathlib.Path):
             Section(
                 "Quality and cost",
                 "inference_modes",
-                "Metrics in percent with 95% bootstrap intervals over test questions. Differences from "
+                "Metrics in percent with 95% intervals over seeds and questions. Differences from "
                 "answers to one prompt with all passages, by the same system, are paired by question "
                 "and seed; p by permutation over questions, Holm-adjusted over this table. Time is "
                 "elapsed, with retrieval and without compiling.",

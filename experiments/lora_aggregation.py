@@ -16,10 +16,10 @@ import zlib
 import numpy as np
 
 from experiments.cell_by_cell import compute_missing, finished, write_report
-from experiments.comparison import Comparison, client_scores, curve
+from experiments.comparison import Comparison, client_scores, control_scores, curve
 from experiments.inputs import check_replicates, load_data, replicates, validation_sample
 from experiments.launch import launch, settled_config
-from experiments.rates import chosen_rate, kept_rate, one_by_one
+from experiments.rates import at_edge, chosen_rate, kept_rate, one_by_one
 from fedrag_jax.errors import ConfigError, DataError
 
 METRICS = ("em", "f1", "nll")
@@ -146,11 +146,16 @@ def compute_cell(run: Comparison, read: dict, rule: str, seed: int, split: int):
     lap = clock.lap()
     cost += run.corpus_cost(len(clients.clients))
     cost += Cost(evaluate_seconds=lap.others + lap.searching, compile_seconds=lap.compiling)
-    by_client = client_scores(
-        clients, dataset.test, [s["em"] for s in scores], config.federated.column
+    everybody = run.mixtures("local" if len(systems) > 1 else "federated", split)
+    em = [s["em"] for s in scores]
+    by_client = (
+        client_scores(everybody, dataset.test, em, config.federated.column) if everybody else []
     )
     mean = {metric: np.mean([s[metric] for s in scores], axis=0) for metric in METRICS}
-    return cells.Cell(rule, name, seed, split, mean, {}, by_client, cost, curves, run.test_clusters)
+    controls = control_scores(systems[0], dataset.test)  # of the first client where each has one
+    return cells.Cell(
+        rule, name, seed, split, mean, controls, by_client, cost, curves, run.test_clusters
+    )
 
 
 def reading_scores(systems, examples, rows) -> list[dict[str, np.ndarray]]:
@@ -181,7 +186,8 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
             if rule != "fedit" and (usual := finished(config, folder, "fedit", point)):
                 against = differences.paired_difference(found, usual, metric, unit) or {}
                 row |= {f"{metric}_against_{name}": value for name, value in against.items()}
-        row |= comparison.costs_and_clients(found)
+        row |= comparison.costs_and_clients(found) | comparison.control_means(found)
+        row["at_edge"] = "edge" if at_edge(path) else ""
         rows.append(row)
     for metric in METRICS:
         p = f"{metric}_against_p"
@@ -189,7 +195,7 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
         adjusted = [{"p": row[p], "p_t": row[f"{p}_t"]} for row in compared]
         differences.adjust(adjusted)
         for row, one in zip(compared, adjusted, strict=True):
-            row[f"{p}_holm"] = one["p_holm"]
+            row |= {f"{p}_holm": one["p_holm"], f"{p}_t_holm": one.get("p_t_holm")}
     return rows
 
 
@@ -208,14 +214,20 @@ def report(config, folder: pathlib.Path):
     )
     quality = (
         tables.number("seeds", "seeds", 0),
-        tables.Column("rate", lambda row: f"{row['learning_rate']:.2g}"),
+        tables.Column("rate", lambda row: f"{row['learning_rate']:.2g} {row['at_edge']}".strip()),
         tables.interval("NLL [95% CI]", "nll", 2),
         tables.difference("against FedIT [95% CI]", "nll_against_", 2),
         tables.p_value("p", "nll_against_p_holm"),
+        tables.p_value("over seeds", "nll_against_p_t_holm"),
         tables.interval("EM [95% CI]", "em"),
         tables.difference("EM against FedIT [95% CI]", "em_against_"),
         tables.p_value("p of EM", "em_against_p_holm"),
+        tables.p_value("over seeds", "em_against_p_t_holm"),
+        tables.interval("F1 [95% CI]", "f1"),
+        tables.difference("F1 against FedIT [95% CI]", "f1_against_"),
         tables.number("worst client", "client_em_worst"),
+        tables.number("EM, no passage", "closed_book_em"),
+        tables.number("EM, a distractor", "distractor_em"),
     )
     costs = (
         tables.number("MB up", "bytes_up", 2, 1e6),
@@ -229,8 +241,8 @@ def report(config, folder: pathlib.Path):
     return Report(
         folder.name,
         f"Adapters of {config.federated.clients} clients, averaged by different rules: "
-        f"{config.data.name}, {t.rounds} rounds of {t.local_steps} local steps. Every prompt holds the "
-        f"gold passages; untuned, the generator has EM {untuned['em']:.1f} and a negative "
+        f"{config.data.name}, {t.rounds} rounds of {t.local_steps} local steps. Every prompt holds "
+        f"the gold passages; untuned, the generator has EM {untuned['em']:.1f} and a negative "
         f"log-likelihood (NLL) of {untuned['nll']:.2f} nats per answer.",
         [
             Section(
@@ -243,11 +255,14 @@ def report(config, folder: pathlib.Path):
             Section(
                 "Quality",
                 "aggregation",
-                "NLL, the primary metric, and EM in percent with 95% bootstrap intervals over test "
-                "questions; differences from FedIT at the same rank and split, paired by question and "
-                "seed, p by permutation over questions, each metric Holm-adjusted over this table. "
-                "Learning rates were searched for every rule, rank and split on validation answers, "
-                "with the first seed. FedSA's adapters are personal: means over its clients.",
+                "NLL, the primary metric, EM and F1 in percent with 95% intervals over questions "
+                "and seeds; differences from FedIT at the same rank and split, paired by question "
+                "and seed. p by permutation over questions speaks of these models, p over seeds "
+                "of the rules; each metric Holm-adjusted over this table. Learning rates were "
+                "searched for every rule, rank and split on validation answers, with the first "
+                "two seeds, to a factor of two around the best; edge: the best is the outermost "
+                "that was tried. FedSA's adapters are personal: means over its clients. Controls: "
+                "without a passage, and with a distractor instead of the gold ones.",
                 tables.Table((*who, *quality), rows),
             ),
             Section(

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from fedrag_jax.errors import ConfigError, FedragError
 
 EXPERIMENTS = ("aloftrag", "compare_strategies", "heterogeneity", "index_refresh", "inference_modes",
-               "lora_aggregation", "methods")  # fmt: skip
+               "lora_aggregation", "methods", "tune_retrieval")  # fmt: skip
 
 
 def rebuild(folder: pathlib.Path) -> list[str]:

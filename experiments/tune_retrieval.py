@@ -2,48 +2,45 @@
 
     python -m experiments.tune_retrieval --config=configs/tune_retrieval.py
 
-Writes runs/<name>/retrieval.csv and table.md. Corpora are embedded once and cached on disk; tuned
-encoders are kept, so that a second call only evaluates.
+Results go to runs/<name>/: retrieval.csv, table.md, report.html. A cell (dataset, method, setting,
+seed) lies in a folder of its dataset and is not computed again. Corpora are embedded once and cached
+on disk.
 """
 
-import csv
-import json
+import functools
+import itertools
 import pathlib
-import time
+from typing import NamedTuple
 
 import numpy as np
 
+from experiments.cell_by_cell import compute_missing, finished, write_report
+from experiments.comparison import training_curves
+from experiments.inputs import check_replicates, replicates
 from experiments.launch import launch, settled_config
+from experiments.rates import at_edge, chosen_rate, kept_rate, one_by_one
+from fedrag_jax.data.examples import Dataset, clusters, sample
 from fedrag_jax.errors import ConfigError
 
-COLUMNS = ("dataset", "setting", "method", "recall_at_1", "recall_at_5", "recall_at_20", "mrr",
-           "learning_rate", "seconds")  # fmt: skip
+UNTUNED = "untuned"
+METRICS = {"recall_at_1": "Recall@1", "recall_at_5": "Recall@5", "recall_at_20": "Recall@20",
+           "mrr": "MRR@10"}  # fmt: skip
+FREE = ("settings", "datasets", "methods", "seeds", "split_seeds", "wandb")
 
 
-class Kept:
-    """The rows of retrieval.csv, those of earlier calls too."""
+class Study(NamedTuple):
+    """What all cells of a dataset share.
 
-    def __init__(self, folder: pathlib.Path):
-        self.path, self.found = folder / "retrieval.csv", {}
-        if self.path.exists():
-            with open(self.path, newline="") as file:
-                for row in csv.DictReader(file):
-                    numbers = {name: float(row[name]) for name in COLUMNS[3:] if row[name]}
-                    self._put({name: row[name] for name in COLUMNS[:3]} | numbers)
+    Attributes:
+      folder: of the dataset's cells, rates and trained encoders.
+      validation: questions that choose rates and decide when to stop.
+    """
 
-    def _put(self, row) -> None:
-        self.found[tuple(row[name] for name in COLUMNS[:3])] = row
-
-    def add(self, row) -> None:
-        """In place of the one about the same, if there is one."""
-        from fedrag_jax.tracking.tables import write_csv
-
-        self._put(row)
-        write_csv(self.path, self.rows(), COLUMNS)
-
-    def rows(self) -> list[dict]:
-        """In the order of the table: by set, in each first what is untuned."""
-        return [self.found[key] for key in sorted(self.found)]
+    config: object
+    folder: pathlib.Path
+    dataset: Dataset
+    validation: list
+    retriever: object
 
 
 def rank_scores(retriever, examples) -> dict[str, np.ndarray]:
@@ -74,103 +71,238 @@ def method_of(config, name: str) -> tuple[int, dict]:
     return methods[name]
 
 
-def tuned(config, dataset, retriever, setting: str, method: str, rates, folder: pathlib.Path):
-    """`(encoders, learning rate, seconds)`: one query encoder, in the local setting one a client."""
+def tuned(study: Study, method: str, setting: str, seed: int, split: int, rate: float):
+    """`(encoders, tuners)`: one query encoder, in the local settings one a client."""
     from fedrag_jax.objectives.retriever import multiple_negatives_ranking
-    from fedrag_jax.strategies.settings import Budget, split_clients
-    from fedrag_jax.strategies.tuner import Tuner
+    from fedrag_jax.strategies.settings import Budget, Stopping, parse, split_clients
+    from fedrag_jax.strategies.tuner import Tuner, tune_together
 
-    clients = split_clients(
-        dataset.train, config.clients, config.alpha, "topic", config.seed, config.min_examples
+    c, dataset = study.config, study.dataset
+    kind, alpha, converged = parse(setting, c.alpha)
+    clients = split_clients(dataset.train, c.clients, alpha, "topic", split, c.min_examples)
+    batch_size, options = method_of(c, method)
+    budget = Budget(c.rounds, c.local_steps, c.clients, batch_size)
+    if converged:
+        stopping = Stopping(c.converged.every, c.converged.patience)
+        budget = budget._replace(rounds=c.rounds * c.converged.cap, stopping=stopping)
+    folder = study.folder / "tuned" / f"{method}-{setting}-seed{seed}-{split}" / f"lr{rate:g}"
+    tuners = [
+        Tuner(
+            folder=folder if client is None else folder / f"client{client}",
+            setting=kind,
+            examples=dataset.train,
+            clients=clients,
+            budget=budget,
+            rates=lambda task, part: rate,
+            seed=seed,
+            client=client,
+            checkpoint_every=c.rounds,
+            validation=study.validation if converged else (),
+        )
+        for client in (range(c.clients) if kind == "local" else (None,))
+    ]
+    task = multiple_negatives_ranking(
+        study.retriever, dataset, max_question_tokens=c.max_question_tokens, **options
     )
-    validation = dataset.validation[:500]
-    members = range(config.clients) if setting == "local" else (None,)
-    best, (batch_size, options) = None, method_of(config, method)
-    for rate in rates:
-        encoders, seconds = [], 0.0
-        for client in members:
-            where = folder / dataset.name / setting / method / f"lr{rate:g}"
-            tuner = Tuner(
-                folder=where if client is None else where / f"client{client}",
-                setting=setting,
-                examples=dataset.train,
-                clients=clients,
-                budget=Budget(config.rounds, config.local_steps, config.clients, batch_size),
-                rates=lambda task, part, rate=rate: rate,
-                seed=config.seed,
-                client=client,
-                checkpoint_every=config.rounds,
-            )
-            task = multiple_negatives_ranking(
-                retriever, dataset, max_question_tokens=config.max_question_tokens, **options
-            )
-            encoders.append(tuner(task)["query"])
-            seconds += tuner.costs[task.name].seconds
-        found = [rank_scores(retriever.with_query(q), validation)["mrr"].mean() for q in encoders]
-        mrr = 100 * np.mean(found)
-        print(f"{dataset.name}, {setting}, {method}, lr {rate:g}: validation MRR {mrr:.2f}")
-        if best is None or np.mean(found) > best[0]:
-            best = np.mean(found), encoders, rate, seconds
-    return best[1:]
+    found = tune_together([(tuner, task) for tuner in tuners])
+    for failed in found:
+        if isinstance(failed, Exception):
+            raise failed
+    return [trained["query"] for trained in found], tuners
 
 
-def run(config, runs: str) -> pathlib.Path:
-    """Both datasets in all settings; returns the folder of the results."""
+def rate_path(folder: pathlib.Path, setting: str) -> pathlib.Path:
+    """Where the rate of a setting is kept: that of `in_batch`, which the other methods take too."""
+    return folder / "rates" / f"{setting}.json"
+
+
+def compute_cell(study: Study, method: str, setting: str, seed: int, split: int):
+    """Trains at the rate that suits validation questions best, with the first pair of seeds."""
+    from fedrag_jax.tracking import cells
+    from fedrag_jax.tracking.ledger import Cost
+
+    config, test = study.config, study.dataset.test
+    retrievers, tuners = [study.retriever], []
+    if method != UNTUNED:
+
+        def judge(rate):
+            encoders, _ = tuned(study, "in_batch", setting, *replicates(config)[0], rate)
+            scores = [
+                rank_scores(study.retriever.with_query(q), study.validation)["mrr"]
+                for q in encoders
+            ]
+            return 100 * float(np.mean(scores))
+
+        path, what = rate_path(study.folder, setting), f"{study.dataset.name}, {setting}"
+        rate = chosen_rate(path, config.learning_rates, one_by_one(judge, what), what)
+        encoders, tuners = tuned(study, method, setting, seed, split, rate)
+        retrievers = [study.retriever.with_query(q) for q in encoders]
+    found = [rank_scores(retriever, test) for retriever in retrievers]
+    scores = {metric: np.mean([f[metric] for f in found], axis=0) for metric in found[0]}
+    cost = sum((c for tuner in tuners for c in tuner.costs.values()), Cost())
+    about = clusters(test, study.dataset.passages)
+    curves = training_curves(tuners)
+    return cells.Cell(method, setting, seed, split, scores, {}, [], cost, curves, about)
+
+
+def rows_of(config, folder: pathlib.Path) -> list[dict]:
+    """A row for every dataset, setting and method, with its differences from the untuned retriever."""
+    from fedrag_jax.tracking import comparison, differences
+
+    rows = []
+    for name in config.datasets:
+        here = folder / pathlib.Path(name).name
+        start = finished(config, here, UNTUNED, config.settings[0])
+        if not start:
+            continue
+        rows.append({"dataset": name, "setting": "", "method": UNTUNED} | metrics(start))
+        for setting, method in itertools.product(config.settings, config.methods):
+            if not (found := finished(config, here, method, setting)):
+                continue
+            path = rate_path(here, setting)
+            row = {"dataset": name, "setting": setting, "method": method, "seeds": len(found)}
+            row |= {"learning_rate": kept_rate(path), "at_edge": "edge" if at_edge(path) else ""}
+            row |= metrics(found) | comparison.costs_and_clients(found)
+            for metric in METRICS:
+                against = differences.paired_difference(found, start, metric) or {}
+                row |= {f"{metric}_by_{part}": value for part, value in against.items()}
+            rows.append(row)
+    for metric in METRICS:
+        tested = [row for row in rows if f"{metric}_by_p" in row]
+        adjusted = [{part: row[f"{metric}_by_{part}"] for part in ("p", "p_t")} for row in tested]
+        differences.adjust(adjusted)
+        for row, one in zip(tested, adjusted, strict=True):
+            row |= {f"{metric}_by_{part}": value for part, value in one.items()}
+    return rows
+
+
+def metrics(cells) -> dict[str, float]:
+    """Every metric with its interval."""
+    from fedrag_jax.tracking.comparison import estimate
+
+    return {name: x for metric in METRICS for name, x in estimate(cells, metric).items()}
+
+
+def report(config, folder: pathlib.Path):
+    """Writes retrieval.csv and returns the `Report`."""
+    from fedrag_jax.tracking import tables
+    from fedrag_jax.tracking.report import Report, Section
+
+    rows = rows_of(config, folder)
+    tables.write_csv(
+        folder / "retrieval.csv", rows, list(dict.fromkeys(n for row in rows[::-1] for n in row))
+    )
+    who = [tables.words(name, name) for name in ("dataset", "setting", "method")]
+    rate = tables.Column(
+        "rate",
+        lambda row: (
+            f"{row['learning_rate']:.2g} {row['at_edge']}".strip()
+            if "learning_rate" in row
+            else tables.MISSING
+        ),
+    )
+    against = (
+        column
+        for metric, title in METRICS.items()
+        for column in (
+            tables.difference(f"{title} [95% CI]", f"{metric}_by_"),
+            tables.p_value("p", f"{metric}_by_p_holm"),
+        )
+    )
+    return Report(
+        folder.name,
+        f"Query-side tuning of {config.retriever}, {config.clients} clients, Dirichlet alpha "
+        f"{config.alpha:g} over articles or, where they are not known, clusters of questions.",
+        [
+            Section(
+                "Retrieval",
+                "retrieval",
+                "Percent of test questions with 95% intervals over seeds and articles. Rates were "
+                "chosen by validation MRR from one grid for all settings, to a factor of two "
+                "around the best; edge: the best is the outermost that was tried. Epochs of the "
+                "model that was kept.",
+                tables.Table(
+                    [
+                        *who,
+                        *(tables.interval(title, metric) for metric, title in METRICS.items()),
+                        rate,
+                        tables.words("epochs", "epochs"),
+                        tables.number("seconds", "seconds", 0),
+                        tables.number("MB up", "bytes_up", 0, 1e6),
+                    ],
+                    rows,
+                ),
+            ),
+            Section(
+                "Against the untuned retriever",
+                "differences",
+                "Differences in points, paired by question and seed; p by permutation over "
+                "articles, Holm-adjusted for each metric.",
+                tables.Table([*who, *against], [r for r in rows if r["method"] != UNTUNED]),
+            ),
+        ],
+    )
+
+
+def study_of(config, name: str, folder: pathlib.Path, model) -> Study:
+    """A dataset with samples of its labelled questions, and its embedded corpus."""
     from fedrag_jax.data import datasets
-    from fedrag_jax.data.examples import Dataset
-    from fedrag_jax.models import hub
     from fedrag_jax.retrieval.clusters import with_topics
     from fedrag_jax.retrieval.retriever import Retriever
     from fedrag_jax.tracking.manifest import write_manifest
-    from fedrag_jax.tracking.tables import Table, number, words
+
+    loaded, seed = datasets.load(name), config.sample_seed
+    train, validation, test = (
+        sample([e for e in getattr(loaded, split) if e.positive_ids], count, seed)
+        for split, count in (
+            ("train", config.train_questions),
+            ("validation", config.validation_questions),
+            ("test", config.test_questions),
+        )
+    )
+    dataset = Dataset(loaded.name, loaded.passages, train, validation, test)
+    here = folder / loaded.name
+    here.mkdir(parents=True, exist_ok=True)
+    write_manifest(here, dataset, experiment="tune_retrieval", seeds=list(config.seeds))
+    retriever = Retriever.build(model, dataset.passages, progress=True)
+    dataset = with_topics(dataset, retriever)
+    return Study(config, here, dataset, dataset.validation, retriever)
+
+
+def run(config, runs: str) -> pathlib.Path:
+    """Every cell; returns the folder of the results.
+
+    Raises:
+      ConfigError: an unknown method or setting, or seeds that do not make pairs.
+    """
+    from fedrag_jax.models import hub
+    from fedrag_jax.strategies.settings import parse
 
     folder = pathlib.Path(runs) / config.name
-    folder.mkdir(parents=True, exist_ok=True)
+    check_replicates(config)
     for method in config.methods:
         method_of(config, method)  # refuses what there is not
-    settled_config(config, folder, free=("learning_rates", "settings", "datasets", "methods"))
-    began = time.perf_counter()
+    for setting in config.settings:
+        parse(setting, config.alpha)
+    folder.mkdir(parents=True, exist_ok=True)
+    settled_config(config, folder, free=FREE)
     model = hub.load(config.retriever)
-    kept = Kept(folder)
     for name in config.datasets:
-        loaded = datasets.load(name)
-        dataset = Dataset(
-            loaded.name,
-            loaded.passages,
-            [e for e in loaded.train if e.positive_ids][: config.train_questions or None],
-            [e for e in loaded.validation if e.positive_ids],
-            [e for e in loaded.test if e.positive_ids][: config.test_questions or None],
-        )
-        write_manifest(folder, dataset, seeds=config.seed)
-        (folder / "manifest.json").rename(folder / f"manifest-{dataset.name}.json")
-        retriever = Retriever.build(model, dataset.passages, progress=True)
-        dataset = with_topics(dataset, retriever)
-        before = {k: 100 * v.mean() for k, v in rank_scores(retriever, dataset.test).items()}
-        print(f"{dataset.name}, untuned: {json.dumps({k: round(v, 2) for k, v in before.items()})}")
-        kept.add({"dataset": dataset.name, "setting": "", "method": "untuned"} | before)
-        for setting in config.settings:
-            rates = config.learning_rates[setting]
-            for method in config.methods:
-                if setting == "local" and method == "large_batch":
-                    print(
-                        "large_batch is left out of local training: clients hold too few questions"
-                    )
-                    continue
-                encoders, rate, seconds = tuned(
-                    config, dataset, retriever, setting, method, rates, folder
-                )
-                rates = (rate,)  # the others take the one that suits the first
-                found = [rank_scores(retriever.with_query(q), dataset.test) for q in encoders]
-                after = {k: 100 * float(np.mean([f[k] for f in found])) for k in found[0]}
-                about = {"dataset": dataset.name, "setting": setting, "method": method}
-                kept.add(about | {"learning_rate": rate, "seconds": seconds} | after)
-                print(f"{dataset.name}, {setting}, {method}: Recall@5 {after['recall_at_5']:.1f} "
-                      f"({time.perf_counter() - began:.0f} s so far)", flush=True)  # fmt: skip
-    columns = [*(words(name, name) for name in COLUMNS[:3]), *(number(n, n) for n in COLUMNS[3:7])]
-    text = Table(columns, kept.rows()).markdown()
-    (folder / "table.md").write_text(text + "\n")
-    print(f"{text}\n\n{(time.perf_counter() - began) / 60:.1f} minutes; {folder}/retrieval.csv")
-    return folder
+        study = study_of(config, name, folder, model)
+        todo = [(UNTUNED, config.settings[0], pair) for pair in replicates(config)]
+        for setting, method in itertools.product(config.settings, config.methods):
+            if setting.startswith("local") and method == "large_batch":
+                print("large_batch is left out of local training: clients hold too few questions")
+                continue
+            todo += [(method, setting, pair) for pair in replicates(config)]
+        compute_missing(config, study.folder, todo, functools.partial(compute_cell, study), told)
+    (folder / "manifest.json").write_bytes((study.folder / "manifest.json").read_bytes())
+    return write_report(report(config, folder), folder, "retrieval.csv")
+
+
+def told(cell) -> str:
+    """The means of a cell's scores, for people."""
+    return "  ".join(f"{METRICS[m]} {100 * np.mean(cell.scores[m]):.1f}" for m in METRICS)
 
 
 if __name__ == "__main__":

@@ -275,3 +275,33 @@ def test_passages_alone_are_read_and_checked(folder):
     path.write_bytes(b"")
     with pytest.raises(DataError, match="the corpus is empty"):
         load_passages(path)
+
+
+def test_clusters_are_questions_about_one_article():
+    from fedrag_jax.data.examples import clusters
+
+    passages = [Passage("a1", "Ada", "x"), Passage("a2", "Ada", "y"), Passage("b", "", "z"),
+                Passage("c", "Bob", "w")]  # fmt: skip
+
+    def about(name, *golds):
+        return Example(name, "?", ("x",), golds)
+
+    asked = [about("1", "a1"), about("2", "a2"), about("3", "b"), about("4", "b", "c"),
+             about("5"), about("6", "c"), about("7")]  # fmt: skip
+    # Two passages of one article; a shared passage; what shares one with either; nothing shared.
+    assert clusters(asked, passages).tolist() == [0, 0, 1, 1, 2, 1, 3]
+    assert clusters([], passages).tolist() == []
+
+
+@needs_real_data
+def test_a_sample_of_a_sorted_file_is_of_many_articles():
+    from fedrag_jax.data.examples import clusters, sample
+
+    squad = load("squad")
+    some = sample(squad.test, 500, seed=0)
+    assert len({*clusters(squad.test[:500], squad.passages)}) == 1  # one article: Super Bowl 50
+    assert len({*clusters(some, squad.passages)}) > 40
+    place = {e.id: i for i, e in enumerate(squad.test)}
+    assert [place[e.id] for e in some] == sorted({place[e.id] for e in some})
+    assert some == sample(squad.test, 500, seed=0) != sample(squad.test, 500, seed=1)
+    assert sample(squad.test, 0, seed=0) == squad.test == sample(squad.test, 20_000, seed=0)

@@ -11,6 +11,7 @@ from small import own_folder, read, small
 
 from experiments import compare_strategies, comparison
 from fedrag_jax.errors import ConfigError, DataError
+from fedrag_jax.tracking import cells
 
 
 @pytest.mark.slow
@@ -72,28 +73,33 @@ def test_query_side_tuning_on_real_questions(tmp_path):
 
     config = real.get_config()
     config.datasets = ("squad",)
-    config.settings = ("federated",)
+    config.settings, config.seeds = ("federated", "local_converged"), (0,)
+    config.clients, config.converged.cap, config.converged.patience = 2, 1, 1
+    config.wandb.mode = "disabled"
     config.retriever, config.large_batch = "builtin:encoder", 2
     config.methods = ("in_batch", "mined", "large_batch")
-    config.rounds, config.local_steps, config.learning_rates.federated = 1, 1, (1e-4,)
+    config.rounds, config.local_steps, config.learning_rates = 1, 1, (1e-4,)
     config.train_questions, config.test_questions, config.min_examples = 300, 40, 2
+    config.validation_questions = 40
     folder = tune_retrieval.run(config, str(tmp_path))
     with open(folder / "retrieval.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(r["dataset"], r["setting"], r["method"]) for r in rows] == [
         ("squad", "", "untuned"), ("squad", "federated", "in_batch"),
-        ("squad", "federated", "large_batch"), ("squad", "federated", "mined"),
+        ("squad", "federated", "mined"), ("squad", "federated", "large_batch"),
+        ("squad", "local_converged", "in_batch"), ("squad", "local_converged", "mined"),
     ]  # fmt: skip
     assert {r["learning_rate"] for r in rows[1:]} == {"0.0001"}
     for row in rows:
         ranks = [float(row[k]) for k in ("recall_at_1", "mrr", "recall_at_20")]
         assert 0 <= ranks[0] <= ranks[1] <= ranks[2] <= 100
-    config.methods = ("mined",)  # those of earlier calls stay in the table
-    tune_retrieval.run(config, str(tmp_path))
+        assert float(row["recall_at_5_low"]) <= float(row["recall_at_5_high"])
+    # Forty questions of many articles, not of the first.
+    scores = cells.load(folder / "squad", "untuned", "federated", 0, 0)
+    assert len(scores.clusters) == 40 and len({*scores.clusters.tolist()}) > 15
+    tune_retrieval.run(config, str(tmp_path))  # nothing is computed again
     with open(folder / "retrieval.csv", newline="") as file:
-        again = list(csv.DictReader(file))
-    names = [name for name in rows[0] if name != "seconds"]
-    assert [[row[n] for n in names] for row in again] == [[row[n] for n in names] for row in rows]
+        assert list(csv.DictReader(file)) == rows
 
 
 def test_controls_of_questions_of_one_kind(tmp_path):

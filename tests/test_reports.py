@@ -12,7 +12,7 @@ import pytest
 from small import small_aggregation, small_heterogeneity
 
 from experiments import heterogeneity, lora_aggregation, report
-from experiments.rates import chosen_rate, kept_rate
+from experiments.rates import chosen_rate, kept_rate, one_by_one
 from fedrag_jax.errors import ConfigError, DataError, DivergenceError
 from fedrag_jax.tracking import tables
 from fedrag_jax.tracking.cells import load
@@ -92,9 +92,26 @@ def test_points_differ_in_one_factor_and_train_on_as_much(skewed):
     assert {r["examples"] for r in rows} == {"16.0"}  # 2 rounds, 2 clients, batches of 4
     part = next((skewed / "points").glob("*part0.5/rates-x1/tuned/*/*/rounds.jsonl"))
     assert {json.loads(line)["drawn"] for line in part.read_text().splitlines()} == {1}
-    usual = {json.dumps({k: r[k] for k in ("em", "seconds")}) for r in rows if not r["difference"]}
-    assert len(usual) == 1  # one point in three rows
-    assert all(float(r["p_holm"]) >= float(r["p"]) for r in rows if r["difference"])
+    apart = [r for r in rows if r["em_by_difference"]]
+    usual = {json.dumps({k: r[k] for k in ("em", "seconds")}) for r in rows if r not in apart}
+    assert len(usual) == 1 and len(apart) == 3  # one point in three rows
+    for metric in ("em", "f1", "recall_at_5", "mrr"):
+        for p in (f"{metric}_by_p", f"{metric}_by_p_e"):
+            assert all(float(r[f"{p}_holm"]) >= float(r[p]) for r in apart)
+
+
+@pytest.mark.slow
+def test_one_set_of_mixtures_judges_all_points(skewed):
+    """The untuned system has one worst client, wherever it stands: that of the usual point."""
+    from experiments.comparison import Comparison
+
+    config = small_heterogeneity()
+    run = Comparison(config, heterogeneity.load_data(config), skewed / "mixtures")
+    even = run.like(heterogeneity.at_point(config, "alpha", float("inf")), skewed / "even")
+    held = [[c.tolist() for c in r.mixtures("federated", 0).clients] for r in (run, even)]
+    assert held[0] == held[1]
+    assert held[0] != [c.tolist() for c in even.clients("federated", 0).clients]
+    assert even.mixtures("local", 0) is None and run.mixtures("local", 0) is not None
 
 
 @pytest.mark.slow
@@ -160,13 +177,14 @@ def test_rates_beyond_an_end_that_is_best_are_tried(tmp_path, scores, tried, bes
         return scores[rate]
 
     path = tmp_path / "deep" / "rates.json"
-    assert chosen_rate(path, (1.0, 2.0, 4.0), judge, "here") == best
+    assert chosen_rate(path, (1.0, 2.0, 4.0), one_by_one(judge, "here"), "here") == best
     assert set(judged) == tried and len(judged) == len(tried)
-    assert chosen_rate(path, (1.0,), judge, "here") == kept_rate(path) == best  # read back
+    again = chosen_rate(path, (1.0,), one_by_one(judge, "here"), "here")
+    assert again == kept_rate(path) == best  # read back
     assert len(judged) == len(tried)
     scores = dict.fromkeys([0.125, 0.25, 0.5, *scores])
     with pytest.raises(ConfigError, match="here: training diverged at all rates"):
-        chosen_rate(tmp_path / "other.json", (1.0, 2.0), judge, "here")
+        chosen_rate(tmp_path / "other.json", (1.0, 2.0), one_by_one(judge, "here"), "here")
 
 
 @pytest.mark.slow

@@ -157,10 +157,14 @@ def control_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """Means over seeds of the controls of each strategy and setting."""
     rows = []
     for (strategy, setting), group in by_cell(cells).items():
-        if names := list(group[0].controls):
-            means = {n: float(np.mean([cell.controls[n] for cell in group])) for n in names}
+        if means := control_means(group):
             rows.append({"strategy": strategy, "setting": setting} | means)
     return rows
+
+
+def control_means(cells: Sequence[Cell]) -> dict[str, float]:
+    """Means over seeds of the controls that cells of one kind have."""
+    return {n: float(np.mean([cell.controls[n] for cell in cells])) for n in cells[0].controls}
 
 
 def traffic_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
