@@ -69,6 +69,11 @@ def get_config() -> ConfigDict:
     config.federated = ConfigDict(
         {"clients": 8, "alpha": 0.1, "column": "topic", "devices": 0, "participation": 1.0}
     )
+    # What their updates become, see fedrag_jax/federated/by_name.py. Settings that name an algorithm,
+    # such as federated:fedprox, have options under its name: algorithms = {"fedprox": {"mu": 0.1}}.
+    config.federated.algorithm = "fedavg"
+    config.federated.algorithm_options = ConfigDict()
+    config.federated.algorithms = ConfigDict()
 
     # Every setting sees rounds x local_steps x clients x batch_size examples.
     config.training = ConfigDict()

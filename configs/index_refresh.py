@@ -27,6 +27,8 @@ def get_config() -> ConfigDict:
         "mode",
     ):
         del config[name]
+    for name in ("algorithm", "algorithm_options", "algorithms"):  # an index goes with FedAvg
+        del config.federated[name]
     config.objective = "pdist"  # or another that a generator teaches, see strategies/objectives.py
     # Settings of `retrieval.refresh.Policy`; "query_side" trains the query encoder alone. A retrieval
     # is due `training.rounds` times.

@@ -32,7 +32,9 @@ def get_config() -> ConfigDict:
     for name in ("marginal_k", "score_scale"):
         del config.retrieval[name]
     del config.training["checkpoint_every"]
-    del config.lora["rank"], config.lora["alpha"], config.federated["alpha"]
+    del config.lora["rank"], config.lora["alpha"]
+    for name in ("alpha", "algorithm", "algorithm_options", "algorithms"):
+        del config.federated[name]
 
     config.rules = ("fedit", "ffa", "rolora", "flora", "fedex", "flexlora", "fedsa")
     config.ranks = (2, 8)

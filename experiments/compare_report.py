@@ -68,13 +68,13 @@ def write_rows(config, folder: pathlib.Path, done: list) -> dict[str, list[dict]
 
 def search_seconds(config, strategy: str, setting: str) -> float | None:
     """Device-seconds of the searches for the learning rates a strategy needs; None if not known."""
-    from experiments.comparison import rates_of
+    from experiments.inputs import rates_name
     from experiments.search import SEARCHES
 
     known = config.search_seconds
     if strategy == "none":
         return 0.0
-    where = rates_of(setting, config.learning_rates)
+    where = rates_name(config, setting)
     needed = [search.name for search in SEARCHES if strategy in search.users]
     if where not in known or not all(name in known[where] for name in needed):
         return None

@@ -19,8 +19,10 @@ import numpy as np
 from experiments.cell_by_cell import write_report
 from experiments.comparison import CONTROL_QUESTIONS, Comparison, compute_cell
 from experiments.inputs import (
+    algorithm_of,
     check,
     load_data,
+    rates_name,
     replicates,
     trainable_strategies,
     warn_of_borrowed_rates,
@@ -37,9 +39,12 @@ FREE = (
 def no_op(run: Comparison, seed: int, split: int) -> float:
     """Largest change of any test score after joint training at learning rate zero; must be 0."""
     from fedrag_jax.evaluation.evaluator import evaluate
+    from fedrag_jax.federated.by_name import OWN_STEPS
     from fedrag_jax.strategies.strategies import joint_token
 
     setting = run.config.settings[-1]  # one whose program is compiled
+    if algorithm_of(run.config, setting)[0] in OWN_STEPS:
+        setting = "centralised"  # for those steps cannot be of length zero
     client = 0 if setting.startswith("local") else None
     tuner = run.tuner(setting, seed, split, client, rate=lambda task, part: 0.0)
     tuner = dataclasses.replace(
@@ -68,6 +73,7 @@ def run(config, runs: str) -> pathlib.Path:
     comparison = Comparison(config, dataset, folder)
     for setting, (_, split) in itertools.product(config.settings, replicates(config)):
         comparison.clients(setting, split)  # refuses what cannot be split
+        rates_name(config, setting)  # and what has no learning rates
     folder.mkdir(parents=True, exist_ok=True)
     settled_config(config, folder, free=FREE)
     seeds = {"model": list(config.seeds), "client split": [p for _, p in replicates(config)]}

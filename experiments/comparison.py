@@ -7,7 +7,7 @@ import pathlib
 
 import numpy as np
 
-from experiments.inputs import load_generator
+from experiments.inputs import algorithm_of, load_generator, rates_name
 from fedrag_jax.data.examples import Dataset, Example, clusters, sample
 
 CONTROL_QUESTIONS = 200
@@ -119,8 +119,7 @@ class Comparison:
 
     def rate(self, setting: str, task: str, part: str) -> float:
         """The learning rate chosen for a part of a task in a setting, or for its kind."""
-        known = self.config.learning_rates
-        rates = known[rates_of(setting, known)]
+        rates = self.config.learning_rates[rates_name(self.config, setting)]
         if task in rates:
             return rates[task]
         if task.startswith("rag_"):
@@ -129,6 +128,7 @@ class Comparison:
 
     def tuner(self, setting: str, seed: int, split: int, client: int | None = None, rate=None):
         """The `tune` of one setting, pair of seeds and (local) client."""
+        from fedrag_jax.federated.by_name import Named
         from fedrag_jax.strategies.settings import parse
         from fedrag_jax.strategies.tuner import Tuner
         from fedrag_jax.tracking.cells import seeds_name
@@ -146,6 +146,7 @@ class Comparison:
             seed=seed,
             client=client,
             checkpoint_every=self.config.training.checkpoint_every,
+            algorithm=Named(*algorithm_of(self.config, setting), self.system(seed).decoder),
         )
 
     def members(self, setting: str) -> list[int | None]:
@@ -357,12 +358,3 @@ def own_scores(clients, examples, scores, column: str) -> np.ndarray:
 def own_topics(metric: str) -> str:
     """What a metric is called on questions such as clients hold."""
     return f"own_{metric}"
-
-
-def rates_of(setting: str, known) -> str:
-    """Whose learning rates a setting takes: its own, those of its kind and budget, or of its kind."""
-    from fedrag_jax.strategies.settings import CONVERGED
-
-    kind = setting.partition("_")[0]
-    budget = CONVERGED if setting.endswith(CONVERGED) else ""
-    return next(name for name in (setting, kind + budget, kind) if name in known)

@@ -3,6 +3,7 @@
 import dataclasses
 
 from absl import logging
+from ml_collections import ConfigDict
 
 from fedrag_jax.data.examples import Dataset, Example, sample
 from fedrag_jax.errors import ConfigError
@@ -61,6 +62,58 @@ def check(config) -> None:
         )
     for setting in config.settings:
         parse(setting, config.federated.alpha)
+    check_algorithms(config)
+
+
+def algorithm_of(config, setting: str) -> tuple[str, dict]:
+    """The name and options of the algorithm of a setting: its own, or that of the config."""
+    from fedrag_jax.strategies.settings import with_algorithm
+
+    federated, (_, named) = config.federated, with_algorithm(setting)
+    if named is None:
+        return federated.algorithm, federated.algorithm_options.to_dict()
+    return named, federated.algorithms.get(named, ConfigDict()).to_dict()
+
+
+def check_algorithms(config) -> None:
+    """Refuses algorithms that cannot be, or not with this base.
+
+    Raises:
+      ConfigError: names the setting of the config, its value and what it may be.
+    """
+    from fedrag_jax.federated import by_name
+
+    federated = config.federated
+    by_name.check(federated.algorithm, federated.algorithm_options, "config.federated.algorithm")
+    for name, options in federated.algorithms.items():
+        by_name.check(name, options, "config.federated.algorithms")
+    names = {algorithm_of(config, setting)[0] for setting in config.settings}
+    if config.models.quantize and (changing := names & {*by_name.CHANGING_BASE}):
+        raise ConfigError(
+            f"{', '.join(sorted(changing))} changes the base, which config.models.quantize makes "
+            f"{config.models.quantize}; leave either out"
+        )
+
+
+def rates_name(config, setting: str) -> str:
+    """Under which name `config.learning_rates` has those of a setting.
+
+    Raises:
+      ConfigError: it has none.
+    """
+    from fedrag_jax.federated.by_name import OWN_STEPS
+    from fedrag_jax.strategies.settings import rate_names
+
+    names = rate_names(setting)
+    if ":" in setting and algorithm_of(config, setting)[0] in OWN_STEPS:
+        names = names[:2]  # the rates of AdamW are none for plain SGD
+    found = [name for name in names if name in config.learning_rates]
+    if not found:
+        raise ConfigError(
+            f"config.learning_rates has none for setting {setting!r}: search them with "
+            f"experiments.choose_learning_rates and add them under {' or '.join(map(repr, names))}"
+        )
+    return found[0]
 
 
 def check_replicates(config) -> None:

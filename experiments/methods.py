@@ -15,7 +15,13 @@ import numpy as np
 
 from experiments.cell_by_cell import compute_missing, finished, write_report
 from experiments.comparison import Comparison, control_scores, training_curves
-from experiments.inputs import check_replicates, load_data, replicates, validation_sample
+from experiments.inputs import (
+    check_algorithms,
+    check_replicates,
+    load_data,
+    replicates,
+    validation_sample,
+)
 from experiments.launch import launch, settled_config
 from experiments.rates import chosen_rate, kept_rate, one_by_one
 from fedrag_jax.errors import ConfigError
@@ -246,6 +252,7 @@ def check(config, dataset) -> list[str]:
     from fedrag_jax.strategies.settings import parse
 
     check_replicates(config)
+    check_algorithms(config)
     for name in ("objectives", "settings", "rate_factors"):
         if not config[name]:
             raise ConfigError(f"config.{name} is empty; give at least one")

@@ -124,17 +124,18 @@ class RAGSystem:
         )
         return (system.under(system_prompt) if system_prompt else system).over(store)
 
-    def replace(self, *, adapters=None, query=None, document=None, head=None) -> "RAGSystem":
-        """The system with tuned parts; the corpus is re-embedded if `document` is given."""
+    def replace(
+        self, *, adapters=None, query=None, document=None, head=None, decoder=None
+    ) -> "RAGSystem":
+        """The system with tuned parts; the corpus is re-embedded if `document` is given. `decoder`
+        is a tree of arrays in place of some or all of the generator's base."""
         retriever = self.retriever
-        if head is not None:
-            retriever = retriever.with_head(head)
-        if document is not None:
-            retriever = retriever.refresh(document)
-        if query is not None:
-            retriever = retriever.with_query(query)
-        adapters = self.adapters if adapters is None else adapters
-        return dataclasses.replace(self, adapters=adapters, retriever=retriever)
+        for name, part in (("with_head", head), ("refresh", document), ("with_query", query)):
+            retriever = retriever if part is None else getattr(retriever, name)(part)
+        changed = {"retriever": retriever} | ({} if adapters is None else {"adapters": adapters})
+        if decoder is not None:
+            changed["generator"] = self.generator.with_arrays(decoder)
+        return dataclasses.replace(self, **changed)
 
     def under(self, system_prompt: str) -> "RAGSystem":
         """The system with a system prompt, in place of one that it has: in a chat style a turn of its

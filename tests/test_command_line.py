@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from fedrag_jax.data import synthetic
+from fedrag_jax.models.network import flatten
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.serving import indexing
 from fedrag_jax.serving.command_line import main
@@ -376,6 +377,44 @@ def test_what_cannot_be_trained_is_refused(system, tmp_path, capsys):
     assert "needs gold passages" in capsys.readouterr().err
     assert main(["train", str(system), str(questions), *to, "--factors", "0"]) == 1
     assert "learning rates must be > 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--algorithm", "fedsgd"], "--algorithm: unknown algorithm 'fedsgd'; choose among ['fedavg'"),
+        (["--algorithm", "fedprox", "--algorithm-options", "mu"], "'mu' is not NAME=VALUE"),
+        (["--algorithm", "fedprox", "--algorithm-options", "nu=1"], "unknown options ['nu'] of fedp"),
+        (["--algorithm", "fedprox", "--algorithm-options", "mu=-1"], "mu must be at least 0, got -1"),
+        (["--algorithm", "fedprox", "--setting", "centralised"], "add --setting=federated"),
+        (["--algorithm", "scaffold"], "give --query-rate and --adapter-rate"),
+    ],
+)  # fmt: skip
+def test_algorithms_that_cannot_train_are_refused(options, words, tmp_path, capsys):
+    to = ["--to", str(tmp_path / "tuned"), "--setting", "federated"]
+    assert main(["train", "system", "own.jsonl", *to, *options]) == 1  # before either is read
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_training_by_an_algorithm_keeps_the_base_that_it_changed(system, tmp_path, capsys):
+    questions = write_questions(tmp_path / "own.jsonl", system)
+    command = [
+        "train", str(system), str(questions), "--to", str(tmp_path / "tuned"), "--setting", "federated",
+        "--strategy", "generator", "--clients", "2", "--rounds", "1", "--factors", "1", "--json",
+        "--algorithm", "fedex", "--algorithm-options", "weighting=uniform",
+    ]  # fmt: skip
+    assert main(command) == 0
+    (result,) = told(capsys)
+    tuned, old = (RAGSystem.load(f) for f in (tmp_path / "tuned", system))
+    before, after = (dict(flatten(s.generator.params)) for s in (old, tuned))
+    changed = {path[-2] for path in before if not np.array_equal(before[path], after[path])}
+    assert changed == {*old.decoder.lora.targets}
+    (tmp_path / "tuned" / "system.json").unlink()
+    assert main([*command[:-1], "weighting=examples"]) == 1
+    assert "holds a training of others: algorithm_options was" in capsys.readouterr().err
+    assert main(command) == 0
+    assert told(capsys)[0]["validation"] == result["validation"]
 
 
 # --- as it is installed ----------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from fedrag_jax.federated.callbacks import Callback
 from fedrag_jax.federated.fed_avg import fed_avg
 from fedrag_jax.federated.fit import fit
 from fedrag_jax.federated.stopping import EarlyStopping, held_out_loss, read_evaluations
-from fedrag_jax.strategies.settings import Budget, Stopping, parse
+from fedrag_jax.strategies.settings import Budget, Stopping, parse, rate_names
 from fedrag_jax.tracking.checkpoints import Checkpointer
 
 
@@ -154,9 +154,16 @@ def test_a_lone_client_may_take_as_many_steps_as_all_together():
 
 
 def test_names_of_settings():
-    assert parse("centralised", 0.1) == ("centralised", 0.1, False)
-    assert parse("local_converged", 0.1) == ("local", 0.1, True)
-    assert parse("federated_inf_converged", 0.1) == ("federated", np.inf, True)
+    assert parse("centralised", 0.1) == ("centralised", 0.1, False, "")
+    assert parse("local_converged", 0.1) == ("local", 0.1, True, "")
+    assert parse("federated_inf_converged", 0.1) == ("federated", np.inf, True, "")
+    assert parse("federated_1_converged:fedprox", 0.1) == ("federated", 1.0, True, "fedprox")
+    assert rate_names("federated_1_converged:fedprox") == [
+        "federated_1_converged:fedprox", "federated_converged:fedprox", "federated:fedprox",
+        "federated_1_converged", "federated_converged", "federated_1", "federated",
+    ]  # fmt: skip
+    assert rate_names("local_converged") == ["local_converged", "local"]
+    assert rate_names("centralised") == ["centralised"]
     for wrong in ("converged", "_converged", "centralised_1_converged", "local_-1", "federated_x"):
         with pytest.raises(ConfigError, match="unknown; choose among"):
             parse(wrong, 0.1)

@@ -11,6 +11,8 @@ from fedrag_jax.data import synthetic
 from fedrag_jax.data.examples import Dataset
 from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.federated.sweep import sweep
+from fedrag_jax.models.lora import adapted_kernels
+from fedrag_jax.models.network import flatten
 from fedrag_jax.objectives.likelihood import tokens_read
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.strategies import strategies
@@ -76,6 +78,29 @@ def test_parts_that_move(name, system, world):
     assert tuned.generator is system.generator
     for task in tune.tasks:
         assert not set(task.trainable) & set(task.frozen)
+
+
+@pytest.mark.parametrize("name", ["generator", "independent", "ra_dit", "two_phase", "joint_token"])
+def test_a_base_that_training_has_changed_goes_into_the_system(name, system, world):
+    there = {p.id for p in world.passages}
+    labelled = [e for e in world.train if set(e.positive_ids) <= there][:40]
+    short = dataclasses.replace(world, train=labelled)
+    tune = Recorder()
+
+    def merging(task):
+        """As FLoRA has it: some of what is frozen comes out changed."""
+        found = tune(task)
+        if "adapters" in task.trainable:
+            kernels = adapted_kernels(task.frozen["decoder"], system.adapters)
+            found["decoder"] = jax.tree.map(lambda x: x + 0.5, kernels)
+        return found
+
+    tuned = STRATEGIES[name](system, short, merging)
+    before, after = (dict(flatten(s.generator.params)) for s in (system, tuned))
+    assert before.keys() == after.keys()
+    for path, leaf in before.items():
+        change = 0.5 if path[-2] in system.decoder.lora.targets else 0.0
+        np.testing.assert_array_equal(after[path], leaf + change)
 
 
 def test_marginal_training_sees_more_passages_than_are_read(system, world):

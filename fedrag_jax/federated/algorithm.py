@@ -98,13 +98,15 @@ class Algorithm(NamedTuple):
 def one_object(make: Callable[..., Algorithm]) -> Callable[..., Algorithm]:
     """Has a factory return one object for equal settings, so that they share compiled programs.
 
-    Settings are equal if they are so once defaults are filled in, lists are tuples, and what is to be a
-    float is one.
+    Settings are equal if they are so once defaults are filled in, lists are tuples, mappings are tuples
+    of their items, and what is to be a float is one.
     """
     signature = inspect.signature(make)
     cached = functools.cache(lambda settings: make(**dict(settings)))
 
     def plain(name, value):
+        if isinstance(value, Mapping):
+            return tuple(value.items())
         if isinstance(value, list):
             return tuple(value)
         known = signature.parameters.get(name)

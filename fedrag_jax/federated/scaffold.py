@@ -5,6 +5,9 @@ SCAFFOLD: Stochastic Controlled Averaging for Federated Learning
     control variates by option II
 """
 
+import functools
+from collections.abc import Callable, Mapping
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -22,12 +25,13 @@ from fedrag_jax.federated.algorithm import (
     weighted_sum,
     wide,
 )
+from fedrag_jax.federated.optimizers import tunable
 from fedrag_jax.federated.work import Work
 
 
 @one_object
 def scaffold(
-    client_learning_rate: float,
+    client_learning_rate: float | Mapping[str, float],
     *,
     server_learning_rate: float = 1.0,
     weighting: str = "uniform",
@@ -41,9 +45,10 @@ def scaffold(
 
     Control variates start at zero, and those of clients live on the host. The steps are plain SGD: for
     no other optimizer is (x − y_k) / (S_k η_l) a mean of gradients, so `fit` is to be given none.
+    Client learning rates are inputs of the compiled round: a grid of them compiles once.
 
     Args:
-      client_learning_rate: η_l.
+      client_learning_rate: η_l, the same in all rounds; or {name: η_l} of each part that is trained.
       server_learning_rate: η_g.
       weighting: p_k is "uniform" as in the paper, or by "examples".
       work: as in `fed_avg`.
@@ -52,14 +57,38 @@ def scaffold(
       ConfigError: a rate that is not positive, or what `Work` refuses.
     """
     rate, work = client_learning_rate, Work(weighting=weighting, **work)
-    positive("scaffold", client_learning_rate=rate, server_learning_rate=server_learning_rate)
+    rate = dict(rate) if isinstance(rate, tuple) else rate  # as `one_object` hands on a mapping
+    by_part = rate if isinstance(rate, dict) else {"": rate}
+    for name, value in by_part.items():
+        positive("scaffold", **{f"client_learning_rate{name and f'[{name!r}]'}": value})
+    positive("scaffold", server_learning_rate=server_learning_rate)
 
     def init(trainable, client_init, client_count):
         zero = jax.tree.map(lambda x: jnp.zeros_like(wide(x)), trainable)
-        return State(trainable, {"c": zero, "clients": jnp.float32(client_count)}, zero)
+        server = {"c": zero, "clients": jnp.float32(client_count), "rate": rate}
+        return State(trainable, server, zero)
 
+    def traffic(trainable, drawn, answered, round):
+        both = by_kind(trainable) | by_kind({"control variate": trainable})
+        return Traffic(added([both] * len(drawn)), added([both] * len(answered)))
+
+    name = (
+        f"scaffold(client_learning_rate={rate}, server_learning_rate={server_learning_rate}, "
+        f"{work})"
+    )
+    if isinstance(rate, dict):
+        optimizer = tunable(_sgd_by_part, **rate)
+    else:
+        optimizer = tunable(optax.sgd, learning_rate=float(rate))
+    turn = _turn_with(server_learning_rate)
+    return Algorithm(name, work, init, (turn,), traffic, optimizer=optimizer)
+
+
+@functools.cache  # algorithms that differ in client learning rates share compiled rounds
+def _turn_with(server_learning_rate: float) -> Callable:
     def turn(state, cohort, client):
-        x, c = state.trainable, state.server["c"]
+        x, c, rate = state.trainable, state.server["c"], state.server["rate"]
+        rate = jax.tree.broadcast(rate, x)
 
         def correct(gradient, y, x, c_k):
             return jax.tree.map(lambda g, c_k, c: (g - c_k + c).astype(g.dtype), gradient, c_k, c)
@@ -69,11 +98,15 @@ def scaffold(
             y_k, _, report = client.update(x_k, client.init(x_k), members, c_k, correct)
             moved = difference(y_k, x_k)
 
-            def change(moved, c, steps):
-                return jnp.where(steps > 0, -moved / (jnp.maximum(steps, 1) * rate) - c, 0)
+            def change(moved, c, rate, steps):
+                mean = -moved / (jnp.maximum(steps, 1) * rate).astype(moved.dtype)
+                return jnp.where(steps > 0, mean - c, 0)
 
             changes = jax.tree.map(
-                lambda d, c: jax.vmap(change, (0, None, 0))(d, c, members.steps), moved, c
+                lambda d, c, rate: jax.vmap(change, (0, None, None, 0))(d, c, rate, members.steps),
+                moved,
+                c,
+                rate,
             )
             update = weighted_sum(members.share, moved)
             total = jax.tree.map(lambda d: d.sum(0), changes)
@@ -85,12 +118,9 @@ def scaffold(
         c = jax.tree.map(lambda c, d: (c + d / state.server["clients"]).astype(c.dtype), c, changes)
         return State(x, state.server | {"c": c}, population), report
 
-    def traffic(trainable, drawn, answered, round):
-        both = by_kind(trainable) | by_kind({"control variate": trainable})
-        return Traffic(added([both] * len(drawn)), added([both] * len(answered)))
+    return turn
 
-    name = (
-        f"scaffold(client_learning_rate={rate}, server_learning_rate={server_learning_rate}, "
-        f"{work})"
-    )
-    return Algorithm(name, work, init, (turn,), traffic, optimizer=optax.sgd(rate))
+
+def _sgd_by_part(**rates) -> optax.GradientTransformation:
+    parts = {name: optax.sgd(rate) for name, rate in rates.items()}
+    return optax.partition(parts, lambda tree: {name: name for name in tree})

@@ -39,6 +39,11 @@ class Pretrained:
         """ "decoder" or "encoder"."""
         return "encoder" if self.network.module is Encoder else "decoder"
 
+    def with_arrays(self, arrays: dict) -> "Pretrained":
+        """With those arrays, a tree of some or all of its parameters, in place of its own."""
+        params = unflatten([*flatten(self.params), *flatten(arrays)])
+        return dataclasses.replace(self, params=params)
+
 
 def load(name_or_path: str | pathlib.Path, dtype=jnp.float32) -> Pretrained:
     """Loads a decoder or an encoder, whichever `config.json` says it is.

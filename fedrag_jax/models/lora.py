@@ -192,6 +192,13 @@ def add_product(params: dict, kernels: dict, add=jnp.add) -> dict:
     return unflatten(result.items())
 
 
+def adapted_kernels(params: dict, adapters: dict) -> dict:
+    """The kernels of the base that adapters are added to: all that merging adapters changes."""
+    base = dict(flatten(params))
+    places = {(*path[:-1], "kernel") for path, _ in flatten(adapters)}
+    return unflatten((path, base[path]) for path in sorted(places))
+
+
 def factorize(network: Network, kernels: dict, like: dict) -> dict:
     """Adapters whose product is nearest to the kernels in the Frobenius norm (Eckart and Young 1936).
 

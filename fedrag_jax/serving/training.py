@@ -1,10 +1,12 @@
 """A saved system tuned on questions about the passages that it answers from."""
 
+import dataclasses
 import hashlib
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,6 +16,7 @@ from fedrag_jax.data.schemes import natural
 from fedrag_jax.errors import ConfigError, DivergenceError
 from fedrag_jax.evaluation.benchmarks.identity import corpus_of, identity
 from fedrag_jax.evaluation.evaluator import evaluate
+from fedrag_jax.federated import by_name
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.serving.alike import alike
 from fedrag_jax.strategies.settings import Budget, split_clients
@@ -77,6 +80,8 @@ def train(
     rates: Mapping[str, float],
     factors: Sequence[float],
     seed: int = 0,
+    algorithm: str = "fedavg",
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> Trained:
     """Trains once for each factor of the learning rates, and takes what answers validation best.
 
@@ -84,6 +89,7 @@ def train(
       folder: of what is finished: the same call goes on from there after a kill.
       setting: "centralised" or "federated".
       rates: of the parts that move, `query` and `adapters`.
+      algorithm, options: of the federated setting, as in `federated.by_name`.
 
     Raises:
       ConfigError: a strategy that needs gold passages where questions have none, rates that are not
@@ -97,6 +103,7 @@ def train(
         )
     if not factors or not min(*rates.values(), *factors) > 0:
         raise ConfigError(f"learning rates must be > 0, got {dict(rates)} times {[*factors]}")
+    by_name.check(algorithm, options, "algorithm")
     base = alike(
         system,
         dataset.passages,
@@ -112,6 +119,8 @@ def train(
             "budget": budget._asdict(),
             "rates": dict(rates),
             "seed": seed,
+            "algorithm": algorithm,
+            "algorithm_options": dict(options),
             "data": content_hash(dataset),
             "clients": _hash(clients),
             "system": identity(base, True, corpus_of(base)),
@@ -127,6 +136,7 @@ def train(
             budget=budget,
             rates=lambda task, part, factor=factor: rates[part] * factor,
             seed=seed,
+            algorithm=by_name.Named(algorithm, options, base.decoder),
         )
         try:
             tuned = STRATEGIES[strategy](base, dataset, tuner)
@@ -145,6 +155,7 @@ def train(
             "after": scores(tuned, dataset.test),
         }
     own = system.replace(adapters=tuned.adapters, query=tuned.retriever.query)
+    own = dataclasses.replace(own, generator=tuned.generator)
     return Trained(own, before, trials, best, test)
 
 

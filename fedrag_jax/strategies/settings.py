@@ -13,6 +13,7 @@ from fedrag_jax.data.examples import Example
 from fedrag_jax.data.partition import Partition, partition
 from fedrag_jax.data.schemes import dirichlet
 from fedrag_jax.errors import ConfigError
+from fedrag_jax.federated import by_name
 from fedrag_jax.federated.algorithm import Algorithm
 from fedrag_jax.federated.centralised import centralised
 from fedrag_jax.federated.fed_avg import fed_avg
@@ -31,21 +32,24 @@ class Setting(NamedTuple):
       kind: one of `SETTINGS`.
       alpha: of the split of clients.
       converged: whether validation decides when training ends, and not the number of examples.
+      algorithm: that averages, where the name has one; "" where it does not.
     """
 
     kind: str
     alpha: float
     converged: bool = False
+    algorithm: str = ""
 
 
 def parse(setting: str, alpha: float) -> Setting:
     """`federated` has the alpha given, `federated_1` has 1; `federated_1_converged` trains until it
-    stops improving.
+    stops improving; `federated:fedprox` averages by FedProx.
 
     Raises:
-      ConfigError: neither a setting, nor federated or local with an alpha > 0.
+      ConfigError: neither a setting, nor federated or local with an alpha > 0; as `with_algorithm`.
     """
-    kind, mark, own = setting.removesuffix(CONVERGED).partition("_")
+    where, algorithm = with_algorithm(setting)
+    kind, mark, own = where.removesuffix(CONVERGED).partition("_")
     try:
         alpha = float(own) if mark else alpha
     except ValueError:
@@ -56,7 +60,7 @@ def parse(setting: str, alpha: float) -> Setting:
             "local_<alpha> with an alpha > 0, such as federated_1 or federated_inf; each may end in "
             f"{CONVERGED}"
         )
-    return Setting(kind, alpha, setting.endswith(CONVERGED))
+    return Setting(kind, alpha, where.endswith(CONVERGED), algorithm or "")
 
 
 class Stopping(NamedTuple):
@@ -69,6 +73,38 @@ class Stopping(NamedTuple):
 
     every: int = 2
     patience: int = 2
+
+
+def with_algorithm(setting: str) -> tuple[str, str | None]:
+    """The setting, and the algorithm that it names: "federated_1:fedadam" is federated_1 by fedadam.
+
+    Raises:
+      ConfigError: an unknown algorithm, or one of a setting that is not federated.
+    """
+    where, mark, algorithm = setting.partition(":")
+    if not mark:
+        return setting, None
+    if not where.startswith("federated"):
+        raise ConfigError(
+            f"setting {setting!r} names an algorithm, and {where!r} averages nothing; only federated "
+            "settings take one, such as federated:fedprox"
+        )
+    by_name.check(algorithm, {}, f"setting {setting!r}")
+    return where, algorithm
+
+
+def rate_names(setting: str) -> list[str]:
+    """Names under which the learning rates of a setting may be kept, those of its own first.
+
+    "federated_1:fedadam" has its own, or those of federated:fedadam, federated_1 or federated;
+    "local_1_converged" has its own, or those of local_converged, local_1 or local.
+    """
+    where, mark, algorithm = setting.partition(":")
+    kind = where.partition("_")[0]
+    budget = CONVERGED if where.endswith(CONVERGED) else ""
+    places = where, kind + budget, where.removesuffix(CONVERGED), kind
+    names = [f"{place}{mark}{algorithm}" for place in (where, kind + budget, kind)]
+    return list(dict.fromkeys([*names, *places]))
 
 
 class Budget(NamedTuple):
@@ -161,7 +197,8 @@ def arguments(
     Args:
       clients: of the federated and local settings.
       rates: learning rate of each part that moves (`adapters`, `query`, `document`) in the first
-        round; from round to round it falls linearly towards zero, as in Lawton et al.
+        round; from round to round it falls linearly towards zero, as in Lawton et al. An algorithm
+        that has its clients' optimizer with it has its own.
       client: the one that trains, in the local setting.
       averaging: makes the algorithm of the federated setting, of what `Work` takes.
     """
@@ -179,18 +216,23 @@ def arguments(
         own = clients.of(client)
         data = Partition(own, (np.arange(len(own)),))
     alone = setting != "federated"
+    algorithm = (centralised if alone else averaging)(**work)
+    optimizer = None
+    if algorithm.optimizer is None:
+
+        def optimizer(round):
+            return adamw({name: rates[name] * (1 - round / rounds) for name in task.trainable})
+
     # Of one height in all settings, so that every client runs the program of centralised training.
     stretch = budget.local_steps * budget.clients * budget.batch_size
     seen = stretch if task.retrieve else stretch * budget.rounds
     return {
         "task": task,
         "data": data,
-        "algorithm": (centralised if alone else averaging)(**work),
+        "algorithm": algorithm,
         "rounds": rounds,
         "batch_size": budget.batch_size,
-        "optimizer": lambda round: adamw(
-            {name: rates[name] * (1 - round / rounds) for name in task.trainable}
-        ),
+        "optimizer": optimizer,
         "group_size": budget.group_size,
         "seed": seed,
         "refresh_every": refresh_every,

@@ -113,7 +113,7 @@ def ra_dit(system: RAGSystem, dataset: Dataset) -> Tasks:
     """RA-DIT: both of these, each beside the untuned other."""
     read = yield from ralt.tasks(system, dataset)
     found = yield from lsr.tasks(system, dataset)
-    return system.replace(query=found.retriever.query, adapters=read.adapters)
+    return read.replace(query=found.retriever.query)
 
 
 @strategy
@@ -121,7 +121,7 @@ def independent(system: RAGSystem, dataset: Dataset) -> Tasks:
     """The tuned retriever and the tuned generator, which have never met."""
     found = yield from retriever.tasks(system, dataset)
     read = yield from generator.tasks(system, dataset)
-    return system.replace(query=found.retriever.query, adapters=read.adapters)
+    return read.replace(query=found.retriever.query)
 
 
 @strategy

@@ -11,13 +11,15 @@ import jax
 
 from fedrag_jax.data.examples import Example
 from fedrag_jax.data.partition import Partition
-from fedrag_jax.errors import DivergenceError
+from fedrag_jax.errors import ConfigError, DivergenceError
 from fedrag_jax.federated.algorithm import nbytes
+from fedrag_jax.federated.by_name import FED_AVG, Named
 from fedrag_jax.federated.callbacks import Callback
 from fedrag_jax.federated.fit import FitResult
 from fedrag_jax.federated.stopping import EarlyStopping, held_out_loss, read_evaluations
 from fedrag_jax.federated.sweep import sweep
 from fedrag_jax.models import hub
+from fedrag_jax.models.lora import adapted_kernels
 from fedrag_jax.objectives.task import PyTree, Task
 from fedrag_jax.strategies import settings
 from fedrag_jax.strategies.settings import Budget
@@ -37,6 +39,7 @@ class Tuner:
       rates: `rates(task name, part) -> learning rate`.
       checkpoint_every: index refreshes between two checkpoints.
       validation: examples that decide when to stop, where the budget has them do so.
+      algorithm: of the federated setting.
       costs: of each task asked for, in order, whether trained now or read back.
     """
 
@@ -50,6 +53,7 @@ class Tuner:
     client: int | None = None
     checkpoint_every: int = 1
     validation: Sequence[Example] = ()
+    algorithm: Named = FED_AVG
     costs: dict[str, Cost] = dataclasses.field(default_factory=dict)
 
     def __call__(self, task: Task) -> PyTree:
@@ -79,33 +83,44 @@ class Tuner:
         # Processes that each have a folder of their own could not share a checkpoint.
         saved = [Checkpointer(folder / "checkpoints", self.checkpoint_every * stretch)]
         saved = saved if jax.process_count() == 1 else []
+        if stopping and self.setting == "federated" and self.algorithm.changes_base(task):
+            raise ConfigError(
+                f"{self.algorithm.name} changes the base in every round, and validation would judge "
+                "the adapters without it: train it in a setting without _converged"
+            )
         if stopping:
             judge = held_out_loss(task, self.validation)
             every = stopping.every * stretch
             saved.append(EarlyStopping(judge, every, stopping.patience, folder))
+        rates = {part: self.rates(task.name, part) for part in task.trainable}
         return settings.arguments(
             task,
             self.setting,
             self.examples,
             self.clients,
             self.budget,
-            {part: self.rates(task.name, part) for part in task.trainable},
+            rates,
             self.seed,
             callbacks=[*saved, JsonlLog(folder / "rounds.jsonl"), *callbacks],
             client=self.client,
+            averaging=self.algorithm.averaging(task, rates),
         )
 
     def keep(self, task: Task, result: FitResult) -> None:
-        """Writes what a fit came to, for `read`: its end, or the best where validation decides."""
+        """Writes what a fit came to, for `read`: its end, or the best where validation decides.
+
+        The base comes with it where the algorithm has changed it.
+        """
         folder = self.folder / task.name
-        cost = self._cost(task, result.history)
+        cost, tuned = self._cost(task, result.history), result.trainable
         if self.budget.stopping:
             spent = sum(e["seconds"] for e in read_evaluations(folder / "validation.jsonl"))
             cost = cost._replace(validate_seconds=spent)
-            # Copied: until the cost is written a killed process trains on and may want it.
-            shutil.copyfile(folder / "best.safetensors", folder / "tuned.safetensors")
-        else:
-            hub.save_arrays(result.trainable, folder / "tuned.safetensors")
+            tuned = hub.load_arrays(folder / "best.safetensors")
+        if self.setting == "federated" and self.algorithm.changes_base(task):
+            base = adapted_kernels(result.frozen["decoder"], tuned["adapters"])
+            tuned = tuned | {"decoder": base}
+        hub.save_arrays(tuned, folder / "tuned.safetensors")
         beside = folder / "cost.json.tmp"
         beside.write_text(json.dumps(cost._asdict()) + "\n")
         beside.replace(folder / "cost.json")

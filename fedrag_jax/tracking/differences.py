@@ -24,12 +24,12 @@ def comparison_rows(
 ) -> list[dict[str, Any]]:
     """Paired differences of a metric in points: tuned against `none`, and settings against each other.
 
-    Federated training is compared with centralised training of the same budget, and with local
-    training of the same alpha and either budget. Runs are paired by their seeds. `effect` is Cohen's
-    d_z; `better` and `worse` are percentages of questions. p is over questions by permutation of
-    clusters, p_t over seeds by a paired t test, where there are five or more and no seed of model or
-    split is there twice, p_e of equivalence within the margin; `p_holm`, `p_t_holm` and `p_e_holm` are
-    adjusted over the rows, each by itself.
+    Federated training is compared with centralised training of the same budget, with local training
+    of the same alpha and either budget, and by an algorithm of its own with the config's. Runs are
+    paired by their seeds. `effect` is Cohen's d_z; `better` and `worse` are percentages of questions.
+    p is over questions by permutation of clusters, p_t over seeds by a paired t test, where there are
+    five or more and no seed of model or split is there twice, p_e of equivalence within the margin;
+    `p_holm`, `p_t_holm` and `p_e_holm` are adjusted over the rows, each by itself.
 
     Args:
       settings: what their names say, as `strategies.settings.Setting`.
@@ -132,9 +132,12 @@ def independent_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
 def _partners(where, other) -> bool:
     if where.kind != "federated":
         return False
+    if other.kind == "local":
+        return where.alpha == other.alpha
+    alike = where.converged == other.converged
     if other.kind == "centralised":
-        return where.converged == other.converged
-    return other.kind == "local" and where.alpha == other.alpha
+        return alike
+    return alike and where.alpha == other.alpha and bool(where.algorithm) > bool(other.algorithm)
 
 
 def headline_rows(

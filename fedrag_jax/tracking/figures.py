@@ -50,15 +50,19 @@ SETTING_STYLES = {
     "federated": ("#D55E00", "--"),
     "local": ("#777777", ":"),
 }
-OTHER_STYLES = (("#E69F00", "-."), ("#009E73", (0, (1, 1))), ("#CC79A7", (0, (5, 1))))
+OTHER_STYLES = (
+    ("#E69F00", "-."), ("#009E73", (0, (1, 1))), ("#CC79A7", (0, (5, 1))),
+    ("#56B4E9", (0, (3, 1, 1, 1))), ("#000000", (0, (1, 2))), ("#F0E442", "-"),
+)  # fmt: skip
 
 
 def setting_name(setting: str) -> str:
-    """`federated_inf` as readers know it: federated, α = ∞."""
-    name, converged = setting.removesuffix("_converged"), setting.endswith("_converged")
-    kind, _, alpha = name.partition("_")
-    said = f"{kind}, α = {alpha.replace('inf', '∞')}" if alpha else kind
-    return said + ", converged" * converged
+    """`federated_inf_converged:fedprox` as readers know it: federated, α = ∞, converged, fedprox."""
+    where, _, algorithm = setting.partition(":")
+    kind, _, alpha = where.removesuffix("_converged").partition("_")
+    said = [kind, f"α = {alpha.replace('inf', '∞')}" if alpha else ""]
+    said += ["converged" if where.endswith("_converged") else "", algorithm]
+    return ", ".join(part for part in said if part)
 
 
 def pyplot():
@@ -103,10 +107,7 @@ def quality_against_cost(rows: Sequence[dict[str, Any]]):
                 row["seconds"], row["em"], yerr=error, fmt=MARKERS[name], ms=6, capsize=2, lw=1,
                 color=COLORS[name], label=LABELS[name],
             )  # fmt: skip
-        alpha = (
-            "" if row["alpha"] == "" or "_" in setting.removesuffix("_converged") else row["alpha"]
-        )
-        ax.set_title(setting_name(setting) + (f", α = {alpha:g}" if alpha else ""), fontsize=10)
+        ax.set_title(setting_name(setting), fontsize=10)
         ax.set_xlabel("training time (s)")
         ax.set_xlim(left=0)
     for line in axes:

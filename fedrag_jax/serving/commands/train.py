@@ -8,10 +8,15 @@ command goes on.
 """
 
 import argparse
+import ast
 import pathlib
 import time
+from collections.abc import Sequence
+from typing import Any
 
 from fedrag_jax.serving.commands.common import add_json, add_system, print_json
+
+USUAL_RATES = {"query": 1e-4, "adapters": 1e-3}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +36,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="centralised",
         help="all questions in one place (the default), or with clients who share updates alone",
     )
+    parser.add_argument(
+        "--algorithm",
+        default="fedavg",
+        help="what clients' updates become in the federated setting: fedavg (the default), fedavgm, "
+        "fedadagrad, fedadam, fedyogi, fedprox, scaffold, or one of fedit, ffa, rolora, flora, fedex, "
+        "flexlora for the adapters",
+    )
+    parser.add_argument(
+        "--algorithm-options", nargs="+", default=(), metavar="NAME=VALUE", help="such as mu=0.1"
+    )
     parser.add_argument("--clients", type=int, default=8, help="(8); 0 makes every topic a client")
     parser.add_argument(
         "--alpha",
@@ -41,8 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=5, help="rounds, and index refreshes (5)")
     parser.add_argument("--local-steps", type=int, default=5, help="of a client in a round (5)")
     parser.add_argument("--batch-size", type=int, default=8, help="(8)")
-    parser.add_argument("--query-rate", type=float, default=1e-4, help="learning rate (1e-4)")
-    parser.add_argument("--adapter-rate", type=float, default=1e-3, help="learning rate (1e-3)")
+    # None where nobody chose one.
+    parser.add_argument("--query-rate", type=float, help="learning rate (1e-4)")
+    parser.add_argument("--adapter-rate", type=float, help="learning rate (1e-3)")
     parser.add_argument(
         "--factors",
         type=float,
@@ -58,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
     """Trains."""
     from fedrag_jax.data.datasets import load_questions
     from fedrag_jax.errors import ConfigError
+    from fedrag_jax.federated import by_name
     from fedrag_jax.rag import RAGSystem
     from fedrag_jax.rag_folder import SETTINGS
     from fedrag_jax.serving import training
@@ -67,6 +84,19 @@ def run(args: argparse.Namespace) -> int:
     known = [name for name in STRATEGIES if name != "none"]
     if args.strategy not in known:
         raise ConfigError(f"--strategy must be one of {known}, got {args.strategy!r}")
+    options = _options(args.algorithm_options)
+    by_name.check(args.algorithm, options, "--algorithm")
+    if args.setting == "centralised" and args.algorithm != "fedavg":
+        raise ConfigError(
+            f"--algorithm {args.algorithm} averages what clients learn: add --setting=federated"
+        )
+    rates = {"query": args.query_rate, "adapters": args.adapter_rate}
+    if args.algorithm in by_name.OWN_STEPS and None in rates.values():
+        raise ConfigError(
+            f"--algorithm {args.algorithm} takes steps of plain SGD, which the usual learning rates do "
+            "not fit: give --query-rate and --adapter-rate"
+        )
+    rates = {part: USUAL_RATES[part] if rate is None else rate for part, rate in rates.items()}
     if (args.to / SETTINGS).exists():
         raise ConfigError(f"{args.to} holds a system already: choose another folder with --to")
     start = time.perf_counter()
@@ -84,9 +114,11 @@ def run(args: argparse.Namespace) -> int:
         setting=args.setting,
         budget=budget,
         clients=clients,
-        rates={"query": args.query_rate, "adapters": args.adapter_rate},
+        rates=rates,
         factors=args.factors,
         seed=args.seed,
+        algorithm=args.algorithm,
+        options=options,
     )
     found.system.save(args.to)
     told = {
@@ -102,6 +134,26 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print(told, {"validation": dataset.validation, "test": dataset.test})
     return 0
+
+
+def _options(given: Sequence[str]) -> dict[str, Any]:
+    """{"mu": 0.1} of "mu=0.1".
+
+    Raises:
+      ConfigError: one without a name or a value.
+    """
+    from fedrag_jax.errors import ConfigError
+
+    options = {}
+    for text in given:
+        name, mark, value = text.partition("=")
+        if not name or not mark:
+            raise ConfigError(f"--algorithm-options: {text!r} is not NAME=VALUE, such as mu=0.1")
+        try:
+            options[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[name] = value  # a word, such as weighting=uniform
+    return options
 
 
 def _print(told, questions) -> None:
