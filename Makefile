@@ -6,14 +6,18 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/xla
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.5
 COMPARE := $(BIN)/python -m experiments.compare_strategies --config=configs/compare_strategies.py
 
-.PHONY: compare table retrieval test test-slow clean
+.PHONY: compare table algorithms retrieval test test-slow clean
 
 compare: $(VENV)/installed  ## the main job on the built-in world, one seed
 	$(COMPARE) --config.name=compare
 
-table: $(VENV)/installed  ## the same over five seeds and three ways to split: the README's table
-	$(COMPARE) --config.name=table --config.seeds='(0, 1, 2, 3, 4)' \
-	  --config.settings="('centralised', 'federated', 'federated_1', 'federated_inf', 'local')"
+table: $(VENV)/installed  ## five seeds, both budgets, all strategies: the README's table
+	$(COMPARE) --config.name=table --config.seeds='(0, 1, 2, 3, 4)' --config.local_strategies='()' \
+	  --config.settings="('centralised', 'federated', 'local', 'centralised_converged', \
+	  'federated_converged', 'local_converged')"
+
+algorithms: $(VENV)/installed  ## FedProx, FedAdam, SCAFFOLD, FFA-LoRA and FLoRA beside FedAvg
+	$(BIN)/python -m experiments.compare_strategies --config=configs/algorithms.py
 
 retrieval: $(VENV)/tested  ## query-side tuning of MiniLM on SQuAD and HotpotQA
 	$(BIN)/python -m experiments.tune_retrieval --config=configs/tune_retrieval.py

@@ -1,8 +1,4 @@
-"""Seven fine-tuning strategies in three settings: the comparison of Lawton et al. 2025, federated.
-
-Expected on the built-in world: strategies that move the retriever gain 8 to 15 points of EM over
-`none` where the data sits together, and federated training keeps most of it where local training does
-not.
+"""Seven fine-tuning strategies in several settings: the comparison of Lawton et al. 2025, federated.
 
     python -m experiments.compare_strategies --config=configs/compare_strategies.py
     python -m experiments.compare_strategies --config=configs/compare_strategies.py \
@@ -24,7 +20,10 @@ def get_config() -> ConfigDict:
     )  # fmt: skip
     # federated_1 is federated with alpha 1, federated_inf with an even split. One that ends in
     # _converged trains until validation stops improving, not for a number of examples.
-    config.settings = ("centralised", "federated", "local")
+    config.settings = ("centralised", "federated", "local", "local_converged")
+    # Those that a lone client trains; () is all. The others take minutes there: eight models each, and
+    # in local_converged many steps.
+    config.local_strategies = ("none", "retriever", "generator", "independent")
     config.primary_metric = "em"  # what is claimed is claimed of this; decided before a run
     config.equivalence_margin = 2.0  # points within which two scores are called the same; as well
     config.mode = "concatenated"  # how questions are answered, see fedrag_jax/inference.py

@@ -39,10 +39,13 @@ def search_setting(run: Comparison, setting: str, grids: dict[str, list[float]],
     """`{name: {"chosen", "scores", "seconds", "at_edge"}}` of all that a setting searches."""
     config, found = run.config, {}
     pairs, count = seeds_of(config, setting), len(run.members(setting))
+    strategies = [*config.strategies]
+    if setting.startswith("local") and config.local_strategies:
+        strategies = [name for name in strategies if name in config.local_strategies]
     base = systems = [run.system(seed) for seed, _ in pairs for _ in range(count)]
     for search in SEARCHES:
         labelled = [any(e.positive_ids for e in some) for some in (run.dataset.train, examples)]
-        if not {*search.users} & {*config.strategies}:
+        if not {*search.users} & {*strategies}:
             continue
         if search.metric == "mrr" and not all(labelled):
             continue
@@ -77,7 +80,7 @@ def run(config, runs: str, grids: dict[str, list[float]], questions: int) -> pat
     check(config)
     folder = pathlib.Path(runs) / f"{config.name}-rates"
     folder.mkdir(parents=True, exist_ok=True)
-    free = ("learning_rates", "search_seconds", "settings", "strategies", "wandb")
+    free = ("learning_rates", "search_seconds", "settings", "strategies", "local_strategies", "wandb")
     settled_config(config, folder, free=free)
     comparison = Comparison(config, dataset, folder)
     examples = sample(dataset.validation, questions, config.data.sample_seed)

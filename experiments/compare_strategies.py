@@ -32,7 +32,8 @@ from fedrag_jax.data.examples import sample
 
 # What may differ between calls whose cells lie side by side.
 FREE = (
-    "seeds", "split_seeds", "strategies", "settings", "search_seconds", "equivalence_margin", "wandb"
+    "seeds", "split_seeds", "strategies", "settings", "local_strategies", "search_seconds",
+    "equivalence_margin", "wandb",
 )  # fmt: skip
 
 
@@ -79,11 +80,13 @@ def run(config, runs: str) -> pathlib.Path:
     seeds = {"model": list(config.seeds), "client split": [p for _, p in replicates(config)]}
     write_manifest(folder, dataset, experiment="compare_strategies", seeds=seeds)
     strategies = trainable_strategies(config, dataset)
+    alone = config.local_strategies or strategies
     todo = [
         (strategy, setting, seed, split)
         for seed, split in replicates(config)
         for setting in config.settings
         for strategy in strategies
+        if strategy in alone or not setting.startswith("local")
     ]
     for i, (strategy, setting, seed, split) in enumerate(todo, 1):
         if everywhere(cells.load(folder, strategy, setting, seed, split) is not None):

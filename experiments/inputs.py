@@ -46,8 +46,9 @@ def check(config) -> None:
         if not config[name]:
             raise ConfigError(f"config.{name} is empty; give at least one")
     check_replicates(config)
-    if unknown := [value for value in config.strategies if value not in STRATEGIES]:
-        raise ConfigError(f"config.strategies: {unknown} unknown; choose among {[*STRATEGIES]}")
+    for name in ("strategies", "local_strategies"):
+        if unknown := [value for value in config[name] if value not in STRATEGIES]:
+            raise ConfigError(f"config.{name}: {unknown} unknown; choose among {[*STRATEGIES]}")
     if not config.federated.alpha > 0:
         raise ConfigError(f"config.federated.alpha must be > 0, got {config.federated.alpha}")
     if not 0 < config.federated.participation <= 1:

@@ -19,7 +19,7 @@ from fedrag_jax.data import synthetic
 def small():
     config = _short(compare_strategies.get_config())
     config.strategies = ("none", "retriever", "two_phase")
-    config.settings = ("federated", "local")
+    config.settings, config.local_strategies = ("federated", "local"), ()
     config.federated.alpha = 1.0
     return config
 

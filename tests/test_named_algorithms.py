@@ -11,7 +11,8 @@ from test_fed_lora import CLIENTS, NETWORK, chain_task
 from tiny import random_adapters
 from toys import EXAMPLES, assert_equal, linear_task
 
-from experiments import choose_learning_rates, comparison, inputs
+from experiments import comparison, inputs
+from experiments.search import SEARCHES, Trials
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.evaluation.evaluator import evaluate
 from fedrag_jax.federated.by_name import ALGORITHMS, Named
@@ -23,7 +24,6 @@ from fedrag_jax.federated.fed_prox import fed_prox
 from fedrag_jax.federated.fit import fit
 from fedrag_jax.federated.scaffold import scaffold
 from fedrag_jax.models.lora import adapted_kernels
-from fedrag_jax.strategies import strategies
 from fedrag_jax.strategies import tuner as tuner_module
 from fedrag_jax.strategies.objectives import OBJECTIVES
 from fedrag_jax.strategies.settings import Budget, adamw, parse, rate_names, with_algorithm
@@ -289,8 +289,9 @@ def test_a_cell_of_a_comparison_is_what_fit_makes(name, lab):
 @pytest.mark.slow
 def test_rates_are_searched_with_the_algorithm(lab):
     def found(setting):
-        asked = strategies.generator, "em", [0.003], [lab.system(0)], lab.dataset.test[:5]
-        _, (system,), _ = choose_learning_rates.search(lab, setting, *asked, where="search")
+        trials = Trials(lab, setting, SEARCHES[1], [lab.system(0)], lab.dataset.test[:5], "search")
+        trials.judge([0.003])
+        (system,) = trials.systems[0.003]
         return system
 
     plain, merged = found("federated"), found("federated:flora")
