@@ -20,6 +20,7 @@ def get_config() -> ConfigDict:
     config.settings = ("centralised", "federated")
     for name in (
         "strategies",
+        "local_strategies",
         "learning_rates",
         "search_seconds",
         "equivalence_margin",

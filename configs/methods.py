@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
     config.settings = ("centralised",)
     for name in (
         "strategies",
+        "local_strategies",
         "learning_rates",
         "search_seconds",
         "equivalence_margin",

@@ -17,7 +17,7 @@ import pathlib
 from absl import flags
 
 from experiments.comparison import Comparison
-from experiments.inputs import check, load_data
+from experiments.inputs import algorithm_of, check, load_data
 from experiments.launch import launch, settled_config
 from experiments.rates import at_edge, chosen_rate
 from experiments.search import SEARCHES, Trials, seeds_of
@@ -28,10 +28,15 @@ BUILT_IN = {
     "generator": [2e-4, 8e-4, 3.2e-3, 1.28e-2],
 }
 LAWTON = [1e-8, 3e-8, 1e-7, 3e-7, 1e-6, 3e-6, 1e-5, 3e-5, 1e-4]
+PLAIN_SGD = [0.01, 0.04, 0.16, 0.64]  # of algorithms whose clients' steps are not scaled by Adam
 
 
-def usual_grid(config, part: str) -> list[float]:
+def usual_grid(config, part: str, setting: str) -> list[float]:
     """The rates to begin with of a `retriever` or a `generator`."""
+    from fedrag_jax.federated.by_name import OWN_STEPS
+
+    if algorithm_of(config, setting)[0] in OWN_STEPS:
+        return PLAIN_SGD
     return BUILT_IN[part] if config.models[part].startswith("builtin:") else LAWTON
 
 
@@ -56,7 +61,8 @@ def search_setting(run: Comparison, setting: str, grids: dict[str, list[float]],
         path = run.folder / "searches" / f"{setting}-{search.name}.json"
         if path.exists():  # what is trained already is read back, for the searches that start there
             trials.judge([json.loads(path.read_text())["chosen"]])
-        rate = chosen_rate(path, grids[search.name], trials.judge, f"{setting}, {search.name}")
+        grid = grids.get(search.name) or usual_grid(config, search.part, setting)
+        rate = chosen_rate(path, grid, trials.judge, f"{setting}, {search.name}")
         about = json.loads(path.read_text())
         if "seconds" not in about:
             about["seconds"] = trials.seconds
@@ -71,7 +77,7 @@ def run(config, runs: str, grids: dict[str, list[float]], questions: int) -> pat
     """Searches every setting of the config; returns the folder of the results.
 
     Args:
-      grids: rates of what is in `SEARCHES`, by name.
+      grids: rates to begin with of what is in `SEARCHES`, by name; the usual ones unless given.
       questions: of the validation set, which a system is judged on.
     """
     from fedrag_jax.data.examples import sample
@@ -80,7 +86,14 @@ def run(config, runs: str, grids: dict[str, list[float]], questions: int) -> pat
     check(config)
     folder = pathlib.Path(runs) / f"{config.name}-rates"
     folder.mkdir(parents=True, exist_ok=True)
-    free = ("learning_rates", "search_seconds", "settings", "strategies", "local_strategies", "wandb")
+    free = (
+        "learning_rates",
+        "search_seconds",
+        "settings",
+        "strategies",
+        "local_strategies",
+        "wandb",
+    )
     settled_config(config, folder, free=free)
     comparison = Comparison(config, dataset, folder)
     examples = sample(dataset.validation, questions, config.data.sample_seed)
@@ -113,8 +126,7 @@ if __name__ == "__main__":
 
     def with_flags(config, runs):
         grids = {
-            s.name: [float(rate) for rate in flag.value or usual_grid(config, s.part)]
-            for s, flag in given.items()
+            s.name: [float(rate) for rate in flag.value] for s, flag in given.items() if flag.value
         }
         return run(config, runs, grids, questions.value)
 

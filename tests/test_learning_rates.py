@@ -98,15 +98,18 @@ def test_a_best_rate_at_an_edge_is_said(tmp_path, capsys):
 
 
 def test_grids_are_those_of_the_models():
-    from experiments.choose_learning_rates import LAWTON, usual_grid
+    from experiments.choose_learning_rates import LAWTON, PLAIN_SGD, usual_grid
 
     config = small()
     for part in ("generator", "retriever"):
-        grid = usual_grid(config, part)
+        grid = usual_grid(config, part, "federated")
         np.testing.assert_allclose(np.diff(np.log(grid)), np.log(4), rtol=0.01)
     config.models.retriever = "minilm"
-    assert usual_grid(config, "retriever") == LAWTON
-    assert usual_grid(config, "generator") != LAWTON
+    assert usual_grid(config, "retriever", "local") == LAWTON
+    assert usual_grid(config, "generator", "local") != LAWTON
+    # SGD wants other rates than Adam, whatever the model.
+    assert usual_grid(config, "retriever", "federated:scaffold") == PLAIN_SGD
+    assert usual_grid(config, "retriever", "federated:fedprox") == LAWTON
 
 
 def test_rates_of_the_built_in_models_are_not_lent_in_silence(caplog):

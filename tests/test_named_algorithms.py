@@ -139,8 +139,8 @@ def test_rules_for_adapters_leave_other_tasks_to_fed_avg():
 def test_settings_name_algorithms():
     assert with_algorithm("federated") == ("federated", None)
     assert with_algorithm("federated_1:ffa") == ("federated_1", "ffa")
-    assert parse("federated:fedadam", 0.3) == ("federated", 0.3)
-    assert parse("federated_inf:fedadam", 0.3) == ("federated", float("inf"))
+    assert parse("federated:fedadam", 0.3) == ("federated", 0.3, False, "fedadam")
+    assert parse("federated_inf:fedadam", 0.3) == ("federated", np.inf, False, "fedadam")
     assert setting_name("federated_inf:fedadam") == "federated, α = ∞, fedadam"
     assert setting_name("federated:fedadam") == "federated, fedadam"
     assert rate_names("federated_1:ffa") == [
