@@ -93,8 +93,8 @@ class Comparison:
         from fedrag_jax.strategies.settings import parse, split_clients
 
         usual, here = self.usual, self.config.federated
-        kind, alpha, _ = parse(setting, here.alpha)
-        if kind == "local" and (alpha, here.clients) != (usual.alpha, usual.clients):
+        known = parse(setting, here.alpha)
+        if known.kind == "local" and (known.alpha, here.clients) != (usual.alpha, usual.clients):
             return None
         return split_clients(self.dataset.train, usual.clients, usual.alpha, usual.column, split)
 
@@ -134,14 +134,14 @@ class Comparison:
         from fedrag_jax.tracking.cells import seeds_name
 
         folder = self.folder / "tuned" / f"{setting}-{seeds_name(seed, split)}"
-        kind, _, converged = parse(setting, self.config.federated.alpha)
+        known = parse(setting, self.config.federated.alpha)
         return Tuner(
             folder=folder if client is None else folder / f"client{client}",
-            setting=kind,
+            setting=known.kind,
             examples=self.dataset.train,
             clients=self.clients(setting, split),
-            budget=self.budget(converged),
-            validation=self.stop_questions() if converged else (),
+            budget=self.budget(known.converged),
+            validation=self.stop_questions() if known.converged else (),
             rates=rate or (lambda task, part: self.rate(setting, task, part)),
             seed=seed,
             client=client,

@@ -78,18 +78,18 @@ def tuned(study: Study, method: str, setting: str, seed: int, split: int, rate: 
     from fedrag_jax.strategies.tuner import Tuner, tune_together
 
     c, dataset = study.config, study.dataset
-    kind, alpha, converged = parse(setting, c.alpha)
-    clients = split_clients(dataset.train, c.clients, alpha, "topic", split, c.min_examples)
+    known = parse(setting, c.alpha)
+    clients = split_clients(dataset.train, c.clients, known.alpha, "topic", split, c.min_examples)
     batch_size, options = method_of(c, method)
     budget = Budget(c.rounds, c.local_steps, c.clients, batch_size)
-    if converged:
+    if known.converged:
         stopping = Stopping(c.converged.every, c.converged.patience)
         budget = budget._replace(rounds=c.rounds * c.converged.cap, stopping=stopping)
     folder = study.folder / "tuned" / f"{method}-{setting}-seed{seed}-{split}" / f"lr{rate:g}"
     tuners = [
         Tuner(
             folder=folder if client is None else folder / f"client{client}",
-            setting=kind,
+            setting=known.kind,
             examples=dataset.train,
             clients=clients,
             budget=budget,
@@ -97,9 +97,9 @@ def tuned(study: Study, method: str, setting: str, seed: int, split: int, rate: 
             seed=seed,
             client=client,
             checkpoint_every=c.rounds,
-            validation=study.validation if converged else (),
+            validation=study.validation if known.converged else (),
         )
-        for client in (range(c.clients) if kind == "local" else (None,))
+        for client in (range(c.clients) if known.kind == "local" else (None,))
     ]
     task = multiple_negatives_ranking(
         study.retriever, dataset, max_question_tokens=c.max_question_tokens, **options
