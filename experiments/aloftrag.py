@@ -9,7 +9,6 @@ seeds) that is finished is not computed again, nor is anything asked twice.
 
 import functools
 import itertools
-import json
 import pathlib
 from typing import NamedTuple
 
@@ -21,6 +20,7 @@ from experiments.comparison import training_curves
 from experiments.inputs import check_replicates, replicates
 from experiments.launch import launch, settled_config
 from fedrag_jax.errors import ConfigError
+from fedrag_jax.files import write_json
 
 
 class Variant(NamedTuple):
@@ -240,7 +240,7 @@ def run(config, runs: str) -> pathlib.Path:
         if name != BASE or setting == config.settings[0]  # untuned is untuned wherever texts are
     ]
     of_question = {"names": [*study.silos], "of_question": study.asked_of.tolist()}
-    (folder / "silos.json").write_text(json.dumps(of_question) + "\n")
+    write_json(folder / "silos.json", of_question)
     compute_missing(config, folder, todo, functools.partial(compute_cell, study), told)
     return write_report(report(config, folder), folder, "aloftrag.csv contexts.csv")
 

@@ -1,12 +1,12 @@
 """What the cells of experiments/aloftrag.py come to: tables, a figure, CSV files."""
 
-import json
 import pathlib
 
 import numpy as np
 
 from experiments.aloftrag import BASE, METRICS
 from experiments.cell_by_cell import finished
+from fedrag_jax.files import read_json
 
 COLUMNS = (
     "variant", "seeds",
@@ -100,7 +100,7 @@ def silo_rows(config, folder: pathlib.Path) -> list[dict]:
     """A row for each variant and setting: the mean over silos and the worst one; one for each silo."""
     from fedrag_jax.tracking.comparison import costs_and_clients
 
-    silos = json.loads((folder / "silos.json").read_text())
+    silos = read_json(folder / "silos.json")
     of_question, n, rows = np.array(silos["of_question"]), max(config.contexts), []
     if len(silos["names"]) < 2:
         return []

@@ -17,7 +17,8 @@ def compute_missing(
     told: Callable[[Any], str],
     about: Callable[[str, str], dict[str, float]] = lambda name, setting: {},
 ) -> None:
-    """Computes, keeps and logs the cells that a folder lacks; one that diverges is told and left out.
+    """Computes and keeps the cells that a folder lacks, and logs all that are not logged yet; one that
+    diverges is told and left out.
 
     Args:
       todo: `(strategy, setting, (seed, split))` of each cell, by which it is known.
@@ -30,8 +31,15 @@ def compute_missing(
     from fedrag_jax.tracking.weights_and_biases import log_cell
 
     began, wandb = time.perf_counter(), config.wandb
+
+    def log(cell):
+        known = about(cell.strategy, cell.setting)
+        log_cell(cell, folder, config.name, **wandb, config=config.to_dict(), **known)
+
     for i, (name, setting, pair) in enumerate(todo, 1):
-        if everywhere(cells.load(folder, name, setting, *pair) is not None):
+        kept = cells.load(folder, name, setting, *pair)
+        if everywhere(kept is not None):
+            log(kept)
             continue
         where = f"{name}, {setting}, {cells.seeds_name(*pair)}"
         try:
@@ -40,8 +48,7 @@ def compute_missing(
             print(f"{where}: {error}")
             continue
         cells.save(folder, cell)
-        known = about(name, setting)
-        log_cell(cell, folder, config.name, wandb.mode, wandb.project, config.to_dict(), **known)
+        log(cell)
         seconds = time.perf_counter() - began
         print(f"[{i}/{len(todo)}] {where}: {told(cell)}  ({seconds:.0f} s so far)", flush=True)
 

@@ -19,8 +19,9 @@ from absl import flags
 from experiments.comparison import Comparison
 from experiments.inputs import algorithm_of, check, load_data
 from experiments.launch import launch, settled_config
-from experiments.rates import at_edge, chosen_rate
+from experiments.rates import at_edge, chosen_rate, kept_rate
 from experiments.search import SEARCHES, Trials, seeds_of
+from fedrag_jax.files import kept, read_json, write_json
 
 # A factor of 4 apart; those for other models are of Lawton et al. 2025, a factor of 3, for both parts.
 BUILT_IN = {
@@ -59,16 +60,15 @@ def search_setting(run: Comparison, setting: str, grids: dict[str, list[float]],
             start, where = systems, f"after-{found['marginal_generator']['chosen']:g}"
         trials = Trials(run, setting, search, start, examples, where)
         path = run.folder / "searches" / f"{setting}-{search.name}.json"
-        if path.exists():  # what is trained already is read back, for the searches that start there
-            trials.judge([json.loads(path.read_text())["chosen"]])
+        # What is trained already is read back, for the searches that start there.
+        if kept(read_json, path) is not None:
+            trials.judge([kept_rate(path)])
         grid = grids.get(search.name) or usual_grid(config, search.part, setting)
         rate = chosen_rate(path, grid, trials.judge, f"{setting}, {search.name}")
-        about = json.loads(path.read_text())
+        about = read_json(path)
         if "seconds" not in about:
             about["seconds"] = trials.seconds
-            beside = path.with_suffix(".tmp")
-            beside.write_text(json.dumps(about) + "\n")
-            beside.replace(path)
+            write_json(path, about)
         found[search.name], systems = about | {"at_edge": at_edge(path)}, trials.systems[rate]
     return found
 
@@ -110,9 +110,7 @@ def run(config, runs: str, grids: dict[str, list[float]], questions: int) -> pat
             s: {n: one["scores"] for n, one in some.items()} for s, some in found.items()
         },
     }
-    beside = folder / "learning_rates.tmp"
-    beside.write_text(json.dumps(result, indent=2) + "\n")
-    beside.replace(folder / "learning_rates.json")
+    write_json(folder / "learning_rates.json", result, indent=2)
     print(json.dumps({name: result[name] for name in ("chosen", "seconds", "at_edge")}, indent=2))
     return folder
 

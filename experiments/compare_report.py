@@ -5,6 +5,7 @@ import json
 import pathlib
 
 from experiments.inputs import replicates
+from fedrag_jax.files import read_json, whole
 
 INTERVALS = (
     "95% intervals resample seeds and questions together (two-level bootstrap; questions about one "
@@ -56,7 +57,7 @@ def write_rows(config, folder: pathlib.Path, done: list) -> dict[str, list[dict]
     for name, some in rows.items():
         columns = comparison.COLUMNS if name == "strategies" else ()
         write_csv(folder / f"{name}.csv", some, columns)
-    with open(folder / "metrics.jsonl", "w", encoding="utf-8") as file:
+    with whole(folder / "metrics.jsonl") as file:
         for cell in done:
             where = {"strategy": cell.strategy, "setting": cell.setting}
             where |= {"seed": cell.seed, "split": cell.split}
@@ -242,6 +243,6 @@ def controls_said(folder: pathlib.Path) -> str:
     """What the controls are, and what training at learning rate zero has changed."""
     said = "EM in percent without passages, with a distractor alone, with the gold passages alone."
     if (no_op_file := folder / "no_op.json").exists():
-        change = json.loads(no_op_file.read_text())["largest_change"]
+        change = read_json(no_op_file)["largest_change"]
         said += f" Training at learning rate zero changed scores by {change:.1f}."
     return said

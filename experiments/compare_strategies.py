@@ -10,7 +10,6 @@ and a training that was killed goes on from its last checkpoint.
 
 import dataclasses
 import itertools
-import json
 import pathlib
 import time
 
@@ -29,6 +28,7 @@ from experiments.inputs import (
 )
 from experiments.launch import launch, settled_config
 from fedrag_jax.data.examples import sample
+from fedrag_jax.files import kept, read_json, write_json
 
 # What may differ between calls whose cells lie side by side.
 FREE = (
@@ -89,13 +89,13 @@ def run(config, runs: str) -> pathlib.Path:
         if strategy in alone or not setting.startswith("local")
     ]
     for i, (strategy, setting, seed, split) in enumerate(todo, 1):
-        if everywhere(cells.load(folder, strategy, setting, seed, split) is not None):
+        known = cells.load(folder, strategy, setting, seed, split)
+        if everywhere(known is not None):
+            log_cell(known, folder, config.name, **config.wandb, config=config.to_dict())
             continue
         cell = compute_cell(comparison, strategy, setting, seed, split)
         cells.save(folder, cell)
-        log_cell(
-            cell, folder, config.name, config.wandb.mode, config.wandb.project, config.to_dict()
-        )
+        log_cell(cell, folder, config.name, **config.wandb, config=config.to_dict())
         print(
             f"[{i}/{len(todo)}] {strategy}, {setting}, {cells.seeds_name(seed, split)}: EM "
             f"{100 * cell.scores['em'].mean():.1f}  Recall@5 "
@@ -103,9 +103,9 @@ def run(config, runs: str) -> pathlib.Path:
             f"({time.perf_counter() - began:.0f} s so far)",
             flush=True,
         )
-    if not (folder / "no_op.json").exists():
+    if kept(read_json, folder / "no_op.json") is None:
         change = no_op(comparison, *replicates(config)[0])
-        (folder / "no_op.json").write_text(json.dumps({"largest_change": change}) + "\n")
+        write_json(folder / "no_op.json", {"largest_change": change})
     return write_report(report(config, folder), folder, "CSV files of all rows and")
 
 

@@ -2,13 +2,13 @@
 
 import collections
 import copy
-import json
 import pathlib
 
 import numpy as np
 
 from experiments.inputs import algorithm_of, load_generator, rates_name
 from fedrag_jax.data.examples import Dataset, Example, clusters, sample
+from fedrag_jax.data.json_lines import json_rows
 
 CONTROL_QUESTIONS = 200
 METRICS = ("em", "f1", "recall_at_5", "mrr")
@@ -261,7 +261,7 @@ def kept_models(histories, judged, held: int) -> dict[str, float]:
 
 def json_lines(path: pathlib.Path) -> list[dict]:
     """The records of a log."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [record for record, _ in json_rows(path)]
 
 
 def curve(histories, stretch: int) -> list[dict]:

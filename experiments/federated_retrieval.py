@@ -15,6 +15,7 @@ import numpy as np
 
 from experiments.launch import launch, settled_config
 from fedrag_jax.errors import ConfigError
+from fedrag_jax.files import write_text
 
 METRICS = ("recall_at_1", "recall_at_5", "mrr")
 BYTES = ("query_bytes", "answer_bytes", "passage_bytes", "total_bytes")
@@ -137,7 +138,7 @@ def run(config, runs: str) -> pathlib.Path:
         f"{len(config.seeds)} splits. Budget: silos that a question goes to. Bytes of a question for "
         f"{config.passages} passages; its asker has none of them.\n"
     )
-    (folder / "table.md").write_text(text, encoding="utf-8")
+    write_text(folder / "table.md", text)
     print(f"{text}\n{time.perf_counter() - began:.0f} s; {folder}/federated_retrieval.csv")
     return folder
 

@@ -323,7 +323,11 @@ def run(config, runs: str) -> pathlib.Path:
     for i, (point, strategy) in enumerate(todo, 1):
         there = point if strategy == "none" else at_best_rates(point, strategy)
         for seed, split in replicates(config):
-            if everywhere(cells.load(there.folder, strategy, "federated", seed, split) is not None):
+            c, wandb = there.config, config.wandb
+            about = {factor: c[room][name] for factor, (room, name) in WHERE.items()}
+            known = cells.load(there.folder, strategy, "federated", seed, split)
+            if everywhere(known is not None):
+                log_cell(known, folder, config.name, **wandb, config=c.to_dict(), **about)
                 continue
             try:
                 cell = compute_cell(there, strategy, "federated", seed, split, controls=False)
@@ -331,9 +335,7 @@ def run(config, runs: str) -> pathlib.Path:
                 print(f"{strategy}, {point.folder.name}, seed {seed}: {error}")
                 continue
             cells.save(there.folder, cell)
-            c, wandb = there.config, config.wandb
-            about = {factor: c[room][name] for factor, (room, name) in WHERE.items()}
-            log_cell(cell, folder, config.name, wandb.mode, wandb.project, c.to_dict(), **about)
+            log_cell(cell, folder, config.name, **wandb, config=c.to_dict(), **about)
         done = finished_at(point.config, folder, strategy)
         em = 100 * np.mean([c.scores["em"].mean() for c in done]) if done else math.nan
         print(

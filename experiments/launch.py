@@ -9,28 +9,34 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from fedrag_jax import files
 from fedrag_jax.errors import ConfigError, FedragError
 
 
 def settled_config(config, folder: pathlib.Path, free: tuple[str, ...]) -> None:
-    """Writes the resolved config; refuses a folder made with another one.
+    """Takes the folder for this process and writes the resolved config; refuses one made with another.
 
     Args:
       free: settings that may differ, because results of either lie side by side.
 
     Raises:
-      ConfigError: names every setting that differs.
+      ConfigError: another process is at work in the folder; names every setting that differs.
+      DataError: what it holds as config is damaged.
     """
+    if folder not in _held:
+        _held[folder] = files.hold(folder)
     path, now = folder / "config.json", json.loads(config.to_json_best_effort())
     if path.exists():
-        before = json.loads(path.read_text())
+        before = files.read_json(path)
         changed = [k for k in now if k not in free and now[k] != before.get(k)]
         if changed:
             what = "; ".join(f"config.{k} was {before.get(k)}, is {now[k]}" for k in changed)
             raise ConfigError(f"{folder} holds other results: {what}. Choose another --config.name")
-    path.write_text(json.dumps(now, indent=2) + "\n")
+    files.write_json(path, now, indent=2)
 
 
+_held = {}  # folders that this process works in, until it ends
+INTERRUPTED = 130  # exit code of a command that was stopped by SIGINT
 DEVICES = 8  # virtual ones of a CPU, at most
 
 
@@ -65,6 +71,10 @@ def launch(run, config: str) -> None:
             run(flags.FLAGS.config, runs)
         except FedragError as error:
             raise SystemExit(f"{type(error).__name__}: {error}") from error
+        except KeyboardInterrupt:
+            # The traceback tells nothing: everything finished is on disk, wherever this came.
+            print("stopped; run the same command to go on", file=sys.stderr)
+            raise SystemExit(INTERRUPTED) from None
 
     app.run(main)
 

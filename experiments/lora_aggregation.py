@@ -9,7 +9,6 @@ alpha, seeds) that is finished is not computed again.
 import dataclasses
 import functools
 import itertools
-import json
 import pathlib
 import zlib
 
@@ -21,6 +20,7 @@ from experiments.inputs import check_replicates, load_data, replicates, validati
 from experiments.launch import launch, settled_config
 from experiments.rates import at_edge, chosen_rate, kept_rate, one_by_one
 from fedrag_jax.errors import ConfigError, DataError
+from fedrag_jax.files import kept, read_json, write_json
 
 METRICS = ("em", "f1", "nll")
 
@@ -206,7 +206,7 @@ def report(config, folder: pathlib.Path):
 
     rows = rows_of(config, folder)
     tables.write_csv(folder / "lora_aggregation.csv", rows)
-    untuned = json.loads((folder / "untuned.json").read_text())
+    untuned = read_json(folder / "untuned.json")
     who = (
         tables.words("rule", "rule"),
         tables.number("rank", "rank", 0),
@@ -336,10 +336,10 @@ def run(config, runs: str) -> pathlib.Path:
     system = whole.system(config.seeds[0])
     ids = [e.id for e in asked]
     read = dict(zip(ids, with_gold(system.retriever, asked, system.top_k), strict=True))
-    if not everywhere((folder / "untuned.json").exists()):
+    if not everywhere(kept(read_json, folder / "untuned.json") is not None):
         (found,) = reading_scores([system], dataset.test, rows_for(read, dataset.test))
         untuned = {"em": 100 * float(found["em"].mean()), "nll": float(found["nll"].mean())}
-        (folder / "untuned.json").write_text(json.dumps(untuned) + "\n")
+        write_json(folder / "untuned.json", untuned)
     points = {point_name(rank, alpha): (alpha, rank) for alpha, rank in at}
     todo = [
         (rule, point, pair)

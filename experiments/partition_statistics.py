@@ -13,6 +13,7 @@ import pathlib
 from experiments.inputs import load_data
 from experiments.launch import launch, settled_config
 from fedrag_jax.errors import ConfigError
+from fedrag_jax.files import write_text
 
 
 def questions(config):
@@ -79,7 +80,7 @@ def run(config, runs: str) -> pathlib.Path:
         "clients. Total variation: distance of a client's classes from those of all, in [0, 1], mean "
         "over clients.\n"
     )
-    (folder / "partition.md").write_text(text, encoding="utf-8")
+    write_text(folder / "partition.md", text)
     write_csv(folder / "partition.csv", rows)
     label_distribution(first, folder / "partition.png", column)
     print(f"{text}\n{folder}/: partition.md partition.csv partition.png config.json")

@@ -1,10 +1,10 @@
 """Learning rates of the points of an experiment, by trial on validation questions."""
 
-import json
 import math
 import pathlib
 from collections.abc import Callable, Sequence
 
+from fedrag_jax import files
 from fedrag_jax.errors import ConfigError, DivergenceError
 
 BEYOND = 4  # rates tried beyond an end of a grid, as long as the outermost is the best
@@ -33,7 +33,7 @@ def chosen_rate(
     """
     from fedrag_jax.tracking.processes import everywhere
 
-    if not everywhere(path.exists()):
+    if not everywhere(files.kept(files.read_json, path) is not None):
         scores: dict[float, float] = {}
 
         def tried(rates) -> float:
@@ -50,12 +50,11 @@ def chosen_rate(
             best = tried(between)
         if scores[best] == -math.inf:
             raise ConfigError(f"{what}: training diverged at all rates of {sorted(scores)}")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with files.writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         known = {rate: score for rate, score in sorted(scores.items()) if score > -math.inf}
         found = {"chosen": best, "scores": known, "diverged": sorted({*scores} - {*known})}
-        beside = path.with_suffix(".tmp")
-        beside.write_text(json.dumps(found) + "\n")
-        beside.replace(path)
+        files.write_json(path, found)
         if at_edge(path):
             print(f"{what}: the best rate {best:g} is the outermost that was tried", flush=True)
     return kept_rate(path)
@@ -83,11 +82,11 @@ def one_by_one(judge: Callable[[float], float], what: str):
 
 def kept_rate(path: pathlib.Path) -> float:
     """What `chosen_rate` left in a file."""
-    return json.loads(path.read_text())["chosen"]
+    return files.read_json(path)["chosen"]
 
 
 def at_edge(path: pathlib.Path) -> bool:
     """Whether the chosen rate was the lowest or the highest of several that were tried."""
-    kept = json.loads(path.read_text())
+    kept = files.read_json(path)
     rates = [*map(float, kept["scores"]), *kept["diverged"]]
     return len(rates) > 1 and kept["chosen"] in (min(rates), max(rates))

@@ -9,12 +9,12 @@ they end; here it is done again, such as after an update of the package.
 
 import argparse
 import importlib
-import json
 import pathlib
 
 from ml_collections import ConfigDict
 
-from fedrag_jax.errors import ConfigError, FedragError
+from fedrag_jax.errors import ConfigError, DataError, FedragError
+from fedrag_jax.files import DamagedError, read_json
 
 EXPERIMENTS = ("aloftrag", "compare_strategies", "heterogeneity", "index_refresh", "inference_modes",
                "lora_aggregation", "methods", "tune_retrieval")  # fmt: skip
@@ -27,12 +27,12 @@ def rebuild(folder: pathlib.Path) -> list[str]:
       ConfigError: the folder holds no run.
     """
     try:
-        config = ConfigDict(json.loads((folder / "config.json").read_text()))
-        manifest = json.loads((folder / "manifest.json").read_text())
-    except FileNotFoundError as error:
-        raise ConfigError(
-            f"{folder} holds no run: {error.filename} is missing; give a folder below runs/"
-        ) from error
+        config = ConfigDict(read_json(folder / "config.json"))
+        manifest = read_json(folder / "manifest.json")
+    except DamagedError:
+        raise
+    except DataError as error:
+        raise ConfigError(f"{folder} holds no run ({error}): give a folder below runs/") from error
     name = manifest.get("experiment")
     if name not in EXPERIMENTS:
         raise ConfigError(f"{folder}/manifest.json names none of {EXPERIMENTS}, but {name!r}")

@@ -9,7 +9,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "fedrag_jax"
 # Each room may import from itself and from those after it.
 ORDER = ["serving", "strategies", "tracking", "evaluation", "rag", "rag_folder", "federated",
-         "inference", "objectives", "retrieval", "models", "data", "clock", "errors"]  # fmt: skip
+         "inference", "objectives", "retrieval", "models", "data", "files", "clock",
+         "errors"]  # fmt: skip
 
 
 def imports(path):

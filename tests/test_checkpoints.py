@@ -1,5 +1,6 @@
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -237,3 +238,45 @@ def test_progress_tells_round_and_time_left(capsys):
 
 if __name__ == "__main__":
     run_and_die(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+
+
+# --- files and other processes -----------------------------------------------------------------
+
+
+def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_taken_up(tmp_path, capsys):
+    whole = run(tmp_path)
+    saved = tmp_path / "checkpoints"
+    manifest = saved / "3" / "arrays" / "manifest.ocdbt"
+    os.truncate(manifest, manifest.stat().st_size // 2)
+    again = run(tmp_path)
+    assert f"{saved}/3 cannot be read" in capsys.readouterr().err
+    assert_equal(again.trainable, whole.trainable)
+    assert len(log_without_times(tmp_path)) == 3
+    assert {"2", "3", "3.damaged"} <= {p.name for p in saved.iterdir()}
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_line(tmp_path):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200, limit[1]))  # fails as a full disk does
+        with pytest.raises(ConfigError, match=f"{tmp_path} cannot be written .*File too large"):
+            run(tmp_path, callbacks=[Checkpointer(tmp_path)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not (tmp_path / "1").exists()  # or it would be taken for a checkpoint
+
+
+def test_two_processes_do_not_save_one_fit(tmp_path):
+    code = "import pathlib, sys; from fedrag_jax.files import hold; "
+    code += "held = hold(pathlib.Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "held\n"
+    with pytest.raises(ConfigError, match=f"{tmp_path} is held by another process"):
+        run(tmp_path, callbacks=[Checkpointer(tmp_path)])
+    process.communicate()
+    run(tmp_path, callbacks=[Checkpointer(tmp_path)])

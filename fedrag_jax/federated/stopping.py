@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedrag_jax.data.json_lines import json_rows
 from fedrag_jax.data.seeds import stream
 from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.federated.callbacks import Callback
+from fedrag_jax.files import write_text
 from fedrag_jax.models import hub
 from fedrag_jax.objectives.task import PyTree, Task
 
@@ -92,16 +94,14 @@ class EarlyStopping(Callback):
         self.evaluations.append(
             {"round": state.round, "loss": loss, "seconds": time.perf_counter() - began}
         )
-        beside = self.log.with_suffix(".tmp")
-        beside.write_text("".join(json.dumps(e) + "\n" for e in self.evaluations))
-        beside.replace(self.log)
+        write_text(self.log, "".join(json.dumps(e) + "\n" for e in self.evaluations))
 
 
 def read_evaluations(path: pathlib.Path) -> list[dict[str, float]]:
     """The lines of a `validation.jsonl`; none where there is no such file."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [evaluation for evaluation, _ in json_rows(path)]
 
 
 def held_out_loss(

@@ -1,7 +1,6 @@
 """Trains tasks in a setting and keeps what came out, so that nothing finished is done again."""
 
 import dataclasses
-import json
 import pathlib
 import shutil
 from collections.abc import Callable, Sequence
@@ -11,13 +10,14 @@ import jax
 
 from fedrag_jax.data.examples import Example
 from fedrag_jax.data.partition import Partition
-from fedrag_jax.errors import ConfigError, DivergenceError
+from fedrag_jax.errors import CheckpointError, ConfigError, DivergenceError
 from fedrag_jax.federated.algorithm import nbytes
 from fedrag_jax.federated.by_name import FED_AVG, Named
 from fedrag_jax.federated.callbacks import Callback
 from fedrag_jax.federated.fit import FitResult
 from fedrag_jax.federated.stopping import EarlyStopping, held_out_loss, read_evaluations
 from fedrag_jax.federated.sweep import sweep
+from fedrag_jax.files import DamagedError, kept, write_json, writing
 from fedrag_jax.models import hub
 from fedrag_jax.models.lora import adapted_kernels
 from fedrag_jax.objectives.task import PyTree, Task
@@ -67,14 +67,22 @@ class Tuner:
         return self.setting if self.client is None else f"{self.setting} client {self.client}"
 
     def finished(self, task: Task) -> bool:
-        """Whether `read` has something to read."""
-        return everywhere((self.folder / task.name / "cost.json").exists())
+        """Whether `read` has something to read; what is damaged is told, and trained again."""
+        cost = self.folder / task.name / "cost.json"
+        return everywhere(kept(lambda _: self.read(task), cost) is not None)
 
     def read(self, task: Task) -> PyTree:
-        """What a finished task came to."""
+        """What a finished task came to.
+
+        Raises:
+          DamagedError: one of its files is cut.
+        """
         folder = self.folder / task.name
         self.costs[task.name] = Cost.read(folder / "cost.json")
-        return hub.load_arrays(folder / "tuned.safetensors")
+        try:
+            return hub.load_arrays(folder / "tuned.safetensors")
+        except CheckpointError as error:
+            raise DamagedError(folder / "tuned.safetensors", error.__cause__) from error
 
     def arguments(self, task: Task, *callbacks: Callback) -> dict[str, Any]:
         """What to call `fit` with; it resumes from its own checkpoints."""
@@ -120,10 +128,9 @@ class Tuner:
         if self.setting == "federated" and self.algorithm.changes_base(task):
             base = adapted_kernels(result.frozen["decoder"], tuned["adapters"])
             tuned = tuned | {"decoder": base}
-        hub.save_arrays(tuned, folder / "tuned.safetensors")
-        beside = folder / "cost.json.tmp"
-        beside.write_text(json.dumps(cost._asdict()) + "\n")
-        beside.replace(folder / "cost.json")
+        with writing(folder / "tuned.safetensors"):
+            hub.save_arrays(tuned, folder / "tuned.safetensors")
+        write_json(folder / "cost.json", cost._asdict())
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         (folder / "best.safetensors").unlink(missing_ok=True)
 

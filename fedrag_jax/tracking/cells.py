@@ -1,11 +1,13 @@
 """One strategy in one setting with one pair of seeds: the unit that is computed once and kept."""
 
-import json
 import pathlib
+import zipfile
+import zlib
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from fedrag_jax import files
 from fedrag_jax.errors import DataError
 from fedrag_jax.tracking.ledger import Cost
 
@@ -53,8 +55,10 @@ def seeds_name(seed: int, split: int) -> str:
 def save(folder: pathlib.Path, cell: Cell) -> None:
     """Writes `scores.npz`, then `cell.json`, whose presence says that the cell is finished."""
     here = path(folder, cell.strategy, cell.setting, cell.seed, cell.split)
-    here.mkdir(parents=True, exist_ok=True)
-    np.savez(here / "scores.npz", **cell.scores, **{CLUSTERS: cell.clusters})
+    with files.writing(here):
+        here.mkdir(parents=True, exist_ok=True)
+    with files.whole(here / "scores.npz", "wb") as file:
+        np.savez(file, **cell.scores, **{CLUSTERS: cell.clusters})
     about = {
         "strategy": cell.strategy,
         "setting": cell.setting,
@@ -65,26 +69,40 @@ def save(folder: pathlib.Path, cell: Cell) -> None:
         "cost": cell.cost._asdict(),
         "curves": cell.curves,
     }
-    beside = here / "cell.json.tmp"
-    beside.write_text(json.dumps(about) + "\n")
-    beside.replace(here / "cell.json")
+    files.write_json(here / "cell.json", about)
 
 
 def load(folder: pathlib.Path, strategy: str, setting: str, seed: int, split: int) -> Cell | None:
-    """A finished cell, or None."""
+    """A finished cell; None if there is none or, as is told, if one of its files is damaged.
+
+    Raises:
+      DataError: another version wrote it.
+    """
     here = path(folder, strategy, setting, seed, split)
-    return load_folder(here) if (here / "cell.json").exists() else None
+    return files.kept(lambda about: load_folder(about.parent), here / "cell.json")
 
 
 def load_folder(here: pathlib.Path) -> Cell:
-    """The finished cell in a folder of its own."""
-    about = json.loads((here / "cell.json").read_text())
+    """The finished cell in a folder of its own.
+
+    Raises:
+      DataError: another version wrote it, or (`files.DamagedError`) a file is damaged.
+    """
+    about = files.read_json(here / "cell.json")
     cost = Cost.of(about["cost"], here / "cell.json")
-    with np.load(here / "scores.npz", allow_pickle=False) as file:
-        scores = {name: file[name] for name in file}
+    scores = _scores(here / "scores.npz")
     if CLUSTERS not in scores:
         raise DataError(
             f"{here / 'scores.npz'} has no {CLUSTERS}: another version of fedrag_jax wrote it; remove "
             "its run, or choose another --config.name"
         )
     return Cell(**about | {"cost": cost, CLUSTERS: scores.pop(CLUSTERS), "scores": scores})
+
+
+def _scores(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """Arrays of the file by name."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file}
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise files.DamagedError(path, error) from error

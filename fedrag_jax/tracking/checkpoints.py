@@ -1,6 +1,9 @@
 """Stop and resume: a fit saved round by round."""
 
+import logging
 import os
+import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -8,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from fedrag_jax.errors import ConfigError
+from fedrag_jax import files
+from fedrag_jax.errors import ConfigError, FedragError
 from fedrag_jax.federated.callbacks import Callback, FitState
 
 
@@ -19,6 +23,11 @@ class Checkpointer(Callback):
     finished round. What is kept: every array of the state, the retrieved rows and their index, the
     history and the settings of the fit. On the same device kind and versions a resumed run ends
     bit-identical to one that was never stopped.
+
+    A checkpoint that cannot be read all the same is told and put aside, and the one before is taken up.
+
+    Raises, from `fit`:
+      ConfigError: a checkpoint cannot be written; the one before stays.
 
     Args:
       directory: one fit's own; made if absent. Several processes name one that all of them see.
@@ -31,33 +40,52 @@ class Checkpointer(Callback):
             raise ConfigError(
                 f"Checkpointer: every and keep must be at least 1, got {every} and {keep}"
             )
+        logging.getLogger("absl").addFilter(_not_raised)
         self.directory, self.every, self.keep = Path(directory).absolute(), every, keep
 
     def start(self, state: FitState) -> FitState:
         """Returns the newest saved state, or `state` if nothing is saved.
 
         Raises:
-          ConfigError: what is saved comes from other settings or other arrays; names them.
+          ConfigError: what is saved comes from other settings or other arrays; names them. Another
+            process saves there; the directory cannot be written.
         """
+        if jax.process_index() == 0:
+            self._held = files.hold(self.directory)
         with self._manager() as manager:
-            step = manager.latest_step()
-            if step is None:
-                return state
-            saved = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
-            about = saved["about"]
-            named = _named(state.state)
-            here = {name: [list(np.shape(x)), str(x.dtype)] for name, x in named.items()}
-            open_ones = {
-                n: about["settings"].get(n) for n, v in state.settings.items() if v is None
-            }
-            settings = state.settings | open_ones
-            self._require_same("settings", about["settings"], settings)
-            self._require_same("arrays", about["arrays"], here)
-            arrays = {name: np.empty(x.shape, x.dtype) for name, x in named.items()}
-            others = {name: np.empty(*kind) for name, kind in about["others"].items()}
-            arrays |= others
-            restore = ocp.args.Composite(arrays=ocp.args.StandardRestore(arrays))
-            arrays = manager.restore(step, args=restore)["arrays"]
+            for step in sorted(manager.all_steps(), reverse=True):
+                try:
+                    return self._restored(manager, step, state)
+                except (FedragError, PermissionError, MemoryError):
+                    raise
+                except Exception as error:  # whatever Orbax and its backends raise
+                    self._put_aside(step, error)
+                    manager.reload()
+        return state
+
+    def _put_aside(self, step: int, error: Exception) -> None:
+        """The round is saved again; what another version may still read is not lost."""
+        folder = self.directory / str(step)
+        why = _first_line(error)
+        print(f"{folder} cannot be read ({why}): put aside, trained again", file=sys.stderr)
+        aside = folder.with_name(f"{step}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+
+    def _restored(self, manager: ocp.CheckpointManager, step: int, state: FitState) -> FitState:
+        saved = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
+        about = saved["about"]
+        named = _named(state.state)
+        here = {name: [list(np.shape(x)), str(x.dtype)] for name, x in named.items()}
+        open_ones = {n: about["settings"].get(n) for n, v in state.settings.items() if v is None}
+        settings = state.settings | open_ones
+        self._require_same("settings", about["settings"], settings)
+        self._require_same("arrays", about["arrays"], here)
+        arrays = {name: np.empty(x.shape, x.dtype) for name, x in named.items()}
+        others = {name: np.empty(*kind) for name, kind in about["others"].items()}
+        arrays |= others
+        restore = ocp.args.Composite(arrays=ocp.args.StandardRestore(arrays))
+        arrays = manager.restore(step, args=restore)["arrays"]
         # The rows of a population stay on the host.
         leaves = [
             arrays[name] if isinstance(x, np.ndarray) else jnp.array(arrays[name])
@@ -86,13 +114,15 @@ class Checkpointer(Callback):
             others["retrieved"] = state.retrieved
         about["others"] = {name: [list(x.shape), str(x.dtype)] for name, x in others.items()}
         arrays |= others
-        with self._manager() as manager:
-            manager.save(
-                state.round,
-                args=ocp.args.Composite(
-                    arrays=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about)
-                ),
-            )
+        args = ocp.args.Composite(
+            arrays=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about)
+        )
+        with files.writing(self.directory):
+            try:
+                with self._manager() as manager:
+                    manager.save(state.round, args=args)
+            except (OSError, ValueError) as error:  # of the backend, where a disk is full
+                raise OSError(_first_line(error)) from error
 
     def _manager(self) -> ocp.CheckpointManager:
         # Not asynchronous: the next round reuses the memory that would still be read.
@@ -112,6 +142,15 @@ class Checkpointer(Callback):
                 f"checkpoint in {self.directory} comes from other {what}: {'; '.join(different)}. "
                 "Set them back, or choose another directory"
             )
+
+
+def _not_raised(record: logging.LogRecord) -> bool:
+    """Orbax's threads log with a traceback what is raised as well, some after it was."""
+    return "_SignalingThread" not in record.getMessage()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200]
 
 
 def _named(state) -> dict[str, jax.Array]:

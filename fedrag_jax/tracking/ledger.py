@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import math
 import operator
 import pathlib
@@ -16,6 +15,7 @@ import numpy as np
 from fedrag_jax.data.examples import Passage, embedding_text
 from fedrag_jax.errors import DataError
 from fedrag_jax.federated.algorithm import added
+from fedrag_jax.files import read_json
 from fedrag_jax.models.decoder import DecoderConfig
 from fedrag_jax.models.encoder import EncoderConfig
 from fedrag_jax.models.lora import LoraConfig
@@ -75,7 +75,7 @@ class Cost(NamedTuple):
         Raises:
           DataError: as `of` does.
         """
-        return cls.of(json.loads(path.read_text()), path)
+        return cls.of(read_json(path), path)
 
     @classmethod
     def of(cls, fields: Mapping[str, Any], path: pathlib.Path) -> "Cost":

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 
+from fedrag_jax import files
 from fedrag_jax.federated.callbacks import Callback, FitState
 
 
@@ -22,14 +23,13 @@ class JsonlLog(Callback):
         self.path = Path(path)
 
     def start(self, state: FitState) -> FitState:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_name(self.path.name + ".tmp")
-        beside.write_text("".join(map(_line, state.history)), encoding="utf-8")
-        beside.replace(self.path)
+        with files.writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_text(self.path, "".join(map(_line, state.history)))
         return state
 
     def round_end(self, state: FitState, record: dict) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
+        with files.writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(_line(record))
 
 

@@ -2,7 +2,6 @@
 
 import datetime
 import importlib.metadata
-import json
 import pathlib
 import platform
 import shlex
@@ -11,6 +10,7 @@ import sys
 
 import jax
 
+from fedrag_jax import files
 from fedrag_jax.data.examples import Dataset, content_hash
 from fedrag_jax.errors import DataError
 
@@ -26,7 +26,7 @@ def write_manifest(folder: pathlib.Path, dataset: Dataset, **about) -> None:
       DataError: the folder holds results of other data.
     """
     path, data = folder / "manifest.json", content_hash(dataset)
-    old = json.loads(path.read_text()) if path.exists() else {}
+    old = files.read_json(path) if path.exists() else {}
     if old and (before := old["data"]["hash"]) != data:
         raise DataError(
             f"{folder} holds results of other data: its hash was {before}, that of {dataset.name} is "
@@ -51,7 +51,7 @@ def write_manifest(folder: pathlib.Path, dataset: Dataset, **about) -> None:
             "questions": [len(dataset.train), len(dataset.validation), len(dataset.test)],
         },
     }
-    path.write_text(json.dumps(manifest | about, indent=2) + "\n")
+    files.write_json(path, manifest | about, indent=2)
 
 
 def _commit() -> str | None:

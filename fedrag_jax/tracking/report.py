@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jinja2
 
+from fedrag_jax import files
 from fedrag_jax.tracking.figures import pyplot
 from fedrag_jax.tracking.tables import Table
 
@@ -57,10 +58,7 @@ class Report:
 
     def html(self, folder: pathlib.Path) -> str:
         """The report as a page, with config and manifest of the run in `folder`; loads nothing."""
-        about = {
-            name: json.loads((folder / f"{name}.json").read_text())
-            for name in ("config", "manifest")
-        }
+        about = {name: files.read_json(folder / f"{name}.json") for name in ("config", "manifest")}
         return _template().render(
             report=self,
             svg={s.name: _svg(s.figure, s.name) for s in self.sections if s.figure is not None},
@@ -71,16 +69,17 @@ class Report:
     def write(self, folder: pathlib.Path) -> list[str]:
         """Writes `report.html`, `table.md`, and every table and figure; returns their names."""
         written = ["report.html", "table.md"]
-        (folder / "report.html").write_text(self.html(folder), encoding="utf-8")
-        (folder / "table.md").write_text(self.markdown(), encoding="utf-8")
+        files.write_text(folder / "report.html", self.html(folder))
+        files.write_text(folder / "table.md", self.markdown())
         for section in self.sections:
             if section.table:
                 written.append(f"{section.name}.tex")
-                (folder / written[-1]).write_text(section.table.latex(), encoding="utf-8")
+                files.write_text(folder / written[-1], section.table.latex())
             if section.figure is not None:
                 for form in ("png", "pdf"):
                     written.append(f"{section.name}.{form}")
-                    section.figure.savefig(folder / written[-1])
+                    with files.whole(folder / written[-1], "wb") as file:
+                        section.figure.savefig(file, format=form)
                 pyplot().close(section.figure)
         return written
 

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
+from fedrag_jax.files import whole
+
 Row = Mapping[str, Any]
 MISSING = "–"
 _LATEX = {"–": "--", "±": r"$\pm$", "α": r"$\alpha$", "∞": r"$\infty$", "×": r"$\times$"}
@@ -106,7 +108,7 @@ class Table(NamedTuple):
 def write_csv(path: pathlib.Path, rows: Sequence[Row], columns: Sequence[str] = ()) -> None:
     """Full precision; what a row lacks is empty. All columns there are, unless some are named."""
     columns = columns or list(dict.fromkeys(name for row in rows for name in row))
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with whole(path, newline="") as file:
         writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)

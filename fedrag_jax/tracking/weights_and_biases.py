@@ -2,42 +2,98 @@
 
 import os
 import pathlib
+import secrets
+import sys
+from typing import Any
 
 import numpy as np
 
+from fedrag_jax import files
 from fedrag_jax.evaluation.metrics import percent
 from fedrag_jax.tracking.cells import Cell, seeds_name
+
+LOGGED = "wandb.json"
+PATIENCE_S = (
+    30  # for a server that does not answer: cells take minutes, and are kept whatever it says
+)
+_unanswered: set[str] = set()  # servers, by address, that this process has given up on
 
 
 def log_cell(
     cell: Cell, folder: pathlib.Path, group: str, mode: str, project: str, config: dict, **about
-):
-    """Curves and results of a finished cell as one run.
+) -> None:
+    """Curves and results of a finished cell as one run, once, however often it is called.
 
-    `about` tells cells of one strategy and setting apart, such as rank=8: in name, tags and config.
-    Without a key, mode "online" falls back to "offline" and says so; "disabled" writes nothing.
+    Where mode "online" finds no key or no server, it falls back to "offline" and says so; a later call
+    sends what was not sent. `folder/wandb.json` tells which cells were logged. "disabled" does nothing.
+
+    Args:
+      about: tells cells of one strategy and setting apart, such as rank=8: in name, tags and config.
     """
     if mode == "disabled":
         return
+    others = [f"{name}={value:g}" for name, value in about.items()]
+    tags = [cell.strategy, cell.setting, *others, seeds_name(cell.seed, cell.split)]
+    name = "-".join(tags)
+    logged = files.kept(files.read_json, folder / LOGGED) or {}
+    known = logged.get(name)
+    if known and (known["sent"] or mode == "offline"):
+        return
+    how = {
+        "dir": folder,
+        "project": project,
+        "group": group,
+        "name": name,
+        "job_type": cell.strategy,
+        "tags": tags,
+        "config": config
+        | {"strategy": cell.strategy, "setting": cell.setting}
+        | {"seed": cell.seed, "split": cell.split}
+        | about,
+    }
+    own = known["id"] if known else secrets.token_hex(4)
+    sent = mode == "online" and _sent(cell, how | {"id": own})
+    if not sent and not known:
+        own = secrets.token_hex(4)  # a run that could not begin keeps its own
+        _log(cell, how | {"id": own}, "offline")
+    files.write_json(folder / LOGGED, logged | {name: {"id": own, "sent": sent}}, indent=1)
+
+
+def _sent(cell: Cell, how: dict[str, Any]) -> bool:
+    """Whether the server has it; one that does not answer is asked no more by this process."""
     import wandb  # slow, and only here
 
-    if mode == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
-        print("wandb: no API key found, logging offline; send it later with `wandb sync`")
-        mode = "offline"
-    seeds = {"seed": cell.seed, "split": cell.split}
-    others = [f"{name}={value:g}" for name, value in about.items()]
-    run = wandb.init(
-        dir=folder,
-        project=project,
-        group=group,
-        name="-".join([cell.strategy, cell.setting, *others, seeds_name(**seeds)]),
-        job_type=cell.strategy,
-        tags=[cell.strategy, cell.setting, *others, seeds_name(**seeds)],
-        config=config | {"strategy": cell.strategy, "setting": cell.setting} | seeds | about,
-        mode=mode,
-        reinit="finish_previous",
-        settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
+    server = wandb.setup().settings.base_url
+    if server in _unanswered:
+        return False
+    try:
+        if not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
+            raise wandb.errors.UsageError("no API key found")
+        _log(cell, how, "online")
+        return True
+    except (wandb.errors.Error, TimeoutError, OSError) as error:
+        why = str(error).strip().partition("\n")[0]
+        print(
+            f"wandb: {server} cannot be reached ({why}): logging offline. The same command sends it "
+            "later, and so does `wandb sync`",
+            file=sys.stderr,
+        )
+        _unanswered.add(server)
+        return False
+
+
+def _log(cell: Cell, how: dict[str, Any], mode: str) -> None:
+    import wandb
+
+    settings = wandb.Settings(
+        silent=True,
+        console="off",
+        x_disable_stats=True,
+        init_timeout=min(PATIENCE_S, wandb.setup().settings.init_timeout),
+        finish_timeout=PATIENCE_S,
+        finish_timeout_raises=True,
     )
+    run = wandb.init(mode=mode, reinit="finish_previous", settings=settings, **how)
     for task, rounds in cell.curves.items():
         # Over examples, of which all settings see as many, in however many rounds.
         run.define_metric(f"{task}/*", step_metric=f"{task}/examples")

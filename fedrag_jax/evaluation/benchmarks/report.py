@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tabulate import tabulate
 
+from fedrag_jax import files
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.evaluation.metrics import percent
 from fedrag_jax.evaluation.significance import bootstrap_interval
@@ -74,9 +75,7 @@ class BenchmarkResult:
     def write(self, path: pathlib.Path) -> None:
         """The summary as JSON, whole or not at all."""
         text = json.dumps(self.summary(), indent=2, allow_nan=False, ensure_ascii=False)
-        beside = path.with_suffix(".tmp")
-        beside.write_text(text + "\n", encoding="utf-8")
-        beside.replace(path)
+        files.write_text(path, text + "\n")
 
 
 def summed(rows: Sequence[Mapping[str, Any]]) -> dict[str, Mean]:

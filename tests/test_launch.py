@@ -1,0 +1,96 @@
+"""An experiment that is stopped, started twice, or finds a damaged file."""
+
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from experiments.launch import settled_config
+from fedrag_jax.errors import DataError
+from fedrag_jax.tracking import cells
+from fedrag_jax.tracking.ledger import Cost
+
+ROOT = pathlib.Path(__file__).parent.parent
+WAITS = """
+import pathlib, time
+from experiments.launch import launch, settled_config
+
+def run(config, runs):
+    folder = pathlib.Path(runs) / config.name
+    folder.mkdir(parents=True, exist_ok=True)
+    settled_config(config, folder, free=())
+    print("at work", flush=True)
+    time.sleep(60)
+
+launch(run, "configs/compare_strategies.py")
+"""
+
+
+def started(tmp_path) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", WAITS, f"--runs={tmp_path}", "--config.name=once"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_second_process_is_refused_and_an_interrupt_is_one_line(tmp_path):
+    first = started(tmp_path)
+    assert first.stdout.readline() == "at work\n"
+    second = started(tmp_path)
+    _, told = second.communicate(timeout=30)
+    assert second.returncode == 1
+    assert told.startswith(f"ConfigError: {tmp_path}/once is held by another process")
+    assert len(told.splitlines()) == 1
+    first.send_signal(signal.SIGINT)
+    _, told = first.communicate(timeout=30)
+    assert (first.returncode, told) == (130, "stopped; run the same command to go on\n")
+    third = started(tmp_path)
+    assert third.stdout.readline() == "at work\n"
+    third.kill()
+    third.communicate()
+
+
+def test_a_damaged_config_is_named(tmp_path):
+    config = ConfigDict({"rounds": 5})
+    settled_config(config, tmp_path, ())
+    (tmp_path / "config.json").write_text('{"rounds": ')
+    with pytest.raises(DataError, match=r"config\.json is damaged"):
+        settled_config(config, tmp_path, ())
+
+
+@pytest.mark.parametrize("name", ["cell.json", "scores.npz"])
+def test_a_damaged_cell_is_computed_again(tmp_path, capsys, name):
+    cell = cells.Cell("none", "local", 0, 0, {"em": np.ones(99)}, {}, [50.0], Cost(), {})
+    cells.save(tmp_path, cell)
+    assert cells.load(tmp_path, "none", "local", 0, 0).client_em == [50.0]
+    path = cells.path(tmp_path, "none", "local", 0, 0) / name
+    path.write_bytes(path.read_bytes()[:-40])
+    assert cells.load(tmp_path, "none", "local", 0, 0) is None
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{path} is damaged") and line.endswith("it is made again")
+
+
+@pytest.mark.parametrize("name", ["cost.json", "tuned.safetensors"])
+def test_a_damaged_training_is_done_again(tmp_path, capsys, name):
+    from fedrag_jax.models import hub
+    from fedrag_jax.strategies.tuner import Tuner
+
+    folder = tmp_path / "a-task"
+    folder.mkdir()
+    hub.save_arrays({"query": np.ones((4, 4), np.float32)}, folder / "tuned.safetensors")
+    (folder / "cost.json").write_text(json.dumps(Cost()._asdict()))
+    task = ConfigDict({"name": "a-task"})
+    tuner = Tuner(tmp_path, "centralised", [], None, None, None, 0)
+    assert tuner.finished(task)
+    path = folder / name
+    path.write_bytes(path.read_bytes()[:-20])
+    assert not tuner.finished(task)
+    assert f"{path} is damaged" in capsys.readouterr().err

@@ -1,0 +1,75 @@
+"""Runs that are logged while there is no network, and later."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import wandb_server
+
+from fedrag_jax.tracking import cells
+from fedrag_jax.tracking.ledger import Cost
+
+NOWHERE = "http://127.0.0.1:9"  # the port of a service that nobody runs
+LOG = """
+import pathlib, sys
+from fedrag_jax.tracking import cells
+from fedrag_jax.tracking.weights_and_biases import log_cell
+folder, mode = pathlib.Path(sys.argv[1]), sys.argv[2]
+for seed in (0, 1):
+    cell = cells.load(folder, "retriever", "federated", seed, seed)
+    log_cell(cell, folder, "a-group", mode, "a-project", {}, rank=8)
+print("done")
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Of a comparison with two finished cells."""
+    record = {"round": 1, "loss": 0.5, "examples": 8, "seconds": 1.0, "metrics": {"tokens": 3.0}}
+    for seed in (0, 1):
+        scores = {"em": np.array([0.0, 1.0]), "nll": np.array([1.0, 2.0])}
+        curves = {"ranking": [record, record | {"round": 2, "loss": 0.25, "examples": 16}]}
+        cell = cells.Cell("retriever", "federated", seed, seed, scores, {}, [50.0], Cost(), curves)
+        cells.save(tmp_path, cell)
+    return tmp_path
+
+
+def log(folder, mode, server):
+    """What a process that logs both cells tells on standard error."""
+    about = {"WANDB_BASE_URL": server, "WANDB_API_KEY": 40 * "a", "WANDB_INIT_TIMEOUT": "3"}
+    done = subprocess.run(
+        [sys.executable, "-c", LOG, folder, mode],
+        env=os.environ | about,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.endswith("done\n"), done.stderr
+    return [line for line in done.stderr.splitlines() if "Loaded credentials" not in line]
+
+
+@pytest.mark.slow  # five processes, each with its imports
+def test_what_was_logged_without_a_network_is_sent_later(folder):
+    names = [f"retriever-federated-rank=8-seed{seed}" for seed in (0, 1)]
+    (told,) = log(folder, "online", NOWHERE)  # given up on once, not for each cell
+    assert told.startswith(f"wandb: {NOWHERE} cannot be reached") and "wandb sync" in told
+    logged = json.loads((folder / "wandb.json").read_text())
+    assert [*logged] == names and not any(run["sent"] for run in logged.values())
+    offline = sorted(folder.glob("wandb/offline-run-*"))
+    assert {p.name.rpartition("-")[2] for p in offline} == {run["id"] for run in logged.values()}
+    log(folder, "offline", NOWHERE)
+    assert sorted(folder.glob("wandb/offline-run-*")) == offline  # logged already
+    with wandb_server.serving() as (server, runs):
+        assert log(folder, "online", server) == []
+        assert {i: run["name"] for i, run in runs.items()} == {
+            logged[name]["id"]: name for name in names
+        }
+        for run in runs.values():
+            assert run["complete"]
+            assert [line["ranking/loss"] for line in run["history"]] == [0.5, 0.25]
+        runs.clear()
+        log(folder, "online", server)
+        assert not runs  # sent already
