@@ -71,6 +71,10 @@ def launch(run, config: str) -> None:
             run(flags.FLAGS.config, runs)
         except FedragError as error:
             raise SystemExit(f"{type(error).__name__}: {error}") from error
+        except OSError as error:
+            if error.filename is None:
+                raise
+            raise SystemExit(str(error)) from error  # which names the file
         except KeyboardInterrupt:
             # The traceback tells nothing: everything finished is on disk, wherever this came.
             print("stopped; run the same command to go on", file=sys.stderr)

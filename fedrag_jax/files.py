@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import IO, Any, TypeVar
 
 import filelock
+import safetensors
 
 from fedrag_jax.errors import ConfigError, DataError
 
@@ -57,14 +58,15 @@ def writing(path: pathlib.Path) -> Iterator[None]:
     """Says which file or folder it is that cannot be written.
 
     Raises:
-      ConfigError: what is done inside raised an OSError.
+      ConfigError: what is done inside raised an OSError, or what safetensors makes of one.
     """
     try:
         yield
-    except OSError as error:
+    except (OSError, safetensors.SafetensorError) as error:
+        where, why = getattr(error, "filename", None), getattr(error, "strerror", None)
         raise ConfigError(
-            f"{error.filename or path} cannot be written ({error.strerror or error}): make room for "
-            "it, or choose another folder"
+            f"{where or path} cannot be written ({why or error}): make room for it, or choose another "
+            "folder"
         ) from error
 
 
@@ -90,8 +92,11 @@ def whole(path: pathlib.Path, mode: str = "w", **how) -> Iterator[IO]:
                 file.flush()
                 os.fsync(file.fileno())  # else the new name may outlive the content in a power cut
             beside.replace(path)
-        except BaseException:
-            beside.unlink(missing_ok=True)
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                beside.unlink(missing_ok=True)
+            if getattr(error, "filename", None) == str(beside):
+                error.filename = str(path)  # the name that people know
             raise
 
 

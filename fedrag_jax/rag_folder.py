@@ -5,6 +5,7 @@ import json
 import pathlib
 from typing import Any, NamedTuple
 
+from fedrag_jax import files
 from fedrag_jax.data.examples import Passage
 from fedrag_jax.data.prompts import PromptStyle
 from fedrag_jax.errors import CheckpointError
@@ -56,12 +57,18 @@ def write(
 
     Raises:
       CheckpointError: the generator is quantised, or passages lie with silos; nothing is written.
+      ConfigError: a file cannot be written.
     """
     if isinstance(retriever.store, FederatedStore):
         raise CheckpointError(
             "a system over silos has no index of its own to save: save it before over_silos"
         )
     hub.refuse_quantized(generator, folder)
+    with files.writing(folder):
+        _write(folder, generator, decoder, adapters, retriever, store, settings)
+
+
+def _write(folder, generator, decoder, adapters, retriever, store, settings) -> None:
     (folder / SETTINGS).unlink(missing_ok=True)
     hub.save(generator, folder / "generator")
     peft.save(adapters, decoder, folder / "adapters", base="../generator")
@@ -80,9 +87,7 @@ def write(
     if store is not None:
         store.save(folder / STORE)
     settings = settings | {"store": store is not None}
-    beside = folder / (SETTINGS + ".tmp")
-    beside.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    beside.replace(folder / SETTINGS)
+    files.write_json(folder / SETTINGS, settings, indent=2)
 
 
 def read(folder: pathlib.Path) -> Parts:

@@ -9,6 +9,8 @@ import threading
 import pytest
 
 from fedrag_jax import files
+from fedrag_jax.data import cache
+from fedrag_jax.data.cache import recall, remember
 from fedrag_jax.errors import ConfigError, DataError
 
 HOLDS = (
@@ -88,3 +90,18 @@ def test_what_is_damaged_is_named_and_can_be_made_again(tmp_path, capsys):
         assert files.kept(files.read_json, path) is None
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(f"{path} is damaged") and line.endswith("it is made again")
+
+
+def test_what_is_remembered_survives_a_damaged_or_full_cache(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FEDRAG_CACHE", str(tmp_path))
+    (tmp_path / "sizes.json").write_text('{"a": ')
+    assert recall("sizes.json", "a") is None
+    remember("sizes.json", "a", 3)
+    assert recall("sizes.json", "a") == 3
+    assert capsys.readouterr().err.count("is damaged") == 2
+    (tmp_path / "file").write_text("")
+    with monkeypatch.context() as patched:
+        patched.setattr(cache, "cache_folder", lambda: tmp_path / "file")
+        remember("sizes.json", "a", 4)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "not kept for the next run" in line and "sizes.json cannot be written" in line

@@ -1,12 +1,13 @@
 """Where things that took long to find out are kept from run to run."""
 
 import functools
-import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 from fedrag_jax.errors import ConfigError
+from fedrag_jax.files import kept, read_json, write_json
 
 
 def cache_folder(folder: str | os.PathLike | None = None) -> Path:
@@ -32,14 +33,15 @@ def recall(file: str, key: str) -> Any:
 
 
 def remember(file: str, key: str, value: Any) -> None:
-    """Keeps a JSON value under a key in a file of the cache folder."""
+    """Keeps a JSON value under a key in a file of the cache folder, or says why it cannot."""
     path = cache_folder() / file
-    known = json.loads(path.read_text()) if path.exists() else {}
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    beside.write_text(json.dumps(known | {key: value}, indent=1) + "\n")
-    beside.replace(path)
+    known = kept(read_json, path) or {}
+    try:
+        write_json(path, known | {key: value}, indent=1)
+    except ConfigError as error:
+        print(f"not kept for the next run: {error}", file=sys.stderr)
 
 
 @functools.lru_cache(maxsize=8)
 def _read(path: Path, changed: int) -> dict[str, Any]:
-    return json.loads(path.read_text())
+    return kept(read_json, path) or {}

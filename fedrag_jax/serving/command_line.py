@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import logging
 import os
 import sys
@@ -59,8 +60,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; its exit code, see `CODES`."""
     args = parser().parse_args(argv)
-    _settle()
     try:
+        _settle()
         return args.run(args)
     except FedragError as error:
         print(f"fedrag {args.command}: {harmless(str(error))}", file=sys.stderr)
@@ -71,6 +72,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read has gone; what is buffered has nowhere to go either.
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(f"fedrag {args.command}: {harmless(str(error))}", file=sys.stderr)
         return 1
 
 

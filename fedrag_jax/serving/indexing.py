@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from fedrag_jax import files
 from fedrag_jax.data import documents
 from fedrag_jax.data.examples import Passage, embedding_text, half_character
 from fedrag_jax.errors import ConfigError, DataError
@@ -79,8 +80,7 @@ def index(
         raise ConfigError(
             f"{folder} answers from passages of its own: index into another folder, like this system"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    with Journal(folder / JOURNAL) as journal:
+    with files.hold(folder), Journal(folder / JOURNAL) as journal:
         before, root = journal.origin, str(source.resolve())
         if before and before.root != root and not moved:
             raise ConfigError(

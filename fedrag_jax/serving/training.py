@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fedrag_jax import files
 from fedrag_jax.data.examples import Dataset, Example, content_hash
 from fedrag_jax.data.partition import Partition, partition
 from fedrag_jax.data.schemes import natural
@@ -93,7 +94,7 @@ def train(
 
     Raises:
       ConfigError: a strategy that needs gold passages where questions have none, rates that are not
-        positive, a folder with other results; all trainings diverged.
+        positive, a folder with other results, or where another process trains; all trainings diverged.
     """
     bare = sum(not e.positive_ids for e in dataset.train)
     if strategy in NEEDS_LABELS and bare:
@@ -111,40 +112,41 @@ def train(
         top_k=min(system.top_k, len(dataset.passages)),
         progress=True,
     )
-    _settle(
-        folder,
-        {
-            "strategy": strategy,
-            "setting": setting,
-            "budget": budget._asdict(),
-            "rates": dict(rates),
-            "seed": seed,
-            "algorithm": algorithm,
-            "algorithm_options": dict(options),
-            "data": content_hash(dataset),
-            "clients": _hash(clients),
-            "system": identity(base, True, corpus_of(base)),
-        },
-    )
-    before, trials, systems = scores(base, dataset.validation), [], {}
-    for factor in factors:
-        tuner = Tuner(
-            folder=folder / f"times-{factor:g}",
-            setting=setting,
-            examples=dataset.train,
-            clients=clients,
-            budget=budget,
-            rates=lambda task, part, factor=factor: rates[part] * factor,
-            seed=seed,
-            algorithm=by_name.Named(algorithm, options, base.decoder),
+    with files.hold(folder):
+        _settle(
+            folder,
+            {
+                "strategy": strategy,
+                "setting": setting,
+                "budget": budget._asdict(),
+                "rates": dict(rates),
+                "seed": seed,
+                "algorithm": algorithm,
+                "algorithm_options": dict(options),
+                "data": content_hash(dataset),
+                "clients": _hash(clients),
+                "system": identity(base, True, corpus_of(base)),
+            },
         )
-        try:
-            tuned = STRATEGIES[strategy](base, dataset, tuner)
-        except DivergenceError:
-            trials.append(Trial(factor, {}))
-            continue
-        systems[factor] = tuned
-        trials.append(Trial(factor, scores(tuned, dataset.validation)))
+        before, trials, systems = scores(base, dataset.validation), [], {}
+        for factor in factors:
+            tuner = Tuner(
+                folder=folder / f"times-{factor:g}",
+                setting=setting,
+                examples=dataset.train,
+                clients=clients,
+                budget=budget,
+                rates=lambda task, part, factor=factor: rates[part] * factor,
+                seed=seed,
+                algorithm=by_name.Named(algorithm, options, base.decoder),
+            )
+            try:
+                tuned = STRATEGIES[strategy](base, dataset, tuner)
+            except DivergenceError:
+                trials.append(Trial(factor, {}))
+                continue
+            systems[factor] = tuned
+            trials.append(Trial(factor, scores(tuned, dataset.validation)))
     if not systems:
         raise ConfigError(f"training diverged with all rates, {dict(rates)} times {[*factors]}")
     best = max((t for t in trials if t.scores), key=lambda t: (t.scores["em"], _ranks(t.scores)))
@@ -173,15 +175,12 @@ def _settle(folder: pathlib.Path, settings: dict) -> None:
     """Writes the settings; refuses a folder made with others."""
     path, now = folder / SETTINGS, json.loads(json.dumps(settings))
     if path.exists():
-        before = json.loads(path.read_text())
+        before = files.read_json(path)
         changed = [name for name in now if now[name] != before.get(name)]
         if changed:
             what = "; ".join(f"{n} was {before.get(n)}, is {now[n]}" for n in changed)
             raise ConfigError(f"{folder} holds a training of others: {what}. Choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(now, indent=2) + "\n")
-    beside.replace(path)
+    files.write_json(path, now, indent=2)
 
 
 def _hash(clients: Partition) -> str:

@@ -10,6 +10,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedrag_jax import files
 from fedrag_jax.errors import ConfigError, DataError
 
 Row = dict[str, Any]
@@ -19,20 +20,21 @@ class Record:
     """Rows by question, those that are in the file already among them.
 
     Raises:
-      ConfigError: the file holds rows of another system, other questions or other settings.
+      ConfigError: the file holds rows of another system, other questions or other settings; another
+        process writes into its folder.
       DataError: a line inside of it is damaged.
     """
 
     def __init__(self, path: pathlib.Path, asked: Mapping[str, Any]):
         self.path, self.rows = path, {}
+        self._held = files.hold(path.parent)
         asked = json.loads(_line(asked))  # as the file gives it back
         whole = path.read_bytes() if path.exists() else b""
         kept = whole[: whole.rfind(b"\n") + 1]
         lines = kept.decode("utf-8").split("\n")[:-1]
         parsed = [self._parsed(line, number) for number, line in enumerate(lines, start=1)]
         if not parsed:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(_line(asked), encoding="utf-8")
+            files.write_text(path, _line(asked))
             return
         self._require_same(parsed[0], asked)
         if len(kept) < len(whole):
@@ -41,7 +43,7 @@ class Record:
 
     def add(self, rows: Sequence[Row]) -> None:
         """Appends rows, and sees them off to the system before it returns."""
-        with open(self.path, "a", encoding="utf-8") as file:
+        with files.writing(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.writelines(map(_line, rows))
         self.rows |= {row["id"]: row for row in rows}
 

@@ -235,7 +235,10 @@ class FaissKnowledge(KnowledgeStore):
         return {name: getattr(self, name) for name in names}
 
     def _save(self, folder: pathlib.Path) -> None:
-        faiss.write_index(self._held.index, str(folder / INDEX))
+        try:
+            faiss.write_index(self._held.index, str(folder / INDEX))
+        except RuntimeError as error:  # such as on a full disk
+            raise OSError(f"{folder / INDEX}: {error}") from error
         write_lines(folder / LINES, self._held.passages)
 
     @classmethod

@@ -1,7 +1,6 @@
 """What is searched for passages and saved as a folder: the least that a system needs to answer."""
 
 import abc
-import json
 import pathlib
 import re
 import shutil
@@ -11,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
+from fedrag_jax import files
 from fedrag_jax.data.examples import Passage, half_character
 from fedrag_jax.errors import ConfigError, DataError
 
@@ -66,10 +66,13 @@ class PassageSource(abc.ABC):
         """One folder, replaced whole: whoever opens it meanwhile gets the old store or the new one.
 
         What is there stays until the new is whole. One process at a time may save into a folder.
+
+        Raises:
+          ConfigError: a file cannot be written.
         """
         folder = pathlib.Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        with self._changing:
+        with self._changing, files.writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
             former = [p for p in folder.iterdir() if DATA.fullmatch(p.name) and p.is_dir()]
             number = 1 + max((int(DATA.fullmatch(p.name)[1]) for p in former), default=0)
             data = folder / f"store-data-{number}"
@@ -85,9 +88,7 @@ class PassageSource(abc.ABC):
                 "settings": self._settings(),
                 "data": data.name,
             }
-            beside = folder / (SETTINGS + ".tmp")
-            beside.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-            beside.replace(folder / SETTINGS)
+            files.write_json(folder / SETTINGS, settings, indent=2)
             for gone in former:
                 shutil.rmtree(gone, ignore_errors=True)
 
