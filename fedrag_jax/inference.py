@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from scipy.special import logsumexp
 
-from fedrag_jax.data.answers import normalize_answer
+from fedrag_jax.data.answers import comparable
 from fedrag_jax.data.examples import Passage
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.models import decoding
@@ -103,8 +103,8 @@ def vote(
 ) -> list[Completion]:
     """Each passage gives its greedy answer exp(mean token log-prob) x p(z|x) votes; equal ones add up.
 
-    Answers are equal if their normal forms are (SQuAD's). Of those that win, the text with the most
-    votes of a single passage is given.
+    Answers are equal if they are to `data.answers.comparable`. Of those that win, the text with the
+    most votes of a single passage is given.
     """
     answers = []
     own = _own_answers(writer, prompts, sampling, beams=1)
@@ -112,7 +112,7 @@ def vote(
         votes = defaultdict(list)
         for found, r_z in zip(of_passages, r, strict=True):
             (c,) = found.values()
-            votes[normalize_answer(c.text)].append((math.exp(r_z + c.log_probs.mean()), c))
+            votes[comparable(c.text)].append((math.exp(r_z + c.log_probs.mean()), c))
 
         # fsum, so that the order of the passages does not matter.
         def all_votes(some):

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from fedrag_jax.data.examples import Passage
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.evaluation.benchmarks import asking, report, scoring, sets
 from fedrag_jax.evaluation.benchmarks.hub_rows import Question
@@ -12,8 +13,51 @@ from fedrag_jax.evaluation.benchmarks.hub_rows import Question
 
 def test_length_counts_in_the_sum_and_not_in_the_mean():
     q = Question("a", "?", (), ("short", "quite long"), 1)
-    found = scoring.likeliest(q, np.array([-2.0, -3.0]), [1, 4])
-    assert found == {"accuracy": 0.0, "accuracy_per_token": 1.0}
+    found = scoring.likeliest(q, q.choices, np.array([-2.0, -3.0]), [1, 4])
+    # -2/1 and -3/4 by token; -2/5 and -3/10 by byte.
+    assert found == {"accuracy": 0.0, "accuracy_per_token": 1.0, "accuracy_per_byte": 1.0}
+    # Bytes and no characters: -4/6 and -3/4, where -4/3 would lose.
+    q = Question("a", "?", (), ("ééé", "long"), 0)
+    found = scoring.likeliest(q, q.choices, np.array([-4.0, -3.0]), [3, 1])
+    assert found == {"accuracy": 0.0, "accuracy_per_token": 1.0, "accuracy_per_byte": 1.0}
+
+
+def test_choices_are_shown_by_letter_where_their_letters_are_scored():
+    q = Question("a", "Which?", (), ("Rome", "Oslo", "Lima"), 1)
+    assert asking.words(q, "choices", "letters") == "Which?\nA. Rome\nB. Oslo\nC. Lima"
+    assert asking.continuations(q, "letters") == ["A", "B", "C"]
+    assert asking.right(q, "choices", "letters") == "B"
+    assert asking.continuations(q, "likelihood") == ("Rome", "Oslo", "Lima")
+
+
+def test_a_choice_without_a_normal_form_is_told_from_another():
+    q = Question("a", "Which article?", (), ("a", "the", "an", "none"), 1)
+    assert asking.parsed("A", q, "choices") == asking.parsed("A. a", q, "choices") == 0
+    assert asking.parsed("B. the", q, "choices") == 1
+    assert asking.parsed("B. an", q, "choices") is None
+
+
+def test_an_answer_without_a_normal_form_is_no_abstention():
+    known, q = sets.SETS["squad_v2"], Question("a", "Which vitamin?", ("A",))
+    assert scoring.open_answer(known, q, "A") == {
+        "em": 1.0, "f1": 1.0, "abstained": 0.0, "answerable_em": 1.0,
+        "unanswerable_em": pytest.approx(math.nan, nan_ok=True),
+    }  # fmt: skip
+    assert scoring.open_answer(known, q, "")["abstained"] == 1.0
+    told = [Passage("p", "", "Carrots have vitamin A in them."), Passage("q", "", "A carrot?")]
+    assert scoring.told(q, told[:1]) == {"answer_in_passages": 1.0}
+    assert scoring.told(q, [Passage("r", "", "Carrots have a lot.")]) == {"answer_in_passages": 0.0}
+
+
+def test_a_set_can_be_scored_by_another_rule():
+    q = Question("a", "哪里？", ("北京大学",))
+    by = {r: sets.scored_by(sets.SETS["squad"], r) for r in ("squad", "zh")}
+    assert scoring.open_answer(by["squad"], q, "北京大学医院")["f1"] == 0.0
+    assert scoring.open_answer(by["zh"], q, "北京大学医院")["f1"] == pytest.approx(0.8)
+    with pytest.raises(ConfigError, match=r"the rule must be one of .* got 'cn'"):
+        sets.scored_by(sets.SETS["squad"], "cn")
+    with pytest.raises(ConfigError, match="mmlu has none"):
+        sets.scored_by(sets.SETS["mmlu"], "zh")
 
 
 @pytest.mark.parametrize(

@@ -84,8 +84,9 @@ def scores(result, name):
 # --- choices ---------------------------------------------------------------------------------------
 
 
-def test_the_likelihood_of_a_choice_is_that_of_its_tokens_one_by_one(system, run):
-    result = run("mmlu", limit=1, corpus="gold")
+@pytest.mark.parametrize("by", ["likelihood", "letters"])
+def test_the_likelihood_of_a_choice_is_that_of_its_tokens_one_by_one(system, run, by):
+    result = run("mmlu", limit=1, corpus="gold", by=by)
     (row,) = result.rows
     (example,) = [e for e in ASKED if e.id == row["id"]]
     (passage,) = [p for p in PASSAGES if p.id in example.positive_ids]
@@ -98,7 +99,15 @@ def test_the_likelihood_of_a_choice_is_that_of_its_tokens_one_by_one(system, run
     )
     prompt = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     prompt += tokenizer(f"{passage.text}\n", add_special_tokens=False)["input_ids"]
-    prompt += tokenizer(example.question, add_special_tokens=False)["input_ids"]
+    asked = example.question
+    if by == "letters":
+        asked += "".join(f"\n{x}. {c}" for x, c in zip("ABCD", choices, strict=True))
+        choices = "ABCD"
+    prompt += tokenizer(asked, add_special_tokens=False)["input_ids"]
+    right = int(np.argmax(row["log_probs"])) == row["gold"]
+    assert row["scores"]["accuracy"] == float(right)
+    mean = [x / len(c) for x, c in zip(row["log_probs"], choices, strict=True)]  # all is ASCII
+    assert row["scores"]["accuracy_per_byte"] == float(int(np.argmax(mean)) == row["gold"])
     for choice, log_prob, length in zip(choices, row["log_probs"], row["tokens"], strict=True):
         answer = tokenizer(f" {choice}", add_special_tokens=False)["input_ids"]
         tokens = np.zeros((1, 96), np.int32)

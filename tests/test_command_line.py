@@ -333,6 +333,8 @@ def test_own_questions_are_measured_where_training_leaves_them(system, tmp_path,
     assert result["metrics"]["em"]["mean"] == pytest.approx(100 * np.mean(right), abs=5)
     assert main([*command, "--limit", "4", "--form", "markdown"]) == 0
     assert "| own" in capsys.readouterr().out
+    assert main([*command, "--limit", "4", "--rule", "ja", "--json"]) == 0
+    assert told(capsys)[0]["settings"]["rule"] == "ja"
     assert main(["eval", str(system)]) == 1
     assert "nothing to measure" in capsys.readouterr().err
 

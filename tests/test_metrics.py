@@ -3,6 +3,8 @@
 import collections
 import re
 import string
+import sys
+import unicodedata
 
 import numpy as np
 import pytest
@@ -145,6 +147,8 @@ def test_substring_match_grows_with_what_is_said():
     assert substring_match("It is the Eiffel-Tower, I think", ["tower", "Eiffel Tower"]) == 1.0
     assert substring_match("Eiffel", ["Eiffel Tower"]) == 0.0
     assert substring_match("anything at all", ["the", "!"]) == 0.0
+    assert substring_match("Vitamin A, mostly", ["A"]) == substring_match("A", ["A"]) == 1.0
+    assert substring_match("a Vitamin", ["A"]) == substring_match("", ["A"]) == 0.0
     with pytest.raises(DataError, match="list of at least one string"):
         substring_match("x", [])
 
@@ -165,6 +169,66 @@ def test_rouge_l_is_that_of_its_package(monkeypatch):
 
 
 def test_abstentions_are_told_from_answers():
-    said = ["", "Unknown.", "I don't know", "noanswer", "The unknown soldier", "no"]
-    assert abstained(said).tolist() == [1, 1, 1, 1, 0, 0]
+    said = ["", " \n", "Unknown.", "I don't know", "noanswer", "The unknown soldier", "no"]
+    assert abstained(said).tolist() == [1, 1, 1, 1, 1, 0, 0]
+    assert abstained(["A", "the", "An a", "+"]).tolist() == [0, 0, 0, 0]
     assert abstained(["weiß nicht"], ["Weiß nicht!"]).tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("rule", "prediction", "answers", "em", "by_character"),
+    [
+        # Of mlqa_evaluation_v1.py for Chinese: 4 of 6 and of 4 characters, 2 * 4/6 / (4/6 + 1).
+        ("zh", "北京大学医院", ["北京大学"], 0, 0.8),
+        ("zh", "《北京》。", ["北京"], 1, 1),  # punctuation of any script
+        ("zh", "北 京", ["北京"], 1, 1),
+        ("zh", "2008年8月8日", ["2008年8月"], 0, 0.8),  # 2008 年 8 月 8 日: 4 of 6 and of 4
+        ("zh", "NASA 宇航员", ["nasa宇航员"], 1, 1),
+        ("zh", "", ["北京"], 0, 0),
+        ("zh", "the", ["a"], 0, 0),  # Chinese has no articles
+        ("zh", "€5", ["5"], 0, 0),  # a symbol is no punctuation
+        ("zh", "ひと", ["ひる"], 0, 0),  # to MLQA kana are letters of a word
+        # As SQuAD does it a word without spaces is right or wrong.
+        ("squad", "北京大学医院", ["北京大学"], 0, 0),
+        # Japanese: 3 of 5 and of 3 characters, 2 * 3/5 / (3/5 + 1).
+        ("ja", "東京タワー", ["東京都", "タワー"], 0, 0.75),
+        ("ja", "「人々」", ["人々"], 1, 1),
+        ("ja", "さくら", ["さけ"], 0, 0.4),  # 1 of 3 and of 2
+        ("ja", "JR東日本", ["jr 東日本"], 1, 1),
+    ],
+)
+def test_chinese_and_japanese_by_character(rule, prediction, answers, em, by_character):
+    assert exact_match(prediction, answers, rule) == em
+    assert f1(prediction, answers, rule) == pytest.approx(by_character)
+
+
+def test_chinese_agrees_with_the_rule_of_mlqa():
+    """Its steps one after another: lower case, punctuation, then each ideograph apart."""
+    punctuation = {
+        chr(i) for i in range(sys.maxunicode) if unicodedata.category(chr(i)).startswith("P")
+    }
+    punctuation |= {*string.punctuation}
+
+    def words(text):
+        found, word = [], ""
+        for c in (c for c in text.lower() if c not in punctuation):
+            if "\u4e00" <= c <= "\u9fa5":
+                found += [*word.split(), c]
+                word = ""
+            else:
+                word += c
+        return found + word.split()
+
+    def slow_f1(prediction, answer):
+        p, a = words(prediction), words(answer)
+        same = sum((collections.Counter(p) & collections.Counter(a)).values())
+        return 2 * same / (len(p) + len(a)) if same else 0
+
+    rng = np.random.default_rng(0)
+    letters = [*"北京大学的一AaбĐ1 $+€。，《》「」・-'\u3000\u9fa6ひ"]
+    draw = lambda: "".join(rng.choice(letters, rng.integers(0, 8)))  # noqa: E731
+    pairs = [(draw(), draw()) for _ in range(500)]
+    for prediction, answer in pairs:
+        assert f1(prediction, [answer], "zh") == pytest.approx(slow_f1(prediction, answer))
+        same = words(prediction) == words(answer)
+        assert exact_match(prediction, [answer], "zh") == same

@@ -59,11 +59,13 @@ def test_no_question_with_a_gold_passage_has_no_scores(score):
 
 
 def test_answer_recall():
-    texts = ["The focus was here.", "He lived in the US, then Rome.", "Nothing"]
-    ranked = [[0, 1, 2]] * 4
-    answers = [["us"], ["Paris", "rome"], ["the"], ["U.S. then"]]
-    assert answer_recall_at_k(ranked, texts, answers, 1).tolist() == [0, 0, 0, 0]
-    assert answer_recall_at_k(ranked, texts, answers, 2).tolist() == [1, 1, 0, 1]
+    texts = ["The focus was here.", "He lived in the US, then Rome.", "Grade A or A+"]
+    ranked = [[0, 1, 2]] * 6
+    answers = [["us"], ["Paris", "rome"], ["THE"], ["U.S. then"], ["A"], ["+", ""]]
+    assert answer_recall_at_k(ranked, texts, answers, 1).tolist() == [0, 0, 0, 0, 0, 0]
+    assert answer_recall_at_k(ranked, texts, answers, 2).tolist() == [1, 1, 0, 1, 0, 0]
+    # An answer without a normal form is looked for as it is written, as a word of its own.
+    assert answer_recall_at_k(ranked, texts, answers, 3).tolist() == [1, 1, 0, 1, 1, 0]
 
 
 @pytest.mark.parametrize("score", [recall_at_k, recall_all_at_k, recall_fraction_at_k])

@@ -15,18 +15,21 @@ RANKED = 10  # passages searched for, as MRR@10 wants
 BATCH = 32  # prompts whose likelihood is computed at once
 
 
-def evaluate(system: RAGSystem, examples: Sequence[Example], **how) -> dict[str, np.ndarray]:
+def evaluate(
+    system: RAGSystem, examples: Sequence[Example], rule: str = "squad", **how
+) -> dict[str, np.ndarray]:
     """Per-question scores in [0, 1], each [Q]: `em`, `f1`, `recall_at_5`, `mrr`.
 
     Answers are greedy, from one prompt with the system's top-k passages, unless said otherwise.
     Rankings of questions without a gold passage have no score: NaN.
 
     Args:
+      rule: of `metrics.f1`, such as "zh" and "ja" for answers in Chinese and Japanese.
       how: `mode`, `beams` and other options of `RAGSystem.answer`.
     """
     rows, cosines = ranking(system.retriever, examples, system.top_k)
     k = system.top_k
-    scores = answers(system, examples, rows[:, :k], cosines[:, :k], **how)
+    scores = answers(system, examples, rows[:, :k], cosines[:, :k], rule, **how)
     return scores | rank_scores(system.retriever, examples, rows)
 
 
@@ -91,16 +94,17 @@ def answers(
     examples: Sequence[Example],
     rows: Sequence[Sequence[int]],
     scores=None,
+    rule: str = "squad",
     **how,
 ) -> dict[str, np.ndarray]:
     """`em`, `f1` [Q] when those corpus rows are read, whatever the retriever would find.
 
     Args:
       scores: cosines [Q, k] of the rows.
-      how: see `evaluate`.
+      rule, how: see `evaluate`.
     """
     predictions = system.answer([e.question for e in examples], rows, scores, **how)
-    return metrics.score_answers(predictions, [e.answers for e in examples])
+    return metrics.score_answers(predictions, [e.answers for e in examples], rule)
 
 
 def answer_nll(system: RAGSystem, examples: Sequence[Example], rows) -> np.ndarray:

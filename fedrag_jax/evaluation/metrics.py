@@ -7,10 +7,17 @@ Every function over many questions returns float64 [Q] with values in [0, 1], re
 import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from fedrag_jax.data.answers import normalize_answer
+from fedrag_jax.data.answers import (
+    comparable,
+    normalize_answer,
+    normalize_chinese,
+    normalize_japanese,
+    stands_in,
+)
 from fedrag_jax.data.label_free_prompts import UNKNOWN
 from fedrag_jax.errors import ConfigError, DataError
 
@@ -44,22 +51,30 @@ def f1(prediction: str, answers: Sequence[str], rule: str = "squad") -> float:
     Args:
       rule: "squad" as evaluate-v1.1.py; "squad_v2" as evaluate-v2.0.py, where a question may have no
         answer and an empty prediction is then right; "hotpotqa" as hotpot_evaluate_v1.py, where yes, no
-        and noanswer share no word with anything but themselves.
+        and noanswer share no word with anything but themselves; "zh" as mlqa_evaluation_v1.py does for
+        Chinese, by character; "ja" the same for Japanese, kana included.
 
     Raises:
       ConfigError: an unknown rule.
       DataError: no answers, but in SQuAD v2.
     """
-    return _best(RULES.get(rule), prediction, answers, rule)
+    return _best(None, prediction, answers, rule)
 
 
 def substring_match(prediction: str, answers: Sequence[str]) -> float:
     """1.0 if an answer is somewhere in the prediction after normalisation: sub-EM, or accuracy.
 
     It rises with the length of predictions, so it stands beside exact match and not in its place. An
-    answer of which normalisation leaves nothing is never found.
+    answer of which normalisation leaves nothing, such as "A", is found where it stands as it is.
     """
-    return _best(lambda p, a: float(bool(a) and a in p), prediction, answers, "squad")
+    _require_answers(answers)
+    said = normalize_answer(prediction)
+    return float(
+        any(
+            wanted in said if (wanted := normalize_answer(a)) else a and stands_in(a, prediction)
+            for a in answers
+        )
+    )
 
 
 def rouge_l(prediction: str, answers: Sequence[str]) -> float:
@@ -91,9 +106,12 @@ def score_answers(
 
 
 def abstained(predictions: Sequence[str], abstentions: Sequence[str] = ABSTENTIONS) -> np.ndarray:
-    """[Q]: 1 where a prediction is empty or one of the ways to say that nothing is known."""
-    said = {normalize_answer(text) for text in ("", *abstentions)}
-    return np.array([float(normalize_answer(p) in said) for p in predictions])
+    """[Q]: 1 where a prediction is blank or one of the ways to say that nothing is known.
+
+    "A" is an answer, though its normal form is empty.
+    """
+    said = {comparable(text) for text in ("", *abstentions)}
+    return np.array([float(comparable(p) in said) for p in predictions])
 
 
 def _squad_f1(prediction: str, answer: str) -> float:
@@ -117,21 +135,45 @@ def _hotpotqa_f1(prediction: str, answer: str) -> float:
     return _squad_f1(prediction, answer)
 
 
-RULES = {"squad": _squad_f1, "squad_v2": _squad_v2_f1, "hotpotqa": _hotpotqa_f1}
+class Rule(NamedTuple):
+    """How answers are compared: their normal form, and F1 of two of them."""
+
+    normal: Callable[[str], str]
+    f1: Callable[[str, str], float]
+
+
+RULES = {
+    "squad": Rule(normalize_answer, _squad_f1),
+    "squad_v2": Rule(normalize_answer, _squad_v2_f1),
+    "hotpotqa": Rule(normalize_answer, _hotpotqa_f1),
+    "zh": Rule(normalize_chinese, _squad_f1),
+    "ja": Rule(normalize_japanese, _squad_f1),
+}
+
+
+def require_rule(rule: str) -> Rule:
+    """The rule of a name.
+
+    Raises:
+      ConfigError: an unknown name.
+    """
+    if rule not in RULES:
+        raise ConfigError(f"the rule must be one of {[*RULES]}, got {rule!r}")
+    return RULES[rule]
 
 
 def _best(
-    score: Callable[[str, str], float], prediction: str, answers: Sequence[str], rule: str
+    score: Callable[[str, str], float] | None, prediction: str, answers: Sequence[str], rule: str
 ) -> float:
-    if rule not in RULES:
-        raise ConfigError(f"the rule must be one of {[*RULES]}, got {rule!r}")
+    """The best score over the answers, that of the rule's F1 unless another is given."""
+    normal, f1_of = require_rule(rule)
     if rule != "squad_v2" or isinstance(answers, str):
         _require_answers(answers)
-    golds = [normalize_answer(answer) for answer in answers]
+    golds = [normal(answer) for answer in answers]
     if rule == "squad_v2":
         golds = [gold for gold in golds if gold] or [""]
-    prediction = normalize_answer(prediction)
-    return max(score(prediction, gold) for gold in golds)
+    prediction = normal(prediction)
+    return max((score or f1_of)(prediction, gold) for gold in golds)
 
 
 def _require_answers(answers: Sequence[str]) -> None:

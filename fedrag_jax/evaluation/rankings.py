@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
-from fedrag_jax.data.answers import normalize_answer
+from fedrag_jax.data.answers import normalize_answer, stands_in
 from fedrag_jax.errors import ConfigError, DataError
 
 
@@ -75,7 +75,8 @@ def answer_recall_at_k(
     """[Q]: 1 if one of the first k passages has an answer in it, gold or not.
 
     `ranked` [Q, >= k] are rows of `texts` [N]. Both sides are normalised as answers are, and whole
-    words must match; an answer of which normalisation leaves nothing is never found.
+    words must match; an answer of which normalisation leaves nothing, such as "A", is found where it
+    stands as it is, in capitals or not.
     """
     ranked = _first(ranked, k, len(answers))
     if not all(0 <= row < len(texts) for top in ranked for row in top):
@@ -88,7 +89,10 @@ def answer_recall_at_k(
     scores = np.zeros(len(ranked))
     for i, (top, alternatives) in enumerate(zip(ranked, answers, strict=True)):
         wanted = [f" {a} " for a in map(normalize_answer, alternatives) if a]
-        scores[i] = any(answer in padded[row] for row in top for answer in wanted)
+        bare = [a for a in alternatives if a.strip() and not normalize_answer(a)]
+        scores[i] = any(answer in padded[row] for row in top for answer in wanted) or any(
+            stands_in(answer, texts[row]) for row in top for answer in bare
+        )
     return scores
 
 

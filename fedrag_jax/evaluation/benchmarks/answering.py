@@ -40,7 +40,8 @@ class Run:
         read = [some[: self.system.top_k] for some in ranked]
         if self.settings["corpus"] == "gold":
             read = ranked
-        ways = {"retrieval": self._ranked, "likelihood": self._chosen, "generation": self._written}
+        ways = {"retrieval": self._ranked, "generation": self._written}
+        ways |= dict.fromkeys(("likelihood", "letters"), self._chosen)
         shots = self.settings["shots"]
         systems = [self._after(asking.examples_for(q, self.shown, shots, seed)) for q in asked]
         found = ways[self.settings["by"]](asked, read, cosines, systems)
@@ -125,18 +126,20 @@ class Run:
         return {"prediction": choice, "written": answer, "gold": question.label, "scores": scores}
 
     def _chosen(self, asked, read, cosines, systems) -> list[Row]:
+        by = self.settings["by"]
         put, choices, cuts = [], [], []
-        for q, passages, system in zip(asked, read, systems, strict=True):
-            tokens = [choosing.choice_tokens(system.prompts, choice) for choice in q.choices]
+        texts = [asking.continuations(q, by) for q in asked]
+        for q, passages, system, some in zip(asked, read, systems, texts, strict=True):
+            tokens = [choosing.choice_tokens(system.prompts, choice) for choice in some]
             room = system.decoder.config.max_positions - max(map(len, tokens))
-            text = asking.words(q, self.known.kind, "likelihood")
+            text = asking.words(q, self.known.kind, by)
             text, cut = _put(system, text, [passages], room)
             put.append(system.prompts.prompt(text, passages, room))
             choices.append(tokens)
             cuts.append(cut)
         found = choosing.log_likelihoods(self.system.writer, put, choices)
         rows = []
-        for q, log_probs, tokens, cut in zip(asked, found, choices, cuts, strict=True):
+        for q, some, log_probs, tokens, cut in zip(asked, texts, found, choices, cuts, strict=True):
             lengths = [len(some) for some in tokens]
             rows.append(
                 {
@@ -145,7 +148,7 @@ class Run:
                     "log_probs": [round(float(x), 6) for x in log_probs],
                     "tokens": lengths,
                     "cut": cut,
-                    "scores": scoring.likeliest(q, log_probs, lengths),
+                    "scores": scoring.likeliest(q, some, log_probs, lengths),
                 }
             )
         return rows

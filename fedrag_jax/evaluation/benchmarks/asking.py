@@ -6,7 +6,7 @@ import re
 import string
 from collections.abc import Sequence
 
-from fedrag_jax.data.answers import normalize_answer
+from fedrag_jax.data.answers import comparable, normalize_answer
 from fedrag_jax.data.batching import Prompts
 from fedrag_jax.data.prompts import INSTRUCT, PromptStyle, plain
 from fedrag_jax.data.seeds import stream
@@ -15,6 +15,7 @@ from fedrag_jax.evaluation.benchmarks.hub_rows import Question
 from fedrag_jax.evaluation.metrics import abstained
 from fedrag_jax.rag import RAGSystem
 
+LETTERED = ("generation", "letters")  # ways to answer that see choices by their letters
 UNANSWERABLE = "unanswerable"  # what an example shows that has no answer
 _HEADING = re.compile(r"(?:^|(?<=\n))#+ [^\n]*\n\Z")
 
@@ -22,7 +23,7 @@ _HEADING = re.compile(r"(?:^|(?<=\n))#+ [^\n]*\n\Z")
 def words(question: Question, kind: str, by: str) -> str:
     """What a generator is asked: with the choices where one is to be named, and without them where each
     is scored as the continuation."""
-    if by != "generation" or kind == "open":
+    if by not in LETTERED or kind == "open":
         return question.question
     if kind == "labels":
         *some, last = question.choices
@@ -30,14 +31,20 @@ def words(question: Question, kind: str, by: str) -> str:
     listed = [
         f"{letter}. {c}" for letter, c in zip(_letters(question), question.choices, strict=True)
     ]
-    return "\n".join([question.question, *listed, "Answer with the letter alone."])
+    told = ["Answer with the letter alone."] if by == "generation" else []
+    return "\n".join([question.question, *listed, *told])
+
+
+def continuations(question: Question, by: str) -> Sequence[str]:
+    """What is scored after the question: the text of each choice, or its letter."""
+    return [*_letters(question)] if by == "letters" else question.choices
 
 
 def right(question: Question, kind: str, by: str) -> str:
     """What is to be written."""
     if kind == "open":
         return question.answers[0] if question.answers else UNANSWERABLE
-    by_letter = kind == "choices" and by == "generation"
+    by_letter = kind == "choices" and by in LETTERED
     return (_letters(question) if by_letter else question.choices)[question.label]
 
 
@@ -57,8 +64,8 @@ def parsed(answer: str, question: Question, kind: str) -> int | None:
     if found is None:
         return None
     named = letters.index(found[1])
-    said = normalize_answer(found[2] or "")
-    return named if said in ("", normalize_answer(question.choices[named])) else None
+    said = comparable(found[2] or "")
+    return named if said in ("", comparable(question.choices[named])) else None
 
 
 def _letters(question: Question) -> str:
@@ -87,10 +94,10 @@ def examples_for(
     """
     if not shots:
         return ()
-    asked = normalize_answer(question.question)
+    asked = comparable(question.question)
     same = [q for q in shown if q.group == question.group]
     drawn = (same[i] for i in stream(seed, f"shots {question.group}").permutation(len(same)))
-    others = [q for q in drawn if q.id != question.id and normalize_answer(q.question) != asked]
+    others = [q for q in drawn if q.id != question.id and comparable(q.question) != asked]
     if len(others) < shots:
         group = f" of {question.group!r}" if question.group else ""
         raise ConfigError(

@@ -66,6 +66,7 @@ class Benchmarker:
         mode: str = "concatenated",
         beams: int | None = None,
         max_new_tokens: int | None = None,
+        rule: str = "",
     ) -> BenchmarkResult:
         """Scores of a set, greedy and reproducible; what is in the folder already is not asked again.
 
@@ -85,17 +86,23 @@ class Benchmarker:
           limit: a random sample of so many. A larger one of the same seed goes on from a smaller one.
           shots: examples before each question, without passages.
           by: "generation" writes the answer (the letter of a choice, a label); "likelihood" takes the
-            choice whose text has the highest log p, in all and by token; "" is the set's usual way.
+            choice whose text has the highest log p, in all, by token and by byte; "letters" shows all
+            choices and takes the one whose letter has, as MMLU's authors and lm-evaluation-harness do;
+            "" is the set's usual way.
           corpus: what is read: top-k of the system's "own" passages or store, top-k of all passages of
             the "benchmark" split, the question's "gold" passages, or "none" (closed book).
           exclude: ids of questions that are left out.
           mode, beams, max_new_tokens: as in `RAGSystem.read`, of what is written.
+          rule: of `metrics.f1`, for a set of the kind "open" in another language, such as "zh"; "" is
+            the set's own.
 
         Raises:
           ConfigError: a value out of its range, or a folder that holds another run.
           DataError: a set that cannot be read.
         """
         known = sets.named(name)
+        if rule:
+            known = sets.scored_by(known, rule)
         by = by or sets.KINDS[known.kind][0]
         self._check(known, by, corpus, limit, shots, mode, beams)
         material = reading.read(known, split, source, shown=shots > 0)
@@ -120,6 +127,8 @@ class Benchmarker:
             "max_new_tokens": max_new_tokens or system.prompts.max_answer_tokens,
             "excluded": _hash(sorted(left_out)) if left_out else "",
         }
+        if rule:
+            settings["rule"] = rule
         origin = {
             "source": material.origin,
             "questions": len(material.asked),
@@ -167,7 +176,7 @@ class Benchmarker:
             ),
             "likelihood is of answers alone, and the prompt style begins with reasoning or citation: "
             "use by='generation', or another style": (
-                by == "likelihood" and bool(self.system.prompts.style.final)
+                by in ("likelihood", "letters") and bool(self.system.prompts.style.final)
             ),
         }
         for fault, found in faults.items():

@@ -42,13 +42,24 @@ def chosen(question: Question, choice: int | None) -> Scores:
     return {"accuracy": float(choice == question.label), "unparsable": float(choice is None)}
 
 
-def likeliest(question: Question, log_probs: np.ndarray, lengths: Sequence[int]) -> Scores:
-    """`accuracy` of the choice with the highest log p, `accuracy_per_token` of the highest
-    mean over its tokens; of equal ones the first."""
-    per_token = log_probs / np.maximum(lengths, 1)
+def likeliest(
+    question: Question, texts: Sequence[str], log_probs: np.ndarray, lengths: Sequence[int]
+) -> Scores:
+    """`accuracy` of the choice with the highest log p, `accuracy_per_token` and `accuracy_per_byte` of
+    the highest mean over its tokens and over its bytes in UTF-8; of equal ones the first.
+
+    In English, by byte is `acc_norm` of lm-evaluation-harness, which counts characters, and `acc_bytes`
+    anywhere. Neither depends on the tokenizer.
+
+    Args:
+      texts: of the choices, as they are scored.
+      lengths: of them, in tokens.
+    """
+    in_bytes = [len(text.encode()) for text in texts]
+    by = {"": [1] * len(texts), "_per_token": lengths, "_per_byte": in_bytes}
     return {
-        "accuracy": float(log_probs.argmax() == question.label),
-        "accuracy_per_token": float(per_token.argmax() == question.label),
+        f"accuracy{name}": float((log_probs / np.maximum(n, 1)).argmax() == question.label)
+        for name, n in by.items()
     }
 
 

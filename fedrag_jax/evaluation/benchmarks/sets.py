@@ -23,13 +23,14 @@ from typing import Any
 from fedrag_jax.data import datasets
 from fedrag_jax.data.examples import Passage
 from fedrag_jax.errors import ConfigError
+from fedrag_jax.evaluation import metrics
 from fedrag_jax.evaluation.benchmarks import hub_rows
 from fedrag_jax.evaluation.benchmarks.hub_rows import Question
 from fedrag_jax.evaluation.benchmarks.pubmedqa_ids import TEST_IDS
 
 KINDS = {  # and how they can be answered, the usual way first
     "open": ("generation",),
-    "choices": ("likelihood", "generation"),
+    "choices": ("likelihood", "letters", "generation"),
     "labels": ("generation", "likelihood"),
     "retrieval": ("retrieval",),
 }
@@ -86,7 +87,7 @@ _ALL = (
     ),
     BenchmarkSet(
         "hellaswag", "Rowan/hellaswag", "validation", "train", "choices", hub_rows.hellaswag,
-        first="accuracy_per_token",
+        first="accuracy_per_byte",
     ),
     BenchmarkSet(
         "boolq", "google/boolq", "validation", "train", "labels", hub_rows.boolq,
@@ -141,6 +142,18 @@ def named(name: str | BenchmarkSet) -> BenchmarkSet:
     if name not in SETS:
         raise ConfigError(f"benchmark must be one of {[*SETS]}, got {name!r}")
     return SETS[name]
+
+
+def scored_by(known: BenchmarkSet, rule: str) -> BenchmarkSet:
+    """The set with another rule of `metrics.f1`.
+
+    Raises:
+      ConfigError: an unknown rule; a set that is not of the kind "open".
+    """
+    metrics.require_rule(rule)
+    if known.kind != "open":
+        raise ConfigError(f"a rule is of open answers, and {known.name} has none: leave it out")
+    return dataclasses.replace(known, rule=rule)
 
 
 def own(path: pathlib.Path, everything: bool = False) -> BenchmarkSet:

@@ -25,7 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="", help="(each set's own with labels)")
     parser.add_argument("--source", help="hub, local, or a folder (local if it is there)")
     parser.add_argument("--shots", type=int, default=0, help="examples before each question (0)")
-    parser.add_argument("--by", default="", help="generation or likelihood (each set's usual way)")
+    parser.add_argument(
+        "--by",
+        default="",
+        help="generation, likelihood, or letters, the likelihood of a "
+        "choice's letter as MMLU's authors have it (each set's usual way)",
+    )
     parser.add_argument(
         "--corpus",
         default="own",
@@ -34,6 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--mode", default="concatenated", help="see fedrag ask")
     parser.add_argument("--max-tokens", type=int, help="of an answer, at most")
+    parser.add_argument(
+        "--rule",
+        choices=("squad", "squad_v2", "hotpotqa", "zh", "ja"),
+        help="how open answers are compared: zh and ja by character, as MLQA's script does for Chinese "
+        "(each set's own; squad for --questions)",
+    )
     parser.add_argument("--batch-size", type=int, default=32, help="(32)")
     parser.add_argument("--seed", type=int, default=0, help="of samples and examples (0)")
     parser.add_argument(
@@ -74,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
             corpus=args.corpus,
             mode=args.mode,
             max_new_tokens=args.max_tokens,
+            rule=args.rule or "",
         )
         results.append(result)
         if args.json:
