@@ -28,7 +28,7 @@ from scipy.special import logsumexp
 
 from fedrag_jax.data.answers import comparable
 from fedrag_jax.data.examples import Passage
-from fedrag_jax.errors import ConfigError
+from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.models import decoding
 from fedrag_jax.models.writing import Completion, Sampling, Writer, chunk_by_chunk
 from fedrag_jax.objectives.likelihood import answer_log_probs
@@ -159,6 +159,19 @@ def check(mode: str, beams: int | None, sampling: Sampling) -> int:
     return BEAMS.get(mode, 1) if beams is None else beams
 
 
+def require_even(mode: str, rows: Sequence[Sequence]) -> None:
+    """Refuses rows that a mode other than `concatenated` cannot weigh.
+
+    Raises:
+      ConfigError: none for a question, or more for one than for another.
+    """
+    if 0 in (counts := {len(some) for some in rows}) or len(counts) > 1:
+        raise ConfigError(
+            f"mode {mode!r} reads equally many passages for all questions, and at least one; got "
+            f"{sorted(counts)}: use mode 'concatenated'"
+        )
+
+
 def _own_answers(
     writer: Writer, prompts: Asked, sampling: Sampling, beams: int
 ) -> list[list[dict[tuple[int, ...], Completion]]]:
@@ -205,6 +218,17 @@ _answer_log_probs = jax.jit(answer_log_probs, static_argnums=0)
 
 
 # --- reasoning and answers -----------------------------------------------------------------------
+
+
+def require_asked(questions: Sequence[str]) -> None:
+    """Refuses a question that asks nothing.
+
+    Raises:
+      DataError: one is blank; says which.
+    """
+    for i, question in enumerate(questions, start=1):
+        if not question.strip():
+            raise DataError(f"question {i} of {len(questions)} is blank: ask something")
 
 
 class Response(NamedTuple):
@@ -256,17 +280,19 @@ class Streamed(Iterator[str]):
     """An answer in pieces, as it is written; what comes before it is held back.
 
     Attributes:
-      finish: that of `Reading`, once all pieces have come; "" before.
+      finish, tokens: those of `Reading`, once all pieces have come; "" and (0, 0) before.
     """
 
-    def __init__(self, begin: Callable[[], Generator[str, None, Completion]], mark: str):
+    def __init__(
+        self, begin: Callable[[], Generator[str, None, tuple[Completion, int]]], mark: str
+    ):
         """Begins with the first piece that is asked for.
 
         Args:
-          begin: gives all that is written, in pieces, and returns it.
+          begin: gives all that is written, in pieces, and returns it with the tokens of its prompt.
           mark: between reasoning and answer; "" where there is none.
         """
-        self._mark, self._written, self.finish = mark, [], ""
+        self._mark, self._written, self.finish, self.tokens = mark, [], "", (0, 0)
         self._pieces = answer_pieces(self._heard(begin), mark)
 
     def __next__(self) -> str:
@@ -287,7 +313,8 @@ class Streamed(Iterator[str]):
             try:
                 piece = next(pieces)
             except StopIteration as end:
-                self.finish = end.value.finish
+                written, read = end.value
+                self.finish, self.tokens = written.finish, (read, len(written.tokens))
                 return
             self._written.append(piece)
             yield piece

@@ -178,7 +178,9 @@ class RAGSystem:
 
         Raises:
           ConfigError: k below 1, or above the corpus where there is no store.
+          DataError: a blank question.
         """
+        inference.require_asked(questions)
         k = self.top_k if k is None else k
         if self.store is not None:
             by_vector = self.store.dimension is not None and len(questions)
@@ -263,7 +265,9 @@ class RAGSystem:
         Raises:
           ConfigError: a value out of its range; a mode other than `concatenated` with more rows for one
             question than for another, or with none.
+          DataError: a blank question.
         """
+        inference.require_asked(questions)
         settings = self._sampling(sampling)
         beams = inference.check(mode, beams, settings)
         if mode == "vote" and self.prompts.style.final:
@@ -306,8 +310,9 @@ class RAGSystem:
             settings = self._sampling(sampling)
             rows = [f.passage for f in self.retrieve([question])[0]] if read is None else read
             (prompt,) = self._prompts([question], [rows], settings)
-            return (yield from self.writer.stream(prompt, settings))
+            return (yield from self.writer.stream(prompt, settings)), len(prompt)
 
+        inference.require_asked([question])
         return Streamed(written, self.prompts.style.final.strip())
 
     async def aquery(self, question: str, **how) -> Response:
@@ -344,11 +349,7 @@ class RAGSystem:
 
     def _log_weights(self, questions, rows, scores, mode: str) -> np.ndarray:
         """log p(z | x) [Q, k], the log-softmax of scaled cosines."""
-        if 0 in (counts := {len(some) for some in rows}) or len(counts) > 1:
-            raise ConfigError(
-                f"mode {mode!r} reads equally many passages for all questions, and at least one; got "
-                f"{sorted(counts)}: use mode 'concatenated'"
-            )
+        inference.require_even(mode, rows)
         if scores is None:
             scores = self.retriever.cosines(questions, rows)
         return log_softmax(self.score_scale * np.asarray(scores, np.float64), axis=-1)

@@ -146,6 +146,23 @@ def test_what_a_query_cannot_ask_for_is_refused(either, query, error, words):
         llama_index.RAGRetriever(either).retrieve(QueryBundle(QUESTION, **query))
 
 
+def test_a_blank_question_is_refused_by_both_bridges(either):
+    blank = pytest.raises(DataError, match="question 1 of 1 is blank: ask something")
+    nodes = llama_index.RAGRetriever(either).retrieve(QUESTION)
+    for ask in (
+        lambda: llama_index.RAGRetriever(either).retrieve(" "),
+        lambda: llama_index.RAGQueryEngine(either).query(" "),
+        lambda: llama_index.RAGQueryEngine(either).synthesize(QueryBundle(" "), nodes),
+        lambda: langchain.RAGRetriever(system=either).invoke(""),
+        lambda: langchain.RAGRunnable(system=either).invoke(" "),
+        lambda: [*langchain.RAGRunnable(system=either).stream({"question": " ", "context": []})],
+    ):
+        with blank:
+            ask()
+    found = langchain.RAGRunnable(system=either).batch([QUESTION, " "], return_exceptions=True)
+    assert found[0]["answer"] and isinstance(found[1], DataError)
+
+
 def test_what_cannot_be_honoured_is_refused(system):
     words = WordStore()
     words.add(PASSAGES)

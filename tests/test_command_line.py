@@ -270,6 +270,9 @@ def test_asking_prints_answers_and_sources(system, capsys, monkeypatch):
     assert lines[1].startswith("  [1] ") and lines[2].startswith("  [2] ") and lines[3] == ""
     assert main(["ask", str(system), asked[0], "--stream", "--no-sources"]) == 0
     assert capsys.readouterr().out == expected[0].answer + "\n"
+    for more in ([], ["--stream"], ["--json"]):
+        assert main(["ask", str(system), asked[0], " ", *more]) == 1
+        assert "question" in (err := capsys.readouterr().err) and "is blank: ask something" in err
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(asked)))
     assert main(["ask", str(system), "--json"]) == 0
     assert [f["answer"] for f in told(capsys)] == [r.answer for r in expected]

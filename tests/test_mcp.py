@@ -472,7 +472,8 @@ def test_citations_are_ids(system):
     ("tool", "arguments", "words"),
     [
         ("retrieve", {}, "question"),
-        ("retrieve", {"question": " "}, "question"),
+        ("retrieve", {"question": " "}, "question 1 of 1 is blank: ask something"),
+        ("ask", {"question": ""}, "question 1 of 1 is blank: ask something"),
         ("ask", {"question": "x" * 8193}, "at most 8192 characters"),
         ("retrieve", {"question": "x", "k": 0}, "greater than or equal to 1"),
         ("retrieve", {"question": "x", "k": "many"}, "valid integer"),

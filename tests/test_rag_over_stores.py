@@ -10,7 +10,7 @@ import pytest
 
 from fedrag_jax.data import synthetic
 from fedrag_jax.data.examples import Passage
-from fedrag_jax.errors import ConfigError
+from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.retrieval.stores.faiss_kinds import FaissKnowledge
 from fedrag_jax.retrieval.stores.fusion import HybridStore
@@ -44,6 +44,26 @@ def test_a_store_of_the_corpus_answers_as_the_corpus(system, over):
         assert [r.answer for r in one] == [r.answer for r in other]
     assert over.over(None).query(QUESTIONS[0]) == system.query(QUESTIONS[0])
     assert over.batch_query([]) == []
+
+
+@pytest.mark.parametrize("blank", ["", " \n\t\u3000"])
+def test_a_blank_question_is_refused_by_every_road(system, over, blank):
+    words = WordStore()
+    words.add(PASSAGES[:20])
+    for answering in (system, over, system.over(words)):
+        for ask in (
+            lambda s: s.query(blank),
+            lambda s: s.retrieve([blank]),
+            lambda s: s.read([blank], [[PASSAGES[0]]]),
+            lambda s: s.answer([blank], [()]),
+            lambda s: next(s.stream(blank)),
+            lambda s: next(s.stream(blank, PASSAGES[:2])),
+            lambda s: asyncio.run(s.aquery(blank, mode="vote")),
+        ):
+            with pytest.raises(DataError, match="question 1 of 1 is blank: ask something"):
+                ask(answering)
+    with pytest.raises(DataError, match="question 2 of 3 is blank"):
+        system.batch_query([QUESTIONS[0], blank, QUESTIONS[1]])
 
 
 def test_what_is_put_into_the_store_is_read_at_once(over):

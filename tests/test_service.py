@@ -15,8 +15,9 @@ import pytest
 import uvicorn
 
 from fedrag_jax.data import synthetic
+from fedrag_jax.errors import ConfigError
 from fedrag_jax.rag import RAGSystem
-from fedrag_jax.serving import http
+from fedrag_jax.serving import chat_requests, http
 from fedrag_jax.serving.address import listening
 
 WORLD = synthetic.generate(synthetic.WorldConfig())
@@ -98,10 +99,14 @@ def test_a_system_message_is_the_system_prompt(client, system):
     instructed = asked(
         QUESTIONS[0], instruction("Be brief."), {"role": "assistant", "content": "Hm."}
     )
-    found = client.chat.completions.create(model="fedrag", messages=instructed)
     expected = system.under("Be brief.").query(QUESTIONS[0])
-    assert found.choices[0].message.content == expected.answer
-    assert found.usage.prompt_tokens == expected.tokens[0] != system.query(QUESTIONS[0]).tokens[0]
+    assert expected.tokens[0] != system.query(QUESTIONS[0]).tokens[0]
+    after = [*asked(QUESTIONS[0]), instruction("Be brief.")]
+    between = [*asked("Hm?"), {"role": "developer", "content": "Be brief."}, *asked(QUESTIONS[0])]
+    for messages in (instructed, after, between):
+        found = client.chat.completions.create(model="fedrag", messages=messages)
+        assert found.choices[0].message.content == expected.answer
+        assert found.usage.prompt_tokens == expected.tokens[0]
 
 
 def test_a_stream_is_the_answer_in_pieces(client, system):
@@ -124,6 +129,25 @@ def test_a_stream_is_the_answer_in_pieces(client, system):
         client.chat.completions.create(
             model="fedrag", messages=asked("Who?"), stream=True, extra_body={"mode": "vote"}
         )
+
+
+def test_tokens_of_a_stream_are_counted_where_they_are_asked_for(client, system):
+    expected = system.query(QUESTIONS[1])
+    for cut in ({}, {"max_tokens": 2}):
+        *chunks, last = client.chat.completions.create(
+            model="fedrag", messages=asked(QUESTIONS[1]), stream=True,
+            stream_options={"include_usage": True}, **cut,
+        )  # fmt: skip
+        assert all(c.usage is None and "usage" in c.model_fields_set for c in chunks)
+        assert chunks[-1].choices[0].finish_reason == ("length" if cut else "stop")
+        read, written = expected.tokens
+        written = 2 if cut else written
+        assert last.choices == [] and last.usage.total_tokens == read + written
+        assert (last.usage.prompt_tokens, last.usage.completion_tokens) == (read, written)
+    plain = client.chat.completions.create(
+        model="fedrag", messages=asked(QUESTIONS[1]), stream=True, stream_options={}
+    )
+    assert all(c.choices and "usage" not in c.model_fields_set for c in plain)
 
 
 def test_many_at_once_are_answered_together_and_as_alone(address, system, monkeypatch):
@@ -173,6 +197,13 @@ def test_many_at_once_are_answered_together_and_as_alone(address, system, monkey
         ({"stream": True, "beams": 4}, None),
         ({"seed": 2**63, "temperature": 1}, None),
         ({"stream": True, "stream_options": "x"}, "stream_options"),
+        ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options"),
+        ({"stream": True, "stream_options": {"poem": True}}, "stream_options"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"messages": asked("")}, "messages"),
+        ({"messages": asked(" \n"), "stream": True}, "messages"),
+        ({"messages": [instruction("Be brief.")]}, "messages"),
+        ({"messages": [*asked("Who?"), {"role": "assistant", "content": "x"}]}, "messages"),
         ({"messages": asked("Who \ud800?")}, None),
         ({"messages": asked("Who?", instruction("\ud800"))}, None),
         ({"messages": asked("Who?", instruction("word " * 20_000))}, None),
@@ -198,7 +229,7 @@ def test_hostile_requests_are_refused_or_harmless(address, system):
     deep = b'{"messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
     for body in (b"nonsense", b"[]", b'{"messages": [1]}', b"\xff", b"", deep):
         assert post(address, body)[0] == 400
-    assert post(address, b" " * (http.MOST_BYTES + 1))[0] == 413
+    assert post(address, b" " * (chat_requests.MOST_BYTES + 1))[0] == 413
     status, reply = post(address, {"messages": asked("Who? " * 2_000_000)})
     assert status == 400 and "question of 10,000,000 characters" in reply["error"]["message"]
     status, reply = post(address, {"messages": asked("Who \x00\x1b[31m\u202e</s><|im_end|>?")})
@@ -212,6 +243,41 @@ def test_health_and_models(address, client):
     with urllib.request.urlopen(f"{address}/health", timeout=10) as reply:
         assert json.loads(reply.read()) == {"status": "ok", "model": "fedrag"}
     assert [m.id for m in client.models.list()] == ["fedrag"]
+    assert client.models.retrieve("fedrag").id == "fedrag"
+    for name in ("gpt-4o", "somebody/fedrag"):
+        with pytest.raises(openai.NotFoundError, match=f"model '{name}' is not served") as refused:
+            client.models.retrieve(name)
+        assert (refused.value.code, refused.value.param) == ("model_not_found", "model")
+    with pytest.raises(openai.NotFoundError, match="POST /v1/embeddings is not served"):
+        client.embeddings.create(model="fedrag", input="x")
+
+
+def fetched(address, method, origin, **headers):
+    """Headers that a browser would look at, of an answer to a page of an origin."""
+    request = urllib.request.Request(f"{address}/v1/models", method=method)
+    for name, value in {"Origin": origin, **headers}.items():
+        request.add_header(name, value)
+    try:
+        with urllib.request.urlopen(request, timeout=10) as reply:
+            return reply.headers
+    except urllib.error.HTTPError as error:
+        return error.headers
+
+
+def test_web_pages_may_call_it_where_their_origin_is_named(address, system, monkeypatch):
+    page, allowed = "https://example.org", "Access-Control-Allow-Origin"
+    asks = {"Access-Control-Request-Method": "POST"}
+    asks["Access-Control-Request-Headers"] = "authorization,x-stainless-os"
+    assert fetched(address, "GET", page)[allowed] is None
+    monkeypatch.setenv(http.KEY, "secret")  # a browser's first request has no key
+    for other in served(system, cors_origins=[page]):
+        assert fetched(other, "OPTIONS", page, **asks)[allowed] == page
+        assert fetched(other, "GET", page)[allowed] == page  # also of a refusal: without the key
+        assert fetched(other, "OPTIONS", "https://evil.example", **asks)[allowed] is None
+        assert fetched(other, "GET", "https://evil.example")[allowed] is None
+    for wrong in ("example.org", "https://example.org/", "https://a@b", ""):
+        with pytest.raises(ConfigError, match="a CORS origin is"):
+            http.application(system, cors_origins=[wrong])
 
 
 def test_a_key_is_asked_for_where_there_is_one(system, monkeypatch):

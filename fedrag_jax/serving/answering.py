@@ -34,13 +34,14 @@ class Written(NamedTuple):
     Attributes:
       found: what it is read from.
       cited: gives those passages of it that are cited, once there was a piece.
-      finish: gives how it ended, once it has, see `inference.Reading`.
+      finish, tokens: give how it ended, once it has, and what it took, see `inference.Reading`.
     """
 
     pieces: AsyncIterator[str]
     found: list[Found]
     cited: Callable[[], tuple[Passage, ...]]
     finish: Callable[[], str]
+    tokens: Callable[[], tuple[int, int]]
 
 
 class Answering:
@@ -94,6 +95,7 @@ class Answering:
             found,
             cited=lambda: system.cited(pieces.reasoning, passages),
             finish=lambda: pieces.finish,
+            tokens=lambda: pieces.tokens,
         )
 
     async def _answer_all(self) -> None:

@@ -33,7 +33,7 @@ SEARCHES = 4  # at a time; answers are written one after another
 GRACE_S = 5  # for answers under way when the server is told to end
 
 Question = Annotated[
-    str, Field(description="In plain words.", max_length=MOST_CHARACTERS, pattern=r"\S")
+    str, Field(description="In plain words, not blank.", max_length=MOST_CHARACTERS)
 ]
 Count = Annotated[int, Field(description="Passages to find.", ge=1, le=MOST_PASSAGES)]
 
