@@ -13,8 +13,8 @@ import pathlib
 
 from ml_collections import ConfigDict
 
-from fedrag_jax.errors import ConfigError, DataError, FedragError
-from fedrag_jax.files import DamagedError, read_json
+from fedrag_jax.errors import ConfigError, FedragError
+from fedrag_jax.files import read_json
 
 EXPERIMENTS = ("aloftrag", "compare_strategies", "heterogeneity", "index_refresh", "inference_modes",
                "lora_aggregation", "methods", "tune_retrieval")  # fmt: skip
@@ -25,18 +25,23 @@ def rebuild(folder: pathlib.Path) -> list[str]:
 
     Raises:
       ConfigError: the folder holds no run.
+      DataError: a file of it is damaged.
     """
-    try:
-        config = ConfigDict(read_json(folder / "config.json"))
-        manifest = read_json(folder / "manifest.json")
-    except DamagedError:
-        raise
-    except DataError as error:
-        raise ConfigError(f"{folder} holds no run ({error}): give a folder below runs/") from error
+    paths = [folder / f"{name}.json" for name in ("config", "manifest")]
+    for path in paths:
+        if not path.exists():
+            raise ConfigError(
+                f"{folder} holds no run: {path} is missing; give a folder below runs/"
+            )
+    config, manifest = map(read_json, paths)
     name = manifest.get("experiment")
     if name not in EXPERIMENTS:
         raise ConfigError(f"{folder}/manifest.json names none of {EXPERIMENTS}, but {name!r}")
-    return importlib.import_module(f"experiments.{name}").report(config, folder).write(folder)
+    return (
+        importlib.import_module(f"experiments.{name}")
+        .report(ConfigDict(config), folder)
+        .write(folder)
+    )
 
 
 if __name__ == "__main__":

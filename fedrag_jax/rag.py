@@ -265,7 +265,6 @@ class RAGSystem:
         Raises:
           ConfigError: a value out of its range; a mode other than `concatenated` with more rows for one
             question than for another, or with none.
-          DataError: a blank question.
         """
         inference.require_asked(questions)
         settings = self._sampling(sampling)

@@ -32,7 +32,8 @@ def folder(tmp_path):
     for seed in (0, 1):
         scores = {"em": np.array([0.0, 1.0]), "nll": np.array([1.0, 2.0])}
         curves = {"ranking": [record, record | {"round": 2, "loss": 0.25, "examples": 16}]}
-        cell = cells.Cell("retriever", "federated", seed, seed, scores, {}, [50.0], Cost(), curves)
+        about = {}, [50.0], Cost(), curves, np.arange(2)
+        cell = cells.Cell("retriever", "federated", seed, seed, scores, *about)
         cells.save(tmp_path, cell)
     return tmp_path
 
