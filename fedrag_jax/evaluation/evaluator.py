@@ -1,17 +1,21 @@
 """One system on one set of questions: answers, retrieval, and the controls that keep them honest."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from fedrag_jax.data.examples import Example
+from fedrag_jax.data.examples import Example, Passage
+from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.evaluation import metrics, rankings
 from fedrag_jax.objectives.likelihood import answer_log_probs
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.retrieval.retriever import Retriever
+from fedrag_jax.retrieval.stores.knowledge import KnowledgeStore
 
 RANKED = 10  # passages searched for, as MRR@10 wants
+DISTRACTORS = 50  # passages among which one without the answer is looked for
 BATCH = 32  # prompts whose likelihood is computed at once
 
 
@@ -20,17 +24,23 @@ def evaluate(
 ) -> dict[str, np.ndarray]:
     """Per-question scores in [0, 1], each [Q]: `em`, `f1`, `recall_at_5`, `mrr`.
 
-    Answers are greedy, from one prompt with the system's top-k passages, unless said otherwise.
-    Rankings of questions without a gold passage have no score: NaN.
+    The passages are those that the system answers from, of its store where it has one. It is searched
+    once, for as many as rankings want, and the first top-k are read. Answers are greedy, from one
+    prompt, unless said otherwise. Rankings of questions without a gold passage have no score: NaN.
 
     Args:
       rule: of `metrics.f1`, such as "zh" and "ja" for answers in Chinese and Japanese.
       how: `mode`, `beams` and other options of `RAGSystem.answer`.
+
+    Raises:
+      DataError: a gold passage that is not among the system's passages.
+      ConfigError: gold passages, and a store that does not tell which passages it has.
     """
-    rows, cosines = ranking(system.retriever, examples, system.top_k)
-    k = system.top_k
-    scores = answers(system, examples, rows[:, :k], cosines[:, :k], rule, **how)
-    return scores | rank_scores(system.retriever, examples, rows)
+    golds, k = _golds(system, examples), system.top_k
+    found = _found(system, examples, max(RANKED, k))
+    weights = None if found.scores is None else [some[:k] for some in found.scores]
+    scores = answers(system, examples, [some[:k] for some in found.read], weights, rule, **how)
+    return scores | _rank_scores(*_numbered(found.names, golds), (5,))
 
 
 def ranking(
@@ -44,8 +54,15 @@ def ranking(
 def rank_scores(
     retriever: Retriever, examples: Sequence[Example], rows, depths: Sequence[int] = (5,)
 ) -> dict[str, np.ndarray]:
-    """`recall_at_<depth>` and `mrr` [Q] of corpus rows [Q, >= 10], best first; NaN without gold."""
-    golds = _gold_rows(retriever, examples)
+    """`recall_at_<depth>` and `mrr` [Q] of corpus rows [Q, >= 10], best first; NaN without gold.
+
+    Raises:
+      DataError: a gold passage that is not in the corpus.
+    """
+    return _rank_scores(rows, _gold_rows(retriever, examples), depths)
+
+
+def _rank_scores(rows, golds: Sequence[set], depths: Sequence[int]) -> dict[str, np.ndarray]:
     labelled = np.array([bool(gold) for gold in golds])
     ranked, golds = np.asarray(rows)[labelled], [gold for gold in golds if gold]
 
@@ -61,9 +78,21 @@ def rank_scores(
     return scores | {"mrr": everywhere(rankings.mrr(ranked, golds))}
 
 
+# --- controls --------------------------------------------------------------------------------------
+
+
 def gold_passage(system: RAGSystem, examples: Sequence[Example]) -> dict[str, np.ndarray]:
-    """`em`, `f1` [Q] when the gold passages alone are read: the ceiling of a perfect retriever."""
-    return answers(system, examples, [sorted(g) for g in _gold_rows(system.retriever, examples)])
+    """`em`, `f1` [Q] when the gold passages alone are read: the ceiling of a perfect retriever.
+
+    Raises:
+      DataError, ConfigError: as `evaluate`.
+    """
+    golds = _golds(system, examples)
+    if system.store is None:
+        return answers(system, examples, [sorted(rows) for rows in golds])
+    known = {p.id: p for p in system.store.get([*set().union(*golds)])} if any(golds) else {}
+    ids = [dict.fromkeys(e.positive_ids) for e in examples]
+    return answers(system, examples, [[known[i] for i in some] for some in ids])
 
 
 def closed_book(system: RAGSystem, examples: Sequence[Example]) -> dict[str, np.ndarray]:
@@ -75,32 +104,33 @@ def distractor_passage(system: RAGSystem, examples: Sequence[Example]) -> dict[s
     """`em`, `f1` [Q] when the nearest passage without the answer stands in for the gold one.
 
     A question of whose nearest 50 passages none will do is read without a passage.
+
+    Raises:
+      DataError, ConfigError: as `evaluate`.
     """
-    depth = min(50, len(system.retriever.passages))
-    found, _ = system.retriever.search([e.question for e in examples], depth)
-    golds = _gold_rows(system.retriever, examples)
-    texts = [p.text for p in system.retriever.passages]
-    rows = []
-    for example, gold, ranked in zip(examples, golds, found, strict=True):
-        alone = ranked[:, None]  # each passage as a ranking of its own
-        told = rankings.answer_recall_at_k(alone, texts, [example.answers] * depth, 1)
-        usable = [row for row, tells in zip(ranked, told, strict=True) if not tells]
-        rows.append([row for row in usable if row not in gold][:1])
-    return answers(system, examples, rows)
+    golds, found = _golds(system, examples), _found(system, examples, DISTRACTORS)
+    read = []
+    for example, gold, some, names in zip(examples, golds, found.read, found.names, strict=True):
+        texts = [_passage(system, one).text for one in some]
+        alone = np.arange(len(texts))[:, None]  # each passage as a ranking of its own
+        told = rankings.answer_recall_at_k(alone, texts, [example.answers] * len(texts), 1)
+        usable = zip(some, names, told, strict=True)
+        read.append([one for one, name, tells in usable if not tells and name not in gold][:1])
+    return answers(system, examples, read)
 
 
 def answers(
     system: RAGSystem,
     examples: Sequence[Example],
-    rows: Sequence[Sequence[int]],
+    rows: Sequence[Sequence[int | Passage]],
     scores=None,
     rule: str = "squad",
     **how,
 ) -> dict[str, np.ndarray]:
-    """`em`, `f1` [Q] when those corpus rows are read, whatever the retriever would find.
+    """`em`, `f1` [Q] when those corpus rows or passages are read, whatever would be found.
 
     Args:
-      scores: cosines [Q, k] of the rows.
+      scores: cosines [Q, k] of what is read.
       rule, how: see `evaluate`.
     """
     predictions = system.answer([e.question for e in examples], rows, scores, **how)
@@ -122,6 +152,77 @@ def answer_nll(system: RAGSystem, examples: Sequence[Example], rows) -> np.ndarr
 _log_probs = jax.jit(answer_log_probs, static_argnums=0)
 
 
-def _gold_rows(retriever, examples) -> list[set[int]]:
+# --- what a system answers from --------------------------------------------------------------------
+
+
+class _Found(NamedTuple):
+    """What a system finds for each of Q questions, best first.
+
+    Attributes:
+      read: corpus rows, or passages of a store.
+      scores: their cosines; None where a store scores by something else.
+      names: what tells them apart: corpus rows, or ids.
+    """
+
+    read: Sequence[Sequence[int | Passage]]
+    scores: Sequence[Sequence[float]] | None
+    names: Sequence[Sequence[Hashable]]
+
+
+def _found(system: RAGSystem, examples: Sequence[Example], depth: int) -> _Found:
+    """The `depth` passages that fit best, or all there are."""
+    if system.store is None:  # rows, because the corpus is tokenised
+        rows, cosines = ranking(system.retriever, examples, depth)
+        return _Found(rows, cosines, rows)
+    found = system.retrieve([e.question for e in examples], depth)
+    return _Found(
+        [[f.passage for f in some] for some in found],
+        [[f.score for f in some] for some in found] if system.store.cosines else None,
+        [[f.passage.id for f in some] for some in found],
+    )
+
+
+def _passage(system: RAGSystem, one: int | Passage) -> Passage:
+    return one if isinstance(one, Passage) else system.retriever.passages[one]
+
+
+def _golds(system: RAGSystem, examples: Sequence[Example]) -> list[set]:
+    """The gold passages of each question, by the names of `_Found`."""
+    store, golds = system.store, [{*e.positive_ids} for e in examples]
+    if store is None:
+        return _gold_rows(system.retriever, examples)
+    if not any(golds):
+        return golds
+    if not isinstance(store, KnowledgeStore):
+        raise ConfigError(
+            f"a store of kind {store.kind!r} does not tell which passages it has, so its rankings "
+            "cannot be scored: give questions without positive_ids, and answers alone are scored"
+        )
+    try:
+        store.get(sorted(set().union(*golds)))
+    except DataError as error:
+        raise DataError(
+            f"positive_ids of the questions: {error}; give the ids that its passages have, or none"
+        ) from error
+    return golds
+
+
+def _gold_rows(retriever: Retriever, examples: Sequence[Example]) -> list[set[int]]:
     row = {p.id: i for i, p in enumerate(retriever.passages)}
+    for example in examples:
+        if missing := {*example.positive_ids} - row.keys():
+            raise DataError(
+                f"question {example.id!r} has positive id {min(missing)!r}, which none of the "
+                f"{len(row):,} passages has: give the ids that they have, or none"
+            )
     return [{row[i] for i in e.positive_ids} for e in examples]
+
+
+def _numbered(names: Sequence[Sequence], golds: Sequence[set]) -> tuple[np.ndarray, list[set[int]]]:
+    """Rankings int [Q, k >= 10] of passages by a number each, and gold numbers; where less was found
+    there are numbers of no passage."""
+    number: dict[Hashable, int] = {}
+    ranked = np.tile(-1 - np.arange(max(RANKED, *map(len, names))), (len(names), 1))
+    for row, some in zip(ranked, names, strict=True):
+        row[: len(some)] = [number.setdefault(name, len(number)) for name in some]
+    return ranked, [{number.setdefault(name, len(number)) for name in gold} for gold in golds]

@@ -128,7 +128,7 @@ def train(
                 "system": identity(base, True, corpus_of(base)),
             },
         )
-        before, trials, systems = scores(base, dataset.validation), [], {}
+        before, trials, systems = scores(system, dataset.validation), [], {}
         for factor in factors:
             tuner = Tuner(
                 folder=folder / f"times-{factor:g}",
@@ -145,7 +145,9 @@ def train(
             except DivergenceError:
                 trials.append(Trial(factor, {}))
                 continue
-            systems[factor] = tuned
+            # Over the store again, so that scores are those of the system that is saved.
+            own = system.replace(adapters=tuned.adapters, query=tuned.retriever.query)
+            tuned = systems[factor] = dataclasses.replace(own, generator=tuned.generator)
             trials.append(Trial(factor, scores(tuned, dataset.validation)))
     if not systems:
         raise ConfigError(f"training diverged with all rates, {dict(rates)} times {[*factors]}")
@@ -153,12 +155,10 @@ def train(
     tuned, test = systems[best.factor], {}
     if dataset.test:
         test = {
-            "before": scores(base, dataset.test),
+            "before": scores(system, dataset.test),
             "after": scores(tuned, dataset.test),
         }
-    own = system.replace(adapters=tuned.adapters, query=tuned.retriever.query)
-    own = dataclasses.replace(own, generator=tuned.generator)
-    return Trained(own, before, trials, best, test)
+    return Trained(tuned, before, trials, best, test)
 
 
 def _ranks(found: dict[str, float]) -> float:

@@ -20,7 +20,9 @@ from fedrag_jax.evaluation.benchmarks.report import BenchmarkResult, summed
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.retrieval.embedding import embed_corpus
 from fedrag_jax.retrieval.retriever import headed
+from fedrag_jax.retrieval.store import Store
 from fedrag_jax.retrieval.stores.faiss_kinds import FaissKnowledge
+from fedrag_jax.retrieval.stores.knowledge import KnowledgeStore
 
 CORPORA = ("own", "benchmark", "gold", "none")
 
@@ -90,7 +92,8 @@ class Benchmarker:
             choices and takes the one whose letter has, as MMLU's authors and lm-evaluation-harness do;
             "" is the set's usual way.
           corpus: what is read: top-k of the system's "own" passages or store, top-k of all passages of
-            the "benchmark" split, the question's "gold" passages, or "none" (closed book).
+            the "benchmark" split in a store of the same kind, the question's "gold" passages, or "none"
+            (closed book).
           exclude: ids of questions that are left out.
           mode, beams, max_new_tokens: as in `RAGSystem.read`, of what is written.
           rule: of `metrics.f1`, for a set of the kind "open" in another language, such as "zh"; "" is
@@ -191,7 +194,10 @@ class Benchmarker:
             )
         if corpus != "benchmark":
             return self.system
-        retriever = self.system.retriever
+        retriever, store = self.system.retriever, self._empty_store()
+        if store.dimension is None:
+            store.add(material.passages)
+            return self.system.over(store)
         vectors = embed_corpus(
             retriever.encoder,
             retriever.document,
@@ -200,10 +206,25 @@ class Benchmarker:
             max_length=retriever.encoder.config.max_length,
             progress=self.progress,
         )
-        vectors = headed(vectors, retriever.head)
-        store = FaissKnowledge(vectors.shape[1])
-        store.add(material.passages, vectors)
+        store.add(material.passages, headed(vectors, retriever.head))
         return self.system.over(store)
+
+    def _empty_store(self) -> KnowledgeStore:
+        """One that searches as the system does.
+
+        Raises:
+          ConfigError: passages that lie with silos, elsewhere, or with somebody who only finds.
+        """
+        retriever, store = self.system.retriever, self.system.store
+        if store is None and isinstance(retriever.store, Store):
+            return FaissKnowledge(retriever.vectors.shape[1])
+        if isinstance(store, KnowledgeStore):
+            return store.emptied()
+        searched = "silos" if store is None else f"a store of kind {store.kind!r}"
+        raise ConfigError(
+            f"corpus 'benchmark' is searched as the system searches its own passages, and {searched} "
+            "cannot be filled with others: use corpus='own', or put the system over another store"
+        )
 
     def _ask(self, run: Run, asked: Sequence[Question], record: Record) -> None:
         missing = [q for q in asked if q.id not in record.rows]

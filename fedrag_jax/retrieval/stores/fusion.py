@@ -109,6 +109,10 @@ class HybridStore(KnowledgeStore):
                     passages[found.passage.id] = found.passage
         return [[Found(passages[i], score) for i, score in some.items()] for some in scores]
 
+    def emptied(self) -> Self:
+        """Of empty stores such as its own."""
+        return HybridStore([part.emptied() for part in self.parts], self.depth)
+
     def told(self) -> dict[str, Any]:
         """Its own settings, and what its stores tell."""
         return super().told() | {"parts": [part.told() for part in self.parts]}

@@ -10,6 +10,7 @@ import dataclasses
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Self
 
 import numpy as np
 
@@ -157,6 +158,20 @@ class KnowledgeStore(PassageSource):
     @abc.abstractmethod
     def passages(self) -> Iterable[Passage]:
         """All passages, in no particular order."""
+
+    def emptied(self) -> Self:
+        """A store of the same kind and settings without passages.
+
+        Raises:
+          ConfigError: one that lies elsewhere.
+        """
+        settings = self._settings()
+        if self.lies_elsewhere(settings):
+            raise ConfigError(
+                f"a store of kind {self.kind!r} that lies elsewhere ({self.place(settings)}) is not "
+                "made a second time: use one that lies in memory"
+            )
+        return type(self)(**settings)
 
     # --- of each kind --------------------------------------------------------------------------
 

@@ -101,6 +101,10 @@ class RerankedStore(KnowledgeStore):
     def _fresh(self, passages: Sequence[Passage], vectors: np.ndarray):
         return self.store._fresh(passages, vectors)
 
+    def emptied(self) -> Self:
+        """The same cross-encoder over an empty store such as its own."""
+        return RerankedStore(self.store.emptied(), self.cross_encoder, self.depth)
+
     def told(self) -> dict[str, Any]:
         """Its own settings, what the other store tells, and a hash of the cross-encoder."""
         return super().told() | {

@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
     from fedrag_jax.federated import by_name
     from fedrag_jax.rag import RAGSystem
     from fedrag_jax.rag_folder import SETTINGS
+    from fedrag_jax.retrieval.stores.knowledge import KnowledgeStore
     from fedrag_jax.serving import training
     from fedrag_jax.strategies.settings import Budget
     from fedrag_jax.strategies.strategies import STRATEGIES
@@ -101,6 +102,11 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"{args.to} holds a system already: choose another folder with --to")
     start = time.perf_counter()
     system = RAGSystem.load(args.system, elsewhere=args.elsewhere)
+    if not isinstance(system.store, KnowledgeStore | None):
+        raise ConfigError(
+            f"{args.system} answers from a store of kind {system.store.kind!r}, which does not tell "
+            "which passages it has, and training searches them: index them with fedrag index"
+        )
     passages = system.retriever.passages if system.store is None else system.store.passages()
     dataset = load_questions(args.questions, [*passages], needed=("train", "validation"))
     clients = training.split(dataset.train, args.setting, args.clients, args.alpha, args.seed)
