@@ -54,6 +54,9 @@ def get_config() -> ConfigDict:
 
     config.models = ConfigDict()
     config.models.retriever = "builtin:encoder"
+    config.models.query_prompt = ""  # and how vectors are compared; "" is as the model says
+    config.models.document_prompt = ""
+    config.models.similarity = ""
     config.models.generator = "builtin:citing"
     config.models.prompt_style = "compact_cited"  # or "cited", "chat_cited"
     config.models.dtype = "float32"

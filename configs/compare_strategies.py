@@ -45,6 +45,11 @@ def get_config() -> ConfigDict:
     # "chat", which puts them into the generator's own chat template.
     config.models = ConfigDict()
     config.models.retriever = "builtin:encoder"
+    # What comes before questions and passages for the retriever, and how it compares their vectors
+    # ("cosine", "dot", "euclidean"); "" is as its model says.
+    config.models.query_prompt = ""
+    config.models.document_prompt = ""
+    config.models.similarity = ""
     config.models.generator = "builtin:decoder"
     config.models.prompt_style = "compact"
     # The generator's frozen base: as which type, its layers in few bits ("int8", "int4", "nf4") or not

@@ -6,7 +6,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from experiments.inputs import load_generator, replicates
+from experiments.inputs import load_generator, load_retriever, replicates
 from fedrag_jax.data.examples import clusters
 from fedrag_jax.errors import ConfigError, DataError
 
@@ -15,8 +15,6 @@ class Study:
     """What all cells share: texts, questions, models, contexts, who is asked."""
 
     def __init__(self, config, dataset, folder: pathlib.Path):
-        from fedrag_jax.models import hub
-
         self.config, self.folder, self.replicates = config, folder, replicates(config)
         self.passages = spread(dataset.passages, config.data.passages)
         there = {p.id for p in self.passages}
@@ -29,7 +27,7 @@ class Study:
                 f"{dataset.name} has one gold passage among the {len(there)} texts"
             )
         self.generator = load_generator(config.models)
-        self.retriever = hub.load(config.models.retriever)
+        self.retriever = load_retriever(config.models)
         self.silos = self._silos() if config.silos else {"all": np.arange(len(self.passages))}
         self.silo_of = {self.passages[r].id: s for s, rows in self.silos.items() for r in rows}
         names = [*self.silos]

@@ -6,7 +6,7 @@ import pathlib
 
 import numpy as np
 
-from experiments.inputs import algorithm_of, load_generator, rates_name
+from experiments.inputs import algorithm_of, load_generator, load_retriever, rates_name
 from fedrag_jax.data.examples import Dataset, Example, clusters, sample
 from fedrag_jax.data.json_lines import json_rows
 
@@ -18,14 +18,13 @@ class Comparison:
     """What all cells share: data, base system, client split, folders."""
 
     def __init__(self, config, dataset: Dataset, folder: pathlib.Path):
-        from fedrag_jax.models import hub
         from fedrag_jax.retrieval.clusters import with_topics
 
         self.config, self.dataset, self.folder = config, dataset, folder
         self.usual = config.federated  # whose mixtures judge the models of all splits
         self.models = {
             "generator": load_generator(config.models),
-            "retriever": hub.load(config.models.retriever),
+            "retriever": load_retriever(config.models),
         }
         self.test_clusters = clusters(dataset.test, dataset.passages)
         self.systems = {}  # and the seconds their corpus takes to embed

@@ -174,6 +174,21 @@ def warn_of_borrowed_rates(config) -> None:
         )
 
 
+def load_retriever(models):
+    """The retriever, used as `config.models` wants it.
+
+    Raises:
+      ConfigError: a similarity that there is not.
+    """
+    from fedrag_jax.models import hub, sentence
+
+    use = (models[name] or None for name in ("query_prompt", "document_prompt", "similarity"))
+    try:
+        return sentence.used_as(hub.load(models.retriever), *use)
+    except ConfigError as error:
+        raise ConfigError(f"config.models: {error}") from error
+
+
 def load_generator(models):
     """The generator as `config.models` wants its frozen base.
 

@@ -10,7 +10,7 @@ and one of an IID split beside it, and partition.png of the first seed.
 
 import pathlib
 
-from experiments.inputs import load_data
+from experiments.inputs import load_data, load_retriever
 from experiments.launch import launch, settled_config
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.files import write_text
@@ -20,12 +20,11 @@ def questions(config):
     """The training questions that the comparison splits; those without a topic have a cluster."""
     dataset = load_data(config)
     if config.federated.column == "topic" and not all(e.topic for e in dataset.train):
-        from fedrag_jax.models import hub
         from fedrag_jax.retrieval.clusters import with_topics
         from fedrag_jax.retrieval.retriever import Retriever
 
         # Clusters are those of questions: of the corpus one passage is enough.
-        model = hub.load(config.models.retriever)
+        model = load_retriever(config.models)
         dataset = with_topics(dataset, Retriever.build(model, dataset.passages[:1]))
     return dataset.train
 

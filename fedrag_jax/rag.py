@@ -51,12 +51,15 @@ class RAGSystem:
         store: PassageSource | None = None,
         generator: str | hub.Pretrained = "builtin:decoder",
         retriever: str | hub.Pretrained = "builtin:encoder",
+        query_prompt: str | None = None,
+        document_prompt: str | None = None,
+        similarity: str | None = None,
         adapters: lora.LoraConfig | None = None,
         prompt_style: str | PromptStyle = "compact",
         system_prompt: str = "",
         top_k: int = 5,
         marginal_k: int = 10,
-        score_scale: float = 20.0,
+        score_scale: float | None = None,
         max_passage_tokens: int = 256,
         max_answer_tokens: int = ANSWER_TOKENS,
         seed: int = 0,
@@ -68,6 +71,7 @@ class RAGSystem:
           passages: the corpus it is trained with, and answers from unless there is a store.
           examples: questions that may be trained on; they set the widths of training arrays.
           store: what it answers from, see `over`.
+          query_prompt, document_prompt, similarity: of the retriever, see `Retriever.build`.
           prompt_style: "compact", "instruct", "chat" (the generator's own chat template), "raft" or
             "compact_reasoned" for answers that come after reasoning, or a style of your own.
           system_prompt: what all prompts begin with, see `under`.
@@ -75,15 +79,15 @@ class RAGSystem:
           marginal_k: passages that training of the retriever marginalises over (all, if the corpus has
             fewer). More than are read, because only a question whose gold passage is among them teaches
             the retriever.
-          score_scale: of cosines in training losses and in answers that weigh passages; a smaller one
-            spreads p(z|x) over more of them.
+          score_scale: of similarities in training losses and in answers that weigh passages; a smaller
+            one spreads p(z|x) over more of them. 20 unless given, 1 where the similarity is no cosine.
           max_answer_tokens: of the longest answer trained on, and written unless told otherwise,
             reasoning included.
           seed: of the adapters' random half.
 
         Raises:
-          ConfigError: an unknown prompt style, `top_k` larger than the corpus, `marginal_k` below 1,
-            `score_scale` not positive, `max_answer_tokens` below 2.
+          ConfigError: an unknown prompt style or similarity, `top_k` larger than the corpus,
+            `marginal_k` below 1, `score_scale` not positive, `max_answer_tokens` below 2.
           CheckpointError: a folder that holds no such model.
         """
         if top_k < 1 or (store is None and top_k > len(passages)):
@@ -92,7 +96,7 @@ class RAGSystem:
             )
         if marginal_k < 1:
             raise ConfigError(f"marginal_k must be at least 1, got {marginal_k}")
-        if not score_scale > 0:
+        if score_scale is not None and not score_scale > 0:
             raise ConfigError(f"score_scale must be > 0, got {score_scale}")
         generator = hub.load(generator) if isinstance(generator, str) else generator
         retriever = hub.load(retriever) if isinstance(retriever, str) else retriever
@@ -109,6 +113,16 @@ class RAGSystem:
             style = named_style(prompt_style, generator.tokenizer)
         adapters = adapters or lora.LoraConfig()
         decoder = lora.add_lora(generator.network, adapters)
+        searching = Retriever.build(
+            retriever,
+            passages,
+            progress,
+            query_prompt=query_prompt,
+            document_prompt=document_prompt,
+            similarity=similarity,
+        )
+        if score_scale is None:
+            score_scale = 20.0 if searching.encoder.config.similarity == "cosine" else 1.0
         prompts = Prompts(
             generator.tokenizer, style, passages, examples, max_passage_tokens, max_answer_tokens
         )
@@ -116,7 +130,7 @@ class RAGSystem:
             generator=generator,
             decoder=decoder,
             adapters=lora.init_adapters(decoder, seed),
-            retriever=Retriever.build(retriever, passages, progress),
+            retriever=searching,
             prompts=prompts,
             top_k=top_k,
             marginal_k=min(marginal_k, len(passages) or marginal_k),
@@ -170,7 +184,7 @@ class RAGSystem:
         return dataclasses.replace(self, store=store)
 
     def embed(self, passages: Sequence[Passage]) -> np.ndarray:
-        """Vectors [N, D] of unit length by the document encoder, to put passages into a store."""
+        """Vectors [N, D] by the document encoder, to put passages into a store."""
         return self.retriever.embed_new(passages)
 
     def retrieve(self, questions: Sequence[str], k: int | None = None) -> list[list[Found]]:
@@ -257,7 +271,7 @@ class RAGSystem:
         if that never came.
 
         Args:
-          scores: [Q, k] of what is read, for modes that weigh it; cosines of rows, if none are given.
+          scores: [Q, k] of what is read, for modes that weigh it; its similarities, if none are given.
           mode: how several passages come to one answer: one of `inference.MODES`.
           beams: hypotheses that a mode of `inference.BEAMS` holds at a time.
           sampling: see `batch_query`.
@@ -347,10 +361,10 @@ class RAGSystem:
         return [self.prompts.prompt(q, r, limit) for q, r in zip(questions, rows, strict=True)]
 
     def _log_weights(self, questions, rows, scores, mode: str) -> np.ndarray:
-        """log p(z | x) [Q, k], the log-softmax of scaled cosines."""
+        """log p(z | x) [Q, k], the log-softmax of scaled similarities."""
         inference.require_even(mode, rows)
         if scores is None:
-            scores = self.retriever.cosines(questions, rows)
+            scores = self.retriever.similarities(questions, rows)
         return log_softmax(self.score_scale * np.asarray(scores, np.float64), axis=-1)
 
     # --- on disk ------------------------------------------------------------------------------

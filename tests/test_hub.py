@@ -258,12 +258,6 @@ def test_all_wrong_tensors_are_listed_at_once(tmp_path):
         ("llama_tied", "config.json", {"hidden_size": None}, "config.json.*malformed"),
         ("bert_mean", "config.json", {"hidden_act": "relu"}, "bert_mean.*hidden_act 'relu'"),
         ("bert_mean", "1_Pooling/config.json", {"pooling_mode": "max"}, r"\['max'\].*mean"),
-        (
-            "bert_mean",
-            "config_sentence_transformers.json",
-            {"default_prompt_name": "q", "prompts": {"q": "query: "}},
-            "default prompt 'query: '",
-        ),
     ],
 )
 def test_options_that_are_not_supported_are_refused_by_name(name, file, change, words, tmp_path):

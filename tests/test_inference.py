@@ -217,7 +217,7 @@ def system(world):
 def test_a_system_answers_by_mode(world, system):
     questions = [e.question for e in world.test[:12]]
     rows, cosines = system.retriever.search(questions, 3)
-    np.testing.assert_allclose(system.retriever.cosines(questions, rows), cosines, atol=1e-5)
+    np.testing.assert_allclose(system.retriever.similarities(questions, rows), cosines, atol=1e-5)
     writer, found = system.writer, {}
     prompts = [
         [system.prompts.prompt(q, [z]) for z in r] for q, r in zip(questions, rows, strict=True)

@@ -219,7 +219,7 @@ def test_clients_find_passages_of_their_own_alone(objective):
         rows = table.get("negatives", rows)
         if rows is None:  # the generator alone moves: told by the scores of what was found
             cosines = table["retrieval_scores"] / 20.0
-            every = parts.retriever.cosines(
+            every = parts.retriever.similarities(
                 [e.question for e in examples], [np.arange(4)] * len(examples)
             )
             rows = np.abs(every[:, None] - cosines[:, :, None]).argmin(-1)

@@ -500,7 +500,7 @@ def test_a_system_answers_from_it_and_weighs_by_cosines(tmp_path):
         assert f"w{i}" in embedding_text(response.sources[0]).split()
         assert list(response.scores) == sorted(response.scores, reverse=True)
     read = [list(response.sources) for response in found]
-    cosines = system.retriever.cosines(asked, read)
+    cosines = system.retriever.similarities(asked, read)
     logits = [response.scores for response in found]
     by_logits, by_cosines = (
         over.answer(asked, read, by, mode="rag_sequence_fast") for by in (logits, cosines)

@@ -11,7 +11,8 @@ from fedrag_jax.errors import ConfigError
 from fedrag_jax.models.layers import Embed, LayerNorm, Linear, attend, run_stack, stack
 from fedrag_jax.models.lora import LoraConfig
 
-POOLING = ("mean", "cls")
+POOLING = ("mean", "cls", "lasttoken")
+SIMILARITIES = ("cosine", "dot", "euclidean")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +26,11 @@ class EncoderConfig:
       relative_buckets: of the distance between two tokens, each with a bias a head that all layers
         add to their scores; 0 for none.
       max_length: tokens at which texts are cut; what the model was trained for.
-      pooling: "mean" of the tokens' vectors, or that of the first token ("cls").
+      pooling: "mean" of the tokens' vectors, or that of the first ("cls") or "lasttoken".
       normalize: vectors of length 1.
+      similarity: that vectors were trained for, one of `SIMILARITIES`.
+      query_prompt, document_prompt: what comes before questions and passages.
+      lower_case: texts are read in lower case, whatever the tokenizer does.
       family: model_type of its `config.json`.
       unroll: write every layer out instead of looping (for counting operations).
       remat: recompute layers in the backward pass, to save memory.
@@ -44,6 +48,10 @@ class EncoderConfig:
     norm_epsilon: float = 1e-12
     pooling: str = "mean"
     normalize: bool = True
+    similarity: str = "cosine"
+    query_prompt: str = ""
+    document_prompt: str = ""
+    lower_case: bool = False
     max_length: int = 512
     family: str = "bert"
     unroll: bool = False
@@ -52,11 +60,31 @@ class EncoderConfig:
     def __post_init__(self):
         if self.pooling not in POOLING:
             raise ConfigError(f"encoder pooling must be one of {POOLING}, got {self.pooling!r}")
+        if self.similarity not in SIMILARITIES:
+            raise ConfigError(
+                f"encoder similarity must be one of {SIMILARITIES}, got {self.similarity!r}"
+            )
         if not 1 <= self.max_length <= self.max_positions:
             raise ConfigError(
                 f"encoder max_length must be between 1 and max_positions {self.max_positions}, "
                 f"got {self.max_length}"
             )
+
+    @property
+    def dimension(self) -> int:
+        """Of the vectors that are searched."""
+        return self.hidden_size + 2 * (self.similarity == "euclidean")
+
+    def question_text(self, question: str) -> str:
+        """What the encoder reads of a question: its prompt counts among the tokens it is cut at."""
+        return self._read(self.query_prompt + question)
+
+    def passage_text(self, text: str) -> str:
+        """What it reads of a passage."""
+        return self._read(self.document_prompt + text)
+
+    def _read(self, text: str) -> str:
+        return text.lower() if self.lower_case else text
 
 
 class Encoder(nnx.Module):
@@ -88,6 +116,9 @@ class Encoder(nnx.Module):
         hidden = hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))
         if self.config.pooling == "cls":
             pooled = hidden[:, 0]
+        elif self.config.pooling == "lasttoken":
+            last = jnp.maximum(mask.sum(1) - 1, 0).astype(jnp.int32)
+            pooled = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
         else:
             mask = mask.astype(hidden.dtype)[..., None]
             pooled = (hidden * mask).sum(1) / jnp.maximum(mask.sum(1), 1)

@@ -62,6 +62,8 @@ def load(name_or_path: str | pathlib.Path, dtype=jnp.float32) -> Pretrained:
     hf = read_config(folder)
     try:
         family = family_of(hf)
+        if family.module is not Encoder:
+            sentence.refuse_decoder(folder, hf["model_type"])
         extra = sentence.read(folder) if family.module is Encoder else {}
         config = family.read(hf, **extra)
     except (KeyError, TypeError) as error:

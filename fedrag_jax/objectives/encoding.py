@@ -14,12 +14,12 @@ import numpy as np
 
 from fedrag_jax.data.batching import encoder_table
 from fedrag_jax.data.corpora import Pool
-from fedrag_jax.data.examples import embedding_text
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.models.network import Network
 from fedrag_jax.objectives.task import PyTree
 from fedrag_jax.retrieval.refresh import Index, Policy, first_index, next_index, search
-from fedrag_jax.retrieval.retriever import Retriever, headed
+from fedrag_jax.retrieval.retriever import Retriever
+from fedrag_jax.retrieval.similarity import passage_side, question_side
 
 
 def trained_parts(retriever: Retriever, train: tuple[str, ...]) -> tuple[PyTree, PyTree]:
@@ -41,7 +41,7 @@ def trained_parts(retriever: Retriever, train: tuple[str, ...]) -> tuple[PyTree,
     trainable = {name: parts[name] for name in train}
     frozen = {} if head is None or "head" in train else {"head": jnp.asarray(head)}
     if "document" in train:
-        texts = [embedding_text(p) for p in retriever.passages]
+        texts = retriever.passage_texts(retriever.passages)
         table = encoder_table(retriever.tokenizer, texts, retriever.encoder.config.max_length)
         frozen["passages"] = {name: jnp.asarray(array) for name, array in table.items()}
         frozen |= {} if "query" in train else {"query": retriever.query}
@@ -63,7 +63,7 @@ def as_trained(retriever: Retriever, trained: PyTree, fresh: bool = True) -> Ret
 
 
 def found_by(retriever: Retriever, examples, k: int, pool: Pool | None = None):
-    """Corpus rows and cosines [N, k], best first; of `pool(example)` alone, where there is one."""
+    """Corpus rows and similarities [N, k], best first; of `pool(example)` alone, where there is one."""
     questions = [e.question for e in examples]
     if pool is None:
         return retriever.search(questions, k)
@@ -109,7 +109,7 @@ def searching(
 
 
 def question_vectors(encoder: Network, parts: PyTree, batch, at_once: int = 0) -> jax.Array:
-    """Unit vectors [B, D] of the questions of a batch.
+    """Vectors [B, D] of the questions of a batch, whose inner products are similarities.
 
     The batch holds `question_tokens`, `question_mask` [B, T], or `question_vectors` [B, D] of a frozen
     query encoder.
@@ -119,11 +119,11 @@ def question_vectors(encoder: Network, parts: PyTree, batch, at_once: int = 0) -
     else:
         tokens, mask = batch["question_tokens"], batch["question_mask"]
         vectors = encode(encoder, parts["query"], tokens, mask, at_once)
-    return headed(vectors, parts.get("head"))
+    return question_side(vectors, encoder.config, parts.get("head"))
 
 
 def passage_vectors(encoder: Network, parts: PyTree, rows, at_once: int = 0) -> jax.Array:
-    """Unit vectors [..., D] of the passages at `rows` int [...] of the corpus."""
+    """Vectors [..., D] of the passages at `rows` int [...] of the corpus, for inner products."""
     if "document" in parts:
         flat = rows.reshape(-1)
         tokens, mask = (parts["passages"][name][flat] for name in ("tokens", "mask"))
@@ -131,7 +131,7 @@ def passage_vectors(encoder: Network, parts: PyTree, rows, at_once: int = 0) -> 
         vectors = vectors.reshape(*rows.shape, -1)
     else:
         vectors = parts["document_vectors"][rows]
-    return headed(vectors, parts.get("head"))
+    return passage_side(vectors, encoder.config, parts.get("head"))
 
 
 def encode(encoder: Network, params: PyTree, tokens, mask, at_once: int = 0) -> jax.Array:
@@ -151,7 +151,7 @@ def encode(encoder: Network, params: PyTree, tokens, mask, at_once: int = 0) -> 
 
 
 def passage_scores(encoder: Network, parts: PyTree, batch, score_scale: float) -> jax.Array:
-    """Scaled cosine [B, k] of each question with the passages `retrieved` int [B, k] for it."""
+    """Scaled similarity [B, k] of each question with the passages `retrieved` int [B, k] for it."""
     queries = question_vectors(encoder, parts, batch)
     passages = passage_vectors(encoder, parts, batch["retrieved"])
     return score_scale * jnp.einsum("bd,bkd->bk", queries, passages)
@@ -166,12 +166,17 @@ class Questions:
     """
 
     def __init__(self, retriever: Retriever, examples, frozen: bool = False, max_length: int = 0):
-        # Without a head, which comes after these vectors in the loss.
-        self._retriever, self._frozen = dataclasses.replace(retriever, head=None), frozen
+        # Without what comes after these vectors in the loss: a head, and what is added for distances.
+        bare = dataclasses.replace(retriever, head=None)
+        if retriever.encoder.config.similarity == "euclidean":
+            config = dataclasses.replace(bare.encoder.config, similarity="dot")
+            encoder = dataclasses.replace(bare.encoder, config=config)
+            bare = dataclasses.replace(bare, encoder=encoder)
+        self._retriever, self._frozen = bare, frozen
         self._known: dict[str, np.ndarray] = {}
         if not frozen:
             most = max_length or retriever.encoder.config.max_length
-            texts = [e.question for e in examples]
+            texts = retriever.question_texts([e.question for e in examples])
             self._width = encoder_table(retriever.tokenizer, texts, most)["tokens"].shape[1]
 
     def __call__(self, examples) -> dict[str, np.ndarray]:
@@ -183,6 +188,7 @@ class Questions:
                 vectors = self._retriever.embed_questions(missing)
                 self._known.update(zip(missing, vectors, strict=True))
             return {"question_vectors": np.stack([self._known[t] for t in texts])}
-        table = encoder_table(self._retriever.tokenizer, texts, self._width)
+        read = self._retriever.question_texts(texts)
+        table = encoder_table(self._retriever.tokenizer, read, self._width)
         pad = ((0, 0), (0, self._width - table["tokens"].shape[1]))
         return {f"question_{name}": np.pad(array, pad) for name, array in table.items()}

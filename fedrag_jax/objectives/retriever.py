@@ -22,14 +22,16 @@ from fedrag_jax.objectives.encoding import (
 from fedrag_jax.objectives.likelihood import tokens_read, weighted_mean
 from fedrag_jax.objectives.task import Task
 from fedrag_jax.retrieval.mining import Mining, hard_negatives
-from fedrag_jax.retrieval.retriever import Retriever, headed
+from fedrag_jax.retrieval.retriever import Retriever
+from fedrag_jax.retrieval.similarity import unit
 
 
 @dataclasses.dataclass(frozen=True)
 class MultipleNegativesRanking:
-    """In-batch softmax over cosine similarities (Lawton et al. 2025, Ft. Embed.).
+    """In-batch softmax over similarities (Lawton et al. 2025, Ft. Embed.).
 
-    L = -1/B sum_i log exp(s cos(q_i, d_i)) / sum_j exp(s cos(q_i, d_j)), where pairs j that share a
+    L = -1/B sum_i log exp(s cos(q_i, d_i)) / sum_j exp(s cos(q_i, d_j)), or with the similarity that
+    the encoder has in place of the cosine, where pairs j that share a
     gold passage with question i are no negatives of it, nor is padding. Mined negatives, if there are
     any, are further d_j of the whole batch.
 
@@ -64,8 +66,11 @@ class MultipleNegativesRanking:
         documents = passage_vectors(self.encoder, parts, rows, self.at_once)
         losses = []
         for d in self.dimensions or (queries.shape[-1],):
-            cosines = headed(queries[:, :d]) @ headed(documents[:, :d]).T
-            scores = jnp.where(shown, self.score_scale * cosines, -jnp.inf)
+            cut = queries[:, :d], documents[:, :d]
+            if self.encoder.config.similarity == "cosine":
+                cut = map(unit, cut)
+            q, p = cut
+            scores = jnp.where(shown, self.score_scale * (q @ p.T), -jnp.inf)
             own = jnp.arange(size)
             losses.append(optax.softmax_cross_entropy_with_integer_labels(scores, own))
         first = (scores.argmax(1) == own).astype(jnp.float32)
@@ -116,6 +121,11 @@ def multiple_negatives_ranking(
     size = retriever.bare_vectors.shape[1]
     if not all(0 < d <= size for d in dimensions):
         raise ConfigError(f"dimensions must be between 1 and {size}, got {tuple(dimensions)}")
+    if dimensions and retriever.encoder.config.similarity == "euclidean":
+        raise ConfigError(
+            "dimensions cut vectors that are compared by cosine or dot product, the encoder's are by "
+            "euclidean distance: leave them out"
+        )
     if mining and negatives is not None:
         raise ConfigError("negatives are given, so there are none to mine: leave out one of both")
     row = {passage.id: i for i, passage in enumerate(dataset.passages)}

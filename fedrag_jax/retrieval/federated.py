@@ -297,14 +297,15 @@ def _sufficient(nearest, depths: np.ndarray, most: int, wanted: int) -> list[int
 
 
 def _centroids(vectors: np.ndarray, count: int) -> np.ndarray:
-    """Of `vectors` [n, D], float32 [min(count, n), D] and of unit length."""
+    """Of `vectors` [n, D], float32 [min(count, n), D]; of unit length if these are."""
+    unit = np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-3)
     # Fewer than 39 points a cluster make FAISS warn, and they are fine here.
     kmeans = faiss.Kmeans(
         vectors.shape[1],
         min(count, len(vectors)),
         niter=10,
         seed=0,
-        spherical=True,
+        spherical=bool(unit),
         min_points_per_centroid=1,
     )
     kmeans.train(np.ascontiguousarray(vectors, np.float32))

@@ -15,14 +15,14 @@ class Mining(NamedTuple):
     """Which passages count as hard negatives of a question (NV-Retriever, 2407.15831, section 3).
 
     What is as near to the question as its gold passage may well answer it too: a false negative. With
-    the cosine p of the nearest gold passage, a passage is left out above `share` x p (TopK-PercPos) or
-    above p - `margin` (TopK-MarginPos).
+    the similarity p of the nearest gold passage, a passage is left out above `share` x p
+    (TopK-PercPos) or above p - `margin` (TopK-MarginPos).
 
     Attributes:
       count: of each question; fewer where there are no more.
       depth: passages that are looked at, nearest first, gold ones among them.
       share: of p; 0.95 was the paper's best. 1 leaves out what is nearer than the gold passage.
-      margin: below p, of cosine; the paper's best was 0.05.
+      margin: below p; the paper's best was 0.05, of cosines.
 
     Raises:
       ConfigError: from `hard_negatives`, a number out of its range.

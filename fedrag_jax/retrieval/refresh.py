@@ -23,7 +23,8 @@ import numpy as np
 
 from fedrag_jax.clock import Clock, tell
 from fedrag_jax.errors import ConfigError
-from fedrag_jax.retrieval.retriever import Retriever, headed
+from fedrag_jax.retrieval.retriever import Retriever
+from fedrag_jax.retrieval.similarity import passage_side
 
 
 class Policy(NamedTuple):
@@ -162,7 +163,8 @@ def _reranked(retriever, questions, k, candidates) -> tuple[np.ndarray, np.ndarr
     rows, _ = retriever.store.search(queries, _at_most(retriever, max(candidates, k)))
     tell("searching", clock.lap().others)
     used, place = np.unique(rows, return_inverse=True)
-    fresh = headed(retriever.embed_passages(retriever.document, used), retriever.head)
+    fresh = retriever.embed_passages(retriever.document, used)
+    fresh = passage_side(fresh, retriever.encoder.config, retriever.head)
     scores = np.einsum("qd,qkd->qk", queries, fresh[place.reshape(rows.shape)])
     order = np.lexsort((rows, -scores))[:, :k]
     return rows[:, :k], np.take_along_axis(rows, order, 1), len(used)

@@ -9,10 +9,12 @@ import numpy as np
 from fedrag_jax.clock import Clock, tell
 from fedrag_jax.data.examples import Passage, embedding_text, half_character
 from fedrag_jax.errors import ConfigError, DataError
+from fedrag_jax.models import sentence
 from fedrag_jax.models.hub import Pretrained
 from fedrag_jax.models.network import Network
 from fedrag_jax.retrieval.embedding import embed_corpus, embed_texts
 from fedrag_jax.retrieval.faiss_store import FaissStore
+from fedrag_jax.retrieval.similarity import passage_side, question_side
 from fedrag_jax.retrieval.store import Searched
 
 
@@ -22,8 +24,8 @@ class Retriever:
 
     Attributes:
       bare_vectors: float32 [N, D] of the passages, as the document encoder gives them.
-      vectors: float32 [N, D], those that are searched: behind the head, and of length 1, so that the
-        store's inner product is the cosine.
+      vectors: float32 [N, D], those that are searched: behind the head, and such that the store's
+        inner product is the encoder's similarity (`retrieval.similarity`).
       store: what searches them: an index, or silos that have one each (`federated.over_silos`). A
         refreshed retriever has one of the same kind.
       head: a matrix [D, D] that vectors of questions and passages are multiplied with; None for none.
@@ -40,24 +42,36 @@ class Retriever:
     head: np.ndarray | None = None
 
     @classmethod
-    def build(cls, model: Pretrained, passages: Sequence[Passage], progress: bool = False):
+    def build(
+        cls,
+        model: Pretrained,
+        passages: Sequence[Passage],
+        progress: bool = False,
+        *,
+        query_prompt: str | None = None,
+        document_prompt: str | None = None,
+        similarity: str | None = None,
+    ):
         """Embeds the corpus (from the disk cache where it was embedded before) and indexes it.
 
         Without passages it embeds questions and passages for a store elsewhere, and searches nothing.
+
+        Args:
+          query_prompt, document_prompt: what comes before every question and passage, in search and in
+            training; the model's own unless given.
+          similarity: "cosine", "dot" or "euclidean"; the model's own unless given.
+
+        Raises:
+          ConfigError: another similarity, or a prompt that leaves no room for a text.
         """
+        model = sentence.used_as(model, query_prompt, document_prompt, similarity)
         vectors = np.empty((0, model.network.config.hidden_size), np.float32)
-        if passages:
-            vectors = embed_corpus(
-                model.network,
-                model.params,
-                model.tokenizer,
-                [embedding_text(p) for p in passages],
-                max_length=model.network.config.max_length,
-                progress=progress,
-            )
         both = model.params, model.params
-        bare = cls(model.network, model.tokenizer, *both, passages, vectors, None, None)
-        return bare._behind_head()
+        bare = cls(model.network, model.tokenizer, *both, passages, vectors, vectors, None)
+        bare._require_room()
+        if passages:
+            vectors = bare._embedded(passages, model.params, keep=True, progress=progress)
+        return bare.with_vectors(vectors)
 
     def refresh(self, document) -> "Retriever":
         """The same corpus seen by document parameters in training: re-embedded and re-indexed."""
@@ -65,7 +79,7 @@ class Retriever:
         return dataclasses.replace(self, document=document).with_vectors(vectors)
 
     def _behind_head(self) -> "Retriever":
-        vectors = headed(self.bare_vectors, self.head)
+        vectors = passage_side(self.bare_vectors, self.encoder.config, self.head)
         store = self.store
         if store is not None:
             store = store.with_vectors(vectors)
@@ -76,25 +90,58 @@ class Retriever:
     def embed_passages(self, document, rows=None) -> np.ndarray:
         """Vectors [R, D] that document parameters give to passages, all or those at `rows` int [R]."""
         passages = self.passages if rows is None else [self.passages[r] for r in rows]
-        return embed_corpus(
-            self.encoder,
-            document,
-            self.tokenizer,
-            [embedding_text(p) for p in passages],
-            max_length=self.encoder.config.max_length,
-            keep=False,
-        )
+        return self._embedded(passages, document, keep=False)
+
+    def embed_kept(self, passages: Sequence[Passage], progress: bool = False) -> np.ndarray:
+        """As `embed_new`, from the disk cache where they were embedded before."""
+        vectors = self._embedded(passages, self.document, keep=True, progress=progress)
+        return passage_side(vectors, self.encoder.config, self.head)
 
     def embed_new(self, passages: Sequence[Passage]) -> np.ndarray:
-        """Vectors [N, D] of unit length, behind the head, of passages of anywhere."""
+        """Vectors [N, D] such as are searched, of passages of anywhere."""
         vectors = embed_texts(
             self.encoder,
             self.document,
             self.tokenizer,
-            [embedding_text(p) for p in passages],
+            self.passage_texts(passages),
             max_length=self.encoder.config.max_length,
         )
-        return headed(vectors, self.head)
+        return passage_side(vectors, self.encoder.config, self.head)
+
+    def _embedded(self, passages: Sequence[Passage], document, **how) -> np.ndarray:
+        return embed_corpus(
+            self.encoder,
+            document,
+            self.tokenizer,
+            self.passage_texts(passages),
+            max_length=self.encoder.config.max_length,
+            **how,
+        )
+
+    @property
+    def passage_room(self) -> int:
+        """Tokens of a passage that the document encoder reads, beside its prompt and special tokens."""
+        return self._room(self.encoder.config.passage_text(""))
+
+    def _room(self, prompt: str) -> int:
+        return self.encoder.config.max_length - len(self.tokenizer(prompt)["input_ids"])
+
+    def _require_room(self) -> None:
+        config = self.encoder.config
+        for prompt in filter(None, (config.query_prompt, config.document_prompt)):
+            if self._room(prompt) < 1:
+                raise ConfigError(
+                    f"the encoder reads {config.max_length} tokens, and its prompt {prompt[:80]!r} "
+                    "leaves none of them for a text: shorten it"
+                )
+
+    def passage_texts(self, passages: Sequence[Passage]) -> list[str]:
+        """What the document encoder reads of passages, its prompt included."""
+        return [self.encoder.config.passage_text(embedding_text(p)) for p in passages]
+
+    def question_texts(self, questions: Sequence[str]) -> list[str]:
+        """What the query encoder reads of questions, its prompt included."""
+        return [self.encoder.config.question_text(q) for q in questions]
 
     def with_vectors(self, bare_vectors) -> "Retriever":
         """An index of these vectors [N, D], however old they are."""
@@ -115,7 +162,7 @@ class Retriever:
         return self.with_head((whole if self.head is None else self.head)[:, :dimensions])
 
     def embed_questions(self, questions: Sequence[str]) -> np.ndarray:
-        """Normalised vectors float32 [Q, D] of the query encoder.
+        """Vectors float32 [Q, D] of the query encoder, such as search the passages'.
 
         Raises:
           DataError: a question with half a character in it.
@@ -127,13 +174,13 @@ class Retriever:
             self.encoder,
             self.query,
             self.tokenizer,
-            questions,
+            self.question_texts(questions),
             max_length=self.encoder.config.max_length,
         )
-        return headed(vectors, self.head)
+        return question_side(vectors, self.encoder.config, self.head)
 
     def search(self, questions: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Corpus rows int32 [Q, k] and cosines float32 [Q, k], best first."""
+        """Corpus rows int32 [Q, k] and their similarities float32 [Q, k], best first."""
         clock = Clock()
         found = self.store.search(self.embed_questions(questions), k)
         tell("searching", clock.lap().others)
@@ -152,18 +199,18 @@ class Retriever:
         queries, clock = self.embed_questions(questions), Clock()
         found = [self.nearest(query, pool, k) for query, pool in zip(queries, pools, strict=True)]
         tell("searching", clock.lap().others)
-        rows, cosines = zip(*found, strict=True)
-        return np.stack(rows), np.stack(cosines)
+        rows, similarities = zip(*found, strict=True)
+        return np.stack(rows), np.stack(similarities)
 
     def nearest(self, query: np.ndarray, pool, most: int) -> tuple[np.ndarray, np.ndarray]:
-        """The rows of a pool int [n] nearest to a vector [D], at most so many, and their cosines."""
+        """Of a pool int [n] the rows nearest to a vector [D], at most so many, and similarities."""
         rows = np.asarray(pool, np.int32)
-        cosines = self.vectors[rows] @ query
-        best = np.lexsort((rows, -cosines))[:most]
-        return rows[best], cosines[best]
+        found = self.vectors[rows] @ query
+        best = np.lexsort((rows, -found))[:most]
+        return rows[best], found[best]
 
-    def cosines(self, questions: Sequence[str], read) -> np.ndarray:
-        """Cosines float32 [Q, k] of questions with k corpus rows or passages each."""
+    def similarities(self, questions: Sequence[str], read) -> np.ndarray:
+        """Similarities float32 [Q, k] of questions with k corpus rows or passages each."""
         asked = self.embed_questions(questions)
         if isinstance(read[0][0], Passage):
             passages = self.embed_new([passage for some in read for passage in some])
@@ -171,12 +218,3 @@ class Retriever:
         else:
             passages = self.vectors[np.asarray(read)]
         return np.einsum("qd,qkd->qk", asked, passages)
-
-
-def headed(vectors, head=None):
-    """Vectors [..., D], of NumPy or JAX, times a head [D, E] if there is one, at unit length.
-
-    So an inner product of two is a cosine.
-    """
-    vectors = vectors if head is None else vectors @ head
-    return vectors / ((vectors**2).sum(-1, keepdims=True) ** 0.5).clip(1e-9)

@@ -124,8 +124,7 @@ def _lengths(
 ) -> tuple[int, int]:
     if before and tokens in (None, before.tokens):
         return before.tokens, before.overlap if overlap is None else overlap
-    special = system.retriever.tokenizer.num_special_tokens_to_add()
-    room = system.retriever.encoder.config.max_length - special
+    room = system.retriever.passage_room
     tokens = min(200, room) if tokens is None else tokens
     if tokens > room:
         raise ConfigError(

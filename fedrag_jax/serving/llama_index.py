@@ -15,7 +15,7 @@ from fedrag_jax.data.examples import Passage
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.models.writing import Sampling
 from fedrag_jax.rag import RAGSystem
-from fedrag_jax.retrieval.retriever import headed
+from fedrag_jax.retrieval.similarity import unit
 from fedrag_jax.retrieval.store import finite
 from fedrag_jax.retrieval.stores.knowledge import Found
 
@@ -137,7 +137,10 @@ class RAGRetriever(_OwnPrompts, BaseRetriever):
                 f"{dimension}: it is of another encoder; a query asked of another retriever before may "
                 "have kept that one's"
             )
-        return headed(vector)
+        # A mean of vectors of length 1, and somebody else's vector, may be of another.
+        return (
+            unit(vector) if self.system.retriever.encoder.config.similarity == "cosine" else vector
+        )
 
 
 class RAGQueryEngine(_OwnPrompts, BaseQueryEngine):

@@ -9,7 +9,6 @@ from collections.abc import Collection, Sequence
 
 from tqdm import tqdm
 
-from fedrag_jax.data.examples import embedding_text
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.evaluation.benchmarks import asking, reading, sets
 from fedrag_jax.evaluation.benchmarks.answering import Run
@@ -18,8 +17,6 @@ from fedrag_jax.evaluation.benchmarks.identity import corpus_of, identity
 from fedrag_jax.evaluation.benchmarks.record import Record
 from fedrag_jax.evaluation.benchmarks.report import BenchmarkResult, summed
 from fedrag_jax.rag import RAGSystem
-from fedrag_jax.retrieval.embedding import embed_corpus
-from fedrag_jax.retrieval.retriever import headed
 from fedrag_jax.retrieval.store import Store
 from fedrag_jax.retrieval.stores.faiss_kinds import FaissKnowledge
 from fedrag_jax.retrieval.stores.knowledge import KnowledgeStore
@@ -198,15 +195,7 @@ class Benchmarker:
         if store.dimension is None:
             store.add(material.passages)
             return self.system.over(store)
-        vectors = embed_corpus(
-            retriever.encoder,
-            retriever.document,
-            retriever.tokenizer,
-            [embedding_text(p) for p in material.passages],
-            max_length=retriever.encoder.config.max_length,
-            progress=self.progress,
-        )
-        store.add(material.passages, headed(vectors, retriever.head))
+        store.add(material.passages, retriever.embed_kept(material.passages, self.progress))
         return self.system.over(store)
 
     def _empty_store(self) -> KnowledgeStore:

@@ -12,6 +12,7 @@ import time
 
 from fedrag_jax.serving.commands.common import add_elsewhere, add_json, harmless, print_json
 
+SIMILARITIES = ("cosine", "dot", "euclidean")
 STORES = ("flat", "ivf", "hnsw", "pq", "device", "words", "hybrid", "qdrant", "postgres")
 
 
@@ -46,6 +47,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compact, instruct, cited, chat, chat_cited, ... (chat where the generator has a "
         "template, else instruct; compact for built-in ones)",
     )
+    new.add_argument(
+        "--query-prompt", help="what comes before a question for the retriever (its model's own)"
+    )
+    new.add_argument("--document-prompt", help="what comes before a passage (its model's own)")
+    new.add_argument(
+        "--similarity",
+        choices=SIMILARITIES,
+        help="that the retriever was trained for (what its model says, else cosine)",
+    )
     new.add_argument("--system-prompt", help="what every prompt begins with")
     new.add_argument("--top-k", type=int, help="passages read for an answer (5)")
     new.add_argument(
@@ -62,8 +72,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-NEW = ("like", "retriever", "generator", "prompt_style", "system_prompt", "top_k", "store", "at",
-       "collection", "language", "rerank")  # fmt: skip
+NEW = ("like", "retriever", "generator", "prompt_style", "query_prompt", "document_prompt",
+       "similarity", "system_prompt", "top_k", "store", "at", "collection", "language",
+       "rerank")  # fmt: skip
+# What --like brings along.
+MODELS = {"--retriever", "--generator", "--prompt-style", "--query-prompt", "--document-prompt",
+          "--similarity"}  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -79,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
             f"{args.to} holds a system already, and {', '.join(given)} are of a new one: leave them "
             "out, or choose another folder with --to"
         )
-    if args.like and (set(given) & {"--retriever", "--generator", "--prompt-style"}):
+    if args.like and set(given) & MODELS:
         raise ConfigError("--like takes models and prompts of a saved system: leave the others out")
     start = time.perf_counter()
     found = index(
@@ -119,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
 
 def new_system(args: argparse.Namespace):
     """A system over an empty store, as the options say."""
-    from fedrag_jax.models import hub
+    from fedrag_jax.models import hub, sentence
     from fedrag_jax.rag import RAGSystem
     from fedrag_jax.serving.alike import alike
 
@@ -129,6 +143,8 @@ def new_system(args: argparse.Namespace):
         system = alike(like, store=store, top_k=args.top_k)
         return system.under(args.system_prompt) if args.system_prompt else system
     retriever = hub.load(args.retriever or "builtin:encoder")
+    use = args.query_prompt, args.document_prompt, args.similarity
+    retriever = sentence.used_as(retriever, *use)
     generator = hub.load(args.generator or "builtin:decoder")
     style = args.prompt_style
     if style is None and (args.generator or "builtin:decoder").startswith("builtin:"):
@@ -136,7 +152,7 @@ def new_system(args: argparse.Namespace):
     elif style is None:
         style = "chat" if generator.tokenizer.chat_template else "instruct"
     return RAGSystem.build(
-        store=new_store(args, retriever.network.config.hidden_size),
+        store=new_store(args, retriever.network.config.dimension),
         generator=generator,
         retriever=retriever,
         prompt_style=style,
