@@ -16,7 +16,7 @@ from fedrag_jax.data.examples import Passage
 from fedrag_jax.data.prompts import PromptStyle, named_style
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.inference import Response, Streamed
-from fedrag_jax.models import hub, lora
+from fedrag_jax.models import hub, lora, sentence
 from fedrag_jax.models.network import Network
 from fedrag_jax.models.writing import Sampling, Writer
 from fedrag_jax.retrieval.retriever import Retriever
@@ -98,31 +98,16 @@ class RAGSystem:
             raise ConfigError(f"marginal_k must be at least 1, got {marginal_k}")
         if score_scale is not None and not score_scale > 0:
             raise ConfigError(f"score_scale must be > 0, got {score_scale}")
-        generator = hub.load(generator) if isinstance(generator, str) else generator
-        retriever = hub.load(retriever) if isinstance(retriever, str) else retriever
-        for model, role, method in (
-            (generator, "generator", "decoder"),
-            (retriever, "retriever", "encoder"),
-        ):
-            if model.kind != method:
-                raise ConfigError(
-                    f"models.{role} must be a {method}; {model.name} is an {model.kind}"
-                )
+        generator = hub.given(generator, "generator", "decoder")
+        retriever = hub.given(retriever, "retriever", "encoder")
+        retriever = sentence.used_as(retriever, query_prompt, document_prompt, similarity)
         style = prompt_style
         if isinstance(prompt_style, str):
             style = named_style(prompt_style, generator.tokenizer)
         adapters = adapters or lora.LoraConfig()
         decoder = lora.add_lora(generator.network, adapters)
-        searching = Retriever.build(
-            retriever,
-            passages,
-            progress,
-            query_prompt=query_prompt,
-            document_prompt=document_prompt,
-            similarity=similarity,
-        )
         if score_scale is None:
-            score_scale = 20.0 if searching.encoder.config.similarity == "cosine" else 1.0
+            score_scale = 20.0 if retriever.network.config.similarity == "cosine" else 1.0
         prompts = Prompts(
             generator.tokenizer, style, passages, examples, max_passage_tokens, max_answer_tokens
         )
@@ -130,7 +115,7 @@ class RAGSystem:
             generator=generator,
             decoder=decoder,
             adapters=lora.init_adapters(decoder, seed),
-            retriever=searching,
+            retriever=Retriever.build(retriever, passages, progress),
             prompts=prompts,
             top_k=top_k,
             marginal_k=min(marginal_k, len(passages) or marginal_k),

@@ -75,6 +75,19 @@ def load(name_or_path: str | pathlib.Path, dtype=jnp.float32) -> Pretrained:
     return Pretrained(network, params, read_tokenizer(folder), str(name_or_path))
 
 
+def given(model: str | Pretrained, role: str, kind: str) -> Pretrained:
+    """A model, or the one of that name, for a role that wants a "decoder" or an "encoder".
+
+    Raises:
+      ConfigError: it is of the other kind.
+      CheckpointError: as `load`.
+    """
+    model = load(model) if isinstance(model, str) else model
+    if model.kind != kind:
+        raise ConfigError(f"models.{role} must be a {kind}; {model.name} is an {model.kind}")
+    return model
+
+
 def refuse_quantized(pretrained: Pretrained, path) -> None:
     """Raises CheckpointError for parameters that cannot be written to a path."""
     if is_quantized(pretrained.params):
