@@ -155,12 +155,13 @@ class Comparison:
 
     def tuned_systems(self, strategy: str, setting: str, seed: int, split: int):
         """`(systems, tuners)`: one of each, or one per client in the local setting."""
-        from fedrag_jax.strategies.strategies import STRATEGIES, together
+        from fedrag_jax.strategies.own import named
+        from fedrag_jax.strategies.strategies import together
         from fedrag_jax.strategies.tuner import tune_together
 
         tuners = [self.tuner(setting, seed, split, client) for client in self.members(setting)]
         systems = together(
-            STRATEGIES[strategy],
+            named(strategy),
             [self.system(seed)] * len(tuners),
             self.dataset,
             lambda asked: tune_together([(tuners[i], task) for i, task in asked]),

@@ -38,8 +38,8 @@ def check(config) -> None:
       ConfigError: names the setting, its value and what it may be.
     """
     from fedrag_jax.inference import MODES
+    from fedrag_jax.strategies.own import named
     from fedrag_jax.strategies.settings import parse
-    from fedrag_jax.strategies.strategies import STRATEGIES
     from fedrag_jax.tracking.comparison import METRICS
 
     for name in ("strategies", "settings"):
@@ -47,8 +47,11 @@ def check(config) -> None:
             raise ConfigError(f"config.{name} is empty; give at least one")
     check_replicates(config)
     for name in ("strategies", "local_strategies"):
-        if unknown := [value for value in config[name] if value not in STRATEGIES]:
-            raise ConfigError(f"config.{name}: {unknown} unknown; choose among {[*STRATEGIES]}")
+        for value in config[name]:
+            try:
+                named(value)
+            except ConfigError as error:
+                raise ConfigError(f"config.{name}: {error}") from error
     if not config.federated.alpha > 0:
         raise ConfigError(f"config.federated.alpha must be > 0, got {config.federated.alpha}")
     if not 0 < config.federated.participation <= 1:
@@ -107,7 +110,8 @@ def rates_name(config, setting: str) -> str:
 
     names = rate_names(setting)
     if ":" in setting and algorithm_of(config, setting)[0] in OWN_STEPS:
-        names = names[:2]  # the rates of AdamW are none for plain SGD
+        # The rates of AdamW are none for plain SGD.
+        names = [name for name in names if ":" in name]
     found = [name for name in names if name in config.learning_rates]
     if not found:
         raise ConfigError(

@@ -376,7 +376,7 @@ def test_what_cannot_be_trained_is_refused(system, tmp_path, capsys):
     questions = write_questions(tmp_path / "own.jsonl", system)
     to = ["--to", str(tmp_path / "tuned")]
     assert main(["train", str(system), str(questions), *to, "--strategy", "poem"]) == 1
-    assert "--strategy must be one of" in capsys.readouterr().err
+    assert "unknown strategy 'poem'; choose among ['none', 'retriever'" in capsys.readouterr().err
     bare = [json.loads(line) | {"positive_ids": []} for line in questions.read_text().splitlines()]
     questions.write_text("\n".join(map(json.dumps, bare)))
     assert main(["train", str(system), str(questions), *to, "--strategy", "retriever"]) == 1

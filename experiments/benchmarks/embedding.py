@@ -35,8 +35,8 @@ def main(argv):
     from fedrag_jax.data import datasets
     from fedrag_jax.data.examples import embedding_text
     from fedrag_jax.models import hub
+    from fedrag_jax.models.flops import encoder_flops
     from fedrag_jax.retrieval.embedding import embed_texts
-    from fedrag_jax.tracking.ledger import encoder_flops
 
     passages = datasets.load("squad").passages
     step = max(len(passages) // _TEXTS.value, 1)  # of all articles, so of all lengths

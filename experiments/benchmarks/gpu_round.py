@@ -52,7 +52,7 @@ def main(argv):
     import jax
 
     from fedrag_jax.data.batching import ANSWER_TOKENS
-    from fedrag_jax.tracking.ledger import decoder_flops
+    from fedrag_jax.models.flops import decoder_flops
 
     kind = jax.devices()[0].device_kind
     network, params, adapters = decoder()

@@ -78,4 +78,5 @@ def citing(
             reasoning=[citations[e.id] for e in some],
         )
 
-    return Task("citing", {"adapters": adapters}, {"decoder": params}, AnswerLoss(decoder), collate)
+    loss, trainable = AnswerLoss(decoder), {"adapters": adapters}
+    return Task("citing", trainable, {"decoder": params}, loss, collate, cost=loss.cost())

@@ -35,11 +35,12 @@ from fedrag_jax.data.corpora import Pool
 from fedrag_jax.data.examples import Example, embedding_text
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.models.network import Network
+from fedrag_jax.objectives import costs
 from fedrag_jax.objectives.encoding import Questions, passage_scores, searching, trained_parts
 from fedrag_jax.objectives.joint import marginal_likelihood
 from fedrag_jax.objectives.likelihood import tokens_read, weighted_mean
 from fedrag_jax.objectives.supervision import Attention, LeaveOneOut, Likelihoods, Teacher
-from fedrag_jax.objectives.task import PyTree, Task
+from fedrag_jax.objectives.task import PyTree, StepCost, Task
 from fedrag_jax.retrieval.refresh import Policy
 from fedrag_jax.retrieval.retriever import Retriever
 
@@ -93,6 +94,18 @@ class Distillation:
         }
         loss = weighted_mean(divergence, batch["weight"])
         return loss, {name: weighted_mean(x, batch["weight"]) for name, x in told.items()}
+
+    def cost(self) -> StepCost:
+        """Of a step; the decoder is asked beside it, another teacher is not counted."""
+
+        def flops(task, table):
+            read = 0.0 if self.decoder is None else costs.frozen_reading(self.decoder, table)
+            return read + costs.trained_encoding(self.encoder, task, table, "retrieved")
+
+        def unrolled():
+            return dataclasses.replace(self, encoder=self.encoder.unrolled())
+
+        return costs.declared(self, unrolled, flops, asked=lambda task: self.decoder)
 
 
 def kl(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
@@ -226,5 +239,6 @@ def _task(name, loss, source, retriever, examples, train, passages, refresh, poo
         frozen=frozen,
         loss=loss,
         collate=lambda some, rows: {"retrieved": rows} | questions(some) | source(some, rows),
+        cost=loss.cost(),
         **searching(retriever, train, passages, refresh, pool),
     )

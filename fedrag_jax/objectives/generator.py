@@ -13,8 +13,9 @@ import numpy as np
 
 from fedrag_jax.data.batching import Prompts
 from fedrag_jax.models.network import Network
+from fedrag_jax.objectives import costs
 from fedrag_jax.objectives.likelihood import answer_log_probs, tokens_read, weighted_mean
-from fedrag_jax.objectives.task import PyTree, Task
+from fedrag_jax.objectives.task import PyTree, StepCost, Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +35,14 @@ class AnswerLoss:
         loss = weighted_mean(nll, batch["weight"])
         told = {"nll_per_token": nll / tokens, "tokens": tokens_read(batch)}
         return loss, {name: weighted_mean(x, batch["weight"]) for name, x in told.items()}
+
+    def cost(self) -> StepCost:
+        """Of a step."""
+        return costs.declared(
+            self,
+            lambda: dataclasses.replace(self, decoder=self.decoder.unrolled()),
+            lambda task, table: costs.trained_reading(self.decoder, table),
+        )
 
 
 def concatenated(
@@ -76,10 +85,12 @@ def closed_book(decoder: Network, params: PyTree, adapters: PyTree, prompts: Pro
 
 
 def _task(name, decoder, params, adapters, prompts, rows, **how) -> Task:
+    loss = AnswerLoss(decoder)
     return Task(
         name=name,
         trainable={"adapters": adapters},
         frozen={"decoder": params},
-        loss=AnswerLoss(decoder),
+        loss=loss,
         collate=lambda examples, _: prompts.training_table(examples, rows(examples), **how),
+        cost=loss.cost(),
     )

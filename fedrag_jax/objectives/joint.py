@@ -21,6 +21,7 @@ from fedrag_jax.data.batching import Prompts
 from fedrag_jax.data.corpora import Pool
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.models.network import Network
+from fedrag_jax.objectives import costs
 from fedrag_jax.objectives.encoding import (
     Questions,
     found_by,
@@ -30,7 +31,7 @@ from fedrag_jax.objectives.encoding import (
 )
 from fedrag_jax.objectives.likelihood import answer_log_probs, tokens_read, weighted_mean
 from fedrag_jax.objectives.supervision import Likelihoods
-from fedrag_jax.objectives.task import PyTree, Task
+from fedrag_jax.objectives.task import PyTree, StepCost, Task
 from fedrag_jax.retrieval.refresh import Policy
 from fedrag_jax.retrieval.retriever import Retriever
 
@@ -78,6 +79,25 @@ class MarginalLoss:
         loss = weighted_mean(-log_marginal, batch["weight"])
         told = {"retrieval_entropy": entropy, "tokens": tokens_read(batch)}
         return loss, {name: weighted_mean(x, batch["weight"]) for name, x in told.items()}
+
+    def cost(self) -> StepCost:
+        """Of a step; a frozen generator is asked beside it."""
+
+        def flops(task, table):
+            read = costs.trained_reading if "adapters" in task.trainable else costs.frozen_reading
+            encoding = costs.trained_encoding(self.encoder, task, table, "retrieved")
+            return read(self.decoder, table) + encoding
+
+        def unrolled():
+            networks = {"decoder": self.decoder.unrolled(), "encoder": self.encoder.unrolled()}
+            return dataclasses.replace(self, **networks)
+
+        return costs.declared(
+            self,
+            unrolled,
+            flops,
+            asked=lambda task: None if "adapters" in task.trainable else self.decoder,
+        )
 
 
 def marginal_likelihood(
@@ -138,5 +158,6 @@ def marginal_likelihood(
         frozen=frozen,
         loss=loss,
         collate=collate,
+        cost=loss.cost(),
         **(searching(retriever, moving, passages, refresh, pool) if moving else {}),
     )

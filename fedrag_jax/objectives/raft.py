@@ -84,7 +84,8 @@ def raft(
             reasoning=[reasoning[e.id] for e in examples],
         )
 
-    return Task("raft", {"adapters": adapters}, {"decoder": params}, AnswerLoss(decoder), collate)
+    loss, trainable = AnswerLoss(decoder), {"adapters": adapters}
+    return Task("raft", trainable, {"decoder": params}, loss, collate, cost=loss.cost())
 
 
 def oracle(

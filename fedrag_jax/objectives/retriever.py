@@ -12,6 +12,7 @@ from fedrag_jax.data.corpora import Pool
 from fedrag_jax.data.examples import Dataset
 from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.models.network import Network
+from fedrag_jax.objectives import costs
 from fedrag_jax.objectives.encoding import (
     Questions,
     as_trained,
@@ -20,7 +21,7 @@ from fedrag_jax.objectives.encoding import (
     trained_parts,
 )
 from fedrag_jax.objectives.likelihood import tokens_read, weighted_mean
-from fedrag_jax.objectives.task import Task
+from fedrag_jax.objectives.task import StepCost, Task
 from fedrag_jax.retrieval.mining import Mining, hard_negatives
 from fedrag_jax.retrieval.retriever import Retriever
 from fedrag_jax.retrieval.similarity import unit
@@ -77,6 +78,18 @@ class MultipleNegativesRanking:
         told = {"first": first, "tokens": tokens_read(batch)}
         loss = weighted_mean(sum(losses) / len(losses), batch["weight"])
         return loss, {name: weighted_mean(x, batch["weight"]) for name, x in told.items()}
+
+    def cost(self) -> StepCost:
+        """Of a step."""
+
+        def flops(task, table):
+            passages = ["positive", *(["negatives"] if "negatives" in table else [])]
+            return costs.trained_encoding(self.encoder, task, table, *passages)
+
+        def unrolled():
+            return dataclasses.replace(self, encoder=self.encoder.unrolled())
+
+        return costs.declared(self, unrolled, flops)
 
 
 def _share_a_gold(golds: jax.Array, others: jax.Array) -> jax.Array:
@@ -156,13 +169,15 @@ def multiple_negatives_ranking(
             mined = np.array([negatives[e.id] for e in examples], np.int32)
         return table if mined is None else table | {"negatives": mined}
 
+    loss = MultipleNegativesRanking(
+        retriever.encoder, score_scale, tuple(sorted(dimensions)), at_once
+    )
     return Task(
         name="multiple_negatives_ranking" + ("_mined" if mining else ""),
         trainable=trainable,
         frozen=frozen,
-        loss=MultipleNegativesRanking(
-            retriever.encoder, score_scale, tuple(sorted(dimensions)), at_once
-        ),
+        loss=loss,
         collate=collate,
         retrieve=mine if mining else None,
+        cost=loss.cost(),
     )

@@ -1,10 +1,28 @@
 """What one training step minimises."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 PyTree = Any
+
+
+class StepCost(NamedTuple):
+    """What a training step takes, as the objective declares it; what is None is empty in every table.
+
+    Attributes:
+      loss: that it is about: a task that is given another loss has to declare another cost.
+      flops: `flops(task, table) -> float`, operations of one example in a step by the formulas of its
+        networks, from the shapes of a table, of which any rows are given.
+      compiler_flops: `compiler_flops(task, table, batch_size) -> float`, the compiler's own count.
+      tokens: the metric of the loss that says how many tokens its networks read of an example, without
+        padding.
+    """
+
+    loss: Callable[..., Any]
+    flops: Callable[["Task", Mapping[str, Any]], float] | None = None
+    compiler_flops: Callable[["Task", Mapping[str, Any], int], float] | None = None
+    tokens: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +44,7 @@ class Task:
       index: {name: array}, what is searched at first; then it is
         `retrieve(examples, trainable, index) -> (rows, index)`, each time with the index that the time
         before left. None where `retrieve` sees to it that its index is fresh.
+      cost: what a step of this loss takes, where somebody declares it.
     """
 
     name: str
@@ -35,6 +54,13 @@ class Task:
     collate: Callable[[Any, Any], dict]
     retrieve: Callable[..., Any] | None = None
     index: dict[str, Any] | None = None
+    cost: StepCost | None = None
+
+    @property
+    def declared(self) -> StepCost:
+        """The cost of a step; one that says nothing where it is declared for no loss or for another."""
+        stands = self.cost is not None and self.cost.loss == self.loss
+        return self.cost if stands else StepCost(self.loss)
 
     def table(self, examples) -> dict[str, Any]:
         """What `collate` makes of examples before anything is trained."""

@@ -1,6 +1,7 @@
 """A saved system tuned on questions about the passages that it answers from."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -20,8 +21,8 @@ from fedrag_jax.evaluation.evaluator import evaluate
 from fedrag_jax.federated import by_name
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.serving.alike import alike
+from fedrag_jax.strategies.own import named
 from fedrag_jax.strategies.settings import Budget, split_clients
-from fedrag_jax.strategies.strategies import STRATEGIES
 from fedrag_jax.strategies.tuner import Tuner
 from fedrag_jax.tracking.comparison import NEEDS_LABELS
 
@@ -136,12 +137,12 @@ def train(
                 examples=dataset.train,
                 clients=clients,
                 budget=budget,
-                rates=lambda task, part, factor=factor: rates[part] * factor,
+                rates=functools.partial(_rate, rates, factor),
                 seed=seed,
                 algorithm=by_name.Named(algorithm, options, base.decoder),
             )
             try:
-                tuned = STRATEGIES[strategy](base, dataset, tuner)
+                tuned = named(strategy)(base, dataset, tuner)
             except DivergenceError:
                 trials.append(Trial(factor, {}))
                 continue
@@ -159,6 +160,15 @@ def train(
             "after": scores(tuned, dataset.test),
         }
     return Trained(tuned, before, trials, best, test)
+
+
+def _rate(rates: Mapping[str, float], factor: float, task: str, part: str) -> float:
+    if part not in rates:
+        raise ConfigError(
+            f"{task!r} trains {part!r}, and only {[*rates]} are tuned here, over the vectors that are "
+            "there: train it by `fit` or in an experiment"
+        )
+    return rates[part] * factor
 
 
 def _ranks(found: dict[str, float]) -> float:

@@ -155,7 +155,7 @@ def joint_sequence(system: RAGSystem, dataset: Dataset) -> Tasks:
     return system.replace(**(yield OBJECTIVES["rag_sequence"].task(system, dataset)))
 
 
-STRATEGIES = {
+STRATEGIES: dict[str, Callable[..., RAGSystem]] = {
     f.__name__: f
     for f in (
         none,

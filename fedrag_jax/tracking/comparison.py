@@ -87,7 +87,7 @@ def strategy_rows(cells: Sequence[Cell], settings: Mapping[str, Any]) -> list[di
             "strategy": strategy,
             "setting": setting,
             "alpha": "" if settings[setting].kind == "centralised" else settings[setting].alpha,
-            "labels": "yes" if strategy in NEEDS_LABELS else "no",
+            "labels": _labels(strategy),
             "seeds": len(group),
             "em_model_sd": _sd_within(group, lambda cell: cell.split),
             "em_split_sd": _sd_within(group, lambda cell: cell.seed),
@@ -104,6 +104,13 @@ def strategy_rows(cells: Sequence[Cell], settings: Mapping[str, Any]) -> list[di
 def own(metric: str) -> str:
     """What a metric is called on questions such as each client holds."""
     return f"own_{metric}"
+
+
+def _labels(strategy: str) -> str | None:
+    """Whether it needs gold passages; None of one of a user's own, "module:name", who alone knows."""
+    if ":" in strategy:
+        return None
+    return "yes" if strategy in NEEDS_LABELS else "no"
 
 
 def costs_and_clients(cells: Sequence[Cell]) -> dict[str, Any]:

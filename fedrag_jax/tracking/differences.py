@@ -115,7 +115,10 @@ def independent_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
             continue
         row = {"strategy": strategy, "setting": setting}
         for name in ("seconds", "flops"):
-            ratios = [getattr(a.cost, name) / getattr(b.cost, name) for a, b in both]
+            known = [[getattr(cell.cost, name) for cell in pair] for pair in both]
+            if any(cost is None for pair in known for cost in pair):
+                continue  # what an objective does not declare
+            ratios = [a / b for a, b in known]
             row |= {f"{name}_ratio": float(np.mean(ratios))}
             row |= {f"{name}_ratio_low": min(ratios), f"{name}_ratio_high": max(ratios)}
         for metric, others in found.items():

@@ -2,8 +2,8 @@
 
 import itertools
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,6 +35,8 @@ for _name, _label, _like in (
     ("ra_dit", "RA-DIT", "independent"),
 ):
     LABELS[_name], COLORS[_name], MARKERS[_name] = _label, COLORS[_like], MARKERS[_like]
+# Of a user's own, in the order they come.
+OWN = (("#8C510A", "h"), ("#5E3C99", "p"), ("#01665E", "<"), ("#B2182B", ">"))
 TASKS = {
     "multiple_negatives_ranking": "retriever: ranking",
     "lsr": "retriever: LSR",
@@ -54,6 +56,23 @@ OTHER_STYLES = (
     ("#E69F00", "-."), ("#009E73", (0, (1, 1))), ("#CC79A7", (0, (5, 1))),
     ("#56B4E9", (0, (3, 1, 1, 1))), ("#000000", (0, (1, 2))), ("#F0E442", "-"),
 )  # fmt: skip
+
+
+class Look(NamedTuple):
+    """How a strategy is drawn."""
+
+    label: str
+    color: str
+    marker: str
+
+
+def looks_of(strategies: Iterable[str]) -> dict[str, Look]:
+    """The look of each strategy of a figure; those of a user's own go by their names."""
+    own, looks = itertools.cycle(OWN), {}
+    for name in dict.fromkeys(strategies):
+        known = (LABELS[name], COLORS[name], MARKERS[name]) if name in LABELS else None
+        looks[name] = Look(*(known or (name, *next(own))))
+    return looks
 
 
 def setting_name(setting: str) -> str:
@@ -95,17 +114,18 @@ def quality_against_cost(rows: Sequence[dict[str, Any]]):
     if not rows:
         return None
     settings = list(dict.fromkeys(row["setting"] for row in rows))
+    looks = looks_of(row["strategy"] for row in rows)
     fig, axes = panels(len(settings), most=3, width=2.6, height=2.7, sharey=True)
     for ax, setting in zip(axes.flat, settings, strict=False):
         for row in (r for r in rows if r["setting"] == setting):
-            name = row["strategy"]
-            if name == "none":
-                ax.axhline(row["em"], color=COLORS[name], lw=1, ls=":", label=LABELS[name])
+            look = looks[row["strategy"]]
+            if row["strategy"] == "none":
+                ax.axhline(row["em"], color=look.color, lw=1, ls=":", label=look.label)
                 continue
             error = [[row["em"] - row["em_low"]], [row["em_high"] - row["em"]]]
             ax.errorbar(
-                row["seconds"], row["em"], yerr=error, fmt=MARKERS[name], ms=6, capsize=2, lw=1,
-                color=COLORS[name], label=LABELS[name],
+                row["seconds"], row["em"], yerr=error, fmt=look.marker, ms=6, capsize=2, lw=1,
+                color=look.color, label=look.label,
             )  # fmt: skip
         ax.set_title(setting_name(setting), fontsize=10)
         ax.set_xlabel("training time (s)")
@@ -131,7 +151,8 @@ def learning_curves(cells: Sequence[Cell]):
                 found = curves.setdefault(task, {}).setdefault(cell.setting, [])
                 if rounds not in found:  # independent shows the curves of its parts
                     found.append(rounds)
-    tasks = [task for task in TASKS if task in curves]
+    # Those that are known in their usual order, then those of a user's own.
+    tasks = [*(task for task in TASKS if task in curves), *(t for t in curves if t not in TASKS)]
     if not tasks:
         return None
     fig, axes = panels(len(tasks), most=3, width=2.7, height=2.3)
@@ -149,7 +170,7 @@ def learning_curves(cells: Sequence[Cell]):
             )  # fmt: skip
             if len(runs) > 1:
                 ax.fill_between(x, y.min(0), y.max(0), color=color, alpha=0.15, lw=0)
-        ax.set_title(TASKS[task], fontsize=9)
+        ax.set_title(TASKS.get(task, task), fontsize=9)
         ax.set_ylim(bottom=0)
     for ax in axes[-1]:
         ax.set_xlabel("training examples seen")
@@ -190,27 +211,27 @@ def over_factors(rows: Sequence[dict[str, Any]], names: dict[str, str], usual: d
     if not rows:
         return None
     factors = list(dict.fromkeys(row["factor"] for row in rows))
+    looks = looks_of(row["strategy"] for row in rows)
     fig, axes = panels(len(factors), most=2, width=3.0, height=2.5, sharey=True)
     for ax, factor in zip(axes.flat, factors, strict=False):
         values = sorted({row["value"] for row in rows if row["factor"] == factor})
         names_here = list(dict.fromkeys(row["strategy"] for row in rows))
         for place, name in enumerate(names_here):
             some = [r for r in rows if (r["factor"], r["strategy"]) == (factor, name)]
+            look = looks[name]
             x = np.array([values.index(row["value"]) for row in some])
             em = np.array([row["em"] for row in some])
             if name == "none":
-                ax.plot(x, em, color=COLORS[name], lw=1, ls=":", label=LABELS[name])
+                ax.plot(x, em, color=look.color, lw=1, ls=":", label=look.label)
                 continue
             error = em - [row["em_low"] for row in some], [row["em_high"] for row in some] - em
             x = x + 0.08 * (place - (len(names_here) - 1) / 2)  # intervals beside each other
             ax.errorbar(
-                x, em, yerr=error, fmt=MARKERS[name], ls="-", ms=5, capsize=2, lw=1,
-                color=COLORS[name], label=LABELS[name],
+                x, em, yerr=error, fmt=look.marker, ls="-", ms=5, capsize=2, lw=1,
+                color=look.color, label=look.label,
             )  # fmt: skip
             here = [row["value"] == usual[factor] for row in some]
-            ax.plot(
-                x[here], em[here], MARKERS[name], ms=6.5, mfc="white", color=COLORS[name], zorder=5
-            )
+            ax.plot(x[here], em[here], look.marker, ms=6.5, mfc="white", color=look.color, zorder=5)
         ax.set_xticks(range(len(values)), [f"{value:g}".replace("inf", "∞") for value in values])
         ax.set_xlabel(names[factor])
     for line in axes:

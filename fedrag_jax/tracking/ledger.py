@@ -1,31 +1,23 @@
 """What a cell costs: seconds by part, operations, memory, tokens, bytes between clients and server."""
 
-import dataclasses
-import functools
-import math
-import operator
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fedrag_jax.data.examples import Passage, embedding_text
-from fedrag_jax.errors import DataError
+from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.federated.algorithm import added
 from fedrag_jax.files import read_json
-from fedrag_jax.models.decoder import DecoderConfig
-from fedrag_jax.models.encoder import EncoderConfig
-from fedrag_jax.models.lora import LoraConfig
-from fedrag_jax.models.network import flatten, unflatten
-from fedrag_jax.objectives.likelihood import answer_log_probs
 from fedrag_jax.objectives.task import Task
 
 
 class Cost(NamedTuple):
     """Costs add up, but for `peak_bytes`, of which the largest is kept.
+
+    `flops`, `flops_compiler` and `tokens` are what objectives declare: None where one that was trained
+    declares nothing.
 
     Attributes:
       seconds: training, elapsed, with all that it retrieves, collates and embeds anew on its way.
@@ -58,10 +50,10 @@ class Cost(NamedTuple):
     validate_seconds: float = 0.0
     evaluate_seconds: float = 0.0
     compile_seconds: float = 0.0
-    flops: float = 0.0
-    flops_compiler: float = 0.0
+    flops: float | None = 0.0
+    flops_compiler: float | None = 0.0
     peak_bytes: int = 0
-    tokens: float = 0.0
+    tokens: float | None = 0.0
     refreshes: int = 0
     traffic: Mapping[str, int] = {}
     bytes_passages: int = 0
@@ -104,7 +96,11 @@ class Cost(NamedTuple):
 
     def __add__(self, other: "Cost") -> "Cost":
         both = zip(self._fields, self, other, strict=True)
-        return Cost(**{name: _ADDED.get(name, operator.add)(a, b) for name, a, b in both})
+        return Cost(**{name: _ADDED.get(name, _plus)(a, b) for name, a, b in both})
+
+
+def _plus(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a + b
 
 
 _ADDED = {"peak_bytes": max, "traffic": lambda *both: added(both)}
@@ -113,7 +109,8 @@ _ADDED = {"peak_bytes": max, "traffic": lambda *both: added(both)}
 def mean_cost(costs: Sequence[Cost]) -> Cost:
     """The mean over runs, but for `peak_bytes`."""
     total, n = sum(costs, Cost()), len(costs)
-    mean = {name: x / n for name, x in total._asdict().items() if name not in _ADDED}
+    known = {name: x for name, x in total._asdict().items() if x is not None}
+    mean = {name: x / n for name, x in known.items() if name not in _ADDED}
     traffic = {kind: size / n for kind, size in total.traffic.items()}
     return total._replace(**mean, traffic=traffic)
 
@@ -124,112 +121,36 @@ def corpus_cost(passages: Sequence[Passage], vectors: np.ndarray, clients: int) 
     return Cost(bytes_passages=clients * text, bytes_vectors=clients * vectors.nbytes)
 
 
-def decoder_flops(
-    config: DecoderConfig, lora: LoraConfig, tokens: int, answer: int, trained: bool
-) -> float:
-    """Operations of one sequence of T `tokens`, read at `answer` positions.
+def step_flops(task: Task, table, batch_size: int) -> float | None:
+    """Model formula of one local step of a task; None unless its objective declares one."""
+    flops = task.declared.flops
+    return None if flops is None else batch_size * float(flops(task, table))
 
-    A product of [m, n] and [n, p] counts 2mnp. With `trained` adapters over a frozen base, each
-    frozen product is done once more for the gradient of its input, each product of two moving
-    operands (attention, adapters) twice more. Of the last layer only keys and values are needed
-    everywhere. Softmax, norms and activations are left out.
+
+def compiler_flops(task: Task, table, batch_size: int) -> float | None:
+    """The compiler's own count of one local step; None unless its objective declares one."""
+    count = task.declared.compiler_flops
+    return None if count is None else count(task, table, batch_size)
+
+
+def tokens_read(task: Task, history: Sequence[Mapping[str, Any]]) -> float | None:
+    """Tokens of all examples that were seen; None unless the objective declares what tells them.
+
+    Raises:
+      ConfigError: the loss tells no such metric.
     """
-    d, f = config.hidden_size, config.intermediate_size
-    heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    shapes = {
-        "q_proj": (d, heads), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (heads, d),
-        "gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d),
-    }  # fmt: skip
-    ranks = {n: r for n, r in lora.widths(config.num_layers).items() if n in shapes}
-    frozen = moving = 0
-    for read in [tokens] * (config.num_layers - 1) + [answer]:
-        rows = {name: tokens if name in ("k_proj", "v_proj") else read for name in shapes}
-        frozen += sum(2 * rows[name] * m * n for name, (m, n) in shapes.items())
-        moving += sum(2 * rows[name] * ranks[name] * sum(shapes[name]) for name in ranks)
-        moving += 4 * tokens * read * heads
-    frozen += 2 * answer * d * config.vocab_size
-    moving += 2 * answer * lora.widths(None).get("lm_head", 0) * (d + config.vocab_size)
-    return frozen * (2 if trained else 1) + moving * (3 if trained else 1)
-
-
-def encoder_flops(config: EncoderConfig, tokens: int, trained: bool) -> float:
-    """Operations of one sequence of T `tokens`; full training costs three forward passes."""
-    d, f, t = config.hidden_size, config.intermediate_size, tokens
-    forward = config.num_layers * (2 * t * (4 * d * d + 2 * d * f) + 4 * t * t * d)
-    return forward * (3 if trained else 1)
-
-
-def step_flops(task: Task, table, batch_size: int) -> float:
-    """Model formula of one local step of a task, from its networks and the shapes of its table.
-
-    Likelihoods under a frozen generator count for each use, although one used twice is kept.
-    """
-    flops = 0.0
-    if "prompt_tokens" in table:
-        decoder = task.loss.decoder
-        prompts, answer = table["prompt_tokens"].shape[1], table["answer_mask"].shape[1]
-        tokens = int(table["prompt_tokens"].max())
-        flops += prompts * decoder_flops(
-            decoder.config, decoder.lora, tokens, answer, trained=False
-        )
-    if "tokens" in table:
-        decoder = task.loss.decoder
-        _, prompts, tokens = table["tokens"].shape
-        _, *read = table["answer_positions"].shape
-        answer = math.prod(read) // prompts  # of a row, which may hold several packed prompts
-        one = decoder_flops(decoder.config, decoder.lora, tokens, answer, trained=True)
-        flops += prompts * one
-    if "question_tokens" in table and "query" in task.trainable:
-        width = table["question_tokens"].shape[1]
-        flops += encoder_flops(task.loss.encoder.config, width, trained=True)
-    if "document" in task.trainable:
-        names = [n for n in ("positive", "negatives", "retrieved") if n in table]
-        passages = sum(np.asarray(table[n]).reshape(len(table[n]), -1).shape[1] for n in names)
-        width = task.frozen["passages"]["tokens"].shape[1]
-        flops += passages * encoder_flops(task.loss.encoder.config, width, trained=True)
-    return batch_size * flops
-
-
-def compiler_flops(task: Task, table, batch_size: int) -> float:
-    """The compiler's own count of one step, with the layers unrolled so that it sees each."""
-    batch = {k: jax.ShapeDtypeStruct((batch_size, *v.shape[1:]), v.dtype) for k, v in table.items()}
-    batch["weight"] = jax.ShapeDtypeStruct((batch_size,), np.float32)
-    leaves, tree = jax.tree.flatten((task.trainable, task.frozen, batch))
-    shapes = tuple(jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)) for x in leaves)
-    count = _compiler_flops(task.loss, tree, shapes)
-    if "prompt_tokens" in table:
-        tokens = int(table["prompt_tokens"].max())
-        prompts, answer = table["prompt_tokens"].shape[1], table["answer_mask"].shape[1]
-        shape = batch_size, prompts, answer
-        count += _compiler_likelihoods(task.loss.decoder, shape, tokens)
-    return count
-
-
-@functools.lru_cache(maxsize=32)  # the clients of the local setting count the same program
-def _compiler_flops(loss, tree, shapes) -> float:
-    for name in ("decoder", "encoder"):
-        network = getattr(loss, name, None)
-        if network is not None:
-            loss = dataclasses.replace(loss, **{name: network.unrolled()})
-    step = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    lowered = step.lower(*jax.tree.unflatten(tree, shapes), jax.random.key(0))
-    return float(lowered.cost_analysis()["flops"])
-
-
-@functools.lru_cache(maxsize=32)
-def _compiler_likelihoods(decoder, shape, tokens: int) -> float:
-    """Of the likelihoods [B, k, A] of answers under a frozen generator."""
-    base, adapters = {}, {}
-    for path, leaf in flatten(decoder.shapes()):
-        (adapters if path[-1].startswith("lora_") else base)[path] = leaf
-    batch = {
-        "tokens": jax.ShapeDtypeStruct((*shape[:2], tokens), np.int32),
-        "lengths": jax.ShapeDtypeStruct(shape[:2], np.int32),
-        "answer_positions": jax.ShapeDtypeStruct(shape, np.int32),
-    }
-    run = jax.jit(functools.partial(answer_log_probs, decoder.unrolled()))
-    lowered = run.lower(unflatten(base.items()), unflatten(adapters.items()), batch)
-    return float(lowered.cost_analysis()["flops"])
+    metric = task.declared.tokens
+    if metric is None:
+        return None
+    seen = np.diff([0, *(r["examples"] for r in history)])
+    told = [(n, r["metrics"]) for n, r in zip(seen, history, strict=True) if n]
+    for _, metrics in told:
+        if metric not in metrics:
+            raise ConfigError(
+                f"task {task.name!r} declares that its metric {metric!r} counts tokens, and its loss "
+                f"tells {[*metrics]}: have the loss tell it, or declare another in StepCost"
+            )
+    return float(sum(n * metrics[metric] for n, metrics in told))
 
 
 def training_cost(task: Task, history: list[dict], table, *, steps: int, batch_size: int) -> Cost:
@@ -244,8 +165,9 @@ def training_cost(task: Task, history: list[dict], table, *, steps: int, batch_s
     def total(name):
         return sum(r[name] for r in history)
 
-    seen = np.diff([0, *(r["examples"] for r in history)])
-    tokens = sum(n * r["metrics"]["tokens"] for n, r in zip(seen, history, strict=True) if n)
+    def of_all(step):
+        return None if step is None else steps * step
+
     traffic = added(
         {
             f"{way} {kind}": size
@@ -264,10 +186,10 @@ def training_cost(task: Task, history: list[dict], table, *, steps: int, batch_s
         aggregate_seconds=total("aggregate_seconds"),
         embed_seconds=embed,
         compile_seconds=total("compile_seconds"),
-        flops=steps * step_flops(task, table, batch_size),
-        flops_compiler=steps * compiler_flops(task, table, batch_size),
+        flops=of_all(step_flops(task, table, batch_size)),
+        flops_compiler=of_all(compiler_flops(task, table, batch_size)),
         peak_bytes=max(r["peak_bytes"] for r in history),
-        tokens=float(tokens),
+        tokens=tokens_read(task, history),
         refreshes=total("refreshed"),
         traffic=traffic,
     )

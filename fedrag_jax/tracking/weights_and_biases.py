@@ -109,5 +109,6 @@ def _log(cell: Cell, how: dict[str, Any], mode: str) -> None:
         "bytes_up": cell.cost.bytes_up,
         "bytes_down": cell.cost.bytes_down,
     }
-    run.summary.update({f"cost/{name}": value for name, value in cost.items()} | cell.controls)
+    known = {f"cost/{name}": value for name, value in cost.items() if value is not None}
+    run.summary.update(known | cell.controls)
     run.finish()

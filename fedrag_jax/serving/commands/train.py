@@ -28,7 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--strategy",
         default="joint_token",
         help="retriever, generator, ralt, lsr, ra_dit, independent, two_phase, joint_token (the "
-        "default) or joint_sequence; retriever and independent need positive_ids",
+        "default) or joint_sequence; retriever and independent need positive_ids; or one of your own, "
+        "module:function, where the function makes a Task of a system and a dataset",
     )
     parser.add_argument(
         "--setting",
@@ -79,12 +80,12 @@ def run(args: argparse.Namespace) -> int:
     from fedrag_jax.rag_folder import SETTINGS
     from fedrag_jax.retrieval.stores.knowledge import KnowledgeStore
     from fedrag_jax.serving import training
+    from fedrag_jax.strategies.own import named
     from fedrag_jax.strategies.settings import Budget
-    from fedrag_jax.strategies.strategies import STRATEGIES
 
-    known = [name for name in STRATEGIES if name != "none"]
-    if args.strategy not in known:
-        raise ConfigError(f"--strategy must be one of {known}, got {args.strategy!r}")
+    if args.strategy == "none":
+        raise ConfigError("--strategy none trains nothing: choose another")
+    named(args.strategy)  # refuses what is not there before anything is read
     options = _options(args.algorithm_options)
     by_name.check(args.algorithm, options, "--algorithm")
     if args.setting == "centralised" and args.algorithm != "fedavg":

@@ -1,0 +1,40 @@
+"""How many operations a network takes, by formula: a product of [m, n] and [n, p] counts 2mnp."""
+
+from fedrag_jax.models.decoder import DecoderConfig
+from fedrag_jax.models.encoder import EncoderConfig
+from fedrag_jax.models.lora import LoraConfig
+
+
+def decoder_flops(
+    config: DecoderConfig, lora: LoraConfig, tokens: int, answer: int, trained: bool
+) -> float:
+    """Operations of one sequence of T `tokens`, read at `answer` positions.
+
+    A product of [m, n] and [n, p] counts 2mnp. With `trained` adapters over a frozen base, each
+    frozen product is done once more for the gradient of its input, each product of two moving
+    operands (attention, adapters) twice more. Of the last layer only keys and values are needed
+    everywhere. Softmax, norms and activations are left out.
+    """
+    d, f = config.hidden_size, config.intermediate_size
+    heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    shapes = {
+        "q_proj": (d, heads), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (heads, d),
+        "gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d),
+    }  # fmt: skip
+    ranks = {n: r for n, r in lora.widths(config.num_layers).items() if n in shapes}
+    frozen = moving = 0
+    for read in [tokens] * (config.num_layers - 1) + [answer]:
+        rows = {name: tokens if name in ("k_proj", "v_proj") else read for name in shapes}
+        frozen += sum(2 * rows[name] * m * n for name, (m, n) in shapes.items())
+        moving += sum(2 * rows[name] * ranks[name] * sum(shapes[name]) for name in ranks)
+        moving += 4 * tokens * read * heads
+    frozen += 2 * answer * d * config.vocab_size
+    moving += 2 * answer * lora.widths(None).get("lm_head", 0) * (d + config.vocab_size)
+    return frozen * (2 if trained else 1) + moving * (3 if trained else 1)
+
+
+def encoder_flops(config: EncoderConfig, tokens: int, trained: bool) -> float:
+    """Operations of one sequence of T `tokens`; full training costs three forward passes."""
+    d, f, t = config.hidden_size, config.intermediate_size, tokens
+    forward = config.num_layers * (2 * t * (4 * d * d + 2 * d * f) + 4 * t * t * d)
+    return forward * (3 if trained else 1)

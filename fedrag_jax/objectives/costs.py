@@ -1,0 +1,121 @@
+"""What steps of the objectives take: the parts of which each of them declares its cost."""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedrag_jax.models.flops import decoder_flops, encoder_flops
+from fedrag_jax.models.network import Network, flatten, unflatten
+from fedrag_jax.objectives.likelihood import answer_log_probs
+from fedrag_jax.objectives.task import StepCost, Task
+
+Table = Mapping[str, Any]
+
+
+def declared(
+    loss: Callable,
+    unrolled: Callable[[], Callable],
+    flops: Callable[[Task, Table], float],
+    asked: Callable[[Task], Network | None] = lambda task: None,
+) -> StepCost:
+    """The cost of a loss that tells its `tokens`.
+
+    Args:
+      unrolled: `unrolled()`, the same loss with every layer spelled out, for the compiler to count.
+      flops: of one example, by formula.
+      asked: `asked(task)`, the frozen generator whose likelihoods of `prompt_tokens` a step needs. They
+        count for each use, although one used twice is kept.
+    """
+
+    def compiler_flops(task, table, batch_size):
+        count, decoder = counted(unrolled(), task, table, batch_size), asked(task)
+        return count if decoder is None else count + _likelihoods(decoder, table, batch_size)
+
+    return StepCost(loss, flops, compiler_flops, "tokens")
+
+
+# --- by formula, of one example -----------------------------------------------------------------
+
+
+def trained_reading(decoder: Network, table: Table) -> float:
+    """Of prompts `tokens` [N, K, T] read for their answers, with the gradient of adapters."""
+    _, prompts, tokens = table["tokens"].shape
+    _, *read = table["answer_positions"].shape
+    answer = math.prod(read) // prompts  # of a row, which may hold several packed prompts
+    one = decoder_flops(decoder.config, decoder.lora, tokens, answer, trained=True)
+    return prompts * one
+
+
+def frozen_reading(decoder: Network, table: Table) -> float:
+    """Of the prompts of `prompt_tokens` [N, K], the largest in place of all, by a frozen generator."""
+    prompts, answer = table["prompt_tokens"].shape[1], table["answer_mask"].shape[1]
+    tokens = int(table["prompt_tokens"].max())
+    return prompts * decoder_flops(decoder.config, decoder.lora, tokens, answer, trained=False)
+
+
+def trained_encoding(encoder: Network, task: Task, table: Table, *passages: str) -> float:
+    """Of the question, where the query encoder moves, and of passages, where the document encoder does.
+
+    Args:
+      passages: columns with the corpus rows [N] or [N, k] of passages that are encoded.
+    """
+    flops = 0.0
+    if "query" in task.trainable:
+        width = table["question_tokens"].shape[1]
+        flops += encoder_flops(encoder.config, width, trained=True)
+    if "document" in task.trainable:
+        count = sum(np.asarray(table[n]).reshape(len(table[n]), -1).shape[1] for n in passages)
+        width = task.frozen["passages"]["tokens"].shape[1]
+        flops += count * encoder_flops(encoder.config, width, trained=True)
+    return flops
+
+
+# --- by the compiler, of a step -----------------------------------------------------------------
+
+
+def counted(loss: Callable, task: Task, table: Table, batch_size: int) -> float:
+    """Operations of a loss and its gradient on a batch of a task, as the compiler counts them.
+
+    Args:
+      loss: hashable; of a loop over layers the compiler would count one round.
+    """
+    batch = {k: jax.ShapeDtypeStruct((batch_size, *v.shape[1:]), v.dtype) for k, v in table.items()}
+    batch["weight"] = jax.ShapeDtypeStruct((batch_size,), np.float32)
+    leaves, tree = jax.tree.flatten((task.trainable, task.frozen, batch))
+    shapes = tuple(jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)) for x in leaves)
+    return _counted(loss, tree, shapes)
+
+
+@functools.lru_cache(maxsize=32)  # the clients of the local setting count the same program
+def _counted(loss, tree, shapes) -> float:
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    lowered = step.lower(*jax.tree.unflatten(tree, shapes), jax.random.key(0))
+    return float(lowered.cost_analysis()["flops"])
+
+
+def _likelihoods(decoder: Network, table: Table, batch_size: int) -> float:
+    prompts, answer = table["prompt_tokens"].shape[1], table["answer_mask"].shape[1]
+    return _counted_likelihoods(
+        decoder, (batch_size, prompts, answer), int(table["prompt_tokens"].max())
+    )
+
+
+@functools.lru_cache(maxsize=32)
+def _counted_likelihoods(decoder, shape, tokens: int) -> float:
+    """Of the likelihoods [B, k, A] of answers under a frozen generator."""
+    base, adapters = {}, {}
+    for path, leaf in flatten(decoder.shapes()):
+        (adapters if path[-1].startswith("lora_") else base)[path] = leaf
+    batch = {
+        "tokens": jax.ShapeDtypeStruct((*shape[:2], tokens), np.int32),
+        "lengths": jax.ShapeDtypeStruct(shape[:2], np.int32),
+        "answer_positions": jax.ShapeDtypeStruct(shape, np.int32),
+    }
+    run = jax.jit(functools.partial(answer_log_probs, decoder.unrolled()))
+    lowered = run.lower(unflatten(base.items()), unflatten(adapters.items()), batch)
+    return float(lowered.cost_analysis()["flops"])

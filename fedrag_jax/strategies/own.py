@@ -1,0 +1,74 @@
+"""Strategies by name: those of the table, and a user's own out of a module of theirs."""
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from fedrag_jax.data.examples import Dataset
+from fedrag_jax.errors import ConfigError
+from fedrag_jax.objectives.task import Task
+from fedrag_jax.rag import RAGSystem
+from fedrag_jax.strategies.objectives import Objective
+from fedrag_jax.strategies.strategies import STRATEGIES, Tasks, strategy
+
+PARTS = ("adapters", "query", "document", "head")  # of a system, that a task can train
+
+
+def named(name: str) -> Callable[..., RAGSystem]:
+    """The strategy of a name.
+
+    Args:
+      name: one of `STRATEGIES`, or "module:name" of one of these:
+        a function `(system, dataset) -> Task`, whose task is trained and put into the system;
+        an `Objective`, as those of `OBJECTIVES` are;
+        a function made by `strategies.strategy`, which may train several tasks.
+
+    Raises:
+      ConfigError: there is no such strategy, or the module cannot be imported.
+    """
+    if name in STRATEGIES:
+        return STRATEGIES[name]
+    module, mark, attribute = name.partition(":")
+    if not mark:
+        raise ConfigError(
+            f"unknown strategy {name!r}; choose among {[*STRATEGIES]}, or name your own as module:name"
+        )
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"strategy {name!r} cannot be imported ({error}); its module must be on the Python path "
+            "(PYTHONPATH=.) and hold that name"
+        ) from error
+    if hasattr(found, "tasks"):
+        return found
+    make = found.task if isinstance(found, Objective) else found
+    if not callable(make):
+        raise ConfigError(
+            f"strategy {name!r} is {found!r}; it must be a function (system, dataset) -> Task, an "
+            "Objective or a strategy"
+        )
+    return of_task(name, make)
+
+
+def of_task(name: str, make: Callable[[RAGSystem, Dataset], Task]) -> Callable[..., RAGSystem]:
+    """The strategy that trains one task, which is kept under the strategy's name.
+
+    A name of its own would not do: two objectives that call themselves alike would find each other's
+    results.
+    """
+
+    def tasks(system: RAGSystem, dataset: Dataset) -> Tasks:
+        task: Any = make(system, dataset)
+        if not isinstance(task, Task):
+            raise ConfigError(f"strategy {name!r} made {task!r}, which is no Task")
+        if unknown := [part for part in task.trainable if part not in PARTS]:
+            raise ConfigError(
+                f"strategy {name!r} trains {unknown}, which no system has; name the parts as in "
+                f"{[*PARTS]}, or train it by `fit`"
+            )
+        return system.replace(**(yield dataclasses.replace(task, name=name)))
+
+    tasks.__name__ = name
+    return strategy(tasks)
