@@ -50,7 +50,7 @@ def write_rows(config, folder: pathlib.Path, done: list) -> dict[str, list[dict]
         "strategies": strategies,
         "comparisons": [row for found in compared for row in found],
         "against_local": [row for found in alone for row in found],
-        "against_independent": differences.independent_rows(done),
+        "against_independent": differences.independent_rows(done, margin),
         "controls": comparison.control_rows(done),
         "traffic": comparison.traffic_rows(done),
     }
@@ -77,7 +77,7 @@ def search_seconds(config, strategy: str, setting: str) -> float | None:
         return 0.0
     where = rates_name(config, setting)
     needed = [search.name for search in SEARCHES if strategy in search.users]
-    if where not in known or not all(name in known[where] for name in needed):
+    if not needed or where not in known or not all(name in known[where] for name in needed):
         return None
     return float(sum(known[where][name] for name in needed))
 
@@ -175,8 +175,8 @@ def report(config, folder: pathlib.Path):
             "Against independent tuning",
             "against_independent",
             "Differences in points from independent tuning in the same setting, paired by question and "
-            "seed, each metric Holm-adjusted over this table; seconds and operations as multiples of "
-            "its own, the mean over seeds.",
+            "seed; marks as above, Holm-adjusted for each metric. Seconds and operations as multiples "
+            "of its own, the mean over seeds.",
             tables.independent_table(found["against_independent"]),
         ),
         Section(

@@ -152,7 +152,7 @@ def test_against_independent_tuning():
             some = cell(name, "federated", rng.random(30) < 0.5, seed, seconds=seconds)
             cells.append(some._replace(cost=some.cost._replace(flops=3.0 + len(name))))
     cells.append(cell("joint_token", "local", [0, 1]))  # with nothing to be compared to
-    (row,) = differences.independent_rows(cells)
+    (row,) = differences.independent_rows(cells, 2.0)
     assert (row["strategy"], row["setting"]) == ("joint_token", "federated")
     assert row["seconds_ratio"] == pytest.approx((2.5 + 3 + 3.5) / 3)
     assert (row["seconds_ratio_low"], row["seconds_ratio_high"]) == (2.5, 3.5)
@@ -163,6 +163,7 @@ def test_against_independent_tuning():
     )
     assert row["em_difference"] == pytest.approx(100 * (joint - alone))
     assert row["em_p"] == row["em_p_holm"] and row["recall_at_5_low"] < row["recall_at_5_high"]
+    assert row["mrr_p_e"] == row["mrr_p_e_holm"]
     assert "3.00 [2.50, 3.50]" in comparison_tables.independent_table([row]).markdown()
 
 
@@ -286,3 +287,17 @@ def test_epochs_are_those_of_the_models_that_were_kept():
         [cell("retriever", "local", [0, 1])._replace(curves=matched)], SETTINGS
     )
     assert row["epochs"] == "0.5" and "at_cap" not in row
+
+
+def test_differences_are_marked_where_they_are_shown_either_way():
+    rows = []
+    for metric, p, same in (("em", 0.01, 1.0), ("f1", 0.9, 0.01), ("mrr", 0.9, 0.9)):
+        found = {"difference": 1.0, "low": 0.5, "high": 1.5, "p_holm": p, "p_e_holm": same}
+        about = {"strategy": "retriever", "setting": "federated", "metric": metric}
+        rows.append(about | {"against": "retriever, centralised"} | found)
+        rows.append(about | {"against": "none, federated"} | found)  # no other setting
+    (line,) = shown(comparison_tables.every_metric_table(rows))
+    assert line == [
+        "retriever", "federated", "centralised", "+1.0 [+0.5, +1.5] *", "+1.0 [+0.5, +1.5] ≈", "–",
+        "+1.0 [+0.5, +1.5]",
+    ]  # fmt: skip

@@ -111,22 +111,22 @@ def every_metric_table(rows: Sequence[dict[str, Any]]) -> Table:
         if against.startswith(f"{strategy}, "):
             key = strategy, setting, against
             about = {"strategy": strategy, "setting": setting, "against": against.split(", ")[1]}
-            found.setdefault(key, about)[row["metric"]] = row
+            one = {f"{row['metric']}_{name}": value for name, value in row.items()}
+            found[key] = found.get(key, about) | one
 
-    def column(metric, title):
-        shown = difference(title).show
-
-        def show(row):
-            one = row.get(metric)
-            if one is None:
-                return MISSING
-            marks = (one["p_holm"] < 0.05) * " *" + (one.get("p_e_holm", 1) < 0.05) * " ≈"
-            return shown(one) + marks
-
-        return Column(f"{title} [95% CI]", show)
-
-    columns = (column(metric, title) for metric, title in METRICS.items())
+    columns = (_marked(title, metric) for metric, title in METRICS.items())
     return Table((*WHO, words("against", "against"), *columns), list(found.values()))
+
+
+def _marked(title: str, metric: str) -> Column:
+    """A difference with its interval, and whether it differs (*) or is equivalent (≈)."""
+    shown = difference(title, f"{metric}_").show
+
+    def show(row):
+        differs = row.get(f"{metric}_p_holm", 1) < 0.05
+        return shown(row) + differs * " *" + (row.get(f"{metric}_p_e_holm", 1) < 0.05) * " ≈"
+
+    return Column(f"{title} [95% CI]", show)
 
 
 def without_labels_table(rows: Sequence[dict[str, Any]]) -> Table:
@@ -165,13 +165,11 @@ def comparisons_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 def independent_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Against `independent`."""
+    metrics = (_marked(title, metric) for metric, title in METRICS.items())
     return Table(
         (
             *WHO,
-            difference("EM [95% CI]", "em_"),
-            p_value("p", "em_p_holm"),
-            difference("Recall@5 [95% CI]", "recall_at_5_"),
-            p_value("p of Recall@5", "recall_at_5_p_holm"),
+            *metrics,
             interval("seconds × [least, most]", "seconds_ratio", 2),
             interval("FLOP × [least, most]", "flops_ratio", 2),
         ),

@@ -16,7 +16,7 @@ from fedrag_jax.evaluation.significance import (
     seed_sd,
 )
 from fedrag_jax.tracking.cells import Cell
-from fedrag_jax.tracking.comparison import by_cell, estimate, scores
+from fedrag_jax.tracking.comparison import METRICS, by_cell, estimate, scores
 
 
 def comparison_rows(
@@ -100,14 +100,17 @@ def adjust(rows: Sequence[dict[str, Any]]) -> None:
             row[f"{name}_holm"] = float(p)
 
 
-def independent_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+def independent_rows(cells: Sequence[Cell], margin: float) -> list[dict[str, Any]]:
     """Every tuned strategy against `independent` in its setting: what Lawton et al. 2025 compare.
 
-    `em_*` and `recall_at_5_*` are as in `comparison_rows`, each metric adjusted by itself;
-    `seconds_ratio` and `flops_ratio` are means over pairs of runs with the same seeds, between `_low`
-    and `_high`, the least and the most.
+    `em_*` and so on are as in `comparison_rows`, each metric adjusted by itself; `seconds_ratio` and
+    `flops_ratio` are means over pairs of runs with the same seeds, between `_low` and `_high`, the
+    least and the most.
+
+    Args:
+      margin: of equivalence, in points.
     """
-    groups, rows, found = by_cell(cells), [], {"em": [], "recall_at_5": []}
+    groups, rows, found = by_cell(cells), [], {metric: [] for metric in METRICS}
     for (strategy, setting), group in groups.items():
         usual = groups.get(("independent", setting), [])
         both = _paired(group, usual) if strategy not in ("none", "independent") else []
@@ -122,7 +125,7 @@ def independent_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
             row |= {f"{name}_ratio": float(np.mean(ratios))}
             row |= {f"{name}_ratio_low": min(ratios), f"{name}_ratio_high": max(ratios)}
         for metric, others in found.items():
-            if one := paired_difference(group, usual, metric):
+            if one := paired_difference(group, usual, metric, margin=margin):
                 others.append((row, one))
         rows.append(row)
     for metric, pairs in found.items():
