@@ -22,9 +22,9 @@ from absl import app, flags, logging
 from experiments.pretraining import WORLDS, decoder_loss, trainer
 from experiments.pretraining_rows import Reader, pack
 from fedrag_jax.data import synthetic
-from fedrag_jax.models import hub
+from fedrag_jax.models import fetching, hub
 
-_OUT = flags.DEFINE_string("out", str(hub.BUILTIN / "citing"), "folder for the checkpoint")
+_OUT = flags.DEFINE_string("out", str(fetching.BUILTIN / "citing"), "folder for the checkpoint")
 _STEPS = flags.DEFINE_integer("steps", 2600, "batches of 8 to 24 rows")
 
 # So many sentences or passages, in batches of so many rows, for so many steps at most.

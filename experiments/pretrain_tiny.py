@@ -33,12 +33,12 @@ from experiments.pretraining_rows import QUESTIONS, VOCABULARY, Reader, pack
 from fedrag_jax.data import prompts, synthetic
 from fedrag_jax.data.batching import encoder_table
 from fedrag_jax.data.examples import embedding_text
-from fedrag_jax.models import hub
+from fedrag_jax.models import fetching, hub
 from fedrag_jax.models.decoder import Decoder, DecoderConfig, rope_frequencies
 from fedrag_jax.models.encoder import Encoder, EncoderConfig
 from fedrag_jax.models.network import Network
 
-_OUT = flags.DEFINE_string("out", str(hub.BUILTIN), "folder for the two checkpoints")
+_OUT = flags.DEFINE_string("out", str(fetching.BUILTIN), "folder for the two checkpoints")
 _PARTS = flags.DEFINE_list("parts", ["decoder", "encoder"], "which to make")
 _DECODER_STEPS = flags.DEFINE_integer("decoder_steps", 5000, "batches of 12 to 24 rows")
 _ENCODER_STEPS = flags.DEFINE_integer("encoder_steps", 200, "batches of 128 pairs")

@@ -10,7 +10,7 @@ import pytest
 
 from experiments import pretrain_tiny, pretraining_rows
 from fedrag_jax.data import synthetic
-from fedrag_jax.models import hub
+from fedrag_jax.models import fetching, hub
 from fedrag_jax.models.decoder import Decoder, rope_frequencies
 from fedrag_jax.models.network import Network
 
@@ -19,7 +19,7 @@ from fedrag_jax.models.network import Network
 def test_the_tokenizer_is_the_one_that_is_shipped():
     worlds = [synthetic.generate(config) for config in pretrain_tiny.WORLDS]
     made = json.loads(pretrain_tiny.train_tokenizer(worlds).to_str())
-    shipped = json.loads((hub.BUILTIN / "decoder" / "tokenizer.json").read_text())
+    shipped = json.loads((fetching.BUILTIN / "decoder" / "tokenizer.json").read_text())
     assert made["model"] == shipped["model"]
 
 

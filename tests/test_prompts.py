@@ -7,7 +7,7 @@ from fedrag_jax.data.batching import Prompts
 from fedrag_jax.data.examples import Example, Passage
 from fedrag_jax.data.prompts import CITED, COMPACT, INSTRUCT, named_style, plain
 from fedrag_jax.errors import ConfigError
-from fedrag_jax.models import hub
+from fedrag_jax.models import fetching, hub
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -39,7 +39,7 @@ QUESTION = Example("q", "Where did {Ada} live?", ("Rome",), ())
 
 
 def tokenizer_of(template):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(hub.BUILTIN / "decoder")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(fetching.BUILTIN / "decoder")
     tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL})
     tokenizer.chat_template = template
     return tokenizer
@@ -107,7 +107,7 @@ def test_templates_that_cannot_be_used_are_refused():
     for template, words in (
         (None, "no chat template; use 'instruct'"),
         ("Hello.", "does not pass the words"),
-        ("{{ raise_exception('never') }}", "template fails .never.; use 'instruct'"),
+        ("{{ raise_exception('never') }}", "template fails .TemplateError: never.; use 'instruct'"),
     ):
         with pytest.raises(ConfigError, match=words):
             named_style("chat", tokenizer_of(template))

@@ -85,9 +85,9 @@ def theirs(name, tokens, mask, count):
     import torch
     import transformers
 
-    from fedrag_jax.models import hub
+    from fedrag_jax.models import fetching
 
-    folder = hub.BUILTIN / name.removeprefix("builtin:") if name.startswith("builtin:") else name
+    folder = fetching.folder_of(name)
     transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     model.generation_config.eos_token_id = None  # so that nothing stops, or looks whether to stop

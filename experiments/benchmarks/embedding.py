@@ -82,9 +82,9 @@ def fastest(texts, max_length: int):
     """`(run, vectors)` of sentence-transformers at the batch size that takes it the least time."""
     from sentence_transformers import SentenceTransformer
 
-    from fedrag_jax.models import hub
+    from fedrag_jax.models import fetching
 
-    model = SentenceTransformer(str(hub.folder_of(_MODEL.value)), device=None)
+    model = SentenceTransformer(str(fetching.folder_of(_MODEL.value)), device=None)
     model.max_seq_length = max_length
 
     def run(size):

@@ -8,8 +8,6 @@ import functools
 import re
 from typing import NamedTuple
 
-import jinja2
-
 from fedrag_jax.errors import ConfigError
 
 
@@ -152,10 +150,16 @@ def turns(tokenizer, *contents: str, reply: bool = False, system: str = "") -> s
       system: what comes before, in a turn of its own; none if empty.
 
     Raises:
-      ConfigError: no chat template, or one that fails.
+      ConfigError: no chat template, several of which none is named "default", or one that fails.
     """
-    if not tokenizer.chat_template:
+    templates = tokenizer.chat_template
+    if not templates:
         raise ConfigError("prompt style of a chat: the tokenizer has no chat template")
+    if isinstance(templates, dict) and "default" not in templates:
+        raise ConfigError(
+            f"prompt style of a chat: of the tokenizer's chat templates {sorted(templates)} none is "
+            "named 'default'; save the right one as chat_template.jinja"
+        )
     messages = [
         {"role": ("user", "assistant")[i % 2], "content": content}
         for i, content in enumerate(contents)
@@ -171,8 +175,10 @@ def turns(tokenizer, *contents: str, reply: bool = False, system: str = "") -> s
             # Reasoning aloud, where a template offers it, would have to be written before each answer.
             enable_thinking=False,
         )
-    except jinja2.TemplateError as error:
-        raise ConfigError(f"prompt style of a chat: the template fails ({error})") from error
+    except Exception as error:  # a template is a program, and may fail in any way
+        raise ConfigError(
+            f"prompt style of a chat: the template fails ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _chat(tokenizer, name: str) -> PromptStyle:

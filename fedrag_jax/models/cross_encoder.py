@@ -18,7 +18,7 @@ import safetensors.numpy
 from fedrag_jax.data.batching import clipped
 from fedrag_jax.data.prompts import plain
 from fedrag_jax.errors import CheckpointError, ConfigError
-from fedrag_jax.models import hub
+from fedrag_jax.models import fetching, hub
 from fedrag_jax.models.encoder import Encoder
 from fedrag_jax.models.families import FAMILIES, Family
 from fedrag_jax.models.fingerprint import fingerprint
@@ -93,7 +93,7 @@ class CrossEncoder:
             supported, weights that are pickled alone, or tensors that are missing, unexpected or of
             another shape (all of them at once).
         """
-        folder = hub.folder_of(str(name_or_path))
+        folder = fetching.folder_of(str(name_or_path))
         hf = hub.read_config(folder)
         try:
             family = _family_of(hf)
@@ -105,11 +105,6 @@ class CrossEncoder:
             ) from error
         except (CheckpointError, ConfigError) as error:
             raise CheckpointError(f"{folder}: {error}") from error
-        if not any((folder / f"model.safetensors{end}").is_file() for end in ("", ".index.json")):
-            raise CheckpointError(
-                f"{folder} has no model.safetensors, and pickled weights (pytorch_model.bin) are never "
-                "opened: load them with transformers where you trust them, and save_pretrained"
-            )
         model = cls(
             network := Network.of(family.module, config),
             hub.read_params(folder, family, network, jnp.float32),

