@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 
 import jax
 import numpy as np
@@ -159,4 +160,109 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
     config = tmp_path / peft.CONFIG
     config.write_text(json.dumps(json.loads(config.read_text()) | {"use_dora": True}))
     with pytest.raises(CheckpointError, match="use_dora True is not supported"):
+        peft.load(model.network, tmp_path)
+
+
+def told(folder, **options):
+    """Has the adapter_config.json of a folder say more."""
+    path = folder / peft.CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | options))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *[
+            ("init_lora_weights", how)
+            for how in (
+                "pissa",
+                "pissa_niter_4",
+                "olora",
+                "loftq",
+                "corda",
+                "eva",
+                "lora_ga",
+                "new",
+            )
+        ],
+        ("alora_invocation_tokens", [1, 2]),
+        ("use_qalora", True),
+        ("use_rslora", True),
+        ("modules_to_save", ["lm_head"]),
+        ("bias", "all"),
+        ("target_parameters", ["mlp.down_proj.weight"]),
+        ("layer_replication", [[0, 2], [1, 3]]),
+        ("kasa_config", {"beta": 1.0}),
+        ("what_comes_next", "year"),
+    ],
+)
+def test_what_computes_something_else_is_refused_by_name(option, value, tmp_path):
+    model, network, adapters = adapted("qwen3", DECODER)
+    peft.save(adapters, network, tmp_path)
+    told(tmp_path, **{option: value})
+    words = re.escape(f"{peft.CONFIG}: {option} {value!r} is not supported")
+    with pytest.raises(CheckpointError, match=words):
+        peft.load(model.network, tmp_path)
+
+
+def test_what_leaves_the_base_alone_is_read(tmp_path):
+    """Among others all options that PEFT 0.21 writes for a plain adapter."""
+    model, network, adapters = adapted("qwen3", DECODER)
+    peft.save(adapters, network, tmp_path)
+    for how in (True, False, "gaussian", "orthogonal"):
+        told(
+            tmp_path, init_lora_weights=how, alora_invocation_tokens=None, arrow_config=None,
+            corda_config=None, ensure_weight_tying=False, eva_config=None, exclude_modules=None,
+            layers_pattern=None, layers_to_transform=None, loftq_config={}, lora_bias=False,
+            megatron_config=None, megatron_core="megatron.core", modules_to_save=None,
+            peft_version="0.21.2", qalora_group_size=16, revision="main", target_parameters=None,
+            trainable_token_indices=None, use_bdlora=None, use_dora=False, use_qalora=False,
+        )  # fmt: skip
+        _, loaded = peft.load(model.network, tmp_path)
+        jax.tree.map(np.testing.assert_array_equal, loaded, adapters)
+
+
+# What PEFT adapts of three layers: (options, the layers of q_proj, those of down_proj).
+CHOICES = [
+    ({"layers_to_transform": [0, 2]}, [0, 2], [0, 2]),
+    ({"layers_to_transform": 1, "layers_pattern": "layers"}, [1], [1]),
+    ({"layers_to_transform": [1], "layers_pattern": ["h", "layers"]}, [1], [1]),
+    ({"exclude_modules": ["layers.0.mlp.down_proj"]}, [0, 1, 2], [1, 2]),
+    ({"exclude_modules": r".*\.[01]\.mlp\..*"}, [0, 1, 2], [2]),
+    ({"target_modules": r".*\.(0|2)\..*q_proj|.*\.1\.mlp\.down_proj"}, [0, 2], [1]),
+    ({"target_modules": ["layers.2.self_attn.q_proj", "down_proj"]}, [2], [0, 1, 2]),
+    ({"target_modules": None}, [0, 1, 2], [0]),
+]
+
+
+@pytest.mark.parametrize(("options", "queries", "downs"), CHOICES)
+def test_layers_without_an_adapter_stay_as_they_are(options, queries, downs, tmp_path):
+    model, network, adapters = adapted("qwen2", ("q_proj", "down_proj"))
+    peft.save(adapters, network, tmp_path)
+    told(tmp_path, **options)
+    file = tmp_path / peft.TENSORS
+    kept = {"q_proj": queries, "down_proj": downs}
+    tensors = {
+        name: tensor
+        for name, tensor in safetensors.numpy.load_file(file).items()
+        if int(name.split(".layers.")[1].split(".")[0]) in kept[name.split(".")[-3]]
+    }
+    safetensors.numpy.save_file(tensors, file)
+    again, loaded = peft.load(model.network, tmp_path)
+    for part, name in (("attention", "q_proj"), ("mlp", "down_proj")):
+        for matrix in ("lora_a", "lora_b"):
+            there = np.array([i in kept[name] for i in range(3)])[:, None, None]
+            expected = adapters["layers"][part][name][matrix] * there
+            np.testing.assert_array_equal(loaded["layers"][part][name][matrix], expected)
+    assert again.lora.targets == ("down_proj", "q_proj")
+
+
+def test_a_matrix_of_a_layer_that_is_not_transformed_is_told(tmp_path):
+    model, network, adapters = adapted("qwen2", ("q_proj", "down_proj"))
+    peft.save(adapters, network, tmp_path)
+    told(tmp_path, layers_to_transform=[0, 1])
+    with pytest.raises(CheckpointError, match=r"unexpected .*layers.2.mlp.down_proj.lora_A"):
+        peft.load(model.network, tmp_path)
+    told(tmp_path, layers_to_transform=None, target_modules="(")
+    with pytest.raises(CheckpointError, match=r"adapter_config.json is malformed"):
         peft.load(model.network, tmp_path)

