@@ -329,12 +329,12 @@ class RAGSystem:
 
     @property
     def writer(self) -> Writer:
-        """The generator with its adapters; an answer ends with its line."""
+        """The generator with its adapters, stopped by what ends its answers in this prompt style."""
         return Writer(
             self.decoder,
             self.generator.params,
             self.prompts.tokenizer,
-            self.prompts.stop_tokens,
+            tuple(sorted({*self.prompts.stop_tokens, *self.generator.ends})),
             self.adapters,
         )
 

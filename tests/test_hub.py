@@ -16,9 +16,12 @@ import pytest
 import safetensors.flax
 import safetensors.numpy
 
+from fedrag_jax.data.examples import Passage
 from fedrag_jax.errors import CheckpointError
 from fedrag_jax.models import hub
 from fedrag_jax.models.network import Network
+from fedrag_jax.models.writing import Sampling
+from fedrag_jax.rag import RAGSystem
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 DECODERS = ("llama_gqa", "llama_tied", "llama_biased", "mistral", "qwen2", "qwen3")
@@ -313,3 +316,52 @@ def test_a_head_in_the_file_of_a_tied_model_is_left_out(tmp_path):
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
     safetensors.numpy.save_file(tensors, path)
     assert same(hub.load(folder).params, hub.load(GOLDEN / "llama_tied").params)
+
+
+# --- what ends a text -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "ends"),
+    [
+        (2, 2, (2,)),
+        ([5, 7], 2, (2, 5, 7)),  # Qwen 2.5
+        ([5, 2, 7], [7, 9], (2, 5, 7, 9)),  # Llama 3
+        (None, [5, 7], (5, 7)),
+    ],
+)
+def test_all_tokens_that_end_a_text_are_read_and_kept(generation, config, ends, tmp_path):
+    folder = copied("llama_tied", tmp_path)
+    edit(folder / "config.json", eos_token_id=config)
+    if generation is None:
+        (folder / "generation_config.json").unlink()
+    else:
+        edit(folder / "generation_config.json", eos_token_id=generation)
+    model = hub.load(folder)
+    assert model.ends == ends
+    hub.save(model, tmp_path / "copy")
+    assert hub.load(tmp_path / "copy").ends == tuple(sorted({*ends, model.tokenizer.eos_token_id}))
+    for file in ("config.json", "generation_config.json"):
+        kept = json.loads((tmp_path / "copy" / file).read_text())["eos_token_id"]
+        assert {*ends} <= {*(kept if isinstance(kept, list) else [kept])}
+
+
+def test_an_answer_ends_with_any_of_them(tmp_path):
+    model = hub.load(copied("llama_tied", tmp_path))
+    system = RAGSystem.build([Passage("p", "", "w1 w2 w3")], generator=model, top_k=1)
+    prompt, sampling = system.prompts.prompt("w4 w5", [0]), Sampling(max_new_tokens=12)
+    (whole,) = system.writer.complete([prompt], sampling)
+    third = whole.tokens.tolist()[2]
+    first = whole.tokens.tolist().index(third)
+    edit(tmp_path / "llama_tied" / "generation_config.json", eos_token_id=[2, third])
+    system = dataclasses.replace(system, generator=hub.load(tmp_path / "llama_tied"))
+    (written,) = system.writer.complete([prompt], sampling)
+    assert (whole.finish, written.finish) == ("length", "stop")
+    assert written.tokens.tolist() == whole.tokens[: first + 1].tolist()
+
+
+def test_ends_that_are_no_tokens_are_refused(tmp_path):
+    folder = copied("llama_tied", tmp_path)
+    edit(folder / "generation_config.json", eos_token_id=["</s>"])
+    with pytest.raises(CheckpointError, match=r"eos_token_id of generation_config.json .*'</s>'"):
+        hub.load(folder)

@@ -63,7 +63,7 @@ class LocalAuthor:
           ConfigError: instructions that leave no room for a reply.
         """
         tokenizer, network = self.model.tokenizer, self.model.network
-        stops = {tokenizer.eos_token_id}
+        stops = {tokenizer.eos_token_id, *self.model.ends}
         if tokenizer.chat_template:
             # What ends a turn is seen where one has ended.
             ended = turns(tokenizer, "x", "<reply>").partition("<reply>")[2]

@@ -25,12 +25,17 @@ from fedrag_jax.models.quantized import is_quantized
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """A network, its parameters, and the tokenizer (Hugging Face) they were trained with."""
+    """A network, its parameters, and the tokenizer (Hugging Face) they were trained with.
+
+    Attributes:
+      ends: tokens that end a text beside the tokenizer's EOS, as of chat models that have several.
+    """
 
     network: Network
     params: Any
     tokenizer: Any
     name: str
+    ends: tuple[int, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -69,8 +74,9 @@ def load(name_or_path: str | pathlib.Path, dtype=jnp.float32) -> Pretrained:
     except (CheckpointError, ConfigError) as error:
         raise CheckpointError(f"{folder}: {error}") from error
     network = Network.of(family.module, config)
+    ends = () if family.module is Encoder else _read_ends(folder, hf)
     params = read_params(folder, family, network, jnp.dtype(dtype))
-    return Pretrained(network, params, read_tokenizer(folder), str(name_or_path))
+    return Pretrained(network, params, read_tokenizer(folder), str(name_or_path), ends)
 
 
 def given(model: str | Pretrained, role: str, kind: str) -> Pretrained:
@@ -118,9 +124,16 @@ def save(pretrained: Pretrained, path: str | pathlib.Path, dtype: str = "float32
     tokenizer = pretrained.tokenizer
     tokenizer.save_pretrained(folder)
     special = {f"{n}_token_id": getattr(tokenizer, f"{n}_token_id") for n in ("bos", "eos", "pad")}
+    if pretrained.ends:
+        ends = [
+            i for i in dict.fromkeys([special["eos_token_id"], *pretrained.ends]) if i is not None
+        ]
+        special["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     write_json(folder / "config.json", family.write(network.config) | special | {"dtype": dtype})
     if family.module is Encoder:
         sentence.write(folder, network.config)
+    else:  # what transformers generates by
+        write_json(folder / "generation_config.json", special)
 
 
 def save_arrays(tree: dict, path: str | pathlib.Path) -> None:
@@ -159,6 +172,21 @@ def read_config(folder: pathlib.Path) -> dict:
             "config.json, model.safetensors and tokenizer.json"
         ) from fault
     return hf
+
+
+def _read_ends(folder: pathlib.Path, hf: dict) -> tuple[int, ...]:
+    """The `eos_token_id`, one or a list, of generation_config.json and of config.json."""
+    path, ends = folder / "generation_config.json", []
+    try:
+        generation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        for told in (generation.get("eos_token_id"), hf.get("eos_token_id")):
+            ends += told if isinstance(told, list) else [told] if told is not None else []
+        return tuple(sorted({int(i) for i in ends}))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder}: eos_token_id of generation_config.json or config.json must be the number of a "
+            f"token or a list of some ({error})"
+        ) from error
 
 
 def read_tokenizer(folder: pathlib.Path):
