@@ -17,5 +17,9 @@ class CheckpointError(FedragError):
     """A folder that does not hold the model it should."""
 
 
+class NotFiniteError(FedragError):
+    """A model that computes NaN or infinity where an answer was to come."""
+
+
 class DivergenceError(FedragError):
     """Training left the real numbers; the last good checkpoint is untouched."""

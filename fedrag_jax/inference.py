@@ -187,7 +187,11 @@ def _own_answers(
 def sequence_log_probs(
     writer: Writer, prompts: Asked, answers: Sequence[np.ndarray]
 ) -> list[np.ndarray]:
-    """log p(y | prompt) float64 [M][K] of answers y, int [A] each, after each of their K prompts."""
+    """log p(y | prompt) float64 [M][K] of answers y, int [A] each, after each of their K prompts.
+
+    Raises:
+      NotFiniteError: log-probabilities that are NaN or infinite.
+    """
     pairs = [(prompt, y) for some, y in zip(prompts, answers, strict=True) for prompt in some]
     rows = [np.concatenate(pair) for pair in pairs]
     most = _SCORED.get(jax.default_backend(), _SCORED_ACCELERATOR)
@@ -208,7 +212,9 @@ def sequence_log_probs(
             "answer_positions": np.where(written, places, 1)[:, None],
         }
         found = _answer_log_probs(writer.network, writer.params, writer.adapters, batch)
-        return (np.asarray(found, np.float64)[:, 0] * written).sum(1)
+        found = np.where(written, np.asarray(found, np.float64)[:, 0], 0)
+        decoding.require_finite(bool(np.isfinite(found).all()))
+        return found.sum(1)
 
     found = iter(chunk_by_chunk(score, [len(row) for row in rows], most))
     return [np.array([next(found) for _ in some]) for some in prompts]

@@ -217,6 +217,17 @@ def test_a_folder_without_weights_or_tokenizer(tmp_path):
         hub.load(folder)
 
 
+@pytest.mark.parametrize("name", ["llama_tied", "bert_mean"])
+def test_a_tokenizer_larger_than_the_embedding_is_refused(name, tmp_path):
+    folder = copied(name, tmp_path)
+    tokenizer = hub.load(folder).tokenizer
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|one|>", "<|two|>"]})
+    tokenizer.save_pretrained(folder)
+    words = r"2 tokens that the embedding of 64 rows has none for, such as '<\|one\|>' \(64\)"
+    with pytest.raises(CheckpointError, match=words):
+        hub.load(folder)
+
+
 @pytest.mark.parametrize("shard", ["model-00001-of-00003", "model-00002-of-00003"])
 def test_a_missing_shard_is_named(shard, tmp_path):
     folder = copied("llama_gqa", tmp_path)

@@ -1,5 +1,6 @@
 """Every way to answer from several passages against a slow one; where they must agree, they do."""
 
+import dataclasses
 import functools
 import math
 
@@ -11,10 +12,10 @@ from tiny import characters
 
 from fedrag_jax.data import synthetic
 from fedrag_jax.data.answers import normalize_answer
-from fedrag_jax.errors import ConfigError
+from fedrag_jax.errors import ConfigError, NotFiniteError
 from fedrag_jax.evaluation import evaluator
 from fedrag_jax.evaluation.metrics import f1
-from fedrag_jax.inference import BEAMS, MODES
+from fedrag_jax.inference import BEAMS, MODES, sequence_log_probs
 from fedrag_jax.models.decoder import Decoder, DecoderConfig
 from fedrag_jax.models.lora import LoraConfig, add_lora, init_adapters
 from fedrag_jax.models.network import Network
@@ -282,3 +283,62 @@ def test_answers_without_a_normal_form_do_not_vote_together(writer, asked):
     chances = [math.exp(c.log_probs.mean()) for c in writer.complete(some, SAMPLING)]
     weights = np.array([0.3, 0.3, 0.4]) / chances
     assert answers("vote", writer, [some], np.log([weights])) == ["c"]
+
+
+# --- numbers that are none --------------------------------------------------------------------------
+
+
+def broken(writer, how):
+    """The writer with logits that are not finite: all of them, one of them, or from a token on."""
+    params = jax.tree.map(np.array, writer.params)
+    if how == "all":
+        params["norm"]["scale"][3] = np.nan
+    elif how == "one":  # infinite, of either sign
+        params["lm_head"]["kernel"][:, 7] = 0
+        params["lm_head"]["kernel"][0, 7] = np.inf
+    else:
+        params["embed"]["embedding"][how] = np.nan
+    return dataclasses.replace(writer, params=params)
+
+
+@pytest.mark.parametrize("how", ["all", "one"])
+def test_logits_that_are_no_numbers_are_no_answer(writer, asked, how):
+    prompts, log_weights = asked[0][:4], asked[1][:4]
+    bad = broken(writer, how)
+    for mode in MODES:
+        some = [p[:1] for p in prompts] if mode == "concatenated" else prompts
+        weights = None if mode == "concatenated" else log_weights
+        with pytest.raises(NotFiniteError, match=r"logits are NaN or infinite.*in float32"):
+            answers(mode, bad, some, weights)
+    for sampling in (Sampling(temperature=1.0), Sampling(temperature=1.0, top_p=0.5)):
+        with pytest.raises(NotFiniteError):
+            bad.complete([p[0] for p in prompts], sampling)
+    with pytest.raises(NotFiniteError):
+        "".join(bad.stream(prompts[0][0], SAMPLING))
+    with pytest.raises(NotFiniteError):
+        sequence_log_probs(bad, prompts, [np.array([5, 6])] * 4)
+
+
+def test_they_are_found_when_they_come_later(writer):
+    prompt = np.array([4, 5, 6])
+    (written,) = writer.complete([prompt], SAMPLING)
+    first = int(written.tokens[0])
+    assert first not in prompt and first != EOS
+    for write in (
+        lambda bad: bad.complete([prompt], SAMPLING),
+        lambda bad: list(bad.stream(prompt, SAMPLING)),
+        lambda bad: bad.search([[prompt]], np.zeros((1, 1)), beams=2, sampling=SAMPLING),
+    ):
+        with pytest.raises(NotFiniteError):
+            write(broken(writer, first))
+
+
+def test_what_comes_after_the_end_of_a_text_does_not_matter(writer, asked):
+    """The token that ends it is read as long as others go on."""
+    sampling, prompts = SAMPLING, [p[0] for p in asked[0]]
+    found = [w.complete(prompts, sampling) for w in (writer, broken(writer, EOS))]
+    assert {"stop", "length"} == {c.finish for c in found[0]}
+    assert [c.text for c in found[0]] == [c.text for c in found[1]]
+    found = [w.search(*asked, 3, 2, sampling) for w in (writer, broken(writer, EOS))]
+    one, other = ([[c.text for c in some] for some in texts] for texts in found)
+    assert one == other

@@ -97,7 +97,7 @@ class CrossEncoder:
         hf = hub.read_config(folder)
         try:
             family = _family_of(hf)
-            tokenizer = _tokenizer(folder)
+            tokenizer = _tokenizer(folder, hf["vocab_size"])
             config = family.read(hf, max_length=tokenizer.model_max_length)
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
@@ -224,8 +224,8 @@ def _width(length: int, longest: int) -> int:
     return min(width, longest)
 
 
-def _tokenizer(folder: pathlib.Path):
-    tokenizer = hub.read_tokenizer(folder)
+def _tokenizer(folder: pathlib.Path, vocab_size: int):
+    tokenizer = hub.read_tokenizer(folder, vocab_size)
     if tokenizer.model_max_length < tokenizer.num_special_tokens_to_add(pair=True) + 2:
         raise CheckpointError(
             f"tokenizer_config.json: model_max_length {tokenizer.model_max_length} leaves no room for "

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedrag_jax.errors import ConfigError
+from fedrag_jax.errors import ConfigError, NotFiniteError
 from fedrag_jax.models.decoder import Cache
 from fedrag_jax.models.network import Network
 
@@ -53,7 +53,7 @@ def generate(
       options: as for `pieces`.
 
     Raises:
-      ConfigError: as `pieces`.
+      ConfigError, NotFiniteError: as `pieces`.
     """
     written = pieces(
         network, params, tokens, mask, max_new_tokens=max_new_tokens, pad_token=pad_token, **options
@@ -97,6 +97,7 @@ def pieces(
     Raises:
       ConfigError: an option out of its range; padding at the end of a row; a prompt that with N tokens
         has more than the model has positions for.
+      NotFiniteError: logits that are NaN or infinite.
     """
     tokens, mask = np.asarray(tokens, np.int32), np.asarray(mask, bool)
     check_options(max_new_tokens, temperature, top_p)
@@ -119,15 +120,29 @@ def pieces(
     sampled = temperature > 0
     room = bucket(tokens.shape[1] + max_new_tokens - 1, 16)
     state, *written = _begin(network, sampled, room, params, adapters, tokens, mask, options)
-    yield Generated(*map(np.asarray, written))
+    yield _finite(Generated(*map(np.asarray, written)))
     done = 1
     while done < max_new_tokens and not np.asarray(state.stopped).all():
         count = min(every, max_new_tokens - done)
         state, *written = _advance(
             network, sampled, state, params, adapters, np.int32(count), options
         )
-        yield Generated(*(np.asarray(x)[:, :count] for x in written))
+        yield _finite(Generated(*(np.asarray(x)[:, :count] for x in written)))
         done += count
+
+
+def _finite(written: Generated) -> Generated:
+    require_finite(not np.isnan(written.log_probs).any())
+    return written
+
+
+def require_finite(finite: bool) -> None:
+    """Raises NotFiniteError where a model's logits are not."""
+    if not finite:
+        raise NotFiniteError(
+            "the generator's logits are NaN or infinite, and no answer: its weights or adapters hold "
+            "such numbers, or its dtype is too narrow for them; load another checkpoint, or in float32"
+        )
 
 
 def check_options(max_new_tokens: int, temperature: float, top_p: float) -> None:
@@ -245,7 +260,10 @@ def read_token(run, token, position, cache: Cache):
 
 
 def _choose(logits, sampled, options, step):
-    """A token for each row of [B, V] and its log-probability: int32 [B], float32 [B]."""
+    """A token for each row of [B, V] and its log-probability: int32 [B], float32 [B].
+
+    The log-probability of a row whose logits are not all finite is NaN, which `pieces` looks for.
+    """
     scores = logits
     if sampled:
         scores = logits / options.temperature
@@ -260,7 +278,13 @@ def _choose(logits, sampled, options, step):
     best, size = scores.max(-1, keepdims=True), scores.shape[-1]
     token = jnp.where(scores >= best, jnp.arange(size), size - 1).min(-1).astype(jnp.int32)
     chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-    return token, (chosen - jax.nn.logsumexp(logits, axis=-1)).astype(jnp.float32)
+    log_prob = jnp.where(all_finite(logits), chosen - jax.nn.logsumexp(logits, axis=-1), jnp.nan)
+    return token, log_prob.astype(jnp.float32)
+
+
+def all_finite(logits: jax.Array) -> jax.Array:
+    """Whether all of the last axis are numbers: bool [...]."""
+    return jnp.isfinite(logits).all(-1)
 
 
 def nucleus(scores: jax.Array, top_p: jax.Array) -> jax.Array:

@@ -76,7 +76,8 @@ def load(name_or_path: str | pathlib.Path, dtype=jnp.float32) -> Pretrained:
     network = Network.of(family.module, config)
     ends = () if family.module is Encoder else _read_ends(folder, hf)
     params = read_params(folder, family, network, jnp.dtype(dtype))
-    return Pretrained(network, params, read_tokenizer(folder), str(name_or_path), ends)
+    tokenizer = read_tokenizer(folder, config.vocab_size)
+    return Pretrained(network, params, tokenizer, str(name_or_path), ends)
 
 
 def given(model: str | Pretrained, role: str, kind: str) -> Pretrained:
@@ -189,16 +190,33 @@ def _read_ends(folder: pathlib.Path, hf: dict) -> tuple[int, ...]:
         ) from error
 
 
-def read_tokenizer(folder: pathlib.Path):
-    """The tokenizer of a Hugging Face folder, or CheckpointError; code in the folder is not run."""
+def read_tokenizer(folder: pathlib.Path, vocab_size: int):
+    """The tokenizer of a Hugging Face folder; code in the folder is not run.
+
+    Args:
+      vocab_size: rows of the model's embedding.
+
+    Raises:
+      CheckpointError: none that can be loaded, or one with tokens that the embedding has no row for.
+    """
     import transformers  # here, because it takes seconds
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
+        )
+        without = sorted(
+            (i, token) for token, i in tokenizer.get_vocab().items() if i >= vocab_size
         )
     except Exception as error:  # whatever its many backends raise
         raise CheckpointError(f"{folder}: the tokenizer cannot be loaded ({error})") from error
+    if without:
+        raise CheckpointError(
+            f"{folder}: the tokenizer has {len(without)} tokens that the embedding of {vocab_size} "
+            f"rows has none for, such as {without[0][1]!r} ({without[0][0]}): give the tokenizer that "
+            "the model was trained with, or resize the embedding (resize_token_embeddings)"
+        )
+    return tokenizer
 
 
 def _open(path: pathlib.Path):

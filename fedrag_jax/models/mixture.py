@@ -67,6 +67,7 @@ def beam_search(
 
     Raises:
       ConfigError: `beams` below 1, `best` not between 1 and `beams`; prompts as in `decoding.pieces`.
+      NotFiniteError: logits that are NaN or infinite.
     """
     if not 1 <= best <= beams:
         raise ConfigError(f"beams must be at least 1 and best at most beams, got {beams}, {best}")
@@ -81,7 +82,10 @@ def beam_search(
     )
     room = decoding.bucket(tokens.shape[2] + max_new_tokens - 1, 16)
     log_weights = np.asarray(log_weights, np.float32)
-    found = _search(network, beams, room, params, adapters, tokens, mask, log_weights, limits)
+    finite, *found = _search(
+        network, beams, room, params, adapters, tokens, mask, log_weights, limits
+    )
+    decoding.require_finite(bool(np.asarray(finite).all()))
     return Hypotheses(*(np.asarray(x)[:, :best, :max_new_tokens] for x in found))
 
 
@@ -103,6 +107,7 @@ class _Beam(NamedTuple):
       stopped: bool [B, n].
       token: [B, n], the last one.
       parent: [B, n], the hypothesis of the step before that each goes on with.
+      finite: bool [B], whether all logits were that something was chosen by.
     """
 
     tokens: jax.Array
@@ -111,6 +116,7 @@ class _Beam(NamedTuple):
     stopped: jax.Array
     token: jax.Array
     parent: jax.Array
+    finite: jax.Array
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -130,6 +136,7 @@ def _search(network, beams, room, params, adapters, tokens, mask, log_weights, l
         jnp.zeros((b, n), bool),
         jnp.zeros((b, n), jnp.int32),
         jnp.zeros((b, n), jnp.int32),
+        decoding.all_finite(logits).reshape(b, k).all(-1),
     )
     beam = _choose(start, _mixed(logits, log_weights, 1), jnp.int32(0), limits)
     position, cache = _for_each_beam(position, cache, b, n)
@@ -146,12 +153,14 @@ def _search(network, beams, room, params, adapters, tokens, mask, log_weights, l
             cache = _follow(cache, beam.parent, k, width)
         each = jnp.repeat(beam.token.reshape(-1), k)
         logits, cache = decoding.read_token(run, each, position, cache)
+        finite = decoding.all_finite(logits).reshape(b, n, k).all(-1) | beam.stopped
+        beam = beam._replace(finite=beam.finite & finite.all(-1))
         beam = _choose(beam, _mixed(logits, log_weights, n), i, limits)
         return i + 1, beam, position, cache
 
     _, beam, *_ = jax.lax.while_loop(running, step, (jnp.int32(1), beam, position, cache))
     there = jnp.isfinite(beam.total)[..., None]
-    return beam.tokens, jnp.where(there, beam.log_probs, -jnp.inf)
+    return beam.finite, beam.tokens, jnp.where(there, beam.log_probs, -jnp.inf)
 
 
 def _mixed(logits, log_weights, n):
@@ -182,6 +191,7 @@ def _choose(beam: _Beam, log_probs, step, limits) -> _Beam:
         stopped | jnp.isin(token, limits.stops),
         token,
         parent.astype(jnp.int32),
+        beam.finite,
     )
 
 
