@@ -158,7 +158,7 @@ class Study:
             told = label_free.summary(made[silo].steps).replace("\n", "; ")
             print(f"{name}, {silo}: {told}", flush=True)
         most, prompts = self.config.models.max_answer_tokens, self.system(seed).prompts
-        answers = [e.answers[0] for some in made.values() for e in some.examples]
+        answers = [e.answer for some in made.values() for e in some.examples]
         cut = np.mean([len(prompts.answer_tokens(answer, "1")) >= most for answer in answers])
         if cut > 0.01:
             print(

@@ -38,6 +38,7 @@ class Comparison:
         stop.
         """
         from fedrag_jax.clock import Clock
+        from fedrag_jax.data.prompts import named_style
         from fedrag_jax.models.lora import LoraConfig
         from fedrag_jax.rag import RAGSystem
 
@@ -50,7 +51,10 @@ class Comparison:
                 [*self.dataset.train, *self.stop_questions()],
                 **self.models,
                 adapters=lora,
-                prompt_style=c.models.prompt_style,
+                # A table's answers are one line, whatever the style.
+                prompt_style=named_style(
+                    c.models.prompt_style, self.models["generator"].tokenizer
+                )._replace(one_line=True),
                 **c.retrieval,
                 max_passage_tokens=c.models.max_passage_tokens,
                 max_answer_tokens=c.models.max_answer_tokens,

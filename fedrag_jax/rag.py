@@ -10,7 +10,7 @@ import numpy as np
 from scipy.special import log_softmax
 
 from fedrag_jax import inference, rag_folder
-from fedrag_jax.data.batching import ANSWER_TOKENS, Prompts
+from fedrag_jax.data.batching import Prompts
 from fedrag_jax.data.citations import cited
 from fedrag_jax.data.examples import Passage
 from fedrag_jax.data.prompts import PromptStyle, named_style
@@ -61,7 +61,7 @@ class RAGSystem:
         marginal_k: int = 10,
         score_scale: float | None = None,
         max_passage_tokens: int = 256,
-        max_answer_tokens: int = ANSWER_TOKENS,
+        max_answer_tokens: int | None = None,
         seed: int = 0,
         progress: bool = False,
     ) -> "RAGSystem":
@@ -72,8 +72,9 @@ class RAGSystem:
           examples: questions that may be trained on; they set the widths of training arrays.
           store: what it answers from, see `over`.
           query_prompt, document_prompt, similarity: of the retriever, see `Retriever.build`.
-          prompt_style: "compact", "instruct", "chat" (the generator's own chat template), "raft" or
-            "compact_reasoned" for answers that come after reasoning, or a style of your own.
+          prompt_style: "compact", whose answers are one line; "instruct", "chat" (the generator's own
+            chat template), whose answers may go over lines; "raft" or "compact_reasoned" for answers
+            that come after reasoning; or a style of your own.
           system_prompt: what all prompts begin with, see `under`.
           top_k: passages read together.
           marginal_k: passages that training of the retriever marginalises over (all, if the corpus has
@@ -82,7 +83,7 @@ class RAGSystem:
           score_scale: of similarities in training losses and in answers that weigh passages; a smaller
             one spreads p(z|x) over more of them. 20 unless given, 1 where the similarity is no cosine.
           max_answer_tokens: of the longest answer trained on, and written unless told otherwise,
-            reasoning included.
+            reasoning included; by default 16 where answers are one line, else 128.
           seed: of the adapters' random half.
 
         Raises:

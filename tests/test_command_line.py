@@ -423,6 +423,23 @@ def test_training_by_an_algorithm_keeps_the_base_that_it_changed(system, tmp_pat
     assert told(capsys)[0]["validation"] == result["validation"]
 
 
+def test_answers_whose_ends_are_not_trained_on_are_told(system, tmp_path, capsys):
+    questions = write_questions(tmp_path / "own.jsonl", system)
+    rows = [json.loads(line) for line in questions.read_text().splitlines()]
+    long = next(i for i, row in enumerate(rows) if row["split"] == "train")
+    rows[long]["answers"] = ["", "It was opened in the spring of the year after the flood. " * 2]
+    questions.write_text("\n".join(map(json.dumps, rows)))
+    command = ["train", str(system), str(questions), "--to", str(tmp_path / "tuned"), "--factors"]
+    assert main([*command, "0"]) == 1
+    said = re.search(
+        r"1 of \d+ training answers are longer than 16 tokens, .* --max-answer-tokens=(\d+)",
+        capsys.readouterr().err,
+    )
+    assert int(said[1]) > 20
+    assert main([*command, "0", "--max-answer-tokens", said[1]]) == 1
+    assert "training answers are longer" not in capsys.readouterr().err
+
+
 # --- as it is installed ----------------------------------------------------------------------------
 
 

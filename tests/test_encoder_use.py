@@ -116,7 +116,9 @@ def test_a_prompt_counts_among_the_tokens_that_are_read(tmp_path):
     assert retriever.passage_room == length - 3  # [CLS], [SEP] and one of the prompt
     kept = " ".join(WORDS[: retriever.passage_room])
     np.testing.assert_allclose(cut, retriever.embed_new([Passage("k", "", kept)])[0], atol=1e-5)
-    with pytest.raises(ConfigError, match=f"reads {length} tokens, and its prompt 'w1 w1.*no.*text"):
+    with pytest.raises(
+        ConfigError, match=f"reads {length} tokens, and its prompt 'w1 w1.*no.*text"
+    ):
         Retriever.build(hub.load(GOLDEN / "bert_cls"), [], query_prompt="w1 " * length)
 
 
@@ -255,8 +257,16 @@ def test_the_last_token_may_be_the_vector(tmp_path):
 @pytest.mark.parametrize(
     ("file", "told", "error"),
     [
-        (sentence.USE, {"similarity_fn_name": "manhattan"}, "similarity_fn_name 'manhattan'.*'dot'"),
-        (sentence.USE, {"prompts": ["query: "]}, r"prompts must be strings by their names.*query: "),
+        (
+            sentence.USE,
+            {"similarity_fn_name": "manhattan"},
+            "similarity_fn_name 'manhattan'.*'dot'",
+        ),
+        (
+            sentence.USE,
+            {"prompts": ["query: "]},
+            r"prompts must be strings by their names.*query: ",
+        ),
         (sentence.USE, {"default_prompt_name": "x"}, "default_prompt_name 'x' is none of"),
         ("1_Pooling/config.json", {"include_prompt": False}, "include_prompt false"),
         (sentence.TEXTS, {"query_length": 32}, "query_length 32 is not supported"),
@@ -308,7 +318,11 @@ def test_a_config_names_prompts_and_similarity():
     assert load_retriever(models).network == hub.load("builtin:encoder").network
     models.query_prompt, models.similarity = "query: ", "dot"
     config = load_retriever(models).network.config
-    assert (config.query_prompt, config.document_prompt, config.similarity) == ("query: ", "", "dot")
+    assert (config.query_prompt, config.document_prompt, config.similarity) == (
+        "query: ",
+        "",
+        "dot",
+    )
     models.similarity = "manhattan"
     with pytest.raises(ConfigError, match=r"config\.models: .*'manhattan'"):
         load_retriever(models)
@@ -320,7 +334,14 @@ def test_the_command_line_sets_them_and_keeps_them(tmp_path, kind, capsys):
     for p in PASSAGES[:6]:
         (tmp_path / "documents" / f"{p.id}.txt").write_text(f"{p.id} {p.text}")
     command = ["index", str(tmp_path / "documents"), "--quiet", "--to"]
-    told = ["--query-prompt", "query: ", "--document-prompt", "passage: ", "--similarity", "euclidean"]
+    told = [
+        "--query-prompt",
+        "query: ",
+        "--document-prompt",
+        "passage: ",
+        "--similarity",
+        "euclidean",
+    ]
     at = tmp_path / "system"
     assert main([*command, str(at), "--store", kind, *told]) == 0
     system = RAGSystem.load(at)
@@ -337,7 +358,10 @@ def test_the_command_line_sets_them_and_keeps_them(tmp_path, kind, capsys):
     # The same documents again: what was embedded under these prompts is found again.
     assert main([*command, str(at)]) == 0
     assert main([*command, str(at), *told]) == 1
-    assert "--query-prompt, --document-prompt, --similarity are of a new one" in capsys.readouterr().err
+    assert (
+        "--query-prompt, --document-prompt, --similarity are of a new one"
+        in capsys.readouterr().err
+    )
     assert main([*command, str(tmp_path / "like"), "--like", str(at), *told[:2]]) == 1
     assert "--like takes models and prompts of a saved system" in capsys.readouterr().err
     assert main([*command, str(tmp_path / "like"), "--like", str(at)]) == 0

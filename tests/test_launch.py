@@ -68,7 +68,9 @@ def test_a_damaged_config_is_named(tmp_path):
 
 @pytest.mark.parametrize("name", ["cell.json", "scores.npz"])
 def test_a_damaged_cell_is_computed_again(tmp_path, capsys, name):
-    cell = cells.Cell("none", "local", 0, 0, {"em": np.ones(99)}, {}, [50.0], Cost(), {}, np.arange(99))
+    cell = cells.Cell(
+        "none", "local", 0, 0, {"em": np.ones(99)}, {}, [50.0], Cost(), {}, np.arange(99)
+    )
     cells.save(tmp_path, cell)
     assert cells.load(tmp_path, "none", "local", 0, 0).client_em == [50.0]
     path = cells.path(tmp_path, "none", "local", 0, 0) / name

@@ -1,12 +1,16 @@
 """Prompts in a generator's own chat template, with templates of the three families that differ most."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 import transformers
+from tiny import characters
 
 from fedrag_jax.data.batching import Prompts
 from fedrag_jax.data.examples import Example, Passage
 from fedrag_jax.data.prompts import CITED, COMPACT, INSTRUCT, named_style, plain
-from fedrag_jax.errors import ConfigError
+from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.models import fetching, hub
 
 CHATML = (
@@ -170,3 +174,23 @@ def test_tags_in_a_passage_or_question_are_words():
     assert prompts.answer_tokens("Rome</s> or not").tolist().count(prompts.eos) == 1
     assert plain(tokenizer, "no tag < /s>") == "no tag < /s>"
     assert plain(tokenizer, "<</s>s> <s>") == "<< /s>s> < s>"
+
+
+def test_the_first_answer_that_is_not_empty_is_trained_on():
+    asked = Example("q", "Where?", ("", " ", "London", "Paris"), ())
+    prompts = Prompts(characters(), COMPACT, [Passage("p", "", "A text.")], [asked])
+    table = prompts.training_table([asked], np.array([[0]]), per_passage=True)
+    places = table["answer_positions"][0, 0][table["answer_mask"][0] > 0]
+    trained = prompts.tokenizer.convert_ids_to_tokens(table["tokens"][0, 0][places])
+    assert "".join(trained) == " London</s>"
+    with pytest.raises(DataError, match="question 'q' has no answer to train on"):
+        Prompts(characters(), COMPACT, [], [dataclasses.replace(asked, answers=("", "\n"))])
+
+
+def test_answers_that_are_cut_are_counted():
+    some = [Example(str(n), "Where?", ("x" * n,), ()) for n in (3, 14, 15, 40)]
+    prompts = Prompts(characters(), COMPACT, [], some)  # a space, the answer, EOS: 16 at most
+    assert prompts.cut(some) == [17, 42]
+    wider = prompts.answering(42)
+    assert wider.cut(some) == [] and len(wider.answer_tokens("x" * 40)) == 42
+    assert len(prompts.answer_tokens("x" * 40)) == 16

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fedrag_jax.data.examples import Passage
-from fedrag_jax.data.prompts import COMPACT_REASONED
+from fedrag_jax.data.prompts import COMPACT, COMPACT_REASONED, INSTRUCT
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.models import hub
 from fedrag_jax.models.decoder import Decoder, DecoderConfig
@@ -76,14 +76,39 @@ def test_characters_are_never_broken(model, every):
     assert len(pieces) > len(whole.tokens) / every / 4
 
 
-def test_a_text_that_stops_within_a_character(model):
+def test_a_limit_within_a_character_leaves_no_half_of_it(model):
     writer = scripted(model, TEXT)
     tokens = model.tokenizer(TEXT, add_special_tokens=False)["input_ids"]
     texts = [model.tokenizer.decode(tokens[:n]) for n in range(len(tokens))]
-    count = next(n for n, text in enumerate(texts) if text.endswith("\ufffd"))
-    (whole,) = writer.complete([ONE], Sampling(max_new_tokens=count))
-    assert (whole.text, whole.finish) == (texts[count], "length")
-    assert "".join(writer.stream(ONE, Sampling(max_new_tokens=count))) == whole.text
+    halves = [n for n, text in enumerate(texts) if text.endswith("\ufffd")]
+    assert len(halves) > 3
+    for count in halves:
+        sampling = Sampling(max_new_tokens=count)
+        (whole,) = writer.complete([ONE], sampling)
+        (found,) = writer.search([[ONE]], np.zeros((1, 1)), sampling=sampling)
+        assert (whole.text, whole.finish) == (texts[count].rstrip("\ufffd"), "length")
+        assert TEXT.startswith(whole.text) and len(whole.tokens) == count
+        assert found[0].text == "".join(writer.stream(ONE, sampling)) == whole.text
+
+
+LINES_WRITTEN = "\n\nParis is\nthe capital.\n"
+
+
+@pytest.mark.parametrize(
+    ("style", "answer"),
+    [(INSTRUCT, LINES_WRITTEN.strip()), (COMPACT, ""), (INSTRUCT._replace(one_line=True), "")],
+)
+def test_answers_go_over_lines_but_where_a_table_counts_them(model, style, answer):
+    system = RAGSystem.build(
+        [Passage("p", "", "Some text.")], generator=model, prompt_style=style, top_k=1
+    )
+    asked = len(system.prompts.prompt("Where?", [0]))
+    wrote = scripted(model, LINES_WRITTEN, after=asked)
+    generator = dataclasses.replace(model, params=wrote.params)
+    system = dataclasses.replace(system, decoder=wrote.network, generator=generator, adapters=None)
+    assert system.answer(["Where?"], [[0]]) == [answer]
+    assert "".join(system.stream("Where?", [0])) == answer
+    assert system.prompts.max_answer_tokens == (128 if answer else 16)
 
 
 @pytest.mark.parametrize("every", [1, 4, 16])

@@ -10,7 +10,9 @@ from fedrag_jax.data.examples import Example, Passage, half_character, reading_t
 from fedrag_jax.data.prompts import PromptStyle, plain
 from fedrag_jax.errors import CheckpointError, ConfigError, DataError
 
-ANSWER_TOKENS = 16  # longest answer trained on and written unless told otherwise, EOS included
+# Longest answer trained on and written unless told otherwise, EOS included: of styles whose answers
+# end with their line, and of others.
+ANSWER_TOKENS, ANSWER_TOKENS_OF_LINES = 16, 128
 
 
 class Prompts:
@@ -22,7 +24,8 @@ class Prompts:
       passages: the corpus; retrieved rows index into it.
       examples: those whose questions and answers set the width of training arrays.
       max_passage_tokens: longer passages are cut.
-      max_answer_tokens: of the longest answer trained on and written, reasoning and EOS included.
+      max_answer_tokens: of the longest answer trained on and written, reasoning and EOS included; by
+        default 16 in a style whose answers end with their line, else 128.
 
     Raises:
       CheckpointError: a tokenizer without EOS.
@@ -36,10 +39,10 @@ class Prompts:
         passages: Sequence[Passage],
         examples: Sequence[Example],
         max_passage_tokens: int = 256,
-        max_answer_tokens: int = ANSWER_TOKENS,
+        max_answer_tokens: int | None = None,
     ):
-        if max_answer_tokens < 2:
-            raise ConfigError(f"max_answer_tokens must be at least 2, got {max_answer_tokens}")
+        if max_answer_tokens is None:
+            max_answer_tokens = ANSWER_TOKENS if style.one_line else ANSWER_TOKENS_OF_LINES
         before = style.passage.partition("{text}")[0]
         self._number = before.rstrip(" ") if "{number}" in before else ""
         if ("{number}" in style.passage) != bool(self._number):
@@ -47,7 +50,8 @@ class Prompts:
                 f"prompt style: passage needs its {{number}} before its {{text}}, got {style.passage!r}"
             )
         self.tokenizer, self.style = tokenizer, style
-        self.max_passage_tokens, self.max_answer_tokens = max_passage_tokens, max_answer_tokens
+        self.max_passage_tokens = max_passage_tokens
+        self.max_answer_tokens = _checked(max_answer_tokens)
         self.eos = tokenizer.eos_token_id
         if style.end:
             # White space may come before the token that ends a turn, and more after it.
@@ -64,16 +68,35 @@ class Prompts:
         self._foreign = functools.lru_cache(4096)(
             lambda passage: self._passage_tokens([passage])[0]
         )
-        # Of so many that training finds all of its own, and a service does not keep all ever asked.
-        remembered = functools.lru_cache(1 << 17)
-        self.question_tokens = remembered(self.question_tokens)
-        self.answer_tokens = remembered(self.answer_tokens)
+        self._remember()
         self._numbers: list[np.ndarray] = []  # before the first passage, the second, ...
         self._passage_lengths = np.array([len(p) for p in self._passages])
         self.answer_width = 0
         self._after_lengths: dict[str, int] = {}  # of question and answer, by example id
         self._context_width = 0  # of the longest of the contexts known beforehand
         self._widen(examples)
+
+    def _remember(self) -> None:
+        # Of so many that training finds all of its own, and a service does not keep all ever asked.
+        remembered = functools.lru_cache(1 << 17)
+        self.question_tokens = remembered(functools.partial(Prompts.question_tokens, self))
+        self.answer_tokens = remembered(functools.partial(Prompts.answer_tokens, self))
+
+    def answering(self, max_answer_tokens: int) -> "Prompts":
+        """The same with another limit of answers; to train with it see `wide_enough_for`.
+
+        Raises:
+          ConfigError: one below 2.
+        """
+        other = copy.copy(self)
+        other.max_answer_tokens = _checked(max_answer_tokens)
+        other._remember()
+        return other
+
+    def cut(self, examples: Sequence[Example]) -> list[int]:
+        """How many tokens the answers take, EOS included, of which the end is not trained on."""
+        lengths = (len(self._spelled(e.answer)) + 1 for e in examples)
+        return [length for length in lengths if length > self.max_answer_tokens]
 
     def under(self, system: str, most: int) -> "Prompts":
         """The same under a system prompt, in place of one that there is.
@@ -120,7 +143,8 @@ class Prompts:
     def stop_tokens(self) -> tuple[int, ...]:
         """EOS and, where answers end with their line, every token with a line break in it, in
         byte-level and byte-fallback spellings."""
-        vocabulary = {} if "\n" in self.style.final else self.tokenizer.get_vocab()
+        ends_with_line = self.style.one_line and "\n" not in self.style.final
+        vocabulary = self.tokenizer.get_vocab() if ends_with_line else {}
         breaks = (i for piece, i in vocabulary.items() if "\u010a" in piece or piece == "<0x0A>")
         return tuple(sorted({self.eos, self.tokenizer.eos_token_id, *breaks} - {None}))
 
@@ -145,7 +169,7 @@ class Prompts:
         reasoning = [""] * len(examples) if reasoning is None else reasoning
         self._after_lengths = dict(self._after_lengths)
         for e, why in zip(examples, reasoning, strict=True):
-            answered = len(self.answer_tokens(e.answers[0], why))
+            answered = len(self.answer_tokens(e.answer, why))
             after = len(self.question_tokens(e.question)) + answered
             self.answer_width = max(self.answer_width, answered)
             self._after_lengths[e.id] = max(self._after_lengths.get(e.id, 0), after)
@@ -187,18 +211,21 @@ class Prompts:
         Raises:
           ConfigError: reasoning in a style that has no mark between it and the answer.
         """
-        answer, reasoning = self._plain(answer), self._plain(" ".join(reasoning.split()))
+        reasoning = " ".join(reasoning.split())
         if reasoning and not self.style.final:
             raise ConfigError(
                 "the prompt style has no mark between reasoning and final answer: use "
                 "'compact_reasoned' or 'raft', or train on answers alone (teacher=None)"
             )
         room = self.max_answer_tokens - 1
-        tokens = self._tokenize([self.style.answer.format(answer=reasoning or answer)])[0]
+        tokens = self._spelled(reasoning or answer)
         if reasoning:
-            last = self._tokenize([self.style.final + answer])[0][:room]
+            last = self._tokenize([self.style.final + self._plain(answer)])[0][:room]
             tokens = [*tokens[: room - len(last)], *last]
         return np.array([*tokens[:room], self.eos], np.int32)
+
+    def _spelled(self, answer: str) -> list[int]:
+        return self._tokenize([self.style.answer.format(answer=self._plain(answer))])[0]
 
     def prompt(self, question: str, rows: Sequence[int], width: int | None = None) -> np.ndarray:
         """Opening, passages in the order given, question; at most `width` tokens if it can be.
@@ -294,7 +321,7 @@ class Prompts:
         mask = np.zeros((n, longest), np.float32)
         most = self._after_width
         for i, example in enumerate(examples):
-            answer = self.answer_tokens(example.answers[0], reasoning[i] if reasoning else "")
+            answer = self.answer_tokens(example.answer, reasoning[i] if reasoning else "")
             after = len(self.question_tokens(example.question)) + len(answer)
             if len(answer) > longest or after > most:
                 raise DataError(
@@ -324,12 +351,18 @@ class Prompts:
         places = np.full((len(examples), self.training_width(k)), -1, np.int32)
         for i, (example, rows) in enumerate(zip(examples, retrieved, strict=True)):
             asked = self.question_tokens(example.question)
-            room = places.shape[1] - len(asked) - len(self.answer_tokens(example.answers[0]))
+            room = places.shape[1] - len(asked) - len(self.answer_tokens(example.answer))
             whose = np.repeat(np.arange(k), [len(tokens) for tokens in self._numbered(rows)])
             start = len(self._opening)
             end = min(start + len(whose), room)
             places[i, start:end] = whose[: max(end - start, 0)]
         return places
+
+
+def _checked(max_answer_tokens: int) -> int:
+    if max_answer_tokens < 2:
+        raise ConfigError(f"max_answer_tokens must be at least 2, got {max_answer_tokens}")
+    return max_answer_tokens
 
 
 def left_padded(rows: Sequence[np.ndarray], pad: int, multiple: int = 32) -> tuple[np.ndarray, ...]:

@@ -26,7 +26,7 @@ class Example:
     """One question with its acceptable answers and the passages that hold them.
 
     Attributes:
-      answers: alternatives; training uses the first, scoring all of them.
+      answers: alternatives; training uses `answer`, scoring all of them.
       positive_ids: gold passages; empty where nobody labelled them.
       topic: what clients differ in; "" if unknown.
       hops: how many passages must be read together.
@@ -40,6 +40,20 @@ class Example:
     topic: str = ""
     hops: int = 1
     reasoning: str = ""
+
+    @property
+    def answer(self) -> str:
+        """The answer that is trained on: the first that is not empty.
+
+        Raises:
+          DataError: there is none.
+        """
+        for answer in self.answers:
+            if answer.strip():
+                return answer
+        raise DataError(
+            f"question {self.id!r} has no answer to train on; give one or leave the question out"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,9 +19,10 @@ class PromptStyle(NamedTuple):
       end: the token after an answer; the tokenizer's EOS if empty.
       bos: whether the tokenizer's BOS comes first.
       final: what stands between reasoning and the final answer; empty where answers come without
-        reasoning. What follows it is the answer. Where it goes over lines an answer may do so, too;
-        else it ends with its line.
+        reasoning. What follows it is the answer.
       instructed: the opening under a system prompt, `{system}`; if empty, a line before the opening.
+      one_line: whether an answer ends with its line, as tables of exact matches count answers; where
+        `final` goes over lines an answer may do so, too.
     """
 
     opening: str
@@ -32,6 +33,7 @@ class PromptStyle(NamedTuple):
     bos: bool = True
     final: str = ""
     instructed: str = ""
+    one_line: bool = True
 
     def under(self, system: str) -> "PromptStyle":
         """The style under a system prompt, in place of one that it has."""
@@ -56,6 +58,7 @@ INSTRUCT = PromptStyle(
     passage="{text}\n",
     question="### Question:\n{question}\n### Answer:\n",
     answer="{answer}",
+    one_line=False,
 )
 
 # Reasoning before the answer. "Answer" without a space is one token of the built-in decoder.
@@ -79,6 +82,7 @@ RAFT = INSTRUCT._replace(
         "possible.\n### Context:\n"
     ),
     final=" <ANSWER>: ",
+    one_line=True,
 )
 
 # The headings of ALoFTRAG (arXiv 2501.11929, appendix B): the numbers of the passages, then the answer.
@@ -92,6 +96,7 @@ CITED = PromptStyle(
     question="### Question\n{question}\n\n### Reference\n",
     answer="{answer}",
     final="\n\n### Answer\n",
+    one_line=False,
 )
 
 STYLES = {
@@ -204,7 +209,17 @@ def _chat(tokenizer, name: str) -> PromptStyle:
     asks, writes = before + question + after, lead + "{answer}"
     if start:  # is given, with all that comes before it
         asks, writes = asks + lead + start, "{answer}"
-    return PromptStyle(opening, style.passage, asks, writes, end, False, style.final, instructed)
+    return PromptStyle(
+        opening,
+        style.passage,
+        asks,
+        writes,
+        end,
+        bos=False,
+        final=style.final,
+        instructed=instructed,
+        one_line=style.one_line,
+    )
 
 
 def _under_system(tokenizer, said: str) -> str:

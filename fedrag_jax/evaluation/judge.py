@@ -39,7 +39,7 @@ def judged(
     if repeats < 1:
         raise ConfigError(f"repeats must be at least 1, got {repeats}")
     about = {
-        e.id: {"text": t, "question": e.question, "reference": e.answers[0], "answer": a}
+        e.id: {"text": t, "question": e.question, "reference": e.answer, "answer": a}
         for e, t, a in zip(examples, texts, answers, strict=True)
     }
     verdicts = np.full((repeats, len(examples)), np.nan)

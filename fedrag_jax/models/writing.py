@@ -66,7 +66,8 @@ class Completion(NamedTuple):
     """What was written after a prompt.
 
     Attributes:
-      text: without special tokens, and without the stop string and what follows it.
+      text: without special tokens, and without the stop string and what follows it. Of a character
+        of which the last bytes are missing, it has none.
       finish: "stop" for a stop token or a stop string, "length" for neither.
       tokens: int32 [N], the one that ended the text included.
       log_probs: float32 [N], of these tokens; see `decoding.Generated`.
@@ -283,13 +284,13 @@ class _Text:
         if count and tokens[-1] in self._stop_tokens:
             tokens = tokens[:-1]
         # Clean-up would take back a space that has been sent when a full stop follows it.
-        return self._tokenizer.decode(
+        text = self._tokenizer.decode(
             tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
+        return text.rstrip(_UNFINISHED)
 
 
 def _settled(text: str, stop: tuple[str, ...]) -> str:
     """The part of a text that no further token can change."""
-    text = text.rstrip(_UNFINISHED)
     begun = (n for s in stop for n in range(1, len(s)) if text.endswith(s[:n]))
     return text[: len(text) - max(begun, default=0)]

@@ -160,7 +160,7 @@ def _was_read(
 
 
 def _answer_mask(prompts: Prompts, examples, width: int) -> np.ndarray:
-    lengths = [len(prompts.answer_tokens(e.answers[0])) for e in examples]
+    lengths = [len(prompts.answer_tokens(e.answer)) for e in examples]
     return (np.arange(width) < np.array(lengths)[:, None]).astype(np.float32)
 
 

@@ -124,7 +124,7 @@ def ask(
             reasons[identifier] = reply.fault or ("duplicate" if known in asked else "")
             asked.add(known)
     told = {
-        e.id: {"text": e.positive_ids[0], "question": e.question, "answer": e.answers[0]}
+        e.id: {"text": e.positive_ids[0], "question": e.question, "answer": e.answer}
         for e in found.values()
     }
     return _step(folder / "2_questions.jsonl", found, reasons, told)
@@ -141,7 +141,7 @@ def rate_questions(
     text = {p.id: reading_text(p) for p in passages}
     found = {e.id: e for e in examples}
     parts = {
-        e.id: {"text": text[e.positive_ids[0]], "question": e.question, "answer": e.answers[0]}
+        e.id: {"text": text[e.positive_ids[0]], "question": e.question, "answer": e.answer}
         for e in found.values()
     }
     reasons, told = dict.fromkeys(found, ""), {i: {} for i in found}
@@ -215,7 +215,7 @@ def add_hard_negatives(
     told = {
         e.id: {
             "question": e.question,
-            "answer": e.answers[0],
+            "answer": e.answer,
             "passages": [ids[r] for r in found[e.id].rows],
             "cites": list(found[e.id].cites),
         }

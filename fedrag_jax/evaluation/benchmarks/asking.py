@@ -43,7 +43,7 @@ def continuations(question: Question, by: str) -> Sequence[str]:
 def right(question: Question, kind: str, by: str) -> str:
     """What is to be written."""
     if kind == "open":
-        return question.answers[0] if question.answers else UNANSWERABLE
+        return next(filter(str.strip, question.answers), UNANSWERABLE)
     by_letter = kind == "choices" and by in LETTERED
     return (_letters(question) if by_letter else question.choices)[question.label]
 

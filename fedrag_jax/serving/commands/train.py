@@ -9,7 +9,9 @@ command goes on.
 
 import argparse
 import ast
+import dataclasses
 import pathlib
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -67,6 +69,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=(0.1, 1.0, 10.0),
         help="of these rates (0.1 1 10)",
     )
+    parser.add_argument(
+        "--max-answer-tokens",
+        type=int,
+        help="of answers trained on and written: of longer ones the end is cut (the system's)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="(0)")
     add_json(parser)
 
@@ -110,6 +117,17 @@ def run(args: argparse.Namespace) -> int:
         )
     passages = system.retriever.passages if system.store is None else system.store.passages()
     dataset = load_questions(args.questions, [*passages], needed=("train", "validation"))
+    if args.max_answer_tokens is not None:
+        prompts = system.prompts.answering(args.max_answer_tokens)
+        system = dataclasses.replace(system, prompts=prompts)
+    cut = system.prompts.cut(dataset.train)
+    if cut:
+        print(
+            f"{len(cut):,} of {len(dataset.train):,} training answers are longer than "
+            f"{system.prompts.max_answer_tokens} tokens, and their ends are not trained on: "
+            f"--max-answer-tokens={max(cut)} takes all of them whole",
+            file=sys.stderr,
+        )
     clients = training.split(dataset.train, args.setting, args.clients, args.alpha, args.seed)
     count = args.clients or len({e.topic for e in dataset.train})
     budget = Budget(args.rounds, args.local_steps, count, args.batch_size)
@@ -134,6 +152,7 @@ def run(args: argparse.Namespace) -> int:
         "test": found.test,
         "trials": [trial._asdict() for trial in found.trials],
         "best_factor": found.best.factor,
+        "answers_cut": len(cut),
         "seconds": round(time.perf_counter() - start, 3),
     }
     if args.json:
