@@ -115,7 +115,9 @@ def test_reading_some_places_gives_what_reading_all_gives_there(change):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, expected)
 
 
-@pytest.mark.parametrize("change", [{"unroll": True}, {"remat": False}])
+@pytest.mark.parametrize(
+    "change", [{"unroll": True}, {"remat": False}, {"unroll": True, "remat": False}]
+)
 def test_unroll_and_remat_change_no_number(tiny, change):
     network, params = tiny
     other = Network.of(Decoder, dataclasses.replace(TINY, **change))
@@ -125,6 +127,25 @@ def test_unroll_and_remat_change_no_number(tiny, change):
 
     expected, got = (jax.grad(loss)(params, n) for n in (network, other))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), expected, got)
+
+
+@pytest.mark.parametrize("kind", [(Decoder, TINY), (Encoder, TINY_ENCODER)])
+def test_deep_networks_are_not_written_out(kind):
+    """Each layer that is written out is compiled by itself."""
+    module, config = kind
+
+    def equations(layers):
+        network = Network.of(module, dataclasses.replace(config, num_layers=layers)).written_out()
+        traced = jax.jit(network).trace(network.shapes(), *inputs[module]).jaxpr
+        scans = [e.params["unroll"] for e in traced.eqns if e.primitive.name == "scan"]
+        return network.config.unroll, network.config.remat, scans
+
+    tokens, positions, mask = tiny_inputs()
+    inputs = {Decoder: (tokens, positions, mask), Encoder: (tokens, mask)}
+    for layers in (1, 6, 12):
+        assert equations(layers) == (True, False, [layers])
+    for layers in (13, 30):
+        assert equations(layers) == (False, True, [1])
 
 
 def test_unrolled_lets_the_compiler_count_every_layer(tiny):

@@ -59,7 +59,9 @@ _GROUP = flags.DEFINE_integer("group_size", 1, "clients side by side, ours", low
 _DEVICES = flags.DEFINE_integer(
     "devices", 2, "virtual ones, over which the clients are dealt out, ours", lower_bound=1
 )
-_UNROLL = flags.DEFINE_bool("unroll", True, "write layers out; ours")
+_UNROLL = flags.DEFINE_bool(
+    "unroll", None, "write layers out; ours: by default where they are few (`Network.written_out`)"
+)
 _CPUS = flags.DEFINE_integer("cpus_per_client", 1, "of a client of the simulation", lower_bound=1)
 _REPEATS = flags.DEFINE_integer("repeats", 3, "turns of each", lower_bound=1)
 _WAIT = flags.DEFINE_integer("wait_seconds", 30, "at most, for an idle machine, before a turn")
@@ -150,7 +152,10 @@ def ours(folder: str) -> dict:
     from fedrag_jax.retrieval.retriever import Retriever
 
     model = hub.load(f"{folder}/model")
-    config = dataclasses.replace(model.network.config, unroll=work["unroll"])
+    unroll = work["unroll"]
+    if unroll is None:
+        unroll = model.network.written_out().config.unroll
+    config = dataclasses.replace(model.network.config, unroll=unroll)
     examples = [Example(f"q{i}", q, ("",), (f"p{i}",)) for i, q in enumerate(work["questions"])]
     passages = [Passage(f"p{i}", "", "") for i in range(len(examples))]  # their vectors are there
     network = dataclasses.replace(model.network, config=config)

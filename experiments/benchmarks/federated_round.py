@@ -8,7 +8,8 @@ local steps of AdamW on the same batches; both must come to the same adapters. P
 after another in one model (`torch_round.py`); each side either computes logits at every position, as
 users write it, or where an answer token is to be predicted. They take turns, the first turn of each is
 not counted, and medians are printed as a table and as a line of JSON, which is about the last number of
-clients. Times are those of whole calls: `fit` also collates its table and reports its losses.
+clients. What is being done stands on standard error: of a large model each program takes minutes to be
+compiled. Times are those of whole calls: `fit` also collates its table and reports its losses.
 """
 
 import importlib.util
@@ -16,6 +17,7 @@ import json
 import os
 import pathlib
 import statistics
+import sys
 import tempfile
 import time
 
@@ -24,6 +26,7 @@ from absl import app, flags
 
 from experiments.benchmarks.peak import product_peak
 from experiments.launch import virtual_devices
+from fedrag_jax.models.network import WRITTEN_OUT
 
 _CLIENTS = flags.DEFINE_list("clients", ["1", "8", "32"], "of a round; each number is a row")
 _STEPS = flags.DEFINE_integer("local_steps", 2, "of each client", lower_bound=1)
@@ -38,13 +41,19 @@ _VOCABULARY = flags.DEFINE_integer("vocabulary", 8192, "of the decoder", lower_b
 _RANK = flags.DEFINE_integer("rank", 16, "of the adapters", lower_bound=1)
 _GROUP = flags.DEFINE_integer("group_size", 1, "clients side by side, ours alone", lower_bound=1)
 _MODES = flags.DEFINE_list(
-    "compile", ["default"], "modes of torch.compile to try beside eager; none if empty"
+    "compile",
+    None,
+    "modes of torch.compile to try beside eager; none if empty; by default `default` where our layers "
+    "are written out, for it compiles them one by one, too",
 )
 _DEVICES = flags.DEFINE_integer(
     "devices", 2, "virtual ones, over which the clients are dealt out; ours alone", lower_bound=1
 )
 _UNROLL = flags.DEFINE_bool(
-    "unroll", True, "write layers out and keep what they compute; ours alone"
+    "unroll",
+    None,
+    "write layers out and keep what they compute, ours alone; by default those of networks that are "
+    "not too deep to be compiled so (`Network.written_out`)",
 )
 _REPEATS = flags.DEFINE_integer("repeats", 5, "turns of each", lower_bound=1)
 
@@ -64,6 +73,9 @@ def main(argv):
     import jax
 
     network, params, adapters = decoder()
+    say(f"a decoder of {sum(x.size for x in jax.tree.leaves(params)):,} parameters")
+    written = "written out" if network.config.unroll else "in a loop, recomputed backward"
+    say(f"our {_LAYERS.value} layers are {written}; PyTorch is eager, and compiled as {modes()}")
     counts = list(map(int, _CLIENTS.value))
     tokens = batches(max(counts))
     with tempfile.TemporaryDirectory() as folder:
@@ -78,7 +90,8 @@ def main(argv):
         print(f"PyTorch, {name}: {1e3 * seconds:.1f} ms a step")
     print("milliseconds a client-step\n" + "".join(f"{n:>17}" for n in ("clients", *runs)))
     for count in counts:
-        require_equal({name: run(tokens[:count]) for name, run in runs.items()})
+        require_equal({name: first(name, run, tokens[:count]) for name, run in runs.items()})
+        say(f"{_REPEATS.value} turns of each, {count} clients")
         seconds = times(runs, tokens[:count])
         print(f"{count:17}" + "".join(f"{1e3 * s:17.1f}" for s in seconds.values()), flush=True)
     best = peak()
@@ -99,6 +112,27 @@ def main(argv):
         "threads": len(os.sched_getaffinity(0)),
     }
     print(json.dumps(report))
+
+
+def say(what: str) -> None:
+    """On standard error, as it is done."""
+    print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
+
+
+def first(name: str, run, tokens):
+    """What a run gives the first time, which may compile it."""
+    say(f"{name}, {len(tokens)} clients: the first turn, which compiles it")
+    start = time.perf_counter()
+    found = run(tokens)
+    say(f"{name}, {len(tokens)} clients: {time.perf_counter() - start:.1f} s")
+    return found
+
+
+def modes() -> list[str]:
+    """Of torch.compile."""
+    if _MODES.value is None:
+        return ["default"] if _LAYERS.value <= WRITTEN_OUT else []
+    return [*filter(None, _MODES.value)]
 
 
 def times(runs, tokens) -> dict[str, float]:
@@ -142,10 +176,9 @@ def decoder():
         num_heads=_HEADS.value,
         num_kv_heads=_HEADS.value,
         head_dim=_HIDDEN.value // _HEADS.value,
-        unroll=_UNROLL.value,
-        remat=not _UNROLL.value,
     )
-    base = Network.of(Decoder, config)
+    always = {None: WRITTEN_OUT, True: config.num_layers, False: 0}
+    base = Network.of(Decoder, config).written_out(always[_UNROLL.value])
     network = add_lora(base, LoraConfig(_RANK.value, 2.0 * _RANK.value, TARGETS))
     key = jax.random.key(0)
     adapters = unflatten(
@@ -234,8 +267,9 @@ def pytorch(network, params, adapters, tokens, folder: pathlib.Path):
     found, tried = {}, {}
     for kind in ("full", "answers"):
         run, seconds = torch_round.fastest(
-            (None, *_MODES.value),
+            (None, *modes()),
             tokens,
+            say,
             folder=folder / "decoder",
             adapters=folder / "adapters",
             scored=kind == "answers",

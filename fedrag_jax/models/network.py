@@ -9,6 +9,9 @@ from flax import nnx
 
 from fedrag_jax.errors import ConfigError
 
+# Layers at most: each adds to the time that every program takes to be compiled, a loop does not.
+WRITTEN_OUT = 12
+
 
 @dataclasses.dataclass(frozen=True)
 class Network:
@@ -53,6 +56,16 @@ class Network:
     def shapes(self) -> dict:
         """The parameter tree as `jax.ShapeDtypeStruct`s, adapters included."""
         return nnx.to_pure_dict(_abstract(self.module, self.config, self.lora)[1])
+
+    def written_out(self, most: int = WRITTEN_OUT) -> "Network":
+        """The same function, with layers that are written out and keep what they compute.
+
+        That makes a step faster, and compiling it slower with every layer: of a network of more than
+        `most` layers the loop stays, over layers that are recomputed.
+        """
+        few = self.config.num_layers <= most
+        config = dataclasses.replace(self.config, unroll=few, remat=not few)
+        return dataclasses.replace(self, config=config)
 
     def unrolled(self) -> "Network":
         """The same function, every layer spelled out and computed once, for the compiler to count."""
