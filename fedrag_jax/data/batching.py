@@ -8,6 +8,7 @@ import numpy as np
 
 from fedrag_jax.data.examples import Example, Passage, half_character, reading_text
 from fedrag_jax.data.prompts import PromptStyle, plain
+from fedrag_jax.data.spelling import Spelling
 from fedrag_jax.errors import CheckpointError, ConfigError, DataError
 
 # Longest answer trained on and written unless told otherwise, EOS included: of styles whose answers
@@ -49,13 +50,13 @@ class Prompts:
             raise ConfigError(
                 f"prompt style: passage needs its {{number}} before its {{text}}, got {style.passage!r}"
             )
-        self.tokenizer, self.style = tokenizer, style
+        self.tokenizer, self.style, self._spelling = tokenizer, style, Spelling(tokenizer)
         self.max_passage_tokens = max_passage_tokens
         self.max_answer_tokens = _checked(max_answer_tokens)
         self.eos = tokenizer.eos_token_id
         if style.end:
             # White space may come before the token that ends a turn, and more after it.
-            end = self._tokenize([style.end])[0]
+            end = self._spelling.after(".", style.end)
             self.eos = next((i for i in end if i in tokenizer.all_special_ids), end[0])
         if self.eos is None:
             raise CheckpointError(
@@ -63,14 +64,11 @@ class Prompts:
                 "tokenizer_config.json"
             )
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos
-        self._opening = self._opening_tokens()
-        self._passages = self._passage_tokens(passages)
-        self._foreign = functools.lru_cache(4096)(
-            lambda passage: self._passage_tokens([passage])[0]
-        )
+        self._opening = self._opened(style.opening)
+        self._passages, self._passage_lengths = self._parts(passages)
+        self._foreign = functools.lru_cache(4096)(lambda passage: self._parts([passage])[0][0])
         self._remember()
         self._numbers: list[np.ndarray] = []  # before the first passage, the second, ...
-        self._passage_lengths = np.array([len(p) for p in self._passages])
         self.answer_width = 0
         self._after_lengths: dict[str, int] = {}  # of question and answer, by example id
         self._context_width = 0  # of the longest of the contexts known beforehand
@@ -95,7 +93,7 @@ class Prompts:
 
     def cut(self, examples: Sequence[Example]) -> list[int]:
         """How many tokens the answers take, EOS included, of which the end is not trained on."""
-        lengths = (len(self._spelled(e.answer)) + 1 for e in examples)
+        lengths = (len(self.spelled(e.answer)) + 1 for e in examples)
         return [length for length in lengths if length > self.max_answer_tokens]
 
     def under(self, system: str, most: int) -> "Prompts":
@@ -113,7 +111,7 @@ class Prompts:
         instructed = copy.copy(self)
         # Of a longer one not all need be tokenised to see that it is.
         instructed.style = self.style.under(self._plain(clipped(system, most + 1)))
-        instructed._opening = instructed._opening_tokens()
+        instructed._opening = instructed._opened(instructed.style.opening)
         if len(system) > 64 * most or len(instructed._opening) > most:
             raise ConfigError(
                 f"a system prompt of {len(system):,} characters: prompts may open with {most} tokens, "
@@ -178,29 +176,35 @@ class Prompts:
     def _after_width(self) -> int:
         return max(self._after_lengths.values(), default=0)
 
-    def _opening_tokens(self) -> np.ndarray:
-        opening = self._tokenize([self.style.opening])[0] if self.style.opening else []
-        if self.style.bos and self.tokenizer.bos_token_id is not None:
-            opening = [self.tokenizer.bos_token_id, *opening]
-        return np.array(opening, np.int32)
+    def _opened(self, text: str) -> np.ndarray:
+        """The tokens of a text that a prompt begins with."""
+        begin = self.style.bos and self.tokenizer.bos_token_id is not None
+        tokens = self._spelling.whole(text) if text else []
+        return np.array([*[self.tokenizer.bos_token_id] * begin, *tokens], np.int32)
 
-    def _passage_tokens(self, passages: Sequence[Passage]) -> list[np.ndarray]:
+    def _parts(self, passages: Sequence[Passage]) -> tuple[list, np.ndarray]:
+        """Of each passage its tokens, or its text where prompts are tokenised whole; lengths [N]."""
         around, most = self.style.passage.removeprefix(self._number), self.max_passage_tokens
         texts = [around.format(text=self._plain(clipped(reading_text(p), most))) for p in passages]
-        return [np.array(tokens[:most], np.int32) for tokens in self._tokenize(texts)]
+        if self._spelling.adds_up:
+            parts = [np.array(tokens[:most], np.int32) for tokens in self._spelling(texts)]
+            return parts, np.array([len(p) for p in parts])
+        cut = [self._spelling.cut(text, most) for text in texts]
+        return [text for text, _ in cut], np.array([length for _, length in cut])
 
     def _plain(self, text: str) -> str:
         return plain(self.tokenizer, text)
-
-    def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
     def question_tokens(self, question: str) -> np.ndarray:
         """Tokens from the end of the passages to where the answer starts."""
         if fault := half_character(question):
             raise DataError(f"the question {question[:80]!r} {fault}")
-        text = self.style.question.format(question=self._plain(question))
-        return np.array(self._tokenize([text])[0], np.int32)
+        # After a passage: what is before its own words is no part of it, but of the seam.
+        before = self.style.passage.format(text="A text.", number=1)
+        return np.array(self._spelling.after(before, self._asked(question)), np.int32)
+
+    def _asked(self, question: str) -> str:
+        return self.style.question.format(question=self._plain(question))
 
     def answer_tokens(self, answer: str, reasoning: str = "") -> np.ndarray:
         """The scored tokens: the reasoning, if any, and what ends it, the answer and its EOS.
@@ -218,14 +222,20 @@ class Prompts:
                 "'compact_reasoned' or 'raft', or train on answers alone (teacher=None)"
             )
         room = self.max_answer_tokens - 1
-        tokens = self._spelled(reasoning or answer)
+        tokens = self.spelled(reasoning or answer)
         if reasoning:
-            last = self._tokenize([self.style.final + self._plain(answer)])[0][:room]
+            final = self.style.final + self._plain(answer)
+            last = self._spelling.after(self._answered(reasoning), final)[:room]
             tokens = [*tokens[: room - len(last)], *last]
         return np.array([*tokens[:room], self.eos], np.int32)
 
-    def _spelled(self, answer: str) -> list[int]:
-        return self._tokenize([self.style.answer.format(answer=self._plain(answer))])[0]
+    def spelled(self, answer: str) -> list[int]:
+        """The tokens of an answer as it follows a question; without EOS."""
+        before = self.style.question.format(question="Which?")
+        return self._spelling.after(before, self._answered(answer))
+
+    def _answered(self, answer: str) -> str:
+        return self.style.answer.format(answer=self._plain(answer))
 
     def prompt(self, question: str, rows: Sequence[int], width: int | None = None) -> np.ndarray:
         """Opening, passages in the order given, question; at most `width` tokens if it can be.
@@ -242,30 +252,41 @@ class Prompts:
                 f"a question of {len(question):,} characters is more than the {width} tokens that the "
                 "generator reads beside its answer: shorten it"
             )
-        head, tail = self._head(rows), self.question_tokens(question)
+        tail = self.question_tokens(question)
+        if not self._spelling.adds_up:
+            whole = self._opened(self._head_text(rows) + self._asked(question))
+            if width is None or len(whole) <= width:
+                return whole
         room = None if width is None else max(0, width - len(tail))
-        return np.concatenate([head[:room], tail])
+        return np.concatenate([self._head(rows)[:room], tail])
 
     def _head(self, rows: Sequence[int]) -> np.ndarray:
         """The opening and the passages."""
-        read = [row for row in rows if isinstance(row, Passage) or row >= 0]
-        return np.concatenate([self._opening, *self._numbered(read)])
+        if not self._spelling.adds_up:
+            return self._opened(self._head_text(rows))
+        return np.concatenate([self._opening, *self._numbered(rows)])
 
-    def _numbered(self, rows: Sequence[int]) -> list[np.ndarray]:
-        """The tokens of each passage, after those of its number if the style has numbers."""
-        passages = [
-            self._foreign(row) if isinstance(row, Passage) else self._passages[row] for row in rows
+    def _head_text(self, rows: Sequence[int]) -> str:
+        return self.style.opening + "".join(self._numbered(rows))
+
+    def _numbered(self, rows: Sequence[int]) -> list:
+        """Tokens, or text, of each passage, after its number if the style has numbers."""
+        read = [row for row in rows if isinstance(row, Passage) or row >= 0]
+        parts = [
+            self._foreign(row) if isinstance(row, Passage) else self._passages[row] for row in read
         ]
         if not self._number:
-            return passages
-        numbers = self._number_tokens(len(rows))
-        return [np.append(n, tokens) for n, tokens in zip(numbers, passages, strict=True)]
+            return parts
+        if not self._spelling.adds_up:
+            return [self._number.format(number=n) + part for n, part in enumerate(parts, 1)]
+        numbers = self._number_tokens(len(parts))
+        return [np.append(n, tokens) for n, tokens in zip(numbers, parts, strict=True)]
 
     def _number_tokens(self, count: int) -> list[np.ndarray]:
         if len(self._numbers) < count:
             texts = [self._number.format(number=n) for n in range(1, count + 1)]
             # Made whole and then put in place: others may be answering meanwhile.
-            self._numbers = [np.array(tokens, np.int32) for tokens in self._tokenize(texts)]
+            self._numbers = [np.array(tokens, np.int32) for tokens in self._spelling(texts)]
         return self._numbers[:count]
 
     def training_width(self, k: int, packed: int = 1) -> int:
@@ -352,8 +373,9 @@ class Prompts:
         for i, (example, rows) in enumerate(zip(examples, retrieved, strict=True)):
             asked = self.question_tokens(example.question)
             room = places.shape[1] - len(asked) - len(self.answer_tokens(example.answer))
-            whose = np.repeat(np.arange(k), [len(tokens) for tokens in self._numbered(rows)])
-            start = len(self._opening)
+            ends = [len(self._head(rows[:n])) for n in range(k + 1)]
+            ends = np.maximum.accumulate(ends)
+            whose, start = np.repeat(np.arange(k), np.diff(ends)), ends[0]
             end = min(start + len(whose), room)
             places[i, start:end] = whose[: max(end - start, 0)]
         return places

@@ -1,7 +1,8 @@
 """How a question and its passages are put to a generator, and what it should write.
 
-A prompt is a row of segments (opening, passages, question, answer), each tokenised on its own: the
-boundary of the answer is exact, and a passage is tokenised once however often it is retrieved.
+A prompt is a row of segments (opening, passages, question, answer), each tokenised on its own where the
+tokenizer allows it (`spelling`): the boundary of the answer is exact, and a passage is tokenised once
+however often it is retrieved.
 """
 
 import functools

@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from fedrag_jax.data.prompts import plain, turns
+from fedrag_jax.data.spelling import Spelling
 from fedrag_jax.models.hub import Pretrained
 from fedrag_jax.models.writing import Sampling, Writer
 
@@ -84,7 +85,8 @@ class LocalAuthor:
             before, after = (f"{request.system}\n\n" if request.system else ""), ""
             bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         # A token is seldom shorter than a character: no more of a long text is looked at.
-        parts = before, plain(tokenizer, request.user[: 8 * room]), after + request.start
-        head, user, tail = tokenizer(list(parts), add_special_tokens=False)["input_ids"]
-        left = room - len(bos) - len(head) - len(tail)
-        return np.array([*bos, *head, *user[: max(left, 0)], *tail], np.int32)
+        user, after = plain(tokenizer, request.user[: 8 * room]), after + request.start
+        spelling = Spelling(tokenizer)
+        left = room - len(bos) - sum(map(len, spelling([before, after])))
+        user, _ = spelling.cut(user, max(left, 0))
+        return np.array([*bos, *spelling.whole(before + user + after)], np.int32)

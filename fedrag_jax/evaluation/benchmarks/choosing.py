@@ -6,14 +6,12 @@ import numpy as np
 
 from fedrag_jax import inference
 from fedrag_jax.data.batching import Prompts
-from fedrag_jax.data.prompts import plain
 from fedrag_jax.models.writing import Writer
 
 
 def choice_tokens(prompts: Prompts, choice: str) -> np.ndarray:
     """The tokens of a choice as it follows a prompt, int [A]; without EOS, which is none of it."""
-    text = prompts.style.answer.format(answer=plain(prompts.tokenizer, choice))
-    return np.array(prompts.tokenizer([text], add_special_tokens=False)["input_ids"][0], np.int32)
+    return np.array(prompts.spelled(choice), np.int32)
 
 
 def log_likelihoods(

@@ -1,0 +1,146 @@
+"""Prompts of tokenizers like SentencePiece: the tokens of the whole text, whatever its parts."""
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from fedrag_jax.data.batching import Prompts
+from fedrag_jax.data.examples import Example, Passage
+from fedrag_jax.data.prompts import COMPACT, COMPACT_CITED, INSTRUCT, named_style
+from fedrag_jax.data.spelling import Spelling
+from fedrag_jax.models import hub
+from fedrag_jax.models.author import LocalAuthor, Request
+from fedrag_jax.models.decoder import Decoder, DecoderConfig
+from fedrag_jax.models.network import Network
+
+PASSAGES = [
+    Passage("a", "", "Ada Lovelace was born in London, and wrote of engines."),
+    Passage("b", "", "In Rome lived Bob; he saw nobody there.\nSo he said."),
+    Passage("c", "", "A very long passage about an engine " * 20),
+]
+EXAMPLES = [
+    Example("q", "Where was Ada Lovelace born?", ("London",), ()),
+    Example("r", "Whom did Bob see in Rome?", ("nobody there",), ()),
+]
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def trained(kind):
+    """A tokenizer of pieces that begin with a space, written as ▁, trained on the lines here."""
+    texts = [p.text for p in PASSAGES] + [e.question for e in EXAMPLES] + [INSTRUCT.opening]
+    lines = [
+        line for text in texts for line in text.split("\n")
+    ]  # a line break is left to its byte
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    scheme = "first" if kind == "first" else "always"
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(lines, trainer)
+    if kind == "llama 2":  # the text is one word
+        tokenizer.pre_tokenizer = None
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    made.chat_template = MISTRAL
+    return made
+
+
+@pytest.fixture(scope="module", params=["always", "first", "llama 2"])
+def tokenizer(request):
+    return trained(request.param)
+
+
+def whole(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def style_of(name, tokenizer):
+    styles = {"compact": COMPACT, "instruct": INSTRUCT, "compact_cited": COMPACT_CITED}
+    return styles.get(name) or named_style(name, tokenizer)
+
+
+STYLES = ["compact", "instruct", "compact_cited", "chat"]
+
+
+def text_of(style, question, passages):
+    texts = [style.passage.format(text=p.text, number=n) for n, p in enumerate(passages, 1)]
+    return style.opening + "".join(texts) + style.question.format(question=question)
+
+
+@pytest.mark.parametrize("name", STYLES)
+def test_a_prompt_has_the_tokens_of_its_text(tokenizer, name):
+    style = style_of(name, tokenizer)
+    prompts = Prompts(tokenizer, style, PASSAGES, EXAMPLES)
+    for rows in ([0], [1, 0], [0, 2, 1], []):
+        for row in (rows, [PASSAGES[i] for i in rows]):
+            found = prompts.prompt(EXAMPLES[0].question, row).tolist()
+            text = text_of(style, EXAMPLES[0].question, [PASSAGES[i] for i in rows])
+            assert found == [1] * style.bos + whole(tokenizer, text)
+
+
+@pytest.mark.parametrize("name", STYLES)
+def test_an_answer_has_the_tokens_that_follow_its_prompt(tokenizer, name):
+    style = style_of(name, tokenizer)
+    prompts = Prompts(tokenizer, style, PASSAGES, EXAMPLES)
+    table = prompts.training_table(EXAMPLES, np.array([[0, 1], [1, 0]]), per_passage=False)
+    for i, (example, rows) in enumerate(zip(EXAMPLES, ([0, 1], [1, 0]), strict=True)):
+        length = table["lengths"][i, 0]
+        text = text_of(style, example.question, [PASSAGES[row] for row in rows])
+        both = text + style.answer.format(answer=example.answer)
+        tokens = table["tokens"][i, 0, :length].tolist()
+        assert tokens == [1] * style.bos + whole(tokenizer, both) + [prompts.eos]
+        places = table["answer_positions"][i, 0][table["answer_mask"][i] > 0]
+        scored = tokenizer.decode(table["tokens"][i, 0][places][:-1])
+        assert scored.strip() == example.answer
+
+
+def test_what_does_not_fit_is_cut_from_the_passages(tokenizer):
+    prompts = Prompts(tokenizer, INSTRUCT, PASSAGES, EXAMPLES, max_passage_tokens=30)
+    question = EXAMPLES[1].question
+    full = prompts.prompt(question, [0, 1, 2])
+    asked = len(prompts.question_tokens(question))
+    text = tokenizer.decode(prompts.prompt(question, [2]))
+    assert text.count("engine") < 8 and prompts.share_cut == 1 / 3
+    for width in (len(full) - 1, len(full) - 40, asked + 3):
+        cut = prompts.prompt(question, [0, 1, 2], width)
+        assert len(cut) == width
+        assert cut[: width - asked].tolist() == full[: width - asked].tolist()
+        assert cut[-asked:].tolist() == full[-asked:].tolist()
+
+
+def test_places_of_passages_are_those_of_their_tokens(tokenizer):
+    prompts = Prompts(tokenizer, COMPACT, PASSAGES, EXAMPLES)
+    prompts = prompts.wide_enough_for(EXAMPLES, contexts=[[0, 1]])
+    (places,) = prompts.passage_places(EXAMPLES[:1], [[0, 1]])
+    tokens = prompts.prompt(EXAMPLES[0].question, [0, 1])
+    for row in (0, 1):
+        of_passage = tokenizer.decode(tokens[np.flatnonzero(places[: len(tokens)] == row)])
+        assert of_passage.split() == PASSAGES[row].text.split()
+
+
+def test_byte_level_prompts_are_put_together_from_parts():
+    assert Spelling(hub.load("builtin:decoder").tokenizer).adds_up
+    assert not Spelling(trained("always")).adds_up
+
+
+@pytest.mark.parametrize("kind", ["always", "first", "llama 2"])
+def test_what_an_author_is_asked_has_the_tokens_of_its_text(kind):
+    tokenizer = trained(kind)
+    config = DecoderConfig(len(tokenizer), 8, 8, 1, 1, 1, 8, max_positions=200)
+    author = LocalAuthor(hub.Pretrained(Network.of(Decoder, config), None, tokenizer, "mine"))
+    asked = author._prompt(Request("Be brief.", PASSAGES[0].text, " Yes,"), 150)
+    said = f"<s>[INST] Be brief.\n\n{PASSAGES[0].text} [/INST] Yes,"
+    assert asked.tolist() == whole(tokenizer, said)
+    cut = author._prompt(Request("Be brief.", PASSAGES[2].text, " Yes,"), 60)
+    assert 50 < len(cut) <= 60 and tokenizer.decode(cut).endswith("[/INST] Yes,")
