@@ -214,8 +214,22 @@ def test_a_log_without_checkpoints_starts_anew(tmp_path):
         assert [json.loads(line) for line in path.read_text().splitlines()] == result.history
 
 
+def test_a_first_round_that_takes_long_is_told(capsys):
+    progress = Progress("seed 3", patience=0.2)
+    state = FitState(0, None, None, (), {"task": "joint"})
+    progress.start(state)
+    time.sleep(0.6)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and said[0].startswith("seed 3, joint: no round is done after 0.2 s; ")
+    progress.start(state)
+    record = {"round": 1, "rounds": 1, "loss": 1.0, "seconds": 0.0, "refresh_seconds": 0.0}
+    progress.round_end(state, record)
+    time.sleep(0.6)
+    assert "no round" not in capsys.readouterr().err
+
+
 def test_progress_tells_round_and_time_left(capsys):
-    progress = Progress("seed 3")
+    progress = Progress("seed 3", patience=600)
     state = fit(linear_task(), DATA, fed_avg(local_steps=2), rounds=2, callbacks=[progress])
     captured = capsys.readouterr()
     lines = captured.err.splitlines()

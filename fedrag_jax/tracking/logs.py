@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -36,21 +37,37 @@ class JsonlLog(Callback):
 class Progress(Callback):
     """A line on stderr, at most one a second: round, loss, seconds per round, time left.
 
-    Of several processes the first tells.
+    And one while the first round takes long, as it does where a large model is compiled for it. Of
+    several processes the first tells.
 
     Args:
       where: said first, such as the setting.
+      patience: seconds without a round before it is said that there is none yet.
     """
 
-    def __init__(self, where: str = ""):
-        self.where = where and where + ", "
+    def __init__(self, where: str = "", patience: float = 10.0):
+        self.where, self.patience = where and where + ", ", patience
 
     def start(self, state: FitState) -> FitState:
         self.ends, self.shown = [], 0.0
+        if not jax.process_index():
+            self.waiting = threading.Timer(self.patience, self._tell, [state.settings["task"]])
+            self.waiting.daemon = True
+            self.waiting.start()
         return state
+
+    def _tell(self, task: str) -> None:
+        print(
+            f"{self.where}{task}: no round is done after {self.patience:g} s; the first one also "
+            "compiles its program, which of a large model takes minutes",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def round_end(self, state: FitState, record: dict) -> None:
         now = time.perf_counter()
+        if not self.ends and not jax.process_index():
+            self.waiting.cancel()
         self.ends.append(now)
         if jax.process_index() or (now - self.shown < 1 and record["round"] < record["rounds"]):
             return
