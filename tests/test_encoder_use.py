@@ -8,6 +8,7 @@ import shutil
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from configs import compare_strategies
 from experiments.inputs import load_retriever
@@ -252,6 +253,59 @@ def test_the_last_token_may_be_the_vector(tmp_path):
     np.testing.assert_allclose(found, right, atol=1e-5)
     hub.save(model, tmp_path / "saved")
     assert hub.load(tmp_path / "saved").network.config.pooling == "lasttoken"
+
+
+def with_dense(tmp_path, activation="activation.Tanh", out=6):
+    """An encoder with a Dense module, and its weights."""
+    copy = folder(tmp_path, similarity_fn_name="dot")
+    modules = json.loads((copy / "modules.json").read_text())
+    kind = "sentence_transformers.models.Dense"
+    modules.append({"idx": 2, "name": "2", "path": "2_Dense", "type": kind})
+    (copy / "modules.json").write_text(json.dumps(modules))
+    (copy / "2_Dense").mkdir()
+    size = hub.load(GOLDEN / "bert_cls").network.config.hidden_size
+    told = {"in_features": size, "out_features": out, "bias": True}
+    told["activation_function"] = f"torch.nn.modules.{activation}"
+    (copy / "2_Dense" / "config.json").write_text(json.dumps(told))
+    rng = np.random.default_rng(1)
+    tensors = {"linear.weight": rng.normal(size=(out, size)), "linear.bias": rng.normal(size=out)}
+    tensors = {name: (x / 4).astype(np.float32) for name, x in tensors.items()}
+    safetensors.numpy.save_file(tensors, copy / "2_Dense" / "model.safetensors")
+    return copy, tensors
+
+
+@pytest.mark.parametrize(
+    ("activation", "function"), [("activation.Tanh", np.tanh), ("linear.Identity", lambda x: x)]
+)
+def test_a_dense_module_comes_behind_the_vector(tmp_path, activation, function):
+    copy, tensors = with_dense(tmp_path, activation)
+    model = hub.load(copy)
+    retriever = Retriever.build(model, PASSAGES)
+    weight, bias = tensors["linear.weight"], tensors["linear.bias"]
+    right = function(plain([p.text for p in PASSAGES]) @ weight.T + bias)
+    assert retriever.vectors.shape == (60, 6)
+    np.testing.assert_allclose(retriever.vectors, right, atol=1e-4)
+    hub.save(model, tmp_path / "saved")
+    again = hub.load(tmp_path / "saved")
+    assert again.network == model.network
+    np.testing.assert_array_equal(Retriever.build(again, PASSAGES).vectors, retriever.vectors)
+    # An empty index knows the size.
+    assert Retriever.build(model, []).vectors.shape == (0, 6)
+
+
+def test_a_dense_module_that_does_not_fit_is_refused(tmp_path):
+    copy, tensors = with_dense(tmp_path)
+    weights = copy / "2_Dense" / "model.safetensors"
+    safetensors.numpy.save_file({"linear.weight": tensors["linear.weight"]}, weights)
+    with pytest.raises(CheckpointError, match=r"2_Dense.* holds .*asks for .*linear\.bias"):
+        hub.load(copy)
+    weights.unlink()
+    with pytest.raises(CheckpointError, match=r"2_Dense/model\.safetensors cannot be read"):
+        hub.load(copy)
+    told = copy / "2_Dense" / "config.json"
+    told.write_text(told.read_text().replace("Tanh", "GELU"))
+    with pytest.raises(CheckpointError, match=r"activations must be among .*'Tanh'.*'GELU'"):
+        hub.load(copy)
 
 
 @pytest.mark.parametrize(

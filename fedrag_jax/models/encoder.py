@@ -1,6 +1,7 @@
 """Bidirectional encoders, pooled: BERT, RoBERTa, MPNet (arXiv 1810.04805, 1907.11692, 2004.09297)."""
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,21 @@ from fedrag_jax.models.lora import LoraConfig
 
 POOLING = ("mean", "cls", "lasttoken")
 SIMILARITIES = ("cosine", "dot", "euclidean")
+PROJECTION = "projection_"  # what the parameters of projections begin with
+ACTIVATIONS = {"Identity": lambda x: x, "Tanh": jnp.tanh}
+
+
+class Projection(NamedTuple):
+    """A linear layer behind the pooled vector, to `size` numbers.
+
+    Attributes:
+      activation: one of `ACTIVATIONS`.
+      bias: whether it adds one.
+    """
+
+    size: int
+    activation: str = "Identity"
+    bias: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +43,7 @@ class EncoderConfig:
         add to their scores; 0 for none.
       max_length: tokens at which texts are cut; what the model was trained for.
       pooling: "mean" of the tokens' vectors, or that of the first ("cls") or "lasttoken".
+      projections: what comes behind the pooled vector, in this order.
       normalize: vectors of length 1.
       similarity: that vectors were trained for, one of `SIMILARITIES`.
       query_prompt, document_prompt: what comes before questions and passages.
@@ -47,6 +64,7 @@ class EncoderConfig:
     relative_buckets: int = 0
     norm_epsilon: float = 1e-12
     pooling: str = "mean"
+    projections: tuple[Projection, ...] = ()
     normalize: bool = True
     similarity: str = "cosine"
     query_prompt: str = ""
@@ -60,6 +78,10 @@ class EncoderConfig:
     def __post_init__(self):
         if self.pooling not in POOLING:
             raise ConfigError(f"encoder pooling must be one of {POOLING}, got {self.pooling!r}")
+        if unknown := {p.activation for p in self.projections} - {*ACTIVATIONS}:
+            raise ConfigError(
+                f"encoder activations must be among {[*ACTIVATIONS]}, got {sorted(unknown)}"
+            )
         if self.similarity not in SIMILARITIES:
             raise ConfigError(
                 f"encoder similarity must be one of {SIMILARITIES}, got {self.similarity!r}"
@@ -71,9 +93,14 @@ class EncoderConfig:
             )
 
     @property
+    def size(self) -> int:
+        """Of the encoder's vectors."""
+        return self.projections[-1].size if self.projections else self.hidden_size
+
+    @property
     def dimension(self) -> int:
         """Of the vectors that are searched."""
-        return self.hidden_size + 2 * (self.similarity == "euclidean")
+        return self.size + 2 * (self.similarity == "euclidean")
 
     def question_text(self, question: str) -> str:
         """What the encoder reads of a question: its prompt counts among the tokens it is cut at."""
@@ -101,6 +128,10 @@ class Encoder(nnx.Module):
         self.embed_norm = LayerNorm(d, config.norm_epsilon)
         inside = lora.widths(config.num_layers) if lora else {}
         self.layers = stack(config.num_layers, lambda r: _Layer(config, inside, rngs=r), rngs)
+        for i, p in enumerate(config.projections):
+            layer = Linear(projection_name(i), d, p.size, {}, bias=p.bias, rngs=rngs)
+            setattr(self, projection_name(i), layer)
+            d = p.size
 
     def __call__(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         """Pooled vectors, float32 [B, D].
@@ -122,6 +153,9 @@ class Encoder(nnx.Module):
         else:
             mask = mask.astype(hidden.dtype)[..., None]
             pooled = (hidden * mask).sum(1) / jnp.maximum(mask.sum(1), 1)
+        for i, projection in enumerate(self.config.projections):
+            pooled = getattr(self, projection_name(i))(pooled)
+            pooled = ACTIVATIONS[projection.activation](pooled)
         if self.config.normalize:
             square = jnp.square(pooled).sum(-1, keepdims=True)
             pooled = pooled * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
@@ -156,6 +190,11 @@ class Encoder(nnx.Module):
             return layer(hidden, visible, bias)
 
         return run_stack(self.layers, step, self.embed_norm(hidden), config)
+
+
+def projection_name(number: int) -> str:
+    """Of a projection among the parameters."""
+    return f"{PROJECTION}{number}"
 
 
 def distance_buckets(t: int, buckets: int, longest: int = 128) -> np.ndarray:

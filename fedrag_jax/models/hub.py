@@ -76,6 +76,8 @@ def load(name_or_path: str | pathlib.Path, dtype=jnp.float32) -> Pretrained:
     network = Network.of(family.module, config)
     ends = () if family.module is Encoder else _read_ends(folder, hf)
     params = read_params(folder, family, network, jnp.dtype(dtype))
+    if family.module is Encoder:
+        params |= sentence.read_projections(folder, config, jnp.dtype(dtype))
     tokenizer = read_tokenizer(folder, config.vocab_size)
     return Pretrained(network, params, tokenizer, str(name_or_path), ends)
 
@@ -117,8 +119,11 @@ def save(pretrained: Pretrained, path: str | pathlib.Path, dtype: str = "float32
     folder, network = pathlib.Path(path), pretrained.network
     folder.mkdir(parents=True, exist_ok=True)
     family = FAMILIES[network.config.family]
-    tensors = to_tensors(family, pretrained.params, np.dtype(dtype))
-    broken = sorted(name for name, x in tensors.items() if not np.isfinite(x).all())
+    trunk, projections = sentence.parted(pretrained.params)
+    tensors = to_tensors(family, trunk, np.dtype(dtype))
+    beside = sentence.projection_tensors(projections, np.dtype(dtype))
+    every = [*tensors.items(), *beside.items()]
+    broken = sorted(name for name, x in every if not np.isfinite(x).all())
     if broken:
         raise CheckpointError(f"{folder}: not finite as {dtype}: {broken}; nothing was written")
     safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -132,7 +137,7 @@ def save(pretrained: Pretrained, path: str | pathlib.Path, dtype: str = "float32
         special["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     write_json(folder / "config.json", family.write(network.config) | special | {"dtype": dtype})
     if family.module is Encoder:
-        sentence.write(folder, network.config)
+        sentence.write(folder, network.config, beside)
     else:  # what transformers generates by
         write_json(folder / "generation_config.json", special)
 
@@ -247,8 +252,8 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def read_params(folder: pathlib.Path, family: Family, network: Network, dtype) -> dict:
-    """Parameters from files, each tensor checked against the network."""
-    leaves = dict(flatten(network.shapes()))
+    """Parameters from files, each tensor checked against the network; projections lie elsewhere."""
+    leaves = dict(flatten(sentence.parted(network.shapes())[0]))
     wanted = {}  # tensor name -> shape in the file
     for path, leaf in leaves.items():
         shape = leaf.shape[1:] if path[0] == "layers" else leaf.shape

@@ -6,13 +6,26 @@ What comes before a text, how its tokens become one vector, and how two vectors 
 import dataclasses
 import json
 import pathlib
+import re
 from typing import Any
 
-from fedrag_jax.errors import CheckpointError
-from fedrag_jax.models.encoder import POOLING, SIMILARITIES, EncoderConfig
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
 
+from fedrag_jax.errors import CheckpointError
+from fedrag_jax.models.encoder import (
+    POOLING,
+    PROJECTION,
+    SIMILARITIES,
+    EncoderConfig,
+    Projection,
+    projection_name,
+)
+
+WEIGHTS = "model.safetensors"  # of a projection, in a folder of its own
 USE, TEXTS = "config_sentence_transformers.json", "sentence_bert_config.json"
-_MODULES = ("Transformer", "Pooling", "Normalize")
 
 
 def read(folder: pathlib.Path) -> dict[str, Any]:
@@ -26,10 +39,10 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
     """
     modules = _json(folder / "modules.json", [])
     kinds = [m["type"].rpartition(".")[2] for m in modules]
-    if kinds and (kinds[:2] != list(_MODULES[:2]) or any(k != "Normalize" for k in kinds[2:])):
+    if kinds and not re.fullmatch("Transformer Pooling( Dense)*( Normalize)*", " ".join(kinds)):
         raise CheckpointError(
-            f"{folder}/modules.json: modules {kinds} are not supported; supported: {_MODULES}, the "
-            "last optional"
+            f"{folder}/modules.json: modules {kinds} are not supported; supported: Transformer, "
+            "Pooling, any number of Dense, and Normalize or not"
         )
     pooling = _json(folder / modules[1]["path"] / "config.json", {}) if modules else {}
     texts = _json(folder / TEXTS, {})
@@ -40,15 +53,21 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
     )
     return {
         "pooling": _pooling(folder, pooling),
+        "projections": tuple(map(_projection, _dense_folders(folder))),
         "normalize": "Normalize" in kinds,
         "lower_case": bool(texts.get("do_lower_case")),
         "max_length": min((int(limit) for limit in limits if limit), default=None),
     } | _use(folder / USE)
 
 
-def write(folder: pathlib.Path, config: EncoderConfig) -> None:
-    """What `read` reads."""
-    kinds = _MODULES if config.normalize else _MODULES[:2]
+def write(folder: pathlib.Path, config: EncoderConfig, tensors: dict[str, np.ndarray]) -> None:
+    """What `read` and `read_projections` read.
+
+    Args:
+      tensors: what `projection_tensors` gives.
+    """
+    kinds = ["Transformer", "Pooling", *["Dense"] * len(config.projections)]
+    kinds += ["Normalize"] * config.normalize
     paths = [f"{i}_{kind}" if i else "" for i, kind in enumerate(kinds)]
     modules = [
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
@@ -69,10 +88,64 @@ def write(folder: pathlib.Path, config: EncoderConfig) -> None:
     }
     _write(folder / "modules.json", modules)
     _write(folder / paths[1] / "config.json", pooling)
+    size = config.hidden_size
+    for i, projection in enumerate(config.projections):
+        own = f"{projection_name(i)}."
+        _write(folder / paths[2 + i] / "config.json", _told(projection, size))
+        safetensors.numpy.save_file(
+            {n.removeprefix(own): x for n, x in tensors.items() if n.startswith(own)},
+            folder / paths[2 + i] / WEIGHTS,
+            metadata={"format": "pt"},
+        )
+        size = projection.size
     _write(
         folder / TEXTS, {"max_seq_length": config.max_length, "do_lower_case": config.lower_case}
     )
     _write(folder / USE, use)
+
+
+def parted(params: dict) -> tuple[dict, dict]:
+    """Parameters in the model's own file, and those of projections, which have a file each."""
+    outside = {name: layer for name, layer in params.items() if name.startswith(PROJECTION)}
+    return {name: part for name, part in params.items() if name not in outside}, outside
+
+
+def projection_tensors(params: dict, dtype) -> dict[str, np.ndarray]:
+    """Parameters of projections as sentence-transformers has them, by name of projection and tensor."""
+    tensors = {}
+    for name, layer in params.items():
+        with np.errstate(over="ignore"):  # hub.save refuses what is not finite
+            for part, array in layer.items():
+                array = np.asarray(array).astype(dtype)
+                tensor = {"kernel": "weight"}.get(part, part)
+                tensors[f"{name}.linear.{tensor}"] = np.ascontiguousarray(array.T)
+    return tensors
+
+
+def read_projections(folder: pathlib.Path, config: EncoderConfig, dtype) -> dict[str, dict]:
+    """Parameters of the config's projections, by name.
+
+    Raises:
+      CheckpointError: weights that are missing, damaged, or of another shape.
+    """
+    params, size = {}, config.hidden_size
+    for i, projection in enumerate(config.projections):
+        file = _dense_folders(folder)[i] / WEIGHTS
+        try:
+            tensors = safetensors.numpy.load_file(file)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise CheckpointError(
+                f"{file} cannot be read ({error}); pickled weights are never opened"
+            ) from error
+        wanted = {"linear.weight": (projection.size, size)}
+        wanted |= {"linear.bias": (projection.size,)} if projection.bias else {}
+        found = {name: tensor.shape for name, tensor in tensors.items()}
+        if found != wanted:
+            raise CheckpointError(f"{file} holds {found}, its config.json asks for {wanted}")
+        layer = {n.removeprefix("linear."): jnp.asarray(x.T, dtype) for n, x in tensors.items()}
+        layer["kernel"] = layer.pop("weight")
+        params[projection_name(i)], size = layer, projection.size
+    return params
 
 
 def refuse_decoder(folder: pathlib.Path, model_type: str) -> None:
@@ -136,6 +209,31 @@ def _use(path: pathlib.Path) -> dict[str, str]:
         "query_prompt": prompt("query"),
         "document_prompt": prompt("document", "passage", "corpus"),
         "similarity": similarity,
+    }
+
+
+def _dense_folders(folder: pathlib.Path) -> list[pathlib.Path]:
+    modules = _json(folder / "modules.json", [])
+    return [folder / m["path"] for m in modules if m["type"].endswith(".Dense")]
+
+
+def _projection(path: pathlib.Path) -> Projection:
+    told = _json(path / "config.json", {})
+    for side in ("module_input_name", "module_output_name"):
+        if told.get(side, "sentence_embedding") not in (None, "sentence_embedding"):
+            raise CheckpointError(f"{path}/config.json: {side} {told[side]!r} is not supported")
+    activation = told.get("activation_function", "torch.nn.modules.activation.Tanh")
+    activation = activation.rpartition(".")[2]
+    return Projection(told["out_features"], activation, told.get("bias", True))
+
+
+def _told(projection: Projection, size: int) -> dict[str, Any]:
+    place = "linear" if projection.activation == "Identity" else "activation"
+    return {
+        "in_features": size,
+        "out_features": projection.size,
+        "bias": projection.bias,
+        "activation_function": f"torch.nn.modules.{place}.{projection.activation}",
     }
 
 

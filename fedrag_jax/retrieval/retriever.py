@@ -65,7 +65,7 @@ class Retriever:
           ConfigError: another similarity, or a prompt that leaves no room for a text.
         """
         model = sentence.used_as(model, query_prompt, document_prompt, similarity)
-        vectors = np.empty((0, model.network.config.hidden_size), np.float32)
+        vectors = np.empty((0, model.network.config.size), np.float32)
         both = model.params, model.params
         bare = cls(model.network, model.tokenizer, *both, passages, vectors, vectors, None)
         bare._require_room()
