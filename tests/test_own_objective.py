@@ -160,6 +160,18 @@ def test_the_command_line_trains_it(readme, system, dataset, tmp_path, capsys):
     assert not moved(system.adapters, tuned.adapters)
 
 
+def test_the_example_of_the_docs_is_one_program_for_all(tmp_path, monkeypatch, system, dataset):
+    page = (ROOT / "docs" / "objectives.md").read_text()
+    (block,) = [b for b in page.split("```python\n")[1:] if b.startswith("# my_objectives.py")]
+    (tmp_path / "my_objectives.py").write_text(block.split("```")[0])
+    monkeypatch.syspath_prepend(tmp_path)
+    tuned = own.named("my_objectives:hinge")
+    one, other = (next(tuned.tasks(s, dataset)) for s in (system, dataclasses.replace(system)))
+    assert one.loss == other.loss and hash(one.loss) == hash(other.loss)
+    history = fit(one, dataset.train, rounds=2).history
+    assert history[-1]["loss"] < history[0]["loss"]
+
+
 # --- strategies of one's own ---------------------------------------------------------------------
 
 
