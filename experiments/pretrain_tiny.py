@@ -31,8 +31,8 @@ from absl import app, flags, logging
 from experiments.pretraining import WORLDS, decoder_loss, trainer
 from experiments.pretraining_rows import QUESTIONS, VOCABULARY, Reader, pack
 from fedrag_jax.data import prompts, synthetic
-from fedrag_jax.data.batching import encoder_table
 from fedrag_jax.data.examples import embedding_text
+from fedrag_jax.data.padding import encoder_table
 from fedrag_jax.models import fetching, hub
 from fedrag_jax.models.decoder import Decoder, DecoderConfig, rope_frequencies
 from fedrag_jax.models.encoder import Encoder, EncoderConfig

@@ -12,8 +12,8 @@ import safetensors.numpy
 
 from configs import compare_strategies
 from experiments.inputs import load_retriever
-from fedrag_jax.data.batching import encoder_table
 from fedrag_jax.data.examples import Dataset, Example, Passage
+from fedrag_jax.data.padding import encoder_table
 from fedrag_jax.errors import CheckpointError, ConfigError
 from fedrag_jax.evaluation.benchmarks.identity import identity
 from fedrag_jax.models import hub, sentence

@@ -1,4 +1,4 @@
-"""Examples and passages as padded integer arrays."""
+"""Prompts of a generator, and what it is trained on, as arrays of tokens."""
 
 import copy
 import functools
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fedrag_jax.data.examples import Example, Passage, half_character, reading_text
+from fedrag_jax.data.padding import clipped
 from fedrag_jax.data.prompts import PromptStyle, plain
 from fedrag_jax.data.spelling import Spelling
 from fedrag_jax.errors import CheckpointError, ConfigError, DataError
@@ -385,32 +386,3 @@ def _checked(max_answer_tokens: int) -> int:
     if max_answer_tokens < 2:
         raise ConfigError(f"max_answer_tokens must be at least 2, got {max_answer_tokens}")
     return max_answer_tokens
-
-
-def left_padded(rows: Sequence[np.ndarray], pad: int, multiple: int = 32) -> tuple[np.ndarray, ...]:
-    """Rows of different lengths as `tokens`, `mask` [B, T], ending together; T a multiple."""
-    width = -(-max(len(row) for row in rows) // multiple) * multiple
-    tokens = np.full((len(rows), width), pad, np.int32)
-    mask = np.zeros((len(rows), width), bool)
-    for i, row in enumerate(rows):
-        tokens[i, width - len(row) :] = row
-        mask[i, width - len(row) :] = True
-    return tokens, mask
-
-
-def clipped(text: str, tokens: int) -> str:
-    """The beginning of a text, more than so many tokens of it: the rest need not be tokenised."""
-    return text[: 64 * tokens]
-
-
-def encoder_table(tokenizer, texts: Sequence[str], max_length: int) -> dict[str, np.ndarray]:
-    """Texts for an encoder: `tokens`, `mask` [N, T], right-padded to the longest."""
-    texts = [clipped(text, max_length) for text in texts]
-    rows = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
-    width = max(len(row) for row in rows)
-    tokens = np.full((len(rows), width), tokenizer.pad_token_id or 0, np.int32)
-    mask = np.zeros((len(rows), width), bool)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)] = row
-        mask[i, : len(row)] = True
-    return {"tokens": tokens, "mask": mask}

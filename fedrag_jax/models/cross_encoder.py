@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from fedrag_jax.data.batching import clipped
+from fedrag_jax.data.padding import clipped
 from fedrag_jax.data.prompts import plain
 from fedrag_jax.errors import CheckpointError, ConfigError
 from fedrag_jax.models import fetching, hub

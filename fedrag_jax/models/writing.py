@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fedrag_jax.data.batching import ANSWER_TOKENS, left_padded
+from fedrag_jax.data.batching import ANSWER_TOKENS
+from fedrag_jax.data.padding import left_padded
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.models import decoding, mixture
 from fedrag_jax.models.network import Network

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedrag_jax.data.batching import encoder_table
 from fedrag_jax.data.corpora import Pool
+from fedrag_jax.data.padding import encoder_table
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.models.network import Network
 from fedrag_jax.objectives.task import PyTree

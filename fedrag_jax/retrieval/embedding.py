@@ -15,8 +15,8 @@ import numpy as np
 from tqdm import tqdm
 
 from fedrag_jax.clock import Clock, tell
-from fedrag_jax.data.batching import clipped
 from fedrag_jax.data.cache import cache_folder
+from fedrag_jax.data.padding import clipped
 from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.models.fingerprint import fingerprint
 from fedrag_jax.models.network import Network
