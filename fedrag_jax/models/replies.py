@@ -14,6 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from fedrag_jax import files
 from fedrag_jax.data.label_free_prompts import Ask
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.models.author import Author, Request
@@ -107,13 +108,12 @@ def _known(path: pathlib.Path, asked_how: dict[str, Any]) -> dict[str, dict[str,
 
 def write_lines(path: pathlib.Path, lines: Iterable[dict[str, Any]]) -> None:
     """A file of JSON lines, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".tmp")
-    with open(beside, "w", encoding="utf-8") as file:
+    with files.writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with files.whole(path) as file:
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    beside.replace(path)
 
 
 def _append(path: pathlib.Path, lines: Iterable[dict[str, Any]]) -> None:
-    with open(path, "a", encoding="utf-8") as file:
+    with files.writing(path), open(path, "a", encoding="utf-8") as file:
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

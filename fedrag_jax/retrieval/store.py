@@ -10,6 +10,7 @@ from typing import Protocol, Self
 
 import numpy as np
 
+from fedrag_jax import files
 from fedrag_jax.errors import CheckpointError, ConfigError, DataError
 
 
@@ -99,9 +100,11 @@ class Store(abc.ABC):
     def save(self, path: str | os.PathLike) -> None:
         """Writes ids.json and vectors.npy into the folder `path`."""
         folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "ids.json").write_text(json.dumps(self.ids), encoding="utf-8")
-        np.save(folder / "vectors.npy", self.vectors, allow_pickle=False)
+        with files.writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        files.write_json(folder / "ids.json", self.ids)
+        with files.whole(folder / "vectors.npy", "wb") as file:
+            np.save(file, self.vectors, allow_pickle=False)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Self:
