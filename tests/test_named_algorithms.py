@@ -278,9 +278,8 @@ def test_a_cell_of_a_comparison_is_what_fit_makes(name, lab):
     assert_equal(tuned.retriever.query, expected.retriever.query)
     assert_equal(tuned.generator.params, expected.generator.params)
     assert differ(tuned.generator.params, system.generator.params) == (name in ("flora", "fedex"))
-    scores = evaluate(expected, lab.dataset.test)
-    for metric, values in cell.scores.items():
-        np.testing.assert_array_equal(values, scores[metric])
+    for metric, values in evaluate(expected, lab.dataset.test).items():
+        np.testing.assert_array_equal(cell.scores[metric], values, err_msg=metric)
 
 
 @pytest.mark.slow
