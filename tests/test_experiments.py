@@ -22,7 +22,8 @@ from fedrag_jax.tracking.comparison import COLUMNS
 
 WANTED = [
     "strategy", "setting", "alpha", "labels", "seeds", "em", "em_low", "em_high", "em_sd", "f1",
-    "recall_at_5", "mrr", "seconds", "flops", "bytes_up", "bytes_down",
+    "recall_at_5", "mrr", "epochs", "at_cap", "seconds", "device_seconds", "search_seconds", "flops",
+    "bytes_up", "bytes_down",
 ]  # fmt: skip
 
 
