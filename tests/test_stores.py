@@ -9,6 +9,7 @@ import re
 import tempfile
 import threading
 import time
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 
 import faiss
@@ -534,6 +535,40 @@ def test_words_are_words_and_no_query_language():
     ]  # fmt: skip
     with pytest.raises(ConfigError, match=r"language must be one of .*'klingon'"):
         WordStore("klingon")
+
+
+def test_words_have_one_form_in_passages_and_questions(recwarn):
+    forms = {
+        "accent": ("Zémour", unicodedata.normalize("NFD", "Zémour")),
+        "width": ("Kronos", "Ｋｒｏｎｏｓ"),
+        "hyphen": ("Broktan", "Brok\u00adtan"),
+        "space": ("Mirvale", "Mir\u200bvale"),
+        "ligature": ("firefly", "ﬁreﬂy"),
+        "mark": ("Quo", "\ufeffQuo\ufe0f"),
+        "persian": ("می روم", "می\u200cروم"),
+        "khmer": ("ភាសា ខ្មែរ", "ភាសា\u200bខ្មែរ"),
+    }
+    for passage, question in ((0, 1), (1, 0)):
+        store = WordStore()
+        store.add([Passage(name, "", f"see {form[passage]}.") for name, form in forms.items()])
+        asked = store.search([form[question] for form in forms.values()], k=9)
+        assert ids(asked) == [[name] for name in forms]
+        assert store.get(["ligature"])[0].text == f"see {forms['ligature'][passage]}."
+    assert not recwarn.list  # Khmer with marks between its words is split
+
+
+def test_passages_that_are_not_split_into_words_are_told(recwarn):
+    store = WordStore()
+    store.add([Passage("en", "", "Beijing (北京) is a city."), Passage("ko", "", "서울은 도시다")])
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=r"2 of 3 passages, 'ja' first, .* whole runs of letters"):
+        store.add(
+            [
+                Passage("ja", "", "東京は日本の首都です。"),
+                Passage("th", "", "กรุงเทพเป็นเมืองหลวง"),
+                Passage("de", "", "Größe"),
+            ]
+        )
 
 
 def test_a_missing_package_is_named(monkeypatch):

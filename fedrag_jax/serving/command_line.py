@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 import fedrag_jax
@@ -85,6 +86,7 @@ def _settle() -> None:
     # FAISS's threads would spin while they wait, and keep JAX's from the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.formatwarning = lambda message, *_, **__: f"fedrag: {harmless(str(message))}\n"
     logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # what cannot be read is told once
     from fedrag_jax.data.cache import cache_folder
 

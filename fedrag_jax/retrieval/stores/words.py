@@ -4,9 +4,13 @@ pip install 'fedrag-jax[bm25]'
 """
 
 import pathlib
+import re
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
+
+from tokenizers import Regex, normalizers
 
 from fedrag_jax.data.examples import Passage, embedding_text
 from fedrag_jax.errors import CheckpointError, ConfigError
@@ -20,6 +24,18 @@ MOST_WORDS = 1024  # different ones of a question that are looked for: a page of
 HEAP = (
     15_000_000  # bytes that are filled before a part of the index is made; the fewest there may be
 )
+# Thai, Lao, Myanmar, Khmer, kana and Han: no space stands between words.
+UNSPACED = (
+    r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
+    r"\U00020000-\U0003ffff"
+)
+LONGEST_WORDS = 6  # letters of their words, on average
+# Characters that show nothing stand inside of words, but for two that writers put between them: the
+# zero-width space where there are no other spaces, and the non-joiner of Arabic script.
+PARTING = re.compile(rf"(?<=[{UNSPACED}])\u200b|(?<=[\u0600-\u06ff])\u200c")
+ONE_FORM = normalizers.Sequence(
+    [normalizers.Replace(Regex(r"\p{Default_Ignorable_Code_Point}"), ""), normalizers.NFKC()]
+)
 
 
 class WordStore(KnowledgeStore):
@@ -28,7 +44,8 @@ class WordStore(KnowledgeStore):
         score = sum over words w of the question: idf(w) tf (k1 + 1) / (tf + k1 (1 - b + b |d| / avg))
 
     with k1 = 1.2 and b = 0.75 (Robertson and Zaragoza 2009). Words are runs of letters and digits, in
-    lower case. What is deleted is counted in idf until the store is saved.
+    lower case and in one form, see `one_form`. Text in a script without spaces is not split: a warning
+    tells of passages in one. What is deleted is counted in idf until the store is saved.
     """
 
     kind, cosines = "bm25", False
@@ -81,7 +98,9 @@ class WordStore(KnowledgeStore):
 
     def _put(self, passages: Sequence[Passage], vectors: None) -> None:
         make = _tantivy().Document
-        documents = [make(id=p.id, text=embedding_text(p)) for p in passages]
+        texts = [one_form(embedding_text(p)) for p in passages]
+        _tell_unspaced(passages, texts)
+        documents = [make(id=p.id, text=t) for p, t in zip(passages, texts, strict=True)]
         with self._written():
             for passage, document in zip(passages, documents, strict=True):
                 if passage.id in self._held:
@@ -111,7 +130,7 @@ class WordStore(KnowledgeStore):
     def _search(self, questions: Sequence[str], vectors, k: int) -> list[list[Found]]:
         tantivy, searcher, found = _tantivy(), self._index.searcher(), []
         for question in questions:
-            words = [*dict.fromkeys(self._words.analyze(question))][:MOST_WORDS]
+            words = [*dict.fromkeys(self._words.analyze(one_form(question)))][:MOST_WORDS]
             # Of words, and no query language: what a user types means nothing but itself.
             query = tantivy.Query.boolean_query(
                 [
@@ -151,6 +170,36 @@ class WordStore(KnowledgeStore):
             raise CheckpointError(f"{folder / LINES}: a line without a passage; save it again")
         store.add(passages)
         return store
+
+
+def one_form(text: str) -> str:
+    """A text in the one form that questions and passages are compared in.
+
+    Unicode's NFKC (UAX 15), without what shows nothing (Default_Ignorable_Code_Point): accents are
+    composed, full width, ligatures and superscripts are plain, and soft hyphens are gone.
+    """
+    return text if text.isascii() else ONE_FORM.normalize_str(PARTING.sub(" ", text))
+
+
+def _tell_unspaced(passages: Sequence[Passage], texts: Sequence[str]) -> None:
+    """Warns of passages that are not split into words."""
+    whole = [p.id for p, text in zip(passages, texts, strict=True) if _unsplit(text)]
+    if whole:
+        warnings.warn(
+            f"{len(whole):,} of {len(texts):,} passages, {whole[0]!r} first, have no spaces between "
+            "words, and a word index does not split them: a question finds them only by whole runs of "
+            "letters. Search them by vectors, or put spaces between their words",
+            stacklevel=5,
+        )
+
+
+def _unsplit(text: str) -> bool:
+    """Whether most letters are in a script without spaces, in runs that are longer than its words."""
+    if text.isascii():
+        return False
+    runs = [len(run) for run in re.findall(f"[{UNSPACED}]+", text)]
+    letters = len(re.findall(r"[^\W\d_]", text))
+    return sum(runs) > max(letters / 2, LONGEST_WORDS * len(runs))
 
 
 def _tantivy():
