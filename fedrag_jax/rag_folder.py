@@ -42,6 +42,36 @@ class Parts(NamedTuple):
         return self.decoder.lora
 
 
+def is_system(folder: pathlib.Path) -> bool:
+    """Whether a folder holds a saved system, by what its settings say: others use that name, too."""
+    try:
+        _settings(folder)
+    except (OSError, ValueError, TypeError):
+        return False
+    return True
+
+
+def require_free(folder: pathlib.Path) -> None:
+    """Refuses a folder where settings of a system would take the place of another file.
+
+    Raises:
+      CheckpointError: it has a file of that name which is none of ours.
+    """
+    if (folder / SETTINGS).exists() and not is_system(folder):
+        raise CheckpointError(
+            f"{folder / SETTINGS} is not of a saved system and would be lost: choose another folder, "
+            "or delete it"
+        )
+
+
+def _settings(folder: pathlib.Path) -> dict[str, Any]:
+    settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    if not isinstance(settings, dict) or not settings.keys() >= {"top_k", "prompt_style"}:
+        raise ValueError(f"{SETTINGS} is not of a system")
+    settings["prompt_style"] = PromptStyle(**settings["prompt_style"])
+    return settings
+
+
 def write(
     folder: pathlib.Path,
     generator: hub.Pretrained,
@@ -56,7 +86,8 @@ def write(
     The settings come last: where they are, all of it is.
 
     Raises:
-      CheckpointError: the generator is quantised, or passages lie with silos; nothing is written.
+      CheckpointError: the generator is quantised, passages lie with silos, or a file that is none of
+        ours has the name of our settings; nothing is written.
       ConfigError: a file cannot be written.
     """
     if isinstance(retriever.store, FederatedStore):
@@ -64,6 +95,7 @@ def write(
             "a system over silos has no index of its own to save: save it before over_silos"
         )
     hub.refuse_quantized(generator, folder)
+    require_free(folder)
     with files.writing(folder):
         _write(folder, generator, decoder, adapters, retriever, store, settings)
 
@@ -97,10 +129,7 @@ def read(folder: pathlib.Path) -> Parts:
       CheckpointError: the folder holds no saved system.
     """
     try:
-        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-        if not isinstance(settings, dict) or not settings.keys() >= {"top_k", "prompt_style"}:
-            raise ValueError(f"{SETTINGS} is not of a system")
-        settings["prompt_style"] = PromptStyle(**settings["prompt_style"])
+        settings = _settings(folder)
         lines = (folder / "passages.jsonl").read_text(encoding="utf-8").split("\n")
         passages = [Passage(**json.loads(line)) for line in lines if line]
     except (OSError, ValueError, TypeError) as error:

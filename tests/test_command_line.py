@@ -12,10 +12,13 @@ import sys
 import time
 import urllib.request
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from matplotlib.backends.backend_pdf import PdfPages
 
 from fedrag_jax.data import synthetic
+from fedrag_jax.errors import CheckpointError
 from fedrag_jax.models.network import flatten
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.serving import indexing
@@ -156,6 +159,61 @@ def test_documents_that_cannot_be_read_are_left_out_and_told(tmp_path, capsys):
     assert told(capsys)[0]["passages"] == 60
 
 
+def test_what_is_no_document_is_told_each_time(tmp_path, capsys):
+    documents, folder = tmp_path / "documents", tmp_path / "system"
+    command = ["index", str(documents), "--to", str(folder), "--quiet"]
+    documents.mkdir()
+    (documents / "a.txt").write_text("Ada lives in Rome.")
+    for name in ("b.docx", "c.csv", *(f"{i:02}.png" for i in range(25))):
+        (documents / name).write_text("x")
+    (documents / "link").symlink_to(tmp_path)
+    with PdfPages(documents / "scan.pdf") as pages:
+        for show in (lambda page: page.text(0.1, 0.5, "Bob"), lambda page: page.figimage([[0, 1]])):
+            page = plt.figure()
+            show(page)
+            pages.savefig(page)
+            plt.close(page)
+    for _ in range(2):  # read, and remembered
+        assert main(command) == 3
+        told = capsys.readouterr().err
+        assert re.search("^left out: b.docx: .docx files are not read", told, re.M)
+        assert re.search("^left out: c.csv: .csv files are not read", told, re.M)
+        assert re.search("^left out: link: a link to a folder, which is not followed", told, re.M)
+        assert re.search("^left out: .*scan.pdf: of its 2 pages .* not read: 2; recog", told, re.M)
+        assert re.search("^left out: 00.png, .*, 19.png and 5 more: .png files", told, re.M)
+    (documents / "scan.pdf").unlink()
+    assert main([*command, "--json"]) == 3
+    unreadable = json.loads(capsys.readouterr().out)["unreadable"]
+    assert len(unreadable) == 28 and "scan.pdf" not in unreadable
+
+
+def test_files_of_a_user_may_be_called_as_ours(tmp_path, capsys):
+    documents, folder = tmp_path / "documents", tmp_path / "system"
+    documents.mkdir()
+    (documents / "a.txt").write_text("Ada lives in Rome.")
+    own = {"system.json": '{"os": "linux"}', "store.json": '["milk", "bread"]'}
+    for name, text in own.items():
+        (documents / name).write_text(text)
+    assert main(["index", str(documents), "--to", str(folder), "--quiet"]) == 3
+    told = capsys.readouterr()
+    assert "1 passages of 1 documents" in told.out
+    assert "left out: store.json, system.json: .json files are not read" in told.err
+    for what in (
+        lambda: main(["index", str(tmp_path / "system"), "--to", str(documents), "--quiet"]),
+        lambda: main(["train", str(folder), "x.jsonl", "--to", str(documents)]),
+    ):
+        assert what() == 1
+        assert "system.json is not of a saved system and would be lost" in capsys.readouterr().err
+    system = RAGSystem.load(folder)
+    for save, kind in ((system.save, "system"), (system.store.save, "store")):
+        with pytest.raises(
+            CheckpointError, match=f"{kind}.json is not of a saved {kind} and would"
+        ):
+            save(documents)
+    assert {name: (documents / name).read_text() for name in own} == own
+    assert {path.name for path in documents.iterdir()} == {"a.txt", *own}
+
+
 def test_indexing_refuses_what_would_lose_something(system, tmp_path, capsys):
     documents = write_documents(tmp_path / "documents", PASSAGES[:21])
     for more, error in (
@@ -174,6 +232,14 @@ def test_indexing_refuses_what_would_lose_something(system, tmp_path, capsys):
     ):
         assert main([*new, *more]) == 1
         assert error in capsys.readouterr().err
+    assert main(["index", str(documents), "--to", str(documents), "--quiet"]) == 1
+    assert "choose a folder of its own for the system" in capsys.readouterr().err
+    assert not (documents / indexing.JOURNAL).exists()
+    (documents / "other.jsonl").write_text('{"id": "a", "text": "A"}')
+    (documents / "same.jsonl").write_text('{"id": "a", "text": "A"}')
+    assert main(new) == 1
+    told = capsys.readouterr().err
+    assert "other.jsonl and same.jsonl both hold a passage of the id 'a': give one" in told
     with Journal(system / indexing.JOURNAL):
         assert main(["index", str(documents), "--to", str(system), "--quiet", "--moved"]) == 1
     assert "another process that indexes" in capsys.readouterr().err

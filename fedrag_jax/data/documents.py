@@ -1,35 +1,32 @@
-"""Files of a folder as passages: text, Markdown, HTML, PDF and JSON lines.
-
-pip install 'fedrag-jax[documents]' for Markdown, HTML and PDF
-"""
+"""Files of a folder as passages: what is found, read and cut."""
 
 import dataclasses
-import json
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
-from fedrag_jax.data.examples import Passage
+from fedrag_jax.data.examples import Passage, half_character
+from fedrag_jax.data.file_kinds import READERS, Document
 from fedrag_jax.errors import ConfigError, DataError
 
 
-@dataclasses.dataclass(frozen=True)
-class Document:
-    """A text as it was found.
+class Found(NamedTuple):
+    """What is in a folder.
 
     Attributes:
-      id: its path within the folder, with "/", and the line's id where it is one line of many.
+      files: those that can be read, in the order of their paths.
+      left_out: what is not read, each with the reason.
     """
 
-    id: str
-    title: str
-    text: str
+    files: list[pathlib.Path]
+    left_out: dict[pathlib.Path, str]
 
 
-def find(folder: str | pathlib.Path) -> list[pathlib.Path]:
-    """The files that can be read, in the order of their paths; of one file, itself.
+def find(folder: str | pathlib.Path) -> Found:
+    """What a folder holds, at any depth; of one file, itself.
 
-    Hidden files and folders are left out, and links to folders are not followed.
+    Hidden files and folders are not looked at. Links to folders are left out, and files of other kinds.
 
     Raises:
       DataError: nothing is there, or nothing of a kind that can be read.
@@ -37,14 +34,43 @@ def find(folder: str | pathlib.Path) -> list[pathlib.Path]:
     root = pathlib.Path(folder)
     if not root.exists():
         raise DataError(f"no documents: {root} is neither a folder nor a file")
-    paths = [root] if root.is_file() else sorted(_walk(root))
-    found = [path for path in paths if path.suffix.lower() in READERS]
-    if not found:
+    told = {root: _fault(root)} if root.is_file() else dict(sorted(_walk(root)))
+    found = Found(
+        [path for path, fault in told.items() if not fault],
+        {path: fault for path, fault in told.items() if fault},
+    )
+    if not found.files:
         raise DataError(
-            f"no documents in {root}: {len(paths)} files, none of them "
+            f"no documents in {root}: {len(told)} files, none of them "
             f"{', '.join(READERS)}; give another folder"
         )
     return found
+
+
+def _walk(folder: pathlib.Path) -> Iterator[tuple[pathlib.Path, str]]:
+    """Every path below, and why it is left out; "" where it is not."""
+    path = folder
+    try:
+        for path in folder.iterdir():
+            if path.name.startswith("."):
+                continue
+            if path.is_dir() and not path.is_symlink():
+                yield from _walk(path)
+            else:
+                yield path, _fault(path)
+    except OSError as error:
+        yield path, f"cannot be looked at ({error.strerror})"
+
+
+def _fault(path: pathlib.Path) -> str:
+    if path.is_dir():
+        return "a link to a folder, which is not followed; index that folder"
+    if not path.is_file():
+        return "a link to nothing" if path.is_symlink() else "no ordinary file"
+    if path.suffix.lower() in READERS:
+        return ""
+    kind = f"{path.suffix} files" if path.suffix else "files without an ending"
+    return f"{kind} are not read; save what they say as one of {', '.join(READERS)}"
 
 
 def read(path: pathlib.Path, root: pathlib.Path) -> list[Document]:
@@ -56,23 +82,23 @@ def read(path: pathlib.Path, root: pathlib.Path) -> list[Document]:
     """
     name = path.relative_to(root).as_posix() if path != root else path.name
     try:
-        found = [
-            Document(f"{name}{part}", title or path.stem, text)
-            for part, title, text in READERS[path.suffix.lower()](path)
-        ]
-        for document in found:
-            (document.title + document.text).encode()  # half characters are no text
-        return found
+        found = [*READERS[path.suffix.lower()](path, name)]
     except (ConfigError, DataError):
         raise
     except Exception as error:  # whatever a parser makes of a damaged file
         raise DataError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
+    for document in found:
+        if fault := half_character(document.title + document.text):
+            raise DataError(f"{path}: {fault}")
+    return [d if d.title else dataclasses.replace(d, title=path.stem) for d in found]
 
 
 def split(document: Document, tokenizer, tokens: int = 200, overlap: int = 40) -> list[Passage]:
     """A document as passages of so many tokens or fewer, each beginning with the end of the one before.
 
     Cuts are between words, at a blank line or the end of a sentence where one is in the last third.
+    Passages are called `document.id#0` and so on; that of a document with an id of its own which is not
+    cut keeps the id.
 
     Args:
       tokens: of a passage, without special tokens.
@@ -95,20 +121,22 @@ def split(document: Document, tokenizer, tokens: int = 200, overlap: int = 40) -
         )["offset_mapping"]
         if end > start
     ]
-    passages, first = [], 0
+    pieces, first = [], 0
     while first < len(offsets):
         last = min(first + tokens, len(offsets))
         if last < len(offsets):
             last = _cut(text, offsets, first, last)
         if piece := text[offsets[first][0] : offsets[last - 1][1]].strip():
-            passages.append(Passage(f"{document.id}#{len(passages)}", document.title, piece))
+            pieces.append(piece)
         if last == len(offsets):
             break
         following = max(last - overlap, first + 1)
         while following < last and not _begins_word(text, offsets[following][0]):
             following += 1
         first = following
-    return passages
+    if document.named and len(pieces) == 1:
+        return [Passage(document.id, document.title, *pieces)]
+    return [Passage(f"{document.id}#{i}", document.title, p) for i, p in enumerate(pieces)]
 
 
 def _begins_word(text: str, start: int) -> bool:
@@ -143,117 +171,3 @@ def _cut(text: str, offsets: Sequence[tuple[int, int]], first: int, last: int) -
         if found := next((place for place in places if good(place)), None):
             return found
     return last
-
-
-# --- kinds of files --------------------------------------------------------------------------------
-
-
-def _walk(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    for path in folder.iterdir():
-        if path.name.startswith("."):
-            continue
-        if path.is_dir() and not path.is_symlink():
-            yield from _walk(path)
-        elif path.is_file():
-            yield path
-
-
-def _decoded(path: pathlib.Path) -> str:
-    data = path.read_bytes()
-    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    try:
-        return data.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: byte {error.start} is not {encoding}; save the file as UTF-8"
-        ) from error
-
-
-def _text(path: pathlib.Path):
-    yield "", "", _decoded(path)
-
-
-def _html(path: pathlib.Path):
-    yield "", *_of_html(_decoded(path))
-
-
-def _markdown(path: pathlib.Path):
-    parser = _library("markdown_it", "Markdown").MarkdownIt("commonmark").enable("table")
-    title, text = _of_html(parser.render(_decoded(path)))
-    yield "", title, text
-
-
-BLOCKS = ("p", "div", "pre", "table", "section", "article", "ul", "ol", "h1", "h2", "h3", "h4", "h5",
-          "h6", "blockquote", "header", "footer")  # fmt: skip
-ROWS = ("li", "tr", "br")
-
-
-def _of_html(html: str) -> tuple[str, str]:
-    bs4 = _library("bs4", "HTML")
-    soup = bs4.BeautifulSoup(html, "html.parser")
-    heading = soup.title or soup.h1
-    title = " ".join(heading.get_text(" ").split()) if heading else ""
-    for gone in soup(["title", "script", "style", "noscript", "template", "nav"]):
-        gone.decompose()
-    kept = {id(words) for pre in soup("pre") for words in pre.find_all(string=True)}
-    for words in soup.find_all(string=True):
-        if type(words) not in (bs4.NavigableString, bs4.CData):
-            words.extract()  # comments and declarations
-        elif id(words) not in kept:
-            words.replace_with(re.sub(r"\s+", " ", words))
-    for block in soup([*BLOCKS, *ROWS]):
-        apart = "\n" if block.name in ROWS else "\n\n"
-        block.insert_before(apart)
-        block.insert_after(apart)
-    for cell in soup(["td", "th"]):
-        cell.insert_after(" ")
-    lines = [" ".join(line.split()) for line in soup.get_text("").splitlines()]
-    return title, "\n".join(
-        line for i, line in enumerate(lines) if line or (i and lines[i - 1])
-    ).strip()
-
-
-def _pdf(path: pathlib.Path):
-    reader = _library("pypdf", "PDF").PdfReader(path)
-    if reader.is_encrypted and not reader.decrypt(""):
-        raise DataError(f"{path}: is encrypted; save it without a password")
-    text = "\n\n".join(page.extract_text() for page in reader.pages)
-    if not text.strip():
-        raise DataError(f"{path}: has no text in it, perhaps pictures of pages: recognise it first")
-    yield "", str((reader.metadata or {}).get("/Title") or ""), text
-
-
-def _json_lines(path: pathlib.Path):
-    lines: dict[str, int] = {}
-    for number, line in enumerate(_decoded(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            part, title, text = row.get("id"), row.get("title") or "", row["text"]
-        except (ValueError, KeyError, AttributeError) as error:
-            raise DataError(f"{path}:{number}: no object with a 'text' ({error!r})") from error
-        if not isinstance(text, str) or not isinstance(title, str):
-            raise DataError(f"{path}:{number}: 'text' and 'title' must be strings")
-        part = str(number if part is None else part)
-        if part in lines:
-            raise DataError(
-                f"{path}:{number}: id {part!r} is that of line {lines[part]} too; ids must be unique"
-            )
-        lines[part] = number
-        yield f":{part}", title, text
-
-
-def _library(name: str, kind: str):
-    try:
-        return __import__(name)
-    except ImportError as error:
-        raise ConfigError(
-            f"{kind} files need {name}: pip install 'fedrag-jax[documents]'"
-        ) from error
-
-
-READERS: dict[str, Callable] = {
-    ".txt": _text, ".md": _markdown, ".markdown": _markdown, ".html": _html, ".htm": _html,
-    ".pdf": _pdf, ".jsonl": _json_lines,
-}  # fmt: skip

@@ -116,7 +116,8 @@ def half_character(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        return f"holds half a character ({error.reason}): decode its text as what it is"
+        half = text[error.start]
+        return f"holds half a character ({half!r}): give the whole one, or leave it out"
     return ""
 
 

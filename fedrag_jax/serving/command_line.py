@@ -24,8 +24,8 @@ Retrieval-augmented generation over your documents, and its fine-tuning.
   fedrag serve system/                      an HTTP service like OpenAI's, or MCP
 """
 CODES = """\
-exit codes: 0 done, 1 refused or failed, 2 a command line that is not understood, 3 done, but some
-documents could not be read, 130 interrupted
+exit codes: 0 done, 1 refused or failed, 2 a command line that is not understood, 3 done, but something
+among the documents was not read, 130 interrupted
 """
 
 

@@ -1,8 +1,9 @@
 """A folder of documents becomes a saved system that answers from them, and follows their changes."""
 
+import functools
 import hashlib
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,13 +15,14 @@ from fedrag_jax.data.examples import Passage, embedding_text, half_character
 from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.models.fingerprint import fingerprint
 from fedrag_jax.rag import RAGSystem
-from fedrag_jax.rag_folder import SETTINGS, STORE
-from fedrag_jax.retrieval.stores.source import SETTINGS as STORE_SETTINGS
+from fedrag_jax.rag_folder import STORE, is_system, require_free
+from fedrag_jax.retrieval.stores.source import is_store
 from fedrag_jax.serving.journal import Journal, Origin
 
 JOURNAL = "documents.sqlite"
 AT_ONCE = 512  # passages embedded between two writes: what a kill may cost
 SLICE = 65_536  # passages put into a store at once
+READING = 2  # grows whenever files are read in another way: those of before are read again
 
 
 class Indexed(NamedTuple):
@@ -29,7 +31,8 @@ class Indexed(NamedTuple):
     Attributes:
       files, passages: that the system has now.
       added, changed, removed: passages, against what it had before.
-      unreadable: files that could not be read, each with the reason; what the system had of them stays.
+      unreadable: what could not be read, each with the reason: files (what the system had of them
+        stays), files but for some of their pages, files of other kinds, links to folders.
     """
 
     files: int
@@ -73,8 +76,10 @@ def index(
         encoder reads; another process at work.
       CheckpointError: what lies in the folder is damaged.
     """
-    paths = [p for p in documents.find(source) if not _is_of_a_system(p, source, folder)]
-    there = (folder / SETTINGS).exists()
+    there = is_system(folder)
+    if not there:
+        require_free(folder)
+    paths, unreadable = _documents(source, folder)
     system = RAGSystem.load(folder, elsewhere=elsewhere) if there else begin()
     if system.store is None:
         raise ConfigError(
@@ -91,22 +96,42 @@ def index(
             _require_own(system.store, journal)
         tokens, overlap = _lengths(system, tokens, overlap, before)
         journal.origin = Origin(root, tokens, overlap)
-        found, unreadable = _read(paths, source, journal, system, tokens, overlap, progress)
-        counts = _bring_up_to_date(system, found, journal, progress)
+        read = _read(paths, source, journal, system, tokens, overlap, progress)
+        counts = _bring_up_to_date(system, read.passages, journal, progress)
         if not there:
             system.save(folder)
         elif any(counts):
             system.store.save(folder / STORE)
         journal.finish([*journal.names() - {_name(path, source) for path in paths}])
-    return Indexed(len(paths) - len(unreadable), len(system.store), *counts, unreadable)
+    unreadable |= read.unreadable
+    return Indexed(len(paths) - read.failed, len(system.store), *counts, unreadable)
 
 
-def _is_of_a_system(path: pathlib.Path, source: pathlib.Path, folder: pathlib.Path) -> bool:
-    """Whether a file belongs to a saved system or store, which may lie among the documents."""
-    inside = [p for p in path.parents if p.is_relative_to(source)]
-    return folder.resolve() in (p.resolve() for p in inside) or any(
-        (p / name).is_file() for p in inside for name in (SETTINGS, STORE_SETTINGS)
-    )
+def _documents(
+    source: pathlib.Path, folder: pathlib.Path
+) -> tuple[list[pathlib.Path], dict[str, str]]:
+    """The files to be read, and what is left out by name, with the reason.
+
+    Files of a saved system or store, which may lie among the documents, are neither.
+    """
+
+    @functools.cache
+    def of_a_system(inside: pathlib.Path) -> bool:
+        if not inside.is_relative_to(source):
+            return False
+        if inside.resolve() == folder.resolve() or is_system(inside) or is_store(inside):
+            return True
+        return of_a_system(inside.parent)
+
+    found = documents.find(source)
+    files = [path for path in found.files if not of_a_system(path.parent)]
+    if not files:
+        raise DataError(
+            f"all documents in {source} belong to saved systems, perhaps to the one in {folder}: "
+            "choose a folder of its own for the system"
+        )
+    left_out = {p: why for p, why in found.left_out.items() if not of_a_system(p.parent)}
+    return files, {_shown(_name(path, source)): why for path, why in left_out.items()}
 
 
 def _require_own(store, journal: Journal) -> None:
@@ -138,33 +163,63 @@ def _name(path: pathlib.Path, source: pathlib.Path) -> str:
     return path.relative_to(source).as_posix() if path != source else path.name
 
 
-def _read(
-    paths, source, journal: Journal, system: RAGSystem, tokens, overlap, progress
-) -> tuple[list[Passage], dict[str, str]]:
-    """The passages of all files, and why some could not be read."""
-    tokenizer, passages, unreadable = system.retriever.tokenizer, [], {}
+def _shown(name: str) -> str:
+    """A name for people, whatever its bytes are."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+class _Read(NamedTuple):
+    """The passages of all files, what of them could not be read and why, and how many failed whole."""
+
+    passages: list[Passage]
+    unreadable: dict[str, str]
+    failed: int
+
+
+def _read(paths, source, journal: Journal, system: RAGSystem, tokens, overlap, progress) -> _Read:
+    tokenizer, unreadable, failed = system.retriever.tokenizer, {}, 0
     how = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+    of_file: dict[str, list[Passage]] = {}
     for path in tqdm(paths, "read", unit=" files", disable=not progress, mininterval=1):
         name = _name(path, source)
         if half_character(name):
-            unreadable[name.encode("utf-8", "backslashreplace").decode()] = "its name is not UTF-8"
+            unreadable[_shown(name)], failed = "its name is not UTF-8", failed + 1
             continue
         try:
             content = hashlib.sha256(path.read_bytes()).hexdigest()
-            digest = f"{content} {how} {tokens} {overlap}"
+            digest = f"{content} {how} {tokens} {overlap} {READING}"
             some = journal.passages(name, digest)
             if some is None:
                 read = documents.read(path, source)
                 some = [p for d in read for p in documents.split(d, tokenizer, tokens, overlap)]
-                journal.keep_passages(name, digest, some)
+                journal.keep_passages(
+                    name, digest, some, "; ".join(d.unread for d in read if d.unread)
+                )
+            if unread := journal.unread(name):
+                unreadable[name] = unread
         except (DataError, OSError) as error:
-            unreadable[name] = str(error)
+            unreadable[name], failed = str(error), failed + 1
             some = journal.passages(name) or []
-        passages += some
+        of_file[name] = some
+    _require_unique(of_file)
+    passages = [passage for some in of_file.values() for passage in some]
     if not passages:
         why = "".join(f"; {reason}" for reason in [*unreadable.values()][:3])
         raise DataError(f"no words in the {len(paths)} documents of {source}{why}")
-    return passages, unreadable
+    return _Read(passages, unreadable, failed)
+
+
+def _require_unique(of_file: Mapping[str, Sequence[Passage]]) -> None:
+    """Refuses files that hold passages of one id."""
+    seen: dict[str, str] = {}
+    for name, passages in of_file.items():
+        for passage in passages:
+            if passage.id in seen:
+                raise DataError(
+                    f"{seen[passage.id]} and {name} both hold a passage of the id {passage.id!r}: give "
+                    "one another, or leave the ids of lines out, which then go by file and place"
+                )
+            seen[passage.id] = name
 
 
 def _bring_up_to_date(
@@ -172,10 +227,6 @@ def _bring_up_to_date(
 ) -> tuple[int, int, int]:
     """Has the store hold these passages and no others; passages added, changed and removed."""
     store, wanted = system.store, {p.id: p for p in passages}
-    if len(wanted) < len(passages):
-        seen: set[str] = set()
-        twice = next(p.id for p in passages if p.id in seen or seen.add(p.id))
-        raise DataError(f"two documents give passages of the id {twice!r}: rename one of them")
     held = {p.id: p for p in store.passages()}
     gone = [i for i in held if i not in wanted]
     new = [p for p in passages if p.id not in held]

@@ -17,6 +17,7 @@ SCHEMA = """
     CREATE TABLE IF NOT EXISTS files (
         name TEXT PRIMARY KEY, digest TEXT NOT NULL, passages TEXT NOT NULL
     );
+    CREATE TABLE IF NOT EXISTS unread (name TEXT PRIMARY KEY, what TEXT NOT NULL);
     CREATE TABLE IF NOT EXISTS vectors (key TEXT PRIMARY KEY, vector BLOB NOT NULL);
 """
 
@@ -88,13 +89,26 @@ class Journal:
                 return None
             return [Passage(*fields) for fields in json.loads(row[1])]
 
-    def keep_passages(self, name: str, digest: str, passages: Sequence[Passage]) -> None:
-        """Remembers those of a file."""
-        told = json.dumps([[p.id, p.title, p.text, p.topic] for p in passages])
+    def unread(self, name: str) -> str:
+        """What of a file could not be read; "" for nothing."""
         with self._asking():
+            row = self._database.execute(
+                "SELECT what FROM unread WHERE name = ?", (name,)
+            ).fetchone()
+        return row[0] if row else ""
+
+    def keep_passages(
+        self, name: str, digest: str, passages: Sequence[Passage], unread: str = ""
+    ) -> None:
+        """Remembers those of a file, and what of it could not be read."""
+        told = json.dumps([[p.id, p.title, p.text, p.topic] for p in passages])
+        with self._asking(), self._whole():
             self._database.execute(
                 "INSERT OR REPLACE INTO files VALUES (?, ?, ?)", (name, digest, told)
             )
+            self._database.execute("DELETE FROM unread WHERE name = ?", (name,))
+            if unread:
+                self._database.execute("INSERT INTO unread VALUES (?, ?)", (name, unread))
 
     def names(self) -> set[str]:
         """The files that are known."""
@@ -120,7 +134,9 @@ class Journal:
         with self._asking():
             with self._whole():
                 self._database.execute("DELETE FROM vectors")
-                self._database.executemany("DELETE FROM files WHERE name = ?", [(n,) for n in gone])
+                for table in ("files", "unread"):
+                    names = [(name,) for name in gone]
+                    self._database.executemany(f"DELETE FROM {table} WHERE name = ?", names)
             self._database.execute("VACUUM")
 
     @contextmanager

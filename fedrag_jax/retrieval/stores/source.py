@@ -12,7 +12,7 @@ import numpy as np
 
 from fedrag_jax import files
 from fedrag_jax.data.examples import Passage, half_character
-from fedrag_jax.errors import ConfigError, DataError
+from fedrag_jax.errors import CheckpointError, ConfigError, DataError
 
 FORMAT = 1
 SETTINGS = "store.json"
@@ -68,9 +68,15 @@ class PassageSource(abc.ABC):
         What is there stays until the new is whole. One process at a time may save into a folder.
 
         Raises:
+          CheckpointError: a file that is none of ours has the name of our settings.
           ConfigError: a file cannot be written.
         """
         folder = pathlib.Path(path)
+        if (folder / SETTINGS).exists() and not is_store(folder):
+            raise CheckpointError(
+                f"{folder / SETTINGS} is not of a saved store and would be lost: choose another "
+                "folder, or delete it"
+            )
         with self._changing, files.writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             former = [p for p in folder.iterdir() if DATA.fullmatch(p.name) and p.is_dir()]
@@ -115,6 +121,15 @@ class PassageSource(abc.ABC):
     @abc.abstractmethod
     def _load(cls, folder: pathlib.Path, settings: dict[str, Any], memory_map: bool) -> Self:
         """What `_save` left in the folder."""
+
+
+def is_store(folder: pathlib.Path) -> bool:
+    """Whether a folder holds a saved store, by what its settings say: others use that name, too."""
+    try:
+        told = json.loads((folder / SETTINGS).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(told, dict) and bool(DATA.fullmatch(str(told.get("data"))))
 
 
 def strings(values: Iterable[str], what: str) -> list[str]:

@@ -1,8 +1,10 @@
 """Make a system of a folder of documents, or have it follow their changes.
 
-Reads txt, md, html, pdf and jsonl (objects with a "text" and, if known, "id" and "title"). What is done
-is kept: after a kill, and after changes of the documents, the same command does what is left. Documents
-that are gone from the folder are gone from the system.
+Reads txt, md, html, pdf and jsonl (objects with a "text" and, if known, "id" and "title"); what else is
+in the folder is told. Passages are called FILE#0, FILE#1, ...; a line with an id of its own keeps it,
+with #0, #1, ... behind it if it is cut. What is done is kept: after a kill, and after changes of the
+documents, the same command does what is left. Documents that are gone from the folder are gone from the
+system.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import time
 
 from fedrag_jax.serving.commands.common import add_elsewhere, add_json, harmless, print_json
 
+NAMED = 20  # things left out for one reason that are told by name without --json
 SIMILARITIES = ("cosine", "dot", "euclidean")
 STORES = ("flat", "ivf", "hnsw", "pq", "device", "words", "hybrid", "qdrant", "postgres")
 
@@ -81,13 +84,13 @@ MODELS = {"--retriever", "--generator", "--prompt-style", "--query-prompt", "--d
 
 
 def run(args: argparse.Namespace) -> int:
-    """Indexes; 3 where some documents could not be read."""
+    """Indexes; 3 where something in the folder was not read."""
     from fedrag_jax.errors import ConfigError
-    from fedrag_jax.rag_folder import SETTINGS
+    from fedrag_jax.rag_folder import is_system
     from fedrag_jax.serving.indexing import index
 
     given = [f"--{name.replace('_', '-')}" for name in NEW if getattr(args, name) is not None]
-    new = not (args.to / SETTINGS).exists()
+    new = not is_system(args.to)
     if given and not new:
         raise ConfigError(
             f"{args.to} holds a system already, and {', '.join(given)} are of a new one: leave them "
@@ -113,9 +116,7 @@ def run(args: argparse.Namespace) -> int:
             "index them into another folder with --generator",
             file=sys.stderr,
         )
-    for name, reason in found.unreadable.items():
-        told = reason if name in reason else f"{name}: {reason}"
-        print(f"left out: {harmless(told)}", file=sys.stderr)
+    _tell_unread(found.unreadable)
     if args.json:
         print_json(found._asdict() | {"system": str(args.to), "seconds": round(seconds, 3)})
     else:
@@ -129,6 +130,17 @@ def run(args: argparse.Namespace) -> int:
             f"in {seconds:.1f} s"
         )
     return 3 if found.unreadable else 0
+
+
+def _tell_unread(unreadable: dict[str, str]) -> None:
+    """A line for each reason; of the names of many alike, such as pictures of a site, the first."""
+    names: dict[str, list[str]] = {}
+    for name, reason in unreadable.items():
+        names.setdefault(reason, []).append(name)
+    for reason, some in names.items():
+        more = f" and {len(some) - NAMED:,} more" if len(some) > NAMED else ""
+        told = reason if f"{some[0]}:" in reason else f"{', '.join(some[:NAMED])}{more}: {reason}"
+        print(f"left out: {harmless(told)}", file=sys.stderr)
 
 
 def new_system(args: argparse.Namespace):

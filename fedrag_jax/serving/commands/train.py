@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     from fedrag_jax.errors import ConfigError
     from fedrag_jax.federated import by_name
     from fedrag_jax.rag import RAGSystem
-    from fedrag_jax.rag_folder import SETTINGS
+    from fedrag_jax.rag_folder import is_system, require_free
     from fedrag_jax.retrieval.stores.knowledge import KnowledgeStore
     from fedrag_jax.serving import training
     from fedrag_jax.strategies.own import named
@@ -106,7 +106,8 @@ def run(args: argparse.Namespace) -> int:
             "not fit: give --query-rate and --adapter-rate"
         )
     rates = {part: USUAL_RATES[part] if rate is None else rate for part, rate in rates.items()}
-    if (args.to / SETTINGS).exists():
+    require_free(args.to)
+    if is_system(args.to):
         raise ConfigError(f"{args.to} holds a system already: choose another folder with --to")
     start = time.perf_counter()
     system = RAGSystem.load(args.system, elsewhere=args.elsewhere)

@@ -1,0 +1,160 @@
+"""Text, Markdown, HTML, PDF and JSON lines as documents, by the endings of file names.
+
+pip install 'fedrag-jax[documents]' for Markdown, HTML and PDF
+"""
+
+import dataclasses
+import json
+import pathlib
+import re
+from collections.abc import Callable, Iterator
+
+from fedrag_jax.data.decoding import decoded
+from fedrag_jax.data.examples import half_character
+from fedrag_jax.data.hyphens import unhyphenated
+from fedrag_jax.errors import ConfigError, DataError
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """A text as it was found.
+
+    Attributes:
+      id: its path within the folder, with "/"; of a line of many, the id that it has itself, or the
+        path and the number of the line.
+      named: whether the id is one that it has itself.
+      unread: what of it could not be read; "" for nothing.
+    """
+
+    id: str
+    title: str
+    text: str
+    named: bool = False
+    unread: str = ""
+
+
+def _text(path: pathlib.Path, name: str) -> Iterator[Document]:
+    yield Document(name, "", decoded(path))
+
+
+# --- HTML and Markdown -----------------------------------------------------------------------------
+
+
+def _html(path: pathlib.Path, name: str) -> Iterator[Document]:
+    yield Document(name, *_of_html(decoded(path)))
+
+
+def _markdown(path: pathlib.Path, name: str) -> Iterator[Document]:
+    parser = _library("markdown_it", "Markdown").MarkdownIt("commonmark").enable("table")
+    yield Document(name, *_of_html(parser.render(decoded(path))))
+
+
+BLOCKS = ("p", "div", "pre", "table", "section", "article", "ul", "ol", "h1", "h2", "h3", "h4", "h5",
+          "h6", "blockquote", "header", "footer")  # fmt: skip
+ROWS = ("li", "tr", "br")
+
+
+def _of_html(html: str) -> tuple[str, str]:
+    bs4 = _library("bs4", "HTML")
+    soup = bs4.BeautifulSoup(html, "html.parser")
+    heading = soup.title or soup.h1
+    title = " ".join(heading.get_text(" ").split()) if heading else ""
+    for gone in soup(["title", "script", "style", "noscript", "template", "nav"]):
+        gone.decompose()
+    kept = {id(words) for pre in soup("pre") for words in pre.find_all(string=True)}
+    for words in soup.find_all(string=True):
+        if type(words) not in (bs4.NavigableString, bs4.CData):
+            words.extract()  # comments and declarations
+        elif id(words) not in kept:
+            words.replace_with(re.sub(r"\s+", " ", words))
+    for block in soup([*BLOCKS, *ROWS]):
+        apart = "\n" if block.name in ROWS else "\n\n"
+        block.insert_before(apart)
+        block.insert_after(apart)
+    for cell in soup(["td", "th"]):
+        cell.insert_after(" ")
+    lines = [" ".join(line.split()) for line in soup.get_text("").splitlines()]
+    return title, "\n".join(
+        line for i, line in enumerate(lines) if line or (i and lines[i - 1])
+    ).strip()
+
+
+# --- PDF -------------------------------------------------------------------------------------------
+
+
+def _pdf(path: pathlib.Path, name: str) -> Iterator[Document]:
+    pypdf = _library("pypdf", "PDF")
+    try:
+        reader = pypdf.PdfReader(path)
+        locked = reader.is_encrypted and not reader.decrypt("")
+    except pypdf.errors.DependencyError as error:
+        raise ConfigError(
+            f"{path}: encrypted PDF files need cryptography: pip install 'fedrag-jax[documents]'"
+        ) from error
+    if locked:
+        raise DataError(f"{path}: is encrypted with a password; save it without one")
+    pages = [page.extract_text() for page in reader.pages]
+    if not any(map(str.strip, pages)):
+        raise DataError(f"{path}: has no text in it, perhaps pictures of pages: recognise it first")
+    pictures = [
+        str(number)
+        for number, (page, text) in enumerate(zip(reader.pages, pages, strict=True), start=1)
+        if not text.strip() and _shows_a_picture(page)
+    ]
+    unread = (
+        f"{path}: of its {len(pages)} pages those that are pictures without text are not read: "
+        f"{', '.join(pictures)}; recognise them first"
+    )
+    title = str((reader.metadata or {}).get("/Title") or "")
+    text = unhyphenated("\n\n".join(pages))
+    yield Document(name, title, text, unread=unread if pictures else "")
+
+
+def _shows_a_picture(page) -> bool:
+    """Whether the page draws one; pages may share a list of pictures that they do not draw."""
+    contents = page.get_contents()
+    operations = () if contents is None else contents.operations
+    return any(operator in (b"Do", b"INLINE IMAGE") for _, operator in operations)
+
+
+# --- JSON lines ------------------------------------------------------------------------------------
+
+
+def _json_lines(path: pathlib.Path, name: str) -> Iterator[Document]:
+    lines: dict[str, int] = {}
+    for number, line in enumerate(decoded(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            own, title, text = row.get("id"), row.get("title") or "", row["text"]
+        except (ValueError, KeyError, AttributeError) as error:
+            raise DataError(f"{path}:{number}: no object with a 'text' ({error!r})") from error
+        if not isinstance(text, str) or not isinstance(title, str):
+            raise DataError(f"{path}:{number}: 'text' and 'title' must be strings")
+        if fault := half_character(f"{own}{title}{text}"):
+            raise DataError(f"{path}:{number}: {fault}")
+        if own is None:
+            yield Document(f"{name}:{number}", title, text)
+            continue
+        first = lines.setdefault(str(own), number)
+        if first != number:
+            raise DataError(
+                f"{path}:{number}: id {str(own)!r} is that of line {first} too; ids must be unique"
+            )
+        yield Document(str(own), title, text, named=True)
+
+
+def _library(name: str, kind: str):
+    try:
+        return __import__(name)
+    except ImportError as error:
+        raise ConfigError(
+            f"{kind} files need {name}: pip install 'fedrag-jax[documents]'"
+        ) from error
+
+
+READERS: dict[str, Callable[[pathlib.Path, str], Iterator[Document]]] = {
+    ".txt": _text, ".md": _markdown, ".markdown": _markdown, ".html": _html, ".htm": _html,
+    ".pdf": _pdf, ".jsonl": _json_lines,
+}  # fmt: skip

@@ -1,0 +1,39 @@
+"""Words that a line end parts, as in PDF files, which know lines and no words."""
+
+import re
+
+# A word, a hyphen (soft ones among them), a line or page end, and before the next word.
+PARTED = re.compile(
+    r"(?<![-\w\u2010])((?:\w+[-\u2010])*\w+)([-\u2010\u00ad])"
+    r"[ \t]*\n\n?[ \t]*(?=(\w+(?:[-\u2010]\w+)*))"
+)
+JOINING = (
+    "and",
+    "or",
+    "und",
+    "oder",
+)  # "pre- and post-war": the hyphen stands for what comes later
+
+
+def unhyphenated(text: str) -> str:
+    """A text whose words are whole again where hyphens part them at line ends.
+
+    A hyphen stays where it belongs to the word: where the text has the word with it elsewhere
+    ("well-known") and not without, in words of several hyphens, beside capitals and digits, and before
+    "and".
+    """
+    known = {word.lower() for word in re.findall(r"\w+(?:[-\u2010]\w+)*", PARTED.sub(" ", text))}
+
+    def whole(found: re.Match) -> str:
+        before, hyphen, after = found.groups()
+        joined, hyphened = (before + between + after for between in ("", hyphen))
+        if hyphen == "\u00ad" or joined.lower() in known:
+            return before
+        if hyphened.lower() in known:
+            return before + hyphen
+        if after.lower() in JOINING:
+            return f"{before}{hyphen} "
+        one_word = (before + after).isalpha() and not before.isupper() and after.islower()
+        return before if one_word else before + hyphen
+
+    return PARTED.sub(whole, text)
