@@ -110,12 +110,33 @@ def test_validation_is_carved_from_train_where_nobody_named_one(folder):
     assert 70 < len(dataset.validation) < 130
 
 
+HALF = r"{}\.jsonl:1: '{}' holds half a character \('.ud"
+
+
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
         ("questions", '{"id": "q0", "quest\n', r"questions\.jsonl:1: not JSON.*quest"),
         ("questions", lines([question(0)]) + "[1]\n", r"jsonl:2: not a JSON object: '\[1\]"),
         ("questions", '{"id": "q0", "question": "w"}\n', r":1: missing field 'answers'; found id"),
+        (
+            "questions",
+            lines([question(0), question(1, answers=None)]),
+            "jsonl:2: 'answers' is null;",
+        ),
+        ("questions", lines([question(0, question=None)]), "jsonl:1: 'question' is null; give it"),
+        (
+            "questions",
+            lines([question(0, answers=["\ud83d!"])]),
+            HALF.format("questions", "answers"),
+        ),
+        (
+            "questions",
+            lines([question(0, question="\ud83d")]),
+            HALF.format("questions", "question"),
+        ),
+        ("passages", lines([{"id": "p0", "text": "a \udc00"}]), HALF.format("passages", "text")),
+        ("passages", lines([{"id": "p\udc00", "text": "a"}]), HALF.format("passages", "id")),
         ("questions", lines([question(0, answers="a")]), "'answers' must be a list of strings"),
         ("questions", lines([question(0, answers=[3])]), "'answers' must be a list of strings"),
         ("questions", lines([question(0, id=7)]), "'id' must be a non-empty string, got 7"),
@@ -134,6 +155,25 @@ def test_a_file_that_is_not_the_schema_is_refused(folder, file, content, message
     (folder / f"{file}.jsonl").write_text(content)
     with pytest.raises(DataError, match=message):
         load(folder)
+
+
+def test_characters_of_two_halves_are_whole(folder):
+    rows = [question(0, answers=["\U0001f600"], split="test")]
+    assert "\\ud83d\\ude00" in lines(rows)
+    (folder / "questions.jsonl").write_text(lines(rows))
+    assert load(folder, needed=("test",)).test[0].answers == ("\U0001f600",)
+
+
+def test_half_characters_are_refused_in_sets_that_are_made(folder):
+    dataset = load(folder)
+    (passage, *others), (example, *rest) = dataset.passages, dataset.train
+    for part, half in (
+        ("passages", [dataclasses.replace(passage, title="\ud83d"), *others]),
+        ("train", [dataclasses.replace(example, answers=("a", "\ud83d")), *rest]),
+        ("train", [dataclasses.replace(example, reasoning="\ud83d"), *rest]),
+    ):
+        with pytest.raises(DataError, match=r"(passage 'p0'|question 'q0') holds half a character"):
+            check(dataclasses.replace(dataset, **{part: half}))
 
 
 def test_damaged_files_are_refused(folder):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fedrag_jax.data import synthetic
-from fedrag_jax.data.examples import Passage
+from fedrag_jax.data.examples import Example, Passage
 from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.retrieval.stores.faiss_kinds import FaissKnowledge
@@ -73,6 +73,22 @@ def test_what_is_put_into_the_store_is_read_at_once(over):
     assert gold not in over.query(example.question).sources
     over.store.add([gold], over.embed([gold]))
     assert gold in over.query(example.question).sources
+
+
+def test_half_characters_are_refused_wherever_they_are_read(system):
+    half = Passage("half", "", "Ada \ud83d")
+    answered = Example("q", "Who?", ("\ud83d",), ())
+    for read in (
+        lambda: RAGSystem.build([half, *PASSAGES[:5]]),
+        lambda: RAGSystem.build(PASSAGES[:5], [answered]),
+        lambda: system.embed([half]),
+        lambda: system.answer(["Who?"], [[half]]),
+        lambda: system.query("Who \ud83d?"),
+    ):
+        with pytest.raises(
+            DataError, match=r"(passage 'half'|'.ud83d'|'Who .ud83d.') .*half a char"
+        ):
+            read()
 
 
 def test_a_system_needs_no_corpus_of_its_own(over):

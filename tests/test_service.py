@@ -206,6 +206,7 @@ def test_many_at_once_are_answered_together_and_as_alone(address, system, monkey
         ({"messages": [*asked("Who?"), {"role": "assistant", "content": "x"}]}, "messages"),
         ({"messages": asked("Who \ud800?")}, None),
         ({"messages": asked("Who?", instruction("\ud800"))}, None),
+        ({"\ud83d": 1}, None),
         ({"messages": asked("Who?", instruction("word " * 20_000))}, None),
         ({"messages": asked("Who?", instruction("x" * 10_000_000))}, None),
     ],

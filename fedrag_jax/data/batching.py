@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedrag_jax.data.examples import Example, Passage, half_character, reading_text
+from fedrag_jax.data.examples import Example, Passage, reading_text, require_whole
 from fedrag_jax.data.padding import clipped
 from fedrag_jax.data.prompts import PromptStyle, plain
 from fedrag_jax.data.spelling import Spelling
@@ -31,6 +31,7 @@ class Prompts:
 
     Raises:
       CheckpointError: a tokenizer without EOS.
+      DataError: a passage, question or answer with half a character in it.
       ConfigError: a `max_answer_tokens` below 2, or a style with a `{number}` after its `{text}`.
     """
 
@@ -107,8 +108,7 @@ class Prompts:
           DataError: a system prompt with half a character in it.
           ConfigError: one with which prompts open with more.
         """
-        if fault := half_character(system):
-            raise DataError(f"the system prompt {system[:80]!r} {fault}")
+        require_whole(system, f"the system prompt {system[:80]!r}")
         instructed = copy.copy(self)
         # Of a longer one not all need be tokenised to see that it is.
         instructed.style = self.style.under(self._plain(clipped(system, most + 1)))
@@ -185,6 +185,8 @@ class Prompts:
 
     def _parts(self, passages: Sequence[Passage]) -> tuple[list, np.ndarray]:
         """Of each passage its tokens, or its text where prompts are tokenised whole; lengths [N]."""
+        for passage in passages:
+            require_whole(reading_text(passage), f"passage {passage.id!r}")
         around, most = self.style.passage.removeprefix(self._number), self.max_passage_tokens
         texts = [around.format(text=self._plain(clipped(reading_text(p), most))) for p in passages]
         if self._spelling.adds_up:
@@ -198,8 +200,7 @@ class Prompts:
 
     def question_tokens(self, question: str) -> np.ndarray:
         """Tokens from the end of the passages to where the answer starts."""
-        if fault := half_character(question):
-            raise DataError(f"the question {question[:80]!r} {fault}")
+        require_whole(question, f"the question {question[:80]!r}")
         # After a passage: what is before its own words is no part of it, but of the seam.
         before = self.style.passage.format(text="A text.", number=1)
         return np.array(self._spelling.after(before, self._asked(question)), np.int32)
@@ -215,7 +216,9 @@ class Prompts:
 
         Raises:
           ConfigError: reasoning in a style that has no mark between it and the answer.
+          DataError: half a character in one of them.
         """
+        require_whole(answer + reasoning, f"the answer {answer[:80]!r} or its reasoning")
         reasoning = " ".join(reasoning.split())
         if reasoning and not self.style.final:
             raise ConfigError(

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from fedrag_jax.data.examples import Passage, half_character
+from fedrag_jax.data.examples import Passage, require_whole
 from fedrag_jax.data.file_kinds import READERS, Document
 from fedrag_jax.errors import ConfigError, DataError
 
@@ -88,8 +88,7 @@ def read(path: pathlib.Path, root: pathlib.Path) -> list[Document]:
     except Exception as error:  # whatever a parser makes of a damaged file
         raise DataError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
     for document in found:
-        if fault := half_character(document.title + document.text):
-            raise DataError(f"{path}: {fault}")
+        require_whole(document.title + document.text, f"{path}:")
     return [d if d.title else dataclasses.replace(d, title=path.stem) for d in found]
 
 

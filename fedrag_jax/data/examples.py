@@ -121,6 +121,19 @@ def half_character(text: str) -> str:
     return ""
 
 
+def require_whole(text: str, what: str) -> None:
+    """Refuses a text that no file can hold.
+
+    Args:
+      what: names it, for the message.
+
+    Raises:
+      DataError: half a character in it.
+    """
+    if fault := half_character(text):
+        raise DataError(f"{what} {fault}")
+
+
 def content_hash(dataset: Dataset) -> str:
     """16 hex characters of the sha256 of every passage and question, in order.
 
@@ -148,7 +161,7 @@ def check(dataset: Dataset, needed: Sequence[str] = SPLITS) -> Dataset:
 
     Raises:
       DataError: no passages, a split without questions, an id used twice, a question without an
-        answer, or a positive id that no passage has; the message names the id.
+        answer, half a character, or a positive id that no passage has; the message names the id.
     """
     passage_ids = {p.id for p in check_passages(dataset.passages, dataset.name)}
     splits = {split: getattr(dataset, split) for split in SPLITS}
@@ -160,6 +173,8 @@ def check(dataset: Dataset, needed: Sequence[str] = SPLITS) -> Dataset:
                 f'mark some with "split": "{split}" or give more questions'
             )
         for example in examples:
+            said = [example.question, *example.answers, example.reasoning]
+            require_whole("".join(said), f"{dataset.name}: question {example.id!r}")
             if not any(answer.strip() for answer in example.answers):
                 raise DataError(
                     f"{dataset.name}: question {example.id!r} has no answer; "
@@ -175,7 +190,7 @@ def check(dataset: Dataset, needed: Sequence[str] = SPLITS) -> Dataset:
 
 
 def check_passages(passages: list[Passage], name: str) -> list[Passage]:
-    """Returns the passages if there are any, each with an id of its own.
+    """Returns the passages if there are any, each with an id of its own and nothing but characters.
 
     Raises:
       DataError: else, with the id.
@@ -183,6 +198,8 @@ def check_passages(passages: list[Passage], name: str) -> list[Passage]:
     if not passages:
         raise DataError(f"{name}: the corpus is empty; give at least one passage")
     _unique((passage.id for passage in passages), "passage", name)
+    for passage in passages:
+        require_whole(passage.title + passage.text, f"{name}: passage {passage.id!r}")
     return passages
 
 

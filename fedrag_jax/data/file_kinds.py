@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from fedrag_jax.data.decoding import decoded
-from fedrag_jax.data.examples import half_character
+from fedrag_jax.data.examples import require_whole
 from fedrag_jax.data.hyphens import unhyphenated
 from fedrag_jax.errors import ConfigError, DataError
 
@@ -131,9 +131,10 @@ def _json_lines(path: pathlib.Path, name: str) -> Iterator[Document]:
         except (ValueError, KeyError, AttributeError) as error:
             raise DataError(f"{path}:{number}: no object with a 'text' ({error!r})") from error
         if not isinstance(text, str) or not isinstance(title, str):
-            raise DataError(f"{path}:{number}: 'text' and 'title' must be strings")
-        if fault := half_character(f"{own}{title}{text}"):
-            raise DataError(f"{path}:{number}: {fault}")
+            raise DataError(
+                f"{path}:{number}: 'text' and 'title' must be strings, got {text!r} and {title!r}"
+            )
+        require_whole(f"{own}{title}{text}", f"{path}:{number}:")
         if own is None:
             yield Document(f"{name}:{number}", title, text)
             continue

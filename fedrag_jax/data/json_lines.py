@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from fedrag_jax.data.examples import require_whole
 from fedrag_jax.errors import DataError
 
 
@@ -18,7 +19,8 @@ def json_rows(path: Path) -> Iterator[tuple[dict, str]]:
     """Yields (object, "file:line") for each line that is not blank.
 
     Raises:
-      DataError: a file that cannot be read, a line that is no JSON object, with the place.
+      DataError: a file that cannot be read, a line that is no JSON object or has half a character in
+        it, with the place.
     """
     line = 0
     try:
@@ -35,6 +37,10 @@ def json_rows(path: Path) -> Iterator[tuple[dict, str]]:
                     raise DataError(f"{where}: not JSON ({error.msg}): {text[:60]!r}") from error
                 if not isinstance(row, dict):
                     raise DataError(f"{where}: not a JSON object: {text[:60]!r}")
+                if "\\u" in text:  # nothing else can spell half a character
+                    for field, value in row.items():
+                        told = json.dumps([field, value], ensure_ascii=False)
+                        require_whole(told, f"{where}: {field!r}")
                 yield row, where
     except UnicodeDecodeError as error:
         raise DataError(f"{path}:{line}: not UTF-8 ({error.reason}): {raw[:60]!r}") from error
@@ -59,10 +65,12 @@ def strings_of(row: dict, field: str, where: str, default: list | None = None) -
 
 
 def field_of(row: dict, field: str, where: str, default):
-    """Any field; without a default it must be there."""
+    """Any field; without a default it must be there and not null."""
     value = row.get(field)
     if value is not None:
         return value
-    if default is None:
-        raise DataError(f"{where}: missing field {field!r}; found {', '.join(row) or 'none'}")
-    return default
+    if default is not None:
+        return default
+    if field in row:
+        raise DataError(f"{where}: {field!r} is null; give it a value, or leave the line out")
+    raise DataError(f"{where}: missing field {field!r}; found {', '.join(row) or 'none'}")

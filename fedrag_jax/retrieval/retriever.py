@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from fedrag_jax.clock import Clock, tell
-from fedrag_jax.data.examples import Passage, embedding_text, half_character
-from fedrag_jax.errors import ConfigError, DataError
+from fedrag_jax.data.examples import Passage, embedding_text, require_whole
+from fedrag_jax.errors import ConfigError
 from fedrag_jax.models import sentence
 from fedrag_jax.models.hub import Pretrained
 from fedrag_jax.models.network import Network
@@ -98,7 +98,13 @@ class Retriever:
         return passage_side(vectors, self.encoder.config, self.head)
 
     def embed_new(self, passages: Sequence[Passage]) -> np.ndarray:
-        """Vectors [N, D] such as are searched, of passages of anywhere."""
+        """Vectors [N, D] such as are searched, of passages of anywhere.
+
+        Raises:
+          DataError: a passage with half a character in it.
+        """
+        for passage in passages:
+            require_whole(embedding_text(passage), f"passage {passage.id!r}")
         vectors = embed_texts(
             self.encoder,
             self.document,
@@ -168,8 +174,7 @@ class Retriever:
           DataError: a question with half a character in it.
         """
         for question in questions:
-            if fault := half_character(question):
-                raise DataError(f"the question {question[:80]!r} {fault}")
+            require_whole(question, f"the question {question[:80]!r}")
         vectors = embed_texts(
             self.encoder,
             self.query,

@@ -4,6 +4,7 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
+from fedrag_jax.data.examples import half_character
 from fedrag_jax.errors import DataError
 from fedrag_jax.inference import require_asked
 
@@ -52,10 +53,13 @@ async def read_body(parts: AsyncIterator[bytes]) -> dict[str, Any]:
             raise RequestError(413, f"a request may have {MOST_BYTES} bytes")
     try:
         body = json.loads(data)
+        fault = half_character(json.dumps(body, ensure_ascii=False))
     except (ValueError, RecursionError) as error:
         raise RequestError(400, f"the body is not JSON: {error}") from error
     if not isinstance(body, dict):
         raise RequestError(400, "the body is not a JSON object")
+    if fault:
+        raise RequestError(400, f"the body {fault}")
     return body
 
 

@@ -128,10 +128,11 @@ def _passage(item: Any, shape: Shape, whose: str) -> tuple[Passage, float | None
             "is with shape=Shape(text=...)"
         )
     title, topic = (_word(fields.get(name)) for name in ("title", "topic"))
-    for told in (title, text, topic):
+    given = _word(fields.get("id"))
+    for told in (given, title, text, topic):
         if fault := half_character(told):
             raise DataError(f"{whose} has a passage that {fault}")
-    identifier = _word(fields.get("id")) or hashlib.sha256(text.encode()).hexdigest()
+    identifier = given or hashlib.sha256(text.encode()).hexdigest()
     return Passage(identifier, title, text, topic), _number(fields.get("score"))
 
 
