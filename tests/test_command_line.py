@@ -408,6 +408,54 @@ def test_own_questions_are_measured_where_training_leaves_them(system, tmp_path,
     assert "nothing to measure" in capsys.readouterr().err
 
 
+def test_gold_ids_are_those_of_what_was_indexed(tmp_path, capsys):
+    rows = [{"id": p.id, "title": p.title, "text": p.text} for p in PASSAGES]
+    long = QUESTIONS[0].positive_ids[0]
+    for row in rows:
+        if row["id"] == long:
+            row["text"] = "Of nothing in particular it is said. " * 30 + row["text"]
+    (tmp_path / "passages.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    system = str(tmp_path / "system")
+    index = ["index", str(tmp_path / "passages.jsonl"), "--to", system, "--quiet"]
+    assert main(index) == 0
+    capsys.readouterr()
+    ids = {p.id for p in RAGSystem.load(system).store.passages()}
+    assert {p.id for p in PASSAGES} - ids == {long} and {f"{long}#0", f"{long}#1"} <= ids
+    questions = [
+        {"id": e.id, "question": e.question, "answers": e.answers, "positive_ids": e.positive_ids,
+         "split": ("train", "validation", "test")[i % 3]}
+        for i, e in enumerate(QUESTIONS)
+    ]  # fmt: skip
+    path = tmp_path / "own.jsonl"
+    ask = ["eval", system, "--questions", str(path), "--quiet", "--json", "--all"]
+    train = ["train", system, str(path), "--to", str(tmp_path / "tuned"), "--factors", "0"]
+
+    def write(golds=()):
+        for question, some in zip(questions, golds, strict=False):
+            question["positive_ids"] = some
+        path.write_text("\n".join(map(json.dumps, questions)))
+
+    write()
+    assert main(ask) == 0
+    (result,) = told(capsys)
+    n = result["n"]
+    assert result["metrics"]["recall_at_5"]["n"] == n > 1
+    assert 0 < result["metrics"]["mrr"]["mean"] < 100
+    write(3 * [["nobody"]])
+    with pytest.warns(UserWarning, match=r"own: 1 of \d+ positive_ids name none of the 6\d pass"):
+        assert main(ask) == 0
+    assert told(capsys)[0]["metrics"]["recall_at_5"]["n"] == n - 1
+    with pytest.warns(
+        UserWarning, match=r"own.jsonl: 3 of \d+ positive_ids .* 'nobody' first; left"
+    ):
+        assert main(train) == 1
+    assert "learning rates must be > 0" in capsys.readouterr().err
+    write(len(questions) * [["nobody"]])
+    for command in (ask, train):
+        assert main(command) == 1
+        assert "'nobody' first: give the ids of passages as" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", ["centralised", "federated"])
 def test_training_tunes_and_keeps_the_store(system, tmp_path, capsys, setting):

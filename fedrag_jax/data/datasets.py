@@ -13,11 +13,13 @@ NAME.passages.jsonl. Fields not listed are ignored.
 import dataclasses
 import hashlib
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from fedrag_jax.data import synthetic
 from fedrag_jax.data.examples import SPLITS, Dataset, Example, Passage, check, check_passages
+from fedrag_jax.data.golds import golds
 from fedrag_jax.data.json_lines import json_rows, jsonl_file, string_of, strings_of
 from fedrag_jax.errors import DataError
 
@@ -86,18 +88,27 @@ def load_questions(
 ) -> Dataset:
     """The questions of a file such as `questions.jsonl` (or `.jsonl.gz`) about passages that are given.
 
-    They are split as those of a user's own folder.
+    They are split as those of a user's own folder. Their `positive_ids` become the ids of passages, see
+    `golds`; those that name none are left out, with a warning.
 
     Args:
       needed: as in `load`.
 
     Raises:
-      DataError: no such file, or as in `load`.
+      DataError: no such file, none of the `positive_ids` names a passage, or as in `load`.
     """
     if not Path(path).is_file():
         raise DataError(f"no questions: {path} is not a file; give one such as questions.jsonl")
-    split = _split_own(_questions(Path(path), "topic", hops=1))
-    return check(Dataset(Path(path).name, [*passages], **split), needed)
+    questions, passages = _questions(Path(path), "topic", hops=1), [*passages]
+    found = golds(((e.positive_ids, e.answers) for e, _, _ in questions), passages)
+    found.require_some(os.fspath(path))
+    if told := found.told():
+        warnings.warn(f"{path}: {told}; left out", stacklevel=2)
+    placed = [
+        (dataclasses.replace(example, positive_ids=ids), *more)
+        for (example, *more), ids in zip(questions, found.found, strict=True)
+    ]
+    return check(Dataset(Path(path).name, passages, **_split_own(placed)), needed)
 
 
 def _questions(path: Path, topic: str, hops: int) -> list[tuple[Example, str, str]]:

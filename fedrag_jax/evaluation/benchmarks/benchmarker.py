@@ -1,14 +1,18 @@
 """One system, asked the questions of public sets: `Benchmarker(system, folder).run("mmlu")`."""
 
+import dataclasses
 import hashlib
 import os
 import pathlib
 import tempfile
 import time
+import warnings
 from collections.abc import Collection, Sequence
 
 from tqdm import tqdm
 
+from fedrag_jax.data.examples import Passage
+from fedrag_jax.data.golds import golds
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.evaluation.benchmarks import asking, reading, sets
 from fedrag_jax.evaluation.benchmarks.answering import Run
@@ -98,7 +102,7 @@ class Benchmarker:
 
         Raises:
           ConfigError: a value out of its range, or a folder that holds another run.
-          DataError: a set that cannot be read.
+          DataError: a set that cannot be read; gold ids of your own set that all name no passage.
         """
         known = sets.named(name)
         if rule:
@@ -116,6 +120,8 @@ class Benchmarker:
         system = self._placed(material, corpus)
         searches = corpus in ("own", "benchmark")
         searched = corpus_of(system) if searches else None
+        if searched is not None:
+            asked = _placed_golds(known, asked, searched)
         settings = {
             "split": split or known.split,
             "by": by,
@@ -231,6 +237,24 @@ class Benchmarker:
                 each = (time.perf_counter() - began) / len(some)
                 record.add([row | {"seconds": round(each, 6)} for row in rows])
                 bar.update(len(some))
+
+
+def _placed_golds(
+    known: sets.BenchmarkSet, asked: Sequence[Question], searched: Sequence[Passage]
+) -> list[Question]:
+    """The questions with gold ids of passages that are searched.
+
+    A question one of whose ids names none keeps its own, and its ranking is not scored.
+    """
+    found = golds(((q.golds, q.answers) for q in asked), searched)
+    if not known.repo:  # those of public sets are of the set's passages
+        found.require_some(known.name)
+    if told := found.told():
+        warnings.warn(f"{known.name}: {told}: those rankings are not scored", stacklevel=3)
+    return [
+        q if missing else dataclasses.replace(q, golds=ids)
+        for q, ids, missing in zip(asked, found.found, found.missing, strict=True)
+    ]
 
 
 def _hash(ids: Sequence[str]) -> str:

@@ -1,6 +1,7 @@
 """What is searched for passages and saved as a folder: the least that a system needs to answer."""
 
 import abc
+import json
 import pathlib
 import re
 import shutil

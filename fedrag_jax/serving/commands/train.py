@@ -1,10 +1,10 @@
 """Tune the retriever and the generator of a system on questions about its passages.
 
 QUESTIONS is a file of JSON lines: {"id", "question", "answers": [...]} and, if known, "positive_ids"
-(ids of the passages that answer, as `fedrag ask --json` prints them), "topic" and "split" (train,
-validation or test; 70, 10 and 20 percent by their ids where none is told). Every factor of the
-learning rates is tried, and what answers validation questions best is saved. After a kill the same
-command goes on.
+(of the passages that answer: ids as `fedrag ask --json` prints them, or those of the documents or lines
+that were indexed), "topic" and "split" (train, validation or test; 70, 10 and 20 percent by their ids
+where none is told). Every factor of the learning rates is tried, and what answers validation questions
+best is saved. After a kill the same command goes on.
 """
 
 import argparse

@@ -1,0 +1,80 @@
+"""The passages that the gold ids of questions name, where texts may have been cut into several."""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from fedrag_jax.data.answers import normalize_answer
+from fedrag_jax.data.examples import Passage, reading_text
+from fedrag_jax.errors import DataError
+
+
+class Golds(NamedTuple):
+    """What the gold ids of some questions came to.
+
+    Attributes:
+      found: for each question the ids of passages, none twice.
+      named: how many ids the questions have.
+      missing: for each question those that name no passage.
+      passages: how many there are.
+    """
+
+    found: list[tuple[str, ...]]
+    named: int
+    missing: list[tuple[str, ...]]
+    passages: int
+
+    def told(self) -> str:
+        """How many name no passage; "" for none."""
+        missing = [i for some in self.missing for i in some]
+        if not missing:
+            return ""
+        return (
+            f"{len(missing):,} of {self.named:,} positive_ids name none of the {self.passages:,} "
+            f"passages, {missing[0]!r} first"
+        )
+
+    def require_some(self, where: str) -> None:
+        """Refuses questions whose ids are all of other passages.
+
+        Raises:
+          DataError: there are ids, and none names a passage.
+        """
+        if self.named and not any(self.found):
+            raise DataError(
+                f"{where}: {self.told()}: give the ids of passages as `fedrag ask --json` prints them, "
+                "or those of the documents and lines that were indexed"
+            )
+
+
+def golds(
+    asked: Iterable[tuple[Sequence[str], Sequence[str]]], passages: Iterable[Passage]
+) -> Golds:
+    """The passages that questions name by id: those of that id or, of a text that was cut into ID#0,
+    ID#1, ..., the pieces in which an answer stands, or all of them if it stands in none.
+
+    Args:
+      asked: (gold ids, answers) of each question.
+    """
+    named, pieces = {}, {}
+    for passage in passages:
+        named[passage.id] = [passage]
+        text, _, number = passage.id.rpartition("#")
+        if number.isdecimal():
+            pieces.setdefault(text, []).append(passage)
+    whose, found, missing, count = pieces | named, [], [], 0
+    for ids, answers in asked:
+        count += len(ids)
+        missing.append(tuple(i for i in ids if i not in whose))
+        some = [p.id for i in ids if i in whose for p in _with_an_answer(whose[i], answers)]
+        found.append(tuple(dict.fromkeys(some)))
+    return Golds(found, count, missing, len(named))
+
+
+def _with_an_answer(pieces: list[Passage], answers: Sequence[str]) -> list[Passage]:
+    if len(pieces) == 1:
+        return pieces
+    wanted = [normal for answer in answers if (normal := normalize_answer(answer))]
+    texts = [normalize_answer(reading_text(p)) for p in pieces]
+    return [
+        p for p, text in zip(pieces, texts, strict=True) if any(w in text for w in wanted)
+    ] or pieces
