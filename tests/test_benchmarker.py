@@ -16,7 +16,7 @@ from fedrag_jax.data import synthetic
 from fedrag_jax.data.examples import Passage
 from fedrag_jax.data.prompts import INSTRUCT
 from fedrag_jax.errors import ConfigError, DataError
-from fedrag_jax.evaluation.benchmarks import asking, report
+from fedrag_jax.evaluation.benchmarks import asking, report, sets
 from fedrag_jax.evaluation.benchmarks.benchmarker import Benchmarker
 from fedrag_jax.evaluation.benchmarks.hub_rows import Question
 from fedrag_jax.evaluation.benchmarks.identity import identity
@@ -299,6 +299,30 @@ def test_another_run_is_not_mixed_in(system, run, tmp_path):
     # Another way to ask, or to read, has a folder of its own.
     run("squad", tmp_path, limit=2, corpus="none")
     assert len([*tmp_path.rglob("result.json")]) == 2
+
+
+def test_own_questions_may_be_unanswerable(system, tmp_path):
+    path = tmp_path / "own.jsonl"
+    rows = [{"id": e.id, "question": e.question, "answers": e.answers} for e in ASKED[:4]]
+
+    def result():
+        path.write_text("\n".join(map(json.dumps, rows)))
+        return Benchmarker(system, progress=False).run(sets.own(path, True), source=path)
+
+    assert "answerable_em" not in result().metrics
+    rows[:2] = [
+        {"id": row["id"], "question": row["question"], "unanswerable": True} for row in rows[:2]
+    ]
+    found = result()
+    assert [found.metrics[f"{n}answerable_em"].n for n in ("", "un")] == [2, 2]
+    for row in found.rows:
+        if row["id"] in (rows[0]["id"], rows[1]["id"]):
+            assert row["gold"] == [] and row["scores"]["em"] == row["scores"]["abstained"]
+    rows[0] = rows[3] | {"id": "blank", "answers": [" "]}
+    with pytest.raises(
+        DataError, match=r"own.jsonl:1: question 'blank' has no answer; give at least"
+    ):
+        result()
 
 
 def test_results_are_json_and_tables(run, tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedrag_jax.data.datasets import load, load_passages
+from fedrag_jax.data.datasets import load, load_passages, load_questions
 from fedrag_jax.data.examples import (
     Dataset,
     Example,
@@ -162,6 +162,31 @@ def test_characters_of_two_halves_are_whole(folder):
     assert "\\ud83d\\ude00" in lines(rows)
     (folder / "questions.jsonl").write_text(lines(rows))
     assert load(folder, needed=("test",)).test[0].answers == ("\U0001f600",)
+
+
+def test_unanswerable_questions_are_marked(folder):
+    rows = [question(i, split=s) for i, s in enumerate(["train", "validation", "test", "train"])]
+    path, passages = folder / "questions.jsonl", load(folder).passages
+    rows[0] = {"id": "q0", "question": "Who?", "unanswerable": True, "split": "train"}
+    rows[1] |= {"unanswerable": False}
+    path.write_text(lines(rows))
+    with pytest.raises(DataError, match="question 'q0' has no answer to train on"):
+        load(folder)
+    with pytest.warns(UserWarning, match=r"jsonl: 1 unanswerable questions have no .*; left out"):
+        dataset = load_questions(path, passages)
+    assert [e.id for e in dataset.train] == ["q3"] and dataset.validation[0].answers == ("a1",)
+    for wrong, message in (
+        ({"unanswerable": "yes"}, r"jsonl:1: 'unanswerable' must be true or false, got 'yes'"),
+        (
+            {"answers": ["a"]},
+            r"jsonl:1: is marked unanswerable and has answers \['a'\]: choose one",
+        ),
+        ({"unanswerable": False}, "jsonl:1: missing field 'answers'"),
+        ({"unanswerable": False, "answers": [""]}, r"jsonl:1: question 'q0' has no answer; give"),
+    ):
+        path.write_text(lines([rows[0] | wrong]))
+        with pytest.raises(DataError, match=message):
+            load_questions(path, passages)
 
 
 def test_half_characters_are_refused_in_sets_that_are_made(folder):

@@ -3,7 +3,9 @@
 A set is two files, plain or gzipped, one JSON object per line:
 
     questions.jsonl   {"id", "question", "answers": [...]} and, if known, "positive_ids": [...],
-                      "split": "train" | "validation" | "test", "topic", "hops", "reasoning"
+                      "split": "train" | "validation" | "test", "topic", "hops", "reasoning";
+                      {"id", "question", "unanswerable": true} where no passage tells: measured by
+                      `fedrag eval` as in SQuAD v2, and refused here, where all are trained on
     passages.jsonl    {"id", "text"} and, if known, "title", "topic"
 
 in a folder of their own, or side by side with other sets as NAME.questions.jsonl and
@@ -20,7 +22,13 @@ from pathlib import Path
 from fedrag_jax.data import synthetic
 from fedrag_jax.data.examples import SPLITS, Dataset, Example, Passage, check, check_passages
 from fedrag_jax.data.golds import golds
-from fedrag_jax.data.json_lines import json_rows, jsonl_file, string_of, strings_of
+from fedrag_jax.data.json_lines import (
+    answers_of,
+    json_rows,
+    jsonl_file,
+    string_of,
+    strings_of,
+)
 from fedrag_jax.errors import DataError
 
 HOTPOTQA_TRAIN, HOTPOTQA_VALIDATION = 1500, 200
@@ -88,8 +96,8 @@ def load_questions(
 ) -> Dataset:
     """The questions of a file such as `questions.jsonl` (or `.jsonl.gz`) about passages that are given.
 
-    They are split as those of a user's own folder. Their `positive_ids` become the ids of passages, see
-    `golds`; those that name none are left out, with a warning.
+    They are split as those of a user's own folder. Unanswerable ones are left out, with a warning. The
+    `positive_ids` of others become ids of passages, see `golds`; so are those left out that name none.
 
     Args:
       needed: as in `load`.
@@ -99,7 +107,13 @@ def load_questions(
     """
     if not Path(path).is_file():
         raise DataError(f"no questions: {path} is not a file; give one such as questions.jsonl")
-    questions, passages = _questions(Path(path), "topic", hops=1), [*passages]
+    everything, passages = _questions(Path(path), "topic", hops=1), [*passages]
+    questions = [question for question in everything if question[0].answers]
+    if count := len(everything) - len(questions):
+        warnings.warn(
+            f"{path}: {count:,} unanswerable questions have no answer to train on; left out",
+            stacklevel=2,
+        )
     found = golds(((e.positive_ids, e.answers) for e, _, _ in questions), passages)
     found.require_some(os.fspath(path))
     if told := found.told():
@@ -125,7 +139,7 @@ def _questions(path: Path, topic: str, hops: int) -> list[tuple[Example, str, st
         example = Example(
             id=string_of(row, "id", where),
             question=string_of(row, "question", where),
-            answers=strings_of(row, "answers", where),
+            answers=answers_of(row, where),
             positive_ids=strings_of(row, "positive_ids", where, default=[]),
             topic=string_of(row, topic, where, default=""),
             hops=own,

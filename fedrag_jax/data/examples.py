@@ -177,7 +177,7 @@ def check(dataset: Dataset, needed: Sequence[str] = SPLITS) -> Dataset:
             require_whole("".join(said), f"{dataset.name}: question {example.id!r}")
             if not any(answer.strip() for answer in example.answers):
                 raise DataError(
-                    f"{dataset.name}: question {example.id!r} has no answer; "
+                    f"{dataset.name}: question {example.id!r} has no answer to train on; "
                     "give at least one or leave the question out"
                 )
             for positive in example.positive_ids:

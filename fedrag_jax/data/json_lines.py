@@ -64,6 +64,23 @@ def strings_of(row: dict, field: str, where: str, default: list | None = None) -
     return tuple(value)
 
 
+def answers_of(row: dict, where: str) -> tuple[str, ...]:
+    """`answers`, of which one has words at least; none where the question is `"unanswerable": true`."""
+    marked = row.get("unanswerable") or False
+    if not isinstance(marked, bool):
+        raise DataError(f"{where}: 'unanswerable' must be true or false, got {marked!r}")
+    answers = strings_of(row, "answers", where, default=[] if marked else None)
+    has = any(answer.strip() for answer in answers)
+    if marked and has:
+        raise DataError(f"{where}: is marked unanswerable and has answers {[*answers]}: choose one")
+    if not marked and not has:
+        raise DataError(
+            f"{where}: question {row.get('id')!r} has no answer; give at least one, leave it out, or "
+            'mark it "unanswerable": true to have it measured'
+        )
+    return () if marked else answers
+
+
 def field_of(row: dict, field: str, where: str, default):
     """Any field; without a default it must be there and not null."""
     value = row.get(field)

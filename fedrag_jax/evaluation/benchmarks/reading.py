@@ -11,7 +11,14 @@ from typing import Any, NamedTuple
 
 from fedrag_jax.data.datasets import load_passages
 from fedrag_jax.data.examples import Passage
-from fedrag_jax.data.json_lines import field_of, json_rows, jsonl_file, string_of, strings_of
+from fedrag_jax.data.json_lines import (
+    answers_of,
+    field_of,
+    json_rows,
+    jsonl_file,
+    string_of,
+    strings_of,
+)
 from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.evaluation.benchmarks.hub_rows import Question, beir_document
 from fedrag_jax.evaluation.benchmarks.sets import BenchmarkSet
@@ -169,7 +176,7 @@ class _LocalFiles(NamedTuple):
                 raise DataError(f"{where}: 'answers' must be one of {[*choices]}, got {[*told]}")
             label = choices.index(told[0])
         elif known.kind == "open":
-            answers = strings_of(row, "answers", where)
+            answers = strings_of(row, "answers", where) if known.repo else answers_of(row, where)
         golds = known.golds if known.golds in row else "positive_ids"
         return Question(
             string_of(row, "id", where),

@@ -22,6 +22,7 @@ from typing import Any
 
 from fedrag_jax.data import datasets
 from fedrag_jax.data.examples import Passage
+from fedrag_jax.data.json_lines import json_rows
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.evaluation import metrics
 from fedrag_jax.evaluation.benchmarks import hub_rows
@@ -41,7 +42,7 @@ class BenchmarkSet:
     """One set; a set of your own is one more of these, given to `Benchmarker.run` in place of a name.
 
     Attributes:
-      repo, config: on the hub.
+      repo, config: on the hub; no repo for a set of your own.
       split: what is asked, unless told otherwise: one with labels.
       shown: the split that examples for the prompt are drawn from; "" where there is none.
       kind: of `KINDS`. Of "choices" one is right, and by generation its letter is written; "labels" are
@@ -159,14 +160,18 @@ def scored_by(known: BenchmarkSet, rule: str) -> BenchmarkSet:
 def own(path: pathlib.Path, everything: bool = False) -> BenchmarkSet:
     """The set of a user's file of questions, NAME.jsonl or NAME.questions.jsonl (.gz).
 
-    Its test questions are those that training leaves alone (`data.datasets.load`).
+    Its test questions are those that training leaves alone (`data.datasets.load`). Where some are
+    marked `"unanswerable": true`, it is scored as SQuAD v2.
 
     Args:
       everything: whether questions that do not tell their split are all asked.
     """
     name = path.name.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".questions")
     side = None if everything else lambda question: datasets.side(question.id)
-    return BenchmarkSet(name, "", "test", "", "open", hub_rows.nq, side=side)
+    how = {}
+    if any(row.get("unanswerable") for row, _ in json_rows(path)):
+        how = {"rule": "squad_v2", "also": ("answerable",)}
+    return BenchmarkSet(name, "", "test", "", "open", hub_rows.nq, side=side, **how)
 
 
 def in_order(questions: list[Question], seed: int) -> list[Question]:

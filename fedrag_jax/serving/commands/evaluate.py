@@ -3,7 +3,8 @@
 Sets are mmlu, hellaswag, boolq, pubmedqa, nq, triviaqa, popqa, hotpotqa, squad, squad_v2 and scifact,
 read from the folder in FEDRAG_DATA or from the Hugging Face hub. A file of your own has JSON lines
 {"id", "question", "answers": [...]} and, if known, "positive_ids" and "split"; of questions without a
-split, those are asked that `fedrag train` leaves alone. With --to, a run that was stopped goes on.
+split, those are asked that `fedrag train` leaves alone. Of {"id", "question", "unanswerable": true} it
+is right to answer nothing, as in SQuAD v2. With --to, a run that was stopped goes on.
 """
 
 import argparse

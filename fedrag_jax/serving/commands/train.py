@@ -4,7 +4,7 @@ QUESTIONS is a file of JSON lines: {"id", "question", "answers": [...]} and, if 
 (of the passages that answer: ids as `fedrag ask --json` prints them, or those of the documents or lines
 that were indexed), "topic" and "split" (train, validation or test; 70, 10 and 20 percent by their ids
 where none is told). Every factor of the learning rates is tried, and what answers validation questions
-best is saved. After a kill the same command goes on.
+best is saved. Questions marked "unanswerable" are left out. After a kill the same command goes on.
 """
 
 import argparse
