@@ -248,6 +248,39 @@ def test_ranking_refuses_questions_without_a_gold_passage(retriever):
         task.collate([*EXAMPLES, unlabelled], None)
 
 
+def test_ranking_without_negatives_is_told(retriever, recwarn):
+    task = multiple_negatives_ranking(retriever, DATASET)
+    with pytest.raises(ConfigError, match="batch_size must be at least 2, got 1; or give mined"):
+        fit(task, EXAMPLES, rounds=1, batch_size=1)
+    fit(task, EXAMPLES, rounds=1, batch_size=2)
+    mined = multiple_negatives_ranking(retriever, DATASET, mining=EASY)
+    fit(mined, EXAMPLES[:1], rounds=1, batch_size=1)
+    assert not recwarn.list
+    alone = Partition(EXAMPLES, (np.arange(2), np.array([3]), np.array([2])))
+    with pytest.warns(UserWarning) as told:
+        history = fit(task, alone, fed_avg(local_steps=1), rounds=1, batch_size=2).history
+    first, *others = history[0]["client_loss"]
+    assert first > 0.1 and others == pytest.approx([0, 0], abs=1e-6)
+    (message,) = {str(warning.message) for warning in told}
+    assert "2 of 3 clients learn nothing from 'multiple_negatives_ranking', client 1" in message
+    assert "client 1 first: it holds one question, so there are no negatives" in message
+    with pytest.warns(UserWarning, match="1 of 1 clients .* its 2 questions share a passage, so"):
+        fit(task, [EXAMPLES[0], EXAMPLES[2]], rounds=1, batch_size=2)
+
+
+def test_a_retriever_does_not_learn_from_one_passage():
+    parts = toy_parts()
+    generator = parts.decoder, {"decoder": parts.params, "adapters": parts.adapters}, parts.prompts
+    given = *generator, parts.retriever, EXAMPLES
+    fault = "it needs two at least, got 1: raise `passages`"
+    with pytest.raises(ConfigError, match=fault):
+        distillation("pdist", *given, passages=1)
+    with pytest.raises(ConfigError, match=fault):
+        marginal_likelihood(*given, train=("query",), passages=1)
+    with pytest.warns(UserWarning, match=f"the adapters learn alone: .*{fault}"):
+        marginal_likelihood(*given, train=("adapters", "query"), passages=1)
+
+
 def test_a_part_that_no_retriever_has_is_refused(retriever):
     for train in (("encoder",), ()):
         with pytest.raises(ConfigError, match="trains its 'query', 'document' or 'head'"):

@@ -24,7 +24,7 @@ from fedrag_jax.federated.optimizers import tunable
 from fedrag_jax.federated.placing import Placing, put_rows, rows_of
 from fedrag_jax.federated.records import by_client, require_finite, summary
 from fedrag_jax.federated.round import Ran, Round, run_alone
-from fedrag_jax.federated.table import collate, retrieve, used_rows
+from fedrag_jax.federated.table import collate, retrieve, tell_idle, used_rows
 from fedrag_jax.objectives.task import Task
 
 ADAMW = tunable(optax.adamw, learning_rate=1e-3)
@@ -131,6 +131,7 @@ def fit(
             f"fit: {algorithm.name} leaves a model to each client, and {task.name!r} keeps one index "
             "for all; let its index be fresh each time, or train a model for all"
         )
+    tell_idle(task, data, batch_size)
     optimizer = ADAMW if optimizer is None else optimizer
     scheduled = not isinstance(optimizer, optax.GradientTransformation)
     at_round = optimizer if scheduled else lambda _: optimizer

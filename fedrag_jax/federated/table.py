@@ -1,5 +1,6 @@
 """The table that steps gather their examples from: which rows, what they retrieved, what they hold."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,25 @@ from fedrag_jax.federated.algorithm import Algorithm, State
 from fedrag_jax.federated.cohort import sample_cohort
 from fedrag_jax.federated.work import Work
 from fedrag_jax.objectives.task import Task
+
+
+def tell_idle(task: Task, data: Partition, batch_size: int) -> None:
+    """Warns of clients that learn nothing from what they hold.
+
+    Raises:
+      ConfigError: a batch size with which nobody learns.
+    """
+    if task.idle is None:
+        return
+    held = {c: data.of(c) for c in range(len(data.clients))}
+    idle = {c: why for c, some in held.items() if (why := task.idle(some, batch_size))}
+    if idle:
+        first = min(idle)
+        warnings.warn(
+            f"fit: {len(idle)} of {len(data.clients)} clients learn nothing from {task.name!r}, client "
+            f"{first} first: {idle[first]}",
+            stacklevel=3,
+        )
 
 
 def used_rows(

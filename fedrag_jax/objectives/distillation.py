@@ -36,7 +36,13 @@ from fedrag_jax.data.examples import Example, embedding_text
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.models.network import Network
 from fedrag_jax.objectives import costs
-from fedrag_jax.objectives.encoding import Questions, passage_scores, searching, trained_parts
+from fedrag_jax.objectives.encoding import (
+    Questions,
+    passage_scores,
+    searching,
+    too_few,
+    trained_parts,
+)
 from fedrag_jax.objectives.joint import marginal_likelihood
 from fedrag_jax.objectives.likelihood import tokens_read, weighted_mean
 from fedrag_jax.objectives.supervision import Attention, LeaveOneOut, Likelihoods, Teacher
@@ -159,7 +165,8 @@ def distillation(
         `marginal` ("token" for RAG-Token's) and `score_scale`.
 
     Raises:
-      ConfigError: an unknown method or setting, nothing or something unknown to train.
+      ConfigError: an unknown method or setting, nothing or something unknown to train, fewer than two
+        passages.
     """
     if method == "emdr":
         _require_known(settings, ("marginal", "score_scale"))
@@ -231,6 +238,8 @@ def _require_known(settings: dict[str, Any], known: tuple[str, ...]) -> None:
 
 
 def _task(name, loss, source, retriever, examples, train, passages, refresh, pool) -> Task:
+    if fault := too_few(passages):
+        raise ConfigError(f"{name}: {fault}")
     trainable, frozen = trained_parts(retriever, train)
     questions = Questions(retriever, examples, frozen="query" not in train)
     return Task(

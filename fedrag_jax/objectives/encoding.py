@@ -70,6 +70,16 @@ def found_by(retriever: Retriever, examples, k: int, pool: Pool | None = None):
     return retriever.search_within(questions, [pool(e) for e in examples], k)
 
 
+def too_few(k: int) -> str:
+    """Why a retriever learns nothing from the k best passages of each question; "" where it may."""
+    if k > 1:
+        return ""
+    return (
+        "a retriever learns from the differences between passages, so it needs two at least, got "
+        f"{k}: raise `passages` (of a system `marginal_k`)"
+    )
+
+
 def searching(
     retriever: Retriever,
     train: tuple[str, ...],

@@ -12,6 +12,7 @@ One loss serves joint training and both phases of two-phase training: what is tr
 """
 
 import dataclasses
+import warnings
 
 import jax
 import numpy as np
@@ -27,6 +28,7 @@ from fedrag_jax.objectives.encoding import (
     found_by,
     passage_scores,
     searching,
+    too_few,
     trained_parts,
 )
 from fedrag_jax.objectives.likelihood import answer_log_probs, tokens_read, weighted_mean
@@ -126,7 +128,8 @@ def marginal_likelihood(
         (`data.corpora.own_passages`); all, unless given.
 
     Raises:
-      ConfigError: an unknown marginal, nothing or something unknown to train.
+      ConfigError: an unknown marginal, nothing or something unknown to train, fewer than two passages
+        where the retriever alone moves (a warning where adapters do, too).
     """
     if marginal not in MARGINALS:
         raise ConfigError(f"marginal is one of {[*MARGINALS]}, got {marginal!r}")
@@ -134,6 +137,10 @@ def marginal_likelihood(
     if not train or {*train} - {*trains}:
         raise ConfigError(f"train names some of {trains}, got {train}")
     moving = tuple(name for name in train if name != "adapters")
+    if moving and (fault := too_few(passages)):
+        if "adapters" not in train:
+            raise ConfigError(f"marginal likelihood: {fault}")
+        warnings.warn(f"the adapters learn alone: {fault}", stacklevel=2)
     loss = MarginalLoss(decoder, retriever.encoder, marginal, score_scale)
     trainable, frozen = trained_parts(retriever, moving) if moving else ({}, {})
     if "adapters" in train:

@@ -113,6 +113,9 @@ def multiple_negatives_ranking(
 ) -> Task:
     """Ranking of the first gold passage of each question among those of its batch.
 
+    Without mined negatives a client learns nothing from one question, or from questions that share a
+    gold passage: `fit` warns of it.
+
     Args:
       train: which of `query`, `document`, `head` move. Query-side tuning is ("query",). A ("head",)
         alone learns a matrix after both frozen encoders, which are then run once (as pFedRAG's shared
@@ -130,6 +133,7 @@ def multiple_negatives_ranking(
       ConfigError: dimensions that the vectors do not have; nothing or something unknown to train;
         negatives both given and to be mined.
       DataError: in collating, a question that names no gold passage.
+      ConfigError: in `fit`, batches of one question without mined negatives.
     """
     size = retriever.bare_vectors.shape[1]
     if not all(0 < d <= size for d in dimensions):
@@ -169,6 +173,18 @@ def multiple_negatives_ranking(
             mined = np.array([negatives[e.id] for e in examples], np.int32)
         return table if mined is None else table | {"negatives": mined}
 
+    def idle(examples, batch_size) -> str:
+        if batch_size < 2:
+            raise ConfigError(
+                "ranking has the passages of other questions in the batch for negatives, so batch_size "
+                f"must be at least 2, got {batch_size}; or give mined negatives"
+            )
+        if not set.intersection(*({*e.positive_ids} for e in examples)):
+            return ""
+        one = len(examples) == 1
+        held = "it holds one question" if one else f"its {len(examples)} questions share a passage"
+        return f"{held}, so there are no negatives in a batch; give it others, or mined negatives"
+
     loss = MultipleNegativesRanking(
         retriever.encoder, score_scale, tuple(sorted(dimensions)), at_once
     )
@@ -180,4 +196,5 @@ def multiple_negatives_ranking(
         collate=collate,
         retrieve=mine if mining else None,
         cost=loss.cost(),
+        idle=None if mining or negatives is not None else idle,
     )

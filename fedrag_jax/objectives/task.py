@@ -45,6 +45,8 @@ class Task:
         `retrieve(examples, trainable, index) -> (rows, index)`, each time with the index that the time
         before left. None where `retrieve` sees to it that its index is fresh.
       cost: what a step of this loss takes, where somebody declares it.
+      idle: `idle(examples, batch_size) -> str`, why a client learns nothing from its examples; "" where
+        it learns. A ConfigError where nobody could. None where any example teaches something.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Task:
     retrieve: Callable[..., Any] | None = None
     index: dict[str, Any] | None = None
     cost: StepCost | None = None
+    idle: Callable[[Any, int], str] | None = None
 
     @property
     def declared(self) -> StepCost:
