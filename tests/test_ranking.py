@@ -264,6 +264,9 @@ def test_ranking_without_negatives_is_told(retriever, recwarn):
     (message,) = {str(warning.message) for warning in told}
     assert "2 of 3 clients learn nothing from 'multiple_negatives_ranking', client 1" in message
     assert "client 1 first: it holds one question, so there are no negatives" in message
+    each = Partition(EXAMPLES, tuple(np.arange(4)[:, None]))
+    with pytest.raises(DataError, match="4 of 4 clients learn nothing"):
+        fit(task, each, fed_avg(local_steps=1), rounds=1, batch_size=2)
     with pytest.warns(UserWarning, match="1 of 1 clients .* its 2 questions share a passage, so"):
         fit(task, [EXAMPLES[0], EXAMPLES[2]], rounds=1, batch_size=2)
 

@@ -20,18 +20,23 @@ def tell_idle(task: Task, data: Partition, batch_size: int) -> None:
 
     Raises:
       ConfigError: a batch size with which nobody learns.
+      DataError: none of several clients learns. One alone may be of local training, whose other clients
+        do.
     """
     if task.idle is None:
         return
     held = {c: data.of(c) for c in range(len(data.clients))}
     idle = {c: why for c, some in held.items() if (why := task.idle(some, batch_size))}
-    if idle:
-        first = min(idle)
-        warnings.warn(
-            f"fit: {len(idle)} of {len(data.clients)} clients learn nothing from {task.name!r}, client "
-            f"{first} first: {idle[first]}",
-            stacklevel=3,
-        )
+    if not idle:
+        return
+    first = min(idle)
+    told = (
+        f"fit: {len(idle)} of {len(data.clients)} clients learn nothing from {task.name!r}, client "
+        f"{first} first: {idle[first]}"
+    )
+    if len(idle) == len(data.clients) > 1:
+        raise DataError(told)
+    warnings.warn(told, stacklevel=3)
 
 
 def used_rows(
