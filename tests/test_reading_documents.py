@@ -151,6 +151,7 @@ def test_what_encrypted_files_need_is_named(tmp_path):
         (["Jean-", "Paul and COVID-", "19"], "Jean-Paul and COVID-19"),
         (["pre-", "and post-war"], "pre- and post-war"),
         (["in-", "ter-", "national"], "international"),
+        (["an OP-", "TIONAL NATO-", "led"], "an OPTIONAL NATO-led"),
         (["1990", "- one"], "1990\n- one"),
     ],
 )

@@ -7,20 +7,16 @@ PARTED = re.compile(
     r"(?<![-\w\u2010])((?:\w+[-\u2010])*\w+)([-\u2010\u00ad])"
     r"[ \t]*\n\n?[ \t]*(?=(\w+(?:[-\u2010]\w+)*))"
 )
-JOINING = (
-    "and",
-    "or",
-    "und",
-    "oder",
-)  # "pre- and post-war": the hyphen stands for what comes later
+# "pre- and post-war": the hyphen stands for what comes later.
+JOINING = ("and", "or", "und", "oder")
 
 
 def unhyphenated(text: str) -> str:
     """A text whose words are whole again where hyphens part them at line ends.
 
     A hyphen stays where it belongs to the word: where the text has the word with it elsewhere
-    ("well-known") and not without, in words of several hyphens, beside capitals and digits, and before
-    "and".
+    ("well-known") and not without, in words of several hyphens, beside digits, between small letters
+    and capitals, and before "and".
     """
     known = {word.lower() for word in re.findall(r"\w+(?:[-\u2010]\w+)*", PARTED.sub(" ", text))}
 
@@ -33,7 +29,7 @@ def unhyphenated(text: str) -> str:
             return before + hyphen
         if after.lower() in JOINING:
             return f"{before}{hyphen} "
-        one_word = (before + after).isalpha() and not before.isupper() and after.islower()
-        return before if one_word else before + hyphen
+        alike = joined.isupper() or (after.islower() and not before.isupper())
+        return before if alike and joined.isalpha() else before + hyphen
 
     return PARTED.sub(whole, text)
