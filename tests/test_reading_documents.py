@@ -1,8 +1,10 @@
 """Folders of files as passages: what is read, where it is cut, what is refused."""
 
+import configparser
 import itertools
 import json
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -126,7 +128,11 @@ def test_an_encrypted_pdf_is_read_where_anyone_may(tmp_path, algorithm):
         documents.read(tmp_path / "closed.pdf", tmp_path)
 
 
-def test_what_encrypted_files_need_is_named(tmp_path):
+def test_what_encrypted_files_need_is_in_the_extra_and_named(tmp_path):
+    setup = configparser.ConfigParser()
+    setup.read(pathlib.Path(__file__).parents[1] / "setup.cfg")
+    for extra in ("documents", "test"):
+        assert "\ncryptography>=" in setup["options.extras_require"][extra]
     pdf(tmp_path / "open.pdf", ["text"])
     encrypted(tmp_path / "open.pdf", tmp_path / "aes.pdf", "", "AES-256")
     code = (
