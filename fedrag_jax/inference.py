@@ -9,8 +9,8 @@
 | rag_sequence_fast | likeliest under it, as far as the search has scored them | the same |
 | vote | what most passages answer by themselves | REPLUG, question answering |
 
-All but the first have a prompt for each passage z, weighed by p(z|x), the softmax of scaled cosines
-over the passages read. With one passage and one beam all modes give the same answer.
+All but the first have a prompt for each passage z, weighed by p(z|x), the softmax of scaled
+similarities over the passages read. With one passage and one beam all modes give the same answer.
 
 Every mode is `mode(writer, prompts, log_weights, sampling, beams) -> [Completion]` over `prompts`
 [B][K] of int [T], K prompts a question (one a passage, or one with all), and `log_weights` [B, K],
@@ -242,7 +242,7 @@ class Response(NamedTuple):
 
     Attributes:
       sources: the passages it was read from, best first.
-      scores: their cosines, or what the store scores by.
+      scores: their similarities, or what the store scores by.
       cited: those of the sources that it cites; none where the prompt style has no numbers.
       finish, tokens: see `Reading`.
     """

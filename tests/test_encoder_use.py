@@ -17,6 +17,8 @@ from fedrag_jax.data.padding import encoder_table
 from fedrag_jax.errors import CheckpointError, ConfigError
 from fedrag_jax.evaluation.benchmarks.identity import identity
 from fedrag_jax.models import hub, sentence
+from fedrag_jax.models.encoder import SIMILARITIES
+from fedrag_jax.models.flops import encoder_flops
 from fedrag_jax.objectives.encoding import Questions, passage_scores, trained_parts
 from fedrag_jax.objectives.retriever import multiple_negatives_ranking
 from fedrag_jax.rag import RAGSystem
@@ -28,6 +30,7 @@ from fedrag_jax.retrieval.stores.device import DeviceKnowledge
 from fedrag_jax.retrieval.stores.faiss_kinds import FaissKnowledge
 from fedrag_jax.retrieval.stores.qdrant import QdrantStore
 from fedrag_jax.serving.command_line import main
+from fedrag_jax.serving.commands import index
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 RNG = np.random.default_rng(0)
@@ -289,6 +292,9 @@ def test_a_dense_module_comes_behind_the_vector(tmp_path, activation, function):
     again = hub.load(tmp_path / "saved")
     assert again.network == model.network
     np.testing.assert_array_equal(Retriever.build(again, PASSAGES).vectors, retriever.vectors)
+    bare = dataclasses.replace(model.network.config, projections=())
+    more = [encoder_flops(c, 8, trained=False) for c in (model.network.config, bare)]
+    assert more[0] - more[1] == 2 * weight.size
     # An empty index knows the size.
     assert Retriever.build(model, []).vectors.shape == (0, 6)
 
@@ -365,6 +371,10 @@ def test_how_an_encoder_is_used_is_saved_with_it(tmp_path):
     assert (config.query_prompt, config.document_prompt, config.similarity) == ("", "w5 ", "cosine")
     names = [identity(s, True, PASSAGES)["retriever"] for s in (system, other, again)]
     assert names[0] == names[2] != names[1]
+
+
+def test_the_command_line_offers_the_similarities_there_are():
+    assert index.SIMILARITIES == SIMILARITIES
 
 
 def test_a_config_names_prompts_and_similarity():

@@ -46,7 +46,7 @@ def evaluate(
 def ranking(
     retriever: Retriever, examples: Sequence[Example], read: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Corpus rows and cosines [Q, k] of as many passages as `rank_scores` wants, and as are read."""
+    """Corpus rows and similarities [Q, k] of as many passages as `rank_scores` wants, or are read."""
     depth = min(max(RANKED, read), len(retriever.passages))
     return retriever.search([e.question for e in examples], depth)
 
@@ -130,7 +130,7 @@ def answers(
     """`em`, `f1` [Q] when those corpus rows or passages are read, whatever would be found.
 
     Args:
-      scores: cosines [Q, k] of what is read.
+      scores: similarities [Q, k] of what is read.
       rule, how: see `evaluate`.
     """
     predictions = system.answer([e.question for e in examples], rows, scores, **how)
@@ -160,7 +160,7 @@ class _Found(NamedTuple):
 
     Attributes:
       read: corpus rows, or passages of a store.
-      scores: their cosines; None where a store scores by something else.
+      scores: their similarities; None where a store scores by something else.
       names: what tells them apart: corpus rows, or ids.
     """
 
@@ -172,8 +172,8 @@ class _Found(NamedTuple):
 def _found(system: RAGSystem, examples: Sequence[Example], depth: int) -> _Found:
     """The `depth` passages that fit best, or all there are."""
     if system.store is None:  # rows, because the corpus is tokenised
-        rows, cosines = ranking(system.retriever, examples, depth)
-        return _Found(rows, cosines, rows)
+        rows, scores = ranking(system.retriever, examples, depth)
+        return _Found(rows, scores, rows)
     found = system.retrieve([e.question for e in examples], depth)
     return _Found(
         [[f.passage for f in some] for some in found],

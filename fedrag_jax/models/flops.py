@@ -1,5 +1,7 @@
 """How many operations a network takes, by formula: a product of [m, n] and [n, p] counts 2mnp."""
 
+from itertools import pairwise
+
 from fedrag_jax.models.decoder import DecoderConfig
 from fedrag_jax.models.encoder import EncoderConfig
 from fedrag_jax.models.lora import LoraConfig
@@ -37,4 +39,6 @@ def encoder_flops(config: EncoderConfig, tokens: int, trained: bool) -> float:
     """Operations of one sequence of T `tokens`; full training costs three forward passes."""
     d, f, t = config.hidden_size, config.intermediate_size, tokens
     forward = config.num_layers * (2 * t * (4 * d * d + 2 * d * f) + 4 * t * t * d)
+    sizes = [d, *(projection.size for projection in config.projections)]
+    forward += sum(2 * m * n for m, n in pairwise(sizes))
     return forward * (3 if trained else 1)

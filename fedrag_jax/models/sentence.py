@@ -191,7 +191,7 @@ def _use(path: pathlib.Path) -> dict[str, str]:
     ):
         raise CheckpointError(f"{path}: prompts must be strings by their names, got {prompts!r}")
     usual = settings.get("default_prompt_name")
-    if usual is not None and usual not in prompts:
+    if usual is not None and usual not in {*prompts, "query", "document"}:
         raise CheckpointError(
             f"{path}: default_prompt_name {usual!r} is none of the prompts {sorted(prompts)}"
         )
