@@ -17,8 +17,8 @@ from fedrag_jax.data.padding import encoder_table
 from fedrag_jax.errors import CheckpointError, ConfigError
 from fedrag_jax.evaluation.benchmarks.identity import identity
 from fedrag_jax.models import hub, sentence
-from fedrag_jax.models.encoder import SIMILARITIES
 from fedrag_jax.models.flops import encoder_flops
+from fedrag_jax.models.pooling import SIMILARITIES
 from fedrag_jax.objectives.encoding import Questions, passage_scores, trained_parts
 from fedrag_jax.objectives.retriever import multiple_negatives_ranking
 from fedrag_jax.rag import RAGSystem
@@ -339,11 +339,53 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path, file, told, error):
         hub.load(tmp_path / "encoder")
 
 
-def test_a_decoder_is_no_encoder(tmp_path):
-    copy = shutil.copytree(GOLDEN / "qwen3", tmp_path / "qwen3")
-    shutil.copy(GOLDEN / "bert_cls" / "modules.json", copy)
-    with pytest.raises(CheckpointError, match=r"model_type 'qwen3', a decoder, is not supported"):
-        hub.load(copy)
+@pytest.mark.parametrize("name", ["qwen3", "mistral", "qwen2"])
+def test_a_decoder_that_says_so_is_an_encoder(tmp_path, name):
+    """As Qwen3-Embedding and E5-Mistral are: no head, names without a prefix, the last token."""
+    copy, decoder = shutil.copytree(GOLDEN / name, tmp_path / name), hub.load(GOLDEN / name)
+    for shard in copy.glob("*.safetensors"):
+        tensors = safetensors.numpy.load_file(shard)
+        bare = {n.removeprefix("model."): x for n, x in tensors.items() if "lm_head" not in n}
+        safetensors.numpy.save_file(bare, shard)
+    for shards in copy.glob("*.index.json"):
+        told = json.loads(shards.read_text())
+        places = {n.removeprefix("model."): x for n, x in told["weight_map"].items()}
+        shards.write_text(json.dumps(told | {"weight_map": places}))
+    kinds = ["Transformer", "Pooling", "Normalize"]
+    modules = [
+        {"idx": i, "name": str(i), "path": f"{i}_{k}" if i else "", "type": f"st.models.{k}"}
+        for i, k in enumerate(kinds)
+    ]
+    (copy / "modules.json").write_text(json.dumps(modules))
+    (copy / "1_Pooling").mkdir()
+    pooling = {"pooling_mode_lasttoken": True, "pooling_mode_mean_tokens": False}
+    (copy / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    (copy / sentence.USE).write_text(json.dumps({"prompts": {"query": "w3 w4", "document": ""}}))
+    (copy / sentence.TEXTS).write_text(json.dumps({"max_seq_length": 20}))
+    model = hub.load(copy)
+    assert (model.kind, decoder.kind) == ("encoder", "decoder")
+    retriever = Retriever.build(model, PASSAGES[:8])
+
+    def vector(text):
+        tokens = np.array([model.tokenizer(text)["input_ids"][:20]])
+        places = np.arange(tokens.shape[1])[None]
+        hidden = decoder.network(decoder.params, tokens, places, np.ones_like(tokens))[0, -1]
+        return hidden / np.linalg.norm(hidden)
+
+    right = [vector(p.text) for p in PASSAGES[:8]]
+    np.testing.assert_allclose(retriever.vectors, right, atol=1e-5)
+    asked = [vector("w3 w4" + q) for q in QUESTIONS[:3]]
+    np.testing.assert_allclose(retriever.embed_questions(QUESTIONS[:3]), asked, atol=1e-5)
+    hub.save(model, tmp_path / "saved")
+    again = hub.load(tmp_path / "saved")
+    assert again.network == model.network
+    vectors = Retriever.build(again, PASSAGES[:8]).vectors
+    np.testing.assert_allclose(vectors, retriever.vectors, atol=1e-6)
+    with pytest.raises(ConfigError, match=r"models\.generator must be a decoder; .* is an encoder"):
+        RAGSystem.build(PASSAGES, generator=str(copy))
+
+
+def test_another_similarity_is_refused():
     with pytest.raises(ConfigError, match=r"similarity must be one of .*'manhattan'"):
         Retriever.build(hub.load(GOLDEN / "bert_cls"), [], similarity="manhattan")
 

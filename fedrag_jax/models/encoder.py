@@ -1,39 +1,20 @@
 """Bidirectional encoders, pooled: BERT, RoBERTa, MPNet (arXiv 1810.04805, 1907.11692, 2004.09297)."""
 
 import dataclasses
-from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.models.layers import Embed, LayerNorm, Linear, attend, run_stack, stack
 from fedrag_jax.models.lora import LoraConfig
-
-POOLING = ("mean", "cls", "lasttoken")
-SIMILARITIES = ("cosine", "dot", "euclidean")
-PROJECTION = "projection_"  # what the parameters of projections begin with
-ACTIVATIONS = {"Identity": lambda x: x, "Tanh": jnp.tanh}
-
-
-class Projection(NamedTuple):
-    """A linear layer behind the pooled vector, to `size` numbers.
-
-    Attributes:
-      activation: one of `ACTIVATIONS`.
-      bias: whether it adds one.
-    """
-
-    size: int
-    activation: str = "Identity"
-    bias: bool = True
+from fedrag_jax.models.pooling import Use, add_projections, pooled
 
 
 @dataclasses.dataclass(frozen=True)
-class EncoderConfig:
-    """Shape of an encoder and what becomes of its last layer.
+class EncoderConfig(Use):
+    """Shape of an encoder; what becomes of its last layer, see `Use`.
 
     Attributes:
       max_positions: the longest input there can be.
@@ -41,13 +22,6 @@ class EncoderConfig:
       type_vocab_size: rows of the table of token types; 0 for none.
       relative_buckets: of the distance between two tokens, each with a bias a head that all layers
         add to their scores; 0 for none.
-      max_length: tokens at which texts are cut; what the model was trained for.
-      pooling: "mean" of the tokens' vectors, or that of the first ("cls") or "lasttoken".
-      projections: what comes behind the pooled vector, in this order.
-      normalize: vectors of length 1.
-      similarity: that vectors were trained for, one of `SIMILARITIES`.
-      query_prompt, document_prompt: what comes before questions and passages.
-      lower_case: texts are read in lower case, whatever the tokenizer does.
       family: model_type of its `config.json`.
       unroll: write every layer out instead of looping (for counting operations).
       remat: recompute layers in the backward pass, to save memory.
@@ -63,55 +37,9 @@ class EncoderConfig:
     type_vocab_size: int = 2
     relative_buckets: int = 0
     norm_epsilon: float = 1e-12
-    pooling: str = "mean"
-    projections: tuple[Projection, ...] = ()
-    normalize: bool = True
-    similarity: str = "cosine"
-    query_prompt: str = ""
-    document_prompt: str = ""
-    lower_case: bool = False
-    max_length: int = 512
     family: str = "bert"
     unroll: bool = False
     remat: bool = False
-
-    def __post_init__(self):
-        if self.pooling not in POOLING:
-            raise ConfigError(f"encoder pooling must be one of {POOLING}, got {self.pooling!r}")
-        if unknown := {p.activation for p in self.projections} - {*ACTIVATIONS}:
-            raise ConfigError(
-                f"encoder activations must be among {[*ACTIVATIONS]}, got {sorted(unknown)}"
-            )
-        if self.similarity not in SIMILARITIES:
-            raise ConfigError(
-                f"encoder similarity must be one of {SIMILARITIES}, got {self.similarity!r}"
-            )
-        if not 1 <= self.max_length <= self.max_positions:
-            raise ConfigError(
-                f"encoder max_length must be between 1 and max_positions {self.max_positions}, "
-                f"got {self.max_length}"
-            )
-
-    @property
-    def size(self) -> int:
-        """Of the encoder's vectors."""
-        return self.projections[-1].size if self.projections else self.hidden_size
-
-    @property
-    def dimension(self) -> int:
-        """Of the vectors that are searched."""
-        return self.size + 2 * (self.similarity == "euclidean")
-
-    def question_text(self, question: str) -> str:
-        """What the encoder reads of a question: its prompt counts among the tokens it is cut at."""
-        return self._read(self.query_prompt + question)
-
-    def passage_text(self, text: str) -> str:
-        """What it reads of a passage."""
-        return self._read(self.document_prompt + text)
-
-    def _read(self, text: str) -> str:
-        return text.lower() if self.lower_case else text
 
 
 class Encoder(nnx.Module):
@@ -128,10 +56,7 @@ class Encoder(nnx.Module):
         self.embed_norm = LayerNorm(d, config.norm_epsilon)
         inside = lora.widths(config.num_layers) if lora else {}
         self.layers = stack(config.num_layers, lambda r: _Layer(config, inside, rngs=r), rngs)
-        for i, p in enumerate(config.projections):
-            layer = Linear(projection_name(i), d, p.size, {}, bias=p.bias, rngs=rngs)
-            setattr(self, projection_name(i), layer)
-            d = p.size
+        add_projections(self, rngs)
 
     def __call__(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         """Pooled vectors, float32 [B, D].
@@ -143,23 +68,7 @@ class Encoder(nnx.Module):
         Raises:
           ConfigError: T is larger than the position table.
         """
-        hidden, mask = self.hidden(tokens, mask), mask.astype(jnp.float32)
-        hidden = hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))
-        if self.config.pooling == "cls":
-            pooled = hidden[:, 0]
-        elif self.config.pooling == "lasttoken":
-            last = jnp.maximum(mask.sum(1) - 1, 0).astype(jnp.int32)
-            pooled = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-        else:
-            mask = mask.astype(hidden.dtype)[..., None]
-            pooled = (hidden * mask).sum(1) / jnp.maximum(mask.sum(1), 1)
-        for i, projection in enumerate(self.config.projections):
-            pooled = getattr(self, projection_name(i))(pooled)
-            pooled = ACTIVATIONS[projection.activation](pooled)
-        if self.config.normalize:
-            square = jnp.square(pooled).sum(-1, keepdims=True)
-            pooled = pooled * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
-        return pooled
+        return pooled(self, self.hidden(tokens, mask), mask)
 
     def hidden(
         self, tokens: jax.Array, mask: jax.Array, types: jax.Array | None = None
@@ -190,11 +99,6 @@ class Encoder(nnx.Module):
             return layer(hidden, visible, bias)
 
         return run_stack(self.layers, step, self.embed_norm(hidden), config)
-
-
-def projection_name(number: int) -> str:
-    """Of a projection among the parameters."""
-    return f"{PROJECTION}{number}"
 
 
 def distance_buckets(t: int, buckets: int, longest: int = 128) -> np.ndarray:

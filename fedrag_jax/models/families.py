@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fedrag_jax.errors import CheckpointError
+from fedrag_jax.models.causal_encoder import CausalEncoder, CausalEncoderConfig
 from fedrag_jax.models.decoder import Decoder, DecoderConfig, Llama3Scaling
 from fedrag_jax.models.encoder import Encoder, EncoderConfig
 
@@ -351,6 +352,22 @@ _MPNET_NAMES = _BERT_NAMES | {
 _ROPE = r".*\.rotary_emb\.inv_freq"
 # The pooler and the heads of pre-training do not reach the token vectors.
 _HEADS = r"pooler\..*|cls\..*|lm_head\..*|.*position_ids"
+
+
+def encoding(family: Family) -> Family:
+    """A family of decoders as encoders, whose checkpoints have no head and no prefix before names."""
+
+    def read(hf: dict, **sentence) -> CausalEncoderConfig:
+        shape = vars(family.read(hf)) | {"tie_embeddings": True}
+        longest = sentence.pop("max_length") or shape["max_positions"]
+        longest = min(longest, shape["max_positions"])
+        return CausalEncoderConfig(**shape, max_length=longest, **sentence)
+
+    names = {path: name.removeprefix("model.") for path, name in family.names.items()}
+    names.pop("lm_head.kernel")
+    ignored = rf"{_ROPE}|lm_head\..*"
+    return Family(CausalEncoder, read, family.write, names, "model.", ignored)
+
 
 FAMILIES = {
     "llama": Family(Decoder, _read_llama, _write_llama, _DECODER_NAMES, "", _ROPE),

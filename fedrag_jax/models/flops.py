@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+from fedrag_jax.models.causal_encoder import CausalEncoderConfig
 from fedrag_jax.models.decoder import DecoderConfig
 from fedrag_jax.models.encoder import EncoderConfig
 from fedrag_jax.models.lora import LoraConfig
@@ -35,10 +36,14 @@ def decoder_flops(
     return frozen * (2 if trained else 1) + moving * (3 if trained else 1)
 
 
-def encoder_flops(config: EncoderConfig, tokens: int, trained: bool) -> float:
+def encoder_flops(config: EncoderConfig | CausalEncoderConfig, tokens: int, trained: bool) -> float:
     """Operations of one sequence of T `tokens`; full training costs three forward passes."""
     d, f, t = config.hidden_size, config.intermediate_size, tokens
-    forward = config.num_layers * (2 * t * (4 * d * d + 2 * d * f) + 4 * t * t * d)
+    heads, linear = d, 4 * d * d + 2 * d * f
+    if isinstance(config, CausalEncoderConfig):
+        heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        linear = 2 * d * (heads + kv) + 3 * d * f
+    forward = config.num_layers * (2 * t * linear + 4 * t * t * heads)
     sizes = [d, *(projection.size for projection in config.projections)]
     forward += sum(2 * m * n for m, n in pairwise(sizes))
     return forward * (3 if trained else 1)

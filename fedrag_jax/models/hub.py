@@ -16,11 +16,14 @@ import safetensors.numpy
 
 from fedrag_jax.errors import CheckpointError, ConfigError
 from fedrag_jax.models import sentence
+from fedrag_jax.models.causal_encoder import CausalEncoder
 from fedrag_jax.models.encoder import Encoder
-from fedrag_jax.models.families import FAMILIES, Family, family_of
+from fedrag_jax.models.families import FAMILIES, Family, encoding, family_of
 from fedrag_jax.models.fetching import folder_of
 from fedrag_jax.models.network import Network, flatten, unflatten
 from fedrag_jax.models.quantized import is_quantized
+
+ENCODERS = (Encoder, CausalEncoder)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Pretrained:
     @property
     def kind(self) -> str:
         """ "decoder" or "encoder"."""
-        return "encoder" if self.network.module is Encoder else "decoder"
+        return "encoder" if self.network.module in ENCODERS else "decoder"
 
     def with_arrays(self, arrays: dict) -> "Pretrained":
         """With those arrays, a tree of some or all of its parameters, in place of its own."""
@@ -65,18 +68,18 @@ def load(name_or_path: str | pathlib.Path, dtype=jnp.float32) -> Pretrained:
     hf = read_config(folder)
     try:
         family = family_of(hf)
-        if family.module is not Encoder:
-            sentence.refuse_decoder(folder, hf["model_type"])
-        extra = sentence.read(folder) if family.module is Encoder else {}
+        if family.module not in ENCODERS and sentence.encodes(folder):
+            family = encoding(family)
+        extra = sentence.read(folder) if family.module in ENCODERS else {}
         config = family.read(hf, **extra)
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{folder}/config.json: {error} is missing or malformed") from error
     except (CheckpointError, ConfigError) as error:
         raise CheckpointError(f"{folder}: {error}") from error
     network = Network.of(family.module, config)
-    ends = () if family.module is Encoder else _read_ends(folder, hf)
+    ends = () if family.module in ENCODERS else _read_ends(folder, hf)
     params = read_params(folder, family, network, jnp.dtype(dtype))
-    if family.module is Encoder:
+    if family.module in ENCODERS:
         params |= sentence.read_projections(folder, config, jnp.dtype(dtype))
     tokenizer = read_tokenizer(folder, config.vocab_size)
     return Pretrained(network, params, tokenizer, str(name_or_path), ends)
@@ -119,6 +122,7 @@ def save(pretrained: Pretrained, path: str | pathlib.Path, dtype: str = "float32
     folder, network = pathlib.Path(path), pretrained.network
     folder.mkdir(parents=True, exist_ok=True)
     family = FAMILIES[network.config.family]
+    family = encoding(family) if network.module is CausalEncoder else family
     trunk, projections = sentence.parted(pretrained.params)
     tensors = to_tensors(family, trunk, np.dtype(dtype))
     beside = sentence.projection_tensors(projections, np.dtype(dtype))
@@ -136,7 +140,7 @@ def save(pretrained: Pretrained, path: str | pathlib.Path, dtype: str = "float32
         ]
         special["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     write_json(folder / "config.json", family.write(network.config) | special | {"dtype": dtype})
-    if family.module is Encoder:
+    if family.module in ENCODERS:
         sentence.write(folder, network.config, beside)
     else:  # what transformers generates by
         write_json(folder / "generation_config.json", special)

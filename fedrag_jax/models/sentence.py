@@ -15,12 +15,12 @@ import safetensors
 import safetensors.numpy
 
 from fedrag_jax.errors import CheckpointError
-from fedrag_jax.models.encoder import (
+from fedrag_jax.models.pooling import (
     POOLING,
     PROJECTION,
     SIMILARITIES,
-    EncoderConfig,
     Projection,
+    Use,
     projection_name,
 )
 
@@ -29,8 +29,8 @@ USE, TEXTS = "config_sentence_transformers.json", "sentence_bert_config.json"
 
 
 def read(folder: pathlib.Path) -> dict[str, Any]:
-    """How an encoder folder wants to be used, as fields of `EncoderConfig`; `max_length` is None for as
-    long as the model can.
+    """How an encoder folder wants to be used, as fields of `Use`; `max_length` is None for as long
+    as the model can.
 
     Without `modules.json`: mean pooling, not normalised, as sentence-transformers does.
 
@@ -60,7 +60,7 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
     } | _use(folder / USE)
 
 
-def write(folder: pathlib.Path, config: EncoderConfig, tensors: dict[str, np.ndarray]) -> None:
+def write(folder: pathlib.Path, config: Use, tensors: dict[str, np.ndarray]) -> None:
     """What `read` and `read_projections` read.
 
     Args:
@@ -122,7 +122,7 @@ def projection_tensors(params: dict, dtype) -> dict[str, np.ndarray]:
     return tensors
 
 
-def read_projections(folder: pathlib.Path, config: EncoderConfig, dtype) -> dict[str, dict]:
+def read_projections(folder: pathlib.Path, config: Use, dtype) -> dict[str, dict]:
     """Parameters of the config's projections, by name.
 
     Raises:
@@ -148,13 +148,9 @@ def read_projections(folder: pathlib.Path, config: EncoderConfig, dtype) -> dict
     return params
 
 
-def refuse_decoder(folder: pathlib.Path, model_type: str) -> None:
-    """Raises CheckpointError where a folder makes an encoder of a decoder, as Qwen3-Embedding does."""
-    if (folder / "modules.json").exists():
-        raise CheckpointError(
-            f"modules.json: an encoder of model_type {model_type!r}, a decoder, is not supported; "
-            "supported: encoders of bert, roberta, xlm-roberta and mpnet"
-        )
+def encodes(folder: pathlib.Path) -> bool:
+    """Whether a folder says that its model is an encoder, though it may be a decoder by build."""
+    return (folder / "modules.json").exists()
 
 
 def used_as(

@@ -9,10 +9,10 @@
 So whatever searches by inner products searches by any of them.
 """
 
-from fedrag_jax.models.encoder import EncoderConfig
+from fedrag_jax.models.pooling import Use
 
 
-def question_side(vectors, config: EncoderConfig, head=None):
+def question_side(vectors, config: Use, head=None):
     """Vectors [..., D] of questions, of NumPy or JAX, behind a head [D, E] if there is one.
 
     Returns:
@@ -25,7 +25,7 @@ def question_side(vectors, config: EncoderConfig, head=None):
     return vectors.__array_namespace__().concat([2 * vectors, -square, -one], axis=-1)
 
 
-def passage_side(vectors, config: EncoderConfig, head=None):
+def passage_side(vectors, config: Use, head=None):
     """Those of passages, as `question_side`."""
     if config.similarity != "euclidean":
         return question_side(vectors, config, head)
