@@ -276,7 +276,7 @@ def test_what_is_not_known_stays_so_in_sums_and_tables():
         return cells.Cell(name, "federated", 0, 0, scores, {}, [], cost, {}, np.arange(2))
 
     both = [cell("independent", one), cell("mine:own", other)]
-    (row,) = independent_rows(both)
+    (row,) = independent_rows(both, 2.0)
     assert row["seconds_ratio"] == 2 and "flops_ratio" not in row
     last = comparison_tables.independent_table([row]).markdown().splitlines()[-1]
     assert last.rstrip(" |").endswith("–")
