@@ -266,3 +266,32 @@ def test_a_matrix_of_a_layer_that_is_not_transformed_is_told(tmp_path):
     told(tmp_path, layers_to_transform=None, target_modules="(")
     with pytest.raises(CheckpointError, match=r"adapter_config.json is malformed"):
         peft.load(model.network, tmp_path)
+
+
+@pytest.mark.parametrize("options", [options for options, *_ in CHOICES[:-1]], ids=str)
+def test_we_open_what_peft_saves(options, tmp_path):
+    torch = pytest.importorskip("torch", reason="PyTorch is absent")
+    reference = pytest.importorskip("peft", reason="peft is absent")
+    import transformers
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        GOLDEN / "qwen2", attn_implementation="eager"
+    )
+    options = {"target_modules": ["q_proj", "down_proj"]} | options
+    config = reference.LoraConfig(r=3, lora_alpha=5, task_type="CAUSAL_LM", **options)
+    theirs = reference.get_peft_model(base, config).eval()
+    for name, x in theirs.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(x, std=0.3)
+    theirs.save_pretrained(tmp_path)
+    golden, model = np.load(GOLDEN / "qwen2.npz"), hub.load(GOLDEN / "qwen2")
+    network, adapters = peft.load(model.network, tmp_path)
+    inputs = [golden[n] for n in ("tokens", "positions", "mask")]
+    hidden = network(model.params, *inputs, adapters=adapters)
+    ours = network(model.params, hidden, method="logits", adapters=adapters)
+    names = {"input_ids": "tokens", "attention_mask": "mask", "position_ids": "positions"}
+    with torch.no_grad():
+        out = theirs(**{k: torch.tensor(golden[v].astype(np.int64)) for k, v in names.items()})
+    real = golden["mask"]
+    np.testing.assert_allclose(ours[real], out.logits.numpy()[real], atol=1e-4)
+    assert np.abs(out.logits.numpy() - golden["logits"])[real].max() > 0.01

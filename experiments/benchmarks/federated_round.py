@@ -75,7 +75,8 @@ def main(argv):
     network, params, adapters = decoder()
     say(f"a decoder of {sum(x.size for x in jax.tree.leaves(params)):,} parameters")
     written = "written out" if network.config.unroll else "in a loop, recomputed backward"
-    say(f"our {_LAYERS.value} layers are {written}; PyTorch is eager, and compiled as {modes()}")
+    tried = ", ".join(["eager", *(f"compiled ({mode})" for mode in modes())])
+    say(f"our {_LAYERS.value} layers are {written}; PyTorch is tried {tried}")
     counts = list(map(int, _CLIENTS.value))
     tokens = batches(max(counts))
     with tempfile.TemporaryDirectory() as folder:
