@@ -122,7 +122,7 @@ def say(what: str) -> None:
 
 def first(name: str, run, tokens):
     """What a run gives the first time, which may compile it."""
-    say(f"{name}, {len(tokens)} clients: the first turn, which compiles it")
+    say(f"{name}, {len(tokens)} clients: first turn; what is not compiled yet is")
     start = time.perf_counter()
     found = run(tokens)
     say(f"{name}, {len(tokens)} clients: {time.perf_counter() - start:.1f} s")
