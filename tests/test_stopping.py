@@ -149,7 +149,8 @@ def test_a_lone_client_may_take_as_many_steps_as_all_together():
     converged = matched._replace(stopping=Stopping())
     assert matched.schedule("local").rounds * 3 == 24
     assert converged.schedule("local") == converged.schedule("centralised")
-    assert converged.schedule("local").rounds * 3 == 192
+    assert converged.schedule("local").rounds * converged.schedule("local").local_steps == 192
+    assert matched.schedule("centralised").rounds * 3 == 192
     assert converged.schedule("federated") == matched.schedule("federated")
 
 

@@ -140,10 +140,14 @@ class Budget(NamedTuple):
         Raises:
           ConfigError: a participation that is no whole number of clients which divides them.
         """
-        if setting == "centralised" or (setting == "local" and self.stopping):
-            return Schedule(self.rounds * self.clients, self.clients, 1)
+        steps = self.local_steps
+        if setting in ("centralised", "local") and self.stopping:
+            # A round for each refresh: long trainings would spend much of their time between rounds.
+            return Schedule(self.rounds, 1, 1, steps * self.clients)
+        if setting == "centralised":
+            return Schedule(self.rounds * self.clients, self.clients, 1, steps)
         if setting == "local":
-            return Schedule(self.rounds, 1, 1)
+            return Schedule(self.rounds, 1, 1, steps)
         drawn = round(self.participation * self.clients)
         if drawn < 1 or self.clients % drawn or drawn != self.participation * self.clients:
             raise ConfigError(
@@ -151,7 +155,7 @@ class Budget(NamedTuple):
                 f"{self.participation * self.clients:g}; it must be a whole number that divides them"
             )
         longer = self.clients // drawn
-        return Schedule(self.rounds * longer, longer, drawn)
+        return Schedule(self.rounds * longer, longer, drawn, steps)
 
 
 class Schedule(NamedTuple):
@@ -161,11 +165,13 @@ class Schedule(NamedTuple):
       rounds: of `fit`.
       refresh_every: rounds between two index refreshes, of which all settings have R.
       drawn: clients of a round.
+      local_steps: of each in a round.
     """
 
     rounds: int
     refresh_every: int
     drawn: int
+    local_steps: int
 
 
 def split_clients(
@@ -204,8 +210,8 @@ def arguments(
     """
     if setting not in SETTINGS:
         raise ConfigError(f"setting must be one of {SETTINGS}, got {setting!r}")
-    rounds, refresh_every, drawn = budget.schedule(setting)
-    work = {"local_steps": budget.local_steps}
+    rounds, refresh_every, drawn, local_steps = budget.schedule(setting)
+    work = {"local_steps": local_steps}
     if setting == "federated":
         data = clients
         if drawn < budget.clients:

@@ -135,13 +135,13 @@ class Tuner:
         (folder / "best.safetensors").unlink(missing_ok=True)
 
     def _cost(self, task: Task, history) -> Cost:
-        budget = self.budget
+        schedule = self.budget.schedule(self.setting)
         return training_cost(
             task,
             history,
             task.table(self.examples[:1]),
-            steps=len(history) * budget.local_steps * budget.schedule(self.setting).drawn,
-            batch_size=budget.batch_size,
+            steps=len(history) * schedule.local_steps * schedule.drawn,
+            batch_size=self.budget.batch_size,
         )
 
 
