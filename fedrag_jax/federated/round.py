@@ -105,6 +105,7 @@ def compile_round(asked: Round) -> Callable:
     return functools.partial(_compile(program)[0], split(asked.optimizer)[1])
 
 
+@functools.lru_cache(maxsize=32)  # asked in every round, and the compiler takes its time to tell
 def peak_bytes(compiled: jax.stages.Compiled) -> int:
     """What a program holds on a device at once: arguments, results and scratch, by the compiler."""
     memory = compiled.memory_analysis()
