@@ -110,14 +110,14 @@ def run(config, runs: str) -> pathlib.Path:
     retriever = Retriever.build(hub.load(config.retriever), dataset.passages, progress=True)
     questions = retriever.embed_questions([e.question for e in test])
     topics = [p.topic for p in dataset.passages]
-    about = clusters(test, dataset.passages)
+    together = clusters(test, dataset.passages)
     column = topics if any(topics) else kmeans_labels(retriever.vectors)
 
     def row(silos_of_seed, **settings):
         systems = [over_silos(retriever, silos, **settings) for silos in silos_of_seed]
         found = [measured(system, test, questions, config.passages) for system in systems]
         published = np.mean([system.store.published_bytes for system in systems])
-        return summary(found, about) | {"published_bytes": float(published)}
+        return summary(found, together) | {"published_bytes": float(published)}
 
     rows = [{"merge": "one index"} | row([[np.arange(len(topics))]])]
     for alpha in config.alphas:

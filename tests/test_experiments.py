@@ -265,7 +265,7 @@ def test_another_config_does_not_mix_with_old_results(finished):
         ("federated.alpha", 0.0, ConfigError, r"alpha must be > 0, got 0.0"),
         ("federated.alpha", -1.0, ConfigError, r"alpha must be > 0, got -1.0"),
         ("federated.clients", 161, ConfigError, r"161 clients"),
-        ("strategies", ("magic",), ConfigError, r"\['magic'\] unknown; choose among"),
+        ("strategies", ("magic",), ConfigError, r"strategies: unknown strategy 'magic'; choose among"),
         ("settings", ("here",), ConfigError, r"setting 'here' unknown; choose among"),
         ("settings", ("federated_0",), ConfigError, r"setting 'federated_0' unknown"),
         ("settings", ("centralised_1",), ConfigError, r"setting 'centralised_1' unknown"),

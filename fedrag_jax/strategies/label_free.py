@@ -124,7 +124,8 @@ def ask(
             reasons[identifier] = reply.fault or ("duplicate" if known in asked else "")
             asked.add(known)
     told = {
-        e.id: {"text": e.positive_ids[0], "question": e.question, "answer": e.answer}
+        # As it was written, for a reply in another form has none.
+        e.id: {"text": e.positive_ids[0], "question": e.question, "answer": e.answers[0]}
         for e in found.values()
     }
     return _step(folder / "2_questions.jsonl", found, reasons, told)
