@@ -183,6 +183,7 @@ def compute_cell(
     from fedrag_jax.clock import Clock
     from fedrag_jax.evaluation.evaluator import evaluate
     from fedrag_jax.tracking import cells
+    from fedrag_jax.tracking.comparison import own, own_weight
     from fedrag_jax.tracking.ledger import Cost
 
     test, known, column = run.dataset.test, None, run.config.federated.column
@@ -210,7 +211,8 @@ def compute_cell(
     scores = {metric: np.mean([f[metric] for f in found], axis=0) for metric in METRICS}
     for metric in METRICS:
         each = [f[metric] for f in found]
-        scores[own_topics(metric)] = own_scores(clients, test, each, column)
+        name = own(metric)
+        scores[name], scores[own_weight(name)] = own_scores(clients, test, each, column)
     curves = training_curves(tuners)
     return cells.Cell(
         strategy, setting, seed, split, scores, controlled, by_client, cost, curves,
@@ -342,23 +344,21 @@ def client_scores(clients, examples, scores, column: str) -> list[float]:
     ]
 
 
-def own_scores(clients, examples, scores, column: str) -> np.ndarray:
-    """[Q], whose mean is the mean over clients of a score on questions such as each holds.
+def own_scores(clients, examples, scores, column: str) -> tuple[np.ndarray, np.ndarray]:
+    """`(scores, weights)` [Q], whose weighted mean is the mean over clients of a score on questions
+    such as each holds: the mean over those who ask a question, and how much they do, 1 on average.
 
     Args:
       scores: as of `client_scores`; questions without the score (NaN) count for nobody.
     """
     scored = ~np.isnan(scores[0])
-    found = np.full(len(scored), np.nan)
+    found, weight = np.full(len(scored), np.nan), np.zeros(len(scored))
     if scored.any():
         some = [e for e, known in zip(examples, scored, strict=True) if known]
-        weights = mixture_weights(clients, some, column)
-        each = np.stack([scores[i % len(scores)][scored] for i in range(len(weights))])
-        asked = weights.any(axis=1)
-        found[scored] = len(some) * (weights * each)[asked].mean(axis=0)
-    return found
-
-
-def own_topics(metric: str) -> str:
-    """What a metric is called on questions such as clients hold."""
-    return f"own_{metric}"
+        mixtures = mixture_weights(clients, some, column)
+        asked = mixtures.any(axis=1)
+        each = np.stack([scores[i % len(scores)][scored] for i in range(len(mixtures))])
+        total = mixtures.sum(axis=0)
+        found[scored] = (mixtures * each).sum(axis=0) / np.where(total, total, 1.0)
+        weight[scored] = len(some) * total / max(asked.sum(), 1)
+    return found, weight

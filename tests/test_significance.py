@@ -85,6 +85,20 @@ def test_two_level_intervals_cover_the_truth_where_articles_and_seeds_vary():
     assert naive / 400 < 0.6  # questions alone, as if of as many articles
 
 
+def test_weighted_intervals_stay_within_what_can_be():
+    """Questions that count more for some seeds: a mean of scores in [0, 1] is in [0, 1]."""
+    rng = np.random.default_rng(0)
+    clusters, weights = np.repeat(np.arange(20), 3), rng.gamma(0.3, size=(4, 60))
+    scores = (rng.random((4, 60)) < 0.97).astype(float)
+    low, high = bootstrap_interval(scores, clusters, weights)
+    assert low < np.average(scores, axis=1, weights=weights).mean() < high <= 1
+    assert bootstrap_interval(scores, clusters, np.full((4, 60), 2.5)) == pytest.approx(
+        bootstrap_interval(scores, clusters)
+    )
+    assert bootstrap_interval(np.ones((4, 60)), clusters, weights) == pytest.approx((1, 1))
+    assert seed_sd([[0, 1], [1, 1]], [[1, 3], [1, 1]]) == pytest.approx(np.std([0.75, 1], ddof=1))
+
+
 def test_clusters_that_are_not_one_a_question_are_refused():
     with pytest.raises(DataError, match=r"clusters must be \[3\], one a question, got \(2,\)"):
         bootstrap_interval([1.0, 2, 3], [0, 0])

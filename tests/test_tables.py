@@ -5,7 +5,7 @@ import pytest
 
 from fedrag_jax.evaluation.significance import paired_t_test
 from fedrag_jax.strategies.settings import parse
-from fedrag_jax.tracking import comparison, comparison_tables, differences, tables
+from fedrag_jax.tracking import comparison, comparison_tables, differences, figures, tables
 from fedrag_jax.tracking.cells import Cell, load, save
 from fedrag_jax.tracking.ledger import Cost
 
@@ -301,3 +301,20 @@ def test_differences_are_marked_where_they_are_shown_either_way():
         "retriever", "federated", "centralised", "+1.0 [+0.5, +1.5] *", "+1.0 [+0.5, +1.5] ≈", "–",
         "+1.0 [+0.5, +1.5]",
     ]  # fmt: skip
+
+
+def test_curves_of_trainings_that_ended_at_different_rounds():
+    def points(*losses):
+        return [{"examples": 4 * i, "loss": loss} for i, loss in enumerate(losses, 1)]
+
+    cells = [
+        cell("retriever", "local_converged", [0, 1], seed)._replace(
+            curves={"rank": points(*losses)}
+        )
+        for seed, losses in enumerate([(4.0, 2.0), (2.0, 1.0, 0.5)])
+    ]
+    figure = figures.learning_curves(cells)
+    (line,) = figure.axes[0].get_lines()
+    assert line.get_xdata().tolist() == [4, 8, 12]
+    assert line.get_ydata().tolist() == [3.0, 1.5, 0.5]
+    figures.pyplot().close(figure)

@@ -3,6 +3,7 @@
 `scores` are float [seeds, questions], or [questions] for one seed; the unit goes through unchanged.
 `clusters` are int [questions]: questions of one cluster (about one article, or one gold passage) are
 not independent and are resampled together. Left out, every question is a cluster of its own.
+`weights` are float [seeds, questions], how much a question counts in the mean; left out, all alike.
 
 An interval says what other seeds and other questions would have given: both are resampled. A
 permutation test speaks of the trained models alone, over questions; `paired_t_test` speaks of the
@@ -19,7 +20,13 @@ _CHUNK = 1 << 22  # random draws held in memory at once
 
 
 def bootstrap_interval(
-    scores, clusters=None, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
+    scores,
+    clusters=None,
+    weights=None,
+    *,
+    level: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
 ) -> tuple[float, float]:
     """Two-level percentile bootstrap interval (low, high) of the mean.
 
@@ -29,13 +36,13 @@ def bootstrap_interval(
     """
     if not 0 < level < 1:
         raise ConfigError(f"level must be between 0 and 1, got {level}")
-    means = _resampled_means(scores, clusters, resamples, seed)
+    means = _resampled_means(scores, clusters, weights, resamples, seed)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
 def equivalence_test(
-    a, b, margin: float, clusters=None, *, resamples: int = 10_000, seed: int = 0
+    a, b, margin: float, clusters=None, weights=None, *, resamples: int = 10_000, seed: int = 0
 ) -> float:
     """p of two one-sided tests that the mean of a is within `margin` of that of b (Schuirmann 1987).
 
@@ -54,21 +61,22 @@ def equivalence_test(
     a, b = _matrix(a), _matrix(b)
     if a.shape != b.shape:
         raise ConfigError(f"paired scores need one shape, got {a.shape} and {b.shape}")
-    means = _resampled_means(a - b, clusters, resamples, seed)
+    means = _resampled_means(a - b, clusters, weights, resamples, seed)
     beyond = max(np.sum(means >= margin), np.sum(means <= -margin))
     return float((1 + beyond) / (1 + resamples))
 
 
-def _resampled_means(scores, clusters, resamples: int, seed: int) -> np.ndarray:
+def _resampled_means(scores, clusters, weights, resamples: int, seed: int) -> np.ndarray:
     """Means [resamples] over seeds and clusters drawn with replacement."""
     scores = _matrix(scores)
-    sums, sizes = _by_cluster(scores, clusters)
+    weights = np.ones_like(scores) if weights is None else _matrix(weights)
+    sums, sizes = _by_cluster(weights * scores, clusters), _by_cluster(weights, clusters)
     seeds, count = sums.shape
-    drawn, weight = _drawn(count, resamples, seed), _drawn(seeds, resamples, seed + 1) / seeds
+    drawn, times = _drawn(count, resamples, seed), _drawn(seeds, resamples, seed + 1) / seeds
     means, start = [], 0
     for rows in _chunks(resamples, count):
         some = drawn[start : start + rows].astype(np.float64)
-        means.append((weight[start : start + rows] * (some @ sums.T)).sum(1) / (some @ sizes))
+        means.append((times[start : start + rows] * (some @ sums.T) / (some @ sizes.T)).sum(1))
         start += rows
     return np.concatenate(means)
 
@@ -86,23 +94,29 @@ def _drawn(count: int, resamples: int, seed: int) -> np.ndarray:
     return np.concatenate(found)
 
 
-def _by_cluster(scores: np.ndarray, clusters) -> tuple[np.ndarray, np.ndarray]:
-    """Sums [seeds, clusters] of scores and the sizes [clusters] of clusters."""
+def _by_cluster(scores: np.ndarray, clusters) -> np.ndarray:
+    """Sums [seeds, clusters] of scores."""
     questions = scores.shape[1]
     if clusters is None:
-        return scores, np.ones(questions)
+        return scores
     clusters = np.asarray(clusters)
     if clusters.shape != (questions,):
         raise DataError(f"clusters must be [{questions}], one a question, got {clusters.shape}")
-    _, place, sizes = np.unique(clusters, return_inverse=True, return_counts=True)
-    sums = np.stack([np.bincount(place, row, len(sizes)) for row in scores])
-    return sums, sizes.astype(np.float64)
+    names, place = np.unique(clusters, return_inverse=True)
+    return np.stack([np.bincount(place, row, len(names)) for row in scores])
 
 
-def seed_sd(scores) -> float | None:
+def seed_sd(scores, weights=None) -> float | None:
     """Standard deviation (n - 1) over seeds of the mean over questions; None for a single seed."""
-    means = _matrix(scores).mean(axis=1)
+    means = seed_means(scores, weights)
     return float(means.std(ddof=1)) if len(means) > 1 else None
+
+
+def seed_means(scores, weights=None) -> np.ndarray:
+    """Means [seeds] over questions."""
+    return np.average(
+        _matrix(scores), axis=1, weights=None if weights is None else _matrix(weights)
+    )
 
 
 def paired_permutation_test(
@@ -117,7 +131,7 @@ def paired_permutation_test(
     Args:
       a, b: [seeds, questions], the same questions in the same order; seeds may differ in number.
     """
-    sums, _ = _by_cluster(_differences(a, b)[None], clusters)
+    sums = _by_cluster(_differences(a, b)[None], clusters)
     # A tie adds nothing whatever its sign; EM is mostly ties.
     differences = sums[0][np.abs(sums[0]) > 1e-12 * np.abs(sums).max()]
     if not len(differences):

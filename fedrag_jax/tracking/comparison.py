@@ -1,12 +1,12 @@
 """What finished cells come to: rows of the comparison of strategies."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fedrag_jax.evaluation.metrics import percent
-from fedrag_jax.evaluation.significance import bootstrap_interval, seed_sd
+from fedrag_jax.evaluation.significance import bootstrap_interval, seed_means, seed_sd
 from fedrag_jax.tracking.cells import Cell
 from fedrag_jax.tracking.ledger import mean_cost
 
@@ -37,11 +37,33 @@ def by_cell(cells: Sequence[Cell]) -> dict[tuple[str, str], list[Cell]]:
     return groups
 
 
-def scores(cells: Sequence[Cell], metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """One metric of several seeds [seeds, Q] of the questions that have it, and their clusters [Q]."""
+class Scores(NamedTuple):
+    """One metric of several seeds.
+
+    Attributes:
+      values: [seeds, Q] of the questions that have it.
+      clusters: [Q].
+      weights: [seeds, Q], how much a question counts.
+    """
+
+    values: np.ndarray
+    clusters: np.ndarray
+    weights: np.ndarray
+
+    @property
+    def means(self) -> np.ndarray:
+        """[seeds]."""
+        return seed_means(self.values, self.weights)
+
+
+def scores(cells: Sequence[Cell], metric: str) -> Scores:
+    """One metric of several seeds; on clients' own topics questions count as often as clients ask."""
     found = np.stack([cell.scores[metric] for cell in cells])
-    scored = ~np.isnan(found[0])
-    return found[:, scored], cells[0].clusters[scored]
+    scored = ~np.isnan(found).any(axis=0)
+    weights = np.ones_like(found)
+    if metric.startswith(own("")):
+        weights = np.stack([cell.scores[own_weight(metric)] for cell in cells])
+    return Scores(found[:, scored], cells[0].clusters[scored], weights[:, scored])
 
 
 def estimate(
@@ -54,13 +76,13 @@ def estimate(
       name: the metric's own unless given.
       unit: of shares 100, so that they become percent.
     """
-    name, (found, clusters) = name or metric, scores(cells, metric)
-    if not found.size:
+    name, found = name or metric, scores(cells, metric)
+    if not found.values.size:
         return dict.fromkeys([name, *(f"{name}_{part}" for part in ("low", "high", "sd"))])
-    low, high = bootstrap_interval(found, clusters)
-    sd = seed_sd(found)
+    low, high = bootstrap_interval(*found)
+    sd = seed_sd(found.values, found.weights)
     return {
-        name: unit * float(found.mean()),
+        name: unit * float(found.means.mean()),
         f"{name}_low": unit * low,
         f"{name}_high": unit * high,
         f"{name}_sd": None if sd is None else unit * sd,
@@ -104,6 +126,11 @@ def strategy_rows(cells: Sequence[Cell], settings: Mapping[str, Any]) -> list[di
 def own(metric: str) -> str:
     """What a metric is called on questions such as each client holds."""
     return f"own_{metric}"
+
+
+def own_weight(metric: str) -> str:
+    """Under which name cells have how much questions count for it: some metrics lack some questions."""
+    return f"weight_of_{metric}"
 
 
 def _labels(strategy: str) -> str | None:

@@ -71,22 +71,24 @@ def paired_difference(
     both = _paired(some, others)
     if not both:
         return None
-    (a, clusters), (b, _) = (scores(cells, metric) for cells in zip(*both, strict=True))
-    if not a.size:
+    one, other = (scores(cells, metric) for cells in zip(*both, strict=True))
+    if not one.values.size:
         return None
-    low, high = bootstrap_interval(a - b, clusters)
+    a, b, about = one.values, other.values, (one.clusters, one.weights)
+    low, high = bootstrap_interval(a - b, *about)
     better, worse = better_and_worse(a, b)
-    sd = seed_sd(a - b)
-    equivalent = {} if margin is None else {"p_e": equivalence_test(a, b, margin / unit, clusters)}
+    sd = seed_sd(a - b, one.weights)
+    equivalent = {} if margin is None else {"p_e": equivalence_test(a, b, margin / unit, *about)}
+    a, b = one.weights * a, one.weights * b  # weights have a mean of 1
     return {
-        "difference": unit * float((a.mean(0) - b.mean(0)).mean()),
+        "difference": unit * float((one.means - other.means).mean()),
         "low": unit * low,
         "high": unit * high,
         "sd": None if sd is None else unit * sd,
         "effect": effect_size(a, b),
         "better": 100 * better,
         "worse": 100 * worse,
-        "p": paired_permutation_test(a, b, clusters),
+        "p": paired_permutation_test(a, b, one.clusters),
         "p_t": paired_t_test(a, b) if _independent([a for a, _ in both]) else None,
         **equivalent,
     }
@@ -173,7 +175,7 @@ def headline_rows(
             for kind in ("local", "federated")
         }
         better = {
-            kind: max(names, key=lambda w: float(scores(groups[strategy, w], metric)[0].mean()))
+            kind: max(names, key=lambda w: float(scores(groups[strategy, w], metric).means.mean()))
             for kind, names in there.items()
             if names
         }

@@ -143,7 +143,8 @@ def quality_against_cost(rows: Sequence[dict[str, Any]]):
 
 def learning_curves(cells: Sequence[Cell]):
     """A Matplotlib figure: training loss of each objective over examples seen, the mean over seeds in
-    a band from least to most; None where nothing was trained."""
+    a band from least to most; None where nothing was trained. A training that has ended is in neither.
+    """
     curves: dict[str, dict[str, list[list[dict]]]] = {}
     for group in by_cell(cells).values():
         for cell in group:
@@ -162,14 +163,18 @@ def learning_curves(cells: Sequence[Cell]):
     for ax, task in zip(axes.flat, tasks, strict=False):
         for setting, runs in curves[task].items():
             color, style = styles[setting]
-            x = [r["examples"] for r in runs[0]]
-            y = np.array([[r["loss"] for r in rounds] for rounds in runs])
+            x = [r["examples"] for r in max(runs, key=len)]
+            y = np.full((len(runs), len(x)), np.nan)
+            for losses, rounds in zip(y, runs, strict=True):
+                losses[: len(rounds)] = [r["loss"] for r in rounds]
             ax.plot(
-                x, y.mean(0), linestyle=style, marker="o", ms=2.5, lw=1.4, color=color,
+                x, np.nanmean(y, 0), linestyle=style, marker="o", ms=2.5, lw=1.4, color=color,
                 label=setting_name(setting),
             )  # fmt: skip
             if len(runs) > 1:
-                ax.fill_between(x, y.min(0), y.max(0), color=color, alpha=0.15, lw=0)
+                least, most = np.nanmin(y, 0), np.nanmax(y, 0)
+                ax.fill_between(x, least, most, color=color, alpha=0.15, lw=0)
+        ax.set_xscale("log")  # lone clients see many more than all did together
         ax.set_title(TASKS.get(task, task), fontsize=9)
         ax.set_ylim(bottom=0)
     for ax in axes[-1]:

@@ -6,11 +6,9 @@ import secrets
 import sys
 from typing import Any
 
-import numpy as np
-
 from fedrag_jax import files
-from fedrag_jax.evaluation.metrics import percent
 from fedrag_jax.tracking.cells import Cell, seeds_name
+from fedrag_jax.tracking.comparison import own_weight, scores
 
 LOGGED = "wandb.json"
 PATIENCE_S = (
@@ -98,13 +96,13 @@ def _log(cell: Cell, how: dict[str, Any], mode: str) -> None:
         # Over examples, of which all settings see as many, in however many rounds.
         run.define_metric(f"{task}/*", step_metric=f"{task}/examples")
         for record in rounds:
-            numbers = {key: record[key] for key in ("loss", "examples", "seconds")}
+            kept = ("loss", "examples", "seconds", "validation")
+            numbers = {key: record[key] for key in kept if key in record}
             numbers |= record["metrics"]
             run.log({f"{task}/{key}": value for key, value in numbers.items()})
-    for metric, x in cell.scores.items():
-        scored = np.asarray(x)[~np.isnan(x)]
-        if scored.size:
-            run.summary[metric] = float(scored.mean()) if metric == "nll" else percent(scored)
+    for metric in cell.scores:
+        if not metric.startswith(own_weight("")) and (found := scores([cell], metric)).values.size:
+            run.summary[metric] = float(found.means[0]) * (1 if metric == "nll" else 100)
     cost = cell.cost._asdict() | {
         "bytes_up": cell.cost.bytes_up,
         "bytes_down": cell.cost.bytes_down,
