@@ -23,8 +23,11 @@ from fedrag_jax.strategies import label_free
 from fedrag_jax.tracking import cells
 
 DATA = pathlib.Path(os.environ.get("FEDRAG_DATA", "../shared/data"))
-COLUMNS = ["variant", "answer", "answer_low", "answer_high", "citation", "citation_low",
-           "citation_high", "citation_f1"]  # fmt: skip
+COLUMNS = [
+    "variant", "seeds", "answer", "answer_low", "answer_high", "answer_sd", "citation",
+    "citation_low", "citation_high", "citation_sd", "by_heart", "by_heart_low", "by_heart_high",
+    "by_heart_sd", "citation_f1",
+]  # fmt: skip
 
 
 def small(config, **data):

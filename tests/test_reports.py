@@ -12,6 +12,7 @@ import pytest
 from small import small_aggregation, small_heterogeneity
 
 from experiments import heterogeneity, lora_aggregation, report
+from experiments.inputs import validation_sample
 from experiments.rates import chosen_rate, kept_rate, one_by_one
 from fedrag_jax.errors import ConfigError, DataError, DivergenceError
 from fedrag_jax.tracking import tables
@@ -145,9 +146,11 @@ def test_rates_that_are_judged_are_those_that_train(skewed, monkeypatch):
     run = Comparison(heterogeneity.at_point(config, "local_steps", 2), dataset, skewed / "other")
     best = heterogeneity.at_best_rates(run, "retriever")
     # One round at the full rate, where two rounds have it and half of it.
-    assert rates[:2] == pytest.approx([0.25 * 0.75 * plain, 0.75 * plain])
+    # Each with two pairs of seeds.
+    assert rates[:4] == pytest.approx([0.25 * 0.75 * plain] * 2 + [0.75 * plain] * 2)
     assert best.config.learning_rates.federated.retriever in rates
-    assert all(some == dataset.validation[:40] for some in judged) and len(judged) > 2
+    asked = validation_sample(config, dataset)
+    assert len(asked) == 40 and all(some == asked for some in judged) and len(judged) > 2
 
 
 def test_an_alpha_has_the_rates_that_were_chosen_for_it():
