@@ -252,6 +252,9 @@ def test_a_lone_client_is_compared_at_its_best():
     worse = [c._replace(scores=cells[0].scores) if c.setting.endswith("ged") else c for c in cells]
     (row,) = differences.headline_rows(worse, "em", SETTINGS, 0.1)
     assert row["against"] == "local" and "data" not in row
+    # Questions without gold passages have no ranking to compare.
+    blank = [c._replace(scores=c.scores | {"mrr": np.full(100, np.nan)}) for c in cells]
+    assert differences.headline_rows(blank, "mrr", SETTINGS, 0.1) == []
     # Clients of another split are others.
     assert not differences.headline_rows(cells, "em", SETTINGS, 1.0)
 

@@ -52,7 +52,9 @@ class Scores(NamedTuple):
 
     @property
     def means(self) -> np.ndarray:
-        """[seeds]."""
+        """[seeds]; NaN where no question has the metric."""
+        if not self.values.size:
+            return np.full(len(self.values), np.nan)
         return seed_means(self.values, self.weights)
 
 
