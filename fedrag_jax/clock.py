@@ -1,5 +1,7 @@
 """Seconds, by what they were spent on."""
 
+import collections
+import threading
 import time
 from typing import NamedTuple
 
@@ -46,9 +48,23 @@ def tell(part: str, seconds: float) -> None:
 _heard = {"compiling": 0.0, "embedding": 0.0, "searching": 0.0}
 
 
+_stretches: collections.deque = collections.deque(maxlen=1000)  # (start, end), none overlapping
+_lock = threading.Lock()
+
+
 def _hear(event: str, seconds: float, **_) -> None:
-    if event.startswith("/jax/core/compile/"):
-        tell("compiling", seconds)
+    """Counts the time that passes while anything compiles: once where functions are traced within
+    others or threads compile side by side."""
+    if not event.startswith("/jax/core/compile/"):
+        return
+    with _lock:
+        end = time.perf_counter()
+        start, counted = end - seconds, 0.0
+        while _stretches and _stretches[-1][1] > start:
+            first, last = _stretches.pop()
+            start, counted = min(start, first), counted + last - first
+        _stretches.append((start, end))
+        tell("compiling", end - start - counted)
 
 
 jax.monitoring.register_event_duration_secs_listener(_hear)

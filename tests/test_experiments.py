@@ -194,9 +194,7 @@ def test_the_ledger_of_a_comparison(finished):
         cost = {k: float(v) for k, v in row.items() if k.endswith("_seconds") or k in COSTS}
         parts = ("retrieve", "collate", "train", "aggregate")
         assert cost["seconds"] == pytest.approx(sum(cost[f"{p}_seconds"] for p in parts))
-        # Of the first evaluation of so few questions JAX calls all seconds compiling.
-        assert cost["embed_seconds"] > 0
-        assert cost["evaluate_seconds"] > 0 or row["strategy"] == "none"
+        assert cost["evaluate_seconds"] > 0 and cost["embed_seconds"] > 0
         searches = row["strategy"] == "two_phase"
         assert (cost["retrieve_seconds"] > 0) == searches and cost["bytes_passages"] > 2e5
         trains = row["strategy"] != "none"
