@@ -28,7 +28,8 @@ from fedrag_jax.strategies.objectives import OBJECTIVES
 from fedrag_jax.strategies.settings import parse
 from fedrag_jax.strategies.strategies import STRATEGIES
 from fedrag_jax.tracking import cells, comparison_tables, figures
-from fedrag_jax.tracking.comparison import strategy_rows
+from fedrag_jax.tracking.comparison import own as on_own
+from fedrag_jax.tracking.comparison import own_weight, strategy_rows
 from fedrag_jax.tracking.differences import independent_rows
 from fedrag_jax.tracking.ledger import Cost, mean_cost, training_cost
 
@@ -270,7 +271,8 @@ def test_what_is_not_known_stays_so_in_sums_and_tables():
     assert (both.seconds, both.flops, both.tokens) == (3.0, None, 6.0)
     assert (mean.seconds, mean.flops, mean.tokens) == (1.5, None, 3.0)
     metrics = ("em", "f1", "recall_at_5", "mrr")
-    scores = {m: np.array([0.0, 1.0]) for m in (*metrics, *(f"own_{m}" for m in metrics))}
+    scores = {m: np.array([0.0, 1.0]) for m in (*metrics, *map(on_own, metrics))}
+    scores |= {own_weight(on_own(m)): np.ones(2) for m in metrics}
 
     def cell(name, cost):
         return cells.Cell(name, "federated", 0, 0, scores, {}, [], cost, {}, np.arange(2))
