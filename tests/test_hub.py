@@ -24,7 +24,7 @@ from fedrag_jax.models.writing import Sampling
 from fedrag_jax.rag import RAGSystem
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-DECODERS = ("llama_gqa", "llama_tied", "llama_biased", "mistral", "qwen2", "qwen3")
+DECODERS = ("llama_gqa", "llama_tied", "llama_biased", "mistral", "qwen2", "qwen3", "gemma3")
 ENCODERS = ("bert_mean", "bert_cls", "roberta", "xlm_roberta", "mpnet")
 
 

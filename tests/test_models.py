@@ -22,7 +22,7 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
 @pytest.mark.parametrize(
-    "name", ["llama_gqa", "llama_tied", "llama_biased", "mistral", "qwen2", "qwen3"]
+    "name", ["llama_gqa", "llama_tied", "llama_biased", "mistral", "qwen2", "qwen3", "gemma3"]
 )
 def test_decoder_agrees_with_transformers(name):
     golden, model = np.load(GOLDEN / f"{name}.npz"), hub.load(GOLDEN / name)
@@ -39,6 +39,41 @@ def test_golden_positions_are_far_enough_for_rope_scaling_to_matter():
     inputs = [golden[n] for n in ("tokens", "positions", "mask")]
     unscaled = logits(Network.of(Decoder, config), model.params, *inputs)
     assert np.abs(unscaled - golden["logits"])[golden["mask"]].max() > 0.1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"activation": "silu"},
+        {"embed_scale": 1.0},
+        {"attention_scale": None},
+        {"centred_norms": False},
+        {"local_rope_theta": 1e6},
+        {"rope_scaling": None},
+        {"windows": (5, 5, 5, 5)},
+    ],
+)
+def test_every_part_of_gemma_shows_in_its_golden(change):
+    golden, model = np.load(GOLDEN / "gemma3.npz"), hub.load(GOLDEN / "gemma3")
+    config = dataclasses.replace(model.network.config, **change)
+    assert golden["tokens"].shape[1] > 2 * max(config.windows)
+    inputs = [golden[n] for n in ("tokens", "positions", "mask")]
+    other = logits(Network.of(Decoder, config), model.params, *inputs)
+    assert np.abs(other - golden["logits"])[golden["mask"]].max() > 1e-2
+
+
+def test_gemma_that_looks_both_ways_is_refused():
+    hf = FAMILIES["gemma3_text"].write(hub.load(GOLDEN / "gemma3").network.config)
+    with pytest.raises(CheckpointError, match=r"use_bidirectional_attention True.*False"):
+        FAMILIES["gemma3_text"].read(hf | {"use_bidirectional_attention": True})
+
+
+def test_settings_of_older_gemma_files_are_read():
+    model = hub.load(GOLDEN / "gemma3")
+    hf = FAMILIES["gemma3_text"].write(model.network.config)
+    del hf["rope_parameters"], hf["layer_types"]
+    older = hf | {"sliding_window_pattern": 3}
+    assert FAMILIES["gemma3_text"].read(older) == model.network.config
 
 
 @pytest.mark.parametrize(("name", "change"), [("mistral", {}), ("qwen2", {"windows": (7, 7, 7)})])
@@ -256,8 +291,8 @@ def test_rope_settings_are_read_from_both_places(place):
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'.*'default', 'llama3'"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "'yarn'.*'default', 'llama3'"),
+        ({"rope_scaling": {"type": "dynamic"}}, "'dynamic'.*'default', 'linear', 'llama3'"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "'yarn'.*'default', 'linear', 'llama3'"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5.*1.0"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0.*None"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'.*'silu'"),

@@ -1,4 +1,7 @@
-"""Causal decoders of one build: Llama, Mistral, Qwen (arXiv 2302.13971, 2310.06825, 2505.09388)."""
+"""Causal decoders of one build: Llama, Mistral, Qwen, Gemma 3.
+
+arXiv 2302.13971, 2310.06825, 2505.09388, 2503.19786.
+"""
 
 import dataclasses
 import math
@@ -23,6 +26,25 @@ class Llama3Scaling:
     high_freq_factor: float
     original_max_position_embeddings: int
 
+    def slowed(self, frequencies: np.ndarray) -> np.ndarray:
+        """Wavelengths longer than original / low_freq_factor are stretched by `factor`, those shorter
+        than original / high_freq_factor are left, between them the two are blended."""
+        turns = self.original_max_position_embeddings * frequencies / (2 * math.pi)
+        kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        kept = np.clip(kept, 0, 1)
+        return kept * frequencies + (1 - kept) * frequencies / self.factor
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearScaling:
+    """Positions divided by a factor (Chen et al., 2306.15595); names as in `config.json`."""
+
+    factor: float
+
+    def slowed(self, frequencies: np.ndarray) -> np.ndarray:
+        """All of them, by the factor."""
+        return frequencies / self.factor
+
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
@@ -35,6 +57,13 @@ class DecoderConfig:
       qk_norm: whether queries and keys are normalised, head by head, before they are rotated.
       windows: of each layer, how many tokens back it looks, itself included; 0 is no limit. Empty
         where no layer has a limit.
+      activation: of the gate, "silu" or "gelu_tanh".
+      embed_scale: what the embeddings of tokens are multiplied by.
+      attention_scale: what products of queries and keys are multiplied by; head_dim^-1/2 unless given.
+      centred_norms: whether norms multiply by 1 + scale instead of by scale.
+      post_norms: whether what attention and MLP add is normalised, too.
+      local_rope_theta: `rope_theta` of layers with a window, which `rope_scaling` leaves alone; that
+        of all layers unless given.
       family: model_type of its `config.json`.
       unroll: write every layer out instead of looping (for counting operations).
       remat: recompute layers in the backward pass: less memory, and on a CPU less time.
@@ -50,13 +79,19 @@ class DecoderConfig:
     max_positions: int = 2048
     norm_epsilon: float = 1e-5
     rope_theta: float = 10000.0
-    rope_scaling: Llama3Scaling | None = None
+    rope_scaling: Llama3Scaling | LinearScaling | None = None
     tie_embeddings: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
     windows: tuple[int, ...] = ()
+    activation: str = "silu"
+    embed_scale: float = 1.0
+    attention_scale: float | None = None
+    centred_norms: bool = False
+    post_norms: bool = False
+    local_rope_theta: float | None = None
     family: str = "llama"
     unroll: bool = False
     remat: bool = True
@@ -85,7 +120,7 @@ class Decoder(nnx.Module):
         self.embed = Embed(config.vocab_size, config.hidden_size, rngs=rngs)
         inside = lora.widths(config.num_layers) if lora else {}
         self.layers = stack(config.num_layers, lambda r: _Layer(config, inside, rngs=r), rngs)
-        self.norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+        self.norm = _norm(config, config.hidden_size)
         if not config.tie_embeddings:
             size = config.hidden_size, config.vocab_size
             outside = lora.widths(None) if lora else {}
@@ -128,13 +163,14 @@ class Decoder(nnx.Module):
             visible &= segments[:, :, None] == segments[:, None]
         limits = jnp.array([w or mask.shape[1] for w in config.windows])
 
-        hidden = self.embed(tokens)
+        hidden = self._embedded(tokens)
         rope = _rope(config, positions, hidden.dtype)
 
         def step(layer, carry, index, read=None):
             hidden, *kept = carry
             near = visible & (back < limits[index]) if config.windows else visible
-            return layer(hidden, rope, near, (*kept, index, start) if kept else None, read)
+            cached = (*kept, index, start) if kept else None
+            return layer(hidden, rope(index), near, cached, read)
 
         carry = (hidden,) if cache is None else (hidden, cache.keys, cache.values)
         last = None if read is None else lambda *inputs: step(*inputs, read=read)
@@ -155,15 +191,15 @@ class Decoder(nnx.Module):
         back = jnp.arange(t)[:, None] - jnp.arange(t)
         visible = (back >= 0) & mask.astype(bool)[:, None]
         limits = jnp.array([w or t for w in config.windows])
-        hidden = self.embed(tokens)
+        hidden = self._embedded(tokens)
         rope = _rope(config, positions, hidden.dtype)
 
         def step(layer, carry, index):
             hidden, total = carry
             near = visible & (back < limits[index]) if config.windows else visible
             normed = layer.attention_norm(hidden)
-            total = total + layer.attention.mass(normed, rope, near, read)
-            return layer(hidden, rope, near, None, None)[0], total
+            total = total + layer.attention.mass(normed, rope(index), near, read)
+            return layer(hidden, rope(index), near, None, None)[0], total
 
         none = jnp.zeros((*read.shape, t), jnp.float32)
         return run_stack(self.layers, step, (hidden, none), config)[1] / config.num_layers
@@ -176,6 +212,12 @@ class Decoder(nnx.Module):
             logits = self.lm_head(hidden)
         return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
+    def _embedded(self, tokens):
+        hidden = self.embed(tokens)
+        if self.config.embed_scale == 1:
+            return hidden
+        return hidden * jnp.asarray(self.config.embed_scale, hidden.dtype)
+
     def empty_cache(self, rows: int, length: int) -> Cache:
         """Room for `length` tokens in each of `rows` sequences."""
         c, dtype = self.config, self.embed.embedding[...].dtype
@@ -184,35 +226,34 @@ class Decoder(nnx.Module):
         return Cache(room, room, jnp.zeros((rows, length), bool), jnp.int32(0))
 
 
-def rope_frequencies(config: DecoderConfig) -> np.ndarray:
-    """Radians per position, float32 [E / 2] (Su et al., 2104.09864), slowed as in Llama 3.1.
+def rope_frequencies(config: DecoderConfig, local: bool = False) -> np.ndarray:
+    """Radians per position, float32 [E / 2] (Su et al., 2104.09864).
 
-    Wavelengths longer than original / low_freq_factor are stretched by `factor`, those shorter than
-    original / high_freq_factor are left, between them the two are blended.
+    Args:
+      local: of the layers with a window, where those have a `local_rope_theta`.
     """
-    exponent = np.arange(0, config.head_dim, 2) / config.head_dim
-    frequencies = config.rope_theta**-exponent
-    s = config.rope_scaling
-    if s is not None:
-        turns = s.original_max_position_embeddings * frequencies / (2 * math.pi)
-        kept = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
-        kept = np.clip(kept, 0, 1)
-        frequencies = kept * frequencies + (1 - kept) * frequencies / s.factor
+    theta = config.local_rope_theta if local else config.rope_theta
+    frequencies = theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
+    if config.rope_scaling is not None and not local:
+        frequencies = config.rope_scaling.slowed(frequencies)
     return frequencies.astype(np.float32)
 
 
 class _Layer(nnx.Module):
     def __init__(self, config: DecoderConfig, lora, *, rngs):
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+        size, after = config.hidden_size, config.post_norms
+        self.attention_norm = _norm(config, size)
         self.attention = _Attention(config, lora, rngs=rngs)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+        self.attention_post_norm = _norm(config, size) if after else lambda x: x
+        self.mlp_norm = _norm(config, size)
         self.mlp = _MLP(config, lora, rngs=rngs)
+        self.mlp_post_norm = _norm(config, size) if after else lambda x: x
 
     def __call__(self, hidden, rope, visible, cache, read):
         normed = self.attention_norm(hidden)
         attended, *cache = self.attention(normed, rope, visible, cache, read)
-        hidden = take_rows(hidden, read) + attended
-        return hidden + self.mlp(self.mlp_norm(hidden)), *cache
+        hidden = take_rows(hidden, read) + self.attention_post_norm(attended)
+        return hidden + self.mlp_post_norm(self.mlp(self.mlp_norm(hidden))), *cache
 
 
 class _Attention(nnx.Module):
@@ -224,14 +265,16 @@ class _Attention(nnx.Module):
         self.k_proj = Linear("k_proj", d, kv, lora, bias=bias, rngs=rngs)
         self.v_proj = Linear("v_proj", d, kv, lora, bias=bias, rngs=rngs)
         self.o_proj = Linear("o_proj", heads, d, lora, bias=config.o_bias, rngs=rngs)
-        self.q_norm = RMSNorm(e, config.norm_epsilon) if config.qk_norm else lambda q: q
-        self.k_norm = RMSNorm(e, config.norm_epsilon) if config.qk_norm else lambda k: k
+        self.q_norm = _norm(config, e) if config.qk_norm else lambda q: q
+        self.k_norm = _norm(config, e) if config.qk_norm else lambda k: k
+        scale = config.attention_scale
+        self.stretch = 1.0 if scale is None else scale * e**0.5  # `attend` multiplies by e^-1/2
 
     def __call__(self, x, rope, visible, cache, read):
         v = self._heads(self.v_proj(x)).transpose(2, 0, 1, 3)
         k = _rotate(self.k_norm(self._heads(self.k_proj(x))), rope).transpose(2, 0, 1, 3)
         x, visible, *rope = (take_rows(array, read) for array in (x, visible, *rope))
-        q = _rotate(self.q_norm(self._heads(self.q_proj(x))), rope)
+        q = self._queries(x, rope)
         kept = ()
         if cache is not None:
             keys, values, layer, start = cache
@@ -245,7 +288,7 @@ class _Attention(nnx.Module):
         """alpha_n |v_n|, averaged over heads: float32 [B, M, T]."""
         v, k = self._heads(self.v_proj(x)), _rotate(self.k_norm(self._heads(self.k_proj(x))), rope)
         x, visible, *rope = (take_rows(array, read) for array in (x, visible, *rope))
-        q = _rotate(self.q_norm(self._heads(self.q_proj(x))), rope)
+        q = self._queries(x, rope)
         q, groups = q * self.head_dim**-0.5, k.shape[2]
         q = q.reshape(*q.shape[:2], groups, -1, self.head_dim)
         scores = jnp.einsum("bmghe,btge->bghmt", q, k).astype(jnp.float32)
@@ -254,6 +297,10 @@ class _Attention(nnx.Module):
         mass = jnp.einsum("bghmt,btg->bmt", weights, lengths)
         return mass / (groups * q.shape[3])
 
+    def _queries(self, x, rope):
+        q = _rotate(self.q_norm(self._heads(self.q_proj(x))), rope)
+        return q if self.stretch == 1 else q * jnp.asarray(self.stretch, q.dtype)
+
     def _heads(self, x):
         return x.reshape(*x.shape[:2], -1, self.head_dim)
 
@@ -261,19 +308,38 @@ class _Attention(nnx.Module):
 class _MLP(nnx.Module):
     def __init__(self, config: DecoderConfig, lora, *, rngs):
         d, f, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.activation = _ACTIVATIONS[config.activation]
         self.gate_proj = Linear("gate_proj", d, f, lora, bias=bias, rngs=rngs)
         self.up_proj = Linear("up_proj", d, f, lora, bias=bias, rngs=rngs)
         self.down_proj = Linear("down_proj", f, d, lora, bias=bias, rngs=rngs)
 
     def __call__(self, x):
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+
+
+# The tanh approximation is jax's default.
+_ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}
+
+
+def _norm(config, size):
+    return RMSNorm(size, config.norm_epsilon, centred=config.centred_norms)
 
 
 def _rope(config, positions, dtype):
-    """Cosine and sine of the angles of positions [B, T]: [B, T, 1, E]."""
-    angles = positions[..., None].astype(jnp.float32) * rope_frequencies(config)
-    angles = jnp.concatenate([angles, angles], -1)[:, :, None]
-    return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
+    """Of a layer's number: cosine and sine of the angles of positions [B, T], each [B, T, 1, E]."""
+
+    def turns(local):
+        angles = positions[..., None].astype(jnp.float32) * rope_frequencies(config, local)
+        angles = jnp.concatenate([angles, angles], -1)[:, :, None]
+        return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
+
+    everywhere = turns(local=False)
+    if config.local_rope_theta is None:
+        return lambda index: everywhere
+    near, limited = turns(local=True), jnp.array(config.windows) > 0
+    return lambda index: [
+        jnp.where(limited[index], a, b) for a, b in zip(near, everywhere, strict=True)
+    ]
 
 
 def _rotate(x, rope):

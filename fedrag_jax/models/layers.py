@@ -72,14 +72,20 @@ class Embed(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Zhang and Sennrich 2019 (1910.07467); in float32 at least."""
+    """Zhang and Sennrich 2019 (1910.07467); in float32 at least.
 
-    def __init__(self, size: int, epsilon: float):
-        self.scale, self.epsilon = nnx.Param(jnp.ones(size)), epsilon
+    A `centred` one multiplies by 1 + scale, before the result is narrowed (Gemma).
+    """
+
+    def __init__(self, size: int, epsilon: float, centred: bool = False):
+        self.scale = nnx.Param(jnp.zeros(size) if centred else jnp.ones(size))
+        self.epsilon, self.centred = epsilon, centred
 
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.epsilon)
+        if self.centred:
+            return (wide * (1 + self.scale[...].astype(wide.dtype))).astype(x.dtype)
         return wide.astype(x.dtype) * self.scale[...]
 
 

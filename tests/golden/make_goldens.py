@@ -72,8 +72,10 @@ def batch(vocabulary: int, stride: int):
     return rng.integers(0, vocabulary, mask.shape), mask, positions
 
 
-def decoder(name: str, family: str, stride: int = 1, legacy=False, shard="1GB", **options):
-    config = getattr(transformers, f"{family}Config")(
+def decoder(
+    name: str, family: str, stride: int = 1, legacy=False, shard="1GB", part="", **options
+):
+    config = getattr(transformers, f"{family}{part}Config")(
         vocab_size=len(WORDS),
         attn_implementation="eager",
         **{"num_hidden_layers": 2, "max_position_embeddings": 64} | options,
@@ -174,6 +176,15 @@ def main():
         "qwen3", "Qwen3", hidden_size=40, intermediate_size=48, num_attention_heads=4,
         num_key_value_heads=2, head_dim=14, tie_word_embeddings=False,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    )  # fmt: skip
+    decoder(
+        "gemma3", "Gemma3", part="Text", stride=3, num_hidden_layers=4, hidden_size=32,
+        intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=10,
+        query_pre_attn_scalar=7, sliding_window=5, sliding_window_pattern=3, pad_token_id=0,
+        max_position_embeddings=256, rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
     )  # fmt: skip
     encoder("bert_mean", "Bert", "mean", normalize=True)
     encoder("bert_cls", "Bert", "cls", normalize=False)
