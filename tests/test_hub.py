@@ -18,7 +18,7 @@ import safetensors.numpy
 
 from fedrag_jax.data.examples import Passage
 from fedrag_jax.errors import CheckpointError
-from fedrag_jax.models import hub
+from fedrag_jax.models import hub, tensors
 from fedrag_jax.models.network import Network
 from fedrag_jax.models.writing import Sampling
 from fedrag_jax.rag import RAGSystem
@@ -120,14 +120,14 @@ def test_save_refuses_what_float16_cannot_hold(tmp_path):
 
 def test_arrays_survive(tmp_path):
     tree = {"layers": {"q": {"a": jnp.arange(6.0).reshape(2, 3)}}, "b": jnp.ones(2, jnp.float16)}
-    hub.save_arrays(tree, tmp_path / "x.safetensors")
-    again = hub.load_arrays(tmp_path / "x.safetensors")
+    tensors.save_arrays(tree, tmp_path / "x.safetensors")
+    again = tensors.load_arrays(tmp_path / "x.safetensors")
     assert same(again, tree)
     with pytest.raises(CheckpointError, match=r"absent.safetensors cannot be read"):
-        hub.load_arrays(tmp_path / "absent.safetensors")
+        tensors.load_arrays(tmp_path / "absent.safetensors")
     (tmp_path / "junk.safetensors").write_bytes(b"no such format")
     with pytest.raises(CheckpointError, match=r"junk.safetensors cannot be read"):
-        hub.load_arrays(tmp_path / "junk.safetensors")
+        tensors.load_arrays(tmp_path / "junk.safetensors")
 
 
 def test_checkpoints_with_a_prefix_old_names_and_heads_load(tmp_path):
@@ -199,7 +199,7 @@ def test_a_folder_that_is_no_checkpoint(tmp_path):
     (tmp_path / "config.json").write_text("{not json")
     with pytest.raises(CheckpointError, match=r"config.json cannot be read"):
         hub.load(tmp_path)
-    with pytest.raises(CheckpointError, match="neither a folder nor a hub model"):
+    with pytest.raises(CheckpointError, match="neither a folder nor a GGUF file"):
         hub.load(tmp_path / "absent")
     with pytest.raises(CheckpointError, match="builtin:nobody is no built-in model"):
         hub.load("builtin:nobody")

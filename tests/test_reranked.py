@@ -245,7 +245,7 @@ def test_weights_that_are_pickled_alone_are_not_opened(random, tmp_path):
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=r"no model.safetensors, and pickled weights"):
         CrossEncoder.load(tmp_path)
-    with pytest.raises(CheckpointError, match="neither a folder nor a hub model"):
+    with pytest.raises(CheckpointError, match="neither a folder nor a GGUF file"):
         CrossEncoder.load(tmp_path / "absent")
 
 

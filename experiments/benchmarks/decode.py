@@ -87,7 +87,7 @@ def theirs(name, tokens, mask, count):
 
     from fedrag_jax.models import fetching
 
-    folder = fetching.folder_of(name)
+    folder = fetching.place_of(name)
     transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     model.generation_config.eos_token_id = None  # so that nothing stops, or looks whether to stop

@@ -84,7 +84,7 @@ def fastest(texts, max_length: int):
 
     from fedrag_jax.models import fetching
 
-    model = SentenceTransformer(str(fetching.folder_of(_MODEL.value)), device=None)
+    model = SentenceTransformer(str(fetching.place_of(_MODEL.value)), device=None)
     model.max_seq_length = max_length
 
     def run(size):

@@ -16,7 +16,7 @@ from fedrag_jax.data.seeds import stream
 from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.federated.callbacks import Callback
 from fedrag_jax.files import write_text
-from fedrag_jax.models import hub
+from fedrag_jax.models import tensors
 from fedrag_jax.objectives.task import PyTree, Task
 
 HELD_OUT_BATCH = 32  # questions scored at once; a ranking loss takes its negatives from these
@@ -82,7 +82,7 @@ class EarlyStopping(Callback):
 
     def trainable(self) -> PyTree:
         """The parameters that are kept."""
-        return hub.load_arrays(self.kept)
+        return tensors.load_arrays(self.kept)
 
     def _evaluate(self, state) -> None:
         began = time.perf_counter()
@@ -90,7 +90,7 @@ class EarlyStopping(Callback):
         loss = float(self.judge(trainable))
         before = [e["loss"] for e in self.evaluations]
         if not before or loss < min(before):
-            hub.save_arrays(trainable, self.kept)
+            tensors.save_arrays(trainable, self.kept)
         self.evaluations.append(
             {"round": state.round, "loss": loss, "seconds": time.perf_counter() - began}
         )

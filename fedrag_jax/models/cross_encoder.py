@@ -18,7 +18,7 @@ import safetensors.numpy
 from fedrag_jax.data.padding import clipped
 from fedrag_jax.data.prompts import plain
 from fedrag_jax.errors import CheckpointError, ConfigError
-from fedrag_jax.models import fetching, hub
+from fedrag_jax.models import fetching, hub, tensors
 from fedrag_jax.models.encoder import Encoder
 from fedrag_jax.models.families import FAMILIES, Family
 from fedrag_jax.models.fingerprint import fingerprint
@@ -93,21 +93,15 @@ class CrossEncoder:
             supported, weights that are pickled alone, or tensors that are missing, unexpected or of
             another shape (all of them at once).
         """
-        folder = fetching.folder_of(str(name_or_path))
+        folder = fetching.place_of(str(name_or_path))
         hf = hub.read_config(folder)
-        try:
+        with hub.told_by(folder / "config.json"):
             family = _family_of(hf)
             tokenizer = _tokenizer(folder, hf["vocab_size"])
             config = family.read(hf, max_length=tokenizer.model_max_length)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"{folder}/config.json: {error} is missing or malformed"
-            ) from error
-        except (CheckpointError, ConfigError) as error:
-            raise CheckpointError(f"{folder}: {error}") from error
         model = cls(
             network := Network.of(family.module, config),
-            hub.read_params(folder, family, network, jnp.float32),
+            tensors.read_params(folder, tensors.opened(folder), family, network, jnp.float32),
             tokenizer,
             str(name_or_path),
         )
@@ -124,10 +118,8 @@ class CrossEncoder:
         folder, config = pathlib.Path(path), self.network.config
         folder.mkdir(parents=True, exist_ok=True)
         family = _family(config.family)
-        tensors = hub.to_tensors(family, self.params, np.float32)
-        safetensors.numpy.save_file(
-            tensors, folder / "model.safetensors", metadata={"format": "pt"}
-        )
+        named = tensors.to_tensors(family, self.params, np.float32)
+        safetensors.numpy.save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
         self.tokenizer.save_pretrained(folder)
         special = {
             f"{n}_token_id": getattr(self.tokenizer, f"{n}_token_id") for n in ("bos", "eos", "pad")

