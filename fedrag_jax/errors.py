@@ -1,5 +1,7 @@
 """What can go wrong, by whose hand: each message names the value, the place and the remedy."""
 
+import sys
+
 
 class FedragError(ValueError):
     """Any error the package raises on purpose."""
@@ -7,6 +9,14 @@ class FedragError(ValueError):
 
 class ConfigError(FedragError):
     """A setting that cannot be honoured."""
+
+
+def missing(what: str, extra: str) -> ConfigError:
+    """An error for what an extra of this package brings: "Markdown files need bs4".
+
+    The line that installs it is for the Python that runs, so that it works from a clone, too.
+    """
+    return ConfigError(f"{what}: {sys.executable} -m pip install 'fedrag-jax[{extra}]'")
 
 
 class DataError(FedragError):

@@ -83,7 +83,7 @@ class RAGSystem:
           score_scale: of similarities in training losses and in answers that weigh passages; a smaller
             one spreads p(z|x) over more of them. 20 unless given, 1 where the similarity is no cosine.
           max_answer_tokens: of the longest answer trained on, and written unless told otherwise,
-            reasoning included; by default 16 where answers are one line, else 128.
+            reasoning included; by default 16 where answers are one line, else 256.
           seed: of the adapters' random half.
 
         Raises:

@@ -23,7 +23,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         path = urllib.parse.unquote(urllib.parse.urlparse(self.path).path).strip("/")
         if path.startswith("api/models/"):
             return self._about(*path.split("/")[2:4], tree="/tree/" in path)
-        model, _, file = path.partition(f"/resolve/{COMMIT}/")
+        model, _, rest = path.partition("/resolve/")
+        file = rest.partition("/")[2]  # after a commit, or a branch's name
         if not (ROOT / model / file).is_file():
             return self._answer(b"", status=404)
         body = (ROOT / model / file).read_bytes()

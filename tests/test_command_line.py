@@ -336,6 +336,9 @@ def test_asking_prints_answers_and_sources(system, capsys, monkeypatch):
     assert lines[1].startswith("  [1] ") and lines[2].startswith("  [2] ") and lines[3] == ""
     assert main(["ask", str(system), asked[0], "--stream", "--no-sources"]) == 0
     assert capsys.readouterr().out == expected[0].answer + "\n"
+    for more in ([], ["--stream"]):
+        assert main(["ask", str(system), asked[0], "--max-tokens", "1", *more]) == 0
+        assert "(cut after 1 tokens; --max-tokens allows more)" in capsys.readouterr().err
     for more in ([], ["--stream"], ["--json"]):
         assert main(["ask", str(system), asked[0], " ", *more]) == 1
         assert "question" in (err := capsys.readouterr().err) and "is blank: ask something" in err

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_fetching import loaded
 from tiny import logits
 
 from fedrag_jax.errors import CheckpointError
@@ -421,3 +422,16 @@ def test_of_several_files_in_a_folder_one_is_to_be_named(folders, tmp_path):
         (tmp_path / name).write_bytes(b"GGUF")
     with pytest.raises(CheckpointError, match=r"2 GGUF files: give one of \['a.gguf', 'b.gguf'\]"):
         hub.load(tmp_path)
+
+
+def test_a_file_of_a_repository_on_the_hub_is_fetched_alone(folders, tmp_path):
+    repository = tmp_path / "hub" / "owner" / "small"
+    (repository / "quantised").mkdir(parents=True)
+    gguf_writer.write(folders("llama"), repository / "quantised" / "q8.gguf", "Q8_0")
+    (repository / "other.gguf").write_bytes(b"not asked for")
+    name, absent = "owner/small/quantised/q8.gguf", "owner/small/absent.gguf"
+    found = loaded(tmp_path, name, absent)
+    assert found[name].startswith("{% for m in messages %}")
+    assert absent in found[absent]
+    assert "cannot be had from the Hugging Face hub" in found[absent]
+    assert not [*(tmp_path / "home").rglob("other.gguf")]

@@ -143,9 +143,8 @@ def test_what_encrypted_files_need_is_in_the_extra_and_named(tmp_path):
     run = subprocess.run(
         [sys.executable, "-c", code, tmp_path], check=False, capture_output=True, text=True
     )
-    assert "ConfigError" in run.stderr and run.stderr.rstrip().endswith(
-        "aes.pdf: encrypted PDF files need cryptography: pip install 'fedrag-jax[documents]'"
-    )
+    assert "aes.pdf: encrypted PDF files need cryptography: " in run.stderr
+    assert run.stderr.rstrip().endswith(f"{sys.executable} -m pip install 'fedrag-jax[documents]'")
 
 
 @pytest.mark.parametrize(
@@ -225,13 +224,21 @@ def test_an_empty_place_is_named(tmp_path):
         documents.find(tmp_path)
 
 
-def test_a_missing_library_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "pypdf", None)
-    (tmp_path / "x.pdf").write_bytes(b"")
-    with pytest.raises(
-        ConfigError, match=r"PDF files need pypdf: pip install 'fedrag-jax\[documents\]'"
-    ):
-        documents.read(tmp_path / "x.pdf", tmp_path)
+@pytest.mark.parametrize(
+    ("name", "library", "words"),
+    [
+        ("x.pdf", "pypdf", "PDF files need pypdf"),
+        ("x.md", "markdown_it", "Markdown files need markdown_it"),
+        ("x.md", "bs4", "Markdown files need bs4"),
+        ("x.html", "bs4", "HTML files need bs4"),
+    ],
+)
+def test_a_missing_library_is_named_by_what_needs_it(name, library, words, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, library, None)
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ConfigError) as told:
+        documents.read(tmp_path / name, tmp_path)
+    assert str(told.value) == f"{words}: {sys.executable} -m pip install 'fedrag-jax[documents]'"
 
 
 def tokens(text):

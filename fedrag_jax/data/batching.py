@@ -14,7 +14,7 @@ from fedrag_jax.errors import CheckpointError, ConfigError, DataError
 
 # Longest answer trained on and written unless told otherwise, EOS included: of styles whose answers
 # end with their line, and of others.
-ANSWER_TOKENS, ANSWER_TOKENS_OF_LINES = 16, 128
+ANSWER_TOKENS, ANSWER_TOKENS_OF_LINES = 16, 256
 
 
 class Prompts:
@@ -27,7 +27,7 @@ class Prompts:
       examples: those whose questions and answers set the width of training arrays.
       max_passage_tokens: longer passages are cut.
       max_answer_tokens: of the longest answer trained on and written, reasoning and EOS included; by
-        default 16 in a style whose answers end with their line, else 128.
+        default 16 in a style whose answers end with their line, else 256.
 
     Raises:
       CheckpointError: a tokenizer without EOS.

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from fedrag_jax.data.decoding import decoded
 from fedrag_jax.data.examples import require_whole
 from fedrag_jax.data.hyphens import unhyphenated
-from fedrag_jax.errors import ConfigError, DataError
+from fedrag_jax.errors import DataError, missing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +41,12 @@ def _text(path: pathlib.Path, name: str) -> Iterator[Document]:
 
 
 def _html(path: pathlib.Path, name: str) -> Iterator[Document]:
-    yield Document(name, *_of_html(decoded(path)))
+    yield Document(name, *_of_html(decoded(path), "HTML"))
 
 
 def _markdown(path: pathlib.Path, name: str) -> Iterator[Document]:
     parser = _library("markdown_it", "Markdown").MarkdownIt("commonmark").enable("table")
-    yield Document(name, *_of_html(parser.render(decoded(path))))
+    yield Document(name, *_of_html(parser.render(decoded(path)), "Markdown"))
 
 
 BLOCKS = ("p", "div", "pre", "table", "section", "article", "ul", "ol", "h1", "h2", "h3", "h4", "h5",
@@ -54,8 +54,8 @@ BLOCKS = ("p", "div", "pre", "table", "section", "article", "ul", "ol", "h1", "h
 ROWS = ("li", "tr", "br")
 
 
-def _of_html(html: str) -> tuple[str, str]:
-    bs4 = _library("bs4", "HTML")
+def _of_html(html: str, kind: str) -> tuple[str, str]:
+    bs4 = _library("bs4", kind)
     soup = bs4.BeautifulSoup(html, "html.parser")
     heading = soup.title or soup.h1
     title = " ".join(heading.get_text(" ").split()) if heading else ""
@@ -88,9 +88,7 @@ def _pdf(path: pathlib.Path, name: str) -> Iterator[Document]:
         reader = pypdf.PdfReader(path)
         locked = reader.is_encrypted and not reader.decrypt("")
     except pypdf.errors.DependencyError as error:
-        raise ConfigError(
-            f"{path}: encrypted PDF files need cryptography: pip install 'fedrag-jax[documents]'"
-        ) from error
+        raise missing(f"{path}: encrypted PDF files need cryptography", "documents") from error
     if locked:
         raise DataError(f"{path}: is encrypted with a password; save it without one")
     pages = [page.extract_text() for page in reader.pages]
@@ -150,9 +148,7 @@ def _library(name: str, kind: str):
     try:
         return __import__(name)
     except ImportError as error:
-        raise ConfigError(
-            f"{kind} files need {name}: pip install 'fedrag-jax[documents]'"
-        ) from error
+        raise missing(f"{kind} files need {name}", "documents") from error
 
 
 READERS: dict[str, Callable[[pathlib.Path, str], Iterator[Document]]] = {

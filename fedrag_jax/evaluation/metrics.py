@@ -19,7 +19,7 @@ from fedrag_jax.data.answers import (
     stands_in,
 )
 from fedrag_jax.data.label_free_prompts import UNKNOWN
-from fedrag_jax.errors import ConfigError, DataError
+from fedrag_jax.errors import ConfigError, DataError, missing
 
 # Ways to say that nothing is known: this project's own, SQuAD v2's and HotpotQA's, and plain words.
 ABSTENTIONS = (UNKNOWN, "unanswerable", "noanswer", "no answer", "I don't know", "I do not know")
@@ -186,5 +186,5 @@ def _rouge():
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
-        raise ConfigError("ROUGE-L needs rouge-score: pip install 'fedrag-jax[rouge]'") from error
+        raise missing("ROUGE-L needs rouge-score", "rouge") from error
     return RougeScorer(["rougeL"])

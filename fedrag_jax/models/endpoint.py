@@ -9,7 +9,7 @@ import functools
 import os
 from collections.abc import Iterator, Sequence
 
-from fedrag_jax.errors import ConfigError, FedragError
+from fedrag_jax.errors import ConfigError, FedragError, missing
 from fedrag_jax.models.author import Reply, Request
 from fedrag_jax.models.writing import Sampling
 
@@ -112,7 +112,5 @@ def _openai():
     try:
         import openai
     except ImportError as error:
-        raise ConfigError(
-            "an endpoint needs the openai package: pip install 'fedrag-jax[endpoint]'"
-        ) from error
+        raise missing("an endpoint needs the openai package", "endpoint") from error
     return openai

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedrag_jax.errors import CheckpointError, ConfigError
+from fedrag_jax.errors import CheckpointError, missing
 
 # Entries of a list at most, such as a vocabulary; dimensions of a tensor.
 MOST_ENTRIES, MOST_DIMENSIONS = 1 << 22, 4
@@ -44,10 +44,7 @@ class GGUFFile:
         try:
             import gguf
         except ImportError as error:
-            raise ConfigError(
-                f"{path}: GGUF files need the library gguf: pip install 'fedrag-jax[gguf]' or "
-                "pip install gguf"
-            ) from error
+            raise missing(f"{path}: GGUF files need the library gguf", "gguf") from error
         self.path, self._library = path, gguf
         try:
             self._bytes = np.memmap(path, np.uint8, "r")

@@ -9,7 +9,7 @@ import functools
 
 import jax
 
-from fedrag_jax.errors import ConfigError
+from fedrag_jax.errors import ConfigError, missing
 from fedrag_jax.models.network import flatten, unflatten
 
 FORMATS = ("int8", "int4", "nf4")
@@ -72,5 +72,5 @@ def _qwix():
     try:
         import qwix
     except ImportError as error:
-        raise ConfigError("quantised parameters need qwix: pip install qwix") from error
+        raise missing("quantised parameters need qwix", "quantized") from error
     return qwix

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from fedrag_jax.errors import ConfigError, DataError, FedragError
+from fedrag_jax.errors import ConfigError, DataError, FedragError, missing
 from fedrag_jax.inference import Response
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.retrieval.stores.source import Found
@@ -32,9 +32,7 @@ try:
     from starlette.responses import JSONResponse, StreamingResponse
     from starlette.routing import Route
 except ImportError as error:
-    raise ConfigError(
-        f"serving over HTTP needs {error.name}: pip install 'fedrag-jax[serve]'"
-    ) from error
+    raise missing(f"serving over HTTP needs {error.name}", "serve") from error
 
 MODEL = "fedrag"
 GRACE_S = 60  # for answers under way when the server is told to end

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Annotated, Any
 
 from fedrag_jax.data.examples import Passage
-from fedrag_jax.errors import ConfigError, DataError
+from fedrag_jax.errors import ConfigError, DataError, missing
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.retrieval.stores.knowledge import Found
 
@@ -21,9 +21,7 @@ try:
     from langchain_core.runnables.utils import AddableDict
     from pydantic import AfterValidator, ConfigDict, Field
 except ImportError as error:
-    raise ConfigError(
-        f"the bridge to LangChain needs langchain-core ({error}): pip install 'fedrag-jax[langchain]'"
-    ) from error
+    raise missing(f"the bridge to LangChain needs langchain-core ({error})", "langchain") from error
 
 
 def _is_system(value) -> RAGSystem:

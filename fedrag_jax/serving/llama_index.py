@@ -12,7 +12,7 @@ import numpy as np
 
 from fedrag_jax import inference
 from fedrag_jax.data.examples import Passage
-from fedrag_jax.errors import ConfigError
+from fedrag_jax.errors import ConfigError, missing
 from fedrag_jax.models.writing import Sampling
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.retrieval.similarity import unit
@@ -38,9 +38,8 @@ try:
     from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle, TextNode
     from llama_index.core.settings import Settings
 except ImportError as error:
-    raise ConfigError(
-        f"the bridge to LlamaIndex needs llama-index-core ({error}): "
-        "pip install 'fedrag-jax[llama-index]'"
+    raise missing(
+        f"the bridge to LlamaIndex needs llama-index-core ({error})", "llama-index"
     ) from error
 
 _dispatcher = get_dispatcher(__name__)

@@ -11,7 +11,7 @@ import anyio
 from pydantic import BaseModel, Field
 
 import fedrag_jax
-from fedrag_jax.errors import ConfigError, FedragError
+from fedrag_jax.errors import ConfigError, FedragError, missing
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.retrieval.stores.source import Found
 from fedrag_jax.serving.address import listening
@@ -22,9 +22,7 @@ try:
     from mcp.server.mcpserver.exceptions import ToolError
     from mcp.types import ToolAnnotations
 except ImportError as error:
-    raise ConfigError(
-        "serving MCP needs the package mcp, 2 or newer: pip install 'fedrag-jax[mcp]'"
-    ) from error
+    raise missing("serving MCP needs the package mcp, 2 or newer", "mcp") from error
 
 TRANSPORTS = ("stdio", "http")
 MOST_PASSAGES = 100

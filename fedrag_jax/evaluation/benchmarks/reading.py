@@ -19,7 +19,7 @@ from fedrag_jax.data.json_lines import (
     string_of,
     strings_of,
 )
-from fedrag_jax.errors import ConfigError, DataError
+from fedrag_jax.errors import ConfigError, DataError, missing
 from fedrag_jax.evaluation.benchmarks.hub_rows import Question, beir_document
 from fedrag_jax.evaluation.benchmarks.sets import BenchmarkSet
 
@@ -253,9 +253,7 @@ class _Hub(NamedTuple):
         try:
             import datasets
         except ImportError as error:
-            raise ConfigError(
-                "reading benchmarks from the hub needs datasets: pip install 'fedrag-jax[benchmarks]'"
-            ) from error
+            raise missing("reading benchmarks from the hub needs datasets", "benchmarks") from error
         try:
             # A folder of files alone, without the hub's README, has no configurations by name.
             bare = os.path.isdir(self.repo) and datasets.get_dataset_config_names(self.repo) == [

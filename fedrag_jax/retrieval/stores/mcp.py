@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
-from fedrag_jax.errors import ConfigError, DataError, FedragError
+from fedrag_jax.errors import ConfigError, DataError, FedragError, missing
 from fedrag_jax.retrieval.stores.knowledge import StoreUnreachable
 from fedrag_jax.retrieval.stores.mcp_replies import USUAL, Shape, read
 from fedrag_jax.retrieval.stores.source import Found, PassageSource, strings
@@ -281,7 +281,5 @@ def _library():
     try:
         from fedrag_jax.retrieval.stores import mcp_link
     except ImportError as error:
-        raise ConfigError(
-            "asking an MCP server needs the package mcp, 2 or newer: pip install 'fedrag-jax[mcp]'"
-        ) from error
+        raise missing("asking an MCP server needs the package mcp, 2 or newer", "mcp") from error
     return mcp_link

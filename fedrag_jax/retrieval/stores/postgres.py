@@ -11,7 +11,7 @@ from typing import Any, Self
 import numpy as np
 
 from fedrag_jax.data.examples import Passage
-from fedrag_jax.errors import ConfigError
+from fedrag_jax.errors import ConfigError, missing
 from fedrag_jax.retrieval.stores.knowledge import Found, KnowledgeStore, StoreUnreachable
 
 COLUMNS = ("id", "title", "text", "topic")
@@ -246,7 +246,5 @@ def _psycopg():
         import pgvector.psycopg  # noqa: F401
         import psycopg
     except ImportError as error:
-        raise ConfigError(
-            "PostgreSQL needs psycopg and pgvector: pip install 'fedrag-jax[postgres]'"
-        ) from error
+        raise missing("PostgreSQL needs psycopg and pgvector", "postgres") from error
     return psycopg

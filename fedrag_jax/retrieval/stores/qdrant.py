@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 
 from fedrag_jax.data.examples import Passage
-from fedrag_jax.errors import ConfigError
+from fedrag_jax.errors import ConfigError, missing
 from fedrag_jax.retrieval.stores.knowledge import Found, KnowledgeStore, StoreUnreachable
 from fedrag_jax.retrieval.stores.lines import read_pairs, write_pairs
 
@@ -237,5 +237,5 @@ def _qdrant():
     try:
         import qdrant_client
     except ImportError as error:
-        raise ConfigError("Qdrant needs qdrant-client: pip install 'fedrag-jax[qdrant]'") from error
+        raise missing("Qdrant needs qdrant-client", "qdrant") from error
     return qdrant_client

@@ -13,7 +13,7 @@ from typing import Any, Self
 from tokenizers import Regex, normalizers
 
 from fedrag_jax.data.examples import Passage, embedding_text
-from fedrag_jax.errors import CheckpointError, ConfigError
+from fedrag_jax.errors import CheckpointError, ConfigError, missing
 from fedrag_jax.retrieval.stores.knowledge import Found, KnowledgeStore
 from fedrag_jax.retrieval.stores.lines import LINES, read_lines, write_lines
 
@@ -206,5 +206,5 @@ def _tantivy():
     try:
         import tantivy
     except ImportError as error:
-        raise ConfigError("BM25 needs tantivy: pip install 'fedrag-jax[bm25]'") from error
+        raise missing("BM25 needs tantivy", "bm25") from error
     return tantivy

@@ -66,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
                 _print_json(question, response)
             else:
                 print(harmless(response.answer))
+                _tell_cut(response.finish, how, system)
                 if not args.no_sources:
                     _print_sources(response.sources, response.scores, response.cited)
     return 0
@@ -98,9 +99,17 @@ def _stream(system, question: str, how, args) -> None:
     for piece in pieces:
         print(harmless(piece), end="", flush=True)
     print()
+    _tell_cut(pieces.finish, how, system)
     if not args.no_sources:
         named = system.cited(pieces.reasoning, passages)
         _print_sources(passages, [f.score for f in found], named)
+
+
+def _tell_cut(finish: str, how, system) -> None:
+    """Says so on the standard error if an answer ended with its limit."""
+    if finish == "length":
+        limit = how.get("max_new_tokens", system.prompts.max_answer_tokens)
+        print(f"(cut after {limit} tokens; --max-tokens allows more)", file=sys.stderr)
 
 
 def _print_json(question: str, response) -> None:
