@@ -260,7 +260,8 @@ class Reading(NamedTuple):
 
     Attributes:
       reasoning: what was written before the answer, such as a citation; "" if nothing was.
-      finish: "stop", or "length" where `max_new_tokens` cut the text.
+      finish: "stop"; "length" where `max_new_tokens` cut the text; "repetition" where it began to
+        repeat itself, and ends before.
       tokens: of the prompts, all of them, and of the text that the answer is from, its end included.
     """
 

@@ -108,7 +108,7 @@ def test_answers_go_over_lines_but_where_a_table_counts_them(model, style, answe
     system = dataclasses.replace(system, decoder=wrote.network, generator=generator, adapters=None)
     assert system.answer(["Where?"], [[0]]) == [answer]
     assert "".join(system.stream("Where?", [0])) == answer
-    assert system.prompts.max_answer_tokens == (128 if answer else 16)
+    assert system.prompts.max_answer_tokens == (256 if answer else 16)
 
 
 @pytest.mark.parametrize("every", [1, 4, 16])
@@ -134,6 +134,33 @@ def test_what_could_begin_a_stop_string_is_sent_when_it_does_not(model):
     assert "".join(scripted(model, TEXT).stream(ONE, sampling, 1)) == TEXT
     (whole,) = scripted(model, TEXT).complete([ONE], sampling)
     assert (whole.text, whole.finish) == (TEXT, "stop")
+
+
+CIRCLE = "The server is a server that is made of servers and of silos. "
+
+
+@pytest.mark.parametrize("every", [1, 4, 16])
+@pytest.mark.parametrize(
+    ("text", "expected", "finish"),
+    [
+        ("First. " + CIRCLE * 5, "First. " + CIRCLE.strip(), "repetition"),
+        (CIRCLE * 2 + "Then it went on.", CIRCLE * 2 + "Then it went on.", "stop"),
+        (
+            "| a | b | c | d |\n|---|---|---|---|\n",
+            "| a | b | c | d |\n|---|---|---|---|\n",
+            "stop",
+        ),
+        ("no, " * 40, "no, no, no", "repetition"),
+    ],
+)
+def test_texts_that_go_round_in_circles_end(model, text, expected, finish, every):
+    sampling = Sampling(max_new_tokens=250)
+    writer = scripted(model, text)
+    (whole,) = writer.complete([ONE], sampling)
+    assert whole.finish == finish
+    assert whole.text.strip() == expected.strip()
+    assert "".join(writer.stream(ONE, sampling, every)) == whole.text
+    assert len(whole.tokens) == len(whole.log_probs)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

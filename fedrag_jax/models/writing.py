@@ -21,6 +21,9 @@ _ROWS_ACCELERATOR = 64
 _ROWS_SEARCHED = {"cpu": 20}
 _ROWS_SEARCHED_ACCELERATOR = 256
 _IN_FLIGHT = {"cpu": 4}  # such chunks decoded at once: one alone keeps two cores half busy
+# A text that repeats itself ends: small models do not stop by themselves. What is said again is so many
+# tokens at least, then the same twice more, so many tokens in all at least.
+_SHORTEST_REPEATED, _FEWEST_REPEATED = 4, 32
 _UNFINISHED = "\ufffd"  # what a character of which bytes are missing is decoded to
 
 
@@ -67,10 +70,11 @@ class Completion(NamedTuple):
     """What was written after a prompt.
 
     Attributes:
-      text: without special tokens, and without the stop string and what follows it. Of a character
-        of which the last bytes are missing, it has none.
-      finish: "stop" for a stop token or a stop string, "length" for neither.
-      tokens: int32 [N], the one that ended the text included.
+      text: without special tokens, and without the stop string and what follows it, or what was said
+        for the second time and again. Of a character of which the last bytes are missing, it has none.
+      finish: "stop" for a stop token or a stop string, "repetition" where the text went round in
+        circles, "length" for none of these.
+      tokens: int32 [N], the one that ended the text included; without repetitions.
       log_probs: float32 [N], of these tokens; see `decoding.Generated`.
     """
 
@@ -183,7 +187,7 @@ class Writer:
         """The text that `complete` gives for this prompt alone, in pieces of a few tokens; returns it.
 
         What may yet change is held back: a character of which bytes are missing, and what could be the
-        beginning of a stop string.
+        beginning of a stop string or of a repetition.
 
         Args:
           every: tokens between two pieces, at most 16.
@@ -193,7 +197,7 @@ class Writer:
         """
         sampling, sent = sampling or Sampling(), 0
         for (text,) in self._texts([prompt], np.zeros(1), sampling, every):
-            ready = text.text if text.finish else _settled(text.text, sampling.stop)
+            ready = text.text if text.finish else _settled(text.settled, sampling.stop)
             if len(ready) > sent:
                 yield ready[sent:]
                 sent = len(ready)
@@ -255,6 +259,12 @@ class _Text:
     def text(self) -> str:
         return self._decode(len(self._tokens)) if self._cut is None else self._cut
 
+    @property
+    def settled(self) -> str:
+        """The text without what may turn out to be a repetition."""
+        count = len(self._tokens)
+        return self._decode(count - max(_repeated(self._tokens, count).values(), default=0))
+
     def add(self, tokens: np.ndarray, log_probs: np.ndarray) -> None:
         if self.finish:
             return
@@ -269,8 +279,21 @@ class _Text:
             end = next(n for n in range(seen + 1, len(self._tokens) + 1) if self._found(n))
             self.finish, self._cut = "stop", self._decode(end)[: min(self._found(end))]
             self._tokens, self._log_probs = self._tokens[:end], self._log_probs[:end]
+        elif (end := self._end_before_repetition(seen)) is not None:
+            self.finish = "repetition"
+            self._tokens, self._log_probs = self._tokens[:end], self._log_probs[:end]
         elif not self.finish and len(self._tokens) >= self._sampling.max_new_tokens:
             self.finish = "length"
+
+    def _end_before_repetition(self, seen: int) -> int | None:
+        """Where a text that goes round in circles ends for the first time; token by token, as above."""
+        for count in range(seen + 1, len(self._tokens) + 1):
+            for period, length in _repeated(self._tokens, count).items():
+                if length >= max(2 * period, _FEWEST_REPEATED):
+                    # What comes round again may begin with the full stop before it.
+                    end = count - length
+                    return end + self._decode(end + 1).endswith((".", "!", "?"))
+        return None
 
     def completion(self) -> Completion:
         return Completion(self.text, self.finish, self._tokens, self._log_probs)
@@ -289,6 +312,16 @@ class _Text:
             tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return text.rstrip(_UNFINISHED)
+
+
+def _repeated(tokens: np.ndarray, count: int) -> dict[int, int]:
+    """Of each distance, how many of the last of `count` tokens are those that distance before."""
+    found = {}
+    for period in range(_SHORTEST_REPEATED, count):
+        if tokens[count - 1] == tokens[count - 1 - period]:
+            same = tokens[period:count] == tokens[: count - period]
+            found[period] = len(same) if same.all() else int(np.argmin(same[::-1]))
+    return found
 
 
 def _settled(text: str, stop: tuple[str, ...]) -> str:

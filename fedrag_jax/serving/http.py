@@ -161,11 +161,21 @@ def _whole(response: Response) -> dict[str, Any]:
     return {
         "object": "chat.completion",
         "choices": [
-            {"index": 0, "message": message, "logprobs": None, "finish_reason": response.finish}
+            {
+                "index": 0,
+                "message": message,
+                "logprobs": None,
+                "finish_reason": _reason(response.finish),
+            }
         ],
         "usage": _usage(response.tokens),
         "fedrag": _grounds(found, response.cited),
     }
+
+
+def _reason(finish: str) -> str:
+    """In OpenAI's words, which has none for a text that began to repeat itself."""
+    return "stop" if finish == "repetition" else finish
 
 
 def _grounds(found, cited) -> dict[str, Any]:
@@ -202,7 +212,7 @@ async def _events(written: Written, told: dict[str, Any], counted: bool):
         except FedragError as error:
             yield f"data: {json.dumps({'error': {'message': str(error)}})}\n\n"
             return
-        yield event({}, written.finish(), fedrag=_grounds(written.found, written.cited()))
+        yield event({}, _reason(written.finish()), fedrag=_grounds(written.found, written.cited()))
         if counted:
             yield chunk([], usage=_usage(written.tokens()))
         yield "data: [DONE]\n\n"

@@ -106,7 +106,9 @@ def _stream(system, question: str, how, args) -> None:
 
 
 def _tell_cut(finish: str, how, system) -> None:
-    """Says so on the standard error if an answer ended with its limit."""
+    """Says so on the standard error if an answer did not end by itself."""
+    if finish == "repetition":
+        print("(stopped where it began to repeat itself)", file=sys.stderr)
     if finish == "length":
         limit = how.get("max_new_tokens", system.prompts.max_answer_tokens)
         print(f"(cut after {limit} tokens; --max-tokens allows more)", file=sys.stderr)
