@@ -206,11 +206,11 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> float32 [..., V]."""
+        wide = jnp.promote_types(hidden.dtype, jnp.float32)
         if self.config.tie_embeddings:
-            logits = hidden @ self.embed.embedding[...].T
-        else:
-            logits = self.lm_head(hidden)
-        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+            table = self.embed.embedding[...]
+            return jnp.matmul(hidden, table.T, preferred_element_type=wide)
+        return self.lm_head(hidden, wide)
 
     def _embedded(self, tokens):
         hidden = self.embed(tokens)
