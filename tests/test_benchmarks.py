@@ -69,13 +69,14 @@ def test_federated_round_against_pytorch():
     assert len(report["ms_per_client_step"]) == 4
 
 
+@pytest.mark.parametrize("kv", [4, 2])
 @pytest.mark.parametrize("scored", [4, 31], ids=["answers", "all"])
-def test_operations_are_those_of_the_traced_gradient(scored):
-    sizes = {"hidden": 128, "intermediate": 512, "vocabulary": 1024, "rank": 4}
+def test_operations_are_those_of_the_traced_gradient(scored, kv):
+    sizes = {"hidden": 128, "intermediate": 512, "vocabulary": 1024, "rank": 4, "keys": 32 * kv}
     layers, tokens, rows = 3, 32, 2
     config = DecoderConfig(
         vocab_size=1024, hidden_size=128, intermediate_size=512, num_layers=layers, num_heads=4,
-        num_kv_heads=4, head_dim=32, remat=False,
+        num_kv_heads=kv, head_dim=32, remat=False,
     )  # fmt: skip
     base = Network.of(Decoder, config)
     network = add_lora(base, LoraConfig(4, 8.0, federated_round.TARGETS))

@@ -2,6 +2,7 @@
 
     JAX_PLATFORMS=cpu python -m experiments.benchmarks.decode --batch=8
     JAX_PLATFORMS=cpu python -m experiments.benchmarks.decode --model=path/to/decoder --batch=32
+    JAX_PLATFORMS=cpu python -m experiments.benchmarks.decode --model=smollm2 --prompt_tokens=448
 
 Both read one folder, in float32, and continue one left-padded batch of random tokens by as many tokens,
 without stopping early; both must write the same ones. They take turns, the first turn of each
@@ -12,12 +13,13 @@ it does by default: scaled-dot-product attention, inference mode, a thread a cor
 import importlib.util
 import json
 import statistics
+import tempfile
 import time
 
 import numpy as np
 from absl import app, flags
 
-_MODEL = flags.DEFINE_string("model", "builtin:decoder", "folder of a decoder")
+_MODEL = flags.DEFINE_string("model", "builtin:decoder", "name, folder or file of a decoder")
 _BATCH = flags.DEFINE_integer("batch", 8, "prompts decoded together", lower_bound=1)
 _PROMPT = flags.DEFINE_integer("prompt_tokens", 64, "tokens of the longest prompt", lower_bound=2)
 _NEW = flags.DEFINE_integer("new_tokens", 64, "tokens written after each", lower_bound=1)
@@ -36,7 +38,7 @@ def main(argv):
     tokens, mask = prompts(_BATCH.value, _PROMPT.value, model.network.config.vocab_size)
     runs = {
         "ours": ours(model, tokens, mask, _NEW.value),
-        "transformers": theirs(_MODEL.value, tokens, mask, _NEW.value),
+        "transformers": theirs(model, tokens, mask, _NEW.value),
     }
     written = {name: run() for name, run in runs.items()}
     same = np.mean(written["ours"] == written["transformers"])
@@ -80,16 +82,18 @@ def ours(model, tokens, mask, count):
     return lambda: generate(model.network, model.params, tokens, mask, max_new_tokens=count).tokens
 
 
-def theirs(name, tokens, mask, count):
+def theirs(decoder, tokens, mask, count):
     """As `ours`, by transformers."""
     import torch
     import transformers
 
-    from fedrag_jax.models import fetching
+    from fedrag_jax.models import hub
 
-    folder = fetching.place_of(name)
     transformers.utils.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        hub.save(decoder, folder)
+        load = transformers.AutoModelForCausalLM.from_pretrained
+        model = load(folder, dtype=torch.float32).eval()
     model.generation_config.eos_token_id = None  # so that nothing stops, or looks whether to stop
     inputs = {"input_ids": torch.tensor(tokens), "attention_mask": torch.tensor(mask).long()}
 

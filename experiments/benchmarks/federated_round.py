@@ -2,6 +2,7 @@
 
     JAX_PLATFORMS=cpu python -m experiments.benchmarks.federated_round
     JAX_PLATFORMS=cpu python -m experiments.benchmarks.federated_round --clients=8 --repeats=9
+    JAX_PLATFORMS=cpu python -m experiments.benchmarks.federated_round --model=smollm2
 
 Both average the same adapters on all linear layers of the same decoder, in float32, after the same
 local steps of AdamW on the same batches; both must come to the same adapters. PyTorch trains one client
@@ -28,11 +29,17 @@ from experiments.benchmarks.peak import product_peak
 from experiments.launch import virtual_devices
 from fedrag_jax.models.network import WRITTEN_OUT
 
-_CLIENTS = flags.DEFINE_list("clients", ["1", "8", "32"], "of a round; each number is a row")
+_MODEL = flags.DEFINE_string(
+    "model",
+    "",
+    "a decoder by name, in place of a random one of the sizes below; with 8 clients, sequences of 256 "
+    "tokens and 12 of them answers unless told otherwise",
+)
+_CLIENTS = flags.DEFINE_list("clients", None, "of a round; each number is a row (1,8,32)")
 _STEPS = flags.DEFINE_integer("local_steps", 2, "of each client", lower_bound=1)
 _BATCH = flags.DEFINE_integer("batch_size", 4, "sequences in a step", lower_bound=1)
-_TOKENS = flags.DEFINE_integer("tokens", 128, "of a sequence with its answer", lower_bound=3)
-_ANSWER = flags.DEFINE_integer("answer_tokens", 16, "of these, the last", lower_bound=1)
+_TOKENS = flags.DEFINE_integer("tokens", None, "of a sequence with its answer (128)", lower_bound=3)
+_ANSWER = flags.DEFINE_integer("answer_tokens", None, "of these, the last (16)", lower_bound=1)
 _LAYERS = flags.DEFINE_integer("layers", 6, "of the decoder", lower_bound=1)
 _HIDDEN = flags.DEFINE_integer("hidden_size", 256, "of the decoder", lower_bound=2)
 _INTERMEDIATE = flags.DEFINE_integer("intermediate_size", 1024, "of the decoder", lower_bound=1)
@@ -63,6 +70,21 @@ ADAMW = {"lr": 1e-3, "eps": 1e-4, "weight_decay": 1e-2}
 SIZES = 512, 1024, 2048, 4096  # of the products whose speed is the machine's
 
 
+def clients() -> list[int]:
+    """Of the rounds that are timed."""
+    return list(map(int, _CLIENTS.value or (["8"] if _MODEL.value else ["1", "8", "32"])))
+
+
+def length() -> int:
+    """Tokens of a sequence."""
+    return _TOKENS.value or (256 if _MODEL.value else 128)
+
+
+def answer() -> int:
+    """Tokens of an answer."""
+    return _ANSWER.value or (12 if _MODEL.value else 16)
+
+
 def main(argv):
     del argv
     if importlib.util.find_spec("torch") is None or importlib.util.find_spec("peft") is None:
@@ -75,10 +97,10 @@ def main(argv):
     network, params, adapters = decoder()
     say(f"a decoder of {sum(x.size for x in jax.tree.leaves(params)):,} parameters")
     written = "written out" if network.config.unroll else "in a loop, recomputed backward"
-    tried = ", ".join(["eager", *(f"compiled ({mode})" for mode in modes())])
-    say(f"our {_LAYERS.value} layers are {written}; PyTorch is tried {tried}")
-    counts = list(map(int, _CLIENTS.value))
-    tokens = batches(max(counts))
+    tried = ", ".join(["eager", *(f"compiled ({mode})" for mode in modes(network))])
+    say(f"our {network.config.num_layers} layers are {written}; PyTorch is tried {tried}")
+    counts = clients()
+    tokens = batches(max(counts), network.config.vocab_size)
     with tempfile.TemporaryDirectory() as folder:
         theirs, tried = pytorch(network, params, adapters, tokens, pathlib.Path(folder))
     runs = {
@@ -100,14 +122,14 @@ def main(argv):
         "vs_pytorch_full": seconds["pytorch_full"] / seconds["ours_full"],
         "vs_pytorch_answers": seconds["pytorch_answers"] / seconds["ours_answers"],
         "vs_pytorch_as_users_write_it": seconds["pytorch_full"] / seconds["ours_answers"],
-        "fraction_of_peak": operations(answers_only=True) / seconds["ours_answers"] / best,
-        "fraction_of_peak_full": operations(answers_only=False) / seconds["ours_full"] / best,
+        "fraction_of_peak": operations(network, True) / seconds["ours_answers"] / best,
+        "fraction_of_peak_full": operations(network, False) / seconds["ours_full"] / best,
     }
     report = {name: round(value, 3) for name, value in report.items()} | {
         "clients": count,
         "ms_per_client_step": {name: round(1e3 * s, 2) for name, s in seconds.items()},
         "peak_gflops": round(best / 1e9, 1),
-        "gflop_per_step": round(operations(answers_only=True) / 1e9, 3),
+        "gflop_per_step": round(operations(network, True) / 1e9, 3),
         "pytorch": {name: theirs[name].name for name in theirs},
         "device": jax.devices()[0].device_kind,
         "threads": len(os.sched_getaffinity(0)),
@@ -129,10 +151,10 @@ def first(name: str, run, tokens):
     return found
 
 
-def modes() -> list[str]:
+def modes(network) -> list[str]:
     """Of torch.compile."""
     if _MODES.value is None:
-        return ["default"] if _LAYERS.value <= WRITTEN_OUT else []
+        return ["default"] if network.config.num_layers <= WRITTEN_OUT else []
     return [*filter(None, _MODES.value)]
 
 
@@ -152,7 +174,7 @@ def require_equal(results) -> None:
     mine, losses = results["ours_answers"]
     for name, (adapters, found) in results.items():
         apart = max(np.abs(x - mine[key]).max() for key, x in adapters.items())
-        loss_apart = np.abs(np.subtract(found, losses)).max() / _ANSWER.value
+        loss_apart = np.abs(np.subtract(found, losses)).max() / answer()
         # A step of AdamW moves a number by `lr` at most; rounding may move it by a hundredth of that.
         if adapters.keys() != mine.keys() or apart > 0.01 * ADAMW["lr"] or loss_apart > 1e-4:
             raise SystemExit(
@@ -162,9 +184,10 @@ def require_equal(results) -> None:
 
 
 def decoder():
-    """`(network with adapters, params, adapters)`, random; no B is zero, or A would get no gradient."""
+    """`(network with adapters, params, adapters)`; no B is zero, or A would get no gradient."""
     import jax
 
+    from fedrag_jax.models import hub
     from fedrag_jax.models.decoder import Decoder, DecoderConfig
     from fedrag_jax.models.lora import LoraConfig, add_lora, init_adapters
     from fedrag_jax.models.network import Network, flatten, unflatten
@@ -178,21 +201,25 @@ def decoder():
         num_kv_heads=_HEADS.value,
         head_dim=_HIDDEN.value // _HEADS.value,
     )
-    always = {None: WRITTEN_OUT, True: config.num_layers, False: 0}
-    base = Network.of(Decoder, config).written_out(always[_UNROLL.value])
+    key, params = jax.random.key(0), None
+    base = Network.of(Decoder, config)
+    if _MODEL.value:
+        model = hub.given(_MODEL.value, "model", "decoder")
+        base, params = model.network, model.params
+    always = {None: WRITTEN_OUT, True: base.config.num_layers, False: 0}
+    base = base.written_out(always[_UNROLL.value])
     network = add_lora(base, LoraConfig(_RANK.value, 2.0 * _RANK.value, TARGETS))
-    key = jax.random.key(0)
     adapters = unflatten(
         (path, x if path[-1] == "lora_a" else 0.01 * jax.random.normal(key, x.shape))
         for path, x in flatten(init_adapters(network, key))
     )
-    return network, base.init(key), adapters
+    return network, base.init(key) if params is None else params, adapters
 
 
-def batches(clients: int) -> np.ndarray:
+def batches(count: int, vocabulary: int) -> np.ndarray:
     """Random tokens [K, S, B, T]."""
-    shape = clients, _STEPS.value, _BATCH.value, _TOKENS.value
-    return np.random.default_rng(0).integers(0, _VOCABULARY.value, shape, dtype=np.int32)
+    shape = count, _STEPS.value, _BATCH.value, length()
+    return np.random.default_rng(0).integers(0, vocabulary, shape, dtype=np.int32)
 
 
 def ours(network, params, adapters, answers_only: bool):
@@ -236,12 +263,12 @@ def ours(network, params, adapters, answers_only: bool):
 def columns(tokens: np.ndarray, answers_only: bool) -> dict[str, np.ndarray]:
     """The table of `AnswerLoss` for tokens [N, T]: all but the first are scored, or answers only."""
     n, t = tokens.shape
-    scored = np.arange(t - _ANSWER.value if answers_only else 1, t, dtype=np.int32)
+    scored = np.arange(t - answer() if answers_only else 1, t, dtype=np.int32)
     return {
         "tokens": tokens[:, None],
         "lengths": np.full((n, 1), t, np.int32),
         "answer_positions": np.tile(scored, (n, 1, 1)),
-        "answer_mask": np.tile((scored >= t - _ANSWER.value).astype(np.float32), (n, 1)),
+        "answer_mask": np.tile((scored >= t - answer()).astype(np.float32), (n, 1)),
     }
 
 
@@ -268,13 +295,13 @@ def pytorch(network, params, adapters, tokens, folder: pathlib.Path):
     found, tried = {}, {}
     for kind in ("full", "answers"):
         run, seconds = torch_round.fastest(
-            (None, *modes()),
+            (None, *modes(network)),
             tokens,
             say,
             folder=folder / "decoder",
             adapters=folder / "adapters",
             scored=kind == "answers",
-            answer=_ANSWER.value,
+            answer=answer(),
             **ADAMW,
         )
         found[kind] = run
@@ -282,16 +309,18 @@ def pytorch(network, params, adapters, tokens, folder: pathlib.Path):
     return found, tried
 
 
-def operations(answers_only: bool) -> float:
+def operations(network, answers_only: bool) -> float:
     """Those of a local step."""
-    scored = _ANSWER.value if answers_only else _TOKENS.value - 1
+    c, scored = network.config, answer() if answers_only else length() - 1
     return _BATCH.value * products(
-        _LAYERS.value, _HIDDEN.value, _INTERMEDIATE.value, _VOCABULARY.value, _RANK.value,
-        _TOKENS.value, scored,
+        c.num_layers, c.hidden_size, c.intermediate_size, c.vocab_size, _RANK.value, length(), scored,
+        c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim,
     )  # fmt: skip
 
 
-def products(layers, hidden, intermediate, vocabulary, rank, tokens, scored) -> float:
+def products(
+    layers, hidden, intermediate, vocabulary, rank, tokens, scored, queries=None, keys=None
+) -> float:
     """Floating-point operations of the products that one sequence of a LoRA step needs.
 
     A multiplication and an addition are two. Of a layer with P frozen numbers in its matrices, R in
@@ -305,15 +334,19 @@ def products(layers, hidden, intermediate, vocabulary, rank, tokens, scored) -> 
     A scored position takes 2 D V forward and 2 D V backward, V the size of the vocabulary. The last
     layer needs the keys and values of all tokens, but the rest at scored positions alone. What is
     computed twice, or for nothing, does not count.
+
+    Args:
+      queries, keys: widths of all heads together, of queries and of keys and values; `hidden` each.
     """
     d, f, t = hidden, intermediate, tokens
+    q, k = queries or d, keys or d
 
     def linear(*sizes):
         return sum(4 * i * o + 6 * rank * (i + o) for i, o in sizes)
 
-    keys_values, others = linear((d, d), (d, d)), linear((d, d), (d, d), (d, f), (d, f), (f, d))
-    layer = t * (keys_values + others) + 12 * d * t * (t + 1) / 2
-    last = t * keys_values + scored * others + 12 * d * sum(range(t - scored, t))
+    keys_values, others = linear((d, k), (d, k)), linear((d, q), (q, d), (d, f), (d, f), (f, d))
+    layer = t * (keys_values + others) + 12 * q * t * (t + 1) / 2
+    last = t * keys_values + scored * others + 12 * q * sum(range(t - scored, t))
     return (layers - 1) * layer + last + 4 * scored * d * vocabulary
 
 
