@@ -24,10 +24,10 @@ retrieval: $(VENV)/tested  ## query-side tuning of MiniLM on SQuAD and HotpotQA
 
 test: $(VENV)/tested  ## the test suite
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=15
 
 test-slow: $(VENV)/tested  ## tests that take minutes, such as those of several processes
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow --durations=15
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -39,7 +39,7 @@ class Study:
                 f"{'a silo has' if config.silos else 'there are'} {least}; lower them, or raise "
                 "config.data.passages"
             )
-        self.test_clusters = clusters(self.test, self.passages)
+        self.test_clusters = clusters([e.positive_ids for e in self.test], self.passages)
         self.systems = {}
         self.contexts = functools.lru_cache(self._contexts)
 

@@ -26,7 +26,7 @@ class Comparison:
             "generator": load_generator(config.models),
             "retriever": load_retriever(config.models),
         }
-        self.test_clusters = clusters(dataset.test, dataset.passages)
+        self.test_clusters = clusters([e.positive_ids for e in dataset.test], dataset.passages)
         self.systems = {}  # and the seconds their corpus takes to embed
         if config.federated.column == "topic":
             self.dataset = with_topics(dataset, self.system(config.seeds[0]).retriever)

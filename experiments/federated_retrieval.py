@@ -110,7 +110,7 @@ def run(config, runs: str) -> pathlib.Path:
     retriever = Retriever.build(hub.load(config.retriever), dataset.passages, progress=True)
     questions = retriever.embed_questions([e.question for e in test])
     topics = [p.topic for p in dataset.passages]
-    together = clusters(test, dataset.passages)
+    together = clusters([e.positive_ids for e in test], dataset.passages)
     column = topics if any(topics) else kmeans_labels(retriever.vectors)
 
     def row(silos_of_seed, **settings):

@@ -140,7 +140,7 @@ def compute_cell(study: Study, method: str, setting: str, seed: int, split: int)
     found = [rank_scores(retriever, test) for retriever in retrievers]
     scores = {metric: np.mean([f[metric] for f in found], axis=0) for metric in found[0]}
     cost = sum((c for tuner in tuners for c in tuner.costs.values()), Cost())
-    about = clusters(test, study.dataset.passages)
+    about = clusters([e.positive_ids for e in test], study.dataset.passages)
     curves = training_curves(tuners)
     return cells.Cell(method, setting, seed, split, scores, {}, [], cost, curves, about)
 

@@ -354,7 +354,7 @@ def test_clusters_are_questions_about_one_article():
     asked = [about("1", "a1"), about("2", "a2"), about("3", "b"), about("4", "b", "c"),
              about("5"), about("6", "c"), about("7")]  # fmt: skip
     # Two passages of one article; a shared passage; what shares one with either; nothing shared.
-    assert clusters(asked, passages).tolist() == [0, 0, 1, 1, 2, 1, 3]
+    assert clusters([e.positive_ids for e in asked], passages).tolist() == [0, 0, 1, 1, 2, 1, 3]
     assert clusters([], passages).tolist() == []
 
 
@@ -364,8 +364,9 @@ def test_a_sample_of_a_sorted_file_is_of_many_articles():
 
     squad = load("squad")
     some = sample(squad.test, 500, seed=0)
-    assert len({*clusters(squad.test[:500], squad.passages)}) == 1  # one article: Super Bowl 50
-    assert len({*clusters(some, squad.passages)}) > 40
+    first = [e.positive_ids for e in squad.test[:500]]
+    assert len({*clusters(first, squad.passages)}) == 1  # one article: Super Bowl 50
+    assert len({*clusters([e.positive_ids for e in some], squad.passages)}) > 40
     place = {e.id: i for i, e in enumerate(squad.test)}
     assert [place[e.id] for e in some] == sorted({place[e.id] for e in some})
     assert some == sample(squad.test, 500, seed=0) != sample(squad.test, 500, seed=1)

@@ -77,11 +77,15 @@ def reading_text(passage: Passage) -> str:
     return passage.text if passage.title in passage.text else embedding_text(passage)
 
 
-def clusters(examples: Sequence[Example], passages: Sequence[Passage]) -> np.ndarray:
+def clusters(golds: Sequence[Sequence[str]], passages: Sequence[Passage]) -> np.ndarray:
     """int [Q]: questions of one number are about one article, or share a gold passage.
 
     Passages of one title are one article. Their questions are not independent of each other, and
     resampling takes them together. A question without gold passages is by itself.
+
+    Args:
+      golds: ids of the gold passages of each question.
+      passages: that have titles; an id of none of them is an article of its own.
     """
     from scipy.sparse import coo_array  # here, because they take half a second
     from scipy.sparse.csgraph import connected_components
@@ -89,15 +93,15 @@ def clusters(examples: Sequence[Example], passages: Sequence[Passage]) -> np.nda
     article = {p.id: p.title or p.id for p in passages}
     number: dict[str, int] = {}
     pairs = [
-        (i, len(examples) + number.setdefault(article[gold], len(number)))
-        for i, example in enumerate(examples)
-        for gold in example.positive_ids
+        (i, len(golds) + number.setdefault(article.get(gold, gold), len(number)))
+        for i, some in enumerate(golds)
+        for gold in some
     ]
     some, others = np.array(pairs, int).reshape(-1, 2).T
-    size = len(examples) + len(number)
+    size = len(golds) + len(number)
     graph = coo_array((np.ones(len(pairs)), (some, others)), shape=(size, size))
     _, found = connected_components(graph, directed=False)
-    return np.unique(found[: len(examples)], return_inverse=True)[1]
+    return np.unique(found[: len(golds)], return_inverse=True)[1]
 
 
 def sample(examples: Sequence[Example], count: int, seed: int) -> list[Example]:

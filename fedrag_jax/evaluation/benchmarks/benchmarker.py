@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 
 from tqdm import tqdm
 
-from fedrag_jax.data.examples import Passage
+from fedrag_jax.data.examples import Passage, clusters
 from fedrag_jax.data.golds import golds
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.evaluation.benchmarks import asking, reading, sets
@@ -151,6 +151,8 @@ class Benchmarker:
             run = Run(known, settings, system, material, ids, shown)
             self._ask(run, asked[:limit], record)
             rows = [record.rows[q.id] for q in asked[:limit]]
+            known_passages = [*material.passages, *(searched or ())]
+            together = clusters([q.golds for q in asked[:limit]], known_passages)
             written = [len(row["prediction"].split()) for row in rows if known.kind == "open"]
             result = BenchmarkResult(
                 name=known.name,
@@ -158,7 +160,7 @@ class Benchmarker:
                 settings=settings | {"limit": limit},
                 origin=origin,
                 system=identified,
-                metrics=summed(rows),
+                metrics=summed(rows, together),
                 answer_words=sum(written) / len(written) if written else None,
                 share_cut=sum(row["cut"] for row in rows) / len(rows),
                 seconds=sum(row["seconds"] for row in rows),

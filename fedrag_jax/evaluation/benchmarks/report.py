@@ -19,7 +19,8 @@ FORMS = {"markdown": "pipe", "text": "simple", "latex": "latex_booktabs"}
 
 
 class Mean(NamedTuple):
-    """Of a score, in percent, between the ends of its 95% bootstrap interval over questions.
+    """Of a score, in percent, between the ends of its 95% bootstrap interval over questions, of which
+    those about one article are drawn together.
 
     Attributes:
       n: questions that it applies to; without any, the others are None.
@@ -78,18 +79,23 @@ class BenchmarkResult:
         files.write_text(path, text + "\n")
 
 
-def summed(rows: Sequence[Mapping[str, Any]]) -> dict[str, Mean]:
-    """Means of the rows' `scores`, each over the questions that have it; None is none."""
+def summed(rows: Sequence[Mapping[str, Any]], clusters: np.ndarray) -> dict[str, Mean]:
+    """Means of the rows' `scores`, each over the questions that have it; None is none.
+
+    Args:
+      clusters: [N], of `data.examples.clusters`.
+    """
     names = dict.fromkeys(name for row in rows for name in row["scores"])
-    return {name: _mean([row["scores"].get(name) for row in rows]) for name in names}
+    return {name: _mean([row["scores"].get(name) for row in rows], clusters) for name in names}
 
 
-def _mean(scores: Sequence[float | None]) -> Mean:
-    known = np.array([s for s in scores if s is not None and not math.isnan(s)], np.float64)
-    if not known.size:
+def _mean(scores: Sequence[float | None], clusters: np.ndarray) -> Mean:
+    values = np.array([math.nan if score is None else score for score in scores], np.float64)
+    known = ~np.isnan(values)
+    if not known.any():
         return Mean(None, None, None, 0)
-    low, high = bootstrap_interval(known)
-    return Mean(percent(known), 100 * low, 100 * high, len(known))
+    low, high = bootstrap_interval(values[known], clusters[known])
+    return Mean(percent(values[known]), 100 * low, 100 * high, int(known.sum()))
 
 
 def table(
