@@ -14,7 +14,8 @@ from fedrag_jax.models import hub
 from fedrag_jax.models.decoder import Decoder, Llama3Scaling, rope_frequencies
 from fedrag_jax.models.encoder import Encoder
 from fedrag_jax.models.families import FAMILIES
-from fedrag_jax.models.network import Network
+from fedrag_jax.models.lora import LoraConfig, add_lora, init_adapters
+from fedrag_jax.models.network import Network, per_layer
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -31,6 +32,26 @@ def test_decoder_agrees_with_transformers(name):
     assert ours.dtype == jnp.float32
     real = golden["mask"]
     np.testing.assert_allclose(ours[real], golden["logits"][real], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["llama_gqa", "qwen2", "gemma3"])
+def test_layers_by_themselves_are_the_stack(name):
+    golden, model = np.load(GOLDEN / f"{name}.npz"), hub.load(GOLDEN / name)
+    network = add_lora(model.network, LoraConfig(2, 4.0, patterns=((r"layers\.0\..*", 3, 9.0),)))
+    adapters = jax.tree.map(lambda x: x + 0.1, init_adapters(network, 0))
+    params, inputs = model.params, [golden[n] for n in ("tokens", "positions", "mask")]
+    apart = params | {"layers": per_layer(params["layers"])}
+    beside = {"layers": per_layer(adapters["layers"])}
+    rows, width = golden["tokens"].shape
+    cache = network(params, rows, width, method="empty_cache")
+    single = cache._replace(keys=per_layer(cache.keys), values=per_layer(cache.values))
+    hidden, whole = network(params, *inputs, cache=cache, adapters=adapters)
+    again, parted = network(apart, *inputs, cache=single, adapters=beside)
+    np.testing.assert_allclose(again, hidden, atol=1e-5)
+    np.testing.assert_allclose(jnp.stack(parted.keys.layers), whole.keys, atol=1e-5)
+    read = jnp.array([[3, 9]] * rows)
+    some = network(apart, *inputs, read=read, adapters=beside)
+    np.testing.assert_allclose(some, hidden[:, [3, 9]], atol=1e-5)
 
 
 def test_golden_positions_are_far_enough_for_rope_scaling_to_matter():

@@ -15,6 +15,7 @@ from flax import nnx
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.models.layers import Embed, Linear, RMSNorm, attend, run_stack, stack, take_rows
 from fedrag_jax.models.lora import LoraConfig
+from fedrag_jax.models.network import PerLayer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +102,7 @@ class Cache(NamedTuple):
     """Keys and values already computed.
 
     Attributes:
-      keys, values: [L, G, B, S, E].
+      keys, values: [L, G, B, S, E], or `PerLayer` of [G, B, S, E].
       mask: bool [B, S], which of them are tokens rather than padding or room.
       length: int32 scalar, how many of the S places are taken.
     """
@@ -278,10 +279,9 @@ class _Attention(nnx.Module):
         kept = ()
         if cache is not None:
             keys, values, layer, start = cache
-            at = (layer, 0, 0, start, 0)
-            keys = jax.lax.dynamic_update_slice(keys, k[None], at)
-            values = jax.lax.dynamic_update_slice(values, v[None], at)
-            k, v, kept = keys[layer], values[layer], (keys, values)
+            keys, k = _extended(keys, k, layer, start)
+            values, v = _extended(values, v, layer, start)
+            kept = (keys, values)
         return self.o_proj(attend(q, k, v, visible)), *kept
 
     def mass(self, x, rope, visible, read):
@@ -319,6 +319,15 @@ class _MLP(nnx.Module):
 
 # The tanh approximation is jax's default.
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}
+
+
+def _extended(kept, new, layer, start):
+    """Keys or values of all layers with new ones [G, B, T, E] of a layer, and those of that layer."""
+    if isinstance(kept, PerLayer):
+        one = jax.lax.dynamic_update_slice(kept.layers[layer], new, (0, 0, start, 0))
+        return kept.replaced(layer, one), one
+    kept = jax.lax.dynamic_update_slice(kept, new[None], (layer, 0, 0, start, 0))
+    return kept, kept[layer]
 
 
 def _norm(config, size):

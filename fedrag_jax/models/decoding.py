@@ -16,7 +16,7 @@ import numpy as np
 
 from fedrag_jax.errors import ConfigError, NotFiniteError
 from fedrag_jax.models.decoder import Cache
-from fedrag_jax.models.network import Network
+from fedrag_jax.models.network import Network, per_layer
 
 PIECE = 16  # tokens that one call of `_advance` writes at most
 
@@ -122,6 +122,9 @@ def pieces(
     state, *written = _begin(network, sampled, room, params, adapters, tokens, mask, options)
     yield _finite(Generated(*map(np.asarray, written)))
     done = 1
+    if jax.default_backend() == "cpu" and max_new_tokens > 1:
+        params, adapters, cache = _apart(params, adapters, state.cache)
+        state = state._replace(cache=cache)
     while done < max_new_tokens and not np.asarray(state.stopped).all():
         count = min(every, max_new_tokens - done)
         state, *written = _advance(
@@ -212,6 +215,20 @@ def _begin(network, sampled, room, params, adapters, tokens, mask, options):
     stopped = jnp.isin(token, options.stops)
     state = _State(token, position, jnp.int32(1), stopped, cache)
     return state, token[:, None], log_prob[:, None]
+
+
+@jax.jit
+def _apart(params, adapters, cache):
+    """The same, with the arrays of each layer by themselves."""
+    params, adapters = (
+        tree | {name: per_layer(tree[name]) for name in tree if name == "layers"} if tree else tree
+        for tree in (params, adapters)
+    )
+    return (
+        params,
+        adapters,
+        cache._replace(keys=per_layer(cache.keys), values=per_layer(cache.values)),
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from fedrag_jax.models.network import PerLayer
 from fedrag_jax.models.quantized import dense
 
 
@@ -190,14 +191,24 @@ def take_rows(x: jax.Array, places: jax.Array | None) -> jax.Array:
     return jnp.take_along_axis(x, index, axis=1)
 
 
+def _apart(x) -> bool:
+    return isinstance(x, PerLayer)
+
+
 def run_stack(module: nnx.Module, step, carry, config, last=None):
     """`carry = step(layer, carry, number)` over the layers of a stack: a loop the compiler sees once.
 
     `last` is done in place of the last step, if given. `config.remat` recomputes a layer in the
-    backward pass, `config.unroll` writes every layer out.
+    backward pass, `config.unroll` writes every layer out; so are those whose arrays are `PerLayer`.
     """
     graphdef, state = nnx.split(module)  # once, outside the loop
     numbers = jnp.arange(config.num_layers)
+    if any(map(_apart, jax.tree.leaves(state, is_leaf=_apart))):
+        for number in range(config.num_layers):
+            one = jax.tree.map(lambda x, i=number: x.layers[i], state, is_leaf=_apart)
+            chosen = last if last is not None and number == config.num_layers - 1 else step
+            carry = chosen(nnx.merge(graphdef, one), carry, number)
+        return carry
 
     def body(carry, xs):
         layer, number = xs

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from fedrag_jax.errors import ConfigError
-from fedrag_jax.models.network import Network, flatten, unflatten
+from fedrag_jax.models.network import Network, PerLayer, flatten, unflatten
 from fedrag_jax.models.quantized import is_quantized
 
 
@@ -83,6 +83,10 @@ class LoraConfig:
         if path[-1] != "lora_b":
             return leaf
         stacked = path[0] == "layers"
+        if isinstance(leaf, PerLayer):
+            scales = self.scale(path, len(leaf.layers))
+            pairs = zip(leaf.layers, scales, strict=True)
+            return PerLayer(tuple(x * scale.astype(x.dtype) for x, scale in pairs))
         if leaf.ndim != 2 + stacked:
             raise ConfigError(
                 f"adapters of one model are wanted; {'.'.join(path)} has shape {leaf.shape}: take "

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -71,6 +71,28 @@ class Network:
         """The same function, every layer spelled out and computed once, for the compiler to count."""
         config = dataclasses.replace(self.config, unroll=True, remat=False)
         return dataclasses.replace(self, config=config)
+
+
+class PerLayer(NamedTuple):
+    """What the layers of a stack have of one kind, each by itself in place of one array [L, ...].
+
+    A layer of a stack is copied before it is multiplied with: of one token on a CPU that takes twice
+    as long as the product itself.
+    """
+
+    layers: tuple
+
+    def replaced(self, number: int, one) -> "PerLayer":
+        """With another one for a layer."""
+        return PerLayer((*self.layers[:number], one, *self.layers[number + 1 :]))
+
+
+def per_layer(tree):
+    """A tree of arrays [L, ...], quantised ones too, with each of them as `PerLayer`."""
+    if isinstance(tree, dict):
+        return {name: per_layer(value) for name, value in tree.items()}
+    count = len(jax.tree.leaves(tree)[0])
+    return PerLayer(tuple(jax.tree.map(lambda x, i=i: x[i], tree) for i in range(count)))
 
 
 def flatten(tree: dict, path: tuple = ()):

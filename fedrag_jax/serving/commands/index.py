@@ -40,10 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--like", type=pathlib.Path, help="models, adapters and prompts of this saved system"
     )
     new.add_argument(
-        "--retriever", help="builtin:encoder (the default), a folder, or a name on the hub"
+        "--retriever",
+        help="builtin:encoder (the default), minilm, a folder, or a name on the hub",
     )
     new.add_argument(
-        "--generator", help="builtin:decoder (the default), a folder, or a name on the hub"
+        "--generator",
+        help="builtin:decoder (the default), smollm2, a folder, a GGUF file, or a name on the hub",
     )
     new.add_argument(
         "--prompt-style",
