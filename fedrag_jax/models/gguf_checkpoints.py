@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedrag_jax.errors import CheckpointError
+from fedrag_jax.models.decoder_families import DECODERS
 from fedrag_jax.models.gguf_files import GGUFFile
 from fedrag_jax.models.gguf_tokenizers import read_tokenizer
 
@@ -116,9 +117,7 @@ class GGUFCheckpoint:
 
     def _names(self) -> dict[str, str]:
         """Of all tensors that the architecture may have: name in the file to Hugging Face's."""
-        from gguf import MODEL_ARCH, get_tensor_name_map
-
-        from fedrag_jax.models.decoder_families import DECODERS
+        from gguf import MODEL_ARCH, get_tensor_name_map  # an extra
 
         layers = self.config["num_hidden_layers"]
         known = MODEL_ARCH[self.architecture.replace("mistral", "llama").upper()]
@@ -167,6 +166,12 @@ class GGUFCheckpoint:
             several = sorted(name for name, value in config.items() if isinstance(value, list))
             if several:
                 raise CheckpointError(f"{where}: {several} differ from layer to layer")
+            counts = [v for name, v in config.items() if name not in ("model_type", "rms_norm_eps")]
+            # A layer has tensors, so that their number bounds that of the layers.
+            if not all(isinstance(v, int) and v >= 0 for v in counts) or not (
+                heads > 0 and 0 < own["block_count"] <= len(self.file.tensors)
+            ):
+                raise CheckpointError(f"{where}: sizes that cannot be: {config}")
             config["head_dim"] = own.get(
                 "attention.key_length", own["embedding_length"] // config["num_attention_heads"]
             )

@@ -58,6 +58,10 @@ def read_tokenizer(metadata: dict[str, Any], path: pathlib.Path):
         names = {n: tokens[told[key]] for n, key in _SPECIAL.items() if key in told}
     except KeyError as error:
         raise CheckpointError(f"{path} does not say tokenizer.ggml.{error.args[0]}") from error
+    except CheckpointError:
+        raise
+    except (TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its tokenizer is malformed ({error})") from error
     except IndexError as error:
         raise CheckpointError(
             f"{path}: a special token is beyond the {len(tokens)} tokens"
