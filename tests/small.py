@@ -20,7 +20,7 @@ def small():
     config = _short(compare_strategies.get_config())
     config.strategies = ("none", "retriever", "two_phase")
     config.settings, config.local_strategies = ("federated", "local"), ()
-    config.federated.alpha = 1.0
+    config.federated.alpha, config.search_seconds = 1.0, ConfigDict()
     return config
 
 

@@ -220,7 +220,7 @@ def test_the_ledger_of_a_comparison(finished):
 
 @pytest.mark.slow
 def test_strategies_that_need_no_labels_do_not_read_them(finished, tmp_path):
-    from fedrag_jax.models.hub import load_arrays
+    from fedrag_jax.models.tensors import load_arrays
 
     config = small()
     config.data.labels = False
