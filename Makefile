@@ -11,10 +11,10 @@ COMPARE := $(BIN)/python -m experiments.compare_strategies --config=configs/comp
 compare: $(VENV)/installed  ## the main job on the built-in world, one seed
 	$(COMPARE) --config.name=compare
 
-# Lone clients train four of the strategies (config.local_strategies): eight marginal trainings to the end
-# of their patience would take hours.
+# Lone clients train four of the strategies: eight marginal trainings to the end of patience take hours.
 table: $(VENV)/installed  ## five seeds, both budgets, all strategies: the README's table
 	$(COMPARE) --config.name=table --config.seeds='(0, 1, 2, 3, 4)' \
+	  --config.local_strategies="('none', 'retriever', 'generator', 'independent')" \
 	  --config.settings="('centralised', 'federated', 'local', 'centralised_converged', \
 	  'federated_converged', 'local_converged')"
 

@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
     config.settings = ("centralised", "federated", "local", "local_converged")
     # Those that a lone client trains; () is all. The others take minutes there: eight models each, and
     # in local_converged many steps.
-    config.local_strategies = ("none", "retriever", "generator", "independent")
+    config.local_strategies = ("none", "retriever")
     config.primary_metric = "em"  # what is claimed is claimed of this; decided before a run
     config.equivalence_margin = 2.0  # points within which two scores are called the same; as well
     config.mode = "concatenated"  # how questions are answered, see fedrag_jax/inference.py
