@@ -145,6 +145,8 @@ def learning_curves(cells: Sequence[Cell]):
     """A Matplotlib figure: training loss of each objective over examples seen, the mean over seeds in
     a band from least to most; None where nothing was trained. A training that has ended is in neither.
     """
+    from matplotlib import ticker  # slow, as below
+
     curves: dict[str, dict[str, list[list[dict]]]] = {}
     for group in by_cell(cells).values():
         for cell in group:
@@ -175,6 +177,9 @@ def learning_curves(cells: Sequence[Cell]):
                 least, most = np.nanmin(y, 0), np.nanmax(y, 0)
                 ax.fill_between(x, least, most, color=color, alpha=0.15, lw=0)
         ax.set_xscale("log")  # lone clients see many more than all did together
+        ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 3)))
+        ax.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
+        ax.xaxis.set_minor_formatter(ticker.NullFormatter())
         ax.set_title(TASKS.get(task, task), fontsize=9)
         ax.set_ylim(bottom=0)
     for ax in axes[-1]:
