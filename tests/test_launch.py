@@ -17,8 +17,11 @@ from fedrag_jax.tracking.ledger import Cost
 
 ROOT = pathlib.Path(__file__).parent.parent
 WAITS = """
-import pathlib, time
+import pathlib, signal, time
 from experiments.launch import launch, settled_config
+
+# A shell has its background jobs ignore it, and so would this process.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def run(config, runs):
     folder = pathlib.Path(runs) / config.name
@@ -38,8 +41,6 @@ def started(tmp_path) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell has its background jobs ignore it, and so would this one.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
