@@ -67,7 +67,7 @@ def read_tokenizer(metadata: dict[str, Any], path: pathlib.Path):
             f"{path}: a special token is beyond the {len(tokens)} tokens"
         ) from error
     _add(backend, tokens, kinds)
-    llama3 = told.get("pre") in ("llama-bpe", "llama3", "llama-v3")
+    llama3 = _SPLITS.get(told.get("pre")) is _LLAMA3
     first = _around(told, "bos_token", names, kind == "llama" or llama3)
     last = _around(told, "eos_token", names, False)
     if first or last:
