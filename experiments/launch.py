@@ -49,7 +49,7 @@ def launch(run, config: str) -> None:
     _keep_pages()
     # FAISS's threads would spin while they wait, and keep JAX's from the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    virtual_devices(min(os.cpu_count() or 1, DEVICES))
+    virtual_devices(min(cores(), DEVICES))
     logging.set_verbosity(logging.WARNING)  # libraries tell a lot about themselves
     config_flags.DEFINE_config_file("config", config)
     flags.DEFINE_string("runs", "runs", "folder that holds the runs")
@@ -96,6 +96,12 @@ def _one_of_several(runs: str, config) -> str:
     if "wandb" in config:
         config.wandb.mode = "disabled"
     return f"{runs}/process{number}"
+
+
+def cores() -> int:
+    """How many the operating system lets this process use; `taskset` and containers give it some."""
+    affinity = getattr(os, "sched_getaffinity", None)  # on Linux
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def virtual_devices(count: int) -> None:

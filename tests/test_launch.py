@@ -1,6 +1,7 @@
 """An experiment that is stopped, started twice, or finds a damaged file."""
 
 import json
+import os
 import pathlib
 import signal
 import subprocess
@@ -99,3 +100,30 @@ def test_a_damaged_training_is_done_again(tmp_path, capsys, name):
     path.write_bytes(path.read_bytes()[:-20])
     assert not tuner.finished(task)
     assert f"{path} is damaged" in capsys.readouterr().err
+
+
+COUNTS = """
+import pathlib
+from experiments.launch import launch
+
+def run(config, runs):
+    import jax
+    print(jax.local_device_count())
+    return pathlib.Path(runs)
+
+launch(run, "configs/compare_strategies.py")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="cores are not given out here")
+def test_a_process_with_one_core_sees_one_device(tmp_path):
+    ran = subprocess.run(
+        [sys.executable, "-c", COUNTS, f"--runs={tmp_path}"],
+        cwd=ROOT,
+        env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
+        preexec_fn=lambda: os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1]),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ran.stdout.splitlines()[0] == "1"

@@ -39,7 +39,7 @@ import time
 
 from absl import app, flags
 
-from experiments.launch import virtual_devices
+from experiments.launch import cores, virtual_devices
 
 ROOT = pathlib.Path(__file__).parents[2]
 THEIRS = "from experiments.benchmarks.fedrag_side import main; main()"  # workers import it by name
@@ -91,7 +91,7 @@ def main(argv):
     waited = 0.0
     with tempfile.TemporaryDirectory() as folder:
         prepare(pathlib.Path(folder))
-        threads = min((1, os.cpu_count()), key=lambda n: steady(turn(folder, "plain", n)))
+        threads = min((1, cores()), key=lambda n: steady(turn(folder, "plain", n)))
         for number in range(_REPEATS.value):
             for name in RUNS:
                 waited += wait(_WAIT.value)
@@ -295,7 +295,7 @@ def report(turns: dict, waited: float, threads: int) -> None:
     flags_shown = (_MODEL, _TOKENS, _CLIENTS, _STEPS, _BATCH, _ROUNDS, _GROUP, _CPUS, _REPEATS)
     summary |= {flag.name: flag.value for flag in flags_shown}
     summary |= {
-        "device": f"{os.cpu_count()} CPU cores",
+        "device": f"{cores()} CPU cores",
         "torch_threads": threads,
         "waited_seconds": round(waited),
         "load": round(os.getloadavg()[2], 1),
