@@ -340,7 +340,8 @@ class RAGSystem:
         )
 
     def _sampling(self, given: dict[str, Any]) -> Sampling:
-        return Sampling.of({"max_new_tokens": self.prompts.max_answer_tokens} | given)
+        sampling = Sampling.of({"max_new_tokens": self.prompts.max_answer_tokens} | given)
+        return dataclasses.replace(sampling, stop=(*sampling.stop, *self.prompts.stop))
 
     def _prompts(self, questions, rows, settings: Sampling) -> list[np.ndarray]:
         limit = self.decoder.config.max_positions - settings.max_new_tokens

@@ -111,6 +111,21 @@ def test_answers_go_over_lines_but_where_a_table_counts_them(model, style, answe
     assert system.prompts.max_answer_tokens == (256 if answer else 16)
 
 
+@pytest.mark.parametrize("given", [(), ("never",), (" in",)])
+def test_an_answer_ends_before_a_question_that_the_generator_asks_itself(model, given):
+    system = RAGSystem.build(
+        [Passage("p", "", "Some text.")], generator=model, prompt_style=INSTRUCT, top_k=1
+    )
+    asked = len(system.prompts.prompt("Where?", [0]))
+    wrote = scripted(model, "It is in London.\n\n### Question:\nWho lives there?", after=asked)
+    generator = dataclasses.replace(model, params=wrote.params)
+    system = dataclasses.replace(system, decoder=wrote.network, generator=generator, adapters=None)
+    (reading,) = system.read(["Where?"], [[0]], stop=given)
+    expected = "It is" if " in" in given else "It is in London."
+    assert (reading.answer, reading.finish) == (expected, "stop")
+    assert "".join(system.stream("Where?", [0], stop=given)).strip() == expected
+
+
 @pytest.mark.parametrize("every", [1, 4, 16])
 @pytest.mark.parametrize(
     "stop",

@@ -147,6 +147,11 @@ class Prompts:
         breaks = (i for piece, i in vocabulary.items() if "\u010a" in piece or piece == "<0x0A>")
         return tuple(sorted({self.eos, self.tokenizer.eos_token_id, *breaks} - {None}))
 
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """What ends an answer of several lines, beside the stop tokens."""
+        return (self.style.stop,) if self.style.stop and not self.style.one_line else ()
+
     def wide_enough_for(
         self,
         examples: Sequence[Example],

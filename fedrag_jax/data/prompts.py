@@ -24,6 +24,8 @@ class PromptStyle(NamedTuple):
       instructed: the opening under a system prompt, `{system}`; if empty, a line before the opening.
       one_line: whether an answer ends with its line, as tables of exact matches count answers; where
         `final` goes over lines an answer may do so, too.
+      stop: ends an answer of several lines, if not empty: small models go on with a question of their
+        own under the heading of the prompt's.
     """
 
     opening: str
@@ -35,6 +37,7 @@ class PromptStyle(NamedTuple):
     final: str = ""
     instructed: str = ""
     one_line: bool = True
+    stop: str = ""
 
     def under(self, system: str) -> "PromptStyle":
         """The style under a system prompt, in place of one that it has."""
@@ -60,6 +63,7 @@ INSTRUCT = PromptStyle(
     question="### Question:\n{question}\n### Answer:\n",
     answer="{answer}",
     one_line=False,
+    stop="\n### Question",
 )
 
 # Reasoning before the answer. "Answer" without a space is one token of the built-in decoder.
@@ -98,6 +102,7 @@ CITED = PromptStyle(
     answer="{answer}",
     final="\n\n### Answer\n",
     one_line=False,
+    stop="\n### Question",
 )
 
 STYLES = {
@@ -220,6 +225,7 @@ def _chat(tokenizer, name: str) -> PromptStyle:
         final=style.final,
         instructed=instructed,
         one_line=style.one_line,
+        stop=style.stop,
     )
 
 

@@ -53,7 +53,7 @@ class Sampling:
         """With options by name; ConfigError for one that there is not."""
         known = [field.name for field in dataclasses.fields(cls)]
         if strange := sorted(options.keys() - {*known}):
-            raise ConfigError(f"{strange} cannot be said of a text to be written; {known} can")
+            raise ConfigError(f"unknown sampling options {strange}; choose among {known}")
         return cls(**options)
 
     def __post_init__(self):
