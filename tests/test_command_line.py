@@ -337,6 +337,10 @@ def test_asking_prints_answers_and_sources(system, capsys, monkeypatch):
     assert main(["ask", str(system), asked[0], "--stream", "--no-sources"]) == 0
     assert capsys.readouterr().out == expected[0].answer + "\n"
     for more in ([], ["--stream"]):
+        assert main(["ask", str(system), *asked[:2], *more]) == 0
+        told_of = [s for s in capsys.readouterr().out.splitlines() if s.startswith("> ")]
+        assert told_of == [f"> {question}" for question in asked[:2]]
+    for more in ([], ["--stream"]):
         assert main(["ask", str(system), asked[0], "--max-tokens", "1", *more]) == 0
         assert "(cut after 1 tokens; --max-tokens allows more)" in capsys.readouterr().err
     for more in ([], ["--stream"], ["--json"]):
@@ -345,6 +349,20 @@ def test_asking_prints_answers_and_sources(system, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(asked)))
     assert main(["ask", str(system), "--json"]) == 0
     assert [f["answer"] for f in told(capsys)] == [r.answer for r in expected]
+
+
+@pytest.mark.parametrize(
+    ("terminal", "given", "streamed"),
+    [(True, [], 1), (True, ["--no-stream"], 0), (True, ["--mode=vote"], 0), (False, [], 0)],
+)
+def test_answers_appear_as_they_are_written_on_a_terminal(
+    system, monkeypatch, terminal, given, streamed
+):
+    calls, stream = [], RAGSystem.stream
+    monkeypatch.setattr(RAGSystem, "stream", lambda *a, **k: calls.append(a) or stream(*a, **k))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    assert main(["ask", str(system), QUESTIONS[0].question, *given]) == 0
+    assert len(calls) == streamed
 
 
 def test_passages_do_not_speak_to_the_terminal(tmp_path, capsys):

@@ -36,7 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of answers that are drawn")
     parser.add_argument("--system-prompt", help="what the prompt begins with")
-    parser.add_argument("--stream", action="store_true", help="print answers as they are written")
+    parser.add_argument(
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        help="print answers as they are written (the default on a terminal), or whole",
+    )
     parser.add_argument("--no-sources", action="store_true", help="print answers alone")
     add_json(parser)
 
@@ -56,15 +60,21 @@ def run(args: argparse.Namespace) -> int:
     how = {"mode": args.mode, "temperature": args.temperature, "seed": args.seed}
     if args.max_tokens is not None:
         how["max_new_tokens"] = args.max_tokens
+    stream = args.stream
+    if stream is None:
+        stream = sys.stdout.isatty() and not args.json and args.mode == "concatenated"
     for questions in _asked(args.questions):
-        if args.stream:
+        several = len(questions) > 1 and not args.no_sources
+        if stream:
             for question in questions:
+                _print_question(question, several)
                 _stream(system, question, how, args)
             continue
         for question, response in zip(questions, system.batch_query(questions, **how), strict=True):
             if args.json:
                 _print_json(question, response)
             else:
+                _print_question(question, several)
                 print(harmless(response.answer))
                 _tell_cut(response.finish, how, system)
                 if not args.no_sources:
@@ -90,6 +100,12 @@ def _asked(given: Sequence[str]) -> Iterator[Sequence[str]]:
             print("> ", end="", file=sys.stderr, flush=True)
     if waiting:
         yield waiting
+
+
+def _print_question(question: str, several: bool) -> None:
+    """Where answers to several follow each other."""
+    if several:
+        print(f"> {harmless(question)}")
 
 
 def _stream(system, question: str, how, args) -> None:
