@@ -135,6 +135,7 @@ def get_config() -> ConfigDict:
             "local": {
                 "retriever": 6, "generator": 108, "marginal_generator": 140, "marginal_retriever": 77,
             },
+            "local_converged": {"retriever": 174},
         }
     )  # fmt: skip
 
