@@ -83,9 +83,9 @@ def task_of(variant: Variant, system, made, seed: int):
 
 def compute_cell(study: Study, name: str, setting: str, seed: int, split: int):
     """Generates, trains and reads the contexts of the test questions."""
+    from experiments.reporting import cells
     from fedrag_jax.clock import Clock
     from fedrag_jax.strategies import label_free
-    from fedrag_jax.tracking import cells
     from fedrag_jax.tracking.ledger import Cost
 
     if name == BASE:  # is the same with all seeds, whose adapters are all zero

@@ -26,7 +26,7 @@ def cells_of(config, folder: pathlib.Path, variant: str, setting: str) -> list:
 
 def main_rows(config, folder: pathlib.Path) -> list[dict]:
     """A row for each variant in the first setting, with most passages, the gold one forced in."""
-    from fedrag_jax.tracking import comparison, differences
+    from experiments.reporting import comparison, differences
 
     n, setting, rows = max(config.contexts), config.settings[0], []
     start = cells_of(config, folder, BASE, setting)
@@ -98,7 +98,7 @@ def context_rows(config, folder: pathlib.Path) -> list[dict]:
 
 def silo_rows(config, folder: pathlib.Path) -> list[dict]:
     """A row for each variant and setting: the mean over silos and the worst one; one for each silo."""
-    from fedrag_jax.tracking.comparison import costs_and_clients
+    from experiments.reporting.comparison import costs_and_clients
 
     silos = read_json(folder / "silos.json")
     of_question, n, rows = np.array(silos["of_question"]), max(config.contexts), []
@@ -158,8 +158,8 @@ NAMES = {"base": "base", "all": "all steps", "without_step_1": "without step 1",
 
 def report(config, folder: pathlib.Path):
     """Writes aloftrag.csv, contexts.csv and silos.csv and returns the `Report`."""
-    from fedrag_jax.tracking import citing_figures, tables
-    from fedrag_jax.tracking.report import Report, Section
+    from experiments.reporting import citing_figures, tables
+    from experiments.reporting.report import Report, Section
 
     rows, contexts = main_rows(config, folder), context_rows(config, folder)
     silos, made = silo_rows(config, folder), generated_rows(config, folder)
@@ -317,7 +317,7 @@ def _any(rows, key: str) -> bool:
 
 
 def _judged(row) -> str:
-    from fedrag_jax.tracking import tables
+    from experiments.reporting import tables
 
     if row.get("judged") is None:
         return tables.MISSING
@@ -326,14 +326,14 @@ def _judged(row) -> str:
 
 
 def _by(title: str, key: str):
-    from fedrag_jax.tracking import tables
+    from experiments.reporting import tables
 
     shown = tables.difference(title)
     return shown._replace(show=lambda row: shown.show(row.get(key) or {}))
 
 
 def _p(title: str, key: str):
-    from fedrag_jax.tracking import tables
+    from experiments.reporting import tables
 
     shown = tables.p_value(title, "p_holm")
     return shown._replace(show=lambda row: shown.show(row.get(key) or {}))

@@ -26,9 +26,9 @@ def compute_missing(
       told: what people are told of a cell.
       about: numbers of a strategy and setting, for Weights & Biases to know it by.
     """
-    from fedrag_jax.tracking import cells
+    from experiments.reporting import cells
+    from experiments.reporting.weights_and_biases import log_cell
     from fedrag_jax.tracking.processes import everywhere
-    from fedrag_jax.tracking.weights_and_biases import log_cell
 
     began, wandb = time.perf_counter(), config.wandb
 
@@ -55,7 +55,7 @@ def compute_missing(
 
 def finished(config, folder: pathlib.Path, name: str, setting: str) -> list:
     """The cells of a strategy and setting that are there, of all pairs of seeds."""
-    from fedrag_jax.tracking import cells
+    from experiments.reporting import cells
 
     found = (cells.load(folder, name, setting, *pair) for pair in replicates(config))
     return [cell for cell in found if cell]

@@ -43,15 +43,18 @@ def usual_grid(config, part: str, setting: str) -> list[float]:
 
 def search_setting(run: Comparison, setting: str, grids: dict[str, list[float]], examples) -> dict:
     """`{name: {"chosen", "scores", "seconds", "at_edge"}}` of all that a setting searches."""
+    from fedrag_jax.strategies.own import named
+
     config, found = run.config, {}
     pairs, count = seeds_of(config, setting), len(run.members(setting))
     strategies = [*config.strategies]
     if setting.startswith("local") and config.local_strategies:
         strategies = [name for name in strategies if name in config.local_strategies]
     base = systems = [run.system(seed) for seed, _ in pairs for _ in range(count)]
+    needed = {name for s in strategies for name in named(s).rates.values()}
     for search in SEARCHES:
         labelled = [any(e.positive_ids for e in some) for some in (run.dataset.train, examples)]
-        if not {*search.users} & {*strategies}:
+        if search.name not in needed:
             continue
         if search.metric == "mrr" and not all(labelled):
             continue

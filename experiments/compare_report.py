@@ -22,7 +22,7 @@ def settings_of(config) -> dict:
 
 def finished(config, folder: pathlib.Path) -> list:
     """All cells there are, setting by setting."""
-    from fedrag_jax.tracking import cells
+    from experiments.reporting import cells
 
     asked = itertools.product(config.settings, config.strategies, replicates(config))
     found = (cells.load(folder, strategy, where, *pair) for where, strategy, pair in asked)
@@ -31,8 +31,8 @@ def finished(config, folder: pathlib.Path) -> list:
 
 def write_rows(config, folder: pathlib.Path, done: list) -> dict[str, list[dict]]:
     """Rows of every table by its name, all of them written as `<name>.csv`; `metrics.jsonl`."""
-    from fedrag_jax.tracking import comparison, differences
-    from fedrag_jax.tracking.tables import write_csv
+    from experiments.reporting import comparison, differences
+    from experiments.reporting.tables import write_csv
 
     settings, primary = settings_of(config), config.primary_metric
     metrics = (primary, *(m for m in comparison.METRICS if m != primary))
@@ -70,23 +70,23 @@ def write_rows(config, folder: pathlib.Path, done: list) -> dict[str, list[dict]
 def search_seconds(config, strategy: str, setting: str) -> float | None:
     """Device-seconds of the searches for the learning rates a strategy needs; None if not known."""
     from experiments.inputs import rates_name
-    from experiments.search import SEARCHES
+    from fedrag_jax.strategies.own import named
 
     known = config.search_seconds
-    if strategy == "none":
+    needed = named(strategy).rates.values()
+    if not needed:
         return 0.0
     where = rates_name(config, setting)
-    needed = [search.name for search in SEARCHES if strategy in search.users]
-    if not needed or where not in known or not all(name in known[where] for name in needed):
+    if where not in known or not all(name in known[where] for name in needed):
         return None
     return float(sum(known[where][name] for name in needed))
 
 
 def report(config, folder: pathlib.Path):
     """Writes the rows of all finished cells and returns the `Report` on them."""
-    from fedrag_jax.tracking import comparison, figures
-    from fedrag_jax.tracking import comparison_tables as tables
-    from fedrag_jax.tracking.report import Report, Section
+    from experiments.reporting import comparison, figures
+    from experiments.reporting import comparison_tables as tables
+    from experiments.reporting.report import Report, Section
 
     done, primary = finished(config, folder), config.primary_metric
     found = write_rows(config, folder, done)

@@ -47,7 +47,7 @@ def no_op(run: Comparison, seed: int, split: int) -> float:
     if algorithm_of(run.config, setting)[0] in OWN_STEPS:
         setting = "centralised"  # for those steps cannot be of length zero
     client = 0 if setting.startswith("local") else None
-    tuner = run.tuner(setting, seed, split, client, rate=lambda task, part: 0.0)
+    tuner = run.tuner(lambda task, part: 0.0, setting, seed, split, client)
     tuner = dataclasses.replace(
         tuner,
         folder=run.folder / "tuned" / f"no-op-seed{seed}",
@@ -61,10 +61,10 @@ def no_op(run: Comparison, seed: int, split: int) -> float:
 
 def run(config, runs: str) -> pathlib.Path:
     """The whole comparison; returns its folder."""
-    from fedrag_jax.tracking import cells
+    from experiments.reporting import cells
+    from experiments.reporting.weights_and_biases import log_cell
     from fedrag_jax.tracking.manifest import write_manifest
     from fedrag_jax.tracking.processes import everywhere
-    from fedrag_jax.tracking.weights_and_biases import log_cell
 
     began = time.perf_counter()
     dataset = load_data(config)

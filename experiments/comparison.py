@@ -9,6 +9,7 @@ import numpy as np
 from experiments.inputs import algorithm_of, load_generator, load_retriever, rates_name
 from fedrag_jax.data.examples import Dataset, Example, clusters, sample
 from fedrag_jax.data.json_lines import json_rows
+from fedrag_jax.errors import ConfigError
 
 CONTROL_QUESTIONS = 200
 METRICS = ("em", "f1", "recall_at_5", "mrr")
@@ -120,21 +121,33 @@ class Comparison:
         c = self.config
         return sample(self.dataset.validation, c.training.converged.questions, c.data.sample_seed)
 
-    def rate(self, setting: str, task: str, part: str) -> float:
-        """The learning rate chosen for a part of a task in a setting, or for its kind."""
-        rates = self.config.learning_rates[rates_name(self.config, setting)]
-        if task in rates:
-            return rates[task]
-        if task.startswith("rag_"):
-            return rates.marginal_generator if part == "adapters" else rates.marginal_retriever
-        return rates.generator if part == "adapters" else rates.retriever
+    def rate(self, setting: str, strategy, part: str) -> float:
+        """The learning rate chosen for a part that a strategy trains in a setting, or for its kind.
 
-    def tuner(self, setting: str, seed: int, split: int, client: int | None = None, rate=None):
-        """The `tune` of one setting, pair of seeds and (local) client."""
+        Raises:
+          ConfigError: there is none under any of its names.
+        """
+        where = rates_name(self.config, setting)
+        rates = self.config.learning_rates[where]
+        names = strategy.name, strategy.rates.get(part)
+        found = [rates[name] for name in names if name in rates]
+        if not found:
+            raise ConfigError(
+                f"config.learning_rates[{where!r}] has none for {part!r} of {strategy.name!r}: search "
+                f"it with experiments.choose_learning_rates and add it as {names[1] or names[0]!r}"
+            )
+        return found[0]
+
+    def tuner(self, rates, setting: str, seed: int, split: int, client: int | None = None):
+        """The `tune` of one setting, pair of seeds and (local) client.
+
+        Args:
+          rates: `rates(task name, part) -> learning rate`.
+        """
+        from experiments.reporting.cells import seeds_name
         from fedrag_jax.federated.by_name import Named
         from fedrag_jax.strategies.settings import parse
         from fedrag_jax.strategies.tuner import Tuner
-        from fedrag_jax.tracking.cells import seeds_name
 
         folder = self.folder / "tuned" / f"{setting}-{seeds_name(seed, split)}"
         known = parse(setting, self.config.federated.alpha)
@@ -145,7 +158,7 @@ class Comparison:
             clients=self.clients(setting, split),
             budget=self.budget(known.converged),
             validation=self.stop_questions() if known.converged else (),
-            rates=rate or (lambda task, part: self.rate(setting, task, part)),
+            rates=rates,
             seed=seed,
             client=client,
             checkpoint_every=self.config.training.checkpoint_every,
@@ -160,12 +173,16 @@ class Comparison:
     def tuned_systems(self, strategy: str, setting: str, seed: int, split: int):
         """`(systems, tuners)`: one of each, or one per client in the local setting."""
         from fedrag_jax.strategies.own import named
-        from fedrag_jax.strategies.strategies import together
+        from fedrag_jax.strategies.strategy import together
         from fedrag_jax.strategies.tuner import tune_together
 
-        tuners = [self.tuner(setting, seed, split, client) for client in self.members(setting)]
+        row, where = named(strategy), (setting, seed, split)
+        tuners = [
+            self.tuner(lambda _, part: self.rate(setting, row, part), *where, client)
+            for client in self.members(setting)
+        ]
         systems = together(
-            named(strategy),
+            row,
             [self.system(seed)] * len(tuners),
             self.dataset,
             lambda asked: tune_together([(tuners[i], task) for i, task in asked]),
@@ -180,10 +197,10 @@ def compute_cell(
     run: Comparison, strategy: str, setting: str, seed: int, split: int, controls: bool = True
 ):
     """Trains, evaluates on the test set (with `controls`, if wanted), and prices one cell."""
+    from experiments.reporting import cells
+    from experiments.reporting.comparison import own, own_weight
     from fedrag_jax.clock import Clock
     from fedrag_jax.evaluation.evaluator import evaluate
-    from fedrag_jax.tracking import cells
-    from fedrag_jax.tracking.comparison import own, own_weight
     from fedrag_jax.tracking.ledger import Cost
 
     test, known, column = run.dataset.test, None, run.config.federated.column
@@ -216,7 +233,7 @@ def compute_cell(
     curves = training_curves(tuners)
     return cells.Cell(
         strategy, setting, seed, split, scores, controlled, by_client, cost, curves,
-        run.test_clusters,
+        run.test_clusters, tuners[0].labels if tuners else {},
     )  # fmt: skip
 
 

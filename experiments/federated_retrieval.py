@@ -68,7 +68,7 @@ def summary(found: list[dict[str, np.ndarray]], about) -> dict[str, float]:
 
 def table(rows):
     """The rows of the CSV for people."""
-    from fedrag_jax.tracking.tables import Table, interval, number, words
+    from experiments.reporting.tables import Table, interval, number, words
 
     titles = {"recall_at_1": "Recall@1", "recall_at_5": "Recall@5", "mrr": "MRR@10"}
     costs = {"query_bytes": "queries", "answer_bytes": "answers", "passage_bytes": "passages"}
@@ -86,6 +86,7 @@ def table(rows):
 def run(config, runs: str) -> pathlib.Path:
     """All splits, merges and budgets; returns the folder of the results."""
     check(config)
+    from experiments.reporting.tables import write_csv
     from fedrag_jax.data import datasets
     from fedrag_jax.data.examples import Dataset, clusters, sample
     from fedrag_jax.data.partition import partition
@@ -95,7 +96,6 @@ def run(config, runs: str) -> pathlib.Path:
     from fedrag_jax.retrieval.federated import Budget, over_silos
     from fedrag_jax.retrieval.retriever import Retriever
     from fedrag_jax.tracking.manifest import write_manifest
-    from fedrag_jax.tracking.tables import write_csv
 
     began = time.perf_counter()
     folder = pathlib.Path(runs) / config.name

@@ -156,8 +156,8 @@ def finished_at(config, folder: pathlib.Path, strategy: str) -> list:
 
 def rows_of(config, folder: pathlib.Path) -> list[dict]:
     """A row for every point and strategy, with its difference from the point of the config."""
+    from experiments.reporting import comparison, differences
     from fedrag_jax.strategies.settings import parse
-    from fedrag_jax.tracking import comparison, differences
 
     rows, margin = [], config.equivalence_margin
     for factor, value in points(config):
@@ -197,9 +197,9 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
 
 def report(config, folder: pathlib.Path):
     """Writes heterogeneity.csv and returns the `Report`."""
-    from fedrag_jax.tracking import figures, tables
-    from fedrag_jax.tracking.comparison import METRICS
-    from fedrag_jax.tracking.report import Report, Section
+    from experiments.reporting import figures, tables
+    from experiments.reporting.comparison import METRICS
+    from experiments.reporting.report import Report, Section
 
     rows = rows_of(config, folder)
     first = ("factor", "value", "strategy", "seeds", "em", "em_low", "em_high")
@@ -294,10 +294,10 @@ def run(config, runs: str) -> pathlib.Path:
     Raises:
       ConfigError: as `inputs.check` and `at_point`.
     """
-    from fedrag_jax.tracking import cells
+    from experiments.reporting import cells
+    from experiments.reporting.weights_and_biases import log_cell
     from fedrag_jax.tracking.manifest import write_manifest
     from fedrag_jax.tracking.processes import everywhere
-    from fedrag_jax.tracking.weights_and_biases import log_cell
 
     began, folder = time.perf_counter(), pathlib.Path(runs) / config.name
     dataset = load_data(config)

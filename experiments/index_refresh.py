@@ -116,10 +116,10 @@ class Refreshing(Comparison):
 
 def compute_cell(run: Refreshing, name: str, setting: str, seed: int, split: int):
     """Trains under a policy and tests with a fresh index and with the one that training left."""
+    from experiments.reporting import cells
     from fedrag_jax.clock import Clock
     from fedrag_jax.evaluation import evaluator
     from fedrag_jax.objectives.encoding import as_trained
-    from fedrag_jax.tracking import cells
     from fedrag_jax.tracking.ledger import Cost
 
     config, dataset = run.config, run.dataset
@@ -153,7 +153,7 @@ def compute_cell(run: Refreshing, name: str, setting: str, seed: int, split: int
 
 def rows_of(config, folder: pathlib.Path) -> list[dict]:
     """A row for every policy and setting, with its difference from an index that is always fresh."""
-    from fedrag_jax.tracking import comparison, differences
+    from experiments.reporting import comparison, differences
 
     rows = []
     for setting, name in itertools.product(config.settings, config.policies):
@@ -187,8 +187,8 @@ COLUMNS = ("policy", "setting", "seeds", "recall_at_5", "recall_at_5_low", "reca
 
 def report(config, folder: pathlib.Path):
     """Writes index_refresh.csv and returns the `Report`."""
-    from fedrag_jax.tracking import experiment_figures, tables
-    from fedrag_jax.tracking.report import Report, Section
+    from experiments.reporting import experiment_figures, tables
+    from experiments.reporting.report import Report, Section
 
     rows = rows_of(config, folder)
     tables.write_csv(folder / "index_refresh.csv", rows, COLUMNS)

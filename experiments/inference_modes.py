@@ -28,8 +28,8 @@ def compute_cell(run: Comparison, system, strategy: str, mode: str, seed: int, s
 
     What that costs is measured on some of them afterwards, when every program is compiled.
     """
+    from experiments.reporting import cells
     from fedrag_jax.evaluation.evaluator import evaluate
-    from fedrag_jax.tracking import cells
     from fedrag_jax.tracking.ledger import Cost
 
     test, beams = run.dataset.test, beams_of(run.config, mode)
@@ -50,7 +50,7 @@ def beams_of(config, mode: str) -> int | None:
 
 def rows_of(config, folder: pathlib.Path) -> list[dict]:
     """A row for every strategy and mode, with its difference from `concatenated` answering."""
-    from fedrag_jax.tracking import comparison, differences
+    from experiments.reporting import comparison, differences
 
     rows = []
     for strategy, mode in itertools.product(config.strategies, config.modes):
@@ -70,9 +70,9 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
 
 def report(config, folder: pathlib.Path):
     """Writes inference_modes.csv and returns the `Report`."""
-    from fedrag_jax.tracking import tables
-    from fedrag_jax.tracking.comparison import METRICS
-    from fedrag_jax.tracking.report import Report, Section
+    from experiments.reporting import tables
+    from experiments.reporting.comparison import METRICS
+    from experiments.reporting.report import Report, Section
 
     rows = rows_of(config, folder)
     tables.write_csv(folder / "inference_modes.csv", rows)
@@ -118,7 +118,7 @@ def report(config, folder: pathlib.Path):
 
 
 def _mode_column(mode: str):
-    from fedrag_jax.tracking import tables
+    from experiments.reporting import tables
 
     return tables.words(mode, mode)._replace(align="right")
 

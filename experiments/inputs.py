@@ -37,10 +37,10 @@ def check(config) -> None:
     Raises:
       ConfigError: names the setting, its value and what it may be.
     """
+    from experiments.reporting.comparison import METRICS
     from fedrag_jax.inference import MODES
     from fedrag_jax.strategies.own import named
     from fedrag_jax.strategies.settings import parse
-    from fedrag_jax.tracking.comparison import METRICS
 
     for name in ("strategies", "settings"):
         if not config[name]:
@@ -148,10 +148,10 @@ def trainable_strategies(config, dataset: Dataset) -> list[str]:
     Raises:
       ConfigError: none can.
     """
-    from fedrag_jax.tracking.comparison import NEEDS_LABELS
+    from fedrag_jax.strategies.own import named
 
     bare = sum(not e.positive_ids for e in dataset.train)
-    left_out = [name for name in config.strategies if bare and name in NEEDS_LABELS]
+    left_out = [name for name in config.strategies if bare and named(name).needs_gold]
     if left_out:
         print(
             f"{', '.join(left_out)} left out: needs gold passages, and {bare} of "

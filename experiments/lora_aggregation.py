@@ -120,9 +120,9 @@ def compute_cell(run: Comparison, read: dict, rule: str, seed: int, split: int):
     Args:
       read: the corpus rows of every question's prompt, by its id.
     """
+    from experiments.reporting import cells
     from fedrag_jax.clock import Clock
     from fedrag_jax.evaluation import evaluator
-    from fedrag_jax.tracking import cells
     from fedrag_jax.tracking.ledger import Cost
 
     config, dataset = run.config, run.dataset
@@ -171,7 +171,7 @@ def reading_scores(systems, examples, rows) -> list[dict[str, np.ndarray]]:
 
 def rows_of(config, folder: pathlib.Path) -> list[dict]:
     """A row for every rule, rank and alpha, with its differences from FedIT."""
-    from fedrag_jax.tracking import comparison, differences
+    from experiments.reporting import comparison, differences
 
     rows = []
     for alpha, rank, rule in itertools.product(config.alphas, config.ranks, config.rules):
@@ -201,8 +201,8 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
 
 def report(config, folder: pathlib.Path):
     """Writes lora_aggregation.csv and returns the `Report`."""
-    from fedrag_jax.tracking import experiment_figures, tables
-    from fedrag_jax.tracking.report import Report, Section
+    from experiments.reporting import experiment_figures, tables
+    from experiments.reporting.report import Report, Section
 
     rows = rows_of(config, folder)
     tables.write_csv(folder / "lora_aggregation.csv", rows)

@@ -46,13 +46,13 @@ def objective_of(name: str):
 def tuned(run: Comparison, name: str, setting: str, seed: int, split: int, factor: float):
     """`(system, tuner)` after training at a factor of the config's learning rates."""
     objective, rates = objective_of(name), run.config.learning_rates
-    system, tuner = run.system(seed), run.tuner(setting, seed, split)
+    system = run.system(seed)
+    tuner = run.tuner(lambda task, part: factor * rates[part], setting, seed, split)
     budget = tuner.budget
     tuner = dataclasses.replace(
         tuner,
         folder=tuner.folder / f"{name}-x{factor:g}",
         budget=budget._replace(batch_size=budget.batch_size * objective.batch),
-        rates=lambda task, part: factor * rates[part],
     )
     task = run.task(name, seed)
     return system.replace(**tuner(task)), tuner
@@ -108,8 +108,8 @@ def rate_path(folder: pathlib.Path, name: str, setting: str) -> pathlib.Path:
 
 def compute_cell(run: Methods, name: str, setting: str, seed: int, split: int):
     """Trains at the rates that suit validation questions, tests and prices."""
+    from experiments.reporting import cells
     from fedrag_jax.clock import Clock
-    from fedrag_jax.tracking import cells
     from fedrag_jax.tracking.ledger import Cost
 
     config, dataset = run.config, run.dataset
@@ -143,7 +143,7 @@ def compute_cell(run: Methods, name: str, setting: str, seed: int, split: int):
 
 def rows_of(config, folder: pathlib.Path) -> list[dict]:
     """A row for every objective, setting and metric of its part."""
-    from fedrag_jax.tracking import comparison, differences
+    from experiments.reporting import comparison, differences
 
     rows = []
     for setting, name in itertools.product(config.settings, config.objectives):
@@ -191,8 +191,8 @@ def verdict(row) -> str:
 
 def report(config, folder: pathlib.Path):
     """Writes methods.csv and returns the `Report`."""
-    from fedrag_jax.tracking import experiment_figures, tables
-    from fedrag_jax.tracking.report import Report, Section
+    from experiments.reporting import experiment_figures, tables
+    from experiments.reporting.report import Report, Section
 
     rows = rows_of(config, folder)
     tables.write_csv(folder / "methods.csv", rows, COLUMNS)

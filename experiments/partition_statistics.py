@@ -31,7 +31,7 @@ def questions(config):
 
 def partitions_table(rows):
     """Partitions, one a row: its name under `partition` beside `Partition.statistics`."""
-    from fedrag_jax.tracking.tables import Table, number, words
+    from experiments.reporting.tables import Table, number, words
 
     whole = {"clients": "clients", "examples": "examples", "least": "smallest"}
     columns = [
@@ -49,9 +49,9 @@ def partitions_table(rows):
 
 def run(config, runs: str) -> pathlib.Path:
     """Splits as the comparison does; returns the folder of the results."""
+    from experiments.reporting.partition_figures import label_distribution
+    from experiments.reporting.tables import write_csv
     from fedrag_jax.strategies.settings import parse, split_clients
-    from fedrag_jax.tracking.partition_figures import label_distribution
-    from fedrag_jax.tracking.tables import write_csv
 
     if not config.seeds:
         raise ConfigError("config.seeds is empty; give at least one")

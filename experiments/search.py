@@ -9,8 +9,6 @@ from experiments.comparison import Comparison
 from experiments.inputs import replicates
 from fedrag_jax.errors import DataError, DivergenceError
 
-JOINT = ("two_phase", "joint_token", "joint_sequence")
-
 
 class Search(NamedTuple):
     """A rate that is looked for.
@@ -20,23 +18,21 @@ class Search(NamedTuple):
       part: whose rate it is.
       strategy: that is trained with it, by name.
       metric: that judges it; F1 and MRR are less noisy than EM.
-      users: strategies that train with it.
     """
 
     name: str
     part: str
     strategy: str
     metric: str
-    users: tuple[str, ...]
 
 
 SEARCHES = (
-    Search("retriever", "retriever", "retriever", "mrr", ("retriever", "independent")),
-    Search("generator", "generator", "generator", "f1", ("generator", "independent")),
-    Search("marginal_generator", "generator", "first_phase", "f1", JOINT),
-    Search("marginal_retriever", "retriever", "second_phase", "f1", JOINT),
-    Search("ralt", "generator", "ralt", "f1", ("ralt", "ra_dit")),
-    Search("lsr", "retriever", "lsr", "f1", ("lsr", "ra_dit")),
+    Search("retriever", "retriever", "retriever", "mrr"),
+    Search("generator", "generator", "generator", "f1"),
+    Search("marginal_generator", "generator", "first_phase", "f1"),
+    Search("marginal_retriever", "retriever", "second_phase", "f1"),
+    Search("ralt", "generator", "ralt", "f1"),
+    Search("lsr", "retriever", "lsr", "f1"),
 )
 
 
@@ -68,11 +64,12 @@ class Trials:
     def judge(self, rates: Sequence[float]) -> list[float]:
         """The metric of each rate in percent, a mean over seeds and clients; -inf where it diverges."""
         from fedrag_jax.strategies import strategies
+        from fedrag_jax.strategies.strategy import together
         from fedrag_jax.strategies.tuner import tune_together
 
         strategy = getattr(strategies, self.search.strategy)
         tuners = [tuner for rate in rates for tuner in self._tuners(rate)]
-        tuned = strategies.together(
+        tuned = together(
             strategy,
             [*self.bases] * len(rates),
             self.run.dataset,
@@ -89,7 +86,7 @@ class Trials:
         found = []
         for pair in seeds_of(self.run.config, self.setting):
             for client in members:
-                tuner = self.run.tuner(self.setting, *pair, client, rate=lambda *_: rate)
+                tuner = self.run.tuner(lambda *_: rate, self.setting, *pair, client)
                 tuner.folder = tuner.folder / self.where / f"{self.search.strategy}-{rate:g}"
                 found.append(tuner)
         return found

@@ -118,7 +118,7 @@ def rate_path(folder: pathlib.Path, setting: str) -> pathlib.Path:
 
 def compute_cell(study: Study, method: str, setting: str, seed: int, split: int):
     """Trains at the rate that suits validation questions best, with the first pair of seeds."""
-    from fedrag_jax.tracking import cells
+    from experiments.reporting import cells
     from fedrag_jax.tracking.ledger import Cost
 
     config, test = study.config, study.dataset.test
@@ -147,7 +147,7 @@ def compute_cell(study: Study, method: str, setting: str, seed: int, split: int)
 
 def rows_of(config, folder: pathlib.Path) -> list[dict]:
     """A row for every dataset, setting and method, with its differences from the untuned retriever."""
-    from fedrag_jax.tracking import comparison, differences
+    from experiments.reporting import comparison, differences
 
     rows = []
     for name in config.datasets:
@@ -178,15 +178,15 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
 
 def metrics(cells) -> dict[str, float]:
     """Every metric with its interval."""
-    from fedrag_jax.tracking.comparison import estimate
+    from experiments.reporting.comparison import estimate
 
     return {name: x for metric in METRICS for name, x in estimate(cells, metric).items()}
 
 
 def report(config, folder: pathlib.Path):
     """Writes retrieval.csv and returns the `Report`."""
-    from fedrag_jax.tracking import tables
-    from fedrag_jax.tracking.report import Report, Section
+    from experiments.reporting import tables
+    from experiments.reporting.report import Report, Section
 
     rows = rows_of(config, folder)
     tables.write_csv(

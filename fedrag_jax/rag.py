@@ -331,13 +331,9 @@ class RAGSystem:
     @property
     def writer(self) -> Writer:
         """The generator with its adapters, stopped by what ends its answers in this prompt style."""
-        return Writer(
-            self.decoder,
-            self.generator.params,
-            self.prompts.tokenizer,
-            tuple(sorted({*self.prompts.stop_tokens, *self.generator.ends})),
-            self.adapters,
-        )
+        ends = tuple(sorted({*self.prompts.stop_tokens, *self.generator.ends}))
+        params, tokenizer = self.generator.params, self.prompts.tokenizer
+        return Writer(self.decoder, params, tokenizer, ends, self.adapters)
 
     def _sampling(self, given: dict[str, Any]) -> Sampling:
         sampling = Sampling.of({"max_new_tokens": self.prompts.max_answer_tokens} | given)

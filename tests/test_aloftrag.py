@@ -15,12 +15,12 @@ from chat_server import Server, said
 from configs import aloftrag as configs
 from configs import aloftrag_silos, aloftrag_xquad
 from experiments import aloftrag, report
+from experiments.reporting import cells
 from fedrag_jax.data import datasets
 from fedrag_jax.data.examples import Example
 from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.objectives.citing import Context
 from fedrag_jax.strategies import label_free
-from fedrag_jax.tracking import cells
 
 DATA = pathlib.Path(os.environ.get("FEDRAG_DATA", "../shared/data"))
 COLUMNS = [

@@ -17,7 +17,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 @pytest.mark.slow
 def test_quickstart_notebook():
     notebook = nbformat.read(ROOT / "notebooks" / "quickstart.ipynb", as_version=4)
-    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": ROOT}}).execute()
+    here = {"metadata": {"path": ROOT / "notebooks"}}
+    NotebookClient(notebook, timeout=600, resources=here).execute()
     outputs = [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs]
     assert any("image/png" in o.get("data", {}) for o in outputs)
     assert any("| federated " in o.get("data", {}).get("text/markdown", "") for o in outputs)

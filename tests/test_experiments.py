@@ -16,9 +16,9 @@ from nbclient import NotebookClient
 from small import read, small
 
 from experiments import compare_strategies, comparison, inputs, report
+from experiments.reporting import cells, figures
+from experiments.reporting.comparison import COLUMNS
 from fedrag_jax.errors import CheckpointError, ConfigError, DataError
-from fedrag_jax.tracking import cells, figures
-from fedrag_jax.tracking.comparison import COLUMNS
 
 WANTED = [
     "strategy", "setting", "alpha", "labels", "seeds", "em", "em_low", "em_high", "em_sd", "f1",
@@ -73,7 +73,8 @@ def test_a_notebook_reads_the_run(finished, monkeypatch):
     root = pathlib.Path(__file__).parent.parent
     notebook = nbformat.read(root / "notebooks" / "reading_a_run.ipynb", as_version=4)
     monkeypatch.setenv("FEDRAG_RUN", str(finished))
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": root}}).execute()
+    here = {"metadata": {"path": root / "notebooks"}}
+    NotebookClient(notebook, timeout=300, resources=here).execute()
     outputs = [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs]
     assert sum("image/png" in o.get("data", {}) for o in outputs) == 2
     tables = [o["data"]["text/markdown"] for o in outputs if "text/markdown" in o.get("data", {})]
@@ -100,7 +101,7 @@ def wandb_records(path):
 
 
 def test_weights_and_biases_can_compare_cells(finished, tmp_path):
-    from fedrag_jax.tracking.weights_and_biases import log_cell
+    from experiments.reporting.weights_and_biases import log_cell
 
     cell = cells.load(finished, "two_phase", "federated", 0, 0)
     about = {"federated": {"alpha": 1.0}}
@@ -265,7 +266,12 @@ def test_another_config_does_not_mix_with_old_results(finished):
         ("federated.alpha", 0.0, ConfigError, r"alpha must be > 0, got 0.0"),
         ("federated.alpha", -1.0, ConfigError, r"alpha must be > 0, got -1.0"),
         ("federated.clients", 161, ConfigError, r"161 clients"),
-        ("strategies", ("magic",), ConfigError, r"strategies: unknown strategy 'magic'; choose among"),
+        (
+            "strategies",
+            ("magic",),
+            ConfigError,
+            r"strategies: unknown strategy 'magic'; choose among",
+        ),
         ("settings", ("here",), ConfigError, r"setting 'here' unknown; choose among"),
         ("settings", ("federated_0",), ConfigError, r"setting 'federated_0' unknown"),
         ("settings", ("centralised_1",), ConfigError, r"setting 'centralised_1' unknown"),
@@ -309,6 +315,7 @@ def test_clients_are_scored_on_questions_such_as_they_hold():
 
     # The mean over questions is the mean over clients, and what has no score counts for nobody.
     asked = about("x", "x", "y")
+
     def mean(scores):
         found, weights = comparison.own_scores(held, asked, scores, "topic")
         assert weights.mean() == pytest.approx(1) or np.isnan(found).any()

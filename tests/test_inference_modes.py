@@ -9,9 +9,9 @@ from small import small_modes
 from experiments import inference_modes, report
 from experiments.comparison import Comparison
 from experiments.inputs import load_data
+from experiments.reporting import cells
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.evaluation.evaluator import evaluate
-from fedrag_jax.tracking import cells
 
 pytestmark = pytest.mark.slow  # whole experiments, if small ones
 

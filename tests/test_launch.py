@@ -12,8 +12,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from experiments.launch import settled_config
+from experiments.reporting import cells
 from fedrag_jax.errors import DataError
-from fedrag_jax.tracking import cells
 from fedrag_jax.tracking.ledger import Cost
 
 ROOT = pathlib.Path(__file__).parent.parent

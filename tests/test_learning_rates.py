@@ -18,7 +18,7 @@ def test_rates_that_diverge_are_left_out(tmp_path, capsys):
     from experiments.search import SEARCHES, Trials
     from fedrag_jax.errors import DivergenceError
     from fedrag_jax.evaluation import evaluator
-    from fedrag_jax.strategies import strategies, tuner
+    from fedrag_jax.strategies import strategies, strategy, tuner
 
     @dataclasses.dataclass
     class Tuner:
@@ -33,10 +33,10 @@ def test_rates_that_diverge_are_left_out(tmp_path, capsys):
         def members(self, setting):
             return [None]
 
-        def tuner(self, setting, seed, split, client, rate):
-            return Tuner(rate("task", "part"), seed)
+        def tuner(self, rates, setting, seed, split, client):
+            return Tuner(rates("task", "part"), seed)
 
-    @strategies.strategy
+    @strategy.strategy()
     def by_rate(base, dataset):
         return (yield "task")
 

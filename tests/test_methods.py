@@ -7,8 +7,8 @@ import pytest
 from small import small_methods, small_refresh
 
 from experiments import index_refresh, methods, report
+from experiments.reporting import cells
 from fedrag_jax.errors import ConfigError
-from fedrag_jax.tracking import cells
 
 pytestmark = pytest.mark.slow  # whole experiments, if small ones
 

@@ -12,6 +12,7 @@ from tiny import random_adapters
 from toys import EXAMPLES, assert_equal, linear_task
 
 from experiments import comparison, inputs
+from experiments.reporting.figures import setting_name
 from experiments.search import SEARCHES, Trials
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.evaluation.evaluator import evaluate
@@ -27,7 +28,6 @@ from fedrag_jax.models.lora import adapted_kernels
 from fedrag_jax.strategies.objectives import OBJECTIVES
 from fedrag_jax.strategies.settings import Budget, adamw, parse, rate_names, with_algorithm
 from fedrag_jax.strategies.tuner import Tuner
-from fedrag_jax.tracking.figures import setting_name
 
 # Options as a config has them, and the algorithm as one would write it down.
 BY_HAND = {

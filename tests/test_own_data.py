@@ -10,8 +10,8 @@ import pytest
 from small import own_folder, read, small
 
 from experiments import compare_strategies, comparison
+from experiments.reporting import cells
 from fedrag_jax.errors import ConfigError, DataError
-from fedrag_jax.tracking import cells
 
 
 @pytest.mark.slow

@@ -15,6 +15,10 @@ from small import own_folder, small
 from toys import EXAMPLES, FOUR, linear_task
 
 from experiments import compare_strategies, comparison, inputs
+from experiments.reporting import cells, comparison_tables, figures
+from experiments.reporting.comparison import own as on_own
+from experiments.reporting.comparison import own_weight, strategy_rows
+from experiments.reporting.differences import independent_rows
 from fedrag_jax.data import datasets
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.federated.fed_avg import fed_avg
@@ -27,10 +31,6 @@ from fedrag_jax.strategies import own
 from fedrag_jax.strategies.objectives import OBJECTIVES
 from fedrag_jax.strategies.settings import parse
 from fedrag_jax.strategies.strategies import STRATEGIES
-from fedrag_jax.tracking import cells, comparison_tables, figures
-from fedrag_jax.tracking.comparison import own as on_own
-from fedrag_jax.tracking.comparison import own_weight, strategy_rows
-from fedrag_jax.tracking.differences import independent_rows
 from fedrag_jax.tracking.ledger import Cost, mean_cost, training_cost
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -113,7 +113,7 @@ def test_an_experiment_trains_and_reports_it(readme, folder, tmp_path):
     ((tuned,), (tuner,)) = run.tuned_systems(NAME, "federated", 0, 0)
     assert moved(run.system(0).retriever.query, tuned.retriever.query)
     assert tuner.costs.keys() == own_cell.curves.keys() == {NAME}
-    assert run.rate("federated", NAME, "query") == 2e-3
+    assert run.rate("federated", own.named(NAME), "query") == 2e-3
     assert (own_cell.cost.flops, own_cell.cost.tokens) == (None, None)
     assert own_cell.cost.bytes_up == ranking.cost.bytes_up > 0
     assert ranking.cost.flops > 0 and ranking.cost.tokens > 0
@@ -293,9 +293,10 @@ def test_every_curve_is_drawn():
 
     curves = {"mine:own": rounds(2.0), "rag_token_query": rounds(3.0), "another": rounds(1.0)}
     cell = cells.Cell("mine:own", "federated", 0, 0, {}, {}, [], Cost(), curves, np.arange(0))
+    cell = cell._replace(labels={"rag_token_query": "RAG-Token: retriever"})
     figure = figures.learning_curves([cell])
     titles = [ax.get_title() for ax in figure.axes]
-    assert titles == ["two-phase, 2: retriever", "mine:own", "another"]
+    assert titles == ["mine:own", "RAG-Token: retriever", "another"]
     plt.close("all")
 
 

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from matplotlib.collections import PolyCollection
 
+from experiments.reporting import partition_figures
+from experiments.reporting.partition_figures import CLASS_COLORS, REST_COLORS, label_distribution
 from fedrag_jax.data.partition import Partition, partition
 from fedrag_jax.data.schemes import dirichlet, iid
-from fedrag_jax.tracking import partition_figures
-from fedrag_jax.tracking.partition_figures import CLASS_COLORS, REST_COLORS, label_distribution
 
 matplotlib.use("Agg")
 

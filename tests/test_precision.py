@@ -107,7 +107,9 @@ def test_adapters_and_their_moments_stay_in_float32():
         return optimizer.update(gradients, state, params)
 
     watched = optax.GradientTransformation(optimizer.init, update)
-    result = fit(task, examples[:8], fed_avg(local_steps=2), optimizer=watched, rounds=1, batch_size=4)
+    result = fit(
+        task, examples[:8], fed_avg(local_steps=2), optimizer=watched, rounds=1, batch_size=4
+    )
     assert {*seen} == {jnp.dtype("float32")}
     assert {x.dtype for x in jax.tree.leaves(result.trainable)} == {jnp.dtype("float32")}
 

@@ -14,10 +14,10 @@ from small import small_aggregation, small_heterogeneity
 from experiments import heterogeneity, lora_aggregation, report
 from experiments.inputs import validation_sample
 from experiments.rates import chosen_rate, kept_rate, one_by_one
+from experiments.reporting import tables
+from experiments.reporting.cells import load
+from experiments.reporting.report import Report, Section
 from fedrag_jax.errors import ConfigError, DataError, DivergenceError
-from fedrag_jax.tracking import tables
-from fedrag_jax.tracking.cells import load
-from fedrag_jax.tracking.report import Report, Section
 
 
 def read(path):

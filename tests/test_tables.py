@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from experiments.reporting import comparison, comparison_tables, differences, figures, tables
+from experiments.reporting.cells import Cell, load, save
 from fedrag_jax.evaluation.significance import paired_t_test
 from fedrag_jax.strategies.settings import parse
-from fedrag_jax.tracking import comparison, comparison_tables, differences, figures, tables
-from fedrag_jax.tracking.cells import Cell, load, save
 from fedrag_jax.tracking.ledger import Cost
 
 SETTINGS = {

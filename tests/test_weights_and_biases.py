@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import wandb_server
 
-from fedrag_jax.tracking import cells
+from experiments.reporting import cells
 from fedrag_jax.tracking.ledger import Cost
 
 NOWHERE = "http://127.0.0.1:9"  # the port of a service that nobody runs
 LOG = """
 import pathlib, sys
-from fedrag_jax.tracking import cells
-from fedrag_jax.tracking.weights_and_biases import log_cell
+from experiments.reporting import cells
+from experiments.reporting.weights_and_biases import log_cell
 folder, mode = pathlib.Path(sys.argv[1]), sys.argv[2]
 for seed in (0, 1):
     cell = cells.load(folder, "retriever", "federated", seed, seed)

@@ -149,7 +149,7 @@ def random_prompts(count: int):
 
 def draw(found: dict, path: pathlib.Path) -> None:
     """Two panels over the cohort: memory and time."""
-    from fedrag_jax.tracking.figures import pyplot
+    from experiments.reporting.figures import pyplot
 
     plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(6.4, 2.4), layout="constrained")

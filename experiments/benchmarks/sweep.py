@@ -80,6 +80,7 @@ def measured(together: bool) -> dict:
     from experiments.inputs import load_data
     from fedrag_jax.clock import Clock
     from fedrag_jax.strategies import strategies
+    from fedrag_jax.strategies.strategy import together
     from fedrag_jax.strategies.tuner import tune_together
 
     config = get_config()
@@ -90,13 +91,13 @@ def measured(together: bool) -> dict:
         tuners, systems = [], []
         for seed in range(_SEEDS.value):
             for rate in np.logspace(-4, -2, _RATES.value):
-                tuner = run.tuner("centralised", seed, seed, rate=lambda *_, rate=rate: rate)
+                tuner = run.tuner(lambda *_, rate=rate: rate, "centralised", seed, seed)
                 where = pathlib.Path(folder) / f"{seed}-{rate:g}"
                 tuners.append(dataclasses.replace(tuner, folder=where))
                 systems.append(run.system(seed))
         clock, start = Clock(), time.perf_counter()
         if together:
-            strategies.together(
+            together(
                 strategy,
                 systems,
                 run.dataset,

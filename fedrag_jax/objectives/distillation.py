@@ -175,7 +175,7 @@ def distillation(
             train=train, passages=passages, refresh=refresh, pool=pool,
             **{"marginal": "sequence"} | settings,
         )  # fmt: skip
-        return dataclasses.replace(task, name="emdr")
+        return dataclasses.replace(task, name="emdr", label="retriever: EMDR²")
     if method not in METHODS:
         raise ConfigError(f"distillation: method is one of {[*METHODS, 'emdr']}, got {method!r}")
     loss = _loss(retriever, METHODS[method] | settings, decoder)
@@ -249,5 +249,6 @@ def _task(name, loss, source, retriever, examples, train, passages, refresh, poo
         loss=loss,
         collate=lambda some, rows: {"retrieved": rows} | questions(some) | source(some, rows),
         cost=loss.cost(),
+        label=f"retriever: {name.upper()}",
         **searching(retriever, train, passages, refresh, pool),
     )

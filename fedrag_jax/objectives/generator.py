@@ -53,7 +53,8 @@ def concatenated(
     Args:
       rows: `rows(examples) -> int [N, k]`, the passages a frozen retriever finds.
     """
-    return _task("concatenated", decoder, params, adapters, prompts, rows, per_passage=False)
+    task = _task("concatenated", decoder, params, adapters, prompts, rows, per_passage=False)
+    return dataclasses.replace(task, label="generator: answer NLL")
 
 
 def ralt(
@@ -72,7 +73,9 @@ def ralt(
         more: the same loss but for passages that are cut (see `Prompts.training_width`). That
         is slower where passages are alike in length, and on a CPU.
     """
-    return _task("ralt", decoder, params, adapters, prompts, rows, per_passage=True, packed=packed)
+    how = {"per_passage": True, "packed": packed}
+    task = _task("ralt", decoder, params, adapters, prompts, rows, **how)
+    return dataclasses.replace(task, label="generator: RALT")
 
 
 def closed_book(decoder: Network, params: PyTree, adapters: PyTree, prompts: Prompts) -> Task:

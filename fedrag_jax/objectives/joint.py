@@ -37,6 +37,8 @@ from fedrag_jax.objectives.task import PyTree, StepCost, Task
 from fedrag_jax.retrieval.refresh import Policy
 from fedrag_jax.retrieval.retriever import Retriever
 
+_PARTS = {"adapters": "generator", "query": "retriever", "document": "documents", "head": "head"}
+
 
 def rag_sequence(log_probs: jax.Array, scores: jax.Array, mask: jax.Array) -> jax.Array:
     """log p(y|x) [B] of `log_probs` [B, k, A], retrieval `scores` [B, k], answer `mask` [B, A]."""
@@ -166,5 +168,6 @@ def marginal_likelihood(
         loss=loss,
         collate=collate,
         cost=loss.cost(),
+        label=f"RAG-{marginal.title()}: {' and '.join(_PARTS[part] for part in train)}",
         **(searching(retriever, moving, passages, refresh, pool) if moving else {}),
     )

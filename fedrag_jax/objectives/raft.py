@@ -101,7 +101,7 @@ def oracle(
         decoder, params, adapters, prompts, retriever, questions,
         oracle_share=1.0, distractors=0, teacher=None,
     )  # fmt: skip
-    return dataclasses.replace(task, name="oracle")
+    return dataclasses.replace(task, name="oracle", label="generator: oracle")
 
 
 def raft_rows(

@@ -197,4 +197,5 @@ def multiple_negatives_ranking(
         retrieve=mine if mining else None,
         cost=loss.cost(),
         idle=None if mining or negatives is not None else idle,
+        label="retriever: ranking" + (", mined negatives" if mining else ""),
     )

@@ -45,6 +45,7 @@ class Task:
         `retrieve(examples, trainable, index) -> (rows, index)`, each time with the index that the time
         before left. None where `retrieve` sees to it that its index is fresh.
       cost: what a step of this loss takes, where somebody declares it.
+      label: what figures call it; the name if empty.
       idle: `idle(examples, batch_size) -> str`, why a client learns nothing from its examples; "" where
         it learns. A ConfigError where nobody could. None where any example teaches something.
     """
@@ -58,6 +59,7 @@ class Task:
     index: dict[str, Any] | None = None
     cost: StepCost | None = None
     idle: Callable[[Any, int], str] | None = None
+    label: str = ""
 
     @property
     def declared(self) -> StepCost:

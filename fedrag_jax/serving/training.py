@@ -24,7 +24,6 @@ from fedrag_jax.serving.alike import alike
 from fedrag_jax.strategies.own import named
 from fedrag_jax.strategies.settings import Budget, split_clients
 from fedrag_jax.strategies.tuner import Tuner
-from fedrag_jax.tracking.comparison import NEEDS_LABELS
 
 SETTINGS = "settings.json"
 SCORES = ("em", "f1", "recall_at_5", "mrr")
@@ -98,7 +97,7 @@ def train(
         positive, a folder with other results, or where another process trains; all trainings diverged.
     """
     bare = sum(not e.positive_ids for e in dataset.train)
-    if strategy in NEEDS_LABELS and bare:
+    if named(strategy).needs_gold and bare:
         raise ConfigError(
             f"strategy {strategy!r} needs gold passages, and {bare} of {len(dataset.train)} training "
             "questions have no positive_ids: give them, or choose joint_token, which needs none"

@@ -10,19 +10,20 @@ from fedrag_jax.errors import ConfigError
 from fedrag_jax.objectives.task import Task
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.strategies.objectives import Objective
-from fedrag_jax.strategies.strategies import STRATEGIES, Tasks, strategy
+from fedrag_jax.strategies.strategies import STRATEGIES
+from fedrag_jax.strategies.strategy import Strategy, Tasks
 
 PARTS = ("adapters", "query", "document", "head")  # of a system, that a task can train
 
 
-def named(name: str) -> Callable[..., RAGSystem]:
+def named(name: str) -> Strategy:
     """The strategy of a name.
 
     Args:
       name: one of `STRATEGIES`, or "module:name" of one of these:
         a function `(system, dataset) -> Task`, whose task is trained and put into the system;
         an `Objective`, as those of `OBJECTIVES` are;
-        a function made by `strategies.strategy`, which may train several tasks.
+        a `Strategy`, which may train several tasks.
 
     Raises:
       ConfigError: there is no such strategy, or the module cannot be imported.
@@ -41,18 +42,21 @@ def named(name: str) -> Callable[..., RAGSystem]:
             f"strategy {name!r} cannot be imported ({error}); its module must be on the Python path "
             "(PYTHONPATH=.) and hold that name"
         ) from error
-    if hasattr(found, "tasks"):
+    if isinstance(found, Strategy):
         return found
+    needs_gold = isinstance(found, Objective) and found.labels
     make = found.task if isinstance(found, Objective) else found
     if not callable(make):
         raise ConfigError(
             f"strategy {name!r} is {found!r}; it must be a function (system, dataset) -> Task, an "
             "Objective or a strategy"
         )
-    return of_task(name, make)
+    return of_task(name, make, needs_gold)
 
 
-def of_task(name: str, make: Callable[[RAGSystem, Dataset], Task]) -> Callable[..., RAGSystem]:
+def of_task(
+    name: str, make: Callable[[RAGSystem, Dataset], Task], needs_gold: bool = False
+) -> Strategy:
     """The strategy that trains one task, which is kept under the strategy's name.
 
     A name of its own would not do: two objectives that call themselves alike would find each other's
@@ -68,7 +72,6 @@ def of_task(name: str, make: Callable[[RAGSystem, Dataset], Task]) -> Callable[.
                 f"strategy {name!r} trains {unknown}, which no system has; name the parts as in "
                 f"{[*PARTS]}, or train it by `fit`"
             )
-        return system.replace(**(yield dataclasses.replace(task, name=name)))
+        return system.replace(**(yield dataclasses.replace(task, name=name, label="")))
 
-    tasks.__name__ = name
-    return strategy(tasks)
+    return Strategy(name, tasks, needs_gold=needs_gold)

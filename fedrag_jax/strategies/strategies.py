@@ -13,102 +13,50 @@
 | joint_token | both at once | RAG-Token | no |
 | joint_sequence | both at once | RAG-Sequence | no |
 
-A strategy is a function `(system, dataset, tune) -> system`, where `tune(task) -> trainable` trains a
-task in the setting of the experiment: the strategies do not know whether that is federated. Written
-down, it yields its tasks and is sent what was trained; `together` takes several systems through it.
+A `Strategy` holds how figures show it, what it needs, its learning rates and its tasks.
 """
 
-import functools
-from collections.abc import Callable, Generator, Sequence
-from typing import Any
-
 from fedrag_jax.data.examples import Dataset
-from fedrag_jax.objectives.task import PyTree, Task
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.strategies.objectives import OBJECTIVES, marginal_task
+from fedrag_jax.strategies.strategy import Tasks, strategy
 
-Tune = Callable[[Task], PyTree]
-Tasks = Generator[Task, PyTree, RAGSystem]
-
-
-def strategy(tasks: Callable[[RAGSystem, Dataset], Tasks]):
-    """Makes a function `(system, dataset, tune) -> system` of a generator, which stays as `tasks`."""
-
-    @functools.wraps(tasks)
-    def tuned(system: RAGSystem, dataset: Dataset, tune: Tune) -> RAGSystem:
-        (found,) = together(
-            tuned, [system], dataset, lambda asked: [tune(task) for _, task in asked]
-        )
-        return found
-
-    tuned.tasks = tasks
-    return tuned
+# Of the marginal likelihoods, in two phases or at once.
+MARGINAL_RATES = {"adapters": "marginal_generator", "query": "marginal_retriever"}
 
 
-def together(strategy, systems: Sequence[RAGSystem], dataset: Dataset, tune_all) -> list[Any]:
-    """What a strategy makes of several systems.
-
-    Args:
-      tune_all: `tune_all([(i, task), ...]) -> [trainable or exception, ...]`; i counts the systems.
-
-    Returns:
-      Tuned systems; an exception in place of one whose training ended in it.
-    """
-    under_way = [strategy.tasks(system, dataset) for system in systems]
-    results: list[Any] = [None] * len(systems)
-
-    def go_on(i, trained):
-        try:
-            return under_way[i].send(trained)
-        except StopIteration as end:
-            results[i] = end.value
-
-    asked = [(i, go_on(i, None)) for i in range(len(systems))]
-    # Equal systems start with one task, which then retrieves and collates for all of them.
-    first = {id(system): task for system, (_, task) in zip(systems, asked, strict=True)}
-    asked = [(i, task and first[id(systems[i])]) for i, task in asked]
-    while asked := [(i, task) for i, task in asked if task is not None]:
-        found, asked = zip(asked, tune_all(asked), strict=True), []
-        for (i, _), trained in found:
-            if isinstance(trained, Exception):
-                results[i] = trained
-            else:
-                asked.append((i, go_on(i, trained)))
-    return results
-
-
-@strategy
+@strategy("none", "#000000", "o", rates={})
 def none(system: RAGSystem, dataset: Dataset) -> Tasks:
     """The system as it came."""
     return system
     yield  # it asks for nothing, and is a generator like the others
 
 
-@strategy
+@strategy("retriever", "#56B4E9", "v", needs_gold=True)
 def retriever(system: RAGSystem, dataset: Dataset) -> Tasks:
     """Query-side tuning on gold passages."""
     return system.replace(**(yield OBJECTIVES["in_batch"].task(system, dataset)))
 
 
-@strategy
+@strategy("generator", "#E69F00", "s")
 def generator(system: RAGSystem, dataset: Dataset) -> Tasks:
     """Adapters tuned on what the base retriever finds."""
     return system.replace(**(yield OBJECTIVES["concatenated"].task(system, dataset)))
 
 
-@strategy
+@strategy("RALT", "#E69F00", "s", rates={"adapters": "ralt"})
 def ralt(system: RAGSystem, dataset: Dataset) -> Tasks:
     """Adapters tuned on what the base retriever finds, passage by passage."""
     return system.replace(**(yield OBJECTIVES["ralt"].task(system, dataset)))
 
 
-@strategy
+@strategy("LSR", "#56B4E9", "v", rates={"query": "lsr"})
 def lsr(system: RAGSystem, dataset: Dataset) -> Tasks:
     """The query encoder tuned by what the base generator makes of its passages."""
     return system.replace(**(yield OBJECTIVES["lsr"].task(system, dataset)))
 
 
-@strategy
+@strategy("RA-DIT", "#009E73", "^", rates={"adapters": "ralt", "query": "lsr"})
 def ra_dit(system: RAGSystem, dataset: Dataset) -> Tasks:
     """RA-DIT: both of these, each beside the untuned other."""
     read = yield from ralt.tasks(system, dataset)
@@ -116,7 +64,7 @@ def ra_dit(system: RAGSystem, dataset: Dataset) -> Tasks:
     return read.replace(query=found.retriever.query)
 
 
-@strategy
+@strategy("independent", "#009E73", "^", needs_gold=True)
 def independent(system: RAGSystem, dataset: Dataset) -> Tasks:
     """The tuned retriever and the tuned generator, which have never met."""
     found = yield from retriever.tasks(system, dataset)
@@ -124,49 +72,42 @@ def independent(system: RAGSystem, dataset: Dataset) -> Tasks:
     return read.replace(query=found.retriever.query)
 
 
-@strategy
+@strategy("two-phase", "#D55E00", "D", rates=MARGINAL_RATES)
 def two_phase(system: RAGSystem, dataset: Dataset) -> Tasks:
     """RAG-Token twice: the adapters first, then the query encoder under the tuned generator."""
     system = yield from first_phase.tasks(system, dataset)
     return (yield from second_phase.tasks(system, dataset))
 
 
-@strategy
+@strategy(rates=MARGINAL_RATES)
 def first_phase(system: RAGSystem, dataset: Dataset) -> Tasks:
     """RAG-Token on the adapters, the retriever frozen."""
     return system.replace(**(yield marginal_task(system, dataset, ("adapters",), "token")))
 
 
-@strategy
+@strategy(rates=MARGINAL_RATES)
 def second_phase(system: RAGSystem, dataset: Dataset) -> Tasks:
     """RAG-Token on the query encoder, the generator frozen."""
     return system.replace(**(yield marginal_task(system, dataset, ("query",), "token")))
 
 
-@strategy
+@strategy("joint, RAG-Token", "#0072B2", "P", rates=MARGINAL_RATES)
 def joint_token(system: RAGSystem, dataset: Dataset) -> Tasks:
     """RAG-Token on both parts at once."""
     return system.replace(**(yield OBJECTIVES["rag_token"].task(system, dataset)))
 
 
-@strategy
+@strategy("joint, RAG-Sequence", "#CC79A7", "X", rates=MARGINAL_RATES)
 def joint_sequence(system: RAGSystem, dataset: Dataset) -> Tasks:
     """RAG-Sequence on both parts at once."""
     return system.replace(**(yield OBJECTIVES["rag_sequence"].task(system, dataset)))
 
 
-STRATEGIES: dict[str, Callable[..., RAGSystem]] = {
-    f.__name__: f
-    for f in (
-        none,
-        retriever,
-        generator,
-        ralt,
-        lsr,
-        ra_dit,
-        independent,
-        two_phase,
-        joint_token,
+# Those that tune RA-DIT's parts look like the others that tune these parts. Phases are in no table.
+STRATEGIES = {
+    row.name: row
+    for row in (
+        none, retriever, generator, ralt, lsr, ra_dit, independent, two_phase, joint_token,
         joint_sequence,
     )
-}
+}  # fmt: skip

@@ -41,6 +41,7 @@ class Tuner:
       validation: examples that decide when to stop, where the budget has them do so.
       algorithm: of the federated setting.
       costs: of each task asked for, in order, whether trained now or read back.
+      labels: of the same.
     """
 
     folder: pathlib.Path
@@ -55,6 +56,7 @@ class Tuner:
     validation: Sequence[Example] = ()
     algorithm: Named = FED_AVG
     costs: dict[str, Cost] = dataclasses.field(default_factory=dict)
+    labels: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __call__(self, task: Task) -> PyTree:
         (trained,) = tune_together([(self, task)])
@@ -79,6 +81,7 @@ class Tuner:
         """
         folder = self.folder / task.name
         self.costs[task.name] = Cost.read(folder / "cost.json")
+        self.labels[task.name] = task.label or task.name
         try:
             return tensors.load_arrays(folder / "tuned.safetensors")
         except CheckpointError as error:

@@ -72,9 +72,7 @@ def batch(vocabulary: int, stride: int):
     return rng.integers(0, vocabulary, mask.shape), mask, positions
 
 
-def decoder(
-    name: str, family: str, stride: int = 1, legacy=False, shard="1GB", part="", **options
-):
+def decoder(name: str, family: str, stride: int = 1, legacy=False, shard="1GB", part="", **options):
     config = getattr(transformers, f"{family}{part}Config")(
         vocab_size=len(WORDS),
         attn_implementation="eager",

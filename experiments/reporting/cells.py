@@ -3,6 +3,8 @@
 import pathlib
 import zipfile
 import zlib
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +30,7 @@ class Cell(NamedTuple):
       curves: for each trained task its rounds: `round`, `loss`, `metrics`, `examples`, `seconds` and,
         where validation decided when to stop, `validation`.
       clusters: int [Q], see `data.examples.clusters`.
+      labels: what figures call the tasks of `curves`; their names where there is none.
     """
 
     strategy: str
@@ -40,6 +43,7 @@ class Cell(NamedTuple):
     cost: Cost
     curves: dict[str, list[dict[str, Any]]]
     clusters: np.ndarray
+    labels: Mapping[str, str] = MappingProxyType({})
 
 
 def path(folder: pathlib.Path, strategy: str, setting: str, seed: int, split: int) -> pathlib.Path:
@@ -68,6 +72,7 @@ def save(folder: pathlib.Path, cell: Cell) -> None:
         "client_em": cell.client_em,
         "cost": cell.cost._asdict(),
         "curves": cell.curves,
+        "labels": dict(cell.labels),
     }
     files.write_json(here / "cell.json", about)
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from fedrag_jax.tracking.comparison import METRICS, own
-from fedrag_jax.tracking.tables import (
+from experiments.reporting.comparison import METRICS, own
+from experiments.reporting.tables import (
     MISSING,
     Column,
     Table,

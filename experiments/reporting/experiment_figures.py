@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from fedrag_jax.tracking.comparison import METRICS
-from fedrag_jax.tracking.figures import (
+from experiments.reporting.comparison import METRICS
+from experiments.reporting.figures import (
     COLORS,
     MARKERS,
     OTHER_STYLES,
@@ -131,7 +131,7 @@ def over_rules(rows: Sequence[dict[str, Any]], untuned: float):
             x = np.array([rules.index(r["rule"]) for r in some]) + 0.2 * (i - (len(ranks) - 1) / 2)
             nll = np.array([r["nll"] for r in some])
             error = nll - [r["nll_low"] for r in some], [r["nll_high"] for r in some] - nll
-            color, marker = list(COLORS.values())[1:][i % 6], list(MARKERS.values())[i % 7]
+            color, marker = COLORS[1:][i % 6], MARKERS[i % 7]
             ax.errorbar(
                 x, nll, yerr=error, fmt=marker, ms=5, capsize=2, lw=1, color=color,
                 label=f"rank {rank}",

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from fedrag_jax.tracking.experiment_figures import LOOKS
-from fedrag_jax.tracking.figures import legend, pyplot
+from experiments.reporting.experiment_figures import LOOKS
+from experiments.reporting.figures import legend, pyplot
 
 
 def over_passages(rows: Sequence[dict[str, Any]], setting: str):

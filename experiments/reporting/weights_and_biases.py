@@ -6,14 +6,13 @@ import secrets
 import sys
 from typing import Any
 
+from experiments.reporting.cells import Cell, seeds_name
+from experiments.reporting.comparison import own_weight, scores
 from fedrag_jax import files
-from fedrag_jax.tracking.cells import Cell, seeds_name
-from fedrag_jax.tracking.comparison import own_weight, scores
 
 LOGGED = "wandb.json"
-PATIENCE_S = (
-    30  # for a server that does not answer: cells take minutes, and are kept whatever it says
-)
+# For a server that does not answer: cells take minutes, and are kept whatever it says.
+PATIENCE_S = 30
 _unanswered: set[str] = set()  # servers, by address, that this process has given up on
 
 

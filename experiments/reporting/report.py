@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import jinja2
 
+from experiments.reporting.figures import pyplot
+from experiments.reporting.tables import Table
 from fedrag_jax import files
-from fedrag_jax.tracking.figures import pyplot
-from fedrag_jax.tracking.tables import Table
 
 
 class Section(NamedTuple):

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments.reporting.cells import Cell
 from fedrag_jax.evaluation.metrics import percent
 from fedrag_jax.evaluation.significance import bootstrap_interval, seed_means, seed_sd
-from fedrag_jax.tracking.cells import Cell
 from fedrag_jax.tracking.ledger import mean_cost
 
 COLUMNS = (
@@ -26,7 +26,6 @@ COLUMNS = (
     ),
 )  # fmt: skip
 METRICS = {"em": "EM", "f1": "F1", "recall_at_5": "Recall@5", "mrr": "MRR@10"}
-NEEDS_LABELS = ("retriever", "independent")
 
 
 def by_cell(cells: Sequence[Cell]) -> dict[tuple[str, str], list[Cell]]:
@@ -136,10 +135,11 @@ def own_weight(metric: str) -> str:
 
 
 def _labels(strategy: str) -> str | None:
-    """Whether it needs gold passages; None of one of a user's own, "module:name", who alone knows."""
-    if ":" in strategy:
-        return None
-    return "yes" if strategy in NEEDS_LABELS else "no"
+    """Whether it needs gold passages; None of one that is in no table."""
+    from fedrag_jax.strategies.strategies import STRATEGIES  # imports JAX
+
+    row = STRATEGIES.get(strategy)
+    return row and ("yes" if row.needs_gold else "no")
 
 
 def costs_and_clients(cells: Sequence[Cell]) -> dict[str, Any]:

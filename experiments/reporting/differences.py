@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from experiments.reporting.cells import Cell
+from experiments.reporting.comparison import METRICS, by_cell, estimate, scores
 from fedrag_jax.evaluation.significance import (
     better_and_worse,
     bootstrap_interval,
@@ -15,8 +17,6 @@ from fedrag_jax.evaluation.significance import (
     paired_t_test,
     seed_sd,
 )
-from fedrag_jax.tracking.cells import Cell
-from fedrag_jax.tracking.comparison import METRICS, by_cell, estimate, scores
 
 
 def comparison_rows(

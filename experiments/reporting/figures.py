@@ -7,46 +7,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedrag_jax.tracking.cells import Cell
-from fedrag_jax.tracking.comparison import by_cell
+from experiments.reporting.cells import Cell
+from experiments.reporting.comparison import by_cell
 
-LABELS = {
-    "none": "none",
-    "retriever": "retriever",
-    "generator": "generator",
-    "independent": "independent",
-    "two_phase": "two-phase",
-    "joint_token": "joint, RAG-Token",
-    "joint_sequence": "joint, RAG-Sequence",
-}
 # Okabe and Ito's colours, told apart by colour-blind readers too.
-COLORS = dict(
-    zip(
-        LABELS,
-        ("#000000", "#56B4E9", "#E69F00", "#009E73", "#D55E00", "#0072B2", "#CC79A7"),
-        strict=True,
-    )
-)
-MARKERS = dict(zip(LABELS, "ovs^DPX", strict=True))
-# RA-DIT's, which tune the same parts, look like those.
-for _name, _label, _like in (
-    ("lsr", "LSR", "retriever"),
-    ("ralt", "RALT", "generator"),
-    ("ra_dit", "RA-DIT", "independent"),
-):
-    LABELS[_name], COLORS[_name], MARKERS[_name] = _label, COLORS[_like], MARKERS[_like]
-# Of a user's own, in the order they come.
+COLORS = ("#000000", "#56B4E9", "#E69F00", "#009E73", "#D55E00", "#0072B2", "#CC79A7")
+MARKERS = "ovs^DPX"
+# Of strategies that are in no table, in the order they come.
 OWN = (("#8C510A", "h"), ("#5E3C99", "p"), ("#01665E", "<"), ("#B2182B", ">"))
-TASKS = {
-    "multiple_negatives_ranking": "retriever: ranking",
-    "lsr": "retriever: LSR",
-    "concatenated": "generator: answer NLL",
-    "ralt": "generator: RALT",
-    "rag_token_adapters": "two-phase, 1: generator",
-    "rag_token_query": "two-phase, 2: retriever",
-    "rag_token_adapters_query": "joint, RAG-Token",
-    "rag_sequence_adapters_query": "joint, RAG-Sequence",
-}
 SETTING_STYLES = {
     "centralised": ("#0072B2", "-"),
     "federated": ("#D55E00", "--"),
@@ -68,10 +36,12 @@ class Look(NamedTuple):
 
 def looks_of(strategies: Iterable[str]) -> dict[str, Look]:
     """The look of each strategy of a figure; those of a user's own go by their names."""
+    from fedrag_jax.strategies.strategies import STRATEGIES  # imports JAX
+
     own, looks = itertools.cycle(OWN), {}
     for name in dict.fromkeys(strategies):
-        known = (LABELS[name], COLORS[name], MARKERS[name]) if name in LABELS else None
-        looks[name] = Look(*(known or (name, *next(own))))
+        row = STRATEGIES.get(name)
+        looks[name] = Look(row.label, row.color, row.marker) if row else Look(name, *next(own))
     return looks
 
 
@@ -148,22 +118,22 @@ def learning_curves(cells: Sequence[Cell]):
     from matplotlib import ticker  # slow, as below
 
     curves: dict[str, dict[str, list[list[dict]]]] = {}
+    titles: dict[str, str] = {}
     for group in by_cell(cells).values():
         for cell in group:
+            titles |= cell.labels
             for task, rounds in cell.curves.items():
                 found = curves.setdefault(task, {}).setdefault(cell.setting, [])
                 if rounds not in found:  # independent shows the curves of its parts
                     found.append(rounds)
-    # Those that are known in their usual order, then those of a user's own.
-    tasks = [*(task for task in TASKS if task in curves), *(t for t in curves if t not in TASKS)]
-    if not tasks:
+    if not curves:
         return None
-    fig, axes = panels(len(tasks), most=3, width=2.7, height=2.3)
+    fig, axes = panels(len(curves), most=3, width=2.7, height=2.3)
     settings = dict.fromkeys(setting for runs in curves.values() for setting in runs)
     others = itertools.cycle(OTHER_STYLES)
     styles = {s: SETTING_STYLES.get(s) or next(others) for s in settings}
-    for ax, task in zip(axes.flat, tasks, strict=False):
-        for setting, runs in curves[task].items():
+    for ax, (task, by_setting) in zip(axes.flat, curves.items(), strict=False):
+        for setting, runs in by_setting.items():
             color, style = styles[setting]
             x = [r["examples"] for r in max(runs, key=len)]
             y = np.full((len(runs), len(x)), np.nan)
@@ -180,7 +150,7 @@ def learning_curves(cells: Sequence[Cell]):
         ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 3)))
         ax.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
         ax.xaxis.set_minor_formatter(ticker.NullFormatter())
-        ax.set_title(TASKS.get(task, task), fontsize=9)
+        ax.set_title(titles.get(task, task), fontsize=9)
         ax.set_ylim(bottom=0)
     for ax in axes[-1]:
         ax.set_xlabel("training examples seen")

@@ -4,8 +4,8 @@ import pathlib
 
 import numpy as np
 
+from experiments.reporting.figures import pyplot
 from fedrag_jax.data.partition import Column, Partition
-from fedrag_jax.tracking.figures import pyplot
 
 # Paul Tol's muted scheme and black, told apart by colour-blind readers too.
 CLASS_COLORS = ("#CC6677", "#332288", "#DDCC77", "#117733", "#88CCEE", "#882255", "#44AA99",
