@@ -70,7 +70,6 @@ class Algorithm(NamedTuple):
     """How many clients' updates become one: pure functions and the settings of the cohort.
 
     Attributes:
-      name: with the settings that matter to a resumed run.
       work: who takes part in a round, and how much they do.
       init: `init(trainable, client_init, client_count) -> State` with the row of one client as
         `population`; `client_init` is that of the optimizer.
@@ -83,9 +82,9 @@ class Algorithm(NamedTuple):
       model: `model(trainable, row) -> trainable` of the client with that row of the population;
         None where all clients have the global model.
       frozen: `frozen(state, frozen) -> frozen`: what the frozen part has become.
+      name: the factory's, with the settings that matter to a resumed run; `one_object` gives it.
     """
 
-    name: str
     work: Work
     init: Callable
     turns: tuple[Callable, ...]
@@ -93,16 +92,22 @@ class Algorithm(NamedTuple):
     optimizer: optax.GradientTransformation | None = None
     model: Callable | None = None
     frozen: Callable = lambda state, frozen: frozen
+    name: str = ""
 
 
 def one_object(make: Callable[..., Algorithm]) -> Callable[..., Algorithm]:
-    """Has a factory return one object for equal settings, so that they share compiled programs.
+    """Has a factory return one object for equal settings, so that they share compiled programs, and
+    names it after them.
 
     Settings are equal if they are so once defaults are filled in, lists are tuples, mappings are tuples
     of their items, and what is to be a float is one.
     """
     signature = inspect.signature(make)
-    cached = functools.cache(lambda settings: make(**dict(settings)))
+
+    @functools.cache
+    def cached(settings):
+        made = make(**dict(settings))
+        return made._replace(name=_name(make.__name__, dict(settings), made.work))
 
     def plain(name, value):
         if isinstance(value, Mapping):
@@ -123,6 +128,16 @@ def one_object(make: Callable[..., Algorithm]) -> Callable[..., Algorithm]:
         return cached(tuple((name, plain(name, value)) for name, value in settings.items()))
 
     return factory
+
+
+def _name(factory: str, settings: Mapping[str, Any], work: Work) -> str:
+    """`fed_prox(mu=0.01, local_steps=10, ...)`. Optimizers have no name; networks that of adapters."""
+    of_work = {f.name for f in fields(work)}
+    own = {name: value for name, value in settings.items() if name not in of_work}
+    own = {name: getattr(value, "lora", value) for name, value in own.items()}
+    optimizers = optax.GradientTransformation, optax.GradientTransformationExtraArgs
+    told = [f"{n}={value}" for n, value in own.items() if not isinstance(value, optimizers)]
+    return f"{factory}({', '.join([*told, str(work)])})"
 
 
 def positive(algorithm: str, **numbers: float) -> None:

@@ -47,16 +47,10 @@ def fed_avg(
     Raises:
       ConfigError: what `Work` refuses.
     """
-    return averaging(
-        f"fed_avg(carry_optimizer={carry_optimizer}, ",
-        Work(**work),
-        server_optimizer,
-        carry_optimizer=carry_optimizer,
-    )
+    return averaging(Work(**work), server_optimizer, carry_optimizer=carry_optimizer)
 
 
 def averaging(
-    name: str,
     work: Work,
     server_optimizer: optax.GradientTransformation = PLAIN,
     correct: Callable | None = None,
@@ -87,8 +81,7 @@ def averaging(
         population = population if carry_optimizer else ()
         return State(optax.apply_updates(x, updates), server, population), report
 
-    name = f"{name}{work})"
-    return Algorithm(name, work, init, (turn,), whole_model)
+    return Algorithm(work, init, (turn,), whole_model)
 
 
 def whole_model(trainable, drawn, answered, round) -> Traffic:

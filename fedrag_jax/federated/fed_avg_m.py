@@ -23,5 +23,4 @@ def fed_avg_m(*, learning_rate: float = 1.0, momentum: float = 0.9, **work) -> A
     positive("fed_avg_m", learning_rate=learning_rate)
     require_momentum("fed_avg_m", momentum=momentum)
     server = optax.sgd(learning_rate, momentum=momentum)
-    name = f"fed_avg_m(learning_rate={learning_rate}, momentum={momentum}, "
-    return averaging(name, Work(**work), server)
+    return averaging(Work(**work), server)

@@ -239,7 +239,6 @@ def fed_lora(
         return _joined(trainable, row)
 
     return Algorithm(
-        f"fed_lora({rule}, {network.lora}, part={part}, base={base}, ranks={ranks}, {work})",
         work,
         init,
         tuple(functools.partial(turn, moves) for moves in rules.moves),

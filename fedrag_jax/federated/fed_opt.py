@@ -104,5 +104,4 @@ def _fed_opt(kind, learning_rate, b1, b2, tau, work) -> Algorithm:
     server = optax.chain(
         scale_by_fed_opt(kind, b1, b2, tau), optax.scale_by_learning_rate(learning_rate)
     )
-    name = f"fed_{kind}(learning_rate={learning_rate}, b1={b1}, b2={b2}, tau={tau}, "
-    return averaging(name, Work(**work), server)
+    return averaging(Work(**work), server)

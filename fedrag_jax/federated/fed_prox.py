@@ -32,4 +32,4 @@ def fed_prox(*, mu: float = 0.01, **work) -> Algorithm:
     def correct(gradient, y, x, own):
         return jax.tree.map(lambda g, y, x: g + mu * (y - x), gradient, y, x)
 
-    return averaging(f"fed_prox(mu={mu}, ", Work(**work), correct=correct)
+    return averaging(Work(**work), correct=correct)

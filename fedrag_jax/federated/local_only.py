@@ -32,7 +32,6 @@ def local_only(**work) -> Algorithm:
         return State((), (), population), report
 
     return Algorithm(
-        f"local_only({work})",
         work,
         init,
         (turn,),

@@ -72,16 +72,12 @@ def scaffold(
         both = by_kind(trainable) | by_kind({"control variate": trainable})
         return Traffic(added([both] * len(drawn)), added([both] * len(answered)))
 
-    name = (
-        f"scaffold(client_learning_rate={rate}, server_learning_rate={server_learning_rate}, "
-        f"{work})"
-    )
     if isinstance(rate, dict):
         optimizer = tunable(_sgd_by_part, **rate)
     else:
         optimizer = tunable(optax.sgd, learning_rate=float(rate))
     turn = _turn_with(server_learning_rate)
-    return Algorithm(name, work, init, (turn,), traffic, optimizer=optimizer)
+    return Algorithm(work, init, (turn,), traffic, optimizer=optimizer)
 
 
 @functools.cache  # algorithms that differ in client learning rates share compiled rounds
