@@ -87,13 +87,14 @@ def test_a_damaged_cell_is_computed_again(tmp_path, capsys, name):
 @pytest.mark.parametrize("name", ["cost.json", "tuned.safetensors"])
 def test_a_damaged_training_is_done_again(tmp_path, capsys, name):
     from fedrag_jax.models import tensors
+    from fedrag_jax.objectives.task import Task
     from fedrag_jax.strategies.tuner import Tuner
 
     folder = tmp_path / "a-task"
     folder.mkdir()
     tensors.save_arrays({"query": np.ones((4, 4), np.float32)}, folder / "tuned.safetensors")
     (folder / "cost.json").write_text(json.dumps(Cost()._asdict()))
-    task = ConfigDict({"name": "a-task"})
+    task = Task("a-task", {}, {}, print, list)
     tuner = Tuner(tmp_path, "centralised", [], None, None, None, 0)
     assert tuner.finished(task)
     path = folder / name
