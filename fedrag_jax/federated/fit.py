@@ -22,7 +22,7 @@ from fedrag_jax.federated.cohort import draw_clients, grouped, padding, sample_c
 from fedrag_jax.federated.group_size import choose_group_size
 from fedrag_jax.federated.optimizers import tunable
 from fedrag_jax.federated.placing import Placing, put_rows, rows_of
-from fedrag_jax.federated.records import by_client, require_finite, summary
+from fedrag_jax.federated.records import Spent, by_client, require_finite, seen, summary
 from fedrag_jax.federated.round import Ran, Round, run_alone
 from fedrag_jax.federated.table import collate, retrieve, tell_idle, used_rows
 from fedrag_jax.objectives.task import Task
@@ -106,159 +106,99 @@ def fit(
         Callbacks have not seen that round.
     """
     counts = {"rounds": rounds, "batch_size": batch_size, "group_size": group_size}
-    for name, value in (counts | {"refresh_every": refresh_every}).items():
-        if value is not None and value < 1:
-            raise ConfigError(f"fit: {name} must be at least 1, got {value}")
-    alone = not isinstance(data, Partition)
-    if alone:
-        if len(data) == 0:
-            raise DataError(f"fit: no examples to train {task.name!r} on; give at least one")
-        data = Partition(data, (np.arange(len(data)),))
-    if algorithm is None:
-        if not alone:
-            raise ConfigError(
-                f"fit: name an algorithm for {len(data.clients)} clients, such as fed_avg()"
-            )
-        algorithm = centralised()
-    if algorithm.optimizer is not None:
-        if optimizer is not None:
-            raise ConfigError(
-                f"fit: {algorithm.name} holds for its own optimizer alone; leave `optimizer` out"
-            )
-        optimizer = algorithm.optimizer
-    if algorithm.model is not None and task.index is not None:
-        raise ConfigError(
-            f"fit: {algorithm.name} leaves a model to each client, and {task.name!r} keeps one index "
-            "for all; let its index be fresh each time, or train a model for all"
-        )
+    _require_counts(counts | {"refresh_every": refresh_every})
+    data, algorithm, alone = _who_trains(task, data, algorithm)
+    optimizer_at = _schedule(algorithm, optimizer)
     tell_idle(task, data, batch_size)
-    optimizer = ADAMW if optimizer is None else optimizer
-    scheduled = not isinstance(optimizer, optax.GradientTransformation)
-    at_round = optimizer if scheduled else lambda _: optimizer
     work, total = algorithm.work, len(data.clients)
-    room = max(work.sampling.places(data.sizes()), 1)
+    places = max(work.sampling.places(data.sizes()), 1)
+    placing = Placing(mesh, task.frozen, places)
+    widest = -(-places // placing.devices)  # wider groups would leave devices idle
 
-    placing = Placing(mesh, task.frozen, room)
-    most = -(-room // placing.devices)  # wider groups would leave devices idle
-    group_size = group_size and min(group_size, most)
-
-    # Where to start.
-    now = FitState(
-        round=0,
-        state=_initial_state(task, algorithm, at_round(0), total),
-        retrieved=None,
-        history=(),
-        settings={
-            "task": task.name,
-            "algorithm": algorithm.name,
-            "clients": _fingerprint(data),
-            "batch_size": batch_size,
-            "group_size": group_size,
-            "seed": seed,
-            "refresh_every": refresh_every,
-        },
-    )
+    settings = {
+        "task": task.name,
+        "algorithm": algorithm.name,
+        "clients": _fingerprint(data),
+        "batch_size": batch_size,
+        "group_size": group_size and min(group_size, widest),
+        "seed": seed,
+        "refresh_every": refresh_every,
+    }
     callbacks = list(callbacks)
-    for i, callback in enumerate(callbacks):
-        started, now = now.round, callback.start(now)
-        if i > 0 and now.round != started:
-            raise ConfigError(
-                f"fit: {type(callback).__name__} went to round {now.round} after "
-                f"{type(callbacks[0]).__name__} had started at {started}; put it first in callbacks"
-            )
-    if now.round > rounds:
-        raise ConfigError(
-            f"fit: the checkpoint is at round {now.round} but rounds={rounds}; raise rounds"
-        )
-
-    # Rounds.
+    first = FitState(0, _initial_state(task, algorithm, optimizer_at(0), total), None, (), settings)
+    now = _placed(_started(first, callbacks, rounds), placing)
     frozen = placing.everywhere(task.frozen)
-    state = now.state._replace(population=())
-    state = placing.everywhere(state)._replace(population=now.state.population)
-    now = dataclasses.replace(now, state=state)
     key = placing.everywhere(jax.random.fold_in(jax.random.key(seed), zlib.crc32(b"local update")))
-    table = idle_seconds = None
+    table = idle = None
     while now.round < rounds:
+        # The examples of the rounds to come: searched for, and collated.
         clock = Clock()
         refresh = task.retrieve is not None and now.round % refresh_every == 0
         if refresh or table is None:
-            first, count = 0, rounds
-            if task.retrieve is not None:
-                first, count = now.round - now.round % refresh_every, refresh_every
-            rows = used_rows(data, work, first, count, batch_size, seed, table_rows)
+            stretch = (now.round - now.round % refresh_every, refresh_every)
+            since, count = stretch if task.retrieve is not None else (0, rounds)
+            rows = used_rows(data, work, since, count, batch_size, seed, table_rows)
             if refresh:
                 found, index = retrieve(task, data, rows, algorithm, now.state, now.index)
                 now = dataclasses.replace(now, retrieved=found, index=index)
             table = placing.everywhere(collate(task, data.examples, rows, now.retrieved))
             place = np.zeros(len(data.examples), np.int32)
             place[rows] = np.arange(len(rows))
-        refresh_lap = clock.lap()
-        compile_seconds = refresh_lap.compiling
+        refreshing = clock.lap()
 
         if now.settings["group_size"] is None:
-            size = choose_group_size(task, at_round(now.round), frozen, table, batch_size, most)
+            size = choose_group_size(
+                task, optimizer_at(now.round), frozen, table, batch_size, widest
+            )
             now = dataclasses.replace(now, settings=now.settings | {"group_size": size})
-            compile_seconds += sum(clock.lap())
+        choosing = clock.lap()
+
+        # The clients of the round, and what each does.
         drawn = draw_clients(data.sizes(), work, now.round, seed)
         cohort = sample_cohort(data, work, now.round, batch_size, seed)
         in_table = cohort._replace(indices=place[cohort.indices])
         parts = grouped(in_table, now.settings["group_size"], data, work, placing.devices)
-        mine = placing.dealt(rows_of(now.state.population, parts))
-        state, groups = now.state._replace(population=mine), placing.dealt(parts)
-        turn = algorithm.turns[now.round % len(algorithm.turns)]
+        population = placing.dealt(rows_of(now.state.population, parts))
+        state, groups = now.state._replace(population=population), placing.dealt(parts)
         asked = Round(
             task.loss,
-            turn,
-            at_round(now.round),
+            algorithm.turns[now.round % len(algorithm.turns)],
+            optimizer_at(now.round),
             placing.clients,
             (state, frozen, table, groups, np.int32(now.round), key),
             rounds - now.round,
             _namer(data, rows) if debug else None,
         )
-        sample_seconds = clock.lap().others
-        ran = yield asked
-        if idle_seconds is None and time_aggregation:
-            idle_seconds = np.inf
-            for _ in range(2):
-                idle = yield _without_steps(asked, ran.state)
-                idle_seconds = min(idle_seconds, idle.seconds)
-        clock.lap()  # others may have had their turn
-        after = ran.state
-        mine, (report, server_finite) = placing.read((after.population, ran.told))
-        read_seconds = sum(clock.lap())
-        seconds = sample_seconds + ran.seconds + read_seconds
-        aggregate_seconds = 0.0
-        if time_aggregation:
-            aggregate_seconds = sample_seconds + min(idle_seconds, ran.seconds) + read_seconds
-        compile_seconds += ran.compile_seconds
+        sampling = clock.lap()
 
+        ran = yield asked
+        if idle is None and time_aggregation:
+            idle = yield from _idle_seconds(asked, ran.state)
+        clock.lap()  # others may have had their turn
+
+        # What it has come to.
+        left = placing.read((ran.state.population, ran.told))
+        population, (report, server_finite) = left
+        spent = Spent(refreshing, choosing, sampling.others, ran, sum(clock.lap()), idle)
         clients, report = by_client(report, parts, total)
         require_finite(task.name, now.round + 1, clients, report["finite"], server_finite)
-        put_rows(now.state.population, parts, mine)
-        before = now.history[-1]["examples"] if now.history else 0
-        traffic = algorithm.traffic(after.trainable, drawn, cohort.clients, now.round)
+        put_rows(now.state.population, parts, population)
+        traffic = algorithm.traffic(ran.state.trainable, drawn, cohort.clients, now.round)
         record = {"round": now.round + 1, "rounds": rounds, **summary(clients, report)}
         record |= {
             "drawn": len(drawn),
-            "examples": before + int(report["examples"].sum()),
+            "examples": seen(now.history) + int(report["examples"].sum()),
             "padding": padding(parts),
             "bytes_down": sum(traffic.down.values()),
             "bytes_up": sum(traffic.up.values()),
             "traffic": traffic._asdict(),
-            "peak_bytes": ran.peak_bytes,
-            "seconds": seconds,
-            "device_seconds": seconds + (ran.devices - 1) * ran.seconds,
-            "aggregate_seconds": aggregate_seconds,
             "refreshed": refresh,
-            "refresh_seconds": sum(refresh_lap) - refresh_lap.compiling,
-            "embed_seconds": refresh_lap.embedding,
-            "retrieve_seconds": refresh_lap.searching,
-            "compile_seconds": compile_seconds,
+            **spent.record(),
         }
         now = dataclasses.replace(
             now,
             round=now.round + 1,
-            state=after._replace(population=now.state.population),
+            state=ran.state._replace(population=now.state.population),
             history=(*now.history, record),
         )
         if any([callback.round_end(now, record) for callback in callbacks]):  # all are told
@@ -270,6 +210,75 @@ def fit(
         if alone:
             trainable = jax.tree.map(lambda x: x[0], trainable)
     return FitResult(trainable, list(now.history), algorithm.frozen(now.state, frozen))
+
+
+def _require_counts(counts: dict[str, int | None]) -> None:
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ConfigError(f"fit: {name} must be at least 1, got {value}")
+
+
+def _who_trains(task, data, algorithm) -> tuple[Partition, Algorithm, bool]:
+    """The clients, how their updates become one, and whether one pile of examples was given."""
+    alone = not isinstance(data, Partition)
+    if alone:
+        if len(data) == 0:
+            raise DataError(f"fit: no examples to train {task.name!r} on; give at least one")
+        data = Partition(data, (np.arange(len(data)),))
+    if algorithm is None:
+        if not alone:
+            raise ConfigError(
+                f"fit: name an algorithm for {len(data.clients)} clients, such as fed_avg()"
+            )
+        algorithm = centralised()
+    if algorithm.model is not None and task.index is not None:
+        raise ConfigError(
+            f"fit: {algorithm.name} leaves a model to each client, and {task.name!r} keeps one index "
+            "for all; let its index be fresh each time, or train a model for all"
+        )
+    return data, algorithm, alone
+
+
+def _schedule(algorithm: Algorithm, optimizer) -> Callable[[int], optax.GradientTransformation]:
+    """The clients' optimizer of a round."""
+    if algorithm.optimizer is not None:
+        if optimizer is not None:
+            raise ConfigError(
+                f"fit: {algorithm.name} holds for its own optimizer alone; leave `optimizer` out"
+            )
+        optimizer = algorithm.optimizer
+    optimizer = ADAMW if optimizer is None else optimizer
+    fixed = isinstance(optimizer, optax.GradientTransformation)
+    return (lambda _: optimizer) if fixed else optimizer
+
+
+def _started(now: FitState, callbacks: list[Callback], rounds: int) -> FitState:
+    """Where to start: the first callback may know of a state to go on from."""
+    for i, callback in enumerate(callbacks):
+        before, now = now.round, callback.start(now)
+        if i > 0 and now.round != before:
+            raise ConfigError(
+                f"fit: {type(callback).__name__} went to round {now.round} after "
+                f"{type(callbacks[0]).__name__} had started at {before}; put it first in callbacks"
+            )
+    if now.round > rounds:
+        raise ConfigError(
+            f"fit: the checkpoint is at round {now.round} but rounds={rounds}; raise rounds"
+        )
+    return now
+
+
+def _placed(now: FitState, placing: Placing) -> FitState:
+    """On every device, but for the population, which stays on the host."""
+    state = placing.everywhere(now.state._replace(population=()))
+    return dataclasses.replace(now, state=state._replace(population=now.state.population))
+
+
+def _idle_seconds(asked: Round, state: State) -> Generator[Round, Ran, float]:
+    """Of the round if no client took a step, the faster of two."""
+    first = yield _without_steps(asked, state)
+    second = yield _without_steps(asked, state)
+    return min(first.seconds, second.seconds)
 
 
 def _without_steps(asked: Round, state: State) -> Round:

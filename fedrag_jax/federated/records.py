@@ -1,12 +1,53 @@
 """What a round is said to have done: its record, and whether it went well."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from fedrag_jax.clock import Lap
 from fedrag_jax.errors import DivergenceError
 from fedrag_jax.federated.cohort import Cohort
+from fedrag_jax.federated.round import Ran
+
+
+class Spent(NamedTuple):
+    """What a round has taken.
+
+    Attributes:
+      refreshing: searching for examples and collating them.
+      choosing: a group size.
+      sampling, reading: seconds of drawing clients and of what the round left.
+      idle: seconds of the same round without local steps; None unless they are timed.
+    """
+
+    refreshing: Lap
+    choosing: Lap
+    sampling: float
+    ran: Ran
+    reading: float
+    idle: float | None
+
+    def record(self) -> dict[str, Any]:
+        """As `fit` describes it."""
+        ran, around = self.ran, self.sampling + self.reading
+        seconds = around + ran.seconds
+        return {
+            "peak_bytes": ran.peak_bytes,
+            "seconds": seconds,
+            "device_seconds": seconds + (ran.devices - 1) * ran.seconds,
+            "aggregate_seconds": 0.0 if self.idle is None else around + min(self.idle, ran.seconds),
+            "refresh_seconds": sum(self.refreshing) - self.refreshing.compiling,
+            "embed_seconds": self.refreshing.embedding,
+            "retrieve_seconds": self.refreshing.searching,
+            "compile_seconds": self.refreshing.compiling + sum(self.choosing) + ran.compile_seconds,
+        }
+
+
+def seen(history: Sequence[dict[str, Any]]) -> int:
+    """Examples, in all rounds so far."""
+    return history[-1]["examples"] if history else 0
 
 
 def by_client(report: list[dict], parts: list[Cohort], total: int) -> tuple[np.ndarray, dict]:
