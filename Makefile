@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/xla
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.5
-COMPARE := $(BIN)/python -m experiments.compare_strategies --config=configs/compare_strategies.py
+COMPARE := $(BIN)/python -m experiments compare_strategies
 
 .PHONY: compare table algorithms retrieval test test-slow clean
 
@@ -19,10 +19,10 @@ table: $(VENV)/installed  ## five seeds, both budgets, all strategies: the READM
 	  'federated_converged', 'local_converged')"
 
 algorithms: $(VENV)/installed  ## FedProx, FedAdam, SCAFFOLD, FFA-LoRA and FLoRA beside FedAvg
-	$(BIN)/python -m experiments.compare_strategies --config=configs/algorithms.py
+	$(BIN)/python -m experiments compare_strategies --config=configs/algorithms.py
 
 retrieval: $(VENV)/tested  ## query-side tuning of MiniLM on SQuAD and HotpotQA
-	$(BIN)/python -m experiments.tune_retrieval --config=configs/tune_retrieval.py
+	$(BIN)/python -m experiments tune_retrieval
 
 test: $(VENV)/tested  ## the test suite
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
 """Algorithms beside FedAvg, for independent and joint tuning of clients that differ.
 
 python -m experiments.choose_learning_rates --config=configs/algorithms.py
-python -m experiments.compare_strategies --config=configs/algorithms.py
+python -m experiments compare_strategies --config=configs/algorithms.py
 """
 
 from ml_collections import ConfigDict

@@ -3,10 +3,10 @@
 Expected on the built-in world: `all` cites some ten points better than `base` and answers some six
 points better; neither control cites better.
 
-    python -m experiments.aloftrag --config=configs/aloftrag.py
-    python -m experiments.aloftrag --config=configs/aloftrag.py --config.name=questions \
+    python -m experiments aloftrag
+    python -m experiments aloftrag --config.name=questions \
         --config.variants="('base', 'without_step_3', 'questions_4', 'unanswerable', 'retriever')"
-    python -m experiments.aloftrag --config=configs/aloftrag.py --config.name=mine \
+    python -m experiments aloftrag --config.name=mine \
         --config.data.name=FOLDER --config.models.generator=FOLDER \
         --config.models.prompt_style=chat_cited --config.models.max_answer_tokens=128 \
         --config.author.prompts=instruct --config.learning_rates.centralised=2e-4

@@ -3,7 +3,7 @@
 Every topic of the built-in world is a silo. Each asks about its own texts and is asked about them; in
 federated training adapters travel, and nothing else.
 
-    python -m experiments.aloftrag --config=configs/aloftrag_silos.py
+    python -m experiments aloftrag --config=configs/aloftrag_silos.py
 """
 
 from ml_collections import ConfigDict

@@ -3,7 +3,7 @@
 The built-in generator cannot write about real texts: an endpoint asks, in each silo's language, and a
 generator that reads those languages learns.
 
-    python -m experiments.aloftrag --config=configs/aloftrag_xquad.py \
+    python -m experiments aloftrag --config=configs/aloftrag_xquad.py \
         --config.author.endpoint=http://localhost:8000/v1 --config.author.model=MODEL \
         --config.models.generator=FOLDER --config.models.prompt_style=chat_cited
 """

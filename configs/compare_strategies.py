@@ -1,7 +1,7 @@
 """Seven fine-tuning strategies in several settings: the comparison of Lawton et al. 2025, federated.
 
-    python -m experiments.compare_strategies --config=configs/compare_strategies.py
-    python -m experiments.compare_strategies --config=configs/compare_strategies.py \
+    python -m experiments compare_strategies
+    python -m experiments compare_strategies \
         --config.name=hotpot --config.data.name=hotpotqa --config.models.retriever=FOLDER
 """
 

@@ -1,7 +1,7 @@
 """Passages that stay with their owners: what finding them costs in recall and in bytes.
 
-    python -m experiments.federated_retrieval --config=configs/federated_retrieval.py
-    python -m experiments.federated_retrieval --config=configs/federated_retrieval.py \
+    python -m experiments federated_retrieval
+    python -m experiments federated_retrieval \
         --config.name=squad --config.data.name=squad --config.retriever=minilm
 
 The first takes half a minute on 2 CPU cores. Merged by score, silos that are all asked find what one

@@ -1,8 +1,8 @@
 """The fine-tuning that FedRAG (2506.09200) offers, which is RA-DIT's (2310.01352): RALT for the
 generator, LSR for the retriever, and both.
 
-    python -m experiments.fedrag_recipe --config=configs/fedrag_recipe.py
-    python -m experiments.fedrag_recipe --config=configs/fedrag_recipe.py \
+    python -m experiments compare_strategies --config=configs/fedrag_recipe.py
+    python -m experiments compare_strategies --config=configs/fedrag_recipe.py \
         --config.name=concatenated --config.mode=concatenated
 """
 

@@ -3,8 +3,8 @@
 Each factor is varied by itself around the federated setting of configs/compare_strategies.py, at the
 same number of training examples.
 
-    python -m experiments.heterogeneity --config=configs/heterogeneity.py
-    python -m experiments.heterogeneity --config=configs/heterogeneity.py \
+    python -m experiments heterogeneity
+    python -m experiments heterogeneity \
         --config.name=alpha --config.factors.alpha="(0.05, 0.5, 5.0)" --config.factors.clients="()"
 """
 

@@ -3,8 +3,8 @@
 Both encoders learn what a frozen generator makes of their passages (PDist); `query_side` trains the
 query encoder alone and has nothing to re-embed.
 
-    python -m experiments.index_refresh --config=configs/index_refresh.py
-    python -m experiments.index_refresh --config=configs/index_refresh.py \
+    python -m experiments index_refresh
+    python -m experiments index_refresh \
         --config.name=wider --config.policies.rerank_40.candidates=100
 """
 

@@ -3,8 +3,8 @@
 Training reads all passages in one prompt (`generator`) or one passage in each (`ralt`, `two_phase`,
 `joint_token`, `joint_sequence`); so does answering.
 
-    python -m experiments.inference_modes --config=configs/inference_modes.py
-    python -m experiments.inference_modes --config=configs/inference_modes.py \
+    python -m experiments inference_modes
+    python -m experiments inference_modes \
         --config.name=beams --config.modes="('rag_token',)" --config.beams=8
 """
 

@@ -4,8 +4,8 @@ The generator learns to read: every prompt holds the gold passages and the neare
 differs is the aggregation alone. Expected on the built-in world: where clients are alike the rules come
 to the same; rules that train one factor need higher learning rates and send half.
 
-    python -m experiments.lora_aggregation --config=configs/lora_aggregation.py
-    python -m experiments.lora_aggregation --config=configs/lora_aggregation.py \
+    python -m experiments lora_aggregation
+    python -m experiments lora_aggregation \
         --config.name=wide --config.ranks="(32,)" --config.rules="('fedit', 'fedex')"
 """
 

@@ -1,7 +1,7 @@
 """Every objective from the same start, for as many steps: does it improve what it trains?
 
-    python -m experiments.methods --config=configs/methods.py
-    python -m experiments.methods --config=configs/methods.py \
+    python -m experiments methods
+    python -m experiments methods \
         --config.name=some --config.objectives="('lsr', 'pdist')" --config.settings="('federated',)"
 """
 

@@ -1,7 +1,7 @@
 """Query-side tuning of a real retriever on real questions, in three settings.
 
-    python -m experiments.tune_retrieval --config=configs/tune_retrieval.py
-    python -m experiments.tune_retrieval --config=configs/tune_retrieval.py \
+    python -m experiments tune_retrieval
+    python -m experiments tune_retrieval \
         --config.datasets='("squad",)'
 
 The data is read from $FEDRAG_DATA (default ../shared/data).

@@ -1,6 +1,6 @@
 """Label-free fine-tuning of a generator that cites: steps left out, controls, and silos.
 
-    python -m experiments.aloftrag --config=configs/aloftrag.py
+    python -m experiments aloftrag
 
 Results go to runs/<name>/: aloftrag.csv, contexts.csv, silos.csv, table.md, report.html. What was
 asked about the texts and what became of it lies in label_free/, line by line. A cell (variant, setting,
@@ -14,13 +14,24 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.aloftrag_study import Study, endpoint
-from experiments.cell_by_cell import compute_missing, write_report
-from experiments.comparison import training_curves
+from experiments import aloftrag_report
+from experiments.aloftrag_study import BASE, METRICS, Study, endpoint
 from experiments.inputs import check_replicates, replicates
-from experiments.launch import launch, settled_config
+from experiments.lab import training_curves
+from experiments.reporting import cells
+from experiments.run import Experiment, Point
+from fedrag_jax.clock import Clock
+from fedrag_jax.data import datasets
+from fedrag_jax.data.examples import Dataset
+from fedrag_jax.data.seeds import stream
 from fedrag_jax.errors import ConfigError
+from fedrag_jax.evaluation.citing import contexts_of, evaluate_citing
+from fedrag_jax.evaluation.judge import judged
 from fedrag_jax.files import write_json
+from fedrag_jax.objectives.citing import citing
+from fedrag_jax.objectives.retriever import multiple_negatives_ranking
+from fedrag_jax.strategies import label_free
+from fedrag_jax.tracking.ledger import Cost
 
 
 class Variant(NamedTuple):
@@ -39,7 +50,6 @@ class Variant(NamedTuple):
     elsewhere: bool = False
 
 
-BASE = "base"
 VARIANTS = {
     "all": Variant({"filter_questions": True}),
     "without_step_1": Variant({"filter_texts": False, "filter_questions": True}),
@@ -53,16 +63,10 @@ VARIANTS = {
     "pretraining_world": Variant({}, elsewhere=True),
     "shuffled_citations": Variant({}, shuffled=True),
 }
-METRICS = ("em", "f1", "citation", "citation_precision", "citation_recall", "citation_f1")
 
 
 def task_of(variant: Variant, system, made, seed: int):
     """What a variant trains on."""
-    from fedrag_jax.data.examples import Dataset
-    from fedrag_jax.data.seeds import stream
-    from fedrag_jax.objectives.citing import citing
-    from fedrag_jax.objectives.retriever import multiple_negatives_ranking
-
     examples = [e for some in made.values() for e in some.examples]
     contexts = {i: c for some in made.values() for i, c in some.contexts.items()}
     if variant.part == "retriever":
@@ -81,13 +85,9 @@ def task_of(variant: Variant, system, made, seed: int):
     )
 
 
-def compute_cell(study: Study, name: str, setting: str, seed: int, split: int):
+def compute(study: Study, point: Point) -> cells.Cell:
     """Generates, trains and reads the contexts of the test questions."""
-    from experiments.reporting import cells
-    from fedrag_jax.clock import Clock
-    from fedrag_jax.strategies import label_free
-    from fedrag_jax.tracking.ledger import Cost
-
+    name, setting, seed, split = point.name, point.setting, point.seed, point.split
     if name == BASE:  # is the same with all seeds, whose adapters are all zero
         known = (cells.load(study.folder, name, setting, *pair) for pair in study.replicates)
         if found := next(filter(None, known), None):
@@ -132,9 +132,6 @@ def read(study: Study, name: str, system, own: np.ndarray, cell: str) -> dict[st
     none is cited, and `em_none` whether the answer is right all the same: known by heart, for the texts
     that are trained on are those that are asked about.
     """
-    from fedrag_jax.evaluation.citing import contexts_of, evaluate_citing
-    from fedrag_jax.evaluation.judge import judged
-
     config, questions, scores = study.config, [study.test[i] for i in own], {}
     most = max(config.contexts)
     pool = study.pool if config.silos else None
@@ -203,20 +200,16 @@ def variants(config) -> list[str]:
     return [name for name in config.variants if name != "pretraining_world"]
 
 
-def run(config, runs: str) -> pathlib.Path:
-    """Every cell; returns the folder of the results.
+def lab(config, folder: pathlib.Path) -> Study:
+    """The texts and models of the config.
 
     Raises:
       ConfigError: as `check`.
       DataError: a generator whose replies leave nothing to train on.
     """
-    from fedrag_jax.data import datasets
-    from fedrag_jax.tracking.manifest import write_manifest
-
-    folder = pathlib.Path(runs) / config.name
     check(config)
     dataset = datasets.load(config.data.name, needed=(config.data.split,))
-    study = Study(config, dataset, folder)  # before anything is written: it refuses what cannot be
+    study = Study(config, dataset, folder)
     prompts = study.system(config.seeds[0]).prompts
     prompts.require_citing()
     if prompts.share_cut > 0.01:
@@ -228,28 +221,24 @@ def run(config, runs: str) -> pathlib.Path:
         )
     for silo in study.silos:
         study.prompts(silo)
-    folder.mkdir(parents=True, exist_ok=True)
-    free = ("seeds", "split_seeds", "variants", "settings", "wandb")
-    settled_config(config, folder, free=free)
-    write_manifest(folder, dataset, experiment="aloftrag", seeds=list(config.seeds))
-    todo = [
-        (name, setting, pair)
-        for name, setting, pair in itertools.product(
-            variants(config), config.settings, replicates(config)
-        )
-        if name != BASE or setting == config.settings[0]  # untuned is untuned wherever texts are
+    return study
+
+
+def points(study: Study) -> list[Point]:
+    """Variant by variant, setting by setting; untuned is untuned wherever texts are."""
+    config = study.config
+    names = itertools.product(variants(config), config.settings, replicates(config))
+    return [
+        Point(name, setting, *pair)
+        for name, setting, pair in names
+        if name != BASE or setting == config.settings[0]
     ]
+
+
+def controls(study: Study) -> None:
+    """Which silo each test question is about, for the report."""
     of_question = {"names": [*study.silos], "of_question": study.asked_of.tolist()}
-    write_json(folder / "silos.json", of_question)
-    compute_missing(config, folder, todo, functools.partial(compute_cell, study), told)
-    return write_report(report(config, folder), folder, "aloftrag.csv contexts.csv")
-
-
-def report(config, folder: pathlib.Path):
-    """Writes the CSV files and returns the `Report`."""
-    from experiments import aloftrag_report
-
-    return aloftrag_report.report(config, folder)
+    write_json(study.folder / "silos.json", of_question)
 
 
 def told(cell) -> str:
@@ -260,5 +249,13 @@ def told(cell) -> str:
     )
 
 
-if __name__ == "__main__":
-    launch(run, "configs/aloftrag.py")
+EXPERIMENT = Experiment(
+    name="aloftrag",
+    free=("seeds", "split_seeds", "variants", "settings"),
+    lab=lab,
+    points=points,
+    compute=compute,
+    told=told,
+    report=aloftrag_report.report,
+    controls=controls,
+)

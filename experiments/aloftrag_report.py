@@ -4,8 +4,11 @@ import pathlib
 
 import numpy as np
 
-from experiments.aloftrag import BASE, METRICS
-from experiments.cell_by_cell import finished
+from experiments.aloftrag_study import BASE, METRICS
+from experiments.reporting import citing_figures, comparison, differences, tables
+from experiments.reporting.comparison import costs_and_clients
+from experiments.reporting.report import Report, Section
+from experiments.run import finished
 from fedrag_jax.files import read_json
 
 COLUMNS = (
@@ -26,8 +29,6 @@ def cells_of(config, folder: pathlib.Path, variant: str, setting: str) -> list:
 
 def main_rows(config, folder: pathlib.Path) -> list[dict]:
     """A row for each variant in the first setting, with most passages, the gold one forced in."""
-    from experiments.reporting import comparison, differences
-
     n, setting, rows = max(config.contexts), config.settings[0], []
     start = cells_of(config, folder, BASE, setting)
     for variant in config.variants:
@@ -98,8 +99,6 @@ def context_rows(config, folder: pathlib.Path) -> list[dict]:
 
 def silo_rows(config, folder: pathlib.Path) -> list[dict]:
     """A row for each variant and setting: the mean over silos and the worst one; one for each silo."""
-    from experiments.reporting.comparison import costs_and_clients
-
     silos = read_json(folder / "silos.json")
     of_question, n, rows = np.array(silos["of_question"]), max(config.contexts), []
     if len(silos["names"]) < 2:
@@ -157,16 +156,9 @@ NAMES = {"base": "base", "all": "all steps", "without_step_1": "without step 1",
 
 
 def report(config, folder: pathlib.Path):
-    """Writes aloftrag.csv, contexts.csv and silos.csv and returns the `Report`."""
-    from experiments.reporting import citing_figures, tables
-    from experiments.reporting.report import Report, Section
-
+    """The `Report` on all finished cells."""
     rows, contexts = main_rows(config, folder), context_rows(config, folder)
     silos, made = silo_rows(config, folder), generated_rows(config, folder)
-    tables.write_csv(folder / "aloftrag.csv", rows, COLUMNS)
-    tables.write_csv(folder / "contexts.csv", contexts)
-    if silos:
-        tables.write_csv(folder / "silos.csv", silos)
     n = max(config.contexts)
     for row in (*rows, *contexts, *silos, *made):
         row["name"] = NAMES.get(row["variant"], row["variant"].replace("_", " "))
@@ -309,6 +301,8 @@ def report(config, folder: pathlib.Path):
         "steps "
         f"of {t.batch_size} contexts" + (" at each silo." if config.silos else "."),
         sections,
+        {"aloftrag.csv": rows, "contexts.csv": contexts, "silos.csv": silos},
+        {"aloftrag.csv": COLUMNS},
     )
 
 
@@ -317,8 +311,6 @@ def _any(rows, key: str) -> bool:
 
 
 def _judged(row) -> str:
-    from experiments.reporting import tables
-
     if row.get("judged") is None:
         return tables.MISSING
     unread = f", {row['judge_unread']:.0f}% unread" if row["judge_unread"] else ""
@@ -326,14 +318,10 @@ def _judged(row) -> str:
 
 
 def _by(title: str, key: str):
-    from experiments.reporting import tables
-
     shown = tables.difference(title)
     return shown._replace(show=lambda row: shown.show(row.get(key) or {}))
 
 
 def _p(title: str, key: str):
-    from experiments.reporting import tables
-
     shown = tables.p_value(title, "p_holm")
     return shown._replace(show=lambda row: shown.show(row.get(key) or {}))

@@ -7,8 +7,24 @@ from urllib.parse import quote
 import numpy as np
 
 from experiments.inputs import load_generator, load_retriever, replicates
+from experiments.pretraining import WORLDS
+from fedrag_jax.data import label_free_prompts, synthetic
 from fedrag_jax.data.examples import clusters
+from fedrag_jax.data.partition import Partition
+from fedrag_jax.data.prompts import named_style
 from fedrag_jax.errors import ConfigError, DataError
+from fedrag_jax.evaluation.citing import contexts_of, without_gold
+from fedrag_jax.models import lora
+from fedrag_jax.models.author import LocalAuthor
+from fedrag_jax.models.endpoint import EndpointAuthor
+from fedrag_jax.models.lora import LoraConfig
+from fedrag_jax.rag import RAGSystem
+from fedrag_jax.strategies import label_free
+from fedrag_jax.strategies.settings import Budget
+from fedrag_jax.strategies.tuner import Tuner
+
+BASE = "base"  # the untuned generator
+METRICS = ("em", "f1", "citation", "citation_precision", "citation_recall", "citation_f1")
 
 
 class Study:
@@ -58,8 +74,6 @@ class Study:
 
     def prompts(self, silo: str = ""):
         """What a silo asks its author."""
-        from fedrag_jax.data import label_free_prompts
-
         author = self.config.author
         language = author.languages.get(silo, author.language)
         if author.prompts == "compact":
@@ -75,8 +89,6 @@ class Study:
     @functools.cached_property
     def author(self):
         """Who rates and asks."""
-        from fedrag_jax.models.author import LocalAuthor
-
         return endpoint(self.config.author) or LocalAuthor(self.generator)
 
     def system(self, seed: int, elsewhere: bool = False):
@@ -84,18 +96,12 @@ class Study:
 
         Seeds differ in the random half of the adapters alone.
         """
-        from fedrag_jax.models import lora
-
         if elsewhere not in self.systems:
             self.systems[elsewhere] = self._built(elsewhere)
         system = self.systems[elsewhere]
         return system.replace(adapters=lora.init_adapters(system.decoder, seed))
 
     def _built(self, elsewhere: bool):
-        from fedrag_jax.data.prompts import named_style
-        from fedrag_jax.models.lora import LoraConfig
-        from fedrag_jax.rag import RAGSystem
-
         c = self.config
         style, tokenizer = c.models.prompt_style, self.generator.tokenizer
         return RAGSystem.build(
@@ -116,8 +122,6 @@ class Study:
         Args:
           kind: "forced", the gold passage put in place of the last; "none", without it.
         """
-        from fedrag_jax.evaluation.citing import contexts_of, without_gold
-
         retriever, pool = (
             self.system(self.replicates[0][0]).retriever,
             self.pool if self.config.silos else None,
@@ -133,8 +137,6 @@ class Study:
           elsewhere: whether the texts are those of a pretraining world.
           how: options of `label_free.generate`.
         """
-        from fedrag_jax.strategies import label_free
-
         where, retriever = self.folder / "label_free", self.system(seed, elsewhere).retriever
         silos = {"elsewhere": range(len(retriever.passages))} if elsewhere else self.silos
         made = {}
@@ -170,10 +172,6 @@ class Study:
 
     def tuner(self, name: str, setting: str, made, seed: int, client: int | None = None):
         """The `tune` of a variant, setting, seed and (local) silo."""
-        from fedrag_jax.data.partition import Partition
-        from fedrag_jax.strategies.settings import Budget
-        from fedrag_jax.strategies.tuner import Tuner
-
         t, c = self.config.training, self.config
         examples = [e for some in made.values() for e in some.examples]
         ends = np.cumsum([len(some.examples) for some in made.values()])
@@ -201,15 +199,10 @@ def spread(items: list, most: int) -> list:
 
 def endpoint(where):
     """The author behind an endpoint of the config, or None."""
-    from fedrag_jax.models.endpoint import EndpointAuthor
-
     return EndpointAuthor(where.endpoint, where.model) if where.endpoint else None
 
 
 @functools.cache
 def pretraining_world():
     """One that the built-in generator was made with."""
-    from experiments.pretraining import WORLDS
-    from fedrag_jax.data import synthetic
-
     return synthetic.generate(WORLDS[0]._replace(crowding=4.0))

@@ -1,11 +1,17 @@
 """What the cells of experiments/compare_strategies.py come to: CSV files, tables, figures."""
 
 import itertools
-import json
 import pathlib
 
-from experiments.inputs import replicates
-from fedrag_jax.files import read_json, whole
+from experiments.inputs import rates_name, replicates
+from experiments.reporting import comparison, differences, figures
+from experiments.reporting import comparison_tables as tables
+from experiments.reporting.cells import Cell
+from experiments.reporting.report import Report, Section
+from experiments.run import finished
+from fedrag_jax.files import read_json
+from fedrag_jax.strategies.own import named
+from fedrag_jax.strategies.settings import parse
 
 INTERVALS = (
     "95% intervals resample seeds and questions together (two-level bootstrap; questions about one "
@@ -15,25 +21,17 @@ INTERVALS = (
 
 def settings_of(config) -> dict:
     """What the names of the config's settings say."""
-    from fedrag_jax.strategies.settings import parse
-
     return {setting: parse(setting, config.federated.alpha) for setting in config.settings}
 
 
-def finished(config, folder: pathlib.Path) -> list:
+def all_cells(config, folder: pathlib.Path) -> list[Cell]:
     """All cells there are, setting by setting."""
-    from experiments.reporting import cells
-
-    asked = itertools.product(config.settings, config.strategies, replicates(config))
-    found = (cells.load(folder, strategy, where, *pair) for where, strategy, pair in asked)
-    return [cell for cell in found if cell]
+    names = itertools.product(config.settings, config.strategies)
+    return [cell for where, name in names for cell in finished(config, folder, name, where)]
 
 
-def write_rows(config, folder: pathlib.Path, done: list) -> dict[str, list[dict]]:
-    """Rows of every table by its name, all of them written as `<name>.csv`; `metrics.jsonl`."""
-    from experiments.reporting import comparison, differences
-    from experiments.reporting.tables import write_csv
-
+def rows_of(config, done: list[Cell]) -> dict[str, list[dict]]:
+    """Rows of every table by its name, and the points of all learning curves."""
     settings, primary = settings_of(config), config.primary_metric
     metrics = (primary, *(m for m in comparison.METRICS if m != primary))
     margin, alpha = config.equivalence_margin, config.federated.alpha
@@ -46,7 +44,7 @@ def write_rows(config, folder: pathlib.Path, done: list) -> dict[str, list[dict]
         for name in (str, comparison.own)
         for m in metrics
     ]
-    rows = {
+    return {
         "strategies": strategies,
         "comparisons": [row for found in compared for row in found],
         "against_local": [row for found in alone for row in found],
@@ -54,24 +52,27 @@ def write_rows(config, folder: pathlib.Path, done: list) -> dict[str, list[dict]
         "controls": comparison.control_rows(done),
         "traffic": comparison.traffic_rows(done),
     }
-    for name, some in rows.items():
-        columns = comparison.COLUMNS if name == "strategies" else ()
-        write_csv(folder / f"{name}.csv", some, columns)
-    with whole(folder / "metrics.jsonl") as file:
-        for cell in done:
-            where = {"strategy": cell.strategy, "setting": cell.setting}
-            where |= {"seed": cell.seed, "split": cell.split}
-            for task, rounds in cell.curves.items():
-                for record in rounds:
-                    file.write(json.dumps(where | {"task": task} | record) + "\n")
-    return rows
+
+
+def curve_rows(done: list[Cell]) -> list[dict]:
+    """A row for each point of each learning curve."""
+    return [
+        {
+            "strategy": cell.strategy,
+            "setting": cell.setting,
+            "seed": cell.seed,
+            "split": cell.split,
+            "task": task,
+        }
+        | point
+        for cell in done
+        for task, points in cell.curves.items()
+        for point in points
+    ]
 
 
 def search_seconds(config, strategy: str, setting: str) -> float | None:
     """Device-seconds of the searches for the learning rates a strategy needs; None if not known."""
-    from experiments.inputs import rates_name
-    from fedrag_jax.strategies.own import named
-
     known = config.search_seconds
     needed = named(strategy).rates.values()
     if not needed:
@@ -83,13 +84,9 @@ def search_seconds(config, strategy: str, setting: str) -> float | None:
 
 
 def report(config, folder: pathlib.Path):
-    """Writes the rows of all finished cells and returns the `Report` on them."""
-    from experiments.reporting import comparison, figures
-    from experiments.reporting import comparison_tables as tables
-    from experiments.reporting.report import Report, Section
-
-    done, primary = finished(config, folder), config.primary_metric
-    found = write_rows(config, folder, done)
+    """The `Report` on all finished cells."""
+    done, primary = all_cells(config, folder), config.primary_metric
+    found = rows_of(config, done)
     rows, alone, title = found["strategies"], found["against_local"], comparison.METRICS[primary]
     of_primary = [row for row in alone if row["metric"] == primary]
     compared = [row for row in found["comparisons"] if row["metric"] == primary]
@@ -219,6 +216,8 @@ def report(config, folder: pathlib.Path):
         f"does not: {config.data.name}, {config.federated.clients} clients{split}; "
         f"pairs of seeds: {len(replicates(config))}.",
         sections,
+        {f"{name}.csv": some for name, some in found.items()} | {"metrics.jsonl": curve_rows(done)},
+        {"strategies.csv": comparison.COLUMNS},
     )
 
 

@@ -1,6 +1,6 @@
 """Recall and bytes of retrieval from private corpora: merges and budgets against one index.
 
-    python -m experiments.federated_retrieval --config=configs/federated_retrieval.py
+    python -m experiments federated_retrieval
 
 Nothing is trained. Passages are split by topic, each silo indexes its own, and the test questions are
 asked by somebody without passages. Writes runs/<name>/federated_retrieval.csv and table.md: metrics in
@@ -13,9 +13,21 @@ import time
 
 import numpy as np
 
-from experiments.launch import launch, settled_config
+from experiments.launch import settled_config
+from experiments.reporting.tables import Table, interval, number, words, write_csv
+from fedrag_jax.data import datasets
+from fedrag_jax.data.examples import Dataset, clusters, sample
+from fedrag_jax.data.partition import partition
+from fedrag_jax.data.schemes import dirichlet
 from fedrag_jax.errors import ConfigError
+from fedrag_jax.evaluation.evaluator import rank_scores
+from fedrag_jax.evaluation.significance import bootstrap_interval
 from fedrag_jax.files import write_text
+from fedrag_jax.models import hub
+from fedrag_jax.retrieval.clusters import kmeans_labels
+from fedrag_jax.retrieval.federated import Budget, over_silos
+from fedrag_jax.retrieval.retriever import Retriever
+from fedrag_jax.tracking.manifest import write_manifest
 
 METRICS = ("recall_at_1", "recall_at_5", "mrr")
 BYTES = ("query_bytes", "answer_bytes", "passage_bytes", "total_bytes")
@@ -42,8 +54,6 @@ def check(config) -> None:
 
 def measured(retriever, examples, questions, depth: int) -> dict[str, np.ndarray]:
     """Metrics and traffic of each question [Q], of `questions` float32 [Q, D]."""
-    from fedrag_jax.evaluation.evaluator import rank_scores
-
     rows, _, traffic = retriever.store.ask(questions, depth)
     costs = {name: getattr(traffic, name) for name in ("silos", *BYTES)}
     return rank_scores(retriever, examples, rows, depths=(1, 5)) | costs
@@ -55,8 +65,6 @@ def summary(found: list[dict[str, np.ndarray]], about) -> dict[str, float]:
     Args:
       about: the cluster of each question.
     """
-    from fedrag_jax.evaluation.significance import bootstrap_interval
-
     row = {}
     for name in found[0]:
         scores = np.stack([f[name] for f in found]) * (100 if name in METRICS else 1)
@@ -68,8 +76,6 @@ def summary(found: list[dict[str, np.ndarray]], about) -> dict[str, float]:
 
 def table(rows):
     """The rows of the CSV for people."""
-    from experiments.reporting.tables import Table, interval, number, words
-
     titles = {"recall_at_1": "Recall@1", "recall_at_5": "Recall@5", "mrr": "MRR@10"}
     costs = {"query_bytes": "queries", "answer_bytes": "answers", "passage_bytes": "passages"}
     columns = [
@@ -86,17 +92,6 @@ def table(rows):
 def run(config, runs: str) -> pathlib.Path:
     """All splits, merges and budgets; returns the folder of the results."""
     check(config)
-    from experiments.reporting.tables import write_csv
-    from fedrag_jax.data import datasets
-    from fedrag_jax.data.examples import Dataset, clusters, sample
-    from fedrag_jax.data.partition import partition
-    from fedrag_jax.data.schemes import dirichlet
-    from fedrag_jax.models import hub
-    from fedrag_jax.retrieval.clusters import kmeans_labels
-    from fedrag_jax.retrieval.federated import Budget, over_silos
-    from fedrag_jax.retrieval.retriever import Retriever
-    from fedrag_jax.tracking.manifest import write_manifest
-
     began = time.perf_counter()
     folder = pathlib.Path(runs) / config.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -141,7 +136,3 @@ def run(config, runs: str) -> pathlib.Path:
     write_text(folder / "table.md", text)
     print(f"{text}\n{time.perf_counter() - began:.0f} s; {folder}/federated_retrieval.csv")
     return folder
-
-
-if __name__ == "__main__":
-    launch(run, "configs/federated_retrieval.py")

@@ -1,20 +1,17 @@
 """Federated fine-tuning over kinds of federation: skew, clients, local steps, participation.
 
-    python -m experiments.heterogeneity --config=configs/heterogeneity.py
+    python -m experiments heterogeneity
 
 Results go to runs/<name>/: heterogeneity.csv, table.md, report.html, figures. A point (values of all
 factors) has a folder of its own below points/; what is finished there is not computed again.
 """
 
 import itertools
-import math
 import pathlib
-import time
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.cell_by_cell import finished, write_report
-from experiments.comparison import Comparison, compute_cell
 from experiments.inputs import (
     check,
     load_data,
@@ -23,9 +20,16 @@ from experiments.inputs import (
     validation_sample,
     warn_of_borrowed_rates,
 )
-from experiments.launch import launch, settled_config
-from experiments.rates import chosen_rate, kept_rate, one_by_one
-from fedrag_jax.errors import ConfigError, DivergenceError
+from experiments.lab import Lab, compute_cell
+from experiments.rates import chosen_rate, one_by_one
+from experiments.reporting import cells, comparison, differences, figures, tables
+from experiments.reporting.comparison import METRICS
+from experiments.reporting.report import Report, Section
+from experiments.run import Experiment, Point, finished
+from fedrag_jax.data.examples import Dataset
+from fedrag_jax.errors import ConfigError
+from fedrag_jax.evaluation import evaluator
+from fedrag_jax.strategies.settings import Budget, parse
 
 NAMES = {
     "alpha": "Dirichlet α of the split",
@@ -33,10 +37,6 @@ NAMES = {
     "local_steps": "local steps",
     "participation": "share of clients in a round",
 }
-# What may differ between calls whose points lie side by side.
-FREE = (
-    "seeds", "split_seeds", "strategies", "factors", "search_seconds", "equivalence_margin", "wandb"
-)  # fmt: skip
 WHERE = {
     "alpha": ("federated", "alpha"),
     "clients": ("federated", "clients"),
@@ -45,12 +45,12 @@ WHERE = {
 }
 
 
-def points(config) -> list[tuple[str, float]]:
+def values(config) -> list[tuple[str, float]]:
     """(factor, value) of every point, in order of value, that of the rest of the config included."""
     found = []
     for factor, (room, name) in WHERE.items():
-        if values := config.factors[factor]:
-            found += [(factor, value) for value in sorted({*values, config[room][name]})]
+        if others := config.factors[factor]:
+            found += [(factor, value) for value in sorted({*others, config[room][name]})]
     return found
 
 
@@ -95,22 +95,22 @@ def mean_share(rounds: int) -> float:
 
 def schedule(config):
     """Rounds and refreshes of a point."""
-    from fedrag_jax.strategies.settings import Budget
-
     t, f = config.training, config.federated
     return Budget(t.rounds, t.local_steps, f.clients, participation=f.participation).schedule(
         "federated"
     )
 
 
-def point_name(config) -> str:
-    """The folder of a point."""
+def place(config) -> str:
+    """The folder of a point, below that of the run."""
     f = config.federated
     steps, rounds = config.training.local_steps, config.training.rounds
-    return f"alpha{f.alpha:g}-clients{f.clients}-steps{steps}x{rounds}-part{f.participation:g}"
+    return (
+        f"points/alpha{f.alpha:g}-clients{f.clients}-steps{steps}x{rounds}-part{f.participation:g}"
+    )
 
 
-def scaled(run: Comparison, factor: float) -> Comparison:
+def scaled(run: Lab, factor: float) -> Lab:
     """The same point at learning rates times a factor."""
     config = run.config.copy_and_resolve_references()
     for part in config.learning_rates.federated:
@@ -118,13 +118,11 @@ def scaled(run: Comparison, factor: float) -> Comparison:
     return run.like(config, run.folder / f"rates-x{factor:g}")
 
 
-def at_best_rates(run: Comparison, strategy: str) -> Comparison:
+def at_best_rates(run: Lab, strategy: str) -> Lab:
     """The point at the rates that serve a strategy best on validation questions, first two seeds.
 
     By MRR where the retriever is tuned with labels, else by F1, which is less noisy than EM.
     """
-    from fedrag_jax.evaluation import evaluator
-
     examples = validation_sample(run.config, run.dataset)
     ranked = strategy == "retriever" and any(e.positive_ids for e in examples)
 
@@ -146,21 +144,14 @@ def at_best_rates(run: Comparison, strategy: str) -> Comparison:
 
 def finished_at(config, folder: pathlib.Path, strategy: str) -> list:
     """The finished cells of a strategy at a point; untuned is untuned everywhere."""
-    here = folder / "points" / point_name(config)
-    if strategy == "none":
-        here = folder
-    elif (path := here / f"rates-{strategy}.json").exists():
-        here = here / f"rates-x{kept_rate(path):g}"
+    here = folder if strategy == "none" else folder / place(config)
     return finished(config, here, strategy, "federated")
 
 
 def rows_of(config, folder: pathlib.Path) -> list[dict]:
     """A row for every point and strategy, with its difference from the point of the config."""
-    from experiments.reporting import comparison, differences
-    from fedrag_jax.strategies.settings import parse
-
     rows, margin = [], config.equivalence_margin
-    for factor, value in points(config):
+    for factor, value in values(config):
         here, (room, name) = at_point(config, factor, value), WHERE[factor]
         for strategy in config.strategies:
             if not (cells := finished_at(here, folder, strategy)):
@@ -196,15 +187,10 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
 
 
 def report(config, folder: pathlib.Path):
-    """Writes heterogeneity.csv and returns the `Report`."""
-    from experiments.reporting import figures, tables
-    from experiments.reporting.comparison import METRICS
-    from experiments.reporting.report import Report, Section
-
+    """The `Report` on all finished cells."""
     rows = rows_of(config, folder)
     first = ("factor", "value", "strategy", "seeds", "em", "em_low", "em_high")
     others = (name for row in rows for name in row)
-    tables.write_csv(folder / "heterogeneity.csv", rows, list(dict.fromkeys([*first, *others])))
 
     who = (
         tables.words("factor", "factor"),
@@ -285,66 +271,80 @@ def report(config, folder: pathlib.Path):
                 tables.Table((*who, *costs), tuned),
             ),
         ],
+        {"heterogeneity.csv": rows},
+        {"heterogeneity.csv": list(dict.fromkeys([*first, *others]))},
     )
 
 
-def run(config, runs: str) -> pathlib.Path:
-    """Every point; returns the folder of the results.
+class Factors(NamedTuple):
+    """What all cells share.
+
+    Attributes:
+      whole: a lab at the usual point, for what is not trained.
+      at: a lab for each point, by its place.
+    """
+
+    config: Any
+    folder: pathlib.Path
+    dataset: Dataset
+    whole: Lab
+    at: dict[str, Lab]
+
+
+def lab(config, folder: pathlib.Path) -> Factors:
+    """The data and models of the config, a lab for each of its points.
 
     Raises:
       ConfigError: as `inputs.check` and `at_point`.
     """
-    from experiments.reporting import cells
-    from experiments.reporting.weights_and_biases import log_cell
-    from fedrag_jax.tracking.manifest import write_manifest
-    from fedrag_jax.tracking.processes import everywhere
-
-    began, folder = time.perf_counter(), pathlib.Path(runs) / config.name
-    dataset = load_data(config)
     check(config)
     if tuple(config.settings) != ("federated",):
         raise ConfigError(f"config.settings must be ('federated',) here, got {config.settings}")
     if not config.rate_factors or min(config.rate_factors) <= 0:
         raise ConfigError(f"config.rate_factors must be positive, got {config.rate_factors}")
-    warn_of_borrowed_rates(config)
-    at = {point_name(c): c for c in (at_point(config, *point) for point in points(config))}
-    if not at:
+    configs = {place(c): c for c in (at_point(config, *value) for value in values(config))}
+    if not configs:
         raise ConfigError("config.factors: all are empty; give some values to one of them")
-    whole = Comparison(config, dataset, folder)
-    runs_at = [whole.like(c, folder / "points" / name) for name, c in at.items()]
-    for there, (_, split) in itertools.product(runs_at, replicates(config)):
+    dataset = load_data(config)
+    warn_of_borrowed_rates(config)
+    whole = Lab(config, dataset, folder)
+    at = {where: whole.like(c, folder / where) for where, c in configs.items()}
+    for there, (_, split) in itertools.product(at.values(), replicates(config)):
         there.clients("federated", split)  # refuses what cannot be split
-    folder.mkdir(parents=True, exist_ok=True)
-    settled_config(config, folder, free=FREE)
-    write_manifest(folder, dataset, experiment="heterogeneity", seeds=list(config.seeds))
-    strategies = trainable_strategies(config, dataset)
-    todo = [(whole, "none")] if "none" in strategies else []
-    todo += itertools.product(runs_at, [s for s in strategies if s != "none"])
-    for i, (point, strategy) in enumerate(todo, 1):
-        there = point if strategy == "none" else at_best_rates(point, strategy)
-        for seed, split in replicates(config):
-            c, wandb = there.config, config.wandb
-            about = {factor: c[room][name] for factor, (room, name) in WHERE.items()}
-            known = cells.load(there.folder, strategy, "federated", seed, split)
-            if everywhere(known is not None):
-                log_cell(known, folder, config.name, **wandb, config=c.to_dict(), **about)
-                continue
-            try:
-                cell = compute_cell(there, strategy, "federated", seed, split, controls=False)
-            except DivergenceError as error:  # one run of many: the others are worth having
-                print(f"{strategy}, {point.folder.name}, seed {seed}: {error}")
-                continue
-            cells.save(there.folder, cell)
-            log_cell(cell, folder, config.name, **wandb, config=c.to_dict(), **about)
-        done = finished_at(point.config, folder, strategy)
-        em = 100 * np.mean([c.scores["em"].mean() for c in done]) if done else math.nan
-        print(
-            f"[{i}/{len(todo)}] {strategy}, {point.folder.name}: EM {em:.1f} over {len(done)} seeds  "
-            f"({time.perf_counter() - began:.0f} s so far)",
-            flush=True,
-        )
-    return write_report(report(config, folder), folder, "heterogeneity.csv")
+    return Factors(config, folder, dataset, whole, at)
 
 
-if __name__ == "__main__":
-    launch(run, "configs/heterogeneity.py")
+def points(lab: Factors) -> list[Point]:
+    """The untuned system, then point by point and strategy by strategy."""
+    strategies, pairs = trainable_strategies(lab.config, lab.dataset), replicates(lab.config)
+    found = [Point("none", "federated", *pair) for pair in pairs if "none" in strategies]
+    tuned = [strategy for strategy in strategies if strategy != "none"]
+    for (where, there), strategy, pair in itertools.product(lab.at.items(), tuned, pairs):
+        about = {factor: there.config[room][name] for factor, (room, name) in WHERE.items()}
+        found.append(Point(strategy, "federated", *pair, about, where))
+    return found
+
+
+def compute(lab: Factors, point: Point) -> cells.Cell:
+    """A strategy at a point, at the rates that serve it best there."""
+    there = at_best_rates(lab.at[point.folder], point.name) if point.folder else lab.whole
+    where = point.name, point.setting, point.seed, point.split
+    return compute_cell(there, *where, controls=False)
+
+
+def told(cell: cells.Cell) -> str:
+    """Its quality."""
+    return f"EM {100 * cell.scores['em'].mean():.1f}"
+
+
+EXPERIMENT = Experiment(
+    name="heterogeneity",
+    free=(
+        "seeds", "split_seeds", "strategies", "factors", "search_seconds", "equivalence_margin",
+    ),
+    lab=lab,
+    points=points,
+    compute=compute,
+    told=told,
+    report=report,
+)  # fmt: skip

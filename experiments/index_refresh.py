@@ -1,26 +1,36 @@
 """Policies of index refreshing: the quality, the staleness and the cost of each.
 
-    python -m experiments.index_refresh --config=configs/index_refresh.py
+    python -m experiments index_refresh
 
 Results go to runs/<name>/: index_refresh.csv, table.md, report.html, figures. A cell (policy, setting,
 seed) that is finished is not computed again.
 """
 
 import dataclasses
-import functools
 import itertools
 import pathlib
 
 import numpy as np
 
-from experiments.cell_by_cell import compute_missing, finished, write_report
-from experiments.comparison import Comparison, curve
 from experiments.inputs import check_replicates, load_data, replicates, validation_sample
-from experiments.launch import launch, settled_config
+from experiments.lab import Lab, curve
 from experiments.rates import chosen_rate, kept_rate, one_by_one
+from experiments.reporting import cells, comparison, differences, experiment_figures, tables
+from experiments.reporting.report import Report, Section
+from experiments.run import Experiment, Point, finished
+from fedrag_jax.clock import Clock
 from fedrag_jax.data.examples import sample
 from fedrag_jax.errors import ConfigError
+from fedrag_jax.evaluation import evaluator
 from fedrag_jax.federated.callbacks import Callback
+from fedrag_jax.federated.fit import fit
+from fedrag_jax.objectives.distillation import METHODS
+from fedrag_jax.objectives.encoding import as_trained, searching, trained_parts
+from fedrag_jax.retrieval.refresh import Policy, search
+from fedrag_jax.strategies import settings
+from fedrag_jax.strategies.objectives import OBJECTIVES
+from fedrag_jax.tracking.ledger import Cost, training_cost
+from fedrag_jax.tracking.logs import Progress
 
 QUERY_SIDE, FRESH = "query_side", "every_1"
 
@@ -33,8 +43,6 @@ class Staleness(Callback):
         self.probe, self.shares, self.index = probe, [], None
 
     def round_end(self, state, record):
-        from fedrag_jax.objectives.encoding import as_trained
-
         self.index = state.index
         if record["round"] % self.stretch:
             return
@@ -45,16 +53,13 @@ class Staleness(Callback):
 
     def find(self, trained, questions, k: int) -> np.ndarray:
         """Corpus rows [Q, k] that trained encoders find in the last index, as the policy has it."""
-        from fedrag_jax.objectives.encoding import as_trained
-        from fedrag_jax.retrieval.refresh import search
-
         current = as_trained(self.retriever, trained, fresh=False)
         if self.index is None:  # no document vector moves
             return current.search(questions, k)[0]
         return search(self.policy, current, questions, k, self.index["vectors"])[0]
 
 
-class Refreshing(Comparison):
+class Refreshing(Lab):
     """The data and system of a comparison, and what the generator says of passages, once for all."""
 
     def __init__(self, *arguments):
@@ -63,14 +68,6 @@ class Refreshing(Comparison):
 
     def trained(self, name: str, setting: str, seed: int, split: int, factor: float):
         """`(what was trained, cost, watch, history)`."""
-        from fedrag_jax.federated.fit import fit
-        from fedrag_jax.objectives.encoding import searching, trained_parts
-        from fedrag_jax.retrieval.refresh import Policy
-        from fedrag_jax.strategies import settings
-        from fedrag_jax.strategies.objectives import OBJECTIVES
-        from fedrag_jax.tracking.ledger import training_cost
-        from fedrag_jax.tracking.logs import Progress
-
         config, system, budget = self.config, self.system(self.config.seeds[0]), self.budget()
         retriever = system.retriever
         if self.taught is None:
@@ -114,29 +111,24 @@ class Refreshing(Comparison):
         return result.trainable, cost, watch, result.history
 
 
-def compute_cell(run: Refreshing, name: str, setting: str, seed: int, split: int):
+def compute(lab: Refreshing, point: Point) -> cells.Cell:
     """Trains under a policy and tests with a fresh index and with the one that training left."""
-    from experiments.reporting import cells
-    from fedrag_jax.clock import Clock
-    from fedrag_jax.evaluation import evaluator
-    from fedrag_jax.objectives.encoding import as_trained
-    from fedrag_jax.tracking.ledger import Cost
-
-    config, dataset = run.config, run.dataset
+    config, dataset, name, setting = lab.config, lab.dataset, point.name, point.setting
+    seed, split = point.seed, point.split
     validation = validation_sample(config, dataset)
-    start = run.system(config.seeds[0]).retriever
+    start = lab.system(config.seeds[0]).retriever
 
     def scores(trained, examples):
         fresh = as_trained(start, trained)
         return evaluator.rank_scores(fresh, examples, evaluator.ranking(fresh, examples)[0])
 
     def judge(factor):
-        trained, *_ = run.trained(FRESH, setting, *replicates(config)[0], factor)
+        trained, *_ = lab.trained(FRESH, setting, *replicates(config)[0], factor)
         return float(np.nanmean(scores(trained, validation)["mrr"]))
 
-    path = run.folder / "rates" / f"{setting}.json"
+    path = lab.folder / "rates" / f"{setting}.json"
     factor = chosen_rate(path, config.rate_factors, one_by_one(judge, setting), setting)
-    trained, cost, watch, history = run.trained(name, setting, seed, split, factor)
+    trained, cost, watch, history = lab.trained(name, setting, seed, split, factor)
     clock = Clock()
     found = scores(trained, dataset.test)
     depth = min(evaluator.RANKED, len(dataset.passages))
@@ -147,14 +139,12 @@ def compute_cell(run: Refreshing, name: str, setting: str, seed: int, split: int
     cost += Cost(evaluate_seconds=lap.others + lap.searching, compile_seconds=lap.compiling)
     told = {"embedded": 0 if watch.index is None else int(watch.index["embedded"])}
     told |= {f"stale_{i}": 100 * share for i, share in enumerate(watch.shares, 1)}
-    curves = {name: curve([history], run.budget().schedule(setting).refresh_every)}
-    return cells.Cell(name, setting, seed, split, found, told, [], cost, curves, run.test_clusters)
+    curves = {name: curve([history], lab.budget().schedule(setting).refresh_every)}
+    return cells.Cell(name, setting, seed, split, found, told, [], cost, curves, lab.test_clusters)
 
 
 def rows_of(config, folder: pathlib.Path) -> list[dict]:
     """A row for every policy and setting, with its difference from an index that is always fresh."""
-    from experiments.reporting import comparison, differences
-
     rows = []
     for setting, name in itertools.product(config.settings, config.policies):
         if not (found := finished(config, folder, name, setting)):
@@ -186,12 +176,8 @@ COLUMNS = ("policy", "setting", "seeds", "recall_at_5", "recall_at_5_low", "reca
 
 
 def report(config, folder: pathlib.Path):
-    """Writes index_refresh.csv and returns the `Report`."""
-    from experiments.reporting import experiment_figures, tables
-    from experiments.reporting.report import Report, Section
-
+    """The `Report` on all finished cells."""
     rows = rows_of(config, folder)
-    tables.write_csv(folder / "index_refresh.csv", rows, COLUMNS)
     columns = (
         tables.words("policy", "policy"),
         tables.words("setting", "setting"),
@@ -232,6 +218,8 @@ def report(config, folder: pathlib.Path):
                 tables.Table(columns, rows),
             ),
         ],
+        {"index_refresh.csv": rows},
+        {"index_refresh.csv": COLUMNS},
     )
 
 
@@ -241,9 +229,6 @@ def check(config) -> None:
     Raises:
       ConfigError: an unknown objective, setting or policy, or no policy that is always fresh.
     """
-    from fedrag_jax.objectives.distillation import METHODS
-    from fedrag_jax.retrieval.refresh import Policy
-
     check_replicates(config)
     known = [*METHODS, "emdr", "replug_log"]
     if config.objective not in known:
@@ -255,37 +240,32 @@ def check(config) -> None:
         )
     if FRESH not in config.policies:
         raise ConfigError(f"config.policies needs {FRESH!r}: rates are chosen, others judged by it")
-    for name, settings in config.policies.items():
+    for name, policy in config.policies.items():
         try:
-            Policy(**settings).check()
+            Policy(**policy).check()
         except (TypeError, ConfigError) as error:
             raise ConfigError(f"config.policies: {name!r}: {error}") from error
 
 
-def run(config, runs: str) -> pathlib.Path:
-    """Every cell; returns the folder of the results.
+def lab(config, folder: pathlib.Path) -> Refreshing:
+    """The data and models of the config.
 
     Raises:
       ConfigError: as `check`.
     """
-    from fedrag_jax.tracking.manifest import write_manifest
-
-    folder = pathlib.Path(runs) / config.name
     check(config)
-    dataset = load_data(config)
-    folder.mkdir(parents=True, exist_ok=True)
-    free = ("seeds", "split_seeds", "policies", "settings", "wandb")
-    settled_config(config, folder, free=free)
-    write_manifest(folder, dataset, experiment="index_refresh", seeds=list(config.seeds))
-    refreshing = Refreshing(config, dataset, folder)
-    todo = [
-        (name, setting, pair)
+    return Refreshing(config, load_data(config), folder)
+
+
+def points(lab: Refreshing) -> list[Point]:
+    """Setting by setting, policy by policy."""
+    config = lab.config
+    return [
+        Point(name, setting, *pair)
         for setting, name, pair in itertools.product(
             config.settings, config.policies, replicates(config)
         )
     ]
-    compute_missing(config, folder, todo, functools.partial(compute_cell, refreshing), told)
-    return write_report(report(config, folder), folder, "index_refresh.csv")
 
 
 def told(cell) -> str:
@@ -294,5 +274,12 @@ def told(cell) -> str:
     return f"Recall@5 {100 * recall:.1f}, {embedded} passages re-embedded"
 
 
-if __name__ == "__main__":
-    launch(run, "configs/index_refresh.py")
+EXPERIMENT = Experiment(
+    name="index_refresh",
+    free=("seeds", "split_seeds", "policies", "settings"),
+    lab=lab,
+    points=points,
+    compute=compute,
+    told=told,
+    report=report,
+)

@@ -1,6 +1,6 @@
 """Ways to train against ways to answer: exact match, F1 and seconds of every pair.
 
-    python -m experiments.inference_modes --config=configs/inference_modes.py
+    python -m experiments inference_modes
 
 Results go to runs/<name>/: inference_modes.csv, table.md, report.html. A cell (strategy, mode, seeds)
 that is finished is not computed again, nor is a training.
@@ -13,45 +13,56 @@ import time
 
 import numpy as np
 
-from experiments.cell_by_cell import compute_missing, finished, write_report
-from experiments.comparison import Comparison
 from experiments.inputs import check as check_comparison
 from experiments.inputs import load_data, replicates, trainable_strategies
-from experiments.launch import launch, settled_config
+from experiments.lab import Lab
+from experiments.reporting import cells, comparison, differences, tables
+from experiments.reporting.comparison import METRICS
+from experiments.reporting.report import Report, Section
+from experiments.run import Experiment, Point, finished
 from fedrag_jax.errors import ConfigError
+from fedrag_jax.evaluation.evaluator import evaluate
+from fedrag_jax.inference import BEAMS, MODES
+from fedrag_jax.tracking.ledger import Cost
 
 TIMED_QUESTIONS = 100
 
 
-def compute_cell(run: Comparison, system, strategy: str, mode: str, seed: int, split: int):
-    """A cell: the test questions answered by one system in one mode.
+class Answering(Lab):
+    """The data and systems of a lab, and the system tuned last, which answers in every mode."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.tuned = functools.lru_cache(maxsize=1)(self._tuned)
+
+    def _tuned(self, strategy: str, seed: int, split: int):
+        (system,), _ = self.tuned_systems(strategy, self.config.settings[0], seed, split)
+        return system
+
+
+def compute(lab: Answering, point: Point) -> cells.Cell:
+    """The test questions answered by one system in one mode.
 
     What that costs is measured on some of them afterwards, when every program is compiled.
     """
-    from experiments.reporting import cells
-    from fedrag_jax.evaluation.evaluator import evaluate
-    from fedrag_jax.tracking.ledger import Cost
-
-    test, beams = run.dataset.test, beams_of(run.config, mode)
+    strategy, mode, seed, split = point.name, point.setting, point.seed, point.split
+    test, beams = lab.dataset.test, beams_of(lab.config, mode)
+    system = lab.tuned(strategy, seed, split)
     scores = evaluate(system, test, mode=mode, beams=beams)
     some, start = test[:TIMED_QUESTIONS], time.perf_counter()
     evaluate(system, some, mode=mode, beams=beams)
     seconds = (time.perf_counter() - start) * len(test) / len(some)
     cost = Cost(evaluate_seconds=seconds)
-    return cells.Cell(strategy, mode, seed, split, scores, {}, [], cost, {}, run.test_clusters)
+    return cells.Cell(strategy, mode, seed, split, scores, {}, [], cost, {}, lab.test_clusters)
 
 
 def beams_of(config, mode: str) -> int | None:
     """Those of the config, for modes that have some."""
-    from fedrag_jax.inference import BEAMS
-
     return config.beams or None if mode in BEAMS else None
 
 
 def rows_of(config, folder: pathlib.Path) -> list[dict]:
     """A row for every strategy and mode, with its difference from `concatenated` answering."""
-    from experiments.reporting import comparison, differences
-
     rows = []
     for strategy, mode in itertools.product(config.strategies, config.modes):
         if not (found := finished(config, folder, strategy, mode)):
@@ -69,13 +80,8 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
 
 
 def report(config, folder: pathlib.Path):
-    """Writes inference_modes.csv and returns the `Report`."""
-    from experiments.reporting import tables
-    from experiments.reporting.comparison import METRICS
-    from experiments.reporting.report import Report, Section
-
+    """The `Report` on all finished cells."""
     rows = rows_of(config, folder)
-    tables.write_csv(folder / "inference_modes.csv", rows)
     em = {(row["strategy"], row["mode"]): f"{row['em']:.1f}" for row in rows}
     glance = [
         {"strategy": strategy} | {mode: em.get((strategy, mode)) for mode in config.modes}
@@ -114,12 +120,11 @@ def report(config, folder: pathlib.Path):
                 tables.Table(columns, rows),
             ),
         ],
+        {"inference_modes.csv": rows},
     )
 
 
 def _mode_column(mode: str):
-    from experiments.reporting import tables
-
     return tables.words(mode, mode)._replace(align="right")
 
 
@@ -130,8 +135,6 @@ def check(config) -> None:
       ConfigError: as `inputs.check`; an unknown mode, none, negative beams; a setting with several
         systems, or several settings.
     """
-    from fedrag_jax.inference import MODES
-
     check_comparison(config)
     if len(config.settings) != 1 or config.settings[0].startswith("local"):
         raise ConfigError(
@@ -145,39 +148,25 @@ def check(config) -> None:
         raise ConfigError(f"config.beams must be at least 0, got {config.beams}")
 
 
-def run(config, runs: str) -> pathlib.Path:
-    """Every cell; returns the folder of the results.
+def lab(config, folder: pathlib.Path) -> Answering:
+    """The data and models of the config.
 
     Raises:
       ConfigError: as `check`.
     """
-    from fedrag_jax.tracking.manifest import write_manifest
-
-    folder = pathlib.Path(runs) / config.name
     check(config)
-    dataset = load_data(config)
-    folder.mkdir(parents=True, exist_ok=True)
-    free = ("seeds", "split_seeds", "strategies", "modes", "wandb")
-    settled_config(config, folder, free=free)
-    write_manifest(folder, dataset, experiment="inference_modes", seeds=list(config.seeds))
-    todo = [
-        (strategy, mode, pair)
+    return Answering(config, load_data(config), folder)
+
+
+def points(lab: Answering) -> list[Point]:
+    """All modes of a tuned system, one after another; the mode stands where others have a setting."""
+    config = lab.config
+    return [
+        Point(strategy, mode, *pair)
         for strategy, pair, mode in itertools.product(
-            trainable_strategies(config, dataset), replicates(config), config.modes
+            trainable_strategies(config, lab.dataset), replicates(config), config.modes
         )
     ]
-    comparison = Comparison(config, dataset, folder)
-
-    @functools.lru_cache(maxsize=1)  # for all modes
-    def system(strategy, *pair):
-        (tuned,), _ = comparison.tuned_systems(strategy, config.settings[0], *pair)
-        return tuned
-
-    def compute(strategy, mode, *pair):
-        return compute_cell(comparison, system(strategy, *pair), strategy, mode, *pair)
-
-    compute_missing(config, folder, todo, compute, told)
-    return write_report(report(config, folder), folder, "inference_modes.csv")
 
 
 def told(cell) -> str:
@@ -185,5 +174,12 @@ def told(cell) -> str:
     return f"EM {100 * cell.scores['em'].mean():.1f}  F1 {100 * cell.scores['f1'].mean():.1f}"
 
 
-if __name__ == "__main__":
-    launch(run, "configs/inference_modes.py")
+EXPERIMENT = Experiment(
+    name="inference_modes",
+    free=("seeds", "split_seeds", "strategies", "modes"),
+    lab=lab,
+    points=points,
+    compute=compute,
+    told=told,
+    report=report,
+)

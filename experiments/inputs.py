@@ -2,17 +2,27 @@
 
 import dataclasses
 
+import jax
 from absl import logging
 from ml_collections import ConfigDict
 
+from configs.compare_strategies import get_config
+from experiments.reporting.comparison import METRICS
+from fedrag_jax.data import datasets
 from fedrag_jax.data.examples import Dataset, Example, sample
 from fedrag_jax.errors import ConfigError
+from fedrag_jax.federated import by_name
+from fedrag_jax.federated.by_name import OWN_STEPS
+from fedrag_jax.inference import MODES
+from fedrag_jax.models import hub, sentence
+from fedrag_jax.models.quantized import quantize
+from fedrag_jax.models.sharding import shard
+from fedrag_jax.strategies.own import named
+from fedrag_jax.strategies.settings import parse, rate_names, with_algorithm
 
 
 def load_data(config) -> Dataset:
     """A built-in world, a named set or a user's folder; samples of its questions if asked for."""
-    from fedrag_jax.data import datasets
-
     dataset, seed = datasets.load(config.data.name), config.data.sample_seed
     train = sample(dataset.train, config.data.train_questions, seed)
     if not config.data.labels:
@@ -37,11 +47,6 @@ def check(config) -> None:
     Raises:
       ConfigError: names the setting, its value and what it may be.
     """
-    from experiments.reporting.comparison import METRICS
-    from fedrag_jax.inference import MODES
-    from fedrag_jax.strategies.own import named
-    from fedrag_jax.strategies.settings import parse
-
     for name in ("strategies", "settings"):
         if not config[name]:
             raise ConfigError(f"config.{name} is empty; give at least one")
@@ -71,8 +76,6 @@ def check(config) -> None:
 
 def algorithm_of(config, setting: str) -> tuple[str, dict]:
     """The name and options of the algorithm of a setting: its own, or that of the config."""
-    from fedrag_jax.strategies.settings import with_algorithm
-
     federated, (_, named) = config.federated, with_algorithm(setting)
     if named is None:
         return federated.algorithm, federated.algorithm_options.to_dict()
@@ -85,8 +88,6 @@ def check_algorithms(config) -> None:
     Raises:
       ConfigError: names the setting of the config, its value and what it may be.
     """
-    from fedrag_jax.federated import by_name
-
     federated = config.federated
     by_name.check(federated.algorithm, federated.algorithm_options, "config.federated.algorithm")
     for name, options in federated.algorithms.items():
@@ -105,9 +106,6 @@ def rates_name(config, setting: str) -> str:
     Raises:
       ConfigError: it has none.
     """
-    from fedrag_jax.federated.by_name import OWN_STEPS
-    from fedrag_jax.strategies.settings import rate_names
-
     names = rate_names(setting)
     if ":" in setting and algorithm_of(config, setting)[0] in OWN_STEPS:
         # The rates of AdamW are none for plain SGD.
@@ -125,10 +123,17 @@ def check_replicates(config) -> None:
     """Refuses seeds that do not make pairs.
 
     Raises:
-      ConfigError: there are none, they are of different number, or a pair is there twice.
+      ConfigError: there are none or other things than numbers, they are of different number, or a pair
+        is there twice.
     """
     if not config.seeds:
         raise ConfigError("config.seeds is empty; give at least one")
+    for name in ("seeds", "split_seeds"):
+        if strange := [x for x in config[name] if not isinstance(x, int) or x < 0]:
+            raise ConfigError(
+                f"config.{name} must be whole numbers from 0 on, got {strange[0]!r}; such as "
+                f"--config.{name}='(0, 1, 2)'"
+            )
     if config.split_seeds and len(config.split_seeds) != len(config.seeds):
         raise ConfigError(
             f"config.split_seeds has {len(config.split_seeds)} seeds, config.seeds has "
@@ -148,8 +153,6 @@ def trainable_strategies(config, dataset: Dataset) -> list[str]:
     Raises:
       ConfigError: none can.
     """
-    from fedrag_jax.strategies.own import named
-
     bare = sum(not e.positive_ids for e in dataset.train)
     left_out = [name for name in config.strategies if bare and named(name).needs_gold]
     if left_out:
@@ -166,8 +169,6 @@ def trainable_strategies(config, dataset: Dataset) -> list[str]:
 
 def warn_of_borrowed_rates(config) -> None:
     """Says so where other models would train at the rates that were chosen for the built-in ones."""
-    from configs.compare_strategies import get_config
-
     usual, models = get_config(), config.models
     others = [models[r] for r in ("retriever", "generator") if models[r] != usual.models[r]]
     if others and config.learning_rates.to_dict() == usual.learning_rates.to_dict():
@@ -184,8 +185,6 @@ def load_retriever(models):
     Raises:
       ConfigError: a similarity that there is not.
     """
-    from fedrag_jax.models import hub, sentence
-
     use = (models[name] or None for name in ("query_prompt", "document_prompt", "similarity"))
     try:
         return sentence.used_as(hub.load(models.retriever), *use)
@@ -199,11 +198,6 @@ def load_generator(models):
     Raises:
       ConfigError: a type, format or number of devices that cannot be had.
     """
-    import jax
-
-    from fedrag_jax.models import hub
-    from fedrag_jax.models.quantized import quantize
-    from fedrag_jax.models.sharding import shard
 
     if models.dtype not in ("float32", "bfloat16"):
         raise ConfigError(f"config.models.dtype: 'float32' or 'bfloat16', got {models.dtype!r}")

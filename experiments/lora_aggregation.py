@@ -1,6 +1,6 @@
 """Rules for averaging adapters: what each makes of the same clients, and what it sends.
 
-    python -m experiments.lora_aggregation --config=configs/lora_aggregation.py
+    python -m experiments lora_aggregation
 
 Results go to runs/<name>/: lora_aggregation.csv, table.md, report.html, figures. A cell (rule, rank,
 alpha, seeds) that is finished is not computed again.
@@ -11,24 +11,36 @@ import functools
 import itertools
 import pathlib
 import zlib
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-from experiments.cell_by_cell import compute_missing, finished, write_report
-from experiments.comparison import Comparison, client_scores, control_scores, curve
 from experiments.inputs import check_replicates, load_data, replicates, validation_sample
-from experiments.launch import launch, settled_config
+from experiments.lab import Lab, client_scores, control_scores, curve
 from experiments.rates import at_edge, chosen_rate, kept_rate, one_by_one
+from experiments.reporting import cells, comparison, differences, experiment_figures, tables
+from experiments.reporting.report import Report, Section
+from experiments.run import Experiment, Point, finished
+from fedrag_jax.clock import Clock
+from fedrag_jax.data.examples import Dataset
+from fedrag_jax.data.seeds import stream
 from fedrag_jax.errors import ConfigError, DataError
+from fedrag_jax.evaluation import evaluator
+from fedrag_jax.federated.fed_lora import RULES, fed_lora
+from fedrag_jax.federated.fit import fit
 from fedrag_jax.files import kept, read_json, write_json
+from fedrag_jax.objectives.generator import concatenated
+from fedrag_jax.strategies import settings
+from fedrag_jax.tracking.ledger import Cost, training_cost
+from fedrag_jax.tracking.logs import Progress
+from fedrag_jax.tracking.processes import everywhere
 
 METRICS = ("em", "f1", "nll")
 
 
 def with_gold(retriever, examples, k: int) -> np.ndarray:
     """Corpus rows [N, k]: of each example its gold passages and the nearest others, in any order."""
-    from fedrag_jax.data.seeds import stream
-
     found, _ = retriever.search([e.question for e in examples], k)
     row = {passage.id: i for i, passage in enumerate(retriever.passages)}
     read = []
@@ -59,20 +71,12 @@ def point_name(rank: int, alpha: float) -> str:
     return f"rank{rank}-alpha{alpha:g}"
 
 
-def tuned(run: Comparison, read: dict, rule: str, seed: int, split: int, rate: float):
+def tuned(run: Lab, read: dict, rule: str, seed: int, split: int, rate: float):
     """`(systems, cost, curves)`: one system, or one for each client where adapters are personal.
 
     Raises:
       DivergenceError: training at this rate ends in numbers that are not finite.
     """
-    import jax
-
-    from fedrag_jax.federated.fed_lora import fed_lora
-    from fedrag_jax.federated.fit import fit
-    from fedrag_jax.objectives.generator import concatenated
-    from fedrag_jax.strategies import settings
-    from fedrag_jax.tracking.ledger import training_cost
-    from fedrag_jax.tracking.logs import Progress
 
     system, examples, budget = run.system(seed), run.dataset.train, run.budget()
     task = concatenated(
@@ -114,17 +118,26 @@ def tuned(run: Comparison, read: dict, rule: str, seed: int, split: int, rate: f
     return [system.replace(**each) for each in several], cost, curves
 
 
-def compute_cell(run: Comparison, read: dict, rule: str, seed: int, split: int):
-    """A cell at the learning rate that suits validation answers best, with the first two seeds.
+class Aggregation(NamedTuple):
+    """What all cells share.
 
-    Args:
+    Attributes:
+      at: a lab for each rank and split, by the name of the point.
       read: the corpus rows of every question's prompt, by its id.
     """
-    from experiments.reporting import cells
-    from fedrag_jax.clock import Clock
-    from fedrag_jax.evaluation import evaluator
-    from fedrag_jax.tracking.ledger import Cost
 
+    config: Any
+    folder: pathlib.Path
+    dataset: Dataset
+    at: dict[str, Lab]
+    read: dict[str, np.ndarray]
+
+
+def compute(lab: Aggregation, point: Point) -> cells.Cell:
+    """A cell at the learning rate that suits validation answers best, with the first two seeds."""
+    run, read, rule, seed, split = (
+        lab.at[point.setting], lab.read, point.name, point.seed, point.split,
+    )  # fmt: skip
     config, dataset = run.config, run.dataset
     name = point_name(config.lora.rank, config.federated.alpha)
     validation = validation_sample(config, dataset)
@@ -160,8 +173,6 @@ def compute_cell(run: Comparison, read: dict, rule: str, seed: int, split: int):
 
 def reading_scores(systems, examples, rows) -> list[dict[str, np.ndarray]]:
     """`em`, `f1`, `nll` [Q] of each system when it reads corpus rows [Q, k]."""
-    from fedrag_jax.evaluation import evaluator
-
     return [
         evaluator.answers(system, examples, rows)
         | {"nll": evaluator.answer_nll(system, examples, rows)}
@@ -171,8 +182,6 @@ def reading_scores(systems, examples, rows) -> list[dict[str, np.ndarray]]:
 
 def rows_of(config, folder: pathlib.Path) -> list[dict]:
     """A row for every rule, rank and alpha, with its differences from FedIT."""
-    from experiments.reporting import comparison, differences
-
     rows = []
     for alpha, rank, rule in itertools.product(config.alphas, config.ranks, config.rules):
         point = point_name(rank, alpha)
@@ -200,12 +209,8 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
 
 
 def report(config, folder: pathlib.Path):
-    """Writes lora_aggregation.csv and returns the `Report`."""
-    from experiments.reporting import experiment_figures, tables
-    from experiments.reporting.report import Report, Section
-
+    """The `Report` on all finished cells."""
     rows = rows_of(config, folder)
-    tables.write_csv(folder / "lora_aggregation.csv", rows)
     untuned = read_json(folder / "untuned.json")
     who = (
         tables.words("rule", "rule"),
@@ -272,6 +277,7 @@ def report(config, folder: pathlib.Path):
                 tables.Table((*who, *costs), rows),
             ),
         ],
+        {"lora_aggregation.csv": rows},
     )
 
 
@@ -282,8 +288,6 @@ def check(config) -> None:
       ConfigError: an unknown rule or metric, a list that is empty, a rank below 1, a rule that would
         change a quantised base.
     """
-    from fedrag_jax.federated.fed_lora import RULES
-
     check_replicates(config)
     for name in ("rules", "ranks", "alphas", "learning_rates"):
         if not config[name]:
@@ -301,60 +305,55 @@ def check(config) -> None:
         )
 
 
-def run(config, runs: str) -> pathlib.Path:
-    """Every cell; returns the folder of the results.
+def lab(config, folder: pathlib.Path) -> Aggregation:
+    """The data and models of the config, a lab for each of its ranks and splits.
 
     Raises:
       ConfigError: as `check`.
       DataError: training, validation or test questions without gold passages.
     """
-    from fedrag_jax.tracking.manifest import write_manifest
-    from fedrag_jax.tracking.processes import everywhere
-
-    folder = pathlib.Path(runs) / config.name
     check(config)
     dataset = load_data(config)
-    validation = validation_sample(config, dataset)
-    asked = [*dataset.train, *validation, *dataset.test]
+    asked = [*dataset.train, *validation_sample(config, dataset), *dataset.test]
     if bare := sum(not e.positive_ids for e in asked):
         raise DataError(
             f"{bare} of {len(asked)} questions name no gold passage, which every prompt is to hold "
             "here; give positive_ids"
         )
-    whole = Comparison(at_point(config, config.ranks[0], config.alphas[0]), dataset, folder)
+    whole = Lab(at_point(config, config.ranks[0], config.alphas[0]), dataset, folder)
     at = {
-        (alpha, rank): whole.like(at_point(config, rank, alpha), folder)
+        point_name(rank, alpha): whole.like(at_point(config, rank, alpha), folder)
         for alpha, rank in itertools.product(config.alphas, config.ranks)
     }
     for there, (_, split) in itertools.product(at.values(), replicates(config)):
         there.budget().schedule("federated")
         there.clients("federated", split)  # refuses what cannot be split
-    folder.mkdir(parents=True, exist_ok=True)
-    free = ("seeds", "split_seeds", "rules", "ranks", "alphas", "wandb")
-    settled_config(config, folder, free=free)
-    write_manifest(folder, dataset, experiment="lora_aggregation", seeds=list(config.seeds))
     system = whole.system(config.seeds[0])
-    ids = [e.id for e in asked]
-    read = dict(zip(ids, with_gold(system.retriever, asked, system.top_k), strict=True))
-    if not everywhere(kept(read_json, folder / "untuned.json") is not None):
-        (found,) = reading_scores([system], dataset.test, rows_for(read, dataset.test))
-        untuned = {"em": 100 * float(found["em"].mean()), "nll": float(found["nll"].mean())}
-        write_json(folder / "untuned.json", untuned)
-    points = {point_name(rank, alpha): (alpha, rank) for alpha, rank in at}
-    todo = [
-        (rule, point, pair)
-        for point, rule, pair in itertools.product(points, config.rules, replicates(config))
+    rows = with_gold(system.retriever, asked, system.top_k)
+    read = dict(zip([e.id for e in asked], rows, strict=True))
+    return Aggregation(config, folder, dataset, at, read)
+
+
+def points(lab: Aggregation) -> list[Point]:
+    """Split by split, rank by rank, rule by rule; rank and split stand where others have a setting."""
+    config = lab.config
+    return [
+        Point(rule, point_name(rank, alpha), *pair, {"rank": rank, "alpha": alpha})
+        for alpha, rank, rule, pair in itertools.product(
+            config.alphas, config.ranks, config.rules, replicates(config)
+        )
     ]
 
-    def compute(rule, point, seed, split):
-        return compute_cell(at[points[point]], read, rule, seed, split)
 
-    def about(rule, point):
-        alpha, rank = points[point]
-        return {"rank": rank, "alpha": alpha}
-
-    compute_missing(config, folder, todo, compute, told, about)
-    return write_report(report(config, folder), folder, "lora_aggregation.csv")
+def controls(lab: Aggregation) -> None:
+    """What the untuned generator makes of the same prompts."""
+    path = lab.folder / "untuned.json"
+    if everywhere(kept(read_json, path) is not None):
+        return
+    system, test = next(iter(lab.at.values())).system(lab.config.seeds[0]), lab.dataset.test
+    (found,) = reading_scores([system], test, rows_for(lab.read, test))
+    untuned = {"em": 100 * float(found["em"].mean()), "nll": float(found["nll"].mean())}
+    write_json(path, untuned)
 
 
 def told(cell) -> str:
@@ -362,5 +361,13 @@ def told(cell) -> str:
     return f"EM {100 * cell.scores['em'].mean():.1f}  NLL {cell.scores['nll'].mean():.2f}"
 
 
-if __name__ == "__main__":
-    launch(run, "configs/lora_aggregation.py")
+EXPERIMENT = Experiment(
+    name="lora_aggregation",
+    free=("seeds", "split_seeds", "rules", "ranks", "alphas"),
+    lab=lab,
+    points=points,
+    compute=compute,
+    told=told,
+    report=report,
+    controls=controls,
+)

@@ -1,20 +1,17 @@
 """Every objective from one start: what it brings to the part that it trains, with intervals.
 
-    python -m experiments.methods --config=configs/methods.py
+    python -m experiments methods
 
 Results go to runs/<name>/: methods.csv, table.md, report.html, figures. A cell (objective, setting,
 seed) that is finished is not computed again.
 """
 
 import dataclasses
-import functools
 import itertools
 import pathlib
 
 import numpy as np
 
-from experiments.cell_by_cell import compute_missing, finished, write_report
-from experiments.comparison import Comparison, control_scores, training_curves
 from experiments.inputs import (
     check_algorithms,
     check_replicates,
@@ -22,9 +19,17 @@ from experiments.inputs import (
     replicates,
     validation_sample,
 )
-from experiments.launch import launch, settled_config
+from experiments.lab import Lab, control_scores, training_curves
 from experiments.rates import chosen_rate, kept_rate, one_by_one
+from experiments.reporting import cells, comparison, differences, experiment_figures, tables
+from experiments.reporting.report import Report, Section
+from experiments.run import Experiment, Point, finished
+from fedrag_jax.clock import Clock
 from fedrag_jax.errors import ConfigError
+from fedrag_jax.evaluation import evaluator
+from fedrag_jax.strategies.objectives import OBJECTIVES
+from fedrag_jax.strategies.settings import parse
+from fedrag_jax.tracking.ledger import Cost
 
 UNTUNED = "none"
 METRICS = {
@@ -38,27 +43,25 @@ CUT = ("in_batch", "matryoshka")
 
 def objective_of(name: str):
     """The `Objective` of a row; the no-op is one that is trained at a rate of 0."""
-    from fedrag_jax.strategies.objectives import OBJECTIVES
-
     return OBJECTIVES["in_batch" if name == "no_op" else name]
 
 
-def tuned(run: Comparison, name: str, setting: str, seed: int, split: int, factor: float):
+def tuned(lab: Lab, name: str, setting: str, seed: int, split: int, factor: float):
     """`(system, tuner)` after training at a factor of the config's learning rates."""
-    objective, rates = objective_of(name), run.config.learning_rates
-    system = run.system(seed)
-    tuner = run.tuner(lambda task, part: factor * rates[part], setting, seed, split)
+    objective, rates = objective_of(name), lab.config.learning_rates
+    system = lab.system(seed)
+    tuner = lab.tuner(lambda task, part: factor * rates[part], setting, seed, split)
     budget = tuner.budget
     tuner = dataclasses.replace(
         tuner,
         folder=tuner.folder / f"{name}-x{factor:g}",
         budget=budget._replace(batch_size=budget.batch_size * objective.batch),
     )
-    task = run.task(name, seed)
+    task = lab.task(name, seed)
     return system.replace(**tuner(task)), tuner
 
 
-class Methods(Comparison):
+class Methods(Lab):
     """The data and systems of a comparison, and a task of each objective."""
 
     def __init__(self, *arguments):
@@ -77,8 +80,6 @@ class Methods(Comparison):
 
 def validation_score(system, examples, part: str) -> float:
     """Higher is better: MRR@10 of a retriever, log-likelihood of answers else."""
-    from fedrag_jax.evaluation import evaluator
-
     rows, _ = evaluator.ranking(system.retriever, examples, system.top_k)
     if part == "retriever":
         return float(np.nanmean(evaluator.rank_scores(system.retriever, examples, rows)["mrr"]))
@@ -87,8 +88,6 @@ def validation_score(system, examples, part: str) -> float:
 
 def test_scores(system, examples, part: str) -> dict[str, np.ndarray]:
     """The metrics of a part, [Q] each."""
-    from fedrag_jax.evaluation import evaluator
-
     rows, _ = evaluator.ranking(system.retriever, examples, system.top_k)
     scores = evaluator.rank_scores(system.retriever, examples, rows)
     if part != "generator":
@@ -106,16 +105,13 @@ def rate_path(folder: pathlib.Path, name: str, setting: str) -> pathlib.Path:
     return folder / "rates" / f"{name}-{setting}.json"
 
 
-def compute_cell(run: Methods, name: str, setting: str, seed: int, split: int):
+def compute(lab: Methods, point: Point) -> cells.Cell:
     """Trains at the rates that suit validation questions, tests and prices."""
-    from experiments.reporting import cells
-    from fedrag_jax.clock import Clock
-    from fedrag_jax.tracking.ledger import Cost
-
-    config, dataset = run.config, run.dataset
+    config, dataset, name, setting = lab.config, lab.dataset, point.name, point.setting
+    seed, split = point.seed, point.split
     validation = validation_sample(config, dataset)
     if name == UNTUNED:
-        system, tuners, cost = run.system(seed), [], Cost()
+        system, tuners, cost = lab.system(seed), [], Cost()
         part = "both"
     else:
         part, factor = objective_of(name).part, 0.0
@@ -123,12 +119,12 @@ def compute_cell(run: Methods, name: str, setting: str, seed: int, split: int):
             first, what = replicates(config)[0], f"{name}, {setting}"
 
             def judge(factor):
-                system, _ = tuned(run, name, setting, *first, factor)
+                system, _ = tuned(lab, name, setting, *first, factor)
                 return validation_score(system, validation, part)
 
-            path = rate_path(run.folder, name, setting)
+            path = rate_path(lab.folder, name, setting)
             factor = chosen_rate(path, config.rate_factors, one_by_one(judge, what), what)
-        system, tuner = tuned(run, name, setting, seed, split, factor)
+        system, tuner = tuned(lab, name, setting, seed, split, factor)
         tuners, cost = [tuner], sum(tuner.costs.values(), Cost())
     clock = Clock()
     scores = test_scores(system, dataset.test, part)
@@ -137,14 +133,12 @@ def compute_cell(run: Methods, name: str, setting: str, seed: int, split: int):
     curves = training_curves(tuners)
     controls = {} if part == "retriever" else control_scores(system, dataset.test)
     return cells.Cell(
-        name, setting, seed, split, scores, controls, [], cost, curves, run.test_clusters
+        name, setting, seed, split, scores, controls, [], cost, curves, lab.test_clusters
     )
 
 
 def rows_of(config, folder: pathlib.Path) -> list[dict]:
     """A row for every objective, setting and metric of its part."""
-    from experiments.reporting import comparison, differences
-
     rows = []
     for setting, name in itertools.product(config.settings, config.objectives):
         found, start = (finished(config, folder, n, setting) for n in (name, UNTUNED))
@@ -190,12 +184,8 @@ def verdict(row) -> str:
 
 
 def report(config, folder: pathlib.Path):
-    """Writes methods.csv and returns the `Report`."""
-    from experiments.reporting import experiment_figures, tables
-    from experiments.reporting.report import Report, Section
-
+    """The `Report` on all finished cells."""
     rows = rows_of(config, folder)
-    tables.write_csv(folder / "methods.csv", rows, COLUMNS)
     columns = (
         tables.words("objective", "objective"),
         tables.words("part", "part"),
@@ -239,6 +229,8 @@ def report(config, folder: pathlib.Path):
                 tables.Table(columns, rows),
             ),
         ],
+        {"methods.csv": rows},
+        {"methods.csv": COLUMNS},
     )
 
 
@@ -248,9 +240,6 @@ def check(config, dataset) -> list[str]:
     Raises:
       ConfigError: an unknown objective or a list that is empty; none is left.
     """
-    from fedrag_jax.strategies.objectives import OBJECTIVES
-    from fedrag_jax.strategies.settings import parse
-
     check_replicates(config)
     check_algorithms(config)
     for name in ("objectives", "settings", "rate_factors"):
@@ -275,29 +264,28 @@ def check(config, dataset) -> list[str]:
     return left
 
 
-def run(config, runs: str) -> pathlib.Path:
-    """Every cell; returns the folder of the results.
+def lab(config, folder: pathlib.Path) -> Methods:
+    """The data and models of the config, whose objectives are those that the data allows.
 
     Raises:
       ConfigError: as `check`.
     """
-    from fedrag_jax.tracking.manifest import write_manifest
-
-    folder = pathlib.Path(runs) / config.name
     dataset = load_data(config)
     objectives = check(config, dataset)
-    folder.mkdir(parents=True, exist_ok=True)
-    free = ("seeds", "split_seeds", "objectives", "settings", "wandb")
-    settled_config(config, folder, free=free)
-    write_manifest(folder, dataset, experiment="methods", seeds=list(config.seeds))
-    methods = Methods(config, dataset, folder)
-    names = (UNTUNED, *objectives)
-    todo = [
-        (name, setting, pair)
-        for setting, name, pair in itertools.product(config.settings, names, replicates(config))
+    found = Methods(config, dataset, folder)
+    found.objectives = objectives
+    return found
+
+
+def points(lab: Methods) -> list[Point]:
+    """Setting by setting, the untuned system first."""
+    names = (UNTUNED, *lab.objectives)
+    return [
+        Point(name, setting, *pair)
+        for setting, name, pair in itertools.product(
+            lab.config.settings, names, replicates(lab.config)
+        )
     ]
-    compute_missing(config, folder, todo, functools.partial(compute_cell, methods), told)
-    return write_report(report(config, folder), folder, "methods.csv")
 
 
 def told(cell) -> str:
@@ -305,5 +293,12 @@ def told(cell) -> str:
     return "  ".join(f"{name} {100 * np.nanmean(x):.1f}" for name, x in cell.scores.items())
 
 
-if __name__ == "__main__":
-    launch(run, "configs/methods.py")
+EXPERIMENT = Experiment(
+    name="methods",
+    free=("seeds", "split_seeds", "objectives", "settings"),
+    lab=lab,
+    points=points,
+    compute=compute,
+    told=told,
+    report=report,
+)

@@ -1,7 +1,7 @@
 """How unlike the clients of a comparison are: statistics and a figure, before anything is trained.
 
-    python -m experiments.partition_statistics --config=configs/compare_strategies.py
-    python -m experiments.partition_statistics --config=configs/compare_strategies.py \
+    python -m experiments partition_statistics
+    python -m experiments partition_statistics \
         --config.name=mild --config.federated.clients=60 --config.federated.alpha=1.0
 
 Writes runs/<name>-partition/: partition.md and partition.csv with a row for each seed of the config
@@ -11,9 +11,12 @@ and one of an IID split beside it, and partition.png of the first seed.
 import pathlib
 
 from experiments.inputs import load_data, load_retriever
-from experiments.launch import launch, settled_config
+from experiments.launch import settled_config
+from experiments.reporting.partition_figures import label_distribution
+from experiments.reporting.tables import Table, number, words, write_csv
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.files import write_text
+from fedrag_jax.strategies.settings import parse, split_clients
 
 
 def questions(config):
@@ -31,8 +34,6 @@ def questions(config):
 
 def partitions_table(rows):
     """Partitions, one a row: its name under `partition` beside `Partition.statistics`."""
-    from experiments.reporting.tables import Table, number, words
-
     whole = {"clients": "clients", "examples": "examples", "least": "smallest"}
     columns = [
         words("partition", "partition"),
@@ -49,10 +50,6 @@ def partitions_table(rows):
 
 def run(config, runs: str) -> pathlib.Path:
     """Splits as the comparison does; returns the folder of the results."""
-    from experiments.reporting.partition_figures import label_distribution
-    from experiments.reporting.tables import write_csv
-    from fedrag_jax.strategies.settings import parse, split_clients
-
     if not config.seeds:
         raise ConfigError("config.seeds is empty; give at least one")
     clients, usual, column = (config.federated[name] for name in ("clients", "alpha", "column"))
@@ -84,7 +81,3 @@ def run(config, runs: str) -> pathlib.Path:
     label_distribution(first, folder / "partition.png", column)
     print(f"{text}\n{folder}/: partition.md partition.csv partition.png config.json")
     return folder
-
-
-if __name__ == "__main__":
-    launch(run, "configs/compare_strategies.py")

@@ -1,14 +1,41 @@
-"""Learning rates of the points of an experiment, by trial on validation questions."""
+"""Which learning rates are searched, and how one is chosen by trial on validation questions."""
 
 import math
 import pathlib
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from fedrag_jax import files
 from fedrag_jax.errors import ConfigError, DivergenceError
 
 BEYOND = 4  # rates tried beyond an end of a grid, as long as the outermost is the best
 FINE = 2.0  # neighbours of the chosen rate are at most this factor away
+
+
+class Search(NamedTuple):
+    """A rate that is looked for.
+
+    Attributes:
+      name: in `config.learning_rates`.
+      part: whose rate it is.
+      strategy: that is trained with it, by name.
+      metric: that judges it; F1 and MRR are less noisy than EM.
+    """
+
+    name: str
+    part: str
+    strategy: str
+    metric: str
+
+
+SEARCHES = (
+    Search("retriever", "retriever", "retriever", "mrr"),
+    Search("generator", "generator", "generator", "f1"),
+    Search("marginal_generator", "generator", "first_phase", "f1"),
+    Search("marginal_retriever", "retriever", "second_phase", "f1"),
+    Search("ralt", "generator", "ralt", "f1"),
+    Search("lsr", "retriever", "lsr", "f1"),
+)
 
 
 def chosen_rate(

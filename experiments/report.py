@@ -13,11 +13,9 @@ import pathlib
 
 from ml_collections import ConfigDict
 
+from experiments.__main__ import COMMANDS
 from fedrag_jax.errors import ConfigError, FedragError
 from fedrag_jax.files import read_json
-
-EXPERIMENTS = ("aloftrag", "compare_strategies", "heterogeneity", "index_refresh", "inference_modes",
-               "lora_aggregation", "methods", "tune_retrieval")  # fmt: skip
 
 
 def rebuild(folder: pathlib.Path) -> list[str]:
@@ -35,13 +33,10 @@ def rebuild(folder: pathlib.Path) -> list[str]:
             )
     config, manifest = map(read_json, paths)
     name = manifest.get("experiment")
-    if name not in EXPERIMENTS:
-        raise ConfigError(f"{folder}/manifest.json names none of {EXPERIMENTS}, but {name!r}")
-    return (
-        importlib.import_module(f"experiments.{name}")
-        .report(ConfigDict(config), folder)
-        .write(folder)
-    )
+    if name not in COMMANDS:
+        raise ConfigError(f"{folder}/manifest.json names none of {[*COMMANDS]}, but {name!r}")
+    experiment = importlib.import_module(f"experiments.{name}").EXPERIMENT
+    return experiment.report(ConfigDict(config), folder).write(folder)
 
 
 if __name__ == "__main__":

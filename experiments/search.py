@@ -1,39 +1,24 @@
-"""Which learning rates the strategies need, and how one is searched."""
+"""The search for the learning rates of strategies, setting by setting."""
 
+import json
+import pathlib
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
-from experiments.comparison import Comparison
-from experiments.inputs import replicates
+from experiments.inputs import algorithm_of, check, load_data, replicates
+from experiments.lab import Lab
+from experiments.launch import settled_config
+from experiments.rates import SEARCHES, Search, at_edge, chosen_rate, kept_rate
+from fedrag_jax.data.examples import sample
 from fedrag_jax.errors import DataError, DivergenceError
-
-
-class Search(NamedTuple):
-    """A rate that is looked for.
-
-    Attributes:
-      name: in `config.learning_rates`.
-      part: whose rate it is.
-      strategy: that is trained with it, by name.
-      metric: that judges it; F1 and MRR are less noisy than EM.
-    """
-
-    name: str
-    part: str
-    strategy: str
-    metric: str
-
-
-SEARCHES = (
-    Search("retriever", "retriever", "retriever", "mrr"),
-    Search("generator", "generator", "generator", "f1"),
-    Search("marginal_generator", "generator", "first_phase", "f1"),
-    Search("marginal_retriever", "retriever", "second_phase", "f1"),
-    Search("ralt", "generator", "ralt", "f1"),
-    Search("lsr", "retriever", "lsr", "f1"),
-)
+from fedrag_jax.evaluation.evaluator import evaluate
+from fedrag_jax.federated.by_name import OWN_STEPS
+from fedrag_jax.files import kept, read_json, write_json
+from fedrag_jax.strategies import strategies
+from fedrag_jax.strategies.own import named
+from fedrag_jax.strategies.strategy import together
+from fedrag_jax.strategies.tuner import tune_together
 
 
 def seeds_of(config, setting: str) -> list[tuple[int, int]]:
@@ -55,7 +40,7 @@ class Trials:
       seconds: devices have spent on all trainings.
     """
 
-    def __init__(self, run: Comparison, setting: str, search: Search, bases, examples, where=""):
+    def __init__(self, run: Lab, setting: str, search: Search, bases, examples, where=""):
         self.run, self.setting, self.search = run, setting, search
         self.bases, self.examples, self.where = bases, examples, where
         self.systems: dict[float, list] = {}
@@ -63,10 +48,6 @@ class Trials:
 
     def judge(self, rates: Sequence[float]) -> list[float]:
         """The metric of each rate in percent, a mean over seeds and clients; -inf where it diverges."""
-        from fedrag_jax.strategies import strategies
-        from fedrag_jax.strategies.strategy import together
-        from fedrag_jax.strategies.tuner import tune_together
-
         strategy = getattr(strategies, self.search.strategy)
         tuners = [tuner for rate in rates for tuner in self._tuners(rate)]
         tuned = together(
@@ -92,8 +73,6 @@ class Trials:
         return found
 
     def _score(self, rate: float) -> float:
-        from fedrag_jax.evaluation.evaluator import evaluate
-
         systems, about = self.systems[rate], f"{self.setting}, {self.search.strategy}, {rate:g}"
         if any(isinstance(system, DivergenceError) for system in systems):
             print(f"{about}: diverged", flush=True)
@@ -113,3 +92,92 @@ class Trials:
             f"{about}: validation {self.search.metric} {100 * np.nanmean(scores):.1f}", flush=True
         )
         return 100 * float(np.nanmean(scores))
+
+
+# A factor of 4 apart; those for other models are of Lawton et al. 2025, a factor of 3, for both parts.
+BUILT_IN = {
+    "retriever": [1e-4, 4e-4, 1.6e-3, 6.4e-3],
+    "generator": [2e-4, 8e-4, 3.2e-3, 1.28e-2],
+}
+LAWTON = [1e-8, 3e-8, 1e-7, 3e-7, 1e-6, 3e-6, 1e-5, 3e-5, 1e-4]
+PLAIN_SGD = [0.01, 0.04, 0.16, 0.64]  # of algorithms whose clients' steps are not scaled by Adam
+
+
+def usual_grid(config, part: str, setting: str) -> list[float]:
+    """The rates to begin with of a `retriever` or a `generator`."""
+    if algorithm_of(config, setting)[0] in OWN_STEPS:
+        return PLAIN_SGD
+    return BUILT_IN[part] if config.models[part].startswith("builtin:") else LAWTON
+
+
+def search_setting(run: Lab, setting: str, grids: dict[str, list[float]], examples) -> dict:
+    """`{name: {"chosen", "scores", "seconds", "at_edge"}}` of all that a setting searches."""
+    config, found = run.config, {}
+    pairs, count = seeds_of(config, setting), len(run.members(setting))
+    strategies = [*config.strategies]
+    if setting.startswith("local") and config.local_strategies:
+        strategies = [name for name in strategies if name in config.local_strategies]
+    base = systems = [run.system(seed) for seed, _ in pairs for _ in range(count)]
+    needed = {name for s in strategies for name in named(s).rates.values()}
+    for search in SEARCHES:
+        labelled = [any(e.positive_ids for e in some) for some in (run.dataset.train, examples)]
+        if search.name not in needed:
+            continue
+        if search.metric == "mrr" and not all(labelled):
+            continue
+        start, where = base, ""
+        if search.strategy == "second_phase":
+            start, where = systems, f"after-{found['marginal_generator']['chosen']:g}"
+        trials = Trials(run, setting, search, start, examples, where)
+        path = run.folder / "searches" / f"{setting}-{search.name}.json"
+        # What is trained already is read back, for the searches that start there.
+        if kept(read_json, path) is not None:
+            trials.judge([kept_rate(path)])
+        grid = grids.get(search.name) or usual_grid(config, search.part, setting)
+        rate = chosen_rate(path, grid, trials.judge, f"{setting}, {search.name}")
+        about = read_json(path)
+        if "seconds" not in about:
+            about["seconds"] = trials.seconds
+            write_json(path, about)
+        found[search.name], systems = about | {"at_edge": at_edge(path)}, trials.systems[rate]
+    return found
+
+
+def run(config, runs: str, grids: dict[str, list[float]], questions: int) -> pathlib.Path:
+    """Searches every setting of the config; returns the folder of the results.
+
+    Args:
+      grids: rates to begin with of what is in `SEARCHES`, by name; the usual ones unless given.
+      questions: of the validation set, which a system is judged on.
+    """
+    dataset = load_data(config)
+    check(config)
+    folder = pathlib.Path(runs) / f"{config.name}-rates"
+    folder.mkdir(parents=True, exist_ok=True)
+    free = (
+        "learning_rates",
+        "search_seconds",
+        "settings",
+        "strategies",
+        "local_strategies",
+        "wandb",
+    )
+    settled_config(config, folder, free=free)
+    comparison = Lab(config, dataset, folder)
+    examples = sample(dataset.validation, questions, config.data.sample_seed)
+    found = {s: search_setting(comparison, s, grids, examples) for s in config.settings}
+    result = {
+        "chosen": {s: {n: one["chosen"] for n, one in some.items()} for s, some in found.items()},
+        "seconds": {
+            s: {n: round(one["seconds"], 1) for n, one in some.items()} for s, some in found.items()
+        },
+        "at_edge": {
+            s: [n for n, one in some.items() if one["at_edge"]] for s, some in found.items()
+        },
+        "validation": {
+            s: {n: one["scores"] for n, one in some.items()} for s, some in found.items()
+        },
+    }
+    write_json(folder / "learning_rates.json", result, indent=2)
+    print(json.dumps({name: result[name] for name in ("chosen", "seconds", "at_edge")}, indent=2))
+    return folder

@@ -1,6 +1,6 @@
 """Recall of a real retriever on SQuAD and HotpotQA, before and after query-side tuning.
 
-    python -m experiments.tune_retrieval --config=configs/tune_retrieval.py
+    python -m experiments tune_retrieval
 
 Results go to runs/<name>/: retrieval.csv, table.md, report.html. A cell (dataset, method, setting,
 seed) lies in a folder of its dataset and is not computed again. Corpora are embedded once and cached
@@ -14,18 +14,30 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.cell_by_cell import compute_missing, finished, write_report
-from experiments.comparison import training_curves
 from experiments.inputs import check_replicates, replicates
-from experiments.launch import launch, settled_config
+from experiments.lab import training_curves
 from experiments.rates import at_edge, chosen_rate, kept_rate, one_by_one
+from experiments.reporting import cells, comparison, differences, tables
+from experiments.reporting.comparison import estimate
+from experiments.reporting.report import Report, Section
+from experiments.run import Experiment, Point, finished
+from fedrag_jax.data import datasets
 from fedrag_jax.data.examples import Dataset, clusters, sample
 from fedrag_jax.errors import ConfigError
+from fedrag_jax.evaluation import evaluator
+from fedrag_jax.models import hub
+from fedrag_jax.objectives.retriever import multiple_negatives_ranking
+from fedrag_jax.retrieval.clusters import with_topics
+from fedrag_jax.retrieval.mining import Mining
+from fedrag_jax.retrieval.retriever import Retriever
+from fedrag_jax.strategies.settings import Budget, Stopping, parse, split_clients
+from fedrag_jax.strategies.tuner import Tuner, tune_together
+from fedrag_jax.tracking.ledger import Cost
+from fedrag_jax.tracking.manifest import write_manifest
 
 UNTUNED = "untuned"
 METRICS = {"recall_at_1": "Recall@1", "recall_at_5": "Recall@5", "recall_at_20": "Recall@20",
            "mrr": "MRR@10"}  # fmt: skip
-FREE = ("settings", "datasets", "methods", "seeds", "split_seeds", "wandb")
 
 
 class Study(NamedTuple):
@@ -43,10 +55,46 @@ class Study(NamedTuple):
     retriever: object
 
 
+def study_of(config, name: str, folder: pathlib.Path, model) -> Study:
+    """A dataset with samples of its labelled questions, and its embedded corpus."""
+    loaded, seed = datasets.load(name), config.sample_seed
+    train, validation, test = (
+        sample([e for e in getattr(loaded, split) if e.positive_ids], count, seed)
+        for split, count in (
+            ("train", config.train_questions),
+            ("validation", config.validation_questions),
+            ("test", config.test_questions),
+        )
+    )
+    dataset = Dataset(loaded.name, loaded.passages, train, validation, test)
+    here = folder / loaded.name
+    here.mkdir(parents=True, exist_ok=True)
+    write_manifest(here, dataset, experiment="tune_retrieval", seeds=list(config.seeds))
+    retriever = Retriever.build(model, dataset.passages, progress=True)
+    dataset = with_topics(dataset, retriever)
+    return Study(config, here, dataset, dataset.validation, retriever)
+
+
+class Retrieval:
+    """The model, and one dataset at a time: its samples and its embedded corpus."""
+
+    def __init__(self, config, folder: pathlib.Path):
+        self.config, self.folder = config, folder
+        self.model = hub.load(config.retriever)
+        self.study = functools.lru_cache(maxsize=1)(self._study)
+
+    def _study(self, name: str) -> Study:
+        asked = {pathlib.Path(asked).name: asked for asked in self.config.datasets}
+        return study_of(self.config, asked[name], self.folder, self.model)
+
+    @property
+    def dataset(self) -> Dataset:
+        """The first, which the manifest of the run is about; each has a manifest of its own."""
+        return self.study(pathlib.Path(self.config.datasets[0]).name).dataset
+
+
 def rank_scores(retriever, examples) -> dict[str, np.ndarray]:
     """Recall@1, 5, 20 and MRR@10 of each example [Q]."""
-    from fedrag_jax.evaluation import evaluator
-
     depth = min(20, len(retriever.passages))
     ranked, _ = retriever.search([e.question for e in examples], depth)
     return evaluator.rank_scores(retriever, examples, ranked, depths=(1, 5, 20))
@@ -58,8 +106,6 @@ def method_of(config, name: str) -> tuple[int, dict]:
     Raises:
       ConfigError: there is none of that name.
     """
-    from fedrag_jax.retrieval.mining import Mining
-
     size = config.batch_size
     methods = {
         "in_batch": (size, {}),
@@ -73,10 +119,6 @@ def method_of(config, name: str) -> tuple[int, dict]:
 
 def tuned(study: Study, method: str, setting: str, seed: int, split: int, rate: float):
     """`(encoders, tuners)`: one query encoder, in the local settings one a client."""
-    from fedrag_jax.objectives.retriever import multiple_negatives_ranking
-    from fedrag_jax.strategies.settings import Budget, Stopping, parse, split_clients
-    from fedrag_jax.strategies.tuner import Tuner, tune_together
-
     c, dataset = study.config, study.dataset
     known = parse(setting, c.alpha)
     clients = split_clients(dataset.train, c.clients, known.alpha, "topic", split, c.min_examples)
@@ -116,12 +158,10 @@ def rate_path(folder: pathlib.Path, setting: str) -> pathlib.Path:
     return folder / "rates" / f"{setting}.json"
 
 
-def compute_cell(study: Study, method: str, setting: str, seed: int, split: int):
+def compute(lab: Retrieval, point: Point) -> cells.Cell:
     """Trains at the rate that suits validation questions best, with the first pair of seeds."""
-    from experiments.reporting import cells
-    from fedrag_jax.tracking.ledger import Cost
-
-    config, test = study.config, study.dataset.test
+    study, method, setting = lab.study(point.folder), point.name, point.setting
+    config, test, seed, split = lab.config, study.dataset.test, point.seed, point.split
     retrievers, tuners = [study.retriever], []
     if method != UNTUNED:
 
@@ -147,8 +187,6 @@ def compute_cell(study: Study, method: str, setting: str, seed: int, split: int)
 
 def rows_of(config, folder: pathlib.Path) -> list[dict]:
     """A row for every dataset, setting and method, with its differences from the untuned retriever."""
-    from experiments.reporting import comparison, differences
-
     rows = []
     for name in config.datasets:
         here = folder / pathlib.Path(name).name
@@ -178,20 +216,12 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
 
 def metrics(cells) -> dict[str, float]:
     """Every metric with its interval."""
-    from experiments.reporting.comparison import estimate
-
     return {name: x for metric in METRICS for name, x in estimate(cells, metric).items()}
 
 
 def report(config, folder: pathlib.Path):
-    """Writes retrieval.csv and returns the `Report`."""
-    from experiments.reporting import tables
-    from experiments.reporting.report import Report, Section
-
+    """The `Report` on all finished cells."""
     rows = rows_of(config, folder)
-    tables.write_csv(
-        folder / "retrieval.csv", rows, list(dict.fromkeys(n for row in rows[::-1] for n in row))
-    )
     who = [tables.words(name, name) for name in ("dataset", "setting", "method")]
     rate = tables.Column(
         "rate",
@@ -241,63 +271,42 @@ def report(config, folder: pathlib.Path):
                 tables.Table([*who, *against], [r for r in rows if r["method"] != UNTUNED]),
             ),
         ],
+        {"retrieval.csv": rows},
+        # The first row, of an untuned retriever, lacks most of them.
+        {"retrieval.csv": list(dict.fromkeys(name for row in rows[::-1] for name in row))},
     )
 
 
-def study_of(config, name: str, folder: pathlib.Path, model) -> Study:
-    """A dataset with samples of its labelled questions, and its embedded corpus."""
-    from fedrag_jax.data import datasets
-    from fedrag_jax.retrieval.clusters import with_topics
-    from fedrag_jax.retrieval.retriever import Retriever
-    from fedrag_jax.tracking.manifest import write_manifest
-
-    loaded, seed = datasets.load(name), config.sample_seed
-    train, validation, test = (
-        sample([e for e in getattr(loaded, split) if e.positive_ids], count, seed)
-        for split, count in (
-            ("train", config.train_questions),
-            ("validation", config.validation_questions),
-            ("test", config.test_questions),
-        )
-    )
-    dataset = Dataset(loaded.name, loaded.passages, train, validation, test)
-    here = folder / loaded.name
-    here.mkdir(parents=True, exist_ok=True)
-    write_manifest(here, dataset, experiment="tune_retrieval", seeds=list(config.seeds))
-    retriever = Retriever.build(model, dataset.passages, progress=True)
-    dataset = with_topics(dataset, retriever)
-    return Study(config, here, dataset, dataset.validation, retriever)
-
-
-def run(config, runs: str) -> pathlib.Path:
-    """Every cell; returns the folder of the results.
+def lab(config, folder: pathlib.Path) -> Retrieval:
+    """The model and data of the config.
 
     Raises:
       ConfigError: an unknown method or setting, or seeds that do not make pairs.
     """
-    from fedrag_jax.models import hub
-    from fedrag_jax.strategies.settings import parse
-
-    folder = pathlib.Path(runs) / config.name
     check_replicates(config)
     for method in config.methods:
         method_of(config, method)  # refuses what there is not
     for setting in config.settings:
         parse(setting, config.alpha)
-    folder.mkdir(parents=True, exist_ok=True)
-    settled_config(config, folder, free=FREE)
-    model = hub.load(config.retriever)
+    return Retrieval(config, folder)
+
+
+def points(lab: Retrieval) -> list[Point]:
+    """Dataset by dataset, each in a folder of its name; the untuned retriever first."""
+    config, found = lab.config, []
     for name in config.datasets:
-        study = study_of(config, name, folder, model)
-        todo = [(UNTUNED, config.settings[0], pair) for pair in replicates(config)]
+        ways = [(UNTUNED, config.settings[0])]
         for setting, method in itertools.product(config.settings, config.methods):
             if setting.startswith("local") and method == "large_batch":
                 print("large_batch is left out of local training: clients hold too few questions")
                 continue
-            todo += [(method, setting, pair) for pair in replicates(config)]
-        compute_missing(config, study.folder, todo, functools.partial(compute_cell, study), told)
-    (folder / "manifest.json").write_bytes((study.folder / "manifest.json").read_bytes())
-    return write_report(report(config, folder), folder, "retrieval.csv")
+            ways.append((method, setting))
+        found += [
+            Point(*way, *pair, folder=pathlib.Path(name).name)
+            for way in ways
+            for pair in replicates(config)
+        ]
+    return found
 
 
 def told(cell) -> str:
@@ -305,5 +314,12 @@ def told(cell) -> str:
     return "  ".join(f"{METRICS[m]} {100 * np.mean(cell.scores[m]):.1f}" for m in METRICS)
 
 
-if __name__ == "__main__":
-    launch(run, "configs/tune_retrieval.py")
+EXPERIMENT = Experiment(
+    name="tune_retrieval",
+    free=("settings", "datasets", "methods", "seeds", "split_seeds"),
+    lab=lab,
+    points=points,
+    compute=compute,
+    told=told,
+    report=report,
+)

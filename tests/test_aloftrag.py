@@ -16,6 +16,7 @@ from configs import aloftrag as configs
 from configs import aloftrag_silos, aloftrag_xquad
 from experiments import aloftrag, report
 from experiments.reporting import cells
+from experiments.run import run
 from fedrag_jax.data import datasets
 from fedrag_jax.data.examples import Example
 from fedrag_jax.errors import ConfigError, DataError
@@ -52,7 +53,7 @@ def test_every_variant_has_its_row_and_nothing_is_done_twice(tmp_path, capsys):
         "base", "all", "without_step_3", "unanswerable", "retriever", "shuffled_citations"
     )  # fmt: skip
     config.unanswerable = 0.1  # of 60 texts, some
-    folder = aloftrag.run(config, str(tmp_path))
+    folder = run(aloftrag.EXPERIMENT, config, str(tmp_path))
     rows = read(folder / "aloftrag.csv")
     assert [*rows[0]] == COLUMNS and [r["variant"] for r in rows] == [*config.variants]
     contexts = read(folder / "contexts.csv")
@@ -69,7 +70,7 @@ def test_every_variant_has_its_row_and_nothing_is_done_twice(tmp_path, capsys):
     gone = cells.path(folder, "all", "centralised", 0, 0)
     shutil.rmtree(gone)
     capsys.readouterr()
-    aloftrag.run(config, str(tmp_path))
+    run(aloftrag.EXPERIMENT, config, str(tmp_path))
     assert re.findall(r"^\[.*: EM", capsys.readouterr().out, re.M) == [
         "[2/6] all, centralised, seed0: EM"
     ]
@@ -80,7 +81,7 @@ def test_every_variant_has_its_row_and_nothing_is_done_twice(tmp_path, capsys):
 @pytest.mark.slow
 def test_silos_ask_about_their_own_texts_and_are_asked_about_them(tmp_path):
     config = small(aloftrag_silos.get_config(), passages=300, test_questions=30)
-    folder = aloftrag.run(config, str(tmp_path))
+    folder = run(aloftrag.EXPERIMENT, config, str(tmp_path))
     silos = json.loads((folder / "silos.json").read_text())
     assert len(silos["names"]) == 10
     rows = {(r["variant"], r["setting"]): r for r in read(folder / "silos.csv")}
@@ -151,7 +152,7 @@ def test_settings_that_cannot_be_are_refused(change, words, tmp_path):
     config.variants = ("all", "pretraining_world") if "silos" in change else ("all",)
     config.update_from_flattened_dict(change)
     with pytest.raises(ConfigError, match=words):
-        aloftrag.run(config, str(tmp_path))
+        run(aloftrag.EXPERIMENT, config, str(tmp_path))
 
 
 def test_an_author_that_never_follows_the_format_is_told_of_and_trains_nothing(tmp_path):
@@ -160,7 +161,7 @@ def test_an_author_that_never_follows_the_format_is_told_of_and_trains_nothing(t
         config.variants = ("without_step_1",)
         config.author.update({"endpoint": server.url, "model": "m", "prompts": "instruct"})
         with pytest.raises(DataError, match=r"questions: 0 of 60; dropped: 60 unparsable"):
-            aloftrag.run(config, str(tmp_path))
+            run(aloftrag.EXPERIMENT, config, str(tmp_path))
     assert not (tmp_path / "small" / "tuned").exists()
 
 
@@ -190,7 +191,7 @@ def test_languages_are_silos_with_a_real_retriever(tmp_path):
         config.author.update({"endpoint": server.url, "model": "m"})
         config.judge.update({"endpoint": server.url, "model": "m", "repeats": 2})
         config.settings, config.models.max_passage_tokens = ("federated",), 32
-        folder = aloftrag.run(config, str(tmp_path))
+        folder = run(aloftrag.EXPERIMENT, config, str(tmp_path))
         told = [m["messages"][0]["content"] for _, m in server.bodies]
     assert {w for t in told for w in ("German", "Thai", "Arabic") if w in t} == {
         "German", "Thai", "Arabic",

@@ -1,6 +1,7 @@
 """The programs a newcomer runs, small, and what they say to bad input."""
 
 import csv
+import dataclasses
 import functools
 import json
 import pathlib
@@ -15,9 +16,10 @@ import pytest
 from nbclient import NotebookClient
 from small import read, small
 
-from experiments import compare_strategies, comparison, inputs, report
+from experiments import compare_strategies, inputs, lab, report
 from experiments.reporting import cells, figures
 from experiments.reporting.comparison import COLUMNS
+from experiments.run import run
 from fedrag_jax.errors import CheckpointError, ConfigError, DataError
 
 WANTED = [
@@ -42,7 +44,7 @@ COSTS = (
 @pytest.fixture(scope="module", params=[pytest.param("", marks=pytest.mark.slow)])
 def finished(tmp_path_factory):
     runs = tmp_path_factory.mktemp("runs")
-    return compare_strategies.run(small(), str(runs))
+    return run(compare_strategies.EXPERIMENT, small(), str(runs))
 
 
 def test_what_a_comparison_leaves_behind(finished):
@@ -168,18 +170,17 @@ def test_bytes_are_those_of_the_trainable_leaves(finished):
     assert int(row["bytes_up"]) == int(row["bytes_down"]) == encoder * 2  # clients, one round
 
 
-def test_finished_cells_are_kept_and_a_deleted_one_comes_back_the_same(finished, monkeypatch):
+def test_finished_cells_are_kept_and_a_deleted_one_comes_back_the_same(finished):
     before = read(finished)
     computed = []
-    real = compare_strategies.compute_cell
 
-    def watched(run, *cell):
-        computed.append(cell)
-        return real(run, *cell)
+    def watched(lab, point):
+        computed.append((point.name, point.setting, point.seed, point.split))
+        return compare_strategies.compute(lab, point)
 
-    monkeypatch.setattr(compare_strategies, "compute_cell", watched)
+    watching = dataclasses.replace(compare_strategies.EXPERIMENT, compute=watched)
     shutil.rmtree(finished / "cells" / "retriever-federated-seed0")
-    compare_strategies.run(small(), str(finished.parent))
+    run(watching, small(), str(finished.parent))
     assert computed == [("retriever", "federated", 0, 0)]
     anew = ("evaluate_seconds", "compile_seconds")  # what was trained is read back
     for row, old in zip(read(finished), before, strict=True):
@@ -226,7 +227,7 @@ def test_strategies_that_need_no_labels_do_not_read_them(finished, tmp_path):
     config = small()
     config.data.labels = False
     config.settings, config.strategies = ("federated",), ("two_phase",)
-    folder = compare_strategies.run(config, str(tmp_path))
+    folder = run(compare_strategies.EXPERIMENT, config, str(tmp_path))
     tasks = [p.relative_to(folder) for p in folder.glob("tuned/federated-seed0/*/*.safetensors")]
     assert len(tasks) == 2
     for task in tasks:
@@ -240,7 +241,7 @@ def test_alphas_and_splits_of_a_comparison(tmp_path):
     config = small()
     config.strategies, config.settings = ("none", "retriever"), ("federated_inf", "federated")
     config.seeds, config.split_seeds = (0, 0, 1), (0, 1, 0)
-    folder = compare_strategies.run(config, str(tmp_path))
+    folder = run(compare_strategies.EXPERIMENT, config, str(tmp_path))
     rows = {(r["strategy"], r["setting"]): r for r in read(folder)}
     assert rows["retriever", "federated_inf"]["alpha"] == "inf"
     assert rows["retriever", "federated"]["alpha"] == "1.0"
@@ -257,7 +258,7 @@ def test_another_config_does_not_mix_with_old_results(finished):
     config = small()
     config.federated.alpha = 0.5
     with pytest.raises(ConfigError, match=r"federated was .*Choose another --config.name"):
-        compare_strategies.run(config, str(finished.parent))
+        run(compare_strategies.EXPERIMENT, config, str(finished.parent))
 
 
 @pytest.mark.parametrize(
@@ -293,7 +294,7 @@ def test_bad_settings_are_named(tmp_path, setting, value, error, message):
     config = small()
     config.update_from_flattened_dict({setting: value})
     with pytest.raises(error, match=message):
-        compare_strategies.run(config, str(tmp_path))
+        run(compare_strategies.EXPERIMENT, config, str(tmp_path))
     assert not list(tmp_path.rglob("config.json"))  # the name is still free
 
 
@@ -306,7 +307,7 @@ def test_clients_are_scored_on_questions_such_as_they_hold():
 
     held = Partition(about("x", "x", "y", "x"), (np.array([0, 1]), np.array([2, 3])))
     own = [np.array([1.0, 0.0, 0.0]), np.array([0.0, 0.0, 1.0])]
-    of_clients = functools.partial(comparison.client_scores, held, column="topic")
+    of_clients = functools.partial(lab.client_scores, held, column="topic")
     # The second holds as many of y, asked once, as of x, asked twice.
     assert of_clients(about("x", "x", "y"), own) == [50.0, 50.0]
     assert of_clients(about("x", "x", "y"), own[:1]) == [50.0, 25.0]
@@ -317,7 +318,7 @@ def test_clients_are_scored_on_questions_such_as_they_hold():
     asked = about("x", "x", "y")
 
     def mean(scores):
-        found, weights = comparison.own_scores(held, asked, scores, "topic")
+        found, weights = lab.own_scores(held, asked, scores, "topic")
         assert weights.mean() == pytest.approx(1) or np.isnan(found).any()
         return np.nansum(found * weights) / weights.sum()
 
@@ -326,7 +327,7 @@ def test_clients_are_scored_on_questions_such_as_they_hold():
     blank = [np.where([True, False, False], np.nan, scores) for scores in own]
     # Of the x that is left the first client knows nothing; the second knows y, half of what it holds.
     assert mean(blank) == pytest.approx((0 + 0.5) / 2)
-    found, weights = comparison.own_scores(held, asked, [np.full(3, np.nan)], "topic")
+    found, weights = lab.own_scores(held, asked, [np.full(3, np.nan)], "topic")
     assert np.isnan(found).all() and not weights.any()
 
 
@@ -349,7 +350,7 @@ def test_an_unknown_setting_is_refused_on_the_command_line():
     import subprocess
     import sys
 
-    command = [sys.executable, "-m", "experiments.compare_strategies"]
+    command = [sys.executable, "-m", "experiments", "compare_strategies"]
     command += ["--config=configs/compare_strategies.py", "--config.federated.client=3"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode != 0 and "client" in done.stderr

@@ -7,9 +7,10 @@ import pytest
 from small import small_modes
 
 from experiments import inference_modes, report
-from experiments.comparison import Comparison
 from experiments.inputs import load_data
+from experiments.lab import Lab
 from experiments.reporting import cells
+from experiments.run import run
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.evaluation.evaluator import evaluate
 
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.slow  # whole experiments, if small ones
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    return inference_modes.run(small_modes(), str(tmp_path_factory.mktemp("runs")))
+    return run(inference_modes.EXPERIMENT, small_modes(), str(tmp_path_factory.mktemp("runs")))
 
 
 def read(folder):
@@ -49,7 +50,7 @@ def test_a_row_for_every_pair(finished):
 
 def test_cells_hold_what_a_mode_answers_with_the_beams_of_the_config(finished):
     config = small_modes()
-    run = Comparison(config, load_data(config), finished)
+    run = Lab(config, load_data(config), finished)
     expected = evaluate(run.system(0), run.dataset.test, mode="rag_token", beams=2)
     cell = cells.load(finished, "none", "rag_token", 0, 0)
     np.testing.assert_array_equal(cell.scores["f1"], expected["f1"])
@@ -61,7 +62,7 @@ def test_what_is_finished_is_read_back(finished):
     assert len(before) == 4 and len(trained) == 1
     config = small_modes()
     config.modes = (*config.modes, "vote")
-    inference_modes.run(config, str(finished.parent))
+    run(inference_modes.EXPERIMENT, config, str(finished.parent))
     for path, time in (before | trained).items():
         assert path.stat().st_mtime_ns == time
     assert len(read(finished)) == 6
@@ -83,5 +84,5 @@ def test_refuses_what_would_fail_later(tmp_path, name, value, message):
     config = small_modes()
     config[name] = value
     with pytest.raises(ConfigError, match=message):
-        inference_modes.run(config, str(tmp_path))
+        run(inference_modes.EXPERIMENT, config, str(tmp_path))
     assert not list(tmp_path.iterdir())

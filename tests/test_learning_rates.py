@@ -14,11 +14,10 @@ from fedrag_jax.errors import ConfigError
 
 def test_rates_that_diverge_are_left_out(tmp_path, capsys):
     """Two pairs of seeds: a rate at which either diverges is none."""
-    from experiments.rates import chosen_rate
-    from experiments.search import SEARCHES, Trials
+    from experiments import search
+    from experiments.rates import SEARCHES, chosen_rate
     from fedrag_jax.errors import DivergenceError
-    from fedrag_jax.evaluation import evaluator
-    from fedrag_jax.strategies import strategies, strategy, tuner
+    from fedrag_jax.strategies import strategies, strategy
 
     @dataclasses.dataclass
     class Tuner:
@@ -49,12 +48,12 @@ def test_rates_that_diverge_are_left_out(tmp_path, capsys):
     run = Run()
     run.config.seeds = (0, 1, 2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuner, "tune_together", tune_together)
+        patch.setattr(search, "tune_together", tune_together)
         patch.setattr(strategies, "retriever", by_rate)
         patch.setattr(
-            evaluator, "evaluate", lambda rate, some, mode: {"mrr": np.array([rate, np.nan])}
+            search, "evaluate", lambda rate, some, mode: {"mrr": np.array([rate, np.nan])}
         )
-        trials = Trials(run, "federated", SEARCHES[0], [0, 0], [1])
+        trials = search.Trials(run, "federated", SEARCHES[0], [0, 0], [1])
         assert trials.judge([0.5, 0.75, 1.5]) == [62.5, 87.5, -np.inf]
         assert trials.systems[0.5] == [0.5, 0.75]
         assert "federated, retriever, 1.5: diverged" in capsys.readouterr().out
@@ -98,7 +97,7 @@ def test_a_best_rate_at_an_edge_is_said(tmp_path, capsys):
 
 
 def test_grids_are_those_of_the_models():
-    from experiments.choose_learning_rates import LAWTON, PLAIN_SGD, usual_grid
+    from experiments.search import LAWTON, PLAIN_SGD, usual_grid
 
     config = small()
     for part in ("generator", "retriever"):
@@ -126,11 +125,11 @@ def test_rates_of_the_built_in_models_are_not_lent_in_silence(caplog):
 
 @pytest.mark.slow
 def test_only_what_the_strategies_train_is_searched(tmp_path):
-    from experiments import choose_learning_rates
+    from experiments import search
 
     config = small()
     config.settings, config.strategies, config.mode = ("federated",), ("none", "lsr"), "ensemble"
-    folder = choose_learning_rates.run(config, str(tmp_path), {"lsr": [1e-3]}, questions=20)
+    folder = search.run(config, str(tmp_path), {"lsr": [1e-3]}, questions=20)
     chosen = json.loads((folder / "learning_rates.json").read_text())["chosen"]
     assert [*chosen["federated"]] == ["lsr"]
 
@@ -138,7 +137,7 @@ def test_only_what_the_strategies_train_is_searched(tmp_path):
 @pytest.mark.slow
 def test_learning_rates_are_those_of_the_best_validation_scores(tmp_path):
     """The second phase is searched under the first that was chosen, and nothing is done twice."""
-    from experiments import choose_learning_rates
+    from experiments import search
 
     config = small()
     config.settings, config.strategies = ("federated",), ("independent", "two_phase")
@@ -148,7 +147,7 @@ def test_learning_rates_are_those_of_the_best_validation_scores(tmp_path):
         "marginal_generator": [1e-3],
         "marginal_retriever": [1e-3],
     }
-    folder = choose_learning_rates.run(config, str(tmp_path), grids, questions=40)
+    folder = search.run(config, str(tmp_path), grids, questions=40)
     result = json.loads((folder / "learning_rates.json").read_text())
     chosen, scores = result["chosen"]["federated"], result["validation"]["federated"]
     for name, grid in grids.items():
@@ -161,5 +160,5 @@ def test_learning_rates_are_those_of_the_best_validation_scores(tmp_path):
     (second,) = tuned.glob("after-*/second_phase-*")
     assert second.parent.name == f"after-{first:g}"
     kept = (second / "rag_token_query" / "cost.json").read_text()
-    choose_learning_rates.run(config, str(tmp_path), grids, questions=40)
+    search.run(config, str(tmp_path), grids, questions=40)
     assert (second / "rag_token_query" / "cost.json").read_text() == kept

@@ -8,6 +8,7 @@ from small import small_methods, small_refresh
 
 from experiments import index_refresh, methods, report
 from experiments.reporting import cells
+from experiments.run import run
 from fedrag_jax.errors import ConfigError
 
 pytestmark = pytest.mark.slow  # whole experiments, if small ones
@@ -15,12 +16,12 @@ pytestmark = pytest.mark.slow  # whole experiments, if small ones
 
 @pytest.fixture(scope="module")
 def objectives(tmp_path_factory):
-    return methods.run(small_methods(), str(tmp_path_factory.mktemp("runs")))
+    return run(methods.EXPERIMENT, small_methods(), str(tmp_path_factory.mktemp("runs")))
 
 
 @pytest.fixture(scope="module")
 def policies(tmp_path_factory):
-    return index_refresh.run(small_refresh(), str(tmp_path_factory.mktemp("runs")))
+    return run(index_refresh.EXPERIMENT, small_refresh(), str(tmp_path_factory.mktemp("runs")))
 
 
 def read(path):

@@ -11,9 +11,11 @@ from test_fed_lora import CLIENTS, NETWORK, chain_task
 from tiny import random_adapters
 from toys import EXAMPLES, assert_equal, linear_task
 
-from experiments import comparison, inputs
+from experiments import inputs
+from experiments.lab import Lab, compute_cell
+from experiments.rates import SEARCHES
 from experiments.reporting.figures import setting_name
-from experiments.search import SEARCHES, Trials
+from experiments.search import Trials
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.evaluation.evaluator import evaluate
 from fedrag_jax.federated.by_name import ALGORITHMS, Named
@@ -235,7 +237,7 @@ def lab(tmp_path_factory):
     config.federated.algorithms.flexlora.ranks = (4, 8)
     config.learning_rates["federated:scaffold"] = ConfigDict({"retriever": 0.02})
     inputs.check(config)
-    return comparison.Comparison(config, inputs.load_data(config), folder / "run")
+    return Lab(config, inputs.load_data(config), folder / "run")
 
 
 # The strategy that compiles fastest and has what the algorithm is about.
@@ -248,7 +250,7 @@ TASK = {"retriever": "in_batch", "generator": "concatenated", "joint_token": "ra
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_a_cell_of_a_comparison_is_what_fit_makes(name, lab):
     setting, strategy = f"federated:{name}", STRATEGY[name]
-    cell = comparison.compute_cell(lab, strategy, setting, 0, 0, controls=False)
+    cell = compute_cell(lab, strategy, setting, 0, 0, controls=False)
     assert cell.cost.bytes_up > 0 and len(cell.curves) == 1
     ((tuned,), _) = lab.tuned_systems(strategy, setting, 0, 0)
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from small import own_folder, read, small
 
-from experiments import compare_strategies, comparison
+from experiments import compare_strategies, lab
 from experiments.reporting import cells
+from experiments.run import run
 from fedrag_jax.errors import ConfigError, DataError
 
 
@@ -20,18 +21,18 @@ def test_a_folder_without_labels_topics_or_one_hop_questions(tmp_path, capsys):
     config.data.name = own_folder(tmp_path, hops=2)
     config.strategies = ("none", "retriever", "joint_token")
     config.settings = ("federated",)
-    folder = compare_strategies.run(config, str(tmp_path))
+    folder = run(compare_strategies.EXPERIMENT, config, str(tmp_path))
     assert "retriever left out: needs gold passages, and 36 of 36" in capsys.readouterr().out
     assert {row["strategy"] for row in read(folder)} == {"none", "joint_token"}
     config.strategies = ("retriever",)
     with pytest.raises(ConfigError, match="none is left; add some that need no gold passages"):
-        compare_strategies.run(config, str(tmp_path))
+        run(compare_strategies.EXPERIMENT, config, str(tmp_path))
     for row in read(folder):
         assert row["em"] and not row["recall_at_5"] and not row["mrr"]
     assert re.search(r"\| +– \| +– \|", (folder / "table.md").read_text())
     own_folder(tmp_path, labelled=True)
     with pytest.raises(DataError, match=r"holds results of other data"):
-        compare_strategies.run(config, str(tmp_path))
+        run(compare_strategies.EXPERIMENT, config, str(tmp_path))
 
 
 def test_ones_own_jsonl_folder_runs(tmp_path):
@@ -53,7 +54,7 @@ def test_ones_own_jsonl_folder_runs(tmp_path):
     config.strategies = ("none", "retriever")
     config.settings = ("federated",)
     config.data.train_questions = 0
-    rows = read(compare_strategies.run(config, str(tmp_path / "runs")))
+    rows = read(run(compare_strategies.EXPERIMENT, config, str(tmp_path / "runs")))
     assert len(rows) == 2
 
 
@@ -81,7 +82,7 @@ def test_query_side_tuning_on_real_questions(tmp_path):
     config.rounds, config.local_steps, config.learning_rates = 1, 1, (1e-4,)
     config.train_questions, config.test_questions, config.min_examples = 300, 40, 2
     config.validation_questions = 40
-    folder = tune_retrieval.run(config, str(tmp_path))
+    folder = run(tune_retrieval.EXPERIMENT, config, str(tmp_path))
     with open(folder / "retrieval.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(r["dataset"], r["setting"], r["method"]) for r in rows] == [
@@ -97,7 +98,7 @@ def test_query_side_tuning_on_real_questions(tmp_path):
     # Forty questions of many articles, not of the first.
     scores = cells.load(folder / "squad", "untuned", "federated", 0, 0)
     assert len(scores.clusters) == 40 and len({*scores.clusters.tolist()}) > 15
-    tune_retrieval.run(config, str(tmp_path))  # nothing is computed again
+    run(tune_retrieval.EXPERIMENT, config, str(tmp_path))  # nothing is computed again
     with open(folder / "retrieval.csv", newline="") as file:
         assert list(csv.DictReader(file)) == rows
 
@@ -108,6 +109,6 @@ def test_controls_of_questions_of_one_kind(tmp_path):
 
     dataset = datasets.load(own_folder(tmp_path, labelled=True, hops=2))
     system = RAGSystem.build(dataset.passages, dataset.train)
-    controls = comparison.control_scores(system, dataset.test)
+    controls = lab.control_scores(system, dataset.test)
     assert controls.keys() == {"closed_book_em", "distractor_em", "gold_em_two_hop"}
     assert controls["gold_em_two_hop"] > 20 > controls["distractor_em"]

@@ -14,11 +14,12 @@ import pytest
 from small import own_folder, small
 from toys import EXAMPLES, FOUR, linear_task
 
-from experiments import compare_strategies, comparison, inputs
+from experiments import compare_strategies, inputs, lab
 from experiments.reporting import cells, comparison_tables, figures
 from experiments.reporting.comparison import own as on_own
 from experiments.reporting.comparison import own_weight, strategy_rows
 from experiments.reporting.differences import independent_rows
+from experiments.run import run
 from fedrag_jax.data import datasets
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.federated.fed_avg import fed_avg
@@ -103,10 +104,10 @@ def test_it_is_fitted_and_swept(readme, system, dataset):
 
 def test_an_experiment_trains_and_reports_it(readme, folder, tmp_path):
     config = hinge_config(folder)
-    run = comparison.Comparison(config, inputs.load_data(config), tmp_path / "run")
+    run = lab.Lab(config, inputs.load_data(config), tmp_path / "run")
     found = {}
     for name in config.strategies:
-        cell = comparison.compute_cell(run, name, "federated", 0, 0, controls=False)
+        cell = lab.compute_cell(run, name, "federated", 0, 0, controls=False)
         cells.save(run.folder, cell)
         found[name] = cells.load(run.folder, name, "federated", 0, 0)
     own_cell, ranking = found[NAME], found["retriever"]
@@ -118,10 +119,9 @@ def test_an_experiment_trains_and_reports_it(readme, folder, tmp_path):
     assert own_cell.cost.bytes_up == ranking.cost.bytes_up > 0
     assert ranking.cost.flops > 0 and ranking.cost.tokens > 0
 
-    report = compare_strategies.report(config, run.folder)
-    with open(run.folder / "strategies.csv", newline="") as file:
-        rows = {row["strategy"]: row for row in csv.DictReader(file)}
-    empty = {name for name, value in rows[NAME].items() if value == ""}
+    report = compare_strategies.EXPERIMENT.report(config, run.folder)
+    rows = {row["strategy"]: row for row in report.rows["strategies.csv"]}
+    empty = {name for name, value in rows[NAME].items() if value is None}
     assert {"flops", "flops_compiler", "tokens", "labels"} <= empty
     assert float(rows[NAME]["seconds"]) > 0 and float(rows["retriever"]["tokens"]) > 0
     drawn = {s.name: s.figure for s in report.sections if s.figure is not None}
@@ -137,7 +137,7 @@ def test_an_experiment_trains_and_reports_it(readme, folder, tmp_path):
 def test_the_whole_comparison_runs_with_it(readme, folder, tmp_path):
     config = hinge_config(folder)
     config.strategies, config.settings = ("none", "independent", NAME), ("federated", "local")
-    done = compare_strategies.run(config, str(tmp_path))
+    done = run(compare_strategies.EXPERIMENT, config, str(tmp_path))
     with open(done / "against_independent.csv", newline="") as file:
         (row, _) = csv.DictReader(file)
     assert row["strategy"] == NAME and float(row["seconds_ratio"]) > 0

@@ -6,7 +6,7 @@ import types
 import pytest
 from small import own_folder, small
 
-from experiments import comparison, inputs, partition_statistics
+from experiments import inputs, lab, partition_statistics
 from fedrag_jax.errors import ConfigError
 
 
@@ -17,7 +17,7 @@ def test_statistics_are_those_of_the_split_that_is_trained_on(tmp_path):
     with open(folder / "partition.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [r["partition"] for r in rows] == ["alpha 0.1, seed 0", "alpha 0.1, seed 3", "IID"]
-    split = comparison.Comparison.clients
+    split = lab.Lab.clients
     some = types.SimpleNamespace(config=config, dataset=inputs.load_data(config))
     for row, seed in zip(rows, config.seeds, strict=False):
         expected = split(some, "federated", seed).statistics()

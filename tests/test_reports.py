@@ -1,6 +1,7 @@
 """What is written about a run: a page that stands alone, tables and figures for a paper."""
 
 import csv
+import dataclasses
 import json
 import re
 import subprocess
@@ -17,6 +18,7 @@ from experiments.rates import chosen_rate, kept_rate, one_by_one
 from experiments.reporting import tables
 from experiments.reporting.cells import load
 from experiments.reporting.report import Report, Section
+from experiments.run import run
 from fedrag_jax.errors import ConfigError, DataError, DivergenceError
 
 
@@ -80,7 +82,9 @@ def test_a_folder_without_a_run_is_said(tmp_path):
 
 @pytest.fixture(scope="module")
 def skewed(tmp_path_factory):
-    return heterogeneity.run(small_heterogeneity(), str(tmp_path_factory.mktemp("runs")))
+    return run(
+        heterogeneity.EXPERIMENT, small_heterogeneity(), str(tmp_path_factory.mktemp("runs"))
+    )
 
 
 @pytest.mark.slow
@@ -104,10 +108,10 @@ def test_points_differ_in_one_factor_and_train_on_as_much(skewed):
 @pytest.mark.slow
 def test_one_set_of_mixtures_judges_all_points(skewed):
     """The untuned system has one worst client, wherever it stands: that of the usual point."""
-    from experiments.comparison import Comparison
+    from experiments.lab import Lab
 
     config = small_heterogeneity()
-    run = Comparison(config, heterogeneity.load_data(config), skewed / "mixtures")
+    run = Lab(config, heterogeneity.load_data(config), skewed / "mixtures")
     even = run.like(heterogeneity.at_point(config, "alpha", float("inf")), skewed / "even")
     held = [[c.tolist() for c in r.mixtures("federated", 0).clients] for r in (run, even)]
     assert held[0] == held[1]
@@ -126,7 +130,7 @@ def test_rates_of_a_point_are_those_that_validation_likes_best(skewed):
 @pytest.mark.slow
 def test_rates_that_are_judged_are_those_that_train(skewed, monkeypatch):
     """On validation questions, and so that their mean does not depend on the number of rounds."""
-    from experiments.comparison import Comparison
+    from experiments.lab import Lab
     from fedrag_jax.evaluation import evaluator
 
     config, judged, rates = small_heterogeneity(), [], []
@@ -141,9 +145,9 @@ def test_rates_that_are_judged_are_those_that_train(skewed, monkeypatch):
         judged.append(examples)
         return {"mrr": np.array([0.5])}
 
-    monkeypatch.setattr(Comparison, "tuned_systems", tuned_systems)
+    monkeypatch.setattr(Lab, "tuned_systems", tuned_systems)
     monkeypatch.setattr(evaluator, "rank_scores", rank_scores)
-    run = Comparison(heterogeneity.at_point(config, "local_steps", 2), dataset, skewed / "other")
+    run = Lab(heterogeneity.at_point(config, "local_steps", 2), dataset, skewed / "other")
     best = heterogeneity.at_best_rates(run, "retriever")
     # One round at the full rate, where two rounds have it and half of it.
     # Each with two pairs of seeds.
@@ -191,20 +195,19 @@ def test_rates_beyond_an_end_that_is_best_are_tried(tmp_path, scores, tried, bes
 
 
 @pytest.mark.slow
-def test_a_point_that_is_missing_is_computed_alone(skewed, monkeypatch):
+def test_a_point_that_is_missing_is_computed_alone(skewed):
     before = read(skewed / "heterogeneity.csv")
-    cells, done = sorted((skewed / "points").glob("*/rates-x*/cells/*")), []
+    cells, done = sorted((skewed / "points").glob("*/cells/*")), []
     gone = cells[-1]
     (gone / "cell.json").unlink()
-    real = heterogeneity.compute_cell
 
-    def watched(run, *cell, **how):
-        done.append((run.folder, cell))
-        return real(run, *cell, **how)
+    def watched(lab, point):
+        done.append(skewed / point.folder)
+        return heterogeneity.compute(lab, point)
 
-    monkeypatch.setattr(heterogeneity, "compute_cell", watched)
-    heterogeneity.run(small_heterogeneity(), str(skewed.parent))
-    assert [folder for folder, _ in done] == [gone.parent.parent]
+    watching = dataclasses.replace(heterogeneity.EXPERIMENT, compute=watched)
+    run(watching, small_heterogeneity(), str(skewed.parent))
+    assert done == [gone.parent.parent]
     after = read(skewed / "heterogeneity.csv")
     assert [r["em"] for r in after] == [r["em"] for r in before]
 
@@ -236,7 +239,7 @@ def test_bad_factors_are_named(tmp_path, setting, value, message):
     config = small_heterogeneity()
     config.update_from_flattened_dict({setting: value})
     with pytest.raises(ConfigError, match=message):
-        heterogeneity.run(config, str(tmp_path))
+        run(heterogeneity.EXPERIMENT, config, str(tmp_path))
     assert not list(tmp_path.rglob("config.json"))
 
 
@@ -245,7 +248,9 @@ def test_bad_factors_are_named(tmp_path, setting, value, message):
 
 @pytest.fixture(scope="module")
 def averaged(tmp_path_factory):
-    return lora_aggregation.run(small_aggregation(), str(tmp_path_factory.mktemp("runs")))
+    return run(
+        lora_aggregation.EXPERIMENT, small_aggregation(), str(tmp_path_factory.mktemp("runs"))
+    )
 
 
 @pytest.mark.slow
@@ -285,19 +290,18 @@ def test_every_prompt_holds_the_gold_passages(averaged):
 
 
 @pytest.mark.slow
-def test_a_rule_that_is_missing_is_computed_alone(averaged, monkeypatch):
+def test_a_rule_that_is_missing_is_computed_alone(averaged):
     config, computed = small_aggregation(), []
     before = load(averaged, "fedex", "rank2-alpha1", 1, 1).scores["nll"]
-    real = lora_aggregation.compute_cell
 
-    def watched(run, read, *cell):
-        computed.append((run.config.lora.rank, run.config.federated.alpha, *cell))
-        return real(run, read, *cell)
+    def watched(lab, point):
+        computed.append((point.about["rank"], point.about["alpha"], point.name, point.seed))
+        return lora_aggregation.compute(lab, point)
 
-    monkeypatch.setattr(lora_aggregation, "compute_cell", watched)
+    watching = dataclasses.replace(lora_aggregation.EXPERIMENT, compute=watched)
     (averaged / "cells" / "fedex-rank2-alpha1-seed1" / "cell.json").unlink()
-    lora_aggregation.run(config, str(averaged.parent))
-    assert computed == [(2, 1.0, "fedex", 1, 1)]
+    run(watching, config, str(averaged.parent))
+    assert computed == [(2, 1.0, "fedex", 1)]
     assert load(averaged, "fedex", "rank2-alpha1", 1, 1).scores["nll"] == pytest.approx(before)
 
 
@@ -306,11 +310,11 @@ def test_systems_are_those_that_the_rules_have_made(tmp_path):
     """FedEx moves the base and is read with it; FedSA leaves one system a client."""
     import jax
 
-    from experiments.comparison import Comparison
+    from experiments.lab import Lab
     from fedrag_jax.models.network import flatten
 
     config = lora_aggregation.at_point(small_aggregation(), 3, 1.0)
-    run = Comparison(config, lora_aggregation.load_data(config), tmp_path)
+    run = Lab(config, lora_aggregation.load_data(config), tmp_path)
     untuned = run.system(0)
     rows = lora_aggregation.with_gold(untuned.retriever, run.dataset.train, 5)
     read = dict(zip((e.id for e in run.dataset.train), rows, strict=True))
@@ -353,5 +357,5 @@ def test_bad_rules_are_named(tmp_path, setting, value, error, message):
     config = small_aggregation()
     config.update_from_flattened_dict({setting: value})
     with pytest.raises(error, match=message):
-        lora_aggregation.run(config, str(tmp_path))
+        run(lora_aggregation.EXPERIMENT, config, str(tmp_path))
     assert not list(tmp_path.rglob("config.json"))

@@ -20,7 +20,7 @@ from absl import app, flags
 
 _REPEATS = flags.DEFINE_integer("repeats", 3, "pairs of a cold and a warm start", lower_bound=1)
 
-COMPARE = [sys.executable, "-m", "experiments.compare_strategies"]
+COMPARE = [sys.executable, "-m", "experiments", "compare_strategies"]
 TRAIN = [
     *COMPARE,
     "--config=configs/compare_strategies.py",

@@ -76,7 +76,7 @@ def measured(together: bool) -> dict:
     import jax
 
     from configs.compare_strategies import get_config
-    from experiments.compare_strategies import Comparison
+    from experiments.compare_strategies import Lab
     from experiments.inputs import load_data
     from fedrag_jax.clock import Clock
     from fedrag_jax.strategies import strategies
@@ -87,7 +87,7 @@ def measured(together: bool) -> dict:
     config.training.rounds = _ROUNDS.value
     strategy = strategies.STRATEGIES[_STRATEGY.value]
     with tempfile.TemporaryDirectory() as folder:
-        run = Comparison(config, load_data(config), pathlib.Path(folder))
+        run = Lab(config, load_data(config), pathlib.Path(folder))
         tuners, systems = [], []
         for seed in range(_SEEDS.value):
             for rate in np.logspace(-4, -2, _RATES.value):

@@ -7,13 +7,13 @@ import io
 import json
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jinja2
 
 from experiments.reporting.figures import pyplot
-from experiments.reporting.tables import Table
+from experiments.reporting.tables import Row, Table, write_csv
 from fedrag_jax import files
 
 
@@ -35,11 +35,19 @@ class Section(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """A title, a paragraph, and sections; those that have nothing to show are left out."""
+    """A title, a paragraph, and sections; those that have nothing to show are left out.
+
+    Attributes:
+      rows: what the tables are made of, for machines: of each file by its name, `<name>.csv` or
+        `<name>.jsonl`. Some files have nothing to hold, and are not written.
+      columns: of some of the CSV files, which have others in no order of their own.
+    """
 
     title: str
     text: str
     sections: Sequence[Section]
+    rows: Mapping[str, Sequence[Row]] = dataclasses.field(default_factory=dict)
+    columns: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         full = [s for s in self.sections if s.figure is not None or (s.table and s.table.rows)]
@@ -67,8 +75,15 @@ class Report:
         )
 
     def write(self, folder: pathlib.Path) -> list[str]:
-        """Writes `report.html`, `table.md`, and every table and figure; returns their names."""
-        written = ["report.html", "table.md"]
+        """Writes `report.html`, `table.md`, and every table, figure and file of rows; returns their
+        names."""
+        filled = {name: some for name, some in self.rows.items() if some}
+        for name, some in filled.items():
+            if name.endswith(".csv"):
+                write_csv(folder / name, some, self.columns.get(name, ()))
+            else:
+                files.write_text(folder / name, "".join(json.dumps(row) + "\n" for row in some))
+        written = [*filled, "report.html", "table.md"]
         files.write_text(folder / "report.html", self.html(folder))
         files.write_text(folder / "table.md", self.markdown())
         for section in self.sections:

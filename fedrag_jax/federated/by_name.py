@@ -101,7 +101,7 @@ def check(name: str, options: Mapping[str, Any], where: str) -> None:
     if name in PERSONAL:
         raise ConfigError(
             f"{where}: {name} leaves each client a model of its own, and a strategy tunes one system; "
-            f"choose among {[*ALGORITHMS]}, or compare rules with experiments.lora_aggregation"
+            f"choose among {[*ALGORITHMS]}, or see `python -m experiments lora_aggregation`"
         )
     if name not in ALGORITHMS:
         raise ConfigError(f"{where}: unknown algorithm {name!r}; choose among {[*ALGORITHMS]}")

@@ -72,7 +72,7 @@ def _commit() -> str | None:
 def _command() -> str:
     """What to type for the same again."""
     spec = sys.modules["__main__"].__spec__
-    program = ["-m", spec.name] if spec else [sys.argv[0]]
+    program = ["-m", spec.name.removesuffix(".__main__")] if spec else [sys.argv[0]]
     return " ".join(["python", *map(_quoted, [*program, *sys.argv[1:]])])
 
 

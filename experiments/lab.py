@@ -7,20 +7,36 @@ import pathlib
 import numpy as np
 
 from experiments.inputs import algorithm_of, load_generator, load_retriever, rates_name
+from experiments.reporting import cells
+from experiments.reporting.cells import seeds_name
+from experiments.reporting.comparison import own, own_weight
+from fedrag_jax.clock import Clock
 from fedrag_jax.data.examples import Dataset, Example, clusters, sample
 from fedrag_jax.data.json_lines import json_rows
+from fedrag_jax.data.prompts import named_style
 from fedrag_jax.errors import ConfigError
+from fedrag_jax.evaluation import evaluator
+from fedrag_jax.evaluation.evaluator import evaluate
+from fedrag_jax.evaluation.metrics import percent
+from fedrag_jax.federated.by_name import Named
+from fedrag_jax.federated.stopping import read_evaluations
+from fedrag_jax.models.lora import LoraConfig
+from fedrag_jax.rag import RAGSystem
+from fedrag_jax.retrieval.clusters import with_topics
+from fedrag_jax.strategies.own import named
+from fedrag_jax.strategies.settings import Budget, Stopping, parse, split_clients
+from fedrag_jax.strategies.strategy import together
+from fedrag_jax.strategies.tuner import Tuner, tune_together
+from fedrag_jax.tracking.ledger import Cost, corpus_cost
 
 CONTROL_QUESTIONS = 200
 METRICS = ("em", "f1", "recall_at_5", "mrr")
 
 
-class Comparison:
+class Lab:
     """What all cells share: data, base system, client split, folders."""
 
     def __init__(self, config, dataset: Dataset, folder: pathlib.Path):
-        from fedrag_jax.retrieval.clusters import with_topics
-
         self.config, self.dataset, self.folder = config, dataset, folder
         self.usual = config.federated  # whose mixtures judge the models of all splits
         self.models = {
@@ -38,11 +54,6 @@ class Comparison:
         Its prompts have room for the questions that are trained on and for those that decide when to
         stop.
         """
-        from fedrag_jax.clock import Clock
-        from fedrag_jax.data.prompts import named_style
-        from fedrag_jax.models.lora import LoraConfig
-        from fedrag_jax.rag import RAGSystem
-
         c = self.config
         lora = LoraConfig(c.lora.rank, c.lora.alpha, tuple(c.lora.targets))
         if (seed, lora) not in self.systems:
@@ -67,14 +78,12 @@ class Comparison:
 
     def corpus_cost(self, clients: int):
         """Of embedding the passages, and of having them and their vectors at so many clients."""
-        from fedrag_jax.tracking.ledger import corpus_cost
-
         retriever = self.system(self.config.seeds[0]).retriever
         cost = corpus_cost(retriever.passages, retriever.vectors, clients)
         _, seconds = next(iter(self.systems.values()))
         return cost._replace(embed_seconds=seconds)
 
-    def like(self, config, folder: pathlib.Path) -> "Comparison":
+    def like(self, config, folder: pathlib.Path) -> "Lab":
         """The same data and untuned systems under a config that differs in other things."""
         other = copy.copy(self)
         other.config, other.folder = config, folder
@@ -82,8 +91,6 @@ class Comparison:
 
     def clients(self, setting: str, split: int):
         """Who holds what; federated and local training share it."""
-        from fedrag_jax.strategies.settings import parse, split_clients
-
         federated = self.config.federated
         alpha = parse(setting, federated.alpha).alpha
         return split_clients(self.dataset.train, federated.clients, alpha, federated.column, split)
@@ -94,8 +101,6 @@ class Comparison:
         One set for all splits: the least over clients of few kinds is lower than the least over clients
         of many, whatever the model. Models of each client of another split have none.
         """
-        from fedrag_jax.strategies.settings import parse, split_clients
-
         usual, here = self.usual, self.config.federated
         known = parse(setting, here.alpha)
         if known.kind == "local" and (known.alpha, here.clients) != (usual.alpha, usual.clients):
@@ -104,8 +109,6 @@ class Comparison:
 
     def budget(self, converged: bool = False):
         """How much training: a number of examples, or until validation says that it is enough."""
-        from fedrag_jax.strategies.settings import Budget, Stopping
-
         t, f = self.config.training, self.config.federated
         matched = Budget(
             t.rounds, t.local_steps, f.clients, t.batch_size, t.group_size or None, f.devices,
@@ -144,11 +147,6 @@ class Comparison:
         Args:
           rates: `rates(task name, part) -> learning rate`.
         """
-        from experiments.reporting.cells import seeds_name
-        from fedrag_jax.federated.by_name import Named
-        from fedrag_jax.strategies.settings import parse
-        from fedrag_jax.strategies.tuner import Tuner
-
         folder = self.folder / "tuned" / f"{setting}-{seeds_name(seed, split)}"
         known = parse(setting, self.config.federated.alpha)
         return Tuner(
@@ -172,10 +170,6 @@ class Comparison:
 
     def tuned_systems(self, strategy: str, setting: str, seed: int, split: int):
         """`(systems, tuners)`: one of each, or one per client in the local setting."""
-        from fedrag_jax.strategies.own import named
-        from fedrag_jax.strategies.strategy import together
-        from fedrag_jax.strategies.tuner import tune_together
-
         row, where = named(strategy), (setting, seed, split)
         tuners = [
             self.tuner(lambda _, part: self.rate(setting, row, part), *where, client)
@@ -194,15 +188,9 @@ class Comparison:
 
 
 def compute_cell(
-    run: Comparison, strategy: str, setting: str, seed: int, split: int, controls: bool = True
+    run: Lab, strategy: str, setting: str, seed: int, split: int, controls: bool = True
 ):
     """Trains, evaluates on the test set (with `controls`, if wanted), and prices one cell."""
-    from experiments.reporting import cells
-    from experiments.reporting.comparison import own, own_weight
-    from fedrag_jax.clock import Clock
-    from fedrag_jax.evaluation.evaluator import evaluate
-    from fedrag_jax.tracking.ledger import Cost
-
     test, known, column = run.dataset.test, None, run.config.federated.column
     clients = run.clients(setting, split)
     if strategy == "none":  # untuned is untuned wherever the data sits
@@ -244,8 +232,6 @@ def training_curves(tuners) -> dict:
     stop, points have its `validation` loss, and the last has the `kept_epochs` of the models that were
     kept and how many of the `trainings` ended `at_cap`, still improving.
     """
-    from fedrag_jax.federated.stopping import read_evaluations
-
     curves = {}
     for task in tuners[0].costs if tuners else ():
         folders = [t.folder / task for t in tuners]
@@ -315,9 +301,6 @@ def curve(histories, stretch: int) -> list[dict]:
 
 def control_scores(system, examples) -> dict[str, float]:
     """EM in percent where it must stay low (no passage, a wrong one) or high (the gold one)."""
-    from fedrag_jax.evaluation import evaluator
-    from fedrag_jax.evaluation.metrics import percent
-
     some = sample(examples, CONTROL_QUESTIONS, 0)
     controls = {
         "closed_book_em": percent(evaluator.closed_book(system, some)["em"]),

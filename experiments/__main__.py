@@ -1,0 +1,53 @@
+"""The command line of everything that fills a table.
+
+    python -m experiments compare_strategies
+    python -m experiments methods --config.name=mine --config.seeds='(0,)' --config.data.name=squad
+
+The config is configs/<name>.py unless --config tells another; every setting of it is a flag.
+"""
+
+import importlib
+import sys
+
+from experiments.launch import launch
+
+# Modules below `experiments`, which hold an `EXPERIMENT`, or a `run(config, runs)` of their own.
+COMMANDS = {
+    "compare_strategies": "strategies, centralised, federated and local: the main table",
+    "heterogeneity": "skew, number of clients, local steps, participation",
+    "methods": "every objective from one start",
+    "lora_aggregation": "rules for averaging adapters",
+    "index_refresh": "when vectors are made anew while both encoders learn",
+    "inference_modes": "ways to train against ways to answer",
+    "aloftrag": "label-free fine-tuning, its steps left out, its controls",
+    "tune_retrieval": "a real retriever on real questions",
+    "federated_retrieval": "retrieval from passages that stay with their owners",
+    "partition_statistics": "how unlike the clients of a comparison are",
+}
+CONFIGS = {"partition_statistics": "compare_strategies"}  # which is about those clients
+
+
+def main() -> None:
+    """Runs what the command line names."""
+    name = sys.argv.pop(1) if len(sys.argv) > 1 else ""
+    if name not in COMMANDS:
+        known = "\n".join(f"  {name:<22}{about}" for name, about in COMMANDS.items())
+        asked = name in ("-h", "--help")
+        print(f"{__doc__}\n{known}", file=sys.stdout if asked else sys.stderr)
+        raise SystemExit(0 if asked else f"\nunknown experiment {name!r}" if name else 2)
+
+    def run(config, runs):
+        # Imports JAX, once the flags are right.
+        from experiments.run import run
+
+        module = importlib.import_module(f"experiments.{name}")
+        if hasattr(module, "EXPERIMENT"):
+            run(module.EXPERIMENT, config, runs)
+        else:
+            module.run(config, runs)
+
+    launch(run, f"configs/{CONFIGS.get(name, name)}.py")
+
+
+if __name__ == "__main__":
+    main()
