@@ -32,6 +32,7 @@ class Study:
 
     def __init__(self, config, dataset, folder: pathlib.Path):
         self.config, self.folder, self.replicates = config, folder, replicates(config)
+        self.dataset = dataset
         self.passages = spread(dataset.passages, config.data.passages)
         there = {p.id for p in self.passages}
         questions = getattr(dataset, config.data.split)

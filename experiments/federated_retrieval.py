@@ -25,7 +25,7 @@ from fedrag_jax.evaluation.significance import bootstrap_interval
 from fedrag_jax.files import write_text
 from fedrag_jax.models import hub
 from fedrag_jax.retrieval.clusters import kmeans_labels
-from fedrag_jax.retrieval.federated import Budget, over_silos
+from fedrag_jax.retrieval.index.silos import SearchBudget, over_silos
 from fedrag_jax.retrieval.retriever import Retriever
 from fedrag_jax.tracking.manifest import write_manifest
 
@@ -54,7 +54,7 @@ def check(config) -> None:
 
 def measured(retriever, examples, questions, depth: int) -> dict[str, np.ndarray]:
     """Metrics and traffic of each question [Q], of `questions` float32 [Q, D]."""
-    rows, _, traffic = retriever.store.ask(questions, depth)
+    rows, _, traffic = retriever.index.ask(questions, depth)
     costs = {name: getattr(traffic, name) for name in ("silos", *BYTES)}
     return rank_scores(retriever, examples, rows, depths=(1, 5)) | costs
 
@@ -123,7 +123,10 @@ def run(config, runs: str) -> pathlib.Path:
         for merge in config.merge:
             for most in config.budgets:
                 about = {"alpha": f"{alpha:g}", "merge": merge, "budget": most or "all"}
-                settings = {"budget": Budget(silos=most or None), "centroids": config.centroids}
+                settings = {
+                    "budget": SearchBudget(silos=most or None),
+                    "centroids": config.centroids,
+                }
                 rows.append(about | row(splits, merge=merge, **settings))
     columns = list(dict.fromkeys(["alpha", "merge", "budget", *rows[0]]))
     write_csv(folder / "federated_retrieval.csv", rows, columns)

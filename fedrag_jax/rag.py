@@ -20,8 +20,8 @@ from fedrag_jax.models import hub, lora, sentence
 from fedrag_jax.models.network import Network
 from fedrag_jax.models.writing import Sampling, Writer
 from fedrag_jax.retrieval.retriever import Retriever
-from fedrag_jax.retrieval.stores.opening import open_store
-from fedrag_jax.retrieval.stores.source import Found, PassageSource
+from fedrag_jax.retrieval.stores.passage_source import Found, PassageSource
+from fedrag_jax.retrieval.stores.registry import open_store
 
 
 @dataclasses.dataclass(frozen=True)

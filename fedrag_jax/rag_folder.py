@@ -11,9 +11,9 @@ from fedrag_jax.data.prompts import PromptStyle
 from fedrag_jax.errors import CheckpointError
 from fedrag_jax.models import hub, lora, peft, tensors
 from fedrag_jax.models.network import Network
-from fedrag_jax.retrieval.federated import FederatedStore
+from fedrag_jax.retrieval.index.silos import SiloIndex
 from fedrag_jax.retrieval.retriever import Retriever
-from fedrag_jax.retrieval.stores.source import PassageSource
+from fedrag_jax.retrieval.stores.passage_source import PassageSource
 
 HEAD, SETTINGS, STORE = "head.safetensors", "system.json", "store"
 
@@ -90,7 +90,7 @@ def write(
         ours has the name of our settings; nothing is written.
       ConfigError: a file cannot be written.
     """
-    if isinstance(retriever.store, FederatedStore):
+    if isinstance(retriever.index, SiloIndex):
         raise CheckpointError(
             "a system over silos has no index of its own to save: save it before over_silos"
         )

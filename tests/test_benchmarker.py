@@ -21,11 +21,11 @@ from fedrag_jax.evaluation.benchmarks.benchmarker import Benchmarker
 from fedrag_jax.evaluation.benchmarks.hub_rows import Question
 from fedrag_jax.evaluation.benchmarks.identity import identity
 from fedrag_jax.rag import RAGSystem
-from fedrag_jax.retrieval.stores.faiss_kinds import FaissKnowledge
-from fedrag_jax.retrieval.stores.fusion import HybridStore
-from fedrag_jax.retrieval.stores.knowledge import Found, StoreUnreachable
+from fedrag_jax.retrieval.stores.bm25 import BM25Store
+from fedrag_jax.retrieval.stores.faiss_store import FaissStore
+from fedrag_jax.retrieval.stores.hybrid import HybridStore
+from fedrag_jax.retrieval.stores.knowledge_store import Found, StoreUnreachable
 from fedrag_jax.retrieval.stores.reranked import RerankedStore
-from fedrag_jax.retrieval.stores.words import WordStore
 
 REAL = pathlib.Path(os.environ.get("FEDRAG_DATA", "../shared/data"))
 WORLD = synthetic.generate(synthetic.WorldConfig())
@@ -230,7 +230,7 @@ def test_what_does_not_fit_is_cut_and_told(system, run):
 # --- runs that stop and go on ----------------------------------------------------------------------
 
 
-class GoesAway(FaissKnowledge):
+class GoesAway(FaissStore):
     """A store that cannot be reached any more after some searches."""
 
     left = 2
@@ -397,11 +397,11 @@ def test_another_search_is_another_system(system):
 
     d = system.retriever.vectors.shape[1]
     stores = [
-        FaissKnowledge(d), FaissKnowledge(d, "hnsw"), FaissKnowledge(d, "hnsw", effort=1),
-        WordStore(), WordStore("english"), HybridStore([FaissKnowledge(d), WordStore()]),
-        HybridStore([FaissKnowledge(d), WordStore("english")]),
-        RerankedStore(FaissKnowledge(d), counting(["ann"])),
-        RerankedStore(FaissKnowledge(d), counting(["ann", "bob"])),
+        FaissStore(d), FaissStore(d, "hnsw"), FaissStore(d, "hnsw", effort=1),
+        BM25Store(), BM25Store("english"), HybridStore([FaissStore(d), BM25Store()]),
+        HybridStore([FaissStore(d), BM25Store("english")]),
+        RerankedStore(FaissStore(d), counting(["ann"])),
+        RerankedStore(FaissStore(d), counting(["ann", "bob"])),
     ]  # fmt: skip
     assert len({*search(*stores)}) == len(stores)
-    assert len({*search(FaissKnowledge(d), FaissKnowledge(d))}) == 1
+    assert len({*search(FaissStore(d), FaissStore(d))}) == 1

@@ -40,9 +40,9 @@ from llama_index.core.tools import QueryEngineTool
 from fedrag_jax.data import synthetic
 from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.rag import RAGSystem
-from fedrag_jax.retrieval.stores.faiss_kinds import FaissKnowledge
-from fedrag_jax.retrieval.stores.knowledge import StoreUnreachable
-from fedrag_jax.retrieval.stores.words import WordStore
+from fedrag_jax.retrieval.stores.bm25 import BM25Store
+from fedrag_jax.retrieval.stores.faiss_store import FaissStore
+from fedrag_jax.retrieval.stores.knowledge_store import StoreUnreachable
 from fedrag_jax.serving import langchain, llama_index
 
 WORLD = synthetic.generate(synthetic.WorldConfig())
@@ -57,7 +57,7 @@ QUESTION = QUESTIONS[0]
 SOURCE = "painting-work-19"
 
 
-class Counting(FaissKnowledge):
+class Counting(FaissStore):
     """A store that counts the questions of each search, and is away when it is told to be."""
 
     def search(self, questions, vectors=None, k=5):
@@ -164,7 +164,7 @@ def test_a_blank_question_is_refused_by_both_bridges(either):
 
 
 def test_what_cannot_be_honoured_is_refused(system):
-    words = WordStore()
+    words = BM25Store()
     words.add(PASSAGES)
     by_words = llama_index.RAGRetriever(system.over(words))
     assert SOURCE in ids(by_words.retrieve("Mir Fresco"))
@@ -265,7 +265,7 @@ def test_answers_are_read_from_the_nodes_that_are_left(either, streaming):
 
 def test_an_engine_reads_what_others_retrieve(system):
     """Our retriever in their fusion, and the nodes of the fusion before our generator."""
-    words = WordStore()
+    words = BM25Store()
     words.add(PASSAGES)
     parts = [llama_index.RAGRetriever(s) for s in (system, system.over(words))]
     fusion = QueryFusionRetriever(

@@ -226,7 +226,7 @@ def test_indexing_refuses_what_would_lose_something(system, tmp_path, capsys):
     new = ["index", str(documents), "--to", str(tmp_path / "new"), "--quiet"]
     for more, error in (
         (["--store", "qdrant"], "--store=qdrant needs --at"),
-        (["--at", "x"], "--at and --collection are of qdrant and postgres"),
+        (["--at", "x"], "--at is of qdrant and postgres"),
         (["--like", str(system), "--generator", "x"], "--like takes models and prompts"),
         (["--language", "english"], "--language is of words and hybrid"),
     ):

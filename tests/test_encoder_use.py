@@ -23,12 +23,12 @@ from fedrag_jax.models.pooling import SIMILARITIES
 from fedrag_jax.objectives.encoding import Questions, passage_scores, trained_parts
 from fedrag_jax.objectives.retriever import multiple_negatives_ranking
 from fedrag_jax.rag import RAGSystem
-from fedrag_jax.retrieval.device_search import DeviceStore
 from fedrag_jax.retrieval.embedding import embed_texts
-from fedrag_jax.retrieval.federated import Budget, over_silos
+from fedrag_jax.retrieval.index.device_index import DeviceIndex
+from fedrag_jax.retrieval.index.silos import SearchBudget, over_silos
 from fedrag_jax.retrieval.retriever import Retriever
-from fedrag_jax.retrieval.stores.device import DeviceKnowledge
-from fedrag_jax.retrieval.stores.faiss_kinds import FaissKnowledge
+from fedrag_jax.retrieval.stores.device_store import DeviceStore
+from fedrag_jax.retrieval.stores.faiss_store import FaissStore
 from fedrag_jax.retrieval.stores.qdrant import QdrantStore
 from fedrag_jax.serving.command_line import main
 from fedrag_jax.serving.commands import index
@@ -153,13 +153,13 @@ def test_everything_that_searches_ranks_by_the_similarity(tmp_path, kind):
         np.testing.assert_allclose(scores, best, rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(np.take_along_axis(right, rows, 1), best, rtol=1e-4, atol=1e-4)
 
-    device = DeviceStore.build([p.id for p in PASSAGES], retriever.vectors)
+    device = DeviceIndex.build([p.id for p in PASSAGES], retriever.vectors)
     silos = np.array_split(np.arange(60), 4)
     for other in (
         retriever,
-        dataclasses.replace(retriever, store=device),
+        dataclasses.replace(retriever, index=device),
         over_silos(retriever, silos),
-        over_silos(retriever, silos, merge="score", budget=Budget(silos=4)),
+        over_silos(retriever, silos, merge="score", budget=SearchBudget(silos=4)),
     ):
         check(*other.search(QUESTIONS, 5))
     check(*retriever.search_within(QUESTIONS, [np.arange(60)] * 12, 5))
@@ -169,9 +169,9 @@ def test_everything_that_searches_ranks_by_the_similarity(tmp_path, kind):
     assert system.score_scale == (20.0 if kind == "cosine" else 1.0)
     size = retriever.encoder.config.dimension
     for store in (
-        FaissKnowledge(size),
-        FaissKnowledge(size, "hnsw", effort=100),
-        DeviceKnowledge(size),
+        FaissStore(size),
+        FaissStore(size, "hnsw", effort=100),
+        DeviceStore(size),
         QdrantStore("c", size),
     ):
         store.add(PASSAGES, system.embed(PASSAGES))

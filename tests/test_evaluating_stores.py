@@ -13,12 +13,12 @@ from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.evaluation import evaluator, metrics
 from fedrag_jax.evaluation.benchmarks.benchmarker import Benchmarker
 from fedrag_jax.rag import RAGSystem
-from fedrag_jax.retrieval.federated import over_silos
-from fedrag_jax.retrieval.stores.faiss_kinds import FaissKnowledge
-from fedrag_jax.retrieval.stores.fusion import HybridStore
+from fedrag_jax.retrieval.index.silos import over_silos
+from fedrag_jax.retrieval.stores.bm25 import BM25Store
+from fedrag_jax.retrieval.stores.faiss_store import FaissStore
+from fedrag_jax.retrieval.stores.hybrid import HybridStore
+from fedrag_jax.retrieval.stores.passage_source import Found, PassageSource
 from fedrag_jax.retrieval.stores.qdrant import QdrantStore
-from fedrag_jax.retrieval.stores.source import Found, PassageSource
-from fedrag_jax.retrieval.stores.words import WordStore
 from fedrag_jax.serving import training
 from fedrag_jax.strategies.settings import Budget
 
@@ -40,15 +40,15 @@ def filled(system, store):
 
 
 def words(system):
-    return filled(system, WordStore())
+    return filled(system, BM25Store())
 
 
 def hnsw(system):
-    return filled(system, FaissKnowledge(system.retriever.vectors.shape[1], "hnsw", effort=300))
+    return filled(system, FaissStore(system.retriever.vectors.shape[1], "hnsw", effort=300))
 
 
 def hybrid(system):
-    parts = [FaissKnowledge(system.retriever.vectors.shape[1]), WordStore()]
+    parts = [FaissStore(system.retriever.vectors.shape[1]), BM25Store()]
     return filled(system, HybridStore(parts))
 
 
@@ -120,7 +120,7 @@ def test_controls_read_what_the_store_has(system):
 
 
 def test_less_may_be_found_than_is_looked_for(system):
-    store = WordStore()
+    store = BM25Store()
     store.add(PASSAGES[:3])
     asked = [
         Example("a", PASSAGES[0].title, ("x",), (PASSAGES[0].id,)),

@@ -16,9 +16,9 @@ from fedrag_jax.data.examples import Passage, embedding_text
 from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.objectives.joint import marginal_likelihood
 from fedrag_jax.rag import RAGSystem
-from fedrag_jax.retrieval.device_search import DeviceStore
-from fedrag_jax.retrieval.faiss_store import FaissStore
-from fedrag_jax.retrieval.federated import Budget, Traffic, fuse, over_silos
+from fedrag_jax.retrieval.index.device_index import DeviceIndex
+from fedrag_jax.retrieval.index.faiss_index import FaissIndex
+from fedrag_jax.retrieval.index.silos import QueryTraffic, SearchBudget, fuse, over_silos
 from fedrag_jax.retrieval.retriever import Retriever
 
 N, DIMENSION, ROW_AND_SCORE = 300, 16, 8
@@ -32,7 +32,7 @@ def unit(count, seed):
 def retriever_of(vectors):
     """One index; nothing here embeds questions."""
     passages = [Passage(f"p{i}", "ä" * (i % 7), f"text {i}") for i in range(len(vectors))]
-    store = FaissStore.build([p.id for p in passages], vectors)
+    store = FaissIndex.build([p.id for p in passages], vectors)
     return Retriever(None, None, None, None, passages, vectors, vectors, store)
 
 
@@ -67,15 +67,15 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("k", [1, 10, N])
 @pytest.mark.parametrize("silos", [1, 2, 7, 100])
 def test_merging_by_score_is_one_index(silos, k, queries):
-    found = over_silos(WHOLE, dealt(silos)).store.search(QUERIES[:queries], k)
-    assert_same(found, WHOLE.store.search(QUERIES[:queries], k))
+    found = over_silos(WHOLE, dealt(silos)).index.search(QUERIES[:queries], k)
+    assert_same(found, WHOLE.index.search(QUERIES[:queries], k))
 
 
 @pytest.mark.parametrize("merge", ["score", "rrf"])
 def test_one_silo_is_one_index(merge):
-    alone = over_silos(WHOLE, [np.arange(N)], merge=merge, budget=Budget(silos=1))
-    assert_same(alone.store.search(QUERIES, 10), WHOLE.store.search(QUERIES, 10))
-    assert alone.store.published_bytes == 0
+    alone = over_silos(WHOLE, [np.arange(N)], merge=merge, budget=SearchBudget(silos=1))
+    assert_same(alone.index.search(QUERIES, 10), WHOLE.index.search(QUERIES, 10))
+    assert alone.index.published_bytes == 0
 
 
 @pytest.mark.parametrize("queries", [1, 30])
@@ -83,7 +83,7 @@ def test_ties_between_silos_are_ordered_by_row(queries):
     vectors = unit(N, 0)
     copies = np.sort(np.random.default_rng(3).choice(N, 40, replace=False))
     vectors[copies] = vectors[copies[0]]
-    rows, _ = over_silos(retriever_of(vectors), dealt(6)).store.search(
+    rows, _ = over_silos(retriever_of(vectors), dealt(6)).index.search(
         np.repeat(vectors[copies[:1]], queries, 0), 25
     )
     assert (rows == copies[:25]).all()
@@ -91,23 +91,23 @@ def test_ties_between_silos_are_ordered_by_row(queries):
 
 def test_a_passage_with_several_silos_is_found_once():
     assert_same(
-        over_silos(WHOLE, overlapping(5)).store.search(QUERIES, 20),
-        WHOLE.store.search(QUERIES, 20),
+        over_silos(WHOLE, overlapping(5)).index.search(QUERIES, 20),
+        WHOLE.index.search(QUERIES, 20),
     )
 
 
 def test_silos_may_search_on_the_device():
-    store = over_silos(WHOLE, dealt(3), index=DeviceStore).store
-    assert all(type(silo.store) is DeviceStore for silo in store.silos)
-    assert_same(store.search(QUERIES, 10), WHOLE.store.search(QUERIES, 10))
+    store = over_silos(WHOLE, dealt(3), index=DeviceIndex).index
+    assert all(type(silo.index) is DeviceIndex for silo in store.silos)
+    assert_same(store.search(QUERIES, 10), WHOLE.index.search(QUERIES, 10))
 
 
 @pytest.mark.parametrize("per_silo", [None, 4])
 @pytest.mark.parametrize("split", [dealt, overlapping])
 def test_reciprocal_rank_fusion_against_a_dictionary(split, per_silo):
     silos, k = split(5), 9
-    budget = Budget(passages_per_silo=per_silo)
-    found = over_silos(WHOLE, silos, merge="rrf", budget=budget).store.search(QUERIES, k)
+    budget = SearchBudget(passages_per_silo=per_silo)
+    found = over_silos(WHOLE, silos, merge="rrf", budget=budget).index.search(QUERIES, k)
     for query, rows, scores in zip(QUERIES, *found, strict=True):
         cosine = WHOLE.vectors.astype(np.float64) @ query
         votes = defaultdict(float)
@@ -162,7 +162,7 @@ def test_the_same_votes_in_another_order_are_a_tie():
 @pytest.mark.parametrize("most", [1, 2, 4])
 def test_a_budget_asks_the_silos_with_the_nearest_centroids(most):
     silos, k = dealt(6, seed=11), 5
-    store = over_silos(WHOLE, silos, budget=Budget(silos=most), centroids=3).store
+    store = over_silos(WHOLE, silos, budget=SearchBudget(silos=most), centroids=3).index
     assert [len(p) for p in store.published] == [min(3, len(rows)) for rows in silos]
     assert store.published_bytes == sum(map(len, store.published)) * DIMENSION * 4
     rows, scores, traffic = store.ask(QUERIES, k)
@@ -183,30 +183,31 @@ def test_a_question_goes_to_the_silo_about_it():
     noise = 0.1 * np.random.default_rng(0).normal(size=(N, DIMENSION))
     whole = retriever_of((axes[np.arange(N) % 4] + noise).astype(np.float32))
     silos = [np.arange(topic, N, 4) for topic in range(4)]
-    narrow = over_silos(whole, silos, budget=Budget(silos=1), centroids=1).store
-    assert_same(narrow.search(axes, 10), whole.store.search(axes, 10))
+    narrow = over_silos(whole, silos, budget=SearchBudget(silos=1), centroids=1).index
+    assert_same(narrow.search(axes, 10), whole.index.search(axes, 10))
 
 
 def test_a_silo_is_passed_over_where_too_little_would_be_left():
     silos = [np.arange(3), np.arange(3, 5), np.arange(5, N)]
     at_home = WHOLE.vectors[:3]  # what the first silo would be asked
     for most, k, passed_over in ((1, 3, False), (1, 4, True), (2, 10, False)):
-        store = over_silos(WHOLE, silos, budget=Budget(silos=most)).store
+        store = over_silos(WHOLE, silos, budget=SearchBudget(silos=most)).index
         assert (store.search(at_home, k)[0].min() > 2) == passed_over
     with pytest.raises(ConfigError, match="2 silos have 8 passages to give at most, 10 are wanted"):
-        over_silos(WHOLE, silos[:2] + [np.arange(5, 10)] + [np.arange(10, N)],
-                   budget=Budget(silos=2, passages_per_silo=4)).store.search(at_home, 10)  # fmt: skip
+        held = [*silos[:2], np.arange(5, 10), np.arange(10, N)]
+        few = SearchBudget(silos=2, passages_per_silo=4)
+        over_silos(WHOLE, held, budget=few).index.search(at_home, 10)
 
 
 def test_traffic_is_that_of_every_message():
     silos, k, per_silo = dealt(5), 8, 4
     heard = []
     retriever = over_silos(
-        WHOLE, silos, budget=Budget(3, per_silo), centroids=2, listen=heard.append
+        WHOLE, silos, budget=SearchBudget(3, per_silo), centroids=2, listen=heard.append
     )
-    rows, _ = retriever.store.search(QUERIES, k)
+    rows, _ = retriever.index.search(QUERIES, k)
     (traffic,) = heard
-    assert isinstance(traffic, Traffic)
+    assert isinstance(traffic, QueryTraffic)
     texts = [len(embedding_text(p).encode()) for p in WHOLE.passages]
     assert max(texts) > max(len(embedding_text(p)) for p in WHOLE.passages)  # bytes, not characters
     np.testing.assert_array_equal(traffic.silos, np.full(30, 3))
@@ -220,15 +221,15 @@ def test_traffic_is_that_of_every_message():
 def test_small_silos_answer_with_what_they_have():
     silos = [np.arange(2), np.arange(2, N)]
     assert (
-        over_silos(WHOLE, silos).store.ask(QUERIES, 5)[2].answer_bytes == (2 + 5) * ROW_AND_SCORE
+        over_silos(WHOLE, silos).index.ask(QUERIES, 5)[2].answer_bytes == (2 + 5) * ROW_AND_SCORE
     ).all()
 
 
 @pytest.mark.parametrize("most", [None, 1])
 def test_what_the_asker_has_is_free_and_counts_for_no_budget(most):
     silos, k = dealt(4, seed=12), 6
-    budget = Budget(most, passages_per_silo=k if most is None else 4)
-    store = over_silos(WHOLE, silos, budget=budget, asker=1, centroids=2).store
+    budget = SearchBudget(most, passages_per_silo=k if most is None else 4)
+    store = over_silos(WHOLE, silos, budget=budget, asker=1, centroids=2).index
     rows, _, traffic = store.ask(QUERIES, k)
     assert (traffic.silos == (most or 3)).all()
     assert store.published_bytes == (0 if most is None else 3 * 2 * DIMENSION * 4)
@@ -236,7 +237,7 @@ def test_what_the_asker_has_is_free_and_counts_for_no_budget(most):
     away = [sum(texts[row] for row in found if row not in silos[1]) for found in rows]
     np.testing.assert_array_equal(traffic.passage_bytes, away)
     if most is None:
-        assert_same(store.search(QUERIES, k), WHOLE.store.search(QUERIES, k))
+        assert_same(store.search(QUERIES, k), WHOLE.index.search(QUERIES, k))
     else:
         cosine = QUERIES @ WHOLE.vectors[silos[1]].T
         own = silos[1][cosine.argmax(1)]
@@ -245,14 +246,14 @@ def test_what_the_asker_has_is_free_and_counts_for_no_budget(most):
 
 
 def test_no_questions_cost_nothing():
-    rows, scores, traffic = over_silos(WHOLE, dealt(3)).store.ask(np.empty((0, DIMENSION)), 4)
+    rows, scores, traffic = over_silos(WHOLE, dealt(3)).index.ask(np.empty((0, DIMENSION)), 4)
     assert rows.shape == scores.shape == (0, 4) and traffic.total_bytes.shape == (0,)
 
 
 def test_other_vectors_are_searched_and_published_by_the_same_silos():
-    budget, vectors = Budget(silos=2), unit(N, 9)
-    moved = over_silos(WHOLE, dealt(5), merge="rrf", budget=budget).store.with_vectors(vectors)
-    afresh = over_silos(retriever_of(vectors), dealt(5), merge="rrf", budget=budget).store
+    budget, vectors = SearchBudget(silos=2), unit(N, 9)
+    moved = over_silos(WHOLE, dealt(5), merge="rrf", budget=budget).index.with_vectors(vectors)
+    afresh = over_silos(retriever_of(vectors), dealt(5), merge="rrf", budget=budget).index
     assert_same(moved.search(QUERIES, 7), afresh.search(QUERIES, 7))
     for centroids, same in zip(moved.published, afresh.published, strict=True):
         np.testing.assert_array_equal(centroids, same)
@@ -277,8 +278,8 @@ def scattered(system):
 def test_a_system_answers_from_silos_as_from_one_index(system, scattered):
     system, world = system
     heard = []
-    store = dataclasses.replace(scattered.retriever.store, listen=heard.append)
-    retriever = dataclasses.replace(scattered.retriever, store=store)
+    store = dataclasses.replace(scattered.retriever.index, listen=heard.append)
+    retriever = dataclasses.replace(scattered.retriever, index=store)
     scattered = dataclasses.replace(scattered, retriever=retriever)
     questions = [e.question for e in world.test[:3]]
     for ours, theirs in zip(
@@ -312,7 +313,7 @@ def test_training_retrieves_from_silos_and_from_what_they_embed_anew(system, sca
     np.testing.assert_array_equal(found, task(system).retrieve(examples, trained))
     assert (found != task(scattered).retrieve(examples, {})).any()
     tuned = scattered.replace(document=trained["document"], query=system.retriever.query)
-    assert len(tuned.retriever.store.silos) == 5
+    assert len(tuned.retriever.index.silos) == 5
 
 
 # What is refused.
@@ -320,26 +321,26 @@ def test_training_retrieves_from_silos_and_from_what_they_embed_anew(system, sca
 
 def test_budgets_that_allow_nothing_are_refused():
     with pytest.raises(ConfigError, match=r"budget\.silos must be at least 1, got 0"):
-        over_silos(WHOLE, dealt(3), budget=Budget(silos=0))
+        over_silos(WHOLE, dealt(3), budget=SearchBudget(silos=0))
     with pytest.raises(ConfigError, match=r"budget\.passages_per_silo must be at least 1, got 0"):
-        over_silos(WHOLE, dealt(3), budget=Budget(passages_per_silo=0))
+        over_silos(WHOLE, dealt(3), budget=SearchBudget(passages_per_silo=0))
 
 
 def test_budgets_that_allow_too_little_are_refused():
-    narrow = over_silos(WHOLE, dealt(3), budget=Budget(2, 3)).store
+    narrow = over_silos(WHOLE, dealt(3), budget=SearchBudget(2, 3)).index
     with pytest.raises(ConfigError, match="2 silos have 6 passages to give at most, 7 are wanted"):
         narrow.search(QUERIES, 7)
-    everywhere = over_silos(WHOLE, dealt(3), budget=Budget(passages_per_silo=2)).store
+    everywhere = over_silos(WHOLE, dealt(3), budget=SearchBudget(passages_per_silo=2)).index
     with pytest.raises(ConfigError, match=r"question 0 went to have 6 different passages.*k is 7"):
         everywhere.search(QUERIES, 7)
-    copies = over_silos(WHOLE, [np.arange(N)] * 2, budget=Budget(passages_per_silo=4)).store
+    copies = over_silos(WHOLE, [np.arange(N)] * 2, budget=SearchBudget(passages_per_silo=4)).index
     with pytest.raises(ConfigError, match="have 4 different passages"):
         copies.search(QUERIES, 5)
 
 
-@pytest.mark.parametrize("budget", [Budget(), Budget(silos=1)])
+@pytest.mark.parametrize("budget", [SearchBudget(), SearchBudget(silos=1)])
 def test_searches_are_refused_as_by_one_index(budget):
-    store = over_silos(WHOLE, dealt(3), budget=budget).store
+    store = over_silos(WHOLE, dealt(3), budget=budget).index
     for k in (0, N + 1):
         with pytest.raises(ConfigError, match=f"corpus' {N} passages, got {k}"):
             store.search(QUERIES, k)

@@ -26,10 +26,10 @@ from fedrag_jax.data import synthetic
 from fedrag_jax.data.examples import Passage
 from fedrag_jax.errors import CheckpointError, ConfigError, DataError
 from fedrag_jax.rag import RAGSystem
-from fedrag_jax.retrieval.stores.knowledge import KnowledgeStore, StoreUnreachable
+from fedrag_jax.retrieval.stores.knowledge_store import KnowledgeStore, StoreUnreachable
 from fedrag_jax.retrieval.stores.mcp import MCPStore
 from fedrag_jax.retrieval.stores.mcp_replies import USUAL, Shape, read
-from fedrag_jax.retrieval.stores.opening import open_store
+from fedrag_jax.retrieval.stores.registry import open_store
 from fedrag_jax.serving.mcp_server import mcp_server, run
 
 FOREIGN = [sys.executable, str(pathlib.Path(__file__).with_name("foreign_mcp.py"))]
@@ -250,7 +250,7 @@ def test_a_missing_package_is_named_by_who_needs_it():
     code = (
         "import sys; sys.modules['mcp'] = None\n"
         "from fedrag_jax.errors import ConfigError\n"
-        "from fedrag_jax.retrieval.stores.opening import KINDS\n"
+        "from fedrag_jax.retrieval.stores.registry import KINDS\n"
         "try: KINDS['mcp'](url='http://x')\n"
         "except ConfigError as error: print(error)\n"
         "try: import fedrag_jax.serving.mcp_server\n"

@@ -12,9 +12,9 @@ from fedrag_jax.data import synthetic
 from fedrag_jax.data.examples import Example, Passage
 from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.rag import RAGSystem
-from fedrag_jax.retrieval.stores.faiss_kinds import FaissKnowledge
-from fedrag_jax.retrieval.stores.fusion import HybridStore
-from fedrag_jax.retrieval.stores.words import WordStore
+from fedrag_jax.retrieval.stores.bm25 import BM25Store
+from fedrag_jax.retrieval.stores.faiss_store import FaissStore
+from fedrag_jax.retrieval.stores.hybrid import HybridStore
 
 WORLD = synthetic.generate(synthetic.WorldConfig())
 PASSAGES = WORLD.passages[:300]
@@ -29,7 +29,7 @@ def system():
 
 @pytest.fixture
 def over(system):
-    store = FaissKnowledge(system.retriever.vectors.shape[1])
+    store = FaissStore(system.retriever.vectors.shape[1])
     store.add(PASSAGES, system.embed(PASSAGES))
     return system.over(store)
 
@@ -48,7 +48,7 @@ def test_a_store_of_the_corpus_answers_as_the_corpus(system, over):
 
 @pytest.mark.parametrize("blank", ["", " \n\t\u3000"])
 def test_a_blank_question_is_refused_by_every_road(system, over, blank):
-    words = WordStore()
+    words = BM25Store()
     words.add(PASSAGES[:20])
     for answering in (system, over, system.over(words)):
         for ask in (
@@ -94,7 +94,7 @@ def test_half_characters_are_refused_wherever_they_are_read(system):
 def test_a_system_needs_no_corpus_of_its_own(over):
     alone = RAGSystem.build(store=over.store)
     assert alone.batch_query(QUESTIONS) == over.batch_query(QUESTIONS)
-    empty = RAGSystem.build(store=FaissKnowledge(over.store.dimension))
+    empty = RAGSystem.build(store=FaissStore(over.store.dimension))
     response = empty.query(QUESTIONS[0])
     assert response.sources == () and isinstance(response.answer, str)
     with pytest.raises(ConfigError, match="needs passages to answer from"):
@@ -107,11 +107,11 @@ def test_a_store_of_other_vectors_is_refused(system):
     with pytest.raises(
         ConfigError, match=r"of dimension 7, the system's are of \d+: open the store"
     ):
-        system.over(FaissKnowledge(7))
+        system.over(FaissStore(7))
 
 
 def test_words_and_vectors_together(over):
-    hybrid = HybridStore([FaissKnowledge(over.store.dimension), WordStore()])
+    hybrid = HybridStore([FaissStore(over.store.dimension), BM25Store()])
     hybrid.add(PASSAGES, over.embed(PASSAGES))
     named = over.over(hybrid).query(f"Where is {PASSAGES[0].title}?")
     assert PASSAGES[0] in named.sources and list(named.scores) == sorted(named.scores, reverse=True)
@@ -127,7 +127,7 @@ def test_words_and_vectors_together(over):
             over.over(hybrid).batch_query(asked, mode=mode)[2].answer
             == (over.answer(asked, read, cosines, mode=mode)[2])
         )
-    words = WordStore()
+    words = BM25Store()
     words.add(PASSAGES)
     assert PASSAGES[0] in over.over(words).query(f"Where is {PASSAGES[0].title}?").sources
 

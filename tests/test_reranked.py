@@ -19,10 +19,10 @@ from fedrag_jax.errors import CheckpointError, ConfigError, DataError
 from fedrag_jax.models import cross_encoder as module
 from fedrag_jax.models.cross_encoder import CrossEncoder
 from fedrag_jax.rag import RAGSystem
-from fedrag_jax.retrieval.stores.faiss_kinds import FaissKnowledge
-from fedrag_jax.retrieval.stores.fusion import HybridStore
-from fedrag_jax.retrieval.stores.opening import open_store
+from fedrag_jax.retrieval.stores.faiss_store import FaissStore
+from fedrag_jax.retrieval.stores.hybrid import HybridStore
 from fedrag_jax.retrieval.stores.qdrant import QdrantStore
+from fedrag_jax.retrieval.stores.registry import open_store
 from fedrag_jax.retrieval.stores.reranked import RerankedStore
 
 FAMILIES = ("bert", "roberta", "xlm-roberta")
@@ -281,7 +281,7 @@ ASKED, NEAR = [some_words(4, i) for i in range(6)], unit(6, 9)
 
 @pytest.fixture
 def plain():
-    store = FaissKnowledge(D)
+    store = FaissStore(D)
     store.add(PASSAGES, VECTORS)
     return store
 
@@ -337,7 +337,7 @@ def test_depth_says_how_many_are_read_and_k_may_be_more(plain, random):
 
 
 def test_equal_scores_are_ordered_by_id_and_no_more_are_read_for_them(random):
-    store = RerankedStore(FaissKnowledge(D), random, depth=8)
+    store = RerankedStore(FaissStore(D), random, depth=8)
     same = [Passage(f"e{i:02}", "", "w1 w2 w3") for i in range(40)]
     vectors = unit(1) * (1 - np.arange(40)[:, None] / 100)
     order = np.random.default_rng(1).permutation(40)
@@ -403,7 +403,7 @@ def test_a_change_waits_for_who_looks_into_the_other_store(plain, random):
 
 
 def test_it_may_be_part_of_a_hybrid(plain, random):
-    other = FaissKnowledge(D)
+    other = FaissStore(D)
     other.add(PASSAGES, VECTORS)
     hybrid = HybridStore([RerankedStore(plain, random), other])
     new = Passage("new", "", "w1")
@@ -421,7 +421,7 @@ def test_another_process_opens_a_saved_store_and_finds_the_same(plain, random, t
     store.save(tmp_path / "s")
     code = (
         "import json, sys, numpy\n"
-        "from fedrag_jax.retrieval.stores.opening import open_store\n"
+        "from fedrag_jax.retrieval.stores.registry import open_store\n"
         f"store = open_store({str(tmp_path / 's')!r}, memory_map=True)\n"
         "vectors = numpy.array(json.load(sys.stdin), numpy.float32)\n"
         "found = store.search(sys.argv[1:], vectors, 7)\n"
@@ -491,7 +491,7 @@ def test_what_lies_elsewhere_is_followed_only_if_one_says_so(random, tmp_path):
 
 def test_a_system_answers_from_it_and_weighs_by_cosines(tmp_path):
     system = RAGSystem.build(PASSAGES[:30], top_k=3)
-    store = FaissKnowledge(system.retriever.vectors.shape[1])
+    store = FaissStore(system.retriever.vectors.shape[1])
     store.add(PASSAGES[:30], system.embed(PASSAGES[:30]))
     over = system.over(RerankedStore(store, counting(WORDS), depth=30))
     asked = ["Where is w7?", "Where is w11?"]

@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerFast
 from fedrag_jax.clock import Clock
 from fedrag_jax.errors import CheckpointError, ConfigError, DataError
 from fedrag_jax.retrieval import device_search, embedding
-from fedrag_jax.retrieval.device_search import DeviceStore
 from fedrag_jax.retrieval.embedding import embed_corpus, embed_texts
-from fedrag_jax.retrieval.faiss_store import FaissStore
+from fedrag_jax.retrieval.index.device_index import DeviceIndex
+from fedrag_jax.retrieval.index.faiss_index import FaissIndex
 
 WORDS = [f"w{i}" for i in range(50)]
 DIMENSION = 8
@@ -229,12 +229,12 @@ def vectors_of(count, dimension=16, seed=0):
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
 
-@pytest.fixture(params=[FaissStore, DeviceStore])
+@pytest.fixture(params=[FaissIndex, DeviceIndex])
 def kind(request, monkeypatch):
     """Every test of a store is of both kinds."""
     # Several blocks of passages and of queries.
-    monkeypatch.setattr("fedrag_jax.retrieval.device_search.BLOCK", 256)
-    monkeypatch.setattr("fedrag_jax.retrieval.device_search._QUERIES", 8)
+    monkeypatch.setattr("fedrag_jax.retrieval.index.device_index.BLOCK", 256)
+    monkeypatch.setattr("fedrag_jax.retrieval.index.device_index._QUERIES", 8)
     return request.param
 
 
@@ -314,7 +314,7 @@ def test_other_vectors_make_a_store_of_the_same_kind_and_passages(store_of, kind
 
 
 def test_one_program_searches_for_similar_numbers_of_questions():
-    store = DeviceStore.build([f"p{i}" for i in range(200)], vectors_of(200))
+    store = DeviceIndex.build([f"p{i}" for i in range(200)], vectors_of(200))
     device_search._nearest.clear_cache()
     for queries in (9, 12, 16, 256 + 13):
         store.search(vectors_of(queries), 5)

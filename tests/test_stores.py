@@ -21,15 +21,15 @@ from cross_encoders import counting
 
 from fedrag_jax.data.examples import Passage
 from fedrag_jax.errors import CheckpointError, ConfigError, DataError
-from fedrag_jax.retrieval.stores.device import DeviceKnowledge
-from fedrag_jax.retrieval.stores.faiss_kinds import FaissKnowledge
-from fedrag_jax.retrieval.stores.fusion import HybridStore
-from fedrag_jax.retrieval.stores.knowledge import StoreUnreachable
-from fedrag_jax.retrieval.stores.opening import open_store
+from fedrag_jax.retrieval.stores.bm25 import BM25Store
+from fedrag_jax.retrieval.stores.device_store import DeviceStore
+from fedrag_jax.retrieval.stores.faiss_store import FaissStore
+from fedrag_jax.retrieval.stores.hybrid import HybridStore
+from fedrag_jax.retrieval.stores.knowledge_store import StoreUnreachable
 from fedrag_jax.retrieval.stores.postgres import PostgresStore
 from fedrag_jax.retrieval.stores.qdrant import QdrantStore
+from fedrag_jax.retrieval.stores.registry import open_store
 from fedrag_jax.retrieval.stores.reranked import RerankedStore
-from fedrag_jax.retrieval.stores.words import WordStore
 from fedrag_jax.serving.address import listening
 
 D = 16
@@ -52,15 +52,15 @@ VECTORS = unit(200)
 # Counts the words that question and passage share.
 READS = counting([*(f"number{i}" for i in range(200)), "changed5", "changed9"])
 KINDS = {
-    "flat": lambda: FaissKnowledge(D),
-    "ivf": lambda: FaissKnowledge(D, "ivf", lists=4, probes=4),
-    "hnsw": lambda: FaissKnowledge(D, "hnsw", effort=200),
-    "pq": lambda: FaissKnowledge(D, "pq"),
+    "flat": lambda: FaissStore(D),
+    "ivf": lambda: FaissStore(D, "ivf", lists=4, probes=4),
+    "hnsw": lambda: FaissStore(D, "hnsw", effort=200),
+    "pq": lambda: FaissStore(D, "pq"),
     "qdrant": lambda: QdrantStore("passages", D),
-    "device": lambda: DeviceKnowledge(D),
-    "bm25": WordStore,
-    "hybrid": lambda: HybridStore([FaissKnowledge(D), DeviceKnowledge(D), WordStore("english")]),
-    "reranked": lambda: RerankedStore(FaissKnowledge(D), READS, depth=20),
+    "device": lambda: DeviceStore(D),
+    "bm25": BM25Store,
+    "hybrid": lambda: HybridStore([FaissStore(D), DeviceStore(D), BM25Store("english")]),
+    "reranked": lambda: RerankedStore(FaissStore(D), READS, depth=20),
 }
 
 
@@ -345,7 +345,7 @@ def test_approximate_indexes_find_most_of_what_is_near(index):
     vectors, questions = unit(size), None
     questions = vectors[:200] + 0.3 * unit(200, seed=3)
     questions /= np.linalg.norm(questions, axis=1, keepdims=True)
-    store = FaissKnowledge(D, index, probes=8)
+    store = FaissStore(D, index, probes=8)
     store.add([Passage(str(i), "", "") for i in range(size)], vectors)
     assert type(store._held.index).__name__ == {
         "ivf": "IndexIVFFlat", "hnsw": "IndexHNSWFlat", "pq": "IndexIVFPQ"
@@ -361,7 +361,7 @@ def test_approximate_indexes_find_most_of_what_is_near(index):
 
 
 def test_rows_of_what_is_gone_are_given_back():
-    store = FaissKnowledge(D)
+    store = FaissStore(D)
     store.add(PASSAGES, VECTORS)
     for i in range(10):
         store.replace(PASSAGES, unit(200, seed=i))
@@ -372,7 +372,7 @@ def test_rows_of_what_is_gone_are_given_back():
 def test_a_trained_index_keeps_its_quality_under_changes(tmp_path):
     size = 12_000
     vectors, passages = unit(size), [Passage(str(i), "", "") for i in range(size)]
-    store = FaissKnowledge(D, "pq", probes=1000)
+    store = FaissStore(D, "pq", probes=1000)
     store.add(passages, vectors)
 
     def error():
@@ -393,7 +393,7 @@ def test_a_trained_index_keeps_its_quality_under_changes(tmp_path):
 
 @pytest.mark.parametrize("index", ["flat", "ivf", "hnsw", "pq"])
 def test_an_index_of_another_kind_is_refused(tmp_path, index):
-    store = FaissKnowledge(D, index, lists=4)
+    store = FaissStore(D, index, lists=4)
     store.add(PASSAGES, VECTORS)
     store.save(tmp_path)
     distances = faiss.IndexFlatL2(D)
@@ -442,7 +442,7 @@ def test_a_memory_mapped_store_answers_and_refuses_to_change(tmp_path):
 )
 def test_indexes_that_cannot_be_are_refused(settings, words):
     with pytest.raises(ConfigError, match=words):
-        FaissKnowledge(**({"dimension": D} | settings))
+        FaissStore(**({"dimension": D} | settings))
 
 
 # --- elsewhere ---------------------------------------------------------------------------------------
@@ -507,7 +507,7 @@ def test_postgres_is_shared_with_others():
 
 def test_bm25_is_the_formula():
     texts = ["red fish, blue fish", "one fish", "The RED Cat sat: red!", "nothing of the kind"]
-    store = WordStore()
+    store = BM25Store()
     store.add([Passage(str(i), "", text) for i, text in enumerate(texts)])
     split = [[w for w in re.split(r"\W+", text.lower()) if w] for text in texts]
     mean, scores = np.mean([len(words) for words in split]), np.zeros(4)
@@ -523,7 +523,7 @@ def test_bm25_is_the_formula():
 
 
 def test_words_are_words_and_no_query_language():
-    store = WordStore("english")
+    store = BM25Store("english")
     store.add(
         [Passage("a", "Running", "of dogs"), Passage("b", "", 'AND NOT "x" text:(+y) [z TO *]')]
     )
@@ -534,7 +534,7 @@ def test_words_are_words_and_no_query_language():
         [], ["a"]
     ]  # fmt: skip
     with pytest.raises(ConfigError, match=r"language must be one of .*'klingon'"):
-        WordStore("klingon")
+        BM25Store("klingon")
 
 
 def test_words_have_one_form_in_passages_and_questions(recwarn):
@@ -549,7 +549,7 @@ def test_words_have_one_form_in_passages_and_questions(recwarn):
         "khmer": ("ភាសា ខ្មែរ", "ភាសា\u200bខ្មែរ"),
     }
     for passage, question in ((0, 1), (1, 0)):
-        store = WordStore()
+        store = BM25Store()
         store.add([Passage(name, "", f"see {form[passage]}.") for name, form in forms.items()])
         asked = store.search([form[question] for form in forms.values()], k=9)
         assert ids(asked) == [[name] for name in forms]
@@ -558,7 +558,7 @@ def test_words_have_one_form_in_passages_and_questions(recwarn):
 
 
 def test_passages_that_are_not_split_into_words_are_told(recwarn):
-    store = WordStore()
+    store = BM25Store()
     store.add([Passage("en", "", "Beijing (北京) is a city."), Passage("ko", "", "서울은 도시다")])
     assert not recwarn.list
     with pytest.warns(UserWarning, match=r"2 of 3 passages, 'ja' first, .* whole runs of letters"):
@@ -574,11 +574,11 @@ def test_passages_that_are_not_split_into_words_are_told(recwarn):
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tantivy", None)
     with pytest.raises(ConfigError, match=r"pip install 'fedrag-jax\[bm25\]'"):
-        WordStore()
+        BM25Store()
 
 
 def test_ranks_are_fused():
-    store = HybridStore([FaissKnowledge(2), WordStore()])
+    store = HybridStore([FaissStore(2), BM25Store()])
     texts = ["apple", "apple pie and more", "pear"]
     vectors = np.array([[0, 1], [1, 0], [0.6, 0.8]], np.float32)
     store.add([Passage(str(i), "", text) for i, text in enumerate(texts)], vectors)
@@ -591,12 +591,12 @@ def test_ranks_are_fused():
 
 
 def test_a_hybrid_of_stores_that_do_not_fit_is_refused():
-    one, other = WordStore(), WordStore()
+    one, other = BM25Store(), BM25Store()
     one.add([Passage("a", "", "a")])
     for parts, words in (
         ([one], "two stores or more"),
         ([one, other], r"hold the same passages, these hold \[1, 0\]"),
-        ([FaissKnowledge(2), FaissKnowledge(3)], r"dimensions \[2, 3\]"),
+        ([FaissStore(2), FaissStore(3)], r"dimensions \[2, 3\]"),
     ):
         with pytest.raises(ConfigError, match=words):
             HybridStore(parts)
@@ -622,7 +622,7 @@ WHOLE = {"format": 1, "kind": "faiss", "settings": {"dimension": D}, "data": "st
     ],
 )
 def test_a_folder_that_is_no_store_is_refused(tmp_path, saved):
-    store = FaissKnowledge(D)
+    store = FaissStore(D)
     store.add(PASSAGES, VECTORS)
     store.save(tmp_path / "s")
     store.save(tmp_path / "other")
@@ -636,7 +636,7 @@ def test_a_folder_that_is_no_store_is_refused(tmp_path, saved):
     "line", ["{}", "7", "[", '{"id": "p", "title": "", "text": 7, "topic": ""}']
 )
 def test_a_damaged_line_is_named(tmp_path, line):
-    store = FaissKnowledge(D)
+    store = FaissStore(D)
     store.add(PASSAGES, VECTORS)
     store.save(tmp_path)
     path = tmp_path / "store-data-1" / "passages.jsonl"

@@ -14,7 +14,7 @@ from fedrag_jax.errors import CheckpointError, ConfigError
 from fedrag_jax.evaluation import evaluator
 from fedrag_jax.evaluation.metrics import percent
 from fedrag_jax.rag import RAGSystem
-from fedrag_jax.retrieval.federated import over_silos
+from fedrag_jax.retrieval.index.silos import over_silos
 
 
 @pytest.fixture(scope="module")

@@ -68,7 +68,7 @@ def asked_system():
     from fedrag_jax.data import synthetic
     from fedrag_jax.data.examples import Passage
     from fedrag_jax.rag import RAGSystem
-    from fedrag_jax.retrieval.stores.faiss_kinds import FaissKnowledge
+    from fedrag_jax.retrieval.stores.faiss_store import FaissStore
 
     world = synthetic.generate(synthetic.WorldConfig())
     system = RAGSystem.build(
@@ -85,7 +85,7 @@ def asked_system():
         (max(_PASSAGES.value - len(vectors), 0), vectors.shape[1]), np.float32
     )
     noise /= np.linalg.norm(noise, axis=1, keepdims=True)
-    store = FaissKnowledge(vectors.shape[1])
+    store = FaissStore(vectors.shape[1])
     store.add(world.passages, vectors)
     store.add([Passage(f"noise-{i}", "", f"Noise {i}.") for i in range(len(noise))], noise)
     texts = [e.question for e in [*world.test, *world.validation, *world.train]]

@@ -65,11 +65,11 @@ def whole_numbers(count: int, seed: int) -> np.ndarray:
 
 def built(size: int) -> dict:
     """The two stores over the same vectors."""
-    from fedrag_jax.retrieval.device_search import DeviceStore
-    from fedrag_jax.retrieval.faiss_store import FaissStore
+    from fedrag_jax.retrieval.index.device_index import DeviceIndex
+    from fedrag_jax.retrieval.index.faiss_index import FaissIndex
 
     vectors, ids = whole_numbers(size, seed=0), [str(row) for row in range(size)]
-    return {"device": DeviceStore.build(ids, vectors), "faiss": FaissStore.build(ids, vectors)}
+    return {"device": DeviceIndex.build(ids, vectors), "faiss": FaissIndex.build(ids, vectors)}
 
 
 def milliseconds(stores: dict, queries: np.ndarray) -> dict[str, float]:

@@ -44,17 +44,17 @@ def main(argv):
 
 def empty_stores(dimension: int) -> dict:
     """A store of each kind."""
-    from fedrag_jax.retrieval.stores.faiss_kinds import FaissKnowledge
-    from fedrag_jax.retrieval.stores.fusion import HybridStore
-    from fedrag_jax.retrieval.stores.words import WordStore
+    from fedrag_jax.retrieval.stores.bm25 import BM25Store
+    from fedrag_jax.retrieval.stores.faiss_store import FaissStore
+    from fedrag_jax.retrieval.stores.hybrid import HybridStore
 
     return {
-        "flat": FaissKnowledge(dimension),
-        "hnsw": FaissKnowledge(dimension, "hnsw"),
-        "ivf": FaissKnowledge(dimension, "ivf"),
-        "words": WordStore(),
-        "stems": WordStore("english"),
-        "hybrid": HybridStore([FaissKnowledge(dimension), WordStore("english")]),
+        "flat": FaissStore(dimension),
+        "hnsw": FaissStore(dimension, "hnsw"),
+        "ivf": FaissStore(dimension, "ivf"),
+        "words": BM25Store(),
+        "stems": BM25Store("english"),
+        "hybrid": HybridStore([FaissStore(dimension), BM25Store("english")]),
     }
 
 

@@ -99,19 +99,19 @@ def passages_of(count: int, seed: int, first: int = 0):
 
 def empty(kind: str):
     """A store of the kind."""
-    from fedrag_jax.retrieval.stores.device import DeviceKnowledge
-    from fedrag_jax.retrieval.stores.faiss_kinds import FaissKnowledge
-    from fedrag_jax.retrieval.stores.fusion import HybridStore
-    from fedrag_jax.retrieval.stores.words import WordStore
+    from fedrag_jax.retrieval.stores.bm25 import BM25Store
+    from fedrag_jax.retrieval.stores.device_store import DeviceStore
+    from fedrag_jax.retrieval.stores.faiss_store import FaissStore
+    from fedrag_jax.retrieval.stores.hybrid import HybridStore
 
     dimension = _DIMENSION.value
     if kind == "device":
-        return DeviceKnowledge(dimension)
+        return DeviceStore(dimension)
     if kind == "words":
-        return WordStore()
+        return BM25Store()
     if kind == "hybrid":
-        return HybridStore([FaissKnowledge(dimension), WordStore()])
-    return FaissKnowledge(dimension, "flat" if kind == "mapped" else kind)
+        return HybridStore([FaissStore(dimension), BM25Store()])
+    return FaissStore(dimension, "flat" if kind == "mapped" else kind)
 
 
 def built(kind: str) -> dict:
@@ -132,7 +132,7 @@ def built(kind: str) -> dict:
 def opened(kind: str) -> dict:
     """Opens it, searches it and adds to it."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    from fedrag_jax.retrieval.stores.opening import open_store
+    from fedrag_jax.retrieval.stores.registry import open_store
 
     start = time.perf_counter()
     store = open_store(_FOLDER.value, memory_map=kind == "mapped")

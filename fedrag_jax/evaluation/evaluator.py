@@ -12,7 +12,7 @@ from fedrag_jax.evaluation import metrics, rankings
 from fedrag_jax.objectives.likelihood import answer_log_probs
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.retrieval.retriever import Retriever
-from fedrag_jax.retrieval.stores.knowledge import KnowledgeStore
+from fedrag_jax.retrieval.stores.knowledge_store import KnowledgeStore
 
 RANKED = 10  # passages searched for, as MRR@10 wants
 DISTRACTORS = 50  # passages among which one without the answer is looked for

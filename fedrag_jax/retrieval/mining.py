@@ -58,7 +58,7 @@ def hard_negatives(
     queries = retriever.embed_questions([e.question for e in examples])
     depth = min(mining.depth, len(retriever.passages))
     if pool is None:
-        rows, cosines = retriever.store.search(queries, depth)
+        rows, cosines = retriever.index.search(queries, depth)
     found = np.full((len(examples), mining.count), -1, np.int32)
     for i, example in enumerate(examples):
         if pool is None:

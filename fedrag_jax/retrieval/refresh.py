@@ -160,7 +160,7 @@ def _reranked(retriever, questions, k, candidates) -> tuple[np.ndarray, np.ndarr
     passages were re-embedded."""
     clock = Clock()
     queries = retriever.embed_questions(questions)
-    rows, _ = retriever.store.search(queries, _at_most(retriever, max(candidates, k)))
+    rows, _ = retriever.index.search(queries, _at_most(retriever, max(candidates, k)))
     tell("searching", clock.lap().others)
     used, place = np.unique(rows, return_inverse=True)
     fresh = retriever.embed_passages(retriever.document, used)

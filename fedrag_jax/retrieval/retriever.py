@@ -13,9 +13,9 @@ from fedrag_jax.models import sentence
 from fedrag_jax.models.hub import Pretrained
 from fedrag_jax.models.network import Network
 from fedrag_jax.retrieval.embedding import embed_corpus, embed_texts
-from fedrag_jax.retrieval.faiss_store import FaissStore
+from fedrag_jax.retrieval.index.faiss_index import FaissIndex
+from fedrag_jax.retrieval.index.vector_index import Index
 from fedrag_jax.retrieval.similarity import passage_side, question_side
-from fedrag_jax.retrieval.store import Searched
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Retriever:
 
     Attributes:
       bare_vectors: float32 [N, D] of the passages, as the document encoder gives them.
-      vectors: float32 [N, D], those that are searched: behind the head, and such that the store's
+      vectors: float32 [N, D], those that are searched: behind the head, and such that the index's
         inner product is the encoder's similarity (`retrieval.similarity`).
-      store: what searches them: an index, or silos that have one each (`federated.over_silos`). A
+      index: what searches them: an index, or silos that have one each (`index.silos.over_silos`). A
         refreshed retriever has one of the same kind.
       head: a matrix [D, D] that vectors of questions and passages are multiplied with; None for none.
     """
@@ -38,7 +38,7 @@ class Retriever:
     passages: Sequence[Passage]
     bare_vectors: np.ndarray
     vectors: np.ndarray
-    store: Searched
+    index: Index
     head: np.ndarray | None = None
 
     @classmethod
@@ -80,12 +80,12 @@ class Retriever:
 
     def _behind_head(self) -> "Retriever":
         vectors = passage_side(self.bare_vectors, self.encoder.config, self.head)
-        store = self.store
-        if store is not None:
-            store = store.with_vectors(vectors)
+        index = self.index
+        if index is not None:
+            index = index.with_vectors(vectors)
         elif self.passages:
-            store = FaissStore.build([p.id for p in self.passages], vectors)
-        return dataclasses.replace(self, vectors=vectors, store=store)
+            index = FaissIndex.build([p.id for p in self.passages], vectors)
+        return dataclasses.replace(self, vectors=vectors, index=index)
 
     def embed_passages(self, document, rows=None) -> np.ndarray:
         """Vectors [R, D] that document parameters give to passages, all or those at `rows` int [R]."""
@@ -187,7 +187,7 @@ class Retriever:
     def search(self, questions: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         """Corpus rows int32 [Q, k] and their similarities float32 [Q, k], best first."""
         clock = Clock()
-        found = self.store.search(self.embed_questions(questions), k)
+        found = self.index.search(self.embed_questions(questions), k)
         tell("searching", clock.lap().others)
         return found
 

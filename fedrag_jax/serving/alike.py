@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from fedrag_jax.data.examples import Example, Passage
 from fedrag_jax.models import hub
 from fedrag_jax.rag import RAGSystem
-from fedrag_jax.retrieval.stores.source import PassageSource
+from fedrag_jax.retrieval.stores.passage_source import PassageSource
 
 
 def alike(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from fedrag_jax.data.examples import Passage
 from fedrag_jax.inference import Response
 from fedrag_jax.rag import RAGSystem
-from fedrag_jax.retrieval.stores.source import Found
+from fedrag_jax.retrieval.stores.passage_source import Found
 
 AT_ONCE = 32  # questions of one batch
 STREAMS = 4  # answers that are written side by side, a piece at a time

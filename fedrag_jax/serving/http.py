@@ -17,7 +17,7 @@ from typing import Any
 from fedrag_jax.errors import ConfigError, DataError, FedragError, missing
 from fedrag_jax.inference import Response
 from fedrag_jax.rag import RAGSystem
-from fedrag_jax.retrieval.stores.source import Found
+from fedrag_jax.retrieval.stores.passage_source import Found
 from fedrag_jax.serving.address import KEY, listening
 from fedrag_jax.serving.answering import Answering, Written
 from fedrag_jax.serving.chat_requests import RequestError, read_body, require_model, understood

@@ -16,7 +16,7 @@ from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.models.fingerprint import fingerprint
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.rag_folder import STORE, is_system, require_free
-from fedrag_jax.retrieval.stores.source import is_store
+from fedrag_jax.retrieval.stores.passage_source import is_store
 from fedrag_jax.serving.journal import Journal, Origin
 
 JOURNAL = "documents.sqlite"

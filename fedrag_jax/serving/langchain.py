@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from fedrag_jax.data.examples import Passage
 from fedrag_jax.errors import ConfigError, DataError, missing
 from fedrag_jax.rag import RAGSystem
-from fedrag_jax.retrieval.stores.knowledge import Found
+from fedrag_jax.retrieval.stores.knowledge_store import Found
 
 try:
     from langchain_core.callbacks import CallbackManager, CallbackManagerForRetrieverRun

@@ -15,9 +15,9 @@ from fedrag_jax.data.examples import Passage
 from fedrag_jax.errors import ConfigError, missing
 from fedrag_jax.models.writing import Sampling
 from fedrag_jax.rag import RAGSystem
+from fedrag_jax.retrieval.index.vector_index import finite
 from fedrag_jax.retrieval.similarity import unit
-from fedrag_jax.retrieval.store import finite
-from fedrag_jax.retrieval.stores.knowledge import Found
+from fedrag_jax.retrieval.stores.knowledge_store import Found
 
 try:
     from llama_index.core.base.base_query_engine import BaseQueryEngine
@@ -108,7 +108,7 @@ class RAGRetriever(_OwnPrompts, BaseRetriever):
             return system.retrieve([query.query_str], k)[0]
         if system.store is not None:
             return system.store.search([query.query_str], vector, k)[0]
-        (rows,), (scores,) = system.retriever.store.search(vector, k)
+        (rows,), (scores,) = system.retriever.index.search(vector, k)
         passages = system.retriever.passages
         return [Found(passages[r], float(s)) for r, s in zip(rows, scores, strict=True)]
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 import fedrag_jax
 from fedrag_jax.errors import ConfigError, FedragError, missing
 from fedrag_jax.rag import RAGSystem
-from fedrag_jax.retrieval.stores.source import Found
+from fedrag_jax.retrieval.stores.passage_source import Found
 from fedrag_jax.serving.address import listening
 
 try:

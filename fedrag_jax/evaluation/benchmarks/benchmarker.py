@@ -21,9 +21,9 @@ from fedrag_jax.evaluation.benchmarks.identity import corpus_of, identity
 from fedrag_jax.evaluation.benchmarks.record import Record
 from fedrag_jax.evaluation.benchmarks.report import BenchmarkResult, summed
 from fedrag_jax.rag import RAGSystem
-from fedrag_jax.retrieval.store import Store
-from fedrag_jax.retrieval.stores.faiss_kinds import FaissKnowledge
-from fedrag_jax.retrieval.stores.knowledge import KnowledgeStore
+from fedrag_jax.retrieval.index.vector_index import VectorIndex
+from fedrag_jax.retrieval.stores.faiss_store import FaissStore
+from fedrag_jax.retrieval.stores.knowledge_store import KnowledgeStore
 
 CORPORA = ("own", "benchmark", "gold", "none")
 
@@ -213,8 +213,8 @@ class Benchmarker:
           ConfigError: passages that lie with silos, elsewhere, or with somebody who only finds.
         """
         retriever, store = self.system.retriever, self.system.store
-        if store is None and isinstance(retriever.store, Store):
-            return FaissKnowledge(retriever.vectors.shape[1])
+        if store is None and isinstance(retriever.index, VectorIndex):
+            return FaissStore(retriever.vectors.shape[1])
         if isinstance(store, KnowledgeStore):
             return store.emptied()
         searched = "silos" if store is None else f"a store of kind {store.kind!r}"

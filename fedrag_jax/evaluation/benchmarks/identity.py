@@ -10,7 +10,7 @@ from fedrag_jax.data.examples import Passage
 from fedrag_jax.models.fingerprint import fingerprint
 from fedrag_jax.models.network import Network
 from fedrag_jax.rag import RAGSystem
-from fedrag_jax.retrieval.stores.knowledge import KnowledgeStore
+from fedrag_jax.retrieval.stores.knowledge_store import KnowledgeStore
 
 
 def corpus_of(system: RAGSystem) -> list[Passage] | None:

@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from fedrag_jax.errors import ConfigError, DataError, FedragError, missing
-from fedrag_jax.retrieval.stores.knowledge import StoreUnreachable
+from fedrag_jax.retrieval.stores.knowledge_store import StoreUnreachable
 from fedrag_jax.retrieval.stores.mcp_replies import USUAL, Shape, read
-from fedrag_jax.retrieval.stores.source import Found, PassageSource, strings
+from fedrag_jax.retrieval.stores.passage_source import Found, PassageSource, strings
 
 TIMEOUT_S = 60.0
 SECRET = "FEDRAG_MCP_"  # what a saved folder does not hold is read from variables that begin so

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from fedrag_jax.data.examples import Passage, half_character
 from fedrag_jax.errors import DataError
-from fedrag_jax.retrieval.stores.source import Found
+from fedrag_jax.retrieval.stores.passage_source import Found
 
 # Where answers have them, the likeliest first; a dot leads into an object.
 LISTS = ("passages", "results", "documents", "chunks", "hits", "matches", "items", "nodes", "sources",

@@ -12,7 +12,7 @@ import numpy as np
 
 from fedrag_jax.data.examples import Passage
 from fedrag_jax.errors import ConfigError, missing
-from fedrag_jax.retrieval.stores.knowledge import Found, KnowledgeStore, StoreUnreachable
+from fedrag_jax.retrieval.stores.knowledge_store import Found, KnowledgeStore, StoreUnreachable
 
 COLUMNS = ("id", "title", "text", "topic")
 INDEXES = ("exact", "hnsw")

@@ -15,8 +15,8 @@ import numpy as np
 
 from fedrag_jax.data.examples import Passage
 from fedrag_jax.errors import ConfigError, missing
-from fedrag_jax.retrieval.stores.knowledge import Found, KnowledgeStore, StoreUnreachable
-from fedrag_jax.retrieval.stores.lines import read_pairs, write_pairs
+from fedrag_jax.retrieval.stores.knowledge_store import Found, KnowledgeStore, StoreUnreachable
+from fedrag_jax.retrieval.stores.passage_lines import read_pairs, write_pairs
 
 AT_ONCE = 256  # points of one request
 MEMORY = ":memory:"

@@ -9,8 +9,9 @@ import numpy as np
 from fedrag_jax.data.examples import Passage, embedding_text
 from fedrag_jax.errors import CheckpointError, ConfigError
 from fedrag_jax.models.cross_encoder import CrossEncoder
-from fedrag_jax.retrieval.stores.knowledge import KnowledgeStore
-from fedrag_jax.retrieval.stores.source import Found
+from fedrag_jax.retrieval.stores.knowledge_store import KnowledgeStore
+from fedrag_jax.retrieval.stores.passage_source import Found
+from fedrag_jax.retrieval.stores.registry import open_store
 
 
 class RerankedStore(KnowledgeStore):
@@ -135,8 +136,6 @@ class RerankedStore(KnowledgeStore):
 
     @classmethod
     def _load(cls, folder: pathlib.Path, settings: dict[str, Any], memory_map: bool) -> Self:
-        from fedrag_jax.retrieval.stores.opening import open_store
-
         depth = settings["depth"]
         if type(depth) is not int or depth < 1:
             raise CheckpointError(f"{folder}: a reranked store of depth {depth!r}")

@@ -12,11 +12,12 @@ import pathlib
 import sys
 import time
 
+from fedrag_jax.retrieval.stores.registry import KINDS
+from fedrag_jax.retrieval.stores.registry import NEW as NEW_STORES
 from fedrag_jax.serving.commands.common import add_elsewhere, add_json, harmless, print_json
 
 NAMED = 20  # things left out for one reason that are told by name without --json
 SIMILARITIES = ("cosine", "dot", "euclidean")
-STORES = ("flat", "ivf", "hnsw", "pq", "device", "words", "hybrid", "qdrant", "postgres")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,9 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     new.add_argument("--top-k", type=int, help="passages read for an answer (5)")
     new.add_argument(
         "--store",
-        choices=STORES,
-        help="flat, exact (the default); ivf, hnsw and pq, approximate; device, exact on the "
-        "accelerator; words, BM25; hybrid, flat and words; qdrant and postgres, elsewhere",
+        choices=NEW_STORES,
+        help="; ".join(f"{name}, {KINDS[name].about}" for name in NEW_STORES),
     )
     new.add_argument("--at", help="of qdrant a folder or address, of postgres a connection string")
     new.add_argument("--collection", help="of qdrant, or table of postgres (fedrag)")
@@ -177,43 +177,14 @@ def new_system(args: argparse.Namespace):
 
 def new_store(args: argparse.Namespace, dimension: int):
     """An empty store of the kind that the options name."""
-    from fedrag_jax.errors import ConfigError
+    from fedrag_jax.retrieval.stores import registry
 
-    kind = args.store or "flat"
-    if (args.at is not None or args.collection is not None) and kind not in ("qdrant", "postgres"):
-        raise ConfigError(
-            f"--at and --collection are of qdrant and postgres, the store is {kind!r}"
-        )
-    if args.language is not None and kind not in ("words", "hybrid"):
-        raise ConfigError(f"--language is of words and hybrid, the store is {kind!r}")
-    if args.at is None and kind in ("qdrant", "postgres"):
-        raise ConfigError(f"--store={kind} needs --at: where it is")
-    store = _bare_store(args, kind, dimension)
+    given = {name: getattr(args, name) for name in ("at", "collection", "language")}
+    given = {name: value for name, value in given.items() if value is not None}
+    store = registry.new_store(args.store or "flat", dimension, **given)
     if args.rerank:
         from fedrag_jax.models.cross_encoder import CrossEncoder
         from fedrag_jax.retrieval.stores.reranked import RerankedStore
 
         return RerankedStore(store, CrossEncoder.load(args.rerank))
     return store
-
-
-def _bare_store(args: argparse.Namespace, kind: str, dimension: int):
-    from fedrag_jax.retrieval.stores.device import DeviceKnowledge
-    from fedrag_jax.retrieval.stores.faiss_kinds import FaissKnowledge
-    from fedrag_jax.retrieval.stores.fusion import HybridStore
-    from fedrag_jax.retrieval.stores.postgres import PostgresStore
-    from fedrag_jax.retrieval.stores.qdrant import QdrantStore
-    from fedrag_jax.retrieval.stores.words import WordStore
-
-    name, language = args.collection or "fedrag", args.language or ""
-    if kind == "words":
-        return WordStore(language)
-    if kind == "hybrid":
-        return HybridStore([FaissKnowledge(dimension), WordStore(language)])
-    if kind == "device":
-        return DeviceKnowledge(dimension)
-    if kind == "qdrant":
-        return QdrantStore(name, dimension, args.at)
-    if kind == "postgres":
-        return PostgresStore(args.at, name, dimension)
-    return FaissKnowledge(dimension, kind)

@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     from fedrag_jax.federated import by_name
     from fedrag_jax.rag import RAGSystem
     from fedrag_jax.rag_folder import is_system, require_free
-    from fedrag_jax.retrieval.stores.knowledge import KnowledgeStore
+    from fedrag_jax.retrieval.stores.knowledge_store import KnowledgeStore
     from fedrag_jax.serving import training
     from fedrag_jax.strategies.own import named
     from fedrag_jax.strategies.settings import Budget

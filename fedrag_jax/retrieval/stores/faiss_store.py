@@ -10,8 +10,8 @@ import numpy as np
 
 from fedrag_jax.data.examples import Passage
 from fedrag_jax.errors import CheckpointError, ConfigError
-from fedrag_jax.retrieval.stores.knowledge import Found, KnowledgeStore
-from fedrag_jax.retrieval.stores.lines import LINES, MappedLines, read_lines, write_lines
+from fedrag_jax.retrieval.stores.knowledge_store import Found, KnowledgeStore
+from fedrag_jax.retrieval.stores.passage_lines import LINES, MappedLines, read_lines, write_lines
 
 INDEXES = ("flat", "ivf", "hnsw", "pq")
 # Vectors that k-means wants for a list, and for a codebook of 256.
@@ -73,7 +73,7 @@ class Rows:
         return self._skipped
 
 
-class FaissKnowledge(KnowledgeStore):
+class FaissStore(KnowledgeStore):
     """Vectors in a FAISS index; passages in memory or, memory-mapped, on disk."""
 
     kind = "faiss"

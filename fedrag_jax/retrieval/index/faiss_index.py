@@ -3,10 +3,10 @@
 import faiss
 import numpy as np
 
-from fedrag_jax.retrieval.store import Store
+from fedrag_jax.retrieval.index.vector_index import VectorIndex
 
 
-class FaissStore(Store):
+class FaissIndex(VectorIndex):
     """Vectors lie in a flat FAISS index, on the host."""
 
     def __init__(self, ids: tuple[str, ...], vectors: np.ndarray):

@@ -14,17 +14,17 @@ from fedrag_jax import files
 from fedrag_jax.errors import CheckpointError, ConfigError, DataError
 
 
-class Searched(Protocol):
+class Index(Protocol):
     """What a `Retriever` wants of a store; silos that search together are one, too."""
 
     def search(self, query_vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """As `Store.search`."""
+        """As `VectorIndex.search`."""
 
     def with_vectors(self, vectors: np.ndarray) -> Self:
-        """As `Store.with_vectors`."""
+        """As `VectorIndex.with_vectors`."""
 
 
-class Store(abc.ABC):
+class VectorIndex(abc.ABC):
     """Passage ids and their vectors, searched exactly by inner product (cosine, if normalised).
 
     Row i of everything belongs to passage `ids[i]`; rows never move. Each kind of store says where

@@ -1,6 +1,6 @@
 """What every store of passages promises: search, add, replace, delete, refresh, save.
 
-Training looks at a corpus that stands still, by row (`retrieval.store`). A system in use asks a
+Training looks at a corpus that stands still, by row (`retrieval.index`). A system in use asks a
 `KnowledgeStore`, which changes under it: passages go by their ids, searches and changes come from many
 threads, and every search sees all of a change or nothing of it.
 """
@@ -16,8 +16,8 @@ import numpy as np
 
 from fedrag_jax.data.examples import Passage, half_character
 from fedrag_jax.errors import ConfigError, DataError, FedragError
-from fedrag_jax.retrieval.store import finite
-from fedrag_jax.retrieval.stores.source import Found, PassageSource, strings
+from fedrag_jax.retrieval.index.vector_index import finite
+from fedrag_jax.retrieval.stores.passage_source import Found, PassageSource, strings
 
 Embed = Callable[[Sequence[Passage]], np.ndarray]
 

@@ -2,7 +2,7 @@
 
     retriever = Retriever.build(model, world.passages)
     silos = partition(world.passages, dirichlet(alpha=0.1, clients=8)).clients
-    retriever = over_silos(retriever, silos, merge="rrf", budget=Budget(silos=2))
+    retriever = over_silos(retriever, silos, merge="rrf", budget=SearchBudget(silos=2))
 
 The second retriever is used like the first, in training or to answer. Where all silos are asked and
 answers are merged by score, or where there is one silo, it finds what one index over everything does.
@@ -23,16 +23,16 @@ import numpy as np
 
 from fedrag_jax.data.examples import embedding_text
 from fedrag_jax.errors import ConfigError, DataError
-from fedrag_jax.retrieval.faiss_store import FaissStore
+from fedrag_jax.retrieval.index.faiss_index import FaissIndex
+from fedrag_jax.retrieval.index.vector_index import VectorIndex, require_depth
 from fedrag_jax.retrieval.retriever import Retriever
-from fedrag_jax.retrieval.store import Store, require_depth
 
 RRF_K = 60  # Cormack et al. 2009
 MERGES = ("score", "rrf")
 
 
-class Budget(NamedTuple):
-    """What one question may cost; None is no limit. `Traffic` tells the bytes.
+class SearchBudget(NamedTuple):
+    """What one question may cost; None is no limit. `QueryTraffic` tells the bytes.
 
     Attributes:
       silos: how many are asked.
@@ -43,10 +43,10 @@ class Budget(NamedTuple):
     passages_per_silo: int | None = None
 
 
-UNLIMITED = Budget()
+UNLIMITED = SearchBudget()
 
 
-class Traffic(NamedTuple):
+class QueryTraffic(NamedTuple):
     """What each question of a call cost, int64 [Q] each; what stays with the asker is free.
 
     Attributes:
@@ -68,15 +68,15 @@ class Traffic(NamedTuple):
 
 
 class Silo(NamedTuple):
-    """One client's index: corpus rows int64 [n], ascending, and a store over them."""
+    """One client's corpus rows int64 [n], ascending, and an index over them."""
 
     rows: np.ndarray
-    store: Store
+    index: VectorIndex
 
 
 @dataclasses.dataclass(frozen=True)
-class FederatedStore:
-    """Silos where a `Retriever` has its store. A passage may be with several.
+class SiloIndex:
+    """Silos where a `Retriever` has its index. A passage may be with several.
 
     Attributes:
       text_bytes: int64 [N], of the passages.
@@ -84,7 +84,7 @@ class FederatedStore:
       merge: "score", or "rrf" for reciprocal rank fusion.
       asker: the silo that asks, whose own index costs nothing and counts for no budget; None for
         somebody without passages.
-      listen: told the `Traffic` of every search.
+      listen: told the `QueryTraffic` of every search.
 
     Raises:
       ConfigError: an unknown merge or asker, no centroid, or a budget that allows nothing.
@@ -93,10 +93,10 @@ class FederatedStore:
     silos: tuple[Silo, ...]
     text_bytes: np.ndarray
     merge: str = "score"
-    budget: Budget = UNLIMITED
+    budget: SearchBudget = UNLIMITED
     centroids: int = 32
     asker: int | None = None
-    listen: Callable[[Traffic], None] | None = None
+    listen: Callable[[QueryTraffic], None] | None = None
 
     def __post_init__(self):
         if self.merge not in MERGES:
@@ -120,16 +120,16 @@ class FederatedStore:
     @functools.cached_property
     def published(self) -> tuple[np.ndarray, ...]:
         """What each silo tells others about itself: centroids float32 [C, D]."""
-        return tuple(_centroids(silo.store.vectors, self.centroids) for silo in self.silos)
+        return tuple(_centroids(silo.index.vectors, self.centroids) for silo in self.silos)
 
     @property
     def published_bytes(self) -> int:
         """Of the centroids that the asker has been sent, once: none where all silos are asked."""
         return sum(self.published[n].nbytes for n in self._others()) if self._chooses() else 0
 
-    def with_vectors(self, vectors: np.ndarray) -> "FederatedStore":
+    def with_vectors(self, vectors: np.ndarray) -> "SiloIndex":
         """The same silos over other vectors [N, D] of the corpus, published anew."""
-        silos = [Silo(s.rows, s.store.with_vectors(vectors[s.rows])) for s in self.silos]
+        silos = [Silo(s.rows, s.index.with_vectors(vectors[s.rows])) for s in self.silos]
         return dataclasses.replace(self, silos=tuple(silos))
 
     def search(self, query_vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -139,7 +139,7 @@ class FederatedStore:
             self.listen(traffic)
         return rows, scores
 
-    def ask(self, query_vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, Traffic]:
+    def ask(self, query_vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, QueryTraffic]:
         """The k best passages of the silos asked, best first.
 
         Args:
@@ -155,13 +155,13 @@ class FederatedStore:
           DataError: a query vector that is not finite.
         """
         require_depth(k, len(self))
-        queries = self.silos[0].store.fitting(query_vectors, "query")
+        queries = self.silos[0].index.fitting(query_vectors, "query")
         asked = self._asked(queries, k)
         depths = np.array([self._depth(number, k) for number in range(len(self.silos))])
         answers = []
         for silo, depth, questions in zip(self.silos, depths, asked.T, strict=True):
             (questions,) = np.nonzero(questions)
-            rows, scores = silo.store.search(queries[questions], int(depth))
+            rows, scores = silo.index.search(queries[questions], int(depth))
             ranks = np.broadcast_to(np.arange(1, depth + 1), rows.shape)
             of = np.broadcast_to(questions[:, None], rows.shape)
             answers.append([x.ravel() for x in (of, silo.rows[rows], scores, ranks)])
@@ -169,14 +169,14 @@ class FederatedStore:
         rows, scores = fuse(*merged, questions=len(queries), k=k, merge=self.merge)
         return rows, scores, self._traffic(queries, asked, depths, rows)
 
-    def _traffic(self, queries, asked, depths, rows) -> Traffic:
+    def _traffic(self, queries, asked, depths, rows) -> QueryTraffic:
         sent, fetched = asked.copy(), self.text_bytes[rows]
         if self.asker is not None:
             sent[:, self.asker] = False
             fetched[np.isin(rows, self.silos[self.asker].rows)] = 0
         silos = sent.sum(1)
         a_row_and_score = np.dtype(np.int32).itemsize + np.dtype(np.float32).itemsize
-        return Traffic(
+        return QueryTraffic(
             silos=silos,
             query_bytes=silos * queries.shape[1] * queries.itemsize,
             answer_bytes=(sent @ depths) * a_row_and_score,
@@ -221,7 +221,7 @@ class FederatedStore:
 def over_silos(
     retriever: Retriever,
     silos: Sequence[np.ndarray],
-    index: type[Store] = FaissStore,
+    index: type[VectorIndex] = FaissIndex,
     **settings,
 ) -> Retriever:
     """The same retriever where each silo holds, and searches, some of the passages.
@@ -230,11 +230,11 @@ def over_silos(
 
     Args:
       silos: corpus rows int [n] of each, such as `Partition.clients`.
-      index: the kind of store that each silo has.
-      settings: `merge`, `budget`, `centroids`, `asker`, `listen`, as in `FederatedStore`.
+      index: the kind that each silo has.
+      settings: `merge`, `budget`, `centroids`, `asker`, `listen`, as in `SiloIndex`.
 
     Raises:
-      ConfigError: what `FederatedStore` refuses.
+      ConfigError: what `SiloIndex` refuses.
       DataError: a silo that is empty or names a row twice or one that there is not, or a passage that
         is with no silo.
     """
@@ -243,7 +243,7 @@ def over_silos(
     ids = np.array([p.id for p in retriever.passages], object)
     text_bytes = np.array([len(embedding_text(p).encode()) for p in retriever.passages])
     held = tuple(Silo(rows, index.build(ids[rows], retriever.vectors[rows])) for rows in held)
-    return dataclasses.replace(retriever, store=FederatedStore(held, text_bytes, **settings))
+    return dataclasses.replace(retriever, index=SiloIndex(held, text_bytes, **settings))
 
 
 def fuse(

@@ -10,8 +10,9 @@ import numpy as np
 
 from fedrag_jax.data.examples import Passage
 from fedrag_jax.errors import CheckpointError, ConfigError
-from fedrag_jax.retrieval.federated import RRF_K
-from fedrag_jax.retrieval.stores.knowledge import Found, KnowledgeStore
+from fedrag_jax.retrieval.index.silos import RRF_K
+from fedrag_jax.retrieval.stores.knowledge_store import Found, KnowledgeStore
+from fedrag_jax.retrieval.stores.registry import open_store
 
 
 class HybridStore(KnowledgeStore):
@@ -140,8 +141,6 @@ class HybridStore(KnowledgeStore):
 
     @classmethod
     def _load(cls, folder: pathlib.Path, settings: dict[str, Any], memory_map: bool) -> Self:
-        from fedrag_jax.retrieval.stores.opening import open_store
-
         if not 2 <= settings["parts"] <= 100:
             raise CheckpointError(f"{folder}: a hybrid of {settings['parts']!r} stores")
         # A store that lies elsewhere is opened only where the settings said so to whoever agreed.

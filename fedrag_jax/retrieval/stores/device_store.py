@@ -11,12 +11,12 @@ import numpy as np
 
 from fedrag_jax.data.examples import Passage
 from fedrag_jax.errors import ConfigError
-from fedrag_jax.retrieval.device_search import BLOCK, TILE, put_rows, search_blocks
-from fedrag_jax.retrieval.stores.knowledge import Found, KnowledgeStore
-from fedrag_jax.retrieval.stores.lines import read_pairs, write_pairs
+from fedrag_jax.retrieval.index.device_index import BLOCK, TILE, put_rows, search_blocks
+from fedrag_jax.retrieval.stores.knowledge_store import Found, KnowledgeStore
+from fedrag_jax.retrieval.stores.passage_lines import read_pairs, write_pairs
 
 
-class DeviceKnowledge(KnowledgeStore):
+class DeviceStore(KnowledgeStore):
     """Vectors in blocks on JAX's default device, passages in memory.
 
     Rows are dense: what is deleted makes room for the last. Room doubles when it runs out, so programs

@@ -14,8 +14,8 @@ from tokenizers import Regex, normalizers
 
 from fedrag_jax.data.examples import Passage, embedding_text
 from fedrag_jax.errors import CheckpointError, ConfigError, missing
-from fedrag_jax.retrieval.stores.knowledge import Found, KnowledgeStore
-from fedrag_jax.retrieval.stores.lines import LINES, read_lines, write_lines
+from fedrag_jax.retrieval.stores.knowledge_store import Found, KnowledgeStore
+from fedrag_jax.retrieval.stores.passage_lines import LINES, read_lines, write_lines
 
 STEMMED = ("arabic", "danish", "dutch", "english", "finnish", "french", "german", "greek",
            "hungarian", "italian", "norwegian", "portuguese", "romanian", "russian", "spanish",
@@ -38,7 +38,7 @@ ONE_FORM = normalizers.Sequence(
 )
 
 
-class WordStore(KnowledgeStore):
+class BM25Store(KnowledgeStore):
     """An inverted index of titles and texts, in memory, by the library tantivy.
 
         score = sum over words w of the question: idf(w) tf (k1 + 1) / (tf + k1 (1 - b + b |d| / avg))
@@ -157,7 +157,7 @@ class WordStore(KnowledgeStore):
         passages = [*self._held.values()]
         write_lines(folder / LINES, passages)
         if self._counts_gone:  # count as it will be counted where it is opened
-            fresh = WordStore(self.language)
+            fresh = BM25Store(self.language)
             fresh.add(passages)
             with self._lock:
                 self._index, self._writer = fresh._index, fresh._writer

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedrag_jax.retrieval.store import Store
+from fedrag_jax.retrieval.index.vector_index import VectorIndex
 
 # Scores held at once, whatever the corpus: 256 queries by 16,384 passages are 16 MiB.
 BLOCK = 16384
@@ -18,7 +18,7 @@ _QUERIES = 256
 TILE = 128  # blocks are multiples of this: products of a ragged edge may be rounded otherwise
 
 
-class DeviceStore(Store):
+class DeviceIndex(VectorIndex):
     """Vectors lie on JAX's default device, in blocks of equal size."""
 
     def __init__(self, ids: tuple[str, ...], vectors: np.ndarray):

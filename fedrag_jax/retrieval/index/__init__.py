@@ -1,0 +1,1 @@
+"""Vectors by row, searched by inner product: what training searches."""

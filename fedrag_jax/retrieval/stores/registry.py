@@ -1,0 +1,164 @@
+"""The kinds of stores, one row each: what each is, what it takes, how one is made and opened."""
+
+import importlib
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from fedrag_jax.errors import CheckpointError, ConfigError
+from fedrag_jax.retrieval.stores.knowledge_store import KnowledgeStore, StoreUnreachable
+from fedrag_jax.retrieval.stores.passage_source import DATA, FORMAT, SETTINGS, PassageSource
+
+
+class Kind(NamedTuple):
+    """A kind of store.
+
+    Attributes:
+      about: what it is, for people.
+      saved: `PassageSource.kind`, its name in a saved folder.
+      where: "module:class" below this package, imported when one is needed: libraries are extras.
+      new: `new(class, dimension, **options) -> PassageSource`, an empty one; None of a kind that is
+        made of others, or by somebody else.
+      options, needed: names of what `new` takes, and of those what it cannot do without.
+      extra: of the package, which brings its library.
+    """
+
+    about: str
+    saved: str
+    where: str
+    new: Callable[..., PassageSource] | None = None
+    options: tuple[str, ...] = ()
+    needed: tuple[str, ...] = ()
+    extra: str = ""
+
+
+def _hybrid(store, dimension: int, language: str = "") -> PassageSource:
+    return store([new_store("flat", dimension), new_store("words", dimension, language=language)])
+
+
+FAISS, BM25 = "faiss_store:FaissStore", "bm25:BM25Store"
+KINDS = {
+    "flat": Kind("exact (the default)", "faiss", FAISS, lambda store, d: store(d)),
+    "ivf": Kind("approximate, by clusters", "faiss", FAISS, lambda store, d: store(d, "ivf")),
+    "hnsw": Kind("approximate, by a graph", "faiss", FAISS, lambda store, d: store(d, "hnsw")),
+    "pq": Kind("approximate, in few bytes", "faiss", FAISS, lambda store, d: store(d, "pq")),
+    "device": Kind(
+        "exact on the accelerator", "device", "device_store:DeviceStore", lambda store, d: store(d)
+    ),
+    "words": Kind(
+        "BM25", "bm25", BM25, lambda store, d, language="": store(language), ("language",),
+        extra="bm25",
+    ),
+    "hybrid": Kind(
+        "flat and words", "hybrid", "hybrid:HybridStore", _hybrid, ("language",), extra="bm25"
+    ),
+    "qdrant": Kind(
+        "Qdrant, in a folder or on a server", "qdrant", "qdrant:QdrantStore",
+        lambda store, d, at, collection="fedrag": store(collection, d, at),
+        ("at", "collection"), ("at",), extra="qdrant",
+    ),
+    "postgres": Kind(
+        "PostgreSQL with pgvector", "postgres", "postgres:PostgresStore",
+        lambda store, d, at, collection="fedrag": store(at, collection, d),
+        ("at", "collection"), ("at",), extra="postgres",
+    ),
+    "reranked": Kind(
+        "another, ordered by a cross-encoder", "reranked", "reranked:RerankedStore"
+    ),
+    "mcp": Kind("what a tool of an MCP server finds", "mcp", "mcp:MCPStore", extra="mcp"),
+}  # fmt: skip
+NEW = tuple(name for name, kind in KINDS.items() if kind.new)  # kinds that are made by name
+
+
+def store_class(saved: str) -> type[PassageSource]:
+    """The class of a kind by its name in a saved folder.
+
+    Raises:
+      KeyError: there is none.
+    """
+    where = {kind.saved: kind.where for kind in KINDS.values()}[saved]
+    module, _, name = where.partition(":")
+    return getattr(importlib.import_module(f"{__package__}.{module}"), name)
+
+
+def new_store(name: str, dimension: int, **options: Any) -> PassageSource:
+    """An empty store of a kind.
+
+    Args:
+      name: one of `NEW`.
+      dimension: of its vectors.
+      options: some of the kind's.
+
+    Raises:
+      ConfigError: an unknown kind, an option that it has not or lacks, or its library is missing.
+    """
+    if name not in NEW:
+        raise ConfigError(f"unknown store {name!r}; choose among {[*NEW]}")
+    kind = KINDS[name]
+    for option in options:
+        if option not in kind.options:
+            others = [other for other in NEW if option in KINDS[other].options]
+            raise ConfigError(
+                f"--{option} is of {' and '.join(others)}, the store is {name!r}"
+                if others
+                else f"unknown option {option!r} of store {name!r}; choose among {[*kind.options]}"
+            )
+    if lacking := [option for option in kind.needed if option not in options]:
+        raise ConfigError(f"--store={name} needs --{lacking[0]}: where it is")
+    return kind.new(store_class(kind.saved), dimension, **options)
+
+
+def open_store(
+    path: str | pathlib.Path, memory_map: bool = False, elsewhere: bool = False
+) -> PassageSource:
+    """The store that `PassageSource.save` left in a folder.
+
+    Args:
+      memory_map: leave vectors and passages on disk and read what a search needs. Such a store cannot
+        be changed; kinds that do not lie in the folder are opened as ever.
+      elsewhere: follow a folder that tells of a server, of another folder or of a command. Say so of
+        folders that you trust: questions will go there, and QDRANT_API_KEY, libpq's password or what
+        FEDRAG_MCP_... holds with them; the command is run.
+
+    Raises:
+      ConfigError: a library that its kind needs is missing.
+      StoreUnreachable: it lies elsewhere, and nobody answers there.
+      CheckpointError: no store is there, it is damaged, or of a kind or format that is not known.
+    """
+    folder = pathlib.Path(path)
+    while True:
+        told = (folder / SETTINGS).read_bytes() if (folder / SETTINGS).is_file() else b""
+        try:
+            return _opened(folder, told, memory_map, elsewhere)
+        except CheckpointError:
+            # Saved over meanwhile, or no store.
+            if not told or (folder / SETTINGS).read_bytes() == told:
+                raise
+
+
+def _opened(folder: pathlib.Path, told: bytes, memory_map: bool, elsewhere: bool) -> PassageSource:
+    try:
+        saved = json.loads(told)
+        # A name, and nothing that leads out of the folder.
+        if not DATA.fullmatch(saved["data"]) or saved["format"] != FORMAT:
+            raise ValueError(f"format {saved['format']!r} in {saved['data']!r}")
+        settings, kind = saved["settings"], store_class(saved["kind"])
+        if kind.lies_elsewhere(settings) and not elsewhere:
+            raise CheckpointError(
+                f"{folder}: the passages lie elsewhere ({kind.place(settings)}): if you trust that "
+                "place with questions, with this user's key or password for it, and with what it runs "
+                "on this machine, open the store with elsewhere=True"
+            )
+        if DATA.fullmatch(folder.parent.name) and not issubclass(kind, KnowledgeStore):
+            # Whoever agreed to another place that a hybrid names has not agreed to this one.
+            raise CheckpointError(
+                f"{folder}: a store of kind {saved['kind']!r} is no part of another"
+            )
+        return kind._load(folder / saved["data"], settings, memory_map)
+    except (CheckpointError, StoreUnreachable, ConfigError):
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{folder} holds no store ({error!r}); save one there first"
+        ) from error
