@@ -252,6 +252,13 @@ def test_a_lone_client_is_compared_at_its_best():
     worse = [c._replace(scores=cells[0].scores) if c.setting.endswith("ged") else c for c in cells]
     (row,) = differences.headline_rows(worse, "em", SETTINGS, 0.1)
     assert row["against"] == "local" and "data" not in row
+    # A strategy whose lone clients were stopped early, where others' were not, is not compared.
+    early = [c._replace(strategy="generator") for c in cells if c.setting != "local_converged"]
+    assert [
+        r["strategy"] for r in differences.headline_rows([*cells, *early], "em", SETTINGS, 0.1)
+    ] == ["retriever"]
+    (row,) = differences.headline_rows(early, "em", SETTINGS, 0.1)
+    assert (row["strategy"], row["against"]) == ("generator", "local")
     # Questions without gold passages have no ranking to compare.
     blank = [c._replace(scores=c.scores | {"mrr": np.full(100, np.nan)}) for c in cells]
     assert differences.headline_rows(blank, "mrr", SETTINGS, 0.1) == []

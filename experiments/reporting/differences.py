@@ -156,7 +156,9 @@ def headline_rows(
     A lone client is limited by its data, not by the length of a round: federated training is compared
     with the better of `local` and `local_converged`, by the metric itself, which favours the lone
     client. `compute` are the points a lone client gains by training until it stops improving,
-    `data` what federated training has over that. Runs are paired by their seeds.
+    `data` what federated training has over that. Where lone clients train until they stop improving,
+    a strategy of which they do not is left out: its lone clients were stopped early. Runs are paired
+    by their seeds.
 
     Args:
       metric: of which the rows are, such as "em" or "own_em".
@@ -164,7 +166,14 @@ def headline_rows(
       alpha: of the clients; settings of other splits are left out.
     """
     groups, rows = by_cell(cells), []
+
+    def converged(where):
+        return settings[where].kind == "local" and settings[where].converged
+
+    patient = {name for name, where in groups if converged(where)}
     for strategy in dict.fromkeys(name for name, _ in groups if name != "none"):
+        if patient and strategy not in patient:
+            continue
         there = {
             kind: [
                 where
