@@ -190,12 +190,20 @@ def test_what_a_name_may_be(readme, tmp_path, system, dataset):
     )
     assert own.named("retriever") is STRATEGIES["retriever"]
     assert own.named("other_own:several") is STRATEGIES["joint_token"]
+    alone = own.named("oracle")
+    assert (alone.name, alone.needs_gold) == ("oracle", True)
+    (task,) = [next(alone.tasks(system, dataset))]
+    assert task.trainable.keys() == {"adapters"} and task.name == "oracle"
+    assert own.named("lsr") is STRATEGIES["lsr"]  # a strategy comes before an objective of its name
+    with pytest.raises(ConfigError, match="unknown strategy 'large_batch'"):
+        own.named("large_batch")
     (task,) = [next(own.named("other_own:objective").tasks(system, dataset))]
+    assert own.named("other_own:objective").needs_gold
     assert task.trainable.keys() == {"adapters"} and task.name == "other_own:objective"
     for name, words in (
         (
             "poem",
-            r"unknown strategy 'poem'; choose among \['none'.*or name your own as module:name",
+            r"unknown strategy 'poem'; choose among \['none'.*'in_batch'.*or name your own as module:name",
         ),
         (
             "no_such:thing",

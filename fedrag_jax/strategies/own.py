@@ -1,4 +1,4 @@
-"""Strategies by name: those of the table, and a user's own out of a module of theirs."""
+"""Strategies by name: those of the table, objectives by themselves, and a user's own."""
 
 import dataclasses
 import importlib
@@ -9,7 +9,7 @@ from fedrag_jax.data.examples import Dataset
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.objectives.task import Task
 from fedrag_jax.rag import RAGSystem
-from fedrag_jax.strategies.objectives import Objective
+from fedrag_jax.strategies.objectives import OBJECTIVES, Objective
 from fedrag_jax.strategies.strategies import STRATEGIES
 from fedrag_jax.strategies.strategy import Strategy, Tasks
 
@@ -20,7 +20,8 @@ def named(name: str) -> Strategy:
     """The strategy of a name.
 
     Args:
-      name: one of `STRATEGIES`, or "module:name" of one of these:
+      name: one of `STRATEGIES`; one of `OBJECTIVES` that takes the usual batch, which is trained alone;
+        or "module:name" of one of these:
         a function `(system, dataset) -> Task`, whose task is trained and put into the system;
         an `Objective`, as those of `OBJECTIVES` are;
         a `Strategy`, which may train several tasks.
@@ -30,10 +31,14 @@ def named(name: str) -> Strategy:
     """
     if name in STRATEGIES:
         return STRATEGIES[name]
+    alone = {n: objective for n, objective in OBJECTIVES.items() if objective.batch == 1}
+    if name in alone:
+        return of_task(name, alone[name].task, alone[name].labels)
     module, mark, attribute = name.partition(":")
     if not mark:
         raise ConfigError(
-            f"unknown strategy {name!r}; choose among {[*STRATEGIES]}, or name your own as module:name"
+            f"unknown strategy {name!r}; choose among {[*STRATEGIES]}, among the objectives "
+            f"{[*alone]}, or name your own as module:name"
         )
     try:
         found = getattr(importlib.import_module(module), attribute)

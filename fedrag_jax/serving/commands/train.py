@@ -30,8 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--strategy",
         default="joint_token",
         help="retriever, generator, ralt, lsr, ra_dit, independent, two_phase, joint_token (the "
-        "default) or joint_sequence; retriever and independent need positive_ids; or one of your own, "
-        "module:function, where the function makes a Task of a system and a dataset",
+        "default) or joint_sequence; retriever and independent need positive_ids; or an objective by "
+        "itself, such as pdist or oracle; or one of your own, module:function, where the function "
+        "makes a Task of a system and a dataset",
     )
     parser.add_argument(
         "--setting",
