@@ -203,7 +203,7 @@ def test_what_a_name_may_be(readme, tmp_path, system, dataset):
     for name, words in (
         (
             "poem",
-            r"unknown strategy 'poem'; choose among \['none'.*'in_batch'.*or name your own as module:name",
+            r"unknown strategy 'poem'; choose among \['none'.*'in_batch'.*your own as module:name",
         ),
         (
             "no_such:thing",
