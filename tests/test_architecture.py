@@ -70,3 +70,14 @@ def test_help_does_not_import_jax():
         "assert 'jax' not in sys.modules and 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_what_people_import_first_is_at_the_top_and_lazy():
+    code = (
+        "import sys, fedrag_jax; assert 'jax' not in sys.modules; "
+        "assert {*fedrag_jax.__all__} <= {*dir(fedrag_jax)}; "
+        "assert all(getattr(fedrag_jax, n).__name__ == n for n in fedrag_jax.__all__); "
+        "assert not hasattr(fedrag_jax, 'nothing'); "
+        "from fedrag_jax.federated import fit; assert callable(fit.fit)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
