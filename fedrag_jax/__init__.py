@@ -43,23 +43,23 @@ _MODULES = {
     "evaluate": "evaluation.evaluator",
 }
 __all__ = (
+    "Partition",
     "RAGSystem",
     "Task",
-    "fit",
-    "sweep",
-    "Partition",
-    "partition",
     "dirichlet",
-    "fed_avg",
-    "fed_avg_m",
+    "evaluate",
     "fed_adagrad",
     "fed_adam",
-    "fed_yogi",
-    "fed_prox",
-    "scaffold",
+    "fed_avg",
+    "fed_avg_m",
     "fed_lora",
+    "fed_prox",
+    "fed_yogi",
+    "fit",
     "local_only",
-    "evaluate",
+    "partition",
+    "scaffold",
+    "sweep",
 )
 
 
