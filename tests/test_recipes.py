@@ -8,6 +8,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
+pytestmark = pytest.mark.slow  # each runs programs of its own
 TOYS = ROOT / "tests" / "recipes"
 CODE = "fedrag_jax", "experiments", "configs"
 

@@ -5,7 +5,7 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -66,18 +66,46 @@ class Traffic(NamedTuple):
     up: Mapping[str, int] = {}
 
 
+class Init(Protocol):
+    """How an algorithm begins."""
+
+    def __call__(
+        self, trainable: PyTree, client_init: Callable[[PyTree], PyTree], client_count: int, /
+    ) -> State:
+        """The state before the first round, with the row of one client as `population`.
+
+        Args:
+          client_init: that of the clients' optimizer.
+        """
+
+
+class Turn(Protocol):
+    """A round, as a pure function."""
+
+    def __call__(self, state: State, cohort: list, client: Client, /) -> tuple[State, list[dict]]:
+        """The state after it, and what `Client.total` leaves of the clients' reports.
+
+        Args:
+          cohort: `Cohort`s of [G, g, ...]: G groups one after another, g clients of a group side by
+            side.
+        """
+
+
+class CountTraffic(Protocol):
+    """What a round sends."""
+
+    def __call__(
+        self, trainable: PyTree, drawn: np.ndarray, answered: np.ndarray, round: int, /
+    ) -> Traffic:
+        """Bytes of those drawn and, among them, of those who answered (int arrays of clients)."""
+
+
 class Algorithm(NamedTuple):
     """How many clients' updates become one: pure functions and the settings of the cohort.
 
     Attributes:
       work: who takes part in a round, and how much they do.
-      init: `init(trainable, client_init, client_count) -> State` with the row of one client as
-        `population`; `client_init` is that of the optimizer.
-      turns: `turn(state, cohort, client) -> (state, report)`, one round; several take turns. The
-        cohort is a list of `Cohort`s of [G, g, ...]: G groups one after another, g clients of a
-        group side by side. The report is what `total` leaves of those of the clients.
-      traffic: `traffic(trainable, drawn, answered, round) -> Traffic` of those drawn and, among
-        them, those who answered (int arrays of clients).
+      turns: of one round; several take turns.
       optimizer: of the clients, where the algorithm holds for no other.
       model: `model(trainable, row) -> trainable` of the client with that row of the population;
         None where all clients have the global model.
@@ -86,12 +114,12 @@ class Algorithm(NamedTuple):
     """
 
     work: Work
-    init: Callable
-    turns: tuple[Callable, ...]
-    traffic: Callable
+    init: Init
+    turns: tuple[Turn, ...]
+    traffic: CountTraffic
     optimizer: optax.GradientTransformation | None = None
-    model: Callable | None = None
-    frozen: Callable = lambda state, frozen: frozen
+    model: Callable[[PyTree, PyTree], PyTree] | None = None
+    frozen: Callable[[State, PyTree], PyTree] = lambda state, frozen: frozen
     name: str = ""
 
 

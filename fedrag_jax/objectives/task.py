@@ -1,10 +1,65 @@
 """What one training step minimises."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
 
 PyTree = Any
+Table = Mapping[str, Any]
+
+
+class Loss(Protocol):
+    """What a step minimises: a pure function, the weighted mean over the examples of a batch."""
+
+    def __call__(
+        self, trainable: PyTree, frozen: PyTree, batch: dict[str, Any], rng: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        """The loss and what is told beside it, a scalar each.
+
+        Args:
+          batch: rows of the table, leading axis B, and `weight` float [B] (0 marks padding).
+        """
+
+
+class Collate(Protocol):
+    """How examples become rows of the table."""
+
+    def __call__(self, examples: Sequence[Any], retrieved: np.ndarray | None, /) -> dict[str, Any]:
+        """Columns [N, ...]; row i is examples[i]; the same shapes at every call."""
+
+
+class Retrieve(Protocol):
+    """What examples find with what is trained."""
+
+    def __call__(self, examples: Sequence[Any], trainable: PyTree, /, *index: Any) -> Any:
+        """Rows int32 [N, k] of the knowledge store; with an index, those and the index after."""
+
+
+class Idle(Protocol):
+    """Why a client learns nothing from its examples."""
+
+    def __call__(self, examples: Sequence[Any], batch_size: int, /) -> str:
+        """A reason; "" where it learns.
+
+        Raises:
+          ConfigError: nobody could learn.
+        """
+
+
+class Flops(Protocol):
+    """Operations by the formulas of networks."""
+
+    def __call__(self, task: "Task", table: Table, /) -> float:
+        """Of one example in a step, from the shapes of any rows of a table."""
+
+
+class CompilerFlops(Protocol):
+    """Operations by the compiler's own count."""
+
+    def __call__(self, task: "Task", table: Table, batch_size: int, /) -> float:
+        """Of a step."""
 
 
 class StepCost(NamedTuple):
@@ -12,16 +67,13 @@ class StepCost(NamedTuple):
 
     Attributes:
       loss: that it is about: a task that is given another loss has to declare another cost.
-      flops: `flops(task, table) -> float`, operations of one example in a step by the formulas of its
-        networks, from the shapes of a table, of which any rows are given.
-      compiler_flops: `compiler_flops(task, table, batch_size) -> float`, the compiler's own count.
       tokens: the metric of the loss that says how many tokens its networks read of an example, without
         padding.
     """
 
-    loss: Callable[..., Any]
-    flops: Callable[["Task", Mapping[str, Any]], float] | None = None
-    compiler_flops: Callable[["Task", Mapping[str, Any], int], float] | None = None
+    loss: Loss
+    flops: Flops | None = None
+    compiler_flops: CompilerFlops | None = None
     tokens: str | None = None
 
 
@@ -33,32 +85,27 @@ class Task:
       name: for logs and file names.
       trainable: pytree that the optimizer moves.
       frozen: pytree shared by all clients; no gradient is taken for it.
-      loss: pure `loss(trainable, frozen, batch, rng) -> (scalar, {name: scalar})`. `batch` holds rows
-        of the table, leading axis B, and `weight` float [B] (0 marks padding); the loss is the
-        weighted mean over examples. Tasks built from the same networks and settings carry an equal
-        `loss`, so that one compiled program serves them all.
-      collate: `collate(examples, retrieved) -> {name: np.ndarray [N, ...]}`; row i is examples[i];
-        the same shapes at every call.
-      retrieve: `retrieve(examples, trainable) -> int32 [N, k]` rows of the knowledge store, asked
-        again whenever what is trained moves the vectors searched; None if nothing is retrieved.
+      loss: tasks built from the same networks and settings carry an equal one, so that one compiled
+        program serves them all.
+      retrieve: asked again whenever what is trained moves the vectors searched; None if nothing is
+        retrieved.
       index: {name: array}, what is searched at first; then it is
         `retrieve(examples, trainable, index) -> (rows, index)`, each time with the index that the time
         before left. None where `retrieve` sees to it that its index is fresh.
       cost: what a step of this loss takes, where somebody declares it.
+      idle: None where any example teaches something.
       label: what figures call it; the name if empty.
-      idle: `idle(examples, batch_size) -> str`, why a client learns nothing from its examples; "" where
-        it learns. A ConfigError where nobody could. None where any example teaches something.
     """
 
     name: str
     trainable: PyTree
     frozen: PyTree
-    loss: Callable[[PyTree, PyTree, dict, Any], tuple[Any, dict]]
-    collate: Callable[[Any, Any], dict]
-    retrieve: Callable[..., Any] | None = None
+    loss: Loss
+    collate: Collate
+    retrieve: Retrieve | None = None
     index: dict[str, Any] | None = None
     cost: StepCost | None = None
-    idle: Callable[[Any, int], str] | None = None
+    idle: Idle | None = None
     label: str = ""
 
     @property
