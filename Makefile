@@ -24,8 +24,9 @@ algorithms: $(VENV)/installed  ## FedProx, FedAdam, SCAFFOLD, FFA-LoRA and FLoRA
 retrieval: $(VENV)/tested  ## query-side tuning of MiniLM on SQuAD and HotpotQA
 	$(BIN)/python -m experiments tune_retrieval
 
-test: $(VENV)/tested  ## the test suite
+test: $(VENV)/tested  ## style, types of the public surface, the test suite
 	$(BIN)/ruff check .
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=15
 
 test-slow: $(VENV)/tested  ## tests that take minutes, such as those of several processes

@@ -92,8 +92,8 @@ def run(experiment: Experiment, config, runs: str) -> pathlib.Path:
         cell, new = _cell(experiment, lab, point, folder)
         if cell is None:
             continue
-        about = {"config": config.to_dict(), **config.wandb, **point.about}
-        log_cell(cell, folder, config.name, **about)
+        how: dict[str, Any] = {"config": config.to_dict(), **config.wandb, **point.about}
+        log_cell(cell, folder, config.name, **how)
         if new:
             told, seconds = experiment.told(cell), time.perf_counter() - began
             print(f"[{number}/{len(points)}] {point}: {told}  ({seconds:.0f} s so far)", flush=True)

@@ -102,9 +102,8 @@ class RAGSystem:
         generator = hub.given(generator, "generator", "decoder")
         retriever = hub.given(retriever, "retriever", "encoder")
         retriever = sentence.used_as(retriever, query_prompt, document_prompt, similarity)
-        style = prompt_style
-        if isinstance(prompt_style, str):
-            style = named_style(prompt_style, generator.tokenizer)
+        named = isinstance(prompt_style, str)
+        style = named_style(prompt_style, generator.tokenizer) if named else prompt_style
         adapters = adapters or lora.LoraConfig()
         decoder = lora.add_lora(generator.network, adapters)
         if score_scale is None:

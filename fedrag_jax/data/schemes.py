@@ -245,6 +245,7 @@ def redrawn(
     Args:
       owners: draws the client of each example, int [N].
     """
+    owner = np.zeros(0, int)
     for draw in range(MAX_DRAWS):
         owner = owners(stream(seed, "partition", draw))
         if np.bincount(owner, minlength=clients).min() >= min_examples:

@@ -90,7 +90,10 @@ def gold_passage(system: RAGSystem, examples: Sequence[Example]) -> dict[str, np
     golds = _golds(system, examples)
     if system.store is None:
         return answers(system, examples, [sorted(rows) for rows in golds])
-    known = {p.id: p for p in system.store.get([*set().union(*golds)])} if any(golds) else {}
+    known: dict[str, Passage] = {}
+    if any(golds):
+        assert isinstance(system.store, KnowledgeStore)  # or there would be no golds
+        known = {p.id: p for p in system.store.get([*set().union(*golds)])}
     ids = [dict.fromkeys(e.positive_ids) for e in examples]
     return answers(system, examples, [[known[i] for i in some] for some in ids])
 
@@ -164,9 +167,9 @@ class _Found(NamedTuple):
       names: what tells them apart: corpus rows, or ids.
     """
 
-    read: Sequence[Sequence[int | Passage]]
-    scores: Sequence[Sequence[float]] | None
-    names: Sequence[Sequence[Hashable]]
+    read: np.ndarray | Sequence[Sequence[int | Passage]]
+    scores: np.ndarray | Sequence[Sequence[float]] | None
+    names: np.ndarray | Sequence[Sequence[Hashable]]
 
 
 def _found(system: RAGSystem, examples: Sequence[Example], depth: int) -> _Found:
@@ -218,7 +221,9 @@ def _gold_rows(retriever: Retriever, examples: Sequence[Example]) -> list[set[in
     return [{row[i] for i in e.positive_ids} for e in examples]
 
 
-def _numbered(names: Sequence[Sequence], golds: Sequence[set]) -> tuple[np.ndarray, list[set[int]]]:
+def _numbered(
+    names: np.ndarray | Sequence[Sequence[Hashable]], golds: Sequence[set]
+) -> tuple[np.ndarray, list[set[int]]]:
     """Rankings int [Q, k >= 10] of passages by a number each, and gold numbers; where less was found
     there are numbers of no passage."""
     number: dict[Hashable, int] = {}

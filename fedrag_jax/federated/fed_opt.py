@@ -45,9 +45,9 @@ def scale_by_fed_opt(kind: str, b1: float, b2: float, tau: float) -> optax.Gradi
         zero = jax.tree.map(jnp.zeros_like, params)
         return FedOptState(zero, jax.tree.map(lambda x: jnp.full_like(x, tau**2), params))
 
-    def update(gradient, state, params=None):
-        m = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.m, gradient)
-        v = jax.tree.map(lambda v, g: second_moment(v, g**2, b2), state.v, gradient)
+    def update(updates, state, params=None):
+        m = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.m, updates)
+        v = jax.tree.map(lambda v, g: second_moment(v, g**2, b2), state.v, updates)
         return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + tau), m, v), FedOptState(m, v)
 
     return optax.GradientTransformation(init, update)

@@ -130,6 +130,7 @@ def fit(
     frozen = placing.everywhere(task.frozen)
     key = placing.everywhere(jax.random.fold_in(jax.random.key(seed), zlib.crc32(b"local update")))
     table = idle = None
+    rows, place = np.zeros(0, int), np.zeros(0, np.int32)  # of the table, and where each row is
     while now.round < rounds:
         # The examples of the rounds to come: searched for, and collated.
         clock = Clock()

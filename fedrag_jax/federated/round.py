@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Generator
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import jax
 import optax
@@ -15,7 +15,17 @@ from fedrag_jax.federated.cohort import CLIENTS
 from fedrag_jax.federated.debug import debug_round
 from fedrag_jax.federated.optimizers import join, split
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R", covariant=True)
+
+
+class RunAlone(Protocol[P, R]):
+    """A function that runs the rounds which a generator asks for, `rounds`, one after another."""
+
+    rounds: Callable[P, Generator["Round", "Ran", R]]
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """What the generator returns."""
 
 
 class Round(NamedTuple):
@@ -75,7 +85,7 @@ def run_round(asked: Round) -> Ran:
     return Ran(state, told, sum(clock.lap()), compile_seconds, peak, devices)
 
 
-def run_alone(rounds: Callable[P, Generator[Round, Ran, R]]) -> Callable[P, R]:
+def run_alone(rounds: Callable[P, Generator[Round, Ran, R]]) -> RunAlone[P, R]:
     """Makes a function of a generator that asks for rounds, of which each is run when asked for.
 
     The generator stays at hand as `rounds`, for those who run several together.
@@ -91,8 +101,9 @@ def run_alone(rounds: Callable[P, Generator[Round, Ran, R]]) -> Callable[P, R]:
         except StopIteration as done:
             return done.value
 
-    fit.rounds = rounds
-    return fit
+    alone: Any = fit
+    alone.rounds = rounds
+    return alone
 
 
 def compile_round(asked: Round) -> Callable:

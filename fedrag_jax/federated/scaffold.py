@@ -7,6 +7,7 @@ SCAFFOLD: Stochastic Controlled Averaging for Federated Learning
 
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,8 +57,9 @@ def scaffold(
     Raises:
       ConfigError: a rate that is not positive, or what `Work` refuses.
     """
-    rate, work = client_learning_rate, Work(weighting=weighting, **work)
-    rate = dict(rate) if isinstance(rate, tuple) else rate  # as `one_object` hands on a mapping
+    given, work = client_learning_rate, Work(weighting=weighting, **work)
+    # A mapping comes as a tuple of its items from `one_object`.
+    rate = float(given) if isinstance(given, (int, float)) else dict(given)
     by_part = rate if isinstance(rate, dict) else {"": rate}
     for name, value in by_part.items():
         positive("scaffold", **{f"client_learning_rate{name and f'[{name!r}]'}": value})
@@ -75,7 +77,7 @@ def scaffold(
     if isinstance(rate, dict):
         optimizer = tunable(_sgd_by_part, **rate)
     else:
-        optimizer = tunable(optax.sgd, learning_rate=float(rate))
+        optimizer = tunable(optax.sgd, learning_rate=rate)
     turn = _turn_with(server_learning_rate)
     return Algorithm(work, init, (turn,), traffic, optimizer=optimizer)
 
@@ -118,5 +120,7 @@ def _turn_with(server_learning_rate: float) -> Callable:
 
 
 def _sgd_by_part(**rates) -> optax.GradientTransformation:
-    parts = {name: optax.sgd(rate) for name, rate in rates.items()}
+    parts: dict[Any, optax.GradientTransformation] = {
+        name: optax.sgd(rate) for name, rate in rates.items()
+    }
     return optax.partition(parts, lambda tree: {name: name for name in tree})

@@ -1,7 +1,7 @@
 """Many fits at once: a grid of learning rates, seeds or clients as an axis of the compiled round."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -39,7 +39,8 @@ def sweep(fits: Sequence[Mapping[str, Any]]) -> list[FitResult | DivergenceError
     """
     tasks = {id(f["task"]): f["task"] for f in fits}
     shared = {name: _sharing(task) for name, task in tasks.items()}
-    asking = [fit.rounds(**{**f, "task": shared[id(f["task"])]}) for f in fits]
+    ask: Callable[..., Generator[Round, Any, Any]] = fit.rounds
+    asking = [ask(**{**f, "task": shared[id(f["task"])]}) for f in fits]
     results: list[Any] = [None] * len(fits)
     asked: dict[int, Round] = {}
     together = Together()
@@ -71,15 +72,17 @@ def _sharing(task: Task) -> Task:
         about = None if retrieved is None else retrieved.tobytes()
         return tables.get(examples, about, lambda: task.collate(examples, retrieved))
 
+    search = task.retrieve
+
     def retrieve(examples, trainable, *index):
+        assert search is not None
         if index or not _equal(trainable, task.trainable):
-            return task.retrieve(examples, trainable, *index)
-        return found.get(examples, None, lambda: task.retrieve(examples, trainable))
+            return search(examples, trainable, *index)
+        return found.get(examples, None, lambda: search(examples, trainable))
 
     frozen = jax.tree.map(jax.numpy.asarray, task.frozen)
-    return dataclasses.replace(
-        task, frozen=frozen, collate=collate, retrieve=task.retrieve and retrieve
-    )
+    shared = None if search is None else retrieve
+    return dataclasses.replace(task, frozen=frozen, collate=collate, retrieve=shared)
 
 
 def _equal(one, other) -> bool:

@@ -111,12 +111,15 @@ class Task:
     @property
     def declared(self) -> StepCost:
         """The cost of a step; one that says nothing where it is declared for no loss or for another."""
-        stands = self.cost is not None and self.cost.loss == self.loss
-        return self.cost if stands else StepCost(self.loss)
+        if self.cost is None or self.cost.loss != self.loss:
+            return StepCost(self.loss)
+        return self.cost
 
     def table(self, examples) -> dict[str, Any]:
         """What `collate` makes of examples before anything is trained."""
-        found = None
-        if self.retrieve is not None:
-            found = self.retrieve(examples, self.trainable, *([self.index] if self.index else []))
-        return self.collate(examples, found[0] if self.index else found)
+        if self.retrieve is None:
+            return self.collate(examples, None)
+        if not self.index:
+            return self.collate(examples, self.retrieve(examples, self.trainable))
+        rows, _ = self.retrieve(examples, self.trainable, self.index)
+        return self.collate(examples, rows)

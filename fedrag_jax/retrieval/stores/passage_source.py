@@ -80,8 +80,9 @@ class PassageSource(abc.ABC):
             )
         with self._changing, files.writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            former = [p for p in folder.iterdir() if DATA.fullmatch(p.name) and p.is_dir()]
-            number = 1 + max((int(DATA.fullmatch(p.name)[1]) for p in former), default=0)
+            ours = {p: DATA.fullmatch(p.name) for p in folder.iterdir() if p.is_dir()}
+            former = [p for p, match in ours.items() if match]
+            number = 1 + max((int(match[1]) for match in ours.values() if match), default=0)
             data = folder / f"store-data-{number}"
             data.mkdir()
             try:

@@ -95,7 +95,8 @@ def new_store(name: str, dimension: int, **options: Any) -> PassageSource:
     """
     if name not in NEW:
         raise ConfigError(f"unknown store {name!r}; choose among {[*NEW]}")
-    kind = KINDS[name]
+    kind, new = KINDS[name], KINDS[name].new
+    assert new is not None
     for option in options:
         if option not in kind.options:
             others = [other for other in NEW if option in KINDS[other].options]
@@ -106,7 +107,7 @@ def new_store(name: str, dimension: int, **options: Any) -> PassageSource:
             )
     if lacking := [option for option in kind.needed if option not in options]:
         raise ConfigError(f"--store={name} needs --{lacking[0]}: where it is")
-    return kind.new(store_class(kind.saved), dimension, **options)
+    return new(store_class(kind.saved), dimension, **options)
 
 
 def open_store(
