@@ -111,7 +111,7 @@ def run(config, runs: str) -> pathlib.Path:
     def row(silos_of_seed, **settings):
         systems = [over_silos(retriever, silos, **settings) for silos in silos_of_seed]
         found = [measured(system, test, questions, config.passages) for system in systems]
-        published = np.mean([system.store.published_bytes for system in systems])
+        published = np.mean([system.index.published_bytes for system in systems])
         return summary(found, together) | {"published_bytes": float(published)}
 
     rows = [{"merge": "one index"} | row([[np.arange(len(topics))]])]

@@ -1,6 +1,7 @@
 """Seconds, by what they were spent on."""
 
 import collections
+import dataclasses
 import threading
 import time
 from typing import NamedTuple
@@ -24,30 +25,40 @@ class Lap(NamedTuple):
     searching: float = 0.0
 
 
-class Clock:
-    """Seconds between laps, by what they were spent on."""
+@dataclasses.dataclass
+class Spent:
+    """Seconds so far, told by who spends them, as in `Lap`."""
 
-    def __init__(self):
-        self.last, self.heard = time.perf_counter(), dict(_heard)
+    embedding: float = 0.0
+    searching: float = 0.0
+
+
+class Clock:
+    """Seconds between laps, by what they were spent on.
+
+    Args:
+      spent: of what is to be told apart; without it, all but compiling are others.
+    """
+
+    def __init__(self, spent: Spent | None = None):
+        self.spent = spent or Spent()
+        self.last, self.known = time.perf_counter(), self._now()
+
+    def _now(self) -> dict[str, float]:
+        return {"compiling": _compiling[0]} | vars(self.spent)
 
     def lap(self) -> Lap:
         """What has passed since the last lap."""
-        last, heard = self.last, self.heard
-        self.last, self.heard = time.perf_counter(), dict(_heard)
+        last, known = self.last, self.known
+        self.last, self.known = time.perf_counter(), self._now()
         took = self.last - last
-        spent = {name: self.heard[name] - heard[name] for name in heard}
-        spent["compiling"] = min(took, spent["compiling"])  # threads may compile side by side
-        return Lap(max(took - sum(spent.values()), 0.0), **spent)
+        parts = {name: self.known[name] - known[name] for name in known}
+        parts["compiling"] = min(took, parts["compiling"])  # threads may compile side by side
+        return Lap(max(took - sum(parts.values()), 0.0), **parts)
 
 
-def tell(part: str, seconds: float) -> None:
-    """Has all clocks know that so many seconds went into one of the parts of a `Lap`."""
-    _heard[part] += seconds
-
-
-_heard = {"compiling": 0.0, "embedding": 0.0, "searching": 0.0}
-
-
+# JAX tells its listeners, and has no other way to say how long it compiles.
+_compiling = [0.0]
 _stretches: collections.deque = collections.deque(maxlen=1000)  # (start, end), none overlapping
 _lock = threading.Lock()
 
@@ -64,7 +75,7 @@ def _hear(event: str, seconds: float, **_) -> None:
             first, last = _stretches.pop()
             start, counted = min(start, first), counted + last - first
         _stretches.append((start, end))
-        tell("compiling", end - start - counted)
+        _compiling[0] += end - start - counted
 
 
 jax.monitoring.register_event_duration_secs_listener(_hear)

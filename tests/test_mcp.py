@@ -250,8 +250,8 @@ def test_a_missing_package_is_named_by_who_needs_it():
     code = (
         "import sys; sys.modules['mcp'] = None\n"
         "from fedrag_jax.errors import ConfigError\n"
-        "from fedrag_jax.retrieval.stores.registry import KINDS\n"
-        "try: KINDS['mcp'](url='http://x')\n"
+        "from fedrag_jax.retrieval.stores.registry import store_class\n"
+        "try: store_class('mcp')(url='http://x')\n"
         "except ConfigError as error: print(error)\n"
         "try: import fedrag_jax.serving.mcp_server\n"
         "except ConfigError as error: print(error)"

@@ -11,10 +11,11 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from fedrag_jax.clock import Clock
+from fedrag_jax.clock import Spent
 from fedrag_jax.errors import CheckpointError, ConfigError, DataError
-from fedrag_jax.retrieval import device_search, embedding
+from fedrag_jax.retrieval import embedding
 from fedrag_jax.retrieval.embedding import embed_corpus, embed_texts
+from fedrag_jax.retrieval.index import device_index
 from fedrag_jax.retrieval.index.device_index import DeviceIndex
 from fedrag_jax.retrieval.index.faiss_index import FaissIndex
 
@@ -137,10 +138,11 @@ def test_a_corpus_is_embedded_once(encoder, params, tokenizer, tmp_path, monkeyp
     (file,) = tmp_path.iterdir()
     marked = np.full_like(first, 7)  # shows whether vectors are read or made
     embedding._write(file, marked, 1234.5)
-    clock = Clock()
-    again = embed_corpus(encoder, params, tokenizer, texts, max_length=16, cache_dir=tmp_path)
+    spent = Spent()
+    how = {"max_length": 16, "cache_dir": tmp_path, "spent": spent}
+    again = embed_corpus(encoder, params, tokenizer, texts, **how)
     np.testing.assert_array_equal(again, marked)
-    assert clock.lap().embedding == 1234.5  # what it took then
+    assert spent == Spent(embedding=1234.5)  # what it took then
     monkeypatch.setenv("FEDRAG_CACHE", str(tmp_path))
     np.testing.assert_array_equal(
         embed_corpus(encoder, params, tokenizer, texts, max_length=16), marked
@@ -315,10 +317,10 @@ def test_other_vectors_make_a_store_of_the_same_kind_and_passages(store_of, kind
 
 def test_one_program_searches_for_similar_numbers_of_questions():
     store = DeviceIndex.build([f"p{i}" for i in range(200)], vectors_of(200))
-    device_search._nearest.clear_cache()
+    device_index._nearest.clear_cache()
     for queries in (9, 12, 16, 256 + 13):
         store.search(vectors_of(queries), 5)
-    assert device_search._nearest._cache_size() == 2  # 16 and 256
+    assert device_index._nearest._cache_size() == 2  # 16 and 256
 
 
 def test_save_and_load(store_of, kind, tmp_path):

@@ -133,7 +133,7 @@ def fit(
     rows, place = np.zeros(0, int), np.zeros(0, np.int32)  # of the table, and where each row is
     while now.round < rounds:
         # The examples of the rounds to come: searched for, and collated.
-        clock = Clock()
+        clock = Clock(task.spent)
         refresh = task.retrieve is not None and now.round % refresh_every == 0
         if refresh or table is None:
             stretch = (now.round - now.round % refresh_every, refresh_every)

@@ -87,7 +87,7 @@ def searching(
     policy: Policy | None = None,
     pool: Pool | None = None,
 ) -> dict[str, Any]:
-    """`retrieve` and `index` of a `Task` that searches for the k best passages as it is trained.
+    """`retrieve`, `index`, `spent` of a `Task` that searches for the k best passages as it is trained.
 
     Args:
       train: what moves.
@@ -99,7 +99,8 @@ def searching(
     """
     if policy is None:
         return {
-            "retrieve": lambda e, trained: found_by(as_trained(retriever, trained), e, k, pool)[0]
+            "retrieve": lambda e, trained: found_by(as_trained(retriever, trained), e, k, pool)[0],
+            "spent": retriever.spent,
         }
     policy.check()
     if "document" not in train or pool is not None:
@@ -115,7 +116,8 @@ def searching(
         rows, embedded = search(policy, current, questions, k, index.vectors)
         return rows, index._replace(embedded=index.embedded + embedded)._asdict()
 
-    return {"retrieve": retrieve, "index": first_index(retriever)._asdict()}
+    index = first_index(retriever)._asdict()
+    return {"retrieve": retrieve, "index": index, "spent": retriever.spent}
 
 
 def question_vectors(encoder: Network, parts: PyTree, batch, at_once: int = 0) -> jax.Array:

@@ -195,6 +195,7 @@ def multiple_negatives_ranking(
         loss=loss,
         collate=collate,
         retrieve=mine if mining else None,
+        spent=retriever.spent,
         cost=loss.cost(),
         idle=None if mining or negatives is not None else idle,
         label="retriever: ranking" + (", mined negatives" if mining else ""),

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from fedrag_jax.clock import Spent
+
 PyTree = Any
 Table = Mapping[str, Any]
 
@@ -95,6 +97,7 @@ class Task:
       cost: what a step of this loss takes, where somebody declares it.
       idle: None where any example teaches something.
       label: what figures call it; the name if empty.
+      spent: what `retrieve` tells of the seconds that it takes, if it does.
     """
 
     name: str
@@ -107,6 +110,7 @@ class Task:
     cost: StepCost | None = None
     idle: Idle | None = None
     label: str = ""
+    spent: Spent | None = None
 
     @property
     def declared(self) -> StepCost:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from fedrag_jax.clock import Clock, tell
+from fedrag_jax.clock import Clock, Spent
 from fedrag_jax.data.cache import cache_folder
 from fedrag_jax.data.padding import clipped
 from fedrag_jax.errors import ConfigError, DataError
@@ -100,16 +100,17 @@ def embed_corpus(
     cache_dir: str | os.PathLike | None = None,
     keep: bool = True,
     progress: bool = False,
+    spent: Spent | None = None,
 ) -> np.ndarray:
     """`embed_texts`, read from disk if the same was embedded before: float32 [N, D].
 
     The file is named by the sha256 of encoder, parameters, tokenizer, texts and max_length, and
-    ends in a sha256 of its own content: one that does not match is made again. A `Clock` is told the
-    seconds, those of then where vectors are read.
+    ends in a sha256 of its own content: one that does not match is made again.
 
     Args:
       cache_dir: as in `cache_folder`.
       keep: False for parameters that are being trained: nothing is read from disk or left there.
+      spent: told the seconds, those of then where vectors are read.
 
     Raises:
       DataError: no texts.
@@ -129,7 +130,8 @@ def embed_corpus(
         if path is not None:
             _write(path, *known)
     vectors, seconds = known
-    tell("embedding", seconds)
+    if spent is not None:
+        spent.embedding += seconds
     return vectors
 
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedrag_jax.clock import Clock, tell
+from fedrag_jax.clock import Clock
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.retrieval.retriever import Retriever
 from fedrag_jax.retrieval.similarity import passage_side
@@ -161,7 +161,7 @@ def _reranked(retriever, questions, k, candidates) -> tuple[np.ndarray, np.ndarr
     clock = Clock()
     queries = retriever.embed_questions(questions)
     rows, _ = retriever.index.search(queries, _at_most(retriever, max(candidates, k)))
-    tell("searching", clock.lap().others)
+    retriever.spent.searching += clock.lap().others
     used, place = np.unique(rows, return_inverse=True)
     fresh = retriever.embed_passages(retriever.document, used)
     fresh = passage_side(fresh, retriever.encoder.config, retriever.head)

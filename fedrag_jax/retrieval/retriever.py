@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fedrag_jax.clock import Clock, tell
+from fedrag_jax.clock import Clock, Spent
 from fedrag_jax.data.examples import Passage, embedding_text, require_whole
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.models import sentence
@@ -29,6 +29,8 @@ class Retriever:
       index: what searches them: an index, or silos that have one each (`index.silos.over_silos`). A
         refreshed retriever has one of the same kind.
       head: a matrix [D, D] that vectors of questions and passages are multiplied with; None for none.
+      spent: seconds of embedding passages and of searching, of this retriever and of all that were made
+        of it by tuning.
     """
 
     encoder: Network
@@ -40,6 +42,7 @@ class Retriever:
     vectors: np.ndarray
     index: Index
     head: np.ndarray | None = None
+    spent: Spent = dataclasses.field(default_factory=Spent)
 
     @classmethod
     def build(
@@ -121,6 +124,7 @@ class Retriever:
             self.tokenizer,
             self.passage_texts(passages),
             max_length=self.encoder.config.max_length,
+            spent=self.spent,
             **how,
         )
 
@@ -188,7 +192,7 @@ class Retriever:
         """Corpus rows int32 [Q, k] and their similarities float32 [Q, k], best first."""
         clock = Clock()
         found = self.index.search(self.embed_questions(questions), k)
-        tell("searching", clock.lap().others)
+        self.spent.searching += clock.lap().others
         return found
 
     def search_within(
@@ -203,7 +207,7 @@ class Retriever:
             raise ConfigError(f"{k} passages are wanted, and a question may see {min(least)} alone")
         queries, clock = self.embed_questions(questions), Clock()
         found = [self.nearest(query, pool, k) for query, pool in zip(queries, pools, strict=True)]
-        tell("searching", clock.lap().others)
+        self.spent.searching += clock.lap().others
         rows, similarities = zip(*found, strict=True)
         return np.stack(rows), np.stack(similarities)
 
