@@ -16,8 +16,8 @@ import numpy as np
 
 from experiments import aloftrag_report
 from experiments.aloftrag_study import BASE, METRICS, Study, endpoint
-from experiments.inputs import check_replicates, replicates
 from experiments.lab import training_curves
+from experiments.loading import check_replicates, replicates
 from experiments.reporting import cells
 from experiments.run import Experiment, Point
 from fedrag_jax.clock import Clock

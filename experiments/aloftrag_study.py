@@ -6,7 +6,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from experiments.inputs import load_generator, load_retriever, replicates
+from experiments.loading import load_generator, load_retriever, replicates
 from experiments.pretraining import WORLDS
 from fedrag_jax.data import label_free_prompts, synthetic
 from fedrag_jax.data.examples import clusters

@@ -3,7 +3,7 @@
 import itertools
 import pathlib
 
-from experiments.inputs import rates_name, replicates
+from experiments.loading import rates_name, replicates
 from experiments.reporting import comparison, differences, figures
 from experiments.reporting import comparison_tables as tables
 from experiments.reporting.cells import Cell

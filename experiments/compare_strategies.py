@@ -15,7 +15,8 @@ import pathlib
 import numpy as np
 
 from experiments import compare_report
-from experiments.inputs import (
+from experiments.lab import CONTROL_QUESTIONS, Lab, compute_cell
+from experiments.loading import (
     algorithm_of,
     check,
     load_data,
@@ -24,7 +25,6 @@ from experiments.inputs import (
     trainable_strategies,
     warn_of_borrowed_rates,
 )
-from experiments.lab import CONTROL_QUESTIONS, Lab, compute_cell
 from experiments.reporting.cells import Cell
 from experiments.run import Experiment, Point
 from fedrag_jax.data.examples import sample

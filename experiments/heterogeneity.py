@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.inputs import (
+from experiments.lab import Lab, compute_cell
+from experiments.loading import (
     check,
     load_data,
     replicates,
@@ -20,7 +21,6 @@ from experiments.inputs import (
     validation_sample,
     warn_of_borrowed_rates,
 )
-from experiments.lab import Lab, compute_cell
 from experiments.rates import chosen_rate, one_by_one
 from experiments.reporting import cells, comparison, differences, figures, tables
 from experiments.reporting.comparison import METRICS
@@ -295,7 +295,7 @@ def lab(config, folder: pathlib.Path) -> Factors:
     """The data and models of the config, a lab for each of its points.
 
     Raises:
-      ConfigError: as `inputs.check` and `at_point`.
+      ConfigError: as `loading.check` and `at_point`.
     """
     check(config)
     if tuple(config.settings) != ("federated",):

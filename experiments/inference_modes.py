@@ -13,9 +13,9 @@ import time
 
 import numpy as np
 
-from experiments.inputs import check as check_comparison
-from experiments.inputs import load_data, replicates, trainable_strategies
 from experiments.lab import Lab
+from experiments.loading import check as check_comparison
+from experiments.loading import load_data, replicates, trainable_strategies
 from experiments.reporting import cells, comparison, differences, tables
 from experiments.reporting.comparison import METRICS
 from experiments.reporting.report import Report, Section
@@ -132,7 +132,7 @@ def check(config) -> None:
     """Refuses settings that could only fail later.
 
     Raises:
-      ConfigError: as `inputs.check`; an unknown mode, none, negative beams; a setting with several
+      ConfigError: as `loading.check`; an unknown mode, none, negative beams; a setting with several
         systems, or several settings.
     """
     check_comparison(config)

@@ -6,7 +6,7 @@ import pathlib
 
 import numpy as np
 
-from experiments.inputs import algorithm_of, load_generator, load_retriever, rates_name
+from experiments.loading import algorithm_of, load_generator, load_retriever, rates_name
 from experiments.reporting import cells
 from experiments.reporting.cells import seeds_name
 from experiments.reporting.comparison import own, own_weight
@@ -25,7 +25,7 @@ from fedrag_jax.rag import RAGSystem
 from fedrag_jax.retrieval.clusters import with_topics
 from fedrag_jax.strategies.own import named
 from fedrag_jax.strategies.settings import Budget, Stopping, parse, split_clients
-from fedrag_jax.strategies.strategy import together
+from fedrag_jax.strategies.strategy import tune_systems
 from fedrag_jax.strategies.tuner import Tuner, tune_together
 from fedrag_jax.tracking.ledger import Cost, corpus_cost
 
@@ -174,7 +174,7 @@ class Lab:
             self.tuner(lambda _, part: self.rate(setting, row, part), *where, client)
             for client in self.members(setting)
         ]
-        systems = together(
+        systems = tune_systems(
             row,
             [self.system(seed)] * len(tuners),
             self.dataset,

@@ -10,8 +10,8 @@ and one of an IID split beside it, and partition.png of the first seed.
 
 import pathlib
 
-from experiments.inputs import load_data, load_retriever
 from experiments.launch import settled_config
+from experiments.loading import load_data, load_retriever
 from experiments.reporting.partition_figures import label_distribution
 from experiments.reporting.tables import Table, number, words, write_csv
 from fedrag_jax.errors import ConfigError

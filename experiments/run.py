@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from experiments.inputs import replicates
 from experiments.launch import settled_config
+from experiments.loading import replicates
 from experiments.reporting import cells
 from experiments.reporting.report import Report
 from experiments.reporting.weights_and_biases import log_cell

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from experiments.inputs import algorithm_of, check, load_data, replicates
 from experiments.lab import Lab
 from experiments.launch import settled_config
+from experiments.loading import algorithm_of, check, load_data, replicates
 from experiments.rates import SEARCHES, Search, at_edge, chosen_rate, kept_rate
 from fedrag_jax.data.examples import sample
 from fedrag_jax.errors import DataError, DivergenceError
@@ -17,7 +17,7 @@ from fedrag_jax.federated.by_name import OWN_STEPS
 from fedrag_jax.files import kept, read_json, write_json
 from fedrag_jax.strategies import strategies
 from fedrag_jax.strategies.own import named
-from fedrag_jax.strategies.strategy import together
+from fedrag_jax.strategies.strategy import tune_systems
 from fedrag_jax.strategies.tuner import tune_together
 
 
@@ -50,7 +50,7 @@ class Trials:
         """The metric of each rate in percent, a mean over seeds and clients; -inf where it diverges."""
         strategy = getattr(strategies, self.search.strategy)
         tuners = [tuner for rate in rates for tuner in self._tuners(rate)]
-        tuned = together(
+        tuned = tune_systems(
             strategy,
             [*self.bases] * len(rates),
             self.run.dataset,

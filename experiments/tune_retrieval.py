@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.inputs import check_replicates, replicates
 from experiments.lab import training_curves
+from experiments.loading import check_replicates, replicates
 from experiments.rates import at_edge, chosen_rate, kept_rate, one_by_one
 from experiments.reporting import cells, comparison, differences, tables
 from experiments.reporting.comparison import estimate

@@ -16,7 +16,7 @@ from fedrag_jax.data.examples import Passage
 from fedrag_jax.data.prompts import PromptStyle, named_style
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.inference import Response, Streamed
-from fedrag_jax.models import hub, lora, sentence
+from fedrag_jax.models import hub, lora, sentence_folders
 from fedrag_jax.models.network import Network
 from fedrag_jax.models.writing import Sampling, Writer
 from fedrag_jax.retrieval.retriever import Retriever
@@ -101,7 +101,7 @@ class RAGSystem:
             raise ConfigError(f"score_scale must be > 0, got {score_scale}")
         generator = hub.given(generator, "generator", "decoder")
         retriever = hub.given(retriever, "retriever", "encoder")
-        retriever = sentence.used_as(retriever, query_prompt, document_prompt, similarity)
+        retriever = sentence_folders.used_as(retriever, query_prompt, document_prompt, similarity)
         named = isinstance(prompt_style, str)
         style = named_style(prompt_style, generator.tokenizer) if named else prompt_style
         adapters = adapters or lora.LoraConfig()

@@ -12,12 +12,12 @@ import safetensors.numpy
 from tiny import run
 
 from configs import compare_strategies
-from experiments.inputs import load_retriever
+from experiments.loading import load_retriever
 from fedrag_jax.data.examples import Dataset, Example, Passage
 from fedrag_jax.data.padding import encoder_table
 from fedrag_jax.errors import CheckpointError, ConfigError
 from fedrag_jax.evaluation.benchmarks.identity import identity
-from fedrag_jax.models import hub, sentence
+from fedrag_jax.models import hub, sentence_folders
 from fedrag_jax.models.flops import encoder_flops
 from fedrag_jax.models.pooling import SIMILARITIES
 from fedrag_jax.objectives.encoding import Questions, passage_scores, trained_parts
@@ -47,7 +47,7 @@ PROMPTS = {"query_prompt": "w3 w4 ", "document_prompt": "w5 "}
 def folder(tmp_path, name="bert_cls", **use) -> pathlib.Path:
     """A random encoder, not normalised, that says how it wants to be used."""
     copy = shutil.copytree(GOLDEN / name, tmp_path / "encoder")
-    (copy / sentence.USE).write_text(json.dumps(use))
+    (copy / sentence_folders.USE).write_text(json.dumps(use))
     return copy
 
 
@@ -232,8 +232,8 @@ def test_cut_vectors_are_compared_by_cosine_or_dot_product():
 
 def test_texts_are_read_in_lower_case_where_the_encoder_wants_it(tmp_path):
     copy = folder(tmp_path)
-    limits = json.loads((copy / sentence.TEXTS).read_text())
-    (copy / sentence.TEXTS).write_text(json.dumps(limits | {"do_lower_case": True}))
+    limits = json.loads((copy / sentence_folders.TEXTS).read_text())
+    (copy / sentence_folders.TEXTS).write_text(json.dumps(limits | {"do_lower_case": True}))
     retriever = Retriever.build(hub.load(copy), [], query_prompt="W3 ", similarity="dot")
     np.testing.assert_allclose(retriever.embed_questions(["W8 w9"]), plain(["w3 w8 w9"]), atol=1e-5)
     np.testing.assert_allclose(
@@ -319,18 +319,18 @@ def test_a_dense_module_that_does_not_fit_is_refused(tmp_path):
     ("file", "told", "error"),
     [
         (
-            sentence.USE,
+            sentence_folders.USE,
             {"similarity_fn_name": "manhattan"},
             "similarity_fn_name 'manhattan'.*'dot'",
         ),
         (
-            sentence.USE,
+            sentence_folders.USE,
             {"prompts": ["query: "]},
             r"prompts must be strings by their names.*query: ",
         ),
-        (sentence.USE, {"default_prompt_name": "x"}, "default_prompt_name 'x' is none of"),
+        (sentence_folders.USE, {"default_prompt_name": "x"}, "default_prompt_name 'x' is none of"),
         ("1_Pooling/config.json", {"include_prompt": False}, "include_prompt false"),
-        (sentence.TEXTS, {"query_length": 32}, "query_length 32 is not supported"),
+        (sentence_folders.TEXTS, {"query_length": 32}, "query_length 32 is not supported"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(tmp_path, file, told, error):
@@ -361,8 +361,10 @@ def test_a_decoder_that_says_so_is_an_encoder(tmp_path, name):
     (copy / "1_Pooling").mkdir()
     pooling = {"pooling_mode_lasttoken": True, "pooling_mode_mean_tokens": False}
     (copy / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
-    (copy / sentence.USE).write_text(json.dumps({"prompts": {"query": "w3 w4", "document": ""}}))
-    (copy / sentence.TEXTS).write_text(json.dumps({"max_seq_length": 20}))
+    (copy / sentence_folders.USE).write_text(
+        json.dumps({"prompts": {"query": "w3 w4", "document": ""}})
+    )
+    (copy / sentence_folders.TEXTS).write_text(json.dumps({"max_seq_length": 20}))
     model = hub.load(copy)
     assert (model.kind, decoder.kind) == ("encoder", "decoder")
     retriever = Retriever.build(model, PASSAGES[:8])
@@ -400,7 +402,7 @@ def test_how_an_encoder_is_used_is_saved_with_it(tmp_path):
     again = RAGSystem.load(tmp_path / "system")
     assert again.retriever.encoder == system.retriever.encoder
     assert again.retrieve(QUESTIONS) == system.retrieve(QUESTIONS)
-    told = json.loads((tmp_path / "system" / "query_encoder" / sentence.USE).read_text())
+    told = json.loads((tmp_path / "system" / "query_encoder" / sentence_folders.USE).read_text())
     assert told == {
         "prompts": {"query": "w3 w4 ", "document": "w5 "},
         "default_prompt_name": None,

@@ -16,7 +16,7 @@ import pytest
 from nbclient import NotebookClient
 from small import read, small
 
-from experiments import compare_strategies, inputs, lab, report
+from experiments import compare_strategies, lab, loading, report
 from experiments.reporting import cells, figures
 from experiments.reporting.comparison import COLUMNS
 from experiments.run import run
@@ -338,11 +338,11 @@ def test_the_generator_comes_as_the_config_wants_it():
     from fedrag_jax.models.quantized import is_quantized
 
     models = small().models
-    plain = inputs.load_generator(models)
+    plain = loading.load_generator(models)
     assert {x.dtype for x in jax.tree.leaves(plain.params)} == {jnp.dtype("float32")}
     pytest.importorskip("qwix", reason="qwix is absent")
     models.dtype, models.quantize = "bfloat16", "int8"
-    few = inputs.load_generator(models)
+    few = loading.load_generator(models)
     assert is_quantized(few.params) and few.params["norm"]["scale"].dtype == jnp.bfloat16
 
 

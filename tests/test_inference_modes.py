@@ -7,8 +7,8 @@ import pytest
 from small import small_modes
 
 from experiments import inference_modes, report
-from experiments.inputs import load_data
 from experiments.lab import Lab
+from experiments.loading import load_data
 from experiments.reporting import cells
 from experiments.run import run
 from fedrag_jax.errors import ConfigError

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from small import small
 
-from experiments import inputs
+from experiments import loading
 from fedrag_jax.errors import ConfigError
 
 
@@ -113,13 +113,13 @@ def test_grids_are_those_of_the_models():
 
 def test_rates_of_the_built_in_models_are_not_lent_in_silence(caplog):
     config = small().lock()  # as from the command line
-    inputs.warn_of_borrowed_rates(config)
+    loading.warn_of_borrowed_rates(config)
     assert not caplog.messages
     config.models.retriever = "minilm"
-    inputs.warn_of_borrowed_rates(config)
+    loading.warn_of_borrowed_rates(config)
     assert len(caplog.messages) == 1 and "can ruin minilm; search those" in caplog.messages[0]
     config.learning_rates.federated.retriever = 1e-5
-    inputs.warn_of_borrowed_rates(config)
+    loading.warn_of_borrowed_rates(config)
     assert len(caplog.messages) == 1
 
 

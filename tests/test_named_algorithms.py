@@ -11,7 +11,7 @@ from test_fed_lora import CLIENTS, NETWORK, chain_task
 from tiny import random_adapters
 from toys import EXAMPLES, assert_equal, linear_task
 
-from experiments import inputs
+from experiments import loading
 from experiments.lab import Lab, compute_cell
 from experiments.rates import SEARCHES
 from experiments.reporting.figures import setting_name
@@ -160,14 +160,14 @@ def test_settings_name_algorithms():
 
 def test_a_config_chooses_an_algorithm():
     config = small()
-    assert inputs.algorithm_of(config, "federated") == ("fedavg", {})
+    assert loading.algorithm_of(config, "federated") == ("fedavg", {})
     config.federated.algorithm = "fedprox"
     config.federated.algorithm_options = ConfigDict({"mu": 0.1})
     config.federated.algorithms = ConfigDict({"fedadam": {"tau": 0.01}})
-    assert inputs.algorithm_of(config, "federated_1") == ("fedprox", {"mu": 0.1})
-    assert inputs.algorithm_of(config, "federated:fedadam") == ("fedadam", {"tau": 0.01})
-    assert inputs.algorithm_of(config, "federated:flora") == ("flora", {})
-    inputs.check(config)
+    assert loading.algorithm_of(config, "federated_1") == ("fedprox", {"mu": 0.1})
+    assert loading.algorithm_of(config, "federated:fedadam") == ("fedadam", {"tau": 0.01})
+    assert loading.algorithm_of(config, "federated:flora") == ("flora", {})
+    loading.check(config)
 
 
 @pytest.mark.parametrize(
@@ -190,14 +190,14 @@ def test_algorithms_that_cannot_be_are_refused_by_name(algorithm, options, words
     config.federated.algorithm = algorithm
     config.federated.algorithm_options = ConfigDict(options)
     with pytest.raises(ConfigError, match=words):
-        inputs.check(config)
+        loading.check(config)
 
 
 def test_options_of_algorithms_that_no_setting_names_are_checked_too():
     config = small()
     config.federated.algorithms = ConfigDict({"fedporx": {"mu": 0.1}})
     with pytest.raises(ConfigError, match=r"config.federated.algorithms: unknown .*'fedporx'"):
-        inputs.check(config)
+        loading.check(config)
 
 
 def test_a_quantised_base_is_not_changed():
@@ -206,22 +206,22 @@ def test_a_quantised_base_is_not_changed():
     with pytest.raises(
         ConfigError, match=r"flora changes the base, which config\.models\.quantize"
     ):
-        inputs.check(config)
+        loading.check(config)
     config.settings = ("centralised", "federated:ffa")
-    inputs.check(config)
+    loading.check(config)
 
 
 def test_a_setting_borrows_rates_of_its_kind_but_not_for_other_steps():
     config = small()
-    assert inputs.rates_name(config, "federated_0.3:fedadam") == "federated"
-    assert inputs.rates_name(config, "federated_1:fedadam") == "federated_1"
+    assert loading.rates_name(config, "federated_0.3:fedadam") == "federated"
+    assert loading.rates_name(config, "federated_1:fedadam") == "federated_1"
     for setting in ("federated_1:scaffold", "federated:scaffold", "federated_converged:scaffold"):
         with pytest.raises(
             ConfigError, match=f"none for setting '{setting}'.*'federated:scaffold'$"
         ):
-            inputs.rates_name(config, setting)
+            loading.rates_name(config, setting)
     config.learning_rates["federated:scaffold"] = ConfigDict({"retriever": 0.1})
-    assert inputs.rates_name(config, "federated_1:scaffold") == "federated:scaffold"
+    assert loading.rates_name(config, "federated_1:scaffold") == "federated:scaffold"
 
 
 @pytest.fixture(scope="module")
@@ -236,8 +236,8 @@ def lab(tmp_path_factory):
     config.federated.algorithms = ConfigDict({n: o for n, (o, _) in BY_HAND.items() if o})
     config.federated.algorithms.flexlora.ranks = (4, 8)
     config.learning_rates["federated:scaffold"] = ConfigDict({"retriever": 0.02})
-    inputs.check(config)
-    return Lab(config, inputs.load_data(config), folder / "run")
+    loading.check(config)
+    return Lab(config, loading.load_data(config), folder / "run")
 
 
 # The strategy that compiles fastest and has what the algorithm is about.

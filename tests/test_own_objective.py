@@ -14,7 +14,7 @@ import pytest
 from small import own_folder, small
 from toys import EXAMPLES, FOUR, linear_task
 
-from experiments import compare_strategies, inputs, lab
+from experiments import compare_strategies, lab, loading
 from experiments.reporting import cells, comparison_tables, figures
 from experiments.reporting.comparison import own as on_own
 from experiments.reporting.comparison import own_weight, strategy_rows
@@ -79,7 +79,7 @@ def hinge_config(folder):
     config.federated.alpha, config.training.rounds = float("inf"), 2
     config.strategies, config.settings = ("none", "retriever", NAME), ("federated",)
     config.learning_rates.federated[NAME] = 2e-3
-    inputs.check(config)
+    loading.check(config)
     return config
 
 
@@ -104,7 +104,7 @@ def test_it_is_fitted_and_swept(readme, system, dataset):
 
 def test_an_experiment_trains_and_reports_it(readme, folder, tmp_path):
     config = hinge_config(folder)
-    run = lab.Lab(config, inputs.load_data(config), tmp_path / "run")
+    run = lab.Lab(config, loading.load_data(config), tmp_path / "run")
     found = {}
     for name in config.strategies:
         cell = lab.compute_cell(run, name, "federated", 0, 0, controls=False)
@@ -224,7 +224,7 @@ def test_what_a_name_may_be(readme, tmp_path, system, dataset):
     config = small()
     config.strategies = ("none", "no_such:thing")
     with pytest.raises(ConfigError, match=r"config\.strategies: strategy 'no_such:thing' cannot"):
-        inputs.check(config)
+        loading.check(config)
 
 
 def test_parts_that_the_command_line_does_not_tune_are_refused():

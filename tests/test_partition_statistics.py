@@ -6,7 +6,7 @@ import types
 import pytest
 from small import own_folder, small
 
-from experiments import inputs, lab, partition_statistics
+from experiments import lab, loading, partition_statistics
 from fedrag_jax.errors import ConfigError
 
 
@@ -18,7 +18,7 @@ def test_statistics_are_those_of_the_split_that_is_trained_on(tmp_path):
         rows = list(csv.DictReader(file))
     assert [r["partition"] for r in rows] == ["alpha 0.1, seed 0", "alpha 0.1, seed 3", "IID"]
     split = lab.Lab.clients
-    some = types.SimpleNamespace(config=config, dataset=inputs.load_data(config))
+    some = types.SimpleNamespace(config=config, dataset=loading.load_data(config))
     for row, seed in zip(rows, config.seeds, strict=False):
         expected = split(some, "federated", seed).statistics()
         assert {k: float(row[k]) for k in expected} == pytest.approx(expected)
@@ -40,6 +40,6 @@ def test_statistics_of_questions_without_a_topic_are_over_clusters(tmp_path):
 
     config = small()
     config.data.name = own_folder(tmp_path)
-    found, dataset = partition_statistics.questions(config), inputs.load_data(config)
+    found, dataset = partition_statistics.questions(config), loading.load_data(config)
     whole = with_topics(dataset, Retriever.build(hub.load("builtin:encoder"), dataset.passages[:2]))
     assert found == whole.train and all(e.topic.startswith("cluster") for e in found)

@@ -13,7 +13,7 @@ import pytest
 from small import small_aggregation, small_heterogeneity
 
 from experiments import heterogeneity, lora_aggregation, report
-from experiments.inputs import validation_sample
+from experiments.loading import validation_sample
 from experiments.rates import chosen_rate, kept_rate, one_by_one
 from experiments.reporting import tables
 from experiments.reporting.cells import load
@@ -274,7 +274,7 @@ def test_rules_side_by_side(averaged):
 
 @pytest.mark.slow
 def test_every_prompt_holds_the_gold_passages(averaged):
-    from experiments.inputs import load_data
+    from experiments.loading import load_data
     from fedrag_jax.models import hub
     from fedrag_jax.retrieval.retriever import Retriever
 

@@ -20,7 +20,7 @@ from fedrag_jax.strategies import tuner as tuner_module
 from fedrag_jax.strategies.objectives import OBJECTIVES
 from fedrag_jax.strategies.settings import Budget
 from fedrag_jax.strategies.strategies import STRATEGIES
-from fedrag_jax.strategies.strategy import together
+from fedrag_jax.strategies.strategy import tune_systems
 from fedrag_jax.tracking.ledger import Cost, compiler_flops, mean_cost, step_flops
 
 TRAINED = {
@@ -142,7 +142,7 @@ def test_several_systems_go_through_a_strategy_together(system, world):
             for i, task in tasks
         ]
 
-    found = together(strategies.two_phase, [system, system, other], short, tune_all)
+    found = tune_systems(strategies.two_phase, [system, system, other], short, tune_all)
     (first, second), (_, failed, _) = asked, found
     assert [i for i, _ in first] == [0, 1, 2] and [i for i, _ in second] == [0, 2]
     assert first[0][1] is first[1][1] and first[0][1] is not first[2][1]

@@ -77,10 +77,10 @@ def measured(together: bool) -> dict:
 
     from configs.compare_strategies import get_config
     from experiments.compare_strategies import Lab
-    from experiments.inputs import load_data
+    from experiments.loading import load_data
     from fedrag_jax.clock import Clock
     from fedrag_jax.strategies import strategies
-    from fedrag_jax.strategies.strategy import together
+    from fedrag_jax.strategies.strategy import tune_systems
     from fedrag_jax.strategies.tuner import tune_together
 
     config = get_config()
@@ -97,7 +97,7 @@ def measured(together: bool) -> dict:
                 systems.append(run.system(seed))
         clock, start = Clock(), time.perf_counter()
         if together:
-            together(
+            tune_systems(
                 strategy,
                 systems,
                 run.dataset,

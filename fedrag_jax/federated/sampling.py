@@ -14,7 +14,7 @@ import numpy as np
 from fedrag_jax.errors import ConfigError
 
 
-class Sampling(NamedTuple):
+class ClientSampling(NamedTuple):
     """One way of drawing clients.
 
     Attributes:
@@ -28,17 +28,17 @@ class Sampling(NamedTuple):
     draw: Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 
-everyone = Sampling("everyone", len, lambda sizes, rng: np.arange(len(sizes)))
+everyone = ClientSampling("everyone", len, lambda sizes, rng: np.arange(len(sizes)))
 
 
 @functools.cache
-def uniform(clients: int) -> Sampling:
+def uniform(clients: int) -> ClientSampling:
     """So many different clients, each as likely as any other."""
     return _without_replacement("uniform", clients, lambda sizes: None)
 
 
 @functools.cache
-def weighted(clients: int) -> Sampling:
+def weighted(clients: int) -> ClientSampling:
     """So many different clients, drawn one after another in proportion to their examples.
 
     Wants `weighting="uniform"`: to weigh by examples again would count them twice.
@@ -47,7 +47,7 @@ def weighted(clients: int) -> Sampling:
 
 
 @functools.cache
-def poisson(rate: float) -> Sampling:
+def poisson(rate: float) -> ClientSampling:
     """Every client for itself with probability `rate`, as accounting for privacy wants it.
 
     A round may be empty, and then the model stays as it is but for the server's momentum.
@@ -62,7 +62,7 @@ def poisson(rate: float) -> Sampling:
         mean = rate * len(sizes)
         return min(len(sizes), math.ceil(mean + 6 * math.sqrt(mean)))
 
-    return Sampling(
+    return ClientSampling(
         f"poisson({rate})",
         places,
         lambda sizes, rng: np.flatnonzero(rng.random(len(sizes)) < rate),
@@ -70,7 +70,7 @@ def poisson(rate: float) -> Sampling:
 
 
 @functools.cache
-def fixed(*clients: int) -> Sampling:
+def fixed(*clients: int) -> ClientSampling:
     """The same clients in every round.
 
     Raises:
@@ -84,10 +84,10 @@ def fixed(*clients: int) -> Sampling:
             raise ConfigError(f"fixed: clients go from 0 to {len(sizes) - 1}, got {clients}")
         return np.array(clients)
 
-    return Sampling(f"fixed{clients}", lambda sizes: len(clients), draw)
+    return ClientSampling(f"fixed{clients}", lambda sizes: len(clients), draw)
 
 
-def _without_replacement(name, clients, chances) -> Sampling:
+def _without_replacement(name, clients, chances) -> ClientSampling:
     if clients < 1:
         raise ConfigError(f"{name}: clients must be at least 1, got {clients}")
 
@@ -98,4 +98,4 @@ def _without_replacement(name, clients, chances) -> Sampling:
             )
         return rng.choice(len(sizes), clients, replace=False, p=chances(sizes))
 
-    return Sampling(f"{name}({clients})", lambda sizes: min(clients, len(sizes)), draw)
+    return ClientSampling(f"{name}({clients})", lambda sizes: min(clients, len(sizes)), draw)

@@ -3,7 +3,7 @@
 import dataclasses
 
 from fedrag_jax.errors import ConfigError
-from fedrag_jax.federated.sampling import Sampling, everyone
+from fedrag_jax.federated.sampling import ClientSampling, everyone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Work:
 
     local_steps: int = 10
     local_epochs: int | None = None
-    sampling: Sampling = everyone
+    sampling: ClientSampling = everyone
     dropout: float = 0.0
     stragglers: float = 0.0
     weighting: str = "examples"

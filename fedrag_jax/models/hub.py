@@ -15,7 +15,7 @@ import numpy as np
 import safetensors.numpy
 
 from fedrag_jax.errors import CheckpointError, ConfigError
-from fedrag_jax.models import sentence
+from fedrag_jax.models import sentence_folders
 from fedrag_jax.models.causal_encoder import CausalEncoder
 from fedrag_jax.models.encoder import Encoder
 from fedrag_jax.models.families import FAMILIES, encoding, family_of
@@ -75,14 +75,14 @@ def load(name_or_path: str | pathlib.Path, dtype=jnp.float32) -> Pretrained:
     hf = read_config(place)
     with told_by(place / "config.json"):
         family = family_of(hf)
-        if family.module not in ENCODERS and sentence.encodes(place):
+        if family.module not in ENCODERS and sentence_folders.encodes(place):
             family = encoding(family)
-        extra = sentence.read(place) if family.module in ENCODERS else {}
+        extra = sentence_folders.read(place) if family.module in ENCODERS else {}
         network = Network.of(family.module, family.read(hf, **extra))
     params = read_params(place, opened(place), family, network, dtype)
     vocabulary, ends = network.config.vocab_size, ()
     if family.module in ENCODERS:
-        params |= sentence.read_projections(place, network.config, dtype)
+        params |= sentence_folders.read_projections(place, network.config, dtype)
     else:
         ends = _read_ends(place, hf)
     return Pretrained(network, params, read_tokenizer(place, vocabulary), name, ends)
@@ -152,9 +152,9 @@ def save(pretrained: Pretrained, path: str | pathlib.Path, dtype: str = "float32
     folder.mkdir(parents=True, exist_ok=True)
     family = FAMILIES[network.config.family]
     family = encoding(family) if network.module is CausalEncoder else family
-    trunk, projections = sentence.parted(pretrained.params)
+    trunk, projections = sentence_folders.parted(pretrained.params)
     tensors = to_tensors(family, trunk, np.dtype(dtype))
-    beside = sentence.projection_tensors(projections, np.dtype(dtype))
+    beside = sentence_folders.projection_tensors(projections, np.dtype(dtype))
     every = [*tensors.items(), *beside.items()]
     broken = sorted(name for name, x in every if not np.isfinite(x).all())
     if broken:
@@ -170,7 +170,7 @@ def save(pretrained: Pretrained, path: str | pathlib.Path, dtype: str = "float32
         special["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     write_json(folder / "config.json", family.write(network.config) | special | {"dtype": dtype})
     if family.module in ENCODERS:
-        sentence.write(folder, network.config, beside)
+        sentence_folders.write(folder, network.config, beside)
     else:  # what transformers generates by
         write_json(folder / "generation_config.json", special)
 

@@ -11,7 +11,7 @@ import safetensors
 import safetensors.numpy
 
 from fedrag_jax.errors import CheckpointError
-from fedrag_jax.models import sentence
+from fedrag_jax.models import sentence_folders
 from fedrag_jax.models.family import Family
 from fedrag_jax.models.network import Network, flatten, unflatten
 
@@ -82,7 +82,7 @@ def read_params(where: pathlib.Path, files: Sequence, family: Family, network: N
     Raises:
       CheckpointError: tensors that are missing, unexpected or of another shape, all of them at once.
     """
-    leaves = dict(flatten(sentence.parted(network.shapes())[0]))
+    leaves = dict(flatten(sentence_folders.parted(network.shapes())[0]))
     wanted = {}  # tensor name -> shape in the file
     for path, leaf in leaves.items():
         shape = leaf.shape[1:] if path[0] == "layers" else leaf.shape

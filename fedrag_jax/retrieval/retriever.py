@@ -9,7 +9,7 @@ import numpy as np
 from fedrag_jax.clock import Clock, Spent
 from fedrag_jax.data.examples import Passage, embedding_text, require_whole
 from fedrag_jax.errors import ConfigError
-from fedrag_jax.models import sentence
+from fedrag_jax.models import sentence_folders
 from fedrag_jax.models.hub import Pretrained
 from fedrag_jax.models.network import Network
 from fedrag_jax.retrieval.embedding import embed_corpus, embed_texts
@@ -67,7 +67,7 @@ class Retriever:
         Raises:
           ConfigError: another similarity, or a prompt that leaves no room for a text.
         """
-        model = sentence.used_as(model, query_prompt, document_prompt, similarity)
+        model = sentence_folders.used_as(model, query_prompt, document_prompt, similarity)
         vectors = np.empty((0, model.network.config.size), np.float32)
         both = model.params, model.params
         bare = cls(model.network, model.tokenizer, *both, passages, vectors, vectors, None)

@@ -20,7 +20,7 @@ from fedrag_jax.evaluation.benchmarks.identity import corpus_of, identity
 from fedrag_jax.evaluation.evaluator import evaluate
 from fedrag_jax.federated import by_name
 from fedrag_jax.rag import RAGSystem
-from fedrag_jax.serving.alike import alike
+from fedrag_jax.serving.system_like import system_like
 from fedrag_jax.strategies.own import named
 from fedrag_jax.strategies.settings import Budget, split_clients
 from fedrag_jax.strategies.tuner import Tuner
@@ -105,7 +105,7 @@ def train(
     if not factors or not min(*rates.values(), *factors) > 0:
         raise ConfigError(f"learning rates must be > 0, got {dict(rates)} times {[*factors]}")
     by_name.check(algorithm, options, "algorithm")
-    base = alike(
+    base = system_like(
         system,
         dataset.passages,
         [*dataset.train, *dataset.validation],

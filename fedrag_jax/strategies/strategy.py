@@ -44,7 +44,7 @@ class Strategy:
 
     def __call__(self, system: RAGSystem, dataset: Dataset, tune: Tune) -> RAGSystem:
         """The tuned system."""
-        (found,) = together(
+        (found,) = tune_systems(
             self, [system], dataset, lambda asked: [tune(task) for _, task in asked]
         )
         return found
@@ -63,7 +63,7 @@ def strategy(label: str = "", color: str = "", marker: str = "", **about):
     return made
 
 
-def together(
+def tune_systems(
     strategy: Strategy, systems: Sequence[RAGSystem], dataset: Dataset, tune_all
 ) -> list[Any]:
     """What a strategy makes of several systems.

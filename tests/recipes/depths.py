@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from experiments.inputs import load_data, replicates
 from experiments.lab import Lab
+from experiments.loading import load_data, replicates
 from experiments.reporting import cells, tables
 from experiments.reporting.report import Report, Section
 from experiments.run import Experiment, Point, finished

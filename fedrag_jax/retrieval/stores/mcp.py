@@ -176,7 +176,7 @@ class MCPStore(PassageSource):
             if self._link is None:
                 server = mcp_link.Address(self.url, self._headers)
                 if self.command:
-                    server = mcp_link.Program(self.command, self._env)
+                    server = mcp_link.ServerCommand(self.command, self._env)
                 try:
                     self._link = mcp_link.Link(server, self.timeout, self.at_once)
                 except mcp_link.LinkLost as error:

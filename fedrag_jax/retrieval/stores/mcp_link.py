@@ -19,7 +19,7 @@ FAREWELL_S = 10.0  # a server's time to end; a process that takes longer is kill
 PAGES = 100  # of a list of tools
 
 
-class Program(NamedTuple):
+class ServerCommand(NamedTuple):
     """A server that is started here, and spoken to over its standard input and output."""
 
     command: Sequence[str]
@@ -44,7 +44,7 @@ class Link:
       tools: the server's, by name.
     """
 
-    def __init__(self, server: Program | Address, timeout: float, at_once: int):
+    def __init__(self, server: ServerCommand | Address, timeout: float, at_once: int):
         """Connects; starts the server if it is a program.
 
         Args:
@@ -121,7 +121,7 @@ class Link:
 
     @contextlib.asynccontextmanager
     async def _transport(self, errors: TextIO):
-        if isinstance(self._server, Program):
+        if isinstance(self._server, ServerCommand):
             command, *args = self._server.command
             settings = StdioServerParameters(command=command, args=args, env=dict(self._server.env))
             yield stdio_client(settings, errlog=errors)

@@ -147,18 +147,18 @@ def _tell_unread(unreadable: dict[str, str]) -> None:
 
 def new_system(args: argparse.Namespace):
     """A system over an empty store, as the options say."""
-    from fedrag_jax.models import hub, sentence
+    from fedrag_jax.models import hub, sentence_folders
     from fedrag_jax.rag import RAGSystem
-    from fedrag_jax.serving.alike import alike
+    from fedrag_jax.serving.system_like import system_like
 
     if args.like:
         like = RAGSystem.load(args.like, elsewhere=args.elsewhere)
         store = new_store(args, like.retriever.vectors.shape[1])
-        system = alike(like, store=store, top_k=args.top_k)
+        system = system_like(like, store=store, top_k=args.top_k)
         return system.under(args.system_prompt) if args.system_prompt else system
     retriever = hub.load(args.retriever or "builtin:encoder")
     use = args.query_prompt, args.document_prompt, args.similarity
-    retriever = sentence.used_as(retriever, *use)
+    retriever = sentence_folders.used_as(retriever, *use)
     generator = hub.load(args.generator or "builtin:decoder")
     style = args.prompt_style
     if style is None and (args.generator or "builtin:decoder").startswith("builtin:"):

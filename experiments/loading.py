@@ -14,7 +14,7 @@ from fedrag_jax.errors import ConfigError
 from fedrag_jax.federated import by_name
 from fedrag_jax.federated.by_name import OWN_STEPS
 from fedrag_jax.inference import MODES
-from fedrag_jax.models import hub, sentence
+from fedrag_jax.models import hub, sentence_folders
 from fedrag_jax.models.quantized import quantize
 from fedrag_jax.models.sharding import shard
 from fedrag_jax.strategies.own import named
@@ -187,7 +187,7 @@ def load_retriever(models):
     """
     use = (models[name] or None for name in ("query_prompt", "document_prompt", "similarity"))
     try:
-        return sentence.used_as(hub.load(models.retriever), *use)
+        return sentence_folders.used_as(hub.load(models.retriever), *use)
     except ConfigError as error:
         raise ConfigError(f"config.models: {error}") from error
 

@@ -8,7 +8,7 @@ from fedrag_jax.rag import RAGSystem
 from fedrag_jax.retrieval.stores.passage_source import PassageSource
 
 
-def alike(
+def system_like(
     system: RAGSystem,
     passages: Sequence[Passage] = (),
     examples: Sequence[Example] = (),
