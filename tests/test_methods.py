@@ -85,7 +85,7 @@ def test_finished_cells_are_read_back_and_reports_made_again(objectives, policie
         (policies, index_refresh, small_refresh()),
     ):
         before = {path: path.stat().st_mtime_ns for path in folder.rglob("cell.json")}
-        experiment.run(config, str(folder.parent))
+        run(experiment.EXPERIMENT, config, str(folder.parent))
         assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("cell.json")}
         written = report.rebuild(folder)
         assert "report.html" in written and any(name.endswith(".png") for name in written)
@@ -105,4 +105,4 @@ def test_what_cannot_be_is_refused(experiment, config, change, words, tmp_path):
     config = config()
     config.update_from_flattened_dict(change)
     with pytest.raises(ConfigError, match=words):
-        experiment.run(config, str(tmp_path))
+        run(experiment.EXPERIMENT, config, str(tmp_path))
