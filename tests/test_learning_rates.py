@@ -162,3 +162,16 @@ def test_learning_rates_are_those_of_the_best_validation_scores(tmp_path):
     kept = (second / "rag_token_query" / "cost.json").read_text()
     search.run(config, str(tmp_path), grids, questions=40)
     assert (second / "rag_token_query" / "cost.json").read_text() == kept
+
+
+def test_a_strategy_costs_the_searches_for_its_own_rates():
+    from experiments.compare_report import search_seconds
+
+    config = small()
+    known = {"retriever": 8, "generator": 200, "marginal_generator": 300, "marginal_retriever": 100}
+    config.search_seconds = {"centralised": known, "federated": {"retriever": 9}}
+    expected = {"none": 0, "retriever": 8, "generator": 200, "independent": 208, "two_phase": 400,
+                "joint_token": 400, "pdist": 8, "rag_token": 208, "ra_dit": None}  # fmt: skip
+    assert {name: search_seconds(config, name, "centralised") for name in expected} == expected
+    assert search_seconds(config, "retriever", "federated") == 9
+    assert search_seconds(config, "independent", "federated") is None  # half of it is not known

@@ -192,6 +192,9 @@ def test_what_a_name_may_be(readme, tmp_path, system, dataset):
     assert own.named("other_own:several") is STRATEGIES["joint_token"]
     alone = own.named("oracle")
     assert (alone.name, alone.needs_gold) == ("oracle", True)
+    assert alone.rates == {"adapters": "generator"}
+    assert {*own.named("pdist").rates.values()} == {"retriever"}
+    assert {*own.named("rag_token").rates.values()} == {"retriever", "generator"}
     (task,) = [next(alone.tasks(system, dataset))]
     assert task.trainable.keys() == {"adapters"} and task.name == "oracle"
     assert own.named("lsr") is STRATEGIES["lsr"]  # a strategy comes before an objective of its name

@@ -11,7 +11,7 @@ from fedrag_jax.objectives.task import Task
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.strategies.objectives import OBJECTIVES, Objective
 from fedrag_jax.strategies.strategies import STRATEGIES
-from fedrag_jax.strategies.strategy import Strategy, Tasks
+from fedrag_jax.strategies.strategy import USUAL_RATES, Strategy, Tasks
 
 PARTS = ("adapters", "query", "document", "head")  # of a system, that a task can train
 
@@ -33,7 +33,7 @@ def named(name: str) -> Strategy:
         return STRATEGIES[name]
     alone = {n: objective for n, objective in OBJECTIVES.items() if objective.batch == 1}
     if name in alone:
-        return of_task(name, alone[name].task, alone[name].labels)
+        return of_objective(name, alone[name])
     module, mark, attribute = name.partition(":")
     if not mark:
         raise ConfigError(
@@ -49,23 +49,30 @@ def named(name: str) -> Strategy:
         ) from error
     if isinstance(found, Strategy):
         return found
-    needs_gold = isinstance(found, Objective) and found.labels
-    make = found.task if isinstance(found, Objective) else found
-    if not callable(make):
+    if isinstance(found, Objective):
+        return of_objective(name, found)
+    if not callable(found):
         raise ConfigError(
             f"strategy {name!r} is {found!r}; it must be a function (system, dataset) -> Task, an "
             "Objective or a strategy"
         )
-    return of_task(name, make, needs_gold)
+    return of_task(name, found)
 
 
-def of_task(
-    name: str, make: Callable[[RAGSystem, Dataset], Task], needs_gold: bool = False
-) -> Strategy:
+def of_objective(name: str, objective: Objective) -> Strategy:
+    """The strategy that trains an objective alone, at the rate of its part."""
+    rates = {part: rate for part, rate in USUAL_RATES.items() if objective.part in (rate, "both")}
+    return of_task(name, objective.task, needs_gold=objective.labels, rates=rates)
+
+
+def of_task(name: str, make: Callable[[RAGSystem, Dataset], Task], **about) -> Strategy:
     """The strategy that trains one task, which is kept under the strategy's name.
 
     A name of its own would not do: two objectives that call themselves alike would find each other's
     results.
+
+    Args:
+      about: `needs_gold` and `rates` of a `Strategy`.
     """
 
     def tasks(system: RAGSystem, dataset: Dataset) -> Tasks:
@@ -79,4 +86,4 @@ def of_task(
             )
         return system.replace(**(yield dataclasses.replace(task, name=name, label="")))
 
-    return Strategy(name, tasks, needs_gold=needs_gold)
+    return Strategy(name, tasks, **about)

@@ -32,13 +32,13 @@ def none(system: RAGSystem, dataset: Dataset) -> Tasks:
     return system
 
 
-@strategy("retriever", "#56B4E9", "v", needs_gold=True)
+@strategy("retriever", "#56B4E9", "v", needs_gold=True, rates={"query": "retriever"})
 def retriever(system: RAGSystem, dataset: Dataset) -> Tasks:
     """Query-side tuning on gold passages."""
     return system.replace(**(yield OBJECTIVES["in_batch"].task(system, dataset)))
 
 
-@strategy("generator", "#E69F00", "s")
+@strategy("generator", "#E69F00", "s", rates={"adapters": "generator"})
 def generator(system: RAGSystem, dataset: Dataset) -> Tasks:
     """Adapters tuned on what the base retriever finds."""
     return system.replace(**(yield OBJECTIVES["concatenated"].task(system, dataset)))
