@@ -74,7 +74,7 @@ def curve_rows(done: list[Cell]) -> list[dict]:
 def search_seconds(config, strategy: str, setting: str) -> float | None:
     """Device-seconds of the searches for the learning rates a strategy needs; None if not known."""
     known = config.search_seconds
-    needed = named(strategy).rates.values()
+    needed = {*named(strategy).rates.values()}
     if not needed:
         return 0.0
     where = rates_name(config, setting)
