@@ -93,7 +93,8 @@ def run(experiment: Experiment, config, runs: str) -> pathlib.Path:
         if cell is None:
             continue
         how: dict[str, Any] = {"config": config.to_dict(), **config.wandb, **point.about}
-        log_cell(cell, folder, config.name, **how)
+        # Beside its cells: points of several folders may share a name.
+        log_cell(cell, folder / point.folder, config.name, **how)
         if new:
             told, seconds = experiment.told(cell), time.perf_counter() - began
             print(f"[{number}/{len(points)}] {point}: {told}  ({seconds:.0f} s so far)", flush=True)

@@ -4,12 +4,17 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 import wandb_server
+from ml_collections import ConfigDict
+from toy_rag import DATASET
 
 from experiments.reporting import cells
+from experiments.reporting.report import Report
+from experiments.run import Experiment, Point, run
 from fedrag_jax.tracking.ledger import Cost
 
 NOWHERE = "http://127.0.0.1:9"  # the port of a service that nobody runs
@@ -74,3 +79,30 @@ def test_what_was_logged_without_a_network_is_sent_later(folder):
         runs.clear()
         log(folder, "online", server)
         assert not runs  # sent already
+
+
+def test_points_of_one_name_in_two_folders_are_both_logged(tmp_path):
+    lab = types.SimpleNamespace(dataset=DATASET)
+
+    def compute(lab, point):
+        where = point.name, point.setting, point.seed, point.split
+        about = {}, [50.0], Cost(), {}, np.arange(2)
+        return cells.Cell(*where, {"em": np.array([0.0, 1.0])}, *about)
+
+    experiment = Experiment(
+        name="two",
+        free=(),
+        lab=lambda config, folder: lab,
+        points=lambda lab: [Point("mined", "federated", 0, 0, folder=f) for f in ("one", "other")],
+        compute=compute,
+        told=lambda cell: "",
+        report=lambda config, folder: Report("two", "", []),
+    )
+    config = ConfigDict({"name": "two", "seeds": (0,), "split_seeds": ()})
+    config.wandb = ConfigDict({"mode": "offline", "project": "tests"})
+    folder = run(experiment, config, str(tmp_path))
+    for name in ("one", "other"):
+        assert [*json.loads((folder / name / "wandb.json").read_text())] == [
+            "mined-federated-seed0"
+        ]
+        assert len([*(folder / name / "wandb").glob("offline-run-*")]) == 1
