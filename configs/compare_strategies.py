@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
     config.local_strategies = ("none", "retriever")
     config.primary_metric = "em"  # what is claimed is claimed of this; decided before a run
     config.equivalence_margin = 2.0  # points within which two scores are called the same; as well
-    config.mode = "concatenated"  # how questions are answered, see fedrag_jax/inference.py
+    config.mode = "concatenated"  # how questions are answered, see fedrag_jax/generation/inference.py
 
     # Data: "world", "squad", "hotpotqa", or a folder with questions.jsonl and passages.jsonl.
     # Without labels, training questions do not tell their gold passages. Numbers of questions are of a
@@ -73,8 +73,9 @@ def get_config() -> ConfigDict:
     config.federated = ConfigDict(
         {"clients": 8, "alpha": 0.1, "column": "topic", "devices": 0, "participation": 1.0}
     )
-    # What their updates become, see fedrag_jax/federated/by_name.py. Settings that name an algorithm,
-    # such as federated:fedprox, have options under its name: algorithms = {"fedprox": {"mu": 0.1}}.
+    # What their updates become, see fedrag_jax/federated/algorithms/by_name.py. Settings that name an
+    # algorithm, such as federated:fedprox, have options under its name: algorithms = {"fedprox":
+    # {"mu": 0.1}}.
     config.federated.algorithm = "fedavg"
     config.federated.algorithm_options = ConfigDict()
     config.federated.algorithms = ConfigDict()

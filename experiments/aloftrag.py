@@ -28,9 +28,9 @@ from fedrag_jax.errors import ConfigError
 from fedrag_jax.evaluation.citing import contexts_of, evaluate_citing
 from fedrag_jax.evaluation.judge import judged
 from fedrag_jax.files import write_json
+from fedrag_jax.label_free import pipeline
 from fedrag_jax.objectives.citing import citing
 from fedrag_jax.objectives.retriever import multiple_negatives_ranking
-from fedrag_jax.strategies import label_free
 from fedrag_jax.tracking.ledger import Cost
 
 
@@ -38,7 +38,7 @@ class Variant(NamedTuple):
     """Which of the steps are taken, and how.
 
     Attributes:
-      generate: options of `label_free.generate`.
+      generate: options of `pipeline.generate`.
       part: what is trained, "generator" or "retriever".
       shuffled: a control, each question given the citation of another.
       elsewhere: a control, the same on texts of a world like those the generator was made with.
@@ -98,7 +98,7 @@ def compute(study: Study, point: Point) -> cells.Cell:
         variant = VARIANTS[name]
         how = {"unanswerable": study.config.unanswerable} | variant.generate
         made = study.generated(name, seed, variant.elsewhere, **how)
-        counts = label_free.total_counts([some.steps for some in made.values()])
+        counts = pipeline.total_counts([some.steps for some in made.values()])
         task = task_of(variant, study.system(seed, variant.elsewhere), made, seed)
         members = range(len(study.silos)) if setting == "local" else (None,)
         readers = []

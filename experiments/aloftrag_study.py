@@ -8,18 +8,18 @@ import numpy as np
 
 from experiments.loading import load_generator, load_retriever, replicates
 from experiments.pretraining import WORLDS
-from fedrag_jax.data import label_free_prompts, synthetic
+from fedrag_jax.data import synthetic
 from fedrag_jax.data.examples import clusters
 from fedrag_jax.data.partition import Partition
 from fedrag_jax.data.prompts import named_style
 from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.evaluation.citing import contexts_of, without_gold
+from fedrag_jax.generation.author import LocalAuthor
+from fedrag_jax.generation.endpoint import EndpointAuthor
+from fedrag_jax.label_free import pipeline, prompts
 from fedrag_jax.models import lora
-from fedrag_jax.models.author import LocalAuthor
-from fedrag_jax.models.endpoint import EndpointAuthor
 from fedrag_jax.models.lora import LoraConfig
 from fedrag_jax.rag import RAGSystem
-from fedrag_jax.strategies import label_free
 from fedrag_jax.strategies.settings import Budget
 from fedrag_jax.strategies.tuner import Tuner
 
@@ -78,14 +78,14 @@ class Study:
         author = self.config.author
         language = author.languages.get(silo, author.language)
         if author.prompts == "compact":
-            return label_free_prompts.COMPACT
+            return prompts.COMPACT
         if author.prompts == "instruct":
-            return label_free_prompts.instruct(language)
+            return prompts.instruct(language)
         if not pathlib.Path(author.prompts).is_file():
             raise ConfigError(
                 f"config.author.prompts: 'compact', 'instruct' or a JSON file, got {author.prompts!r}"
             )
-        return label_free_prompts.read(author.prompts, language)
+        return prompts.read(author.prompts, language)
 
     @functools.cached_property
     def author(self):
@@ -136,17 +136,17 @@ class Study:
 
         Args:
           elsewhere: whether the texts are those of a pretraining world.
-          how: options of `label_free.generate`.
+          how: options of `pipeline.generate`.
         """
         where, retriever = self.folder / "label_free", self.system(seed, elsewhere).retriever
         silos = {"elsewhere": range(len(retriever.passages))} if elsewhere else self.silos
         made = {}
         for silo, rows in silos.items():
-            asking = label_free.Asking(
+            asking = pipeline.Asking(
                 self.author, self.prompts(silo), where / "replies" / quote(silo, safe="")
             )
             try:
-                made[silo] = label_free.generate(
+                made[silo] = pipeline.generate(
                     asking,
                     [retriever.passages[r] for r in rows],
                     retriever,
@@ -158,7 +158,7 @@ class Study:
                 )
             except DataError as error:
                 raise DataError(f"{name}, {silo}: {error}") from error
-            told = label_free.summary(made[silo].steps).replace("\n", "; ")
+            told = pipeline.summary(made[silo].steps).replace("\n", "; ")
             print(f"{name}, {silo}: {told}", flush=True)
         most, prompts = self.config.models.max_answer_tokens, self.system(seed).prompts
         answers = [e.answer for some in made.values() for e in some.examples]

@@ -29,7 +29,7 @@ from experiments.reporting.cells import Cell
 from experiments.run import Experiment, Point
 from fedrag_jax.data.examples import sample
 from fedrag_jax.evaluation.evaluator import evaluate
-from fedrag_jax.federated.by_name import OWN_STEPS
+from fedrag_jax.federated.algorithms.by_name import OWN_STEPS
 from fedrag_jax.files import kept, read_json, write_json
 from fedrag_jax.strategies.strategies import joint_token
 from fedrag_jax.tracking.processes import everywhere

@@ -22,7 +22,7 @@ from experiments.reporting.report import Report, Section
 from experiments.run import Experiment, Point, finished
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.evaluation.evaluator import evaluate
-from fedrag_jax.inference import BEAMS, MODES
+from fedrag_jax.generation.inference import BEAMS, MODES
 from fedrag_jax.tracking.ledger import Cost
 
 TIMED_QUESTIONS = 100

@@ -18,7 +18,7 @@ from fedrag_jax.errors import ConfigError
 from fedrag_jax.evaluation import evaluator
 from fedrag_jax.evaluation.evaluator import evaluate
 from fedrag_jax.evaluation.metrics import percent
-from fedrag_jax.federated.by_name import Named
+from fedrag_jax.federated.algorithms.by_name import Named
 from fedrag_jax.federated.stopping import read_evaluations
 from fedrag_jax.models.lora import LoraConfig
 from fedrag_jax.rag import RAGSystem

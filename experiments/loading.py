@@ -11,9 +11,9 @@ from experiments.reporting.comparison import METRICS
 from fedrag_jax.data import datasets
 from fedrag_jax.data.examples import Dataset, Example, sample
 from fedrag_jax.errors import ConfigError
-from fedrag_jax.federated import by_name
-from fedrag_jax.federated.by_name import OWN_STEPS
-from fedrag_jax.inference import MODES
+from fedrag_jax.federated.algorithms import by_name
+from fedrag_jax.federated.algorithms.by_name import OWN_STEPS
+from fedrag_jax.generation.inference import MODES
 from fedrag_jax.models import hub, sentence_folders
 from fedrag_jax.models.quantized import quantize
 from fedrag_jax.models.sharding import shard

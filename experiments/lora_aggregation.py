@@ -27,7 +27,7 @@ from fedrag_jax.data.examples import Dataset
 from fedrag_jax.data.seeds import stream
 from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.evaluation import evaluator
-from fedrag_jax.federated.fed_lora import RULES, fed_lora
+from fedrag_jax.federated.algorithms.fed_lora import RULES, fed_lora
 from fedrag_jax.federated.fit import fit
 from fedrag_jax.files import kept, read_json, write_json
 from fedrag_jax.objectives.generator import concatenated

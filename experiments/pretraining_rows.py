@@ -8,7 +8,8 @@ import functools
 import numpy as np
 
 from fedrag_jax.data import prompts
-from fedrag_jax.data.label_free_prompts import COMPACT, UNKNOWN
+from fedrag_jax.data.citations import UNKNOWN
+from fedrag_jax.label_free.prompts import COMPACT
 
 VOCABULARY = 3072
 SCORED = 128  # positions of a row with a weight in the loss, at most

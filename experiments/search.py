@@ -13,7 +13,7 @@ from experiments.rates import SEARCHES, Search, at_edge, chosen_rate, kept_rate
 from fedrag_jax.data.examples import sample
 from fedrag_jax.errors import DataError, DivergenceError
 from fedrag_jax.evaluation.evaluator import evaluate
-from fedrag_jax.federated.by_name import OWN_STEPS
+from fedrag_jax.federated.algorithms.by_name import OWN_STEPS
 from fedrag_jax.files import kept, read_json, write_json
 from fedrag_jax.strategies import strategies
 from fedrag_jax.strategies.own import named

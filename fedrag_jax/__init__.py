@@ -10,14 +10,14 @@ if TYPE_CHECKING:
     from fedrag_jax.data.partition import Partition, partition
     from fedrag_jax.data.schemes import dirichlet
     from fedrag_jax.evaluation.evaluator import evaluate
-    from fedrag_jax.federated.fed_avg import fed_avg
-    from fedrag_jax.federated.fed_avg_m import fed_avg_m
-    from fedrag_jax.federated.fed_lora import fed_lora
-    from fedrag_jax.federated.fed_opt import fed_adagrad, fed_adam, fed_yogi
-    from fedrag_jax.federated.fed_prox import fed_prox
+    from fedrag_jax.federated.algorithms.fed_avg import fed_avg
+    from fedrag_jax.federated.algorithms.fed_avg_m import fed_avg_m
+    from fedrag_jax.federated.algorithms.fed_lora import fed_lora
+    from fedrag_jax.federated.algorithms.fed_opt import fed_adagrad, fed_adam, fed_yogi
+    from fedrag_jax.federated.algorithms.fed_prox import fed_prox
+    from fedrag_jax.federated.algorithms.local_only import local_only
+    from fedrag_jax.federated.algorithms.scaffold import scaffold
     from fedrag_jax.federated.fit import fit
-    from fedrag_jax.federated.local_only import local_only
-    from fedrag_jax.federated.scaffold import scaffold
     from fedrag_jax.federated.sweep import sweep
     from fedrag_jax.objectives.task import Task
     from fedrag_jax.rag import RAGSystem
@@ -31,15 +31,15 @@ _MODULES = {
     "Partition": "data.partition",
     "partition": "data.partition",
     "dirichlet": "data.schemes",
-    "fed_avg": "federated.fed_avg",
-    "fed_avg_m": "federated.fed_avg_m",
-    "fed_adagrad": "federated.fed_opt",
-    "fed_adam": "federated.fed_opt",
-    "fed_yogi": "federated.fed_opt",
-    "fed_prox": "federated.fed_prox",
-    "scaffold": "federated.scaffold",
-    "fed_lora": "federated.fed_lora",
-    "local_only": "federated.local_only",
+    "fed_avg": "federated.algorithms.fed_avg",
+    "fed_avg_m": "federated.algorithms.fed_avg_m",
+    "fed_adagrad": "federated.algorithms.fed_opt",
+    "fed_adam": "federated.algorithms.fed_opt",
+    "fed_yogi": "federated.algorithms.fed_opt",
+    "fed_prox": "federated.algorithms.fed_prox",
+    "scaffold": "federated.algorithms.scaffold",
+    "fed_lora": "federated.algorithms.fed_lora",
+    "local_only": "federated.algorithms.local_only",
     "evaluate": "evaluation.evaluator",
 }
 __all__ = (

@@ -9,16 +9,17 @@ from typing import Any
 import numpy as np
 from scipy.special import log_softmax
 
-from fedrag_jax import inference, rag_folder
+from fedrag_jax import rag_folder
 from fedrag_jax.data.batching import Prompts
 from fedrag_jax.data.citations import cited
 from fedrag_jax.data.examples import Passage
 from fedrag_jax.data.prompts import PromptStyle, named_style
 from fedrag_jax.errors import ConfigError
-from fedrag_jax.inference import Response, Streamed
+from fedrag_jax.generation import inference
+from fedrag_jax.generation.inference import Response, Streamed
+from fedrag_jax.generation.text import Sampling, Writer
 from fedrag_jax.models import hub, lora, sentence_folders
 from fedrag_jax.models.network import Network
-from fedrag_jax.models.writing import Sampling, Writer
 from fedrag_jax.retrieval.retriever import Retriever
 from fedrag_jax.retrieval.stores.passage_source import Found, PassageSource
 from fedrag_jax.retrieval.stores.registry import open_store

@@ -20,14 +20,14 @@ from jax.sharding import Mesh, PartitionSpec
 from toys import assert_close, assert_equal, leaves, make_examples, mlp_task
 
 from fedrag_jax.data.partition import Partition
-from fedrag_jax.federated import round as round_module
-from fedrag_jax.federated import together
-from fedrag_jax.federated.fed_avg import fed_avg
-from fedrag_jax.federated.fed_lora import fed_lora
+from fedrag_jax.federated.algorithms.fed_avg import fed_avg
+from fedrag_jax.federated.algorithms.fed_lora import fed_lora
+from fedrag_jax.federated.algorithms.local_only import local_only
+from fedrag_jax.federated.algorithms.scaffold import scaffold
+from fedrag_jax.federated.engine import round as round_module
+from fedrag_jax.federated.engine import scheduling
 from fedrag_jax.federated.fit import fit
-from fedrag_jax.federated.local_only import local_only
 from fedrag_jax.federated.sampling import uniform
-from fedrag_jax.federated.scaffold import scaffold
 from fedrag_jax.federated.sweep import sweep
 from fedrag_jax.models import lora
 from fedrag_jax.models.decoder import Decoder
@@ -150,10 +150,10 @@ def compare_decompositions(mesh):
 def compare_sweep():
     """Eleven fits dealt out over eight devices, one after the other on each, or all at once."""
     for way, data, algorithm in (
-        (together.Way(8, 1), DATA.examples, None),
-        (together.Way(8, 2), DATA, fed_avg(local_steps=2)),
+        (scheduling.Way(8, 1), DATA.examples, None),
+        (scheduling.Way(8, 2), DATA, fed_avg(local_steps=2)),
     ):
-        together._ways = lambda count, way=way: [way]
+        scheduling._ways = lambda count, way=way: [way]
         same = {"task": mlp_task(), "data": data, "algorithm": algorithm, "rounds": 2}
         fits = [same | {"seed": seed} for seed in range(11)]
         for arguments, found in zip(fits, sweep(fits), strict=True):

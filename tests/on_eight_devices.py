@@ -9,17 +9,17 @@ from jax.sharding import Mesh
 
 from fedrag_jax.data.partition import Partition
 from fedrag_jax.errors import ConfigError
-from fedrag_jax.federated.fed_avg import fed_avg
+from fedrag_jax.federated.algorithms.fed_avg import fed_avg
+from fedrag_jax.federated.engine.round import _compile
 from fedrag_jax.federated.fit import fit
-from fedrag_jax.federated.round import _compile
+from fedrag_jax.generation.decoding import generate
+from fedrag_jax.generation.likelihood import answer_log_probs
 from fedrag_jax.models import lora
 from fedrag_jax.models.decoder import Decoder, DecoderConfig
-from fedrag_jax.models.decoding import generate
 from fedrag_jax.models.network import Network, flatten
 from fedrag_jax.models.quantized import quantize
 from fedrag_jax.models.sharding import shard
 from fedrag_jax.objectives.generator import AnswerLoss
-from fedrag_jax.objectives.likelihood import answer_log_probs
 from fedrag_jax.objectives.task import Task
 
 CONFIG = DecoderConfig(

@@ -19,16 +19,16 @@ from toys import (
 )
 
 from fedrag_jax.errors import ConfigError, DivergenceError
+from fedrag_jax.federated.algorithms.centralised import centralised
+from fedrag_jax.federated.algorithms.fed_avg import fed_avg
+from fedrag_jax.federated.algorithms.fed_avg_m import fed_avg_m
+from fedrag_jax.federated.algorithms.fed_opt import fed_adagrad, fed_adam, fed_yogi
+from fedrag_jax.federated.algorithms.fed_prox import fed_prox
+from fedrag_jax.federated.algorithms.local_only import local_only
+from fedrag_jax.federated.algorithms.scaffold import scaffold
 from fedrag_jax.federated.callbacks import Callback
-from fedrag_jax.federated.centralised import centralised
-from fedrag_jax.federated.fed_avg import fed_avg
-from fedrag_jax.federated.fed_avg_m import fed_avg_m
-from fedrag_jax.federated.fed_opt import fed_adagrad, fed_adam, fed_yogi
-from fedrag_jax.federated.fed_prox import fed_prox
 from fedrag_jax.federated.fit import fit
-from fedrag_jax.federated.local_only import local_only
 from fedrag_jax.federated.sampling import uniform, weighted
-from fedrag_jax.federated.scaffold import scaffold
 from fedrag_jax.tracking.checkpoints import Checkpointer
 
 ALGORITHMS = {

@@ -20,8 +20,8 @@ from experiments.run import run
 from fedrag_jax.data import datasets
 from fedrag_jax.data.examples import Example
 from fedrag_jax.errors import ConfigError, DataError
+from fedrag_jax.label_free import pipeline
 from fedrag_jax.objectives.citing import Context
-from fedrag_jax.strategies import label_free
 
 DATA = pathlib.Path(os.environ.get("FEDRAG_DATA", "../shared/data"))
 COLUMNS = [
@@ -115,7 +115,7 @@ def test_controls_differ_from_what_they_control(tmp_path):
     contexts = {
         e.id: Context(np.arange(3, dtype=np.int32), (1 + i % 3,)) for i, e in enumerate(examples)
     }
-    made = {"all": label_free.Generated(examples, contexts, {})}
+    made = {"all": pipeline.Generated(examples, contexts, {})}
 
     def answers(name):
         table = aloftrag.task_of(aloftrag.VARIANTS[name], system, made, 0).table(examples)

@@ -39,11 +39,11 @@ from llama_index.core.tools import QueryEngineTool
 
 from fedrag_jax.data import synthetic
 from fedrag_jax.errors import ConfigError, DataError
+from fedrag_jax.integrations import langchain, llama_index
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.retrieval.stores.bm25 import BM25Store
 from fedrag_jax.retrieval.stores.faiss_store import FaissStore
 from fedrag_jax.retrieval.stores.knowledge_store import StoreUnreachable
-from fedrag_jax.serving import langchain, llama_index
 
 WORLD = synthetic.generate(synthetic.WorldConfig())
 PASSAGES = WORLD.passages[:60]
@@ -683,14 +683,14 @@ def test_a_missing_library_is_named(monkeypatch, module, library, extra):
     for name in [*sys.modules]:
         if name.split(".")[0] == library:
             monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, f"fedrag_jax.serving.{module}")
+    monkeypatch.delitem(sys.modules, f"fedrag_jax.integrations.{module}")
     with pytest.raises(ConfigError, match=rf"pip install 'fedrag-jax\[{extra}\]'"):
-        importlib.import_module(f"fedrag_jax.serving.{module}")
+        importlib.import_module(f"fedrag_jax.integrations.{module}")
 
 
 def test_the_package_imports_neither():
     code = (
-        "import sys, fedrag_jax.serving; "
+        "import sys, fedrag_jax.integrations; "
         "assert not {'llama_index', 'langchain_core', 'jax'} & {*sys.modules}"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

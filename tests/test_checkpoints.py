@@ -17,10 +17,10 @@ import fedrag_jax
 from fedrag_jax.data.partition import partition
 from fedrag_jax.data.schemes import iid
 from fedrag_jax.errors import ConfigError, DivergenceError
+from fedrag_jax.federated.algorithms.fed_avg import fed_avg
+from fedrag_jax.federated.algorithms.local_only import local_only
 from fedrag_jax.federated.callbacks import Callback, FitState
-from fedrag_jax.federated.fed_avg import fed_avg
 from fedrag_jax.federated.fit import fit
-from fedrag_jax.federated.local_only import local_only
 from fedrag_jax.federated.sampling import uniform
 from fedrag_jax.tracking.checkpoints import Checkpointer
 from fedrag_jax.tracking.logs import JsonlLog, Progress

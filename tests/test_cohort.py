@@ -7,9 +7,9 @@ from toys import EXAMPLES, FOUR, assert_close, assert_equal, collate, leaves, li
 
 from fedrag_jax.data.partition import Partition
 from fedrag_jax.data.seeds import stream
-from fedrag_jax.federated.client import local_update
-from fedrag_jax.federated.cohort import Cohort, grouped, padding, sample_cohort
-from fedrag_jax.federated.fed_avg import fed_avg
+from fedrag_jax.federated.algorithms.fed_avg import fed_avg
+from fedrag_jax.federated.engine.client import local_update
+from fedrag_jax.federated.engine.cohort import Cohort, grouped, padding, sample_cohort
 from fedrag_jax.federated.fit import fit
 from fedrag_jax.federated.sampling import everyone, fixed, poisson, uniform, weighted
 from fedrag_jax.federated.work import Work

@@ -17,14 +17,14 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_pdf import PdfPages
 
+from fedrag_jax.cli.command_line import main
+from fedrag_jax.cli.common import harmless
 from fedrag_jax.data import synthetic
 from fedrag_jax.errors import CheckpointError
 from fedrag_jax.models.network import flatten
 from fedrag_jax.rag import RAGSystem
-from fedrag_jax.serving import indexing
-from fedrag_jax.serving.command_line import main
-from fedrag_jax.serving.commands.common import harmless
-from fedrag_jax.serving.journal import Journal
+from fedrag_jax.systems import indexing
+from fedrag_jax.systems.journal import Journal
 
 WORLD = synthetic.generate(synthetic.WorldConfig())
 PASSAGES = WORLD.passages[:60]
@@ -33,7 +33,7 @@ QUESTIONS = [e for e in [*WORLD.train, *WORLD.validation, *WORLD.test] if {*e.po
 FEDRAG = (
     sys.executable,
     "-c",
-    "import sys; from fedrag_jax.serving.command_line import main; sys.exit(main(sys.argv[1:]))",
+    "import sys; from fedrag_jax.cli.command_line import main; sys.exit(main(sys.argv[1:]))",
 )
 
 
@@ -580,7 +580,7 @@ def test_answers_whose_ends_are_not_trained_on_are_told(system, tmp_path, capsys
 
 def test_help_is_quick_and_imports_little():
     code = (
-        "import sys\nfrom fedrag_jax.serving.command_line import parser\nparser().format_help()\n"
+        "import sys\nfrom fedrag_jax.cli.command_line import parser\nparser().format_help()\n"
         "assert not {'jax', 'transformers', 'faiss'} & {*sys.modules}"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -9,10 +9,10 @@ import pytest
 import scipy.stats
 
 from fedrag_jax.errors import ConfigError
-from fedrag_jax.models import decoding, lora
+from fedrag_jax.generation import decoding, likelihood
+from fedrag_jax.models import lora
 from fedrag_jax.models.decoder import Decoder, DecoderConfig
 from fedrag_jax.models.network import Network
-from fedrag_jax.objectives import likelihood
 
 CONFIG = DecoderConfig(
     vocab_size=50,

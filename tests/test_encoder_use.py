@@ -13,6 +13,8 @@ from tiny import run
 
 from configs import compare_strategies
 from experiments.loading import load_retriever
+from fedrag_jax.cli import index
+from fedrag_jax.cli.command_line import main
 from fedrag_jax.data.examples import Dataset, Example, Passage
 from fedrag_jax.data.padding import encoder_table
 from fedrag_jax.errors import CheckpointError, ConfigError
@@ -30,8 +32,6 @@ from fedrag_jax.retrieval.retriever import Retriever
 from fedrag_jax.retrieval.stores.device_store import DeviceStore
 from fedrag_jax.retrieval.stores.faiss_store import FaissStore
 from fedrag_jax.retrieval.stores.qdrant import QdrantStore
-from fedrag_jax.serving.command_line import main
-from fedrag_jax.serving.commands import index
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 RNG = np.random.default_rng(0)

@@ -5,12 +5,12 @@ import time
 import pytest
 from chat_server import Server, said
 
-from fedrag_jax.data.label_free_prompts import instruct
 from fedrag_jax.errors import ConfigError
-from fedrag_jax.models.author import Reply, Request
-from fedrag_jax.models.endpoint import EndpointAuthor, EndpointError
-from fedrag_jax.models.replies import replies
-from fedrag_jax.models.writing import Sampling
+from fedrag_jax.generation.author import Reply, Request
+from fedrag_jax.generation.endpoint import EndpointAuthor, EndpointError
+from fedrag_jax.generation.text import Sampling
+from fedrag_jax.label_free.prompts import instruct
+from fedrag_jax.label_free.replies import replies
 
 SAMPLING = Sampling(max_new_tokens=20, temperature=0.5, seed=3)
 ASKED = [Request("Be kind.", f"question {i}", "### Start\n") for i in range(12)]

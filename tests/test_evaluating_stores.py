@@ -19,8 +19,8 @@ from fedrag_jax.retrieval.stores.faiss_store import FaissStore
 from fedrag_jax.retrieval.stores.hybrid import HybridStore
 from fedrag_jax.retrieval.stores.passage_source import Found, PassageSource
 from fedrag_jax.retrieval.stores.qdrant import QdrantStore
-from fedrag_jax.serving import training
 from fedrag_jax.strategies.settings import Budget
+from fedrag_jax.systems import training
 
 WORLD = synthetic.generate(synthetic.WorldConfig())
 PASSAGES = WORLD.passages[:300]

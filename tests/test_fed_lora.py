@@ -12,9 +12,9 @@ from toys import assert_close, assert_equal, leaves
 
 from fedrag_jax.data.partition import Partition
 from fedrag_jax.errors import ConfigError
+from fedrag_jax.federated.algorithms.fed_avg import fed_avg
+from fedrag_jax.federated.algorithms.fed_lora import RULES, fed_lora
 from fedrag_jax.federated.callbacks import Callback
-from fedrag_jax.federated.fed_avg import fed_avg
-from fedrag_jax.federated.fed_lora import RULES, fed_lora
 from fedrag_jax.federated.fit import fit
 from fedrag_jax.federated.sampling import fixed, poisson
 from fedrag_jax.models import lora

@@ -8,10 +8,10 @@ import pytest
 from toys import EXAMPLES, FOUR, assert_close, collate, leaves, linear_task, make_examples, mlp_task
 
 from fedrag_jax.data.partition import Partition
-from fedrag_jax.federated.cohort import sample_cohort
-from fedrag_jax.federated.fed_avg import fed_avg
+from fedrag_jax.federated.algorithms.fed_avg import fed_avg
+from fedrag_jax.federated.algorithms.local_only import local_only
+from fedrag_jax.federated.engine.cohort import sample_cohort
 from fedrag_jax.federated.fit import fit
-from fedrag_jax.federated.local_only import local_only
 from fedrag_jax.federated.sampling import uniform
 
 # --- equality of groupings ---------------------------------------------------------------------

@@ -21,11 +21,11 @@ from toys import (
 )
 
 from fedrag_jax.errors import ConfigError, DataError, DivergenceError
+from fedrag_jax.federated.algorithms.fed_avg import fed_avg
+from fedrag_jax.federated.algorithms.local_only import local_only
 from fedrag_jax.federated.callbacks import Callback
-from fedrag_jax.federated.cohort import sample_cohort
-from fedrag_jax.federated.fed_avg import fed_avg
+from fedrag_jax.federated.engine.cohort import sample_cohort
 from fedrag_jax.federated.fit import fit
-from fedrag_jax.federated.local_only import local_only
 from fedrag_jax.federated.optimizers import tunable
 from fedrag_jax.federated.sampling import uniform
 from fedrag_jax.tracking.checkpoints import Checkpointer

@@ -245,7 +245,7 @@ def smollm2():
 
 
 def test_smollm2_knows_a_capital(smollm2):
-    from fedrag_jax.models import decoding
+    from fedrag_jax.generation import decoding
 
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     tokenizer = smollm2.tokenizer

@@ -18,9 +18,9 @@ import safetensors.numpy
 
 from fedrag_jax.data.examples import Passage
 from fedrag_jax.errors import CheckpointError
+from fedrag_jax.generation.text import Sampling
 from fedrag_jax.models import hub, tensors
 from fedrag_jax.models.network import Network
-from fedrag_jax.models.writing import Sampling
 from fedrag_jax.rag import RAGSystem
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"

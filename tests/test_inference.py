@@ -15,11 +15,11 @@ from fedrag_jax.data.answers import normalize_answer
 from fedrag_jax.errors import ConfigError, NotFiniteError
 from fedrag_jax.evaluation import evaluator
 from fedrag_jax.evaluation.metrics import f1
-from fedrag_jax.inference import BEAMS, MODES, sequence_log_probs
+from fedrag_jax.generation.inference import BEAMS, MODES, sequence_log_probs
+from fedrag_jax.generation.text import Sampling, Writer
 from fedrag_jax.models.decoder import Decoder, DecoderConfig
 from fedrag_jax.models.lora import LoraConfig, add_lora, init_adapters
 from fedrag_jax.models.network import Network
-from fedrag_jax.models.writing import Sampling, Writer
 from fedrag_jax.rag import RAGSystem
 
 # Few letters, so that passages agree, and texts that differ have one normal form: "b." is "B".

@@ -6,17 +6,16 @@ import numpy as np
 import pytest
 from toy_rag import TOKENIZER, toy_parts
 
-from fedrag_jax.data import label_free_prompts
 from fedrag_jax.data.examples import Example, Passage
-from fedrag_jax.data.label_free_prompts import COMPACT, instruct
 from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.evaluation.judge import judged
+from fedrag_jax.generation.author import LocalAuthor, Reply, Request
+from fedrag_jax.generation.text import Sampling
+from fedrag_jax.label_free import pipeline, prompts
+from fedrag_jax.label_free.prompts import COMPACT, instruct
 from fedrag_jax.models import hub
-from fedrag_jax.models.author import LocalAuthor, Reply, Request
-from fedrag_jax.models.writing import Sampling
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.retrieval.retriever import Retriever
-from fedrag_jax.strategies import label_free
 
 TEXTS = [Passage(f"t{i}", "", f"Person {i} was born in Town{i}.", topic="towns") for i in range(12)]
 PROMPTS = instruct("German")
@@ -37,7 +36,7 @@ class Scripted:
 
 
 def asking(author, folder, prompts=PROMPTS):
-    return label_free.Asking(author, prompts, folder / "replies")
+    return pipeline.Asking(author, prompts, folder / "replies")
 
 
 def lines(path):
@@ -63,7 +62,7 @@ def test_texts_are_kept_by_their_rating_and_every_rejection_has_its_reason(tmp_p
         return Reply("10", False) if n == 7 else written.get(n, "10")
 
     author = Scripted(reply)
-    step = label_free.rate_texts(asking(author, tmp_path), [*TEXTS, *odd], tmp_path)
+    step = pipeline.rate_texts(asking(author, tmp_path), [*TEXTS, *odd], tmp_path)
     assert [*step.kept] == ["t0", "t2", *(f"t{i}" for i in range(8, 12))]
     assert step.counts == {
         "kept": 6, "low": 1, "unparsable": 4, "unfinished": 1, "empty": 1, "short": 1, "duplicate": 1,
@@ -73,7 +72,7 @@ def test_texts_are_kept_by_their_rating_and_every_rejection_has_its_reason(tmp_p
     assert told["t4"]["reason"] == "unparsable" and told["blank"]["reason"] == "empty"
     assert all(word not in [r.user for r in author.asked] for word in ("Hello", " \n"))
     # The step is as it was for whoever asks for less.
-    again = label_free.rate_texts(asking(author, tmp_path), TEXTS, tmp_path, least=7)
+    again = pipeline.rate_texts(asking(author, tmp_path), TEXTS, tmp_path, least=7)
     assert "low" not in again.counts and len(author.asked) == len(TEXTS)
 
 
@@ -86,7 +85,7 @@ def question(request):
 
 
 def test_a_question_and_its_answer_are_an_example_about_the_text(tmp_path):
-    step = label_free.ask(asking(Scripted(question), tmp_path), TEXTS[:2], tmp_path)
+    step = pipeline.ask(asking(Scripted(question), tmp_path), TEXTS[:2], tmp_path)
     assert step.kept == {
         f"t{i}#0": Example(f"t{i}#0", f"Wo wurde {i} geboren?", (f"Town{i}",), (f"t{i}",), "towns")
         for i in range(2)
@@ -98,12 +97,12 @@ def test_a_question_and_its_answer_are_an_example_about_the_text(tmp_path):
     ["Where?", "Where?\n\n### Answer\n", "### Answer\nTown", "  \n### Answer\nTown", ""],
 )
 def test_replies_in_another_form_are_no_questions(reply, tmp_path):
-    step = label_free.ask(asking(Scripted(lambda request: reply), tmp_path), TEXTS[:2], tmp_path)
+    step = pipeline.ask(asking(Scripted(lambda request: reply), tmp_path), TEXTS[:2], tmp_path)
     assert step.counts == {"kept": 0, "unparsable": 2}
     with pytest.raises(
         DataError, match=r"nothing is left to train on\.\nquestions: 0 of 2; dropped: 2"
     ):
-        label_free.require_some({"questions": step})
+        pipeline.require_some({"questions": step})
 
 
 def test_several_questions_are_drawn_and_none_is_kept_twice(tmp_path):
@@ -113,12 +112,12 @@ def test_several_questions_are_drawn_and_none_is_kept_twice(tmp_path):
         i = next(count)
         return f"Question {0 if i % 3 == 2 else i}?\n### Answer\nTown{i}"
 
-    step = label_free.ask(asking(Scripted(reply), tmp_path), TEXTS[:1], tmp_path, per_text=3)
+    step = pipeline.ask(asking(Scripted(reply), tmp_path), TEXTS[:1], tmp_path, per_text=3)
     assert [*step.kept] == ["t0#0", "t0#1"] and step.counts["duplicate"] == 1
     how = [lines(tmp_path / "replies" / f"ask_{i}.jsonl")[0]["asked"] for i in range(3)]
     assert [h["temperature"] for h in how] == [0.0, 1.0, 1.0] and len({h["seed"] for h in how}) == 3
     with pytest.raises(ConfigError, match="per_text must be at least 1"):
-        label_free.ask(asking(Scripted(reply), tmp_path), TEXTS[:1], tmp_path, per_text=0)
+        pipeline.ask(asking(Scripted(reply), tmp_path), TEXTS[:1], tmp_path, per_text=0)
 
 
 def test_a_reply_that_repeats_its_beginning_is_read_all_the_same(tmp_path):
@@ -142,7 +141,7 @@ def test_a_question_is_kept_if_it_and_its_answer_are_good(tmp_path):
         return {(1, False): "7", (2, True): "3", (3, True): "?"}.get((n, answers), "9")
 
     author = Scripted(reply)
-    step = label_free.rate_questions(asking(author, tmp_path), examples, TEXTS, tmp_path)
+    step = pipeline.rate_questions(asking(author, tmp_path), examples, TEXTS, tmp_path)
     assert [*step.kept] == ["e0"]
     reasons = [line.get("reason") for line in lines(tmp_path / "3_ratings.jsonl")]
     assert reasons == [None, "question low", "answer low", "answer unparsable"]
@@ -166,31 +165,31 @@ def test_what_was_asked_is_not_asked_again_and_the_rest_is(tmp_path):
     many = [Passage(f"m{i}", "", f"Person {i} was born in Town{i}.") for i in range(100)]
     author = Scripted(reply)
     with pytest.raises(Killed):
-        label_free.ask(asking(author, tmp_path), many, tmp_path)
+        pipeline.ask(asking(author, tmp_path), many, tmp_path)
     path = tmp_path / "replies" / "ask_0.jsonl"
     assert len(lines(path)) == 65
     with open(path, "a") as file:
         file.write('{"id": "m64", "about"')  # a line cut short
     author = Scripted(question)
-    step = label_free.ask(asking(author, tmp_path), many, tmp_path)
+    step = pipeline.ask(asking(author, tmp_path), many, tmp_path)
     assert len(step.kept) == 100 and len(author.asked) == 36
     assert len(lines(path)) == 101
     # A text that has changed is asked about again, a line of another script's paragraphs is one line.
     changed = [Passage("m0", "", "Person 5\u2028 was born in {text}."), *many[1:]]
-    step = label_free.ask(asking(author, tmp_path), changed, tmp_path)
+    step = pipeline.ask(asking(author, tmp_path), changed, tmp_path)
     assert len(author.asked) == 37 and step.kept["m0#0"].answers == ("Town5",)
     assert author.asked[-1].user == changed[0].text
 
 
 def test_files_of_other_prompts_or_authors_are_not_read(tmp_path):
-    label_free.rate_texts(asking(Scripted(lambda r: "9"), tmp_path), TEXTS, tmp_path)
+    pipeline.rate_texts(asking(Scripted(lambda r: "9"), tmp_path), TEXTS, tmp_path)
     other = Scripted(lambda r: "9")
     other.name = "another"
-    for author, prompts in ((other, PROMPTS), (Scripted(lambda r: "9"), instruct("French"))):
-        if prompts is not PROMPTS:
-            prompts = prompts._replace(rate_text=prompts.rate_text._replace(system="Otherwise."))
+    for author, asked in ((other, PROMPTS), (Scripted(lambda r: "9"), instruct("French"))):
+        if asked is not PROMPTS:
+            asked = asked._replace(rate_text=asked.rate_text._replace(system="Otherwise."))
         with pytest.raises(ConfigError, match=r"rate_text.jsonl holds what was asked otherwise"):
-            label_free.rate_texts(asking(author, tmp_path, prompts), TEXTS, tmp_path)
+            pipeline.rate_texts(asking(author, tmp_path, prompts), TEXTS, tmp_path)
 
 
 # --- 4, contexts -----------------------------------------------------------------------------------
@@ -209,7 +208,7 @@ EXAMPLES = [Example(f"e{i}", f"Where was Person {i}?", ("x",), (f"t{i}",)) for i
 @pytest.mark.parametrize("negatives", ["top", "random"])
 def test_contexts_hold_the_text_among_the_nearest_others(retriever, negatives, tmp_path):
     n = 4
-    step = label_free.add_hard_negatives(retriever, EXAMPLES, tmp_path, n, negatives=negatives)
+    step = pipeline.add_hard_negatives(retriever, EXAMPLES, tmp_path, n, negatives=negatives)
     cosines = retriever.embed_questions([e.question for e in EXAMPLES]) @ retriever.vectors.T
     left_out = 0
     for i, example in enumerate(EXAMPLES):
@@ -229,8 +228,8 @@ def test_contexts_hold_the_text_among_the_nearest_others(retriever, negatives, t
 
 def test_contexts_are_the_same_for_any_order_or_part_of_the_examples(retriever, tmp_path):
     how = {"negatives": "random", "unanswerable": 0.5}
-    whole = label_free.add_hard_negatives(retriever, EXAMPLES, tmp_path, 4, **how).kept
-    part = label_free.add_hard_negatives(retriever, EXAMPLES[:3:-1], tmp_path, 4, **how).kept
+    whole = pipeline.add_hard_negatives(retriever, EXAMPLES, tmp_path, 4, **how).kept
+    part = pipeline.add_hard_negatives(retriever, EXAMPLES[:3:-1], tmp_path, 4, **how).kept
     for i, context in part.items():
         np.testing.assert_array_equal(context.rows, whole[i].rows)
         assert context.cites == whole[i].cites
@@ -244,7 +243,7 @@ def test_a_copy_of_the_gold_passage_is_no_negative_of_it(tmp_path):
     parts = toy_parts()
     texts = [*TEXTS[:5], Passage("copy", "", TEXTS[0].text + " "), *TEXTS[5:]]
     model = hub.Pretrained(parts.encoder, parts.query, TOKENIZER, "toy")
-    step = label_free.add_hard_negatives(
+    step = pipeline.add_hard_negatives(
         Retriever.build(model, texts), EXAMPLES, tmp_path, n=len(texts) - 2
     )
     assert 5 not in step.kept["e0"].rows and 5 in step.kept["e1"].rows
@@ -253,7 +252,7 @@ def test_a_copy_of_the_gold_passage_is_no_negative_of_it(tmp_path):
 def test_a_title_that_the_text_does_not_name_is_asked_about_too(tmp_path):
     author = Scripted(lambda request: "10")
     texts = [Passage("a", "Ann", "She was born in Rome."), Passage("b", "Bob", "Bob was born.")]
-    label_free.rate_texts(asking(author, tmp_path), texts, tmp_path)
+    pipeline.rate_texts(asking(author, tmp_path), texts, tmp_path)
     assert [r.user for r in author.asked] == ["Ann She was born in Rome.", "Bob was born."]
 
 
@@ -261,13 +260,13 @@ def test_contexts_stay_within_a_pool(retriever, tmp_path):
     def pool(example):
         return np.arange(int(example.id[1:]) % 2, 12, 2)
 
-    step = label_free.add_hard_negatives(retriever, EXAMPLES, tmp_path, 5, pool=pool)
+    step = pipeline.add_hard_negatives(retriever, EXAMPLES, tmp_path, 5, pool=pool)
     for i, context in step.kept.items():
         assert {*context.rows.tolist()} <= {*pool(EXAMPLES[int(i[1:])]).tolist()}
     with pytest.raises(
         ConfigError, match="need 6 that are not gold, and question 'e0' has 5 among 6"
     ):
-        label_free.add_hard_negatives(retriever, EXAMPLES, tmp_path, 7, pool=pool)
+        pipeline.add_hard_negatives(retriever, EXAMPLES, tmp_path, 7, pool=pool)
 
 
 @pytest.mark.parametrize(
@@ -281,7 +280,7 @@ def test_contexts_stay_within_a_pool(retriever, tmp_path):
 )
 def test_contexts_that_cannot_be_are_refused(retriever, n, how, words, tmp_path):
     with pytest.raises(ConfigError, match=words):
-        label_free.add_hard_negatives(retriever, EXAMPLES, tmp_path, n, **how)
+        pipeline.add_hard_negatives(retriever, EXAMPLES, tmp_path, n, **how)
 
 
 # --- prompts and authors ---------------------------------------------------------------------------
@@ -296,7 +295,7 @@ def test_all_steps_at_once_do_what_each_does(retriever, tmp_path):
 
     def made(folder, **how):
         author = asking(Scripted(reply), tmp_path / "shared")
-        return label_free.generate(author, TEXTS, retriever, tmp_path / folder, n=4, **how)
+        return pipeline.generate(author, TEXTS, retriever, tmp_path / folder, n=4, **how)
 
     plain = made("plain")
     assert [e.id for e in plain.examples] == [f"t{i}#0" for i in (0, *range(3, 12))]
@@ -306,7 +305,7 @@ def test_all_steps_at_once_do_what_each_does(retriever, tmp_path):
     rated = made("rated", filter_texts=False, filter_questions=True)
     assert [e.id for e in rated.examples] == [f"t{i}#0" for i in (0, 1, *range(3, 12))]
     assert not (tmp_path / "rated" / "1_texts.jsonl").exists()
-    assert label_free.total_counts([plain.steps, rated.steps]) == {
+    assert pipeline.total_counts([plain.steps, rated.steps]) == {
         "texts kept": 10, "texts low": 1, "texts unparsable": 1, "questions kept": 22,
         "contexts kept": 21, "ratings kept": 11, "ratings question unparsable": 1,
     }  # fmt: skip
@@ -316,20 +315,20 @@ def test_all_steps_at_once_do_what_each_does(retriever, tmp_path):
 
 def test_prompts_go_to_a_file_and_back(tmp_path):
     path = tmp_path / "prompts.json"
-    label_free_prompts.write(PROMPTS, path)
-    assert label_free_prompts.read(path) == PROMPTS
+    prompts.write(PROMPTS, path)
+    assert prompts.read(path) == PROMPTS
     fields = json.loads(path.read_text())
     fields["ask"]["reply"] = "(?P<question>.+)"
     path.write_text(json.dumps(fields))
     with pytest.raises(ConfigError, match="ask: reply has no group named 'answer'"):
-        label_free_prompts.read(path)
+        prompts.read(path)
     told = PROMPTS._replace(ask=PROMPTS.ask._replace(system="In {language}, {please}."))
-    label_free_prompts.write(told, path)
-    assert label_free_prompts.read(path, "Thai").ask.system == "In Thai, {please}."
+    prompts.write(told, path)
+    assert prompts.read(path, "Thai").ask.system == "In Thai, {please}."
     for text in ("{}", "[", json.dumps(fields | {"more": 1})):
         path.write_text(text)
         with pytest.raises(ConfigError, match="no prompts for label-free fine-tuning"):
-            label_free_prompts.read(path)
+            prompts.read(path)
 
 
 def test_a_local_author_is_asked_in_its_template_and_cuts_what_does_not_fit():
@@ -354,9 +353,9 @@ def test_the_built_in_decoder_rates_and_asks(tmp_path):
     junk = [p for p in world.passages if not p.title][:8]
     some = [p for p in world.passages if p.title][:24]
     author = LocalAuthor(hub.load("builtin:decoder"))
-    rated = label_free.rate_texts(asking(author, tmp_path, COMPACT), [*junk, *some], tmp_path)
+    rated = pipeline.rate_texts(asking(author, tmp_path, COMPACT), [*junk, *some], tmp_path)
     assert {p.title != "" for p in rated.kept.values()} == {True} and len(rated.kept) > 20
-    asked = label_free.ask(asking(author, tmp_path, COMPACT), rated.kept.values(), tmp_path)
+    asked = pipeline.ask(asking(author, tmp_path, COMPACT), rated.kept.values(), tmp_path)
     text = {p.id: p.text for p in some}
     told = [e.answers[0] in text[e.positive_ids[0]] for e in asked.kept.values()]
     assert len(told) > 18 and np.mean(told) > 0.9
@@ -397,8 +396,8 @@ def test_ten_megabytes_in_one_text_are_read_as_far_as_they_fit(tmp_path):
     lengths = [len(system.prompts.prompt("Who?", [row])) for row in range(2)]
     assert max(lengths) < 64 + 20 and system.prompts.share_cut == 2 / 14
     author = LocalAuthor(system.generator)
-    rated = label_free.rate_texts(asking(author, tmp_path, COMPACT), texts, tmp_path)
+    rated = pipeline.rate_texts(asking(author, tmp_path, COMPACT), texts, tmp_path)
     assert sum(rated.counts.values()) == 14
     examples = [Example("e", "Where was Ann Bo born?", ("Rome",), ("story",))]
-    step = label_free.add_hard_negatives(system.retriever, examples, tmp_path, n=3)
+    step = pipeline.add_hard_negatives(system.retriever, examples, tmp_path, n=3)
     assert 0 in step.kept["e"].rows

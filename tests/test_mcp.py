@@ -30,7 +30,7 @@ from fedrag_jax.retrieval.stores.knowledge_store import KnowledgeStore, StoreUnr
 from fedrag_jax.retrieval.stores.mcp import MCPStore
 from fedrag_jax.retrieval.stores.mcp_replies import USUAL, Shape, read
 from fedrag_jax.retrieval.stores.registry import open_store
-from fedrag_jax.serving.mcp_server import mcp_server, run
+from fedrag_jax.server.mcp_server import mcp_server, run
 
 FOREIGN = [sys.executable, str(pathlib.Path(__file__).with_name("foreign_mcp.py"))]
 WORLD = synthetic.generate(synthetic.WorldConfig())
@@ -253,7 +253,7 @@ def test_a_missing_package_is_named_by_who_needs_it():
         "from fedrag_jax.retrieval.stores.registry import store_class\n"
         "try: store_class('mcp')(url='http://x')\n"
         "except ConfigError as error: print(error)\n"
-        "try: import fedrag_jax.serving.mcp_server\n"
+        "try: import fedrag_jax.server.mcp_server\n"
         "except ConfigError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
@@ -517,7 +517,7 @@ def test_an_address_that_cannot_be_had_is_refused(system):
 
 
 SERVE = (
-    "import sys; from fedrag_jax.rag import RAGSystem; from fedrag_jax.serving.mcp_server import run\n"
+    "import sys; from fedrag_jax.rag import RAGSystem; from fedrag_jax.server.mcp_server import run\n"
     "system = RAGSystem.load(sys.argv[1])\n"
     "sound = type(system).retrieve\n"
     "def loud(*given): print('not protocol', flush=True); return sound(*given)\n"

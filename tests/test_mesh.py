@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from toys import FOUR, linear_task
 
 from fedrag_jax.errors import ConfigError
-from fedrag_jax.federated.fed_avg import fed_avg
+from fedrag_jax.federated.algorithms.fed_avg import fed_avg
 from fedrag_jax.federated.fit import fit
 
 ROOT = pathlib.Path(__file__).parent.parent

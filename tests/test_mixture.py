@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from fedrag_jax.errors import ConfigError
-from fedrag_jax.models import decoding, lora, mixture
+from fedrag_jax.generation import decoding, mixture
+from fedrag_jax.models import lora
 from fedrag_jax.models.decoder import Decoder, DecoderConfig
 from fedrag_jax.models.network import Network
 

@@ -18,14 +18,14 @@ from experiments.reporting.figures import setting_name
 from experiments.search import Trials
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.evaluation.evaluator import evaluate
-from fedrag_jax.federated.by_name import ALGORITHMS, Named
-from fedrag_jax.federated.fed_avg import fed_avg
-from fedrag_jax.federated.fed_avg_m import fed_avg_m
-from fedrag_jax.federated.fed_lora import RULES, fed_lora
-from fedrag_jax.federated.fed_opt import fed_adagrad, fed_adam, fed_yogi
-from fedrag_jax.federated.fed_prox import fed_prox
+from fedrag_jax.federated.algorithms.by_name import ALGORITHMS, Named
+from fedrag_jax.federated.algorithms.fed_avg import fed_avg
+from fedrag_jax.federated.algorithms.fed_avg_m import fed_avg_m
+from fedrag_jax.federated.algorithms.fed_lora import RULES, fed_lora
+from fedrag_jax.federated.algorithms.fed_opt import fed_adagrad, fed_adam, fed_yogi
+from fedrag_jax.federated.algorithms.fed_prox import fed_prox
+from fedrag_jax.federated.algorithms.scaffold import scaffold
 from fedrag_jax.federated.fit import fit
-from fedrag_jax.federated.scaffold import scaffold
 from fedrag_jax.models.lora import adapted_kernels
 from fedrag_jax.strategies.objectives import OBJECTIVES
 from fedrag_jax.strategies.settings import Budget, adamw, parse, rate_names, with_algorithm

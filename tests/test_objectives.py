@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from toy_rag import EXAMPLES, KEY, TOKENIZER, batch_of, joint_task, rows, slow_log_probs, toy_parts
 
+from fedrag_jax.generation.likelihood import answer_log_probs
 from fedrag_jax.objectives.generator import concatenated, ralt
 from fedrag_jax.objectives.joint import rag_sequence, rag_token
-from fedrag_jax.objectives.likelihood import answer_log_probs
 
 
 @pytest.fixture(scope="module")

@@ -20,14 +20,14 @@ from experiments.reporting.comparison import own as on_own
 from experiments.reporting.comparison import own_weight, strategy_rows
 from experiments.reporting.differences import independent_rows
 from experiments.run import run
+from fedrag_jax.cli.command_line import main
 from fedrag_jax.data import datasets
 from fedrag_jax.errors import ConfigError
-from fedrag_jax.federated.fed_avg import fed_avg
+from fedrag_jax.federated.algorithms.fed_avg import fed_avg
 from fedrag_jax.federated.fit import fit
 from fedrag_jax.federated.sweep import sweep
 from fedrag_jax.objectives.task import StepCost, Task
 from fedrag_jax.rag import RAGSystem
-from fedrag_jax.serving.command_line import main
 from fedrag_jax.strategies import own
 from fedrag_jax.strategies.objectives import OBJECTIVES
 from fedrag_jax.strategies.settings import parse
@@ -231,7 +231,7 @@ def test_what_a_name_may_be(readme, tmp_path, system, dataset):
 
 
 def test_parts_that_the_command_line_does_not_tune_are_refused():
-    from fedrag_jax.serving.training import _rate
+    from fedrag_jax.systems.training import _rate
 
     with pytest.raises(ConfigError, match=r"'head_task' trains 'head', and only \['query'"):
         _rate({"query": 0.1, "adapters": 0.1}, 1.0, "head_task", "head")

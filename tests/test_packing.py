@@ -12,11 +12,11 @@ from fedrag_jax.data.batching import Prompts
 from fedrag_jax.data.examples import Passage
 from fedrag_jax.data.prompts import COMPACT
 from fedrag_jax.errors import ConfigError
+from fedrag_jax.generation.likelihood import answer_log_probs
 from fedrag_jax.models.decoder import Decoder, DecoderConfig
 from fedrag_jax.models.lora import LoraConfig, add_lora, init_adapters
 from fedrag_jax.models.network import Network
 from fedrag_jax.objectives.generator import ralt
-from fedrag_jax.objectives.likelihood import answer_log_probs
 from fedrag_jax.tracking.ledger import step_flops
 
 CONFIG = DecoderConfig(

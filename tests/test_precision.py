@@ -11,7 +11,7 @@ from flax import nnx
 from tiny import logits
 
 from fedrag_jax.data import synthetic
-from fedrag_jax.federated.fed_avg import fed_avg
+from fedrag_jax.federated.algorithms.fed_avg import fed_avg
 from fedrag_jax.federated.fit import fit
 from fedrag_jax.models import hub
 from fedrag_jax.models.layers import RMSNorm, attend

@@ -7,11 +7,11 @@ import optax
 import pytest
 
 from fedrag_jax.errors import CheckpointError, ConfigError
+from fedrag_jax.generation.decoding import generate
+from fedrag_jax.generation.likelihood import answer_log_probs
 from fedrag_jax.models import hub, lora
-from fedrag_jax.models.decoding import generate
 from fedrag_jax.models.network import flatten
 from fedrag_jax.models.quantized import FORMATS, dense, quantize
-from fedrag_jax.objectives.likelihood import answer_log_probs
 
 pytest.importorskip("qwix", reason="qwix is absent")
 
@@ -99,7 +99,7 @@ def test_a_quantised_network_is_the_network_of_the_rounded_weights(model):
 @pytest.mark.slow
 def test_adapters_train_over_a_quantised_base_and_leave_it_alone(model):
     from fedrag_jax.data.partition import Partition
-    from fedrag_jax.federated.fed_avg import fed_avg
+    from fedrag_jax.federated.algorithms.fed_avg import fed_avg
     from fedrag_jax.federated.fit import fit
     from fedrag_jax.objectives.generator import AnswerLoss
     from fedrag_jax.objectives.task import Task

@@ -11,7 +11,7 @@ from toy_rag import DATASET, EXAMPLES, KEY, PASSAGES, batch_of, toy_parts
 from fedrag_jax.data.corpora import own_passages
 from fedrag_jax.data.partition import Partition
 from fedrag_jax.errors import ConfigError, DataError
-from fedrag_jax.federated.fed_avg import fed_avg
+from fedrag_jax.federated.algorithms.fed_avg import fed_avg
 from fedrag_jax.federated.fit import fit
 from fedrag_jax.objectives.distillation import distillation
 from fedrag_jax.objectives.encoding import encode

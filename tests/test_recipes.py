@@ -52,7 +52,7 @@ TRAINS = """
 import dataclasses, jax, numpy as np
 from fedrag_jax import RAGSystem, evaluate, fit, partition, dirichlet
 from fedrag_jax.data import synthetic
-from fedrag_jax.federated.by_name import Named
+from fedrag_jax.federated.algorithms.by_name import Named
 from fedrag_jax.strategies.own import named
 world = synthetic.generate()
 world = dataclasses.replace(world, train=world.train[:32], test=world.test[:40])
@@ -86,15 +86,18 @@ def test_an_objective_is_two_files_of_code(copy):
 
 
 def test_an_algorithm_is_two_files_of_code(copy):
-    shutil.copy(TOYS / "half.py", copy / "fedrag_jax/federated/half.py")
-    rows = copy / "fedrag_jax/federated/by_name.py"
-    add_row(rows, "from fedrag_jax.federated.fed_prox import fed_prox\n",
-            "from fedrag_jax.federated.half import half\n")  # fmt: skip
+    shutil.copy(TOYS / "half.py", copy / "fedrag_jax/federated/algorithms/half.py")
+    rows = copy / "fedrag_jax/federated/algorithms/by_name.py"
+    add_row(rows, "from fedrag_jax.federated.algorithms.fed_prox import fed_prox\n",
+            "from fedrag_jax.federated.algorithms.half import half\n")  # fmt: skip
     add_row(rows, '    "fedprox": fed_prox,\n', '    "half": half,\n')
-    assert changed(copy) == {"fedrag_jax/federated/half.py", "fedrag_jax/federated/by_name.py"}
+    assert changed(copy) == {
+        "fedrag_jax/federated/algorithms/half.py",
+        "fedrag_jax/federated/algorithms/by_name.py",
+    }
     assert run(copy, "-c", TRAINS.format(algorithm="half", strategy="retriever")) == "True True\n"
     named = (
-        "from fedrag_jax.federated.by_name import ALGORITHMS, options_of\n"
+        "from fedrag_jax.federated.algorithms.by_name import ALGORITHMS, options_of\n"
         "print(ALGORITHMS['half'](share=0.25, local_steps=3).name, options_of('half')['share'])"
     )
     assert run(copy, "-c", named).startswith("half(share=0.25, local_steps=3, ")
@@ -119,7 +122,7 @@ def test_a_store_is_two_files_of_code(copy):
         "print(open_store('saved').search(['Who was Ada'])[0][0].passage.text)\n"
     )
     assert run(copy, "-c", opened) == "Ada\n"
-    shown = "from fedrag_jax.serving.command_line import main; main(['index', '-h'])"
+    shown = "from fedrag_jax.cli.command_line import main; main(['index', '-h'])"
     assert "last_word, the last word" in " ".join(run(copy, "-c", shown).split())
 
 

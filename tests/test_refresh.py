@@ -8,9 +8,9 @@ from toy_rag import EXAMPLES, PASSAGES, joint_task, toy_parts
 
 from fedrag_jax.data.partition import Partition
 from fedrag_jax.errors import ConfigError
+from fedrag_jax.federated.algorithms.local_only import local_only
 from fedrag_jax.federated.callbacks import Callback
 from fedrag_jax.federated.fit import fit
-from fedrag_jax.federated.local_only import local_only
 from fedrag_jax.objectives.encoding import as_trained
 from fedrag_jax.retrieval.refresh import (
     NEVER,

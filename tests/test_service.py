@@ -17,8 +17,8 @@ import uvicorn
 from fedrag_jax.data import synthetic
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.rag import RAGSystem
-from fedrag_jax.serving import chat_requests, http
-from fedrag_jax.serving.address import listening
+from fedrag_jax.server import chat_requests, http
+from fedrag_jax.server.address import listening
 
 WORLD = synthetic.generate(synthetic.WorldConfig())
 PASSAGES = WORLD.passages[:80]
@@ -296,7 +296,7 @@ def test_a_key_is_asked_for_where_there_is_one(system, monkeypatch):
 def test_requests_under_way_are_answered_before_it_stops(system, tmp_path):
     system.save(tmp_path / "system")
     command = (
-        "import sys; from fedrag_jax.serving.command_line import main; sys.exit(main(sys.argv[1:]))"
+        "import sys; from fedrag_jax.cli.command_line import main; sys.exit(main(sys.argv[1:]))"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", command, "serve", str(tmp_path / "system"), "--port", "0"],

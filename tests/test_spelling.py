@@ -9,8 +9,8 @@ from fedrag_jax.data.batching import Prompts
 from fedrag_jax.data.examples import Example, Passage
 from fedrag_jax.data.prompts import COMPACT, COMPACT_CITED, INSTRUCT, named_style
 from fedrag_jax.data.spelling import Spelling
+from fedrag_jax.generation.author import LocalAuthor, Request
 from fedrag_jax.models import hub
-from fedrag_jax.models.author import LocalAuthor, Request
 from fedrag_jax.models.decoder import Decoder, DecoderConfig
 from fedrag_jax.models.network import Network
 

@@ -9,8 +9,8 @@ import pytest
 from toys import EXAMPLES, FOUR, assert_equal, linear_task, squared_error
 
 from fedrag_jax.errors import ConfigError, DataError
+from fedrag_jax.federated.algorithms.fed_avg import fed_avg
 from fedrag_jax.federated.callbacks import Callback
-from fedrag_jax.federated.fed_avg import fed_avg
 from fedrag_jax.federated.fit import fit
 from fedrag_jax.federated.stopping import EarlyStopping, held_out_loss, read_evaluations
 from fedrag_jax.strategies.settings import Budget, Stopping, parse, rate_names

@@ -30,7 +30,7 @@ from fedrag_jax.retrieval.stores.postgres import PostgresStore
 from fedrag_jax.retrieval.stores.qdrant import QdrantStore
 from fedrag_jax.retrieval.stores.registry import open_store
 from fedrag_jax.retrieval.stores.reranked import RerankedStore
-from fedrag_jax.serving.address import listening
+from fedrag_jax.server.address import listening
 
 D = 16
 RNG = np.random.default_rng(0)

@@ -11,9 +11,9 @@ from fedrag_jax.data import synthetic
 from fedrag_jax.data.examples import Dataset
 from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.federated.sweep import sweep
+from fedrag_jax.generation.likelihood import tokens_read
 from fedrag_jax.models.lora import adapted_kernels
 from fedrag_jax.models.network import flatten
-from fedrag_jax.objectives.likelihood import tokens_read
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.strategies import strategies
 from fedrag_jax.strategies import tuner as tuner_module

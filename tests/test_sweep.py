@@ -12,19 +12,19 @@ from toys import EXAMPLES, FOUR, assert_close, linear_task, mlp_task
 
 from fedrag_jax.data.cache import remember
 from fedrag_jax.errors import ConfigError, DivergenceError
-from fedrag_jax.federated import together
+from fedrag_jax.federated.algorithms.fed_avg import fed_avg
+from fedrag_jax.federated.algorithms.local_only import local_only
+from fedrag_jax.federated.algorithms.scaffold import scaffold
 from fedrag_jax.federated.callbacks import Callback
-from fedrag_jax.federated.fed_avg import fed_avg
+from fedrag_jax.federated.engine import scheduling
 from fedrag_jax.federated.fit import fit
-from fedrag_jax.federated.local_only import local_only
 from fedrag_jax.federated.optimizers import tunable
 from fedrag_jax.federated.sampling import uniform
-from fedrag_jax.federated.scaffold import scaffold
 from fedrag_jax.federated.sweep import sweep
 from fedrag_jax.tracking.checkpoints import Checkpointer
 
 RATES = 0.02, 0.1, 0.3
-WAYS = together.LOOP, together.Way(1, 3), together.Way(1, 6)
+WAYS = scheduling.LOOP, scheduling.Way(1, 3), scheduling.Way(1, 6)
 
 
 @pytest.fixture(autouse=True)
@@ -72,12 +72,12 @@ def assert_same(together, fits):
 )
 def test_every_way_gives_what_each_fit_gives(settings, way, monkeypatch):
     fits = grid(**settings)
-    monkeypatch.setattr(together, "_ways", lambda count: [way])
+    monkeypatch.setattr(scheduling, "_ways", lambda count: [way])
     assert_same(sweep(fits), fits)
 
 
 def remembered(tmp_path):
-    return list(json.loads((tmp_path / together.MEMORY).read_text()).values())
+    return list(json.loads((tmp_path / scheduling.MEMORY).read_text()).values())
 
 
 def test_the_fastest_way_is_measured_once_and_remembered(tmp_path, monkeypatch):
@@ -87,11 +87,11 @@ def test_the_fastest_way_is_measured_once_and_remembered(tmp_path, monkeypatch):
     def dealt(self, _, rounds, way):
         if rounds[0].left:  # one that counts
             used.append(way)
-        return [together.run_round(a)._replace(seconds=took[way]) for a in rounds]
+        return [scheduling.run_round(a)._replace(seconds=took[way]) for a in rounds]
 
-    monkeypatch.setattr(together, "_ways", lambda count: list(WAYS))
-    monkeypatch.setattr(together.Together, "_dealt", dealt)
-    monkeypatch.setattr(together, "_pays", lambda *_: True)
+    monkeypatch.setattr(scheduling, "_ways", lambda count: list(WAYS))
+    monkeypatch.setattr(scheduling.Scheduler, "_dealt", dealt)
+    monkeypatch.setattr(scheduling, "_pays", lambda *_: True)
     sweep(grid(rounds=5, time_aggregation=True))  # whose rounds without steps teach nothing
     assert used == [WAYS[1], WAYS[2], WAYS[1], WAYS[1]]  # after a loop
     assert remembered(tmp_path) == [list(WAYS[1])]
@@ -100,12 +100,12 @@ def test_the_fastest_way_is_measured_once_and_remembered(tmp_path, monkeypatch):
 
 
 def test_what_cannot_pay_is_not_compiled(tmp_path, monkeypatch):
-    monkeypatch.setattr(together, "_ways", lambda count: list(WAYS))
-    monkeypatch.setattr(together.Together, "_dealt", None)
+    monkeypatch.setattr(scheduling, "_ways", lambda count: list(WAYS))
+    monkeypatch.setattr(scheduling.Scheduler, "_dealt", None)
     fits = grid(rounds=3)
     fit(**fits[0])  # compiled before, which is not to look as if it took no time
     sweep(fits)  # takes milliseconds, compiling took more
-    assert not (tmp_path / together.MEMORY).exists()
+    assert not (tmp_path / scheduling.MEMORY).exists()
 
 
 def test_what_does_not_fit_into_memory_is_run_in_a_loop(tmp_path, monkeypatch):
@@ -115,22 +115,22 @@ def test_what_does_not_fit_into_memory_is_run_in_a_loop(tmp_path, monkeypatch):
         tried.append(way)
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
-    monkeypatch.setattr(together, "_ways", lambda count: list(WAYS[:2]))
-    monkeypatch.setattr(together.Together, "_dealt", full)
-    monkeypatch.setattr(together, "_pays", lambda *_: True)
+    monkeypatch.setattr(scheduling, "_ways", lambda count: list(WAYS[:2]))
+    monkeypatch.setattr(scheduling.Scheduler, "_dealt", full)
+    monkeypatch.setattr(scheduling, "_pays", lambda *_: True)
     fits = grid()
     assert_same(sweep(fits), fits)
-    assert remembered(tmp_path) == [list(together.LOOP)] and tried == [WAYS[1]]
+    assert remembered(tmp_path) == [list(scheduling.LOOP)] and tried == [WAYS[1]]
     # What fitted once, on another day, is forgotten when it does not.
-    ((name, _),) = json.loads((tmp_path / together.MEMORY).read_text()).items()
-    remember(together.MEMORY, name, WAYS[1])
+    ((name, _),) = json.loads((tmp_path / scheduling.MEMORY).read_text()).items()
+    remember(scheduling.MEMORY, name, WAYS[1])
     sweep(fits)
-    assert remembered(tmp_path) == [list(together.LOOP)] and tried == [WAYS[1]] * 2
+    assert remembered(tmp_path) == [list(scheduling.LOOP)] and tried == [WAYS[1]] * 2
 
 
 def test_arrays_that_somebody_placed_are_left_where_they_are(monkeypatch):
-    monkeypatch.setattr(together, "_ways", lambda count: [WAYS[1]])
-    monkeypatch.setattr(together.Together, "_dealt", None)
+    monkeypatch.setattr(scheduling, "_ways", lambda count: [WAYS[1]])
+    monkeypatch.setattr(scheduling.Scheduler, "_dealt", None)
     task = mlp_task()
     frozen = jax.device_put(task.frozen, jax.devices()[0])  # committed
     fits = grid(task=dataclasses.replace(task, frozen=frozen), rounds=2)
@@ -157,7 +157,7 @@ def test_a_sweep_that_was_killed_goes_on_where_each_fit_stood(tmp_path):
 
 
 def test_one_that_diverges_leaves_the_others_alone(monkeypatch):
-    monkeypatch.setattr(together, "_ways", lambda count: [together.Way(1, count)])
+    monkeypatch.setattr(scheduling, "_ways", lambda count: [scheduling.Way(1, count)])
     fits = grid(task=linear_task())
     fits[3]["optimizer"] = momentum(1e30)
     found = sweep(fits)

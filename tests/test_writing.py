@@ -10,11 +10,11 @@ import pytest
 from fedrag_jax.data.examples import Passage
 from fedrag_jax.data.prompts import COMPACT, COMPACT_REASONED, INSTRUCT
 from fedrag_jax.errors import ConfigError
+from fedrag_jax.generation.text import Sampling, Writer
 from fedrag_jax.models import hub
 from fedrag_jax.models.decoder import Decoder, DecoderConfig
 from fedrag_jax.models.layers import take_rows
 from fedrag_jax.models.network import Network
-from fedrag_jax.models.writing import Sampling, Writer
 from fedrag_jax.rag import RAGSystem
 
 LINES = [

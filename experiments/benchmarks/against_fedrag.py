@@ -143,8 +143,8 @@ def ours(folder: str) -> dict:
 
     from fedrag_jax.data.examples import Dataset, Example, Passage
     from fedrag_jax.data.partition import Partition
+    from fedrag_jax.federated.algorithms.fed_avg import fed_avg
     from fedrag_jax.federated.callbacks import Callback
-    from fedrag_jax.federated.fed_avg import fed_avg
     from fedrag_jax.federated.fit import fit
     from fedrag_jax.federated.optimizers import tunable
     from fedrag_jax.models import hub

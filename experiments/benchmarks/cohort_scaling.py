@@ -105,10 +105,10 @@ def measured(cohort: int) -> dict:
 
 def algorithm(cohort: int):
     """The one of the flag, with so many clients a round."""
-    from fedrag_jax.federated.fed_avg import fed_avg
-    from fedrag_jax.federated.local_only import local_only
+    from fedrag_jax.federated.algorithms.fed_avg import fed_avg
+    from fedrag_jax.federated.algorithms.local_only import local_only
+    from fedrag_jax.federated.algorithms.scaffold import scaffold
     from fedrag_jax.federated.sampling import uniform
-    from fedrag_jax.federated.scaffold import scaffold
 
     work = {"local_steps": _STEPS.value, "sampling": uniform(cohort)}
     if _ALGORITHM.value == "scaffold":

@@ -77,7 +77,7 @@ def prompts(rows: int, width: int, vocabulary: int) -> tuple[np.ndarray, np.ndar
 
 def ours(model, tokens, mask, count):
     """A function of no arguments that writes `count` tokens a row."""
-    from fedrag_jax.models.decoding import generate
+    from fedrag_jax.generation.decoding import generate
 
     return lambda: generate(model.network, model.params, tokens, mask, max_new_tokens=count).tokens
 

@@ -228,8 +228,8 @@ def ours(network, params, adapters, answers_only: bool):
     import optax
 
     from fedrag_jax.data.partition import Partition
-    from fedrag_jax.federated.cohort import sample_cohort
-    from fedrag_jax.federated.fed_avg import fed_avg
+    from fedrag_jax.federated.algorithms.fed_avg import fed_avg
+    from fedrag_jax.federated.engine.cohort import sample_cohort
     from fedrag_jax.federated.fit import fit
     from fedrag_jax.federated.optimizers import tunable
     from fedrag_jax.objectives.generator import AnswerLoss

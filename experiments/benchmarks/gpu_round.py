@@ -104,8 +104,8 @@ def timed(network, params, adapters, clients: int) -> tuple[float, int]:
 
     from fedrag_jax.data.batching import ANSWER_TOKENS
     from fedrag_jax.data.partition import Partition
+    from fedrag_jax.federated.algorithms.fed_avg import fed_avg
     from fedrag_jax.federated.callbacks import Callback
-    from fedrag_jax.federated.fed_avg import fed_avg
     from fedrag_jax.federated.fit import fit
     from fedrag_jax.objectives.generator import AnswerLoss
     from fedrag_jax.objectives.task import Task

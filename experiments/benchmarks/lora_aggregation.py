@@ -60,7 +60,7 @@ def update(system, clients, rule: str, sampling) -> np.ndarray:
     """All numbers of the dense update of a round: the adapters' product and what the base took in."""
     import optax
 
-    from fedrag_jax.federated.fed_lora import fed_lora
+    from fedrag_jax.federated.algorithms.fed_lora import fed_lora
     from fedrag_jax.federated.fit import fit
     from fedrag_jax.models import lora
     from fedrag_jax.models.network import flatten

@@ -107,10 +107,10 @@ def compiled_round(network, base, adapters):
     import optax
 
     from fedrag_jax.data.batching import ANSWER_TOKENS
-    from fedrag_jax.federated.cohort import Cohort
-    from fedrag_jax.federated.fed_avg import fed_avg
+    from fedrag_jax.federated.algorithms.fed_avg import fed_avg
+    from fedrag_jax.federated.engine.cohort import Cohort
+    from fedrag_jax.federated.engine.round import Round, compile_round
     from fedrag_jax.federated.optimizers import tunable
-    from fedrag_jax.federated.round import Round, compile_round
     from fedrag_jax.objectives.generator import AnswerLoss
 
     clients, rows, tokens = _CLIENTS.value, _BATCH.value, _TOKENS.value

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable
 
+UNKNOWN = "unknown"  # the answer where no passage holds one
 _LIST = re.compile(r"\[?\s*\d+(\s*,\s*\d+)*\s*\]?")
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from fedrag_jax.data.examples import Example, Passage
 from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.evaluation import metrics, rankings
-from fedrag_jax.objectives.likelihood import answer_log_probs
+from fedrag_jax.generation.likelihood import answer_log_probs
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.retrieval.retriever import Retriever
 from fedrag_jax.retrieval.stores.knowledge_store import KnowledgeStore

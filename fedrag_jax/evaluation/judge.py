@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from fedrag_jax.data.examples import Example
-from fedrag_jax.data.label_free_prompts import JUDGE, Ask
 from fedrag_jax.errors import ConfigError
-from fedrag_jax.models.author import Author
-from fedrag_jax.models.replies import replies
+from fedrag_jax.generation.author import Author
+from fedrag_jax.label_free.prompts import JUDGE, Ask
+from fedrag_jax.label_free.replies import replies
 
 
 def judged(

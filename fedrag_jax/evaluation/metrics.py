@@ -18,7 +18,7 @@ from fedrag_jax.data.answers import (
     normalize_japanese,
     stands_in,
 )
-from fedrag_jax.data.label_free_prompts import UNKNOWN
+from fedrag_jax.data.citations import UNKNOWN
 from fedrag_jax.errors import ConfigError, DataError, missing
 
 # Ways to say that nothing is known: this project's own, SQuAD v2's and HotpotQA's, and plain words.

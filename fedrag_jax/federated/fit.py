@@ -16,15 +16,15 @@ from fedrag_jax.clock import Clock
 from fedrag_jax.data.partition import Partition
 from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.federated.algorithm import Algorithm, PyTree, State
+from fedrag_jax.federated.algorithms.centralised import centralised
 from fedrag_jax.federated.callbacks import Callback, FitState
-from fedrag_jax.federated.centralised import centralised
-from fedrag_jax.federated.cohort import draw_clients, grouped, padding, sample_cohort
-from fedrag_jax.federated.group_size import choose_group_size
+from fedrag_jax.federated.engine.cohort import draw_clients, grouped, padding, sample_cohort
+from fedrag_jax.federated.engine.group_size import choose_group_size
+from fedrag_jax.federated.engine.placement import Placing, put_rows, rows_of
+from fedrag_jax.federated.engine.records import Spent, by_client, require_finite, seen, summary
+from fedrag_jax.federated.engine.round import Ran, Round, run_alone
+from fedrag_jax.federated.engine.table import collate, retrieve, tell_idle, used_rows
 from fedrag_jax.federated.optimizers import tunable
-from fedrag_jax.federated.placing import Placing, put_rows, rows_of
-from fedrag_jax.federated.records import Spent, by_client, require_finite, seen, summary
-from fedrag_jax.federated.round import Ran, Round, run_alone
-from fedrag_jax.federated.table import collate, retrieve, tell_idle, used_rows
 from fedrag_jax.objectives.task import Task
 
 ADAMW = tunable(optax.adamw, learning_rate=1e-3)

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 
 from fedrag_jax.errors import DivergenceError
+from fedrag_jax.federated.engine.round import Ran, Round
+from fedrag_jax.federated.engine.scheduling import Scheduler, by_program
 from fedrag_jax.federated.fit import FitResult, fit
-from fedrag_jax.federated.round import Ran, Round
-from fedrag_jax.federated.together import Together, alike
 from fedrag_jax.objectives.task import Task
 
 RECENT = 16  # tables, and findings, that fits of one task may have in common
@@ -43,7 +43,7 @@ def sweep(fits: Sequence[Mapping[str, Any]]) -> list[FitResult | DivergenceError
     asking = [ask(**{**f, "task": shared[id(f["task"])]}) for f in fits]
     results: list[Any] = [None] * len(fits)
     asked: dict[int, Round] = {}
-    together = Together()
+    scheduler = Scheduler()
 
     def go_on(i: int, ran: Ran | None) -> None:
         try:
@@ -57,8 +57,8 @@ def sweep(fits: Sequence[Mapping[str, Any]]) -> list[FitResult | DivergenceError
         go_on(i, None)
     while asked:
         now, asked = asked, {}
-        for program, group in alike(now):
-            ran = together.run(program, [now[i] for i in group])
+        for program, group in by_program(now):
+            ran = scheduler.run(program, [now[i] for i in group])
             for i, r in zip(group, ran, strict=True):
                 go_on(i, r)
     return results

@@ -11,9 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from fedrag_jax.data.batching import Prompts
-from fedrag_jax.data.citations import cite
+from fedrag_jax.data.citations import UNKNOWN, cite
 from fedrag_jax.data.examples import Example
-from fedrag_jax.data.label_free_prompts import UNKNOWN
 from fedrag_jax.errors import DataError
 from fedrag_jax.models.network import Network
 from fedrag_jax.objectives.generator import AnswerLoss

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedrag_jax.generation.likelihood import answer_log_probs
 from fedrag_jax.models.flops import decoder_flops, encoder_flops
 from fedrag_jax.models.network import Network, flatten, unflatten
-from fedrag_jax.objectives.likelihood import answer_log_probs
 from fedrag_jax.objectives.task import StepCost, Task
 
 Table = Mapping[str, Any]

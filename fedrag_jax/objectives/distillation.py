@@ -34,6 +34,7 @@ from fedrag_jax.data.batching import Prompts
 from fedrag_jax.data.corpora import Pool
 from fedrag_jax.data.examples import Example, embedding_text
 from fedrag_jax.errors import ConfigError
+from fedrag_jax.generation.likelihood import tokens_read, weighted_mean
 from fedrag_jax.models.network import Network
 from fedrag_jax.objectives import costs
 from fedrag_jax.objectives.encoding import (
@@ -44,7 +45,6 @@ from fedrag_jax.objectives.encoding import (
     trained_parts,
 )
 from fedrag_jax.objectives.joint import marginal_likelihood
-from fedrag_jax.objectives.likelihood import tokens_read, weighted_mean
 from fedrag_jax.objectives.supervision import Attention, LeaveOneOut, Likelihoods, Teacher
 from fedrag_jax.objectives.task import PyTree, StepCost, Task
 from fedrag_jax.retrieval.refresh import Policy

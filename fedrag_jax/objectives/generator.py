@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedrag_jax.data.batching import Prompts
+from fedrag_jax.generation.likelihood import answer_log_probs, tokens_read, weighted_mean
 from fedrag_jax.models.network import Network
 from fedrag_jax.objectives import costs
-from fedrag_jax.objectives.likelihood import answer_log_probs, tokens_read, weighted_mean
 from fedrag_jax.objectives.task import PyTree, StepCost, Task
 
 

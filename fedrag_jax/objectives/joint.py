@@ -21,6 +21,7 @@ from jax.scipy.special import logsumexp
 from fedrag_jax.data.batching import Prompts
 from fedrag_jax.data.corpora import Pool
 from fedrag_jax.errors import ConfigError
+from fedrag_jax.generation.likelihood import answer_log_probs, tokens_read, weighted_mean
 from fedrag_jax.models.network import Network
 from fedrag_jax.objectives import costs
 from fedrag_jax.objectives.encoding import (
@@ -31,7 +32,6 @@ from fedrag_jax.objectives.encoding import (
     too_few,
     trained_parts,
 )
-from fedrag_jax.objectives.likelihood import answer_log_probs, tokens_read, weighted_mean
 from fedrag_jax.objectives.supervision import Likelihoods
 from fedrag_jax.objectives.task import PyTree, StepCost, Task
 from fedrag_jax.retrieval.refresh import Policy

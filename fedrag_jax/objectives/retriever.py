@@ -11,6 +11,7 @@ import optax
 from fedrag_jax.data.corpora import Pool
 from fedrag_jax.data.examples import Dataset
 from fedrag_jax.errors import ConfigError, DataError
+from fedrag_jax.generation.likelihood import tokens_read, weighted_mean
 from fedrag_jax.models.network import Network
 from fedrag_jax.objectives import costs
 from fedrag_jax.objectives.encoding import (
@@ -20,7 +21,6 @@ from fedrag_jax.objectives.encoding import (
     question_vectors,
     trained_parts,
 )
-from fedrag_jax.objectives.likelihood import tokens_read, weighted_mean
 from fedrag_jax.objectives.task import StepCost, Task
 from fedrag_jax.retrieval.mining import Mining, hard_negatives
 from fedrag_jax.retrieval.retriever import Retriever

@@ -13,8 +13,8 @@ import numpy as np
 
 from fedrag_jax.data.batching import Prompts
 from fedrag_jax.data.examples import Example
+from fedrag_jax.generation.likelihood import answer_log_probs
 from fedrag_jax.models.network import Network
-from fedrag_jax.objectives.likelihood import answer_log_probs
 from fedrag_jax.objectives.task import PyTree
 
 CHUNK = 64  # prompts that are read at once

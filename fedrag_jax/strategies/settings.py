@@ -13,10 +13,10 @@ from fedrag_jax.data.examples import Example
 from fedrag_jax.data.partition import Partition, partition
 from fedrag_jax.data.schemes import dirichlet
 from fedrag_jax.errors import ConfigError
-from fedrag_jax.federated import by_name
 from fedrag_jax.federated.algorithm import Algorithm
-from fedrag_jax.federated.centralised import centralised
-from fedrag_jax.federated.fed_avg import fed_avg
+from fedrag_jax.federated.algorithms import by_name
+from fedrag_jax.federated.algorithms.centralised import centralised
+from fedrag_jax.federated.algorithms.fed_avg import fed_avg
 from fedrag_jax.federated.optimizers import tunable
 from fedrag_jax.federated.sampling import uniform
 from fedrag_jax.objectives.task import Task

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from fedrag_jax.data.prompts import ASK
-from fedrag_jax.inference import sequence_log_probs
+from fedrag_jax.generation.inference import sequence_log_probs
 from fedrag_jax.rag import RAGSystem
 
 

@@ -12,7 +12,7 @@ from fedrag_jax.data.examples import Example
 from fedrag_jax.data.partition import Partition
 from fedrag_jax.errors import CheckpointError, ConfigError, DivergenceError
 from fedrag_jax.federated.algorithm import nbytes
-from fedrag_jax.federated.by_name import FED_AVG, Named
+from fedrag_jax.federated.algorithms.by_name import FED_AVG, Named
 from fedrag_jax.federated.callbacks import Callback
 from fedrag_jax.federated.fit import FitResult
 from fedrag_jax.federated.stopping import EarlyStopping, held_out_loss, read_evaluations

@@ -4,8 +4,8 @@ import dataclasses
 
 import numpy as np
 
+from fedrag_jax.generation.likelihood import weighted_mean
 from fedrag_jax.models.network import Network
-from fedrag_jax.objectives.likelihood import weighted_mean
 from fedrag_jax.objectives.task import Task
 
 

@@ -3,7 +3,7 @@
 import optax
 
 from fedrag_jax.federated.algorithm import one_object
-from fedrag_jax.federated.fed_avg import averaging
+from fedrag_jax.federated.algorithms.fed_avg import averaging
 from fedrag_jax.federated.work import Work
 
 

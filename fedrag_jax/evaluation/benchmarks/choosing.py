@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedrag_jax import inference
 from fedrag_jax.data.batching import Prompts
-from fedrag_jax.models.writing import Writer
+from fedrag_jax.generation import inference
+from fedrag_jax.generation.text import Writer
 
 
 def choice_tokens(prompts: Prompts, choice: str) -> np.ndarray:

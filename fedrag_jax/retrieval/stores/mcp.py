@@ -46,7 +46,7 @@ class MCPStore(PassageSource):
         timeout: float = TIMEOUT_S,
         at_once: int = 8,
     ):
-        """A connection; without further names it understands `serving.mcp_server`.
+        """A connection; without further names it understands `server.mcp_server`.
 
         Args:
           command: starts the server, which is spoken to over its standard input and output. It is saved

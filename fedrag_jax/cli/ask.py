@@ -1,0 +1,151 @@
+"""Ask a system questions, and see what their answers come from.
+
+Without a question it reads them from the standard input, one a line.
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Iterator, Sequence
+
+from fedrag_jax.cli.common import (
+    add_json,
+    add_system,
+    as_dict,
+    harmless,
+    print_json,
+    printable,
+)
+
+AT_ONCE = 16  # questions of a file that are answered together
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of `fedrag ask`."""
+    add_system(parser)
+    parser.add_argument("questions", nargs="*", metavar="question")
+    parser.add_argument(
+        "--top-k", type=int, help="passages that are read (as the system was saved)"
+    )
+    parser.add_argument(
+        "--mode", default="concatenated", help="how several passages come to one answer"
+    )
+    parser.add_argument("--max-tokens", type=int, help="of an answer, at most")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0, the default, for the likeliest"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of answers that are drawn")
+    parser.add_argument("--system-prompt", help="what the prompt begins with")
+    parser.add_argument(
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        help="print answers as they are written (the default on a terminal), or whole",
+    )
+    parser.add_argument("--no-sources", action="store_true", help="print answers alone")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Answers."""
+    from fedrag_jax.errors import ConfigError
+    from fedrag_jax.rag import RAGSystem
+
+    if args.stream and args.json:
+        raise ConfigError("--stream prints answers as they are written, --json whole: choose one")
+    system = RAGSystem.load(args.system, elsewhere=args.elsewhere)
+    if args.top_k is not None:
+        system = dataclasses.replace(system, top_k=args.top_k)
+    if args.system_prompt:
+        system = system.under(args.system_prompt)
+    how = {"mode": args.mode, "temperature": args.temperature, "seed": args.seed}
+    if args.max_tokens is not None:
+        how["max_new_tokens"] = args.max_tokens
+    stream = args.stream
+    if stream is None:
+        stream = sys.stdout.isatty() and not args.json and args.mode == "concatenated"
+    for questions in _asked(args.questions):
+        several = len(questions) > 1 and not args.no_sources
+        if stream:
+            for question in questions:
+                _print_question(question, several)
+                _stream(system, question, how, args)
+            continue
+        for question, response in zip(questions, system.batch_query(questions, **how), strict=True):
+            if args.json:
+                _print_json(question, response)
+            else:
+                _print_question(question, several)
+                print(harmless(response.answer))
+                _tell_cut(response.finish, how, system)
+                if not args.no_sources:
+                    _print_sources(response.sources, response.scores, response.cited)
+    return 0
+
+
+def _asked(given: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Questions to be answered together: the ones given, or lines as they come."""
+    if given:
+        yield given
+        return
+    interactive, waiting = sys.stdin.isatty(), []
+    if interactive:
+        print("> ", end="", file=sys.stderr, flush=True)
+    for line in sys.stdin:
+        if question := line.strip():
+            waiting.append(question)
+        if waiting and (interactive or len(waiting) == AT_ONCE):
+            yield waiting
+            waiting = []
+        if interactive:
+            print("> ", end="", file=sys.stderr, flush=True)
+    if waiting:
+        yield waiting
+
+
+def _print_question(question: str, several: bool) -> None:
+    """Where answers to several follow each other."""
+    if several:
+        print(f"> {harmless(question)}")
+
+
+def _stream(system, question: str, how, args) -> None:
+    (found,) = system.retrieve([question])
+    passages = [f.passage for f in found]
+    pieces = system.stream(question, passages, **how)
+    for piece in pieces:
+        print(harmless(piece), end="", flush=True)
+    print()
+    _tell_cut(pieces.finish, how, system)
+    if not args.no_sources:
+        named = system.cited(pieces.reasoning, passages)
+        _print_sources(passages, [f.score for f in found], named)
+
+
+def _tell_cut(finish: str, how, system) -> None:
+    """Says so on the standard error if an answer did not end by itself."""
+    if finish == "repetition":
+        print("(stopped where it began to repeat itself)", file=sys.stderr)
+    if finish == "length":
+        limit = how.get("max_new_tokens", system.prompts.max_answer_tokens)
+        print(f"(cut after {limit} tokens; --max-tokens allows more)", file=sys.stderr)
+
+
+def _print_json(question: str, response) -> None:
+    sources = zip(response.sources, response.scores, strict=True)
+    print_json(
+        {
+            "question": question,
+            "answer": response.answer,
+            "cited": [p.id for p in response.cited],
+            "sources": [as_dict(p, score) for p, score in sources],
+            "finish": response.finish,
+        }
+    )
+
+
+def _print_sources(sources, scores, cited=()) -> None:
+    for i, (passage, score) in enumerate(zip(sources, scores, strict=True), start=1):
+        mark = "*" if passage in cited else " "
+        text = printable(passage.text, 90)
+        print(f" {mark}[{i}] {score:.3f}  {printable(passage.id, 60)}  {text}")
+    print(flush=True)

@@ -1,0 +1,190 @@
+"""Make a system of a folder of documents, or have it follow their changes.
+
+Reads txt, md, html, pdf and jsonl (objects with a "text" and, if known, "id" and "title"); what else is
+in the folder is told. Passages are called FILE#0, FILE#1, ...; a line with an id of its own keeps it,
+with #0, #1, ... behind it if it is cut. What is done is kept: after a kill, and after changes of the
+documents, the same command does what is left. Documents that are gone from the folder are gone from the
+system.
+"""
+
+import argparse
+import pathlib
+import sys
+import time
+
+from fedrag_jax.cli.common import add_elsewhere, add_json, harmless, print_json
+from fedrag_jax.retrieval.stores.registry import KINDS
+from fedrag_jax.retrieval.stores.registry import NEW as NEW_STORES
+
+NAMED = 20  # things left out for one reason that are told by name without --json
+SIMILARITIES = ("cosine", "dot", "euclidean")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of `fedrag index`."""
+    parser.add_argument("documents", type=pathlib.Path, help="a folder, or one file")
+    parser.add_argument("--to", type=pathlib.Path, required=True, help="folder of the system")
+    parser.add_argument(
+        "--tokens", type=int, help="of a passage, at most (200, or what the retriever reads)"
+    )
+    parser.add_argument(
+        "--overlap", type=int, help="tokens that neighbours share, at most (a fifth)"
+    )
+    parser.add_argument(
+        "--moved", action="store_true", help="the documents of the system lie in another folder now"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    add_json(parser)
+    add_elsewhere(parser)
+    new = parser.add_argument_group("a new system")
+    new.add_argument(
+        "--like", type=pathlib.Path, help="models, adapters and prompts of this saved system"
+    )
+    new.add_argument(
+        "--retriever",
+        help="builtin:encoder (the default), minilm, a folder, or a name on the hub",
+    )
+    new.add_argument(
+        "--generator",
+        help="builtin:decoder (the default), smollm2, a folder, a GGUF file, or a name on the hub",
+    )
+    new.add_argument(
+        "--prompt-style",
+        help="compact, instruct, cited, chat, chat_cited, ... (chat where the generator has a "
+        "template, else instruct; compact for built-in ones)",
+    )
+    new.add_argument(
+        "--query-prompt", help="what comes before a question for the retriever (its model's own)"
+    )
+    new.add_argument("--document-prompt", help="what comes before a passage (its model's own)")
+    new.add_argument(
+        "--similarity",
+        choices=SIMILARITIES,
+        help="that the retriever was trained for (what its model says, else cosine)",
+    )
+    new.add_argument("--system-prompt", help="what every prompt begins with")
+    new.add_argument("--top-k", type=int, help="passages read for an answer (5)")
+    new.add_argument(
+        "--store",
+        choices=NEW_STORES,
+        help="; ".join(f"{name}, {KINDS[name].about}" for name in NEW_STORES),
+    )
+    new.add_argument("--at", help="of qdrant a folder or address, of postgres a connection string")
+    new.add_argument("--collection", help="of qdrant, or table of postgres (fedrag)")
+    new.add_argument("--language", help="whose endings words and hybrid take off, such as english")
+    new.add_argument(
+        "--rerank", help="a cross-encoder that orders what the store finds: folder or hub name"
+    )
+
+
+NEW = ("like", "retriever", "generator", "prompt_style", "query_prompt", "document_prompt",
+       "similarity", "system_prompt", "top_k", "store", "at", "collection", "language",
+       "rerank")  # fmt: skip
+# What --like brings along.
+MODELS = {"--retriever", "--generator", "--prompt-style", "--query-prompt", "--document-prompt",
+          "--similarity"}  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Indexes; 3 where something in the folder was not read."""
+    from fedrag_jax.errors import ConfigError
+    from fedrag_jax.rag_folder import is_system
+    from fedrag_jax.systems.indexing import index
+
+    given = [f"--{name.replace('_', '-')}" for name in NEW if getattr(args, name) is not None]
+    new = not is_system(args.to)
+    if given and not new:
+        raise ConfigError(
+            f"{args.to} holds a system already, and {', '.join(given)} are of a new one: leave them "
+            "out, or choose another folder with --to"
+        )
+    if args.like and set(given) & MODELS:
+        raise ConfigError("--like takes models and prompts of a saved system: leave the others out")
+    start = time.perf_counter()
+    found = index(
+        args.documents,
+        args.to,
+        lambda: new_system(args),
+        tokens=args.tokens,
+        overlap=args.overlap,
+        moved=args.moved,
+        elsewhere=args.elsewhere,
+        progress=not args.quiet,
+    )
+    seconds = time.perf_counter() - start
+    if new and not args.quiet and not (args.like or args.generator):
+        print(
+            "the built-in generator reads the built-in world alone: for answers from other documents "
+            "index them into another folder with --generator",
+            file=sys.stderr,
+        )
+    _tell_unread(found.unreadable)
+    if args.json:
+        print_json(found._asdict() | {"system": str(args.to), "seconds": round(seconds, 3)})
+    else:
+        changes = (
+            f"{found.added:,} new, {found.changed:,} changed, {found.removed:,} removed"
+            if found.added or found.changed or found.removed
+            else "nothing new"
+        )
+        print(
+            f"{args.to}: {found.passages:,} passages of {found.files:,} documents ({changes}) "
+            f"in {seconds:.1f} s"
+        )
+    return 3 if found.unreadable else 0
+
+
+def _tell_unread(unreadable: dict[str, str]) -> None:
+    """A line for each reason; of the names of many alike, such as pictures of a site, the first."""
+    names: dict[str, list[str]] = {}
+    for name, reason in unreadable.items():
+        names.setdefault(reason, []).append(name)
+    for reason, some in names.items():
+        more = f" and {len(some) - NAMED:,} more" if len(some) > NAMED else ""
+        told = reason if f"{some[0]}:" in reason else f"{', '.join(some[:NAMED])}{more}: {reason}"
+        print(f"left out: {harmless(told)}", file=sys.stderr)
+
+
+def new_system(args: argparse.Namespace):
+    """A system over an empty store, as the options say."""
+    from fedrag_jax.models import hub, sentence_folders
+    from fedrag_jax.rag import RAGSystem
+    from fedrag_jax.systems.system_like import system_like
+
+    if args.like:
+        like = RAGSystem.load(args.like, elsewhere=args.elsewhere)
+        store = new_store(args, like.retriever.vectors.shape[1])
+        system = system_like(like, store=store, top_k=args.top_k)
+        return system.under(args.system_prompt) if args.system_prompt else system
+    retriever = hub.load(args.retriever or "builtin:encoder")
+    use = args.query_prompt, args.document_prompt, args.similarity
+    retriever = sentence_folders.used_as(retriever, *use)
+    generator = hub.load(args.generator or "builtin:decoder")
+    style = args.prompt_style
+    if style is None and (args.generator or "builtin:decoder").startswith("builtin:"):
+        style = "compact"
+    elif style is None:
+        style = "chat" if generator.tokenizer.chat_template else "instruct"
+    return RAGSystem.build(
+        store=new_store(args, retriever.network.config.dimension),
+        generator=generator,
+        retriever=retriever,
+        prompt_style=style,
+        system_prompt=args.system_prompt or "",
+        top_k=5 if args.top_k is None else args.top_k,
+    )
+
+
+def new_store(args: argparse.Namespace, dimension: int):
+    """An empty store of the kind that the options name."""
+    from fedrag_jax.retrieval.stores import registry
+
+    given = {name: getattr(args, name) for name in ("at", "collection", "language")}
+    given = {name: value for name, value in given.items() if value is not None}
+    store = registry.new_store(args.store or "flat", dimension, **given)
+    if args.rerank:
+        from fedrag_jax.models.cross_encoder import CrossEncoder
+        from fedrag_jax.retrieval.stores.reranked import RerankedStore
+
+        return RerankedStore(store, CrossEncoder.load(args.rerank))
+    return store

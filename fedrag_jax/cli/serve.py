@@ -1,0 +1,61 @@
+"""Offer a system to others: over HTTP like OpenAI, or as an MCP server.
+
+HTTP: POST /v1/chat/completions (whole or streamed), GET /v1/models and /v1/models/ID, GET /health.
+Where the environment has FEDRAG_API_KEY, callers must give it. SIGTERM stops it once requests under
+way are answered.
+"""
+
+import argparse
+import contextlib
+import os
+import sys
+
+from fedrag_jax.cli.common import add_system
+from fedrag_jax.server.address import KEY
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of `fedrag serve`."""
+    add_system(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8000, help="(8000)")
+    parser.add_argument("--model", help="the name that callers ask for (fedrag)")
+    parser.add_argument(
+        "--cors-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="of web pages that may call it, such as https://example.org, or '*' for all; may be given "
+        "more than once (none)",
+    )
+    parser.add_argument(
+        "--mcp", choices=("stdio", "http"), help="speak the Model Context Protocol instead"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serves until it is stopped."""
+    from fedrag_jax.errors import ConfigError
+    from fedrag_jax.rag import RAGSystem
+
+    if args.mcp and (args.model or args.cors_origin):
+        raise ConfigError(
+            "--model and --cors-origin are of the HTTP interface, not of --mcp: leave them out"
+        )
+    if args.mcp == "http" and os.environ.get(KEY):
+        raise ConfigError(
+            f"MCP over HTTP asks for no key, and {KEY} is set: unset it, or use stdio"
+        )
+    if args.mcp:
+        from fedrag_jax.server import mcp_server
+
+        # Over stdio, standard output is the protocol's alone.
+        with contextlib.redirect_stdout(sys.stderr):
+            system = RAGSystem.load(args.system, elsewhere=args.elsewhere)
+        mcp_server.run(system, args.mcp, args.host, args.port)
+        return 0
+    from fedrag_jax.server import http
+
+    system = RAGSystem.load(args.system, elsewhere=args.elsewhere)
+    http.serve(system, args.host, args.port, args.model or http.MODEL, args.cors_origin)
+    return 0

@@ -1,0 +1,203 @@
+"""Tune the retriever and the generator of a system on questions about its passages.
+
+QUESTIONS is a file of JSON lines: {"id", "question", "answers": [...]} and, if known, "positive_ids"
+(of the passages that answer: ids as `fedrag ask --json` prints them, or those of the documents or lines
+that were indexed), "topic" and "split" (train, validation or test; 70, 10 and 20 percent by their ids
+where none is told). Every factor of the learning rates is tried, and what answers validation questions
+best is saved. Questions marked "unanswerable" are left out. After a kill the same command goes on.
+"""
+
+import argparse
+import ast
+import dataclasses
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from fedrag_jax.cli.common import add_json, add_system, print_json
+
+USUAL_RATES = {"query": 1e-4, "adapters": 1e-3}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of `fedrag train`."""
+    add_system(parser)
+    parser.add_argument("questions", type=pathlib.Path)
+    parser.add_argument("--to", type=pathlib.Path, required=True, help="folder of the tuned system")
+    parser.add_argument(
+        "--strategy",
+        default="joint_token",
+        help="retriever, generator, ralt, lsr, ra_dit, independent, two_phase, joint_token (the "
+        "default) or joint_sequence; retriever and independent need positive_ids; or an objective by "
+        "itself, such as pdist or oracle; or one of your own, module:function, where the function "
+        "makes a Task of a system and a dataset",
+    )
+    parser.add_argument(
+        "--setting",
+        choices=("centralised", "federated"),
+        default="centralised",
+        help="all questions in one place (the default), or with clients who share updates alone",
+    )
+    parser.add_argument(
+        "--algorithm",
+        default="fedavg",
+        help="what clients' updates become in the federated setting: fedavg (the default), fedavgm, "
+        "fedadagrad, fedadam, fedyogi, fedprox, scaffold, or one of fedit, ffa, rolora, flora, fedex, "
+        "flexlora for the adapters",
+    )
+    parser.add_argument(
+        "--algorithm-options", nargs="+", default=(), metavar="NAME=VALUE", help="such as mu=0.1"
+    )
+    parser.add_argument("--clients", type=int, default=8, help="(8); 0 makes every topic a client")
+    parser.add_argument(
+        "--alpha",
+        type=float,
+        default=float("inf"),
+        help="of the Dirichlet split over topics (even)",
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="rounds, and index refreshes (5)")
+    parser.add_argument("--local-steps", type=int, default=5, help="of a client in a round (5)")
+    parser.add_argument("--batch-size", type=int, default=8, help="(8)")
+    # None where nobody chose one.
+    parser.add_argument("--query-rate", type=float, help="learning rate (1e-4)")
+    parser.add_argument("--adapter-rate", type=float, help="learning rate (1e-3)")
+    parser.add_argument(
+        "--factors",
+        type=float,
+        nargs="+",
+        default=(0.1, 1.0, 10.0),
+        help="of these rates (0.1 1 10)",
+    )
+    parser.add_argument(
+        "--max-answer-tokens",
+        type=int,
+        help="of answers trained on and written: of longer ones the end is cut (the system's)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="(0)")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains."""
+    from fedrag_jax.data.datasets import load_questions
+    from fedrag_jax.errors import ConfigError
+    from fedrag_jax.federated.algorithms import by_name
+    from fedrag_jax.rag import RAGSystem
+    from fedrag_jax.rag_folder import is_system, require_free
+    from fedrag_jax.retrieval.stores.knowledge_store import KnowledgeStore
+    from fedrag_jax.strategies.own import named
+    from fedrag_jax.strategies.settings import Budget
+    from fedrag_jax.systems import training
+
+    if args.strategy == "none":
+        raise ConfigError("--strategy none trains nothing: choose another")
+    named(args.strategy)  # refuses what is not there before anything is read
+    options = _options(args.algorithm_options)
+    by_name.check(args.algorithm, options, "--algorithm")
+    if args.setting == "centralised" and args.algorithm != "fedavg":
+        raise ConfigError(
+            f"--algorithm {args.algorithm} averages what clients learn: add --setting=federated"
+        )
+    rates = {"query": args.query_rate, "adapters": args.adapter_rate}
+    if args.algorithm in by_name.OWN_STEPS and None in rates.values():
+        raise ConfigError(
+            f"--algorithm {args.algorithm} takes steps of plain SGD, which the usual learning rates do "
+            "not fit: give --query-rate and --adapter-rate"
+        )
+    rates = {part: USUAL_RATES[part] if rate is None else rate for part, rate in rates.items()}
+    require_free(args.to)
+    if is_system(args.to):
+        raise ConfigError(f"{args.to} holds a system already: choose another folder with --to")
+    start = time.perf_counter()
+    system = RAGSystem.load(args.system, elsewhere=args.elsewhere)
+    if not isinstance(system.store, KnowledgeStore | None):
+        raise ConfigError(
+            f"{args.system} answers from a store of kind {system.store.kind!r}, which does not tell "
+            "which passages it has, and training searches them: index them with fedrag index"
+        )
+    passages = system.retriever.passages if system.store is None else system.store.passages()
+    dataset = load_questions(args.questions, [*passages], needed=("train", "validation"))
+    if args.max_answer_tokens is not None:
+        prompts = system.prompts.answering(args.max_answer_tokens)
+        system = dataclasses.replace(system, prompts=prompts)
+    cut = system.prompts.cut(dataset.train)
+    if cut:
+        print(
+            f"{len(cut):,} of {len(dataset.train):,} training answers are longer than "
+            f"{system.prompts.max_answer_tokens} tokens, and their ends are not trained on: "
+            f"--max-answer-tokens={max(cut)} takes all of them whole",
+            file=sys.stderr,
+        )
+    clients = training.split(dataset.train, args.setting, args.clients, args.alpha, args.seed)
+    count = args.clients or len({e.topic for e in dataset.train})
+    budget = Budget(args.rounds, args.local_steps, count, args.batch_size)
+    found = training.train(
+        system,
+        dataset,
+        args.to / "training",
+        strategy=args.strategy,
+        setting=args.setting,
+        budget=budget,
+        clients=clients,
+        rates=rates,
+        factors=args.factors,
+        seed=args.seed,
+        algorithm=args.algorithm,
+        options=options,
+    )
+    found.system.save(args.to)
+    told = {
+        "system": str(args.to),
+        "validation": {"before": found.before, "after": found.best.scores},
+        "test": found.test,
+        "trials": [trial._asdict() for trial in found.trials],
+        "best_factor": found.best.factor,
+        "answers_cut": len(cut),
+        "seconds": round(time.perf_counter() - start, 3),
+    }
+    if args.json:
+        print_json(told)
+    else:
+        _print(told, {"validation": dataset.validation, "test": dataset.test})
+    return 0
+
+
+def _options(given: Sequence[str]) -> dict[str, Any]:
+    """{"mu": 0.1} of "mu=0.1".
+
+    Raises:
+      ConfigError: one without a name or a value.
+    """
+    from fedrag_jax.errors import ConfigError
+
+    options = {}
+    for text in given:
+        name, mark, value = text.partition("=")
+        if not name or not mark:
+            raise ConfigError(f"--algorithm-options: {text!r} is not NAME=VALUE, such as mu=0.1")
+        try:
+            options[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[name] = value  # a word, such as weighting=uniform
+    return options
+
+
+def _print(told, questions) -> None:
+    from tabulate import tabulate
+
+    rows = []
+    for name in ("validation", "test"):
+        for when, means in (told[name] or {}).items():
+            percent = [f"{100 * value:.1f}" for value in means.values()]
+            rows.append([f"{name} ({len(questions[name])})", when, *percent])
+    names = [*told["validation"]["before"]]
+    print(tabulate(rows, ["questions", "", *names], disable_numparse=True))
+    validation = told["validation"]
+    if validation["after"]["em"] < validation["before"]["em"]:
+        print("no training answered validation questions as well as the system did before")
+    print(
+        f"{told['system']}: rates times {told['best_factor']:g}, the best of "
+        f"{len(told['trials'])}, in {told['seconds']:.0f} s"
+    )

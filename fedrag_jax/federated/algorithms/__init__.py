@@ -1,0 +1,1 @@
+"""Algorithms: what many clients' updates become, a file each."""

@@ -1,0 +1,128 @@
+"""Algorithms by name with their options, as configs and the command line choose them.
+
+| name | algorithm |
+|---|---|
+| `fedavg`, `fedavgm`, `fedprox` | `fed_avg`, `fed_avg_m`, `fed_prox` |
+| `fedadagrad`, `fedadam`, `fedyogi` | `fed_adagrad`, `fed_adam`, `fed_yogi` |
+| `scaffold` | `scaffold`; its clients take steps of plain SGD |
+| `fedit`, `ffa`, `rolora`, `flora`, `fedex`, `flexlora` | `fed_lora` with that rule |
+
+`fedsa` is missing: it leaves a model with each client, and who chooses by name trains one for all.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from fedrag_jax.errors import ConfigError
+from fedrag_jax.federated.algorithm import Algorithm
+from fedrag_jax.federated.algorithms.fed_avg import fed_avg
+from fedrag_jax.federated.algorithms.fed_avg_m import fed_avg_m
+from fedrag_jax.federated.algorithms.fed_lora import RULES, fed_lora
+from fedrag_jax.federated.algorithms.fed_opt import fed_adagrad, fed_adam, fed_yogi
+from fedrag_jax.federated.algorithms.fed_prox import fed_prox
+from fedrag_jax.federated.algorithms.scaffold import scaffold
+from fedrag_jax.federated.work import Work
+from fedrag_jax.models.network import Network
+from fedrag_jax.objectives.task import Task
+
+PERSONAL = tuple(rule for rule, row in RULES.items() if row.private)
+ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
+    "fedavg": fed_avg,
+    "fedavgm": fed_avg_m,
+    "fedadagrad": fed_adagrad,
+    "fedadam": fed_adam,
+    "fedyogi": fed_yogi,
+    "fedprox": fed_prox,
+    "scaffold": scaffold,
+    **{rule: functools.partial(fed_lora, rule) for rule in RULES if rule not in PERSONAL},
+}
+OWN_STEPS = ("scaffold",)  # whose clients' optimizer comes with the algorithm
+CHANGING_BASE = tuple(rule for rule, row in RULES.items() if row.changes_base)
+# What is no option, because the task, its learning rates or the budget say it.
+_GIVEN = ("server_optimizer", "client_learning_rate", "network", "part", "base", "work")
+
+
+class Named(NamedTuple):
+    """An algorithm by its name; what it comes to depends on the task.
+
+    Attributes:
+      name: one of `ALGORITHMS`.
+      options: some of `options_of(name)`.
+      network: the generator's with its adapters, which the rules of `fed_lora` need.
+    """
+
+    name: str = "fedavg"
+    options: Mapping[str, Any] = {}
+    network: Network | None = None
+
+    def averaging(self, task: Task, rates: Mapping[str, float]) -> Callable[..., Algorithm]:
+        """What makes the algorithm for a task, of what `Work` takes.
+
+        A rule for adapters has nothing to say about a task that trains none: that is averaged as by
+        `fed_avg`.
+
+        Args:
+          rates: learning rate of each part that the task trains, which SCAFFOLD's own steps take.
+        """
+        if self.name in RULES:
+            if "adapters" not in task.trainable:
+                shared = {name: x for name, x in self.options.items() if name == "weighting"}
+                return functools.partial(fed_avg, **shared)
+            return functools.partial(ALGORITHMS[self.name], self.network, **self.options)
+        own = {"client_learning_rate": dict(rates)} if self.name in OWN_STEPS else {}
+        return functools.partial(ALGORITHMS[self.name], **own, **self.options)
+
+    def changes_base(self, task: Task) -> bool:
+        """Whether training a task changes what its adapters are added to."""
+        return self.name in CHANGING_BASE and "adapters" in task.trainable
+
+
+FED_AVG = Named()
+
+
+def options_of(name: str) -> dict[str, Any]:
+    """The options of an algorithm and their defaults."""
+    found = inspect.signature(ALGORITHMS[name]).parameters.values()
+    own = {p.name: p.default for p in found if p.name not in _GIVEN}
+    return {"weighting": Work.weighting} | own
+
+
+def check(name: str, options: Mapping[str, Any], where: str) -> None:
+    """Refuses an algorithm that cannot be.
+
+    Args:
+      where: the name and the options were given, for people.
+
+    Raises:
+      ConfigError: an unknown name or option, a value that the option cannot have.
+    """
+    if name in PERSONAL:
+        raise ConfigError(
+            f"{where}: {name} leaves each client a model of its own, and a strategy tunes one system; "
+            f"choose among {[*ALGORITHMS]}, or see `python -m experiments lora_aggregation`"
+        )
+    if name not in ALGORITHMS:
+        raise ConfigError(f"{where}: unknown algorithm {name!r}; choose among {[*ALGORITHMS]}")
+    known = options_of(name)
+    if unknown := [option for option in options if option not in known]:
+        raise ConfigError(f"{where}: unknown options {unknown} of {name}; choose among {[*known]}")
+    for option, value in options.items():
+        if not _is_like(value, known[option]):
+            wanted = "a tuple" if known[option] is None else f"of the type of {known[option]!r}"
+            raise ConfigError(f"{where}: {option} of {name} must be {wanted}, got {value!r}")
+    if name not in RULES:  # those need a network; the others tell now which values they refuse
+        own = {"client_learning_rate": 1.0} if name in OWN_STEPS else {}
+        try:
+            ALGORITHMS[name](**own, **options)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from error
+
+
+def _is_like(value: Any, default: Any) -> bool:
+    if default is None:
+        return isinstance(value, (tuple, list))
+    if isinstance(default, float):
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, type(default))

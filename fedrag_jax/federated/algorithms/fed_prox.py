@@ -1,0 +1,35 @@
+"""Averaging of clients that are held near the global model.
+
+Federated Optimization in Heterogeneous Networks
+    Li, Sahu, Zaheer, Sanjabi, Talwalkar, Smith, MLSys 2020, arXiv 1812.06127, Algorithm 2
+"""
+
+import jax
+
+from fedrag_jax.errors import ConfigError
+from fedrag_jax.federated.algorithm import Algorithm, one_object
+from fedrag_jax.federated.algorithms.fed_avg import averaging
+from fedrag_jax.federated.work import Work
+
+
+@one_object
+def fed_prox(*, mu: float = 0.01, **work) -> Algorithm:
+    """Clients minimise loss(y) + (μ/2) ‖y − x‖², the norm being squared; at μ = 0 it is `fed_avg`.
+
+    The gradient μ(y − x) reaches the optimizer with that of the loss; the loss that is reported is
+    the task's alone.
+
+    Args:
+      mu: μ ≥ 0.
+      work: as in `fed_avg`.
+
+    Raises:
+      ConfigError: a negative μ, or what `Work` refuses.
+    """
+    if not mu >= 0:
+        raise ConfigError(f"fed_prox: mu must be at least 0, got {mu}")
+
+    def correct(gradient, y, x, own):
+        return jax.tree.map(lambda g, y, x: g + mu * (y - x), gradient, y, x)
+
+    return averaging(Work(**work), correct=correct)

@@ -1,0 +1,1 @@
+"""A round as one compiled program, and where it runs."""

@@ -1,0 +1,100 @@
+"""Where arrays are: on one device, or over the devices and hosts of a mesh."""
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from fedrag_jax.errors import ConfigError
+from fedrag_jax.federated.algorithm import PyTree
+from fedrag_jax.federated.engine.cohort import CLIENTS, Cohort
+
+
+class Placing:
+    """Puts arrays where a round wants them and reads back what it leaves.
+
+    Args:
+      mesh: with an axis "clients", or None.
+      frozen: the task's; arrays that are over a mesh already bring it along.
+      room: clients in a round; one alone is nothing to deal out.
+
+    Raises:
+      ConfigError: a mesh without that axis, or another than the frozen arrays are on.
+    """
+
+    def __init__(self, mesh: Mesh | None, frozen: PyTree, room: int):
+        places = (getattr(x, "sharding", None) for x in jax.tree.leaves(frozen))
+        found = next((p.mesh for p in places if isinstance(p, NamedSharding)), None)
+        if mesh is not None and CLIENTS not in mesh.shape:
+            raise ConfigError(f"fit: the mesh needs an axis {CLIENTS!r}, it has {[*mesh.shape]}")
+        if mesh is not None:
+            # Axes that the compiler manages, however the mesh was made.
+            mesh = Mesh(mesh.devices, mesh.axis_names)
+            if found is not None and Mesh(found.devices, found.axis_names) != mesh:
+                raise ConfigError(
+                    f"fit: the frozen arrays are on another mesh, {found}; place them on this one "
+                    "with models.sharding.shard"
+                )
+        # What groups are dealt out over. One client alone would be trained on every device over again.
+        self.clients = mesh if room > 1 else None
+        self._all = self.clients or found
+        self.devices = 1 if self.clients is None else mesh.shape[CLIENTS]
+
+    def everywhere(self, tree: PyTree) -> PyTree:
+        """Whole on every device; what is over the mesh already stays as it is."""
+        if self._all is None:
+            return jax.tree.map(jax.numpy.asarray, tree)
+        whole = NamedSharding(self._all, PartitionSpec())
+
+        def put(x):
+            if getattr(getattr(x, "sharding", None), "mesh", None) == self._all:
+                return x
+            if jax.dtypes.issubdtype(jax.numpy.result_type(x), jax.dtypes.prng_key):
+                return jax.random.wrap_key_data(put(jax.random.key_data(x)))
+            return _put(x, whole)
+
+        return jax.tree.map(put, tree)
+
+    def dealt(self, tree: PyTree) -> PyTree:
+        """Groups, the leading axis, over the devices."""
+        if self.clients is None:
+            return self.everywhere(tree)
+        each = NamedSharding(self.clients, PartitionSpec(CLIENTS))
+        return jax.tree.map(lambda x: _put(x, each), tree)
+
+    def read(self, tree: PyTree) -> PyTree:
+        """NumPy arrays of everything, wherever it is."""
+        if self.clients is None or jax.process_count() == 1:
+            return jax.device_get(tree)
+        return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), tree)
+
+
+def _put(x, sharding: NamedSharding) -> jax.Array:
+    if jax.process_count() == 1:
+        return jax.device_put(x, sharding)
+    # Every process has the whole, and places what its own devices hold.
+    x = np.asarray(x, jax.numpy.result_type(x))
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
+def rows_of(population: PyTree, parts: list[Cohort]) -> PyTree:
+    """The rows of a cohort's clients: a list over its parts of [G, g, ...]; () if there are none."""
+    if isinstance(population, tuple) and not population:
+        return ()
+
+    def rows(part):
+        # Any row will do for padding.
+        return jax.tree.map(lambda x: x[np.minimum(part.clients, len(x) - 1)], population)
+
+    return [rows(part) for part in parts]
+
+
+def put_rows(population: PyTree, parts: list[Cohort], rows: PyTree) -> None:
+    """Writes them back in place."""
+    for part, new in zip(parts, rows, strict=True) if rows else ():
+
+        def put(x, y, clients=part.clients):
+            there = clients < len(x)
+            x[clients[there]] = y[there]
+
+        jax.tree.map(put, population, new)

@@ -1,0 +1,211 @@
+"""A round as one program, compiled ahead of time and kept for every fit with the same shapes."""
+
+import functools
+from collections.abc import Callable, Generator
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
+
+import jax
+import optax
+from jax.sharding import Mesh, PartitionSpec
+
+from fedrag_jax.clock import Clock
+from fedrag_jax.federated.algorithm import State
+from fedrag_jax.federated.engine.client import all_finite, local_update
+from fedrag_jax.federated.engine.cohort import CLIENTS
+from fedrag_jax.federated.engine.debug import debug_round
+from fedrag_jax.federated.optimizers import join, split
+
+P = ParamSpec("P")
+R = TypeVar("R", covariant=True)
+
+
+class RunAlone(Protocol[P, R]):
+    """A function that runs the rounds which a generator asks for, `rounds`, one after another."""
+
+    rounds: Callable[P, Generator["Round", "Ran", R]]
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """What the generator returns."""
+
+
+class Round(NamedTuple):
+    """What a fit asks to be done.
+
+    Attributes:
+      loss: of a `Task`, hashable; equal losses share programs.
+      turn: of an `Algorithm`.
+      optimizer: of the clients.
+      mesh: with an axis "clients", or None.
+      arguments: `state, frozen, table, cohort, round, key`.
+      left: rounds of the fit from this one on; 0 for one beside them, which is not to be learned
+        from.
+      name_of: what to call a row of the table, if the round is to be run in Python, step by step.
+    """
+
+    loss: Callable
+    turn: Callable
+    optimizer: optax.GradientTransformation
+    mesh: Mesh | None
+    arguments: tuple
+    left: int = 1
+    name_of: Callable[[int], str] | None = None
+
+
+class Ran(NamedTuple):
+    """What a round left.
+
+    Attributes:
+      state: of the algorithm.
+      told: `(report, server_finite)`, the report as the turn gives it.
+      seconds: without `compile_seconds`.
+      peak_bytes: that the program takes on a device.
+      devices: that were held for those seconds.
+    """
+
+    state: State
+    told: tuple
+    seconds: float
+    compile_seconds: float
+    peak_bytes: int = 0
+    devices: int = 1
+
+
+def run_round(asked: Round) -> Ran:
+    """Runs one round by itself; `state` is donated."""
+    clock, peak = Clock(), 0
+    if asked.name_of is None:
+        run = compile_round(asked)
+        peak = peak_bytes(run.func)
+    else:
+        about = asked.loss, asked.turn, asked.optimizer, asked.name_of
+        run = functools.partial(debug_round, *about)
+    compile_seconds = sum(clock.lap())
+    state, told = jax.block_until_ready(run(*asked.arguments))
+    devices = 1 if asked.mesh is None else asked.mesh.size
+    return Ran(state, told, sum(clock.lap()), compile_seconds, peak, devices)
+
+
+def run_alone(rounds: Callable[P, Generator[Round, Ran, R]]) -> RunAlone[P, R]:
+    """Makes a function of a generator that asks for rounds, of which each is run when asked for.
+
+    The generator stays at hand as `rounds`, for those who run several together.
+    """
+
+    @functools.wraps(rounds)
+    def fit(*args: P.args, **kwargs: P.kwargs) -> R:
+        asking = rounds(*args, **kwargs)
+        try:
+            asked = next(asking)
+            while True:
+                asked = asking.send(run_round(asked))
+        except StopIteration as done:
+            return done.value
+
+    alone: Any = fit
+    alone.rounds = rounds
+    return alone
+
+
+def compile_round(asked: Round) -> Callable:
+    """Compiles a round, or finds it compiled.
+
+    Returns:
+      `run(*arguments) -> (state, told)`; `state` is donated.
+    """
+    program, _ = Program.of(asked)
+    return functools.partial(_compile(program)[0], split(asked.optimizer)[1])
+
+
+@functools.lru_cache(maxsize=32)  # asked in every round, and the compiler takes its time to tell
+def peak_bytes(compiled: jax.stages.Compiled) -> int:
+    """What a program holds on a device at once: arguments, results and scratch, by the compiler."""
+    memory = compiled.memory_analysis()
+    if memory is None:  # not every backend tells
+        return 0
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    return held + memory.temp_size_in_bytes - memory.alias_size_in_bytes
+
+
+def peak_alone(program: "Program") -> int:
+    """`peak_bytes` of a round by itself."""
+    return peak_bytes(_compile(program)[0])
+
+
+def compile_seconds(program: "Program") -> float:
+    """How long it took, whoever it was that asked first."""
+    return _compile(program)[1]
+
+
+class Program(NamedTuple):
+    """All of a round but its numbers; hashable. Rounds of one program differ in their leaves alone.
+
+    Attributes:
+      fixed, structure: of the optimizer, as `split` gives them.
+      tree: of `(the optimizer's numbers, arguments)`.
+      shapes: of their leaves.
+    """
+
+    loss: Callable
+    turn: Callable
+    mesh: Mesh | None
+    fixed: tuple
+    structure: Any
+    tree: Any
+    shapes: tuple[jax.ShapeDtypeStruct, ...]
+
+    @classmethod
+    def of(cls, asked: Round) -> tuple["Program", list]:
+        """The program of a round, and its leaves."""
+        fixed, numbers, structure = split(asked.optimizer)
+        leaves, tree = jax.tree.flatten((numbers, asked.arguments))
+        shapes = tuple(map(_shape, leaves))
+        return cls(asked.loss, asked.turn, asked.mesh, fixed, structure, tree, shapes), leaves
+
+    def run(self, numbers, state, frozen, table, cohort, round, key):
+        """The round itself, to be traced."""
+        optimizer = join(self.fixed, numbers, self.structure)
+        axis, key = None if self.mesh is None else CLIENTS, jax.random.fold_in(key, round)
+        client = local_update(self.loss, optimizer, frozen, table, key, axis)
+        state, report = self.turn(state, cohort, client)
+        return state, (report, all_finite((state.trainable, state.server)))
+
+
+@functools.lru_cache(maxsize=32)
+def _compile(program: Program) -> tuple[Callable, float]:
+    clock = Clock()
+    numbers, arguments = jax.tree.unflatten(program.tree, program.shapes)
+
+    def placed(*inputs):
+        # Each device does the groups dealt to it and, like the others, the server's part.
+        one, each = PartitionSpec(), PartitionSpec(CLIENTS)
+        state = State(one, one, each)
+        shared = (
+            program.run
+            if program.mesh is None
+            else jax.shard_map(
+                program.run,
+                mesh=program.mesh,
+                in_specs=(one, state, one, one, each, one, one),
+                out_specs=(state, (each, one)),
+                axis_names={CLIENTS},
+                check_vma=False,
+            )
+        )
+        state, told = shared(*inputs)
+        return jax.tree.map(_placed, state, arguments[0]), told  # the next round is this program
+
+    compiled = jax.jit(placed, donate_argnums=1).lower(numbers, *arguments).compile()
+    return compiled, sum(clock.lap())
+
+
+def _placed(x, shape):
+    return x if shape.sharding is None else jax.lax.with_sharding_constraint(x, shape.sharding)
+
+
+def _shape(x) -> jax.ShapeDtypeStruct:
+    """Shape, type and, where somebody chose it, place."""
+    aval = jax.typeof(x)
+    placed = isinstance(x, jax.Array) and x.committed
+    return jax.ShapeDtypeStruct(
+        aval.shape, aval.dtype, weak_type=aval.weak_type, sharding=x.sharding if placed else None
+    )

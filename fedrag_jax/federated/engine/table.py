@@ -1,0 +1,106 @@
+"""The table that steps gather their examples from: which rows, what they retrieved, what they hold."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from fedrag_jax.data.partition import Partition
+from fedrag_jax.errors import DataError
+from fedrag_jax.federated.algorithm import Algorithm, State
+from fedrag_jax.federated.engine.cohort import sample_cohort
+from fedrag_jax.federated.work import Work
+from fedrag_jax.objectives.task import Task
+
+
+def tell_idle(task: Task, data: Partition, batch_size: int) -> None:
+    """Warns of clients that learn nothing from what they hold.
+
+    Raises:
+      ConfigError: a batch size with which nobody learns.
+      DataError: none of several clients learns. One alone may be of local training, whose other clients
+        do.
+    """
+    if task.idle is None:
+        return
+    held = {c: data.of(c) for c in range(len(data.clients))}
+    idle = {c: why for c, some in held.items() if (why := task.idle(some, batch_size))}
+    if not idle:
+        return
+    first = min(idle)
+    told = (
+        f"fit: {len(idle)} of {len(data.clients)} clients learn nothing from {task.name!r}, client "
+        f"{first} first: {idle[first]}"
+    )
+    if len(idle) == len(data.clients) > 1:
+        raise DataError(told)
+    warnings.warn(told, stacklevel=3)
+
+
+def used_rows(
+    data: Partition, work: Work, first: int, count: int, batch_size: int, seed: int, height: int
+) -> np.ndarray:
+    """Examples that `count` rounds from `first` on train on: nothing is done for the others.
+
+    As many for every stretch of rounds, so that all have one shape: the first fills up to `height`
+    at least.
+    """
+    rows = np.arange(len(data.examples))
+    cohort = sample_cohort(data, work, first, batch_size, seed)
+    room = count * work.sampling.places(data.sizes()) * np.prod(cohort.indices.shape[1:])
+    if room < len(rows):
+        others = (sample_cohort(data, work, first + i, batch_size, seed) for i in range(1, count))
+        trained = [c.indices[c.example_weight > 0] for c in (cohort, *others)]
+        rows = np.unique(np.concatenate(trained))
+        rows = rows if rows.size else np.arange(1)
+    height = max(height, min(room, len(data.examples)))
+    return np.pad(rows, (0, max(height - len(rows), 0)), constant_values=rows[0])
+
+
+def retrieve(
+    task: Task, data: Partition, rows, algorithm: Algorithm, state: State, index: Any
+) -> tuple[np.ndarray, Any]:
+    """What each example finds with the model that trains on it, and the index it was found in.
+
+    Args:
+      index: of the retrieval before.
+
+    Returns:
+      int32 [len(rows), k], and the task's index or None.
+    """
+    rows, inverse = np.unique(rows, return_inverse=True)
+    if algorithm.model is None:
+        examples = [data.examples[i] for i in rows]
+        if task.index is None:
+            return np.asarray(task.retrieve(examples, state.trainable))[inverse], None
+        found, index = task.retrieve(examples, state.trainable, index or task.index)
+        return np.asarray(found)[inverse], jax.device_get(index)
+    retrieved: np.ndarray | None = None
+    for client, held in enumerate(data.clients):
+        own = np.flatnonzero(np.isin(rows, held))
+        if not own.size:
+            continue
+        row = jax.tree.map(lambda x, c=client: x[c], state.population)
+        model = algorithm.model(state.trainable, row)
+        found = np.asarray(task.retrieve([data.examples[i] for i in rows[own]], model))
+        if retrieved is None:
+            retrieved = np.zeros((len(rows), *found.shape[1:]), found.dtype)
+        retrieved[own] = found
+    return retrieved[inverse], None
+
+
+def collate(task: Task, examples: Sequence[Any], rows, retrieved) -> dict[str, np.ndarray]:
+    """The table of `rows`, each of which is collated once however often it is there."""
+    rows, index, inverse = np.unique(rows, return_index=True, return_inverse=True)
+    found = None if retrieved is None else retrieved[index]
+    table = task.collate([examples[i] for i in rows], found)
+    for name, column in table.items():
+        if name == "weight" or len(column) != len(rows):
+            raise DataError(
+                f"task {task.name!r}: column {name!r} of the table has shape {np.shape(column)}; "
+                f"collate must give one row for each of the {len(rows)} examples, "
+                'and leave the name "weight" to fit'
+            )
+    return {name: np.asarray(column)[inverse] for name, column in table.items()}

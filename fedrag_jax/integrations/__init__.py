@@ -1,0 +1,1 @@
+"""A system as a part of other frameworks."""

@@ -1,0 +1,337 @@
+"""Label-free fine-tuning: a generator learns from questions that it asks about the user's own texts.
+
+The steps of ALoFTRAG (Devine, 2501.11929, section 3), each with a file of its own in a folder:
+
+| step | function | file |
+|---|---|---|
+| 1 | `rate_texts`: which texts are worth a question | 1_texts.jsonl |
+| 2 | `ask`: a question and its answer, or several, about each | 2_questions.jsonl |
+| 3 | `rate_questions`: which are good; the paper's own ablation is better without | 3_ratings.jsonl |
+| 4 | `add_hard_negatives`: the text among others that look as if they answered | 4_contexts.jsonl |
+| 5 | `objectives.citing.citing`: training to cite the text and to answer | |
+
+`generate` takes the first four. Each line of a file says what was kept, or why it was dropped; what
+the generator wrote is in files of its own.
+"""
+
+import collections
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fedrag_jax.data.corpora import Pool
+from fedrag_jax.data.examples import Example, Passage, reading_text
+from fedrag_jax.data.seeds import stream
+from fedrag_jax.errors import ConfigError, DataError
+from fedrag_jax.generation.author import Author
+from fedrag_jax.label_free.prompts import LabelFreePrompts
+from fedrag_jax.label_free.replies import Read, replies, write_lines
+from fedrag_jax.objectives.citing import Context
+from fedrag_jax.objectives.encoding import found_by
+from fedrag_jax.retrieval.retriever import Retriever
+
+LEAST_WORDS = 3  # of a text that is worth a request
+NEGATIVES = ("top", "random")
+
+
+class Asking(NamedTuple):
+    """Who is asked, and how.
+
+    Attributes:
+      folder: where replies are kept. What is there is not asked again, in whatever step or run.
+    """
+
+    author: Author
+    prompts: LabelFreePrompts
+    folder: pathlib.Path
+
+    def __call__(self, what: str, about, doing: str, file: str = "", **sampling) -> dict[str, Read]:
+        """The replies to one of the prompts, by its name."""
+        path = self.folder / f"{file or what}.jsonl"
+        return replies(self.author, getattr(self.prompts, what), about, path, doing, **sampling)
+
+
+class Step(NamedTuple):
+    """What came of a step.
+
+    Attributes:
+      kept: passages, examples or contexts by id.
+      counts: of what was looked at: "kept", and why others were dropped.
+    """
+
+    kept: dict[str, Any]
+    counts: dict[str, int]
+
+
+def rate_texts(
+    asking: Asking,
+    passages: Sequence[Passage],
+    folder: pathlib.Path,
+    least: float = 8.0,
+) -> Step:
+    """Step 1: the passages that the author gives `least` of 10 points.
+
+    Dropped unasked are texts that are empty, there already, or of fewer than 3 words and 20 characters.
+    """
+    dropped, seen = {}, set()
+    for passage in passages:
+        text = " ".join(passage.text.split())
+        if len(text.split()) < LEAST_WORDS and len(text) < 20:  # some scripts have no spaces
+            dropped[passage.id] = "empty" if not text else "short"
+        elif text in seen:
+            dropped[passage.id] = "duplicate"
+        seen.add(text)
+    asked = {p.id: {"text": reading_text(p)} for p in passages if p.id not in dropped}
+    rated = asking("rate_text", asked, "rate texts")
+    found = {p.id: p for p in passages}
+    reasons = {i: dropped.get(i) or _low(rated[i], least) for i in found}
+    told = {i: (rated[i].said if i in rated else None) or {} for i in found}
+    return _step(folder / "1_texts.jsonl", found, reasons, told)
+
+
+def ask(
+    asking: Asking,
+    passages: Iterable[Passage],
+    folder: pathlib.Path,
+    per_text: int = 1,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> Step:
+    """Step 2: questions with their answers, as examples whose gold passage is the text.
+
+    Args:
+      per_text: how many. The first is the likeliest; others are drawn, and one that has been asked
+        already is dropped.
+      temperature: of those drawn.
+    """
+    if per_text < 1:
+        raise ConfigError(f"per_text must be at least 1, got {per_text}")
+    about = {p.id: p for p in passages}
+    found, reasons, asked = {}, {}, set()
+    for draw in range(per_text):
+        requests = {f"{i}#{draw}": {"text": reading_text(p)} for i, p in about.items()}
+        sampling = {"temperature": temperature * (draw > 0), "seed": seed + draw}
+        read = asking("ask", requests, "ask", f"ask_{draw}", **sampling)
+        for identifier, reply in read.items():
+            passage = about[identifier.rpartition("#")[0]]
+            said = reply.said or {"question": "", "answer": ""}
+            known = (passage.id, said["question"])
+            found[identifier] = Example(
+                identifier, said["question"], (said["answer"],), (passage.id,), passage.topic
+            )
+            reasons[identifier] = reply.fault or ("duplicate" if known in asked else "")
+            asked.add(known)
+    told = {
+        # As it was written, for a reply in another form has none.
+        e.id: {"text": e.positive_ids[0], "question": e.question, "answer": e.answers[0]}
+        for e in found.values()
+    }
+    return _step(folder / "2_questions.jsonl", found, reasons, told)
+
+
+def rate_questions(
+    asking: Asking,
+    examples: Iterable[Example],
+    passages: Sequence[Passage],
+    folder: pathlib.Path,
+    least: float = 8.0,
+) -> Step:
+    """Step 3: the examples of which question and answer are given `least` of 10 points each."""
+    text = {p.id: reading_text(p) for p in passages}
+    found = {e.id: e for e in examples}
+    parts = {
+        e.id: {"text": text[e.positive_ids[0]], "question": e.question, "answer": e.answer}
+        for e in found.values()
+    }
+    reasons, told = dict.fromkeys(found, ""), {i: {} for i in found}
+    for part in ("question", "answer"):
+        rated = asking(f"rate_{part}", parts, f"rate {part}s")
+        for i, reply in rated.items():
+            fault = _low(reply, least)
+            reasons[i] = reasons[i] or (f"{part} {fault}" if fault else "")
+            told[i][part] = reply.said and reply.said["score"]
+    return _step(folder / "3_ratings.jsonl", found, reasons, told)
+
+
+def add_hard_negatives(
+    retriever: Retriever,
+    examples: Sequence[Example],
+    folder: pathlib.Path,
+    n: int = 10,
+    *,
+    negatives: str = "top",
+    unanswerable: float = 0.0,
+    pool: Pool | None = None,
+    seed: int = 0,
+) -> Step:
+    """Step 4: for each question `n` passages in random order, its own among those nearest to it.
+
+    Args:
+      negatives: "top", the n - 1 nearest passages that are not gold, as the paper says; "random", n - 1
+        of the n nearest, as its code does. Those that say the same as a gold one are none.
+      unanswerable: the share of questions whose own passage is left out, to be cited as none.
+      pool: `pool(example)`, the corpus rows that may be shown; all, unless given.
+      seed: of the order and of what is drawn, for each example by its id.
+
+    Returns:
+      Contexts, rows int [n] and what is to be cited.
+
+    Raises:
+      ConfigError: an unknown way, n below 2, a share outside [0, 1], fewer than n + 1 passages.
+    """
+    if negatives not in NEGATIVES:
+        raise ConfigError(f"negatives must be one of {NEGATIVES}, got {negatives!r}")
+    if n < 2 or not 0 <= unanswerable <= 1:
+        raise ConfigError(
+            f"contexts need n >= 2 and unanswerable from 0 to 1, got {n} and {unanswerable}"
+        )
+    row = {p.id: i for i, p in enumerate(retriever.passages)}
+    size = len(retriever.passages)
+    if pool is not None:
+        size = min((len(pool(e)) for e in examples), default=size)
+    # A copy of the gold passage answers as well as it does: as a negative it would teach what is wrong.
+    said = np.array([" ".join(p.text.split()) for p in retriever.passages])
+    copies = max(collections.Counter(said.tolist()).values())
+    ranked, _ = found_by(retriever, examples, min(n + copies, size), pool)
+    least = n - 1 + (negatives == "random" or unanswerable > 0)
+    found = {}
+    for example, nearest in zip(examples, ranked, strict=True):
+        rng = stream(seed, f"context of {example.id}")
+        golds = [row[i] for i in example.positive_ids]
+        wrong = [int(r) for r in nearest if said[r] not in said[golds]][:n]
+        if len(wrong) < least:
+            raise ConfigError(
+                f"contexts of {n} passages need {least} that are not gold, and question {example.id!r} "
+                f"has {len(wrong)} among {size}: lower n, or give more texts"
+            )
+        hidden = rng.random() < unanswerable
+        drawn = rng.permutation(n)[: n - 1] if negatives == "random" else range(n - 1)
+        shown = wrong if hidden else [golds[0], *(wrong[i] for i in sorted(drawn))]
+        shown = rng.permutation(shown)
+        cites = () if hidden else tuple(int(i) + 1 for i in np.flatnonzero(np.isin(shown, golds)))
+        found[example.id] = Context(shown.astype(np.int32), cites)
+    ids = [p.id for p in retriever.passages]
+    told = {
+        e.id: {
+            "question": e.question,
+            "answer": e.answer,
+            "passages": [ids[r] for r in found[e.id].rows],
+            "cites": list(found[e.id].cites),
+        }
+        for e in examples
+    }
+    return _step(folder / "4_contexts.jsonl", found, dict.fromkeys(found, ""), told)
+
+
+class Generated(NamedTuple):
+    """What there is to train on.
+
+    Attributes:
+      examples: questions with their answers and the text that they are about.
+      contexts: of each example by its id.
+      steps: what each step kept and dropped, by its name.
+    """
+
+    examples: list[Example]
+    contexts: dict[str, Context]
+    steps: dict[str, Step]
+
+
+def generate(
+    asking: Asking,
+    passages: Sequence[Passage],
+    retriever: Retriever,
+    folder: pathlib.Path,
+    *,
+    filter_texts: bool = True,
+    filter_questions: bool = False,
+    per_text: int = 1,
+    **contexts,
+) -> Generated:
+    """Steps 1 to 4 over some texts.
+
+    Args:
+      passages: to ask about, all of them the retriever's.
+      filter_texts: step 1.
+      filter_questions: step 3.
+      per_text: questions about a text.
+      contexts: options of `add_hard_negatives`.
+
+    Raises:
+      ConfigError: what the steps raise.
+      DataError: nothing is left to train on; the message says what became of everything.
+    """
+    steps = {}
+    if filter_texts:
+        steps["texts"] = rate_texts(asking, passages, folder)
+    kept = steps["texts"].kept.values() if filter_texts else passages
+    steps["questions"] = ask(asking, kept, folder, per_text)
+    if filter_questions:
+        examples = steps["questions"].kept.values()
+        steps["ratings"] = rate_questions(asking, examples, passages, folder)
+    require_some(steps)
+    *_, last = steps.values()
+    examples = [*last.kept.values()]
+    steps["contexts"] = add_hard_negatives(retriever, examples, folder, **contexts)
+    return Generated(examples, steps["contexts"].kept, steps)
+
+
+def summary(steps: Mapping[str, Step]) -> str:
+    """What every step kept and dropped, one line each, for people."""
+    lines = []
+    for name, step in steps.items():
+        dropped = {why: n for why, n in step.counts.items() if why != "kept"}
+        why = ", ".join(f"{n} {reason}" for reason, n in dropped.items()) or "none"
+        lines.append(
+            f"{name}: {step.counts['kept']} of {sum(step.counts.values())}; dropped: {why}"
+        )
+    return "\n".join(lines)
+
+
+def total_counts(runs: Iterable[Mapping[str, Step]]) -> dict[str, int]:
+    """What the steps of several runs kept and dropped together, such as {"texts kept": 9}."""
+    total: collections.Counter[str] = collections.Counter()
+    for steps in runs:
+        for name, step in steps.items():
+            total.update({f"{name} {what}": n for what, n in step.counts.items()})
+    return dict(total)
+
+
+def require_some(steps: Mapping[str, Step]) -> None:
+    """Refuses to train on nothing.
+
+    Raises:
+      DataError: the last step kept nothing; the message has the summary.
+    """
+    *_, last = steps.values()
+    if not last.kept:
+        raise DataError(
+            f"label-free fine-tuning: nothing is left to train on.\n{summary(steps)}\nLook at the "
+            "replies in the files of each step; a generator that does not follow the format needs "
+            "other prompts (label_free.prompts), texts rated too low a lower `least`"
+        )
+
+
+def _low(reply: Read, least: float) -> str:
+    """Why a rating drops what it is about; "" if it does not."""
+    if reply.fault:
+        return reply.fault
+    score = float(reply.said["score"])
+    if score > 10:
+        return "unparsable"
+    return "" if score >= least else "low"
+
+
+def _step(
+    path: pathlib.Path,
+    found: Mapping[str, Any],
+    reasons: Mapping[str, str],
+    told: Mapping[str, dict[str, Any]],
+) -> Step:
+    """Writes a line for each, with the reason of each that is dropped."""
+    why = {i: {"kept": False, "reason": r} if r else {"kept": True} for i, r in reasons.items()}
+    write_lines(path, ({"id": i, **why[i], **told[i]} for i in found))
+    counts = collections.Counter(reasons[i] or "kept" for i in found)
+    return Step({i: x for i, x in found.items() if not reasons[i]}, {"kept": 0} | counts)

@@ -1,0 +1,173 @@
+"""What a generator is asked about texts, and how replies are read (ALoFTRAG, 2501.11929, appendix B).
+
+The five prompts of label-free fine-tuning in one place. `COMPACT` is what the built-in decoder was
+taught; `instruct(language)` has the instructions, in other words, and the headings of the paper. To ask
+in another way, `_replace` some of them, or write them into a JSON file that `read` reads.
+"""
+
+import json
+import pathlib
+import re
+from typing import NamedTuple
+
+from fedrag_jax.data.prompts import ASK, RATE
+from fedrag_jax.errors import ConfigError
+
+RATING = r"\[?(?P<score>\d+(\.\d+)?)\]?"
+
+
+class Ask(NamedTuple):
+    """One question to a generator.
+
+    Attributes:
+      system: its instructions.
+      user: what it is about, with `{text}` and, where there are such, `{question}` and `{answer}`.
+      start: how the reply begins; it is given.
+      reply: regular expression of all of what follows, with groups named `score`, or `question` and
+        `answer`.
+      max_tokens: of a reply.
+    """
+
+    system: str
+    user: str
+    start: str
+    reply: str
+    max_tokens: int
+
+    def read(self, written: str) -> dict[str, str] | None:
+        """What a reply says; None if it is not in the form that was asked for.
+
+        A reply may begin with `start` again, as one of a chat does that could not be begun for it.
+        """
+        said = written.strip().removeprefix(self.start.strip()).strip()
+        found = re.fullmatch(self.reply, said, re.DOTALL)
+        if found is None:
+            return None
+        said = {name: value.strip() for name, value in found.groupdict().items()}
+        return said if all(said.values()) else None
+
+
+class LabelFreePrompts(NamedTuple):
+    """The prompts of the steps before training.
+
+    Attributes:
+      rate_text: how much useful information a text has, from 0 to 10.
+      ask: a question about a text, with its answer.
+      rate_question: whether a text answers a question, from 0 to 10.
+      rate_answer: whether an answer is right, from 0 to 10.
+    """
+
+    rate_text: Ask
+    ask: Ask
+    rate_question: Ask
+    rate_answer: Ask
+
+
+def _compact(style, asked: str = "", reply: str = RATING, max_tokens: int = 4) -> Ask:
+    return Ask("", style.passage + asked, style.question, reply, max_tokens)
+
+
+COMPACT = LabelFreePrompts(
+    rate_text=_compact(RATE),
+    ask=_compact(ASK, reply=r"(?P<question>[^\n]+)\nAnswer: (?P<answer>[^\n]+)", max_tokens=48),
+    rate_question=_compact(RATE, "Question: {question}\n"),
+    rate_answer=_compact(RATE, "Question: {question}\nAnswer: {answer}\n"),
+)
+
+
+def instruct(language: str = "English") -> LabelFreePrompts:
+    """For generators that follow instructions, in the language of the texts."""
+    scale = "Give a score from 0 to 10, where"
+    told = "Write nothing but this:\n\n"
+    return LabelFreePrompts(
+        rate_text=Ask(
+            "You judge how much useful information there is in a text. "
+            + scale
+            + " 0 is none at all "
+            f"and 10 is a great deal. {told}### Filter score\n<score>",
+            "{text}",
+            "### Filter score\n",
+            RATING,
+            20,
+        ),
+        ask=Ask(
+            "You write a question about a text, and its answer. The text alone must be enough to "
+            "answer it, and the question must make sense to somebody who has never seen the text: it "
+            "does not mention the text and takes nothing of it as known. Keep the answer short where "
+            f"a short one will do. Write both in fluent, natural {language}. {told}"
+            "### Question\n<question>\n\n### Answer\n<answer>",
+            "{text}",
+            "### Question\n",
+            r"(?P<question>.+?)\s*### Answer\n(?P<answer>.+)",
+            512,
+        ),
+        rate_question=Ask(
+            f"You judge a question about a text. {scale} 0 is a question that the text does not "
+            f"answer or that is not written in fluent, natural {language}, and 10 one that the text "
+            f"answers in full and that is so written. {told}### Question rating score\n<score>",
+            "### Context\n{text}\n\n### Question\n{question}",
+            "### Question rating score\n",
+            RATING,
+            16,
+        ),
+        rate_answer=Ask(
+            f"You judge an answer to a question about a text. {scale} 0 is an answer that is wrong by "
+            f"the text or not written in fluent, natural {language}, and 10 one that is right by the "
+            f"text and so written. {told}### Answer rating score\n<score>",
+            "### Context\n{text}\n\n### Question\n{question}\n\n### Answer\n{answer}",
+            "### Answer rating score\n",
+            RATING,
+            16,
+        ),
+    )
+
+
+# Whether an answer is right, by somebody who is not tuned (the paper's prompt 6).
+JUDGE = Ask(
+    "You judge an answer to a question about a text. You are given the text, the question, a "
+    "reference answer that is right, and the answer to be judged. Write nothing but TRUE if that "
+    "answer is right, and nothing but FALSE if it is not.",
+    "### Text\n{text}\n\n### Question\n{question}\n\n### Reference answer\n{reference}\n\n"
+    "### Answer\n{answer}",
+    "",
+    r"(?P<verdict>TRUE|FALSE)\.?",
+    8,
+)
+
+
+def read(path: str | pathlib.Path, language: str = "English") -> LabelFreePrompts:
+    """Prompts from a JSON file: an object with the fields of `LabelFreePrompts`, and of `Ask` in each.
+
+    Args:
+      language: put wherever a `system` says `{language}`.
+
+    Raises:
+      ConfigError: no such file, not JSON, a field that is missing or unknown, a `reply` that is no
+        regular expression or lacks its groups.
+    """
+    try:
+        found = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        asks = {name: Ask(**found.pop(name)) for name in LabelFreePrompts._fields}
+        prompts = LabelFreePrompts(
+            **{
+                name: ask._replace(system=ask.system.replace("{language}", language))
+                for name, ask in asks.items()
+            },
+            **found,
+        )
+        for name, ask in asks.items():
+            wanted = {"question", "answer"} if name == "ask" else {"score"}
+            missing = wanted - re.compile(ask.reply).groupindex.keys()
+            if missing:
+                raise ConfigError(
+                    f"{path}: {name}: reply has no group named {sorted(missing)[0]!r}"
+                )
+    except (OSError, json.JSONDecodeError, TypeError, KeyError, re.error) as error:
+        raise ConfigError(f"{path}: no prompts for label-free fine-tuning ({error!r})") from error
+    return prompts
+
+
+def write(prompts: LabelFreePrompts, path: str | pathlib.Path) -> None:
+    """The file that `read` reads, to start from."""
+    fields = {name: ask._asdict() for name, ask in prompts._asdict().items()}
+    pathlib.Path(path).write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", "utf-8")

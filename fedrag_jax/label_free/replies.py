@@ -1,0 +1,119 @@
+"""What an author says about many things: asked once, kept in a file, and read strictly.
+
+A file is JSON lines. The first says how was asked, each other what came back about one thing, and what
+it says or why it cannot be read. What came is kept even if the author fails, and not asked for again.
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from tqdm import tqdm
+
+from fedrag_jax import files
+from fedrag_jax.errors import ConfigError
+from fedrag_jax.generation.author import Author, Request
+from fedrag_jax.generation.text import Sampling
+from fedrag_jax.label_free.prompts import Ask
+
+AT_ONCE = 64  # requests between two writes
+
+
+@dataclasses.dataclass(frozen=True)
+class Read:
+    """A reply as it was read: what it says by the groups of `Ask.reply`, or what is wrong with it."""
+
+    said: dict[str, str] | None
+    fault: str
+
+
+def replies(
+    author: Author,
+    ask: Ask,
+    about: Mapping[str, Mapping[str, str]],
+    path: pathlib.Path,
+    doing: str,
+    **sampling,
+) -> dict[str, Read]:
+    """What an author says about each; those already in the file are not asked again.
+
+    Raises:
+      ConfigError: the file holds what was asked of another author, with another prompt or otherwise.
+    """
+    settings = Sampling(max_new_tokens=ask.max_tokens, **sampling)
+    asked_how = {"author": author.name, **ask._asdict(), **sampling}
+    known = _known(path, asked_how)
+    for i, said in about.items():
+        if i in known and known[i]["about"] != _hash(said):
+            del known[i]
+    missing = [i for i in about if i not in known]
+    with tqdm(total=len(about), initial=len(about) - len(missing), desc=doing, unit="") as bar:
+        for start in range(0, len(missing), AT_ONCE):
+            some = missing[start : start + AT_ONCE]
+            requests = [Request(ask.system, _filled(ask.user, about[i]), ask.start) for i in some]
+            lines = []
+            try:
+                for i, reply in zip(some, author(requests, settings), strict=True):
+                    line = {"id": i, "about": _hash(about[i]), "reply": reply.text}
+                    said = ask.read(reply.text) if reply.finished else None
+                    fault = "unparsable" if reply.finished else "unfinished"
+                    lines.append(line | (said or {"fault": fault}))
+                    known[i] = lines[-1]
+            finally:  # what came before an author failed is kept
+                _append(path, lines)
+            bar.update(len(some))
+    return {i: _read_line(known[i]) for i in about}
+
+
+def _read_line(line: dict[str, Any]) -> Read:
+    said = {n: x for n, x in line.items() if n not in ("id", "about", "reply", "fault")}
+    return Read(said or None, line.get("fault", ""))
+
+
+def _filled(template: str, parts: Mapping[str, str]) -> str:
+    """`str.format` would look into the braces of a text."""
+    return re.sub(r"{(\w+)}", lambda found: parts.get(found[1], found[0]), template)
+
+
+def _hash(parts: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _known(path: pathlib.Path, asked_how: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The lines of a file by id, after the first, which says how was asked; begins a new file."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_lines(path, [{"asked": asked_how}])
+        return {}
+    lines = []
+    text = path.read_bytes().decode("utf-8", "ignore")
+    for line in text.removesuffix("\n").split("\n"):
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break  # the end of a file whose writer was killed
+    if not lines or lines[0].get("asked") != asked_how:
+        raise ConfigError(
+            f"{path} holds what was asked otherwise (another generator, prompt or setting); take "
+            "another folder, or delete it"
+        )
+    if not text.endswith("\n"):
+        write_lines(path, lines)
+    return {line["id"]: line for line in lines[1:]}
+
+
+def write_lines(path: pathlib.Path, lines: Iterable[dict[str, Any]]) -> None:
+    """A file of JSON lines, whole or not at all."""
+    with files.writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with files.whole(path) as file:
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def _append(path: pathlib.Path, lines: Iterable[dict[str, Any]]) -> None:
+    with files.writing(path), open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

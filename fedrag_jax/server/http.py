@@ -1,0 +1,241 @@
+"""A system behind an HTTP interface like OpenAI's: chat completions, whole or streamed, models, health.
+
+pip install 'fedrag-jax[serve]'
+"""
+
+import contextlib
+import hmac
+import json
+import os
+import re
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from fedrag_jax.errors import ConfigError, DataError, FedragError, missing
+from fedrag_jax.generation.inference import Response
+from fedrag_jax.rag import RAGSystem
+from fedrag_jax.retrieval.stores.passage_source import Found
+from fedrag_jax.server.address import KEY, listening
+from fedrag_jax.server.answering import Answering, Written
+from fedrag_jax.server.chat_requests import RequestError, read_body, require_model, understood
+
+try:
+    import uvicorn
+    from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
+    from starlette.middleware import Middleware
+    from starlette.middleware.cors import CORSMiddleware
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse, StreamingResponse
+    from starlette.routing import Route
+except ImportError as error:
+    raise missing(f"serving over HTTP needs {error.name}", "serve") from error
+
+MODEL = "fedrag"
+GRACE_S = 60  # for answers under way when the server is told to end
+
+
+def application(
+    system: RAGSystem, model: str = MODEL, cors_origins: Sequence[str] = ()
+) -> Starlette:
+    """An ASGI application: POST /v1/chat/completions, GET /v1/models and /v1/models/ID, GET /health.
+
+    The last message of the user is the question; system messages, wherever they stand, are the system
+    prompt. Earlier turns are not read. An answer has, beside OpenAI's fields, `fedrag`: its sources and
+    their scores, and the ids of those that it cites. Where the environment has FEDRAG_API_KEY, callers
+    must give it.
+
+    Args:
+      model: the name that callers ask for.
+      cors_origins: of web pages that may call it, such as "https://example.org"; "*" for all.
+
+    Raises:
+      ConfigError: what is no origin.
+    """
+    middleware = [_cors(cors_origins)] if cors_origins else []
+    answering, key = Answering(system), os.environ.get(KEY, "")
+
+    @contextlib.asynccontextmanager
+    async def running(app):
+        async with answering.running():
+            yield
+
+    async def health(request: Request):
+        return JSONResponse({"status": "ok", "model": model})
+
+    async def models(request: Request):
+        _authorised(request, key)
+        return JSONResponse({"object": "list", "data": [_model(model)]})
+
+    async def one_model(request: Request):
+        _authorised(request, key)
+        require_model(request.path_params["name"], model)
+        return JSONResponse(_model(model))
+
+    async def chat(request: Request):
+        _authorised(request, key)
+        body = await read_body(request.stream())
+        question, system_prompt, how = understood(body, model)
+        told = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": model,
+        }
+        if body.get("stream"):
+            # Begun here: what cannot be answered is refused, and not broken off.
+            written = await answering.stream(question, system_prompt, **how)
+            counted = (body.get("stream_options") or {}).get("include_usage", False)
+            events = _events(written, told, counted)
+            return StreamingResponse(events, media_type="text/event-stream")
+        response = await answering.query(question, system_prompt, **how)
+        return JSONResponse(told | _whole(response))
+
+    async def refused(request: Request, error: Exception):
+        status = 400 if isinstance(error, ConfigError | DataError) else 503
+        param = code = None
+        if isinstance(error, RequestError):
+            status, param, code = error.status, error.param, error.code
+        kind = "authentication_error" if status == 401 else "invalid_request_error"
+        told = {"message": str(error), "type": kind, "param": param, "code": code}
+        return JSONResponse({"error": told}, status_code=status)
+
+    async def unknown(request: Request, error: HTTPException):
+        there = f"{request.method} {request.url.path}"
+        wrong = RequestError(error.status_code, f"{error.detail}: {there} is not served")
+        return await refused(request, wrong)
+
+    return Starlette(
+        routes=[
+            Route("/health", health),
+            Route("/v1/models", models),
+            Route("/v1/models/{name:path}", one_model),
+            Route("/v1/chat/completions", chat, methods=["POST"]),
+        ],
+        lifespan=running,
+        exception_handlers={
+            RequestError: refused,
+            FedragError: refused,
+            HTTPException: unknown,
+        },
+        middleware=middleware,
+    )
+
+
+def _cors(origins: Sequence[str]) -> Middleware:
+    for origin in origins:
+        if origin != "*" and not re.fullmatch(r"https?://[^\s/?#@]+", origin):
+            raise ConfigError(
+                f"a CORS origin is '*' or scheme, host and port alone, such as 'https://example.org', "
+                f"got {origin!r}"
+            )
+    return Middleware(
+        CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+    )
+
+
+def _model(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "fedrag"}
+
+
+def _authorised(request: Request, key: str) -> None:
+    given = request.headers.get("authorization", "").removeprefix("Bearer ")
+    if key and not hmac.compare_digest(given.encode(), key.encode()):
+        raise RequestError(401, "no or another API key: give it as 'Authorization: Bearer <key>'")
+
+
+def _usage(tokens: tuple[int, int]) -> dict[str, int]:
+    read, written = tokens
+    return {
+        "prompt_tokens": read,
+        "completion_tokens": written,
+        "total_tokens": read + written,
+    }
+
+
+def _whole(response: Response) -> dict[str, Any]:
+    message = {"role": "assistant", "content": response.answer, "refusal": None}
+    found = [Found(*each) for each in zip(response.sources, response.scores, strict=True)]
+    return {
+        "object": "chat.completion",
+        "choices": [
+            {
+                "index": 0,
+                "message": message,
+                "logprobs": None,
+                "finish_reason": _reason(response.finish),
+            }
+        ],
+        "usage": _usage(response.tokens),
+        "fedrag": _grounds(found, response.cited),
+    }
+
+
+def _reason(finish: str) -> str:
+    """In OpenAI's words, which has none for a text that began to repeat itself."""
+    return "stop" if finish == "repetition" else finish
+
+
+def _grounds(found, cited) -> dict[str, Any]:
+    """What an answer comes from."""
+    return {
+        "sources": [
+            {"id": p.id, "title": p.title, "text": p.text, "score": score} for p, score in found
+        ],
+        "cited": [p.id for p in cited],
+    }
+
+
+async def _events(written: Written, told: dict[str, Any], counted: bool):
+    """Server-sent events of an answer that is being written; the last choice tells what it comes from.
+
+    Args:
+      counted: whether an event without choices follows with the tokens, `null` in those before.
+    """
+    usage = {"usage": None} if counted else {}
+
+    def chunk(choices, **more) -> str:
+        about = {"object": "chat.completion.chunk", "choices": choices}
+        return f"data: {json.dumps(told | about | usage | more)}\n\n"
+
+    def event(delta, finish=None, **more) -> str:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+        return chunk([choice], **more)
+
+    async with contextlib.aclosing(written.pieces) as pieces:
+        yield event({"role": "assistant", "content": ""})
+        try:
+            async for piece in pieces:
+                yield event({"content": piece})
+        except FedragError as error:
+            yield f"data: {json.dumps({'error': {'message': str(error)}})}\n\n"
+            return
+        yield event({}, _reason(written.finish()), fedrag=_grounds(written.found, written.cited()))
+        if counted:
+            yield chunk([], usage=_usage(written.tokens()))
+        yield "data: [DONE]\n\n"
+
+
+def serve(
+    system: RAGSystem,
+    host: str,
+    port: int,
+    model: str = MODEL,
+    cors_origins: Sequence[str] = (),
+) -> None:
+    """Serves until SIGINT or SIGTERM; requests under way are answered first.
+
+    Args:
+      port: 0 for any that is free; the address is told on standard error.
+      model, cors_origins: as in `application`.
+
+    Raises:
+      ConfigError: the address cannot be had; what is no origin.
+    """
+    app = application(system, model, cors_origins)
+    with listening(host, port) as (listener, address):
+        settings = uvicorn.Config(app, log_level="info", timeout_graceful_shutdown=GRACE_S)
+        print(f"serving {model} at {address}/v1", file=sys.stderr, flush=True)
+        uvicorn.Server(settings).run(sockets=[listener])

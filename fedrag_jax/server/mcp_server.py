@@ -1,0 +1,134 @@
+"""A RAG system as an MCP (Model Context Protocol) server: its passages and its answers as two tools.
+
+pip install 'fedrag-jax[mcp]'
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import anyio
+from pydantic import BaseModel, Field
+
+import fedrag_jax
+from fedrag_jax.errors import ConfigError, FedragError, missing
+from fedrag_jax.rag import RAGSystem
+from fedrag_jax.retrieval.stores.passage_source import Found
+from fedrag_jax.server.address import listening
+
+try:
+    import uvicorn
+    from mcp.server import MCPServer
+    from mcp.server.mcpserver.exceptions import ToolError
+    from mcp.types import ToolAnnotations
+except ImportError as error:
+    raise missing("serving MCP needs the package mcp, 2 or newer", "mcp") from error
+
+TRANSPORTS = ("stdio", "http")
+MOST_PASSAGES = 100
+MOST_CHARACTERS = 8192  # of a question
+SEARCHES = 4  # at a time; answers are written one after another
+GRACE_S = 5  # for answers under way when the server is told to end
+
+Question = Annotated[
+    str, Field(description="In plain words, not blank.", max_length=MOST_CHARACTERS)
+]
+Count = Annotated[int, Field(description="Passages to find.", ge=1, le=MOST_PASSAGES)]
+
+
+class FoundPassage(BaseModel):
+    """A passage; the higher its score, the better it fits the question."""
+
+    id: str
+    title: str
+    text: str
+    topic: str
+    score: float
+
+
+class Retrieved(BaseModel):
+    """Passages, best first."""
+
+    passages: list[FoundPassage]
+
+
+class Answered(BaseModel):
+    """An answer, what it was read from, and the ids of those passages that it cites."""
+
+    answer: str
+    sources: list[FoundPassage]
+    citations: list[str]
+
+
+def mcp_server(system: RAGSystem, name: str = "fedrag") -> MCPServer:
+    """A server with the tools `retrieve(question, k)` and `ask(question)`.
+
+    Passages lie under "passages" and "sources" of structured content, with id, title, text, topic and
+    score; citations are ids. What cannot be done is the tool's error, with the reason as its text.
+    """
+    server = MCPServer(name, version=fedrag_jax.__version__, log_level="WARNING")
+    searching, writing = anyio.CapacityLimiter(SEARCHES), anyio.CapacityLimiter(1)
+    top_k = min(system.top_k, MOST_PASSAGES)
+    hints = ToolAnnotations(read_only_hint=True, idempotent_hint=True, open_world_hint=False)
+
+    @server.tool(annotations=hints)
+    async def retrieve(question: Question, k: Count = top_k) -> Retrieved:
+        """Finds the passages that fit a question best."""
+        (found,) = await _in_thread(searching, system.retrieve, [question], k)
+        return Retrieved(passages=_passages(found))
+
+    @server.tool(annotations=hints)
+    async def ask(question: Question) -> Answered:
+        """Answers a question from the passages that fit it best."""
+        response = await _in_thread(writing, system.query, question)
+        found = [Found(*each) for each in zip(response.sources, response.scores, strict=True)]
+        return Answered(
+            answer=response.answer,
+            sources=_passages(found),
+            citations=[passage.id for passage in response.cited],
+        )
+
+    return server
+
+
+def run(
+    system: RAGSystem, transport: str = "stdio", host: str = "127.0.0.1", port: int = 8000
+) -> None:
+    """Serves until the client hangs up (stdio) or the process is told to end (http).
+
+    Over stdio, standard output belongs to the protocol: what else is printed meanwhile goes to standard
+    error. Over HTTP the address (http://host:port/mcp) is told there, too; there are no passwords, and
+    whoever reaches the port may ask.
+
+    Args:
+      port: 0 for any that is free.
+
+    Raises:
+      ConfigError: another transport, an address that cannot be had.
+    """
+    if transport not in TRANSPORTS:
+        raise ConfigError(f"transport must be one of {TRANSPORTS}, got {transport!r}")
+    server = mcp_server(system)
+    if transport == "stdio":
+        server.run("stdio")
+        return
+    with listening(host, port) as (listener, address):
+        # No sessions: a client need not know that the server was started anew.
+        app = server.streamable_http_app(host=host, stateless_http=True)
+        settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE_S)
+        print(f"serving MCP at {address}/mcp", file=sys.stderr, flush=True)
+        uvicorn.Server(settings).run(sockets=[listener])
+
+
+async def _in_thread(limiter: anyio.CapacityLimiter, work: Callable, *arguments) -> Any:
+    try:
+        return await anyio.to_thread.run_sync(work, *arguments, limiter=limiter)
+    except FedragError as error:  # said for people; anything else is a fault of ours, and logged
+        raise ToolError(str(error)) from error
+
+
+def _passages(found: Sequence[Found]) -> list[FoundPassage]:
+    return [
+        FoundPassage(id=p.id, title=p.title, text=p.text, topic=p.topic, score=score)
+        for p, score in found
+    ]

@@ -1,0 +1,1 @@
+"""Saved systems: made of documents, kept up with them, tuned."""

@@ -1,0 +1,199 @@
+"""A saved system tuned on questions about the passages that it answers from."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fedrag_jax import files
+from fedrag_jax.data.examples import Dataset, Example, content_hash
+from fedrag_jax.data.partition import Partition, partition
+from fedrag_jax.data.schemes import natural
+from fedrag_jax.errors import ConfigError, DivergenceError
+from fedrag_jax.evaluation.benchmarks.identity import corpus_of, identity
+from fedrag_jax.evaluation.evaluator import evaluate
+from fedrag_jax.federated.algorithms import by_name
+from fedrag_jax.rag import RAGSystem
+from fedrag_jax.strategies.own import named
+from fedrag_jax.strategies.settings import Budget, split_clients
+from fedrag_jax.strategies.tuner import Tuner
+from fedrag_jax.systems.system_like import system_like
+
+SETTINGS = "settings.json"
+SCORES = ("em", "f1", "recall_at_5", "mrr")
+
+
+class Trial(NamedTuple):
+    """One training.
+
+    Attributes:
+      factor: of the learning rates.
+      scores: on validation questions, means of `SCORES` in [0, 1]; empty where training diverged.
+    """
+
+    factor: float
+    scores: dict[str, float]
+
+
+class Trained(NamedTuple):
+    """What came of it.
+
+    Attributes:
+      system: tuned, over the store of the one it was made of.
+      before: scores of that one, as those of the trials.
+      best: the trial whose system it is.
+      test: scores on test questions before and after; empty without such questions.
+    """
+
+    system: RAGSystem
+    before: dict[str, float]
+    trials: list[Trial]
+    best: Trial
+    test: dict[str, dict[str, float]]
+
+
+def split(
+    examples: Sequence[Example], setting: str, clients: int, alpha: float, seed: int
+) -> Partition:
+    """Who holds which questions: clients by Dirichlet(alpha) over topics, or 0 for one a topic."""
+    if setting == "centralised":
+        return Partition(examples, (np.arange(len(examples)),))
+    if clients == 0:
+        return partition(examples, natural("topic"), seed=seed)
+    return split_clients(examples, clients, alpha, "topic", seed)
+
+
+def train(
+    system: RAGSystem,
+    dataset: Dataset,
+    folder: pathlib.Path,
+    *,
+    strategy: str,
+    setting: str,
+    budget: Budget,
+    clients: Partition,
+    rates: Mapping[str, float],
+    factors: Sequence[float],
+    seed: int = 0,
+    algorithm: str = "fedavg",
+    options: Mapping[str, Any] = MappingProxyType({}),
+) -> Trained:
+    """Trains once for each factor of the learning rates, and takes what answers validation best.
+
+    Args:
+      folder: of what is finished: the same call goes on from there after a kill.
+      setting: "centralised" or "federated".
+      rates: of the parts that move, `query` and `adapters`.
+      algorithm, options: of the federated setting, as in `federated.by_name`.
+
+    Raises:
+      ConfigError: a strategy that needs gold passages where questions have none, rates that are not
+        positive, a folder with other results, or where another process trains; all trainings diverged.
+    """
+    bare = sum(not e.positive_ids for e in dataset.train)
+    if named(strategy).needs_gold and bare:
+        raise ConfigError(
+            f"strategy {strategy!r} needs gold passages, and {bare} of {len(dataset.train)} training "
+            "questions have no positive_ids: give them, or choose joint_token, which needs none"
+        )
+    if not factors or not min(*rates.values(), *factors) > 0:
+        raise ConfigError(f"learning rates must be > 0, got {dict(rates)} times {[*factors]}")
+    by_name.check(algorithm, options, "algorithm")
+    base = system_like(
+        system,
+        dataset.passages,
+        [*dataset.train, *dataset.validation],
+        top_k=min(system.top_k, len(dataset.passages)),
+        progress=True,
+    )
+    with files.hold(folder):
+        _settle(
+            folder,
+            {
+                "strategy": strategy,
+                "setting": setting,
+                "budget": budget._asdict(),
+                "rates": dict(rates),
+                "seed": seed,
+                "algorithm": algorithm,
+                "algorithm_options": dict(options),
+                "data": content_hash(dataset),
+                "clients": _hash(clients),
+                "system": identity(base, True, corpus_of(base)),
+            },
+        )
+        before, trials, systems = scores(system, dataset.validation), [], {}
+        for factor in factors:
+            tuner = Tuner(
+                folder=folder / f"times-{factor:g}",
+                setting=setting,
+                examples=dataset.train,
+                clients=clients,
+                budget=budget,
+                rates=functools.partial(_rate, rates, factor),
+                seed=seed,
+                algorithm=by_name.Named(algorithm, options, base.decoder),
+            )
+            try:
+                tuned = named(strategy)(base, dataset, tuner)
+            except DivergenceError:
+                trials.append(Trial(factor, {}))
+                continue
+            # Over the store again, so that scores are those of the system that is saved.
+            own = system.replace(adapters=tuned.adapters, query=tuned.retriever.query)
+            tuned = systems[factor] = dataclasses.replace(own, generator=tuned.generator)
+            trials.append(Trial(factor, scores(tuned, dataset.validation)))
+    if not systems:
+        raise ConfigError(f"training diverged with all rates, {dict(rates)} times {[*factors]}")
+    best = max((t for t in trials if t.scores), key=lambda t: (t.scores["em"], _ranks(t.scores)))
+    tuned, test = systems[best.factor], {}
+    if dataset.test:
+        test = {
+            "before": scores(system, dataset.test),
+            "after": scores(tuned, dataset.test),
+        }
+    return Trained(tuned, before, trials, best, test)
+
+
+def _rate(rates: Mapping[str, float], factor: float, task: str, part: str) -> float:
+    if part not in rates:
+        raise ConfigError(
+            f"{task!r} trains {part!r}, and only {[*rates]} are tuned here, over the vectors that are "
+            "there: train it by `fit` or in an experiment"
+        )
+    return rates[part] * factor
+
+
+def _ranks(found: dict[str, float]) -> float:
+    return found.get("mrr", 0.0)
+
+
+def scores(system: RAGSystem, examples: Sequence[Example]) -> dict[str, float]:
+    """Means of `SCORES`; rankings are scored over questions with gold passages, if there are any."""
+    found = evaluate(system, examples)
+    return {m: float(np.nanmean(found[m])) for m in SCORES if not np.isnan(found[m]).all()}
+
+
+def _settle(folder: pathlib.Path, settings: dict) -> None:
+    """Writes the settings; refuses a folder made with others."""
+    path, now = folder / SETTINGS, json.loads(json.dumps(settings))
+    if path.exists():
+        before = files.read_json(path)
+        changed = [name for name in now if now[name] != before.get(name)]
+        if changed:
+            what = "; ".join(f"{n} was {before.get(n)}, is {now[n]}" for n in changed)
+            raise ConfigError(f"{folder} holds a training of others: {what}. Choose another folder")
+    files.write_json(path, now, indent=2)
+
+
+def _hash(clients: Partition) -> str:
+    digest = hashlib.sha256()
+    for rows in clients.clients:
+        digest.update(np.asarray(rows, np.int64).tobytes() + b" ")
+    return digest.hexdigest()[:16]
