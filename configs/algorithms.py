@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     config.name = "algorithms"
     config.seeds = (0, 1, 2, 3, 4)
     config.strategies = ("none", "independent", "joint_token")
-    config.settings = (
+    config.regimes = (
         "centralised", "federated", "federated:fedprox", "federated:fedadam", "federated:scaffold",
         "federated:ffa", "federated:flora",
     )  # fmt: skip

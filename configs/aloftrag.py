@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
         "shuffled_citations",
     )  # fmt: skip
     # "centralised" trains on what all texts gave; "federated" and "local" need silos.
-    config.settings = ("centralised",)
+    config.regimes = ("centralised",)
     # Whether each topic is a silo of its own, whose questions are answered from its own texts.
     config.silos = False
 

@@ -16,11 +16,11 @@ def get_config() -> ConfigDict:
     config.name = "aloftrag_silos"
     config.silos = True
     config.variants = ("base", "all")
-    config.settings = ("centralised", "federated", "local")
+    config.regimes = ("centralised", "federated", "local")
     # Of each of ten silos: as many steps together as the ablation takes.
     config.training.rounds = 4
     config.training.local_steps = 3
-    # The better of 2e-3 and 5e-3 on 150 validation questions, for each setting.
+    # The better of 2e-3 and 5e-3 on 150 validation questions, for each regime.
     config.learning_rates.federated = 5e-3
     config.learning_rates.local = 2e-3
     return config

@@ -1,4 +1,4 @@
-"""Seven fine-tuning strategies in several settings: the comparison of Lawton et al. 2025, federated.
+"""Seven fine-tuning strategies in several regimes: the comparison of Lawton et al. 2025, federated.
 
     python -m experiments compare_strategies
     python -m experiments compare_strategies \
@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     )  # fmt: skip
     # federated_1 is federated with alpha 1, federated_inf with an even split. One that ends in
     # _converged trains until validation stops improving, not for a number of examples.
-    config.settings = ("centralised", "federated", "local", "local_converged")
+    config.regimes = ("centralised", "federated", "local", "local_converged")
     # Those that a lone client trains; () is all. The others take minutes there: eight models each, and
     # in local_converged many steps.
     config.local_strategies = ("none", "retriever")
@@ -73,31 +73,31 @@ def get_config() -> ConfigDict:
     config.federated = ConfigDict(
         {"clients": 8, "alpha": 0.1, "column": "topic", "devices": 0, "participation": 1.0}
     )
-    # What their updates become, see fedrag_jax/federated/algorithms/by_name.py. Settings that name an
+    # What their updates become, see fedrag_jax/federated/algorithms/by_name.py. Regimes that name an
     # algorithm, such as federated:fedprox, have options under its name: algorithms = {"fedprox":
     # {"mu": 0.1}}.
     config.federated.algorithm = "fedavg"
     config.federated.algorithm_options = ConfigDict()
     config.federated.algorithms = ConfigDict()
 
-    # Every setting sees rounds x local_steps x clients x batch_size examples.
+    # Every regime sees rounds x local_steps x clients x batch_size examples.
     config.training = ConfigDict()
     config.training.rounds = 8
     config.training.local_steps = 3
     config.training.batch_size = 4
     config.training.group_size = 1  # fastest on a CPU; 0 measures it, once on a device
     config.training.checkpoint_every = 4  # rounds
-    # Settings that end in _converged take at most `cap` times as many steps, every client by itself
+    # Regimes that end in _converged take at most `cap` times as many steps, every client by itself
     # too. After `every` rounds' worth of steps so many validation questions are asked; training ends
     # when `patience` times in a row were no better than the best, which is kept.
     config.training.converged = ConfigDict({"cap": 4, "every": 2, "patience": 2, "questions": 200})
 
     # Of the first round, falling linearly. Chosen on validation questions by
-    # experiments/choose_learning_rates.py; joint training takes those of the two phases. Settings that
+    # experiments/choose_learning_rates.py; joint training takes those of the two phases. Regimes that
     # are not here take those of their kind and budget, or of their kind. They are of two seeds;
     # those marked "older" of one, from grids of nine points a factor of 2.4 apart.
     config.learning_rates = ConfigDict()
-    for setting, retriever, generator, marginal_generator, marginal_retriever in (
+    for regime, retriever, generator, marginal_generator, marginal_retriever in (
         ("centralised", 4e-4, 8e-4, 4e-4, 8e-4),
         ("centralised_converged", 2e-4, 6.4e-3, 5e-5, 4e-4),
         ("federated", 3.2e-3, 6.4e-3, 3.2e-3, 1.6e-3),
@@ -107,7 +107,7 @@ def get_config() -> ConfigDict:
         ("local", 1e-4, 2e-4, 3.2e-3, 2e-4),
         ("local_converged", 4e-4, 1e-4, 3.16e-3, 3.16e-4),  # all but the retriever's older
     ):
-        config.learning_rates[setting] = ConfigDict(
+        config.learning_rates[regime] = ConfigDict(
             {
                 "retriever": retriever,
                 "generator": generator,

@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     config.name = "fedrag_recipe"
     config.seeds = (0, 1, 2)
     config.strategies = ("none", "ralt", "lsr", "ra_dit")
-    config.settings = ("centralised", "federated")
+    config.regimes = ("centralised", "federated")
     # RA-DIT answers from a prompt for each passage, weighed by the retriever.
     config.mode = "ensemble"
     # By EM of the ensemble on 200 validation questions, seed 0 (choose_learning_rates). No rate of RALT

@@ -1,6 +1,6 @@
 """What federated fine-tuning loses as clients differ, are many, work long, or seldom take part.
 
-Each factor is varied by itself around the federated setting of configs/compare_strategies.py, at the
+Each factor is varied by itself around the federated regime of configs/compare_strategies.py, at the
 same number of training examples.
 
     python -m experiments heterogeneity
@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     config.name = "heterogeneity"
     config.seeds = (0, 1, 2, 3, 4)
     config.strategies = ("none", "retriever", "joint_token")
-    config.settings = ("federated",)
+    config.regimes = ("federated",)
 
     # Values of each factor beside that of the rest of the config; () leaves the factor alone. Rounds
     # follow from clients x local_steps x rounds, which stays what the config has.

@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     config = compare_strategies.get_config()
     config.name = "index_refresh"
     config.seeds = (0, 1, 2)
-    config.settings = ("centralised", "federated")
+    config.regimes = ("centralised", "federated")
     for name in (
         "strategies",
         "local_strategies",

@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     config.strategies = (
         "none", "generator", "ralt", "two_phase", "joint_token", "joint_sequence"
     )  # fmt: skip
-    config.settings = ("centralised",)  # one, and not "local"
+    config.regimes = ("centralised",)  # one, and not "local"
     config.data.test_questions = 400
     config.modes = (
         "concatenated", "ensemble", "rag_token", "rag_sequence_thorough", "rag_sequence_fast", "vote"

@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     for name in (
         "strategies",
         "local_strategies",
-        "settings",
+        "regimes",
         "learning_rates",
         "search_seconds",
         "equivalence_margin",

@@ -2,7 +2,7 @@
 
     python -m experiments methods
     python -m experiments methods \
-        --config.name=some --config.objectives="('lsr', 'pdist')" --config.settings="('federated',)"
+        --config.name=some --config.objectives="('lsr', 'pdist')" --config.regimes="('federated',)"
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     config = compare_strategies.get_config()
     config.name = "methods"
     config.seeds = (0, 1, 2)
-    config.settings = ("centralised",)
+    config.regimes = ("centralised",)
     for name in (
         "strategies",
         "local_strategies",

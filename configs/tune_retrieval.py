@@ -1,4 +1,4 @@
-"""Query-side tuning of a real retriever on real questions, in three settings.
+"""Query-side tuning of a real retriever on real questions, in three regimes.
 
     python -m experiments tune_retrieval
     python -m experiments tune_retrieval \
@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.name = "retrieval"
     config.datasets = ("squad", "hotpotqa")  # or folders in the same schema
-    config.settings = ("centralised", "federated", "local", "local_converged")
+    config.regimes = ("centralised", "federated", "local", "local_converged")
     # Negatives of the batch; "mined" ones beside them; "large_batch", so many times as large, encoded
     # by parts (GradCache). All take the learning rate that suits the first.
     config.methods = ("in_batch",)
@@ -32,11 +32,11 @@ def get_config() -> ConfigDict:
     config.local_steps = 2
     config.batch_size = 32
     config.max_question_tokens = 32  # in training; longer questions are cut
-    # Settings that end in _converged take at most `cap` times as many steps, every client by itself
+    # Regimes that end in _converged take at most `cap` times as many steps, every client by itself
     # too, and end when `patience` evaluations, `every` rounds' worth of steps apart, were no better.
     config.converged = ConfigDict({"cap": 4, "every": 1, "patience": 2})
-    # Of the first round, falling linearly: one grid for all settings. The highest validation MRR
-    # wins, in each setting by itself; an end that is best is gone beyond, the best is refined to a
+    # Of the first round, falling linearly: one grid for all regimes. The highest validation MRR
+    # wins, in each regime by itself; an end that is best is gone beyond, the best is refined to a
     # factor of two.
     config.learning_rates = (1e-5, 4e-5, 1.6e-4)
     # Random samples of so many questions (files are sorted by article); 0 is all there are.

@@ -3,7 +3,7 @@
     python -m experiments aloftrag
 
 Results go to runs/<name>/: aloftrag.csv, contexts.csv, silos.csv, table.md, report.html. What was
-asked about the texts and what became of it lies in label_free/, line by line. A cell (variant, setting,
+asked about the texts and what became of it lies in label_free/, line by line. A cell (variant, regime,
 seeds) that is finished is not computed again, nor is anything asked twice.
 """
 
@@ -87,9 +87,9 @@ def task_of(variant: Variant, system, made, seed: int):
 
 def compute(study: Study, point: Point) -> cells.Cell:
     """Generates, trains and reads the contexts of the test questions."""
-    name, setting, seed, split = point.name, point.setting, point.seed, point.split
+    name, regime, seed, split = point.name, point.regime, point.seed, point.split
     if name == BASE:  # is the same with all seeds, whose adapters are all zero
-        known = (cells.load(study.folder, name, setting, *pair) for pair in study.replicates)
+        known = (cells.load(study.folder, name, regime, *pair) for pair in study.replicates)
         if found := next(filter(None, known), None):
             return found._replace(seed=seed, split=split)
     untuned, counts, tuners = study.system(seed), {}, []
@@ -100,10 +100,10 @@ def compute(study: Study, point: Point) -> cells.Cell:
         made = study.generated(name, seed, variant.elsewhere, **how)
         counts = pipeline.total_counts([some.steps for some in made.values()])
         task = task_of(variant, study.system(seed, variant.elsewhere), made, seed)
-        members = range(len(study.silos)) if setting == "local" else (None,)
+        members = range(len(study.silos)) if regime == "local" else (None,)
         readers = []
         for client in members:
-            tuner = study.tuner(name, setting, made, seed, client)
+            tuner = study.tuner(name, regime, made, seed, client)
             own = study.asked_of == client if client is not None else np.ones(len(study.test), bool)
             readers.append((untuned.replace(**tuner(task)), np.flatnonzero(own)))
             tuners.append(tuner)
@@ -112,15 +112,13 @@ def compute(study: Study, point: Point) -> cells.Cell:
     for system, own in readers:
         if not len(own):
             continue
-        for metric, values in read(
-            study, name, system, own, f"{name}-{setting}-seed{seed}"
-        ).items():
+        for metric, values in read(study, name, system, own, f"{name}-{regime}-seed{seed}").items():
             scores.setdefault(metric, np.full(len(study.test), np.nan))[own] = values
     lap = clock.lap()
     cost += Cost(evaluate_seconds=lap.others + lap.searching, compile_seconds=lap.compiling)
     curves = training_curves(tuners)
     return cells.Cell(
-        name, setting, seed, split, scores, counts, [], cost, curves, study.test_clusters
+        name, regime, seed, split, scores, counts, [], cost, curves, study.test_clusters
     )
 
 
@@ -162,7 +160,7 @@ def check(config) -> None:
       ConfigError: names the setting, its value and what it may be.
     """
     check_replicates(config)
-    for name in ("variants", "settings", "contexts"):
+    for name in ("variants", "regimes", "contexts"):
         if not config[name]:
             raise ConfigError(f"config.{name} is empty; give at least one")
     if config.data.split not in ("test", "validation", "train"):
@@ -172,12 +170,12 @@ def check(config) -> None:
     known = (BASE, *VARIANTS)
     if unknown := [v for v in config.variants if v not in known]:
         raise ConfigError(f"config.variants: {unknown} unknown; choose among {[*known]}")
-    if unknown := [s for s in config.settings if s not in config.learning_rates]:
+    if unknown := [s for s in config.regimes if s not in config.learning_rates]:
         raise ConfigError(
-            f"config.settings: {unknown} unknown; choose among {[*config.learning_rates]}"
+            f"config.regimes: {unknown} unknown; choose among {[*config.learning_rates]}"
         )
-    if {*config.settings} - {"centralised"} and not config.silos:
-        raise ConfigError("config.settings: federated and local need --config.silos")
+    if {*config.regimes} - {"centralised"} and not config.silos:
+        raise ConfigError("config.regimes: federated and local need --config.silos")
     if config.silos and "pretraining_world" in config.variants:
         raise ConfigError("config.variants: pretraining_world has no silos")
     if min(config.contexts) < 2:
@@ -225,13 +223,13 @@ def lab(config, folder: pathlib.Path) -> Study:
 
 
 def points(study: Study) -> list[Point]:
-    """Variant by variant, setting by setting; untuned is untuned wherever texts are."""
+    """Variant by variant, regime by regime; untuned is untuned wherever texts are."""
     config = study.config
-    names = itertools.product(variants(config), config.settings, replicates(config))
+    names = itertools.product(variants(config), config.regimes, replicates(config))
     return [
-        Point(name, setting, *pair)
-        for name, setting, pair in names
-        if name != BASE or setting == config.settings[0]
+        Point(name, regime, *pair)
+        for name, regime, pair in names
+        if name != BASE or regime == config.regimes[0]
     ]
 
 
@@ -251,7 +249,7 @@ def told(cell) -> str:
 
 EXPERIMENT = Experiment(
     name="aloftrag",
-    free=("seeds", "split_seeds", "variants", "settings"),
+    free=("seeds", "split_seeds", "variants", "regimes"),
     lab=lab,
     points=points,
     compute=compute,

@@ -22,17 +22,17 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def cells_of(config, folder: pathlib.Path, variant: str, setting: str) -> list:
-    """The cells of all seeds; untuned is untuned in every setting."""
-    return finished(config, folder, variant, config.settings[0] if variant == BASE else setting)
+def cells_of(config, folder: pathlib.Path, variant: str, regime: str) -> list:
+    """The cells of all seeds; untuned is untuned in every regime."""
+    return finished(config, folder, variant, config.regimes[0] if variant == BASE else regime)
 
 
 def main_rows(config, folder: pathlib.Path) -> list[dict]:
-    """A row for each variant in the first setting, with most passages, the gold one forced in."""
-    n, setting, rows = max(config.contexts), config.settings[0], []
-    start = cells_of(config, folder, BASE, setting)
+    """A row for each variant in the first regime, with most passages, the gold one forced in."""
+    n, regime, rows = max(config.contexts), config.regimes[0], []
+    start = cells_of(config, folder, BASE, regime)
     for variant in config.variants:
-        if not (found := cells_of(config, folder, variant, setting)):
+        if not (found := cells_of(config, folder, variant, regime)):
             continue
         row = {"variant": variant, "seeds": len(found)}
         for name, metric in main_metrics(n).items():
@@ -72,15 +72,15 @@ def mean(cells, metric: str, where: str = "", value: float = 1.0) -> float | Non
 
 
 def context_rows(config, folder: pathlib.Path) -> list[dict]:
-    """A row for each variant, setting and number of passages."""
+    """A row for each variant, regime and number of passages."""
     rows = []
-    for setting in config.settings:
+    for regime in config.regimes:
         for variant in config.variants:
-            found = cells_of(config, folder, variant, setting)
-            if not found or (variant == BASE and setting != config.settings[0]):
+            found = cells_of(config, folder, variant, regime)
+            if not found or (variant == BASE and regime != config.regimes[0]):
                 continue
             for n in config.contexts:
-                row = {"variant": variant, "setting": setting, "passages": n}
+                row = {"variant": variant, "regime": regime, "passages": n}
                 for name, metric in (("answer", "em"), ("citation", "citation")):
                     row[name] = mean(found, f"{metric}_{n}")
                     row[f"{name}_easy"] = mean(found, f"{metric}_{n}", f"hard_{n}", 0.0)
@@ -98,18 +98,18 @@ def context_rows(config, folder: pathlib.Path) -> list[dict]:
 
 
 def silo_rows(config, folder: pathlib.Path) -> list[dict]:
-    """A row for each variant and setting: the mean over silos and the worst one; one for each silo."""
+    """A row for each variant and regime: the mean over silos and the worst one; one for each silo."""
     silos = read_json(folder / "silos.json")
     of_question, n, rows = np.array(silos["of_question"]), max(config.contexts), []
     if len(silos["names"]) < 2:
         return []
-    for setting in config.settings:
+    for regime in config.regimes:
         for variant in config.variants:
-            found = cells_of(config, folder, variant, setting)
-            if not found or (variant == BASE and setting != config.settings[0]):
+            found = cells_of(config, folder, variant, regime)
+            if not found or (variant == BASE and regime != config.regimes[0]):
                 continue
             cost = costs_and_clients(found)
-            row = {"variant": variant, "setting": "" if variant == BASE else setting}
+            row = {"variant": variant, "regime": "" if variant == BASE else regime}
             row |= {"bytes_up": cost["bytes_up"], "seconds": cost["seconds"]}
             for name, metric in (("answer", f"em_{n}"), ("citation", f"citation_{n}")):
                 scores = np.mean([cell.scores[metric] for cell in found], axis=0)
@@ -130,7 +130,7 @@ def generated_rows(config, folder: pathlib.Path) -> list[dict]:
     """What became of texts and questions, by variant: counts, and requests to the author."""
     rows = []
     for variant in config.variants:
-        found = cells_of(config, folder, variant, config.settings[0])
+        found = cells_of(config, folder, variant, config.regimes[0])
         if not found or variant == BASE:
             continue
         counts = found[0].controls
@@ -165,12 +165,12 @@ def report(config, folder: pathlib.Path):
     longest = [row for row in contexts if row["passages"] == n]
     judged = [tables.Column("judged (SD over repeats)", _judged)] if _any(rows, "judged") else []
     name = tables.words("variant", "name")
-    several = [tables.words("setting", "setting")] if len(config.settings) > 1 else []
+    several = [tables.words("regime", "regime")] if len(config.regimes) > 1 else []
     sections = [
         Section(
             "Answers and citations",
             "ablation",
-            f"Percent of the {config.data.split} questions ({config.settings[0]} training), read "
+            f"Percent of the {config.data.split} questions ({config.regimes[0]} training), read "
             f"among {n} passages of which one is gold: answers by exact match; citations by "
             "whether the gold passage is among those cited, and by the F1 of those cited. By "
             "heart: right answers where the gold passage is left out of the context; the "
@@ -200,7 +200,7 @@ def report(config, folder: pathlib.Path):
             "Figure",
             "passages",
             "Answers and citations by the number of passages read, the gold one among them.",
-            figure=citing_figures.over_passages(contexts, config.settings[0]),
+            figure=citing_figures.over_passages(contexts, config.regimes[0]),
         ),
         Section(
             "Easy and hard questions",
@@ -262,7 +262,7 @@ def report(config, folder: pathlib.Path):
             tables.Table(
                 [
                     name,
-                    tables.words("setting", "setting"),
+                    tables.words("regime", "regime"),
                     tables.number("answer, mean", "answer_mean"),
                     tables.number("worst", "answer_worst"),
                     tables.words("", "answer_worst_silo"),
@@ -278,7 +278,7 @@ def report(config, folder: pathlib.Path):
         Section(
             "What the generator wrote",
             "generated",
-            f"Kept of what there was in each step ({config.settings[0]}), and why others were "
+            f"Kept of what there was in each step ({config.regimes[0]}), and why others were "
             "dropped; requests to the generator are shared by variants.",
             tables.Table(
                 [

@@ -20,7 +20,7 @@ from fedrag_jax.label_free import pipeline, prompts
 from fedrag_jax.models import lora
 from fedrag_jax.models.lora import LoraConfig
 from fedrag_jax.rag import RAGSystem
-from fedrag_jax.strategies.settings import Budget
+from fedrag_jax.strategies.regimes import Budget
 from fedrag_jax.strategies.tuner import Tuner
 
 BASE = "base"  # the untuned generator
@@ -171,17 +171,17 @@ class Study:
             )
         return made
 
-    def tuner(self, name: str, setting: str, made, seed: int, client: int | None = None):
-        """The `tune` of a variant, setting, seed and (local) silo."""
+    def tuner(self, name: str, regime: str, made, seed: int, client: int | None = None):
+        """The `tune` of a variant, regime, seed and (local) silo."""
         t, c = self.config.training, self.config
         examples = [e for some in made.values() for e in some.examples]
         ends = np.cumsum([len(some.examples) for some in made.values()])
         held = np.split(np.arange(len(examples)), ends[:-1])
-        rates = {"adapters": c.learning_rates[setting], "query": c.retriever_learning_rate}
-        folder = self.folder / "tuned" / f"{name}-{setting}-seed{seed}"
+        rates = {"adapters": c.learning_rates[regime], "query": c.retriever_learning_rate}
+        folder = self.folder / "tuned" / f"{name}-{regime}-seed{seed}"
         return Tuner(
             folder=folder if client is None else folder / f"client{client}",
-            setting=setting,
+            regime=regime,
             examples=examples,
             clients=Partition(examples, tuple(held)),
             budget=Budget(t.rounds, t.local_steps, len(held), t.batch_size, devices=t.devices),

@@ -3,7 +3,7 @@
     python -m experiments.choose_learning_rates --config=configs/compare_strategies.py
 
 As in Lawton et al. 2025: retriever, generator and the two phases search a grid each, in every
-setting by itself; joint training reuses the rates of the two phases. So do the two parts of RA-DIT.
+regime by itself; joint training reuses the rates of the two phases. So do the two parts of RA-DIT.
 What none of the config's strategies trains is not searched. The retriever is judged by its MRR, the
 others by F1 of answers in the config's mode, over the first two pairs of seeds. A grid begins with
 rates that are a factor of 4 apart, goes on beyond an end that is best, and is refined to a factor of 2

@@ -11,7 +11,7 @@ from experiments.reporting.report import Report, Section
 from experiments.run import finished
 from fedrag_jax.files import read_json
 from fedrag_jax.strategies.own import named
-from fedrag_jax.strategies.settings import parse
+from fedrag_jax.strategies.regimes import parse
 
 INTERVALS = (
     "95% intervals resample seeds and questions together (two-level bootstrap; questions about one "
@@ -19,28 +19,28 @@ INTERVALS = (
 )
 
 
-def settings_of(config) -> dict:
-    """What the names of the config's settings say."""
-    return {setting: parse(setting, config.federated.alpha) for setting in config.settings}
+def regimes_of(config) -> dict:
+    """What the names of the config's regimes say."""
+    return {regime: parse(regime, config.federated.alpha) for regime in config.regimes}
 
 
 def all_cells(config, folder: pathlib.Path) -> list[Cell]:
-    """All cells there are, setting by setting."""
-    names = itertools.product(config.settings, config.strategies)
+    """All cells there are, regime by regime."""
+    names = itertools.product(config.regimes, config.strategies)
     return [cell for where, name in names for cell in finished(config, folder, name, where)]
 
 
 def rows_of(config, done: list[Cell]) -> dict[str, list[dict]]:
     """Rows of every table by its name, and the points of all learning curves."""
-    settings, primary = settings_of(config), config.primary_metric
+    regimes, primary = regimes_of(config), config.primary_metric
     metrics = (primary, *(m for m in comparison.METRICS if m != primary))
     margin, alpha = config.equivalence_margin, config.federated.alpha
-    strategies = comparison.strategy_rows(done, settings)
+    strategies = comparison.strategy_rows(done, regimes)
     for row in strategies:
-        row["search_seconds"] = search_seconds(config, row["strategy"], row["setting"])
-    compared = [differences.comparison_rows(done, m, settings, margin) for m in metrics]
+        row["search_seconds"] = search_seconds(config, row["strategy"], row["regime"])
+    compared = [differences.comparison_rows(done, m, regimes, margin) for m in metrics]
     alone = [
-        differences.headline_rows(done, name(m), settings, alpha)
+        differences.headline_rows(done, name(m), regimes, alpha)
         for name in (str, comparison.own)
         for m in metrics
     ]
@@ -59,7 +59,7 @@ def curve_rows(done: list[Cell]) -> list[dict]:
     return [
         {
             "strategy": cell.strategy,
-            "setting": cell.setting,
+            "regime": cell.regime,
             "seed": cell.seed,
             "split": cell.split,
             "task": task,
@@ -71,13 +71,13 @@ def curve_rows(done: list[Cell]) -> list[dict]:
     ]
 
 
-def search_seconds(config, strategy: str, setting: str) -> float | None:
+def search_seconds(config, strategy: str, regime: str) -> float | None:
     """Device-seconds of the searches for the learning rates a strategy needs; None if not known."""
     known = config.search_seconds
     needed = {*named(strategy).rates.values()}
     if not needed:
         return 0.0
-    where = rates_name(config, setting)
+    where = rates_name(config, regime)
     if where not in known or not all(name in known[where] for name in needed):
         return None
     return float(sum(known[where][name] for name in needed))
@@ -90,7 +90,7 @@ def report(config, folder: pathlib.Path):
     rows, alone, title = found["strategies"], found["against_local"], comparison.METRICS[primary]
     of_primary = [row for row in alone if row["metric"] == primary]
     compared = [row for row in found["comparisons"] if row["metric"] == primary]
-    alphas = {s.alpha for s in settings_of(config).values() if s.kind != "centralised"}
+    alphas = {s.alpha for s in regimes_of(config).values() if s.kind != "centralised"}
     different = ", ".join(f"{alpha:g}" for alpha in sorted(alphas))
     split = f", Dirichlet alpha {different} over {config.federated.column}" if alphas else ""
     sections = [
@@ -152,8 +152,8 @@ def report(config, folder: pathlib.Path):
             tables.without_labels_table(rows),
         ),
         Section(
-            "Settings against each other, every metric",
-            "settings",
+            "Regimes against each other, every metric",
+            "regimes",
             f"Differences in points with 95% intervals. * differs (p < 0.05 over questions, "
             f"Holm-adjusted over the metric); ≈ equivalent within {config.equivalence_margin:g} points "
             "(two one-sided tests, p < 0.05, Holm-adjusted). Neither: not shown either way.",
@@ -171,7 +171,7 @@ def report(config, folder: pathlib.Path):
         Section(
             "Against independent tuning",
             "against_independent",
-            "Differences in points from independent tuning in the same setting, paired by question and "
+            "Differences in points from independent tuning in the same regime, paired by question and "
             "seed; marks as above, Holm-adjusted for each metric. Seconds and operations as multiples "
             "of its own, the mean over seeds.",
             tables.independent_table(found["against_independent"]),
@@ -179,7 +179,7 @@ def report(config, folder: pathlib.Path):
         Section(
             "Time by part",
             "times",
-            "Seconds, mean over seeds, summed over clients in the local setting. Collating includes "
+            "Seconds, mean over seeds, summed over clients in the local regime. Collating includes "
             "likelihoods under a frozen generator, aggregation all of a round that is no local step; "
             "passages are embedded once. A program is compiled for the first cell that needs it.",
             tables.times_table(rows),

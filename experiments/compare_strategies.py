@@ -4,7 +4,7 @@
     python -m experiments compare_strategies --config.name=more-clients --config.federated.clients=32
     python -m experiments compare_strategies --config=configs/fedrag_recipe.py
 
-Results go to runs/<name>/. A cell (strategy, setting, seeds) that is finished is not computed again,
+Results go to runs/<name>/. A cell (strategy, regime, seeds) that is finished is not computed again,
 and a training that was killed goes on from its last checkpoint.
 """
 
@@ -39,35 +39,35 @@ def lab(config, folder: pathlib.Path) -> Lab:
     """The data and models of the config.
 
     Raises:
-      ConfigError: as `check`; a split that cannot be, a setting without learning rates.
+      ConfigError: as `check`; a split that cannot be, a regime without learning rates.
     """
     check(config)
     dataset = load_data(config)
     warn_of_borrowed_rates(config)
     found = Lab(config, dataset, folder)
-    for setting, (_, split) in itertools.product(config.settings, replicates(config)):
-        found.clients(setting, split)
-        rates_name(config, setting)
+    for regime, (_, split) in itertools.product(config.regimes, replicates(config)):
+        found.clients(regime, split)
+        rates_name(config, regime)
     return found
 
 
 def points(lab: Lab) -> list[Point]:
-    """Seed by seed and setting by setting; a lone client trains `local_strategies` alone."""
+    """Seed by seed and regime by regime; a lone client trains `local_strategies` alone."""
     config = lab.config
     strategies = trainable_strategies(config, lab.dataset)
     alone = config.local_strategies or strategies
     return [
-        Point(strategy, setting, *pair)
+        Point(strategy, regime, *pair)
         for pair in replicates(config)
-        for setting in config.settings
+        for regime in config.regimes
         for strategy in strategies
-        if strategy in alone or not setting.startswith("local")
+        if strategy in alone or not regime.startswith("local")
     ]
 
 
 def compute(lab: Lab, point: Point) -> Cell:
     """A strategy, trained and tested."""
-    return compute_cell(lab, point.name, point.setting, point.seed, point.split)
+    return compute_cell(lab, point.name, point.regime, point.seed, point.split)
 
 
 def told(cell: Cell) -> str:
@@ -78,11 +78,11 @@ def told(cell: Cell) -> str:
 
 def no_op(lab: Lab, seed: int, split: int) -> float:
     """Largest change of any test score after joint training at learning rate zero; must be 0."""
-    setting = lab.config.settings[-1]  # one whose program is compiled
-    if algorithm_of(lab.config, setting)[0] in OWN_STEPS:
-        setting = "centralised"  # for those steps cannot be of length zero
-    client = 0 if setting.startswith("local") else None
-    tuner = lab.tuner(lambda task, part: 0.0, setting, seed, split, client)
+    regime = lab.config.regimes[-1]  # one whose program is compiled
+    if algorithm_of(lab.config, regime)[0] in OWN_STEPS:
+        regime = "centralised"  # for those steps cannot be of length zero
+    client = 0 if regime.startswith("local") else None
+    tuner = lab.tuner(lambda task, part: 0.0, regime, seed, split, client)
     tuner = dataclasses.replace(
         tuner,
         folder=lab.folder / "tuned" / f"no-op-seed{seed}",
@@ -105,7 +105,7 @@ def controls(lab: Lab) -> None:
 EXPERIMENT = Experiment(
     name="compare_strategies",
     free=(
-        "seeds", "split_seeds", "strategies", "settings", "local_strategies", "search_seconds",
+        "seeds", "split_seeds", "strategies", "regimes", "local_strategies", "search_seconds",
         "equivalence_margin",
     ),
     lab=lab,

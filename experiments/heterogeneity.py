@@ -29,7 +29,7 @@ from experiments.run import Experiment, Point, finished
 from fedrag_jax.data.examples import Dataset
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.evaluation import evaluator
-from fedrag_jax.strategies.settings import Budget, parse
+from fedrag_jax.strategies.regimes import Budget, parse
 
 NAMES = {
     "alpha": "Dirichlet α of the split",
@@ -156,8 +156,8 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
         for strategy in config.strategies:
             if not (cells := finished_at(here, folder, strategy)):
                 continue
-            setting = parse("federated", here.federated.alpha)
-            (row,) = comparison.strategy_rows(cells, {"federated": setting})
+            regime = parse("federated", here.federated.alpha)
+            (row,) = comparison.strategy_rows(cells, {"federated": regime})
             row |= {"factor": factor, "value": value}
             if strategy != "none":
                 row["rounds"] = schedule(here).rounds
@@ -298,8 +298,8 @@ def lab(config, folder: pathlib.Path) -> Factors:
       ConfigError: as `loading.check` and `at_point`.
     """
     check(config)
-    if tuple(config.settings) != ("federated",):
-        raise ConfigError(f"config.settings must be ('federated',) here, got {config.settings}")
+    if tuple(config.regimes) != ("federated",):
+        raise ConfigError(f"config.regimes must be ('federated',) here, got {config.regimes}")
     if not config.rate_factors or min(config.rate_factors) <= 0:
         raise ConfigError(f"config.rate_factors must be positive, got {config.rate_factors}")
     configs = {place(c): c for c in (at_point(config, *value) for value in values(config))}
@@ -328,7 +328,7 @@ def points(lab: Factors) -> list[Point]:
 def compute(lab: Factors, point: Point) -> cells.Cell:
     """A strategy at a point, at the rates that serve it best there."""
     there = at_best_rates(lab.at[point.folder], point.name) if point.folder else lab.whole
-    where = point.name, point.setting, point.seed, point.split
+    where = point.name, point.regime, point.seed, point.split
     return compute_cell(there, *where, controls=False)
 
 

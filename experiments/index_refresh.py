@@ -2,7 +2,7 @@
 
     python -m experiments index_refresh
 
-Results go to runs/<name>/: index_refresh.csv, table.md, report.html, figures. A cell (policy, setting,
+Results go to runs/<name>/: index_refresh.csv, table.md, report.html, figures. A cell (policy, regime,
 seed) that is finished is not computed again.
 """
 
@@ -27,7 +27,7 @@ from fedrag_jax.federated.fit import fit
 from fedrag_jax.objectives.distillation import METHODS
 from fedrag_jax.objectives.encoding import as_trained, searching, trained_parts
 from fedrag_jax.retrieval.refresh import Policy, search
-from fedrag_jax.strategies import settings
+from fedrag_jax.strategies import regimes
 from fedrag_jax.strategies.objectives import OBJECTIVES
 from fedrag_jax.tracking.ledger import Cost, training_cost
 from fedrag_jax.tracking.logs import Progress
@@ -66,7 +66,7 @@ class Refreshing(Lab):
         super().__init__(*arguments)
         self.taught = None
 
-    def trained(self, name: str, setting: str, seed: int, split: int, factor: float):
+    def trained(self, name: str, regime: str, seed: int, split: int, factor: float):
         """`(what was trained, cost, watch, history)`."""
         config, system, budget = self.config, self.system(self.config.seeds[0]), self.budget()
         retriever = system.retriever
@@ -85,20 +85,20 @@ class Refreshing(Lab):
             frozen=frozen,
             **{"index": None} | searching(retriever, train, system.marginal_k, policy),
         )
-        stretch = budget.schedule(setting).refresh_every
+        stretch = budget.schedule(regime).refresh_every
         probed = sample(self.dataset.validation, config.probe_questions, config.data.sample_seed)
         probe = [e.question for e in probed]
         watch = Staleness(retriever, policy, probe, system.top_k, stretch)
-        rate = factor * config.learning_rates[setting]
-        arguments = settings.arguments(
+        rate = factor * config.learning_rates[regime]
+        arguments = regimes.arguments(
             task,
-            setting,
+            regime,
             self.dataset.train,
-            self.clients(setting, split),
+            self.clients(regime, split),
             budget,
             {part: rate for part in train},
             seed,
-            callbacks=[Progress(f"{setting}, {name}, rate {rate:.2g}"), watch],
+            callbacks=[Progress(f"{regime}, {name}, rate {rate:.2g}"), watch],
         )
         result = fit(**arguments)
         cost = training_cost(
@@ -113,7 +113,7 @@ class Refreshing(Lab):
 
 def compute(lab: Refreshing, point: Point) -> cells.Cell:
     """Trains under a policy and tests with a fresh index and with the one that training left."""
-    config, dataset, name, setting = lab.config, lab.dataset, point.name, point.setting
+    config, dataset, name, regime = lab.config, lab.dataset, point.name, point.regime
     seed, split = point.seed, point.split
     validation = validation_sample(config, dataset)
     start = lab.system(config.seeds[0]).retriever
@@ -123,12 +123,12 @@ def compute(lab: Refreshing, point: Point) -> cells.Cell:
         return evaluator.rank_scores(fresh, examples, evaluator.ranking(fresh, examples)[0])
 
     def judge(factor):
-        trained, *_ = lab.trained(FRESH, setting, *replicates(config)[0], factor)
+        trained, *_ = lab.trained(FRESH, regime, *replicates(config)[0], factor)
         return float(np.nanmean(scores(trained, validation)["mrr"]))
 
-    path = lab.folder / "rates" / f"{setting}.json"
-    factor = chosen_rate(path, config.rate_factors, one_by_one(judge, setting), setting)
-    trained, cost, watch, history = lab.trained(name, setting, seed, split, factor)
+    path = lab.folder / "rates" / f"{regime}.json"
+    factor = chosen_rate(path, config.rate_factors, one_by_one(judge, regime), regime)
+    trained, cost, watch, history = lab.trained(name, regime, seed, split, factor)
     clock = Clock()
     found = scores(trained, dataset.test)
     depth = min(evaluator.RANKED, len(dataset.passages))
@@ -139,20 +139,20 @@ def compute(lab: Refreshing, point: Point) -> cells.Cell:
     cost += Cost(evaluate_seconds=lap.others + lap.searching, compile_seconds=lap.compiling)
     told = {"embedded": 0 if watch.index is None else int(watch.index["embedded"])}
     told |= {f"stale_{i}": 100 * share for i, share in enumerate(watch.shares, 1)}
-    curves = {name: curve([history], lab.budget().schedule(setting).refresh_every)}
-    return cells.Cell(name, setting, seed, split, found, told, [], cost, curves, lab.test_clusters)
+    curves = {name: curve([history], lab.budget().schedule(regime).refresh_every)}
+    return cells.Cell(name, regime, seed, split, found, told, [], cost, curves, lab.test_clusters)
 
 
 def rows_of(config, folder: pathlib.Path) -> list[dict]:
-    """A row for every policy and setting, with its difference from an index that is always fresh."""
+    """A row for every policy and regime, with its difference from an index that is always fresh."""
     rows = []
-    for setting, name in itertools.product(config.settings, config.policies):
-        if not (found := finished(config, folder, name, setting)):
+    for regime, name in itertools.product(config.regimes, config.policies):
+        if not (found := finished(config, folder, name, regime)):
             continue
-        row = {"policy": name, "setting": setting, "seeds": len(found)}
+        row = {"policy": name, "regime": regime, "seeds": len(found)}
         for metric in ("recall_at_5", "recall_at_5_left", "mrr"):
             row |= comparison.estimate(found, metric)
-        usual = finished(config, folder, FRESH, setting)
+        usual = finished(config, folder, FRESH, regime)
         if name != FRESH and usual:
             row |= differences.paired_difference(found, usual, "recall_at_5") or {}
         stale = [
@@ -163,13 +163,13 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
         row |= {"stale": float(np.mean(stale)), "stale_by_refresh": np.mean(stale, 0).tolist()}
         row |= comparison.costs_and_clients(found)
         row["embedded"] = float(np.mean([cell.controls["embedded"] for cell in found]))
-        row["rate"] = config.learning_rates[setting] * kept_rate(folder / f"rates/{setting}.json")
+        row["rate"] = config.learning_rates[regime] * kept_rate(folder / f"rates/{regime}.json")
         rows.append(row)
     differences.adjust([row for row in rows if "p" in row])
     return rows
 
 
-COLUMNS = ("policy", "setting", "seeds", "recall_at_5", "recall_at_5_low", "recall_at_5_high",
+COLUMNS = ("policy", "regime", "seeds", "recall_at_5", "recall_at_5_low", "recall_at_5_high",
            "recall_at_5_left", "recall_at_5_left_low", "recall_at_5_left_high", "mrr", "difference",
            "low", "high", "p_holm", "stale", "embedded", "embed_seconds", "retrieve_seconds",
            "seconds", "flops", "rate")  # fmt: skip
@@ -180,7 +180,7 @@ def report(config, folder: pathlib.Path):
     rows = rows_of(config, folder)
     columns = (
         tables.words("policy", "policy"),
-        tables.words("setting", "setting"),
+        tables.words("regime", "regime"),
         tables.interval("Recall@5 [95% CI]", "recall_at_5"),
         tables.difference("against always fresh [95% CI]"),
         tables.p_value("p", "p_holm"),
@@ -227,15 +227,15 @@ def check(config) -> None:
     """Refuses settings that could only fail later.
 
     Raises:
-      ConfigError: an unknown objective, setting or policy, or no policy that is always fresh.
+      ConfigError: an unknown objective, regime or policy, or no policy that is always fresh.
     """
     check_replicates(config)
     known = [*METHODS, "emdr", "replug_log"]
     if config.objective not in known:
         raise ConfigError(f"config.objective: {config.objective!r} unknown; choose among {known}")
-    if unknown := [s for s in config.settings if s not in config.learning_rates]:
+    if unknown := [s for s in config.regimes if s not in config.learning_rates]:
         raise ConfigError(
-            f"config.settings: {unknown} unknown; choose among {[*config.learning_rates]}, which have "
+            f"config.regimes: {unknown} unknown; choose among {[*config.learning_rates]}, which have "
             "learning rates"
         )
     if FRESH not in config.policies:
@@ -258,12 +258,12 @@ def lab(config, folder: pathlib.Path) -> Refreshing:
 
 
 def points(lab: Refreshing) -> list[Point]:
-    """Setting by setting, policy by policy."""
+    """Regime by regime, policy by policy."""
     config = lab.config
     return [
-        Point(name, setting, *pair)
-        for setting, name, pair in itertools.product(
-            config.settings, config.policies, replicates(config)
+        Point(name, regime, *pair)
+        for regime, name, pair in itertools.product(
+            config.regimes, config.policies, replicates(config)
         )
     ]
 
@@ -276,7 +276,7 @@ def told(cell) -> str:
 
 EXPERIMENT = Experiment(
     name="index_refresh",
-    free=("seeds", "split_seeds", "policies", "settings"),
+    free=("seeds", "split_seeds", "policies", "regimes"),
     lab=lab,
     points=points,
     compute=compute,

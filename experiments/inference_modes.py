@@ -36,7 +36,7 @@ class Answering(Lab):
         self.tuned = functools.lru_cache(maxsize=1)(self._tuned)
 
     def _tuned(self, strategy: str, seed: int, split: int):
-        (system,), _ = self.tuned_systems(strategy, self.config.settings[0], seed, split)
+        (system,), _ = self.tuned_systems(strategy, self.config.regimes[0], seed, split)
         return system
 
 
@@ -45,7 +45,7 @@ def compute(lab: Answering, point: Point) -> cells.Cell:
 
     What that costs is measured on some of them afterwards, when every program is compiled.
     """
-    strategy, mode, seed, split = point.name, point.setting, point.seed, point.split
+    strategy, mode, seed, split = point.name, point.regime, point.seed, point.split
     test, beams = lab.dataset.test, beams_of(lab.config, mode)
     system = lab.tuned(strategy, seed, split)
     scores = evaluate(system, test, mode=mode, beams=beams)
@@ -99,7 +99,7 @@ def report(config, folder: pathlib.Path):
     )
     return Report(
         folder.name,
-        f"Ways to train against ways to answer: {config.data.name}, {config.settings[0]}, "
+        f"Ways to train against ways to answer: {config.data.name}, {config.regimes[0]}, "
         f"{config.retrieval.top_k} passages read.",
         [
             Section(
@@ -132,14 +132,12 @@ def check(config) -> None:
     """Refuses settings that could only fail later.
 
     Raises:
-      ConfigError: as `loading.check`; an unknown mode, none, negative beams; a setting with several
-        systems, or several settings.
+      ConfigError: as `loading.check`; an unknown mode, none, negative beams; a regime with several
+        systems, or several regimes.
     """
     check_comparison(config)
-    if len(config.settings) != 1 or config.settings[0].startswith("local"):
-        raise ConfigError(
-            f"config.settings must be one, and not local, here; got {config.settings}"
-        )
+    if len(config.regimes) != 1 or config.regimes[0].startswith("local"):
+        raise ConfigError(f"config.regimes must be one, and not local, here; got {config.regimes}")
     if not config.modes:
         raise ConfigError("config.modes is empty; give at least one")
     if unknown := [mode for mode in config.modes if mode not in MODES]:
@@ -159,7 +157,7 @@ def lab(config, folder: pathlib.Path) -> Answering:
 
 
 def points(lab: Answering) -> list[Point]:
-    """All modes of a tuned system, one after another; the mode stands where others have a setting."""
+    """All modes of a tuned system, one after another; the mode stands where others have a regime."""
     config = lab.config
     return [
         Point(strategy, mode, *pair)

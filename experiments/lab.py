@@ -24,7 +24,7 @@ from fedrag_jax.models.lora import LoraConfig
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.retrieval.clusters import with_topics
 from fedrag_jax.strategies.own import named
-from fedrag_jax.strategies.settings import Budget, Stopping, parse, split_clients
+from fedrag_jax.strategies.regimes import Budget, Stopping, parse, split_clients
 from fedrag_jax.strategies.strategy import tune_systems
 from fedrag_jax.strategies.tuner import Tuner, tune_together
 from fedrag_jax.tracking.ledger import Cost, corpus_cost
@@ -88,20 +88,20 @@ class Lab:
         other.config, other.folder = config, folder
         return other
 
-    def clients(self, setting: str, split: int):
+    def clients(self, regime: str, split: int):
         """Who holds what; federated and local training share it."""
         federated = self.config.federated
-        alpha = parse(setting, federated.alpha).alpha
+        alpha = parse(regime, federated.alpha).alpha
         return split_clients(self.dataset.train, federated.clients, alpha, federated.column, split)
 
-    def mixtures(self, setting: str, split: int):
+    def mixtures(self, regime: str, split: int):
         """Whose mixtures of questions a model is judged by, client by client.
 
         One set for all splits: the least over clients of few kinds is lower than the least over clients
         of many, whatever the model. Models of each client of another split have none.
         """
         usual, here = self.usual, self.config.federated
-        known = parse(setting, here.alpha)
+        known = parse(regime, here.alpha)
         if known.kind == "local" and (known.alpha, here.clients) != (usual.alpha, usual.clients):
             return None
         return split_clients(self.dataset.train, usual.clients, usual.alpha, usual.column, split)
@@ -123,13 +123,13 @@ class Lab:
         c = self.config
         return sample(self.dataset.validation, c.training.converged.questions, c.data.sample_seed)
 
-    def rate(self, setting: str, strategy, part: str) -> float:
-        """The learning rate chosen for a part that a strategy trains in a setting, or for its kind.
+    def rate(self, regime: str, strategy, part: str) -> float:
+        """The learning rate chosen for a part that a strategy trains in a regime, or for its kind.
 
         Raises:
           ConfigError: there is none under any of its names.
         """
-        where = rates_name(self.config, setting)
+        where = rates_name(self.config, regime)
         rates = self.config.learning_rates[where]
         names = strategy.name, strategy.rates.get(part)
         found = [rates[name] for name in names if name in rates]
@@ -140,39 +140,39 @@ class Lab:
             )
         return found[0]
 
-    def tuner(self, rates, setting: str, seed: int, split: int, client: int | None = None):
-        """The `tune` of one setting, pair of seeds and (local) client.
+    def tuner(self, rates, regime: str, seed: int, split: int, client: int | None = None):
+        """The `tune` of one regime, pair of seeds and (local) client.
 
         Args:
           rates: `rates(task name, part) -> learning rate`.
         """
-        folder = self.folder / "tuned" / f"{setting}-{seeds_name(seed, split)}"
-        known = parse(setting, self.config.federated.alpha)
+        folder = self.folder / "tuned" / f"{regime}-{seeds_name(seed, split)}"
+        known = parse(regime, self.config.federated.alpha)
         return Tuner(
             folder=folder if client is None else folder / f"client{client}",
-            setting=known.kind,
+            regime=known.kind,
             examples=self.dataset.train,
-            clients=self.clients(setting, split),
+            clients=self.clients(regime, split),
             budget=self.budget(known.converged),
             validation=self.stop_questions() if known.converged else (),
             rates=rates,
             seed=seed,
             client=client,
             checkpoint_every=self.config.training.checkpoint_every,
-            algorithm=Named(*algorithm_of(self.config, setting), self.system(seed).decoder),
+            algorithm=Named(*algorithm_of(self.config, regime), self.system(seed).decoder),
         )
 
-    def members(self, setting: str) -> list[int | None]:
+    def members(self, regime: str) -> list[int | None]:
         """Who trains a model: each client by itself, or all together (None)."""
-        local = setting.startswith("local")
+        local = regime.startswith("local")
         return [*range(self.config.federated.clients)] if local else [None]
 
-    def tuned_systems(self, strategy: str, setting: str, seed: int, split: int):
-        """`(systems, tuners)`: one of each, or one per client in the local setting."""
-        row, where = named(strategy), (setting, seed, split)
+    def tuned_systems(self, strategy: str, regime: str, seed: int, split: int):
+        """`(systems, tuners)`: one of each, or one per client in the local regime."""
+        row, where = named(strategy), (regime, seed, split)
         tuners = [
-            self.tuner(lambda _, part: self.rate(setting, row, part), *where, client)
-            for client in self.members(setting)
+            self.tuner(lambda _, part: self.rate(regime, row, part), *where, client)
+            for client in self.members(regime)
         ]
         systems = tune_systems(
             row,
@@ -187,17 +187,17 @@ class Lab:
 
 
 def compute_cell(
-    run: Lab, strategy: str, setting: str, seed: int, split: int, controls: bool = True
+    run: Lab, strategy: str, regime: str, seed: int, split: int, controls: bool = True
 ):
     """Trains, evaluates on the test set (with `controls`, if wanted), and prices one cell."""
     test, known, column = run.dataset.test, None, run.config.federated.column
-    clients = run.clients(setting, split)
+    clients = run.clients(regime, split)
     if strategy == "none":  # untuned is untuned wherever the data sits
-        known = cells.load(run.folder, strategy, run.config.settings[0], seed, split)
+        known = cells.load(run.folder, strategy, run.config.regimes[0], seed, split)
         systems, tuners = [run.system(seed)], []
     else:
-        systems, tuners = run.tuned_systems(strategy, setting, seed, split)
-    holders = 0 if setting == "centralised" else len(clients.clients)
+        systems, tuners = run.tuned_systems(strategy, regime, seed, split)
+    holders = 0 if regime == "centralised" else len(clients.clients)
     cost = sum((c for tuner in tuners for c in tuner.costs.values()), run.corpus_cost(holders))
     if known:
         found, controlled = [known.scores], known.controls
@@ -209,7 +209,7 @@ def compute_cell(
         cost += Cost(evaluate_seconds=lap.others + lap.searching, compile_seconds=lap.compiling)
         controls = controls and len(systems) == 1
         controlled = control_scores(systems[0], test) if controls else {}
-    everybody = run.mixtures(setting, split)
+    everybody = run.mixtures(regime, split)
     em = [f["em"] for f in found]
     by_client = client_scores(everybody, test, em, column) if everybody else []
     scores = {metric: np.mean([f[metric] for f in found], axis=0) for metric in METRICS}
@@ -219,7 +219,7 @@ def compute_cell(
         scores[name], scores[own_weight(name)] = own_scores(clients, test, each, column)
     curves = training_curves(tuners)
     return cells.Cell(
-        strategy, setting, seed, split, scores, controlled, by_client, cost, curves,
+        strategy, regime, seed, split, scores, controlled, by_client, cost, curves,
         run.test_clusters, tuners[0].labels if tuners else {},
     )  # fmt: skip
 
@@ -235,7 +235,7 @@ def training_curves(tuners) -> dict:
     for task in tuners[0].costs if tuners else ():
         folders = [t.folder / task for t in tuners]
         histories = [json_lines(folder / "rounds.jsonl") for folder in folders]
-        stretch = tuners[0].budget.schedule(tuners[0].setting).refresh_every
+        stretch = tuners[0].budget.schedule(tuners[0].regime).refresh_every
         points, held = curve(histories, stretch), len(tuners[0].examples)
         points[-1]["epochs"] = points[-1]["examples"] / held
         if tuners[0].budget.stopping:

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import sys
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -27,12 +28,22 @@ def settled_config(config, folder: pathlib.Path, free: tuple[str, ...]) -> None:
         _held[folder] = files.hold(folder)
     path, now = folder / "config.json", json.loads(config.to_json_best_effort())
     if path.exists():
-        before = files.read_json(path)
+        before = kept_config(path)
         changed = [k for k in now if k not in free and now[k] != before.get(k)]
         if changed:
             what = "; ".join(f"config.{k} was {before.get(k)}, is {now[k]}" for k in changed)
             raise ConfigError(f"{folder} holds other results: {what}. Choose another --config.name")
     files.write_json(path, now, indent=2)
+
+
+def kept_config(path: pathlib.Path) -> dict[str, Any]:
+    """The config that a run was made with; regimes were called settings once.
+
+    Raises:
+      DataError: the file is damaged.
+    """
+    config = files.read_json(path)
+    return {"regimes" if name == "settings" else name: value for name, value in config.items()}
 
 
 _held = {}  # folders that this process works in, until it ends

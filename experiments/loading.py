@@ -18,7 +18,7 @@ from fedrag_jax.models import hub, sentence_folders
 from fedrag_jax.models.quantized import quantize
 from fedrag_jax.models.sharding import shard
 from fedrag_jax.strategies.own import named
-from fedrag_jax.strategies.settings import parse, rate_names, with_algorithm
+from fedrag_jax.strategies.regimes import parse, rate_names, with_algorithm
 
 
 def load_data(config) -> Dataset:
@@ -45,9 +45,9 @@ def check(config) -> None:
     """Refuses settings that could only fail later.
 
     Raises:
-      ConfigError: names the setting, its value and what it may be.
+      ConfigError: names the regime, its value and what it may be.
     """
-    for name in ("strategies", "settings"):
+    for name in ("strategies", "regimes"):
         if not config[name]:
             raise ConfigError(f"config.{name} is empty; give at least one")
     check_replicates(config)
@@ -69,14 +69,14 @@ def check(config) -> None:
         raise ConfigError(
             f"config.primary_metric: {config.primary_metric!r} unknown; choose among {[*METRICS]}"
         )
-    for setting in config.settings:
-        parse(setting, config.federated.alpha)
+    for regime in config.regimes:
+        parse(regime, config.federated.alpha)
     check_algorithms(config)
 
 
-def algorithm_of(config, setting: str) -> tuple[str, dict]:
-    """The name and options of the algorithm of a setting: its own, or that of the config."""
-    federated, (_, named) = config.federated, with_algorithm(setting)
+def algorithm_of(config, regime: str) -> tuple[str, dict]:
+    """The name and options of the algorithm of a regime: its own, or that of the config."""
+    federated, (_, named) = config.federated, with_algorithm(regime)
     if named is None:
         return federated.algorithm, federated.algorithm_options.to_dict()
     return named, federated.algorithms.get(named, ConfigDict()).to_dict()
@@ -92,7 +92,7 @@ def check_algorithms(config) -> None:
     by_name.check(federated.algorithm, federated.algorithm_options, "config.federated.algorithm")
     for name, options in federated.algorithms.items():
         by_name.check(name, options, "config.federated.algorithms")
-    names = {algorithm_of(config, setting)[0] for setting in config.settings}
+    names = {algorithm_of(config, regime)[0] for regime in config.regimes}
     if config.models.quantize and (changing := names & {*by_name.CHANGING_BASE}):
         raise ConfigError(
             f"{', '.join(sorted(changing))} changes the base, which config.models.quantize makes "
@@ -100,20 +100,20 @@ def check_algorithms(config) -> None:
         )
 
 
-def rates_name(config, setting: str) -> str:
-    """Under which name `config.learning_rates` has those of a setting.
+def rates_name(config, regime: str) -> str:
+    """Under which name `config.learning_rates` has those of a regime.
 
     Raises:
       ConfigError: it has none.
     """
-    names = rate_names(setting)
-    if ":" in setting and algorithm_of(config, setting)[0] in OWN_STEPS:
+    names = rate_names(regime)
+    if ":" in regime and algorithm_of(config, regime)[0] in OWN_STEPS:
         # The rates of AdamW are none for plain SGD.
         names = [name for name in names if ":" in name]
     found = [name for name in names if name in config.learning_rates]
     if not found:
         raise ConfigError(
-            f"config.learning_rates has none for setting {setting!r}: search them with "
+            f"config.learning_rates has none for regime {regime!r}: search them with "
             f"experiments.choose_learning_rates and add them under {' or '.join(map(repr, names))}"
         )
     return found[0]

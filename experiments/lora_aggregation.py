@@ -31,7 +31,7 @@ from fedrag_jax.federated.algorithms.fed_lora import RULES, fed_lora
 from fedrag_jax.federated.fit import fit
 from fedrag_jax.files import kept, read_json, write_json
 from fedrag_jax.objectives.generator import concatenated
-from fedrag_jax.strategies import settings
+from fedrag_jax.strategies import regimes
 from fedrag_jax.tracking.ledger import Cost, training_cost
 from fedrag_jax.tracking.logs import Progress
 from fedrag_jax.tracking.processes import everywhere
@@ -87,7 +87,7 @@ def tuned(run: Lab, read: dict, rule: str, seed: int, split: int, rate: float):
         functools.partial(rows_for, read),
     )
     where = f"{rule}, rank {run.config.lora.rank}, alpha {run.config.federated.alpha:g}"
-    arguments = settings.arguments(
+    arguments = regimes.arguments(
         task,
         "federated",
         examples,
@@ -136,7 +136,7 @@ class Aggregation(NamedTuple):
 def compute(lab: Aggregation, point: Point) -> cells.Cell:
     """A cell at the learning rate that suits validation answers best, with the first two seeds."""
     run, read, rule, seed, split = (
-        lab.at[point.setting], lab.read, point.name, point.seed, point.split,
+        lab.at[point.regime], lab.read, point.name, point.seed, point.split,
     )  # fmt: skip
     config, dataset = run.config, run.dataset
     name = point_name(config.lora.rank, config.federated.alpha)
@@ -335,7 +335,7 @@ def lab(config, folder: pathlib.Path) -> Aggregation:
 
 
 def points(lab: Aggregation) -> list[Point]:
-    """Split by split, rank by rank, rule by rule; rank and split stand where others have a setting."""
+    """Split by split, rank by rank, rule by rule; rank and split stand where others have a regime."""
     config = lab.config
     return [
         Point(rule, point_name(rank, alpha), *pair, {"rank": rank, "alpha": alpha})

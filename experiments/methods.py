@@ -2,7 +2,7 @@
 
     python -m experiments methods
 
-Results go to runs/<name>/: methods.csv, table.md, report.html, figures. A cell (objective, setting,
+Results go to runs/<name>/: methods.csv, table.md, report.html, figures. A cell (objective, regime,
 seed) that is finished is not computed again.
 """
 
@@ -28,7 +28,7 @@ from fedrag_jax.clock import Clock
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.evaluation import evaluator
 from fedrag_jax.strategies.objectives import OBJECTIVES
-from fedrag_jax.strategies.settings import parse
+from fedrag_jax.strategies.regimes import parse
 from fedrag_jax.tracking.ledger import Cost
 
 UNTUNED = "none"
@@ -46,11 +46,11 @@ def objective_of(name: str):
     return OBJECTIVES["in_batch" if name == "no_op" else name]
 
 
-def tuned(lab: Lab, name: str, setting: str, seed: int, split: int, factor: float):
+def tuned(lab: Lab, name: str, regime: str, seed: int, split: int, factor: float):
     """`(system, tuner)` after training at a factor of the config's learning rates."""
     objective, rates = objective_of(name), lab.config.learning_rates
     system = lab.system(seed)
-    tuner = lab.tuner(lambda task, part: factor * rates[part], setting, seed, split)
+    tuner = lab.tuner(lambda task, part: factor * rates[part], regime, seed, split)
     budget = tuner.budget
     tuner = dataclasses.replace(
         tuner,
@@ -100,14 +100,14 @@ def test_scores(system, examples, part: str) -> dict[str, np.ndarray]:
     return scores
 
 
-def rate_path(folder: pathlib.Path, name: str, setting: str) -> pathlib.Path:
+def rate_path(folder: pathlib.Path, name: str, regime: str) -> pathlib.Path:
     """Where the factor chosen for an objective is kept."""
-    return folder / "rates" / f"{name}-{setting}.json"
+    return folder / "rates" / f"{name}-{regime}.json"
 
 
 def compute(lab: Methods, point: Point) -> cells.Cell:
     """Trains at the rates that suit validation questions, tests and prices."""
-    config, dataset, name, setting = lab.config, lab.dataset, point.name, point.setting
+    config, dataset, name, regime = lab.config, lab.dataset, point.name, point.regime
     seed, split = point.seed, point.split
     validation = validation_sample(config, dataset)
     if name == UNTUNED:
@@ -116,15 +116,15 @@ def compute(lab: Methods, point: Point) -> cells.Cell:
     else:
         part, factor = objective_of(name).part, 0.0
         if name != "no_op":
-            first, what = replicates(config)[0], f"{name}, {setting}"
+            first, what = replicates(config)[0], f"{name}, {regime}"
 
             def judge(factor):
-                system, _ = tuned(lab, name, setting, *first, factor)
+                system, _ = tuned(lab, name, regime, *first, factor)
                 return validation_score(system, validation, part)
 
-            path = rate_path(lab.folder, name, setting)
+            path = rate_path(lab.folder, name, regime)
             factor = chosen_rate(path, config.rate_factors, one_by_one(judge, what), what)
-        system, tuner = tuned(lab, name, setting, seed, split, factor)
+        system, tuner = tuned(lab, name, regime, seed, split, factor)
         tuners, cost = [tuner], sum(tuner.costs.values(), Cost())
     clock = Clock()
     scores = test_scores(system, dataset.test, part)
@@ -133,26 +133,26 @@ def compute(lab: Methods, point: Point) -> cells.Cell:
     curves = training_curves(tuners)
     controls = {} if part == "retriever" else control_scores(system, dataset.test)
     return cells.Cell(
-        name, setting, seed, split, scores, controls, [], cost, curves, lab.test_clusters
+        name, regime, seed, split, scores, controls, [], cost, curves, lab.test_clusters
     )
 
 
 def rows_of(config, folder: pathlib.Path) -> list[dict]:
-    """A row for every objective, setting and metric of its part."""
+    """A row for every objective, regime and metric of its part."""
     rows = []
-    for setting, name in itertools.product(config.settings, config.objectives):
-        found, start = (finished(config, folder, n, setting) for n in (name, UNTUNED))
+    for regime, name in itertools.product(config.regimes, config.objectives):
+        found, start = (finished(config, folder, n, regime) for n in (name, UNTUNED))
         if not found or not start:
             continue
         objective = objective_of(name)
         for metric in (*METRICS[objective.part], *(["recall_at_5_cut"] if name in CUT else [])):
             against = differences.paired_difference(found, start, metric) or {}
-            path = rate_path(folder, name, setting)
+            path = rate_path(folder, name, regime)
             rows.append(
                 {
                     "objective": name,
                     "part": objective.part,
-                    "setting": setting,
+                    "regime": regime,
                     "metric": metric,
                     "before": comparison.estimate(start, metric, "before")["before"],
                     **comparison.estimate(found, metric, "after"),
@@ -169,7 +169,7 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
 
 
 COLUMNS = (
-    "objective", "part", "setting", "metric", "before", "after", "after_sd", "low", "high",
+    "objective", "part", "regime", "metric", "before", "after", "after_sd", "low", "high",
     "difference", "p", "p_holm", "p_t_holm", "seeds", "closed_book_em", "distractor_em",
     "rate_factor", "seconds", "flops", "tokens", "bytes_up", "bytes_down",
 )  # fmt: skip
@@ -189,7 +189,7 @@ def report(config, folder: pathlib.Path):
     columns = (
         tables.words("objective", "objective"),
         tables.words("part", "part"),
-        *([tables.words("setting", "setting")] if len(config.settings) > 1 else []),
+        *([tables.words("regime", "regime")] if len(config.regimes) > 1 else []),
         tables.words("metric", "metric"),
         tables.number("before", "before"),
         tables.number("after", "after"),
@@ -242,16 +242,16 @@ def check(config, dataset) -> list[str]:
     """
     check_replicates(config)
     check_algorithms(config)
-    for name in ("objectives", "settings", "rate_factors"):
+    for name in ("objectives", "regimes", "rate_factors"):
         if not config[name]:
             raise ConfigError(f"config.{name} is empty; give at least one")
     if unknown := [n for n in config.objectives if n not in ("no_op", *OBJECTIVES)]:
         raise ConfigError(
             f"config.objectives: {unknown} unknown; choose among {['no_op', *OBJECTIVES]}"
         )
-    for setting in config.settings:
-        if parse(setting, config.federated.alpha)[0] == "local":
-            raise ConfigError("config.settings: objectives are compared centralised and federated")
+    for regime in config.regimes:
+        if parse(regime, config.federated.alpha)[0] == "local":
+            raise ConfigError("config.regimes: objectives are compared centralised and federated")
     bare = sum(not e.positive_ids for e in dataset.train)
     left = [n for n in config.objectives if not (bare and objective_of(n).labels)]
     if len(left) < len(config.objectives):
@@ -278,12 +278,12 @@ def lab(config, folder: pathlib.Path) -> Methods:
 
 
 def points(lab: Methods) -> list[Point]:
-    """Setting by setting, the untuned system first."""
+    """Regime by regime, the untuned system first."""
     names = (UNTUNED, *lab.objectives)
     return [
-        Point(name, setting, *pair)
-        for setting, name, pair in itertools.product(
-            lab.config.settings, names, replicates(lab.config)
+        Point(name, regime, *pair)
+        for regime, name, pair in itertools.product(
+            lab.config.regimes, names, replicates(lab.config)
         )
     ]
 
@@ -295,7 +295,7 @@ def told(cell) -> str:
 
 EXPERIMENT = Experiment(
     name="methods",
-    free=("seeds", "split_seeds", "objectives", "settings"),
+    free=("seeds", "split_seeds", "objectives", "regimes"),
     lab=lab,
     points=points,
     compute=compute,

@@ -16,7 +16,7 @@ from experiments.reporting.partition_figures import label_distribution
 from experiments.reporting.tables import Table, number, words, write_csv
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.files import write_text
-from fedrag_jax.strategies.settings import parse, split_clients
+from fedrag_jax.strategies.regimes import parse, split_clients
 
 
 def questions(config):
@@ -54,7 +54,7 @@ def run(config, runs: str) -> pathlib.Path:
         raise ConfigError("config.seeds is empty; give at least one")
     clients, usual, column = (config.federated[name] for name in ("clients", "alpha", "column"))
     seeds = config.split_seeds or config.seeds
-    apart = [parse(name, usual)[1] for name in config.settings if name != "centralised"]
+    apart = [parse(name, usual)[1] for name in config.regimes if name != "centralised"]
     alphas = list(dict.fromkeys(apart or [usual]))
     examples = questions(config)
     splits = {
@@ -68,7 +68,7 @@ def run(config, runs: str) -> pathlib.Path:
 
     folder = pathlib.Path(runs) / f"{config.name}-partition"
     folder.mkdir(parents=True, exist_ok=True)
-    settled_config(config, folder, free=("seeds", "split_seeds", "strategies", "settings", "wandb"))
+    settled_config(config, folder, free=("seeds", "split_seeds", "strategies", "regimes", "wandb"))
     text = (
         f"# {config.name}: {config.data.name}, {clients} clients, Dirichlet over "
         f"{column}\n\n{partitions_table(rows).markdown()}\n\n"

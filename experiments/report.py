@@ -14,6 +14,7 @@ import pathlib
 from ml_collections import ConfigDict
 
 from experiments.__main__ import COMMANDS
+from experiments.launch import kept_config
 from fedrag_jax.errors import ConfigError, FedragError
 from fedrag_jax.files import read_json
 
@@ -31,7 +32,7 @@ def rebuild(folder: pathlib.Path) -> list[str]:
             raise ConfigError(
                 f"{folder} holds no run: {path} is missing; give a folder below runs/"
             )
-    config, manifest = map(read_json, paths)
+    config, manifest = kept_config(paths[0]), read_json(paths[1])
     name = manifest.get("experiment")
     if name not in COMMANDS:
         raise ConfigError(f"{folder}/manifest.json names none of {[*COMMANDS]}, but {name!r}")

@@ -26,26 +26,26 @@ class Point:
     """What a cell is known by.
 
     Attributes:
-      name, setting: such as a strategy, and where it is trained.
+      name, regime: such as a strategy, and where it is trained.
       seed, split: of the model, and of who holds what.
       about: numbers for Weights & Biases to know it by.
       folder: of its cells, below that of the run.
     """
 
     name: str
-    setting: str
+    regime: str
     seed: int
     split: int
     about: Mapping[str, float] = dataclasses.field(default_factory=lambda: NOTHING)
     folder: str = ""
 
     def __str__(self):
-        parts = self.folder, self.name, self.setting, cells.seeds_name(self.seed, self.split)
+        parts = self.folder, self.name, self.regime, cells.seeds_name(self.seed, self.split)
         return ", ".join(part for part in parts if part)
 
     def finished(self, folder: pathlib.Path) -> cells.Cell | None:
         """The cell in the folder of a run, if it is there."""
-        where = self.name, self.setting, self.seed, self.split
+        where = self.name, self.regime, self.seed, self.split
         return cells.load(folder / self.folder, *where)
 
 
@@ -120,7 +120,7 @@ def _cell(experiment: Experiment, lab, point: Point, folder: pathlib.Path):
     return cell, True
 
 
-def finished(config, folder: pathlib.Path, name: str, setting: str) -> list[cells.Cell]:
-    """The cells of a name and setting that are there, of all pairs of seeds."""
-    points = (Point(name, setting, *pair) for pair in replicates(config))
+def finished(config, folder: pathlib.Path, name: str, regime: str) -> list[cells.Cell]:
+    """The cells of a name and regime that are there, of all pairs of seeds."""
+    points = (Point(name, regime, *pair) for pair in replicates(config))
     return [cell for point in points if (cell := point.finished(folder))]

@@ -1,4 +1,4 @@
-"""The search for the learning rates of strategies, setting by setting."""
+"""The search for the learning rates of strategies, regime by regime."""
 
 import json
 import pathlib
@@ -21,17 +21,17 @@ from fedrag_jax.strategies.strategy import tune_systems
 from fedrag_jax.strategies.tuner import tune_together
 
 
-def seeds_of(config, setting: str) -> list[tuple[int, int]]:
+def seeds_of(config, regime: str) -> list[tuple[int, int]]:
     """Pairs of seeds that a rate is judged with: two, but one where each client trains by itself."""
-    return replicates(config)[: 1 if setting.startswith("local") else 2]
+    return replicates(config)[: 1 if regime.startswith("local") else 2]
 
 
 class Trials:
-    """Trains a strategy in a setting at the rates it is asked for, and keeps what came of each.
+    """Trains a strategy in a regime at the rates it is asked for, and keeps what came of each.
 
     Args:
       bases: systems to start from, one for each training that a rate takes: all clients of the local
-        setting with each pair of seeds.
+        regime with each pair of seeds.
       where: tells bases apart that were themselves tuned.
       examples: validation questions; a local client is judged on a share of them.
 
@@ -40,8 +40,8 @@ class Trials:
       seconds: devices have spent on all trainings.
     """
 
-    def __init__(self, run: Lab, setting: str, search: Search, bases, examples, where=""):
-        self.run, self.setting, self.search = run, setting, search
+    def __init__(self, run: Lab, regime: str, search: Search, bases, examples, where=""):
+        self.run, self.regime, self.search = run, regime, search
         self.bases, self.examples, self.where = bases, examples, where
         self.systems: dict[float, list] = {}
         self.seconds = 0.0
@@ -63,21 +63,21 @@ class Trials:
         return [self._score(rate) for rate in rates]
 
     def _tuners(self, rate: float) -> list:
-        members = self.run.members(self.setting)
+        members = self.run.members(self.regime)
         found = []
-        for pair in seeds_of(self.run.config, self.setting):
+        for pair in seeds_of(self.run.config, self.regime):
             for client in members:
-                tuner = self.run.tuner(lambda *_: rate, self.setting, *pair, client)
+                tuner = self.run.tuner(lambda *_: rate, self.regime, *pair, client)
                 tuner.folder = tuner.folder / self.where / f"{self.search.strategy}-{rate:g}"
                 found.append(tuner)
         return found
 
     def _score(self, rate: float) -> float:
-        systems, about = self.systems[rate], f"{self.setting}, {self.search.strategy}, {rate:g}"
+        systems, about = self.systems[rate], f"{self.regime}, {self.search.strategy}, {rate:g}"
         if any(isinstance(system, DivergenceError) for system in systems):
             print(f"{about}: diverged", flush=True)
             return -np.inf
-        count = len(self.run.members(self.setting))
+        count = len(self.run.members(self.regime))
         parts = [self.examples[i::count] or self.examples for i in range(count)]
         scores = [
             evaluate(system, parts[i % count], mode=self.run.config.mode)[self.search.metric]
@@ -103,19 +103,19 @@ LAWTON = [1e-8, 3e-8, 1e-7, 3e-7, 1e-6, 3e-6, 1e-5, 3e-5, 1e-4]
 PLAIN_SGD = [0.01, 0.04, 0.16, 0.64]  # of algorithms whose clients' steps are not scaled by Adam
 
 
-def usual_grid(config, part: str, setting: str) -> list[float]:
+def usual_grid(config, part: str, regime: str) -> list[float]:
     """The rates to begin with of a `retriever` or a `generator`."""
-    if algorithm_of(config, setting)[0] in OWN_STEPS:
+    if algorithm_of(config, regime)[0] in OWN_STEPS:
         return PLAIN_SGD
     return BUILT_IN[part] if config.models[part].startswith("builtin:") else LAWTON
 
 
-def search_setting(run: Lab, setting: str, grids: dict[str, list[float]], examples) -> dict:
-    """`{name: {"chosen", "scores", "seconds", "at_edge"}}` of all that a setting searches."""
+def search_regime(run: Lab, regime: str, grids: dict[str, list[float]], examples) -> dict:
+    """`{name: {"chosen", "scores", "seconds", "at_edge"}}` of all that a regime searches."""
     config, found = run.config, {}
-    pairs, count = seeds_of(config, setting), len(run.members(setting))
+    pairs, count = seeds_of(config, regime), len(run.members(regime))
     strategies = [*config.strategies]
-    if setting.startswith("local") and config.local_strategies:
+    if regime.startswith("local") and config.local_strategies:
         strategies = [name for name in strategies if name in config.local_strategies]
     base = systems = [run.system(seed) for seed, _ in pairs for _ in range(count)]
     needed = {name for s in strategies for name in named(s).rates.values()}
@@ -128,13 +128,13 @@ def search_setting(run: Lab, setting: str, grids: dict[str, list[float]], exampl
         start, where = base, ""
         if search.strategy == "second_phase":
             start, where = systems, f"after-{found['marginal_generator']['chosen']:g}"
-        trials = Trials(run, setting, search, start, examples, where)
-        path = run.folder / "searches" / f"{setting}-{search.name}.json"
+        trials = Trials(run, regime, search, start, examples, where)
+        path = run.folder / "searches" / f"{regime}-{search.name}.json"
         # What is trained already is read back, for the searches that start there.
         if kept(read_json, path) is not None:
             trials.judge([kept_rate(path)])
-        grid = grids.get(search.name) or usual_grid(config, search.part, setting)
-        rate = chosen_rate(path, grid, trials.judge, f"{setting}, {search.name}")
+        grid = grids.get(search.name) or usual_grid(config, search.part, regime)
+        rate = chosen_rate(path, grid, trials.judge, f"{regime}, {search.name}")
         about = read_json(path)
         if "seconds" not in about:
             about["seconds"] = trials.seconds
@@ -144,7 +144,7 @@ def search_setting(run: Lab, setting: str, grids: dict[str, list[float]], exampl
 
 
 def run(config, runs: str, grids: dict[str, list[float]], questions: int) -> pathlib.Path:
-    """Searches every setting of the config; returns the folder of the results.
+    """Searches every regime of the config; returns the folder of the results.
 
     Args:
       grids: rates to begin with of what is in `SEARCHES`, by name; the usual ones unless given.
@@ -157,7 +157,7 @@ def run(config, runs: str, grids: dict[str, list[float]], questions: int) -> pat
     free = (
         "learning_rates",
         "search_seconds",
-        "settings",
+        "regimes",
         "strategies",
         "local_strategies",
         "wandb",
@@ -165,7 +165,7 @@ def run(config, runs: str, grids: dict[str, list[float]], questions: int) -> pat
     settled_config(config, folder, free=free)
     comparison = Lab(config, dataset, folder)
     examples = sample(dataset.validation, questions, config.data.sample_seed)
-    found = {s: search_setting(comparison, s, grids, examples) for s in config.settings}
+    found = {s: search_regime(comparison, s, grids, examples) for s in config.regimes}
     result = {
         "chosen": {s: {n: one["chosen"] for n, one in some.items()} for s, some in found.items()},
         "seconds": {

@@ -2,7 +2,7 @@
 
     python -m experiments tune_retrieval
 
-Results go to runs/<name>/: retrieval.csv, table.md, report.html. A cell (dataset, method, setting,
+Results go to runs/<name>/: retrieval.csv, table.md, report.html. A cell (dataset, method, regime,
 seed) lies in a folder of its dataset and is not computed again. Corpora are embedded once and cached
 on disk.
 """
@@ -30,7 +30,7 @@ from fedrag_jax.objectives.retriever import multiple_negatives_ranking
 from fedrag_jax.retrieval.clusters import with_topics
 from fedrag_jax.retrieval.mining import Mining
 from fedrag_jax.retrieval.retriever import Retriever
-from fedrag_jax.strategies.settings import Budget, Stopping, parse, split_clients
+from fedrag_jax.strategies.regimes import Budget, Stopping, parse, split_clients
 from fedrag_jax.strategies.tuner import Tuner, tune_together
 from fedrag_jax.tracking.ledger import Cost
 from fedrag_jax.tracking.manifest import write_manifest
@@ -117,21 +117,21 @@ def method_of(config, name: str) -> tuple[int, dict]:
     return methods[name]
 
 
-def tuned(study: Study, method: str, setting: str, seed: int, split: int, rate: float):
-    """`(encoders, tuners)`: one query encoder, in the local settings one a client."""
+def tuned(study: Study, method: str, regime: str, seed: int, split: int, rate: float):
+    """`(encoders, tuners)`: one query encoder, in the local regimes one a client."""
     c, dataset = study.config, study.dataset
-    known = parse(setting, c.alpha)
+    known = parse(regime, c.alpha)
     clients = split_clients(dataset.train, c.clients, known.alpha, "topic", split, c.min_examples)
     batch_size, options = method_of(c, method)
     budget = Budget(c.rounds, c.local_steps, c.clients, batch_size)
     if known.converged:
         stopping = Stopping(c.converged.every, c.converged.patience)
         budget = budget._replace(rounds=c.rounds * c.converged.cap, stopping=stopping)
-    folder = study.folder / "tuned" / f"{method}-{setting}-seed{seed}-{split}" / f"lr{rate:g}"
+    folder = study.folder / "tuned" / f"{method}-{regime}-seed{seed}-{split}" / f"lr{rate:g}"
     tuners = [
         Tuner(
             folder=folder if client is None else folder / f"client{client}",
-            setting=known.kind,
+            regime=known.kind,
             examples=dataset.train,
             clients=clients,
             budget=budget,
@@ -153,52 +153,52 @@ def tuned(study: Study, method: str, setting: str, seed: int, split: int, rate: 
     return [trained["query"] for trained in found], tuners
 
 
-def rate_path(folder: pathlib.Path, setting: str) -> pathlib.Path:
-    """Where the rate of a setting is kept: that of `in_batch`, which the other methods take too."""
-    return folder / "rates" / f"{setting}.json"
+def rate_path(folder: pathlib.Path, regime: str) -> pathlib.Path:
+    """Where the rate of a regime is kept: that of `in_batch`, which the other methods take too."""
+    return folder / "rates" / f"{regime}.json"
 
 
 def compute(lab: Retrieval, point: Point) -> cells.Cell:
     """Trains at the rate that suits validation questions best, with the first pair of seeds."""
-    study, method, setting = lab.study(point.folder), point.name, point.setting
+    study, method, regime = lab.study(point.folder), point.name, point.regime
     config, test, seed, split = lab.config, study.dataset.test, point.seed, point.split
     retrievers, tuners = [study.retriever], []
     if method != UNTUNED:
 
         def judge(rate):
-            encoders, _ = tuned(study, "in_batch", setting, *replicates(config)[0], rate)
+            encoders, _ = tuned(study, "in_batch", regime, *replicates(config)[0], rate)
             scores = [
                 rank_scores(study.retriever.with_query(q), study.validation)["mrr"]
                 for q in encoders
             ]
             return 100 * float(np.mean(scores))
 
-        path, what = rate_path(study.folder, setting), f"{study.dataset.name}, {setting}"
+        path, what = rate_path(study.folder, regime), f"{study.dataset.name}, {regime}"
         rate = chosen_rate(path, config.learning_rates, one_by_one(judge, what), what)
-        encoders, tuners = tuned(study, method, setting, seed, split, rate)
+        encoders, tuners = tuned(study, method, regime, seed, split, rate)
         retrievers = [study.retriever.with_query(q) for q in encoders]
     found = [rank_scores(retriever, test) for retriever in retrievers]
     scores = {metric: np.mean([f[metric] for f in found], axis=0) for metric in found[0]}
     cost = sum((c for tuner in tuners for c in tuner.costs.values()), Cost())
     about = clusters([e.positive_ids for e in test], study.dataset.passages)
     curves = training_curves(tuners)
-    return cells.Cell(method, setting, seed, split, scores, {}, [], cost, curves, about)
+    return cells.Cell(method, regime, seed, split, scores, {}, [], cost, curves, about)
 
 
 def rows_of(config, folder: pathlib.Path) -> list[dict]:
-    """A row for every dataset, setting and method, with its differences from the untuned retriever."""
+    """A row for every dataset, regime and method, with its differences from the untuned retriever."""
     rows = []
     for name in config.datasets:
         here = folder / pathlib.Path(name).name
-        start = finished(config, here, UNTUNED, config.settings[0])
+        start = finished(config, here, UNTUNED, config.regimes[0])
         if not start:
             continue
-        rows.append({"dataset": name, "setting": "", "method": UNTUNED} | metrics(start))
-        for setting, method in itertools.product(config.settings, config.methods):
-            if not (found := finished(config, here, method, setting)):
+        rows.append({"dataset": name, "regime": "", "method": UNTUNED} | metrics(start))
+        for regime, method in itertools.product(config.regimes, config.methods):
+            if not (found := finished(config, here, method, regime)):
                 continue
-            path = rate_path(here, setting)
-            row = {"dataset": name, "setting": setting, "method": method, "seeds": len(found)}
+            path = rate_path(here, regime)
+            row = {"dataset": name, "regime": regime, "method": method, "seeds": len(found)}
             row |= {"learning_rate": kept_rate(path), "at_edge": "edge" if at_edge(path) else ""}
             row |= metrics(found) | comparison.costs_and_clients(found)
             for metric in METRICS:
@@ -222,7 +222,7 @@ def metrics(cells) -> dict[str, float]:
 def report(config, folder: pathlib.Path):
     """The `Report` on all finished cells."""
     rows = rows_of(config, folder)
-    who = [tables.words(name, name) for name in ("dataset", "setting", "method")]
+    who = [tables.words(name, name) for name in ("dataset", "regime", "method")]
     rate = tables.Column(
         "rate",
         lambda row: (
@@ -248,7 +248,7 @@ def report(config, folder: pathlib.Path):
                 "Retrieval",
                 "retrieval",
                 "Percent of test questions with 95% intervals over seeds and articles. Rates were "
-                "chosen by validation MRR from one grid for all settings, to a factor of two "
+                "chosen by validation MRR from one grid for all regimes, to a factor of two "
                 "around the best; edge: the best is the outermost that was tried. Epochs of the "
                 "model that was kept.",
                 tables.Table(
@@ -281,13 +281,13 @@ def lab(config, folder: pathlib.Path) -> Retrieval:
     """The model and data of the config.
 
     Raises:
-      ConfigError: an unknown method or setting, or seeds that do not make pairs.
+      ConfigError: an unknown method or regime, or seeds that do not make pairs.
     """
     check_replicates(config)
     for method in config.methods:
         method_of(config, method)  # refuses what there is not
-    for setting in config.settings:
-        parse(setting, config.alpha)
+    for regime in config.regimes:
+        parse(regime, config.alpha)
     return Retrieval(config, folder)
 
 
@@ -295,12 +295,12 @@ def points(lab: Retrieval) -> list[Point]:
     """Dataset by dataset, each in a folder of its name; the untuned retriever first."""
     config, found = lab.config, []
     for name in config.datasets:
-        ways = [(UNTUNED, config.settings[0])]
-        for setting, method in itertools.product(config.settings, config.methods):
-            if setting.startswith("local") and method == "large_batch":
+        ways = [(UNTUNED, config.regimes[0])]
+        for regime, method in itertools.product(config.regimes, config.methods):
+            if regime.startswith("local") and method == "large_batch":
                 print("large_batch is left out of local training: clients hold too few questions")
                 continue
-            ways.append((method, setting))
+            ways.append((method, regime))
         found += [
             Point(*way, *pair, folder=pathlib.Path(name).name)
             for way in ways
@@ -316,7 +316,7 @@ def told(cell) -> str:
 
 EXPERIMENT = Experiment(
     name="tune_retrieval",
-    free=("settings", "datasets", "methods", "seeds", "split_seeds"),
+    free=("regimes", "datasets", "methods", "seeds", "split_seeds"),
     lab=lab,
     points=points,
     compute=compute,

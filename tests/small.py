@@ -19,7 +19,7 @@ from fedrag_jax.data import synthetic
 def small():
     config = _short(compare_strategies.get_config())
     config.strategies = ("none", "retriever", "two_phase")
-    config.settings, config.local_strategies = ("federated", "local"), ()
+    config.regimes, config.local_strategies = ("federated", "local"), ()
     config.federated.alpha, config.search_seconds = 1.0, ConfigDict()
     return config
 
@@ -52,14 +52,14 @@ def small_modes():
 def small_methods():
     config = _short(methods.get_config())
     config.seeds, config.objectives = (0,), ("no_op", "in_batch", "concatenated")
-    config.settings, config.rate_factors = ("federated",), (1.0,)
+    config.regimes, config.rate_factors = ("federated",), (1.0,)
     config.validation_questions = 40
     return config
 
 
 def small_refresh():
     config = _short(index_refresh.get_config())
-    config.seeds, config.settings, config.training.rounds = (0,), ("federated",), 2
+    config.seeds, config.regimes, config.training.rounds = (0,), ("federated",), 2
     kept = {name: config.policies[name] for name in ("never", "every_1", "in_use_40", "query_side")}
     config.policies, config.rate_factors = ConfigDict(kept), (0.1,)
     config.validation_questions = config.probe_questions = 40

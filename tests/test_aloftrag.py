@@ -84,7 +84,7 @@ def test_silos_ask_about_their_own_texts_and_are_asked_about_them(tmp_path):
     folder = run(aloftrag.EXPERIMENT, config, str(tmp_path))
     silos = json.loads((folder / "silos.json").read_text())
     assert len(silos["names"]) == 10
-    rows = {(r["variant"], r["setting"]): r for r in read(folder / "silos.csv")}
+    rows = {(r["variant"], r["regime"]): r for r in read(folder / "silos.csv")}
     assert [*rows] == [
         ("base", ""), *(("all", s) for s in ("centralised", "federated", "local"))
     ]  # fmt: skip
@@ -132,8 +132,8 @@ def test_controls_differ_from_what_they_control(tmp_path):
     [
         ({"variants": ("base", "bare")}, r"config.variants: \['bare'\] unknown"),
         ({"variants": ()}, "config.variants is empty"),
-        ({"settings": ("pooled",)}, r"config.settings: \['pooled'\] unknown; choose among"),
-        ({"settings": ("federated",)}, "federated and local need --config.silos"),
+        ({"regimes": ("pooled",)}, r"config.regimes: \['pooled'\] unknown; choose among"),
+        ({"regimes": ("federated",)}, "federated and local need --config.silos"),
         ({"silos": True}, "pretraining_world has no silos"),
         ({"contexts": (1, 5)}, "2 passages at least"),
         (
@@ -147,7 +147,7 @@ def test_controls_differ_from_what_they_control(tmp_path):
         ({"data.passages": 3}, "has one gold passage among the 3 texts"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(change, words, tmp_path):
+def test_regimes_that_cannot_be_are_refused(change, words, tmp_path):
     config = small(configs.get_config(), passages=60)
     config.variants = ("all", "pretraining_world") if "silos" in change else ("all",)
     config.update_from_flattened_dict(change)
@@ -190,7 +190,7 @@ def test_languages_are_silos_with_a_real_retriever(tmp_path):
         config = small(aloftrag_xquad.get_config(), passages=144, test_questions=24)
         config.author.update({"endpoint": server.url, "model": "m"})
         config.judge.update({"endpoint": server.url, "model": "m", "repeats": 2})
-        config.settings, config.models.max_passage_tokens = ("federated",), 32
+        config.regimes, config.models.max_passage_tokens = ("federated",), 32
         folder = run(aloftrag.EXPERIMENT, config, str(tmp_path))
         told = [m["messages"][0]["content"] for _, m in server.bodies]
     assert {w for t in told for w in ("German", "Thai", "Arabic") if w in t} == {

@@ -417,14 +417,14 @@ def test_own_questions_are_measured_where_training_leaves_them(system, tmp_path,
     command = ["eval", str(system), "--questions", str(questions), "--quiet"]
     assert main([*command, "--json", "--to", str(tmp_path / "results")]) == 0
     (result,) = told(capsys)
-    assert result["n"] == len(QUESTIONS[3::4]) and result["settings"]["split"] == "test"
+    assert result["n"] == len(QUESTIONS[3::4]) and result["regimes"]["split"] == "test"
     expected = RAGSystem.load(system).batch_query([e.question for e in QUESTIONS[3::4]])
     right = [r.answer in e.answers for r, e in zip(expected, QUESTIONS[3::4], strict=True)]
     assert result["metrics"]["em"]["mean"] == pytest.approx(100 * np.mean(right), abs=5)
     assert main([*command, "--limit", "4", "--form", "markdown"]) == 0
     assert "| own" in capsys.readouterr().out
     assert main([*command, "--limit", "4", "--rule", "ja", "--json"]) == 0
-    assert told(capsys)[0]["settings"]["rule"] == "ja"
+    assert told(capsys)[0]["regimes"]["rule"] == "ja"
     assert main(["eval", str(system)]) == 1
     assert "nothing to measure" in capsys.readouterr().err
 
@@ -478,11 +478,11 @@ def test_gold_ids_are_those_of_what_was_indexed(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("setting", ["centralised", "federated"])
-def test_training_tunes_and_keeps_the_store(system, tmp_path, capsys, setting):
+@pytest.mark.parametrize("regime", ["centralised", "federated"])
+def test_training_tunes_and_keeps_the_store(system, tmp_path, capsys, regime):
     questions = write_questions(tmp_path / "own.jsonl", system)
     command = [
-        "train", str(system), str(questions), "--to", str(tmp_path / "tuned"), "--setting", setting,
+        "train", str(system), str(questions), "--to", str(tmp_path / "tuned"), "--regime", regime,
         "--strategy", "retriever", "--clients", "2", "--rounds", "3", "--factors", "1", "10", "--json",
     ]  # fmt: skip
     assert main(command) == 0
@@ -527,12 +527,12 @@ def test_what_cannot_be_trained_is_refused(system, tmp_path, capsys):
         (["--algorithm", "fedprox", "--algorithm-options", "mu"], "'mu' is not NAME=VALUE"),
         (["--algorithm", "fedprox", "--algorithm-options", "nu=1"], "unknown options ['nu'] of fedp"),
         (["--algorithm", "fedprox", "--algorithm-options", "mu=-1"], "mu must be at least 0, got -1"),
-        (["--algorithm", "fedprox", "--setting", "centralised"], "add --setting=federated"),
+        (["--algorithm", "fedprox", "--regime", "centralised"], "add --regime=federated"),
         (["--algorithm", "scaffold"], "give --query-rate and --adapter-rate"),
     ],
 )  # fmt: skip
 def test_algorithms_that_cannot_train_are_refused(options, words, tmp_path, capsys):
-    to = ["--to", str(tmp_path / "tuned"), "--setting", "federated"]
+    to = ["--to", str(tmp_path / "tuned"), "--regime", "federated"]
     assert main(["train", "system", "own.jsonl", *to, *options]) == 1  # before either is read
     assert words in capsys.readouterr().err
 
@@ -541,7 +541,7 @@ def test_algorithms_that_cannot_train_are_refused(options, words, tmp_path, caps
 def test_training_by_an_algorithm_keeps_the_base_that_it_changed(system, tmp_path, capsys):
     questions = write_questions(tmp_path / "own.jsonl", system)
     command = [
-        "train", str(system), str(questions), "--to", str(tmp_path / "tuned"), "--setting", "federated",
+        "train", str(system), str(questions), "--to", str(tmp_path / "tuned"), "--regime", "federated",
         "--strategy", "generator", "--clients", "2", "--rounds", "1", "--factors", "1", "--json",
         "--algorithm", "fedex", "--algorithm-options", "weighting=uniform",
     ]  # fmt: skip

@@ -19,7 +19,7 @@ from fedrag_jax.retrieval.stores.faiss_store import FaissStore
 from fedrag_jax.retrieval.stores.hybrid import HybridStore
 from fedrag_jax.retrieval.stores.passage_source import Found, PassageSource
 from fedrag_jax.retrieval.stores.qdrant import QdrantStore
-from fedrag_jax.strategies.settings import Budget
+from fedrag_jax.strategies.regimes import Budget
 from fedrag_jax.systems import training
 
 WORLD = synthetic.generate(synthetic.WorldConfig())
@@ -140,14 +140,14 @@ class _Elsewhere(PassageSource):
     def search(self, questions, vectors=None, k=5):
         return [[Found(p, 1.0) for p in PASSAGES[:k]] for _ in questions]
 
-    def _settings(self):
+    def _regimes(self):
         return {}
 
     def _save(self, folder):
         raise NotImplementedError
 
     @classmethod
-    def _load(cls, folder, settings, memory_map):
+    def _load(cls, folder, regimes, memory_map):
         raise NotImplementedError
 
 
@@ -210,7 +210,7 @@ def test_training_reports_scores_of_the_system_that_it_leaves(system, tmp_path):
         Dataset("own", PASSAGES, asked, EXAMPLES, []),
         tmp_path,
         strategy="retriever",
-        setting="centralised",
+        regime="centralised",
         budget=Budget(1, 1, 1, 4),
         clients=Partition(asked, (np.arange(len(asked)),)),
         rates={"query": 1e-2},

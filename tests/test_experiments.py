@@ -23,7 +23,7 @@ from experiments.run import run
 from fedrag_jax.errors import CheckpointError, ConfigError, DataError
 
 WANTED = [
-    "strategy", "setting", "alpha", "labels", "seeds", "em", "em_low", "em_high", "em_sd", "f1",
+    "strategy", "regime", "alpha", "labels", "seeds", "em", "em_low", "em_high", "em_sd", "f1",
     "recall_at_5", "mrr", "epochs", "at_cap", "seconds", "device_seconds", "search_seconds", "flops",
     "bytes_up", "bytes_down",
 ]  # fmt: skip
@@ -50,14 +50,14 @@ def finished(tmp_path_factory):
 def test_what_a_comparison_leaves_behind(finished):
     rows = read(finished)
     assert list(COLUMNS[: len(WANTED)]) == WANTED == list(rows[0])[: len(WANTED)]
-    assert [(r["strategy"], r["setting"]) for r in rows] == [
-        (strategy, setting)
-        for setting in ("federated", "local")
+    assert [(r["strategy"], r["regime"]) for r in rows] == [
+        (strategy, regime)
+        for regime in ("federated", "local")
         for strategy in ("none", "retriever", "two_phase")
     ]
     for row in rows:
         assert 0 <= float(row["em_low"]) <= float(row["em"]) <= float(row["em_high"]) <= 100
-        sends = row["setting"] == "federated" and row["strategy"] != "none"
+        sends = row["regime"] == "federated" and row["strategy"] != "none"
         assert (int(row["bytes_up"]) > 0) == sends
         assert (float(row["seconds"]) > 0) == (row["strategy"] != "none")
         if float(row["flops"]):
@@ -80,7 +80,7 @@ def test_a_notebook_reads_the_run(finished, monkeypatch):
     outputs = [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs]
     assert sum("image/png" in o.get("data", {}) for o in outputs) == 2
     tables = [o["data"]["text/markdown"] for o in outputs if "text/markdown" in o.get("data", {})]
-    (row,) = (r for r in read(finished) if (r["strategy"], r["setting"]) == ("two_phase", "local"))
+    (row,) = (r for r in read(finished) if (r["strategy"], r["regime"]) == ("two_phase", "local"))
     assert f"| {float(row['em']):.1f} [{float(row['em_low']):.1f}, " in re.sub(" +", " ", tables[0])
 
 
@@ -175,7 +175,7 @@ def test_finished_cells_are_kept_and_a_deleted_one_comes_back_the_same(finished)
     computed = []
 
     def watched(lab, point):
-        computed.append((point.name, point.setting, point.seed, point.split))
+        computed.append((point.name, point.regime, point.seed, point.split))
         return compare_strategies.compute(lab, point)
 
     watching = dataclasses.replace(compare_strategies.EXPERIMENT, compute=watched)
@@ -203,7 +203,7 @@ def test_the_ledger_of_a_comparison(finished):
         assert (cost["tokens"] > 0) == (cost["peak_bytes"] > 0) == trains
         assert (cost["aggregate_seconds"] > 0) == trains
         searched = {"none": 0, "retriever": 0, "two_phase": 1}[row["strategy"]]  # rounds, clients
-        assert cost["refreshes"] == searched * (2 if row["setting"] == "local" else 1)
+        assert cost["refreshes"] == searched * (2 if row["regime"] == "local" else 1)
         assert cost["bytes_vectors"] == 2 * 2000 * 64 * 4 and cost["bytes_questions"] == 0
     with open(finished / "traffic.csv", newline="") as file:
         traffic = list(csv.DictReader(file))
@@ -215,7 +215,7 @@ def test_the_ledger_of_a_comparison(finished):
         )
         for direction in ("up", "down")
     }  # fmt: skip
-    for row in (r for r in read(finished) if r["setting"] == "federated"):
+    for row in (r for r in read(finished) if r["regime"] == "federated"):
         sent = [r for r in traffic if (r["strategy"], r["direction"]) == (row["strategy"], "up")]
         assert sum(int(r["bytes"]) for r in sent) == int(row["bytes_up"])
 
@@ -226,7 +226,7 @@ def test_strategies_that_need_no_labels_do_not_read_them(finished, tmp_path):
 
     config = small()
     config.data.labels = False
-    config.settings, config.strategies = ("federated",), ("two_phase",)
+    config.regimes, config.strategies = ("federated",), ("two_phase",)
     folder = run(compare_strategies.EXPERIMENT, config, str(tmp_path))
     tasks = [p.relative_to(folder) for p in folder.glob("tuned/federated-seed0/*/*.safetensors")]
     assert len(tasks) == 2
@@ -239,10 +239,10 @@ def test_strategies_that_need_no_labels_do_not_read_them(finished, tmp_path):
 @pytest.mark.slow
 def test_alphas_and_splits_of_a_comparison(tmp_path):
     config = small()
-    config.strategies, config.settings = ("none", "retriever"), ("federated_inf", "federated")
+    config.strategies, config.regimes = ("none", "retriever"), ("federated_inf", "federated")
     config.seeds, config.split_seeds = (0, 0, 1), (0, 1, 0)
     folder = run(compare_strategies.EXPERIMENT, config, str(tmp_path))
-    rows = {(r["strategy"], r["setting"]): r for r in read(folder)}
+    rows = {(r["strategy"], r["regime"]): r for r in read(folder)}
     assert rows["retriever", "federated_inf"]["alpha"] == "inf"
     assert rows["retriever", "federated"]["alpha"] == "1.0"
     assert (
@@ -251,7 +251,7 @@ def test_alphas_and_splits_of_a_comparison(tmp_path):
     cells = {p.name for p in (folder / "cells").iterdir()}
     assert {"retriever-federated-seed0-split1", "none-federated_inf-seed1-split0"} <= cells
     assert len(cells) == 12
-    assert figures.setting_name("federated_inf") == "federated, α = ∞"
+    assert figures.regime_name("federated_inf") == "federated, α = ∞"
 
 
 def test_another_config_does_not_mix_with_old_results(finished):
@@ -262,7 +262,7 @@ def test_another_config_does_not_mix_with_old_results(finished):
 
 
 @pytest.mark.parametrize(
-    ("setting", "value", "error", "message"),
+    ("regime", "value", "error", "message"),
     [
         ("federated.alpha", 0.0, ConfigError, r"alpha must be > 0, got 0.0"),
         ("federated.alpha", -1.0, ConfigError, r"alpha must be > 0, got -1.0"),
@@ -273,9 +273,9 @@ def test_another_config_does_not_mix_with_old_results(finished):
             ConfigError,
             r"strategies: unknown strategy 'magic'; choose among",
         ),
-        ("settings", ("here",), ConfigError, r"setting 'here' unknown; choose among"),
-        ("settings", ("federated_0",), ConfigError, r"setting 'federated_0' unknown"),
-        ("settings", ("centralised_1",), ConfigError, r"setting 'centralised_1' unknown"),
+        ("regimes", ("here",), ConfigError, r"regime 'here' unknown; choose among"),
+        ("regimes", ("federated_0",), ConfigError, r"regime 'federated_0' unknown"),
+        ("regimes", ("centralised_1",), ConfigError, r"regime 'centralised_1' unknown"),
         ("split_seeds", (1, 2), ConfigError, r"split_seeds has 2 seeds, config.seeds has 1"),
         ("seeds", (1, 1), ConfigError, r"the pair \(1, 1\) is there twice"),
         ("primary_metric", "bleu", ConfigError, r"primary_metric: 'bleu' unknown; choose among"),
@@ -287,7 +287,7 @@ def test_another_config_does_not_mix_with_old_results(finished):
         ("models.dtype", "int8", ConfigError, r"models.dtype: 'float32' or 'bfloat16', got 'int8'"),
         ("models.quantize", "int3", ConfigError, r"got 'int3'"),
         ("models.devices", 1000, ConfigError, r"models.devices: there are \d+, asked for 1000"),
-        ("settings", (), ConfigError, r"config.settings is empty"),
+        ("regimes", (), ConfigError, r"config.regimes is empty"),
     ],
 )
 def test_bad_settings_are_named(tmp_path, setting, value, error, message):
@@ -346,7 +346,7 @@ def test_the_generator_comes_as_the_config_wants_it():
     assert is_quantized(few.params) and few.params["norm"]["scale"].dtype == jnp.bfloat16
 
 
-def test_an_unknown_setting_is_refused_on_the_command_line():
+def test_an_unknown_regime_is_refused_on_the_command_line():
     import subprocess
     import sys
 

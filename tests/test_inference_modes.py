@@ -75,7 +75,7 @@ def test_what_is_finished_is_read_back(finished):
     [
         ("modes", ("fusion",), "config.modes: .*fusion.* unknown"),
         ("modes", (), "config.modes is empty"),
-        ("settings", ("local",), "config.settings must be one, and not local"),
+        ("regimes", ("local",), "config.regimes must be one, and not local"),
         ("beams", -1, "config.beams must be at least 0, got -1"),
         ("strategies", ("magic",), "config.strategies: unknown strategy 'magic'"),
     ],

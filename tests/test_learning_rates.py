@@ -29,10 +29,10 @@ def test_rates_that_diverge_are_left_out(tmp_path, capsys):
     class Run:
         config, dataset = small(), None
 
-        def members(self, setting):
+        def members(self, regime):
             return [None]
 
-        def tuner(self, rates, setting, seed, split, client):
+        def tuner(self, rates, regime, seed, split, client):
             return Tuner(rates("task", "part"), seed)
 
     @strategy.strategy()
@@ -128,7 +128,7 @@ def test_only_what_the_strategies_train_is_searched(tmp_path):
     from experiments import search
 
     config = small()
-    config.settings, config.strategies, config.mode = ("federated",), ("none", "lsr"), "ensemble"
+    config.regimes, config.strategies, config.mode = ("federated",), ("none", "lsr"), "ensemble"
     folder = search.run(config, str(tmp_path), {"lsr": [1e-3]}, questions=20)
     chosen = json.loads((folder / "learning_rates.json").read_text())["chosen"]
     assert [*chosen["federated"]] == ["lsr"]
@@ -140,7 +140,7 @@ def test_learning_rates_are_those_of_the_best_validation_scores(tmp_path):
     from experiments import search
 
     config = small()
-    config.settings, config.strategies = ("federated",), ("independent", "two_phase")
+    config.regimes, config.strategies = ("federated",), ("independent", "two_phase")
     grids = {
         "retriever": [5e-4, 1e-3],
         "generator": [1e-3],

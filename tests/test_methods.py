@@ -95,10 +95,10 @@ def test_finished_cells_are_read_back_and_reports_made_again(objectives, policie
     "experiment, config, change, words",
     [
         (methods, small_methods, {"objectives": ("rank",)}, r"\['rank'\] unknown"),
-        (methods, small_methods, {"settings": ("local",)}, "centralised and federated"),
+        (methods, small_methods, {"regimes": ("local",)}, "centralised and federated"),
         (index_refresh, small_refresh, {"objective": "rank"}, "'rank' unknown"),
         (index_refresh, small_refresh, {"policies.never.every": -1}, "'never': a refresh policy"),
-        (index_refresh, small_refresh, {"settings": ("local",)}, r"\['local'\] unknown"),
+        (index_refresh, small_refresh, {"regimes": ("local",)}, r"\['local'\] unknown"),
     ],
 )
 def test_what_cannot_be_is_refused(experiment, config, change, words, tmp_path):

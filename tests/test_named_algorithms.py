@@ -1,4 +1,4 @@
-"""Algorithms by name: chosen in a config, by a setting, and the same as by hand."""
+"""Algorithms by name: chosen in a config, by a regime, and the same as by hand."""
 
 import functools
 
@@ -14,7 +14,7 @@ from toys import EXAMPLES, assert_equal, linear_task
 from experiments import loading
 from experiments.lab import Lab, compute_cell
 from experiments.rates import SEARCHES
-from experiments.reporting.figures import setting_name
+from experiments.reporting.figures import regime_name
 from experiments.search import Trials
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.evaluation.evaluator import evaluate
@@ -28,7 +28,7 @@ from fedrag_jax.federated.algorithms.scaffold import scaffold
 from fedrag_jax.federated.fit import fit
 from fedrag_jax.models.lora import adapted_kernels
 from fedrag_jax.strategies.objectives import OBJECTIVES
-from fedrag_jax.strategies.settings import Budget, adamw, parse, rate_names, with_algorithm
+from fedrag_jax.strategies.regimes import Budget, adamw, parse, rate_names, with_algorithm
 from fedrag_jax.strategies.tuner import Tuner
 
 # Options as a config has them, and the algorithm as one would write it down.
@@ -75,7 +75,7 @@ def test_a_tuner_trains_as_fit_does_with_the_algorithm(name, tmp_path):
     rates = {"adapters": 0.003, "other": 0.02}
     tuner = Tuner(
         folder=tmp_path,
-        setting="federated",
+        regime="federated",
         examples=CLIENTS.examples,
         clients=CLIENTS,
         budget=Budget(rounds=3, local_steps=2, clients=3, batch_size=2),
@@ -133,29 +133,29 @@ def test_rules_for_adapters_leave_other_tasks_to_fed_avg():
     assert not Named("flora", {}, NETWORK).changes_base(linear_task())
 
 
-# --- in settings and configs -------------------------------------------------------------------
+# --- in regimes and configs -------------------------------------------------------------------
 
 
-def test_settings_name_algorithms():
+def test_regimes_name_algorithms():
     assert with_algorithm("federated") == ("federated", None)
     assert with_algorithm("federated_1:ffa") == ("federated_1", "ffa")
     assert parse("federated:fedadam", 0.3) == ("federated", 0.3, False, "fedadam")
     assert parse("federated_inf:fedadam", 0.3) == ("federated", np.inf, False, "fedadam")
-    assert setting_name("federated_inf:fedadam") == "federated, α = ∞, fedadam"
-    assert setting_name("federated:fedadam") == "federated, fedadam"
+    assert regime_name("federated_inf:fedadam") == "federated, α = ∞, fedadam"
+    assert regime_name("federated:fedadam") == "federated, fedadam"
     assert rate_names("federated_1:ffa") == [
         "federated_1:ffa", "federated:ffa", "federated_1", "federated",
     ]  # fmt: skip
     assert rate_names("federated") == ["federated"]
-    for setting, words in (
-        ("federated:fedsgd", r"setting 'federated:fedsgd': unknown algorithm 'fedsgd'; choose"),
-        ("local:fedavg", "'local' averages nothing; only federated settings take one"),
+    for regime, words in (
+        ("federated:fedsgd", r"regime 'federated:fedsgd': unknown algorithm 'fedsgd'; choose"),
+        ("local:fedavg", "'local' averages nothing; only federated regimes take one"),
         ("centralised:fedavg", "'centralised' averages nothing"),
         ("federated_x:fedavg", "unknown; choose among"),
         ("federated:fedsa", "leaves each client a model of its own.*lora_aggregation"),
     ):
         with pytest.raises(ConfigError, match=words):
-            parse(setting, 0.1)
+            parse(regime, 0.1)
 
 
 def test_a_config_chooses_an_algorithm():
@@ -193,7 +193,7 @@ def test_algorithms_that_cannot_be_are_refused_by_name(algorithm, options, words
         loading.check(config)
 
 
-def test_options_of_algorithms_that_no_setting_names_are_checked_too():
+def test_options_of_algorithms_that_no_regime_names_are_checked_too():
     config = small()
     config.federated.algorithms = ConfigDict({"fedporx": {"mu": 0.1}})
     with pytest.raises(ConfigError, match=r"config.federated.algorithms: unknown .*'fedporx'"):
@@ -202,24 +202,22 @@ def test_options_of_algorithms_that_no_setting_names_are_checked_too():
 
 def test_a_quantised_base_is_not_changed():
     config = small()
-    config.settings, config.models.quantize = ("centralised", "federated:flora"), "nf4"
+    config.regimes, config.models.quantize = ("centralised", "federated:flora"), "nf4"
     with pytest.raises(
         ConfigError, match=r"flora changes the base, which config\.models\.quantize"
     ):
         loading.check(config)
-    config.settings = ("centralised", "federated:ffa")
+    config.regimes = ("centralised", "federated:ffa")
     loading.check(config)
 
 
-def test_a_setting_borrows_rates_of_its_kind_but_not_for_other_steps():
+def test_a_regime_borrows_rates_of_its_kind_but_not_for_other_steps():
     config = small()
     assert loading.rates_name(config, "federated_0.3:fedadam") == "federated"
     assert loading.rates_name(config, "federated_1:fedadam") == "federated_1"
-    for setting in ("federated_1:scaffold", "federated:scaffold", "federated_converged:scaffold"):
-        with pytest.raises(
-            ConfigError, match=f"none for setting '{setting}'.*'federated:scaffold'$"
-        ):
-            loading.rates_name(config, setting)
+    for regime in ("federated_1:scaffold", "federated:scaffold", "federated_converged:scaffold"):
+        with pytest.raises(ConfigError, match=f"none for regime '{regime}'.*'federated:scaffold'$"):
+            loading.rates_name(config, regime)
     config.learning_rates["federated:scaffold"] = ConfigDict({"retriever": 0.1})
     assert loading.rates_name(config, "federated_1:scaffold") == "federated:scaffold"
 
@@ -232,7 +230,7 @@ def lab(tmp_path_factory):
     config.data.name = own_folder(folder, labelled=True)
     config.federated.column, config.federated.alpha = "hops", float("inf")
     config.training.rounds = 2  # RoLoRA takes turns
-    config.settings = tuple(f"federated:{name}" for name in ALGORITHMS)
+    config.regimes = tuple(f"federated:{name}" for name in ALGORITHMS)
     config.federated.algorithms = ConfigDict({n: o for n, (o, _) in BY_HAND.items() if o})
     config.federated.algorithms.flexlora.ranks = (4, 8)
     config.learning_rates["federated:scaffold"] = ConfigDict({"retriever": 0.02})
@@ -249,10 +247,10 @@ TASK = {"retriever": "in_batch", "generator": "concatenated", "joint_token": "ra
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_a_cell_of_a_comparison_is_what_fit_makes(name, lab):
-    setting, strategy = f"federated:{name}", STRATEGY[name]
-    cell = compute_cell(lab, strategy, setting, 0, 0, controls=False)
+    regime, strategy = f"federated:{name}", STRATEGY[name]
+    cell = compute_cell(lab, strategy, regime, 0, 0, controls=False)
     assert cell.cost.bytes_up > 0 and len(cell.curves) == 1
-    ((tuned,), _) = lab.tuned_systems(strategy, setting, 0, 0)
+    ((tuned,), _) = lab.tuned_systems(strategy, regime, 0, 0)
 
     system, budget = lab.system(0), lab.budget()
     task = OBJECTIVES[TASK[strategy]].task(system, lab.dataset)
@@ -264,7 +262,7 @@ def test_a_cell_of_a_comparison_is_what_fit_makes(name, lab):
     algorithm = by_hand(name, system.decoder, rates)(**ranks, local_steps=budget.local_steps)
     result = fit(
         task,
-        lab.clients(setting, 0),
+        lab.clients(regime, 0),
         algorithm,
         rounds=2,
         batch_size=budget.batch_size,
@@ -286,8 +284,8 @@ def test_a_cell_of_a_comparison_is_what_fit_makes(name, lab):
 
 @pytest.mark.slow
 def test_rates_are_searched_with_the_algorithm(lab):
-    def found(setting):
-        trials = Trials(lab, setting, SEARCHES[0], [lab.system(0)], lab.dataset.test[:5], "search")
+    def found(regime):
+        trials = Trials(lab, regime, SEARCHES[0], [lab.system(0)], lab.dataset.test[:5], "search")
         trials.judge([0.003])
         (system,) = trials.systems[0.003]
         return system.retriever.query

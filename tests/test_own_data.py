@@ -20,7 +20,7 @@ def test_a_folder_without_labels_topics_or_one_hop_questions(tmp_path, capsys):
     config = small()
     config.data.name = own_folder(tmp_path, hops=2)
     config.strategies = ("none", "retriever", "joint_token")
-    config.settings = ("federated",)
+    config.regimes = ("federated",)
     folder = run(compare_strategies.EXPERIMENT, config, str(tmp_path))
     assert "retriever left out: needs gold passages, and 36 of 36" in capsys.readouterr().out
     assert {row["strategy"] for row in read(folder)} == {"none", "joint_token"}
@@ -52,7 +52,7 @@ def test_ones_own_jsonl_folder_runs(tmp_path):
     config = small()
     config.data.name = str(data)
     config.strategies = ("none", "retriever")
-    config.settings = ("federated",)
+    config.regimes = ("federated",)
     config.data.train_questions = 0
     rows = read(run(compare_strategies.EXPERIMENT, config, str(tmp_path / "runs")))
     assert len(rows) == 2
@@ -74,7 +74,7 @@ def test_query_side_tuning_on_real_questions(tmp_path):
 
     config = real.get_config()
     config.datasets = ("squad",)
-    config.settings, config.seeds = ("federated", "local_converged"), (0,)
+    config.regimes, config.seeds = ("federated", "local_converged"), (0,)
     config.clients, config.converged.cap, config.converged.patience = 2, 1, 1
     config.wandb.mode = "disabled"
     config.retriever, config.large_batch = "builtin:encoder", 2
@@ -85,7 +85,7 @@ def test_query_side_tuning_on_real_questions(tmp_path):
     folder = run(tune_retrieval.EXPERIMENT, config, str(tmp_path))
     with open(folder / "retrieval.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [(r["dataset"], r["setting"], r["method"]) for r in rows] == [
+    assert [(r["dataset"], r["regime"], r["method"]) for r in rows] == [
         ("squad", "", "untuned"), ("squad", "federated", "in_batch"),
         ("squad", "federated", "mined"), ("squad", "federated", "large_batch"),
         ("squad", "local_converged", "in_batch"), ("squad", "local_converged", "mined"),

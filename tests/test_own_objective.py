@@ -30,7 +30,7 @@ from fedrag_jax.objectives.task import StepCost, Task
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.strategies import own
 from fedrag_jax.strategies.objectives import OBJECTIVES
-from fedrag_jax.strategies.settings import parse
+from fedrag_jax.strategies.regimes import parse
 from fedrag_jax.strategies.strategies import STRATEGIES
 from fedrag_jax.tracking.ledger import Cost, mean_cost, training_cost
 
@@ -77,7 +77,7 @@ def hinge_config(folder):
     config = small()
     config.data.name, config.federated.column = str(folder), "hops"
     config.federated.alpha, config.training.rounds = float("inf"), 2
-    config.strategies, config.settings = ("none", "retriever", NAME), ("federated",)
+    config.strategies, config.regimes = ("none", "retriever", NAME), ("federated",)
     config.learning_rates.federated[NAME] = 2e-3
     loading.check(config)
     return config
@@ -136,7 +136,7 @@ def test_an_experiment_trains_and_reports_it(readme, folder, tmp_path):
 @pytest.mark.slow
 def test_the_whole_comparison_runs_with_it(readme, folder, tmp_path):
     config = hinge_config(folder)
-    config.strategies, config.settings = ("none", "independent", NAME), ("federated", "local")
+    config.strategies, config.regimes = ("none", "independent", NAME), ("federated", "local")
     done = run(compare_strategies.EXPERIMENT, config, str(tmp_path))
     with open(done / "against_independent.csv", newline="") as file:
         (row, _) = csv.DictReader(file)
@@ -151,7 +151,7 @@ def test_the_command_line_trains_it(readme, system, dataset, tmp_path, capsys):
             file.write(json.dumps(dataclasses.asdict(example)) + "\n")
     command = [
         "train", str(tmp_path / "system"), str(tmp_path / "own.jsonl"), "--to", str(tmp_path / "tuned"),
-        "--strategy", NAME, "--setting", "federated", "--clients", "2", "--rounds", "2",
+        "--strategy", NAME, "--regime", "federated", "--clients", "2", "--rounds", "2",
         "--factors", "1", "--query-rate", "1e-3", "--json",
     ]  # fmt: skip
     assert main(command) == 0

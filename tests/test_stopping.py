@@ -13,7 +13,7 @@ from fedrag_jax.federated.algorithms.fed_avg import fed_avg
 from fedrag_jax.federated.callbacks import Callback
 from fedrag_jax.federated.fit import fit
 from fedrag_jax.federated.stopping import EarlyStopping, held_out_loss, read_evaluations
-from fedrag_jax.strategies.settings import Budget, Stopping, parse, rate_names
+from fedrag_jax.strategies.regimes import Budget, Stopping, parse, rate_names
 from fedrag_jax.tracking.checkpoints import Checkpointer
 
 
@@ -136,7 +136,7 @@ def test_held_out_loss_is_the_mean_over_examples_of_what_is_retrieved_now():
     )
 
 
-def test_settings_that_could_only_fail_later_are_refused(tmp_path):
+def test_regimes_that_could_only_fail_later_are_refused(tmp_path):
     with pytest.raises(DataError, match="linear: no validation questions"):
         held_out_loss(linear_task(), [])
     for every, patience in ((0, 1), (1, 0)):
@@ -154,7 +154,7 @@ def test_a_lone_client_may_take_as_many_steps_as_all_together():
     assert converged.schedule("federated") == matched.schedule("federated")
 
 
-def test_names_of_settings():
+def test_names_of_regimes():
     assert parse("centralised", 0.1) == ("centralised", 0.1, False, "")
     assert parse("local_converged", 0.1) == ("local", 0.1, True, "")
     assert parse("federated_inf_converged", 0.1) == ("federated", np.inf, True, "")

@@ -18,7 +18,7 @@ from fedrag_jax.rag import RAGSystem
 from fedrag_jax.strategies import strategies
 from fedrag_jax.strategies import tuner as tuner_module
 from fedrag_jax.strategies.objectives import OBJECTIVES
-from fedrag_jax.strategies.settings import Budget
+from fedrag_jax.strategies.regimes import Budget
 from fedrag_jax.strategies.strategies import STRATEGIES
 from fedrag_jax.strategies.strategy import tune_systems
 from fedrag_jax.tracking.ledger import Cost, compiler_flops, mean_cost, step_flops
@@ -248,7 +248,7 @@ def test_as_many_are_trained_at_once_as_memory_allows(tmp_path, monkeypatch, roo
     monkeypatch.setattr(tuner_module, "AT_ONCE", room * 3 * 16)
     monkeypatch.setattr(tuner_module.Tuner, "_cost", lambda *_: Cost())
     budget = Budget(rounds=1, local_steps=1, clients=4, batch_size=2)
-    same = {"setting": "local", "examples": EXAMPLES, "clients": FOUR, "budget": budget, "seed": 0}
+    same = {"regime": "local", "examples": EXAMPLES, "clients": FOUR, "budget": budget, "seed": 0}
     tuners = [
         tuner_module.Tuner(tmp_path / str(rate), rates=lambda *_, r=rate: r, client=1, **same)
         for rate in (0.1, 0.2, 0.3)

@@ -6,10 +6,10 @@ import pytest
 from experiments.reporting import comparison, comparison_tables, differences, figures, tables
 from experiments.reporting.cells import Cell, load, save
 from fedrag_jax.evaluation.significance import paired_t_test
-from fedrag_jax.strategies.settings import parse
+from fedrag_jax.strategies.regimes import parse
 from fedrag_jax.tracking.ledger import Cost
 
-SETTINGS = {
+REGIMES = {
     name: parse(name, 0.1)
     for name in (
         "centralised", "federated", "federated_1", "federated_converged", "local", "local_1",
@@ -18,13 +18,13 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def cell(strategy, setting, em, seed=0, split=0, clients=(), recall=None, seconds=1.0):
+def cell(strategy, regime, em, seed=0, split=0, clients=(), recall=None, seconds=1.0):
     em = np.asarray(em, float)
     recall = em if recall is None else np.asarray(recall, float)
     scores = {"em": em, "f1": em, "recall_at_5": recall, "mrr": recall}
     clusters = np.arange(len(em))
     return Cell(
-        strategy, setting, seed, split, scores, {}, list(clients), Cost(seconds), {}, clusters
+        strategy, regime, seed, split, scores, {}, list(clients), Cost(seconds), {}, clusters
     )
 
 
@@ -41,23 +41,23 @@ def test_spreads_of_model_and_split_seeds_are_told_apart():
         cell("retriever", "local", [1] * right + [0] * (4 - right), *seeds)
         for seeds, right in means.items()
     ]
-    (row,) = comparison.strategy_rows(cells, SETTINGS)
+    (row,) = comparison.strategy_rows(cells, REGIMES)
     within_splits = np.array([0, 25, 75]), np.array([50, 100])
     squares = sum(((x - x.mean()) ** 2).sum() for x in within_splits)
     assert row["em_model_sd"] == pytest.approx(np.sqrt(squares / (2 + 1)))
     # By model: 0 50, 25 100, and one that has a single split.
     assert row["em_split_sd"] == pytest.approx(np.sqrt((50**2 + 75**2) / 2 / 2))
     assert row["em"] == 50 and row["alpha"] == 0.1
-    (row,) = comparison.strategy_rows(cells[:1], SETTINGS)
+    (row,) = comparison.strategy_rows(cells[:1], REGIMES)
     assert row["em_model_sd"] is None
-    (row,) = comparison.strategy_rows([cell("none", "centralised", [0, 1])], SETTINGS)
+    (row,) = comparison.strategy_rows([cell("none", "centralised", [0, 1])], REGIMES)
     assert row["alpha"] == ""
 
 
 def test_clients_from_the_worst_to_the_ninth_decile():
     cells = [cell("generator", "local", [1, 0], clients=range(0, 101, 10))]
     cells.append(cell("generator", "local", [1, 0], seed=1, clients=[20, 40]))
-    (row,) = comparison.strategy_rows(cells, SETTINGS)
+    (row,) = comparison.strategy_rows(cells, REGIMES)
     assert row["client_em_mean"] == (50 + 30) / 2
     assert row["client_em_worst"] == (0 + 20) / 2
     assert row["client_em_decile_1"] == (10 + 22) / 2
@@ -65,10 +65,10 @@ def test_clients_from_the_worst_to_the_ninth_decile():
     assert shown(comparison_tables.clients_table([row])) == [
         ["generator", "local", "40.0", "10.0", "16.0", "64.0", "–", "–"]
     ]
-    together = row | {"setting": "centralised", "client_em_mean": 43.0, "client_em_worst": 8.5}
+    together = row | {"regime": "centralised", "client_em_mean": 43.0, "client_em_worst": 8.5}
     lines = shown(comparison_tables.clients_table([row, together]))
     assert lines[0][-2:] == ["-3.0", "+1.5"]
-    (row,) = comparison.strategy_rows([cell("none", "local", [1, 0])], SETTINGS)
+    (row,) = comparison.strategy_rows([cell("none", "local", [1, 0])], REGIMES)
     assert "client_em_mean" not in row
 
 
@@ -77,12 +77,12 @@ def test_comparisons_by_hand():
     cells = []
     for seed in range(5):
         noise = rng.random(40) < 0.1
-        for setting, gain in (("centralised", 12), ("federated_1", 10), ("local_1", 0)):
-            cells.append(cell("none", setting, [0] * 40, seed))
+        for regime, gain in (("centralised", 12), ("federated_1", 10), ("local_1", 0)):
+            cells.append(cell("none", regime, [0] * 40, seed))
             right = np.arange(40) < gain
-            cells.append(cell("retriever", setting, right ^ noise, seed))
-    rows = differences.comparison_rows(cells, "em", SETTINGS, margin=10.0)
-    pairs = [(r["strategy"], r["setting"], r["against"]) for r in rows]
+            cells.append(cell("retriever", regime, right ^ noise, seed))
+    rows = differences.comparison_rows(cells, "em", REGIMES, margin=10.0)
+    pairs = [(r["strategy"], r["regime"], r["against"]) for r in rows]
     assert pairs == [
         ("retriever", "centralised", "none, centralised"),
         ("retriever", "federated_1", "none, federated_1"),
@@ -92,7 +92,7 @@ def test_comparisons_by_hand():
     ]
     one = rows[4]
     a, b = (
-        np.stack([c.scores["em"] for c in cells if c.setting == s and c.strategy == "retriever"])
+        np.stack([c.scores["em"] for c in cells if c.regime == s and c.strategy == "retriever"])
         for s in ("federated_1", "local_1")
     )
     d = (a - b).mean(0)
@@ -104,10 +104,10 @@ def test_comparisons_by_hand():
     assert rows[3]["difference"] < 0
     # Two questions of forty fewer: five points or less, equal within ten and not within two.
     assert rows[3]["p_e"] <= rows[3]["p_e_holm"] and rows[3]["p_e"] < 0.1
-    strict = differences.comparison_rows(cells, "em", SETTINGS, margin=2.0)
+    strict = differences.comparison_rows(cells, "em", REGIMES, margin=2.0)
     assert strict[3]["p_e"] > 0.5
     # Local training on another split is no partner.
-    other = SETTINGS | {"local_1": parse("local", 0.1)}
+    other = REGIMES | {"local_1": parse("local", 0.1)}
     apart = differences.comparison_rows(cells, "em", other, margin=10.0)
     assert [row["against"] for row in apart][3:] == ["retriever, centralised"]
 
@@ -117,8 +117,8 @@ def test_runs_are_paired_by_their_seeds():
     some, others = ([rng.random(30) for _ in range(6)] for _ in range(2))
     here = [cell("retriever", "local", em, seed, seed) for seed, em in enumerate(some)]
     there = [cell("none", "local", em, seed, seed) for seed, em in enumerate(others)]
-    (row,) = differences.comparison_rows([*here, *reversed(there)], "em", SETTINGS, 2.0)
-    (less,) = differences.comparison_rows([*here[:5], *there[1:]], "em", SETTINGS, 2.0)
+    (row,) = differences.comparison_rows([*here, *reversed(there)], "em", REGIMES, 2.0)
+    (less,) = differences.comparison_rows([*here[:5], *there[1:]], "em", REGIMES, 2.0)
     assert row["p_t"] == pytest.approx(paired_t_test(some, others))
     assert less["difference"] == pytest.approx(100 * np.mean(np.array(some[1:5]) - others[1:5]))
     assert less["p_t"] is None  # four pairs
@@ -140,7 +140,7 @@ def test_runs_that_share_seeds_have_no_t_test(seeds, splits, tested):
         for strategy in ("none", "generator")
         for pair in zip(seeds, splits, strict=True)
     ]
-    (row,) = differences.comparison_rows(cells, "em", SETTINGS, 2.0)
+    (row,) = differences.comparison_rows(cells, "em", REGIMES, 2.0)
     assert (row["p_t"] is not None) == tested
 
 
@@ -153,12 +153,12 @@ def test_against_independent_tuning():
             cells.append(some._replace(cost=some.cost._replace(flops=3.0 + len(name))))
     cells.append(cell("joint_token", "local", [0, 1]))  # with nothing to be compared to
     (row,) = differences.independent_rows(cells, 2.0)
-    assert (row["strategy"], row["setting"]) == ("joint_token", "federated")
+    assert (row["strategy"], row["regime"]) == ("joint_token", "federated")
     assert row["seconds_ratio"] == pytest.approx((2.5 + 3 + 3.5) / 3)
     assert (row["seconds_ratio_low"], row["seconds_ratio_high"]) == (2.5, 3.5)
     assert row["flops_ratio"] == 1.0
     (joint, alone) = (
-        np.mean([c.scores["em"] for c in cells if (c.strategy, c.setting) == (s, "federated")])
+        np.mean([c.scores["em"] for c in cells if (c.strategy, c.regime) == (s, "federated")])
         for s in ("joint_token", "independent")
     )
     assert row["em_difference"] == pytest.approx(100 * (joint - alone))
@@ -170,15 +170,15 @@ def test_against_independent_tuning():
 def test_few_seeds_have_no_t_test_and_unlabelled_questions_no_ranking():
     blank = [np.nan] * 3
     cells = [cell(s, "local", [0, 1, i], recall=blank) for i, s in enumerate(("none", "generator"))]
-    (row,) = differences.comparison_rows(cells, "em", SETTINGS, 2.0)
+    (row,) = differences.comparison_rows(cells, "em", REGIMES, 2.0)
     assert row["p_t"] is None and "p_t_holm" not in row
-    assert differences.comparison_rows(cells, "recall_at_5", SETTINGS, 2.0) == []
+    assert differences.comparison_rows(cells, "recall_at_5", REGIMES, 2.0) == []
     assert shown(comparison_tables.comparisons_table([row]))[0][-2] == "–"
 
 
 def test_what_needs_labels_says_so_where_there_are_none():
     cells = [cell(s, "centralised", [0, 1]) for s in ("none", "retriever", "two_phase")]
-    table = shown(comparison_tables.without_labels_table(comparison.strategy_rows(cells, SETTINGS)))
+    table = shown(comparison_tables.without_labels_table(comparison.strategy_rows(cells, REGIMES)))
     assert table[1] == ["retriever", "centralised", "needs gold passages", "–", "–"]
     assert table[2][2].startswith("50.0 [")
 
@@ -223,7 +223,7 @@ def test_a_table_in_three_languages():
 def test_strategies_at_a_glance():
     cells = [cell("none", "local", [0, 1]), cell("none", "centralised", [1, 1])]
     cells.append(cell("generator", "local", [1, 1]))
-    table = comparison_tables.glance_table(comparison.strategy_rows(cells, SETTINGS))
+    table = comparison_tables.glance_table(comparison.strategy_rows(cells, REGIMES))
     assert [c.title for c in table.columns] == ["strategy", "local", "centralised"]
     assert shown(table) == [
         ["none", "50.0 [0.0, 100.0]", "100.0 [100.0, 100.0]"],
@@ -240,30 +240,30 @@ def test_a_lone_client_is_compared_at_its_best():
     """Of ten points, four are a longer training of the client itself and six other clients' data."""
     right = {"local": 10, "local_converged": 14, "federated": 19, "federated_converged": 20}
     cells = [
-        cell("retriever", setting, np.arange(100) < count, seed)
-        for setting, count in right.items()
+        cell("retriever", regime, np.arange(100) < count, seed)
+        for regime, count in right.items()
         for seed in range(2)
     ]
-    (row,) = differences.headline_rows(cells, "em", SETTINGS, 0.1)
-    assert (row["setting"], row["against"]) == ("federated_converged", "local_converged")
+    (row,) = differences.headline_rows(cells, "em", REGIMES, 0.1)
+    assert (row["regime"], row["against"]) == ("federated_converged", "local_converged")
     assert (row["difference"], row["compute"], row["data"]) == pytest.approx((6, 4, 6))
     assert (row["local"], row["federated"]) == pytest.approx((14, 20))
     # A long training that is worse is not what is compared with.
-    worse = [c._replace(scores=cells[0].scores) if c.setting.endswith("ged") else c for c in cells]
-    (row,) = differences.headline_rows(worse, "em", SETTINGS, 0.1)
+    worse = [c._replace(scores=cells[0].scores) if c.regime.endswith("ged") else c for c in cells]
+    (row,) = differences.headline_rows(worse, "em", REGIMES, 0.1)
     assert row["against"] == "local" and "data" not in row
     # A strategy whose lone clients were stopped early, where others' were not, is not compared.
-    early = [c._replace(strategy="generator") for c in cells if c.setting != "local_converged"]
+    early = [c._replace(strategy="generator") for c in cells if c.regime != "local_converged"]
     assert [
-        r["strategy"] for r in differences.headline_rows([*cells, *early], "em", SETTINGS, 0.1)
+        r["strategy"] for r in differences.headline_rows([*cells, *early], "em", REGIMES, 0.1)
     ] == ["retriever"]
-    (row,) = differences.headline_rows(early, "em", SETTINGS, 0.1)
+    (row,) = differences.headline_rows(early, "em", REGIMES, 0.1)
     assert (row["strategy"], row["against"]) == ("generator", "local")
     # Questions without gold passages have no ranking to compare.
     blank = [c._replace(scores=c.scores | {"mrr": np.full(100, np.nan)}) for c in cells]
-    assert differences.headline_rows(blank, "mrr", SETTINGS, 0.1) == []
+    assert differences.headline_rows(blank, "mrr", REGIMES, 0.1) == []
     # Clients of another split are others.
-    assert not differences.headline_rows(cells, "em", SETTINGS, 1.0)
+    assert not differences.headline_rows(cells, "em", REGIMES, 1.0)
 
 
 def test_estimates_have_intervals_over_seeds_and_clusters():
@@ -289,12 +289,12 @@ def test_epochs_are_those_of_the_models_that_were_kept():
         "read": [{"epochs": 1.0, "kept_epochs": 0.5, "at_cap": 0, "trainings": 8}],
     }
     (row,) = comparison.strategy_rows(
-        [cell("independent", "local_converged", [0, 1])._replace(curves=curves)], SETTINGS
+        [cell("independent", "local_converged", [0, 1])._replace(curves=curves)], REGIMES
     )
     assert (row["epochs"], row["at_cap"]) == ("1.5 + 0.5", "1 of 16")
     matched = {"rank": [{"epochs": 0.48}]}
     (row,) = comparison.strategy_rows(
-        [cell("retriever", "local", [0, 1])._replace(curves=matched)], SETTINGS
+        [cell("retriever", "local", [0, 1])._replace(curves=matched)], REGIMES
     )
     assert row["epochs"] == "0.5" and "at_cap" not in row
 
@@ -303,9 +303,9 @@ def test_differences_are_marked_where_they_are_shown_either_way():
     rows = []
     for metric, p, same in (("em", 0.01, 1.0), ("f1", 0.9, 0.01), ("mrr", 0.9, 0.9)):
         found = {"difference": 1.0, "low": 0.5, "high": 1.5, "p_holm": p, "p_e_holm": same}
-        about = {"strategy": "retriever", "setting": "federated", "metric": metric}
+        about = {"strategy": "retriever", "regime": "federated", "metric": metric}
         rows.append(about | {"against": "retriever, centralised"} | found)
-        rows.append(about | {"against": "none, federated"} | found)  # no other setting
+        rows.append(about | {"against": "none, federated"} | found)  # no other regime
     (line,) = shown(comparison_tables.every_metric_table(rows))
     assert line == [
         "retriever", "federated", "centralised", "+1.0 [+0.5, +1.5] *", "+1.0 [+0.5, +1.5] ≈", "–",

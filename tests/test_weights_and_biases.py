@@ -85,7 +85,7 @@ def test_points_of_one_name_in_two_folders_are_both_logged(tmp_path):
     lab = types.SimpleNamespace(dataset=DATASET)
 
     def compute(lab, point):
-        where = point.name, point.setting, point.seed, point.split
+        where = point.name, point.regime, point.seed, point.split
         about = {}, [50.0], Cost(), {}, np.arange(2)
         return cells.Cell(*where, {"em": np.array([0.0, 1.0])}, *about)
 

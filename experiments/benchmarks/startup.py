@@ -25,7 +25,7 @@ TRAIN = [
     *COMPARE,
     "--config=configs/compare_strategies.py",
     "--config.strategies=('generator',)",
-    "--config.settings=('federated',)",
+    "--config.regimes=('federated',)",
     "--config.wandb.mode=disabled",
 ]
 

@@ -1,4 +1,4 @@
-"""One strategy in one setting with one pair of seeds: the unit that is computed once and kept."""
+"""One strategy in one regime with one pair of seeds: the unit that is computed once and kept."""
 
 import pathlib
 import zipfile
@@ -23,7 +23,7 @@ class Cell(NamedTuple):
       seed: of adapters, client sampling and shuffling.
       split: the seed of who holds what.
       scores: per test question [Q], in [0, 1], or in nats (`nll`); means over clients in the local
-        setting.
+        regime.
       controls: single numbers, in percent or counts.
       client_em: EM in percent of the model that each client would use, on test questions in the
         proportions of what it holds; empty where no test question is of any client's kind.
@@ -34,7 +34,7 @@ class Cell(NamedTuple):
     """
 
     strategy: str
-    setting: str
+    regime: str
     seed: int
     split: int
     scores: dict[str, np.ndarray]
@@ -46,9 +46,9 @@ class Cell(NamedTuple):
     labels: Mapping[str, str] = MappingProxyType({})
 
 
-def path(folder: pathlib.Path, strategy: str, setting: str, seed: int, split: int) -> pathlib.Path:
+def path(folder: pathlib.Path, strategy: str, regime: str, seed: int, split: int) -> pathlib.Path:
     """Where a cell lies; deleting it has it computed anew."""
-    return folder / "cells" / f"{strategy}-{setting}-{seeds_name(seed, split)}"
+    return folder / "cells" / f"{strategy}-{regime}-{seeds_name(seed, split)}"
 
 
 def seeds_name(seed: int, split: int) -> str:
@@ -58,14 +58,14 @@ def seeds_name(seed: int, split: int) -> str:
 
 def save(folder: pathlib.Path, cell: Cell) -> None:
     """Writes `scores.npz`, then `cell.json`, whose presence says that the cell is finished."""
-    here = path(folder, cell.strategy, cell.setting, cell.seed, cell.split)
+    here = path(folder, cell.strategy, cell.regime, cell.seed, cell.split)
     with files.writing(here):
         here.mkdir(parents=True, exist_ok=True)
     with files.whole(here / "scores.npz", "wb") as file:
         np.savez(file, **cell.scores, **{CLUSTERS: cell.clusters})
     about = {
         "strategy": cell.strategy,
-        "setting": cell.setting,
+        "regime": cell.regime,
         "seed": cell.seed,
         "split": cell.split,
         "controls": cell.controls,
@@ -77,13 +77,13 @@ def save(folder: pathlib.Path, cell: Cell) -> None:
     files.write_json(here / "cell.json", about)
 
 
-def load(folder: pathlib.Path, strategy: str, setting: str, seed: int, split: int) -> Cell | None:
+def load(folder: pathlib.Path, strategy: str, regime: str, seed: int, split: int) -> Cell | None:
     """A finished cell; None if there is none or, as is told, if one of its files is damaged.
 
     Raises:
       DataError: another version wrote it.
     """
-    here = path(folder, strategy, setting, seed, split)
+    here = path(folder, strategy, regime, seed, split)
     return files.kept(lambda about: load_folder(about.parent), here / "cell.json")
 
 
@@ -94,6 +94,8 @@ def load_folder(here: pathlib.Path) -> Cell:
       DataError: another version wrote it, or (`files.DamagedError`) a file is damaged.
     """
     about = files.read_json(here / "cell.json")
+    if "setting" in about:  # what a regime was called once
+        about["regime"] = about.pop("setting")
     cost = Cost.of(about["cost"], here / "cell.json")
     scores = _scores(here / "scores.npz")
     if CLUSTERS not in scores:

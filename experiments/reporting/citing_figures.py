@@ -7,15 +7,15 @@ from experiments.reporting.experiment_figures import LOOKS
 from experiments.reporting.figures import legend, pyplot
 
 
-def over_passages(rows: Sequence[dict[str, Any]], setting: str):
+def over_passages(rows: Sequence[dict[str, Any]], regime: str):
     """Answers and citations over the number of passages read, a line for each variant: a Matplotlib
     figure, or None.
 
     Args:
-      rows: `variant`, `name`, `setting`, `passages`, `answer`, `citation`.
-      setting: the one shown.
+      rows: `variant`, `name`, `regime`, `passages`, `answer`, `citation`.
+      regime: the one shown.
     """
-    rows = [row for row in rows if row["setting"] == setting]
+    rows = [row for row in rows if row["regime"] == regime]
     counts = sorted({row["passages"] for row in rows})
     if len(counts) < 2:
         return None

@@ -11,7 +11,7 @@ from fedrag_jax.evaluation.significance import bootstrap_interval, seed_means, s
 from fedrag_jax.tracking.ledger import mean_cost
 
 COLUMNS = (
-    "strategy", "setting", "alpha", "labels", "seeds", "em", "em_low", "em_high", "em_sd", "f1",
+    "strategy", "regime", "alpha", "labels", "seeds", "em", "em_low", "em_high", "em_sd", "f1",
     "recall_at_5", "mrr", "epochs", "at_cap", "seconds", "device_seconds", "search_seconds", "flops",
     "bytes_up", "bytes_down", "flops_compiler",
     "compile_seconds", "em_model_sd", "em_split_sd", "client_em_mean", "client_em_worst",
@@ -29,10 +29,10 @@ METRICS = {"em": "EM", "f1": "F1", "recall_at_5": "Recall@5", "mrr": "MRR@10"}
 
 
 def by_cell(cells: Sequence[Cell]) -> dict[tuple[str, str], list[Cell]]:
-    """Cells of all pairs of seeds under (strategy, setting), in the order given."""
+    """Cells of all pairs of seeds under (strategy, regime), in the order given."""
     groups: dict[tuple[str, str], list[Cell]] = {}
     for cell in cells:
-        groups.setdefault((cell.strategy, cell.setting), []).append(cell)
+        groups.setdefault((cell.strategy, cell.regime), []).append(cell)
     return groups
 
 
@@ -90,8 +90,8 @@ def estimate(
     }
 
 
-def strategy_rows(cells: Sequence[Cell], settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row per strategy and setting; metrics in percent, costs as the mean over seeds.
+def strategy_rows(cells: Sequence[Cell], regimes: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row per strategy and regime; metrics in percent, costs as the mean over seeds.
 
     Every metric comes with `_low`, `_high` and `_sd` as of `estimate`, and as `own_<metric>` on
     questions such as each client holds. Rankings are scored over the questions with a gold passage;
@@ -102,14 +102,14 @@ def strategy_rows(cells: Sequence[Cell], settings: Mapping[str, Any]) -> list[di
     over clients, then means over seeds.
 
     Args:
-      settings: what their names say, as `strategies.settings.Setting`.
+      regimes: what their names say, as `strategies.regimes.Regime`.
     """
     rows = []
-    for (strategy, setting), group in by_cell(cells).items():
+    for (strategy, regime), group in by_cell(cells).items():
         row = {
             "strategy": strategy,
-            "setting": setting,
-            "alpha": "" if settings[setting].kind == "centralised" else settings[setting].alpha,
+            "regime": regime,
+            "alpha": "" if regimes[regime].kind == "centralised" else regimes[regime].alpha,
             "labels": _labels(strategy),
             "seeds": len(group),
             "em_model_sd": _sd_within(group, lambda cell: cell.split),
@@ -190,11 +190,11 @@ def _sd_within(cells: Sequence[Cell], same) -> float | None:
 
 
 def control_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """Means over seeds of the controls of each strategy and setting."""
+    """Means over seeds of the controls of each strategy and regime."""
     rows = []
-    for (strategy, setting), group in by_cell(cells).items():
+    for (strategy, regime), group in by_cell(cells).items():
         if means := control_means(group):
-            rows.append({"strategy": strategy, "setting": setting} | means)
+            rows.append({"strategy": strategy, "regime": regime} | means)
     return rows
 
 
@@ -206,9 +206,9 @@ def control_means(cells: Sequence[Cell]) -> dict[str, float]:
 def traffic_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """Bytes of what is trained, by direction, part and type: the mean over seeds."""
     rows = []
-    for (strategy, setting), group in by_cell(cells).items():
+    for (strategy, regime), group in by_cell(cells).items():
         for kind, size in sorted(mean_cost([cell.cost for cell in group]).traffic.items()):
             direction, *part, dtype = kind.split(" ")
             about = {"direction": direction, "part": " ".join(part), "dtype": dtype}
-            rows.append({"strategy": strategy, "setting": setting} | about | {"bytes": int(size)})
+            rows.append({"strategy": strategy, "regime": regime} | about | {"bytes": int(size)})
     return rows

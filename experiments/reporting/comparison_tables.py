@@ -15,25 +15,25 @@ from experiments.reporting.tables import (
     words,
 )
 
-WHO = (words("strategy", "strategy"), words("setting", "setting"))
+WHO = (words("strategy", "strategy"), words("regime", "regime"))
 
 
 def glance_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """EM of every strategy, a column for each setting."""
-    em = {(row["strategy"], row["setting"]): row for row in rows}
-    settings = dict.fromkeys(row["setting"] for row in rows)
+    """EM of every strategy, a column for each regime."""
+    em = {(row["strategy"], row["regime"]): row for row in rows}
+    regimes = dict.fromkeys(row["regime"] for row in rows)
 
-    def column(setting):
-        shown = interval(setting, "em").show
+    def column(regime):
+        shown = interval(regime, "em").show
 
         def show(row):
-            found = em.get((row["strategy"], setting))
+            found = em.get((row["strategy"], regime))
             return MISSING if found is None else shown(found)
 
-        return Column(setting, show)
+        return Column(regime, show)
 
     strategies = [{"strategy": name} for name in dict.fromkeys(row["strategy"] for row in rows)]
-    return Table((WHO[0], *map(column, settings)), strategies)
+    return Table((WHO[0], *map(column, regimes)), strategies)
 
 
 def strategies_table(rows: Sequence[dict[str, Any]]) -> Table:
@@ -72,7 +72,7 @@ def headline_table(rows: Sequence[dict[str, Any]]) -> Table:
     return Table(
         (
             words("strategy", "strategy"),
-            words("federated", "setting"),
+            words("federated", "regime"),
             interval("[95% CI]", "federated"),
             words("against", "against"),
             interval("[95% CI]", "local"),
@@ -93,7 +93,7 @@ def against_local_table(rows: Sequence[dict[str, Any]]) -> Table:
         (
             Column("metric", lambda row: titles[row["metric"]], "left"),
             words("strategy", "strategy"),
-            words("federated", "setting"),
+            words("federated", "regime"),
             words("against", "against"),
             difference("difference [95% CI]"),
             p_value("p", "p_holm"),
@@ -104,13 +104,13 @@ def against_local_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def every_metric_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Settings against each other, a column for each metric."""
+    """Regimes against each other, a column for each metric."""
     found: dict[tuple, dict[str, Any]] = {}
     for row in rows:
-        strategy, setting, against = row["strategy"], row["setting"], row["against"]
+        strategy, regime, against = row["strategy"], row["regime"], row["against"]
         if against.startswith(f"{strategy}, "):
-            key = strategy, setting, against
-            about = {"strategy": strategy, "setting": setting, "against": against.split(", ")[1]}
+            key = strategy, regime, against
+            about = {"strategy": strategy, "regime": regime, "against": against.split(", ")[1]}
             one = {f"{row['metric']}_{name}": value for name, value in row.items()}
             found[key] = found.get(key, about) | one
 
@@ -214,7 +214,7 @@ def clients_table(rows: Sequence[dict[str, Any]]) -> Table:
     """EM over clients, of the rows where it is known, and what it is above the centralised model's."""
     titles = {"mean": "mean", "worst": "worst client", "decile_1": "1st decile",
               "decile_9": "9th decile"}  # fmt: skip
-    together = {row["strategy"]: row for row in rows if row["setting"] == "centralised"}
+    together = {row["strategy"]: row for row in rows if row["regime"] == "centralised"}
 
     def against(name):
         def show(row):

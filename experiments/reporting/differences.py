@@ -20,9 +20,9 @@ from fedrag_jax.evaluation.significance import (
 
 
 def comparison_rows(
-    cells: Sequence[Cell], metric: str, settings: Mapping[str, Any], margin: float
+    cells: Sequence[Cell], metric: str, regimes: Mapping[str, Any], margin: float
 ) -> list[dict[str, Any]]:
-    """Paired differences of a metric in points: tuned against `none`, and settings against each other.
+    """Paired differences of a metric in points: tuned against `none`, and regimes against each other.
 
     Federated training is compared with centralised training of the same budget, with local training
     of the same alpha and either budget, and by an algorithm of its own with the config's. Runs are
@@ -32,7 +32,7 @@ def comparison_rows(
     `p_holm`, `p_t_holm` and `p_e_holm` are adjusted over the rows, each by itself.
 
     Args:
-      settings: what their names say, as `strategies.settings.Setting`.
+      regimes: what their names say, as `strategies.regimes.Regime`.
       margin: of equivalence, in points.
     """
     groups = by_cell(cells)
@@ -42,11 +42,11 @@ def comparison_rows(
         ((strategy, where), (strategy, other))
         for strategy, where in tuned
         for same, other in groups
-        if same == strategy and _partners(settings[where], settings[other])
+        if same == strategy and _partners(regimes[where], regimes[other])
     ]
     rows = []
     for one, other in pairs:
-        about = {"strategy": one[0], "setting": one[1], "against": f"{other[0]}, {other[1]}"}
+        about = {"strategy": one[0], "regime": one[1], "against": f"{other[0]}, {other[1]}"}
         if found := paired_difference(groups[one], groups[other], metric, margin=margin):
             rows.append(about | {"metric": metric} | found)
     adjust(rows)
@@ -103,7 +103,7 @@ def adjust(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def independent_rows(cells: Sequence[Cell], margin: float) -> list[dict[str, Any]]:
-    """Every tuned strategy against `independent` in its setting: what Lawton et al. 2025 compare.
+    """Every tuned strategy against `independent` in its regime: what Lawton et al. 2025 compare.
 
     `em_*` and so on are as in `comparison_rows`, each metric adjusted by itself; `seconds_ratio` and
     `flops_ratio` are means over pairs of runs with the same seeds, between `_low` and `_high`, the
@@ -113,12 +113,12 @@ def independent_rows(cells: Sequence[Cell], margin: float) -> list[dict[str, Any
       margin: of equivalence, in points.
     """
     groups, rows, found = by_cell(cells), [], {metric: [] for metric in METRICS}
-    for (strategy, setting), group in groups.items():
-        usual = groups.get(("independent", setting), [])
+    for (strategy, regime), group in groups.items():
+        usual = groups.get(("independent", regime), [])
         both = _paired(group, usual) if strategy not in ("none", "independent") else []
         if not both:
             continue
-        row = {"strategy": strategy, "setting": setting}
+        row = {"strategy": strategy, "regime": regime}
         for name in ("seconds", "flops"):
             known = [[getattr(cell.cost, name) for cell in pair] for pair in both]
             if any(cost is None for pair in known for cost in pair):
@@ -149,7 +149,7 @@ def _partners(where, other) -> bool:
 
 
 def headline_rows(
-    cells: Sequence[Cell], metric: str, settings: Mapping[str, Any], alpha: float
+    cells: Sequence[Cell], metric: str, regimes: Mapping[str, Any], alpha: float
 ) -> list[dict[str, Any]]:
     """What federation brings each strategy over a lone client, and how much of that is compute.
 
@@ -162,13 +162,13 @@ def headline_rows(
 
     Args:
       metric: of which the rows are, such as "em" or "own_em".
-      settings: what their names say, as `strategies.settings.Setting`.
-      alpha: of the clients; settings of other splits are left out.
+      regimes: what their names say, as `strategies.regimes.Regime`.
+      alpha: of the clients; regimes of other splits are left out.
     """
     groups, rows = by_cell(cells), []
 
     def converged(where):
-        return settings[where].kind == "local" and settings[where].converged
+        return regimes[where].kind == "local" and regimes[where].converged
 
     patient = {name for name, where in groups if converged(where)}
     for strategy in dict.fromkeys(name for name, _ in groups if name != "none"):
@@ -178,8 +178,7 @@ def headline_rows(
             kind: [
                 where
                 for name, where in groups
-                if name == strategy
-                and (settings[where].kind, settings[where].alpha) == (kind, alpha)
+                if name == strategy and (regimes[where].kind, regimes[where].alpha) == (kind, alpha)
             ]
             for kind in ("local", "federated")
         }
@@ -195,10 +194,10 @@ def headline_rows(
         if not found:
             continue
         row = {"metric": metric, "strategy": strategy}
-        row |= {"setting": better["federated"], "against": better["local"]}
+        row |= {"regime": better["federated"], "against": better["local"]}
         row |= estimate(local, metric, "local") | estimate(federated, metric, "federated") | found
-        matched = [w for w in there["local"] if not settings[w].converged]
-        if matched and settings[better["local"]].converged:
+        matched = [w for w in there["local"] if not regimes[w].converged]
+        if matched and regimes[better["local"]].converged:
             start = groups[strategy, matched[0]]
             row["compute"] = paired_difference(local, start, metric)["difference"]
             row["data"] = row["difference"]

@@ -10,48 +10,48 @@ from experiments.reporting.figures import (
     COLORS,
     MARKERS,
     OTHER_STYLES,
-    SETTING_STYLES,
+    REGIME_STYLES,
     legend,
     panels,
     pyplot,
-    setting_name,
+    regime_name,
 )
 
 
 def differences(rows: Sequence[dict[str, Any]]):
     """What each objective adds, with its interval, a panel for each metric and a colour for each
-    setting: a Matplotlib figure, or None.
+    regime: a Matplotlib figure, or None.
 
     Args:
-      rows: `objective`, `setting`, `metric`, `difference`, `low`, `high`.
+      rows: `objective`, `regime`, `metric`, `difference`, `low`, `high`.
     """
     rows = [row for row in rows if row.get("difference") is not None]
     if not rows:
         return None
-    metrics, settings = (list(dict.fromkeys(r[key] for r in rows)) for key in ("metric", "setting"))
+    metrics, regimes = (list(dict.fromkeys(r[key] for r in rows)) for key in ("metric", "regime"))
     names = {
         m: list(dict.fromkeys(r["objective"] for r in rows if r["metric"] == m)) for m in metrics
     }
     plt = pyplot()
     height = 0.6 + 0.24 * max(map(len, names.values()))
     fig, axes = plt.subplots(1, len(metrics), figsize=(2.9 * len(metrics), height), squeeze=False)
-    styles = [*SETTING_STYLES.values(), *OTHER_STYLES]
+    styles = [*REGIME_STYLES.values(), *OTHER_STYLES]
     for ax, metric in zip(axes[0], metrics, strict=True):
-        for i, setting in enumerate(settings):
-            some = [r for r in rows if (r["metric"], r["setting"]) == (metric, setting)]
+        for i, regime in enumerate(regimes):
+            some = [r for r in rows if (r["metric"], r["regime"]) == (metric, regime)]
             y = np.array([names[metric].index(r["objective"]) for r in some], float)
             x = np.array([r["difference"] for r in some])
             error = x - [r["low"] for r in some], [r["high"] for r in some] - x
-            color, _ = SETTING_STYLES.get(setting, styles[i % len(styles)])
+            color, _ = REGIME_STYLES.get(regime, styles[i % len(styles)])
             ax.errorbar(
-                x, y + 0.22 * (i - (len(settings) - 1) / 2), xerr=error, fmt="o", ms=4, capsize=2,
-                lw=1, color=color, label=setting_name(setting),
+                x, y + 0.22 * (i - (len(regimes) - 1) / 2), xerr=error, fmt="o", ms=4, capsize=2,
+                lw=1, color=color, label=regime_name(regime),
             )  # fmt: skip
         ax.axvline(0, color="#000000", lw=1, ls=":")
         ax.set_yticks(range(len(names[metric])), names[metric])
         ax.set_ylim(len(names[metric]) - 0.5, -0.5)
         ax.set_xlabel(f"{METRICS.get(metric, metric)}, difference in points")
-    if len(settings) > 1:
+    if len(regimes) > 1:
         handles, labels = legend(axes)
         fig.legend(handles, labels, loc="upper center", ncols=4, bbox_to_anchor=(0.5, 0.0))
     fig.tight_layout()
@@ -70,23 +70,23 @@ LOOKS = tuple(
 
 def refresh_policies(rows: Sequence[dict[str, Any]]):
     """What is lost against an index that is always fresh over the passages re-embedded, and how stale
-    indexes are over retrievals, a line of panels for each setting: a Matplotlib figure, or None.
+    indexes are over retrievals, a line of panels for each regime: a Matplotlib figure, or None.
 
     Args:
-      rows: `policy`, `setting`, `embedded`, `stale_by_refresh` and, but of what is always fresh,
+      rows: `policy`, `regime`, `embedded`, `stale_by_refresh` and, but of what is always fresh,
         `difference`, `low` and `high`.
     """
     if not rows:
         return None
-    settings, policies = (
-        list(dict.fromkeys(row[key] for row in rows)) for key in ("setting", "policy")
+    regimes, policies = (
+        list(dict.fromkeys(row[key] for row in rows)) for key in ("regime", "policy")
     )
     plt = pyplot()
     fig, axes = plt.subplots(
-        len(settings), 2, figsize=(7.0, 2.2 * len(settings) + 0.3), squeeze=False, sharex="col"
+        len(regimes), 2, figsize=(7.0, 2.2 * len(regimes) + 0.3), squeeze=False, sharex="col"
     )
-    for (quality, age), setting in zip(axes, settings, strict=True):
-        for row in (r for r in rows if r["setting"] == setting):
+    for (quality, age), regime in zip(axes, regimes, strict=True):
+        for row in (r for r in rows if r["regime"] == regime):
             color, marker = LOOKS[policies.index(row["policy"]) % len(LOOKS)]
             look = {"color": color, "label": row["policy"].replace("_", " ")}
             y, low, high = (row.get(name) or 0.0 for name in ("difference", "low", "high"))
@@ -97,7 +97,7 @@ def refresh_policies(rows: Sequence[dict[str, Any]]):
             stale = row["stale_by_refresh"]
             age.plot(range(1, len(stale) + 1), stale, marker=marker, ms=4, lw=1, **look)
         quality.axhline(0, color="#000000", lw=0.5)
-        quality.set_ylabel(f"{setting_name(setting)}\nRecall@5 against always fresh")
+        quality.set_ylabel(f"{regime_name(regime)}\nRecall@5 against always fresh")
         age.set_ylabel("stale passages (%)")
         age.set_ylim(bottom=-1)
     axes[-1][0].set_xlabel("thousand passages re-embedded")

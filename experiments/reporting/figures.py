@@ -15,7 +15,7 @@ COLORS = ("#000000", "#56B4E9", "#E69F00", "#009E73", "#D55E00", "#0072B2", "#CC
 MARKERS = "ovs^DPX"
 # Of strategies that are in no table, in the order they come.
 OWN = (("#8C510A", "h"), ("#5E3C99", "p"), ("#01665E", "<"), ("#B2182B", ">"))
-SETTING_STYLES = {
+REGIME_STYLES = {
     "centralised": ("#0072B2", "-"),
     "federated": ("#D55E00", "--"),
     "local": ("#777777", ":"),
@@ -45,9 +45,9 @@ def looks_of(strategies: Iterable[str]) -> dict[str, Look]:
     return looks
 
 
-def setting_name(setting: str) -> str:
+def regime_name(regime: str) -> str:
     """`federated_inf_converged:fedprox` as readers know it: federated, α = ∞, converged, fedprox."""
-    where, _, algorithm = setting.partition(":")
+    where, _, algorithm = regime.partition(":")
     kind, _, alpha = where.removesuffix("_converged").partition("_")
     said = [kind, f"α = {alpha.replace('inf', '∞')}" if alpha else ""]
     said += ["converged" if where.endswith("_converged") else "", algorithm]
@@ -80,14 +80,14 @@ def pyplot():
 
 
 def quality_against_cost(rows: Sequence[dict[str, Any]]):
-    """EM with its interval over training seconds, a panel per setting: a Matplotlib figure, or None."""
+    """EM with its interval over training seconds, a panel per regime: a Matplotlib figure, or None."""
     if not rows:
         return None
-    settings = list(dict.fromkeys(row["setting"] for row in rows))
+    regimes = list(dict.fromkeys(row["regime"] for row in rows))
     looks = looks_of(row["strategy"] for row in rows)
-    fig, axes = panels(len(settings), most=3, width=2.6, height=2.7, sharey=True)
-    for ax, setting in zip(axes.flat, settings, strict=False):
-        for row in (r for r in rows if r["setting"] == setting):
+    fig, axes = panels(len(regimes), most=3, width=2.6, height=2.7, sharey=True)
+    for ax, regime in zip(axes.flat, regimes, strict=False):
+        for row in (r for r in rows if r["regime"] == regime):
             look = looks[row["strategy"]]
             if row["strategy"] == "none":
                 ax.axhline(row["em"], color=look.color, lw=1, ls=":", label=look.label)
@@ -97,7 +97,7 @@ def quality_against_cost(rows: Sequence[dict[str, Any]]):
                 row["seconds"], row["em"], yerr=error, fmt=look.marker, ms=6, capsize=2, lw=1,
                 color=look.color, label=look.label,
             )  # fmt: skip
-        ax.set_title(setting_name(setting), fontsize=10)
+        ax.set_title(regime_name(regime), fontsize=10)
         ax.set_xlabel("training time (s)")
         ax.set_xlim(left=0)
     for line in axes:
@@ -123,25 +123,25 @@ def learning_curves(cells: Sequence[Cell]):
         for cell in group:
             titles |= cell.labels
             for task, rounds in cell.curves.items():
-                found = curves.setdefault(task, {}).setdefault(cell.setting, [])
+                found = curves.setdefault(task, {}).setdefault(cell.regime, [])
                 if rounds not in found:  # independent shows the curves of its parts
                     found.append(rounds)
     if not curves:
         return None
     fig, axes = panels(len(curves), most=3, width=2.7, height=2.3)
-    settings = dict.fromkeys(setting for runs in curves.values() for setting in runs)
+    regimes = dict.fromkeys(regime for runs in curves.values() for regime in runs)
     others = itertools.cycle(OTHER_STYLES)
-    styles = {s: SETTING_STYLES.get(s) or next(others) for s in settings}
-    for ax, (task, by_setting) in zip(axes.flat, curves.items(), strict=False):
-        for setting, runs in by_setting.items():
-            color, style = styles[setting]
+    styles = {s: REGIME_STYLES.get(s) or next(others) for s in regimes}
+    for ax, (task, by_regime) in zip(axes.flat, curves.items(), strict=False):
+        for regime, runs in by_regime.items():
+            color, style = styles[regime]
             x = [r["examples"] for r in max(runs, key=len)]
             y = np.full((len(runs), len(x)), np.nan)
             for losses, rounds in zip(y, runs, strict=True):
                 losses[: len(rounds)] = [r["loss"] for r in rounds]
             ax.plot(
                 x, np.nanmean(y, 0), linestyle=style, marker="o", ms=2.5, lw=1.4, color=color,
-                label=setting_name(setting),
+                label=regime_name(regime),
             )  # fmt: skip
             if len(runs) > 1:
                 least, most = np.nanmin(y, 0), np.nanmax(y, 0)

@@ -1,4 +1,4 @@
-"""A Weights & Biases run per strategy, setting and pair of seeds; offline it needs no account."""
+"""A Weights & Biases run per strategy, regime and pair of seeds; offline it needs no account."""
 
 import os
 import pathlib
@@ -25,12 +25,12 @@ def log_cell(
     sends what was not sent. `folder/wandb.json` tells which cells were logged. "disabled" does nothing.
 
     Args:
-      about: tells cells of one strategy and setting apart, such as rank=8: in name, tags and config.
+      about: tells cells of one strategy and regime apart, such as rank=8: in name, tags and config.
     """
     if mode == "disabled":
         return
     others = [f"{name}={value:g}" for name, value in about.items()]
-    tags = [cell.strategy, cell.setting, *others, seeds_name(cell.seed, cell.split)]
+    tags = [cell.strategy, cell.regime, *others, seeds_name(cell.seed, cell.split)]
     name = "-".join(tags)
     logged = files.kept(files.read_json, folder / LOGGED) or {}
     known = logged.get(name)
@@ -44,7 +44,7 @@ def log_cell(
         "job_type": cell.strategy,
         "tags": tags,
         "config": config
-        | {"strategy": cell.strategy, "setting": cell.setting}
+        | {"strategy": cell.strategy, "regime": cell.regime}
         | {"seed": cell.seed, "split": cell.split}
         | about,
     }
@@ -92,7 +92,7 @@ def _log(cell: Cell, how: dict[str, Any], mode: str) -> None:
     )
     run = wandb.init(mode=mode, reinit="finish_previous", settings=settings, **how)
     for task, rounds in cell.curves.items():
-        # Over examples, of which all settings see as many, in however many rounds.
+        # Over examples, of which all regimes see as many, in however many rounds.
         run.define_metric(f"{task}/*", step_metric=f"{task}/examples")
         for record in rounds:
             kept = ("loss", "examples", "seconds", "validation")

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "makes a Task of a system and a dataset",
     )
     parser.add_argument(
-        "--setting",
+        "--regime",
         choices=("centralised", "federated"),
         default="centralised",
         help="all questions in one place (the default), or with clients who share updates alone",
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--algorithm",
         default="fedavg",
-        help="what clients' updates become in the federated setting: fedavg (the default), fedavgm, "
+        help="what clients' updates become in the federated regime: fedavg (the default), fedavgm, "
         "fedadagrad, fedadam, fedyogi, fedprox, scaffold, or one of fedit, ffa, rolora, flora, fedex, "
         "flexlora for the adapters",
     )
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     from fedrag_jax.rag_folder import is_system, require_free
     from fedrag_jax.retrieval.stores.knowledge_store import KnowledgeStore
     from fedrag_jax.strategies.own import named
-    from fedrag_jax.strategies.settings import Budget
+    from fedrag_jax.strategies.regimes import Budget
     from fedrag_jax.systems import training
 
     if args.strategy == "none":
@@ -96,9 +96,9 @@ def run(args: argparse.Namespace) -> int:
     named(args.strategy)  # refuses what is not there before anything is read
     options = _options(args.algorithm_options)
     by_name.check(args.algorithm, options, "--algorithm")
-    if args.setting == "centralised" and args.algorithm != "fedavg":
+    if args.regime == "centralised" and args.algorithm != "fedavg":
         raise ConfigError(
-            f"--algorithm {args.algorithm} averages what clients learn: add --setting=federated"
+            f"--algorithm {args.algorithm} averages what clients learn: add --regime=federated"
         )
     rates = {"query": args.query_rate, "adapters": args.adapter_rate}
     if args.algorithm in by_name.OWN_STEPS and None in rates.values():
@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
             f"--max-answer-tokens={max(cut)} takes all of them whole",
             file=sys.stderr,
         )
-    clients = training.split(dataset.train, args.setting, args.clients, args.alpha, args.seed)
+    clients = training.split(dataset.train, args.regime, args.clients, args.alpha, args.seed)
     count = args.clients or len({e.topic for e in dataset.train})
     budget = Budget(args.rounds, args.local_steps, count, args.batch_size)
     found = training.train(
@@ -138,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
         dataset,
         args.to / "training",
         strategy=args.strategy,
-        setting=args.setting,
+        regime=args.regime,
         budget=budget,
         clients=clients,
         rates=rates,

@@ -1,4 +1,4 @@
-"""Trains tasks in a setting and keeps what came out, so that nothing finished is done again."""
+"""Trains tasks in a regime and keeps what came out, so that nothing finished is done again."""
 
 import dataclasses
 import pathlib
@@ -21,8 +21,8 @@ from fedrag_jax.files import DamagedError, kept, write_json, writing
 from fedrag_jax.models import tensors
 from fedrag_jax.models.lora import adapted_kernels
 from fedrag_jax.objectives.task import PyTree, Task
-from fedrag_jax.strategies import settings
-from fedrag_jax.strategies.settings import Budget
+from fedrag_jax.strategies import regimes
+from fedrag_jax.strategies.regimes import Budget
 from fedrag_jax.tracking.checkpoints import Checkpointer
 from fedrag_jax.tracking.ledger import Cost, training_cost
 from fedrag_jax.tracking.logs import JsonlLog, Progress
@@ -31,7 +31,7 @@ from fedrag_jax.tracking.processes import everywhere
 
 @dataclasses.dataclass
 class Tuner:
-    """The `tune` of a strategy: one setting, one seed, and in the local setting one client.
+    """The `tune` of a strategy: one regime, one seed, and in the local regime one client.
 
     Attributes:
       folder: where each task leaves `tuned.safetensors`, `rounds.jsonl` and `cost.json`. A task that
@@ -39,13 +39,13 @@ class Tuner:
       rates: `rates(task name, part) -> learning rate`.
       checkpoint_every: index refreshes between two checkpoints.
       validation: examples that decide when to stop, where the budget has them do so.
-      algorithm: of the federated setting.
+      algorithm: of the federated regime.
       costs: of each task asked for, in order, whether trained now or read back.
       labels: of the same.
     """
 
     folder: pathlib.Path
-    setting: str
+    regime: str
     examples: list[Example]
     clients: Partition
     budget: Budget
@@ -65,8 +65,8 @@ class Tuner:
         return trained
 
     def where(self) -> str:
-        """For people: the setting, and whose model it is."""
-        return self.setting if self.client is None else f"{self.setting} client {self.client}"
+        """For people: the regime, and whose model it is."""
+        return self.regime if self.client is None else f"{self.regime} client {self.client}"
 
     def finished(self, task: Task) -> bool:
         """Whether `read` has something to read; what is damaged is told, and trained again."""
@@ -90,23 +90,23 @@ class Tuner:
     def arguments(self, task: Task, *callbacks: Callback) -> dict[str, Any]:
         """What to call `fit` with; it resumes from its own checkpoints."""
         folder = self.folder / task.name
-        stretch, stopping = self.budget.schedule(self.setting).refresh_every, self.budget.stopping
+        stretch, stopping = self.budget.schedule(self.regime).refresh_every, self.budget.stopping
         # Processes that each have a folder of their own could not share a checkpoint.
         saved = [Checkpointer(folder / "checkpoints", self.checkpoint_every * stretch)]
         saved = saved if jax.process_count() == 1 else []
-        if stopping and self.setting == "federated" and self.algorithm.changes_base(task):
+        if stopping and self.regime == "federated" and self.algorithm.changes_base(task):
             raise ConfigError(
                 f"{self.algorithm.name} changes the base in every round, and validation would judge "
-                "the adapters without it: train it in a setting without _converged"
+                "the adapters without it: train it in a regime without _converged"
             )
         if stopping:
             judge = held_out_loss(task, self.validation)
             every = stopping.every * stretch
             saved.append(EarlyStopping(judge, every, stopping.patience, folder))
         rates = {part: self.rates(task.name, part) for part in task.trainable}
-        return settings.arguments(
+        return regimes.arguments(
             task,
-            self.setting,
+            self.regime,
             self.examples,
             self.clients,
             self.budget,
@@ -128,7 +128,7 @@ class Tuner:
             spent = sum(e["seconds"] for e in read_evaluations(folder / "validation.jsonl"))
             cost = cost._replace(validate_seconds=spent)
             tuned = tensors.load_arrays(folder / "best.safetensors")
-        if self.setting == "federated" and self.algorithm.changes_base(task):
+        if self.regime == "federated" and self.algorithm.changes_base(task):
             base = adapted_kernels(result.frozen["decoder"], tuned["adapters"])
             tuned = tuned | {"decoder": base}
         with writing(folder / "tuned.safetensors"):
@@ -138,7 +138,7 @@ class Tuner:
         (folder / "best.safetensors").unlink(missing_ok=True)
 
     def _cost(self, task: Task, history) -> Cost:
-        schedule = self.budget.schedule(self.setting)
+        schedule = self.budget.schedule(self.regime)
         return training_cost(
             task,
             history,
@@ -158,7 +158,7 @@ def tune_together(asked: Sequence[tuple[Tuner, Task]]) -> list[PyTree | Divergen
     while todo:
         width = max(1, int(AT_ONCE / (3 * max(nbytes(task.trainable) for _, task in todo))))
         first = todo[0][0]
-        if first.setting == "federated" and settings.clients_mesh(first.budget.devices):
+        if first.regime == "federated" and regimes.clients_mesh(first.budget.devices):
             width = 1  # its clients have the devices already
         some, todo = todo[:width], todo[width:]
         others = f" and {len(some) - 1} others" if len(some) > 1 else ""

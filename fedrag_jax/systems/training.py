@@ -21,7 +21,7 @@ from fedrag_jax.evaluation.evaluator import evaluate
 from fedrag_jax.federated.algorithms import by_name
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.strategies.own import named
-from fedrag_jax.strategies.settings import Budget, split_clients
+from fedrag_jax.strategies.regimes import Budget, split_clients
 from fedrag_jax.strategies.tuner import Tuner
 from fedrag_jax.systems.system_like import system_like
 
@@ -59,10 +59,10 @@ class Trained(NamedTuple):
 
 
 def split(
-    examples: Sequence[Example], setting: str, clients: int, alpha: float, seed: int
+    examples: Sequence[Example], regime: str, clients: int, alpha: float, seed: int
 ) -> Partition:
     """Who holds which questions: clients by Dirichlet(alpha) over topics, or 0 for one a topic."""
-    if setting == "centralised":
+    if regime == "centralised":
         return Partition(examples, (np.arange(len(examples)),))
     if clients == 0:
         return partition(examples, natural("topic"), seed=seed)
@@ -75,7 +75,7 @@ def train(
     folder: pathlib.Path,
     *,
     strategy: str,
-    setting: str,
+    regime: str,
     budget: Budget,
     clients: Partition,
     rates: Mapping[str, float],
@@ -88,9 +88,9 @@ def train(
 
     Args:
       folder: of what is finished: the same call goes on from there after a kill.
-      setting: "centralised" or "federated".
+      regime: "centralised" or "federated".
       rates: of the parts that move, `query` and `adapters`.
-      algorithm, options: of the federated setting, as in `federated.by_name`.
+      algorithm, options: of the federated regime, as in `federated.by_name`.
 
     Raises:
       ConfigError: a strategy that needs gold passages where questions have none, rates that are not
@@ -117,7 +117,7 @@ def train(
             folder,
             {
                 "strategy": strategy,
-                "setting": setting,
+                "regime": regime,
                 "budget": budget._asdict(),
                 "rates": dict(rates),
                 "seed": seed,
@@ -132,7 +132,7 @@ def train(
         for factor in factors:
             tuner = Tuner(
                 folder=folder / f"times-{factor:g}",
-                setting=setting,
+                regime=regime,
                 examples=dataset.train,
                 clients=clients,
                 budget=budget,

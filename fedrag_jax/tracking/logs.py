@@ -41,7 +41,7 @@ class Progress(Callback):
     several processes the first tells.
 
     Args:
-      where: said first, such as the setting.
+      where: said first, such as the regime.
       patience: seconds without a round before it is said that there is none yet.
     """
 

@@ -21,7 +21,7 @@ def compute(lab, point):
     rows, _ = retriever.search([e.question for e in some], k)
     ids = [[retriever.passages[r].id for r in row] for row in rows]
     hit = [bool({*e.positive_ids} & {*found}) for e, found in zip(some, ids, strict=True)]
-    where = point.name, point.setting, point.seed, point.split
+    where = point.name, point.regime, point.seed, point.split
     return cells.Cell(*where, {"recall": np.array(hit, float)}, {}, [], Cost(), {}, np.arange(50))
 
 

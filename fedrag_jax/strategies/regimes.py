@@ -21,15 +21,15 @@ from fedrag_jax.federated.optimizers import tunable
 from fedrag_jax.federated.sampling import uniform
 from fedrag_jax.objectives.task import Task
 
-SETTINGS = ("centralised", "federated", "local")
+REGIMES = ("centralised", "federated", "local")
 CONVERGED = "_converged"
 
 
-class Setting(NamedTuple):
-    """What the name of a setting says.
+class Regime(NamedTuple):
+    """What the name of a regime says.
 
     Attributes:
-      kind: one of `SETTINGS`.
+      kind: one of `REGIMES`.
       alpha: of the split of clients.
       converged: whether validation decides when training ends, and not the number of examples.
       algorithm: that averages, where the name has one; "" where it does not.
@@ -41,26 +41,26 @@ class Setting(NamedTuple):
     algorithm: str = ""
 
 
-def parse(setting: str, alpha: float) -> Setting:
+def parse(regime: str, alpha: float) -> Regime:
     """`federated` has the alpha given, `federated_1` has 1; `federated_1_converged` trains until it
     stops improving; `federated:fedprox` averages by FedProx.
 
     Raises:
-      ConfigError: neither a setting, nor federated or local with an alpha > 0; as `with_algorithm`.
+      ConfigError: neither a regime, nor federated or local with an alpha > 0; as `with_algorithm`.
     """
-    where, algorithm = with_algorithm(setting)
+    where, algorithm = with_algorithm(regime)
     kind, mark, own = where.removesuffix(CONVERGED).partition("_")
     try:
         alpha = float(own) if mark else alpha
     except ValueError:
         alpha = math.nan
-    if kind not in SETTINGS or (mark and kind == "centralised") or not alpha > 0:
+    if kind not in REGIMES or (mark and kind == "centralised") or not alpha > 0:
         raise ConfigError(
-            f"setting {setting!r} unknown; choose among {[*SETTINGS]}, federated_<alpha> and "
+            f"regime {regime!r} unknown; choose among {[*REGIMES]}, federated_<alpha> and "
             "local_<alpha> with an alpha > 0, such as federated_1 or federated_inf; each may end in "
             f"{CONVERGED}"
         )
-    return Setting(kind, alpha, where.endswith(CONVERGED), algorithm or "")
+    return Regime(kind, alpha, where.endswith(CONVERGED), algorithm or "")
 
 
 class Stopping(NamedTuple):
@@ -75,31 +75,31 @@ class Stopping(NamedTuple):
     patience: int = 2
 
 
-def with_algorithm(setting: str) -> tuple[str, str | None]:
-    """The setting, and the algorithm that it names: "federated_1:fedadam" is federated_1 by fedadam.
+def with_algorithm(regime: str) -> tuple[str, str | None]:
+    """The regime, and the algorithm that it names: "federated_1:fedadam" is federated_1 by fedadam.
 
     Raises:
-      ConfigError: an unknown algorithm, or one of a setting that is not federated.
+      ConfigError: an unknown algorithm, or one of a regime that is not federated.
     """
-    where, mark, algorithm = setting.partition(":")
+    where, mark, algorithm = regime.partition(":")
     if not mark:
-        return setting, None
+        return regime, None
     if not where.startswith("federated"):
         raise ConfigError(
-            f"setting {setting!r} names an algorithm, and {where!r} averages nothing; only federated "
-            "settings take one, such as federated:fedprox"
+            f"regime {regime!r} names an algorithm, and {where!r} averages nothing; only federated "
+            "regimes take one, such as federated:fedprox"
         )
-    by_name.check(algorithm, {}, f"setting {setting!r}")
+    by_name.check(algorithm, {}, f"regime {regime!r}")
     return where, algorithm
 
 
-def rate_names(setting: str) -> list[str]:
-    """Names under which the learning rates of a setting may be kept, those of its own first.
+def rate_names(regime: str) -> list[str]:
+    """Names under which the learning rates of a regime may be kept, those of its own first.
 
     "federated_1:fedadam" has its own, or those of federated:fedadam, federated_1 or federated;
     "local_1_converged" has its own, or those of local_converged, local_1 or local.
     """
-    where, mark, algorithm = setting.partition(":")
+    where, mark, algorithm = regime.partition(":")
     kind = where.partition("_")[0]
     budget = CONVERGED if where.endswith(CONVERGED) else ""
     places = where, kind + budget, where.removesuffix(CONVERGED), kind
@@ -108,7 +108,7 @@ def rate_names(setting: str) -> list[str]:
 
 
 class Budget(NamedTuple):
-    """How much training: every setting sees R·S·K·B examples, unless a client holds fewer than B.
+    """How much training: every regime sees R·S·K·B examples, unless a client holds fewer than B.
 
     With `stopping` that is the most it may see, and a client who trains alone may see as many.
 
@@ -134,19 +134,19 @@ class Budget(NamedTuple):
     participation: float = 1.0
     stopping: Stopping | None = None
 
-    def schedule(self, setting: str) -> "Schedule":
-        """The rounds of a setting.
+    def schedule(self, regime: str) -> "Schedule":
+        """The rounds of a regime.
 
         Raises:
           ConfigError: a participation that is no whole number of clients which divides them.
         """
         steps = self.local_steps
-        if setting in ("centralised", "local") and self.stopping:
+        if regime in ("centralised", "local") and self.stopping:
             # A round for each refresh: long trainings would spend much of their time between rounds.
             return Schedule(self.rounds, 1, 1, steps * self.clients)
-        if setting == "centralised":
+        if regime == "centralised":
             return Schedule(self.rounds * self.clients, self.clients, 1, steps)
-        if setting == "local":
+        if regime == "local":
             return Schedule(self.rounds, 1, 1, steps)
         drawn = round(self.participation * self.clients)
         if drawn < 1 or self.clients % drawn or drawn != self.participation * self.clients:
@@ -159,11 +159,11 @@ class Budget(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """How a setting spends its budget.
+    """How a regime spends its budget.
 
     Attributes:
       rounds: of `fit`.
-      refresh_every: rounds between two index refreshes, of which all settings have R.
+      refresh_every: rounds between two index refreshes, of which all regimes have R.
       drawn: clients of a round.
       local_steps: of each in a round.
     """
@@ -188,7 +188,7 @@ def split_clients(
 
 def arguments(
     task: Task,
-    setting: str,
+    regime: str,
     examples: Sequence[Example],
     clients: Partition,
     budget: Budget,
@@ -198,30 +198,30 @@ def arguments(
     client: int | None = None,
     averaging: Callable[..., Algorithm] = fed_avg,
 ) -> dict[str, Any]:
-    """What to call `fit` with, to train a task in a setting.
+    """What to call `fit` with, to train a task in a regime.
 
     Args:
-      clients: of the federated and local settings.
+      clients: of the federated and local regimes.
       rates: learning rate of each part that moves (`adapters`, `query`, `document`) in the first
         round; from round to round it falls linearly towards zero, as in Lawton et al. An algorithm
         that has its clients' optimizer with it has its own.
-      client: the one that trains, in the local setting.
-      averaging: makes the algorithm of the federated setting, of what `Work` takes.
+      client: the one that trains, in the local regime.
+      averaging: makes the algorithm of the federated regime, of what `Work` takes.
     """
-    if setting not in SETTINGS:
-        raise ConfigError(f"setting must be one of {SETTINGS}, got {setting!r}")
-    rounds, refresh_every, drawn, local_steps = budget.schedule(setting)
+    if regime not in REGIMES:
+        raise ConfigError(f"regime must be one of {REGIMES}, got {regime!r}")
+    rounds, refresh_every, drawn, local_steps = budget.schedule(regime)
     work = {"local_steps": local_steps}
-    if setting == "federated":
+    if regime == "federated":
         data = clients
         if drawn < budget.clients:
             work["sampling"] = uniform(drawn)
-    elif setting == "centralised":
+    elif regime == "centralised":
         data = Partition(examples, (np.arange(len(examples)),))
     else:
         own = clients.of(client)
         data = Partition(own, (np.arange(len(own)),))
-    alone = setting != "federated"
+    alone = regime != "federated"
     algorithm = (centralised if alone else averaging)(**work)
     optimizer = None
     if algorithm.optimizer is None:
@@ -229,7 +229,7 @@ def arguments(
         def optimizer(round):
             return adamw({name: rates[name] * (1 - round / rounds) for name in task.trainable})
 
-    # Of one height in all settings, so that every client runs the program of centralised training.
+    # Of one height in all regimes, so that every client runs the program of centralised training.
     stretch = budget.local_steps * budget.clients * budget.batch_size
     seen = stretch if task.retrieve else stretch * budget.rounds
     return {
