@@ -417,14 +417,14 @@ def test_own_questions_are_measured_where_training_leaves_them(system, tmp_path,
     command = ["eval", str(system), "--questions", str(questions), "--quiet"]
     assert main([*command, "--json", "--to", str(tmp_path / "results")]) == 0
     (result,) = told(capsys)
-    assert result["n"] == len(QUESTIONS[3::4]) and result["regimes"]["split"] == "test"
+    assert result["n"] == len(QUESTIONS[3::4]) and result["settings"]["split"] == "test"
     expected = RAGSystem.load(system).batch_query([e.question for e in QUESTIONS[3::4]])
     right = [r.answer in e.answers for r, e in zip(expected, QUESTIONS[3::4], strict=True)]
     assert result["metrics"]["em"]["mean"] == pytest.approx(100 * np.mean(right), abs=5)
     assert main([*command, "--limit", "4", "--form", "markdown"]) == 0
     assert "| own" in capsys.readouterr().out
     assert main([*command, "--limit", "4", "--rule", "ja", "--json"]) == 0
-    assert told(capsys)[0]["regimes"]["rule"] == "ja"
+    assert told(capsys)[0]["settings"]["rule"] == "ja"
     assert main(["eval", str(system)]) == 1
     assert "nothing to measure" in capsys.readouterr().err
 

@@ -262,7 +262,7 @@ def test_another_config_does_not_mix_with_old_results(finished):
 
 
 @pytest.mark.parametrize(
-    ("regime", "value", "error", "message"),
+    ("setting", "value", "error", "message"),
     [
         ("federated.alpha", 0.0, ConfigError, r"alpha must be > 0, got 0.0"),
         ("federated.alpha", -1.0, ConfigError, r"alpha must be > 0, got -1.0"),

@@ -189,7 +189,7 @@ def test_files_of_other_prompts_or_authors_are_not_read(tmp_path):
         if asked is not PROMPTS:
             asked = asked._replace(rate_text=asked.rate_text._replace(system="Otherwise."))
         with pytest.raises(ConfigError, match=r"rate_text.jsonl holds what was asked otherwise"):
-            pipeline.rate_texts(asking(author, tmp_path, prompts), TEXTS, tmp_path)
+            pipeline.rate_texts(asking(author, tmp_path, asked), TEXTS, tmp_path)
 
 
 # --- 4, contexts -----------------------------------------------------------------------------------

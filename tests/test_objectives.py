@@ -76,7 +76,7 @@ def test_marginals_against_numpy():
     rng = np.random.default_rng(0)
     log_probs = -rng.exponential(1.5, (5, 3, 4)).astype(np.float32)
     scores = rng.normal(size=(5, 3)).astype(np.float32)
-    mask = np.arange(4) < rng.integers(1, 5, (5, 1))
+    mask = (np.arange(4) < rng.integers(1, 5, (5, 1))).astype(np.float32)
     token, sequence = slow_marginals(log_probs, scores, mask)
     np.testing.assert_allclose(rag_token(log_probs, scores, mask), token, rtol=1e-5)
     np.testing.assert_allclose(rag_sequence(log_probs, scores, mask), sequence, rtol=1e-5)

@@ -328,4 +328,4 @@ def nucleus(scores: jax.Array, top_p: jax.Array) -> jax.Array:
     above, equal = bits > least, bits == least
     before = jnp.cumsum(equal, axis=-1) - 1
     value = jax.lax.bitcast_convert_type(least, jnp.float32)
-    return above | equal & (mass(above) + before * value < top_p)
+    return above | equal & (mass(above) + before.astype(value.dtype) * value < top_p)

@@ -49,9 +49,9 @@ def tokens_read(batch) -> jax.Array:
     """Tokens of each example [B] that generator and query encoder read, without padding."""
     tokens = jnp.zeros_like(batch["weight"])
     if "lengths" in batch:
-        tokens += batch["lengths"].sum(1)
+        tokens += batch["lengths"].sum(1).astype(tokens.dtype)
     if "question_mask" in batch:
-        tokens += batch["question_mask"].sum(1)
+        tokens += batch["question_mask"].sum(1).astype(tokens.dtype)
     return tokens
 
 

@@ -143,7 +143,7 @@ def _search(network, beams, room, params, adapters, tokens, mask, log_weights, l
 
     def running(carry):
         i, beam, *_ = carry
-        first = jnp.arange(n) < limits.best
+        first = (jnp.arange(n) < limits.best)[None]
         return (i < limits.count) & (first & ~beam.stopped).any()
 
     def step(carry):

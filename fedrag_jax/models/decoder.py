@@ -156,7 +156,7 @@ class Decoder(nnx.Module):
             start = cache.length
             mask = jax.lax.dynamic_update_slice(cache.mask, mask, (0, start))
         rows, columns = start + jnp.arange(t), jnp.arange(mask.shape[1])
-        back = rows[:, None] - columns
+        back = (rows[:, None] - columns[None])[None]
         visible = (back >= 0) & mask[:, None]
         if segments is not None:
             if cache is not None:
@@ -189,7 +189,7 @@ class Decoder(nnx.Module):
           as for a call without a cache.
         """
         config, t = self.config, tokens.shape[1]
-        back = jnp.arange(t)[:, None] - jnp.arange(t)
+        back = (jnp.arange(t)[:, None] - jnp.arange(t)[None])[None]
         visible = (back >= 0) & mask.astype(bool)[:, None]
         limits = jnp.array([w or t for w in config.windows])
         hidden = self._embedded(tokens)
@@ -338,7 +338,9 @@ def _rope(config, positions, dtype):
     """Of a layer's number: cosine and sine of the angles of positions [B, T], each [B, T, 1, E]."""
 
     def turns(local):
-        angles = positions[..., None].astype(jnp.float32) * rope_frequencies(config, local)
+        angles = (
+            positions[..., None].astype(jnp.float32) * rope_frequencies(config, local)[None, None]
+        )
         angles = jnp.concatenate([angles, angles], -1)[:, :, None]
         return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
 

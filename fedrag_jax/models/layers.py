@@ -31,7 +31,7 @@ class Linear(nnx.Module):
         rows = x.reshape(-1, x.shape[-1])
         y = jnp.matmul(rows, dense(self.kernel[...]), preferred_element_type=dtype)
         if hasattr(self, "bias"):
-            y = y + self.bias[...]
+            y = y + self.bias[...][None]
         if hasattr(self, "lora_a"):
             a, b = self.lora_a[...], self.lora_b[...]
             y = y + low_rank(rows.astype(a.dtype), a, b).astype(y.dtype)
@@ -87,8 +87,8 @@ class RMSNorm(nnx.Module):
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.epsilon)
         if self.centred:
-            return (wide * (1 + self.scale[...].astype(wide.dtype))).astype(x.dtype)
-        return wide.astype(x.dtype) * self.scale[...]
+            return (wide * _along(1 + self.scale[...].astype(wide.dtype), wide)).astype(x.dtype)
+        return wide.astype(x.dtype) * _along(self.scale[...], x)
 
 
 class LayerNorm(nnx.Module):
@@ -102,7 +102,12 @@ class LayerNorm(nnx.Module):
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         wide = wide - wide.mean(-1, keepdims=True)
         wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.epsilon)
-        return wide.astype(x.dtype) * self.scale[...] + self.bias[...]
+        return wide.astype(x.dtype) * _along(self.scale[...], x) + _along(self.bias[...], x)
+
+
+def _along(vector: jax.Array, x: jax.Array) -> jax.Array:
+    """A vector [D] as of so many axes as x [..., D]."""
+    return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
 
 
 def attend(

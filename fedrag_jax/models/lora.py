@@ -99,7 +99,7 @@ class LoraConfig:
         stacked = path[0] == "layers"
         sizes = self.sizes(path[-2], layers if stacked else None)
         scale = np.array([alpha / rank for rank, alpha in sizes])
-        return scale[:, None, None] if stacked else scale
+        return scale.reshape((-1, 1, 1) if stacked else (1, 1))
 
 
 def add_lora(network: Network, config: LoraConfig) -> Network:
@@ -243,5 +243,5 @@ def _columns(x: jax.Array, count: int) -> jax.Array:
 def _there(config: LoraConfig, path: tuple, shape: tuple) -> np.ndarray:
     """Which columns of an array A its layers have, to multiply it with."""
     sizes = config.sizes(path[-2], shape[0] if path[0] == "layers" else None)
-    there = np.arange(shape[-1]) < np.array([[rank] for rank, _ in sizes])
+    there = (np.arange(shape[-1]) < np.array([[rank] for rank, _ in sizes])).astype(np.float32)
     return there[:, None] if path[0] == "layers" else there

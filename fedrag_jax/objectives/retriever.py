@@ -55,11 +55,11 @@ class MultipleNegativesRanking:
     def __call__(self, trainable, frozen, batch, rng):
         parts, golds = frozen | trainable, batch["golds"]
         size, there = len(golds), batch["weight"] > 0
-        rows, negative = batch["positive"], ~_share_a_gold(golds, golds) & there
+        rows, negative = batch["positive"], ~_share_a_gold(golds, golds) & there[None]
         if "negatives" in batch:
             mined = jnp.where(there[:, None], batch["negatives"], -1).reshape(-1)
             rows = jnp.concatenate([rows, jnp.maximum(mined, 0)])
-            usable = ~_share_a_gold(golds, mined[:, None]) & (mined >= 0)
+            usable = ~_share_a_gold(golds, mined[:, None]) & (mined >= 0)[None]
             negative = jnp.concatenate([negative, usable], axis=1)
         shown = negative | jnp.eye(size, negative.shape[1], dtype=bool)
 

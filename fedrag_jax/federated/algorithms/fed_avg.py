@@ -79,7 +79,9 @@ def averaging(
         parameters = jax.tree.map(wide, x)
         updates, server = server_optimizer.update(pseudo_gradient, state.server, parameters)
         population = population if carry_optimizer else ()
-        return State(optax.apply_updates(x, updates), server, population), report
+        moved = optax.apply_updates(parameters, updates)
+        x = jax.tree.map(lambda new, old: new.astype(old.dtype), moved, x)
+        return State(x, server, population), report
 
     return Algorithm(work, init, (turn,), whole_model)
 

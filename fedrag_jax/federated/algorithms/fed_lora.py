@@ -275,9 +275,9 @@ def _cut(adapters: dict, rank: jax.Array, factor: jax.Array) -> dict:
     """The first `rank` columns of A and rows of B, zeros beyond, and every B times `factor`."""
 
     def cut(path, x):
-        places = jnp.arange(x.shape[-1] if path[-1] == A else x.shape[-2])
-        there = (places < rank).astype(x.dtype)
-        return x * (there if path[-1] == A else there[:, None])
+        axis = x.ndim - (1 if path[-1] == A else 2)
+        places = jax.lax.broadcasted_iota(rank.dtype, x.shape, axis)
+        return x * (places < rank).astype(x.dtype)
 
     return _scaled(unflatten((path, cut(path, x)) for path, x in flatten(adapters)), factor)
 

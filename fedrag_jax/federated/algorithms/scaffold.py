@@ -89,7 +89,9 @@ def _turn_with(server_learning_rate: float) -> Callable:
         rate = jax.tree.broadcast(rate, x)
 
         def correct(gradient, y, x, c_k):
-            return jax.tree.map(lambda g, c_k, c: (g - c_k + c).astype(g.dtype), gradient, c_k, c)
+            return jax.tree.map(
+                lambda g, c_k, c: (wide(g) - c_k + c).astype(g.dtype), gradient, c_k, c
+            )
 
         def group(members, c_k):
             x_k = stack(x, len(members.share))
@@ -97,7 +99,8 @@ def _turn_with(server_learning_rate: float) -> Callable:
             moved = difference(y_k, x_k)
 
             def change(moved, c, rate, steps):
-                mean = -moved / (jnp.maximum(steps, 1) * rate).astype(moved.dtype)
+                steps_taken = jnp.maximum(steps, 1).astype(rate.dtype)
+                mean = -moved / (steps_taken * rate).astype(moved.dtype)
                 return jnp.where(steps > 0, mean - c, 0)
 
             changes = jax.tree.map(
@@ -113,7 +116,8 @@ def _turn_with(server_learning_rate: float) -> Callable:
         (update, changes), rest = client.total(group, cohort, state.population)
         population, report = (list(part) for part in zip(*rest, strict=True))
         x = jax.tree.map(lambda x, u: (x + server_learning_rate * u).astype(x.dtype), x, update)
-        c = jax.tree.map(lambda c, d: (c + d / state.server["clients"]).astype(c.dtype), c, changes)
+        clients = state.server["clients"]
+        c = jax.tree.map(lambda c, d: (c + d / clients.astype(d.dtype)).astype(c.dtype), c, changes)
         return State(x, state.server | {"c": c}, population), report
 
     return turn

@@ -105,8 +105,9 @@ def one_step(loss, optimizer, frozen, table, correct=None, see=None) -> Callable
         if correct is not None:
             gradient = correct(gradient, y, x, own)
         updates, state = optimizer.update(gradient, state, y)
+        told = jax.tree.map(lambda x: wide(jnp.asarray(x)), (value, metrics))
         count = weight.sum()
-        sums = jax.tree.map(lambda x: count * wide(jnp.asarray(x)), (value, metrics))
+        sums = jax.tree.map(lambda x: count.astype(x.dtype) * x, told)
         return optax.apply_updates(y, updates), state, (count, *sums)
 
     return step
@@ -114,7 +115,8 @@ def one_step(loss, optimizer, frozen, table, correct=None, see=None) -> Callable
 
 def report_of(y: PyTree, examples: jax.Array, loss: jax.Array, metrics: dict) -> dict:
     """What is told of g clients, from their models and sums, [g, ...] all of them."""
-    loss, metrics = jax.tree.map(lambda x: x / jnp.maximum(examples, 1), (loss, metrics))
+    seen = jnp.maximum(examples, 1)
+    loss, metrics = jax.tree.map(lambda x: x / seen.astype(x.dtype), (loss, metrics))
     return {
         "loss": loss,
         "metrics": metrics,
