@@ -12,10 +12,11 @@ from fedrag_jax.data.examples import Passage
 from fedrag_jax.errors import CheckpointError, ConfigError
 from fedrag_jax.retrieval.index.silos import RRF_K
 from fedrag_jax.retrieval.stores.knowledge_store import Found, KnowledgeStore
+from fedrag_jax.retrieval.stores.over_others import OverOthers
 from fedrag_jax.retrieval.stores.registry import open_store
 
 
-class HybridStore(KnowledgeStore):
+class HybridStore(OverOthers):
     """Reciprocal rank fusion (Cormack, Clarke and Büttcher 2009) of what several stores find.
 
         score = sum over stores that found the passage: 1 / (60 + rank), ranks from 1
@@ -120,20 +121,11 @@ class HybridStore(KnowledgeStore):
 
     # --- on disk -------------------------------------------------------------------------------
 
+    def _others(self) -> Sequence[KnowledgeStore]:
+        return self.parts
+
     def _settings(self) -> dict[str, Any]:
-        told = [(part, part._settings()) for part in self.parts]
-        elsewhere = ", ".join(part.place(s) for part, s in told if part.lies_elsewhere(s))
-        return {"depth": self.depth, "parts": len(self.parts), "elsewhere": elsewhere}
-
-    @classmethod
-    def lies_elsewhere(cls, settings: dict[str, Any]) -> bool:
-        """If one of its stores does."""
-        return settings["elsewhere"] != ""
-
-    @classmethod
-    def place(cls, settings: dict[str, Any]) -> str:
-        """The places of those stores."""
-        return repr(settings["elsewhere"])
+        return super()._settings() | {"parts": len(self.parts)}
 
     def _save(self, folder: pathlib.Path) -> None:
         for i, part in enumerate(self.parts):

@@ -101,12 +101,12 @@ def new_store(name: str, dimension: int, **options: Any) -> PassageSource:
         if option not in kind.options:
             others = [other for other in NEW if option in KINDS[other].options]
             raise ConfigError(
-                f"--{option} is of {' and '.join(others)}, the store is {name!r}"
+                f"store {name!r} has no option {option!r}, which is of {' and '.join(others)}"
                 if others
                 else f"unknown option {option!r} of store {name!r}; choose among {[*kind.options]}"
             )
     if lacking := [option for option in kind.needed if option not in options]:
-        raise ConfigError(f"--store={name} needs --{lacking[0]}: where it is")
+        raise ConfigError(f"store {name!r} needs the option {lacking[0]!r}: where it is")
     return new(store_class(kind.saved), dimension, **options)
 
 

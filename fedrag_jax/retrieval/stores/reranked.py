@@ -10,11 +10,12 @@ from fedrag_jax.data.examples import Passage, embedding_text
 from fedrag_jax.errors import CheckpointError, ConfigError
 from fedrag_jax.models.cross_encoder import CrossEncoder
 from fedrag_jax.retrieval.stores.knowledge_store import KnowledgeStore
+from fedrag_jax.retrieval.stores.over_others import OverOthers
 from fedrag_jax.retrieval.stores.passage_source import Found
 from fedrag_jax.retrieval.stores.registry import open_store
 
 
-class RerankedStore(KnowledgeStore):
+class RerankedStore(OverOthers):
     """Finds passages as another store does, and orders them by the logits of a cross-encoder.
 
     The passages are those of the other store: what is added, replaced or deleted here is so there, and
@@ -115,20 +116,8 @@ class RerankedStore(KnowledgeStore):
 
     # --- on disk -------------------------------------------------------------------------------
 
-    def _settings(self) -> dict[str, Any]:
-        told = self.store._settings()
-        elsewhere = self.store.place(told) if self.store.lies_elsewhere(told) else ""
-        return {"depth": self.depth, "elsewhere": elsewhere}
-
-    @classmethod
-    def lies_elsewhere(cls, settings: dict[str, Any]) -> bool:
-        """If the other store does."""
-        return settings["elsewhere"] != ""
-
-    @classmethod
-    def place(cls, settings: dict[str, Any]) -> str:
-        """The place of the other store."""
-        return repr(settings["elsewhere"])
+    def _others(self) -> Sequence[KnowledgeStore]:
+        return (self.store,)
 
     def _save(self, folder: pathlib.Path) -> None:
         self.store.save(folder / "store")
