@@ -12,6 +12,9 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("FEDRAG_CACHE", str(_CACHE / "embeddings"))
 os.environ.setdefault("WANDB_SILENT", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# A mask of one axis too few, or a number that widens what it meets, is an error here.
+os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
+os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
 # FAISS's threads would spin while they wait, and keep busy cores from what they wait for.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
