@@ -12,9 +12,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("FEDRAG_CACHE", str(_CACHE / "embeddings"))
 os.environ.setdefault("WANDB_SILENT", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# A mask of one axis too few, or a number that widens what it meets, is an error here.
+# An array with an axis too few is an error here, and does not stretch.
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
-os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
 # FAISS's threads would spin while they wait, and keep busy cores from what they wait for.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -23,6 +22,15 @@ def pytest_report_header(config):
     data = pathlib.Path(os.environ.get("FEDRAG_DATA", "../shared/data"))
     found = (data / "squad.questions.jsonl.gz").exists()
     return f"real data: {'runs on ' + str(data) if found else f'skipped, no sets in {data}'}"
+
+
+@pytest.fixture
+def strict_types():
+    """No array's type is changed by what it meets; not for tests that train, because optax does it."""
+    import jax
+
+    with jax.numpy_dtype_promotion("strict"):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,8 @@ def collate(examples, retrieved):
 
 
 def weighted_mean(values, weight):
-    return (values * weight).sum() / weight.sum()
+    weight = weight.astype(jnp.result_type(float))
+    return (values.astype(weight.dtype) * weight).sum() / weight.sum()
 
 
 class CountedLoss:

@@ -14,6 +14,7 @@ import optax
 
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.federated.work import Work
+from fedrag_jax.models.layers import wide_type
 
 PyTree = Any
 
@@ -199,7 +200,7 @@ def difference(y: PyTree, x: PyTree) -> PyTree:
 
 def wide(x: jax.Array) -> jax.Array:
     """`x` in float32 at least."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(wide_type(x))
 
 
 def nbytes(tree: PyTree) -> int:

@@ -13,7 +13,16 @@ import numpy as np
 from flax import nnx
 
 from fedrag_jax.errors import ConfigError
-from fedrag_jax.models.layers import Embed, Linear, RMSNorm, attend, run_stack, stack, take_rows
+from fedrag_jax.models.layers import (
+    Embed,
+    Linear,
+    RMSNorm,
+    attend,
+    run_stack,
+    stack,
+    take_rows,
+    wide_type,
+)
 from fedrag_jax.models.lora import LoraConfig
 from fedrag_jax.models.network import PerLayer
 
@@ -207,7 +216,7 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> float32 [..., V]."""
-        wide = jnp.promote_types(hidden.dtype, jnp.float32)
+        wide = wide_type(hidden)
         if self.config.tie_embeddings:
             table = self.embed.embedding[...]
             return jnp.matmul(hidden, table.T, preferred_element_type=wide)

@@ -10,6 +10,11 @@ from fedrag_jax.models.network import PerLayer
 from fedrag_jax.models.quantized import dense
 
 
+def wide_type(x: jax.Array):
+    """The type in which numbers of an array are summed: float32, or float64 where they are that."""
+    return jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+
+
 class Linear(nnx.Module):
     """x [..., in] -> x W + b + x A B [..., out].
 
@@ -84,7 +89,7 @@ class RMSNorm(nnx.Module):
         self.epsilon, self.centred = epsilon, centred
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = x.astype(wide_type(x))
         wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.epsilon)
         if self.centred:
             return (wide * _along(1 + self.scale[...].astype(wide.dtype), wide)).astype(x.dtype)
@@ -99,7 +104,7 @@ class LayerNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = x.astype(wide_type(x))
         wide = wide - wide.mean(-1, keepdims=True)
         wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.epsilon)
         return wide.astype(x.dtype) * _along(self.scale[...], x) + _along(self.bias[...], x)
@@ -155,7 +160,7 @@ def _mix(q, k, v, visible, bias):
 
 
 def _mix_forward(q, k, v, visible, bias):
-    wide = jnp.promote_types(q.dtype, jnp.float32)
+    wide = wide_type(q)
     scores = jnp.einsum("nte,nse->nts", q, k, preferred_element_type=wide)
     if bias is not None:
         scores = scores + bias
@@ -166,7 +171,7 @@ def _mix_forward(q, k, v, visible, bias):
 
 def _mix_backward(kept, dmixed):
     q, k, v, visible, bias, weights, mixed = kept
-    wide = jnp.promote_types(v.dtype, jnp.float32)
+    wide = wide_type(v)
     dweights = jnp.einsum("nte,nse->nts", dmixed, v, preferred_element_type=wide)
     mean = (dmixed.astype(wide) * mixed.astype(wide)).sum(-1, keepdims=True)
     dscores = jnp.where(visible, weights.astype(wide) * (dweights - mean), 0)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fedrag_jax.errors import ConfigError
-from fedrag_jax.models.layers import Linear
+from fedrag_jax.models.layers import Linear, wide_type
 
 POOLING = ("mean", "cls", "lasttoken")
 SIMILARITIES = ("cosine", "dot", "euclidean")
@@ -115,7 +115,7 @@ def pooled(module: nnx.Module, hidden: jax.Array, mask: jax.Array) -> jax.Array:
       mask: [B, T], 0 or False where there is padding, on the right.
     """
     config, mask = module.config, mask.astype(jnp.float32)
-    hidden = hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))
+    hidden = hidden.astype(wide_type(hidden))
     if config.pooling == "cls":
         vectors = hidden[:, 0]
     elif config.pooling == "lasttoken":
