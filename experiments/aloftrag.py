@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments import aloftrag_report
-from experiments.aloftrag_study import BASE, METRICS, Study, endpoint
+from experiments.aloftrag_lab import BASE, METRICS, LabelFreeLab, endpoint
 from experiments.lab import training_curves
 from experiments.loading import check_replicates, replicates
 from experiments.reporting import cells
@@ -85,26 +85,26 @@ def task_of(variant: Variant, system, made, seed: int):
     )
 
 
-def compute(study: Study, point: Point) -> cells.Cell:
+def compute(lab: LabelFreeLab, point: Point) -> cells.Cell:
     """Generates, trains and reads the contexts of the test questions."""
     name, regime, seed, split = point.name, point.regime, point.seed, point.split
     if name == BASE:  # is the same with all seeds, whose adapters are all zero
-        known = (cells.load(study.folder, name, regime, *pair) for pair in study.replicates)
+        known = (cells.load(lab.folder, name, regime, *pair) for pair in lab.replicates)
         if found := next(filter(None, known), None):
             return found._replace(seed=seed, split=split)
-    untuned, counts, tuners = study.system(seed), {}, []
-    readers = [(untuned, np.arange(len(study.test)))]  # who reads which questions
+    untuned, counts, tuners = lab.system(seed), {}, []
+    readers = [(untuned, np.arange(len(lab.test)))]  # who reads which questions
     if name != BASE:
         variant = VARIANTS[name]
-        how = {"unanswerable": study.config.unanswerable} | variant.generate
-        made = study.generated(name, seed, variant.elsewhere, **how)
+        how = {"unanswerable": lab.config.unanswerable} | variant.generate
+        made = lab.generated(name, seed, variant.elsewhere, **how)
         counts = pipeline.total_counts([some.steps for some in made.values()])
-        task = task_of(variant, study.system(seed, variant.elsewhere), made, seed)
-        members = range(len(study.silos)) if regime == "local" else (None,)
+        task = task_of(variant, lab.system(seed, variant.elsewhere), made, seed)
+        members = range(len(lab.silos)) if regime == "local" else (None,)
         readers = []
         for client in members:
-            tuner = study.tuner(name, regime, made, seed, client)
-            own = study.asked_of == client if client is not None else np.ones(len(study.test), bool)
+            tuner = lab.tuner(name, regime, made, seed, client)
+            own = lab.asked_of == client if client is not None else np.ones(len(lab.test), bool)
             readers.append((untuned.replace(**tuner(task)), np.flatnonzero(own)))
             tuners.append(tuner)
     cost = sum((c for tuner in tuners for c in tuner.costs.values()), Cost())
@@ -112,17 +112,17 @@ def compute(study: Study, point: Point) -> cells.Cell:
     for system, own in readers:
         if not len(own):
             continue
-        for metric, values in read(study, name, system, own, f"{name}-{regime}-seed{seed}").items():
-            scores.setdefault(metric, np.full(len(study.test), np.nan))[own] = values
+        for metric, values in read(lab, name, system, own, f"{name}-{regime}-seed{seed}").items():
+            scores.setdefault(metric, np.full(len(lab.test), np.nan))[own] = values
     lap = clock.lap()
     cost += Cost(evaluate_seconds=lap.others + lap.searching, compile_seconds=lap.compiling)
     curves = training_curves(tuners)
     return cells.Cell(
-        name, regime, seed, split, scores, counts, [], cost, curves, study.test_clusters
+        name, regime, seed, split, scores, counts, [], cost, curves, lab.test_clusters
     )
 
 
-def read(study: Study, name: str, system, own: np.ndarray, cell: str) -> dict[str, np.ndarray]:
+def read(lab: LabelFreeLab, name: str, system, own: np.ndarray, cell: str) -> dict[str, np.ndarray]:
     """Scores of some test questions, named `<metric>_<n>` with the gold passage forced into n.
 
     `hard_<n>` is whether it had to be forced in, `recall_at_<n>` of retrieval; with most passages,
@@ -130,15 +130,15 @@ def read(study: Study, name: str, system, own: np.ndarray, cell: str) -> dict[st
     none is cited, and `em_none` whether the answer is right all the same: known by heart, for the texts
     that are trained on are those that are asked about.
     """
-    config, questions, scores = study.config, [study.test[i] for i in own], {}
+    config, questions, scores = lab.config, [lab.test[i] for i in own], {}
     most = max(config.contexts)
-    pool = study.pool if config.silos else None
+    pool = lab.pool if config.silos else None
     for n in config.contexts:
-        contexts, hard = study.contexts(n, "forced")
+        contexts, hard = lab.contexts(n, "forced")
         judge = None
         if n == most and (author := endpoint(config.judge)):
             judge = functools.partial(
-                judged, author, folder=study.folder / "judged" / cell, repeats=config.judge.repeats
+                judged, author, folder=lab.folder / "judged" / cell, repeats=config.judge.repeats
             )
         found = evaluate_citing(system, questions, [contexts[i] for i in own], judge)
         scores |= {f"{metric}_{n}": values for metric, values in found.items()}
@@ -148,7 +148,7 @@ def read(study: Study, name: str, system, own: np.ndarray, cell: str) -> dict[st
         if n == most:
             found = evaluate_citing(system, questions, contexts)
             scores |= {f"{metric}_found": found[metric] for metric in METRICS}
-    contexts, _ = study.contexts(most, "none")
+    contexts, _ = lab.contexts(most, "none")
     found = evaluate_citing(system, questions, [contexts[i] for i in own])
     return scores | {"abstained_none": found["abstained"], "em_none": found["em"]}
 
@@ -198,7 +198,7 @@ def variants(config) -> list[str]:
     return [name for name in config.variants if name != "pretraining_world"]
 
 
-def lab(config, folder: pathlib.Path) -> Study:
+def lab(config, folder: pathlib.Path) -> LabelFreeLab:
     """The texts and models of the config.
 
     Raises:
@@ -207,8 +207,8 @@ def lab(config, folder: pathlib.Path) -> Study:
     """
     check(config)
     dataset = datasets.load(config.data.name, needed=(config.data.split,))
-    study = Study(config, dataset, folder)
-    prompts = study.system(config.seeds[0]).prompts
+    lab = LabelFreeLab(config, dataset, folder)
+    prompts = lab.system(config.seeds[0]).prompts
     prompts.require_citing()
     if prompts.share_cut > 0.01:
         print(
@@ -217,14 +217,14 @@ def lab(config, folder: pathlib.Path) -> Study:
             "is read",
             flush=True,
         )
-    for silo in study.silos:
-        study.prompts(silo)
-    return study
+    for silo in lab.silos:
+        lab.prompts(silo)
+    return lab
 
 
-def points(study: Study) -> list[Point]:
+def points(lab: LabelFreeLab) -> list[Point]:
     """Variant by variant, regime by regime; untuned is untuned wherever texts are."""
-    config = study.config
+    config = lab.config
     names = itertools.product(variants(config), config.regimes, replicates(config))
     return [
         Point(name, regime, *pair)
@@ -233,10 +233,10 @@ def points(study: Study) -> list[Point]:
     ]
 
 
-def controls(study: Study) -> None:
+def controls(lab: LabelFreeLab) -> None:
     """Which silo each test question is about, for the report."""
-    of_question = {"names": [*study.silos], "of_question": study.asked_of.tolist()}
-    write_json(study.folder / "silos.json", of_question)
+    of_question = {"names": [*lab.silos], "of_question": lab.asked_of.tolist()}
+    write_json(lab.folder / "silos.json", of_question)
 
 
 def told(cell) -> str:

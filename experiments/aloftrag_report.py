@@ -4,10 +4,10 @@ import pathlib
 
 import numpy as np
 
-from experiments.aloftrag_study import BASE, METRICS
+from experiments.aloftrag_lab import BASE, METRICS
 from experiments.reporting import citing_figures, comparison, differences, tables
 from experiments.reporting.comparison import costs_and_clients
-from experiments.reporting.report import Report, Section
+from experiments.reporting.page import Report, Section
 from experiments.run import finished
 from fedrag_jax.files import read_json
 

@@ -7,7 +7,7 @@ from experiments.loading import rates_name, replicates
 from experiments.reporting import comparison, differences, figures
 from experiments.reporting import comparison_tables as tables
 from experiments.reporting.cells import Cell
-from experiments.reporting.report import Report, Section
+from experiments.reporting.page import Report, Section
 from experiments.run import finished
 from fedrag_jax.files import read_json
 from fedrag_jax.strategies.own import named

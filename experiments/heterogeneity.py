@@ -24,7 +24,7 @@ from experiments.loading import (
 from experiments.rates import chosen_rate, one_by_one
 from experiments.reporting import cells, comparison, differences, figures, tables
 from experiments.reporting.comparison import METRICS
-from experiments.reporting.report import Report, Section
+from experiments.reporting.page import Report, Section
 from experiments.run import Experiment, Point, finished
 from fedrag_jax.data.examples import Dataset
 from fedrag_jax.errors import ConfigError

@@ -16,7 +16,7 @@ from experiments.lab import Lab, curve
 from experiments.loading import check_replicates, load_data, replicates, validation_sample
 from experiments.rates import chosen_rate, kept_rate, one_by_one
 from experiments.reporting import cells, comparison, differences, experiment_figures, tables
-from experiments.reporting.report import Report, Section
+from experiments.reporting.page import Report, Section
 from experiments.run import Experiment, Point, finished
 from fedrag_jax.clock import Clock
 from fedrag_jax.data.examples import sample

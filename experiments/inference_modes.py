@@ -18,7 +18,7 @@ from experiments.loading import check as check_comparison
 from experiments.loading import load_data, replicates, trainable_strategies
 from experiments.reporting import cells, comparison, differences, tables
 from experiments.reporting.comparison import METRICS
-from experiments.reporting.report import Report, Section
+from experiments.reporting.page import Report, Section
 from experiments.run import Experiment, Point, finished
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.evaluation.evaluator import evaluate

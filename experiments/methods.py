@@ -22,7 +22,7 @@ from experiments.loading import (
 )
 from experiments.rates import chosen_rate, kept_rate, one_by_one
 from experiments.reporting import cells, comparison, differences, experiment_figures, tables
-from experiments.reporting.report import Report, Section
+from experiments.reporting.page import Report, Section
 from experiments.run import Experiment, Point, finished
 from fedrag_jax.clock import Clock
 from fedrag_jax.errors import ConfigError

@@ -5,14 +5,14 @@ written. An experiment itself is a value, `Experiment`, in a module of its own t
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 from experiments.launch import settled_config
 from experiments.loading import replicates
 from experiments.reporting import cells
-from experiments.reporting.report import Report
+from experiments.reporting.page import Report
 from experiments.reporting.weights_and_biases import log_cell
 from fedrag_jax.errors import DivergenceError
 from fedrag_jax.tracking.manifest import write_manifest
@@ -49,6 +49,50 @@ class Point:
         return cells.load(folder / self.folder, *where)
 
 
+class OpensLab(Protocol):
+    """Data and models of a config, with a `dataset`; writes nothing.
+
+    Raises:
+      ConfigError, DataError: what could only fail later.
+    """
+
+    def __call__(self, config: Any, folder: pathlib.Path, /) -> Any: ...
+
+
+class ListsPoints(Protocol):
+    """All points, in the order they are computed."""
+
+    def __call__(self, lab: Any, /) -> Sequence[Point]: ...
+
+
+class ComputesCell(Protocol):
+    """One point.
+
+    Raises:
+      DivergenceError: training diverges, which leaves the others alone.
+    """
+
+    def __call__(self, lab: Any, point: Point, /) -> cells.Cell: ...
+
+
+class TellsCell(Protocol):
+    """What people are told of a cell as it is done, a line."""
+
+    def __call__(self, cell: cells.Cell, /) -> str: ...
+
+
+class MakesReport(Protocol):
+    """Rows, tables and figures of the cells that are there."""
+
+    def __call__(self, config: Any, folder: pathlib.Path, /) -> Report: ...
+
+
+class MeasuresControls(Protocol):
+    """What is measured once, after the cells, and kept in the lab's folder."""
+
+    def __call__(self, lab: Any, /) -> None: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Experiment:
     """What is measured, and how it is told.
@@ -56,23 +100,16 @@ class Experiment:
     Attributes:
       name: of its module and its config.
       free: settings of the config that may differ between calls whose cells lie side by side.
-      lab: `lab(config, folder)`, data and models, with a `dataset`; refuses what could only fail later,
-        and writes nothing.
-      points: `points(lab)`, in the order they are computed.
-      compute: `compute(lab, point) -> Cell`.
-      told: `told(cell)`, what people are told of a cell as it is done.
-      report: `report(config, folder) -> Report` on the cells that are there.
-      controls: `controls(lab)`, measured once, after the cells.
     """
 
     name: str
     free: tuple[str, ...]
-    lab: Callable[[Any, pathlib.Path], Any]
-    points: Callable[[Any], Sequence[Point]]
-    compute: Callable[[Any, Point], cells.Cell]
-    told: Callable[[cells.Cell], str]
-    report: Callable[[Any, pathlib.Path], Report]
-    controls: Callable[[Any], None] = lambda lab: None
+    lab: OpensLab
+    points: ListsPoints
+    compute: ComputesCell
+    told: TellsCell
+    report: MakesReport
+    controls: MeasuresControls = lambda lab: None
 
 
 def run(experiment: Experiment, config, runs: str) -> pathlib.Path:

@@ -19,7 +19,7 @@ from experiments.loading import check_replicates, replicates
 from experiments.rates import at_edge, chosen_rate, kept_rate, one_by_one
 from experiments.reporting import cells, comparison, differences, tables
 from experiments.reporting.comparison import estimate
-from experiments.reporting.report import Report, Section
+from experiments.reporting.page import Report, Section
 from experiments.run import Experiment, Point, finished
 from fedrag_jax.data import datasets
 from fedrag_jax.data.examples import Dataset, clusters, sample
@@ -40,7 +40,7 @@ METRICS = {"recall_at_1": "Recall@1", "recall_at_5": "Recall@5", "recall_at_20":
            "mrr": "MRR@10"}  # fmt: skip
 
 
-class Study(NamedTuple):
+class Prepared(NamedTuple):
     """What all cells of a dataset share.
 
     Attributes:
@@ -55,7 +55,7 @@ class Study(NamedTuple):
     retriever: object
 
 
-def study_of(config, name: str, folder: pathlib.Path, model) -> Study:
+def prepare(config, name: str, folder: pathlib.Path, model) -> Prepared:
     """A dataset with samples of its labelled questions, and its embedded corpus."""
     loaded, seed = datasets.load(name), config.sample_seed
     train, validation, test = (
@@ -72,7 +72,7 @@ def study_of(config, name: str, folder: pathlib.Path, model) -> Study:
     write_manifest(here, dataset, experiment="tune_retrieval", seeds=list(config.seeds))
     retriever = Retriever.build(model, dataset.passages, progress=True)
     dataset = with_topics(dataset, retriever)
-    return Study(config, here, dataset, dataset.validation, retriever)
+    return Prepared(config, here, dataset, dataset.validation, retriever)
 
 
 class Retrieval:
@@ -81,16 +81,16 @@ class Retrieval:
     def __init__(self, config, folder: pathlib.Path):
         self.config, self.folder = config, folder
         self.model = hub.load(config.retriever)
-        self.study = functools.lru_cache(maxsize=1)(self._study)
+        self.prepared = functools.lru_cache(maxsize=1)(self._prepare)
 
-    def _study(self, name: str) -> Study:
+    def _prepare(self, name: str) -> Prepared:
         asked = {pathlib.Path(asked).name: asked for asked in self.config.datasets}
-        return study_of(self.config, asked[name], self.folder, self.model)
+        return prepare(self.config, asked[name], self.folder, self.model)
 
     @property
     def dataset(self) -> Dataset:
         """The first, which the manifest of the run is about; each has a manifest of its own."""
-        return self.study(pathlib.Path(self.config.datasets[0]).name).dataset
+        return self.prepared(pathlib.Path(self.config.datasets[0]).name).dataset
 
 
 def rank_scores(retriever, examples) -> dict[str, np.ndarray]:
@@ -117,9 +117,9 @@ def method_of(config, name: str) -> tuple[int, dict]:
     return methods[name]
 
 
-def tuned(study: Study, method: str, regime: str, seed: int, split: int, rate: float):
+def tuned(prepared: Prepared, method: str, regime: str, seed: int, split: int, rate: float):
     """`(encoders, tuners)`: one query encoder, in the local regimes one a client."""
-    c, dataset = study.config, study.dataset
+    c, dataset = prepared.config, prepared.dataset
     known = parse(regime, c.alpha)
     clients = split_clients(dataset.train, c.clients, known.alpha, "topic", split, c.min_examples)
     batch_size, options = method_of(c, method)
@@ -127,7 +127,7 @@ def tuned(study: Study, method: str, regime: str, seed: int, split: int, rate: f
     if known.converged:
         stopping = Stopping(c.converged.every, c.converged.patience)
         budget = budget._replace(rounds=c.rounds * c.converged.cap, stopping=stopping)
-    folder = study.folder / "tuned" / f"{method}-{regime}-seed{seed}-{split}" / f"lr{rate:g}"
+    folder = prepared.folder / "tuned" / f"{method}-{regime}-seed{seed}-{split}" / f"lr{rate:g}"
     tuners = [
         Tuner(
             folder=folder if client is None else folder / f"client{client}",
@@ -139,12 +139,12 @@ def tuned(study: Study, method: str, regime: str, seed: int, split: int, rate: f
             seed=seed,
             client=client,
             checkpoint_every=c.rounds,
-            validation=study.validation if known.converged else (),
+            validation=prepared.validation if known.converged else (),
         )
         for client in (range(c.clients) if known.kind == "local" else (None,))
     ]
     task = multiple_negatives_ranking(
-        study.retriever, dataset, max_question_tokens=c.max_question_tokens, **options
+        prepared.retriever, dataset, max_question_tokens=c.max_question_tokens, **options
     )
     found = tune_together([(tuner, task) for tuner in tuners])
     for failed in found:
@@ -160,27 +160,27 @@ def rate_path(folder: pathlib.Path, regime: str) -> pathlib.Path:
 
 def compute(lab: Retrieval, point: Point) -> cells.Cell:
     """Trains at the rate that suits validation questions best, with the first pair of seeds."""
-    study, method, regime = lab.study(point.folder), point.name, point.regime
-    config, test, seed, split = lab.config, study.dataset.test, point.seed, point.split
-    retrievers, tuners = [study.retriever], []
+    prepared, method, regime = lab.prepared(point.folder), point.name, point.regime
+    config, test, seed, split = lab.config, prepared.dataset.test, point.seed, point.split
+    retrievers, tuners = [prepared.retriever], []
     if method != UNTUNED:
 
         def judge(rate):
-            encoders, _ = tuned(study, "in_batch", regime, *replicates(config)[0], rate)
+            encoders, _ = tuned(prepared, "in_batch", regime, *replicates(config)[0], rate)
             scores = [
-                rank_scores(study.retriever.with_query(q), study.validation)["mrr"]
+                rank_scores(prepared.retriever.with_query(q), prepared.validation)["mrr"]
                 for q in encoders
             ]
             return 100 * float(np.mean(scores))
 
-        path, what = rate_path(study.folder, regime), f"{study.dataset.name}, {regime}"
+        path, what = rate_path(prepared.folder, regime), f"{prepared.dataset.name}, {regime}"
         rate = chosen_rate(path, config.learning_rates, one_by_one(judge, what), what)
-        encoders, tuners = tuned(study, method, regime, seed, split, rate)
-        retrievers = [study.retriever.with_query(q) for q in encoders]
+        encoders, tuners = tuned(prepared, method, regime, seed, split, rate)
+        retrievers = [prepared.retriever.with_query(q) for q in encoders]
     found = [rank_scores(retriever, test) for retriever in retrievers]
     scores = {metric: np.mean([f[metric] for f in found], axis=0) for metric in found[0]}
     cost = sum((c for tuner in tuners for c in tuner.costs.values()), Cost())
-    about = clusters([e.positive_ids for e in test], study.dataset.passages)
+    about = clusters([e.positive_ids for e in test], prepared.dataset.passages)
     curves = training_curves(tuners)
     return cells.Cell(method, regime, seed, split, scores, {}, [], cost, curves, about)
 

@@ -94,24 +94,24 @@ def test_silos_ask_about_their_own_texts_and_are_asked_about_them(tmp_path):
         assert float(row["citation_worst"]) == min(own)
         assert float(row["citation_mean"]) == pytest.approx(np.mean(own))
     # Of what a silo trains on and is asked about, every passage is its own.
-    study = aloftrag.Study(config, datasets.load("chatty_world"), folder)
-    own = {s: {study.passages[row].id for row in rows} for s, rows in study.silos.items()}
+    lab = aloftrag.LabelFreeLab(config, datasets.load("chatty_world"), folder)
+    own = {s: {lab.passages[row].id for row in rows} for s, rows in lab.silos.items()}
     for silo, ids in own.items():
         lines = folder / "label_free" / "all-seed0" / silo / "4_contexts.jsonl"
         for line in map(json.loads, lines.read_text().splitlines()):
             assert {*line["passages"]} <= ids
     for kind in ("forced", "none"):
-        for context, silo in zip(study.contexts(3, kind)[0], study.asked_of, strict=True):
-            assert {study.passages[row].id for row in context.rows} <= own[silos["names"][silo]]
+        for context, silo in zip(lab.contexts(3, kind)[0], lab.asked_of, strict=True):
+            assert {lab.passages[row].id for row in context.rows} <= own[silos["names"][silo]]
 
 
 def test_controls_differ_from_what_they_control(tmp_path):
     config = small(configs.get_config(), passages=60)
-    study = aloftrag.Study(config, datasets.load("chatty_world"), tmp_path)
-    system, elsewhere = study.system(0), study.system(0, elsewhere=True)
+    lab = aloftrag.LabelFreeLab(config, datasets.load("chatty_world"), tmp_path)
+    system, elsewhere = lab.system(0), lab.system(0, elsewhere=True)
     own, others = ({p.text for p in s.retriever.passages} for s in (system, elsewhere))
     assert not own & others
-    examples = [Example(f"e{i}", "Who?", ("Ann",), (p.id,)) for i, p in enumerate(study.passages)]
+    examples = [Example(f"e{i}", "Who?", ("Ann",), (p.id,)) for i, p in enumerate(lab.passages)]
     contexts = {
         e.id: Context(np.arange(3, dtype=np.int32), (1 + i % 3,)) for i, e in enumerate(examples)
     }

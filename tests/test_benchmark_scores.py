@@ -7,7 +7,7 @@ import pytest
 
 from fedrag_jax.data.examples import Passage
 from fedrag_jax.errors import ConfigError
-from fedrag_jax.evaluation.benchmarks import asking, report, scoring, sets
+from fedrag_jax.evaluation.benchmarks import asking, results, scoring, sets
 from fedrag_jax.evaluation.benchmarks.hub_rows import Question
 
 
@@ -105,7 +105,7 @@ def test_open_questions_are_scored_by_the_rule_of_their_set():
 
 def test_means_leave_out_whom_a_score_does_not_apply_to():
     rows = [{"scores": {"a": s, "none": None}} for s in (0.0, 0.0, 0.0, None, 1.0)]
-    found = report.summed(rows, np.arange(5))
+    found = results.summed(rows, np.arange(5))
     assert found["a"].mean == 25.0 and found["a"].n == 4
     assert found["a"].low <= 25.0 <= found["a"].high
     assert found["none"] == (None, None, None, 0)
@@ -114,8 +114,8 @@ def test_means_leave_out_whom_a_score_does_not_apply_to():
 def test_questions_about_one_article_are_drawn_together():
     scores = np.repeat([1.0, 0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0], 25)
     rows = [{"scores": {"em": float(s)}} for s in scores]
-    alone = report.summed(rows, np.arange(200))["em"]
-    articles = report.summed(rows, np.arange(200) // 25)["em"]
+    alone = results.summed(rows, np.arange(200))["em"]
+    articles = results.summed(rows, np.arange(200) // 25)["em"]
     assert alone.mean == articles.mean == 62.5
     assert articles.high - articles.low > 3 * (alone.high - alone.low)
 

@@ -16,7 +16,7 @@ from fedrag_jax.data import synthetic
 from fedrag_jax.data.examples import Passage
 from fedrag_jax.data.prompts import INSTRUCT
 from fedrag_jax.errors import ConfigError, DataError
-from fedrag_jax.evaluation.benchmarks import asking, report, sets
+from fedrag_jax.evaluation.benchmarks import asking, results, sets
 from fedrag_jax.evaluation.benchmarks.benchmarker import Benchmarker
 from fedrag_jax.evaluation.benchmarks.hub_rows import Question
 from fedrag_jax.evaluation.benchmarks.identity import identity
@@ -155,7 +155,7 @@ def test_passages_of_the_set_are_searched_ranked_and_read(run):
     other = RAGSystem.build([Passage("other", "", "Nothing.")], top_k=1)
     elsewhere = run("squad", limit=2, using=other)
     assert elsewhere.metrics["mrr"].n == 0 and elsewhere.rows[0]["read"] == ["other"]
-    assert "–" in report.table([elsewhere])
+    assert "–" in results.table([elsewhere])
 
 
 class Elsewhere:
@@ -334,15 +334,15 @@ def test_results_are_json_and_tables(run, tmp_path):
     assert kept["origin"]["questions"] == 24 and kept["seconds"] > 0
     has, none = (result.metrics[f"{n}answerable_em"].n for n in ("", "un"))
     assert has + none == 12 and 0 < none < 12
-    text = report.table([result], metrics=["f1", "em"])
+    text = results.table([result], metrics=["f1", "em"])
     mean, low, high, _ = result.metrics["em"]
     first, second = text.splitlines()[2:]
     assert (
         f"em * | {mean:.1f} [{low:.1f}, {high:.1f}]" in " ".join(first.split()) and "f1" in second
     )
-    assert r"\toprule" in report.table([result], "latex")
+    assert r"\toprule" in results.table([result], "latex")
     with pytest.raises(ConfigError, match="a table's form must be one of"):
-        report.table([result], "csv")
+        results.table([result], "csv")
 
 
 @pytest.mark.parametrize(
@@ -380,11 +380,11 @@ def test_real_sets_from_end_to_end(system, tmp_path):
         "hotpotqa": {"corpus": "gold", "mode": "concatenated"}, "pubmedqa": {"by": "likelihood"},
         "scifact": {"corpus": "benchmark"},
     }  # fmt: skip
-    results = [benchmarker.run(n, source=REAL, limit=8, **how) for n, how in ways.items()]
-    assert all(r.n == 8 and r.metrics[r.first].n == 8 for r in results)
-    assert report.table(results).count(" *") == len(ways)
+    found = [benchmarker.run(n, source=REAL, limit=8, **how) for n, how in ways.items()]
+    assert all(r.n == 8 and r.metrics[r.first].n == 8 for r in found)
+    assert results.table(found).count(" *") == len(ways)
     again = [benchmarker.run(n, source=REAL, limit=8, **how) for n, how in ways.items()]
-    assert all(map(same, results, again))
+    assert all(map(same, found, again))
 
 
 def test_another_search_is_another_system(system):

@@ -17,7 +17,7 @@ from experiments.loading import validation_sample
 from experiments.rates import chosen_rate, kept_rate, one_by_one
 from experiments.reporting import tables
 from experiments.reporting.cells import load
-from experiments.reporting.report import Report, Section
+from experiments.reporting.page import Report, Section
 from experiments.run import run
 from fedrag_jax.errors import ConfigError, DataError, DivergenceError
 

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from toy_rag import DATASET
 
 from experiments.reporting import cells
-from experiments.reporting.report import Report
+from experiments.reporting.page import Report
 from experiments.run import Experiment, Point, run
 from fedrag_jax.tracking.ledger import Cost
 

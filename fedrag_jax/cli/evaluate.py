@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     """Evaluates."""
     from fedrag_jax.errors import ConfigError
     from fedrag_jax.evaluation.benchmarks.benchmarker import Benchmarker
-    from fedrag_jax.evaluation.benchmarks.report import table
+    from fedrag_jax.evaluation.benchmarks.results import table
     from fedrag_jax.evaluation.benchmarks.sets import SETS, named, own
     from fedrag_jax.rag import RAGSystem
 

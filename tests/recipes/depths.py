@@ -5,7 +5,7 @@ import numpy as np
 from experiments.lab import Lab
 from experiments.loading import load_data, replicates
 from experiments.reporting import cells, tables
-from experiments.reporting.report import Report, Section
+from experiments.reporting.page import Report, Section
 from experiments.run import Experiment, Point, finished
 from fedrag_jax.tracking.ledger import Cost
 

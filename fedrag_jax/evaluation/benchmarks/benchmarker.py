@@ -19,7 +19,7 @@ from fedrag_jax.evaluation.benchmarks.answering import Run
 from fedrag_jax.evaluation.benchmarks.hub_rows import Question
 from fedrag_jax.evaluation.benchmarks.identity import corpus_of, identity
 from fedrag_jax.evaluation.benchmarks.record import Record
-from fedrag_jax.evaluation.benchmarks.report import BenchmarkResult, summed
+from fedrag_jax.evaluation.benchmarks.results import BenchmarkResult, summed
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.retrieval.index.vector_index import VectorIndex
 from fedrag_jax.retrieval.stores.faiss_store import FaissStore

@@ -27,7 +27,7 @@ BASE = "base"  # the untuned generator
 METRICS = ("em", "f1", "citation", "citation_precision", "citation_recall", "citation_f1")
 
 
-class Study:
+class LabelFreeLab:
     """What all cells share: texts, questions, models, contexts, who is asked."""
 
     def __init__(self, config, dataset, folder: pathlib.Path):
