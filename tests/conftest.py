@@ -44,3 +44,12 @@ def tiny():
 
     network = Network.of(Decoder, TINY)
     return network, network.init(jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def qdrant():
+    """The address of a server of Qdrant."""
+    from qdrant_server import served
+
+    with served() as address:
+        yield address

@@ -1,5 +1,6 @@
 """Cross-encoders small enough to run in no time: random ones, and one that counts shared words."""
 
+import json
 import pathlib
 
 import jax
@@ -12,6 +13,10 @@ from fedrag_jax.models.families import FAMILIES
 from fedrag_jax.models.network import Network
 
 WORDS = [f"w{i}" for i in range(60)]
+
+
+def some_words(count, seed=0):
+    return " ".join(np.random.default_rng(seed).choice(WORDS, count))
 
 
 def pair_tokenizer(words, family="bert", longest=32):
@@ -107,3 +112,9 @@ def write(model: CrossEncoder, folder: pathlib.Path) -> pathlib.Path:
     """The folder, with the model in it."""
     model.save(folder)
     return folder
+
+
+def edited(folder, path="config.json", **changes):
+    """Changes a JSON file of a folder; what is changed to None goes."""
+    content = json.loads((folder / path).read_text()) | changes
+    (folder / path).write_text(json.dumps({k: v for k, v in content.items() if v is not None}))

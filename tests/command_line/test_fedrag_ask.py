@@ -1,0 +1,85 @@
+"""`fedrag ask`: answers with their sources, whole or as they are written."""
+
+import io
+import sys
+
+import pytest
+from documents import QUESTIONS, told
+
+from fedrag_jax.cli.command_line import main
+from fedrag_jax.cli.common import harmless
+from fedrag_jax.rag import RAGSystem
+
+
+def test_asking_prints_answers_and_sources(system, capsys, monkeypatch):
+    asked = [e.question for e in QUESTIONS[:3]]
+    expected = RAGSystem.load(system).batch_query(asked)
+    assert main(["ask", str(system), *asked, "--json"]) == 0
+    found = told(capsys)
+    assert [f["answer"] for f in found] == [r.answer for r in expected]
+    assert [[s["id"] for s in f["sources"]] for f in found] == [
+        [p.id for p in r.sources] for r in expected
+    ]
+    assert main(["ask", str(system), asked[0], "--top-k", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("  [1] ") and lines[2].startswith("  [2] ") and lines[3] == ""
+    assert main(["ask", str(system), asked[0], "--stream", "--no-sources"]) == 0
+    assert capsys.readouterr().out == expected[0].answer + "\n"
+    for more in ([], ["--stream"]):
+        assert main(["ask", str(system), *asked[:2], *more]) == 0
+        told_of = [s for s in capsys.readouterr().out.splitlines() if s.startswith("> ")]
+        assert told_of == [f"> {question}" for question in asked[:2]]
+    for more in ([], ["--stream"]):
+        assert main(["ask", str(system), asked[0], "--max-tokens", "1", *more]) == 0
+        assert "(cut after 1 tokens; --max-tokens allows more)" in capsys.readouterr().err
+    for more in ([], ["--stream"], ["--json"]):
+        assert main(["ask", str(system), asked[0], " ", *more]) == 1
+        assert "question" in (err := capsys.readouterr().err) and "is blank: ask something" in err
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(asked)))
+    assert main(["ask", str(system), "--json"]) == 0
+    assert [f["answer"] for f in told(capsys)] == [r.answer for r in expected]
+
+
+@pytest.mark.parametrize(
+    ("terminal", "given", "streamed"),
+    [(True, [], 1), (True, ["--no-stream"], 0), (True, ["--mode=vote"], 0), (False, [], 0)],
+)
+def test_answers_appear_as_they_are_written_on_a_terminal(
+    system, monkeypatch, terminal, given, streamed
+):
+    calls, stream = [], RAGSystem.stream
+    monkeypatch.setattr(RAGSystem, "stream", lambda *a, **k: calls.append(a) or stream(*a, **k))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    assert main(["ask", str(system), QUESTIONS[0].question, *given]) == 0
+    assert len(calls) == streamed
+
+
+def test_passages_do_not_speak_to_the_terminal(tmp_path, capsys):
+    documents = tmp_path / "documents"
+    documents.mkdir()
+    (documents / "a.txt").write_text("Ada \x1b[31mlives\x1b]0;x\x07 in Rome.\u202e")
+    assert (
+        main(["index", str(documents), "--to", str(tmp_path / "s"), "--quiet", "--top-k", "1"]) == 0
+    )
+    assert main(["ask", str(tmp_path / "s"), "Where does Ada \x1b[31m live?"]) == 0
+    out = capsys.readouterr().out
+    assert "Ada" in out and not {"\x1b", "\x07", "\u202e"} & {*out}
+    assert main(["ask", str(tmp_path / "\x1b[31m"), "Who?"]) == 1
+    assert "\x1b" not in capsys.readouterr().err
+    # No-break space, a tab, and what joins no letters in Persian.
+    assert harmless("Qui\u00a0?\n\t\u0646\u200c\u062e") == "Qui ?\n \u0646\u200c\u062e"
+
+
+def test_what_cannot_be_asked_is_refused(system, tmp_path, capsys):
+    for arguments, error in (
+        ([str(tmp_path), "x"], "holds no saved RAGSystem"),
+        ([str(system), "x", "--mode", "poem"], "mode must be one of"),
+        ([str(system), "x", "--top-k", "0"], "k must be at least 1"),
+        ([str(system), "x", "--stream", "--json"], "choose one"),
+        ([str(system), "x", "--max-tokens", "0"], "max_new_tokens"),
+    ):
+        assert main(["ask", *arguments]) == 1
+        assert error in capsys.readouterr().err
+    with pytest.raises(SystemExit) as refused:
+        main(["ask"])
+    assert refused.value.code == 2

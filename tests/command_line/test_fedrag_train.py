@@ -1,0 +1,110 @@
+"""`fedrag train`: a tuned system in a folder of its own, and what cannot be trained."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from documents import QUESTIONS, told, write_questions
+
+from fedrag_jax.cli.command_line import main
+from fedrag_jax.models.network import flatten
+from fedrag_jax.rag import RAGSystem
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("regime", ["centralised", "federated"])
+def test_training_tunes_and_keeps_the_store(system, tmp_path, capsys, regime):
+    questions = write_questions(tmp_path / "own.jsonl", system)
+    command = [
+        "train", str(system), str(questions), "--to", str(tmp_path / "tuned"), "--regime", regime,
+        "--strategy", "retriever", "--clients", "2", "--rounds", "3", "--factors", "1", "10", "--json",
+    ]  # fmt: skip
+    assert main(command) == 0
+    (result,) = told(capsys)
+    before, after = (result["validation"][when]["mrr"] for when in ("before", "after"))
+    assert after > before
+    assert {t["factor"] for t in result["trials"]} == {1, 10}
+    tuned, old = (RAGSystem.load(f) for f in (tmp_path / "tuned", system))
+    assert {p.id for p in tuned.store.passages()} == {p.id for p in old.store.passages()}
+    asked = [QUESTIONS[0].question]
+    assert tuned.retrieve(asked) != old.retrieve(asked)
+    assert main(command) == 1
+    assert "holds a system already" in capsys.readouterr().err
+    # Killed before it was saved: the trainings are read back, but not for another system.
+    (tmp_path / "tuned" / "system.json").unlink()
+    assert main(command) == 0
+    assert told(capsys)[0]["trials"] == result["trials"]
+    (tmp_path / "tuned" / "system.json").unlink()
+    tuned.under("Be brief.").save(tmp_path / "another")
+    command[1] = str(tmp_path / "another")
+    assert main(command) == 1
+    assert "holds a training of others: system was" in capsys.readouterr().err
+
+
+def test_what_cannot_be_trained_is_refused(system, tmp_path, capsys):
+    questions = write_questions(tmp_path / "own.jsonl", system)
+    to = ["--to", str(tmp_path / "tuned")]
+    assert main(["train", str(system), str(questions), *to, "--strategy", "poem"]) == 1
+    assert "unknown strategy 'poem'; choose among ['none', 'retriever'" in capsys.readouterr().err
+    bare = [json.loads(line) | {"positive_ids": []} for line in questions.read_text().splitlines()]
+    questions.write_text("\n".join(map(json.dumps, bare)))
+    assert main(["train", str(system), str(questions), *to, "--strategy", "retriever"]) == 1
+    assert "needs gold passages" in capsys.readouterr().err
+    assert main(["train", str(system), str(questions), *to, "--factors", "0"]) == 1
+    assert "learning rates must be > 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--algorithm", "fedsgd"], "--algorithm: unknown algorithm 'fedsgd'; choose among ['fedavg'"),
+        (["--algorithm", "fedprox", "--algorithm-options", "mu"], "'mu' is not NAME=VALUE"),
+        (["--algorithm", "fedprox", "--algorithm-options", "nu=1"], "unknown options ['nu'] of fedp"),
+        (["--algorithm", "fedprox", "--algorithm-options", "mu=-1"], "mu must be at least 0, got -1"),
+        (["--algorithm", "fedprox", "--regime", "centralised"], "add --regime=federated"),
+        (["--algorithm", "scaffold"], "give --query-rate and --adapter-rate"),
+    ],
+)  # fmt: skip
+def test_algorithms_that_cannot_train_are_refused(options, words, tmp_path, capsys):
+    to = ["--to", str(tmp_path / "tuned"), "--regime", "federated"]
+    assert main(["train", "system", "own.jsonl", *to, *options]) == 1  # before either is read
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_training_by_an_algorithm_keeps_the_base_that_it_changed(system, tmp_path, capsys):
+    questions = write_questions(tmp_path / "own.jsonl", system)
+    command = [
+        "train", str(system), str(questions), "--to", str(tmp_path / "tuned"), "--regime", "federated",
+        "--strategy", "generator", "--clients", "2", "--rounds", "1", "--factors", "1", "--json",
+        "--algorithm", "fedex", "--algorithm-options", "weighting=uniform",
+    ]  # fmt: skip
+    assert main(command) == 0
+    (result,) = told(capsys)
+    tuned, old = (RAGSystem.load(f) for f in (tmp_path / "tuned", system))
+    before, after = (dict(flatten(s.generator.params)) for s in (old, tuned))
+    changed = {path[-2] for path in before if not np.array_equal(before[path], after[path])}
+    assert changed == {*old.decoder.lora.targets}
+    (tmp_path / "tuned" / "system.json").unlink()
+    assert main([*command[:-1], "weighting=examples"]) == 1
+    assert "holds a training of others: algorithm_options was" in capsys.readouterr().err
+    assert main(command) == 0
+    assert told(capsys)[0]["validation"] == result["validation"]
+
+
+def test_answers_whose_ends_are_not_trained_on_are_told(system, tmp_path, capsys):
+    questions = write_questions(tmp_path / "own.jsonl", system)
+    rows = [json.loads(line) for line in questions.read_text().splitlines()]
+    long = next(i for i, row in enumerate(rows) if row["split"] == "train")
+    rows[long]["answers"] = ["", "It was opened in the spring of the year after the flood. " * 2]
+    questions.write_text("\n".join(map(json.dumps, rows)))
+    command = ["train", str(system), str(questions), "--to", str(tmp_path / "tuned"), "--factors"]
+    assert main([*command, "0"]) == 1
+    said = re.search(
+        r"1 of \d+ training answers are longer than 16 tokens, .* --max-answer-tokens=(\d+)",
+        capsys.readouterr().err,
+    )
+    assert int(said[1]) > 20
+    assert main([*command, "0", "--max-answer-tokens", said[1]]) == 1
+    assert "training answers are longer" not in capsys.readouterr().err

@@ -1,0 +1,68 @@
+"""Stores whose passages lie elsewhere: Qdrant's folders and servers, and tables of Postgres."""
+
+import json
+import os
+
+import pytest
+from stored import PASSAGES, VECTORS, D, ask, ids, in_postgres, postgres, unit
+
+from fedrag_jax.data.examples import Passage
+from fedrag_jax.errors import CheckpointError, ConfigError, DataError
+from fedrag_jax.retrieval.stores.knowledge_store import StoreUnreachable
+from fedrag_jax.retrieval.stores.postgres import PostgresStore
+from fedrag_jax.retrieval.stores.qdrant import QdrantStore
+from fedrag_jax.retrieval.stores.registry import open_store
+
+
+def test_an_embedded_qdrant_lies_in_its_folder(tmp_path):
+    store = QdrantStore("passages", D, str(tmp_path / "q"))
+    store.add(PASSAGES, VECTORS)
+    store.refresh(lambda passages: -VECTORS[[int(p.id[1:]) for p in passages]])
+    asked = ids(ask(store, range(40)))
+    store.save(tmp_path / "s")
+    with pytest.raises(StoreUnreachable, match="is no other process using the folder"):
+        QdrantStore("passages", D, str(tmp_path / "q"))
+    store.close()
+    with pytest.raises(CheckpointError, match=r"lie elsewhere.*if you trust that place"):
+        open_store(tmp_path / "s")
+    again = open_store(tmp_path / "s", elsewhere=True)
+    assert ids(ask(again, range(40))) == asked and len(again) == 200
+    again.close()
+    with pytest.raises(ConfigError, match="dimension 16, not 17"):
+        QdrantStore("passages", 17, str(tmp_path / "q"))
+
+
+@pytest.mark.slow
+def test_a_qdrant_server_keeps_what_it_is_given(qdrant):
+    store = QdrantStore(f"test-{os.getpid()}", D, qdrant)
+    store.add(PASSAGES, VECTORS)
+    assert ids(ask(QdrantStore(store.collection, D, qdrant), [3], k=1)) == [["p003"]]
+    with pytest.raises(ConfigError, match="dimension 16, not 17"):
+        QdrantStore(store.collection, 17, qdrant)
+    store.delete([p.id for p in PASSAGES])
+
+
+def test_a_server_that_is_not_there_is_named():
+    with pytest.raises(StoreUnreachable, match=r"Qdrant at http://127.0.0.1:9.*is it running"):
+        QdrantStore("passages", D, "http://127.0.0.1:9")
+    with pytest.raises(StoreUnreachable, match="is the server running"):
+        PostgresStore("host=127.0.0.1 port=9 dbname=x connect_timeout=2", "passages", D)
+
+
+@pytest.mark.slow
+def test_postgres_is_shared_with_others():
+    store = in_postgres()
+    store.add(PASSAGES, VECTORS)
+    other = PostgresStore(postgres(), store.table, D)
+    other.delete(["p001"])
+    assert len(store) == 199 and ids(ask(store, [3], k=1)) == [["p003"]]
+    with pytest.raises(ConfigError, match="dimension 16, not 17"):
+        PostgresStore(postgres(), store.table, 17)
+    with pytest.raises(DataError, match="NUL character"):
+        store.add([Passage("nul", "", "a\0b")], unit(1))
+    assert len(store) == 199
+    close = in_postgres(index="hnsw", effort=200)
+    close.add(PASSAGES, VECTORS)
+    assert ids(ask(close, range(0, 200, 9), k=1)) == [[p.id] for p in PASSAGES[::9]]
+    secret = PostgresStore(postgres() + "&password=secret", store.table, D)
+    assert "secret" not in json.dumps(secret._settings())
