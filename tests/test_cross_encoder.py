@@ -16,6 +16,8 @@ from fedrag_jax.errors import CheckpointError, ConfigError
 from fedrag_jax.models import cross_encoder as module
 from fedrag_jax.models.cross_encoder import CrossEncoder
 
+pytestmark = pytest.mark.usefixtures("strict_types")
+
 FAMILIES = ("bert", "roberta", "xlm-roberta")
 PAIRS = [
     ("w1 w2", "w2 w5 w1"),

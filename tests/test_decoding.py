@@ -14,6 +14,8 @@ from fedrag_jax.models import lora
 from fedrag_jax.models.decoder import Decoder, DecoderConfig
 from fedrag_jax.models.network import Network
 
+pytestmark = pytest.mark.usefixtures("strict_types")
+
 CONFIG = DecoderConfig(
     vocab_size=50,
     hidden_size=16,

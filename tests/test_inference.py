@@ -22,6 +22,8 @@ from fedrag_jax.models.lora import LoraConfig, add_lora, init_adapters
 from fedrag_jax.models.network import Network
 from fedrag_jax.rag import RAGSystem
 
+pytestmark = pytest.mark.usefixtures("strict_types")
+
 # Few letters, so that passages agree, and texts that differ have one normal form: "b." is "B".
 TOKENIZER = characters("Bb.Cc ")
 EOS, SIZE, K, WHOLE = 2, 10, 4, 12

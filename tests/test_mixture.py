@@ -14,6 +14,8 @@ from fedrag_jax.models import lora
 from fedrag_jax.models.decoder import Decoder, DecoderConfig
 from fedrag_jax.models.network import Network
 
+pytestmark = pytest.mark.usefixtures("strict_types")
+
 K, T, WHOLE = 3, 6, 20
 
 

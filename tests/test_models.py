@@ -17,6 +17,8 @@ from fedrag_jax.models.families import FAMILIES
 from fedrag_jax.models.lora import LoraConfig, add_lora, init_adapters
 from fedrag_jax.models.network import Network, per_layer
 
+pytestmark = pytest.mark.usefixtures("strict_types")
+
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 # --- decoder ----------------------------------------------------------------------------------

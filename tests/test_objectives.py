@@ -8,6 +8,8 @@ from fedrag_jax.generation.likelihood import answer_log_probs
 from fedrag_jax.objectives.generator import concatenated, ralt
 from fedrag_jax.objectives.joint import rag_sequence, rag_token
 
+pytestmark = pytest.mark.usefixtures("strict_types")
+
 
 @pytest.fixture(scope="module")
 def parts():
@@ -114,7 +116,8 @@ def test_joint_loss_against_numpy(parts, marginal):
 
 
 def test_joint_is_the_answer_nll_at_one_passage(parts):
-    joint = joint_task(parts, passages=1)
+    with pytest.warns(UserWarning, match="the adapters learn alone"):
+        joint = joint_task(parts, passages=1)
     loss, _ = joint.loss(joint.trainable, joint.frozen, batch_of(joint), KEY)
     found = parts.retriever.search([e.question for e in EXAMPLES], 1)[0]
     plain = concatenated(

@@ -19,6 +19,8 @@ from fedrag_jax.models.network import Network
 from fedrag_jax.objectives.generator import ralt
 from fedrag_jax.tracking.ledger import step_flops
 
+pytestmark = pytest.mark.usefixtures("strict_types")
+
 CONFIG = DecoderConfig(
     vocab_size=104, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, num_kv_heads=4,
     head_dim=4,

@@ -19,6 +19,8 @@ from fedrag_jax.rag import RAGSystem
 from fedrag_jax.retrieval.embedding import embed_texts
 from fedrag_jax.retrieval.retriever import Retriever
 
+pytestmark = pytest.mark.usefixtures("strict_types")
+
 
 def test_texts_are_read_in_lower_case_where_the_encoder_wants_it(tmp_path):
     copy = folder(tmp_path)

@@ -9,6 +9,8 @@ from fedrag_jax.data.examples import embedding_text
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.strategies.teachers import question_likelihood
 
+pytestmark = pytest.mark.usefixtures("strict_types")
+
 PAIRS = 24
 
 

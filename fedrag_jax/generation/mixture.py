@@ -212,7 +212,7 @@ def _follow(cache: Cache, parent, k, width) -> Cache:
     """The cache where each hypothesis has the past of its parent [B, n]; prompts stay as they are."""
     b, n = parent.shape
     parents = jnp.arange(b)[:, None] * n + parent
-    rows = (parents[..., None] * k + jnp.arange(k)).reshape(-1)
+    rows = (parents[..., None] * k + jnp.arange(k)[None, None]).reshape(-1)
 
     def moved(x):
         return x.at[:, :, :, width:].set(x[:, :, :, width:][:, :, rows])
