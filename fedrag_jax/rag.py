@@ -208,7 +208,7 @@ class RAGSystem:
 
         Args:
           how: `mode` and `beams`, see `read`; `max_new_tokens`, `temperature`, `top_p`, `seed`,
-            `stop`, as in `models.writing.Sampling`: by default the likeliest answer of at most the
+            `stop`, as in `generation.text.Sampling`: by default the likeliest answer of at most the
             system's `max_answer_tokens`, from one prompt with all passages.
 
         Raises:

@@ -90,7 +90,7 @@ def train(
       folder: of what is finished: the same call goes on from there after a kill.
       regime: "centralised" or "federated".
       rates: of the parts that move, `query` and `adapters`.
-      algorithm, options: of the federated regime, as in `federated.by_name`.
+      algorithm, options: of the federated regime, as in `federated.algorithms.by_name`.
 
     Raises:
       ConfigError: a strategy that needs gold passages where questions have none, rates that are not
