@@ -24,6 +24,17 @@ def pytest_report_header(config):
     return f"real data: {'runs on ' + str(data) if found else f'skipped, no sets in {data}'}"
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _room_for_programs():
+    """Compiled programs take several maps of memory each, of which Linux gives a process 65,530."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > 20_000:
+        import jax
+
+        jax.clear_caches()
+
+
 @pytest.fixture
 def strict_types():
     """No array's type is changed by what it meets; not for tests that train, because optax does it."""
