@@ -43,7 +43,7 @@ class OrderedBag:
 
     def __call__(self, params, tokens, mask):
         self.traced.append(tokens.shape)
-        weights = mask / (1.0 + jnp.arange(tokens.shape[1]))
+        weights = mask / (1.0 + jnp.arange(tokens.shape[1]))[None]
         pooled = jnp.einsum("btd,bt->bd", params["embedding"][tokens], weights)
         return pooled / jnp.linalg.norm(pooled, axis=-1, keepdims=True)
 

@@ -66,7 +66,7 @@ class PairScorer(Encoder):
           tokens, types: int [B, T], padded on the right.
           lengths: int [B], how many tokens are no padding.
         """
-        mask = jnp.arange(tokens.shape[1]) < lengths[:, None]
+        mask = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
         first = self.hidden(tokens, mask, types)[:, 0]
         return self.out(jnp.tanh(self.dense(first)))[:, 0].astype(jnp.float32)
 
