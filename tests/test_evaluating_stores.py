@@ -140,7 +140,7 @@ class _Elsewhere(PassageSource):
     def search(self, questions, vectors=None, k=5):
         return [[Found(p, 1.0) for p in PASSAGES[:k]] for _ in questions]
 
-    def _regimes(self):
+    def _settings(self):
         return {}
 
     def _save(self, folder):

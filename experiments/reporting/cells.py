@@ -109,7 +109,7 @@ def load_folder(here: pathlib.Path) -> Cell:
 def _scores(path: pathlib.Path) -> dict[str, np.ndarray]:
     """Arrays of the file by name."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file}
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays}
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise files.DamagedError(path, error) from error

@@ -87,7 +87,10 @@ def test_another_run_is_not_mixed_in(system, run, tmp_path):
     with pytest.raises(ConfigError, match=r"\(system\.adapters: '\w{16}' then, '\w{16}' now\)"):
         run("squad", tmp_path, limit=2, using=system.replace(adapters=noise))
     fewer = RAGSystem.build(PASSAGES[:-1], top_k=1)
-    with pytest.raises(ConfigError, match=r"system\.corpus: "):
+    with (
+        pytest.warns(UserWarning, match="2 of 24 positive_ids name none of the 20 passages"),
+        pytest.raises(ConfigError, match=r"system\.corpus: "),
+    ):
         run("squad", tmp_path, limit=2, using=fewer)
     # Another way to ask, or to read, has a folder of its own.
     run("squad", tmp_path, limit=2, corpus="none")
