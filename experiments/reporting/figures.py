@@ -147,7 +147,8 @@ def learning_curves(cells: Sequence[Cell]):
                 least, most = np.nanmin(y, 0), np.nanmax(y, 0)
                 ax.fill_between(x, least, most, color=color, alpha=0.15, lw=0)
         ax.set_xscale("log")  # lone clients see many more than all did together
-        ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 3)))
+        least, most = ax.get_xlim()
+        ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1,) if most > 150 * least else (1, 3)))
         ax.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
         ax.xaxis.set_minor_formatter(ticker.NullFormatter())
         ax.set_title(titles.get(task, task), fontsize=9)
