@@ -121,6 +121,7 @@ def test_results_are_json_and_tables(run, tmp_path):
 @pytest.mark.skipif(
     not (REAL / "mmlu.jsonl.gz").is_file(), reason=f"no real data in {REAL}: FEDRAG_DATA"
 )
+@pytest.mark.filterwarnings("ignore:pubmedqa. 500 of 500 positive_ids name none")  # of this system
 def test_real_sets_from_end_to_end(system, tmp_path):
     benchmarker = Benchmarker(system, tmp_path, progress=False)
     ways = {
