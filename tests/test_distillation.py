@@ -162,7 +162,8 @@ def test_training_brings_the_retriever_to_its_teacher(parts):
         return [5.0 * ("Lima" in text) for text in texts]
 
     task = distilled(favourite, parts.retriever, EXAMPLES, passages=4)
-    tuned = fit(task, EXAMPLES, rounds=40, batch_size=4).trainable["query"]
+    with jax.numpy_dtype_promotion("standard"):  # for optax
+        tuned = fit(task, EXAMPLES, rounds=40, batch_size=4).trainable["query"]
     rows, _ = parts.retriever.with_query(tuned).search([e.question for e in EXAMPLES], 1)
     assert (rows == 2).all()
 
