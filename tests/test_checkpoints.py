@@ -257,8 +257,6 @@ if __name__ == "__main__":
 # --- files and other processes -----------------------------------------------------------------
 
 
-# What Orbax began of a damaged file complains when it is collected.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_taken_up(tmp_path, capsys):
     whole = run(tmp_path)
     saved = tmp_path / "checkpoints"
