@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from experiments.launch import kept_config
 from experiments.reporting import comparison, comparison_tables, differences, figures, tables
 from experiments.reporting.cells import Cell, load, save
 from fedrag_jax.evaluation.significance import paired_t_test
@@ -328,3 +329,14 @@ def test_curves_of_trainings_that_ended_at_different_rounds():
     assert line.get_xdata().tolist() == [4, 8, 12]
     assert line.get_ydata().tolist() == [3.0, 1.5, 0.5]
     figures.pyplot().close(figure)
+
+
+def test_runs_from_before_regimes_had_their_name_are_read(tmp_path):
+    kept = cell("retriever", "federated", [1, 0, 1, 1])
+    save(tmp_path, kept)
+    (path,) = tmp_path.rglob("cell.json")
+    path.write_text(path.read_text().replace('"regime"', '"setting"'))
+    assert load(tmp_path, "retriever", "federated", 0, 0).regime == "federated"
+    (tmp_path / "config.json").write_text('{"name": "old", "settings": ["federated"]}')
+    found = kept_config(tmp_path / "config.json")
+    assert found == {"name": "old", "regimes": ["federated"]}
