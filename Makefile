@@ -15,7 +15,7 @@ compare: $(VENV)/installed  ## the main job on the built-in world, one seed
 table: $(VENV)/installed  ## five seeds, both budgets, all strategies: the README's table
 	$(COMPARE) --config.name=table --config.seeds='(0, 1, 2, 3, 4)' \
 	  --config.local_strategies="('none', 'retriever', 'generator', 'independent')" \
-	  --config.settings="('centralised', 'federated', 'local', 'centralised_converged', \
+	  --config.regimes="('centralised', 'federated', 'local', 'centralised_converged', \
 	  'federated_converged', 'local_converged')"
 
 algorithms: $(VENV)/installed  ## FedProx, FedAdam, SCAFFOLD, FFA-LoRA and FLoRA beside FedAvg
