@@ -3,11 +3,13 @@
 import json
 import pathlib
 import re
+import runpy
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from experiments.__main__ import CONFIGS
 from fedrag_jax.data import datasets
 from fedrag_jax.rag import RAGSystem
 
@@ -43,10 +45,45 @@ def test_documents_alone_become_a_tuned_system(tmp_path, monkeypatch):
     assert system.query("Who?").sources
 
 
-def test_the_readme_example_trains():
-    blocks = code_of("README.md")
+@pytest.mark.parametrize(
+    ("page", "number"), [("README.md", 0), ("docs/objectives.md", 1)], ids=["readme", "own"]
+)
+def test_the_examples_train(page, number):
     scope = {}
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), scope)
+    exec(compile(code_of(page)[number], page, "exec"), scope)
     first, last = scope["result"].history[0], scope["result"].history[-1]
     assert last["loss"] < first["loss"]
+
+
+def printed_commands() -> list[tuple[str, str]]:
+    """Where an experiment is called in the docs, the Makefile and docstrings, and its arguments."""
+    pages = [ROOT / "README.md", ROOT / "Makefile", *(ROOT / "docs").glob("*.md")]
+    pages += [*(ROOT / "configs").glob("*.py"), *(ROOT / "experiments").rglob("*.py")]
+    found = []
+    for page in pages:
+        text = page.read_text().replace("$(COMPARE)", "python -m experiments compare_strategies")
+        text = re.sub(r"\\\n\s*", "", text)
+        for line in re.findall(r"python -m (experiments[ .][^`\n]*)", text):
+            found.append((str(page.relative_to(ROOT)), line.partition(" #")[0]))
+    return found
+
+
+def test_printed_commands_set_what_their_configs_have():
+    commands = printed_commands()
+    assert len(commands) > 30
+    wrong = []
+    for page, line in commands:
+        words = line.split()
+        given = re.search(r"--config[= ](configs/\w+\.py)", line)
+        name = words[1] if words[0] == "experiments" else "compare_strategies"
+        path = given.group(1) if given else f"configs/{CONFIGS.get(name, name)}.py"
+        if not re.fullmatch(r"\w+", name):
+            continue  # a placeholder, or --help
+        config = runpy.run_path(str(ROOT / path))["get_config"]()
+        for setting in re.findall(r"--config\.([\w.]+)", line):
+            at = config
+            for part in setting.split("."):
+                at = at[part] if part in at else wrong.append((page, line, setting))
+                if at is None:
+                    break
+    assert not wrong

@@ -1,4 +1,4 @@
-"""The README's own objective goes down every road that trains; what it costs is empty, not an error."""
+"""The objective of the docs goes down every road that trains; what it costs is empty, not an error."""
 
 import ast
 import csv
@@ -35,12 +35,13 @@ from fedrag_jax.strategies.strategies import STRATEGIES
 from fedrag_jax.tracking.ledger import Cost, mean_cost, training_cost
 
 ROOT = pathlib.Path(__file__).parent.parent
-NAME = "readme_hinge:hinge_task"
+NAME = "own_hinge:hinge_task"
 
 
 def hinge_module() -> str:
-    """A module of a user's, with the loss and the task of the README's last block."""
-    block = (ROOT / "README.md").read_text().split("```python\n")[-1].split("```")[0]
+    """A module of a user's, with the loss and the task of the first example of one's own."""
+    page = (ROOT / "docs" / "objectives.md").read_text().partition("## Your own")[2]
+    block = page.split("```python\n")[1].split("```")[0]
     tree = ast.parse(block)
     of = {getattr(n, "name", None) or ast.unparse(n.targets[0]): ast.get_source_segment(block, n)
           for n in tree.body if isinstance(n, (ast.FunctionDef, ast.Assign))}  # fmt: skip
@@ -52,8 +53,8 @@ def hinge_module() -> str:
 
 
 @pytest.fixture
-def readme(tmp_path, monkeypatch):
-    (tmp_path / "readme_hinge.py").write_text(hinge_module())
+def written(tmp_path, monkeypatch):
+    (tmp_path / "own_hinge.py").write_text(hinge_module())
     monkeypatch.syspath_prepend(tmp_path)
 
 
@@ -88,8 +89,8 @@ def moved(before, after) -> bool:
     return any(not np.array_equal(a, b) for a, b in pairs)
 
 
-def test_it_is_fitted_and_swept(readme, system, dataset):
-    from readme_hinge import hinge_task
+def test_it_is_fitted_and_swept(written, system, dataset):
+    from own_hinge import hinge_task
 
     task = hinge_task(system, dataset)
     one = {"task": task, "data": dataset.train, "algorithm": None, "rounds": 2}
@@ -102,7 +103,7 @@ def test_it_is_fitted_and_swept(readme, system, dataset):
     assert cost.seconds > 0 and cost.peak_bytes > 0
 
 
-def test_an_experiment_trains_and_reports_it(readme, folder, tmp_path):
+def test_an_experiment_trains_and_reports_it(written, folder, tmp_path):
     config = hinge_config(folder)
     run = lab.Lab(config, loading.load_data(config), tmp_path / "run")
     found = {}
@@ -134,7 +135,7 @@ def test_an_experiment_trains_and_reports_it(readme, folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_whole_comparison_runs_with_it(readme, folder, tmp_path):
+def test_the_whole_comparison_runs_with_it(written, folder, tmp_path):
     config = hinge_config(folder)
     config.strategies, config.regimes = ("none", "independent", NAME), ("federated", "local")
     done = run(compare_strategies.EXPERIMENT, config, str(tmp_path))
@@ -144,7 +145,7 @@ def test_the_whole_comparison_runs_with_it(readme, folder, tmp_path):
     assert not row.get("flops_ratio")
 
 
-def test_the_command_line_trains_it(readme, system, dataset, tmp_path, capsys):
+def test_the_command_line_trains_it(written, system, dataset, tmp_path, capsys):
     system.save(tmp_path / "system")
     with open(tmp_path / "own.jsonl", "w") as file:
         for example in [*dataset.train, *dataset.validation]:
@@ -176,7 +177,7 @@ def test_the_example_of_the_docs_is_one_program_for_all(tmp_path, monkeypatch, s
 # --- strategies of one's own ---------------------------------------------------------------------
 
 
-def test_what_a_name_may_be(readme, tmp_path, system, dataset):
+def test_what_a_name_may_be(written, tmp_path, system, dataset):
     (tmp_path / "other_own.py").write_text(
         "from fedrag_jax.strategies.objectives import OBJECTIVES\n"
         "from fedrag_jax.strategies.strategies import joint_token as several\n"
