@@ -100,13 +100,17 @@ BUILT_IN = {
     "generator": [2e-4, 8e-4, 3.2e-3, 1.28e-2],
 }
 LAWTON = [1e-8, 3e-8, 1e-7, 3e-7, 1e-6, 3e-6, 1e-5, 3e-5, 1e-4]
-PLAIN_SGD = [0.01, 0.04, 0.16, 0.64]  # of algorithms whose clients' steps are not scaled by Adam
+# Of algorithms whose clients' steps are not scaled by Adam.
+PLAIN_SGD = {
+    "retriever": [4e-5, 1.6e-4, 6.4e-4, 2.56e-3],
+    "generator": [2.5e-3, 1e-2, 4e-2, 0.16],
+}
 
 
 def usual_grid(config, part: str, regime: str) -> list[float]:
     """The rates to begin with of a `retriever` or a `generator`."""
     if algorithm_of(config, regime)[0] in OWN_STEPS:
-        return PLAIN_SGD
+        return PLAIN_SGD[part]
     return BUILT_IN[part] if config.models[part].startswith("builtin:") else LAWTON
 
 
