@@ -105,7 +105,7 @@ def get_config() -> ConfigDict:
         ("federated_1", 4.22e-3, 7.5e-3, 1e-4, 7.5e-4),  # older
         ("federated_inf", 4.22e-3, 1e-4, 3.16e-3, 4.22e-3),  # older
         ("local", 1e-4, 2e-4, 3.2e-3, 2e-4),
-        ("local_converged", 4e-4, 1e-4, 3.16e-3, 3.16e-4),  # all but the retriever's older
+        ("local_converged", 4e-4, 1.6e-3, 3.16e-3, 3.16e-4),  # the marginal ones older
     ):
         config.learning_rates[regime] = ConfigDict(
             {
@@ -136,7 +136,7 @@ def get_config() -> ConfigDict:
             "local": {
                 "retriever": 6, "generator": 108, "marginal_generator": 140, "marginal_retriever": 77,
             },
-            "local_converged": {"retriever": 174},
+            "local_converged": {"retriever": 174, "generator": 2284},
         }
     )  # fmt: skip
 

@@ -1,6 +1,7 @@
 """Learning from the generator's signal, against slow, obvious versions."""
 
 import dataclasses
+import functools
 import itertools
 import types
 
@@ -41,6 +42,11 @@ def taught(parts, method, **settings):
 
 def loss_of(task, weight=(1, 1, 1, 1)):
     return jax.jit(task.loss)(task.trainable, task.frozen, batch_of(task, weight), KEY)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def attention(network, params, *inputs, adapters=None):
+    return network(params, *inputs, method="attention", adapters=adapters)
 
 
 def softmax(x):
@@ -239,8 +245,8 @@ def test_attention_against_numpy():
     params = network.init(jax.random.key(3))
     tokens = np.array([3, 9, 27, 5, 31, 8])
     mask = np.array([1, 1, 1, 1, 1, 0])
-    found = network(
-        params, tokens[None], np.arange(6)[None], mask[None], np.array([[2, 4]]), method="attention"
+    found = attention(
+        network, params, tokens[None], np.arange(6)[None], mask[None], np.array([[2, 4]])
     )
     layer = jax.tree.map(lambda x: x[0], params["layers"])
     x = np.asarray(params["embed"]["embedding"], np.float64)[tokens]
@@ -259,7 +265,7 @@ def test_attention_is_the_mean_over_layers_and_minds_windows():
     tokens, index = np.arange(6)[None] + 3, np.arange(6)[None]
     read, mask = np.array([[5]]), np.ones((1, 6))
     far, close = (
-        np.asarray(n(params, tokens, index, mask, read, method="attention"))[0, 0] for n in networks
+        np.asarray(attention(n, params, tokens, index, mask, read))[0, 0] for n in networks
     )
     assert (far > 0).all()
     np.testing.assert_array_equal(close > 0, [0, 0, 0, 0, 1, 1])
@@ -273,8 +279,8 @@ def seen_of(parts, example, rows):
     tokens = np.concatenate([prompt, answer])[None]
     index = np.arange(tokens.shape[1])[None]
     read = len(prompt) - 1 + np.arange(len(answer))[None]
-    seen = parts.decoder(
-        parts.params, tokens, index, np.ones_like(tokens), read, method="attention",
+    seen = attention(
+        parts.decoder, parts.params, tokens, index, np.ones_like(tokens), read,
         adapters=parts.adapters,
     )[0].mean(0)  # fmt: skip
     # The opening is a BOS, a passage ends with its line.

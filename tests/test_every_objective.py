@@ -87,8 +87,14 @@ def objective(name):
     return task, batch_of(task)
 
 
+@functools.cache
+def program(loss):
+    """One for values and gradients, of all tasks with an equal loss."""
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
 def value(task, batch):
-    return jax.jit(task.loss)(task.trainable, task.frozen, batch, KEY)
+    return program(task.loss)(task.trainable, task.frozen, batch, KEY)[0]
 
 
 @pytest.mark.slow
@@ -124,9 +130,7 @@ def test_gradients_reach_every_trainable_leaf(name):
     """A leaf with no gradient is a parameter nobody trains. A key's bias shifts all scores of a query
     alike, which softmax does not see."""
     task, batch = objective(name)
-    gradient, _ = jax.jit(jax.grad(task.loss, has_aux=True))(
-        task.trainable, task.frozen, batch, KEY
-    )
+    _, gradient = program(task.loss)(task.trainable, task.frozen, batch, KEY)
     for path, g in jax.tree_util.tree_leaves_with_path(gradient):
         leaf = jax.tree_util.keystr(path)
         if "['k_proj']['bias']" not in leaf:

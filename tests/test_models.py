@@ -47,12 +47,12 @@ def test_layers_by_themselves_are_the_stack(name):
     rows, width = golden["tokens"].shape
     cache = network(params, rows, width, method="empty_cache")
     single = cache._replace(keys=per_layer(cache.keys), values=per_layer(cache.values))
-    hidden, whole = network(params, *inputs, cache=cache, adapters=adapters)
-    again, parted = network(apart, *inputs, cache=single, adapters=beside)
+    hidden, whole = run(network, params, *inputs, cache=cache, adapters=adapters)
+    again, parted = run(network, apart, *inputs, cache=single, adapters=beside)
     np.testing.assert_allclose(again, hidden, atol=1e-5)
     np.testing.assert_allclose(jnp.stack(parted.keys.layers), whole.keys, atol=1e-5)
     read = jnp.array([[3, 9]] * rows)
-    some = network(apart, *inputs, read=read, adapters=beside)
+    some = run(network, apart, *inputs, read=read, adapters=beside)
     np.testing.assert_allclose(some, hidden[:, [3, 9]], atol=1e-5)
 
 
@@ -168,9 +168,12 @@ def test_reading_some_places_gives_what_reading_all_gives_there(change):
     def all_of_them(params):
         return network(params, tokens, positions, mask)[rows, places]
 
-    np.testing.assert_allclose(some(params), all_of_them(params), atol=1e-5)
-    found, expected = (jax.grad(lambda p, f=f: f(p).var())(params) for f in (some, all_of_them))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, expected)
+    values, gradients = [], []
+    for read_from in (some, all_of_them):
+        values.append(jax.jit(read_from)(params))
+        gradients.append(jax.jit(jax.grad(lambda p, f=read_from: f(p).var()))(params))
+    np.testing.assert_allclose(*values, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), *gradients)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +186,8 @@ def test_unroll_and_remat_change_no_number(tiny, change):
     def loss(params, network):
         return logits(network, params, *tiny_inputs()).var()
 
-    expected, got = (jax.grad(loss)(params, n) for n in (network, other))
+    gradient = jax.jit(jax.grad(loss), static_argnums=1)
+    expected, got = (gradient(params, n) for n in (network, other))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), expected, got)
 
 
@@ -263,7 +267,8 @@ def test_encoder_gradient_is_finite_for_a_row_of_padding():
     network = Network.of(Encoder, TINY_ENCODER)
     params = network.init(jax.random.key(0))
     tokens, _, mask = tiny_inputs()
-    grads = jax.grad(lambda p: network(p, tokens, mask.at[1].set(False)).sum())(params)
+    empty = mask.at[1].set(False)
+    grads = jax.jit(jax.grad(lambda p: network(p, tokens, empty).sum()))(params)
     assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(grads))
 
 

@@ -81,12 +81,13 @@ def test_a_quantised_network_is_the_network_of_the_rounded_weights(model):
     def loss(adapters, params):
         return answer_log_probs(network, params, adapters, batch()).mean()
 
-    for function in (loss, jax.jit(jax.grad(loss))):
+    gradient = jax.jit(jax.grad(loss))
+    for function in (loss, gradient):
         quantised, plain = function(adapters, small), function(adapters, rounded)
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), quantised, plain
         )
-    gradients = jax.tree.leaves(jax.grad(loss)(adapters, small))
+    gradients = jax.tree.leaves(gradient(adapters, small))
     assert all(jnp.abs(g).max() > 0 for g in gradients)
     prompts = batch()["tokens"].reshape(-1, 24)
     written = [
