@@ -99,7 +99,7 @@ def test_operations_are_those_of_the_traced_gradient(scored, kv):
 
 @pytest.mark.slow
 def test_a_store_is_built_saved_and_searched():
-    kinds = "flat", "pq", "words", "mapped"
+    kinds = "flat", "pq", "bm25", "mapped"
     report = run("stores", f"--kinds={','.join(kinds)}", "--passages=2000", "--repeats=5")
     assert [*report["kinds"]] == [*kinds]
     assert report["kinds"]["flat"]["found"] == report["kinds"]["mapped"]["found"] == 1.0
@@ -123,7 +123,7 @@ def test_what_stores_find_of_a_set():
     report = run("store_quality", "--retriever=builtin:encoder", "--limit=60")
     found = {kind: metrics["ndcg_at_10"] for kind, metrics in report["found"].items()}
     assert found["flat"] == pytest.approx(found["hnsw"], abs=3)
-    assert found["words"] > 50 > found["flat"]  # this encoder knows another world
+    assert found["bm25"] > 50 > found["flat"]  # this encoder knows another world
 
 
 def operations(jaxpr) -> int:

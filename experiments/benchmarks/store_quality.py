@@ -52,7 +52,7 @@ def empty_stores(dimension: int) -> dict:
         "flat": FaissStore(dimension),
         "hnsw": FaissStore(dimension, "hnsw"),
         "ivf": FaissStore(dimension, "ivf"),
-        "words": BM25Store(),
+        "bm25": BM25Store(),
         "stems": BM25Store("english"),
         "hybrid": HybridStore([FaissStore(dimension), BM25Store("english")]),
     }

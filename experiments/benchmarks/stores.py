@@ -24,7 +24,7 @@ import time
 import numpy as np
 from absl import app, flags
 
-KINDS = ("flat", "hnsw", "ivf", "pq", "device", "words", "hybrid", "mapped")
+KINDS = ("flat", "hnsw", "ivf", "pq", "device", "bm25", "hybrid", "mapped")
 
 _KINDS = flags.DEFINE_list("kinds", [*KINDS], "mapped is flat, opened memory-mapped")
 _PASSAGES = flags.DEFINE_integer("passages", 100_000, "of the store", lower_bound=100)
@@ -107,7 +107,7 @@ def empty(kind: str):
     dimension = _DIMENSION.value
     if kind == "device":
         return DeviceStore(dimension)
-    if kind == "words":
+    if kind == "bm25":
         return BM25Store()
     if kind == "hybrid":
         return HybridStore([FaissStore(dimension), BM25Store()])
@@ -155,7 +155,7 @@ def opened(kind: str) -> dict:
             add.append(time.perf_counter() - start)
     told = {"open_s": round(opening, 1), "open_peak_mb": peak}
     told |= percentiles("search", search) | percentiles("add", add)
-    return told | {"found": None if kind in ("words", "hybrid") else share_found(asked, found)}
+    return told | {"found": None if kind in ("bm25", "hybrid") else share_found(asked, found)}
 
 
 def percentiles(what: str, seconds: list[float]) -> dict:

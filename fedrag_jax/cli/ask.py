@@ -1,6 +1,6 @@
-"""Ask a system questions, and see what their answers come from.
+"""Ask a system questions; print answers and their sources.
 
-Without a question it reads them from the standard input, one a line.
+Without a question, questions are read from standard input, one a line.
 """
 
 import argparse
@@ -23,25 +23,30 @@ AT_ONCE = 16  # questions of a file that are answered together
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of `fedrag ask`."""
     add_system(parser)
-    parser.add_argument("questions", nargs="*", metavar="question")
+    parser.add_argument("questions", nargs="*", metavar="question", help="a question in quotes")
+    parser.add_argument("--top-k", type=int, help="number of passages to read (default: as saved)")
     parser.add_argument(
-        "--top-k", type=int, help="passages that are read (as the system was saved)"
+        "--mode",
+        default="concatenated",
+        help="how passages become one answer (default: concatenated; others read them one by one, "
+        "such as rag_token, rag_sequence_fast, ensemble, vote)",
     )
     parser.add_argument(
-        "--mode", default="concatenated", help="how several passages come to one answer"
+        "--max-tokens", type=int, help="longest answer in tokens (default: by prompt style)"
     )
-    parser.add_argument("--max-tokens", type=int, help="of an answer, at most")
     parser.add_argument(
-        "--temperature", type=float, default=0.0, help="0, the default, for the likeliest"
+        "--temperature", type=float, default=0.0, help="sampling temperature (default: 0, greedy)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of answers that are drawn")
-    parser.add_argument("--system-prompt", help="what the prompt begins with")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of sampling (default: 0)")
+    parser.add_argument("--system-prompt", help="text at the start of the prompt")
     parser.add_argument(
         "--stream",
         action=argparse.BooleanOptionalAction,
-        help="print answers as they are written (the default on a terminal), or whole",
+        help="print answers while they are generated (default: on a terminal)",
     )
-    parser.add_argument("--no-sources", action="store_true", help="print answers alone")
+    parser.add_argument(
+        "--no-sources", action="store_true", help="print answers without their sources"
+    )
     add_json(parser)
 
 

@@ -17,15 +17,15 @@ from fedrag_jax.errors import FedragError
 DESCRIPTION = """\
 Retrieval-augmented generation over your documents, and its fine-tuning.
 
-  fedrag index documents/ --to system/      documents become a system in a folder
-  fedrag ask system/ "Who wrote it?"        an answer, and where it comes from
-  fedrag eval system/ --questions own.jsonl answers and retrieval against gold ones
-  fedrag train system/ own.jsonl --to tuned/ retriever and generator tuned on questions
-  fedrag serve system/                      an HTTP service like OpenAI's, or MCP
+  fedrag index documents/ --to system/         make a system of a folder of documents
+  fedrag ask system/ "Who wrote it?"           print an answer and its sources
+  fedrag eval system/ --questions own.jsonl    score answers and retrieval
+  fedrag train system/ own.jsonl --to tuned/   fine-tune retriever and generator
+  fedrag serve tuned/                          serve the API of OpenAI, or MCP
 """
 CODES = """\
-exit codes: 0 done, 1 refused or failed, 2 a command line that is not understood, 3 done, but something
-among the documents was not read, 130 interrupted
+exit codes: 0 success, 1 error, 2 wrong usage, 3 success, but some documents could not be read,
+130 interrupted
 """
 
 

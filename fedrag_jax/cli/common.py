@@ -10,7 +10,7 @@ from fedrag_jax.data.examples import Passage
 
 
 def add_system(parser: argparse.ArgumentParser) -> None:
-    """The folder of a saved system, and whether to follow it elsewhere."""
+    """The folder of a saved system, and whether to follow it to a server."""
     parser.add_argument("system", type=pathlib.Path, help="folder of a saved system")
     add_elsewhere(parser)
 
@@ -20,14 +20,14 @@ def add_elsewhere(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--elsewhere",
         action="store_true",
-        help="follow a saved system whose passages lie on a server that its folder names, or come from "
-        "a command that it names, which is run: only for folders that you trust",
+        help="allow a saved system to connect to the server, or run the command, that its folder "
+        "names; use it only for folders that you trust",
     )
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Whether to print for programs."""
-    parser.add_argument("--json", action="store_true", help="print JSON, an object a line")
+    parser.add_argument("--json", action="store_true", help="print JSON lines")
 
 
 def print_json(told: Any) -> None:

@@ -1,10 +1,13 @@
-"""Measure a system on public benchmarks, or on questions of your own.
+"""Evaluate a system on public benchmarks or on your own questions.
 
-Sets are mmlu, hellaswag, boolq, pubmedqa, nq, triviaqa, popqa, hotpotqa, squad, squad_v2 and scifact,
-read from the folder in FEDRAG_DATA or from the Hugging Face hub. A file of your own has JSON lines
-{"id", "question", "answers": [...]} and, if known, "positive_ids" and "split"; of questions without a
-split, those are asked that `fedrag train` leaves alone. Of {"id", "question", "unanswerable": true} it
-is right to answer nothing, as in SQuAD v2. With --to, a run that was stopped goes on.
+Benchmarks are mmlu, hellaswag, boolq, pubmedqa, nq, triviaqa, popqa, hotpotqa, squad, squad_v2 and
+scifact, read from the folder in FEDRAG_DATA or from the Hugging Face hub.
+
+Your own questions are JSON lines: {"id", "question", "answers": [...]} with optional "positive_ids" and
+"split". Of questions without a split, those that `fedrag train` holds out for testing are asked. For
+{"id", "question", "unanswerable": true} an empty answer is right, as in SQuAD v2.
+
+With --to, an interrupted run resumes.
 """
 
 import argparse
@@ -16,42 +19,70 @@ from fedrag_jax.cli.common import add_json, add_system, print_json
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of `fedrag eval`."""
     add_system(parser)
-    parser.add_argument("sets", nargs="*", metavar="set", help="benchmarks, by name")
-    parser.add_argument("--questions", type=pathlib.Path, help="a file of your own questions")
-    parser.add_argument("--all", action="store_true", help="all of them, also those of no split")
+    parser.add_argument("sets", nargs="*", metavar="set", help="name of a benchmark")
+    parser.add_argument("--questions", type=pathlib.Path, help="file of your own questions")
     parser.add_argument(
-        "--to", type=pathlib.Path, help="folder that keeps results, a row a question"
+        "--all",
+        action="store_true",
+        help="ask all of your own questions, not only those held out for testing",
     )
-    parser.add_argument("--limit", type=int, help="questions of each set, drawn by the seed")
-    parser.add_argument("--split", default="", help="(each set's own with labels)")
-    parser.add_argument("--source", help="hub, local, or a folder (local if it is there)")
-    parser.add_argument("--shots", type=int, default=0, help="examples before each question (0)")
+    parser.add_argument(
+        "--to", type=pathlib.Path, help="folder for results, one row per question; resumes"
+    )
+    parser.add_argument(
+        "--limit", type=int, help="random sample of so many questions of each benchmark"
+    )
+    parser.add_argument(
+        "--split", default="", help="split to ask (default: the labelled test or validation split)"
+    )
+    parser.add_argument(
+        "--source",
+        help="where benchmarks come from: hub, local or a folder (default: local if present)",
+    )
+    parser.add_argument(
+        "--shots", type=int, default=0, help="few-shot examples before each question (default: 0)"
+    )
     parser.add_argument(
         "--by",
         default="",
-        help="generation, likelihood, or letters, the likelihood of a "
-        "choice's letter as MMLU's authors have it (each set's usual way)",
+        help="how choices are scored: generation, likelihood (of a choice's text) or letters "
+        "(likelihood of its letter, as for MMLU); default: as usual for the benchmark",
     )
     parser.add_argument(
         "--corpus",
         default="own",
         choices=("own", "benchmark", "gold", "none"),
-        help="what is read: the system's own passages (the default), the set's, its gold ones, or none",
+        help="passages to answer from: the system's own (default), the benchmark's, only gold ones, or "
+        "none",
     )
-    parser.add_argument("--mode", default="concatenated", help="see fedrag ask")
-    parser.add_argument("--max-tokens", type=int, help="of an answer, at most")
+    parser.add_argument(
+        "--mode", default="concatenated", help="how passages become one answer, see fedrag ask"
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, help="longest answer in tokens (default: by benchmark)"
+    )
     parser.add_argument(
         "--rule",
         choices=("squad", "squad_v2", "hotpotqa", "zh", "ja"),
-        help="how open answers are compared: zh and ja by character, as MLQA's script does for Chinese "
-        "(each set's own; squad for --questions)",
+        help="how answers are compared; zh and ja compare characters, as MLQA does for Chinese "
+        "(default: the benchmark's rule; squad for --questions)",
     )
-    parser.add_argument("--batch-size", type=int, default=32, help="(32)")
-    parser.add_argument("--seed", type=int, default=0, help="of samples and examples (0)")
     parser.add_argument(
-        "--form", default="text", choices=("text", "markdown", "latex"), help="of the table"
+        "--batch-size", type=int, default=32, help="questions at a time (default: 32)"
     )
-    parser.add_argument("--quiet", action="store_true", help="no progress")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="random seed of samples and few-shot examples (default: 0)",
+    )
+    parser.add_argument(
+        "--form",
+        default="text",
+        choices=("text", "markdown", "latex"),
+        help="format of the table (default: text)",
+    )
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
     add_json(parser)
 
 

@@ -1,10 +1,11 @@
-"""Make a system of a folder of documents, or have it follow their changes.
+"""Index a folder of documents as a new system, or update a system after they changed.
 
-Reads txt, md, html, pdf and jsonl (objects with a "text" and, if known, "id" and "title"); what else is
-in the folder is told. Passages are called FILE#0, FILE#1, ...; a line with an id of its own keeps it,
-with #0, #1, ... behind it if it is cut. What is done is kept: after a kill, and after changes of the
-documents, the same command does what is left. Documents that are gone from the folder are gone from the
-system.
+Reads txt, md, html, pdf and jsonl (objects with "text" and optional "id" and "title"). Files of other
+kinds are listed, with exit code 3. Passages are named FILE#0, FILE#1, ...; a JSON line with an "id"
+keeps it, followed by #0, #1, ... if it is split.
+
+Run the same command again to resume after a kill, or to update the system: only new and changed files
+are read, and passages of deleted files are removed.
 """
 
 import argparse
@@ -22,58 +23,65 @@ SIMILARITIES = ("cosine", "dot", "euclidean")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of `fedrag index`."""
-    parser.add_argument("documents", type=pathlib.Path, help="a folder, or one file")
-    parser.add_argument("--to", type=pathlib.Path, required=True, help="folder of the system")
+    parser.add_argument("documents", type=pathlib.Path, help="a folder or a file")
     parser.add_argument(
-        "--tokens", type=int, help="of a passage, at most (200, or what the retriever reads)"
+        "--to", type=pathlib.Path, required=True, help="folder of the system, new or to be updated"
     )
     parser.add_argument(
-        "--overlap", type=int, help="tokens that neighbours share, at most (a fifth)"
+        "--tokens",
+        type=int,
+        help="longest passage in tokens (default: 200, or the retriever's limit)",
     )
     parser.add_argument(
-        "--moved", action="store_true", help="the documents of the system lie in another folder now"
+        "--overlap", type=int, help="tokens shared by neighbouring passages (default: a fifth)"
     )
-    parser.add_argument("--quiet", action="store_true", help="no progress")
+    parser.add_argument(
+        "--moved", action="store_true", help="the documents have moved to this folder"
+    )
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
     add_json(parser)
     add_elsewhere(parser)
-    new = parser.add_argument_group("a new system")
+    new = parser.add_argument_group("options of a new system")
     new.add_argument(
-        "--like", type=pathlib.Path, help="models, adapters and prompts of this saved system"
+        "--like", type=pathlib.Path, help="take models, adapters and prompts from this saved system"
     )
     new.add_argument(
         "--retriever",
-        help="builtin:encoder (the default), minilm, a folder, or a name on the hub",
+        help="builtin:encoder (default), minilm, a folder or a hub id",
     )
     new.add_argument(
         "--generator",
-        help="builtin:decoder (the default), smollm2, a folder, a GGUF file, or a name on the hub",
+        help="builtin:decoder (default), smollm2, a folder, a GGUF file or a hub id",
     )
     new.add_argument(
         "--prompt-style",
-        help="compact, instruct, cited, chat, chat_cited, ... (chat where the generator has a "
-        "template, else instruct; compact for built-in ones)",
+        help="compact, instruct, cited, chat, chat_cited, ... (default: chat if the generator has a "
+        "chat template, else instruct; compact for the built-in generator)",
     )
     new.add_argument(
-        "--query-prompt", help="what comes before a question for the retriever (its model's own)"
+        "--query-prompt", help="prefix of questions for the retriever (default: as its model says)"
     )
-    new.add_argument("--document-prompt", help="what comes before a passage (its model's own)")
+    new.add_argument(
+        "--document-prompt",
+        help="prefix of passages for the retriever (default: as its model says)",
+    )
     new.add_argument(
         "--similarity",
         choices=SIMILARITIES,
-        help="that the retriever was trained for (what its model says, else cosine)",
+        help="how the retriever compares vectors (default: as its model says, else cosine)",
     )
-    new.add_argument("--system-prompt", help="what every prompt begins with")
-    new.add_argument("--top-k", type=int, help="passages read for an answer (5)")
+    new.add_argument("--system-prompt", help="text at the start of every prompt")
+    new.add_argument("--top-k", type=int, help="passages to read for an answer (default: 5)")
     new.add_argument(
         "--store",
         choices=NEW_STORES,
-        help="; ".join(f"{name}, {KINDS[name].about}" for name in NEW_STORES),
+        help="; ".join(f"{name}: {KINDS[name].about}" for name in NEW_STORES),
     )
-    new.add_argument("--at", help="of qdrant a folder or address, of postgres a connection string")
-    new.add_argument("--collection", help="of qdrant, or table of postgres (fedrag)")
-    new.add_argument("--language", help="whose endings words and hybrid take off, such as english")
+    new.add_argument("--at", help="qdrant: folder or address; postgres: connection string")
+    new.add_argument("--collection", help="qdrant: collection; postgres: table (default: fedrag)")
+    new.add_argument("--language", help="bm25, hybrid: language for stemming, such as english")
     new.add_argument(
-        "--rerank", help="a cross-encoder that orders what the store finds: folder or hub name"
+        "--rerank", help="cross-encoder that reranks what the store finds: folder or hub id"
     )
 
 

@@ -1,8 +1,8 @@
-"""Offer a system to others: over HTTP like OpenAI, or as an MCP server.
+"""Serve a system over HTTP, with the API of OpenAI, or as an MCP server.
 
 HTTP: POST /v1/chat/completions (whole or streamed), GET /v1/models and /v1/models/ID, GET /health.
-Where the environment has FEDRAG_API_KEY, callers must give it. SIGTERM stops it once requests under
-way are answered.
+If the environment variable FEDRAG_API_KEY is set, callers must send it. SIGTERM stops the server after
+running requests are answered.
 """
 
 import argparse
@@ -17,19 +17,21 @@ from fedrag_jax.server.address import KEY
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of `fedrag serve`."""
     add_system(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1)")
-    parser.add_argument("--port", type=int, default=8000, help="(8000)")
-    parser.add_argument("--model", help="the name that callers ask for (fedrag)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)"
+    )
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000)")
+    parser.add_argument("--model", help="model name that callers send (default: fedrag)")
     parser.add_argument(
         "--cors-origin",
         action="append",
         default=[],
         metavar="ORIGIN",
-        help="of web pages that may call it, such as https://example.org, or '*' for all; may be given "
-        "more than once (none)",
+        help="origin of web pages that may call the server, such as https://example.org, or '*' for "
+        "all; may be repeated (default: none)",
     )
     parser.add_argument(
-        "--mcp", choices=("stdio", "http"), help="speak the Model Context Protocol instead"
+        "--mcp", choices=("stdio", "http"), help="serve the Model Context Protocol instead"
     )
 
 

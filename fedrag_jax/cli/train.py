@@ -1,10 +1,14 @@
-"""Tune the retriever and the generator of a system on questions about its passages.
+"""Fine-tune the retriever and the generator of a system on questions about its passages.
 
-QUESTIONS is a file of JSON lines: {"id", "question", "answers": [...]} and, if known, "positive_ids"
-(of the passages that answer: ids as `fedrag ask --json` prints them, or those of the documents or lines
-that were indexed), "topic" and "split" (train, validation or test; 70, 10 and 20 percent by their ids
-where none is told). Every factor of the learning rates is tried, and what answers validation questions
-best is saved. Questions marked "unanswerable" are left out. After a kill the same command goes on.
+QUESTIONS is a file of JSON lines: {"id", "question", "answers": [...]}, with optional
+
+  positive_ids  passages that answer the question: ids that `fedrag ask --json` prints, or ids of
+                documents or JSON lines that were indexed
+  topic         what clients differ in
+  split         train, validation or test (default: 70, 10 and 20 percent by id)
+
+Every factor of the learning rates is tried; the system that answers validation questions best is saved.
+Questions marked "unanswerable" are skipped. Run the same command again to resume after a kill.
 """
 
 import argparse
@@ -24,58 +28,71 @@ USUAL_RATES = {"query": 1e-4, "adapters": 1e-3}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of `fedrag train`."""
     add_system(parser)
-    parser.add_argument("questions", type=pathlib.Path)
+    parser.add_argument("questions", type=pathlib.Path, help="file of JSON lines")
     parser.add_argument("--to", type=pathlib.Path, required=True, help="folder of the tuned system")
     parser.add_argument(
         "--strategy",
         default="joint_token",
-        help="retriever, generator, ralt, lsr, ra_dit, independent, two_phase, joint_token (the "
-        "default) or joint_sequence; retriever and independent need positive_ids; or an objective by "
-        "itself, such as pdist or oracle; or one of your own, module:function, where the function "
-        "makes a Task of a system and a dataset",
+        help="retriever, generator, ralt, lsr, ra_dit, independent, two_phase, joint_token (default) "
+        "or joint_sequence; an objective, such as pdist; or module:function of your own, which makes a "
+        "Task of a system and a dataset. retriever and independent need positive_ids",
     )
     parser.add_argument(
         "--regime",
         choices=("centralised", "federated"),
         default="centralised",
-        help="all questions in one place (the default), or with clients who share updates alone",
+        help="all questions in one place (default), or split over clients who share only updates",
     )
     parser.add_argument(
         "--algorithm",
         default="fedavg",
-        help="what clients' updates become in the federated regime: fedavg (the default), fedavgm, "
-        "fedadagrad, fedadam, fedyogi, fedprox, scaffold, or one of fedit, ffa, rolora, flora, fedex, "
-        "flexlora for the adapters",
+        help="federated algorithm: fedavg (default), fedavgm, fedadagrad, fedadam, fedyogi, fedprox, "
+        "scaffold; for adapters also fedit, ffa, rolora, flora, fedex, flexlora",
     )
     parser.add_argument(
-        "--algorithm-options", nargs="+", default=(), metavar="NAME=VALUE", help="such as mu=0.1"
+        "--algorithm-options",
+        nargs="+",
+        default=(),
+        metavar="NAME=VALUE",
+        help="options of the algorithm, such as mu=0.1",
     )
-    parser.add_argument("--clients", type=int, default=8, help="(8); 0 makes every topic a client")
+    parser.add_argument(
+        "--clients", type=int, default=8, help="number of clients (default: 8); 0: one per topic"
+    )
     parser.add_argument(
         "--alpha",
         type=float,
         default=float("inf"),
-        help="of the Dirichlet split over topics (even)",
+        help="concentration of the Dirichlet split over topics (default: an even split)",
     )
-    parser.add_argument("--rounds", type=int, default=5, help="rounds, and index refreshes (5)")
-    parser.add_argument("--local-steps", type=int, default=5, help="of a client in a round (5)")
-    parser.add_argument("--batch-size", type=int, default=8, help="(8)")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="rounds, each with an index refresh (default: 5)"
+    )
+    parser.add_argument(
+        "--local-steps", type=int, default=5, help="steps of a client in a round (default: 5)"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=8, help="questions in a step (default: 8)"
+    )
     # None where nobody chose one.
-    parser.add_argument("--query-rate", type=float, help="learning rate (1e-4)")
-    parser.add_argument("--adapter-rate", type=float, help="learning rate (1e-3)")
+    parser.add_argument("--query-rate", type=float, help="learning rate of the retriever (1e-4)")
+    parser.add_argument(
+        "--adapter-rate", type=float, help="learning rate of the generator's adapters (1e-3)"
+    )
     parser.add_argument(
         "--factors",
         type=float,
         nargs="+",
         default=(0.1, 1.0, 10.0),
-        help="of these rates (0.1 1 10)",
+        help="factors of the learning rates to try (default: 0.1 1 10)",
     )
     parser.add_argument(
         "--max-answer-tokens",
         type=int,
-        help="of answers trained on and written: of longer ones the end is cut (the system's)",
+        help="longest answer to train on and to generate, in tokens; longer ones are cut (default: the "
+        "system's limit)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="(0)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     add_json(parser)
 
 
@@ -196,7 +213,7 @@ def _print(told, questions) -> None:
     print(tabulate(rows, ["questions", "", *names], disable_numparse=True))
     validation = told["validation"]
     if validation["after"]["em"] < validation["before"]["em"]:
-        print("no training answered validation questions as well as the system did before")
+        print("no trial answered validation questions as well as the system before training")
     print(
         f"{told['system']}: rates times {told['best_factor']:g}, the best of "
         f"{len(told['trials'])}, in {told['seconds']:.0f} s"

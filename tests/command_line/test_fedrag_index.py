@@ -184,7 +184,7 @@ def test_indexing_refuses_what_would_lose_something(system, tmp_path, capsys):
         (["--store", "qdrant"], "store 'qdrant' needs the option 'at'"),
         (["--at", "x"], "has no option 'at', which is of qdrant and postgres"),
         (["--like", str(system), "--generator", "x"], "--like takes models and prompts"),
-        (["--language", "english"], "has no option 'language', which is of words and hybrid"),
+        (["--language", "english"], "has no option 'language', which is of bm25 and hybrid"),
     ):
         assert main([*new, *more]) == 1
         assert error in capsys.readouterr().err
@@ -268,7 +268,7 @@ def test_a_new_system_like_a_tuned_one(system, tmp_path):
     tuned = tuned.replace(query={**tuned.retriever.query}).under("Be brief.")
     tuned.save(tmp_path / "tuned")
     command = ["index", str(system.parent / "documents"), "--to", str(tmp_path / "new"), "--quiet"]
-    like = ["--like", str(tmp_path / "tuned"), "--store", "words", "--top-k", "3"]
+    like = ["--like", str(tmp_path / "tuned"), "--store", "bm25", "--top-k", "3"]
     assert main([*command, *like]) == 0
     loaded = RAGSystem.load(tmp_path / "new")
     assert loaded.store.kind == "bm25" and loaded.prompts.style == tuned.prompts.style

@@ -34,24 +34,25 @@ class Kind(NamedTuple):
 
 
 def _hybrid(store, dimension: int, language: str = "") -> PassageSource:
-    return store([new_store("flat", dimension), new_store("words", dimension, language=language)])
+    return store([new_store("flat", dimension), new_store("bm25", dimension, language=language)])
 
 
 FAISS, BM25 = "faiss_store:FaissStore", "bm25:BM25Store"
 KINDS = {
     "flat": Kind("exact (the default)", "faiss", FAISS, lambda store, d: store(d)),
-    "ivf": Kind("approximate, by clusters", "faiss", FAISS, lambda store, d: store(d, "ivf")),
-    "hnsw": Kind("approximate, by a graph", "faiss", FAISS, lambda store, d: store(d, "hnsw")),
-    "pq": Kind("approximate, in few bytes", "faiss", FAISS, lambda store, d: store(d, "pq")),
+    "ivf": Kind("approximate, inverted lists", "faiss", FAISS, lambda store, d: store(d, "ivf")),
+    "hnsw": Kind("approximate, graph", "faiss", FAISS, lambda store, d: store(d, "hnsw")),
+    "pq": Kind("approximate, compressed vectors", "faiss", FAISS, lambda store, d: store(d, "pq")),
     "device": Kind(
         "exact on the accelerator", "device", "device_store:DeviceStore", lambda store, d: store(d)
     ),
-    "words": Kind(
-        "BM25", "bm25", BM25, lambda store, d, language="": store(language), ("language",),
+    "bm25": Kind(
+        "by words", "bm25", BM25, lambda store, d, language="": store(language), ("language",),
         extra="bm25",
     ),
     "hybrid": Kind(
-        "flat and words", "hybrid", "hybrid:HybridStore", _hybrid, ("language",), extra="bm25"
+        "flat and bm25, fused by rank", "hybrid", "hybrid:HybridStore", _hybrid, ("language",),
+        extra="bm25",
     ),
     "qdrant": Kind(
         "Qdrant, in a folder or on a server", "qdrant", "qdrant:QdrantStore",
