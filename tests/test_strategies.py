@@ -153,9 +153,12 @@ def test_several_systems_go_through_a_strategy_together(system, world):
             jax.tree.map(np.testing.assert_array_equal, part(found[i]), part(alone))
 
 
-@pytest.mark.parametrize("count", [step_flops, compiler_flops])
-def test_a_frozen_generator_that_is_read_is_paid_for(system, world, count):
-    """Forward passes alone: between a third and a half of joint training, as arithmetic has it."""
+@pytest.mark.parametrize(("count", "most"), [(step_flops, 0.5), (compiler_flops, 0.55)])
+def test_a_frozen_generator_that_is_read_is_paid_for(system, world, count, most):
+    """Forward passes alone: between a third and a half of joint training, as arithmetic has it.
+
+    Compilers count what is no product, too, each in its own way.
+    """
     short = dataclasses.replace(world, train=world.train[:40])
     flops = []
     for strategy in (strategies.second_phase, strategies.joint_token):
@@ -164,7 +167,7 @@ def test_a_frozen_generator_that_is_read_is_paid_for(system, world, count):
         (task,) = tune.tasks
         table = task.table(short.train[:1])
         flops.append(count(task, table, batch_size=4))
-    assert 1 / 3 < flops[0] / flops[1] < 1 / 2
+    assert 1 / 3 < flops[0] / flops[1] < most
 
 
 def test_no_more_passages_than_there_are(world):
