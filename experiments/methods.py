@@ -137,10 +137,18 @@ def compute(lab: Methods, point: Point) -> cells.Cell:
     )
 
 
+ALL = ("no_op", *OBJECTIVES)
+
+
+def objectives_of(config) -> tuple[str, ...]:
+    """Those that the config names, or all."""
+    return tuple(config.objectives) or ALL
+
+
 def rows_of(config, folder: pathlib.Path) -> list[dict]:
     """A row for every objective, regime and metric of its part."""
     rows = []
-    for regime, name in itertools.product(config.regimes, config.objectives):
+    for regime, name in itertools.product(config.regimes, objectives_of(config)):
         found, start = (finished(config, folder, n, regime) for n in (name, UNTUNED))
         if not found or not start:
             continue
@@ -242,20 +250,19 @@ def check(config, dataset) -> list[str]:
     """
     check_replicates(config)
     check_algorithms(config)
-    for name in ("objectives", "regimes", "rate_factors"):
+    for name in ("regimes", "rate_factors"):
         if not config[name]:
             raise ConfigError(f"config.{name} is empty; give at least one")
-    if unknown := [n for n in config.objectives if n not in ("no_op", *OBJECTIVES)]:
-        raise ConfigError(
-            f"config.objectives: {unknown} unknown; choose among {['no_op', *OBJECTIVES]}"
-        )
+    asked = objectives_of(config)
+    if unknown := [name for name in asked if name not in ALL]:
+        raise ConfigError(f"config.objectives: {unknown} unknown; choose among {[*ALL]}")
     for regime in config.regimes:
         if parse(regime, config.federated.alpha)[0] == "local":
             raise ConfigError("config.regimes: objectives are compared centralised and federated")
     bare = sum(not e.positive_ids for e in dataset.train)
-    left = [n for n in config.objectives if not (bare and objective_of(n).labels)]
-    if len(left) < len(config.objectives):
-        out = ", ".join(n for n in config.objectives if n not in left)
+    left = [name for name in asked if not (bare and objective_of(name).labels)]
+    if len(left) < len(asked):
+        out = ", ".join(name for name in asked if name not in left)
         print(
             f"{out} left out: needs gold passages, {bare} training questions have none", flush=True
         )
