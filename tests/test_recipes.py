@@ -123,7 +123,7 @@ def test_a_store_is_two_files_of_code(copy):
     )
     assert run(copy, "-c", opened) == "Ada\n"
     shown = "from fedrag_jax.cli.command_line import main; main(['index', '-h'])"
-    assert "last_word, the last word" in " ".join(run(copy, "-c", shown).split())
+    assert "last_word: the last word" in " ".join(run(copy, "-c", shown).split())
 
 
 def test_an_experiment_is_three_files(copy):
