@@ -136,7 +136,7 @@ def get_config() -> ConfigDict:
             "local": {
                 "retriever": 6, "generator": 108, "marginal_generator": 140, "marginal_retriever": 77,
             },
-            "local_converged": {"retriever": 174, "generator": 2284},
+            "local_converged": {"retriever": 174, "generator": 2712},
         }
     )  # fmt: skip
 
