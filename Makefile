@@ -24,8 +24,8 @@ algorithms: $(VENV)/installed  ## FedProx, FedAdam, SCAFFOLD, FFA-LoRA and FLoRA
 retrieval: $(VENV)/tested  ## query-side tuning of MiniLM on SQuAD and HotpotQA
 	$(BIN)/python -m experiments tune_retrieval
 
-# Compiling is two thirds of the suite's time; without LLVM's optimisations it takes half as long. The slow
-# tests run what users run.
+# Compiling is most of the suite's time, and is shorter without LLVM's optimisations (docs/performance.md).
+# The slow tests run what users run.
 test: export XLA_FLAGS ?= --xla_backend_optimization_level=0
 test: $(VENV)/tested  ## style, types of the public surface, the test suite
 	$(BIN)/ruff check .

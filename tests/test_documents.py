@@ -7,6 +7,7 @@ import runpy
 
 import nbformat
 import pytest
+from ml_collections.config_flags import config_path
 from nbclient import NotebookClient
 
 from experiments.__main__ import CONFIGS
@@ -81,9 +82,8 @@ def test_printed_commands_set_what_their_configs_have():
             continue  # a placeholder, or --help
         config = runpy.run_path(str(ROOT / path))["get_config"]()
         for setting in re.findall(r"--config\.([\w.]+)", line):
-            at = config
-            for part in setting.split("."):
-                at = at[part] if part in at else wrong.append((page, line, setting))
-                if at is None:
-                    break
+            try:
+                config_path.get_value(setting, config)
+            except KeyError:
+                wrong.append((page, line, setting))
     assert not wrong

@@ -153,7 +153,7 @@ def test_several_systems_go_through_a_strategy_together(system, world):
             jax.tree.map(np.testing.assert_array_equal, part(found[i]), part(alone))
 
 
-@pytest.mark.parametrize(("count", "most"), [(step_flops, 0.5), (compiler_flops, 0.55)])
+@pytest.mark.parametrize(("count", "most"), [(step_flops, 0.5), (compiler_flops, 0.51)])
 def test_a_frozen_generator_that_is_read_is_paid_for(system, world, count, most):
     """Forward passes alone: between a third and a half of joint training, as arithmetic has it.
 

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "such as rag_token, rag_sequence_fast, ensemble, vote)",
     )
     parser.add_argument(
-        "--max-tokens", type=int, help="longest answer in tokens (default: by prompt style)"
+        "--max-tokens", type=int, help="longest answer in tokens (default: the system's limit)"
     )
     parser.add_argument(
         "--temperature", type=float, default=0.0, help="sampling temperature (default: 0, greedy)"

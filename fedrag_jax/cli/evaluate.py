@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mode", default="concatenated", help="how passages become one answer, see fedrag ask"
     )
     parser.add_argument(
-        "--max-tokens", type=int, help="longest answer in tokens (default: by benchmark)"
+        "--max-tokens", type=int, help="longest answer in tokens (default: the system's limit)"
     )
     parser.add_argument(
         "--rule",
