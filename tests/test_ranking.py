@@ -260,7 +260,7 @@ def test_ranking_without_negatives_is_told(retriever, recwarn):
     with pytest.warns(UserWarning) as told:
         history = fit(task, alone, fed_avg(local_steps=1), rounds=1, batch_size=2).history
     first, *others = history[0]["client_loss"]
-    rounding = 4 * np.spacing(np.float32(20))  # of cosines times 20
+    rounding = float(4 * np.spacing(np.float32(20)))  # of cosines times 20
     assert first > 0.1 and others == pytest.approx([0, 0], abs=rounding)
     (message,) = {str(warning.message) for warning in told}
     assert "2 of 3 clients learn nothing from 'multiple_negatives_ranking', client 1" in message
