@@ -62,6 +62,7 @@ def get_config() -> ConfigDict:
     config.models.dtype = "float32"
     config.models.quantize = ""
     config.models.devices = 1
+    config.models.remat = "selective"  # or "full", "none", see configs/compare_strategies.py
     config.models.max_passage_tokens = 256
     config.models.max_answer_tokens = 24  # that are trained on and written, citation included
     config.lora = ConfigDict()

@@ -57,6 +57,9 @@ def get_config() -> ConfigDict:
     config.models.dtype = "float32"
     config.models.quantize = ""
     config.models.devices = 1
+    # What the backward pass through the generator computes again: "selective" keeps what its linear
+    # layers give, "full" keeps nothing, which takes least memory and a third longer, "none" everything.
+    config.models.remat = "selective"
     config.models.max_passage_tokens = 256
     config.models.max_answer_tokens = 16  # that are trained on and written, reasoning included
     config.lora = ConfigDict()

@@ -196,9 +196,8 @@ def load_generator(models):
     """The generator as `config.models` wants its frozen base.
 
     Raises:
-      ConfigError: a type, format or number of devices that cannot be had.
+      ConfigError: a type, format, number of devices or way to recompute that cannot be had.
     """
-
     if models.dtype not in ("float32", "bfloat16"):
         raise ConfigError(f"config.models.dtype: 'float32' or 'bfloat16', got {models.dtype!r}")
     if not 1 <= models.devices <= jax.device_count():
@@ -206,6 +205,10 @@ def load_generator(models):
             f"config.models.devices: there are {jax.device_count()}, asked for {models.devices}"
         )
     generator = hub.load(models.generator, models.dtype)
+    try:
+        network = generator.network.recomputing(models.remat)
+    except ConfigError as error:
+        raise ConfigError(f"config.models.{error}") from error
     params = generator.params
     if models.quantize:
         try:
@@ -214,4 +217,4 @@ def load_generator(models):
             raise ConfigError(f"config.models.quantize: {error}") from error
     if models.devices > 1:
         params = shard(params, jax.make_mesh((models.devices,), ("model",)))
-    return dataclasses.replace(generator, params=params)
+    return dataclasses.replace(generator, network=network, params=params)

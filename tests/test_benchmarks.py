@@ -76,7 +76,7 @@ def test_operations_are_those_of_the_traced_gradient(scored, kv):
     layers, tokens, rows = 3, 32, 2
     config = DecoderConfig(
         vocab_size=1024, hidden_size=128, intermediate_size=512, num_layers=layers, num_heads=4,
-        num_kv_heads=kv, head_dim=32, remat=False,
+        num_kv_heads=kv, head_dim=32, remat="none",
     )  # fmt: skip
     base = Network.of(Decoder, config)
     network = add_lora(base, LoraConfig(4, 8.0, federated_round.TARGETS))

@@ -346,6 +346,16 @@ def test_the_generator_comes_as_the_config_wants_it():
     assert is_quantized(few.params) and few.params["norm"]["scale"].dtype == jnp.bfloat16
 
 
+def test_what_the_backward_pass_recomputes_is_a_setting():
+    models = small().models
+    assert loading.load_generator(models).network.config.remat == "selective"
+    models.remat = "full"
+    assert loading.load_generator(models).network.config.remat == "full"
+    models.remat = "some"
+    with pytest.raises(ConfigError, match=r"config.models.remat must be one of .*'full'.*'some'"):
+        loading.load_generator(models)
+
+
 def test_an_unknown_regime_is_refused_on_the_command_line():
     import subprocess
     import sys

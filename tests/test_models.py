@@ -153,7 +153,7 @@ def test_cache_in_pieces_equals_one_pass(change):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("change", [{}, {"unroll": True}, {"remat": False}, {"num_layers": 1}])
+@pytest.mark.parametrize("change", [{}, {"unroll": True}, {"remat": "none"}, {"num_layers": 1}])
 def test_reading_some_places_gives_what_reading_all_gives_there(change):
     network = Network.of(Decoder, dataclasses.replace(TINY, **change))
     params = network.init(jax.random.key(0))
@@ -177,7 +177,8 @@ def test_reading_some_places_gives_what_reading_all_gives_there(change):
 
 
 @pytest.mark.parametrize(
-    "change", [{"unroll": True}, {"remat": False}, {"unroll": True, "remat": False}]
+    "change",
+    [{"unroll": True}, {"remat": "full"}, {"remat": "none"}, {"unroll": True, "remat": "none"}],
 )
 def test_unroll_and_remat_change_no_number(tiny, change):
     network, params = tiny
@@ -189,6 +190,29 @@ def test_unroll_and_remat_change_no_number(tiny, change):
     gradient = jax.jit(jax.grad(loss), static_argnums=1)
     expected, got = (gradient(params, n) for n in (network, other))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), expected, got)
+
+
+def test_selective_remat_keeps_linear_layers_and_no_attention():
+    """Memory of the backward pass between that of keeping all and that of keeping nothing."""
+    deep = dataclasses.replace(TINY, num_layers=8)
+    tokens = jnp.zeros((2, 64), int)
+    positions = jnp.broadcast_to(jnp.arange(64), tokens.shape)
+
+    def kept(remat):
+        network = Network.of(Decoder, dataclasses.replace(deep, remat=remat))
+
+        def loss(params):
+            return network(params, tokens, positions, jnp.ones_like(tokens)).var()
+
+        compiled = jax.jit(jax.grad(loss)).lower(network.shapes()).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    c, rows = deep, tokens.size
+    wide = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim + c.hidden_size + 2 * c.intermediate_size
+    full, selective, everything = map(kept, ("full", "selective", "none"))
+    # Of each layer what its linear layers give, 4 bytes a number.
+    assert full + 0.7 * 8 * 4 * rows * wide < selective < full + 1.3 * 8 * 4 * rows * wide
+    assert selective < everything
 
 
 @pytest.mark.parametrize("kind", [(Decoder, TINY), (Encoder, TINY_ENCODER)])
@@ -205,9 +229,9 @@ def test_deep_networks_are_not_written_out(kind):
     tokens, positions, mask = tiny_inputs()
     inputs = {Decoder: (tokens, positions, mask), Encoder: (tokens, mask)}
     for layers in (1, 6, 12):
-        assert equations(layers) == (True, False, [layers])
+        assert equations(layers) == (True, "none", [layers])
     for layers in (13, 30):
-        assert equations(layers) == (False, True, [1])
+        assert equations(layers) == (False, config.remat, [1])
 
 
 def test_unrolled_lets_the_compiler_count_every_layer(tiny):

@@ -97,9 +97,10 @@ def main(argv):
 
     network, params, adapters = decoder()
     say(f"a decoder of {sum(x.size for x in jax.tree.leaves(params)):,} parameters")
-    written = "written out" if network.config.unroll else "in a loop, recomputed backward"
+    written = "written out" if network.config.unroll else "in a loop"
     tried = ", ".join(["eager", *(f"compiled ({mode})" for mode in modes(network))])
-    say(f"our {network.config.num_layers} layers are {written}; PyTorch is tried {tried}")
+    ways = f"{written}, remat {network.config.remat}"
+    say(f"our {network.config.num_layers} layers are {ways}; PyTorch is tried {tried}")
     counts = clients()
     tokens = batches(max(counts), network.config.vocab_size)
     with tempfile.TemporaryDirectory() as folder:

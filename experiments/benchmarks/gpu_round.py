@@ -1,7 +1,7 @@
 """A federated LoRA round of a half-billion decoder on an accelerator: what share of its speed it uses.
 
     python -m experiments.benchmarks.gpu_round
-    python -m experiments.benchmarks.gpu_round --clients=8 --group_size=8 --remat
+    python -m experiments.benchmarks.gpu_round --clients=8 --group_size=8 --remat=full
     JAX_PLATFORMS=cpu python -m experiments.benchmarks.gpu_round --model=small --tokens=64 --clients=2
 
 The decoder has the shape of Qwen2.5-0.5B and random numbers in bfloat16; adapters on all its linear
@@ -43,7 +43,9 @@ _STEPS = flags.DEFINE_integer("local_steps", 4, "of each client", lower_bound=1)
 _BATCH = flags.DEFINE_integer("batch_size", 4, "sequences in a step", lower_bound=1)
 _TOKENS = flags.DEFINE_integer("tokens", 512, "of a sequence with its answer", lower_bound=17)
 _RANK = flags.DEFINE_integer("rank", 16, "of the adapters", lower_bound=1)
-_REMAT = flags.DEFINE_bool("remat", True, "recompute layers in the backward pass")
+_REMAT = flags.DEFINE_enum(
+    "remat", "selective", ["selective", "full", "none"], "what the backward pass computes again"
+)
 _ROUNDS = flags.DEFINE_integer("rounds", 6, "of which the first is not timed", lower_bound=2)
 
 

@@ -7,6 +7,7 @@ The first allocates nothing: the round is compiled for shapes. The second also r
 reads the peak of the process. Prints one JSON object; GB are 1e9 bytes.
 """
 
+import dataclasses
 import json
 import resource
 
@@ -34,6 +35,9 @@ _GROUP = flags.DEFINE_integer("group_size", 1, "clients side by side", lower_bou
 _BATCH = flags.DEFINE_integer("batch_size", 4, "prompts in a step", lower_bound=1)
 _TOKENS = flags.DEFINE_integer("tokens", 1024, "of a prompt with its answer", lower_bound=17)
 _RANK = flags.DEFINE_integer("rank", 16, "of the adapters, on queries and values", lower_bound=1)
+_REMAT = flags.DEFINE_enum(
+    "remat", "full", ["full", "selective"], "what the backward pass computes again"
+)
 _MEASURE = flags.DEFINE_bool("measure", False, "also run a round")
 
 
@@ -47,7 +51,8 @@ def main(argv):
     sizes = arithmetic(network, base, adapters)
     analysis = run.func.memory_analysis()
     report = {
-        flag.name: flag.value for flag in (_MODEL, _FORMAT, _CLIENTS, _GROUP, _BATCH, _TOKENS)
+        flag.name: flag.value
+        for flag in (_MODEL, _FORMAT, _REMAT, _CLIENTS, _GROUP, _BATCH, _TOKENS)
     }
     report |= {
         "arithmetic_GB": {name: round(size / 1e9, 3) for name, size in sizes.items()},
@@ -77,7 +82,8 @@ def network_of(hf: dict):
 
     family = family_of(hf)
     lora = LoraConfig(_RANK.value, 2.0 * _RANK.value)
-    return add_lora(Network.of(family.module, family.read(hf)), lora)
+    config = dataclasses.replace(family.read(hf), remat=_REMAT.value)
+    return add_lora(Network.of(family.module, config), lora)
 
 
 def shapes(network):
@@ -146,17 +152,21 @@ def arithmetic(network, base, adapters) -> dict[str, float]:
     """Bytes of what a round must hold at once.
 
     Adapters: the global ones and the sum of updates, and for each client of a group its own, their
-    gradient and two moments of Adam. Activations, with layers recomputed in the backward pass: what
-    enters each layer, and within the one at work its matrices made dense, its linear outputs, and
-    scores and weights of attention in float32.
+    gradient and two moments of Adam. Activations: what enters each layer, unless layers are recomputed
+    in full what its linear layers but the last give, and within the one at work its matrices made
+    dense, its linear outputs, and scores and weights of attention in float32.
     """
     c, group, tokens, half = network.config, _GROUP.value, _TOKENS.value, 2  # bytes of bfloat16
     sequences = group * _BATCH.value
+    kept = c.hidden_size
+    if _REMAT.value == "selective":
+        heads = c.num_heads + 2 * c.num_kv_heads
+        kept += heads * c.head_dim + c.hidden_size + 2 * c.intermediate_size
     width = 2 * (c.num_heads + c.num_kv_heads) * c.head_dim + 3 * c.intermediate_size
     return {
         "base": nbytes(base),
         "adapters": (2 + 4 * group) * nbytes(adapters),
-        "entering each layer": half * c.num_layers * sequences * tokens * c.hidden_size,
+        "kept of each layer": half * c.num_layers * sequences * tokens * kept,
         "layer at work": half * (sequences * tokens * (width + 2 * c.hidden_size))
         + half * c.hidden_size * width
         + 2 * 4 * sequences * c.num_heads * tokens**2,

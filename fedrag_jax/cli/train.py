@@ -92,6 +92,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="longest answer to train on and to generate, in tokens; longer ones are cut (default: the "
         "system's limit)",
     )
+    parser.add_argument(
+        "--remat",
+        choices=("selective", "full", "none"),
+        default="selective",
+        help="what the backward pass through the generator recomputes: full takes least memory and a "
+        "third longer, none takes most memory (default: selective)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     add_json(parser)
 
@@ -139,6 +146,10 @@ def run(args: argparse.Namespace) -> int:
     if args.max_answer_tokens is not None:
         prompts = system.prompts.answering(args.max_answer_tokens)
         system = dataclasses.replace(system, prompts=prompts)
+    network = system.generator.network.recomputing(args.remat)
+    system = dataclasses.replace(
+        system, generator=dataclasses.replace(system.generator, network=network)
+    )
     cut = system.prompts.cut(dataset.train)
     if cut:
         print(

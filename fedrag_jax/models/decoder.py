@@ -76,7 +76,9 @@ class DecoderConfig:
         of all layers unless given.
       family: model_type of its `config.json`.
       unroll: write every layer out instead of looping (for counting operations).
-      remat: recompute layers in the backward pass: less memory, and on a CPU less time.
+      remat: what the backward pass computes again: "selective" keeps what linear layers give and
+        computes the rest of a layer again; "full" computes whole layers again, which takes a third
+        longer and least memory; "none" keeps everything.
     """
 
     vocab_size: int
@@ -103,8 +105,9 @@ class DecoderConfig:
     post_norms: bool = False
     local_rope_theta: float | None = None
     family: str = "llama"
-    unroll: bool = False
-    remat: bool = True
+    # How it is computed is no part of what a model is (`fingerprint`).
+    unroll: bool = dataclasses.field(default=False, repr=False)
+    remat: str = dataclasses.field(default="selective", repr=False)
 
 
 class Cache(NamedTuple):

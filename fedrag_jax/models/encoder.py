@@ -24,7 +24,7 @@ class EncoderConfig(Use):
         add to their scores; 0 for none.
       family: model_type of its `config.json`.
       unroll: write every layer out instead of looping (for counting operations).
-      remat: recompute layers in the backward pass, to save memory.
+      remat: what the backward pass computes again, as of a `DecoderConfig`.
     """
 
     vocab_size: int
@@ -38,8 +38,9 @@ class EncoderConfig(Use):
     relative_buckets: int = 0
     norm_epsilon: float = 1e-12
     family: str = "bert"
-    unroll: bool = False
-    remat: bool = False
+    # How it is computed is no part of what a model is (`fingerprint`).
+    unroll: bool = dataclasses.field(default=False, repr=False)
+    remat: str = dataclasses.field(default="none", repr=False)
 
 
 class Encoder(nnx.Module):

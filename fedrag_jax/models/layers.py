@@ -5,8 +5,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from fedrag_jax.models.network import PerLayer
+from fedrag_jax.models.network import LINEAR, REMAT, PerLayer
 from fedrag_jax.models.quantized import dense
 
 
@@ -40,7 +41,7 @@ class Linear(nnx.Module):
         if hasattr(self, "lora_a"):
             a, b = self.lora_a[...], self.lora_b[...]
             y = y + low_rank(rows.astype(a.dtype), a, b).astype(y.dtype)
-        return y.reshape(*x.shape[:-1], -1)
+        return checkpoint_name(y.reshape(*x.shape[:-1], -1), LINEAR)
 
 
 @jax.custom_vjp
@@ -208,8 +209,9 @@ def _apart(x) -> bool:
 def run_stack(module: nnx.Module, step, carry, config, last=None):
     """`carry = step(layer, carry, number)` over the layers of a stack: a loop the compiler sees once.
 
-    `last` is done in place of the last step, if given. `config.remat` recomputes a layer in the
-    backward pass, `config.unroll` writes every layer out; so are those whose arrays are `PerLayer`.
+    `last` is done in place of the last step, if given. `config.remat`, one of `REMAT`, says what the
+    backward pass computes again; `config.unroll` writes every layer out; so are those whose arrays are
+    `PerLayer`.
     """
     graphdef, state = nnx.split(module)  # once, outside the loop
     numbers = jnp.arange(config.num_layers)
@@ -228,7 +230,8 @@ def run_stack(module: nnx.Module, step, carry, config, last=None):
         return jax.tree.map(lambda x: x[number], state)
 
     def loop(body, xs):
-        body = jax.checkpoint(body, prevent_cse=False) if config.remat else body
+        if policy := REMAT[config.remat]:
+            body = jax.checkpoint(body, prevent_cse=False, policy=policy)
         return jax.lax.scan(body, carry, xs, unroll=config.unroll)[0]
 
     if last is None:

@@ -9,6 +9,14 @@ from flax import nnx
 
 from fedrag_jax.errors import ConfigError
 
+LINEAR = "linear"  # what a linear layer gives
+# What the backward pass computes again of a layer (Korthikanti et al., 2205.05198): all of it; all but
+# what its linear layers give, which takes most of the time; nothing.
+REMAT = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "selective": jax.checkpoint_policies.save_only_these_names(LINEAR),
+    "none": None,
+}
 # Layers at most: each adds to the time that every program takes to be compiled, a loop does not.
 WRITTEN_OUT = 12
 
@@ -61,15 +69,26 @@ class Network:
         """The same function, with layers that are written out and keep what they compute.
 
         That makes a step faster, and compiling it slower with every layer: of a network of more than
-        `most` layers the loop stays, over layers that are recomputed.
+        `most` layers the loop stays.
         """
         few = self.config.num_layers <= most
-        config = dataclasses.replace(self.config, unroll=few, remat=not few)
+        how = {"unroll": True, "remat": "none"} if few else {"unroll": False}
+        config = dataclasses.replace(self.config, **how)
         return dataclasses.replace(self, config=config)
+
+    def recomputing(self, remat: str) -> "Network":
+        """The same function, whose backward pass computes again what `REMAT` says of this name.
+
+        Raises:
+          ConfigError: it has no such name.
+        """
+        if remat not in REMAT:
+            raise ConfigError(f"remat must be one of {[*REMAT]}, got {remat!r}")
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, remat=remat))
 
     def unrolled(self) -> "Network":
         """The same function, every layer spelled out and computed once, for the compiler to count."""
-        config = dataclasses.replace(self.config, unroll=True, remat=False)
+        config = dataclasses.replace(self.config, unroll=True, remat="none")
         return dataclasses.replace(self, config=config)
 
 
