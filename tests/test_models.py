@@ -10,12 +10,13 @@ import pytest
 from tiny import TINY, TINY_ENCODER, logits, run, tiny_inputs
 
 from fedrag_jax.errors import CheckpointError, ConfigError
+from fedrag_jax.generation import decoding
 from fedrag_jax.models import hub
 from fedrag_jax.models.decoder import Decoder, Llama3Scaling, rope_frequencies
 from fedrag_jax.models.encoder import Encoder
 from fedrag_jax.models.families import FAMILIES
 from fedrag_jax.models.lora import LoraConfig, add_lora, init_adapters
-from fedrag_jax.models.network import Network, per_layer
+from fedrag_jax.models.network import Network
 
 pytestmark = pytest.mark.usefixtures("strict_types")
 
@@ -42,18 +43,21 @@ def test_layers_by_themselves_are_the_stack(name):
     network = add_lora(model.network, LoraConfig(2, 4.0, patterns=((r"layers\.0\..*", 3, 9.0),)))
     adapters = jax.tree.map(lambda x: x + 0.1, init_adapters(network, 0))
     params, inputs = model.params, [golden[n] for n in ("tokens", "positions", "mask")]
-    apart = params | {"layers": per_layer(params["layers"])}
-    beside = {"layers": per_layer(adapters["layers"])}
     rows, width = golden["tokens"].shape
-    cache = network(params, rows, width, method="empty_cache")
-    single = cache._replace(keys=per_layer(cache.keys), values=per_layer(cache.values))
-    hidden, whole = run(network, params, *inputs, cache=cache, adapters=adapters)
-    again, parted = run(network, apart, *inputs, cache=single, adapters=beside)
+    before, after = ([x[:, part] for x in inputs] for part in (slice(4), slice(4, None)))
+    _, cache = network(params, *before, room=width, adapters=adapters)
+    apart, beside, single = decoding.apart(params, adapters, cache)
+    hidden, whole = run(network, params, *after, cache=cache, adapters=adapters)
+    again, parted = run(network, apart, *after, cache=single, adapters=beside)
     np.testing.assert_allclose(again, hidden, atol=1e-5)
-    np.testing.assert_allclose(jnp.stack(parted.keys.layers), whole.keys, atol=1e-5)
-    read = jnp.array([[3, 9]] * rows)
-    some = run(network, apart, *inputs, read=read, adapters=beside)
-    np.testing.assert_allclose(some, hidden[:, [3, 9]], atol=1e-5)
+    keys = jnp.stack(parted.keys.layers).reshape(whole.keys.shape)
+    np.testing.assert_allclose(keys, whole.keys, atol=1e-5)
+    read = jnp.array([[0, 5]] * rows)
+    some, made = network(apart, *inputs, read=read, room=width, adapters=beside)
+    everything = run(network, params, *inputs, adapters=adapters)
+    np.testing.assert_allclose(some, everything[:, [0, 5]], atol=1e-5)
+    real = golden["mask"]
+    np.testing.assert_allclose(made.values[:, :, real], whole.values[:, :, real], atol=1e-5)
 
 
 def test_golden_positions_are_far_enough_for_rope_scaling_to_matter():
@@ -141,9 +145,9 @@ def test_cache_in_pieces_equals_one_pass(change):
     params = network.init(jax.random.key(0))
     tokens, positions, mask = tiny_inputs()
     mask = mask.at[0, :2].set(False)
-    cache = network(params, 2, 9, method="empty_cache")
-    parts = []
-    for piece in (slice(0, 4), slice(4, 5), slice(5, 7)):
+    hidden, cache = network(params, tokens[:, :4], positions[:, :4], mask[:, :4], room=9)
+    parts = [hidden]
+    for piece in (slice(4, 5), slice(5, 7)):
         inputs = (x[:, piece] for x in (tokens, positions, mask))
         hidden, cache = run(network, params, *inputs, cache=cache)
         parts.append(hidden)

@@ -145,6 +145,6 @@ def test_operations_are_counted_for_the_row_that_is_computed():
 def test_segments_are_not_continued_from_a_cache():
     network, params, _ = decoder_of()
     tokens = jnp.ones((1, 4), int)
-    cache = network(params, 1, 4, method="empty_cache")
+    _, cache = network(params, tokens, tokens, tokens, room=8)
     with pytest.raises(ConfigError, match="leave the cache out"):
         network(params, tokens, tokens, tokens, cache, segments=tokens)

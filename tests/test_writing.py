@@ -47,8 +47,8 @@ def scripted(model, text, after=1):
     size = model.network.config.vocab_size
 
     class Scripted(Decoder):
-        def __call__(self, tokens, positions, mask, cache=None, read=None):
-            _, cache = super().__call__(tokens, positions, mask, cache, read)
+        def __call__(self, tokens, positions, mask, cache=None, read=None, room=0):
+            _, cache = super().__call__(tokens, positions, mask, cache, read, room=room)
             return jax.nn.one_hot(jnp.array(script)[take_rows(positions, read)], size), cache
 
         def logits(self, hidden):

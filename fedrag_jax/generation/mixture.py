@@ -20,7 +20,7 @@ from fedrag_jax.errors import ConfigError
 from fedrag_jax.generation import decoding
 from fedrag_jax.models.decoder import Cache
 from fedrag_jax.models.layers import take_rows
-from fedrag_jax.models.network import Network
+from fedrag_jax.models.network import Network, PerLayer
 
 
 class Hypotheses(NamedTuple):
@@ -140,6 +140,9 @@ def _search(network, beams, room, params, adapters, tokens, mask, log_weights, l
     )
     beam = _choose(start, _mixed(logits, log_weights, 1), jnp.int32(0), limits)
     position, cache = _for_each_beam(position, cache, b, n)
+    if jax.default_backend() == "cpu":
+        params, adapters, cache = decoding.apart(params, adapters, cache)
+        run = functools.partial(network, params, adapters=adapters)
 
     def running(carry):
         i, beam, *_ = carry
@@ -215,6 +218,12 @@ def _follow(cache: Cache, parent, k, width) -> Cache:
     rows = (parents[..., None] * k + jnp.arange(k)[None, None]).reshape(-1)
 
     def moved(x):
-        return x.at[:, :, :, width:].set(x[:, :, :, width:][:, :, rows])
+        if isinstance(x, PerLayer):
+            return PerLayer(tuple(map(moved, x.layers)))
+        # [..., rows, S, E], or [G * rows, S, E] of one layer.
+        each = x.reshape(*x.shape[: x.ndim - 3], -1, len(rows), *x.shape[-2:])
+        written = each[..., width:, :]
+        each = each.at[..., width:, :].set(jnp.take(written, rows, axis=-3))
+        return each.reshape(x.shape)
 
     return cache._replace(keys=moved(cache.keys), values=moved(cache.values))

@@ -114,7 +114,7 @@ class Cache(NamedTuple):
     """Keys and values already computed.
 
     Attributes:
-      keys, values: [L, G, B, S, E], or `PerLayer` of [G, B, S, E].
+      keys, values: [L, G, B, S, E], or `PerLayer` of [G * B, S, E].
       mask: bool [B, S], which of them are tokens rather than padding or room.
       length: int32 scalar, how many of the S places are taken.
     """
@@ -140,7 +140,14 @@ class Decoder(nnx.Module):
             self.lm_head = Linear("lm_head", *size, outside, rngs=rngs)
 
     def __call__(
-        self, tokens, positions, mask, cache: Cache | None = None, read=None, segments=None
+        self,
+        tokens,
+        positions,
+        mask,
+        cache: Cache | None = None,
+        read=None,
+        segments=None,
+        room: int = 0,
     ):
         """Hidden states after the last norm.
 
@@ -150,14 +157,16 @@ class Decoder(nnx.Module):
         Args:
           tokens, positions: int [B, T]; positions are those of the rotary embedding.
           mask: [B, T], 0 or False where there is padding, on either side.
-          cache: of the tokens before these; `empty_cache` makes one.
+          cache: of the tokens before these; it must have room for them.
           read: int [B, M], the places among the T whose hidden states are wanted; all by default. The
             last layer computes no others, which of a small model is a good part.
           segments: int [B, T], of texts that share a row: a token looks at those of its own number
             alone.
+          room: makes a cache of so many places, at least T, of which these tokens take the first.
 
         Returns:
-          [B, T, D], or [B, M, D] at `read`; with a cache, that and the cache with these tokens added.
+          [B, T, D], or [B, M, D] at `read`; with a cache, that and the cache with these tokens added;
+          with `room`, that and the new cache.
 
         Raises:
           ConfigError: segments with a cache, which does not keep them.
@@ -183,12 +192,17 @@ class Decoder(nnx.Module):
             hidden, *kept = carry
             near = visible & (back < limits[index]) if config.windows else visible
             cached = (*kept, index, start) if kept else None
-            return layer(hidden, rope(index), near, cached, read)
+            hidden, *kept = layer(hidden, rope(index), near, cached, read)
+            if cache is not None:
+                return (hidden, *kept), None
+            return (hidden,), [_padded(x, 2, room) for x in kept] if room else None
 
         carry = (hidden,) if cache is None else (hidden, cache.keys, cache.values)
         last = None if read is None else lambda *inputs: step(*inputs, read=read)
-        hidden, *kept = run_stack(self.layers, step, carry, config, last)
+        (hidden, *kept), made = run_stack(self.layers, step, carry, config, last)
         hidden = self.norm(hidden)
+        if room:
+            return hidden, Cache(*made, _padded(mask, 1, room), jnp.int32(t))
         return hidden if cache is None else (hidden, Cache(*kept, mask, start + t))
 
     def attention(self, tokens, positions, mask, read) -> jax.Array:
@@ -212,10 +226,11 @@ class Decoder(nnx.Module):
             near = visible & (back < limits[index]) if config.windows else visible
             normed = layer.attention_norm(hidden)
             total = total + layer.attention.mass(normed, rope(index), near, read)
-            return layer(hidden, rope(index), near, None, None)[0], total
+            return (layer(hidden, rope(index), near, None, None)[0], total), None
 
         none = jnp.zeros((*read.shape, t), jnp.float32)
-        return run_stack(self.layers, step, (hidden, none), config)[1] / config.num_layers
+        (_, total), _ = run_stack(self.layers, step, (hidden, none), config)
+        return total / config.num_layers
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> float32 [..., V]."""
@@ -230,13 +245,6 @@ class Decoder(nnx.Module):
         if self.config.embed_scale == 1:
             return hidden
         return hidden * jnp.asarray(self.config.embed_scale, hidden.dtype)
-
-    def empty_cache(self, rows: int, length: int) -> Cache:
-        """Room for `length` tokens in each of `rows` sequences."""
-        c, dtype = self.config, self.embed.embedding[...].dtype
-        shape = c.num_layers, c.num_kv_heads, rows, length, c.head_dim
-        room = jnp.zeros(shape, dtype)
-        return Cache(room, room, jnp.zeros((rows, length), bool), jnp.int32(0))
 
 
 def rope_frequencies(config: DecoderConfig, local: bool = False) -> np.ndarray:
@@ -288,12 +296,12 @@ class _Attention(nnx.Module):
         k = _rotate(self.k_norm(self._heads(self.k_proj(x))), rope).transpose(2, 0, 1, 3)
         x, visible, *rope = (take_rows(array, read) for array in (x, visible, *rope))
         q = self._queries(x, rope)
-        kept = ()
+        kept = k, v
         if cache is not None:
             keys, values, layer, start = cache
             keys, k = _extended(keys, k, layer, start)
             values, v = _extended(values, v, layer, start)
-            kept = (keys, values)
+            kept = keys, values
         return self.o_proj(attend(q, k, v, visible)), *kept
 
     def mass(self, x, rope, visible, read):
@@ -333,11 +341,20 @@ class _MLP(nnx.Module):
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}
 
 
+def _padded(x, axis: int, length: int):
+    """Zeros at the end of an axis, up to a length."""
+    return jnp.pad(x, [(0, length - n if i == axis else 0) for i, n in enumerate(x.shape)])
+
+
 def _extended(kept, new, layer, start):
     """Keys or values of all layers with new ones [G, B, T, E] of a layer, and those of that layer."""
     if isinstance(kept, PerLayer):
-        one = jax.lax.dynamic_update_slice(kept.layers[layer], new, (0, 0, start, 0))
-        return kept.replaced(layer, one), one
+        # In the shape that attention multiplies with: where it is another one, XLA on a CPU writes both
+        # and copies the cache four times to do so.
+        groups, rows, tokens, size = new.shape
+        new = new.reshape(-1, tokens, size)
+        one = jax.lax.dynamic_update_slice(kept.layers[layer], new, (0, start, 0))
+        return kept.replaced(layer, one), one.reshape(groups, rows, -1, size)
     kept = jax.lax.dynamic_update_slice(kept, new[None], (layer, 0, 0, start, 0))
     return kept, kept[layer]
 

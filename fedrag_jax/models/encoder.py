@@ -97,9 +97,9 @@ class Encoder(nnx.Module):
         visible = mask.astype(bool)[:, None]
 
         def step(layer, hidden, _):
-            return layer(hidden, visible, bias)
+            return layer(hidden, visible, bias), None
 
-        return run_stack(self.layers, step, self.embed_norm(hidden), config)
+        return run_stack(self.layers, step, self.embed_norm(hidden), config)[0]
 
 
 def distance_buckets(t: int, buckets: int, longest: int = 128) -> np.ndarray:

@@ -207,24 +207,29 @@ def _apart(x) -> bool:
 
 
 def run_stack(module: nnx.Module, step, carry, config, last=None):
-    """`carry = step(layer, carry, number)` over the layers of a stack: a loop the compiler sees once.
+    """`carry, made = step(layer, carry, number)` over a stack's layers: a loop the compiler sees once.
 
     `last` is done in place of the last step, if given. `config.remat`, one of `REMAT`, says what the
     backward pass computes again; `config.unroll` writes every layer out; so are those whose arrays are
     `PerLayer`.
+
+    Returns:
+      the last `carry`, and what every layer `made`, arrays with a leading axis.
     """
     graphdef, state = nnx.split(module)  # once, outside the loop
     numbers = jnp.arange(config.num_layers)
     if any(map(_apart, jax.tree.leaves(state, is_leaf=_apart))):
+        each = []
         for number in range(config.num_layers):
             one = jax.tree.map(lambda x, i=number: x.layers[i], state, is_leaf=_apart)
             chosen = last if last is not None and number == config.num_layers - 1 else step
-            carry = chosen(nnx.merge(graphdef, one), carry, number)
-        return carry
+            carry, made = chosen(nnx.merge(graphdef, one), carry, number)
+            each.append(made)
+        return carry, jax.tree.map(lambda *made: jnp.stack(made), *each)
 
     def body(carry, xs):
         layer, number = xs
-        return step(nnx.merge(graphdef, layer), carry, number), None
+        return step(nnx.merge(graphdef, layer), carry, number)
 
     def at(number):
         return jax.tree.map(lambda x: x[number], state)
@@ -232,10 +237,11 @@ def run_stack(module: nnx.Module, step, carry, config, last=None):
     def loop(body, xs):
         if policy := REMAT[config.remat]:
             body = jax.checkpoint(body, prevent_cse=False, policy=policy)
-        return jax.lax.scan(body, carry, xs, unroll=config.unroll)[0]
+        return jax.lax.scan(body, carry, xs, unroll=config.unroll)
 
     if last is None:
         return loop(body, (state, numbers))
     # Layers are looked up: a stack without its last layer would be a copy of all the others.
-    carry = loop(lambda carry, number: body(carry, (at(number), number)), numbers[:-1])
-    return last(nnx.merge(graphdef, at(numbers[-1])), carry, numbers[-1])
+    carry, most = loop(lambda carry, number: body(carry, (at(number), number)), numbers[:-1])
+    carry, made = last(nnx.merge(graphdef, at(numbers[-1])), carry, numbers[-1])
+    return carry, jax.tree.map(lambda xs, x: jnp.concatenate([xs, x[None]]), most, made)
