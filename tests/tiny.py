@@ -70,7 +70,8 @@ class Chain(nnx.Module):
         self.lm_head = Linear("lm_head", 6, 5, outside, rngs=rngs)
 
     def __call__(self, x):
-        return self.lm_head(run_stack(self.layers, lambda layer, x, _: layer(x), x, self.config))
+        x, _ = run_stack(self.layers, lambda layer, x, _: (layer(x), None), x, self.config)
+        return self.lm_head(x)
 
 
 class _Link(nnx.Module):
