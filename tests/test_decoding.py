@@ -1,6 +1,7 @@
 """Decoding against a loop without a cache, and draws against their distribution."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -324,3 +325,26 @@ def test_frequencies_are_those_of_the_distribution(model, options):
         known = expected > 0
         if known.sum() > 1:  # else what was drawn is certain
             assert scipy.stats.chisquare(np.array(found)[known], expected[known]).pvalue > 1e-3
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="of XLA on a CPU")
+def test_writing_a_token_copies_no_cache(model):
+    network, params = model
+    tokens, mask = np.ones((2, 8), np.int32), np.ones((2, 8), bool)
+    zero = np.int32(0)
+    options = decoding._Options(
+        np.array([], np.int32),
+        zero,
+        np.float32(0),
+        np.float32(1),
+        None,
+        np.arange(2, dtype=np.int32),
+    )
+    state, *_ = decoding._begin(network, False, 32, params, None, tokens, mask, options)
+    params, _, cache = decoding.apart(params, None, state.cache)
+    state = state._replace(cache=cache)
+    lowered = decoding._advance.lower(network, False, state, params, None, np.int32(4), options)
+    shape = ",".join(map(str, cache.keys.layers[0].shape))
+    inside = lowered.compile().as_text().split("ENTRY")[0]
+    assert f"f32[{shape}]" in inside
+    assert not re.findall(rf"f32\[{shape}\]\S* copy\(", inside)
