@@ -152,8 +152,8 @@ def arithmetic(network, base, adapters) -> dict[str, float]:
     """Bytes of what a round must hold at once.
 
     Adapters: the global ones and the sum of updates, and for each client of a group its own, their
-    gradient and two moments of Adam. Activations: what enters each layer, unless layers are recomputed
-    in full what its linear layers but the last give, and within the one at work its matrices made
+    gradient and two moments of Adam. Activations: what enters each layer; where remat is selective,
+    what its linear layers but the last give, too; and within the layer at work its matrices made
     dense, its linear outputs, and scores and weights of attention in float32.
     """
     c, group, tokens, half = network.config, _GROUP.value, _TOKENS.value, 2  # bytes of bfloat16
