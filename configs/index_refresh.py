@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
         "mode",
     ):
         del config[name]
+    del config.data.own_questions, config.data.control_questions
     for name in ("algorithm", "algorithm_options", "algorithms"):  # an index goes with FedAvg
         del config.federated[name]
     config.objective = "pdist"  # or another that a generator teaches, see strategies/objectives.py

@@ -21,6 +21,7 @@ def get_config() -> ConfigDict:
     )  # fmt: skip
     config.regimes = ("centralised",)  # one, and not "local"
     config.data.test_questions = 400
+    del config.data.own_questions, config.data.control_questions
     config.modes = (
         "concatenated", "ensemble", "rag_token", "rag_sequence_thorough", "rag_sequence_fast", "vote"
     )  # fmt: skip

@@ -30,6 +30,7 @@ def get_config() -> ConfigDict:
         "mode",
     ):
         del config[name]
+    del config.data.own_questions
     for name in ("marginal_k", "score_scale"):
         del config.retrieval[name]
     del config.training["checkpoint_every"]

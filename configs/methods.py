@@ -25,6 +25,7 @@ def get_config() -> ConfigDict:
         "mode",
     ):
         del config[name]
+    del config.data.own_questions
     # () is all of fedrag_jax/strategies/objectives.py, and "no_op", the first of them at a learning
     # rate of 0, which must change nothing.
     config.objectives = ()

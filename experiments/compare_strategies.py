@@ -15,7 +15,7 @@ import pathlib
 import numpy as np
 
 from experiments import compare_report
-from experiments.lab import CONTROL_QUESTIONS, Lab, compute_cell
+from experiments.lab import Lab, compute_cell
 from experiments.loading import (
     algorithm_of,
     check,
@@ -27,7 +27,6 @@ from experiments.loading import (
 )
 from experiments.reporting.cells import Cell
 from experiments.run import Experiment, Point
-from fedrag_jax.data.examples import sample
 from fedrag_jax.evaluation.evaluator import evaluate
 from fedrag_jax.federated.algorithms.by_name import OWN_STEPS
 from fedrag_jax.files import kept, read_json, write_json
@@ -72,7 +71,7 @@ def compute(lab: Lab, point: Point) -> Cell:
 
 def told(cell: Cell) -> str:
     """Its quality and its seconds."""
-    em, recall = (100 * cell.scores[metric].mean() for metric in ("em", "recall_at_5"))
+    em, recall = (100 * np.nanmean(cell.scores[metric]) for metric in ("em", "recall_at_5"))
     return f"EM {em:.1f}  Recall@5 {recall:.1f}  trained {cell.cost.seconds:.0f} s"
 
 
@@ -88,7 +87,7 @@ def no_op(lab: Lab, seed: int, split: int) -> float:
         folder=lab.folder / "tuned" / f"no-op-seed{seed}",
         budget=tuner.budget._replace(rounds=1, stopping=None),
     )
-    some = sample(lab.dataset.test, CONTROL_QUESTIONS, 0)
+    some = lab.control_questions()
     before = evaluate(lab.system(seed), some)
     after = evaluate(joint_token(lab.system(seed), lab.dataset, tuner), some)
     return 100 * max(float(np.nan_to_num(np.abs(after[m] - before[m])).max()) for m in before)

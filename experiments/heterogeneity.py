@@ -334,7 +334,7 @@ def compute(lab: Factors, point: Point) -> cells.Cell:
 
 def told(cell: cells.Cell) -> str:
     """Its quality."""
-    return f"EM {100 * cell.scores['em'].mean():.1f}"
+    return f"EM {100 * np.nanmean(cell.scores['em']):.1f}"
 
 
 EXPERIMENT = Experiment(

@@ -140,7 +140,7 @@ def compute(lab: Refreshing, point: Point) -> cells.Cell:
     told = {"embedded": 0 if watch.index is None else int(watch.index["embedded"])}
     told |= {f"stale_{i}": 100 * share for i, share in enumerate(watch.shares, 1)}
     curves = {name: curve([history], lab.budget().schedule(regime).refresh_every)}
-    return cells.Cell(name, regime, seed, split, found, told, [], cost, curves, lab.test_clusters)
+    return cells.Cell(name, regime, seed, split, found, told, [], cost, curves, lab.asked_clusters)
 
 
 def rows_of(config, folder: pathlib.Path) -> list[dict]:

@@ -53,7 +53,7 @@ def compute(lab: Answering, point: Point) -> cells.Cell:
     evaluate(system, some, mode=mode, beams=beams)
     seconds = (time.perf_counter() - start) * len(test) / len(some)
     cost = Cost(evaluate_seconds=seconds)
-    return cells.Cell(strategy, mode, seed, split, scores, {}, [], cost, {}, lab.test_clusters)
+    return cells.Cell(strategy, mode, seed, split, scores, {}, [], cost, {}, lab.asked_clusters)
 
 
 def beams_of(config, mode: str) -> int | None:

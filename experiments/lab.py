@@ -6,7 +6,13 @@ import pathlib
 
 import numpy as np
 
-from experiments.loading import algorithm_of, load_generator, load_retriever, rates_name
+from experiments.loading import (
+    algorithm_of,
+    load_generator,
+    load_retriever,
+    own_questions,
+    rates_name,
+)
 from experiments.reporting import cells
 from experiments.reporting.cells import seeds_name
 from experiments.reporting.comparison import own, own_weight
@@ -29,12 +35,18 @@ from fedrag_jax.strategies.strategy import tune_systems
 from fedrag_jax.strategies.tuner import Tuner, tune_together
 from fedrag_jax.tracking.ledger import Cost, corpus_cost
 
-CONTROL_QUESTIONS = 200
 METRICS = ("em", "f1", "recall_at_5", "mrr")
 
 
 class Lab:
-    """What all cells share: data, base system, client split, folders."""
+    """What all cells share: data, base system, client split, folders.
+
+    Attributes:
+      asked: questions of a cell's scores [Q]: the test set and, where there are such, those that stand
+        for what is asked about clients' own topics.
+      of_test, of_own: bool [Q], which count where; the test set for both unless others stand for own.
+      asked_clusters: int [Q].
+    """
 
     def __init__(self, config, dataset: Dataset, folder: pathlib.Path):
         self.config, self.dataset, self.folder = config, dataset, folder
@@ -43,10 +55,16 @@ class Lab:
             "generator": load_generator(config.models),
             "retriever": load_retriever(config.models),
         }
-        self.test_clusters = clusters([e.positive_ids for e in dataset.test], dataset.passages)
+        others = own_questions(config, dataset)
+        self.asked = [*dataset.test, *others]
+        self.of_test = np.arange(len(self.asked)) < len(dataset.test)
+        self.of_own = ~self.of_test if others else self.of_test
+        golds = [e.positive_ids for e in self.asked]
+        self.asked_clusters = clusters(golds, dataset.passages)
         self.systems, self.embed_seconds = {}, 0.0  # of the corpus, for the first of them
         if config.federated.column == "topic":
             self.dataset = with_topics(dataset, self.system(config.seeds[0]).retriever)
+            self.asked = [*self.dataset.test, *others]
 
     def system(self, seed: int):
         """The untuned system; only the random half of its adapters depends on the seed.
@@ -123,6 +141,10 @@ class Lab:
         c = self.config
         return sample(self.dataset.validation, c.training.converged.questions, c.data.sample_seed)
 
+    def control_questions(self) -> list[Example]:
+        """The test questions that controls ask."""
+        return sample(self.dataset.test, self.config.data.control_questions, 0)
+
     def rate(self, regime: str, strategy, part: str) -> float:
         """The learning rate chosen for a part that a strategy trains in a regime, or for its kind.
 
@@ -190,7 +212,7 @@ def compute_cell(
     run: Lab, strategy: str, regime: str, seed: int, split: int, controls: bool = True
 ):
     """Trains, evaluates on the test set (with `controls`, if wanted), and prices one cell."""
-    test, known, column = run.dataset.test, None, run.config.federated.column
+    known, column = None, run.config.federated.column
     clients = run.clients(regime, split)
     if strategy == "none":  # untuned is untuned wherever the data sits
         known = cells.load(run.folder, strategy, run.config.regimes[0], seed, split)
@@ -200,28 +222,54 @@ def compute_cell(
     holders = 0 if regime == "centralised" else len(clients.clients)
     cost = sum((c for tuner in tuners for c in tuner.costs.values()), run.corpus_cost(holders))
     if known:
-        found, controlled = [known.scores], known.controls
+        found, controlled = [known_scores(run, known)], known.controls
         cost += Cost(evaluate_seconds=known.cost.evaluate_seconds)
     else:
         clock = Clock()
-        found = [evaluate(system, test, mode=run.config.mode) for system in systems]
+        found = asked_scores(run, systems, clients)
         lap = clock.lap()
         cost += Cost(evaluate_seconds=lap.others + lap.searching, compile_seconds=lap.compiling)
         controls = controls and len(systems) == 1
-        controlled = control_scores(systems[0], test) if controls else {}
+        controlled = control_scores(systems[0], run.control_questions()) if controls else {}
     everybody = run.mixtures(regime, split)
-    em = [f["em"] for f in found]
-    by_client = client_scores(everybody, test, em, column) if everybody else []
-    scores = {metric: np.mean([f[metric] for f in found], axis=0) for metric in METRICS}
+    own_asked = [e for e, counts in zip(run.asked, run.of_own, strict=True) if counts]
+    own_em = [f["em"][run.of_own] for f in found]
+    by_client = client_scores(everybody, own_asked, own_em, column) if everybody else []
+    scores = {}
     for metric in METRICS:
-        each = [f[metric] for f in found]
+        mean = np.mean([f[metric] for f in found], axis=0)
+        scores[metric] = np.where(run.of_test, mean, np.nan)
+        each = [np.where(run.of_own, f[metric], np.nan) for f in found]
         name = own(metric)
-        scores[name], scores[own_weight(name)] = own_scores(clients, test, each, column)
+        scores[name], scores[own_weight(name)] = own_scores(clients, run.asked, each, column)
     curves = training_curves(tuners)
     return cells.Cell(
         strategy, regime, seed, split, scores, controlled, by_client, cost, curves,
-        run.test_clusters, tuners[0].labels if tuners else {},
+        run.asked_clusters, tuners[0].labels if tuners else {},
     )  # fmt: skip
+
+
+def asked_scores(run: Lab, systems, clients) -> list[dict[str, np.ndarray]]:
+    """Of each system its scores [Q] by metric, in [0, 1]; NaN where it is not asked.
+
+    Models of lone clients are asked about their own topics alone, and all of the test set.
+    """
+    mixtures = mixture_weights(clients, run.asked, run.config.federated.column)
+    found = []
+    for client, system in enumerate(systems):
+        asked = run.of_test | (mixtures[client] > 0 if len(systems) > 1 else run.of_own)
+        rows = np.flatnonzero(asked)
+        some = evaluate(system, [run.asked[i] for i in rows], mode=run.config.mode)
+        found.append({metric: np.full(len(asked), np.nan) for metric in METRICS})
+        for metric in METRICS:
+            found[-1][metric][rows] = some[metric]
+    return found
+
+
+def known_scores(run: Lab, cell: cells.Cell) -> dict[str, np.ndarray]:
+    """The scores [Q] by metric of the one model of a cell."""
+    both = ((m, cell.scores[m], cell.scores[own(m)]) for m in METRICS)
+    return {metric: np.where(run.of_test, test, others) for metric, test, others in both}
 
 
 def training_curves(tuners) -> dict:
@@ -300,12 +348,11 @@ def curve(histories, stretch: int) -> list[dict]:
 
 def control_scores(system, examples) -> dict[str, float]:
     """EM in percent where it must stay low (no passage, a wrong one) or high (the gold one)."""
-    some = sample(examples, CONTROL_QUESTIONS, 0)
     controls = {
-        "closed_book_em": percent(evaluator.closed_book(system, some)["em"]),
-        "distractor_em": percent(evaluator.distractor_passage(system, some)["em"]),
+        "closed_book_em": percent(evaluator.closed_book(system, examples)["em"]),
+        "distractor_em": percent(evaluator.distractor_passage(system, examples)["em"]),
     }
-    labelled = [e for e in some if e.positive_ids]
+    labelled = [e for e in examples if e.positive_ids]
     for name, hard in (("gold_em", False), ("gold_em_two_hop", True)):
         if asked := [e for e in labelled if (e.hops > 1) == hard]:
             controls[name] = percent(evaluator.gold_passage(system, asked)["em"])
@@ -337,7 +384,7 @@ def client_scores(clients, examples, scores, column: str) -> list[float]:
     """
     weights = mixture_weights(clients, examples, column)
     return [
-        100 * float(weight @ scores[client % len(scores)])
+        100 * float(weight @ np.nan_to_num(scores[client % len(scores)]))
         for client, weight in enumerate(weights)
         if weight.any()
     ]
@@ -348,15 +395,16 @@ def own_scores(clients, examples, scores, column: str) -> tuple[np.ndarray, np.n
     such as each holds: the mean over those who ask a question, and how much they do, 1 on average.
 
     Args:
-      scores: as of `client_scores`; questions without the score (NaN) count for nobody.
+      scores: as of `client_scores`; questions without the score (NaN) count for nobody. A client
+        need not be asked about topics that are not its own.
     """
-    scored = ~np.isnan(scores[0])
+    scored = ~np.isnan(scores).all(axis=0)
     found, weight = np.full(len(scored), np.nan), np.zeros(len(scored))
     if scored.any():
         some = [e for e, known in zip(examples, scored, strict=True) if known]
         mixtures = mixture_weights(clients, some, column)
         asked = mixtures.any(axis=1)
-        each = np.stack([scores[i % len(scores)][scored] for i in range(len(mixtures))])
+        each = np.nan_to_num([scores[i % len(scores)][scored] for i in range(len(mixtures))])
         total = mixtures.sum(axis=0)
         found[scored] = (mixtures * each).sum(axis=0) / np.where(total, total, 1.0)
         weight[scored] = len(some) * total / max(asked.sum(), 1)

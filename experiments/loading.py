@@ -31,6 +31,34 @@ def load_data(config) -> Dataset:
     return Dataset(dataset.name, dataset.passages, train, dataset.validation, test)
 
 
+def own_questions(config, dataset: Dataset) -> list[Example]:
+    """Questions in place of test questions on what is asked about clients' own topics, or none.
+
+    They are of the training set and of topics that are trained on; neither they nor others about their
+    passages are trained on.
+
+    Raises:
+      ConfigError: there are not so many.
+    """
+    count = config.data.get("own_questions", 0)
+    if not count:
+        return []
+    topics = {e.topic for e in dataset.train} - {""}
+    trained = {e.id for e in dataset.train}
+    read = {i for e in dataset.train for i in e.positive_ids}
+    others = [
+        e
+        for e in datasets.load(config.data.name).train
+        if e.topic in topics and e.id not in trained and read.isdisjoint(e.positive_ids)
+    ]
+    if len(others) < count:
+        raise ConfigError(
+            f"config.data.own_questions is {count}, but of the topics of training questions only "
+            f"{len(others)} others are left; lower it, or config.data.train_questions"
+        )
+    return sample(others, count, config.data.sample_seed)
+
+
 def validation_sample(config, dataset: Dataset) -> list[Example]:
     """The validation questions that choose learning rates: a sample, or all of them for 0."""
     return sample(dataset.validation, config.validation_questions, config.data.sample_seed)

@@ -131,9 +131,9 @@ def compute(lab: Methods, point: Point) -> cells.Cell:
     lap = clock.lap()
     cost += Cost(evaluate_seconds=lap.others + lap.searching, compile_seconds=lap.compiling)
     curves = training_curves(tuners)
-    controls = {} if part == "retriever" else control_scores(system, dataset.test)
+    controls = {} if part == "retriever" else control_scores(system, lab.control_questions())
     return cells.Cell(
-        name, regime, seed, split, scores, controls, [], cost, curves, lab.test_clusters
+        name, regime, seed, split, scores, controls, [], cost, curves, lab.asked_clusters
     )
 
 

