@@ -30,9 +30,9 @@ def get_config() -> ConfigDict:
 
     # Data: "world", "squad", "hotpotqa", or a folder with questions.jsonl and passages.jsonl.
     # Without labels, training questions do not tell their gold passages. Numbers of questions are of a
-    # random sample (files are sorted by article); 0 is all there are. Where test questions are of topics
-    # that no client holds, so many training questions that are left over, of passages that none was
-    # trained on, stand for what is asked about clients' own topics. Controls ask a sample of the test set.
+    # random sample (files are sorted by article); 0 is all there are. Where no client holds the topics
+    # of test questions, so many training questions that are left over, of passages that nobody trains
+    # on, stand for what is asked about clients' own topics. Controls ask a sample of the test set.
     config.data = ConfigDict(
         {
             "name": "world",

@@ -128,8 +128,9 @@ def report(config, folder: pathlib.Path):
         Section(
             "On a client's own topics",
             "own_topics",
-            "Means over clients of the model each would use, on test questions in the proportions of "
-            "its own topics.",
+            "Means over clients of the model each would use, on questions in the proportions of its "
+            "own topics: test questions or, where no client holds their topics, training questions "
+            "about passages that nobody trained on.",
             tables.own_topics_table(rows),
         ),
         Section(

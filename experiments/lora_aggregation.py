@@ -165,7 +165,8 @@ def compute(lab: Aggregation, point: Point) -> cells.Cell:
         client_scores(everybody, dataset.test, em, config.federated.column) if everybody else []
     )
     mean = {metric: np.mean([s[metric] for s in scores], axis=0) for metric in METRICS}
-    controls = control_scores(systems[0], run.control_questions())  # of the first client where each has one
+    # Of the first client where each has one.
+    controls = control_scores(systems[0], run.control_questions())
     return cells.Cell(
         rule, name, seed, split, mean, controls, by_client, cost, curves, run.asked_clusters
     )

@@ -369,7 +369,7 @@ def test_left_over_training_questions_stand_for_clients_own_topics(tmp_path):
     assert all(np.array_equal(again.scores[m], x, equal_nan=True) for m, x in cell.scores.items())
 
     config.data.own_questions = 100_000
-    with pytest.raises(ConfigError, match="own_questions is 100000, but .* only [0-9]+ others"):
+    with pytest.raises(ConfigError, match=r"own_questions is 100000, but .* only \d+ others"):
         compare_strategies.lab(config, tmp_path)
 
 

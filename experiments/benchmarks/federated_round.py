@@ -76,6 +76,11 @@ def clients() -> list[int]:
     return list(map(int, _CLIENTS.value or (["8"] if _MODEL.value else ["1", "8", "32"])))
 
 
+def devices() -> int:
+    """Virtual ones of ours."""
+    return _DEVICES.value
+
+
 def length() -> int:
     """Tokens of a sequence."""
     return _TOKENS.value or (256 if _MODEL.value else 128)
@@ -289,11 +294,8 @@ def by_name(adapters: dict) -> dict[str, np.ndarray]:
 def pytorch(network, params, adapters, tokens, folder: pathlib.Path):
     """The fastest way to compute the logits of all and of answers, and seconds a step of all tried."""
     from experiments.benchmarks import torch_round
-    from fedrag_jax.models import hub, peft
 
-    tokenizer = hub.load("builtin:decoder").tokenizer  # a checkpoint has one; nothing is tokenised
-    hub.save(hub.Pretrained(network, params, tokenizer, "benchmark"), folder / "decoder")
-    peft.save(adapters, network, folder / "adapters")
+    save(network, params, adapters, folder)
     found, tried = {}, {}
     for kind in ("full", "answers"):
         run, seconds = torch_round.fastest(
@@ -309,6 +311,15 @@ def pytorch(network, params, adapters, tokens, folder: pathlib.Path):
         found[kind] = run
         tried |= {f"{kind}, {name}": s for name, s in seconds.items()}
     return found, tried
+
+
+def save(network, params, adapters, folder: pathlib.Path) -> None:
+    """Writes `decoder` and `adapters`, as PyTorch reads them."""
+    from fedrag_jax.models import hub, peft
+
+    tokenizer = hub.load("builtin:decoder").tokenizer  # a checkpoint has one; nothing is tokenised
+    hub.save(hub.Pretrained(network, params, tokenizer, "benchmark"), folder / "decoder")
+    peft.save(adapters, network, folder / "adapters")
 
 
 def operations(network, answers_only: bool) -> float:
