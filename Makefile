@@ -6,7 +6,7 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/xla
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.5
 COMPARE := $(BIN)/python -m experiments compare_strategies
 
-.PHONY: compare table algorithms retrieval test test-slow clean
+.PHONY: compare table algorithms real real-quick retrieval test test-slow clean
 
 compare: $(VENV)/installed  ## the main job on the built-in world, one seed
 	$(COMPARE) --config.name=compare
@@ -14,12 +14,28 @@ compare: $(VENV)/installed  ## the main job on the built-in world, one seed
 # Lone clients train four of the strategies: eight marginal trainings to the end of patience take hours.
 table: $(VENV)/installed  ## five seeds, both budgets, all strategies: the README's table
 	$(COMPARE) --config.name=table --config.seeds='(0, 1, 2, 3, 4)' \
-	  --config.local_strategies="('none', 'retriever', 'generator', 'independent')" \
+	  --config.limits.local.strategies="('none', 'retriever', 'generator', 'independent')" \
 	  --config.regimes="('centralised', 'federated', 'local', 'centralised_converged', \
 	  'federated_converged', 'local_converged')"
 
 algorithms: $(VENV)/installed  ## FedProx, FedAdam, SCAFFOLD, FFA-LoRA and FLoRA beside FedAvg
 	$(BIN)/python -m experiments compare_strategies --config=configs/algorithms.py
+
+REAL := $(COMPARE) --config=configs/compare_real.py
+
+real: $(VENV)/tested  ## on real text, many hours: SQuAD, RA-DIT's parts on it, HotpotQA
+	$(REAL)
+	$(REAL) --config.name=real_ra_dit --config.seeds='(0,)' --config.regimes="('centralised', 'federated')" \
+	  --config.strategies="('none', 'ralt', 'lsr', 'ra_dit')"
+	$(REAL) --config.name=real_hotpotqa --config.data.name=hotpotqa --config.data.own_questions=0 \
+	  --config.seeds='(0,)' --config.regimes="('centralised', 'federated')" \
+	  --config.strategies="('none', 'retriever', 'generator', 'independent', 'joint_token')"
+
+real-quick: $(VENV)/tested  ## the same on 96 training and 64 test questions
+	$(REAL) --config.name=real_quick --config.seeds='(0,)' --config.regimes="('centralised', 'federated')" \
+	  --config.strategies="('none', 'generator', 'independent')" --config.training.rounds=3 \
+	  --config.training.local_steps=1 --config.data.train_questions=96 --config.data.test_questions=64 \
+	  --config.data.own_questions=0 --config.data.control_questions=32
 
 retrieval: $(VENV)/tested  ## query-side tuning of MiniLM on SQuAD and HotpotQA
 	$(BIN)/python -m experiments tune_retrieval

@@ -17,7 +17,12 @@ def get_config() -> ConfigDict:
     config = compare_strategies.get_config()
     config.name = "real"
     config.seeds = (0, 1, 2)
-    config.regimes = ("centralised", "federated")
+    config.regimes = (
+        "centralised", "federated", "centralised_converged", "federated_converged", "local_converged"
+    )  # fmt: skip
+    some = ("none", "retriever", "generator", "independent")
+    config.limits.local.strategies = some
+    config.limits.converged.update({"strategies": some, "pairs": 1})
     config.equivalence_margin = 4.0  # of 400 questions, which tell no 2 points apart
 
     config.data.name = "squad"

@@ -21,9 +21,14 @@ def get_config() -> ConfigDict:
     # federated_1 is federated with alpha 1, federated_inf with an even split. One that ends in
     # _converged trains until validation stops improving, not for a number of examples.
     config.regimes = ("centralised", "federated", "local", "local_converged")
-    # Those that a lone client trains; () is all. The others take minutes there: eight models each, and
-    # in local_converged many steps.
-    config.local_strategies = ("none", "retriever")
+    # What takes long may be done for some strategies alone, () is all, and for the first so many pairs
+    # of seeds, 0 is all: in local regimes, which train a model for each client, and in converged ones.
+    config.limits = ConfigDict(
+        {
+            "local": {"strategies": ("none", "retriever"), "pairs": 0},
+            "converged": {"strategies": (), "pairs": 0},
+        }
+    )
     config.primary_metric = "em"  # what is claimed is claimed of this; decided before a run
     config.equivalence_margin = 2.0  # points within which two scores are called the same; as well
     config.mode = "concatenated"  # how questions are answered, see fedrag_jax/generation/inference.py

@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     # These are of the comparison of strategies.
     for name in (
         "strategies",
-        "local_strategies",
+        "limits",
         "regimes",
         "learning_rates",
         "search_seconds",

@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     config.regimes = ("centralised",)
     for name in (
         "strategies",
-        "local_strategies",
+        "limits",
         "learning_rates",
         "search_seconds",
         "equivalence_margin",

@@ -20,8 +20,10 @@ from experiments.loading import (
     algorithm_of,
     check,
     load_data,
+    pairs_of,
     rates_name,
     replicates,
+    strategies_of,
     trainable_strategies,
     warn_of_borrowed_rates,
 )
@@ -51,16 +53,15 @@ def lab(config, folder: pathlib.Path) -> Lab:
 
 
 def points(lab: Lab) -> list[Point]:
-    """Seed by seed and regime by regime; a lone client trains `local_strategies` alone."""
+    """Seed by seed and regime by regime, within the limits of each."""
     config = lab.config
     strategies = trainable_strategies(config, lab.dataset)
-    alone = config.local_strategies or strategies
     return [
         Point(strategy, regime, *pair)
-        for pair in replicates(config)
+        for number, pair in enumerate(replicates(config))
         for regime in config.regimes
-        for strategy in strategies
-        if strategy in alone or not regime.startswith("local")
+        if number < pairs_of(config, regime)
+        for strategy in strategies_of(config, regime, strategies)
     ]
 
 
@@ -104,7 +105,7 @@ def controls(lab: Lab) -> None:
 EXPERIMENT = Experiment(
     name="compare_strategies",
     free=(
-        "seeds", "split_seeds", "strategies", "regimes", "local_strategies", "search_seconds",
+        "seeds", "split_seeds", "strategies", "regimes", "limits", "search_seconds",
         "equivalence_margin",
     ),
     lab=lab,

@@ -1,6 +1,7 @@
 """What a config of the comparison names: data and generator, loaded or refused."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 from absl import logging
@@ -69,6 +70,25 @@ def replicates(config) -> list[tuple[int, int]]:
     return list(zip(config.seeds, config.split_seeds or config.seeds, strict=True))
 
 
+def limits_of(config, regime: str) -> list[ConfigDict]:
+    """Those of `config.limits` that a regime is under."""
+    known = parse(regime, config.federated.alpha)
+    under = {"local": known.kind == "local", "converged": known.converged}
+    return [config.limits[kind] for kind, holds in under.items() if holds]
+
+
+def strategies_of(config, regime: str, strategies: Sequence[str]) -> list[str]:
+    """Those of some strategies that are trained in a regime."""
+    limits = [limit.strategies for limit in limits_of(config, regime) if limit.strategies]
+    return [name for name in strategies if all(name in some for some in limits)]
+
+
+def pairs_of(config, regime: str) -> int:
+    """For how many pairs of seeds, from the first on, cells of a regime are computed."""
+    limits = [limit.pairs for limit in limits_of(config, regime) if limit.pairs]
+    return min([*limits, len(replicates(config))])
+
+
 def check(config) -> None:
     """Refuses settings that could only fail later.
 
@@ -79,12 +99,20 @@ def check(config) -> None:
         if not config[name]:
             raise ConfigError(f"config.{name} is empty; give at least one")
     check_replicates(config)
-    for name in ("strategies", "local_strategies"):
-        for value in config[name]:
+    asked = {"strategies": config.strategies}
+    asked |= {f"limits.{kind}.strategies": x.strategies for kind, x in config.limits.items()}
+    for name, values in asked.items():
+        for value in values:
             try:
                 named(value)
             except ConfigError as error:
                 raise ConfigError(f"config.{name}: {error}") from error
+    for kind, limit in config.limits.items():
+        if limit.pairs < 0:
+            raise ConfigError(
+                f"config.limits.{kind}.pairs is {limit.pairs}; give a number of pairs of seeds, or 0 "
+                "for all"
+            )
     if not config.federated.alpha > 0:
         raise ConfigError(f"config.federated.alpha must be > 0, got {config.federated.alpha}")
     if not 0 < config.federated.participation <= 1:

@@ -8,7 +8,7 @@ import numpy as np
 
 from experiments.lab import Lab
 from experiments.launch import settled_config
-from experiments.loading import algorithm_of, check, load_data, replicates
+from experiments.loading import algorithm_of, check, load_data, replicates, strategies_of
 from experiments.rates import SEARCHES, Search, at_edge, chosen_rate, kept_rate
 from fedrag_jax.data.examples import sample
 from fedrag_jax.errors import DataError, DivergenceError
@@ -118,9 +118,7 @@ def search_regime(run: Lab, regime: str, grids: dict[str, list[float]], examples
     """`{name: {"chosen", "scores", "seconds", "at_edge"}}` of all that a regime searches."""
     config, found = run.config, {}
     pairs, count = seeds_of(config, regime), len(run.members(regime))
-    strategies = [*config.strategies]
-    if regime.startswith("local") and config.local_strategies:
-        strategies = [name for name in strategies if name in config.local_strategies]
+    strategies = strategies_of(config, regime, config.strategies)
     base = systems = [run.system(seed) for seed, _ in pairs for _ in range(count)]
     needed = {name for s in strategies for name in named(s).rates.values()}
     for search in SEARCHES:
@@ -163,7 +161,7 @@ def run(config, runs: str, grids: dict[str, list[float]], questions: int) -> pat
         "search_seconds",
         "regimes",
         "strategies",
-        "local_strategies",
+        "limits",
         "wandb",
     )
     settled_config(config, folder, free=free)

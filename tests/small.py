@@ -19,7 +19,7 @@ from fedrag_jax.data import synthetic
 def small():
     config = _short(compare_strategies.get_config())
     config.strategies = ("none", "retriever", "two_phase")
-    config.regimes, config.local_strategies = ("federated", "local"), ()
+    config.regimes, config.limits.local.strategies = ("federated", "local"), ()
     config.federated.alpha, config.search_seconds = 1.0, ConfigDict()
     return config
 

@@ -1,5 +1,6 @@
 """The programs a newcomer runs, small, and what they say to bad input."""
 
+import collections
 import csv
 import dataclasses
 import functools
@@ -8,6 +9,7 @@ import pathlib
 import re
 import shutil
 import time
+import types
 
 import jax
 import nbformat
@@ -20,6 +22,7 @@ from experiments import compare_strategies, lab, loading, report
 from experiments.reporting import cells, figures
 from experiments.reporting.comparison import COLUMNS
 from experiments.run import run
+from fedrag_jax.data import synthetic
 from fedrag_jax.errors import CheckpointError, ConfigError, DataError
 
 WANTED = [
@@ -329,6 +332,29 @@ def test_clients_are_scored_on_questions_such_as_they_hold():
     assert mean(blank) == pytest.approx((0 + 0.5) / 2)
     found, weights = lab.own_scores(held, asked, [np.full(3, np.nan)], "topic")
     assert np.isnan(found).all() and not weights.any()
+
+
+def test_what_takes_long_is_limited_to_some_strategies_and_seeds():
+    config = small()
+    config.seeds, config.strategies = (0, 1, 2), ("none", "retriever", "generator", "joint_token")
+    config.regimes = "federated", "local", "federated_converged", "local_1_converged"
+    config.limits.local.strategies = "none", "retriever", "generator"
+    config.limits.converged.update({"strategies": ("retriever", "generator"), "pairs": 2})
+    loading.check(config)
+    asked = types.SimpleNamespace(config=config, dataset=synthetic.generate())
+    found = collections.Counter((p.regime, p.name) for p in compare_strategies.points(asked))
+    tuned = ("retriever", "generator")
+    assert found == {
+        **{("federated", name): 3 for name in config.strategies},
+        **{("local", name): 3 for name in ("none", *tuned)},
+        **{(where, name): 2 for where in config.regimes[2:] for name in tuned},
+    }
+    config.limits.converged.pairs = -1
+    with pytest.raises(ConfigError, match=r"limits.converged.pairs is -1; .* or 0 for all"):
+        loading.check(config)
+    config.limits.local.strategies = ("join",)
+    with pytest.raises(ConfigError, match=r"config\.limits\.local\.strategies: .*'join'"):
+        loading.check(config)
 
 
 def test_left_over_training_questions_stand_for_clients_own_topics(tmp_path):
