@@ -200,12 +200,7 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
         row["at_edge"] = "edge" if at_edge(path) else ""
         rows.append(row)
     for metric in METRICS:
-        p = f"{metric}_against_p"
-        compared = [row for row in rows if p in row]
-        adjusted = [{"p": row[p], "p_t": row[f"{p}_t"]} for row in compared]
-        differences.adjust(adjusted)
-        for row, one in zip(compared, adjusted, strict=True):
-            row |= {f"{p}_holm": one["p_holm"], f"{p}_t_holm": one.get("p_t_holm")}
+        differences.adjust(rows, f"{metric}_against_")
     return rows
 
 

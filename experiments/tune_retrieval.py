@@ -206,11 +206,7 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
                 row |= {f"{metric}_by_{part}": value for part, value in against.items()}
             rows.append(row)
     for metric in METRICS:
-        tested = [row for row in rows if f"{metric}_by_p" in row]
-        adjusted = [{part: row[f"{metric}_by_{part}"] for part in ("p", "p_t")} for row in tested]
-        differences.adjust(adjusted)
-        for row, one in zip(tested, adjusted, strict=True):
-            row |= {f"{metric}_by_{part}": value for part, value in one.items()}
+        differences.adjust(rows, f"{metric}_by_")
     return rows
 
 

@@ -94,9 +94,13 @@ def paired_difference(
     }
 
 
-def adjust(rows: Sequence[dict[str, Any]]) -> None:
-    """Adds `p_holm`, `p_t_holm` and `p_e_holm`, adjusted over the rows (Holm 1979)."""
-    for name in ("p", "p_t", "p_e"):
+def adjust(rows: Sequence[dict[str, Any]], prefix: str = "") -> None:
+    """Adds `p_holm`, `p_t_holm` and `p_e_holm`, adjusted over the rows that have them (Holm 1979).
+
+    Args:
+      prefix: of all these names, and of the p that are adjusted.
+    """
+    for name in (f"{prefix}{p}" for p in ("p", "p_t", "p_e")):
         known = [row for row in rows if row.get(name) is not None]
         for row, p in zip(known, holm([row[name] for row in known]), strict=True):
             row[f"{name}_holm"] = float(p)

@@ -1,0 +1,182 @@
+"""Which strategies still pay where search is better: a finished comparison over other stores.
+
+    python -m experiments over_stores --config.of=runs/real
+
+Nothing is trained: systems are read from the folder of the comparison and answer its test questions
+from stores of other kinds over the same passages. Results go to runs/<name>/: over_stores.csv,
+table.md, report.html. A cell (store, strategy, regime, seeds) that is finished is not computed again.
+"""
+
+import functools
+import itertools
+import pathlib
+
+from ml_collections import ConfigDict
+
+from experiments.lab import METRICS, Lab
+from experiments.launch import kept_config
+from experiments.loading import check_replicates, load_data, replicates
+from experiments.reporting import cells, comparison, differences, tables
+from experiments.reporting.page import Report, Section
+from experiments.run import Experiment, Point, finished
+from fedrag_jax.clock import Clock
+from fedrag_jax.errors import ConfigError
+from fedrag_jax.evaluation.evaluator import evaluate
+from fedrag_jax.retrieval.stores.registry import new_store
+from fedrag_jax.tracking.ledger import Cost
+
+OWN = "vectors"  # what the comparison itself has searched
+
+
+class OverStores(Lab):
+    """The lab of the comparison, its tuned systems, and the stores that they answer from."""
+
+    def __init__(self, config, of: pathlib.Path):
+        compared = ConfigDict(kept_config(of / "config.json"))
+        super().__init__(compared, load_data(compared), of)
+        self.asking = config
+        self.tuned = functools.lru_cache(maxsize=1)(self._tuned)
+        self.store = functools.lru_cache(maxsize=1)(self._store)
+
+    def _tuned(self, strategy: str, regime: str, seed: int, split: int):
+        if strategy == "none":
+            return self.system(seed)
+        (system,), _ = self.tuned_systems(strategy, regime, seed, split)
+        return system
+
+    def _store(self, kind: str):
+        """One of a kind over all passages, with the vectors of the untuned document encoder."""
+        retriever = self.system(self.config.seeds[0]).retriever
+        store = new_store(kind, retriever.vectors.shape[1])
+        vectors = None if store.dimension is None else retriever.vectors
+        store.add(retriever.passages, vectors)
+        return store
+
+
+def check(config) -> None:
+    """Refuses settings that could only fail later.
+
+    Raises:
+      ConfigError: a comparison that is not there or lacks a cell, a regime of lone clients.
+    """
+    check_replicates(config)
+    of = pathlib.Path(config.of)
+    if not (of / "config.json").exists():
+        raise ConfigError(f"config.of: {of} holds no run; run compare_strategies first")
+    if lone := [regime for regime in config.regimes if regime.startswith("local")]:
+        raise ConfigError(f"config.regimes: {lone[0]!r} has a system for each client; leave it out")
+    for point in every_point(config):
+        if Point(point.name, point.regime, point.seed, point.split).finished(of) is None:
+            raise ConfigError(
+                f"config.of: {of} has no finished cell ({point.name}, {point.regime}, "
+                f"{cells.seeds_name(point.seed, point.split)}): compute it by compare_strategies, or "
+                "leave it out of config.stores, config.regimes or config.seeds"
+            )
+
+
+def every_point(config) -> list[Point]:
+    """Store by store; the untuned system is of the first regime alone."""
+    return [
+        Point(strategy, regime, *pair, folder=store)
+        for store, strategies in config.stores.items()
+        for pair, strategy, regime in itertools.product(
+            replicates(config), strategies, config.regimes
+        )
+        if strategy != "none" or regime == config.regimes[0]
+    ]
+
+
+def lab(config, folder: pathlib.Path) -> OverStores:
+    """The comparison's data and models.
+
+    Raises:
+      ConfigError: as `check`; an unknown kind of store.
+    """
+    check(config)
+    found = OverStores(config, pathlib.Path(config.of))
+    dimension = found.system(found.config.seeds[0]).retriever.vectors.shape[1]
+    for kind in config.stores:
+        new_store(kind, dimension)
+    return found
+
+
+def compute(lab: OverStores, point: Point) -> cells.Cell:
+    """One system over one store."""
+    where = point.name, point.regime, point.seed, point.split
+    system, clock = lab.tuned(*where).over(lab.store(point.folder)), Clock()
+    found = evaluate(system, lab.dataset.test, mode=lab.config.mode)
+    lap = clock.lap()
+    cost = Cost(evaluate_seconds=lap.others + lap.searching, compile_seconds=lap.compiling)
+    scores = {metric: found[metric] for metric in METRICS}
+    return cells.Cell(*where, scores, {}, [], cost, {}, lab.asked_clusters[lab.of_test])
+
+
+def rows_of(config, folder: pathlib.Path) -> list[dict]:
+    """A row for every store, strategy and regime, with its differences from the untuned system."""
+    rows, of = [], pathlib.Path(config.of)
+    usual = dict.fromkeys(name for names in config.stores.values() for name in names)
+    for store, strategies in {OWN: tuple(usual), **config.stores}.items():
+        here = of if store == OWN else folder / store
+        start = finished(config, here, "none", config.regimes[0])
+        for strategy, regime in itertools.product(strategies, config.regimes):
+            if strategy == "none" and regime != config.regimes[0]:
+                continue
+            if not (found := finished(config, here, strategy, regime)):
+                continue
+            where = "" if strategy == "none" else regime
+            row = {"store": store, "strategy": strategy, "regime": where, "seeds": len(found)}
+            for metric in METRICS:
+                row |= comparison.estimate(found, metric)
+                if strategy != "none" and start:
+                    against = differences.paired_difference(found, start, metric) or {}
+                    row |= {f"{metric}_by_{name}": value for name, value in against.items()}
+            rows.append(row)
+    for metric in METRICS:
+        differences.adjust(rows, f"{metric}_by_")
+    return rows
+
+
+def report(config, folder: pathlib.Path):
+    """The `Report` on all finished cells."""
+    rows, primary = rows_of(config, folder), config.primary_metric
+    who = [tables.words(name, name) for name in ("store", "strategy", "regime")]
+    title = comparison.METRICS
+    columns = (
+        *who,
+        tables.number("seeds", "seeds", 0),
+        *(tables.interval(f"{title[metric]} [95% CI]", metric) for metric in METRICS),
+        tables.difference(f"{title[primary]} against none [95% CI]", f"{primary}_by_"),
+        tables.p_value("p", f"{primary}_by_p_holm"),
+    )
+    return Report(
+        folder.name,
+        f"Tuned systems of {config.of} over other stores.",
+        [
+            Section(
+                "Stores and strategies",
+                "over_stores",
+                f"Metrics in percent with 95% intervals over seeds and questions. {OWN!r} is the exact "
+                "search by vectors that the systems were tuned with. Differences are from the untuned "
+                "system over the same store, paired by question and seed; p by permutation over "
+                "questions, Holm-adjusted over the table.",
+                tables.Table(columns, rows),
+            )
+        ],
+        {"over_stores.csv": rows},
+    )
+
+
+def told(cell) -> str:
+    """What people are told of a cell."""
+    return f"EM {100 * cell.scores['em'].mean():.1f}"
+
+
+EXPERIMENT = Experiment(
+    name="over_stores",
+    free=("seeds", "split_seeds", "stores", "regimes", "primary_metric"),
+    lab=lab,
+    points=lambda lab: every_point(lab.asking),
+    compute=compute,
+    told=told,
+    report=report,
+)
