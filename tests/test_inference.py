@@ -15,7 +15,12 @@ from fedrag_jax.data.answers import normalize_answer
 from fedrag_jax.errors import ConfigError, NotFiniteError
 from fedrag_jax.evaluation import evaluator
 from fedrag_jax.evaluation.metrics import f1
-from fedrag_jax.generation.inference import BEAMS, MODES, sequence_log_probs
+from fedrag_jax.generation.inference import (
+    BEAMS,
+    MODES,
+    next_token_log_probs,
+    sequence_log_probs,
+)
 from fedrag_jax.generation.text import Sampling, Writer
 from fedrag_jax.models.decoder import Decoder, DecoderConfig
 from fedrag_jax.models.lora import LoraConfig, add_lora, init_adapters
@@ -319,6 +324,21 @@ def test_logits_that_are_no_numbers_are_no_answer(writer, asked, how):
         "".join(bad.stream(prompts[0][0], SAMPLING))
     with pytest.raises(NotFiniteError):
         sequence_log_probs(bad, prompts, [np.array([5, 6])] * 4)
+
+
+def test_tokens_after_a_prompt_are_scored_by_one_reading_of_it(writer, asked):
+    prompts = [some[0] for some in asked[0]]
+    tokens = [np.arange(4, 4 + 2 + i % 3) for i in range(len(prompts))]
+    found = next_token_log_probs(writer, prompts, tokens)
+    for prompt, some, log_probs in zip(prompts, tokens, found, strict=True):
+        logits = all_logits(writer.network, writer.params, writer.adapters, prompt[None])[0, -1]
+        wanted = np.asarray(jax.nn.log_softmax(logits))[some]
+        np.testing.assert_allclose(log_probs, wanted, atol=1e-5)
+        alone = [[y] for y in some]
+        (again,) = sequence_log_probs(writer, [[prompt]], [np.array(alone[0])])
+        np.testing.assert_allclose(log_probs[:1], again, atol=1e-5)
+    with pytest.raises(NotFiniteError):
+        next_token_log_probs(broken(writer, "all"), prompts, tokens)
 
 
 def test_they_are_found_when_they_come_later(writer):

@@ -30,7 +30,7 @@ from fedrag_jax.data.answers import comparable
 from fedrag_jax.data.examples import Passage
 from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.generation import decoding
-from fedrag_jax.generation.likelihood import answer_log_probs
+from fedrag_jax.generation.likelihood import answer_log_probs, next_log_probs
 from fedrag_jax.generation.text import Completion, Sampling, Writer, chunk_by_chunk
 
 Asked = Sequence[Sequence[np.ndarray]]
@@ -220,7 +220,34 @@ def sequence_log_probs(
     return [np.array([next(found) for _ in some]) for some in prompts]
 
 
+def next_token_log_probs(
+    writer: Writer, prompts: Sequence[np.ndarray], tokens: Sequence[np.ndarray]
+) -> list[np.ndarray]:
+    """log p(token | prompt) float64 [Q][C] of the tokens, int [C] each, that may follow each prompt:
+    `sequence_log_probs` of answers of one token, every prompt read once.
+
+    Raises:
+      NotFiniteError: log-probabilities that are NaN or infinite.
+    """
+    most = _SCORED.get(jax.default_backend(), _SCORED_ACCELERATOR)
+
+    def score(chosen):
+        lengths = np.array([len(prompts[i]) for i in chosen])
+        read = np.zeros((len(chosen), decoding.bucket(int(lengths.max()))), np.int32)
+        for row, i in zip(read, chosen, strict=True):
+            row[: len(prompts[i])] = prompts[i]
+        found = _next_log_probs(writer.network, writer.params, writer.adapters, read, lengths)
+        wanted = [
+            np.asarray(row, np.float64)[tokens[i]] for row, i in zip(found, chosen, strict=True)
+        ]
+        decoding.require_finite(all(np.isfinite(some).all() for some in wanted))
+        return wanted
+
+    return list(chunk_by_chunk(score, [len(prompt) for prompt in prompts], most))
+
+
 _answer_log_probs = jax.jit(answer_log_probs, static_argnums=0)
+_next_log_probs = jax.jit(next_log_probs, static_argnums=0)
 
 
 # --- reasoning and answers -----------------------------------------------------------------------

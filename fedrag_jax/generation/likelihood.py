@@ -39,6 +39,20 @@ def answer_log_probs(decoder: Network, params, adapters, batch) -> jax.Array:
     return chosen.reshape(batch["answer_positions"].shape)
 
 
+def next_log_probs(decoder: Network, params, adapters, tokens, lengths) -> jax.Array:
+    """log p of every token of the vocabulary after each prompt: float32 [N, V].
+
+    Args:
+      tokens: int [N, T], right-padded.
+      lengths: int [N].
+    """
+    index = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    last = lengths[:, None] - 1
+    read = decoder(params, tokens, index, index <= last, read=last, adapters=adapters)
+    logits = decoder(params, read, method="logits", adapters=adapters)
+    return jax.nn.log_softmax(logits[:, 0].astype(jnp.float32))
+
+
 def _since_start(segments: jax.Array, index: jax.Array) -> jax.Array:
     """How far each place of a row [N, T] is from the start of its segment."""
     starts = jnp.diff(segments, axis=1, prepend=-1) != 0

@@ -23,6 +23,8 @@ def log_likelihoods(
       asked: int [T], the prompt of each question.
       choices: int [Q][C][A], of `choice_tokens`.
     """
+    if all(len(c) == 1 for some in choices for c in some):  # letters: each prompt is read once
+        return inference.next_token_log_probs(writer, asked, [np.concatenate(c) for c in choices])
     pairs = [(prompt, c) for prompt, some in zip(asked, choices, strict=True) for c in some]
     scored = inference.sequence_log_probs(writer, [[p] for p, _ in pairs], [c for _, c in pairs])
     found = iter(np.concatenate(scored)) if scored else iter(())
