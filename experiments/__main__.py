@@ -20,6 +20,7 @@ COMMANDS = {
     "index_refresh": "when vectors are made anew while both encoders learn",
     "inference_modes": "ways to train against ways to answer",
     "over_stores": "tuned systems of a comparison over other stores",
+    "public_sets": "tuned systems of a comparison on MMLU or HellaSwag",
     "aloftrag": "label-free fine-tuning, its steps left out, its controls",
     "tune_retrieval": "a real retriever on real questions",
     "federated_retrieval": "retrieval from passages that stay with their owners",

@@ -32,6 +32,7 @@ from experiments.run import Experiment, Point
 from fedrag_jax.evaluation.evaluator import evaluate
 from fedrag_jax.federated.algorithms.by_name import OWN_STEPS
 from fedrag_jax.files import kept, read_json, write_json
+from fedrag_jax.strategies.own import named
 from fedrag_jax.strategies.strategies import joint_token
 from fedrag_jax.tracking.processes import everywhere
 
@@ -40,7 +41,7 @@ def lab(config, folder: pathlib.Path) -> Lab:
     """The data and models of the config.
 
     Raises:
-      ConfigError: as `check`; a split that cannot be, a regime without learning rates.
+      ConfigError: as `check`; a split that cannot be, a learning rate that is missing.
     """
     check(config)
     dataset = load_data(config)
@@ -48,7 +49,11 @@ def lab(config, folder: pathlib.Path) -> Lab:
     found = Lab(config, dataset, folder)
     for regime, (_, split) in itertools.product(config.regimes, replicates(config)):
         found.clients(regime, split)
+    for regime in config.regimes:
         rates_name(config, regime)
+        for strategy in map(named, strategies_of(config, regime, config.strategies)):
+            for part in strategy.rates:
+                found.rate(regime, strategy, part)
     return found
 
 

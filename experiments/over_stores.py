@@ -11,16 +11,13 @@ import functools
 import itertools
 import pathlib
 
-from ml_collections import ConfigDict
-
-from experiments.lab import METRICS, Lab
-from experiments.launch import kept_config
-from experiments.loading import check_replicates, load_data, replicates
+from experiments.finished_lab import FinishedLab, require_finished
+from experiments.lab import METRICS
+from experiments.loading import check_replicates, replicates
 from experiments.reporting import cells, comparison, differences, tables
 from experiments.reporting.page import Report, Section
 from experiments.run import Experiment, Point, finished
 from fedrag_jax.clock import Clock
-from fedrag_jax.errors import ConfigError
 from fedrag_jax.evaluation.evaluator import evaluate
 from fedrag_jax.retrieval.stores.registry import new_store
 from fedrag_jax.tracking.ledger import Cost
@@ -28,21 +25,13 @@ from fedrag_jax.tracking.ledger import Cost
 OWN = "vectors"  # what the comparison itself has searched
 
 
-class OverStores(Lab):
-    """The lab of the comparison, its tuned systems, and the stores that they answer from."""
+class OverStores(FinishedLab):
+    """Tuned systems, and the stores that they answer from."""
 
     def __init__(self, config, of: pathlib.Path):
-        compared = ConfigDict(kept_config(of / "config.json"))
-        super().__init__(compared, load_data(compared), of)
+        super().__init__(of)
         self.asking = config
-        self.tuned = functools.lru_cache(maxsize=1)(self._tuned)
         self.store = functools.lru_cache(maxsize=1)(self._store)
-
-    def _tuned(self, strategy: str, regime: str, seed: int, split: int):
-        if strategy == "none":
-            return self.system(seed)
-        (system,), _ = self.tuned_systems(strategy, regime, seed, split)
-        return system
 
     def _store(self, kind: str):
         """One of a kind over all passages, with the vectors of the untuned document encoder."""
@@ -51,27 +40,6 @@ class OverStores(Lab):
         vectors = None if store.dimension is None else retriever.vectors
         store.add(retriever.passages, vectors)
         return store
-
-
-def check(config) -> None:
-    """Refuses settings that could only fail later.
-
-    Raises:
-      ConfigError: a comparison that is not there or lacks a cell, a regime of lone clients.
-    """
-    check_replicates(config)
-    of = pathlib.Path(config.of)
-    if not (of / "config.json").exists():
-        raise ConfigError(f"config.of: {of} holds no run; run compare_strategies first")
-    if lone := [regime for regime in config.regimes if regime.startswith("local")]:
-        raise ConfigError(f"config.regimes: {lone[0]!r} has a system for each client; leave it out")
-    for point in every_point(config):
-        if Point(point.name, point.regime, point.seed, point.split).finished(of) is None:
-            raise ConfigError(
-                f"config.of: {of} has no finished cell ({point.name}, {point.regime}, "
-                f"{cells.seeds_name(point.seed, point.split)}): compute it by compare_strategies, or "
-                "leave it out of config.stores, config.regimes or config.seeds"
-            )
 
 
 def every_point(config) -> list[Point]:
@@ -90,9 +58,10 @@ def lab(config, folder: pathlib.Path) -> OverStores:
     """The comparison's data and models.
 
     Raises:
-      ConfigError: as `check`; an unknown kind of store.
+      ConfigError: a comparison that is not there or lacks a cell, an unknown kind of store.
     """
-    check(config)
+    check_replicates(config)
+    require_finished(pathlib.Path(config.of), every_point(config))
     found = OverStores(config, pathlib.Path(config.of))
     dimension = found.system(found.config.seeds[0]).retriever.vectors.shape[1]
     for kind in config.stores:

@@ -1,0 +1,61 @@
+"""The systems of a comparison that was run before, for experiments that ask them something else."""
+
+import functools
+import pathlib
+from collections.abc import Sequence
+
+from ml_collections import ConfigDict
+
+from experiments.lab import Lab
+from experiments.launch import kept_config
+from experiments.loading import load_data
+from experiments.reporting import cells
+from experiments.run import Point
+from fedrag_jax.errors import ConfigError
+
+
+class FinishedLab(Lab):
+    """The lab of a comparison in its own folder.
+
+    Args:
+      of: the folder.
+
+    Attributes:
+      config: of the comparison.
+      tuned: `tuned(strategy, regime, seed, split)`, read from disk; the last is kept.
+    """
+
+    def __init__(self, of: pathlib.Path):
+        config = ConfigDict(kept_config(of / "config.json"))
+        super().__init__(config, load_data(config), of)
+        self.tuned = functools.lru_cache(maxsize=1)(self._tuned)
+
+    def _tuned(self, strategy: str, regime: str, seed: int, split: int):
+        if strategy == "none":
+            return self.system(seed)
+        (system,), _ = self.tuned_systems(strategy, regime, seed, split)
+        return system
+
+
+def require_finished(of: pathlib.Path, points: Sequence[Point]) -> None:
+    """Refuses a folder that lacks what is to be asked.
+
+    Args:
+      points: strategies in regimes; their folders do not matter.
+
+    Raises:
+      ConfigError: no run, an unfinished cell, a regime of lone clients.
+    """
+    if not (of / "config.json").exists():
+        raise ConfigError(f"config.of: {of} holds no run; run compare_strategies first")
+    for point in points:
+        if point.regime.startswith("local"):
+            raise ConfigError(
+                f"config.regimes: {point.regime!r} has a system for each client; leave it out"
+            )
+        if cells.load(of, point.name, point.regime, point.seed, point.split) is None:
+            raise ConfigError(
+                f"config.of: {of} has no finished cell ({point.name}, {point.regime}, "
+                f"{cells.seeds_name(point.seed, point.split)}): compute it by compare_strategies, or "
+                "ask for less here"
+            )
