@@ -276,7 +276,12 @@ def test_another_config_does_not_mix_with_old_results(finished):
             ConfigError,
             r"strategies: unknown strategy 'magic'; choose among",
         ),
-        ("strategies", ("none", "ralt"), ConfigError, r"has none for 'adapters' of 'ralt': search it"),
+        (
+            "strategies",
+            ("none", "ralt"),
+            ConfigError,
+            r"has none for 'adapters' of 'ralt': search it",
+        ),
         ("regimes", ("here",), ConfigError, r"regime 'here' unknown; choose among"),
         ("regimes", ("federated_0",), ConfigError, r"regime 'federated_0' unknown"),
         ("regimes", ("centralised_1",), ConfigError, r"regime 'centralised_1' unknown"),
