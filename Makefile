@@ -25,17 +25,11 @@ REAL := $(COMPARE) --config=configs/compare_real.py
 
 real: $(VENV)/tested  ## on real text, many hours: SQuAD, RA-DIT's parts on it, HotpotQA
 	$(REAL)
-	$(REAL) --config.name=real_ra_dit --config.seeds='(0,)' --config.regimes="('centralised', 'federated')" \
-	  --config.strategies="('none', 'ralt', 'lsr', 'ra_dit')"
-	$(REAL) --config.name=real_hotpotqa --config.data.name=hotpotqa --config.data.own_questions=0 \
-	  --config.seeds='(0,)' --config.regimes="('centralised', 'federated')" \
-	  --config.strategies="('none', 'retriever', 'generator', 'independent', 'joint_token')"
+	$(REAL):ra_dit
+	$(REAL):hotpotqa
 
 real-quick: $(VENV)/tested  ## the same on 96 training and 64 test questions
-	$(REAL) --config.name=real_quick --config.seeds='(0,)' --config.regimes="('centralised', 'federated')" \
-	  --config.strategies="('none', 'generator', 'independent')" --config.training.rounds=3 \
-	  --config.training.local_steps=1 --config.data.train_questions=96 --config.data.test_questions=64 \
-	  --config.data.own_questions=0 --config.data.control_questions=32
+	$(REAL):quick
 
 retrieval: $(VENV)/tested  ## query-side tuning of MiniLM on SQuAD and HotpotQA
 	$(BIN)/python -m experiments tune_retrieval

