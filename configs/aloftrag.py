@@ -43,8 +43,9 @@ def get_config() -> ConfigDict:
     )
 
     # Who rates texts and asks about them: the generator itself, or `model` behind an OpenAI-compatible
-    # endpoint ("http://localhost:8000/v1"). Prompts are "compact" (of the built-in decoder), "instruct"
-    # or a JSON file of label_free/prompts.py; they ask for `language`, where they name one.
+    # endpoint ("http://localhost:8000/v1"). Prompts are "compact" (of the built-in decoder),
+    # "instruct", "examples" (of English texts, for generators too small for instructions) or a JSON
+    # file of label_free/prompts.py; they ask for `language`, where they name one.
     config.author = ConfigDict(
         {"endpoint": "", "model": "", "prompts": "compact", "language": "English"}
     )

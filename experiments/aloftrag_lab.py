@@ -81,9 +81,12 @@ class LabelFreeLab:
             return prompts.COMPACT
         if author.prompts == "instruct":
             return prompts.instruct(language)
+        if author.prompts == "examples":
+            return prompts.examples()
         if not pathlib.Path(author.prompts).is_file():
             raise ConfigError(
-                f"config.author.prompts: 'compact', 'instruct' or a JSON file, got {author.prompts!r}"
+                "config.author.prompts: 'compact', 'instruct', 'examples' or a JSON file, got "
+                f"{author.prompts!r}"
             )
         return prompts.read(author.prompts, language)
 

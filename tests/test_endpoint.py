@@ -1,5 +1,6 @@
 """An author behind a real HTTP server on this machine: what is sent, tried again and refused."""
 
+import dataclasses
 import time
 
 import pytest
@@ -47,6 +48,16 @@ def test_every_request_is_sent_as_it_is_and_answered_in_order():
         [*author([Request("", "alone", "")], SAMPLING)]
         assert [m["role"] for m in server.bodies[-1][1]["messages"]] == ["user"]
     assert author.name == "m"
+
+
+def test_what_ends_a_reply_is_sent_and_a_text_to_be_continued_refused():
+    with Server(echo) as server:
+        author = EndpointAuthor(server.url, "m")
+        [*author(ASKED[:1], dataclasses.replace(SAMPLING, stop=("END",)))]
+        assert server.bodies[-1][1]["stop"] == ["END"]
+        with pytest.raises(ConfigError, match="chats, and these prompts are to be continued"):
+            [*author([Request("", "Text:", "", chat=False)], SAMPLING)]
+        assert len(server.bodies) == 1
 
 
 def test_a_text_cut_short_is_not_finished():

@@ -16,11 +16,16 @@ from fedrag_jax.models.hub import Pretrained
 
 
 class Request(NamedTuple):
-    """What is asked; `start` is how the reply is to begin, and no part of it."""
+    """What is asked; `start` is how the reply is to begin, and no part of it.
+
+    Attributes:
+      chat: whether a chat is asked in its own template; else it continues the text as it is.
+    """
 
     system: str
     user: str
     start: str
+    chat: bool = True
 
 
 class Reply(NamedTuple):
@@ -45,7 +50,7 @@ class Author(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class LocalAuthor:
-    """A decoder that runs here: in its chat template if it has one, else in plain text.
+    """A decoder that runs here: in its chat template if it has one and is to chat, else in plain text.
 
     Of a user's words that do not fit into its positions, the end is cut.
     """
@@ -77,7 +82,7 @@ class LocalAuthor:
 
     def _prompt(self, request: Request, room: int) -> np.ndarray:
         tokenizer, mark = self.model.tokenizer, "<user>"
-        if tokenizer.chat_template:
+        if tokenizer.chat_template and request.chat:
             system = f"{request.system}\n\n" if request.system else ""
             before, _, after = turns(tokenizer, system + mark, reply=True).partition(mark)
             bos = []

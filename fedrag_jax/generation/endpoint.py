@@ -76,8 +76,14 @@ class EndpointAuthor:
         """A reply for each request, in their order, as they come.
 
         Raises:
+          ConfigError: a text to be continued.
           EndpointError: no answer after the last retry, a refusal, or something else than an answer.
         """
+        if not all(request.chat for request in requests):
+            raise ConfigError(
+                f"{self._where} chats, and these prompts are to be continued: use prompts with "
+                "instructions ('instruct'), or a generator that runs here"
+            )
         with concurrent.futures.ThreadPoolExecutor(self.at_once) as pool:
             yield from pool.map(functools.partial(self._reply, sampling), requests)
 
@@ -91,6 +97,7 @@ class EndpointAuthor:
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 seed=sampling.seed,
+                **({"stop": [*sampling.stop]} if sampling.stop else {}),
             )
         except (_openai().OpenAIError, ValueError) as error:  # a ValueError: what came is no JSON
             cause = f" ({error.__cause__})" if error.__cause__ else ""

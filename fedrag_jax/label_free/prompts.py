@@ -26,6 +26,8 @@ class Ask(NamedTuple):
       reply: regular expression of all of what follows, with groups named `score`, or `question` and
         `answer`.
       max_tokens: of a reply.
+      stop: ends a reply, if not empty.
+      chat: whether a chat is asked in its own template; else it continues the text as it is.
     """
 
     system: str
@@ -33,6 +35,8 @@ class Ask(NamedTuple):
     start: str
     reply: str
     max_tokens: int
+    stop: str = ""
+    chat: bool = True
 
     def read(self, written: str) -> dict[str, str] | None:
         """What a reply says; None if it is not in the form that was asked for.
@@ -119,6 +123,62 @@ def instruct(language: str = "English") -> LabelFreePrompts:
             RATING,
             16,
         ),
+    )
+
+
+# Texts with their points, and of the useful ones a question with its answer.
+_SHOWN = (
+    (
+        "The Rhine rises in the Swiss Alps and flows through six countries before it reaches the "
+        "North Sea. With a length of about 1,230 kilometres it is the second-longest river of Central "
+        "Europe.",
+        9, "Into which sea does the Rhine flow?", "the North Sea",
+    ),
+    ("Home. About us. Contact. Click here to log in, or here to choose a new password.", 0, "", ""),
+    (
+        "Marie Curie was born in Warsaw in 1867. She won the Nobel Prize in Physics in 1903 with her "
+        "husband Pierre and Henri Becquerel, and the Nobel Prize in Chemistry in 1911 for the "
+        "discovery of polonium and radium.",
+        10, "In which year did Marie Curie win the Nobel Prize in Chemistry?", "1911",
+    ),
+    (
+        "Photosynthesis turns light into chemical energy. In plants it takes place in the "
+        "chloroplasts, which hold a green pigment called chlorophyll.",
+        8, "Which pigment do the chloroplasts of plants hold?", "chlorophyll",
+    ),
+)  # fmt: skip
+
+
+def examples() -> LabelFreePrompts:
+    """For generators too small to follow instructions, about English texts: they continue a page that
+    shows texts with their points, or with a question and its answer, and then the text."""
+    useful = [shown for shown in _SHOWN if shown[2]]
+    rated = "".join(f"Text: {text}\nUseful: {points}\n\n" for text, points, *_ in _SHOWN)
+    asked = "".join(f"Text: {text}\nQuestion: {q}\nAnswer: {a}\n\n" for text, _, q, a in useful)
+    others = [question for *_, question, _ in useful[1:] + useful[:1]]
+    fits = "".join(
+        f"Text: {text}\nQuestion: {question}\nAnswered by the text: {points}\n\n"
+        for (text, _, right, _), other in zip(useful, others, strict=True)
+        for question, points in ((right, 10), (other, 0))
+    )
+    right = "".join(
+        f"Text: {text}\nQuestion: {question}\nAnswer: {said}\nRight: {points}\n\n"
+        for text, _, question, answer in useful
+        for said, points in ((answer, 10), ("nobody knows", 0))
+    )
+
+    def continued(page: str, user: str, start: str, reply: str = RATING, tokens: int = 6) -> Ask:
+        end = "\n" if reply == RATING else "\n\n"
+        return Ask("", f"{page}Text: {{text}}\n{user}", start, reply, tokens, end, chat=False)
+
+    asking = "Question: {question}\n"
+    return LabelFreePrompts(
+        rate_text=continued(rated, "", "Useful:"),
+        ask=continued(
+            asked, "", "Question:", r"(?P<question>[^\n]+)\nAnswer: (?P<answer>[^\n]+)", 48
+        ),
+        rate_question=continued(fits, asking, "Answered by the text:"),
+        rate_answer=continued(right, asking + "Answer: {answer}\n", "Right:"),
     )
 
 

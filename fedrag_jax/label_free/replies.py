@@ -44,8 +44,12 @@ def replies(
     Raises:
       ConfigError: the file holds what was asked of another author, with another prompt or otherwise.
     """
-    settings = Sampling(max_new_tokens=ask.max_tokens, **sampling)
-    asked_how = {"author": author.name, **ask._asdict(), **sampling}
+    stop = (ask.stop,) if ask.stop else ()
+    settings = Sampling(max_new_tokens=ask.max_tokens, stop=stop, **sampling)
+    # Without what is as ever: files of before then hold what was asked in the same way.
+    usual = Ask._field_defaults
+    how = {name: x for name, x in ask._asdict().items() if name not in usual or x != usual[name]}
+    asked_how = {"author": author.name, **how, **sampling}
     known = _known(path, asked_how)
     for i, said in about.items():
         if i in known and known[i]["about"] != _hash(said):
@@ -54,7 +58,8 @@ def replies(
     with tqdm(total=len(about), initial=len(about) - len(missing), desc=doing, unit="") as bar:
         for start in range(0, len(missing), AT_ONCE):
             some = missing[start : start + AT_ONCE]
-            requests = [Request(ask.system, _filled(ask.user, about[i]), ask.start) for i in some]
+            asked = (_filled(ask.user, about[i]) for i in some)
+            requests = [Request(ask.system, user, ask.start, ask.chat) for user in asked]
             lines = []
             try:
                 for i, reply in zip(some, author(requests, settings), strict=True):
