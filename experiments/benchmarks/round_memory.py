@@ -11,6 +11,7 @@ import importlib.util
 import json
 import multiprocessing
 import pathlib
+import sys
 import tempfile
 
 from absl import app, flags
@@ -32,17 +33,18 @@ TWICE = 2  # the first time compiles
 
 
 def main(argv):
+    del argv  # what is left of it without flags
     if importlib.util.find_spec("torch") is None or importlib.util.find_spec("peft") is None:
         raise SystemExit(
             "this compares with PyTorch, which is not here: pip install torch==2.13.0 peft==0.21.2"
         )
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        layers, vocabulary = alone(argv, saved, folder)
+        layers, vocabulary = alone(saved, folder)
         found = {}
         for kind in KINDS:
-            found[f"ours_{kind}"] = alone(argv, of_ours, kind)
-            ways = {way: alone(argv, of_pytorch, kind, way, folder, vocabulary) for way in layers}
+            found[f"ours_{kind}"] = alone(of_ours, kind)
+            ways = {way: alone(of_pytorch, kind, way, folder, vocabulary) for way in layers}
             found[f"pytorch_{kind}"] = min(ways.values())
             for way, size in {"ours": found[f"ours_{kind}"], **ways}.items():
                 print(f"{kind}, {way}: {size / 1e9:.2f} GB", flush=True)
@@ -53,10 +55,10 @@ def main(argv):
     print(json.dumps({"clients": max(clients()), "peak_GB": sizes, **ratios}))
 
 
-def alone(argv, function, *args):
+def alone(function, *args):
     """What a function gives in a process that does nothing else."""
     say(" ".join([function.__name__, *(str(a) for a in args if isinstance(a, str))]))
-    with multiprocessing.get_context("spawn").Pool(1, _with_flags, (argv,)) as pool:
+    with multiprocessing.get_context("spawn").Pool(1, _with_flags, (sys.argv,)) as pool:
         return pool.apply(function, args)
 
 
