@@ -25,6 +25,7 @@ REAL := $(COMPARE) --config=configs/compare_real.py
 
 real: $(VENV)/tested  ## on real text, many hours: SQuAD, RA-DIT's parts on it, HotpotQA
 	$(REAL)
+	$(REAL):shots
 	$(REAL):ra_dit
 	$(REAL):hotpotqa
 

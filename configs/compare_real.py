@@ -71,6 +71,13 @@ def hotpotqa(config) -> None:
     config.strategies = ("none", "retriever", "generator", "independent", "joint_token")
 
 
+def shots(config) -> None:
+    """The untuned system with four examples in its prompt, which show how short an answer is."""
+    _one_seed(config)
+    config.strategies, config.regimes, config.models.shots = ("none",), ("centralised",), 4
+    config.data.own_questions = 0
+
+
 def quick(config) -> None:
     """96 training and 64 test questions, to try it."""
     _one_seed(config)
@@ -85,4 +92,4 @@ def _one_seed(config) -> None:
     config.seeds, config.regimes = (0,), ("centralised", "federated")
 
 
-VARIANTS = {variant.__name__: variant for variant in (ra_dit, hotpotqa, quick)}
+VARIANTS = {variant.__name__: variant for variant in (ra_dit, hotpotqa, shots, quick)}

@@ -61,6 +61,8 @@ def get_config() -> ConfigDict:
     config.models.similarity = ""
     config.models.generator = "builtin:decoder"
     config.models.prompt_style = "compact"
+    # Validation questions that every prompt shows with their answers, without passages.
+    config.models.shots = 0
     # The generator's frozen base: as which type, its layers in few bits ("int8", "int4", "nf4") or not
     # (""), and cut over how many devices.
     config.models.dtype = "float32"

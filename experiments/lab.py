@@ -22,6 +22,7 @@ from fedrag_jax.data.json_lines import json_rows
 from fedrag_jax.data.prompts import named_style
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.evaluation import evaluator
+from fedrag_jax.evaluation.benchmarks.asking import showing
 from fedrag_jax.evaluation.evaluator import evaluate
 from fedrag_jax.evaluation.metrics import percent
 from fedrag_jax.federated.algorithms.by_name import Named
@@ -80,10 +81,7 @@ class Lab:
                 [*self.dataset.train, *self.stop_questions()],
                 **self.models,
                 adapters=lora,
-                # A table's answers are one line, whatever the style.
-                prompt_style=named_style(
-                    c.models.prompt_style, self.models["generator"].tokenizer
-                )._replace(one_line=True),
+                prompt_style=self.prompt_style(),
                 **c.retrieval,
                 max_passage_tokens=c.models.max_passage_tokens,
                 max_answer_tokens=c.models.max_answer_tokens,
@@ -93,6 +91,15 @@ class Lab:
             self.embed_seconds = self.embed_seconds or system.retriever.spent.embedding
             self.systems[seed, lora] = system
         return self.systems[seed, lora]
+
+    def prompt_style(self):
+        """The style of the config with the examples it shows; a table's answers are one line."""
+        models, tokenizer = self.config.models, self.models["generator"].tokenizer
+        style = named_style(models.prompt_style, tokenizer)._replace(one_line=True)
+        if not models.shots:
+            return style
+        shown = sample(self.dataset.validation, models.shots, self.config.data.sample_seed)
+        return showing(style, tokenizer, [(e.question, e.answer) for e in shown])
 
     def corpus_cost(self, clients: int):
         """Of embedding the passages, and of having them and their vectors at so many clients."""

@@ -340,6 +340,22 @@ def test_clients_are_scored_on_questions_such_as_they_hold():
     assert np.isnan(found).all() and not weights.any()
 
 
+def test_prompts_show_validation_questions_with_their_answers(tmp_path):
+    config = small()
+    config.models.shots = 2
+    run = compare_strategies.lab(config, tmp_path)
+    system, test = run.system(0), run.dataset.test[0]
+    prompt = system.generator.tokenizer.decode(system.prompts.prompt(test.question, [0]))
+    shown = [e for e in run.dataset.validation if f"{e.question} {e.answer}\n" in prompt]
+    assert len(shown) == 2 and prompt.endswith(test.question)
+    before, _, after = prompt.partition(system.retriever.passages[0].text)
+    assert all(e.question in before for e in shown) and after
+
+    config.models.shots = 0
+    plain = compare_strategies.lab(config, tmp_path).system(0)
+    assert not plain.prompts.style.opening
+
+
 def test_what_takes_long_is_limited_to_some_strategies_and_seeds():
     config = small()
     config.seeds, config.strategies = (0, 1, 2), ("none", "retriever", "generator", "joint_token")

@@ -115,14 +115,21 @@ def after_examples(
         return system
     prompts = system.prompts
     shown = [(words(q, kind, by), right(q, kind, by)) for q in examples]
-    style = _showing(prompts.style, prompts.tokenizer, shown)
+    style = showing(prompts.style, prompts.tokenizer, shown)
     # Passages come as they are, not as rows: no corpus has to be tokenised once more.
     longest = prompts.max_passage_tokens, prompts.max_answer_tokens
     return dataclasses.replace(system, prompts=Prompts(prompts.tokenizer, style, (), (), *longest))
 
 
-def _showing(style: PromptStyle, tokenizer, shown: Sequence[tuple[str, str]]) -> PromptStyle:
-    """The style with examples at the end of its opening, but before the heading of the passages."""
+def showing(style: PromptStyle, tokenizer, shown: Sequence[tuple[str, str]]) -> PromptStyle:
+    """The style with examples at the end of its opening, but before the heading of the passages.
+
+    Args:
+      shown: questions, each with its answer.
+
+    Raises:
+      ConfigError: a style whose answers come after reasoning or citations.
+    """
     if style.final:
         raise ConfigError(
             "examples have no reasoning or citations, which the prompt style asks for: use shots=0, or "
