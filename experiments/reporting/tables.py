@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
+from fedrag_jax.errors import DataError
 from fedrag_jax.files import whole
 
 Row = Mapping[str, Any]
@@ -103,6 +104,26 @@ class Table(NamedTuple):
             colalign=[column.align for column in self.columns] if self.rows else None,
             disable_numparse=True,
         )
+
+
+def read_csv(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The rows of a file that `write_csv` wrote; numbers are numbers again, and what is empty is None.
+
+    Raises:
+      DataError: no rows.
+    """
+    with open(path, newline="") as file:
+        rows = [{name: _value(text) for name, text in row.items()} for row in csv.DictReader(file)]
+    if not rows:
+        raise DataError(f"{path} holds no rows")
+    return rows
+
+
+def _value(text: str) -> str | float | None:
+    try:
+        return float(text) if text else None
+    except ValueError:
+        return text
 
 
 def write_csv(path: pathlib.Path, rows: Sequence[Row], columns: Sequence[str] = ()) -> None:

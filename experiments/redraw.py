@@ -1,0 +1,33 @@
+"""Draws the figure of the main table from rows that are kept, without the run that they are from.
+
+    python -m experiments.redraw docs/data/table/strategies.csv docs/strategies.png
+
+The docs keep the rows of their tables in docs/data, as the reports of runs write them.
+"""
+
+import argparse
+import pathlib
+
+from experiments.reporting.figures import quality_against_cost
+from experiments.reporting.tables import read_csv
+from fedrag_jax.errors import FedragError
+
+
+def main() -> None:
+    """Reads the rows, draws the figure."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("rows", type=pathlib.Path, help="strategies.csv of a run")
+    parser.add_argument("figure", type=pathlib.Path, help="to write, .png or .pdf")
+    asked = parser.parse_args()
+    try:
+        rows = read_csv(asked.rows)
+    except (FedragError, OSError) as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from error
+    quality_against_cost(rows).savefig(asked.figure)
+    print(asked.figure)
+
+
+if __name__ == "__main__":
+    main()
