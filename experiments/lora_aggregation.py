@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments.lab import Lab, client_scores, control_scores, curve
+from experiments.client_scores import client_scores
+from experiments.lab import Lab, control_scores, curve
 from experiments.loading import check_replicates, load_data, replicates, validation_sample
 from experiments.rates import at_edge, chosen_rate, kept_rate, one_by_one
 from experiments.reporting import cells, comparison, differences, experiment_figures, tables

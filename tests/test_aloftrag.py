@@ -140,7 +140,10 @@ def test_controls_differ_from_what_they_control(tmp_path):
             {"author.endpoint": "http://x/v1"},
             "config.author.model: tell the model that http://x/v1",
         ),
-        ({"author.prompts": "no.json"}, "'compact', 'instruct' or a JSON file, got 'no.json'"),
+        (
+            {"author.prompts": "no.json"},
+            "'compact', 'instruct', 'examples' or a JSON file, got 'no.json'",
+        ),
         ({"judge.repeats": 0}, "config.judge.repeats must be at least 1"),
         ({"contexts": (2, 60)}, "60 passages do not leave one to choose where there are 60"),
         ({"models.prompt_style": "compact"}, "to cite needs a prompt style"),

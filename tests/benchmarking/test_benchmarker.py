@@ -162,14 +162,14 @@ def test_examples_stand_before_what_is_read(system, run):
     after = asking.after_examples(system, shown, "open", "generation").prompts
     text = after.tokenizer.decode(after.prompt("Why?", [PASSAGES[0]]), skip_special_tokens=True)
     assert text == (f"Where is < s>Ann? Rome\nWho left? unanswerable\n{PASSAGES[0].text}\nWhy?")
-    style = asking._showing(INSTRUCT, system.prompts.tokenizer, [("Why?", "So.")])
+    style = asking.showing(INSTRUCT, system.prompts.tokenizer, [("Why?", "So.")])
     before, heading, _ = style.opening.partition("### Context:\n")
     assert (
         before.endswith("words as possible.\n### Question:\nWhy?\n### Answer:\nSo.\n\n") and heading
     )
     chat = INSTRUCT._replace(end="<|end|>", question="{question}<|end|>")
     assert (
-        asking._showing(chat, system.prompts.tokenizer, [("Why?", "So.")]).opening == style.opening
+        asking.showing(chat, system.prompts.tokenizer, [("Why?", "So.")]).opening == style.opening
     )
     # Both groups have their own, and likelihoods after them are others.
     bare, after = run("mmlu", limit=4), run("mmlu", limit=4, shots=2)
