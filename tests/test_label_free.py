@@ -1,6 +1,5 @@
 """The steps of label-free fine-tuning: what is kept and dropped, and why; what is asked twice."""
 
-import dataclasses
 import json
 
 import numpy as np
@@ -10,8 +9,7 @@ from toy_rag import TOKENIZER, toy_parts
 
 from fedrag_jax.data.examples import Example, Passage
 from fedrag_jax.errors import ConfigError, DataError
-from fedrag_jax.generation.author import LocalAuthor, Reply, Request
-from fedrag_jax.generation.text import Sampling
+from fedrag_jax.generation.author import LocalAuthor, Reply
 from fedrag_jax.label_free import pipeline, prompts
 from fedrag_jax.label_free.prompts import COMPACT, instruct
 from fedrag_jax.models import hub
@@ -315,61 +313,6 @@ def test_prompts_go_to_a_file_and_back(tmp_path):
         path.write_text(text)
         with pytest.raises(ConfigError, match="no prompts for label-free fine-tuning"):
             prompts.read(path)
-
-
-def test_a_local_author_is_asked_in_its_template_and_cuts_what_does_not_fit():
-    model = hub.load("builtin:decoder")
-    author = LocalAuthor(model)
-    request = Request("Be short.", "Text: a text\n", "Rate:")
-    prompt = author._prompt(request, 100)
-    assert model.tokenizer.decode(prompt) == "<s>Be short.\n\nText: a text\nRate:"
-    long = Request("", "word " * 4_000_000, "Rate:")
-    prompt = author._prompt(long, 50)
-    assert len(prompt) == 50 and model.tokenizer.decode(prompt).endswith("Rate:")
-    replies = author([request, long], Sampling(max_new_tokens=4))
-    assert len(replies) == 2 and all(isinstance(r, Reply) for r in replies)
-
-
-def test_prompts_with_examples_are_continued_without_a_template(tmp_path):
-    import transformers
-
-    shown, model = prompts.examples(), hub.load("builtin:decoder")
-    for ask in shown:
-        assert ask.user.endswith(("\n", "{text}\n")) and not ask.chat and ask.stop
-        # What the page shows is read as replies are.
-        page, _, _ = ask.user.partition("Text: {text}")
-        replied = [part.partition(ask.start)[2] for part in page.split("\n\n")[:-1]]
-        read = [ask.read(said) for said in replied]
-        assert len(read) >= 3 and None not in read, ask.start
-    said = shown.ask.read(" Who is it?\nAnswer: Ada")
-    assert said == {"question": "Who is it?", "answer": "Ada"}
-
-    chatty = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=model.tokenizer.backend_tokenizer
-    )
-    chatty.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
-    author = LocalAuthor(dataclasses.replace(model, tokenizer=chatty))
-    for chat in (True, False):
-        request = Request("", "Text: a text\n", "Useful:", chat)
-        prompt = chatty.decode(author._prompt(request, 100))
-        assert ("[user]" in prompt) == chat and prompt.endswith(
-            "Text: a text\nUseful:" if not chat else "Useful:"
-        )
-
-    asked = []
-
-    class Continues:
-        name = "continues"
-
-        def __call__(self, requests, sampling):
-            asked.append((requests[0], sampling.stop))
-            return [Reply(" 9", True) for _ in requests]
-
-    about = {"a": {"text": "A text of some words."}}
-    asking(Continues(), tmp_path, shown)("rate_text", about, "rate")
-    ((request, stop),) = asked
-    assert request.chat is False and stop == ("\n",)
-    assert request.user.endswith("Text: A text of some words.\n") and request.start == "Useful:"
 
 
 @pytest.mark.slow
