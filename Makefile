@@ -35,9 +35,9 @@ real-quick: $(VENV)/tested  ## the same on 96 training and 64 test questions
 retrieval: $(VENV)/tested  ## query-side tuning of MiniLM on SQuAD and HotpotQA
 	$(BIN)/python -m experiments tune_retrieval
 
-# Compiling is most of the suite's time, and is shorter without LLVM's optimisations (docs/performance.md).
-# The slow tests run what users run.
-test: export XLA_FLAGS ?= --xla_backend_optimization_level=0
+# Compiling is most of the suite's time, and is shorter without LLVM's optimisations and with a program in
+# one piece (docs/performance.md). The slow tests run what users run.
+test: export XLA_FLAGS ?= --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1
 test: $(VENV)/tested  ## style, types of the public surface, the test suite
 	$(BIN)/ruff check .
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python

@@ -76,9 +76,11 @@ def compute(lab: Lab, point: Point) -> Cell:
 
 
 def told(cell: Cell) -> str:
-    """Its quality and its seconds."""
-    em, recall = (100 * np.nanmean(cell.scores[metric]) for metric in ("em", "recall_at_5"))
-    return f"EM {em:.1f}  Recall@5 {recall:.1f}  trained {cell.cost.seconds:.0f} s"
+    """Its quality, where questions have it, and its seconds."""
+    found = {"EM": cell.scores["em"], "Recall@5": cell.scores["recall_at_5"]}
+    scored = {title: scores[~np.isnan(scores)] for title, scores in found.items()}
+    said = [f"{title} {100 * scores.mean():.1f}" for title, scores in scored.items() if scores.size]
+    return "  ".join([*said, f"trained {cell.cost.seconds:.0f} s"])
 
 
 def no_op(lab: Lab, seed: int, split: int) -> float:
