@@ -1,6 +1,7 @@
 """A comparison of strategies cell by cell: what all cells share, and how one is computed."""
 
 import copy
+import dataclasses
 import pathlib
 
 import numpy as np
@@ -43,6 +44,8 @@ class Lab:
     """What all cells share: data, base system, client split, folders.
 
     Attributes:
+      dataset: its validation questions are those that no prompt shows.
+      shown: the questions that every prompt shows with their answers.
       asked: questions of a cell's scores [Q]: the test set and, where there are such, those that stand
         for what is asked about clients' own topics.
       of_test, of_own: bool [Q], which count where; the test set for both unless others stand for own.
@@ -50,7 +53,11 @@ class Lab:
     """
 
     def __init__(self, config, dataset: Dataset, folder: pathlib.Path):
-        self.config, self.dataset, self.folder = config, dataset, folder
+        self.config, self.folder = config, folder
+        shots = config.models.get("shots", 0)  # runs of before have none
+        self.shown = sample(dataset.validation, shots, config.data.sample_seed) if shots else []
+        left = [e for e in dataset.validation if e not in self.shown]
+        self.dataset = dataset = dataclasses.replace(dataset, validation=left)
         self.usual = config.federated  # whose mixtures judge the models of all splits
         self.models = {
             "generator": load_generator(config.models),
@@ -96,10 +103,9 @@ class Lab:
         """The style of the config with the examples it shows; a table's answers are one line."""
         models, tokenizer = self.config.models, self.models["generator"].tokenizer
         style = named_style(models.prompt_style, tokenizer)._replace(one_line=True)
-        if not models.shots:
+        if not self.shown:
             return style
-        shown = sample(self.dataset.validation, models.shots, self.config.data.sample_seed)
-        return showing(style, tokenizer, [(e.question, e.answer) for e in shown])
+        return showing(style, tokenizer, [(e.question, e.answer) for e in self.shown])
 
     def corpus_cost(self, clients: int):
         """Of embedding the passages, and of having them and their vectors at so many clients."""

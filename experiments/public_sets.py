@@ -34,12 +34,7 @@ PAPER = 100  # questions of FedRAG's test
 
 
 class Asking(FinishedLab):
-    """Tuned systems, and which questions they are asked.
-
-    Attributes:
-      groups: of each group of questions how many there are and the share whose right choice is read.
-      left_out: ids of questions of the others.
-    """
+    """Tuned systems, and which questions they are asked."""
 
     def __init__(self, config, of: pathlib.Path, folder: pathlib.Path):
         super().__init__(of)

@@ -166,7 +166,7 @@ def run(config, runs: str, grids: dict[str, list[float]], questions: int) -> pat
     )
     settled_config(config, folder, free=free)
     comparison = Lab(config, dataset, folder)
-    examples = sample(dataset.validation, questions, config.data.sample_seed)
+    examples = sample(comparison.dataset.validation, questions, config.data.sample_seed)
     found = {s: search_regime(comparison, s, grids, examples) for s in config.regimes}
     result = {
         "chosen": {s: {n: one["chosen"] for n, one in some.items()} for s, some in found.items()},

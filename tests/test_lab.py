@@ -53,8 +53,11 @@ def test_prompts_show_validation_questions_with_their_answers(tmp_path):
     run = compare_strategies.lab(config, tmp_path)
     system, test = run.system(0), run.dataset.test[0]
     prompt = system.generator.tokenizer.decode(system.prompts.prompt(test.question, [0]))
-    shown = [e for e in run.dataset.validation if f"{e.question} {e.answer}\n" in prompt]
+    shown = [e for e in synthetic.generate().validation if f"{e.question} {e.answer}\n" in prompt]
     assert len(shown) == 2 and prompt.endswith(test.question)
+    # What a prompt tells decides neither when to stop nor which learning rate is best.
+    judging = [*run.stop_questions(), *run.dataset.validation]
+    assert judging and not {e.id for e in shown} & {e.id for e in judging}
     before, _, after = prompt.partition(system.retriever.passages[0].text)
     assert all(e.question in before for e in shown) and after
 
