@@ -340,3 +340,17 @@ def test_runs_from_before_regimes_had_their_name_are_read(tmp_path):
     (tmp_path / "config.json").write_text('{"name": "old", "settings": ["federated"]}')
     found = kept_config(tmp_path / "config.json")
     assert found == {"name": "old", "regimes": ["federated"]}
+
+
+def test_topics_that_no_client_asks_about_have_no_scores_of_their_own():
+    cells = [cell("retriever", "federated", [1, 0, 1], seed=seed) for seed in (0, 1)]
+    weight = comparison.own_weight("own_em")
+    for one, weights in zip(cells, ([0, 2, 1], [0, 1, 2]), strict=True):
+        one.scores["own_em"], one.scores[weight] = one.scores["em"], np.array(weights)
+    found = comparison.scores(cells, "own_em")
+    assert found.values.shape == (2, 2), "the first is asked in no split"
+    np.testing.assert_allclose(found.means, [1 / 3, 2 / 3])
+    cells[1].scores[weight] = np.zeros(3)
+    none = comparison.scores(cells, "own_em")
+    assert none.values.shape == (2, 0) and np.isnan(none.means).all()
+    assert comparison.estimate(cells, "own_em")["own_em"] is None

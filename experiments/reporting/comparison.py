@@ -58,12 +58,16 @@ class Scores(NamedTuple):
 
 
 def scores(cells: Sequence[Cell], metric: str) -> Scores:
-    """One metric of several seeds; on clients' own topics questions count as often as clients ask."""
+    """One metric of several seeds; on clients' own topics questions count as often as clients ask.
+
+    Where none of a seed's clients asks any question, none has the metric.
+    """
     found = np.stack([cell.scores[metric] for cell in cells])
     scored = ~np.isnan(found).any(axis=0)
     weights = np.ones_like(found)
     if metric.startswith(own("")):
         weights = np.stack([cell.scores[own_weight(metric)] for cell in cells])
+        scored &= weights.any(axis=0) & weights.any(axis=1).all()
     return Scores(found[:, scored], cells[0].clusters[scored], weights[:, scored])
 
 
