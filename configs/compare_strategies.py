@@ -33,11 +33,12 @@ def get_config() -> ConfigDict:
     config.equivalence_margin = 2.0  # points within which two scores are called the same; as well
     config.mode = "concatenated"  # how questions are answered, see fedrag_jax/generation/inference.py
 
-    # Data: "world", "squad", "hotpotqa", or a folder with questions.jsonl and passages.jsonl.
-    # Without labels, training questions do not tell their gold passages. Numbers of questions are of a
-    # random sample (files are sorted by article); 0 is all there are. Where no client holds the topics
-    # of test questions, so many training questions that are left over, of passages that nobody trains
-    # on, stand for what is asked about clients' own topics. Controls ask a sample of the test set.
+    # Data: "world"; a named set (fedrag_jax/data/named_sets.py), out of $FEDRAG_DATA or from the hub;
+    # or a folder with questions.jsonl and passages.jsonl. Without labels, training questions do not
+    # tell their gold passages. Numbers of questions are of a random sample (files are sorted by
+    # article); 0 is all there are. Where no client holds the topics of test questions, so many training
+    # questions that are left over, of passages that nobody trains on, stand for what is asked about
+    # clients' own topics. Controls ask a sample of the test set.
     config.data = ConfigDict(
         {
             "name": "world",
@@ -49,6 +50,24 @@ def get_config() -> ConfigDict:
             "sample_seed": 0,
         }
     )
+    # Where a named set is read: "hub", "local" ($FEDRAG_DATA), a folder with copies of repositories of
+    # the hub, or "" for $FEDRAG_DATA where it is there and else the hub; and at which commit.
+    config.data.source = ""
+    config.data.revision = ""
+    # Any other set of the hub, or a local table (Parquet, Arrow, CSV, JSON): name it, its configuration
+    # and the columns that it has (fedrag_jax/data/columns.py).
+    config.data.hub_config = ""
+    config.data.columns = ConfigDict(dict.fromkeys(
+        ("question", "answers", "passages", "titles", "gold", "topic", "split", "id"), ""
+    ))
+    # Other passages than those of the set: a set of the hub, a local table, passages.jsonl, or a folder
+    # of documents. Longer passages are cut to so many tokens of the retriever's, as fedrag index does
+    # (0: as they are; 200 for documents).
+    config.data.corpus = ""
+    config.data.corpus_options = ConfigDict(
+        {"hub_config": "", "revision": "", "columns": {"id": "id", "title": "title", "text": "text"}}
+    )
+    config.data.passage_tokens = 0
 
     # Models: built-in, a Hugging Face folder or a hub id. Large generators want "instruct" prompts, or
     # "chat", which puts them into the generator's own chat template.

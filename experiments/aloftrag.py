@@ -206,7 +206,7 @@ def lab(config, folder: pathlib.Path) -> LabelFreeLab:
       DataError: a generator whose replies leave nothing to train on.
     """
     check(config)
-    dataset = datasets.load(config.data.name, needed=(config.data.split,))
+    dataset = datasets.of_config(config.data, needed=(config.data.split,))
     lab = LabelFreeLab(config, dataset, folder)
     prompts = lab.system(config.seeds[0]).prompts
     prompts.require_citing()

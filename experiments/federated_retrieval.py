@@ -96,7 +96,7 @@ def run(config, runs: str) -> pathlib.Path:
     folder = pathlib.Path(runs) / config.name
     folder.mkdir(parents=True, exist_ok=True)
     settled_config(config, folder, free=())
-    loaded = datasets.load(config.data.name)
+    loaded = datasets.of_config(config.data)
     labelled = [e for e in loaded.test if e.positive_ids]
     test = sample(labelled, config.data.test_questions, config.data.sample_seed)
     dataset = Dataset(loaded.name, loaded.passages, loaded.train, loaded.validation, test)

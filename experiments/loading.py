@@ -1,6 +1,8 @@
 """What a config of the comparison names: data and generator, loaded or refused."""
 
 import dataclasses
+import functools
+import json
 from collections.abc import Sequence
 
 import jax
@@ -23,13 +25,29 @@ from fedrag_jax.strategies.regimes import parse, rate_names, with_algorithm
 
 
 def load_data(config) -> Dataset:
-    """A built-in world, a named set or a user's folder; samples of its questions if asked for."""
-    dataset, seed = datasets.load(config.data.name), config.data.sample_seed
+    """The set that `config.data` names; samples of its questions if asked for.
+
+    Raises:
+      ConfigError, DataError: as `datasets.load`.
+    """
+    dataset, seed = _whole(*_named(config)), config.data.sample_seed
     train = sample(dataset.train, config.data.train_questions, seed)
     if not config.data.labels:
         train = [dataclasses.replace(e, positive_ids=()) for e in train]
     test = sample(dataset.test, config.data.test_questions, seed)
-    return Dataset(dataset.name, dataset.passages, train, dataset.validation, test)
+    return dataclasses.replace(dataset, train=train, test=test)
+
+
+def _named(config) -> tuple[str, str]:
+    return config.data.to_json_best_effort(), config.models.retriever
+
+
+@functools.lru_cache(maxsize=1)  # two who want it need not read it twice
+def _whole(told: str, retriever: str) -> Dataset:
+    """The set of `config.data`, given as JSON, with all of its questions."""
+    data = ConfigDict(json.loads(told))
+    cuts = data.get("passage_tokens") or data.get("corpus")
+    return datasets.of_config(data, hub.load(retriever).tokenizer if cuts else None)
 
 
 def own_questions(config, dataset: Dataset) -> list[Example]:
@@ -49,7 +67,7 @@ def own_questions(config, dataset: Dataset) -> list[Example]:
     read = {i for e in dataset.train for i in e.positive_ids}
     others = [
         e
-        for e in datasets.load(config.data.name).train
+        for e in _whole(*_named(config)).train
         if e.topic in topics and e.id not in trained and read.isdisjoint(e.positive_ids)
     ]
     if len(others) < count:

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from fedrag_jax.data.examples import Passage
+from fedrag_jax.data.hub_rows import Question
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.evaluation.benchmarks import asking, results, scoring, sets
-from fedrag_jax.evaluation.benchmarks.hub_rows import Question
 
 
 def test_length_counts_in_the_sum_and_not_in_the_mean():

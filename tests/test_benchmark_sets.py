@@ -4,13 +4,13 @@ import gzip
 import json
 import os
 import pathlib
-import sys
 
+import datasets
 import pytest
 
+from fedrag_jax.data.hub_rows import Question
 from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.evaluation.benchmarks import sets
-from fedrag_jax.evaluation.benchmarks.hub_rows import Question
 from fedrag_jax.evaluation.benchmarks.reading import read
 
 REAL = pathlib.Path(os.environ.get("FEDRAG_DATA", "../shared/data"))
@@ -125,7 +125,6 @@ HUB = {  # split by split: rows of the real sets, shortened
 @pytest.fixture(scope="module")
 def mirror(tmp_path_factory):
     """Copies of the hub's repositories, in the files that `datasets` itself writes."""
-    datasets = pytest.importorskip("datasets")
     root = tmp_path_factory.mktemp("hub")
     datasets.config.HF_DATASETS_CACHE = root / "cache"
     datasets.disable_progress_bars()
@@ -188,8 +187,9 @@ def test_a_row_of_each_set_of_the_hub_is_the_question_it_is(mirror):
     assert trivia.id == "tc_2" and trivia.answers == ("Sinclair Lewis", "Harry Sinclair Lewis")
     (popqa,) = asked("popqa", mirror)
     assert popqa == Question(
-        "4222362", "What is George Rankin's occupation?", ("politician", "political leader")
-    )
+        "4222362", "What is George Rankin's occupation?", ("politician", "political leader"),
+        topic="occupation",
+    )  # fmt: skip
     first, other = asked("squad", mirror)
     assert first.answers == ("Denver Broncos", "Broncos") and first.golds == other.golds
     assert first.question == "Which NFL team won Super Bowl 50?"
@@ -225,8 +225,7 @@ def test_every_set_can_be_scored_on_its_own_split(mirror):
         read(sets.SETS["squad"], "train", source=mirror, shown=True)
 
 
-def test_what_cannot_be_read_is_told(mirror, tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
+def test_what_cannot_be_read_is_told(mirror, tmp_path):
     datasets.Dataset.from_list([{"text": "?"}]).to_parquet(
         tmp_path / "google/boolq/validation.parquet"
     )
@@ -242,9 +241,6 @@ def test_what_cannot_be_read_is_told(mirror, tmp_path, monkeypatch):
         read(sets.SETS["nq"], source=tmp_path)
     with pytest.raises(ConfigError, match=r"benchmark must be one of .*'mmlu'.*got 'glue'"):
         sets.named("glue")
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ConfigError, match=r"pip install 'fedrag-jax\[benchmarks\]'"):
-        read(sets.SETS["nq"], source="hub")
 
 
 def write(path, rows):

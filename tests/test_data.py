@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedrag_jax.data.datasets import load, load_passages, load_questions
+from fedrag_jax.data.datasets import load
 from fedrag_jax.data.examples import (
     Dataset,
     Example,
@@ -17,6 +17,7 @@ from fedrag_jax.data.examples import (
     content_hash,
     embedding_text,
 )
+from fedrag_jax.data.json_sets import load_passages, load_questions
 from fedrag_jax.errors import DataError
 
 REAL = Path(os.environ.get("FEDRAG_DATA", "../shared/data"))
@@ -218,7 +219,9 @@ def test_files_not_found_says_what_was_looked_for(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"nowhere/questions\.jsonl.*sets/nowhere\.questions"):
         load("nowhere")
     with pytest.raises(DataError, match=r"sets/squad\.questions.*FEDRAG_DATA"):
-        load("squad")
+        load("squad", source="local")
+    with pytest.raises(DataError, match=r"of rajpurkar/squad cannot be read.*FEDRAG_DATA"):
+        load("squad")  # from the hub, which tests do not reach
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])

@@ -1,6 +1,7 @@
 """Fine-tune the retriever and the generator of a system on questions about its passages.
 
-QUESTIONS is a file of JSON lines: {"id", "question", "answers": [...]}, with optional
+QUESTIONS is the name of a public set, whose gold passages are found by title and answer, or a file of
+JSON lines: {"id", "question", "answers": [...]}, with optional
 
   positive_ids  passages that answer the question: ids that `fedrag ask --json` prints, or ids of
                 documents or JSON lines that were indexed
@@ -28,7 +29,9 @@ USUAL_RATES = {"query": 1e-4, "adapters": 1e-3}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of `fedrag train`."""
     add_system(parser)
-    parser.add_argument("questions", type=pathlib.Path, help="file of JSON lines")
+    parser.add_argument(
+        "questions", help="file of JSON lines, or a public set such as squad or hotpotqa"
+    )
     parser.add_argument("--to", type=pathlib.Path, required=True, help="folder of the tuned system")
     parser.add_argument(
         "--strategy",
@@ -105,7 +108,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains."""
-    from fedrag_jax.data.datasets import load_questions
+    from fedrag_jax.data.datasets import load_over
+    from fedrag_jax.data.json_sets import load_questions
+    from fedrag_jax.data.named_sets import NAMED_SETS
     from fedrag_jax.errors import ConfigError
     from fedrag_jax.federated.algorithms import by_name
     from fedrag_jax.rag import RAGSystem
@@ -142,7 +147,11 @@ def run(args: argparse.Namespace) -> int:
             "which passages it has, and training searches them: index them with fedrag index"
         )
     passages = system.retriever.passages if system.store is None else system.store.passages()
-    dataset = load_questions(args.questions, [*passages], needed=("train", "validation"))
+    needed = "train", "validation"
+    if args.questions in NAMED_SETS and not pathlib.Path(args.questions).exists():
+        dataset = load_over(args.questions, [*passages], str(args.system), needed)
+    else:
+        dataset = load_questions(args.questions, [*passages], needed)
     if args.max_answer_tokens is not None:
         prompts = system.prompts.answering(args.max_answer_tokens)
         system = dataclasses.replace(system, prompts=prompts)

@@ -1,48 +1,60 @@
-"""Sets of questions and passages read from JSON lines: a user's folder or a named set.
-
-A set is two files, plain or gzipped, one JSON object per line:
-
-    questions.jsonl   {"id", "question", "answers": [...]} and, if known, "positive_ids": [...],
-                      "split": "train" | "validation" | "test", "topic", "hops", "reasoning";
-                      {"id", "question", "unanswerable": true} where no passage tells: measured by
-                      `fedrag eval` as in SQuAD v2, and refused here, where all are trained on
-    passages.jsonl    {"id", "text"} and, if known, "title", "topic"
-
-in a folder of their own, or side by side with other sets as NAME.questions.jsonl and
-NAME.passages.jsonl. Fields not listed are ignored.
-"""
+"""Sets of questions and passages by name: built-in, of the hub, of a shared folder or a user's own."""
 
 import dataclasses
-import hashlib
 import os
 import warnings
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
-from fedrag_jax.data import synthetic
-from fedrag_jax.data.examples import SPLITS, Dataset, Example, Passage, check, check_passages
+from fedrag_jax.data import json_sets, outside_corpora, synthetic
+from fedrag_jax.data.columns import Columns
+from fedrag_jax.data.examples import SPLITS, Dataset, Example, Passage, check
 from fedrag_jax.data.golds import golds
-from fedrag_jax.data.json_lines import (
-    answers_of,
-    json_rows,
-    jsonl_file,
-    string_of,
-    strings_of,
-)
-from fedrag_jax.errors import DataError
-
-HOTPOTQA_TRAIN, HOTPOTQA_VALIDATION = 1500, 200
-TOPICS = {
-    "squad": "title",
-    "xquad": "lang",
-}  # the field that tells the clients of a named set apart
+from fedrag_jax.data.named_sets import NAMED_SETS, Asked
+from fedrag_jax.errors import ConfigError, DataError
 
 
-def load(name: str | os.PathLike, needed: Sequence[str] = SPLITS) -> Dataset:
-    """Reads a set by its name or from a user's own folder, and checks it.
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Passages in place of those that come with the questions; as of `outside_corpora.read`.
 
-    `"squad"` and `"hotpotqa"` are read from the folder in the environment variable FEDRAG_DATA
-    (default ../shared/data) and split as follows; every list keeps the order of the file.
+    Attributes:
+      source: "" for those that come with them.
+      tokens: longer passages are cut, also those that come with the questions; 0 for no cut.
+    """
+
+    source: str = ""
+    config: str = ""
+    revision: str = ""
+    columns: Mapping[str, str] = dataclasses.field(
+        default_factory=lambda: dict(outside_corpora.COLUMNS)
+    )
+    tokens: int = 0
+
+
+OWN = Corpus()
+
+
+def load(
+    name: str | os.PathLike,
+    needed: Sequence[str] = SPLITS,
+    *,
+    source: str = "",
+    config: str = "",
+    revision: str = "",
+    columns: Columns | None = None,
+    corpus: Corpus = OWN,
+    tokenizer=None,
+) -> Dataset:
+    """Reads a set, and checks it.
+
+    `"world"` and `"chatty_world"` are made (`data.synthetic.WORLDS`). Other names, without `columns`,
+    are files of JSON lines (`data.json_sets`): a folder, a path prefix (`folder/NAME` for
+    folder/NAME.questions.jsonl), or a set in the folder of the environment variable FEDRAG_DATA
+    (default ../shared/data). A name of `data.named_sets` that is not there is read from the hub.
+
+    Questions in JSON lines go where their `split` says. Without that field they go by the sha256 of
+    their id, 70% train, 10% validation, 20% test, so that questions added later move none of the old
+    ones. If no question is for validation, a tenth of train is, by the same hash. In FEDRAG_DATA,
 
       squad: test = dev. Train and validation are `train_44articles` and `train_sample`
         together: whole articles, in the order of the sha256 of their titles, go to validation until
@@ -50,215 +62,156 @@ def load(name: str | os.PathLike, needed: Sequence[str] = SPLITS) -> Dataset:
         of `train_sample` have no title and stay in train, with topic "".
       hotpotqa: in the order of the sha256 of the question id, 1,300 train, 200 validation, and the
         rest test. The topic is "": cluster the questions to tell clients apart.
-
       xquad: by the sha256 of the question id without its language, 70% train, 10% validation, 20%
         test, so that no question is in one and its translation in another. The topic is the language.
 
-    `"world"` and `"chatty_world"` are made (`data.synthetic.WORLDS`).
-
-    Any other name is a folder, a path prefix (`folder/NAME` for folder/NAME.questions.jsonl) or a
-    set in FEDRAG_DATA. Its questions go where their `split` says. Without that field they go by the
-    sha256 of their id, 70% train, 10% validation, 20% test, so that questions added later move none
-    of the old ones. If no question is for validation, a tenth of train is, by the same hash.
-
     Args:
       needed: the splits that must have questions.
+      source: "hub"; "local" for JSON lines alone; a folder with copies of the hub's repositories
+        (FOLDER/OWNER/NAME); "" for JSON lines where there are such and else the hub.
+      config, revision: of a repository of the hub: its configuration, for `columns`, and a commit.
+      columns: `name` is a repository of the hub, a copy of one or a file, with these columns.
+      corpus: other passages, or how long passages are cut. Gold passages in it are found by the titles
+        of pages and the answers (`outside_corpora.find_golds`); their share is told as a warning.
+      tokenizer: of the encoder, for what is cut.
 
     Raises:
       DataError: files not found (names those looked for), a line that is not what the schema asks
-        for (file and line), or anything `examples.check` refuses.
+        for (file and line), what the hub says, a set without passages, or anything `examples.check`
+        refuses.
+      ConfigError: passages are to be cut and there is no tokenizer.
     """
     text = os.fspath(name)
     if text in synthetic.WORLDS:
-        return dataclasses.replace(synthetic.generate(synthetic.WORLDS[text]), name=text)
-    questions_path, passages_path = _find(text)
-    topic = TOPICS.get(text, "topic")
-    passages = _passages(passages_path, topic)
-    questions = _questions(questions_path, topic, hops=2 if text == "hotpotqa" else 1)
-    splits = {"squad": _split_squad, "hotpotqa": _split_hotpotqa, "xquad": _split_xquad}
-    split = splits.get(text, _split_own)
-    return check(Dataset(Path(text).resolve().name, passages, **split(questions)), needed)
-
-
-def load_passages(path: str | os.PathLike) -> list[Passage]:
-    """The passages of a file such as `passages.jsonl` (or `.jsonl.gz`), for who has no questions.
-
-    Raises:
-      DataError: no such file, none in it, an id used twice, a line that is not as the schema has it.
-    """
-    if not Path(path).is_file():
-        raise DataError(f"no passages: {path} is not a file; give one such as passages.jsonl")
-    return check_passages(_passages(Path(path), "topic"), os.fspath(path))
-
-
-def load_questions(
-    path: str | os.PathLike, passages: Sequence[Passage], needed: Sequence[str] = SPLITS
-) -> Dataset:
-    """The questions of a file such as `questions.jsonl` (or `.jsonl.gz`) about passages that are given.
-
-    They are split as those of a user's own folder. Unanswerable ones are left out, with a warning. The
-    `positive_ids` of others become ids of passages, see `golds`; so are those left out that name none.
-
-    Args:
-      needed: as in `load`.
-
-    Raises:
-      DataError: no such file, none of the `positive_ids` names a passage, or as in `load`.
-    """
-    if not Path(path).is_file():
-        raise DataError(f"no questions: {path} is not a file; give one such as questions.jsonl")
-    everything, passages = _questions(Path(path), "topic", hops=1), [*passages]
-    questions = [question for question in everything if question[0].answers]
-    if count := len(everything) - len(questions):
-        warnings.warn(
-            f"{path}: {count:,} unanswerable questions have no answer to train on; left out",
-            stacklevel=2,
+        made = synthetic.generate(synthetic.WORLDS[text])
+        return dataclasses.replace(made, name=text)
+    dataset, titles = _questions(text, source, config, revision, columns, bool(corpus.source))
+    if corpus.source:
+        passages = outside_corpora.read(
+            corpus.source,
+            config=corpus.config,
+            revision=corpus.revision,
+            columns=corpus.columns,
+            tokenizer=tokenizer,
+            tokens=corpus.tokens,
         )
-    found = golds(((e.positive_ids, e.answers) for e, _, _ in questions), passages)
-    found.require_some(os.fspath(path))
-    if told := found.told():
-        warnings.warn(f"{path}: {told}; left out", stacklevel=2)
-    placed = [
-        (dataclasses.replace(example, positive_ids=ids), *more)
-        for (example, *more), ids in zip(questions, found.found, strict=True)
-    ]
-    return check(Dataset(Path(path).name, passages, **_split_own(placed)), needed)
+        where = getattr(passages, "where", corpus.source)
+        dataset = _over(dataset, titles, passages, where)
+    elif corpus.tokens:
+        dataset = _cut(dataset, corpus.tokens, tokenizer)
+    return check(dataset, needed)
 
 
-def _questions(path: Path, topic: str, hops: int) -> list[tuple[Example, str, str]]:
-    """(question, name of its split, "file:line") of each line.
-
-    Args:
-      hops: of those that do not say.
-    """
-    questions = []
-    for row, where in json_rows(path):
-        own = row.get("hops", hops)
-        if not isinstance(own, int) or own < 1:
-            raise DataError(f"{where}: 'hops' must be a positive whole number, got {own!r}")
-        example = Example(
-            id=string_of(row, "id", where),
-            question=string_of(row, "question", where),
-            answers=answers_of(row, where),
-            positive_ids=strings_of(row, "positive_ids", where, default=[]),
-            topic=string_of(row, topic, where, default=""),
-            hops=own,
-            reasoning=string_of(row, "reasoning", where, default=""),
-        )
-        questions.append((example, string_of(row, "split", where, default=""), where))
-    return questions
-
-
-def _passages(path: Path, topic: str) -> list[Passage]:
-    return [
-        Passage(
-            id=string_of(row, "id", where),
-            title=string_of(row, "title", where, default=""),
-            text=string_of(row, "text", where),
-            topic=string_of(row, topic, where, default=""),
-        )
-        for row, where in json_rows(path)
-    ]
-
-
-def _split_squad(questions) -> dict[str, list[Example]]:
-    splits = {"train_44articles": "train", "train_sample": "train", "dev": "test"}
-    sides = [_named(label, splits, where) for _, label, where in questions]
-    articles: dict[str, int] = {}
-    for (example, _, _), side in zip(questions, sides, strict=True):
-        if side == "train" and example.topic:
-            articles[example.topic] = articles.get(example.topic, 0) + 1
-    held_out, held = set(), 0
-    for article in sorted(articles, key=_hash):
-        if held >= sides.count("train") / 10:
-            break
-        held_out.add(article)
-        held += articles[article]
-    result = {split: [] for split in SPLITS}
-    for (example, _, _), side in zip(questions, sides, strict=True):
-        validation = side == "train" and example.topic in held_out
-        result["validation" if validation else side].append(example)
-    return result
-
-
-def _split_hotpotqa(questions) -> dict[str, list[Example]]:
-    order = sorted((example.id for example, _, _ in questions), key=_hash)
-    rank = {identifier: i for i, identifier in enumerate(order)}
-    result = {split: [] for split in SPLITS}
-    for example, _, _ in questions:
-        if rank[example.id] >= HOTPOTQA_TRAIN:
-            result["test"].append(example)
-        elif rank[example.id] >= HOTPOTQA_TRAIN - HOTPOTQA_VALIDATION:
-            result["validation"].append(example)
-        else:
-            result["train"].append(example)
-    return result
-
-
-def _split_xquad(questions) -> dict[str, list[Example]]:
-    result = {split: [] for split in SPLITS}
-    for example, _, _ in questions:
-        result[side(example.id.rpartition("-")[2])].append(example)
-    return result
-
-
-def _split_own(questions) -> dict[str, list[Example]]:
-    result = {split: [] for split in SPLITS}
-    for example, label, where in questions:
-        if label:
-            result[_named(label, {split: split for split in SPLITS}, where)].append(example)
-        else:
-            result[side(example.id)].append(example)
-    if not result["validation"]:
-        train = result["train"]
-        # Salted: of unlabelled questions only those with a small hash are in train at all.
-        held_out = {e.id for e in train if _fraction("validation " + e.id) < 0.1}
-        result["validation"] = [e for e in train if e.id in held_out]
-        result["train"] = [e for e in train if e.id not in held_out]
-    return result
-
-
-def side(identifier: str) -> str:
-    """The split of a question that does not say: by the sha256 of its id, 70, 10 and 20 percent."""
-    place = _fraction(identifier)
-    return SPLITS[(place >= 0.7) + (place >= 0.8)]
-
-
-def _named(label: str, splits: dict[str, str], where: str) -> str:
-    if label not in splits:
-        raise DataError(f"{where}: split {label!r} is none of {', '.join(splits)}")
-    return splits[label]
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _fraction(text: str) -> float:
-    return int(_hash(text)[:13], 16) / 16**13
-
-
-def _find(name: str) -> tuple[Path, Path]:
-    """The question and passage files of a set, wherever they may lie."""
-    shared = Path(os.environ.get("FEDRAG_DATA", "../shared/data"))
-    places = [shared / name]
-    if name not in ("squad", "hotpotqa"):
-        places.insert(0, Path(name))
-    looked_for = []
-    for place in places:
-        stems = [f"{place}/", f"{place}."]
-        if place.is_dir():
-            files = place.glob("*.questions.jsonl*")
-            sets = sorted({f"{place}/{file.name.split('.questions.')[0]}" for file in files})
-            if len(sets) > 1:
-                raise DataError(f"{place} holds several sets; choose one: {', '.join(sets)}")
-            stems += [f"{stem}." for stem in sets]
-        for stem in stems:
-            questions, passages = jsonl_file(f"{stem}questions"), jsonl_file(f"{stem}passages")
-            if questions and passages:
-                return questions, passages
-            looked_for.append(f"{stem}questions.jsonl[.gz] with {stem}passages.jsonl[.gz]")
+def _questions(
+    name: str,
+    source: str,
+    config: str,
+    revision: str,
+    columns: Columns | None,
+    over_others: bool,
+) -> tuple[Dataset, Mapping[str, Sequence[str]]]:
+    """A set with its own passages, and titles of pages by the id of a question."""
+    if columns is not None:
+        return _dataset(name, columns.read(name, config, revision), over_others)
+    found = json_sets.find(name) if source in ("", "local") else None
+    if found:
+        dataset = json_sets.read(name, found)
+        title = {p.id: p.title for p in dataset.passages}
+        everybody = [*dataset.train, *dataset.validation, *dataset.test]
+        return dataset, {
+            e.id: [title[i] for i in e.positive_ids if title.get(i)] for e in everybody
+        }
+    if name in NAMED_SETS and source != "local":
+        folder = "" if source in ("", "hub") else source
+        return _dataset(name, NAMED_SETS[name].read(folder, revision), over_others)
+    looked_for = (
+        f"{stem}questions.jsonl[.gz] with {stem}passages.jsonl[.gz]"
+        for stem in json_sets.places(name)
+    )
     raise DataError(
-        f"no set {name!r}: looked for {'; '.join(looked_for)}. Give a folder that has both files, "
-        f"or set FEDRAG_DATA (now {shared}) to the folder of the named sets"
+        f"no set {name!r}: looked for {'; '.join(looked_for)}. Give a folder that has both files, set "
+        f"FEDRAG_DATA (now {json_sets.shared_folder()}) to the folder of the named sets, take one of "
+        f"{', '.join(NAMED_SETS)} from the hub, or name the columns of another set "
+        "(config.data.columns)"
+    )
+
+
+def _dataset(
+    name: str, asked: Asked, over_others: bool
+) -> tuple[Dataset, Mapping[str, Sequence[str]]]:
+    if not asked.passages and not over_others:
+        raise DataError(
+            f"{asked.origin} has no passages of its own: give a corpus (config.data.corpus)"
+        )
+    dataset = Dataset(name, asked.passages, **asked.split, origin=asked.origin)
+    return dataset, asked.titles
+
+
+def load_over(
+    name: str, passages: Sequence[Passage], where: str, needed: Sequence[str] = SPLITS
+) -> Dataset:
+    """The questions of a set, as `load` finds it by its name, over passages that are given.
+
+    Args:
+      where: names the passages, for people.
+
+    Raises:
+      DataError: as `load`.
+    """
+    dataset, titles = _questions(name, "", "", "", None, over_others=True)
+    return check(_over(dataset, titles, passages, where), needed)
+
+
+def _over(dataset: Dataset, titles, passages: Sequence[Passage], where: str) -> Dataset:
+    everybody = [e for split in SPLITS for e in getattr(dataset, split)]
+    found = outside_corpora.find_golds(everybody, titles, passages)
+    warnings.warn(f"{dataset.name} over {where}: {found.told()}", stacklevel=3)
+    return _with(dataset, passages, found.golds, f"{dataset.origin} over {where}")
+
+
+def _cut(dataset: Dataset, tokens: int, tokenizer) -> Dataset:
+    """The same passages in pieces, those with an answer gold."""
+    passages = outside_corpora.cut(dataset.passages, tokenizer, tokens)
+    everybody = [e for split in SPLITS for e in getattr(dataset, split)]
+    found = golds(((e.positive_ids, e.answers) for e in everybody), passages)
+    return _with(dataset, passages, found.found, dataset.origin)
+
+
+def _with(
+    dataset: Dataset, passages: Sequence[Passage], found: Sequence[tuple[str, ...]], origin: str
+) -> Dataset:
+    """Other passages, and the gold ones of each question of all splits in turn."""
+    whose, splits = iter(found), {}
+    for split in SPLITS:
+        examples: list[Example] = getattr(dataset, split)
+        splits[split] = [dataclasses.replace(e, positive_ids=next(whose)) for e in examples]
+    return Dataset(dataset.name, passages, **splits, origin=origin)
+
+
+def of_config(data, tokenizer=None, needed: Sequence[str] = SPLITS) -> Dataset:
+    """The set that the settings `config.data` of an experiment name.
+
+    Raises:
+      ConfigError, DataError: as `load`; settings of a repository for a set that is none.
+    """
+    given = {name: column for name, column in data.get("columns", {}).items() if column}
+    columns = Columns(**given) if given else None
+    if data.get("hub_config", "") and columns is None:
+        raise ConfigError("config.data.hub_config is of sets with config.data.columns: name those")
+    corpus = data.get("corpus_options", {})
+    return load(
+        data.name,
+        needed,
+        source=data.get("source", ""),
+        config=data.get("hub_config", ""),
+        revision=data.get("revision", ""),
+        columns=columns,
+        corpus=Corpus(
+            data.get("corpus", ""),
+            corpus.get("hub_config", ""),
+            corpus.get("revision", ""),
+            dict(corpus.get("columns", outside_corpora.COLUMNS)),
+            data.get("passage_tokens", 0),
+        ),
+        tokenizer=tokenizer,
     )

@@ -58,13 +58,18 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A corpus and the questions about it, split for training, choosing and reporting."""
+    """A corpus and the questions about it, split for training, choosing and reporting.
+
+    Attributes:
+      origin: where it was read, with the commit of a repository of the hub; "" for what is made.
+    """
 
     name: str
-    passages: list[Passage]
+    passages: Sequence[Passage]
     train: list[Example]
     validation: list[Example]
     test: list[Example]
+    origin: str = ""
 
 
 def embedding_text(passage: Passage) -> str:
@@ -141,8 +146,8 @@ def require_whole(text: str, what: str) -> None:
 def content_hash(dataset: Dataset) -> str:
     """16 hex characters of the sha256 of every passage and question, in order.
 
-    Left out are the name, because equal content has an equal hash, and the reasoning, which is neither
-    asked nor scored.
+    Left out are name and origin, because equal content has an equal hash, and the reasoning, which is
+    neither asked nor scored.
     """
     digest = hashlib.sha256()
     for part in ("passages", "train", "validation", "test"):
@@ -167,8 +172,10 @@ def check(dataset: Dataset, needed: Sequence[str] = SPLITS) -> Dataset:
       DataError: no passages, a split without questions, an id used twice, a question without an
         answer, half a character, or a positive id that no passage has; the message names the id.
     """
-    passage_ids = {p.id for p in check_passages(dataset.passages, dataset.name)}
+    check_passages(dataset.passages, dataset.name)
     splits = {split: getattr(dataset, split) for split in SPLITS}
+    wanted = {gold for some in splits.values() for example in some for gold in example.positive_ids}
+    passage_ids = wanted.intersection(ids_of(dataset.passages))
     _unique((e.id for examples in splits.values() for e in examples), "question", dataset.name)
     for split, examples in splits.items():
         if split in needed and not examples:
@@ -188,19 +195,27 @@ def check(dataset: Dataset, needed: Sequence[str] = SPLITS) -> Dataset:
                 if positive not in passage_ids:
                     raise DataError(
                         f"{dataset.name}: question {example.id!r} has positive id {positive!r}, "
-                        f"which none of the {len(passage_ids):,} passages has"
+                        f"which none of the {len(dataset.passages):,} passages has"
                     )
     return dataset
 
 
-def check_passages(passages: list[Passage], name: str) -> list[Passage]:
+def ids_of(passages: Sequence[Passage]) -> Iterable[str]:
+    """Their ids, without reading the texts of a table (`passage_table.PassageTable`)."""
+    column = getattr(passages, "column", None)
+    return column("id") if column else (passage.id for passage in passages)
+
+
+def check_passages(passages: Sequence[Passage], name: str) -> Sequence[Passage]:
     """Returns the passages if there are any, each with an id of its own and nothing but characters.
 
     Raises:
       DataError: else, with the id.
     """
-    if not passages:
+    if not len(passages):
         raise DataError(f"{name}: the corpus is empty; give at least one passage")
+    if hasattr(passages, "column"):  # a table, which was checked as it was opened
+        return passages
     _unique((passage.id for passage in passages), "passage", name)
     for passage in passages:
         require_whole(passage.title + passage.text, f"{name}: passage {passage.id!r}")

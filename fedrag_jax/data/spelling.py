@@ -5,6 +5,7 @@ once and put together. Those of the kind of SentencePiece put a space before eve
 and may join what lies on both sides of a seam: their prompts are tokenised whole.
 """
 
+import json
 from collections.abc import Sequence
 
 # Seams of prompts: after a line, before a question, before an answer.
@@ -55,3 +56,13 @@ class Spelling:
             return self._tokenizer.decode(tokens[:most]), most
         found = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         return text[: found["offset_mapping"][most - 1][1] if most > 0 else 0], most
+
+
+def definition(tokenizer) -> str:
+    """What a Hugging Face tokenizer does, as JSON: equal for equal tokenizers.
+
+    Left out is what its last call cut and padded to: a state of the object, not of the tokenizer.
+    """
+    told = json.loads(tokenizer.backend_tokenizer.to_str())
+    told = {k: v for k, v in told.items() if k not in ("truncation", "padding")}
+    return json.dumps(told, sort_keys=True)

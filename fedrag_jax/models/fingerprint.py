@@ -1,11 +1,12 @@
 """What a model's results depend on, as a hash."""
 
 import hashlib
-import json
 from typing import Any
 
 import jax
 import numpy as np
+
+from fedrag_jax.data.spelling import definition
 
 
 def fingerprint(params: Any, tokenizer: Any, *settings: Any):
@@ -15,10 +16,7 @@ def fingerprint(params: Any, tokenizer: Any, *settings: Any):
       settings: such as a network's config: what tells how they print is what counts.
     """
     digest = hashlib.sha256(repr(settings).encode())
-    told = json.loads(tokenizer.backend_tokenizer.to_str())
-    # What the last call cut and padded to: states of the object, not of the tokenizer.
-    told = {k: v for k, v in told.items() if k not in ("truncation", "padding")}
-    digest.update(json.dumps(told, sort_keys=True).encode())
+    digest.update(definition(tokenizer).encode())
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         leaf = np.asarray(leaf)
         digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())

@@ -28,9 +28,11 @@ def write_manifest(folder: pathlib.Path, dataset: Dataset, **about) -> None:
     path, data = folder / "manifest.json", content_hash(dataset)
     old = files.read_json(path) if path.exists() else {}
     if old and (before := old["data"]["hash"]) != data:
+        origins = f"{old['data'].get('origin') or dataset.name} then, {dataset.origin} now"
         raise DataError(
             f"{folder} holds results of other data: its hash was {before}, that of {dataset.name} is "
-            f"{data}. Choose another --config.name, or remove the folder"
+            f"{data} ({origins}). Choose another --config.name, remove the folder, or, for a set of "
+            "the hub, give the commit of then as --config.data.revision"
         )
     device = jax.devices()[0]
     now = {
@@ -46,6 +48,7 @@ def write_manifest(folder: pathlib.Path, dataset: Dataset, **about) -> None:
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "data": {
             "name": dataset.name,
+            "origin": dataset.origin,
             "hash": data,
             "passages": len(dataset.passages),
             "questions": [len(dataset.train), len(dataset.validation), len(dataset.test)],

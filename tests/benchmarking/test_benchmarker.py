@@ -12,11 +12,11 @@ from asked import ASKED, PASSAGES
 from tiny import logits
 
 from fedrag_jax.data.examples import Passage
+from fedrag_jax.data.hub_rows import Question
 from fedrag_jax.data.prompts import INSTRUCT
 from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.evaluation.benchmarks import asking, results, sets
 from fedrag_jax.evaluation.benchmarks.benchmarker import Benchmarker
-from fedrag_jax.evaluation.benchmarks.hub_rows import Question
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.retrieval.stores.knowledge_store import Found
 

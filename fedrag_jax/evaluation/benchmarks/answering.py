@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedrag_jax.data.examples import Passage
+from fedrag_jax.data.hub_rows import Question
 from fedrag_jax.evaluation.benchmarks import asking, choosing, reading, scoring, sets
-from fedrag_jax.evaluation.benchmarks.hub_rows import Question
 from fedrag_jax.evaluation.benchmarks.record import Row
 from fedrag_jax.rag import RAGSystem
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 from fedrag_jax.data.answers import comparable, normalize_answer
 from fedrag_jax.data.batching import Prompts
+from fedrag_jax.data.hub_rows import Question
 from fedrag_jax.data.prompts import INSTRUCT, PromptStyle, plain
 from fedrag_jax.data.seeds import stream
 from fedrag_jax.errors import ConfigError
-from fedrag_jax.evaluation.benchmarks.hub_rows import Question
 from fedrag_jax.evaluation.metrics import abstained
 from fedrag_jax.rag import RAGSystem
 

@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 from fedrag_jax.data.examples import Passage, clusters
 from fedrag_jax.data.golds import golds
+from fedrag_jax.data.hub_rows import Question
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.evaluation.benchmarks import asking, reading, sets
 from fedrag_jax.evaluation.benchmarks.answering import Run
-from fedrag_jax.evaluation.benchmarks.hub_rows import Question
 from fedrag_jax.evaluation.benchmarks.identity import corpus_of, identity
 from fedrag_jax.evaluation.benchmarks.record import Record
 from fedrag_jax.evaluation.benchmarks.results import BenchmarkResult, summed

@@ -5,12 +5,13 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedrag_jax.data.datasets import load_passages
+from fedrag_jax.data import hub_tables
 from fedrag_jax.data.examples import Passage
+from fedrag_jax.data.hub_rows import Question, beir_document
 from fedrag_jax.data.json_lines import (
     answers_of,
     field_of,
@@ -19,8 +20,8 @@ from fedrag_jax.data.json_lines import (
     string_of,
     strings_of,
 )
-from fedrag_jax.errors import ConfigError, DataError, missing
-from fedrag_jax.evaluation.benchmarks.hub_rows import Question, beir_document
+from fedrag_jax.data.json_sets import load_passages
+from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.evaluation.benchmarks.sets import BenchmarkSet
 
 
@@ -41,12 +42,13 @@ class Material(NamedTuple):
 
     @property
     def content(self) -> str:
-        """16 hex characters of the sha256 of every question and passage, in order."""
+        """16 hex characters of the sha256 of every question, as far as it is asked and scored, and
+        passage, in order."""
         digest = hashlib.sha256()
         for records in (self.asked, self.shown, self.passages):
             digest.update(b"\n")
             for record in records:
-                digest.update(json.dumps(dataclasses.astuple(record)).encode())
+                digest.update(json.dumps(_scored(record)).encode())
         return digest.hexdigest()[:16]
 
 
@@ -98,6 +100,13 @@ def read(
                 f"labels; ask split {known.split!r}"
             )
     return Material(asked, examples, passages, where.origin)
+
+
+def _scored(record: Question | Passage) -> tuple:
+    if isinstance(record, Passage):
+        return dataclasses.astuple(record)
+    q = record
+    return q.id, q.question, q.answers, q.choices, q.label, q.golds, q.group
 
 
 def _unlabelled(known: BenchmarkSet, question: Question) -> str:
@@ -240,29 +249,5 @@ class _Hub(NamedTuple):
         ]
 
     def _converted(self, config: str | None, split: str, convert) -> Iterator:
-        for i, row in enumerate(self._table(config, split)):
-            try:
-                yield convert(row, f"{split}-{i}")
-            except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-                raise DataError(
-                    f"{self.repo}, split {split!r}, row {i}: not as {self.known.name} has them "
-                    f"({type(error).__name__}: {error}); its columns are {', '.join(row)}"
-                ) from error
-
-    def _table(self, config: str | None, split: str) -> Iterable[Mapping[str, Any]]:
-        try:
-            import datasets
-        except ImportError as error:
-            raise missing("reading benchmarks from the hub needs datasets", "benchmarks") from error
-        try:
-            # A folder of files alone, without the hub's README, has no configurations by name.
-            bare = os.path.isdir(self.repo) and datasets.get_dataset_config_names(self.repo) == [
-                "default"
-            ]
-            return datasets.load_dataset(self.repo, None if bare else config, split=split)
-        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-            raise DataError(
-                f"{self.known.name}: split {split!r} of {self.repo} cannot be read "
-                f"({type(error).__name__}: {str(error).strip()}). Without a network give a folder as "
-                "source, or set FEDRAG_DATA to one with local files"
-            ) from error
+        rows = hub_tables.table(self.repo, config, split)
+        return hub_tables.converted(rows, convert, self.repo, split, self.known.name)

@@ -6,8 +6,8 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from fedrag_jax.data.examples import Passage, reading_text
+from fedrag_jax.data.hub_rows import Question
 from fedrag_jax.evaluation import metrics, rankings
-from fedrag_jax.evaluation.benchmarks.hub_rows import Question
 from fedrag_jax.evaluation.benchmarks.sets import BenchmarkSet
 
 Scores = dict[str, float]

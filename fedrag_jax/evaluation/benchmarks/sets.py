@@ -20,14 +20,13 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fedrag_jax.data import datasets
+from fedrag_jax.data import hub_rows, splits
 from fedrag_jax.data.examples import Passage
+from fedrag_jax.data.hub_rows import Question
 from fedrag_jax.data.json_lines import json_rows
+from fedrag_jax.data.pubmedqa_ids import TEST_IDS
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.evaluation import metrics
-from fedrag_jax.evaluation.benchmarks import hub_rows
-from fedrag_jax.evaluation.benchmarks.hub_rows import Question
-from fedrag_jax.evaluation.benchmarks.pubmedqa_ids import TEST_IDS
 
 KINDS = {  # and how they can be answered, the usual way first
     "open": ("generation",),
@@ -167,7 +166,7 @@ def own(path: pathlib.Path, everything: bool = False) -> BenchmarkSet:
       everything: whether questions that do not tell their split are all asked.
     """
     name = path.name.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".questions")
-    side = None if everything else lambda question: datasets.side(question.id)
+    side = None if everything else lambda question: splits.side(question.id)
     how = {}
     if any(row.get("unanswerable") for row, _ in json_rows(path)):
         how = {"rule": "squad_v2", "also": ("answerable",)}

@@ -16,7 +16,7 @@ YES_NO_MAYBE = ("yes", "no", "maybe")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Question:
-    """One question of a benchmark, and what is right.
+    """One question of a public set, and what is right.
 
     Attributes:
       answers: acceptable alternatives; none where its passages do not tell (SQuAD v2).
@@ -24,6 +24,10 @@ class Question:
       label: the place of that one, from 0; None where nobody told.
       golds: ids of the passages that hold the answer; none where nobody labelled them.
       group: whose questions may be shown as examples; "" if anybody's.
+      titles: of the pages that hold the answer, by which it is found in another corpus; none where
+        nobody told.
+      topic: what clients differ in; "" where nobody told.
+      hops: how many passages must be read together.
     """
 
     id: str
@@ -33,6 +37,9 @@ class Question:
     label: int | None = None
     golds: tuple[str, ...] = ()
     group: str = ""
+    titles: tuple[str, ...] = ()
+    topic: str = ""
+    hops: int = 1
 
 
 Read = tuple[Question, list[Passage]]
@@ -61,7 +68,7 @@ def _unbracketed(text: str) -> str:
 
 def boolq(row: Row, place: str) -> Read:
     """{question, answer: bool, passage}; questions are in lower case and without their mark."""
-    passage = _passage("", row["passage"])
+    passage = passage_of("", row["passage"])
     question = row["question"][:1].upper() + row["question"][1:].rstrip("?") + "?"
     label = None if row["answer"] is None else int(not row["answer"])
     return Question(place, question, (), YES_NO, label, (passage.id,)), [passage]
@@ -81,36 +88,65 @@ def nq(row: Row, place: str) -> Read:
 
 
 def triviaqa(row: Row, place: str) -> Read:
-    """{question_id, question, answer: {value, aliases}}; the hidden answers of the test are "<unk>"."""
+    """{question_id, question, answer: {value, aliases}}; the hidden answers of the test are "<unk>".
+
+    With `entity_pages: {title, wiki_context}` the pages of Wikipedia that belong to it.
+    """
     answers = dict.fromkeys([row["answer"]["value"], *row["answer"]["aliases"]])
     answers.pop("<unk>", None)
-    return Question(row["question_id"], row["question"], tuple(a for a in answers if a)), []
+    pages = row.get("entity_pages") or {"title": [], "wiki_context": []}
+    both = zip(pages["title"], pages["wiki_context"], strict=True)
+    passages = [passage_of(title, text) for title, text in both if text]
+    about = {"golds": tuple(p.id for p in passages), "titles": tuple(pages["title"])}
+    answers = tuple(a for a in answers if a)
+    return Question(row["question_id"], row["question"], answers, **about), passages
 
 
 def popqa(row: Row, place: str) -> Read:
-    """{id, question, possible_answers: a JSON list}"""
-    return Question(str(row["id"]), row["question"], tuple(json.loads(row["possible_answers"]))), []
+    """{id, prop, question, possible_answers: a JSON list} and, where known, s_wiki_title"""
+    about = {"topic": row.get("prop", ""), "titles": tuple(filter(None, [row.get("s_wiki_title")]))}
+    answers = tuple(json.loads(row["possible_answers"]))
+    return Question(str(row["id"]), row["question"], answers, **about), []
 
 
 def hotpotqa(row: Row, place: str) -> Read:
     """{id, question, answer, supporting_facts: {title}, context: {title, sentences}}"""
     context = row["context"]
     passages = [
-        _passage(title, "".join(sentences).strip())
+        passage_of(title, "".join(sentences).strip())
         for title, sentences in zip(context["title"], context["sentences"], strict=True)
     ]
     told = {*row["supporting_facts"]["title"]}
-    golds = tuple(p.id for p in passages if p.title in told)
+    read = [p for p in passages if p.title in told]
     answers = (row["answer"],) if row["answer"] else ()
-    return Question(row["id"], row["question"], answers, golds=golds), passages
+    about = {"golds": tuple(p.id for p in read), "titles": tuple(p.title for p in read)}
+    return Question(row["id"], row["question"], answers, hops=max(len(read), 1), **about), passages
+
+
+def musique(row: Row, place: str) -> Read:
+    """{id, question, answer, answer_aliases, paragraphs: {title, paragraph_text, is_supporting}}; ids
+    begin with the number of hops ("2hop__")."""
+    passages, read = [], []
+    for paragraph in row["paragraphs"]:
+        passages.append(passage_of(paragraph["title"], paragraph["paragraph_text"]))
+        if paragraph["is_supporting"]:
+            read.append(passages[-1])
+    answers = tuple(dict.fromkeys(filter(None, [row["answer"], *row["answer_aliases"]])))
+    about = {"golds": tuple(p.id for p in read), "titles": tuple(p.title for p in read)}
+    return Question(row["id"], row["question"], answers, hops=int(row["id"][0]), **about), passages
 
 
 def squad(row: Row, place: str) -> Read:
     """{id, title, context, question, answers: {text}}, of both versions."""
-    passage = _passage(row["title"].replace("_", " "), row["context"])
+    passage = passage_of(row["title"].replace("_", " "), row["context"])
     answers = tuple(dict.fromkeys(row["answers"]["text"]))
-    question = row["question"].strip()
-    return Question(row["id"], question, answers, golds=(passage.id,)), [passage]
+    about = {"golds": (passage.id,), "titles": (passage.title,), "topic": passage.title}
+    return Question(row["id"], row["question"].strip(), answers, **about), [passage]
+
+
+def xquad(row: Row, place: str) -> Read:
+    """{id, context, question, answers: {text}}; the same ids in each language."""
+    return squad({**row, "title": ""}, place)
 
 
 def beir_query(row: Row, place: str) -> Read:
@@ -123,7 +159,7 @@ def beir_document(row: Row) -> Passage:
     return Passage(str(row["_id"]), row["title"], row["text"])
 
 
-def _passage(title: str, text: str) -> Passage:
+def passage_of(title: str, text: str) -> Passage:
     """A passage that the hub gives no id: the same text always has the same."""
     name = hashlib.sha256(json.dumps([title, text]).encode()).hexdigest()[:16]
     return Passage(name, title, text)

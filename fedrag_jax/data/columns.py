@@ -1,0 +1,154 @@
+"""Any table as a set: which of its columns are questions, answers and passages."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from fedrag_jax.data import hub_tables, splits
+from fedrag_jax.data.examples import Passage
+from fedrag_jax.data.hub_rows import Question, Read, passage_of
+from fedrag_jax.data.named_sets import Asked, asked
+from fedrag_jax.errors import ConfigError, DataError
+
+# Which split of a table is which here.
+SIDES = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation",
+         "dev": "validation", "test": "test"}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """Names of columns; "" where there is none. A dot goes into a column that has columns of its own,
+    also in lists: "context.title".
+
+    Attributes:
+      question, answers: a text; a text, a number, a truth (yes or no), or a list of such.
+      passages: the texts that come with the question: one or a list; a list of sentences is one.
+      titles: of the passages, as many.
+      gold: which of them hold the answer: places from 0, as many truths as passages, or titles. A
+        single passage is gold by itself. Without passages, titles of pages elsewhere.
+      topic: what clients differ in.
+      split: the name of its split, for tables that have all in one.
+      id: by default the split's name and the number of the row.
+    """
+
+    question: str = ""
+    answers: str = ""
+    passages: str = ""
+    titles: str = ""
+    gold: str = ""
+    topic: str = ""
+    split: str = ""
+    id: str = ""
+
+    def __post_init__(self):
+        for name in ("question", "answers"):
+            if not getattr(self, name):
+                raise ConfigError(f"columns.{name} is empty: name the column that has it")
+
+    def read(self, source: str, config: str = "", revision: str = "") -> Asked:
+        """All of a table's splits.
+
+        Where it has no test split, its validation split is the test; where it has one split, ids are
+        dealt out 70, 10 and 20 percent. What then has no validation gives a tenth of train.
+
+        Args:
+          source, config, revision: as of `hub_tables.table`; the commit is told in the origin.
+
+        Raises:
+          DataError: it cannot be read, or a column is missing or not as it should be, with the columns
+            there are; a split that is none of `SIDES`.
+        """
+        at = hub_tables.commit(source, revision)
+        names = hub_tables.splits(source, config or None, at)
+        origin = hub_tables.origin(source, config, at)
+        return asked(self._rows(source, config or None, at, names), origin)
+
+    def _rows(self, source, config, revision, names: list[str]) -> Iterator[tuple[Read, str]]:
+        sides = {name: splits.labelled(name, SIDES, source) for name in names}
+        if len(names) > 1 and "test" not in sides.values():
+            sides = {n: "test" if s == "validation" else s for n, s in sides.items()}
+        for name in names:
+            rows = hub_tables.table(source, config, name, revision)
+            read = hub_tables.converted(rows, self._read, source, name, "config.data.columns")
+            for number, ((question, passages), label) in enumerate(read):
+                where = f"{source}, split {name!r}, row {number}"
+                if self.split:
+                    side = splits.labelled(label, SIDES, where)
+                else:
+                    side = sides[name] if len(names) > 1 else splits.side(question.id)
+                yield (question, passages), side
+
+    def _read(self, row: Mapping[str, Any], place: str) -> tuple[Read, str]:
+        titles = [str(title) for title in _several(self._value(row, "titles"))]
+        texts = [_text(text) for text in _several(self._value(row, "passages"))]
+        if titles and texts and len(titles) != len(texts):
+            raise DataError(f"{place}: {len(titles)} titles of {len(texts)} passages")
+        both = zip(titles or [""] * len(texts), texts, strict=False)
+        passages = [passage_of(title, text) for title, text in both]
+        golds, pages = self._golds(row, place, passages)
+        asked = self._value(row, "question")
+        if not isinstance(asked, str) or not asked.strip():
+            raise DataError(f"{place}: column {self.question!r} must be a question, got {asked!r}")
+        question = Question(
+            str(self._value(row, "id")) if self.id else place,
+            asked,
+            tuple(_answer(answer) for answer in _several(self._value(row, "answers"))),
+            golds=golds,
+            titles=pages,
+            topic=str(self._value(row, "topic") or ""),
+            hops=max(len(golds), 1),
+        )
+        return (question, passages), str(self._value(row, "split") or "")
+
+    def _golds(self, row, place: str, passages: Sequence[Passage]):
+        """Ids of passages and titles of pages that hold the answer."""
+        told = _several(self._value(row, "gold"))
+        if not passages:
+            return (), tuple(map(str, told))
+        if not self.gold:
+            gold = passages if len(passages) == 1 else []
+        elif all(isinstance(x, bool) for x in told):
+            if len(told) != len(passages):
+                raise DataError(f"{place}: {len(told)} truths of {len(passages)} passages in gold")
+            gold = [p for p, is_gold in zip(passages, told, strict=True) if is_gold]
+        elif all(isinstance(x, int) for x in told):
+            if wrong := [x for x in told if not 0 <= x < len(passages)]:
+                raise DataError(f"{place}: gold is {wrong[0]} of {len(passages)} passages, from 0")
+            gold = [passages[x] for x in told]
+        else:
+            gold = [p for p in passages if p.title in told]
+            if wrong := {*map(str, told)} - {p.title for p in gold}:
+                raise DataError(f"{place}: no passage has the title {min(wrong)!r} of gold")
+        ids = dict.fromkeys(p.id for p in gold)
+        return tuple(ids), tuple(dict.fromkeys(p.title for p in gold if p.title))
+
+    def _value(self, row: Mapping[str, Any], name: str) -> Any:
+        """What a column holds; None where none is named."""
+        found: Any = row
+        path = getattr(self, name)
+        for part in path.split(".") if path else ():
+            found = _inside(found, part, f"columns.{name} is {path!r}")
+        return found if path else None
+
+
+def _inside(value: Any, name: str, what: str) -> Any:
+    if isinstance(value, list):
+        return [_inside(one, name, what) for one in value]
+    if not isinstance(value, Mapping) or name not in value:
+        has = f"has {', '.join(value)}" if isinstance(value, Mapping) else "has no columns"
+        raise KeyError(f"{what}, and what it looks into {has}")
+    return value[name]
+
+
+def _several(value: Any) -> list:
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+def _text(value: Any) -> str:
+    return " ".join(map(str.strip, value)) if isinstance(value, list) else str(value)
+
+
+def _answer(value: Any) -> str:
+    return ("no", "yes")[value] if isinstance(value, bool) else str(value)

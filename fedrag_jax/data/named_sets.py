@@ -1,0 +1,132 @@
+"""Public sets by name, as the Hugging Face hub has them, split for training.
+
+| name | repository | test questions | clients differ in | passages |
+|---|---|---|---|---|
+| squad | rajpurkar/squad | its validation | article | paragraphs |
+| hotpotqa | hotpotqa/hotpot_qa, distractor | its validation | | the ten of each question |
+| musique | dgslibisey/MuSiQue | its validation | | the twenty of each question |
+| 2wiki | framolfese/2WikiMultihopQA | its validation | | the ten of each question |
+| boolq | google/boolq | its validation | | one of each question |
+| pubmedqa | qiaojin/PubMedQA, pqa_labeled | the 500 official ones | | abstracts |
+| xquad | google/xquad, all languages | a fifth | language | paragraphs |
+| triviaqa | mandarjoshi/trivia_qa, rc.wikipedia | its validation | | whole pages: cut them |
+| popqa | akariasai/PopQA | a fifth | relation | none: give a corpus |
+| nq | google-research-datasets/nq_open | its validation | | none: give a corpus |
+
+Validation questions are a tenth of the training questions, whole articles of SQuAD, by the sha256 of
+titles or ids. Where the hub has one split, ids are dealt out 70, 10 and 20 percent; those of XQuAD
+without their language.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from fedrag_jax.data import hub_rows, hub_tables, splits
+from fedrag_jax.data.examples import Example, Passage
+from fedrag_jax.data.hub_rows import Question, Read
+from fedrag_jax.data.pubmedqa_ids import TEST_IDS
+
+
+class Asked(NamedTuple):
+    """Questions of a set and the passages that come with them, none twice.
+
+    Attributes:
+      titles: of each question, by its id, those of the pages that hold its answer, as far as known.
+    """
+
+    split: splits.Split
+    passages: list[Passage]
+    titles: dict[str, tuple[str, ...]]
+    origin: str
+
+
+def asked(rows: Iterable[tuple[Read, str]], origin: str, by_topic: bool = False) -> Asked:
+    """Questions, each with its passages and its split, as a set."""
+    split: splits.Split = {"train": [], "validation": [], "test": []}
+    passages, titles = {}, {}
+    for (question, some), side in rows:
+        passages |= {p.id: p for p in some}
+        split[side].append(example_of(question))
+        titles[question.id] = question.titles
+    return Asked(splits.with_validation(split, by_topic), [*passages.values()], titles, origin)
+
+
+def example_of(question: Question) -> Example:
+    """What is trained on of it; of labels the right one."""
+    q = question
+    answers = q.answers if q.label is None else (q.choices[q.label],)
+    return Example(q.id, q.question, answers, q.golds, q.topic, q.hops)
+
+
+@dataclasses.dataclass(frozen=True)
+class NamedSet:
+    """A set of the hub.
+
+    Attributes:
+      convert: a row, by its columns, and the id it gets if it has none, to a question and its passages.
+      configs: of the repository. Of several each is a topic, and ids of its questions begin with it.
+      sides: splits of the hub, and which they are here; "" where each question says, by its id.
+      side: of a question, where `sides` does not say.
+      by_topic: whether validation takes whole topics of train.
+    """
+
+    repo: str
+    convert: Callable[[Mapping[str, Any], str], Read]
+    configs: tuple[str | None, ...] = (None,)
+    sides: tuple[tuple[str, str], ...] = (("train", "train"), ("validation", "test"))
+    side: Callable[[str], str] = splits.side
+    by_topic: bool = False
+
+    def read(self, folder: str = "", revision: str = "") -> Asked:
+        """All of it.
+
+        Args:
+          folder: with copies of the hub's repositories, FOLDER/OWNER/NAME; "" for the hub.
+          revision: as of `hub_tables.table`.
+
+        Raises:
+          DataError: it cannot be read, or a row is not as it should be.
+        """
+        source = f"{folder}/{self.repo}" if folder else self.repo
+        at = hub_tables.commit(source, revision)
+        config = self.configs[0] if len(self.configs) == 1 else "all configurations"
+        origin = hub_tables.origin(source, config, at)
+        return asked(self._rows(source, at), origin, self.by_topic)
+
+    def _rows(self, source: str, revision: str) -> Iterator[tuple[Read, str]]:
+        for config in self.configs:
+            topic = (config or "").rpartition(".")[2]
+            for split, side in self.sides:
+                rows = hub_tables.table(source, config, split, revision)
+                read = hub_tables.converted(rows, self.convert, source, split, self.repo)
+                for question, passages in read:
+                    whose = side or self.side(question.id)
+                    if len(self.configs) > 1:
+                        own = {"id": f"{topic}-{question.id}", "topic": topic}
+                        question = dataclasses.replace(question, **own)
+                    yield (question, passages), whose
+
+
+def _pubmedqa_side(identifier: str) -> str:
+    return "test" if identifier in TEST_IDS else "train"
+
+
+LANGUAGES = ("ar", "de", "el", "en", "es", "hi", "ro", "ru", "th", "tr", "vi", "zh")
+NAMED_SETS = {
+    "squad": NamedSet("rajpurkar/squad", hub_rows.squad, by_topic=True),
+    "hotpotqa": NamedSet("hotpotqa/hotpot_qa", hub_rows.hotpotqa, ("distractor",)),
+    "musique": NamedSet("dgslibisey/MuSiQue", hub_rows.musique),
+    "2wiki": NamedSet("framolfese/2WikiMultihopQA", hub_rows.hotpotqa),
+    "boolq": NamedSet("google/boolq", hub_rows.boolq),
+    "pubmedqa": NamedSet(
+        "qiaojin/PubMedQA", hub_rows.pubmedqa, ("pqa_labeled",), (("train", ""),), _pubmedqa_side
+    ),
+    "xquad": NamedSet(
+        "google/xquad", hub_rows.xquad, tuple(f"xquad.{name}" for name in LANGUAGES),
+        (("validation", ""),),
+    ),
+    "triviaqa": NamedSet("mandarjoshi/trivia_qa", hub_rows.triviaqa, ("rc.wikipedia",)),
+    "popqa": NamedSet("akariasai/PopQA", hub_rows.popqa, sides=(("test", ""),)),
+    "nq": NamedSet("google-research-datasets/nq_open", hub_rows.nq, ("nq_open",)),
+}  # fmt: skip

@@ -1,0 +1,153 @@
+"""Passages that do not come with the questions: read, and the gold ones found among them."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from fedrag_jax.data import documents, hub_tables, json_sets
+from fedrag_jax.data.answers import normalize_answer
+from fedrag_jax.data.examples import Example, Passage
+from fedrag_jax.data.passage_table import PassageTable, pieces
+from fedrag_jax.errors import ConfigError
+
+COLUMNS = {"id": "id", "title": "title", "text": "text"}
+DOCUMENT_TOKENS = 200  # of a passage of a document
+
+
+def read(
+    source: str,
+    *,
+    config: str = "",
+    revision: str = "",
+    columns: Mapping[str, str] = COLUMNS,
+    tokenizer=None,
+    tokens: int = 0,
+) -> Sequence[Passage]:
+    """A corpus.
+
+    Args:
+      source: a repository of the hub, a copy of one or a table (`hub_tables.table`), whose split
+        "train" is read; a file of passages in JSON lines; a folder of documents, or one.
+      columns: of a table, which is which (`passage_table.FIELDS`).
+      tokenizer: of the encoder, for what is cut.
+      tokens: longer texts are cut into passages of so many, as `fedrag index` does; 0 for no cut, and
+        200 for documents.
+
+    Raises:
+      DataError: it cannot be read.
+      ConfigError: texts are to be cut and there is no tokenizer.
+    """
+    path = Path(source)
+    if path.is_file() and ".jsonl" in path.suffixes:
+        return cut(json_sets.load_passages(path), tokenizer, tokens)
+    if (path.is_dir() and not _holds_tables(path)) or (
+        path.is_file() and not hub_tables.is_table(path)
+    ):
+        return _documents(path, tokenizer, tokens or DOCUMENT_TOKENS)
+    at = hub_tables.commit(source, revision)
+    rows = hub_tables.table(source, config or None, hub_tables.ONLY_SPLIT, at)
+    table = PassageTable(rows, columns, hub_tables.origin(source, config, at))
+    return cut(table, tokenizer, tokens)
+
+
+def cut(passages: Sequence[Passage], tokenizer, tokens: int) -> Sequence[Passage]:
+    """The same texts in passages of at most so many tokens; as they are for 0.
+
+    Raises:
+      ConfigError: no tokenizer.
+    """
+    if not tokens:
+        return passages
+    _require(tokenizer)
+    if isinstance(passages, PassageTable):
+        return passages.cut(tokenizer, tokens)
+    return [piece for passage in passages for piece in pieces(passage, tokenizer, tokens)]
+
+
+def _documents(path: Path, tokenizer, tokens: int) -> list[Passage]:
+    _require(tokenizer)
+    return [
+        passage
+        for file in documents.find(path).files
+        for document in documents.read(file, path)
+        for passage in documents.split(document, tokenizer, tokens, tokens // 5)
+    ]
+
+
+def _require(tokenizer) -> None:
+    if tokenizer is None:
+        raise ConfigError("texts are cut by the encoder's tokens: give its tokenizer")
+
+
+def _holds_tables(folder: Path) -> bool:
+    return any(hub_tables.is_table(path) for path in folder.rglob("*"))
+
+
+class FoundGolds(NamedTuple):
+    """Gold passages of questions in a corpus that they did not come with.
+
+    Attributes:
+      golds: of each question, ids of passages; none where no page was found.
+      titled: questions that name a page.
+      found: those of which a page is there.
+      answered: those with an answer in a passage of such a page.
+    """
+
+    golds: list[tuple[str, ...]]
+    titled: int
+    found: int
+    answered: int
+
+    def told(self) -> str:
+        """The shares, for people."""
+        return (
+            f"of {len(self.golds):,} questions {self.titled:,} name a page, {self.found:,} find it in "
+            f"the corpus, {self.answered:,} with the answer in a passage of it"
+        )
+
+
+def find_golds(
+    questions: Sequence[Example],
+    titles: Mapping[str, Sequence[str]],
+    passages: Sequence[Passage],
+) -> FoundGolds:
+    """The passages of pages that questions name by title: of each page those with an answer in them, or
+    its first where none has, as of the page in the middle of two hops.
+
+    Args:
+      titles: of pages that hold the answer, by the question's id.
+    """
+    wanted = {key(title) for question in questions for title in titles.get(question.id, ())}
+    pages: dict[str, list[int]] = {title: [] for title in wanted}
+    for row, title in enumerate(_titles(passages)):
+        if (known := key(title)) in pages:
+            pages[known].append(row)
+    texts: dict[str, list[tuple[str, str]]] = {}  # of a page, its passages' ids and normal forms
+    golds, titled, found, answered = [], 0, 0, 0
+    for question in questions:
+        named = dict.fromkeys(key(title) for title in titles.get(question.id, ()))
+        there = [title for title in named if pages[title]]
+        answers = [normal for a in question.answers if (normal := normalize_answer(a))]
+        some: list[str] = []
+        stands = False
+        for title in there:
+            if title not in texts:
+                read = [passages[row] for row in pages[title]]
+                texts[title] = [(p.id, f" {normalize_answer(p.text)} ") for p in read]
+            holding = [i for i, t in texts[title] if any(f" {a} " in t for a in answers)]
+            stands |= bool(holding)
+            some += holding or [texts[title][0][0]]
+        golds.append(tuple(dict.fromkeys(some)))
+        titled, found, answered = titled + bool(named), found + bool(there), answered + stands
+    return FoundGolds(golds, titled, found, answered)
+
+
+def key(title: str) -> str:
+    """Equal for titles that name one page: case, underscores and spaces do not count."""
+    return " ".join(title.replace("_", " ").casefold().split())
+
+
+def _titles(passages: Sequence[Passage]) -> Iterable[str]:
+    if isinstance(passages, PassageTable):
+        return passages.column("title")
+    return (passage.title for passage in passages)

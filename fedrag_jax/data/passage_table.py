@@ -1,0 +1,139 @@
+"""Passages in an Arrow table, memory-mapped: one becomes Python when it is read."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, overload
+
+from fedrag_jax.data.documents import split
+from fedrag_jax.data.examples import Passage
+from fedrag_jax.data.file_kinds import Document
+from fedrag_jax.data.spelling import definition
+from fedrag_jax.errors import DataError
+
+if TYPE_CHECKING:
+    import datasets
+
+FIELDS = ("id", "title", "text", "topic")
+_AT_ONCE = 1000  # rows
+
+
+class PassageTable(Sequence[Passage]):
+    """Passages as a list has them, of the rows of a table.
+
+    Args:
+      rows: as `datasets` opened them.
+      columns: which column is which of `FIELDS`; `text` must be there, ids are row numbers by default.
+      where: names the table, for messages.
+
+    Raises:
+      DataError: a column that is not there, an id twice, no rows.
+    """
+
+    def __init__(self, rows: datasets.Dataset, columns: Mapping[str, str], where: str):
+        wanted = {field: column for field, column in columns.items() if column}
+        if missing := [c for c in wanted.values() if c not in rows.column_names]:
+            raise DataError(
+                f"{where} has no column {missing[0]!r}; its columns are {', '.join(rows.column_names)}"
+            )
+        if "text" not in wanted or not {*wanted} <= {*FIELDS}:
+            raise DataError(f"{where}: columns need 'text' and may have {FIELDS}, got {wanted}")
+        if not len(rows):
+            raise DataError(f"{where}: the corpus is empty; give at least one passage")
+        self.rows, self.where, self._columns = (
+            rows.select_columns([*wanted.values()]),
+            where,
+            wanted,
+        )
+        if "id" in wanted:
+            self._require_unique(wanted["id"])
+
+    def _require_unique(self, column: str) -> None:
+        import pyarrow.compute as pc
+
+        counts = pc.value_counts(self.rows.data.column(column))
+        if len(counts) < len(self):
+            twice = counts.filter(pc.greater(counts.field("counts"), 1))[0]["values"]
+            raise DataError(
+                f"{self.where}: passage id {str(twice)!r} occurs twice; ids must be unique"
+            )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, row: int) -> Passage: ...
+
+    @overload
+    def __getitem__(self, row: slice) -> list[Passage]: ...
+
+    def __getitem__(self, row):
+        if not isinstance(row, slice):
+            row = range(len(self))[row]  # from the end, or none, as of a list
+            return self._passage(self.rows[row], row)
+        numbers = range(len(self))[row]
+        return [*self._passages(self.rows[numbers], numbers)]
+
+    def __iter__(self) -> Iterator[Passage]:
+        for start in range(0, len(self), _AT_ONCE):
+            yield from self[start : start + _AT_ONCE]
+
+    def column(self, field: str) -> Iterator[str]:
+        """One of `FIELDS`, passage by passage."""
+        if field not in self._columns:
+            yield from map(str, range(len(self))) if field == "id" else [""] * len(self)
+            return
+        for chunk in self.rows.data.column(self._columns[field]).chunks:
+            for value in chunk:
+                yield str(value.as_py() or "")
+
+    def cut(self, tokenizer, tokens: int) -> PassageTable:
+        """The same texts as passages of so many tokens or fewer (`documents.split`), kept on disk.
+
+        Args:
+          tokenizer: a Hugging Face tokenizer.
+
+        Raises:
+          ConfigError: fewer than one token.
+        """
+        how = f"{definition(tokenizer)} {tokens} {sorted(self._columns.items())}"
+        # What `datasets` itself tells tables apart by.
+        name = hashlib.sha256(f"{self.rows._fingerprint} {how}".encode()).hexdigest()[:16]
+
+        def cut(batch: Mapping[str, list[Any]], numbers: list[int]) -> dict[str, list[str]]:
+            found: dict[str, list[str]] = {field: [] for field in FIELDS}
+            for whole in self._passages(batch, numbers):
+                for piece in pieces(whole, tokenizer, tokens):
+                    for field in FIELDS:
+                        found[field].append(getattr(piece, field))
+            return found
+
+        rows = self.rows.map(
+            cut,
+            batched=True,
+            with_indices=True,
+            remove_columns=self.rows.column_names,
+            new_fingerprint=name,
+            desc="cut passages",
+        )
+        return PassageTable(rows, {field: field for field in FIELDS}, self.where)
+
+    def _passage(self, row: Mapping[str, Any], number: int) -> Passage:
+        fields = {field: str(row[column] or "") for field, column in self._columns.items()}
+        return Passage(**{"id": str(number), "title": ""} | fields)
+
+    def _passages(self, batch: Mapping[str, list], numbers: Iterable[int]) -> Iterator[Passage]:
+        for place, number in enumerate(numbers):
+            yield self._passage({name: column[place] for name, column in batch.items()}, number)
+
+
+def pieces(passage: Passage, tokenizer, tokens: int) -> list[Passage]:
+    """A passage as passages of so many tokens or fewer, ID#0 and so on; itself if it is short.
+
+    Raises:
+      ConfigError: fewer than one token.
+    """
+    document = Document(passage.id, passage.title, passage.text, named=True)
+    cut = split(document, tokenizer, tokens, tokens // 5)
+    return [Passage(p.id, p.title, p.text, passage.topic) for p in cut]

@@ -1,0 +1,194 @@
+"""Sets by name out of copies of the hub's repositories, and any table by its columns."""
+
+import dataclasses
+import json
+
+import datasets as hub
+import hub_copies
+import pytest
+
+from fedrag_jax.data.columns import Columns
+from fedrag_jax.data.datasets import Corpus, load
+from fedrag_jax.data.examples import content_hash
+from fedrag_jax.data.named_sets import NAMED_SETS
+from fedrag_jax.errors import ConfigError, DataError
+
+
+@pytest.fixture(scope="module")
+def copies(tmp_path_factory):
+    root = tmp_path_factory.mktemp("hub")
+    hub.config.HF_DATASETS_CACHE = root / "cache"
+    hub_copies.write(root)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def no_shared_data(monkeypatch, tmp_path):
+    monkeypatch.setenv("FEDRAG_DATA", str(tmp_path / "none"))
+
+
+def of(copies, name, **how):
+    return load(name, source=str(copies), **how)
+
+
+def test_sets_with_passages_load_by_name(copies):
+    for name, (train, test, passages) in {
+        "hotpotqa": (40, 10, 3),
+        "2wiki": (40, 10, 3),
+        "squad": (40, 10, 25),
+        "musique": (40, 10, 150),
+        "boolq": (40, 10, 50),
+        "pubmedqa": (40, 1, 41),
+        "triviaqa": (40, 10, 1),
+    }.items():
+        dataset = of(copies, name)
+        assert len(dataset.train) + len(dataset.validation) == train, name
+        assert (len(dataset.test), len(dataset.passages)) == (test, passages), name
+        assert dataset.name == name and dataset.origin.startswith(str(copies)), name
+        assert all(e.positive_ids and e.answer for e in dataset.train), name
+        assert dataset.validation, name
+
+
+def test_questions_are_what_the_hub_says(copies):
+    dataset = of(copies, "hotpotqa")
+    text = {p.id: f"{p.title}: {p.text}" for p in dataset.passages}
+    example = dataset.test[0]
+    assert (example.id, example.answers, example.hops) == ("h40", ("London",), 2)
+    assert {text[i] for i in example.positive_ids} == {
+        "Ada Lovelace: Ada was born in London.", "Byron: Byron wrote."
+    }  # fmt: skip
+    squad = of(copies, "squad")
+    assert squad.train[0].topic.startswith("Article ") and squad.test[0].topic == "Other"
+    topics = [{e.topic for e in some} for some in (squad.train, squad.validation)]
+    assert not topics[0] & topics[1], "whole articles are held out"
+    assert of(copies, "boolq").test[0].answers == ("yes",)
+    assert of(copies, "boolq").test[1].answers == ("no",)
+    musique = of(copies, "musique").test[0]
+    assert musique.hops == 2 and len(musique.positive_ids) == 2
+    assert musique.answers == ("Second", "2nd")
+    assert [e.id for e in of(copies, "pubmedqa").test] == ["21645374"]
+
+
+def test_translations_of_a_question_are_on_one_side(copies):
+    dataset = of(copies, "xquad")
+    everybody = {name: getattr(dataset, name) for name in ("train", "validation", "test")}
+    assert sum(map(len, everybody.values())) == 12 * 40
+    assert {e.topic for e in dataset.train} >= {"de", "zh"}
+    numbers = {name: {e.id.split("-")[1] for e in some} for name, some in everybody.items()}
+    assert not numbers["train"] & numbers["test"] and not numbers["train"] & numbers["validation"]
+    assert "all configurations" in dataset.origin
+
+
+def test_sets_without_passages_want_a_corpus(copies, tmp_path):
+    for name in ("nq", "popqa"):
+        with pytest.raises(DataError, match=r"has no passages of its own: give a corpus"):
+            of(copies, name)
+    rows = [
+        {"id": "a", "title": "george rankin", "text": "A judge."},
+        {"id": "b", "title": "George_Rankin", "text": "He was a politician, too."},
+        {"id": "c", "title": "Other", "text": "politician"},
+    ]
+    path = tmp_path / "passages.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.warns(UserWarning, match=r"of 40 questions 40 name a page, 40 find it .* 40 with"):
+        dataset = of(copies, "popqa", corpus=Corpus(str(path)))
+    assert all(e.positive_ids == ("b",) for e in dataset.train)
+    assert {e.topic for e in dataset.train} == {"occupation", "religion"}
+    with pytest.warns(UserWarning, match=r"of 50 questions 0 name a page, 0 find it"):
+        assert not of(copies, "nq", corpus=Corpus(str(path))).train[0].positive_ids
+
+
+def test_every_named_set_is_tried_here():
+    here = {repo for repo, _ in hub_copies.REPOSITORIES}
+    assert {known.repo for known in NAMED_SETS.values()} == here
+
+
+MAPPED = Columns(
+    question="asked", answers="right.text", passages="context.text", titles="context.title",
+    gold="gold", topic="kind",
+)  # fmt: skip
+
+
+def row(number, **fields):
+    context = [{"title": "T", "text": f"One {number}."}, {"title": "U", "text": "Two."}]
+    about = {"asked": f"What {number}?", "right": {"text": ["1", "one"]}, "context": context}
+    return about | {"gold": [1], "kind": "k"} | fields
+
+
+def table(folder, rows, name="train"):
+    folder.mkdir(exist_ok=True)
+    hub.Dataset.from_list(rows).to_parquet(folder / f"{name}.parquet")
+    return folder
+
+
+def test_any_table_by_its_columns(tmp_path):
+    table(tmp_path / "own", [row(i) for i in range(30)])
+    table(tmp_path / "own", [row(i) for i in range(30, 40)], "validation")
+    dataset = load(str(tmp_path / "own"), columns=MAPPED)
+    assert len(dataset.train) + len(dataset.validation) == 30 and len(dataset.test) == 10
+    example = dataset.test[0]
+    assert (example.question, example.answers, example.topic) == ("What 30?", ("1", "one"), "k")
+    (gold,) = example.positive_ids
+    assert {p.id: (p.title, p.text) for p in dataset.passages}[gold] == ("U", "Two.")
+    for number, gold in enumerate(([False, True], ["U"])):
+        folder = tmp_path / f"other{number}"
+        table(folder, [row(i, gold=gold) for i in range(30)])
+        table(folder, [row(i, gold=gold) for i in range(30, 40)], "validation")
+        other = load(str(folder), columns=MAPPED)
+        assert other.test == dataset.test
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "jsonl.gz", "parquet", "arrow"])
+def test_a_file_is_a_table(tmp_path, ending):
+    rows = [
+        {"q": f"Is {i}?", "a": f"it is {i}", "p": f"text {i}", "side": "train"} for i in range(9)
+    ]
+    rows += [rows[0] | {"q": "Is it?", "side": side} for side in ("dev", "test")]
+    path, made = tmp_path / f"own.{ending}", hub.Dataset.from_list(rows)
+    if ending == "arrow":
+        made.save_to_disk(tmp_path / "saved")
+        next((tmp_path / "saved").glob("*.arrow")).rename(path)
+    elif "json" in ending:
+        made.to_json(path)
+    elif ending == "parquet":
+        made.to_parquet(path)
+    else:
+        made.to_csv(path, sep="\t" if ending == "tsv" else ",", index=False)
+    columns = Columns(question="q", answers="a", passages="p", split="side")
+    dataset = load(str(path), columns=columns)
+    assert [len(dataset.train), len(dataset.validation), len(dataset.test)] == [9, 1, 1]
+    assert dataset.train[3].answers == ("it is 3",) and len(dataset.passages) == 9
+    assert dataset.passages[3].text == "text 3"
+
+
+@pytest.mark.parametrize(
+    ("columns", "rows", "message"),
+    [
+        ({"question": "query"}, [row(0)], r"row 0: .*columns\.question is 'query'.*asked, right"),
+        ({"answers": "right.texts"}, [row(0)], r"row 0: .*'right\.texts'.*has text"),
+        ({"answers": "kind.text"}, [row(0)], r"columns\.answers is 'kind\.text'.*has no columns"),
+        ({}, [row(0, gold=[2])], r"train-0: gold is 2 of 2 passages, from 0"),
+        ({}, [row(0, gold=["V"])], r"no passage has the title 'V' of gold"),
+        ({}, [row(0, gold=[True])], r"1 truths of 2 passages in gold"),
+        ({"split": "kind"}, [row(0)], r"split 'k' is none of train, validation"),
+        ({"question": "kind"}, [row(0, kind=" ")], r"column 'kind' must be a question, got ' '"),
+        ({}, [row(0, right={"text": [""]})], r"'train-0' has no answer to train on"),
+    ],
+)
+def test_columns_that_do_not_fit_are_refused(tmp_path, columns, rows, message):
+    table(tmp_path / "own", rows)
+    with pytest.raises(DataError, match=message):
+        load(str(tmp_path / "own"), (), columns=dataclasses.replace(MAPPED, **columns))
+
+
+def test_columns_need_questions_and_answers():
+    with pytest.raises(ConfigError, match=r"columns\.answers is empty"):
+        Columns(question="q")
+
+
+def test_content_decides_whether_data_changed(tmp_path):
+    rows = [row(i) for i in range(40)]
+    table(tmp_path / "own", rows)
+    before = content_hash(load(str(tmp_path / "own"), columns=MAPPED))
+    table(tmp_path / "own", [*rows[:-1], row(39, kind="other")])
+    assert content_hash(load(str(tmp_path / "own"), columns=MAPPED)) != before
