@@ -100,6 +100,12 @@ def get_config() -> ConfigDict:
     # moves; cosines are scaled by so much in training losses. 20, the usual scale, leaves p(z|x) of the
     # built-in encoder so peaked that a marginal likelihood teaches it little.
     config.retrieval = ConfigDict({"top_k": 5, "marginal_k": 10, "score_scale": 10.0})
+    # What searches the passages in training and evaluation, with its options
+    # (fedrag_jax/retrieval/index/by_name.py): "flat" and "device" are exact. Vectors of passages are
+    # kept as float32 or, half as large, float16.
+    config.retrieval.index = "flat"
+    config.retrieval.index_options = ConfigDict()
+    config.retrieval.vectors = "float32"
 
     # Clients differ in `column`; alpha = inf is an even split. Their training is dealt out over so many
     # devices, of all hosts; 0 takes all there are. Of the clients a share is drawn for each round.

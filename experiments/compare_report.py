@@ -241,7 +241,10 @@ def differences_said(rows: list[dict], title: str) -> str:
 
 def controls_said(folder: pathlib.Path) -> str:
     """What the controls are, and what training at learning rate zero has changed."""
-    said = "EM in percent without passages, with a distractor alone, with the gold passages alone."
+    said = (
+        "EM in percent without passages, with a distractor alone, with the gold passages alone. Index "
+        "recall, of an approximate index: of the nearest passages the percentage that it finds."
+    )
     if (no_op_file := folder / "no_op.json").exists():
         change = read_json(no_op_file)["largest_change"]
         said += f" Training at learning rate zero changed scores by {change:.1f}."

@@ -31,6 +31,7 @@ from fedrag_jax.federated.stopping import read_evaluations
 from fedrag_jax.models.lora import LoraConfig
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.retrieval.clusters import with_topics
+from fedrag_jax.retrieval.index.recall import index_recall
 from fedrag_jax.strategies.own import named
 from fedrag_jax.strategies.regimes import Budget, Stopping, parse, split_clients
 from fedrag_jax.strategies.strategy import tune_systems
@@ -360,7 +361,8 @@ def curve(histories, stretch: int) -> list[dict]:
 
 
 def control_scores(system, examples) -> dict[str, float]:
-    """EM in percent where it must stay low (no passage, a wrong one) or high (the gold one)."""
+    """EM in percent where it must stay low (no passage, a wrong one) or high (the gold one), and, of an
+    approximate index, the percentage of the nearest passages that it finds."""
     controls = {
         "closed_book_em": percent(evaluator.closed_book(system, examples)["em"]),
         "distractor_em": percent(evaluator.distractor_passage(system, examples)["em"]),
@@ -369,4 +371,7 @@ def control_scores(system, examples) -> dict[str, float]:
     for name, hard in (("gold_em", False), ("gold_em_two_hop", True)):
         if asked := [e for e in labelled if (e.hops > 1) == hard]:
             controls[name] = percent(evaluator.gold_passage(system, asked)["em"])
+    if not getattr(system.retriever.index, "exact", True):
+        questions = [e.question for e in examples]
+        controls["index_recall"] = percent(index_recall(system.retriever, questions, system.top_k))
     return controls

@@ -3,7 +3,8 @@
 import asyncio
 import dataclasses
 import pathlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from fedrag_jax.generation.inference import Response, Streamed
 from fedrag_jax.generation.text import Sampling, Writer
 from fedrag_jax.models import hub, lora, sentence_folders
 from fedrag_jax.models.network import Network
+from fedrag_jax.retrieval.index.by_name import index_kind
 from fedrag_jax.retrieval.retriever import Retriever
 from fedrag_jax.retrieval.stores.passage_source import Found, PassageSource
 from fedrag_jax.retrieval.stores.registry import open_store
@@ -61,6 +63,9 @@ class RAGSystem:
         top_k: int = 5,
         marginal_k: int = 10,
         score_scale: float | None = None,
+        index: str = "flat",
+        index_options: Mapping[str, Any] = MappingProxyType({}),
+        vectors: str = "float32",
         max_passage_tokens: int = 256,
         max_answer_tokens: int | None = None,
         seed: int = 0,
@@ -73,33 +78,33 @@ class RAGSystem:
           examples: questions that may be trained on; they set the widths of training arrays.
           store: what it answers from, see `over`.
           query_prompt, document_prompt, similarity: of the retriever, see `Retriever.build`.
-          prompt_style: "compact", whose answers are one line; "instruct", "chat" (the generator's own
-            chat template), whose answers may go over lines; "raft" or "compact_reasoned" for answers
-            that come after reasoning; or a style of your own.
+          prompt_style: "compact", whose answers are one line; "instruct" or "chat" (the generator's
+            own template); "raft" or "compact_reasoned", with reasoning; or a style of your own.
           system_prompt: what all prompts begin with, see `under`.
           top_k: passages read together.
-          marginal_k: passages that training of the retriever marginalises over (all, if the corpus has
-            fewer). More than are read, because only a question whose gold passage is among them teaches
-            the retriever.
-          score_scale: of similarities in training losses and in answers that weigh passages; a smaller
-            one spreads p(z|x) over more of them. 20 unless given, 1 where the similarity is no cosine.
-          max_answer_tokens: of the longest answer trained on, and written unless told otherwise,
-            reasoning included; by default 16 where answers are one line, else 256.
+          marginal_k: passages that training of the retriever marginalises over, or all: only a
+            question whose gold passage is among them teaches the retriever.
+          score_scale: of similarities in training losses and in answers that weigh passages; 20 unless
+            given, 1 where the similarity is no cosine.
+          index, index_options: what searches the corpus, see `retrieval.index.by_name`.
+          vectors: that those of passages are kept in, "float32" or "float16".
+          max_answer_tokens: of the longest answer trained on and, unless told otherwise, written, with
+            its reasoning; by default 16 where answers are one line, else 256.
           seed: of the adapters' random half.
 
         Raises:
-          ConfigError: an unknown prompt style or similarity, `top_k` larger than the corpus,
-            `marginal_k` below 1, `score_scale` not positive, `max_answer_tokens` below 2.
+          ConfigError: an unknown prompt style, similarity, index or type of vectors, `top_k` larger
+            than the corpus, `marginal_k` or `score_scale` not positive, `max_answer_tokens` below 2.
           CheckpointError: a folder that holds no such model.
         """
         if top_k < 1 or (store is None and top_k > len(passages)):
             raise ConfigError(
                 f"top_k must be between 1 and the corpus' {len(passages)} passages, got {top_k}"
             )
-        if marginal_k < 1:
-            raise ConfigError(f"marginal_k must be at least 1, got {marginal_k}")
-        if score_scale is not None and not score_scale > 0:
-            raise ConfigError(f"score_scale must be > 0, got {score_scale}")
+        for name, value in (("marginal_k", marginal_k), ("score_scale", score_scale)):
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name} must be > 0, got {value}")
+        searched = {"index": index_kind(index, index_options), "dtype": vectors}
         generator = hub.given(generator, "generator", "decoder")
         retriever = hub.given(retriever, "retriever", "encoder")
         retriever = sentence_folders.used_as(retriever, query_prompt, document_prompt, similarity)
@@ -116,7 +121,7 @@ class RAGSystem:
             generator=generator,
             decoder=decoder,
             adapters=lora.init_adapters(decoder, seed),
-            retriever=Retriever.build(retriever, passages, progress),
+            retriever=Retriever.build(retriever, passages, progress, **searched),
             prompts=prompts,
             top_k=top_k,
             marginal_k=min(marginal_k, len(passages) or marginal_k),
@@ -152,14 +157,14 @@ class RAGSystem:
     def over(self, store: PassageSource | None) -> "RAGSystem":
         """The system answering from a store; None for its own corpus again.
 
-        Whatever a store searches by vectors has those of this system's document encoder: `embed` gives
-        them. After tuning that encoder, `store.refresh(system.embed)`.
+        A store that is searched by vectors has those that `embed` gives. After tuning the document
+        encoder, `store.refresh(system.embed)`.
 
         Raises:
           ConfigError: a store of vectors of another dimension than the system's; neither store nor
             corpus.
         """
-        if store is None and not self.retriever.passages:
+        if store is None and not len(self.retriever.passages):
             raise ConfigError("a system needs passages to answer from: give it some, or a store")
         dimension = self.retriever.vectors.shape[1]
         if store is not None and store.dimension not in (None, dimension):
@@ -253,8 +258,7 @@ class RAGSystem:
     ) -> list[inference.Reading]:
         """Answers given what to read, rows of the corpus or passages of anywhere (none: closed book).
 
-        In a style with reasoning the answer is what follows the style's `final`; all that was written
-        if that never came.
+        After reasoning the answer is what follows the style's `final`, or all if that never came.
 
         Args:
           scores: [Q, k] of what is read, for modes that weigh it; its similarities, if none are given.
@@ -263,8 +267,7 @@ class RAGSystem:
           sampling: see `batch_query`.
 
         Raises:
-          ConfigError: a value out of its range; a mode other than `concatenated` with more rows for one
-            question than for another, or with none.
+          ConfigError: a value out of its range; other modes than `concatenated` with uneven rows.
         """
         inference.require_asked(questions)
         settings = self._sampling(sampling)
@@ -344,7 +347,7 @@ class RAGSystem:
         return [self.prompts.prompt(q, r, limit) for q, r in zip(questions, rows, strict=True)]
 
     def _log_weights(self, questions, rows, scores, mode: str) -> np.ndarray:
-        """log p(z | x) [Q, k], the log-softmax of scaled similarities."""
+        """log p(z | x) [Q, k]: the log-softmax of scaled similarities."""
         inference.require_even(mode, rows)
         if scores is None:
             scores = self.retriever.similarities(questions, rows)
@@ -356,7 +359,7 @@ class RAGSystem:
         """One folder: generator, adapters (PEFT), both encoders, head, passages, store, settings.
 
         Raises:
-          CheckpointError: the generator is quantised, or passages lie with silos; nothing is written.
+          CheckpointError: a quantised generator, or passages with silos; nothing is written.
         """
         settings = {
             "top_k": self.top_k,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import tracemalloc
 from collections import defaultdict
 
 import jax
@@ -94,7 +95,7 @@ def test_a_passage_with_several_silos_is_found_once():
 
 
 def test_silos_may_search_on_the_device():
-    store = over_silos(WHOLE, dealt(3), index=DeviceIndex).index
+    store = over_silos(WHOLE, dealt(3), index=DeviceIndex.build).index
     assert all(type(silo.index) is DeviceIndex for silo in store.silos)
     assert_same(store.search(QUERIES, 10), WHOLE.index.search(QUERIES, 10))
 
@@ -364,3 +365,34 @@ def test_searches_are_refused_as_by_one_index(budget):
 def test_silos_that_cannot_be_are_refused(silos, settings, error, words):
     with pytest.raises(error, match=words):
         over_silos(WHOLE, silos, **settings)
+
+
+@pytest.mark.parametrize("budget", [SearchBudget(), SearchBudget(silos=3), SearchBudget(5, 4)])
+@pytest.mark.parametrize("merge", ["score", "rrf"])
+def test_questions_are_asked_in_parts_where_silos_are_many(monkeypatch, budget, merge):
+    store = over_silos(WHOLE, overlapping(40), merge=merge, budget=budget, centroids=3).index
+    whole = store.ask(QUERIES, 6)
+    monkeypatch.setattr("fedrag_jax.retrieval.index.silos._ANSWERS", 50)
+    parts = store.ask(QUERIES, 6)
+    assert_same(parts, whole)
+    for spent, expected in zip(parts[2], whole[2], strict=True):
+        np.testing.assert_array_equal(spent, expected)
+    assert store.ask(QUERIES[:0], 6)[0].shape == (0, 6)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_clients():
+    vectors = np.random.default_rng(0).normal(size=(200_000, 64)).astype(np.float32)
+    passages = [Passage(str(i), "", "t") for i in range(len(vectors))]
+    store = FaissIndex.build(None, vectors)
+    whole = Retriever(None, None, None, None, passages, vectors, vectors, store)
+    order, peaks = np.random.default_rng(1).permutation(len(vectors)), []
+    queries = np.random.default_rng(2).normal(size=(64, 64)).astype(np.float32)
+    for clients in (2_000, 10_000):
+        tracemalloc.start()
+        silos = over_silos(whole, np.array_split(order, clients)).index
+        found = silos.search(queries, 10)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        np.testing.assert_array_equal(found[0], store.search(queries, 10)[0])
+    assert peaks[0] > vectors.nbytes and peaks[1] < 1.3 * peaks[0]

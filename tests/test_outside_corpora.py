@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from fedrag_jax.data import outside_corpora
+from fedrag_jax.data.batching import Prompts
 from fedrag_jax.data.datasets import Corpus, load, load_over
 from fedrag_jax.data.documents import split
 from fedrag_jax.data.examples import (
@@ -21,8 +22,10 @@ from fedrag_jax.data.examples import (
 from fedrag_jax.data.file_kinds import Document
 from fedrag_jax.data.outside_corpora import find_golds, read
 from fedrag_jax.data.passage_table import PassageTable
+from fedrag_jax.data.prompts import named_style
 from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.models import hub as models
+from fedrag_jax.retrieval.retriever import Retriever
 
 PASSAGES = [Passage(f"p{i}", f"Page {i // 3}", f"Text {i} tells {i}. " * 3) for i in range(30)]
 COLUMNS = {"id": "_id", "title": "title", "text": "text"}
@@ -124,6 +127,39 @@ def test_corpora_are_read_wherever_they_lie(tmp_path, tokenizer, table):
         read(str(notes))
 
 
+@pytest.mark.parametrize("name", ["compact", "raft"])
+def test_prompts_of_a_table_are_those_of_a_list(table, tmp_path, monkeypatch, name):
+    monkeypatch.setenv("FEDRAG_CACHE", str(tmp_path / "kept"))
+    tokenizer = models.load("builtin:decoder").tokenizer
+    style, examples = named_style(name, tokenizer), [Example("q", "what?", ("a",), ("p3",))]
+    made = [Prompts(tokenizer, style, some, examples, 12) for some in (PASSAGES, table)]
+    rows = np.array([[3, 29]])
+    whole, mapped = (prompts.training_table(examples, rows, False) for prompts in made)
+    for column, values in whole.items():
+        np.testing.assert_array_equal(values, mapped[column])
+    assert made[0].share_cut == made[1].share_cut > 0
+    (folder,) = (tmp_path / "kept" / "tokens").iterdir()
+    assert sorted(p.name for p in folder.iterdir()) == ["starts.npy", "tokens.bin"]
+    before = (folder / "tokens.bin").stat().st_mtime_ns
+    again = Prompts(tokenizer, style, table, examples, 12)
+    assert (folder / "tokens.bin").stat().st_mtime_ns == before
+    np.testing.assert_array_equal(again.prompt("what?", [5]), made[0].prompt("what?", [5]))
+    Prompts(tokenizer, style, table, examples, 11)
+    assert len([*(tmp_path / "kept" / "tokens").iterdir()]) == 2
+
+
+def test_a_table_is_embedded_and_searched_as_a_list(table, tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDRAG_CACHE", str(tmp_path / "kept"))
+    encoder = models.load("builtin:encoder")
+    whole = Retriever.build(encoder, PASSAGES)
+    mapped = Retriever.build(encoder, table)
+    np.testing.assert_array_equal(mapped.vectors, whole.vectors)
+    assert mapped.vectors is mapped.bare_vectors and mapped.index.vectors.base is not None
+    monkeypatch.setattr(PassageTable, "__getitem__", lambda *_: pytest.fail("texts are read"))
+    again = Retriever.build(encoder, table)
+    np.testing.assert_array_equal(again.search(["Text 3?"], 4)[0], whole.search(["Text 3?"], 4)[0])
+
+
 def test_golds_are_found_by_title_and_answer():
     passages = [
         Passage("a0", "Ada  Lovelace", "Ada was a countess."),
@@ -155,7 +191,9 @@ def test_questions_of_a_named_set_over_passages_of_ones_own(tmp_path, monkeypatc
         path = tmp_path / f"boolq.{name}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in some))
     monkeypatch.setenv("FEDRAG_DATA", str(tmp_path))
-    with pytest.warns(UserWarning, match="boolq over mine: of 40 questions 40 name a page, 40 find"):
+    with pytest.warns(
+        UserWarning, match="boolq over mine: of 40 questions 40 name a page, 40 find"
+    ):
         dataset = load_over("boolq", PASSAGES, "mine")
     golds = {e.id: e.positive_ids for e in (*dataset.train, *dataset.validation, *dataset.test)}
     assert golds["q4"] == ("p4",) and golds["q0"] == ("p3",) and dataset.passages is PASSAGES

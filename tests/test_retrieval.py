@@ -18,6 +18,7 @@ from fedrag_jax.retrieval.embedding import embed_corpus, embed_texts
 from fedrag_jax.retrieval.index import device_index
 from fedrag_jax.retrieval.index.device_index import DeviceIndex
 from fedrag_jax.retrieval.index.faiss_index import FaissIndex
+from fedrag_jax.retrieval.vector_file import VectorFile
 
 WORDS = [f"w{i}" for i in range(50)]
 DIMENSION = 8
@@ -135,9 +136,9 @@ def test_a_corpus_is_embedded_once(encoder, params, tokenizer, tmp_path, monkeyp
     np.testing.assert_array_equal(
         first, embed_texts(encoder, params, tokenizer, texts, max_length=16)
     )
-    (file,) = tmp_path.iterdir()
+    (folder,) = tmp_path.iterdir()
     marked = np.full_like(first, 7)  # shows whether vectors are read or made
-    embedding._write(file, marked, 1234.5)
+    VectorFile(folder, len(texts), embedding.SHARD).write(0, marked, 1234.5)
     spent = Spent()
     how = {"max_length": 16, "cache_dir": tmp_path, "spent": spent}
     again = embed_corpus(encoder, params, tokenizer, texts, **how)
@@ -147,7 +148,7 @@ def test_a_corpus_is_embedded_once(encoder, params, tokenizer, tmp_path, monkeyp
     np.testing.assert_array_equal(
         embed_corpus(encoder, params, tokenizer, texts, max_length=16), marked
     )
-    assert list(tmp_path.iterdir()) == [file]
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_using_a_tokenizer_does_not_change_the_cache_file(encoder, params, tokenizer, tmp_path):
@@ -182,22 +183,80 @@ def test_anything_that_changes_vectors_changes_the_cache_file(params, tokenizer,
     assert len(list(tmp_path.iterdir())) == len(runs)
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "unsigned", "longer", "foreign"])
-def test_a_damaged_cache_is_made_again(encoder, params, tokenizer, tmp_path, damage):
+@pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "foreign"])
+def test_a_damaged_cache_is_made_again(encoder, params, tokenizer, tmp_path, damage, capsys):
     texts = texts_of(range(1, 6))
     first = embed_corpus(encoder, params, tokenizer, texts, max_length=16, cache_dir=tmp_path)
-    (file,) = tmp_path.iterdir()
+    first = np.array(first)  # not the file that is damaged
+    (folder,) = tmp_path.iterdir()
+    file, marker = folder / "vectors.npy", folder / "done" / "0.json"
     good = file.read_bytes()
     flipped = bytearray(good)
     flipped[-40] ^= 1
     file.write_bytes({
-        "cut": good[:-50], "empty": b"", "flipped": bytes(flipped), "unsigned": good[:-32],
-        "longer": good + b"x", "foreign": b"not an array",
+        "cut": good[:-50], "empty": b"", "flipped": bytes(flipped), "foreign": b"not an array",
     }[damage])  # fmt: skip
-    with pytest.warns(UserWarning, match="damaged.*embedding again"):
+    with pytest.warns(UserWarning, match=r"damaged.*embedding again"):
         again = embed_corpus(encoder, params, tokenizer, texts, max_length=16, cache_dir=tmp_path)
     np.testing.assert_array_equal(again, first)
-    assert embedding._read(file, len(texts))[0].shape == first.shape
+    marker.write_text("{")
+    embed_corpus(encoder, params, tokenizer, texts, max_length=16, cache_dir=tmp_path)
+    assert "0.json is damaged" in capsys.readouterr().err
+    assert not VectorFile(folder, len(texts), embedding.SHARD).missing()
+
+
+def test_an_embedding_that_was_killed_goes_on_with_its_next_shard(
+    encoder, params, tokenizer, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(embedding, "SHARD", 4)
+    texts, how = texts_of(range(1, 12)), {"max_length": 16, "cache_dir": tmp_path}
+    whole = embed_texts(encoder, params, tokenizer, texts, max_length=16)
+    embedded = []
+
+    def killed(*args, **options):
+        embedded.append(args[3])
+        if len(embedded) == 3:
+            raise KeyboardInterrupt
+        return embed_texts(*args, **options)
+
+    monkeypatch.setattr(embedding, "embed_texts", killed)
+    with pytest.raises(KeyboardInterrupt):
+        embed_corpus(encoder, params, tokenizer, texts, **how)
+    np.testing.assert_allclose(
+        embed_corpus(encoder, params, tokenizer, texts, **how), whole, atol=1e-6
+    )
+    assert embedded == [texts[:4], texts[4:8], texts[8:], texts[8:]]
+    (folder,) = tmp_path.iterdir()
+    (folder / "done" / "1.json").unlink()
+    embed_corpus(encoder, params, tokenizer, texts, **how)
+    assert embedded[4:] == [texts[4:8]]
+
+
+def test_vectors_may_be_kept_in_half_precision(encoder, params, tokenizer, tmp_path):
+    texts, how = texts_of(range(1, 40)), {"max_length": 40, "cache_dir": tmp_path}
+    single = embed_corpus(encoder, params, tokenizer, texts, **how)
+    half = embed_corpus(encoder, params, tokenizer, texts, dtype="float16", **how)
+    assert half.dtype == np.float16 and len([*tmp_path.iterdir()]) == 2
+    np.testing.assert_array_equal(half, single.astype(np.float16))
+    with pytest.raises(ConfigError, match=r"kept as one of .* got 'bfloat16'"):
+        embed_corpus(encoder, params, tokenizer, texts, dtype="bfloat16", **how)
+    found = FaissIndex.build(None, half).search(single, 3)
+    exact = FaissIndex.build(None, half.astype(np.float32)).search(single, 3)
+    np.testing.assert_array_equal(found[0], exact[0])
+    np.testing.assert_array_equal(found[1], exact[1])
+
+
+def test_texts_that_are_known_need_not_be_read(encoder, params, tokenizer, tmp_path):
+    class Known(list):
+        fingerprint = "these"
+
+        def __iter__(self):
+            raise AssertionError("read")
+
+    texts = Known(texts_of([3, 4]))
+    how = {"max_length": 16, "cache_dir": tmp_path}
+    first = embed_corpus(encoder, params, tokenizer, texts, **how)
+    np.testing.assert_array_equal(embed_corpus(encoder, params, tokenizer, texts, **how), first)
 
 
 def test_a_cache_folder_that_cannot_be_made_is_said_before_the_work(
@@ -217,10 +276,10 @@ def test_vectors_survive_a_cache_that_cannot_be_written(
     def full(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr("fedrag_jax.retrieval.embedding.os.replace", full)
+    monkeypatch.setattr("fedrag_jax.retrieval.vector_file.os.replace", full)
     with pytest.warns(UserWarning, match="not kept.*no space left"):
         vectors = embed_corpus(encoder, params, tokenizer, ["w1"], max_length=8, cache_dir=tmp_path)
-    assert vectors.shape == (1, DIMENSION) and not list(tmp_path.iterdir())
+    assert vectors.shape == (1, DIMENSION) and not [*tmp_path.rglob("*.npy")]
 
 
 # The store.
@@ -298,13 +357,23 @@ def test_replace_is_a_rebuild_of_the_rows_named(store_of):
     assert store.ids[3] == "p3" and len(store) == 100
 
 
-def test_store_keeps_its_own_copy(store_of):
+def test_what_is_replaced_is_the_own_copy_of_the_store(store_of, kind, tmp_path):
     vectors = vectors_of(10)
     store = store_of(vectors)
-    vectors[:] = 0
-    assert np.abs(store.vectors).max() > 0
+    assert np.shares_memory(store.vectors, vectors) == (kind is FaissIndex)
     with pytest.raises(ValueError, match="read-only"):
         store.vectors[0] = 1
+    store.replace([2], vectors[3:4])
+    np.testing.assert_array_equal(vectors, vectors_of(10))
+    np.save(tmp_path / "vectors.npy", vectors)
+    mapped = np.load(tmp_path / "vectors.npy", mmap_mode="r")
+    for where in (mapped, mapped[2:]):
+        store = store_of(where)
+        found = store.search(vectors[3:5], 2)[0]
+        assert (found[:, 0] == np.array([3, 4]) - (10 - len(where))).all()
+        store.replace([0], vectors[:1])
+        assert store.search(vectors[:1], 1)[0].tolist() == [[0]]
+    np.testing.assert_array_equal(np.load(tmp_path / "vectors.npy"), vectors)
 
 
 def test_other_vectors_make_a_store_of_the_same_kind_and_passages(store_of, kind):

@@ -177,7 +177,7 @@ def test_no_more_passages_than_there_are(world):
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ({"marginal_k": 0}, "marginal_k must be at least 1, got 0"),
+        ({"marginal_k": 0}, "marginal_k must be > 0, got 0"),
         ({"score_scale": 0.0}, "score_scale must be > 0, got 0.0"),
     ],
 )

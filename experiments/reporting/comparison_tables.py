@@ -231,8 +231,9 @@ def clients_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def controls_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """EM where it must be low or high."""
-    names = dict.fromkeys(name for row in rows for name in row if name.endswith(("_em", "_hop")))
+    """EM where it must be low or high, and what an approximate index finds."""
     titles = {"closed_book_em": "no passage", "distractor_em": "a distractor",
-              "gold_em": "gold, one hop", "gold_em_two_hop": "gold, two hops"}  # fmt: skip
+              "gold_em": "gold, one hop", "gold_em_two_hop": "gold, two hops",
+              "index_recall": "index recall"}  # fmt: skip
+    names = [name for name in titles if any(name in row for row in rows)]
     return Table((*WHO, *(number(titles[name], name) for name in names)), rows)

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedrag_jax.data.examples import Example, Passage, reading_text, require_whole
+from fedrag_jax.data.examples import Example, Passage, require_whole
 from fedrag_jax.data.padding import clipped
+from fedrag_jax.data.passage_parts import PassageParts
 from fedrag_jax.data.prompts import PromptStyle, plain
 from fedrag_jax.data.spelling import Spelling
 from fedrag_jax.errors import CheckpointError, ConfigError, DataError
@@ -67,8 +68,11 @@ class Prompts:
             )
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos
         self._opening = self._opened(style.opening)
-        self._passages, self._passage_lengths = self._parts(passages)
-        self._foreign = functools.lru_cache(4096)(lambda passage: self._parts([passage])[0][0])
+        around = style.passage.removeprefix(self._number)
+        self._passages = PassageParts(
+            tokenizer, self._spelling, around, max_passage_tokens, passages
+        )
+        self._foreign = functools.lru_cache(4096)(self._passages.of)
         self._remember()
         self._numbers: list[np.ndarray] = []  # before the first passage, the second, ...
         self.answer_width = 0
@@ -136,7 +140,7 @@ class Prompts:
     @property
     def share_cut(self) -> float:
         """Of the passages, those that fill `max_passage_tokens`: their ends are not read."""
-        return float((self._passage_lengths >= self.max_passage_tokens).mean())
+        return float((self._passages.lengths >= self.max_passage_tokens).mean())
 
     @functools.cached_property
     def stop_tokens(self) -> tuple[int, ...]:
@@ -187,18 +191,6 @@ class Prompts:
         begin = self.style.bos and self.tokenizer.bos_token_id is not None
         tokens = self._spelling.whole(text) if text else []
         return np.array([*[self.tokenizer.bos_token_id] * begin, *tokens], np.int32)
-
-    def _parts(self, passages: Sequence[Passage]) -> tuple[list, np.ndarray]:
-        """Of each passage its tokens, or its text where prompts are tokenised whole; lengths [N]."""
-        for passage in passages:
-            require_whole(reading_text(passage), f"passage {passage.id!r}")
-        around, most = self.style.passage.removeprefix(self._number), self.max_passage_tokens
-        texts = [around.format(text=self._plain(clipped(reading_text(p), most))) for p in passages]
-        if self._spelling.adds_up:
-            parts = [np.array(tokens[:most], np.int32) for tokens in self._spelling(texts)]
-            return parts, np.array([len(p) for p in parts])
-        cut = [self._spelling.cut(text, most) for text in texts]
-        return [text for text, _ in cut], np.array([length for _, length in cut])
 
     def _plain(self, text: str) -> str:
         return plain(self.tokenizer, text)
@@ -308,7 +300,7 @@ class Prompts:
         opening, longest = len(self._opening), self._after_width
         if self._context_width:
             return self._context_width + longest
-        each = int(np.quantile(self._passage_lengths, 1.0 if k * packed == 1 else 0.9))
+        each = int(np.quantile(self._passages.lengths, 1.0 if k * packed == 1 else 0.9))
         each += max((len(tokens) for tokens in self._number_tokens(k)), default=0)
         if packed == 1:
             return opening + k * each + longest

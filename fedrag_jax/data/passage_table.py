@@ -59,6 +59,11 @@ class PassageTable(Sequence[Passage]):
                 f"{self.where}: passage id {str(twice)!r} occurs twice; ids must be unique"
             )
 
+    @property
+    def fingerprint(self) -> str:
+        """Equal for tables of equal passages that were made the same way."""
+        return f"{self.rows._fingerprint} {sorted(self._columns.items())}"
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -97,9 +102,8 @@ class PassageTable(Sequence[Passage]):
         Raises:
           ConfigError: fewer than one token.
         """
-        how = f"{definition(tokenizer)} {tokens} {sorted(self._columns.items())}"
-        # What `datasets` itself tells tables apart by.
-        name = hashlib.sha256(f"{self.rows._fingerprint} {how}".encode()).hexdigest()[:16]
+        how = f"{self.fingerprint} {definition(tokenizer)} {tokens}"
+        name = hashlib.sha256(how.encode()).hexdigest()[:16]
 
         def cut(batch: Mapping[str, list[Any]], numbers: list[int]) -> dict[str, list[str]]:
             found: dict[str, list[str]] = {field: [] for field in FIELDS}

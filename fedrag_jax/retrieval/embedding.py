@@ -1,17 +1,15 @@
 """Texts to vectors: many of them, as fast as the machine allows, and a corpus once only."""
 
-import hashlib
 import os
-import tempfile
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from fedrag_jax.clock import Clock, Spent
@@ -20,7 +18,10 @@ from fedrag_jax.data.padding import clipped
 from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.models.fingerprint import fingerprint
 from fedrag_jax.models.network import Network
+from fedrag_jax.retrieval.vector_file import VectorFile
 
+DTYPES = ("float32", "float16")
+SHARD = 16_384  # texts embedded between two writes: what a kill may cost
 # Widths are multiples of this: finer means less padding and more compilations.
 _STEP = 16
 # Tokens per batch. On a CPU activations must stay in its cache: a 6-layer encoder of width 384 on
@@ -97,42 +98,73 @@ def embed_corpus(
     texts: Sequence[str],
     *,
     max_length: int,
+    dtype: str = "float32",
     cache_dir: str | os.PathLike | None = None,
     keep: bool = True,
     progress: bool = False,
     spent: Spent | None = None,
 ) -> np.ndarray:
-    """`embed_texts`, read from disk if the same was embedded before: float32 [N, D].
+    """`embed_texts`, read from disk what was embedded before: float32 or float16 [N, D].
 
-    The file is named by the sha256 of encoder, parameters, tokenizer, texts and max_length, and
-    ends in a sha256 of its own content: one that does not match is made again.
+    Vectors lie in a `VectorFile`, memory-mapped, in a folder named by the sha256 of encoder,
+    parameters, tokenizer, texts, max_length and dtype. Shards of it are written as they are
+    embedded: after a kill the rest is. Of several processes (`jax.distributed`) that share the
+    folder each embeds every n-th shard.
 
     Args:
+      texts: those with a `fingerprint` are not read where their vectors are there.
+      dtype: that vectors are kept in.
       cache_dir: as in `cache_folder`.
       keep: False for parameters that are being trained: nothing is read from disk or left there.
       spent: told the seconds, those of then where vectors are read.
 
     Raises:
       DataError: no texts.
-      ConfigError: the folder cannot be made.
+      ConfigError: the folder cannot be made; an unknown dtype.
     """
-    path = known = None
+    if dtype not in DTYPES:
+        raise ConfigError(f"vectors are kept as one of {DTYPES}, got {dtype!r}")
+    if not len(texts):
+        raise DataError("no texts to embed: give at least one")
+    spent = Spent() if spent is None else spent
+
+    def embed(some: slice, shown: bool) -> np.ndarray:
+        part, clock = texts[some], Clock()
+        how = {"max_length": max_length, "progress": shown}
+        vectors = embed_texts(encoder, params, tokenizer, part, **how).astype(dtype, copy=False)
+        spent.embedding += clock.lap().others
+        return vectors
+
     if keep:
-        name = _key(encoder, params, tokenizer, texts, max_length)
-        path = cache_folder(cache_dir) / f"{name}.npy"
-        known = _read(path, len(texts))
-    if known is None:
-        clock = Clock()
-        vectors = embed_texts(
-            encoder, params, tokenizer, texts, max_length=max_length, progress=progress
-        )
-        known = vectors, clock.lap().others
-        if path is not None:
-            _write(path, *known)
-    vectors, seconds = known
-    if spent is not None:
-        spent.embedding += seconds
-    return vectors
+        name = _key(encoder, params, tokenizer, texts, max_length, dtype)
+        file = VectorFile(cache_folder(cache_dir) / name, len(texts), SHARD)
+        try:
+            return _kept(file, embed, spent, progress)
+        except OSError as error:
+            warnings.warn(
+                f"vectors are made but not kept: {file.folder} cannot be written ({error})",
+                stacklevel=3,
+            )
+    return embed(slice(None), progress)
+
+
+def _kept(
+    file: VectorFile, embed: Callable[[slice, bool], np.ndarray], spent: Spent, progress: bool
+) -> np.ndarray:
+    """What is in the file once all is."""
+    missing, before = file.missing(), spent.embedding
+    mine = missing[jax.process_index() :: jax.process_count()]
+    several = len(mine) > 1
+    for number in tqdm(mine, "embed", unit=" shards", disable=not (progress and several)):
+        started = spent.embedding
+        vectors = embed(file.rows_of(number), progress and not several)
+        file.write(number, vectors, spent.embedding - started)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(file.folder.name)
+        for number in file.missing():  # where the folder is not shared
+            file.write(number, embed(file.rows_of(number), False), 0.0)
+    spent.embedding = before + file.seconds()
+    return file.read()
 
 
 @partial(jax.jit, static_argnums=0)
@@ -179,53 +211,17 @@ def _batches(
         yield len(chosen), batch, mask
 
 
-def _key(encoder: Network, params, tokenizer, texts: Sequence[str], max_length: int) -> str:
-    digest = fingerprint(params, tokenizer, encoder.config, max_length)
+def _key(
+    encoder: Network, params, tokenizer, texts: Sequence[str], max_length: int, dtype: str
+) -> str:
+    settings = (max_length,) if dtype == "float32" else (max_length, dtype)
+    digest = fingerprint(params, tokenizer, encoder.config, *settings)
+    if known := getattr(texts, "fingerprint", None):
+        digest.update(known.encode())
+        return digest.hexdigest()
     for text in texts:
         # The length in front keeps ["ab", "c"] apart from ["a", "bc"].
         encoded = text.encode()
         digest.update(len(encoded).to_bytes(8, "little"))
         digest.update(encoded)
     return digest.hexdigest()
-
-
-def _read(path: Path, rows: int) -> tuple[np.ndarray, float] | None:
-    """Vectors and seconds in a cache file, or None if there is none or it is not as it was written."""
-    try:
-        with open(path, "rb") as file:
-            vectors = np.load(file, allow_pickle=False)
-            seconds = np.load(file, allow_pickle=False)
-            checksum = file.read()
-    except FileNotFoundError:
-        return None
-    except (OSError, EOFError, ValueError) as error:
-        warnings.warn(f"{path} is damaged ({error}): embedding again", stacklevel=3)
-        return None
-    if len(vectors) != rows or checksum != _checksum(vectors, seconds):
-        warnings.warn(f"{path} is damaged (checksum): embedding again", stacklevel=3)
-        return None
-    return vectors, float(seconds)
-
-
-def _checksum(vectors: np.ndarray, seconds) -> bytes:
-    digest = hashlib.sha256(vectors)
-    digest.update(np.float64(seconds))
-    return digest.digest()
-
-
-def _write(path: Path, vectors: np.ndarray, seconds: float) -> None:
-    """Whole or not at all, also when two processes write the same file."""
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            temporary = file.name
-            np.save(file, vectors, allow_pickle=False)
-            np.save(file, np.float64(seconds), allow_pickle=False)
-            file.write(_checksum(vectors, seconds))
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
-        warnings.warn(
-            f"vectors were made but not kept: {path} cannot be written ({error})", stacklevel=3
-        )

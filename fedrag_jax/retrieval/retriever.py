@@ -14,7 +14,8 @@ from fedrag_jax.models.hub import Pretrained
 from fedrag_jax.models.network import Network
 from fedrag_jax.retrieval.embedding import embed_corpus, embed_texts
 from fedrag_jax.retrieval.index.faiss_index import FaissIndex
-from fedrag_jax.retrieval.index.vector_index import Index
+from fedrag_jax.retrieval.index.vector_index import Index, MakesIndex
+from fedrag_jax.retrieval.passage_texts import PassageTexts
 from fedrag_jax.retrieval.similarity import passage_side, question_side
 
 
@@ -23,12 +24,13 @@ class Retriever:
     """Query and document encoders, which share a network and may differ in parameters, and an index.
 
     Attributes:
-      bare_vectors: float32 [N, D] of the passages, as the document encoder gives them.
-      vectors: float32 [N, D], those that are searched: behind the head, and such that the index's
+      bare_vectors: [N, D] of the passages, as the document encoder gives them.
+      vectors: [N, D], those that are searched: behind the head, and such that the index's
         inner product is the encoder's similarity (`retrieval.similarity`).
       index: what searches them: an index, or silos that have one each (`index.silos.over_silos`). A
         refreshed retriever has one of the same kind.
       head: a matrix [D, D] that vectors of questions and passages are multiplied with; None for none.
+      dtype: that vectors of passages are kept in, float32 or float16.
       spent: seconds of embedding passages and of searching, of this retriever and of all that were made
         of it by tuning.
     """
@@ -42,6 +44,7 @@ class Retriever:
     vectors: np.ndarray
     index: Index
     head: np.ndarray | None = None
+    dtype: str = "float32"
     spent: Spent = dataclasses.field(default_factory=Spent)
 
     @classmethod
@@ -54,6 +57,8 @@ class Retriever:
         query_prompt: str | None = None,
         document_prompt: str | None = None,
         similarity: str | None = None,
+        dtype: str = "float32",
+        index: MakesIndex = FaissIndex.build,
     ):
         """Embeds the corpus (from the disk cache where it was embedded before) and indexes it.
 
@@ -63,18 +68,23 @@ class Retriever:
           query_prompt, document_prompt: what comes before every question and passage, in search and in
             training; the model's own unless given.
           similarity: "cosine", "dot" or "euclidean"; the model's own unless given.
+          dtype: that vectors of passages are kept in, "float32" or "float16".
+          index: what searches them, such as `index.by_name.index_kind` gives.
 
         Raises:
-          ConfigError: another similarity, or a prompt that leaves no room for a text.
+          ConfigError: another similarity or dtype, or a prompt that leaves no room for a text.
         """
         model = sentence_folders.used_as(model, query_prompt, document_prompt, similarity)
         vectors = np.empty((0, model.network.config.size), np.float32)
         both = model.params, model.params
-        bare = cls(model.network, model.tokenizer, *both, passages, vectors, vectors, None)
+        bare = cls(
+            model.network, model.tokenizer, *both, passages, vectors, vectors, None, dtype=dtype
+        )
         bare._require_room()
-        if passages:
+        if len(passages):
             vectors = bare._embedded(passages, model.params, keep=True, progress=progress)
-        return bare.with_vectors(vectors)
+        built = bare.with_vectors(vectors)
+        return built if index == FaissIndex.build else built.searched_by(index)
 
     def refresh(self, document) -> "Retriever":
         """The same corpus seen by document parameters in training: re-embedded and re-indexed."""
@@ -86,13 +96,13 @@ class Retriever:
         index = self.index
         if index is not None:
             index = index.with_vectors(vectors)
-        elif self.passages:
-            index = FaissIndex.build([p.id for p in self.passages], vectors)
+        elif len(self.passages):
+            index = FaissIndex.build(None, vectors)
         return dataclasses.replace(self, vectors=vectors, index=index)
 
     def embed_passages(self, document, rows=None) -> np.ndarray:
         """Vectors [R, D] that document parameters give to passages, all or those at `rows` int [R]."""
-        passages = self.passages if rows is None else [self.passages[r] for r in rows]
+        passages = self.passages if rows is None else [self.passages[int(r)] for r in rows]
         return self._embedded(passages, document, keep=False)
 
     def embed_kept(self, passages: Sequence[Passage], progress: bool = False) -> np.ndarray:
@@ -122,8 +132,9 @@ class Retriever:
             self.encoder,
             document,
             self.tokenizer,
-            self.passage_texts(passages),
+            PassageTexts(passages, self.encoder.config),
             max_length=self.encoder.config.max_length,
+            dtype=self.dtype,
             spent=self.spent,
             **how,
         )
@@ -145,9 +156,9 @@ class Retriever:
                     "leaves none of them for a text: shorten it"
                 )
 
-    def passage_texts(self, passages: Sequence[Passage]) -> list[str]:
+    def passage_texts(self, passages: Sequence[Passage]) -> Sequence[str]:
         """What the document encoder reads of passages, its prompt included."""
-        return [self.encoder.config.passage_text(embedding_text(p)) for p in passages]
+        return PassageTexts(passages, self.encoder.config)
 
     def question_texts(self, questions: Sequence[str]) -> list[str]:
         """What the query encoder reads of questions, its prompt included."""
@@ -155,7 +166,21 @@ class Retriever:
 
     def with_vectors(self, bare_vectors) -> "Retriever":
         """An index of these vectors [N, D], however old they are."""
-        return dataclasses.replace(self, bare_vectors=np.asarray(bare_vectors))._behind_head()
+        bare_vectors = np.asarray(bare_vectors).astype(self.dtype, copy=False)
+        return dataclasses.replace(self, bare_vectors=bare_vectors)._behind_head()
+
+    def searched_by(self, make: MakesIndex) -> "Retriever":
+        """The same vectors in an index of another kind, such as `index.by_name.index_kind` gives.
+
+        Raises:
+          ConfigError: options that do not fit the vectors.
+        """
+        if not len(self.passages):
+            return self
+        clock = Clock()
+        index = make(None, self.vectors)
+        self.spent.searching += clock.lap().others
+        return dataclasses.replace(self, index=index)
 
     def with_query(self, query) -> "Retriever":
         """Query-side tuning: new query parameters over the same document vectors."""

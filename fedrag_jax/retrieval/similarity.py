@@ -26,7 +26,9 @@ def question_side(vectors, config: Use, head=None):
 
 
 def passage_side(vectors, config: Use, head=None):
-    """Those of passages, as `question_side`."""
+    """Those of passages, as `question_side`; themselves where they have length 1 already."""
+    if config.similarity == "cosine" and config.normalize and head is None:
+        return vectors
     if config.similarity != "euclidean":
         return question_side(vectors, config, head)
     vectors = vectors if head is None else vectors @ head

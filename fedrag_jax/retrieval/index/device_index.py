@@ -1,14 +1,17 @@
-"""Exact nearest-neighbour search over a corpus on the device: a GPU, a TPU, or a CPU through XLA.
+"""Exact nearest-neighbour search over a corpus on devices: GPUs, TPUs, or a CPU through XLA.
 
 A matrix product and `jax.lax.top_k`, block after block of the corpus. `jax.lax.approx_max_k` would be
 no faster: but on a TPU it looks at everything too.
 """
 
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fedrag_jax.retrieval.index.vector_index import VectorIndex
 
@@ -19,15 +22,38 @@ TILE = 128  # blocks are multiples of this: products of a ragged edge may be rou
 
 
 class DeviceIndex(VectorIndex):
-    """Vectors lie on JAX's default device, in blocks of equal size."""
+    """Vectors lie in blocks of equal size, as many on each of some devices of this process.
 
-    def __init__(self, ids: tuple[str, ...], vectors: np.ndarray):
+    Args:
+      devices: None for all accelerators there are, or the default device on a CPU, whose virtual
+        devices share one memory.
+    """
+
+    def __init__(self, ids, vectors: np.ndarray, devices: Sequence[jax.Device] | None = None):
         super().__init__(ids, vectors)
-        blocks = -(-len(ids) // BLOCK)
-        block = -(-len(ids) // (blocks * TILE)) * TILE
-        padded = np.zeros((blocks * block, self.dimension), np.float32)
-        padded[: len(self)] = vectors
-        self._blocks = jax.device_put(padded.reshape(blocks, block, self.dimension))
+        if devices is None:
+            on_cpu = jax.default_backend() == "cpu"
+            devices = jax.local_devices()[: 1 if on_cpu else None]
+        self._devices, size = devices, len(self)
+        each = -(-size // (BLOCK * len(devices)))  # blocks of a device
+        blocks = each * len(devices)
+        block = -(-size // (blocks * TILE)) * TILE
+        mesh = jax.sharding.Mesh(np.array(devices), ("passages",))
+        self._held = NamedSharding(mesh, PartitionSpec("passages"))
+
+        def share(index: tuple[slice, ...]) -> np.ndarray:
+            """The blocks of one device, padded: never are all of them laid out a second time."""
+            start, stop, _ = index[0].indices(blocks)
+            some = vectors[start * block : stop * block]
+            padded = np.zeros(((stop - start) * block, self.dimension), np.float32)
+            padded[: len(some)] = some
+            return padded.reshape(-1, block, self.dimension)
+
+        shape = blocks, block, self.dimension
+        self._blocks = jax.make_array_from_callback(shape, self._held, share)
+
+    def _settings(self) -> dict[str, Any]:
+        return {"devices": self._devices}
 
     @property
     def vectors(self) -> np.ndarray:
@@ -35,18 +61,23 @@ class DeviceIndex(VectorIndex):
         return np.asarray(self._blocks).reshape(-1, self.dimension)[: len(self)]
 
     def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        return search_blocks(self._blocks, len(self), queries, k)
+        if len(self._devices) == 1:
+            return search_blocks(self._blocks, len(self), queries, k)
+        return search_blocks(self._blocks, len(self), queries, k, self._held.mesh)
 
     def _replace(self, rows: np.ndarray, vectors: np.ndarray) -> None:
         self._blocks = put_rows(self._blocks, rows, vectors)
 
 
 def search_blocks(
-    blocks: jax.Array, count: int, queries: np.ndarray, k: int
+    blocks: jax.Array, count: int, queries: np.ndarray, k: int, mesh: Mesh | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows int32 and scores float32 [Q, k] among the first `count` rows of `blocks` [n, b, D].
 
     Equal scores are ordered by row.
+
+    Args:
+      mesh: of the devices, on an axis "passages", that hold the blocks; None for one.
     """
     rows, scores = [], []
     for start in range(0, len(queries), _QUERIES):
@@ -54,15 +85,43 @@ def search_blocks(
         # Widths are powers of two, so that few programs are compiled.
         padded = np.zeros((1 << (len(some) - 1).bit_length(), queries.shape[1]), np.float32)
         padded[: len(some)] = some
-        found = _nearest(blocks, count, padded, k)
+        if mesh is None:
+            found = _nearest(blocks, count, padded, k)
+        else:
+            found = _nearest_of_all(blocks, count, padded, k, mesh)
         rows.append(found[0][: len(some)])
         scores.append(found[1][: len(some)])
     return np.concatenate(jax.device_get(rows)), np.concatenate(jax.device_get(scores))
 
 
+@partial(jax.jit, static_argnames=("k", "mesh"))
+def _nearest_of_all(blocks: jax.Array, count, queries: jax.Array, k: int, mesh: Mesh):
+    """As `_nearest`, over the blocks of all devices: each finds its best, and these are merged."""
+
+    def of_one(blocks, count, queries):
+        first = len(blocks) * jax.lax.axis_index("passages")
+        return [x[None] for x in _nearest(blocks, count, queries, k, first)]
+
+    held, everywhere = PartitionSpec("passages"), PartitionSpec()
+    rows, scores = jax.shard_map(
+        of_one,
+        mesh=mesh,
+        in_specs=(held, everywhere, everywhere),
+        out_specs=[held, held],
+        check_vma=False,
+    )(blocks, count, queries)
+    # Devices hold ascending rows, so that the first of equals has the lowest row here, too.
+    rows, scores = (x.swapaxes(0, 1).reshape(len(queries), -1) for x in (rows, scores))
+    scores, places = jax.lax.top_k(scores, k)
+    return jnp.take_along_axis(rows, places, axis=1), scores
+
+
 @partial(jax.jit, static_argnames="k")
-def _nearest(blocks: jax.Array, count, queries: jax.Array, k: int):
+def _nearest(blocks: jax.Array, count, queries: jax.Array, k: int, first=0):
     """Rows and scores [Q, k] of `queries` [Q, D] over `blocks` [n, b, D], of which `count` rows count.
+
+    Args:
+      first: the number of the first block.
 
     top_k keeps the first of equals. Those found before come first and have lower rows, hence equal
     scores are ordered by row.
@@ -80,7 +139,8 @@ def _nearest(blocks: jax.Array, count, queries: jax.Array, k: int):
 
     shape = len(queries), k
     none = jnp.zeros(shape, jnp.int32), jnp.full(shape, -jnp.inf, queries.dtype)
-    return jax.lax.scan(step, none, (jnp.arange(len(blocks), dtype=jnp.int32), blocks))[0]
+    numbers = first + jnp.arange(len(blocks), dtype=jnp.int32)
+    return jax.lax.scan(step, none, (numbers, blocks))[0]
 
 
 @partial(jax.jit, donate_argnums=0)

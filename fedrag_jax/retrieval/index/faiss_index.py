@@ -1,23 +1,25 @@
-"""Exact nearest-neighbour search over a corpus with FAISS."""
+"""Exact nearest-neighbour search over a corpus with FAISS, on the host."""
 
 import faiss
 import numpy as np
 
 from fedrag_jax.retrieval.index.vector_index import VectorIndex
 
+_AT_ONCE = 65_536  # vectors of half precision that are widened together
+
 
 class FaissIndex(VectorIndex):
-    """Vectors lie in a flat FAISS index, on the host."""
+    """FAISS looks at the vectors where they lie, memory-mapped if they are: there is no second copy
+    until some are replaced. Those of half precision are widened block by block."""
 
-    def __init__(self, ids: tuple[str, ...], vectors: np.ndarray):
+    def __init__(self, ids, vectors: np.ndarray):
         super().__init__(ids, vectors)
-        self._index = faiss.IndexFlatIP(self.dimension)
-        self._index.add(vectors)
+        self._vectors, self._own = vectors, False
 
     @property
     def vectors(self) -> np.ndarray:
-        """float32 [N, D], a view into the index: `replace` is the way to change it."""
-        view = self._storage()
+        """float32 or float16 [N, D], a read-only view: `replace` is the way to change them."""
+        view = self._vectors.view()
         view.flags.writeable = False
         return view
 
@@ -35,13 +37,23 @@ class FaissIndex(VectorIndex):
         return rows.astype(np.int32), scores
 
     def _replace(self, rows: np.ndarray, vectors: np.ndarray) -> None:
-        self._storage()[rows] = vectors
+        if not self._own:
+            self._vectors, self._own = np.array(self._vectors), True
+        self._vectors[rows] = vectors
 
-    def _storage(self) -> np.ndarray:
-        pointer = self._index.get_xb()
-        return faiss.rev_swig_ptr(pointer, len(self) * self.dimension).reshape(len(self), -1)
+    def _nearest(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        if self._vectors.dtype == np.float32:
+            return faiss.knn(queries, self._vectors, k, faiss.METRIC_INNER_PRODUCT)
+        best = faiss.ResultHeap(len(queries), k, keep_max=True)
+        for start in range(0, len(self), _AT_ONCE):
+            block = self._vectors[start : start + _AT_ONCE].astype(np.float32)
+            most = min(k, len(block))
+            scores, rows = faiss.knn(queries, block, most, faiss.METRIC_INNER_PRODUCT)
+            best.add_result(scores, rows + start)
+        best.finalize()
+        return best.D, best.I
 
     def _ordered(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        scores, rows = self._index.search(queries, k)
+        scores, rows = self._nearest(queries, k)
         order = np.lexsort((rows, -scores))
         return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)

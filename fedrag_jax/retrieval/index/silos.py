@@ -24,11 +24,12 @@ import numpy as np
 from fedrag_jax.data.examples import embedding_text
 from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.retrieval.index.faiss_index import FaissIndex
-from fedrag_jax.retrieval.index.vector_index import VectorIndex, require_depth
+from fedrag_jax.retrieval.index.vector_index import MakesIndex, VectorIndex, require_depth
 from fedrag_jax.retrieval.retriever import Retriever
 
 RRF_K = 60  # Cormack et al. 2009
 MERGES = ("score", "rrf")
+_ANSWERS = 1_000_000  # rows with their scores that silos may answer at a time
 
 
 class SearchBudget(NamedTuple):
@@ -156,11 +157,21 @@ class SiloIndex:
         """
         require_depth(k, len(self))
         queries = self.silos[0].index.fitting(query_vectors, "query")
-        asked = self._asked(queries, k)
         depths = np.array([self._depth(number, k) for number in range(len(self.silos))])
-        answers = []
+        # So many questions at a time that memory does not grow with the silos.
+        most = self.budget.silos if self._chooses() else len(self.silos)
+        width = max(1, _ANSWERS // (k * (most + 1)))
+        parts = [self._ask(part, k, depths) for part in _slices(queries, width)]
+        rows, scores, traffic = zip(*parts, strict=True)
+        spent = (np.concatenate(counts) for counts in zip(*traffic, strict=True))
+        return np.concatenate(rows), np.concatenate(scores), QueryTraffic(*spent)
+
+    def _ask(self, queries: np.ndarray, k: int, depths: np.ndarray):
+        asked, answers = self._asked(queries, k), []
         for silo, depth, questions in zip(self.silos, depths, asked.T, strict=True):
             (questions,) = np.nonzero(questions)
+            if not len(questions) and answers:
+                continue
             rows, scores = silo.index.search(queries[questions], int(depth))
             ranks = np.broadcast_to(np.arange(1, depth + 1), rows.shape)
             of = np.broadcast_to(questions[:, None], rows.shape)
@@ -199,11 +210,17 @@ class SiloIndex:
                 f"budget: {most} silos have {there} passages to give at most, {wanted} are wanted; ask "
                 "for fewer, or raise the budget"
             )
-        nearness = np.stack([(queries @ self.published[n].T).max(1) for n in others], axis=1)
+        nearness = self._nearness(queries, others)
         asked[:, others] = False
         for to, nearest in zip(asked, np.argsort(-nearness, axis=1, kind="stable"), strict=True):
             to[np.array(others)[_sufficient(nearest, depths, most, wanted)]] = True
         return asked
+
+    def _nearness(self, queries: np.ndarray, others: list[int]) -> np.ndarray:
+        """Of each question [Q] to the nearest centroid of each other silo [O]."""
+        published = [self.published[number] for number in others]
+        starts = np.cumsum([0, *map(len, published[:-1])])
+        return np.maximum.reduceat(queries @ np.concatenate(published).T, starts, axis=1)
 
     def _chooses(self) -> bool:
         return self.budget.silos is not None and self.budget.silos < len(self._others())
@@ -221,7 +238,7 @@ class SiloIndex:
 def over_silos(
     retriever: Retriever,
     silos: Sequence[np.ndarray],
-    index: type[VectorIndex] = FaissIndex,
+    index: MakesIndex = FaissIndex.build,
     **settings,
 ) -> Retriever:
     """The same retriever where each silo holds, and searches, some of the passages.
@@ -240,9 +257,11 @@ def over_silos(
     """
     held = [np.sort(np.asarray(rows, np.int64)) for rows in silos]
     _check(held, len(retriever.passages))
-    ids = np.array([p.id for p in retriever.passages], object)
     text_bytes = np.array([len(embedding_text(p).encode()) for p in retriever.passages])
-    held = tuple(Silo(rows, index.build(ids[rows], retriever.vectors[rows])) for rows in held)
+    ends = np.cumsum([len(rows) for rows in held])[:-1]
+    # One array of all silos' vectors, of which each looks at a part.
+    vectors = np.split(retriever.vectors[np.concatenate(held)], ends)
+    held = tuple(Silo(rows, index(None, part)) for rows, part in zip(held, vectors, strict=True))
     return dataclasses.replace(retriever, index=SiloIndex(held, text_bytes, **settings))
 
 
@@ -287,6 +306,8 @@ def fuse(
 
 def _sufficient(nearest, depths: np.ndarray, most: int, wanted: int) -> list[int]:
     """The first `most` of `nearest` that have as many as `wanted` together."""
+    if depths[nearest[:most]].sum() >= wanted:
+        return [*nearest[:most]]
     chosen = []
     for i in nearest:
         rest = sorted((depths[j] for j in nearest if j not in (*chosen, i)), reverse=True)
@@ -294,6 +315,11 @@ def _sufficient(nearest, depths: np.ndarray, most: int, wanted: int) -> list[int
         if len(chosen) < most and best >= wanted:
             chosen.append(i)
     return chosen
+
+
+def _slices(queries: np.ndarray, width: int) -> list[np.ndarray]:
+    """Parts of at most so many; one, if there is no question."""
+    return [queries[start : start + width] for start in range(0, max(len(queries), 1), width)]
 
 
 def _centroids(vectors: np.ndarray, count: int) -> np.ndarray:

@@ -6,12 +6,14 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 
 from fedrag_jax import files
 from fedrag_jax.errors import CheckpointError, ConfigError, DataError
+
+_AT_ONCE = 65_536  # vectors looked at together
 
 
 class Index(Protocol):
@@ -24,23 +26,47 @@ class Index(Protocol):
         """As `VectorIndex.with_vectors`."""
 
 
+class MakesIndex(Protocol):
+    """A kind of index, such as `VectorIndex.build` of one."""
+
+    def __call__(self, ids: Sequence[str] | None, vectors: np.ndarray, /) -> "VectorIndex": ...
+
+
 class VectorIndex(abc.ABC):
-    """Passage ids and their vectors, searched exactly by inner product (cosine, if normalised).
+    """Passage ids and their vectors, searched by inner product (cosine, if normalised).
 
     Row i of everything belongs to passage `ids[i]`; rows never move. Each kind of store says where
     vectors lie and how they are searched.
+
+    Attributes:
+      exact: whether all vectors are looked at.
     """
 
-    def __init__(self, ids: tuple[str, ...], vectors: np.ndarray):
-        self.ids, self.dimension = ids, vectors.shape[1]
+    exact = True
+
+    def __init__(self, ids: tuple[str, ...] | None, vectors: np.ndarray):
+        self._ids, (self._size, self.dimension) = ids, vectors.shape
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """[N]; the numbers of the rows where none were given."""
+        return tuple(map(str, range(len(self)))) if self._ids is None else self._ids
 
     @classmethod
-    def build(cls, ids: Sequence[str], vectors: np.ndarray) -> Self:
-        """Indexes `vectors` [N, D] under `ids` [N].
+    def build(cls, ids: Sequence[str] | None, vectors: np.ndarray, **settings) -> Self:
+        """Indexes `vectors` [N, D] under `ids` [N], or under their rows for None.
+
+        Args:
+          settings: of the kind.
 
         Raises:
           DataError: no passages, an id twice, not one vector per id, or a vector not finite.
         """
+        if ids is None:
+            vectors = finite(vectors, "passage")
+            if not len(vectors):
+                raise DataError("the corpus is empty: a store needs at least one passage")
+            return cls(None, vectors, **settings)
         ids = tuple(ids)
         if not ids:
             raise DataError("the corpus is empty: a store needs at least one passage")
@@ -50,17 +76,22 @@ class VectorIndex(abc.ABC):
         vectors = finite(vectors, "passage")
         if len(vectors) != len(ids):
             raise DataError(f"{len(ids)} passage ids but {len(vectors)} vectors; give one per id")
-        return cls(ids, vectors)
+        return cls(ids, vectors, **settings)
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return self._size
 
     def with_vectors(self, vectors: np.ndarray) -> Self:
         """A store of the same kind and passages over other vectors [N, D]."""
-        return self.build(self.ids, vectors)
+        return self.build(self._ids, vectors, **self._settings())
+
+    def _settings(self) -> dict[str, Any]:
+        """What else makes one of this kind."""
+        return {}
 
     def search(self, query_vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The k passages of largest inner product with each query, best first.
+        """The k passages of largest inner product with each query, best first; of those that are looked
+        at, where not all are.
 
         Equal scores are ordered by row, also where the cut at k falls among them.
 
@@ -75,7 +106,7 @@ class VectorIndex(abc.ABC):
           DataError: a query vector that is not finite.
         """
         require_depth(k, len(self))
-        queries = self.fitting(query_vectors, "query")
+        queries = self.fitting(query_vectors, "query").astype(np.float32, copy=False)
         if not len(queries):
             return np.empty((0, k), np.int32), np.empty((0, k), np.float32)
         return self._search(queries, k)
@@ -161,16 +192,20 @@ def require_depth(k: int, passages: int) -> None:
 
 
 def finite(vectors, kind: str) -> np.ndarray:
-    """`vectors` as float32 [number, dimension].
+    """`vectors` as float32 [number, dimension]; float16 as they are.
 
     Raises:
       ConfigError: another shape.
       DataError: a value that is not finite.
     """
-    vectors = np.ascontiguousarray(vectors, np.float32)
+    half = getattr(vectors, "dtype", None) == np.float16
+    vectors = np.ascontiguousarray(vectors, np.float16 if half else np.float32)
     if vectors.ndim != 2 or not vectors.shape[1]:
         raise ConfigError(f"{kind} vectors must be [number, dimension], got shape {vectors.shape}")
-    bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
-    if bad.size:
-        raise DataError(f"{kind} vector {bad[0]} has a value that is not finite; see its encoder")
+    for start in range(0, len(vectors), _AT_ONCE):
+        bad = np.flatnonzero(~np.isfinite(vectors[start : start + _AT_ONCE]).all(axis=1))
+        if bad.size:
+            raise DataError(
+                f"{kind} vector {start + bad[0]} has a value that is not finite; see its encoder"
+            )
     return vectors

@@ -1,5 +1,6 @@
 """FAISS indexes of four kinds, on the host: flat (exact), IVF, HNSW and PQ."""
 
+import dataclasses
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,14 +10,11 @@ import faiss
 import numpy as np
 
 from fedrag_jax.data.examples import Passage
-from fedrag_jax.errors import CheckpointError, ConfigError
+from fedrag_jax.errors import CheckpointError
+from fedrag_jax.retrieval.index.faiss_kinds import FaissKind
 from fedrag_jax.retrieval.stores.knowledge_store import Found, KnowledgeStore
 from fedrag_jax.retrieval.stores.passage_lines import LINES, MappedLines, read_lines, write_lines
 
-INDEXES = ("flat", "ivf", "hnsw", "pq")
-# Vectors that k-means wants for a list, and for a codebook of 256.
-PER_LIST, FEWEST_CODED = 39, 39 * 256
-HNSW, TRAINED = faiss.IndexHNSWFlat, {"ivf": faiss.IndexIVFFlat, "pq": faiss.IndexIVFPQ}
 INDEX = "index.faiss"
 WASTE = 0.5  # of the rows may be of passages that are gone, before all are written anew
 
@@ -92,34 +90,17 @@ class FaissStore(KnowledgeStore):
         """An empty store.
 
         Args:
-          index: "flat", exact; "ivf", vectors in lists, of which those nearest to a question are looked
-            into; "hnsw", a graph of neighbours; "pq", IVF whose vectors are codes. They are trained
-            on the first vectors that are enough, and anew by `refresh`.
-          lists: of ivf and pq; 0 for the root of the vectors that they are trained on. Until there are
-            39 for each (10,000 for pq) the search is exact.
-          probes: lists that are looked into; 0 for a quarter of them.
-          neighbours: of each vector in hnsw.
-          effort: candidates that hnsw keeps as it searches; more find more, and take longer.
-          codes: bytes of a vector in pq; 0 for one for every 4 dimensions.
+          index, lists, probes, neighbours, effort, codes: as of `FaissKind`. Indexes are trained on the
+            first vectors that are enough, and anew by `refresh`.
 
         Raises:
           ConfigError: an unknown kind of index, a number out of its range.
         """
         super().__init__()
-        if index not in INDEXES:
-            raise ConfigError(f"index must be one of {INDEXES}, got {index!r}")
-        if min(lists, probes, codes) < 0 or neighbours < 2 or effort < 1 or dimension < 1:
-            raise ConfigError(
-                "a store needs dimension >= 1, lists, probes and codes >= 0, neighbours >= 2 and "
-                f"effort >= 1, got {dimension}, {lists}, {probes}, {codes}, {neighbours} and {effort}"
-            )
-        codes = codes or next(n for n in range(max(dimension // 4, 1), 0, -1) if dimension % n == 0)
-        if dimension % codes:
-            raise ConfigError(f"codes must divide the dimension {dimension}, got {codes}")
+        self._kind = FaissKind(index, lists, probes, neighbours, effort, codes)
+        self._kind = dataclasses.replace(self._kind, codes=self._kind.coded(dimension))
         self.dimension, self.index = dimension, index
-        self.lists, self.probes, self.codes = lists, probes, codes
-        self.neighbours, self.effort = neighbours, effort
-        self._held = Rows(self._untrained(), [])
+        self._held = Rows(self._kind.untrained(dimension), [])
 
     def __len__(self) -> int:
         return len(self._held.row_of)
@@ -130,30 +111,9 @@ class FaissStore(KnowledgeStore):
 
     # --- of this kind --------------------------------------------------------------------------
 
-    def _untrained(self):
-        if self.index == "hnsw":
-            metric = faiss.METRIC_INNER_PRODUCT
-            return faiss.IndexHNSWFlat(self.dimension, self.neighbours, metric)
-        return faiss.IndexFlatIP(self.dimension)
-
-    def _lists(self, size: int) -> int:
-        """Lists for so many vectors; 0 where they are too few to train on."""
-        lists = self.lists or int(size**0.5)
-        fewest = max(PER_LIST * lists, FEWEST_CODED * (self.index == "pq"))
-        return lists if self.index in ("ivf", "pq") and size >= fewest else 0
-
     def _built(self, passages: Sequence[Passage], vectors: np.ndarray, index=None) -> Rows:
         """Rows of an index that is trained on them, unless there is one."""
-        lists = self._lists(len(vectors)) if index is None else 0
-        index = self._untrained() if index is None else index
-        if lists:
-            coarse, metric = faiss.IndexFlatIP(self.dimension), faiss.METRIC_INNER_PRODUCT
-            if self.index == "ivf":
-                index = faiss.IndexIVFFlat(coarse, self.dimension, lists, metric)
-            else:
-                index = faiss.IndexIVFPQ(coarse, self.dimension, lists, self.codes, 8, metric)
-            index.train(vectors)
-            index.make_direct_map()  # so that vectors can be read back
+        index = self._kind.trained(vectors) if index is None else index
         held = Rows(index, [])
         held.append(passages, vectors)
         return held
@@ -161,7 +121,9 @@ class FaissStore(KnowledgeStore):
     def _tidy(self) -> None:
         """Builds the index anew where it can be trained at last, or holds too much that is gone."""
         held = self._held
-        untrained = isinstance(held.index, faiss.IndexFlat) and self._lists(len(held.row_of))
+        untrained = isinstance(held.index, faiss.IndexFlat) and self._kind.lists_of(
+            len(held.row_of)
+        )
         if untrained or held.wasted > WASTE * max(len(held.passages), 1000):
             index = None if untrained else _emptied(held.index)
             self._held = self._built([*held.alive()], held.vectors(), index)
@@ -191,15 +153,7 @@ class FaissStore(KnowledgeStore):
 
     def _search(self, questions, vectors: np.ndarray, k: int) -> list[list[Found]]:
         held, selector = self._held, self._held.selector()
-        if self.index == "hnsw":
-            how = faiss.SearchParametersHNSW(sel=selector, efSearch=max(self.effort, k))
-        elif isinstance(held.index, faiss.IndexFlat):
-            how = faiss.SearchParameters(sel=selector)
-        else:
-            probes = self.probes or -(-held.index.nlist // 4)
-            kind = faiss.SearchParametersIVF
-            kind = faiss.IVFPQSearchParameters if self.index == "pq" else kind
-            how = kind(sel=selector, nprobe=min(probes, held.index.nlist))
+        how = self._kind.parameters(held.index, k, selector)
         scores, rows = held.index.search(vectors, min(k, len(self)), params=how)
         return [
             [
@@ -210,29 +164,10 @@ class FaissStore(KnowledgeStore):
             for r, s in zip(rows.tolist(), scores, strict=True)
         ]
 
-    def _fits(self, index) -> bool:
-        """Whether a file held what `_built` builds: vectors in the file itself, and inner products."""
-
-        def flat(other) -> bool:
-            return type(other) in (faiss.IndexFlat, faiss.IndexFlatIP)
-
-        if index.metric_type != faiss.METRIC_INNER_PRODUCT:
-            return False
-        if self.index == "hnsw":
-            storage = faiss.downcast_index(index.storage) if type(index) is HNSW else None
-            return flat(storage) and storage.metric_type == faiss.METRIC_INNER_PRODUCT
-        if type(index) is not TRAINED.get(self.index):
-            return flat(index)
-        lists = faiss.downcast_InvertedLists(index.invlists)
-        return flat(faiss.downcast_index(index.quantizer)) and type(lists) in (
-            faiss.ArrayInvertedLists,
-        )
-
     # --- on disk -------------------------------------------------------------------------------
 
     def _settings(self) -> dict[str, Any]:
-        names = ("dimension", "index", "lists", "probes", "neighbours", "effort", "codes")
-        return {name: getattr(self, name) for name in names}
+        return {"dimension": self.dimension} | dataclasses.asdict(self._kind)
 
     def _save(self, folder: pathlib.Path) -> None:
         try:
@@ -246,7 +181,7 @@ class FaissStore(KnowledgeStore):
         store = cls(**settings)
         flags = faiss.IO_FLAG_MMAP_IFC if memory_map else 0
         index = faiss.read_index(str(folder / INDEX), flags | faiss.IO_FLAG_READ_ONLY)
-        if not store._fits(index):
+        if not store._kind.made(index):
             raise CheckpointError(f"{folder / INDEX} is no index of kind {store.index!r}")
         passages = MappedLines(folder / LINES) if memory_map else read_lines(folder / LINES)
         if (index.d, index.ntotal) != (store.dimension, len(passages)):

@@ -1,0 +1,158 @@
+"""Kinds of index by name: what the approximate ones find, keep and refuse, and shares of devices."""
+
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from fedrag_jax.data import synthetic
+from fedrag_jax.errors import ConfigError
+from fedrag_jax.models import hub
+from fedrag_jax.retrieval.index.approximate_index import ApproximateIndex
+from fedrag_jax.retrieval.index.by_name import INDEXES, index_kind
+from fedrag_jax.retrieval.index.faiss_index import FaissIndex
+from fedrag_jax.retrieval.retriever import Retriever
+
+APPROXIMATE = ("ivf", "pq", "hnsw")
+SIZE, D = 12_000, 16
+
+
+def unit(count, seed=0):
+    vectors = np.random.default_rng(seed).normal(size=(count, D)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+@pytest.fixture(scope="module")
+def vectors():
+    return unit(SIZE)
+
+
+@pytest.fixture(scope="module")
+def built(vectors):
+    """An index of each kind, which no test changes."""
+    options = {"ivf": {"probes": 20}, "pq": {"probes": 20, "codes": 8}}
+    return {n: index_kind(n, options.get(n, {}))(None, vectors) for n in ("flat", *APPROXIMATE)}
+
+
+def near(vectors, count=100):
+    """Questions near to passages, of which they are to be told the nearest."""
+    noisy = vectors[:count] + 0.3 * unit(count, seed=3)
+    return noisy / np.linalg.norm(noisy, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("name", APPROXIMATE)
+def test_approximate_indexes_find_most_of_what_exact_ones_find(name, built, vectors):
+    questions = near(vectors)
+    exact, scores = built["flat"].search(questions, 10)
+    found, about = built[name].search(questions, 10)
+    assert found.dtype == np.int32 and found.shape == (100, 10) and (found >= 0).all()
+    assert np.mean(found[:, 0] == exact[:, 0]) > 0.85
+    assert (np.diff(about, axis=1) <= 0).all()
+    if name != "pq":  # whose scores are of codes
+        both = found[:, 0] == exact[:, 0]
+        np.testing.assert_allclose(about[both, 0], scores[both, 0], atol=1e-5)
+    assert built["flat"].exact and not built[name].exact
+
+
+@pytest.mark.parametrize("name", APPROXIMATE)
+def test_replaced_vectors_are_found_where_they_are_now(name, vectors):
+    mine = np.array(vectors)
+    index = index_kind(name)(None, mine)
+    rows = np.array([7, 9_000, 3, 7])
+    fresh = unit(4, seed=9)
+    index.replace(rows, fresh)
+    np.testing.assert_array_equal(mine, vectors)
+    expected = np.array(vectors)
+    expected[rows] = fresh
+    np.testing.assert_array_equal(index.vectors, expected)
+    assert index.search(fresh[1:], 1)[0].ravel().tolist() == [9_000, 3, 7]
+
+
+@pytest.mark.parametrize("name", APPROXIMATE)
+def test_other_vectors_make_an_index_of_the_same_kind(name, built):
+    other = built[name].with_vectors(unit(500, seed=4))
+    assert type(other) is ApproximateIndex and other.kind == built[name].kind
+    assert len(other) == 500 and other.ids[499] == "499"
+
+
+def test_lists_that_hold_too_little_do_not_leave_places_empty(vectors):
+    index = index_kind("ivf", {"lists": 100, "probes": 1})(None, vectors)
+    found, scores = index.search(vectors[:3], 2000)
+    assert all(len({*row}) == 2000 and min(row) >= 0 for row in found.tolist())
+    assert np.isfinite(scores).all() and (found[:, 0] == [0, 1, 2]).all()
+
+
+def test_few_vectors_are_searched_exactly():
+    vectors = unit(200)
+    exact = FaissIndex.build(None, vectors).search(unit(9, seed=1), 5)
+    for name in ("ivf", "pq"):
+        found = index_kind(name)(None, vectors).search(unit(9, seed=1), 5)
+        np.testing.assert_array_equal(found[0], exact[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("kd", {}, r"index: unknown kind of index 'kd'; choose among \['flat', 'device', 'ivf'"),
+        ("flat", {"lists": 3}, r"unknown options \['lists'\] of index 'flat'; choose among \[\]"),
+        ("hnsw", {"probes": 3}, r"unknown options .* choose among \['neighbours', 'effort'\]"),
+        ("ivf", {"lists": -1}, r"index: an index needs lists, probes and codes >= 0"),
+    ],
+)
+def test_what_is_no_index_is_refused(name, options, message):
+    with pytest.raises(ConfigError, match=message):
+        index_kind(name, options)
+
+
+def test_codes_must_divide_the_dimension(vectors):
+    with pytest.raises(ConfigError, match="codes must divide the dimension 16, got 5"):
+        index_kind("pq", {"codes": 5})(None, vectors)
+
+
+@pytest.fixture(scope="module")
+def retriever():
+    passages = synthetic.generate(synthetic.WorldConfig(people=20)).passages[:60]
+    return Retriever.build(hub.load("builtin:encoder"), passages)
+
+
+@pytest.mark.parametrize("name", INDEXES)
+def test_a_retriever_searches_by_any_kind(name, retriever):
+    other = retriever.searched_by(index_kind(name))
+    asked = ["Who?", "Where?"]
+    np.testing.assert_array_equal(other.search(asked, 3)[0], retriever.search(asked, 3)[0])
+    assert type(other.with_vectors(retriever.bare_vectors).index) is type(other.index)
+
+
+SHARES = """
+import os
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+import jax, numpy as np
+from fedrag_jax.retrieval.index import device_index
+from fedrag_jax.retrieval.index.device_index import DeviceIndex
+device_index.BLOCK = 256
+rng = np.random.default_rng(0)
+for size in (3, 130, 1500, 5000):
+    vectors = rng.normal(size=(size, 16)).astype(np.float32)
+    vectors[size // 2] = vectors[1]  # a tie over two devices
+    queries = np.concatenate([rng.normal(size=(20, 16)), vectors[1:2]]).astype(np.float32)
+    one = DeviceIndex.build(None, vectors)
+    four = DeviceIndex.build(None, vectors, devices=jax.devices())
+    assert len({s.device for s in four._blocks.addressable_shards}) == 4
+    for k in (1, 3, min(size, 300)):
+        for a, b in zip(one.search(queries, k), four.search(queries, k)):
+            np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(four.vectors, vectors)
+    fresh = rng.normal(size=(2, 16)).astype(np.float32)
+    for index in (one, four):
+        index.replace([0, size - 1], fresh)
+    assert four.search(fresh, 1)[0].tolist() == one.search(fresh, 1)[0].tolist()
+    assert len(four.with_vectors(vectors)._devices) == 4
+"""
+
+
+def test_devices_hold_a_share_each():
+    subprocess.run(
+        [sys.executable, "-c", SHARES], check=True, cwd=pathlib.Path(__file__).parent.parent
+    )
