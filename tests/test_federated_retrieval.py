@@ -382,13 +382,13 @@ def test_questions_are_asked_in_parts_where_silos_are_many(monkeypatch, budget, 
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_clients():
-    vectors = np.random.default_rng(0).normal(size=(200_000, 64)).astype(np.float32)
+    vectors = np.random.default_rng(0).normal(size=(40_000, 64)).astype(np.float32)
     passages = [Passage(str(i), "", "t") for i in range(len(vectors))]
     store = FaissIndex.build(None, vectors)
     whole = Retriever(None, None, None, None, passages, vectors, vectors, store)
     order, peaks = np.random.default_rng(1).permutation(len(vectors)), []
-    queries = np.random.default_rng(2).normal(size=(64, 64)).astype(np.float32)
-    for clients in (2_000, 10_000):
+    queries = np.random.default_rng(2).normal(size=(50, 64)).astype(np.float32)
+    for clients in (2_500, 10_000):
         tracemalloc.start()
         silos = over_silos(whole, np.array_split(order, clients)).index
         found = silos.search(queries, 10)

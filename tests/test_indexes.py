@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import stored
 
 from fedrag_jax.data import synthetic
 from fedrag_jax.errors import ConfigError
@@ -98,6 +99,7 @@ def test_few_vectors_are_searched_exactly():
         ("kd", {}, r"index: unknown kind of index 'kd'; choose among \['flat', 'device', 'ivf'"),
         ("flat", {"lists": 3}, r"unknown options \['lists'\] of index 'flat'; choose among \[\]"),
         ("hnsw", {"probes": 3}, r"unknown options .* choose among \['neighbours', 'effort'\]"),
+        ("qdrant", {}, r"index: index 'qdrant' needs the option 'at': where it is"),
         ("ivf", {"lists": -1}, r"index: an index needs lists, probes and codes >= 0"),
     ],
 )
@@ -117,9 +119,40 @@ def retriever():
     return Retriever.build(hub.load("builtin:encoder"), passages)
 
 
+def options_of(name):
+    if name == "postgres":
+        return {"at": stored.postgres(), "collection": "of an index"}
+    return {"at": ":memory:"} if name == "qdrant" else {}
+
+
+@pytest.mark.parametrize("name", ["qdrant", "postgres"])
+def test_a_store_elsewhere_is_searched_as_an_index(name):
+    vectors, asked = unit(300), unit(20, seed=1)
+    vectors[40] = vectors[7]
+    index = index_kind(name, options_of(name) | {"collection": "mine"})(None, vectors)
+    exact = FaissIndex.build(None, vectors)
+
+    def assert_same(queries):
+        (found, about), (rows, scores) = index.search(queries, 5), exact.search(queries, 5)
+        np.testing.assert_array_equal(found, rows)
+        np.testing.assert_allclose(about, scores, atol=1e-6)
+
+    assert_same(asked)
+    assert index.search(vectors[7:8], 2)[0].tolist() == [[7, 40]]
+    for each in (index, exact):
+        each.replace(np.array([3, 299, 3]), unit(3, seed=5))
+    np.testing.assert_array_equal(index.vectors, exact.vectors)
+    assert_same(unit(3, seed=5))
+    other = index.with_vectors(unit(300, seed=8))
+    assert other.store is index.store and len(other.store) == 300
+    assert other.search(unit(300, seed=8)[9:10], 1)[0].tolist() == [[9]]
+    with pytest.raises(ConfigError, match="holds 300 passages, which are not these 10"):
+        index.with_vectors(unit(10))
+
+
 @pytest.mark.parametrize("name", INDEXES)
 def test_a_retriever_searches_by_any_kind(name, retriever):
-    other = retriever.searched_by(index_kind(name))
+    other = retriever.searched_by(index_kind(name, options_of(name)))
     asked = ["Who?", "Where?"]
     np.testing.assert_array_equal(other.search(asked, 3)[0], retriever.search(asked, 3)[0])
     assert type(other.with_vectors(retriever.bare_vectors).index) is type(other.index)

@@ -7,8 +7,9 @@
 | `ivf` | the lists nearest to a question | in place |
 | `pq` | the same, among codes of some bytes a vector | in place |
 | `hnsw` | along a graph of neighbours | built anew |
+| `qdrant`, `postgres` | by a store elsewhere, where one machine is outgrown | in place |
 
-Options of the last three are those of `faiss_kinds.FaissKind`.
+Options of ivf, pq and hnsw are those of `faiss_kinds.FaissKind`, those of stores `at` and `collection`.
 """
 
 import dataclasses
@@ -22,7 +23,10 @@ from fedrag_jax.retrieval.index.approximate_index import ApproximateIndex
 from fedrag_jax.retrieval.index.device_index import DeviceIndex
 from fedrag_jax.retrieval.index.faiss_index import FaissIndex
 from fedrag_jax.retrieval.index.faiss_kinds import FaissKind
+from fedrag_jax.retrieval.index.store_index import StoreIndex
 from fedrag_jax.retrieval.index.vector_index import MakesIndex
+from fedrag_jax.retrieval.stores.knowledge_store import KnowledgeStore
+from fedrag_jax.retrieval.stores.registry import KINDS, new_store
 
 EXACT = {"flat": FaissIndex, "device": DeviceIndex}
 OPTIONS = {
@@ -30,7 +34,8 @@ OPTIONS = {
     "pq": ("lists", "probes", "codes"),
     "hnsw": ("neighbours", "effort"),
 }
-INDEXES = (*EXACT, *OPTIONS)
+ELSEWHERE = ("qdrant", "postgres")
+INDEXES = (*EXACT, *OPTIONS, *ELSEWHERE)
 
 
 def index_kind(
@@ -46,15 +51,27 @@ def index_kind(
     """
     if name not in INDEXES:
         raise ConfigError(f"{where}: unknown kind of index {name!r}; choose among {[*INDEXES]}")
-    known = OPTIONS.get(name, ())
+    known = KINDS[name].options if name in ELSEWHERE else OPTIONS.get(name, ())
     if unknown := [option for option in options if option not in known]:
         raise ConfigError(
             f"{where}: unknown options {unknown} of index {name!r}; choose among {[*known]}"
         )
     if name in EXACT:
         return EXACT[name].build
+    if name in ELSEWHERE:
+        if lacking := [option for option in KINDS[name].needed if option not in options]:
+            raise ConfigError(
+                f"{where}: index {name!r} needs the option {lacking[0]!r}: where it is"
+            )
+        return functools.partial(_in_store, name, options)
     try:
         kind = dataclasses.replace(FaissKind(name), **options)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
     return functools.partial(ApproximateIndex.build, kind=kind)
+
+
+def _in_store(name: str, options: Mapping[str, Any], ids, vectors) -> StoreIndex:
+    store = new_store(name, vectors.shape[1], **options)
+    assert isinstance(store, KnowledgeStore)
+    return StoreIndex.build(ids, vectors, store=store)
