@@ -16,7 +16,7 @@ class Lap(NamedTuple):
       others: spent on none of these.
       compiling: by JAX.
       embedding: of passages; where their vectors lay on disk, as long as it took then.
-      searching: for passages, questions embedded included.
+      searching: for passages, with embedding questions and making indexes.
     """
 
     others: float

@@ -29,9 +29,10 @@ from fedrag_jax.federated.engine import scheduling
 from fedrag_jax.federated.fit import fit
 from fedrag_jax.federated.sampling import uniform
 from fedrag_jax.federated.sweep import sweep
-from fedrag_jax.models import lora
+from fedrag_jax.models import hub, lora
 from fedrag_jax.models.decoder import Decoder
 from fedrag_jax.models.network import Network, flatten
+from fedrag_jax.retrieval import embedding
 from fedrag_jax.tracking.checkpoints import Checkpointer
 from fedrag_jax.tracking.logs import JsonlLog
 
@@ -160,6 +161,25 @@ def compare_sweep():
             assert_close(found.trainable, fit(**arguments).trainable, 1e-5)
 
 
+def compare_shards(folder):
+    """Each of two processes embeds every second shard of a corpus, and both have all vectors."""
+    model = hub.load("builtin:encoder")
+    texts = [f"Text {i} of some." for i in range(30)]
+    how = {"max_length": 16}
+    whole = embedding.embed_texts(model.network, model.params, model.tokenizer, texts, **how)
+    embedded = []
+
+    def counted(*args, **options):
+        embedded.append(len(args[3]))
+        return embed_texts(*args, **options)
+
+    embed_texts, embedding.embed_texts, embedding.SHARD = embedding.embed_texts, counted, 8
+    parts = model.network, model.params, model.tokenizer, texts
+    found = embedding.embed_corpus(*parts, cache_dir=folder / "vectors", **how)
+    np.testing.assert_allclose(found, whole, atol=1e-6)
+    assert embedded == [[8, 8], [8, 6]][jax.process_index()]
+
+
 if __name__ == "__main__":
     keep_programs()
     if sys.argv[1] == "process":
@@ -169,6 +189,7 @@ if __name__ == "__main__":
         mesh = jax.make_mesh((2,), ("clients",))
         compare(mesh)
         compare_resumed(mesh, pathlib.Path(sys.argv[4]))
+        compare_shards(pathlib.Path(sys.argv[4]))
     elif sys.argv[1] == "decompositions":
         compare_decompositions(Mesh(np.array(jax.devices()), ("clients",)))
     else:

@@ -14,10 +14,12 @@ from fedrag_jax.models import hub
 from fedrag_jax.retrieval.index.approximate_index import ApproximateIndex
 from fedrag_jax.retrieval.index.by_name import INDEXES, index_kind
 from fedrag_jax.retrieval.index.faiss_index import FaissIndex
+from fedrag_jax.retrieval.index.faiss_kinds import FaissKind
 from fedrag_jax.retrieval.retriever import Retriever
 
 APPROXIMATE = ("ivf", "pq", "hnsw")
 SIZE, D = 12_000, 16
+TRAINED = FaissKind.trained
 
 
 def unit(count, seed=0):
@@ -69,6 +71,25 @@ def test_replaced_vectors_are_found_where_they_are_now(name, vectors):
     expected[rows] = fresh
     np.testing.assert_array_equal(index.vectors, expected)
     assert index.search(fresh[1:], 1)[0].ravel().tolist() == [9_000, 3, 7]
+
+
+@pytest.mark.parametrize("name", APPROXIMATE)
+def test_few_other_vectors_need_no_new_training(name, built, vectors, monkeypatch):
+    few = np.array(vectors)
+    few[[5, 11_000]] = unit(2, seed=9)
+    trained = []
+    monkeypatch.setattr(
+        FaissKind, "trained", lambda kind, *how: trained.append(1) or TRAINED(kind, *how)
+    )
+    other = built[name].with_vectors(few)
+    assert other.search(unit(2, seed=9), 1)[0].ravel().tolist() == [5, 11_000]
+    assert len(trained) == (name == "hnsw")
+    # The index it was made of is as it was.
+    assert built[name].search(vectors[5:6], 1)[0].tolist() == [[5]]
+    assert built[name].with_vectors(np.array(vectors)).search(vectors[5:6], 1)[0] == 5
+    many = unit(SIZE, seed=6)
+    assert built[name].with_vectors(many).search(many[:3], 1)[0].ravel().tolist() == [0, 1, 2]
+    assert len(trained) == 1 + (name == "hnsw")
 
 
 @pytest.mark.parametrize("name", APPROXIMATE)
@@ -182,6 +203,19 @@ for size in (3, 130, 1500, 5000):
         index.replace([0, size - 1], fresh)
     assert four.search(fresh, 1)[0].tolist() == one.search(fresh, 1)[0].tolist()
     assert len(four.with_vectors(vectors)._devices) == 4
+
+from fedrag_jax.data import synthetic
+from fedrag_jax.data.examples import embedding_text
+from fedrag_jax.models import hub
+from fedrag_jax.retrieval.embedding import embed_texts
+model = hub.load("builtin:encoder")
+texts = [embedding_text(p) for p in synthetic.generate(synthetic.WorldConfig(people=20)).passages[:40]]
+how = {"max_length": 32, "batch_tokens": 256}
+one = embed_texts(model.network, model.params, model.tokenizer, texts, **how)
+four = embed_texts(
+    model.network, model.params, model.tokenizer, texts, devices=jax.devices(), **how
+)
+np.testing.assert_allclose(one, four, atol=1e-6)
 """
 
 

@@ -40,6 +40,7 @@ def embed_texts(
     *,
     max_length: int,
     batch_tokens: int | None = None,
+    devices: Sequence[jax.Device] | None = None,
     progress: bool = False,
 ) -> np.ndarray:
     """Vectors of `texts`, float32 [N, D], in the order given.
@@ -52,6 +53,7 @@ def embed_texts(
       tokenizer: a Hugging Face tokenizer; its special tokens count.
       max_length: longer texts are cut at this many tokens.
       batch_tokens: tokens per batch, padding included; default by kind of device.
+      devices: that batches are dealt out to; by default all accelerators of this process, or a CPU.
       progress: shows texts per second and time left on stderr.
 
     Raises:
@@ -72,17 +74,24 @@ def embed_texts(
     order = np.argsort(-np.diff(starts), kind="stable")
     bar = tqdm(total=len(texts), unit=" texts", desc="embed", disable=not progress, mininterval=1)
 
-    def embed(count, batch, mask):
-        return np.asarray(_forward(encoder, params, batch, mask), np.float32)[:count]
+    if devices is None:
+        devices = jax.local_devices() if jax.default_backend() != "cpu" else ()
+    held = [jax.device_put(params, device) for device in devices] or [params]
+
+    def embed(number, count, batch, mask):
+        own = held[number % len(held)]
+        return np.asarray(_forward(encoder, own, batch, mask), np.float32)[:count]
 
     def read_oldest():
         parts.append(in_flight.popleft().result())
         bar.update(len(parts[-1]))
 
-    with bar, ThreadPoolExecutor(_IN_FLIGHT) as pool:
-        for batch in _batches(tokens, starts, order, max_length, batch_tokens):
-            in_flight.append(pool.submit(embed, *batch))
-            if len(in_flight) > _IN_FLIGHT:
+    most = _IN_FLIGHT * len(held)
+    with bar, ThreadPoolExecutor(most) as pool:
+        batches = _batches(tokens, starts, order, max_length, batch_tokens)
+        for number, batch in enumerate(batches):
+            in_flight.append(pool.submit(embed, number, *batch))
+            if len(in_flight) > most:
                 read_oldest()
         while in_flight:
             read_oldest()

@@ -93,11 +93,12 @@ class Retriever:
 
     def _behind_head(self) -> "Retriever":
         vectors = passage_side(self.bare_vectors, self.encoder.config, self.head)
-        index = self.index
+        index, clock = self.index, Clock()
         if index is not None:
             index = index.with_vectors(vectors)
         elif len(self.passages):
             index = FaissIndex.build(None, vectors)
+        self.spent.searching += clock.lap().others
         return dataclasses.replace(self, vectors=vectors, index=index)
 
     def embed_passages(self, document, rows=None) -> np.ndarray:

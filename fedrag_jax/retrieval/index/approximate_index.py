@@ -2,11 +2,13 @@
 
 from typing import Any
 
+import faiss
 import numpy as np
 
 from fedrag_jax.retrieval.index.faiss_kinds import FaissKind
-from fedrag_jax.retrieval.index.vector_index import VectorIndex
+from fedrag_jax.retrieval.index.vector_index import VectorIndex, finite
 
+FEW = 0.1  # of the vectors may be others for an index to be brought up to date, not built anew
 TRAINED_ON = 200_000  # vectors at least, or all there are; a twentieth, if that is more
 _AT_ONCE = 65_536  # vectors added together
 
@@ -20,10 +22,41 @@ class ApproximateIndex(VectorIndex):
 
     exact = False
 
-    def __init__(self, ids, vectors: np.ndarray, kind: FaissKind):
+    def __init__(self, ids, vectors: np.ndarray, kind: FaissKind, index=None):
         super().__init__(ids, vectors)
         self.kind, self._vectors, self._own = kind, vectors, False
-        self._index = self._built()
+        self._index = self._built() if index is None else index
+
+    def with_vectors(self, vectors: np.ndarray) -> "ApproximateIndex":
+        """An index of the same kind over other vectors [N, D].
+
+        Where few of them are others, and the kind allows it, a copy of this index gets those alone;
+        else it is trained and built anew.
+        """
+        if vectors.shape != self._vectors.shape:
+            return super().with_vectors(vectors)
+        vectors, changed = finite(vectors, "passage"), []
+        for start in range(0, len(vectors), _AT_ONCE):
+            part = slice(start, start + _AT_ONCE)
+            others = (vectors[part] != self._vectors[part]).any(axis=1)
+            changed.append(start + np.flatnonzero(others))
+        rows = np.concatenate(changed)
+        if len(rows) > FEW * len(vectors) or (len(rows) and not self._updates):
+            return super().with_vectors(vectors)
+        other = ApproximateIndex(self._ids, vectors, self.kind, faiss.clone_index(self._index))
+        other._update(rows)
+        return other
+
+    @property
+    def _updates(self) -> bool:
+        """Whether vectors can be put in place of others: of lists with a map of what lies where."""
+        return hasattr(self._index, "update_vectors")
+
+    def _update(self, rows: np.ndarray) -> None:
+        """Puts the vectors of some rows, each there once, into the index."""
+        fresh = np.ascontiguousarray(self._vectors[rows], np.float32)
+        if len(rows):
+            self._index.update_vectors(np.asarray(rows, np.int64), fresh)
 
     def _built(self):
         """Trained on a sample, where that is enough, and filled part by part."""
@@ -64,11 +97,7 @@ class ApproximateIndex(VectorIndex):
         if not self._own:
             self._vectors, self._own = np.array(self._vectors), True
         self._vectors[rows] = vectors
-        if hasattr(self._index, "update_vectors"):  # lists with a map of what lies where
-            # The last of a row that is there twice, as in the vectors.
-            last = {int(row): place for place, row in enumerate(rows)}
-            places = [*last.values()]
-            fresh = np.ascontiguousarray(vectors[places], np.float32)
-            self._index.update_vectors(np.array([*last], np.int64), fresh)
+        if self._updates:
+            self._update(np.unique(rows))
         else:
             self._index = self._built()
