@@ -9,12 +9,17 @@ import pytest
 import stored
 
 from fedrag_jax.data import synthetic
+from fedrag_jax.data.examples import Dataset, Example
 from fedrag_jax.errors import ConfigError
+from fedrag_jax.federated.fit import fit
 from fedrag_jax.models import hub
+from fedrag_jax.objectives.retriever import multiple_negatives_ranking
+from fedrag_jax.rag import RAGSystem
 from fedrag_jax.retrieval.index.approximate_index import ApproximateIndex
 from fedrag_jax.retrieval.index.by_name import INDEXES, index_kind
 from fedrag_jax.retrieval.index.faiss_index import FaissIndex
 from fedrag_jax.retrieval.index.faiss_kinds import FaissKind
+from fedrag_jax.retrieval.index.recall import index_recall
 from fedrag_jax.retrieval.retriever import Retriever
 
 APPROXIMATE = ("ivf", "pq", "hnsw")
@@ -179,6 +184,30 @@ def test_a_retriever_searches_by_any_kind(name, retriever):
     assert type(other.with_vectors(retriever.bare_vectors).index) is type(other.index)
 
 
+def test_a_system_is_built_over_any_kind_and_half_precision(retriever):
+    system = RAGSystem.build(retriever.passages, index="hnsw", vectors="float16", top_k=3)
+    assert type(system.retriever.index) is ApproximateIndex
+    assert system.retriever.vectors.dtype == np.float16
+    asked = ["Who?", "Where?", "When?"]
+    assert index_recall(system.retriever, asked, 3).tolist() == [1, 1, 1]
+    with pytest.raises(ConfigError, match=r"index: unknown kind of index 'kd'"):
+        RAGSystem.build(retriever.passages, index="kd")
+    with pytest.raises(ConfigError, match=r"kept as one of .* got 'int8'"):
+        RAGSystem.build(retriever.passages, vectors="int8")
+
+
+def test_recall_counts_what_an_index_misses(retriever):
+    class Half(FaissIndex):
+        def _search(self, queries, k):
+            rows, scores = super()._search(queries, k)
+            rows[:, k // 2 :] = len(self) - 1 - np.arange(k - k // 2)
+            return rows, scores
+
+    far = retriever.searched_by(Half.build)
+    recall = index_recall(far, ["Who wrote it?"], 4)
+    assert 0.5 <= recall[0] < 1
+
+
 SHARES = """
 import os
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
@@ -206,7 +235,10 @@ for size in (3, 130, 1500, 5000):
 
 from fedrag_jax.data import synthetic
 from fedrag_jax.data.examples import embedding_text
+from fedrag_jax.federated.fit import fit
 from fedrag_jax.models import hub
+from fedrag_jax.objectives.retriever import multiple_negatives_ranking
+from fedrag_jax.rag import RAGSystem
 from fedrag_jax.retrieval.embedding import embed_texts
 model = hub.load("builtin:encoder")
 texts = [embedding_text(p) for p in synthetic.generate(synthetic.WorldConfig(people=20)).passages[:40]]
@@ -223,3 +255,19 @@ def test_devices_hold_a_share_each():
     subprocess.run(
         [sys.executable, "-c", SHARES], check=True, cwd=pathlib.Path(__file__).parent.parent
     )
+
+
+def test_half_precision_trains_a_query_encoder(retriever):
+    passages = retriever.passages
+    examples = [
+        Example(f"q{i}", f"Who or what is {p.title}?", (p.title,), (p.id,))
+        for i, p in enumerate(passages)
+    ]
+    dataset, found = Dataset("titles", passages, examples, [], []), {}
+    for dtype in ("float32", "float16"):
+        kept = Retriever.build(hub.load("builtin:encoder"), passages, dtype=dtype)
+        task = multiple_negatives_ranking(kept, dataset)
+        result = fit(task, examples, rounds=4, batch_size=16)
+        found[dtype] = [record["loss"] for record in result.history]
+    np.testing.assert_allclose(found["float16"], found["float32"], rtol=5e-3)
+    assert found["float16"][-1] < found["float16"][0]

@@ -10,7 +10,7 @@ import numpy as np
 
 from fedrag_jax.data.citations import cited
 from fedrag_jax.data.corpora import Pool
-from fedrag_jax.data.examples import Example, reading_text
+from fedrag_jax.data.examples import Example, ids_of, reading_text
 from fedrag_jax.data.seeds import stream
 from fedrag_jax.evaluation.metrics import score_answers
 from fedrag_jax.objectives.citing import Context
@@ -38,7 +38,7 @@ def contexts_of(
     Returns:
       Contexts, and bool [Q]: whether no gold passage is among the n nearest.
     """
-    row = {p.id: i for i, p in enumerate(retriever.passages)}
+    row = {identifier: i for i, identifier in enumerate(ids_of(retriever.passages))}
     ranked, _ = found_by(retriever, examples, n, pool)
     contexts, hard = [], np.zeros(len(examples), bool)
     for i, (example, nearest) in enumerate(zip(examples, ranked, strict=True)):
@@ -59,7 +59,7 @@ def without_gold(
     pool: Pool | None = None,
 ) -> list[Context]:
     """The n nearest passages that are not gold, in random order: nothing to be cited."""
-    row = {p.id: i for i, p in enumerate(retriever.passages)}
+    row = {identifier: i for i, identifier in enumerate(ids_of(retriever.passages))}
     most = max((len(e.positive_ids) for e in examples), default=0)
     size = len(retriever.passages)
     if pool is not None:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from fedrag_jax.data.examples import Example, Passage
+from fedrag_jax.data.examples import Example, Passage, ids_of
 from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.evaluation import metrics, rankings
 from fedrag_jax.generation.likelihood import answer_log_probs
@@ -211,7 +211,7 @@ def _golds(system: RAGSystem, examples: Sequence[Example]) -> list[set]:
 
 
 def _gold_rows(retriever: Retriever, examples: Sequence[Example]) -> list[set[int]]:
-    row = {p.id: i for i, p in enumerate(retriever.passages)}
+    row = {identifier: i for i, identifier in enumerate(ids_of(retriever.passages))}
     for example in examples:
         if missing := {*example.positive_ids} - row.keys():
             raise DataError(

@@ -143,6 +143,8 @@ def passage_vectors(encoder: Network, parts: PyTree, rows, at_once: int = 0) -> 
         vectors = vectors.reshape(*rows.shape, -1)
     else:
         vectors = parts["document_vectors"][rows]
+        # They may be kept in half precision.
+        vectors = vectors.astype(jnp.promote_types(vectors.dtype, jnp.float32))
     return passage_side(vectors, encoder.config, parts.get("head"))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from fedrag_jax.data.corpora import Pool
-from fedrag_jax.data.examples import Dataset
+from fedrag_jax.data.examples import Dataset, ids_of
 from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.generation.likelihood import tokens_read, weighted_mean
 from fedrag_jax.models.network import Network
@@ -145,7 +145,7 @@ def multiple_negatives_ranking(
         )
     if mining and negatives is not None:
         raise ConfigError("negatives are given, so there are none to mine: leave out one of both")
-    row = {passage.id: i for i, passage in enumerate(dataset.passages)}
+    row = {identifier: i for i, identifier in enumerate(ids_of(dataset.passages))}
     most = max((len(e.positive_ids) for e in dataset.train), default=1)
     trainable, frozen = trained_parts(retriever, train)
     questions = Questions(retriever, dataset.train, "query" not in train, max_question_tokens)
