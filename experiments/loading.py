@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import sys
 from collections.abc import Sequence
 
 import jax
@@ -47,7 +48,10 @@ def _whole(told: str, retriever: str) -> Dataset:
     """The set of `config.data`, given as JSON, with all of its questions."""
     data = ConfigDict(json.loads(told))
     cuts = data.get("passage_tokens") or data.get("corpus")
-    return datasets.of_config(data, hub.load(retriever).tokenizer if cuts else None)
+    dataset = datasets.of_config(data, hub.load(retriever).tokenizer if cuts else None)
+    if dataset.origin:
+        print(f"{dataset.name}: {dataset.origin}", file=sys.stderr)
+    return dataset
 
 
 def own_questions(config, dataset: Dataset) -> list[Example]:

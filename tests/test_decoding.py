@@ -332,7 +332,7 @@ def test_writing_a_token_copies_no_cache(model):
     network, params = model
     tokens, mask = np.ones((2, 8), np.int32), np.ones((2, 8), bool)
     zero = np.int32(0)
-    options = decoding._Options(
+    options = decoding.Options(
         np.array([], np.int32),
         zero,
         np.float32(0),

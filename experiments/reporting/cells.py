@@ -62,7 +62,7 @@ def save(folder: pathlib.Path, cell: Cell) -> None:
     with files.writing(here):
         here.mkdir(parents=True, exist_ok=True)
     with files.whole(here / "scores.npz", "wb") as file:
-        np.savez(file, **cell.scores, **{CLUSTERS: cell.clusters})
+        np.savez_compressed(file, **cell.scores, **{CLUSTERS: cell.clusters})
     about = {
         "strategy": cell.strategy,
         "regime": cell.regime,

@@ -109,7 +109,7 @@ def pieces(
             f"temperature {temperature:g} draws tokens at random: give a key, or temperature 0"
         )
     rows = np.arange(len(tokens)) if rows is None else rows
-    options = _Options(
+    options = Options(
         np.array(stop_tokens, np.int32),
         np.int32(pad_token),
         np.float32(temperature),
@@ -186,8 +186,8 @@ def bucket(length: int, least: int = 32) -> int:
     return -(-length // multiple) * multiple
 
 
-class _Options(NamedTuple):
-    """Arrays, so that other values need no other program."""
+class Options(NamedTuple):
+    """How tokens are chosen, and rows end: arrays, so that other values need no other program."""
 
     stops: Any
     pad: Any
@@ -211,7 +211,7 @@ class _State(NamedTuple):
 def _begin(network, sampled, room, params, adapters, tokens, mask, options):
     run = functools.partial(network, params, adapters=adapters)
     logits, position, cache = read_prompts(run, tokens, mask, room)
-    token, log_prob = _choose(logits, sampled, options, jnp.int32(0))
+    token, log_prob = choose(logits, sampled, options, jnp.int32(0))
     stopped = jnp.isin(token, options.stops)
     state = _State(token, position, jnp.int32(1), stopped, cache)
     return state, token[:, None], log_prob[:, None]
@@ -242,7 +242,7 @@ def _advance(network, sampled, state, params, adapters, count, options):
         i, (token, position, number, stopped, cache), tokens, log_probs = carry
         position = position + 1
         logits, cache = read_token(run, token, position, cache)
-        token, log_prob = _choose(logits, sampled, options, number)
+        token, log_prob = choose(logits, sampled, options, number)
         token = jnp.where(stopped, options.pad, token)
         tokens = tokens.at[:, i].set(token)
         log_probs = log_probs.at[:, i].set(jnp.where(stopped, 0, log_prob))
@@ -273,10 +273,13 @@ def read_token(run, token, position, cache: Cache):
     return run(hidden[:, 0], method="logits"), cache
 
 
-def _choose(logits, sampled, options, step):
+def choose(logits, sampled, options, step):
     """A token for each row of [B, V] and its log-probability: int32 [B], float32 [B].
 
     The log-probability of a row whose logits are not all finite is NaN, which `pieces` looks for.
+
+    Args:
+      step: int32, or [B], how many tokens a row has: of the random numbers.
     """
     scores = logits
     if sampled:
@@ -284,8 +287,8 @@ def _choose(logits, sampled, options, step):
         kept = jax.lax.cond(
             options.top_p < 1, nucleus, lambda scores, _: scores > -jnp.inf, scores, options.top_p
         )
-        fold = jax.vmap(jax.random.fold_in, (0, None))
-        keys = fold(jax.vmap(jax.random.fold_in, (None, 0))(options.key, options.rows), step)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(options.key, options.rows)
+        keys = jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(step, options.rows.shape))
         noise = jax.vmap(lambda key: jax.random.gumbel(key, scores.shape[1:]))(keys)
         scores = jnp.where(kept, scores + noise, -jnp.inf)
     # The first of the largest: XLA on a CPU takes three times as long over argmax.

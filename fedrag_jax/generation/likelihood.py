@@ -13,6 +13,17 @@ from fedrag_jax.models.network import Network
 def answer_log_probs(decoder: Network, params, adapters, batch) -> jax.Array:
     """log p(y_i | passages, x, y_<i) for every answer token: float32 [B, K, A].
 
+    Args:
+      batch: as of `answer_distributions`.
+    """
+    log_probs, targets = answer_distributions(decoder, params, adapters, batch)
+    return jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
+
+
+def answer_distributions(decoder: Network, params, adapters, batch) -> tuple[jax.Array, jax.Array]:
+    """log p(. | passages, x, y_<i) at every answer token, float32 [B, K, A, V], and what that token is,
+    int [B, K, A].
+
     Hidden states and logits are computed where they are needed alone: what predicts the token at
     position t is the hidden state at t - 1.
 
@@ -35,8 +46,8 @@ def answer_log_probs(decoder: Network, params, adapters, batch) -> jax.Array:
     predicting = decoder(params, tokens, rotary, mask, read=read, adapters=adapters, **packed)
     logits = decoder(params, predicting, method="logits", adapters=adapters)
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
-    chosen = jnp.take_along_axis(log_probs, targets[..., None], axis=-1)
-    return chosen.reshape(batch["answer_positions"].shape)
+    shape = batch["answer_positions"].shape
+    return log_probs.reshape(*shape, -1), targets.reshape(shape)
 
 
 def next_log_probs(decoder: Network, params, adapters, tokens, lengths) -> jax.Array:

@@ -1,0 +1,320 @@
+"""Texts that search as they are written: think, ask, read what was found, go on (ReSearch, 2503.19470;
+Search-R1, 2503.09516).
+
+All rollouts of a batch are written together. Where one closes its search tag it waits; when none is
+being written any more, all that wait ask in one call, what was found is read into the cache in one
+forward pass, and they go on. Widths are fixed beforehand, so that four programs are compiled whatever
+the lengths. What was written and what was found is kept apart as it happens: no tag in a passage, and
+no token, is taken for a tag of the rollout.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedrag_jax.data.padding import left_padded
+from fedrag_jax.data.prompts import plain
+from fedrag_jax.data.spelling import Spelling
+from fedrag_jax.errors import ConfigError
+from fedrag_jax.generation.decoding import (
+    Options,
+    apart,
+    bucket,
+    check_options,
+    choose,
+    read_prompts,
+    require_finite,
+)
+from fedrag_jax.generation.rollouts import BUDGET, TAGS, Budget, Part, Rollout, Tags, inside
+from fedrag_jax.models.decoder import Cache
+from fedrag_jax.models.network import Network
+
+PIECE = 8  # tokens written between two looks for a tag
+
+
+def roll_out(
+    network: Network,
+    params,
+    adapters,
+    tokenizer,
+    prompts: Sequence[np.ndarray],
+    search: Callable[[list[str]], list[str]],
+    *,
+    tags: Tags = TAGS,
+    budget: Budget = BUDGET,
+    stop_tokens: tuple[int, ...] = (),
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    key: jax.Array | None = None,
+    rows: Sequence[int] | None = None,
+) -> list[Rollout]:
+    """Writes one rollout for each prompt.
+
+    Args:
+      prompts: int32 [T] each.
+      search: gives the text found for each query; asked with those of all rollouts that wait.
+      stop_tokens: end a rollout.
+      temperature, top_p, key, rows: as of `decoding.pieces`.
+
+    Raises:
+      ConfigError: an option or a budget out of its range, more tokens than the model has positions
+        for, a window of attention that they do not fit.
+      NotFiniteError: logits that are NaN or infinite.
+    """
+    check_options(budget.written, temperature, top_p)
+    if min(budget.turns, budget.found - 1) < 0:
+        raise ConfigError(f"a budget needs turns >= 0 and found >= 1, got {budget}")
+    if temperature > 0 and key is None:
+        raise ConfigError(f"temperature {temperature:g} draws tokens at random: give a key")
+    if not len(prompts):
+        return []
+    pad = tokenizer.pad_token_id or 0
+    longest = max(map(len, prompts))
+    tokens, mask = left_padded(prompts, pad, multiple=bucket(longest))
+    pieces = -(-budget.written // PIECE)
+    most = longest + (budget.turns + 1) * pieces * PIECE + budget.turns * budget.found
+    room = tokens.shape[1] + (budget.turns + 1) * (pieces * PIECE + 1) + budget.turns * budget.found
+    _require_room(network, most, room)
+    options = Options(
+        np.array(stop_tokens, np.int32),
+        np.int32(pad),
+        np.float32(temperature),
+        np.float32(top_p),
+        key if temperature > 0 else None,
+        np.asarray(range(len(prompts)) if rows is None else rows, np.int32),
+    )
+    sampled = temperature > 0
+    spell = _Spelled(tokenizer, tags, budget.found)
+    growing = [_Growing(prompt, tokenizer, tags, budget, stop_tokens) for prompt in prompts]
+    state, token, log_prob = _read(network, sampled, room, params, adapters, tokens, mask, options)
+    if jax.default_backend() == "cpu":
+        params, adapters, cache = jax.jit(apart)(params, adapters, state.cache)
+        state = state._replace(cache=cache)
+    require_finite(not np.isnan(np.asarray(log_prob)).any())
+    for rollout, *first in zip(growing, np.asarray(token), np.asarray(log_prob), strict=True):
+        rollout.add(*([one] for one in first))
+    while True:
+        while any(rollout.writing for rollout in growing):
+            stopped = np.array([not rollout.writing for rollout in growing])
+            state, wrote, log_probs = _write(
+                network, sampled, state._replace(stopped=stopped), params, adapters, options
+            )
+            wrote, log_probs = np.asarray(wrote), np.asarray(log_probs)
+            require_finite(not np.isnan(log_probs).any())
+            # Of what was written after a tag nothing is kept, also in the cache.
+            kept = [
+                rollout.add(*new) if rollout.writing else 0
+                for rollout, *new in zip(growing, wrote, log_probs, strict=True)
+            ]
+            state = _cut(state, np.array(kept, np.int32))
+        waiting = [rollout for rollout in growing if rollout.waits]
+        if not waiting:
+            return [rollout.done() for rollout in growing]
+        texts = iter(search([rollout.query for rollout in waiting]))
+        chunk = np.full((len(growing), budget.found + 1), pad, np.int32)
+        there = np.zeros(chunk.shape, bool)
+        for row, rollout in enumerate(growing):
+            if rollout.waits:
+                # The last token that was written has not been read yet, unless others followed it.
+                read = rollout.found(spell(next(texts)), unread=rollout.unread)
+                chunk[row, len(chunk[row]) - len(read) :] = read
+                there[row, len(chunk[row]) - len(read) :] = True
+        state, token, log_prob = _append(
+            network, sampled, state, params, adapters, chunk, there, options
+        )
+        firsts = np.asarray(token), np.asarray(log_prob)
+        require_finite(not np.isnan(firsts[1][there[:, -1]]).any())
+        for row in np.flatnonzero(there[:, -1]):
+            growing[row].add(*(first[row : row + 1] for first in firsts))
+
+
+def _require_room(network: Network, most: int, room: int) -> None:
+    config = network.config
+    if most > config.max_positions:
+        raise ConfigError(
+            f"prompts and budget come to {most} tokens, more than the model's {config.max_positions} "
+            "positions: allow fewer turns or tokens"
+        )
+    if (narrow := [w for w in config.windows if w]) and min(narrow) < room:
+        raise ConfigError(
+            f"the model looks back {min(narrow)} tokens in some layers, and rollouts take {room} "
+            "places: allow fewer turns or tokens, or take a model without a window"
+        )
+
+
+class _Spelled:
+    """What was found as tokens to be read, of at most so many."""
+
+    def __init__(self, tokenizer, tags: Tags, most: int):
+        self._tokenizer, self._most = tokenizer, most
+        self._spelling = Spelling(tokenizer)
+        self._head, self._tail = tags.found.split("{text}")
+        self._closing = tags.search[1]
+
+    def __call__(self, text: str) -> list[int]:
+        # What closes it stays, whatever is cut.
+        tail = self._spelling.after("a", self._tail)
+        head = self._spelling.after(self._closing, self._head + plain(self._tokenizer, text))
+        return [*head[: max(self._most - len(tail), 0)], *tail][: self._most]
+
+
+class _Growing:
+    """A rollout as it is written."""
+
+    def __init__(self, prompt, tokenizer, tags: Tags, budget: Budget, stop_tokens):
+        self.prompt, self._tokenizer, self._tags = prompt, tokenizer, tags
+        self._budget, self._stop_tokens = budget, stop_tokens
+        self.parts: list[Part] = []
+        self.queries: list[str] = []
+        self.texts: list[str] = []
+        self.finish, self.query, self.unread = "", "", 0
+        self.writing, self.waits = True, False
+        self._begin()
+
+    def _begin(self) -> None:
+        self._tokens: list[int] = []
+        self._log_probs: list[float] = []
+
+    def add(self, tokens, log_probs) -> int:
+        """Takes tokens up to the end of the part; returns how many it took."""
+        for count, (token, log_prob) in enumerate(zip(tokens, log_probs, strict=True), 1):
+            self._tokens.append(int(token))
+            self._log_probs.append(float(log_prob))
+            if self._ended():
+                self.unread = int(count == len(tokens))
+                return count
+        return len(tokens)
+
+    def _ended(self) -> bool:
+        if self._tokens[-1] in self._stop_tokens:
+            return self._close("stop")
+        text = self._text()
+        if self._tags.answer[1] in text:
+            return self._close("answer")
+        if self._tags.search[1] in text:
+            if len(self.queries) == self._budget.turns:
+                return self._close("turns")
+            self.query = (inside(text, self._tags.search) or "").strip()
+            self._keep(text)
+            self.queries.append(self.query)
+            self.writing, self.waits = False, True
+            return True
+        if len(self._tokens) >= self._budget.written:
+            return self._close("length")
+        return False
+
+    def _text(self) -> str:
+        tokens = [t for t in self._tokens if t not in self._stop_tokens]
+        return self._tokenizer.decode(
+            tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+
+    def _keep(self, text: str) -> None:
+        self.texts.append(text)
+        arrays = np.array(self._tokens, np.int32), np.array(self._log_probs, np.float32)
+        self.parts.append(Part(True, *arrays))
+        self._begin()
+
+    def _close(self, finish: str) -> bool:
+        self._keep(self._text())
+        self.finish, self.writing = finish, False
+        return True
+
+    def found(self, tokens: list[int], unread: int) -> list[int]:
+        """Takes what was found; returns what is to be read: with the last token, if it is unread."""
+        last = self.parts[-1].tokens[len(self.parts[-1].tokens) - unread :].tolist()
+        self.parts.append(
+            Part(False, np.array(tokens, np.int32), np.zeros(len(tokens), np.float32))
+        )
+        self.waits, self.writing = False, True
+        return [*last, *tokens]
+
+    def done(self) -> Rollout:
+        told = tuple(self.parts), tuple(self.queries), self.finish, tuple(self.texts)
+        return Rollout(np.asarray(self.prompt, np.int32), *told)
+
+
+class _State(NamedTuple):
+    """Where a batch stands: the last token [B], unread, the position [B] of the one before it, how many
+    tokens there are [B], which rows rest, the past, and the first place of the last piece in it."""
+
+    token: jax.Array
+    position: jax.Array
+    step: jax.Array
+    stopped: jax.Array
+    cache: Cache
+    start: jax.Array
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _read(network, sampled, room, params, adapters, tokens, mask, options):
+    run = functools.partial(network, params, adapters=adapters)
+    logits, position, cache = read_prompts(run, tokens, mask, room)
+    steps = jnp.zeros(len(tokens), jnp.int32)
+    token, log_prob = choose(logits, sampled, options, steps)
+    resting = jnp.zeros(len(tokens), bool)
+    state = _State(token, position, steps + 1, resting, cache, cache.length)
+    return state, token, log_prob
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def _write(network, sampled, state, params, adapters, options):
+    """A piece: tokens and log-probabilities [B, PIECE]; of rows that rest nothing is read."""
+    run = functools.partial(network, params, adapters=adapters)
+    resting, start = state.stopped, state.cache.length
+    writing = (~resting).astype(jnp.int32)
+
+    def step(state, _):
+        position = state.position + writing
+        hidden, cache = run(
+            state.token[:, None], position[:, None], ~resting[:, None], cache=state.cache
+        )
+        logits = run(hidden[:, 0], method="logits")
+        token, log_prob = choose(logits, sampled, options, state.step)
+        token = jnp.where(resting, state.token, token)
+        log_prob = jnp.where(resting, 0, log_prob)
+        moved = _State(token, position, state.step + writing, resting, cache, start)
+        return moved, (token, log_prob)
+
+    state, (tokens, log_probs) = jax.lax.scan(step, state._replace(start=start), length=PIECE)
+    return state, tokens.T, log_probs.T
+
+
+@jax.jit
+def _cut(state, kept):
+    """The state without what rows [B] wrote in the last piece beyond so many tokens."""
+    places = jnp.arange(state.cache.mask.shape[1])[None]
+    # Its first place holds the token before it, the last token it wrote is not read yet.
+    beyond = (places > state.start + kept[:, None]) & (places < state.cache.length)
+    cut = ~state.stopped & (kept < PIECE)
+    mask = state.cache.mask & ~(beyond & cut[:, None])
+    # A row that was cut goes on from its last token kept, which has been read.
+    position = jnp.where(cut, state.position - (PIECE - 1) + kept, state.position)
+    step = jnp.where(cut, state.step - PIECE + kept, state.step)
+    return state._replace(position=position, step=step, cache=state.cache._replace(mask=mask))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def _append(network, sampled, state, params, adapters, chunk, there, options):
+    """Reads a chunk [B, C], padded on the left, of some rows, and chooses what follows it."""
+    run = functools.partial(network, params, adapters=adapters)
+    numbers = jnp.cumsum(there, axis=1, dtype=jnp.int32)
+    positions = state.position[:, None] + jnp.maximum(numbers, 1)
+    last = jnp.full((len(chunk), 1), chunk.shape[1] - 1)
+    hidden, cache = run(chunk, positions, there, cache=state.cache, read=last)
+    logits = run(hidden[:, 0], method="logits")
+    token, log_prob = choose(logits, sampled, options, state.step)
+    read, count = there.any(axis=1), there.sum(axis=1, dtype=jnp.int32)
+    state = _State(
+        jnp.where(read, token, state.token),
+        state.position + count,
+        state.step + read.astype(jnp.int32),
+        state.stopped,
+        cache,
+        cache.length,
+    )
+    return state, token, log_prob

@@ -1,0 +1,222 @@
+"""A policy that learns by searching: rollouts of the model in training become the table of a round.
+
+The rollouts of a question are written when examples are searched for, between compiled rounds, by the
+model that all clients have then; with `refresh_every=1` each round trains on rollouts of its own. A
+federated client's questions are rolled out by the round's global model.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedrag_jax.clock import Clock, Spent
+from fedrag_jax.data.examples import Example
+from fedrag_jax.errors import ConfigError
+from fedrag_jax.generation.likelihood import answer_log_probs
+from fedrag_jax.generation.rollouts import BUDGET, TAGS, Budget, Rollout, Tags
+from fedrag_jax.generation.searching import roll_out
+from fedrag_jax.models.network import Network
+from fedrag_jax.objectives.policy import PolicyLoss, group_advantages
+from fedrag_jax.objectives.task import PyTree, Task
+
+_AT_ONCE = 64  # rollouts written together
+# Numbers of a packed rollout that come before its tokens.
+_HEAD = ("prompt", "length", "searches", "well_formed", "reward")
+
+
+class Reward(Protocol):
+    """What a rollout is worth."""
+
+    def __call__(self, example: Example, rollout: Rollout, /) -> float: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Rolling:
+    """How questions are rolled out.
+
+    Attributes:
+      tokenizer: of the generator.
+      prompt: gives the tokens int32 [T] of a question's prompt.
+      search: gives the text found for each query.
+      reward: of a rollout.
+      group: G, rollouts of a question.
+      stop_tokens, tags, budget, temperature, top_p: as of `roll_out`.
+      seed: of the draws, which differ from one time to the next.
+
+    Raises:
+      ConfigError: fewer than one rollout.
+    """
+
+    tokenizer: Any
+    prompt: Callable[[str], np.ndarray]
+    search: Callable[[list[str]], list[str]]
+    reward: Reward
+    group: int = 5
+    stop_tokens: tuple[int, ...] = ()
+    tags: Tags = TAGS
+    budget: Budget = BUDGET
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.group < 1:
+            raise ConfigError(f"a group needs one rollout at least, got {self.group}")
+
+    def width(self, examples: Sequence[Example]) -> int:
+        """Tokens of the longest rollout there can be."""
+        turns, written, found = self.budget
+        longest = max(len(self.prompt(e.question)) for e in examples)
+        return longest + (turns + 1) * written + turns * found
+
+    def rollouts(
+        self, network: Network, params, adapters, examples: Sequence[Example], time: int
+    ) -> list[list[Rollout]]:
+        """G of each example, the draws those of a time."""
+        prompts = [self.prompt(e.question) for e in examples for _ in range(self.group)]
+        key = jax.random.fold_in(jax.random.key(self.seed), time)
+        found: list[Rollout] = []
+        for start in range(0, len(prompts), _AT_ONCE):
+            some = prompts[start : start + _AT_ONCE]
+            filled = [*some, *[some[-1]] * (min(_AT_ONCE, len(prompts)) - len(some))]
+            written = roll_out(
+                network, params, adapters, self.tokenizer, filled, self.search,
+                tags=self.tags, budget=self.budget, stop_tokens=self.stop_tokens,
+                temperature=self.temperature, top_p=self.top_p, key=key,
+                rows=range(start, start + len(filled)),
+            )  # fmt: skip
+            found += written[: len(some)]
+        return [found[i : i + self.group] for i in range(0, len(found), self.group)]
+
+
+def policy(
+    decoder: Network,
+    params: PyTree,
+    adapters: PyTree,
+    rolling: Rolling,
+    examples: Sequence[Example],
+    *,
+    reference: PyTree | None = None,
+    scaled: bool = True,
+    **loss,
+) -> Task:
+    """The task of training adapters by policy gradients, to be fitted with `refresh_every=1`.
+
+    Args:
+      examples: all that may be trained on; they set the width of the table.
+      reference: adapters that the policy is kept near to; those it starts from unless given.
+      scaled: as of `group_advantages`.
+      loss: settings of `PolicyLoss`.
+
+    Raises:
+      ConfigError: as `PolicyLoss`.
+    """
+    policy_loss, spent = PolicyLoss(decoder, **loss), Spent()
+    reference = adapters if reference is None else reference
+    width = rolling.width(examples)
+    written = (rolling.budget.turns + 1) * rolling.budget.written
+
+    def retrieve(some, trained, index):
+        clock, time = Clock(), int(index["time"])
+        groups = rolling.rollouts(decoder, params, trained["adapters"], some, time)
+        packed = np.stack(
+            [
+                [_packed(rollout, rolling, example, width) for rollout in group]
+                for example, group in zip(some, groups, strict=True)
+            ]
+        )
+        spent.searching += clock.lap().others
+        return packed, {"time": np.asarray(time + 1)}
+
+    def collate(some, packed):
+        table = _table(packed, written, width, scaled)
+        if policy_loss.kl:
+            table["reference_log_probs"] = _log_probs(decoder, params, reference, table)
+        return table
+
+    return Task(
+        name="policy",
+        trainable={"adapters": adapters},
+        frozen={"decoder": params},
+        loss=policy_loss,
+        collate=collate,
+        retrieve=retrieve,
+        index={"time": np.asarray(0)},
+        label="generator: policy gradients",
+        spent=spent,
+    )
+
+
+def _packed(rollout: Rollout, rolling: Rolling, example: Example, width: int) -> np.ndarray:
+    """A rollout as int32 [5 + 3 width], so that it is kept as what other tasks retrieve is: `_HEAD`,
+    its tokens, which of them were written, and their log-probabilities; floats by their bits."""
+    tokens = np.concatenate([rollout.prompt, *(part.tokens for part in rollout.parts)])
+    own = [np.full(len(part.tokens), part.written) for part in rollout.parts]
+    log_probs = [np.zeros(len(rollout.prompt)), *(part.log_probs for part in rollout.parts)]
+    reward = np.float32(rolling.reward(example, rollout))
+    head = [
+        len(rollout.prompt),
+        len(tokens),
+        len(rollout.queries),
+        rollout.well_formed(rolling.tags),
+        reward.view(np.int32),
+    ]
+    columns = np.zeros((3, width), np.int32)
+    columns[0, : len(tokens)] = tokens
+    columns[1, len(rollout.prompt) : len(tokens)] = np.concatenate(own)
+    columns[2, : len(tokens)] = np.concatenate(log_probs).astype(np.float32).view(np.int32)
+    return np.concatenate([np.array(head, np.int32), columns.ravel()])
+
+
+def _table(packed: np.ndarray, most: int, width: int, scaled: bool) -> dict[str, np.ndarray]:
+    """The columns of `PolicyLoss` from rollouts int32 [N, G, 5 + 3 width].
+
+    Args:
+      most: tokens that a rollout writes.
+    """
+    head = dict(zip(_HEAD, np.moveaxis(packed[..., : len(_HEAD)], -1, 0), strict=True))
+    tokens, own, bits = np.moveaxis(
+        packed[..., len(_HEAD) :].reshape(*packed.shape[:2], 3, width), 2, 0
+    )
+    log_probs = np.ascontiguousarray(bits).view(np.float32)
+    # The places of written tokens first, in order; what is left over points at the second token.
+    order = np.argsort(own == 0, axis=-1, kind="stable")[..., :most]
+    written = np.take_along_axis(own, order, -1).astype(np.float32)
+    rewards = np.ascontiguousarray(head["reward"]).view(np.float32)
+    told = {
+        "reward": rewards.mean(-1),
+        "no_variance": np.ptp(rewards, axis=-1) == 0,
+        "malformed": 1 - head["well_formed"].mean(-1),
+        "searches": head["searches"].mean(-1),
+        "written_tokens": written.sum(-1).mean(-1),
+    }
+    return {
+        "tokens": tokens,
+        "lengths": head["length"],
+        "answer_positions": np.where(written > 0, order, 1).astype(np.int32),
+        "written": written,
+        "old_log_probs": np.where(
+            written > 0, np.take_along_axis(log_probs, order, -1), 0.0
+        ).astype(np.float32),
+        "advantages": group_advantages(rewards, scaled),
+    } | {name: column.astype(np.float32) for name, column in told.items()}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _of_batch(decoder, params, adapters, batch):
+    return answer_log_probs(decoder, params, adapters, batch)
+
+
+def _log_probs(decoder: Network, params, adapters, table) -> np.ndarray:
+    """log-probabilities [N, G, A] of the written tokens, question by question."""
+    names = "tokens", "lengths", "answer_positions"
+    found = [
+        _of_batch(decoder, params, adapters, {n: jnp.asarray(table[n][i : i + 1]) for n in names})
+        for i in range(len(table["tokens"]))
+    ]
+    return np.concatenate(jax.device_get(found))

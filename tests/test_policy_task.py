@@ -1,0 +1,173 @@
+"""Rollouts become a table, and training on them raises the reward."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import optax
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from fedrag_jax.data.examples import Example
+from fedrag_jax.data.partition import Partition
+from fedrag_jax.errors import ConfigError
+from fedrag_jax.evaluation.rewards import ExactWithForm, F1WithForm, WithRetrieval
+from fedrag_jax.federated.algorithms.fed_avg import fed_avg
+from fedrag_jax.federated.fit import fit
+from fedrag_jax.federated.optimizers import tunable
+from fedrag_jax.generation.likelihood import answer_log_probs
+from fedrag_jax.generation.rollouts import TAGS, Budget, Part, Rollout
+from fedrag_jax.models import lora
+from fedrag_jax.models.decoder import Decoder, DecoderConfig
+from fedrag_jax.models.network import Network
+from fedrag_jax.objectives.policy import group_advantages
+from fedrag_jax.objectives.policy_task import Rolling, policy
+
+WORDS = ["[PAD]", "[EOS]", "[UNK]", *TAGS.search, *TAGS.answer, *(f"w{i}" for i in range(9))]
+SPACED = TAGS._replace(found=" w0 {text} w0 ")
+EXAMPLES = [Example(f"q{i}", f"w{i} w{i + 1}", (f"w{i}",), ()) for i in range(8)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", eos_token="[EOS]")
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = DecoderConfig(
+        vocab_size=len(WORDS), hidden_size=16, intermediate_size=24, num_layers=1, num_heads=2,
+        num_kv_heads=2, head_dim=8, max_positions=128,
+    )  # fmt: skip
+    network = lora.add_lora(
+        Network.of(Decoder, config),
+        lora.LoraConfig(rank=4, targets=("q_proj", "v_proj", "down_proj")),
+    )
+    return network, network.init(jax.random.key(0)), lora.init_adapters(network, 0)
+
+
+def share_of_w5(example, rollout):
+    """Of the tokens that were written."""
+    written = np.concatenate([p.tokens for p in rollout.parts if p.written])
+    return float((written == WORDS.index("w5")).mean())
+
+
+@pytest.fixture(scope="module")
+def rolling(tokenizer):
+    return Rolling(
+        tokenizer,
+        lambda question: np.array(tokenizer(question)["input_ids"], np.int32),
+        lambda queries: [f"w5 w5 {TAGS.search[1]}" for _ in queries],
+        share_of_w5,
+        group=4,
+        stop_tokens=(1,),
+        tags=SPACED,
+        budget=Budget(1, 5, 8),
+    )
+
+
+def test_the_table_holds_what_was_written(model, rolling):
+    network, params, adapters = model
+    task = policy(*model, rolling, EXAMPLES, kl=0.01)
+    some = EXAMPLES[:3]
+    packed, index = task.retrieve(some, task.trainable, task.index)
+    table, groups = task.collate(some, packed), rolling.rollouts(*model, some, 0)
+    assert index["time"] == 1 and packed.dtype == np.int32
+    rewards = np.array([[share_of_w5(e, r) for r in g] for e, g in zip(some, groups, strict=True)])
+    np.testing.assert_allclose(table["advantages"], group_advantages(rewards), atol=1e-4)
+    np.testing.assert_allclose(table["reward"], rewards.mean(1), rtol=1e-6)
+    np.testing.assert_array_equal(table["no_variance"], np.ptp(rewards, 1) == 0)
+    for i, group in enumerate(groups):
+        assert table["searches"][i] == np.mean([len(r.queries) for r in group])
+        for g, rollout in enumerate(group):
+            count = int(table["written"][i, g].sum())
+            places = table["answer_positions"][i, g, :count]
+            written = np.concatenate([p.tokens for p in rollout.parts if p.written])
+            np.testing.assert_array_equal(table["tokens"][i, g, places], written)
+            assert table["lengths"][i, g] == len(rollout.prompt) + sum(
+                len(p.tokens) for p in rollout.parts
+            )
+    # What the decoder says of them as a whole is what it said as it wrote them, token by token.
+    again = np.asarray(answer_log_probs(network, params, adapters, table))
+    kept = table["written"] > 0
+    np.testing.assert_allclose(table["old_log_probs"][kept], again[kept], atol=1e-4)
+    np.testing.assert_allclose(table["reference_log_probs"][kept], again[kept], atol=1e-5)
+    assert (table["old_log_probs"][~kept] == 0).all()
+    other, _ = task.retrieve(some, task.trainable, index)
+    assert not np.array_equal(other, packed), "another time, other draws"
+    np.testing.assert_array_equal(task.retrieve(some, task.trainable, task.index)[0], packed)
+
+
+def trained(model, rolling, data, algorithm=None, rounds=12):
+    task = policy(*model, rolling, EXAMPLES, kl=0.0, aggregation="token")
+    return fit(
+        task, data, algorithm, rounds=rounds, batch_size=8, optimizer=tunable_adam, refresh_every=1
+    )
+
+
+def tunable_adam(round):
+    return tunable(optax.adam, learning_rate=0.05)
+
+
+def test_training_raises_the_reward(model, rolling):
+    history = trained(model, rolling, EXAMPLES).history
+    rewards = [record["metrics"]["reward"] for record in history]
+    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.2
+    assert {"entropy", "clip_fraction", "no_variance", "malformed", "searches"} <= {
+        *history[0]["metrics"]
+    }
+    assert history[-1]["metrics"]["entropy"] < history[0]["metrics"]["entropy"]
+
+
+def test_clients_train_on_rollouts_of_their_own_questions(model, rolling):
+    clients = Partition(EXAMPLES, (np.arange(4), np.arange(4, 8)))
+    found = trained(model, rolling, clients, fed_avg(local_steps=1), rounds=10)
+    rewards = [record["metrics"]["reward"] for record in found.history]
+    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.1
+    assert found.history[0]["bytes_up"] > 0
+
+
+def test_a_group_has_a_rollout(rolling):
+    with pytest.raises(ConfigError, match="needs one rollout at least, got 0"):
+        dataclasses.replace(rolling, group=0)
+
+
+def rollout(*texts, found=()):
+    none = np.zeros(0, np.float32)
+    written = [Part(True, np.zeros(0, np.int32), none) for _ in texts]
+    others = [Part(False, np.array(tokens, np.int32), none) for tokens in found]
+    finish = "answer" if texts[-1].endswith(TAGS.answer[1]) else "length"
+    queries = tuple(texts[:-1])
+    return Rollout(np.zeros(0, np.int32), (*written, *others), queries, finish, texts)
+
+
+ASKED = Example("q", "Which?", ("New York", "NYC"), ())
+TRUTH = Example("t", "Is it?", ("yes",), ())
+
+
+@pytest.mark.parametrize(
+    ("example", "made", "by_f1", "by_em"),
+    [
+        (ASKED, rollout("<answer>New York</answer>"), 1.0, 1.0),
+        (ASKED, rollout("<answer>York</answer>"), 2 / 3, 0.2),
+        (ASKED, rollout("<answer>Bern</answer>"), 0.1, 0.2),
+        (ASKED, rollout("<search>x</search>", "<answer>the NYC</answer>"), 1.0, 1.0),
+        (ASKED, rollout("<search></search>", "<answer>NYC</answer>"), 0.0, 0.8),
+        (ASKED, rollout("New York"), 0.0, 0.0),
+        (ASKED, rollout("<answer></answer>"), 0.1, 0.2),
+        (TRUTH, rollout("<answer>yes it is</answer>"), 0.1, 0.2),
+        (TRUTH, rollout("<answer>Yes</answer>"), 1.0, 1.0),
+    ],
+)
+def test_rewards(example, made, by_f1, by_em):
+    assert F1WithForm()(example, made) == pytest.approx(by_f1)
+    assert ExactWithForm()(example, made) == pytest.approx(by_em)
+
+
+def test_finding_the_answer_may_count():
+    reward = WithRetrieval(F1WithForm(), lambda tokens: "in nyc" if 7 in tokens else "", 0.25)
+    assert reward(ASKED, rollout("<answer>Bern</answer>", found=[[7]])) == pytest.approx(0.35)
+    assert reward(ASKED, rollout("<answer>Bern</answer>", found=[[8]])) == pytest.approx(0.1)
