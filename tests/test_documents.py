@@ -50,6 +50,15 @@ def test_documents_alone_become_a_tuned_system(tmp_path, monkeypatch):
     assert system.query("Who?").sources
 
 
+@pytest.mark.slow
+def test_the_example_of_learning_to_search_runs():
+    scope = {}
+    (block,) = [b for b in code_of("docs/objectives.md") if "search_policy" in b]
+    exec(compile(block, "docs/objectives.md", "exec"), scope)
+    told = scope["result"].history[0]["metrics"]
+    assert {"reward", "entropy", "searches", "malformed"} <= {*told}
+
+
 @pytest.mark.parametrize(
     ("page", "number"), [("README.md", 0), ("docs/objectives.md", 1)], ids=["readme", "own"]
 )

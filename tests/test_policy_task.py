@@ -9,7 +9,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from fedrag_jax.data.examples import Example
+from fedrag_jax.data import synthetic
+from fedrag_jax.data.examples import Example, reading_text
 from fedrag_jax.data.partition import Partition
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.evaluation.rewards import ExactWithForm, F1WithForm, WithRetrieval
@@ -23,6 +24,8 @@ from fedrag_jax.models.decoder import Decoder, DecoderConfig
 from fedrag_jax.models.network import Network
 from fedrag_jax.objectives.policy import group_advantages
 from fedrag_jax.objectives.policy_task import Rolling, policy
+from fedrag_jax.rag import RAGSystem
+from fedrag_jax.strategies.policies import searched_in
 
 WORDS = ["[PAD]", "[EOS]", "[UNK]", *TAGS.search, *TAGS.answer, *(f"w{i}" for i in range(9))]
 SPACED = TAGS._replace(found=" w0 {text} w0 ")
@@ -133,6 +136,19 @@ def test_clients_train_on_rollouts_of_their_own_questions(model, rolling):
 def test_a_group_has_a_rollout(rolling):
     with pytest.raises(ConfigError, match="needs one rollout at least, got 0"):
         dataclasses.replace(rolling, group=0)
+
+
+def test_a_system_searches_its_own_passages():
+    world = synthetic.generate(synthetic.WorldConfig(people=20))
+    system = RAGSystem.build(world.passages[:50], top_k=2)
+    search = searched_in(system, 2)
+    title = system.retriever.passages[3].title
+    first, nothing, second = search([title, " ", "Who wrote it?"])
+    assert nothing == "" and first and len(second.splitlines()) >= 2
+    assert search([]) == []
+    assert search([title])[0] == "\n".join(
+        reading_text(f.passage) for f in system.retrieve([title], 2)[0]
+    )
 
 
 def rollout(*texts, found=()):
