@@ -14,7 +14,10 @@ from fedrag_jax.data.examples import Example, reading_text
 from fedrag_jax.data.partition import Partition
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.evaluation.rewards import ExactWithForm, F1WithForm, WithRetrieval
+from fedrag_jax.federated.algorithm import State
 from fedrag_jax.federated.algorithms.fed_avg import fed_avg
+from fedrag_jax.federated.callbacks import FitState
+from fedrag_jax.federated.collapse import CollapseWatch
 from fedrag_jax.federated.fit import fit
 from fedrag_jax.federated.optimizers import tunable
 from fedrag_jax.generation.likelihood import answer_log_probs
@@ -123,6 +126,78 @@ def test_training_raises_the_reward(model, rolling):
         *history[0]["metrics"]
     }
     assert history[-1]["metrics"]["entropy"] < history[0]["metrics"]["entropy"]
+
+
+def test_a_provoked_collapse_is_ended_and_undone(model, rolling, tmp_path):
+    def optimizer(round):  # what was learnt is blown away after round 8
+        return tunable(optax.adam, learning_rate=0.05 if round < 8 else 20.0)
+
+    watch = CollapseWatch(tmp_path, window=2)
+    task = policy(*model, rolling, EXAMPLES, kl=0.0, aggregation="token")
+    how = {"batch_size": 8, "optimizer": optimizer, "refresh_every": 1, "callbacks": [watch]}
+    history = fit(task, EXAMPLES, rounds=40, **how).history
+    assert 8 < len(history) < 40 and watch.why
+    rewards = [record["metrics"]["reward"] for record in history]
+    assert rewards[-1] < 0.5 * max(rewards)
+    kept = dataclasses.replace(task, trainable=watch.trainable())
+    packed, _ = kept.retrieve(EXAMPLES, kept.trainable, {"time": 99})
+    assert kept.collate(EXAMPLES, packed)["reward"].mean() > 2 * rewards[-1]
+
+
+def records(**columns):
+    rows = zip(*columns.values(), strict=True)
+    return tuple({"metrics": dict(zip(columns, row, strict=True))} for row in rows)
+
+
+def watched(tmp_path, **columns):
+    """What ended a fit with these metrics, and after how many rounds."""
+    usual = {"reward": 0.5, "no_variance": 0.2, "malformed": 0.1, "entropy": 1.0}
+    count = len(next(iter(columns.values())))
+    history = records(**{n: columns.get(n, [x] * count) for n, x in usual.items()})
+    watch, state = CollapseWatch(tmp_path, window=2), State({"x": np.zeros(2)}, (), ())
+    watch.start(FitState(0, state, None, (), {}))
+    for end in range(1, count + 1):
+        if watch.round_end(FitState(end, state, None, history[:end], {}), history[end - 1]):
+            return watch.why, end
+    return watch.why, None
+
+
+@pytest.mark.parametrize(
+    ("columns", "why", "rounds"),
+    [
+        ({"reward": [0.5] * 9}, "", None),
+        ({"reward": [0.4, 0.6, 0.4, 0.3, 0.5, 0.6]}, "", None),
+        ({"reward": [0.4, 0.6, 0.3, 0.1, 0.1]}, "the reward fell from 0.500 to 0.200", 4),
+        (
+            {"reward": [0.5, 0.5, 0.4, 0.4], "no_variance": [0.2, 0.2, 1, 1]},
+            "100% of the groups have equal rewards",
+            4,
+        ),
+        ({"reward": [0.5, 0.9, 1, 1], "no_variance": [0.2, 0.5, 1, 1]}, "", None),
+        (
+            {"reward": [0.5, 0.5, 0.4, 0.4], "malformed": [0.1, 0.1, 0.9, 0.95]},
+            "92% of the rollouts are malformed",
+            4,
+        ),
+        (
+            {"reward": [0.5, 0.5, 0.4, 0.4], "entropy": [1, 1, 0.001, 0.001]},
+            "the entropy is 0.0010 nats a token",
+            4,
+        ),
+    ],
+)
+def test_signs_of_collapse(tmp_path, columns, why, rounds):
+    told, ended = watched(tmp_path, **columns)
+    assert ended == rounds and told.startswith(why) and bool(told) == bool(why)
+
+
+def test_what_is_no_watch_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"fall must be in \(0, 1\], got 0"):
+        CollapseWatch(tmp_path, fall=0)
+    with pytest.raises(ConfigError, match="window must be at least 1"):
+        CollapseWatch(tmp_path, window=0)
+    with pytest.raises(ConfigError, match="fewer rounds than the window of 5"):
+        CollapseWatch(tmp_path).trainable()
 
 
 def test_clients_train_on_rollouts_of_their_own_questions(model, rolling):

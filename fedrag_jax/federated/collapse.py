@@ -1,0 +1,118 @@
+"""The collapse that policies suffer that learn to search: seen early, ended, and undone.
+
+Public reproductions of Search-R1 end with rewards that fall to nothing within some tens of steps, after
+the entropy has gone, every group has equal rewards, or nothing is well-formed any more.
+"""
+
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from fedrag_jax.errors import ConfigError
+from fedrag_jax.federated.callbacks import Callback
+from fedrag_jax.models import tensors
+from fedrag_jax.objectives.task import PyTree
+
+KEPT = "before_collapse.safetensors"
+
+
+class CollapseWatch(Callback):
+    """Ends a fit whose policy collapses, says why, and keeps the parameters with the best rewards.
+
+    Means are over the last `window` rounds. A policy has collapsed where one of these holds:
+
+      reward: below `fall` of the best mean so far
+      no_variance: at least `most_equal` of the groups have equal rewards, and the reward is below its
+        best (where all are right there is nothing to learn, and nothing wrong)
+      malformed: at least `most_malformed` of the rollouts, and more than at the best
+      entropy: below `least_entropy` nats a token, and the reward is below its best
+
+    Rewards of a round are those of the parameters before it, which are what is kept.
+
+    Args:
+      folder: where they are kept.
+
+    Attributes:
+      why: what ended the fit; "" where nothing has.
+
+    Raises:
+      ConfigError: a window below 1, a share that is none.
+    """
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        *,
+        window: int = 5,
+        fall: float = 0.5,
+        most_equal: float = 0.98,
+        most_malformed: float = 0.9,
+        least_entropy: float = 0.01,
+    ):
+        shares = {"fall": fall, "most_equal": most_equal, "most_malformed": most_malformed}
+        for name, share in shares.items():
+            if not 0 < share <= 1:
+                raise ConfigError(f"CollapseWatch: {name} must be in (0, 1], got {share}")
+        if window < 1 or least_entropy < 0:
+            raise ConfigError(
+                "CollapseWatch: window must be at least 1 and least_entropy 0 or more, got "
+                f"{window} and {least_entropy}"
+            )
+        self.window, self.shares, self.least_entropy = window, shares, least_entropy
+        self.kept, self.why = folder / KEPT, ""
+        self._best: dict[str, float] = {}
+        self._before: PyTree = None
+
+    def start(self, state):
+        self.kept.parent.mkdir(parents=True, exist_ok=True)
+        self._before = jax.device_get(state.state.trainable)
+        for end in range(self.window, len(state.history) + 1):
+            self._look(state.history[end - self.window : end], keeps=False)
+        return state
+
+    def round_end(self, state, record) -> bool:
+        if len(state.history) >= self.window:
+            self._look(state.history[-self.window :], keeps=True)
+        self._before = jax.device_get(state.state.trainable)
+        return bool(self.why)
+
+    def trainable(self) -> PyTree:
+        """The parameters with the best rewards.
+
+        Raises:
+          ConfigError: the fit was shorter than a window.
+        """
+        if not self.kept.exists():
+            raise ConfigError(
+                f"CollapseWatch: no parameters are kept in {self.kept.parent}, because the fit had "
+                f"fewer rounds than the window of {self.window}"
+            )
+        return tensors.load_arrays(self.kept)
+
+    def _look(self, records: tuple[dict[str, Any], ...], keeps: bool) -> None:
+        names = "reward", "no_variance", "malformed", "entropy"
+        now = {n: float(np.mean([record["metrics"][n] for record in records])) for n in names}
+        if not self._best or now["reward"] > self._best["reward"]:
+            self._best = now
+            if keeps or not self.kept.exists():
+                tensors.save_arrays(self._before, self.kept)
+            return
+        self.why = self._fault(now)
+
+    def _fault(self, now: dict[str, float]) -> str:
+        best, shares = self._best, self.shares
+        worse = now["reward"] < best["reward"]
+        signs = {
+            f"the reward fell from {best['reward']:.3f} to {now['reward']:.3f}": now["reward"]
+            < shares["fall"] * best["reward"],
+            f"{now['no_variance']:.0%} of the groups have equal rewards, below the best": worse
+            and now["no_variance"] >= shares["most_equal"],
+            f"{now['malformed']:.0%} of the rollouts are malformed": now["malformed"]
+            >= shares["most_malformed"]
+            and now["malformed"] > best["malformed"],
+            f"the entropy is {now['entropy']:.4f} nats a token": worse
+            and now["entropy"] < self.least_entropy,
+        }
+        return "; ".join(told for told, holds in signs.items() if holds)
