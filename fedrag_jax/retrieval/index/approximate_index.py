@@ -6,14 +6,14 @@ import faiss
 import numpy as np
 
 from fedrag_jax.retrieval.index.faiss_kinds import FaissKind
-from fedrag_jax.retrieval.index.vector_index import VectorIndex, finite
+from fedrag_jax.retrieval.index.vector_index import HostIndex, finite
 
 FEW = 0.1  # of the vectors may be others for an index to be brought up to date, not built anew
 TRAINED_ON = 200_000  # vectors at least, or all there are; a twentieth, if that is more
 _AT_ONCE = 65_536  # vectors added together
 
 
-class ApproximateIndex(VectorIndex):
+class ApproximateIndex(HostIndex):
     """An index of one of FAISS' kinds beside the vectors, which may be memory-mapped.
 
     Some vectors are replaced in place where the kind allows it (ivf, pq). A graph of neighbours (hnsw)
@@ -24,7 +24,7 @@ class ApproximateIndex(VectorIndex):
 
     def __init__(self, ids, vectors: np.ndarray, kind: FaissKind, index=None):
         super().__init__(ids, vectors)
-        self.kind, self._vectors, self._own = kind, vectors, False
+        self.kind = kind
         self._index = self._built() if index is None else index
 
     def with_vectors(self, vectors: np.ndarray) -> "ApproximateIndex":
@@ -72,13 +72,6 @@ class ApproximateIndex(VectorIndex):
     def _settings(self) -> dict[str, Any]:
         return {"kind": self.kind}
 
-    @property
-    def vectors(self) -> np.ndarray:
-        """float32 or float16 [N, D], a read-only view: `replace` is the way to change them."""
-        view = self._vectors.view()
-        view.flags.writeable = False
-        return view
-
     def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         how = self.kind.parameters(self._index, k)
         scores, rows = self._index.search(queries, k, params=how)
@@ -94,9 +87,7 @@ class ApproximateIndex(VectorIndex):
         return rows.astype(np.int32), scores
 
     def _replace(self, rows: np.ndarray, vectors: np.ndarray) -> None:
-        if not self._own:
-            self._vectors, self._own = np.array(self._vectors), True
-        self._vectors[rows] = vectors
+        super()._replace(rows, vectors)
         if self._updates:
             self._update(np.unique(rows))
         else:

@@ -3,25 +3,13 @@
 import faiss
 import numpy as np
 
-from fedrag_jax.retrieval.index.vector_index import VectorIndex
+from fedrag_jax.retrieval.index.vector_index import HostIndex
 
 _AT_ONCE = 65_536  # vectors of half precision that are widened together
 
 
-class FaissIndex(VectorIndex):
-    """FAISS looks at the vectors where they lie, memory-mapped if they are: there is no second copy
-    until some are replaced. Those of half precision are widened block by block."""
-
-    def __init__(self, ids, vectors: np.ndarray):
-        super().__init__(ids, vectors)
-        self._vectors, self._own = vectors, False
-
-    @property
-    def vectors(self) -> np.ndarray:
-        """float32 or float16 [N, D], a read-only view: `replace` is the way to change them."""
-        view = self._vectors.view()
-        view.flags.writeable = False
-        return view
+class FaissIndex(HostIndex):
+    """FAISS looks at the vectors where they lie. Those of half precision are widened block by block."""
 
     def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         scores, rows = self._ordered(queries, min(k + 1, len(self)))
@@ -35,11 +23,6 @@ class FaissIndex(VectorIndex):
             scores[undecided], rows[undecided] = all_scores[:, :k], all_rows[:, :k]
             undecided = undecided[all_scores[:, k - 1] == all_scores[:, -1]]
         return rows.astype(np.int32), scores
-
-    def _replace(self, rows: np.ndarray, vectors: np.ndarray) -> None:
-        if not self._own:
-            self._vectors, self._own = np.array(self._vectors), True
-        self._vectors[rows] = vectors
 
     def _nearest(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         if self._vectors.dtype == np.float32:

@@ -7,14 +7,14 @@ import numpy as np
 
 from fedrag_jax.data.examples import Passage
 from fedrag_jax.errors import ConfigError, DataError
-from fedrag_jax.retrieval.index.vector_index import VectorIndex
+from fedrag_jax.retrieval.index.vector_index import HostIndex
 from fedrag_jax.retrieval.stores.knowledge_store import KnowledgeStore
 
 _AT_ONCE = 10_000  # vectors sent together
 _DIGITS = 10  # of a row, so that equal scores are in the order of rows, too
 
 
-class StoreIndex(VectorIndex):
+class StoreIndex(HostIndex):
     """Vectors in a store, under the numbers of their rows and without their texts.
 
     Vectors that are replaced are replaced there. The store must be empty, or one that an index of as
@@ -31,7 +31,7 @@ class StoreIndex(VectorIndex):
 
     def __init__(self, ids, vectors: np.ndarray, store: KnowledgeStore):
         super().__init__(ids, vectors)
-        self.store, self._vectors, self._own = store, vectors, False
+        self.store = store
         held = len(store)
         if held not in (0, len(self)):
             raise ConfigError(
@@ -45,13 +45,6 @@ class StoreIndex(VectorIndex):
     def _settings(self) -> dict[str, Any]:
         return {"store": self.store}
 
-    @property
-    def vectors(self) -> np.ndarray:
-        """[N, D] as they were sent, a read-only view: `replace` is the way to change them."""
-        view = self._vectors.view()
-        view.flags.writeable = False
-        return view
-
     def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         found = self.store.search([""] * len(queries), queries, k)
         if least := [len(some) for some in found if len(some) < k]:
@@ -64,9 +57,7 @@ class StoreIndex(VectorIndex):
         return np.array(rows, np.int32), np.array(scores, np.float32)
 
     def _replace(self, rows: np.ndarray, vectors: np.ndarray) -> None:
-        if not self._own:
-            self._vectors, self._own = np.array(self._vectors), True
-        self._vectors[rows] = vectors
+        super()._replace(rows, vectors)
         changed = np.unique(rows)
         for some in _parts(len(changed)):
             part = changed[some.start : some.stop]

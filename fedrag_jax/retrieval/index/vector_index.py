@@ -181,6 +181,27 @@ class VectorIndex(abc.ABC):
         return vectors
 
 
+class HostIndex(VectorIndex):
+    """Vectors on the host, looked at where they lie, memory-mapped if they are: the first of them to be
+    replaced has all copied."""
+
+    def __init__(self, ids, vectors: np.ndarray):
+        super().__init__(ids, vectors)
+        self._vectors, self._own = vectors, False
+
+    @property
+    def vectors(self) -> np.ndarray:
+        """float32 or float16 [N, D], a read-only view: `replace` is the way to change them."""
+        view = self._vectors.view()
+        view.flags.writeable = False
+        return view
+
+    def _replace(self, rows: np.ndarray, vectors: np.ndarray) -> None:
+        if not self._own:
+            self._vectors, self._own = np.array(self._vectors), True
+        self._vectors[rows] = vectors
+
+
 def require_depth(k: int, passages: int) -> None:
     """Refuses a number of passages that the corpus cannot give.
 
