@@ -7,6 +7,7 @@ import datasets as hub
 import hub_copies
 import pytest
 
+from fedrag_jax.data import hub_tables
 from fedrag_jax.data.columns import Columns
 from fedrag_jax.data.datasets import Corpus, load
 from fedrag_jax.data.examples import content_hash
@@ -96,6 +97,41 @@ def test_sets_without_passages_want_a_corpus(copies, tmp_path):
     assert {e.topic for e in dataset.train} == {"occupation", "religion"}
     with pytest.warns(UserWarning, match=r"of 50 questions 0 name a page, 0 find it"):
         assert not of(copies, "nq", corpus=Corpus(str(path))).train[0].positive_ids
+
+
+def test_a_hub_that_cannot_be_asked_is_an_error_of_one_line(monkeypatch):
+    class Strange(Exception):
+        """Of a library that nobody here knows."""
+
+    def broken(*_, **__):
+        raise Strange("no such name")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", broken)
+    assert hub_tables.commit("owner/set") == ""
+    monkeypatch.setattr(hub, "load_dataset", broken)
+    with pytest.raises(DataError, match=r"of dgslibisey/MuSiQue cannot be read \(Strange: no such"):
+        load("musique")
+
+
+def test_the_commit_that_was_read_is_told(monkeypatch, copies):
+    asked, read = [], hub.load_dataset
+
+    class Info:
+        sha = "c0ffee"
+
+    def info(self, repo, revision=None):
+        asked.append((repo, revision))
+        return Info
+
+    def load_dataset(source, config, split, revision):
+        assert revision == "c0ffee"
+        return read(str(copies / source), None, split=split)
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", info)
+    monkeypatch.setattr(hub, "load_dataset", load_dataset)
+    dataset = load("musique", revision="main")
+    assert dataset.origin == "dgslibisey/MuSiQue @ c0ffee"
+    assert asked == [("dgslibisey/MuSiQue", "main")]
 
 
 def test_every_named_set_is_tried_here():
