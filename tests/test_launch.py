@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from experiments.launch import settled_config
 from experiments.reporting import cells
 from fedrag_jax.errors import DataError
+from fedrag_jax.tracking import manifest
 from fedrag_jax.tracking.ledger import Cost
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -128,3 +129,11 @@ def test_a_process_with_one_core_sees_one_device(tmp_path):
         check=True,
     )
     assert ran.stdout.splitlines()[0] == "1"
+
+
+def test_the_manifest_tells_the_whole_command(monkeypatch):
+    typed = ["/bin/python3", "-m", "experiments", "compare_strategies", "--config.seeds=(0, 1)"]
+    monkeypatch.setattr(sys, "orig_argv", typed)
+    monkeypatch.setattr(sys, "argv", ["/here/experiments/__main__.py", "--config.seeds=(0, 1)"])
+    told = manifest._command()
+    assert told == "python -m experiments compare_strategies '--config.seeds=(0, 1)'"

@@ -73,10 +73,8 @@ def _commit() -> str | None:
 
 
 def _command() -> str:
-    """What to type for the same again."""
-    spec = sys.modules["__main__"].__spec__
-    program = ["-m", spec.name.removesuffix(".__main__")] if spec else [sys.argv[0]]
-    return " ".join(["python", *map(_quoted, [*program, *sys.argv[1:]])])
+    """What to type for the same again: `sys.argv` lacks what programs have taken out of it."""
+    return " ".join(["python", *map(_quoted, sys.orig_argv[1:])])
 
 
 def _quoted(word: str) -> str:
