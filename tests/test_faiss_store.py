@@ -6,7 +6,8 @@ import pytest
 from stored import FAISS, PASSAGES, VECTORS, D, ask, ids, unit
 
 from fedrag_jax.data.examples import Passage
-from fedrag_jax.errors import CheckpointError, ConfigError
+from fedrag_jax.errors import CheckpointError, ConfigError, DataError
+from fedrag_jax.retrieval.stores import passage_lines
 from fedrag_jax.retrieval.stores.faiss_store import FaissStore
 from fedrag_jax.retrieval.stores.registry import open_store
 
@@ -116,3 +117,20 @@ def test_a_memory_mapped_store_answers_and_refuses_to_change(tmp_path):
 def test_indexes_that_cannot_be_are_refused(settings, words):
     with pytest.raises(ConfigError, match=words):
         FaissStore(**({"dimension": D} | settings))
+
+
+def test_a_memory_mapped_store_is_opened_without_reading_its_passages(tmp_path, monkeypatch):
+    store = FaissStore(D)
+    store.add(PASSAGES, VECTORS)
+    store.delete([p.id for p in PASSAGES[5:9]])
+    store.save(tmp_path)
+    read = []
+    own = passage_lines._passage
+    monkeypatch.setattr(passage_lines, "_passage", lambda *line: read.append(1) or own(*line))
+    mapped = open_store(tmp_path, memory_map=True)
+    assert len(mapped) == 196 and not read
+    found = ids(ask(mapped, range(20), k=3))
+    assert found == ids(ask(store, range(20), k=3)) and len(read) <= 20 * 4
+    assert mapped.get(["p003"]) == [PASSAGES[3]]
+    with pytest.raises(DataError, match="'p006' is not in the store"):
+        mapped.get(["p006"])

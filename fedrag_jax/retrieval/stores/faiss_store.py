@@ -1,6 +1,7 @@
 """FAISS indexes of four kinds, on the host: flat (exact), IVF, HNSW and PQ."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,13 +29,22 @@ class Rows:
 
     def __init__(self, index, passages: Sequence[Passage | None] = ()):
         self.index, self.passages = index, passages
-        self.row_of = {p.id: row for row, p in enumerate(passages) if p is not None}
         self._skipped = None
+
+    @functools.cached_property
+    def row_of(self) -> dict[str, int]:
+        """By the ids of passages that are there; of those on disk all are read for it."""
+        return {p.id: row for row, p in enumerate(self.passages) if p is not None}
+
+    def __len__(self) -> int:
+        if isinstance(self.passages, MappedLines):
+            return len(self.passages) - len(self.passages.gone)
+        return len(self.row_of)
 
     @property
     def wasted(self) -> int:
         """Rows of passages that are gone."""
-        return len(self.passages) - len(self.row_of)
+        return len(self.passages) - len(self)
 
     def alive(self) -> Iterator[Passage]:
         """The passages that are there."""
@@ -65,8 +75,11 @@ class Rows:
         if not self.wasted:
             return None
         if self._skipped is None:
-            there = np.zeros(len(self.passages), bool)
-            there[[*self.row_of.values()]] = True
+            there = np.ones(len(self.passages), bool)
+            if isinstance(self.passages, MappedLines):
+                there[self.passages.gone] = False
+            else:
+                there[[row for row, p in enumerate(self.passages) if p is None]] = False
             self._skipped = faiss.IDSelectorBitmap(np.packbits(there, bitorder="little"))
         return self._skipped
 
@@ -103,7 +116,7 @@ class FaissStore(KnowledgeStore):
         self._held = Rows(self._kind.untrained(dimension), [])
 
     def __len__(self) -> int:
-        return len(self._held.row_of)
+        return len(self._held)
 
     def passages(self) -> Iterable[Passage]:
         """All passages, in the order they came in."""
@@ -121,9 +134,7 @@ class FaissStore(KnowledgeStore):
     def _tidy(self) -> None:
         """Builds the index anew where it can be trained at last, or holds too much that is gone."""
         held = self._held
-        untrained = isinstance(held.index, faiss.IndexFlat) and self._kind.lists_of(
-            len(held.row_of)
-        )
+        untrained = isinstance(held.index, faiss.IndexFlat) and self._kind.lists_of(len(held))
         if untrained or held.wasted > WASTE * max(len(held.passages), 1000):
             index = None if untrained else _emptied(held.index)
             self._held = self._built([*held.alive()], held.vectors(), index)

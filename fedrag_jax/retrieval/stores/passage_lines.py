@@ -59,7 +59,11 @@ def read_pairs(folder: pathlib.Path, dimension: int) -> tuple[list[Passage], np.
 
 
 class MappedLines(Sequence):
-    """The same, of which only those asked for are read."""
+    """The same, of which only those asked for are read.
+
+    Attributes:
+      gone: int [G], the rows whose passages were deleted.
+    """
 
     def __init__(self, path: pathlib.Path):
         self._path = path
@@ -70,6 +74,8 @@ class MappedLines(Sequence):
             )
         ends = np.flatnonzero(np.frombuffer(self._bytes, np.uint8) == ord("\n"))
         self._starts = np.concatenate([[0], ends + 1])
+        # No passage is as short as "null" and its end.
+        self.gone = np.flatnonzero(np.diff(self._starts) == len("null\n"))
 
     def __len__(self) -> int:
         return len(self._starts) - 1
