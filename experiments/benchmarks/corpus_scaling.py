@@ -59,8 +59,9 @@ def main(argv):
     columns = ("passages", "index", *DONE, "build_gb", "peak_gb", "recall_at_10",
                "float16_recall_at_10", "disk_gb")  # fmt: skip
     print(tabulate([[row[c] for c in columns] for row in rows], columns, floatfmt=".3g"))
-    far = [_line(rows, kind) for kind in _KINDS.value]
-    print(tabulate(far, "keys", floatfmt=".3g"))
+    far = [_line(rows, kind) for kind in _KINDS.value] if len(_SIZES.value) > 1 else []
+    if far:
+        print(tabulate(far, "keys", floatfmt=".3g"))
     of_last = {row["index"]: row for row in rows if row["passages"] == rows[-1]["passages"]}
     told = {
         name: {kind: row[name] for kind, row in of_last.items()}
@@ -89,7 +90,7 @@ def _line(rows: list[dict], kind: str) -> dict:
     found = {"index": kind, "passages": _EXTRAPOLATE.value}
     for name in (*DONE, "build_gb", "peak_gb", "disk_gb"):
         at = [(row["passages"], row[name]) for row in some]
-        slope, start = np.polyfit(*zip(*at, strict=True), 1) if len(at) > 1 else (0.0, at[0][1])
+        slope, start = np.polyfit(*zip(*at, strict=True), 1)
         found[name] = float(max(slope * _EXTRAPOLATE.value + start, 0.0))
     return found
 
