@@ -6,8 +6,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from word_tokenizer import tokenizer_of
 
 from fedrag_jax.data import synthetic
 from fedrag_jax.data.examples import Example, reading_text
@@ -37,9 +36,7 @@ EXAMPLES = [Example(f"q{i}", f"w{i} w{i + 1}", (f"w{i}",), ()) for i in range(8)
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", eos_token="[EOS]")
+    return tokenizer_of(WORDS)
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +186,14 @@ def watched(tmp_path, **columns):
 def test_signs_of_collapse(tmp_path, columns, why, rounds):
     told, ended = watched(tmp_path, **columns)
     assert ended == rounds and told.startswith(why) and bool(told) == bool(why)
+
+
+def test_a_watch_keeps_nothing_of_another_fit(tmp_path):
+    watched(tmp_path, reward=[0.4, 0.6, 0.5])
+    assert CollapseWatch(tmp_path).trainable()
+    watched(tmp_path, reward=[0.4])
+    with pytest.raises(ConfigError, match="no parameters are kept"):
+        CollapseWatch(tmp_path).trainable()
 
 
 def test_what_is_no_watch_is_refused(tmp_path):

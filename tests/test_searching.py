@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from word_tokenizer import tokenizer_of
 
 from fedrag_jax.data.spelling import Spelling
 from fedrag_jax.errors import ConfigError, NotFiniteError
@@ -30,9 +29,7 @@ PROMPTS = [np.array(row, np.int32) for row in ([9, 10, 11, 12], [13], [14, 15], 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", eos_token="[EOS]")
+    return tokenizer_of(WORDS)
 
 
 @pytest.fixture(scope="module")

@@ -67,6 +67,8 @@ class CollapseWatch(Callback):
 
     def start(self, state):
         self.kept.parent.mkdir(parents=True, exist_ok=True)
+        if not state.round:
+            self.kept.unlink(missing_ok=True)  # of another fit
         self._before = jax.device_get(state.state.trainable)
         for end in range(self.window, len(state.history) + 1):
             self._look(state.history[end - self.window : end], keeps=False)
@@ -96,7 +98,7 @@ class CollapseWatch(Callback):
         now = {n: float(np.mean([record["metrics"][n] for record in records])) for n in names}
         if not self._best or now["reward"] > self._best["reward"]:
             self._best = now
-            if keeps or not self.kept.exists():
+            if keeps:
                 tensors.save_arrays(self._before, self.kept)
             return
         self.why = self._fault(now)
