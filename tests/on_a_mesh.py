@@ -173,7 +173,8 @@ def compare_shards(folder):
         embedded.append(len(args[3]))
         return embed_texts(*args, **options)
 
-    embed_texts, embedding.embed_texts, embedding.SHARD = embedding.embed_texts, counted, 8
+    embed_texts, embedding.embed_texts = embedding.embed_texts, counted
+    embedding.SHARD["cpu"] = 8
     parts = model.network, model.params, model.tokenizer, texts
     found = embedding.embed_corpus(*parts, cache_dir=folder / "vectors", **how)
     np.testing.assert_allclose(found, whole, atol=1e-6)

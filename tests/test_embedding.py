@@ -136,7 +136,7 @@ def test_a_corpus_is_embedded_once(encoder, params, tokenizer, tmp_path, monkeyp
     )
     (folder,) = tmp_path.iterdir()
     marked = np.full_like(first, 7)  # shows whether vectors are read or made
-    VectorFile(folder, len(texts), embedding.SHARD).write(0, marked, 1234.5)
+    VectorFile(folder, len(texts), embedding.SHARD["cpu"]).write(0, marked, 1234.5)
     spent = Spent()
     how = {"max_length": 16, "cache_dir": tmp_path, "spent": spent}
     again = embed_corpus(encoder, params, tokenizer, texts, **how)
@@ -200,13 +200,22 @@ def test_a_damaged_cache_is_made_again(encoder, params, tokenizer, tmp_path, dam
     marker.write_text("{")
     embed_corpus(encoder, params, tokenizer, texts, max_length=16, cache_dir=tmp_path)
     assert "0.json is damaged" in capsys.readouterr().err
-    assert not VectorFile(folder, len(texts), embedding.SHARD).missing()
+    assert not VectorFile(folder, len(texts), embedding.SHARD["cpu"]).missing()
+
+
+def test_one_bar_tells_of_all_shards(encoder, params, tokenizer, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(embedding.SHARD, "cpu", 4)
+    how = {"max_length": 16, "cache_dir": tmp_path, "progress": True}
+    embed_corpus(encoder, params, tokenizer, texts_of(range(1, 12)), **how)
+    assert "11/11" in capsys.readouterr().err
+    embed_corpus(encoder, params, tokenizer, texts_of(range(1, 12)), **how)
+    assert not capsys.readouterr().err, "nothing is left to do"
 
 
 def test_an_embedding_that_was_killed_goes_on_with_its_next_shard(
     encoder, params, tokenizer, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(embedding, "SHARD", 4)
+    monkeypatch.setitem(embedding.SHARD, "cpu", 4)
     texts, how = texts_of(range(1, 12)), {"max_length": 16, "cache_dir": tmp_path}
     whole = embed_texts(encoder, params, tokenizer, texts, max_length=16)
     embedded = []

@@ -5,6 +5,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 
 import jax
@@ -21,7 +22,9 @@ from fedrag_jax.models.network import Network
 from fedrag_jax.retrieval.vector_file import VectorFile
 
 DTYPES = ("float32", "float16")
-SHARD = 16_384  # texts embedded between two writes: what a kill may cost
+# Texts embedded between two writes: what a kill may cost. A core embeds some to some dozens a second.
+SHARD = {"cpu": 1024}
+SHARD_ACCELERATOR = 16_384
 # Widths are multiples of this: finer means less padding and more compilations.
 _STEP = 16
 # Tokens per batch. On a CPU activations must stay in its cache: a 6-layer encoder of width 384 on
@@ -42,6 +45,7 @@ def embed_texts(
     batch_tokens: int | None = None,
     devices: Sequence[jax.Device] | None = None,
     progress: bool = False,
+    bar: tqdm | None = None,
 ) -> np.ndarray:
     """Vectors of `texts`, float32 [N, D], in the order given.
 
@@ -55,6 +59,7 @@ def embed_texts(
       batch_tokens: tokens per batch, padding included; default by kind of device.
       devices: that batches are dealt out to; by default all accelerators of this process, or a CPU.
       progress: shows texts per second and time left on stderr.
+      bar: moved on instead, where these are a part of the texts.
 
     Raises:
       DataError: no texts.
@@ -72,7 +77,8 @@ def embed_texts(
     parts: list[np.ndarray] = []
     in_flight: deque[Future] = deque()
     order = np.argsort(-np.diff(starts), kind="stable")
-    bar = tqdm(total=len(texts), unit=" texts", desc="embed", disable=not progress, mininterval=1)
+    whole = bar is None
+    bar = _bar(len(texts), progress) if bar is None else bar
 
     if devices is None:
         devices = jax.local_devices() if jax.default_backend() != "cpu" else ()
@@ -87,7 +93,7 @@ def embed_texts(
         bar.update(len(parts[-1]))
 
     most = _IN_FLIGHT * len(held)
-    with bar, ThreadPoolExecutor(most) as pool:
+    with bar if whole else nullcontext(), ThreadPoolExecutor(most) as pool:
         batches = _batches(tokens, starts, order, max_length, batch_tokens)
         for number, batch in enumerate(batches):
             in_flight.append(pool.submit(embed, number, *batch))
@@ -137,16 +143,18 @@ def embed_corpus(
         raise DataError("no texts to embed: give at least one")
     spent = Spent() if spent is None else spent
 
-    def embed(some: slice, shown: bool) -> np.ndarray:
+    def embed(some: slice, **how) -> np.ndarray:
         part, clock = texts[some], Clock()
-        how = {"max_length": max_length, "progress": shown}
+        how["max_length"] = max_length
         vectors = embed_texts(encoder, params, tokenizer, part, **how).astype(dtype, copy=False)
         spent.embedding += clock.lap().others
         return vectors
 
     if keep:
-        name = _key(encoder, params, tokenizer, texts, max_length, dtype)
-        file = VectorFile(cache_folder(cache_dir) / name, len(texts), SHARD)
+        shard = SHARD.get(jax.default_backend(), SHARD_ACCELERATOR)
+        settings = (max_length, shard) if dtype == "float32" else (max_length, shard, dtype)
+        name = _key(encoder, params, tokenizer, texts, *settings)
+        file = VectorFile(cache_folder(cache_dir) / name, len(texts), shard)
         try:
             return _kept(file, embed, spent, progress)
         except OSError as error:
@@ -154,26 +162,32 @@ def embed_corpus(
                 f"vectors are made but not kept: {file.folder} cannot be written ({error})",
                 stacklevel=3,
             )
-    return embed(slice(None), progress)
+    return embed(slice(None), progress=progress)
 
 
 def _kept(
-    file: VectorFile, embed: Callable[[slice, bool], np.ndarray], spent: Spent, progress: bool
+    file: VectorFile, embed: Callable[..., np.ndarray], spent: Spent, progress: bool
 ) -> np.ndarray:
     """What is in the file once all is."""
     missing, before = file.missing(), spent.embedding
     mine = missing[jax.process_index() :: jax.process_count()]
-    several = len(mine) > 1
-    for number in tqdm(mine, "embed", unit=" shards", disable=not (progress and several)):
-        started = spent.embedding
-        vectors = embed(file.rows_of(number), progress and not several)
-        file.write(number, vectors, spent.embedding - started)
+    parts = {number: file.rows_of(number) for number in mine}
+    total = sum(part.stop - part.start for part in parts.values())
+    with _bar(total, progress and bool(mine)) as bar:
+        for number, part in parts.items():
+            started = spent.embedding
+            vectors = embed(part, bar=bar)
+            file.write(number, vectors, spent.embedding - started)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(file.folder.name)
         for number in file.missing():  # where the folder is not shared
-            file.write(number, embed(file.rows_of(number), False), 0.0)
+            file.write(number, embed(file.rows_of(number)), 0.0)
     spent.embedding = before + file.seconds()
     return file.read()
+
+
+def _bar(texts: int, shown: bool) -> tqdm:
+    return tqdm(total=texts, unit=" texts", desc="embed", disable=not shown, mininterval=1)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -220,10 +234,7 @@ def _batches(
         yield len(chosen), batch, mask
 
 
-def _key(
-    encoder: Network, params, tokenizer, texts: Sequence[str], max_length: int, dtype: str
-) -> str:
-    settings = (max_length,) if dtype == "float32" else (max_length, dtype)
+def _key(encoder: Network, params, tokenizer, texts: Sequence[str], *settings) -> str:
     digest = fingerprint(params, tokenizer, encoder.config, *settings)
     if known := getattr(texts, "fingerprint", None):
         digest.update(known.encode())
