@@ -158,6 +158,12 @@ def rate_path(folder: pathlib.Path, regime: str) -> pathlib.Path:
     return folder / "rates" / f"{regime}.json"
 
 
+def known_rate(config, dataset: str, regime: str) -> float:
+    """That of the config for this retriever; 0 where it is to be searched."""
+    rates = config.get("rates", {})  # runs of before have none
+    return rates.get(config.retriever, {}).get(dataset, {}).get(regime, 0.0)
+
+
 def compute(lab: Retrieval, point: Point) -> cells.Cell:
     """Trains at the rate that suits validation questions best, with the first pair of seeds."""
     prepared, method, regime = lab.prepared(point.folder), point.name, point.regime
@@ -174,7 +180,9 @@ def compute(lab: Retrieval, point: Point) -> cells.Cell:
             return 100 * float(np.mean(scores))
 
         path, what = rate_path(prepared.folder, regime), f"{prepared.dataset.name}, {regime}"
-        rate = chosen_rate(path, config.learning_rates, one_by_one(judge, what), what)
+        rate = known_rate(config, prepared.dataset.name, regime) or chosen_rate(
+            path, config.learning_rates, one_by_one(judge, what), what
+        )
         encoders, tuners = tuned(prepared, method, regime, seed, split, rate)
         retrievers = [prepared.retriever.with_query(q) for q in encoders]
     found = [rank_scores(retriever, test) for retriever in retrievers]
@@ -199,7 +207,11 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
                 continue
             path = rate_path(here, regime)
             row = {"dataset": name, "regime": regime, "method": method, "seeds": len(found)}
-            row |= {"learning_rate": kept_rate(path), "at_edge": "edge" if at_edge(path) else ""}
+            if rate := known_rate(config, pathlib.Path(name).name, regime):
+                row["learning_rate"] = rate
+            else:
+                row["learning_rate"] = kept_rate(path)
+                row["at_edge"] = "edge" if at_edge(path) else ""
             row |= metrics(found) | comparison.costs_and_clients(found)
             for metric in METRICS:
                 against = differences.paired_difference(found, start, metric) or {}
@@ -222,7 +234,7 @@ def report(config, folder: pathlib.Path):
     rate = tables.Column(
         "rate",
         lambda row: (
-            f"{row['learning_rate']:.2g} {row['at_edge']}".strip()
+            f"{row['learning_rate']:.2g} {row.get('at_edge', '')}".strip()
             if "learning_rate" in row
             else tables.MISSING
         ),
@@ -312,7 +324,7 @@ def told(cell) -> str:
 
 EXPERIMENT = Experiment(
     name="tune_retrieval",
-    free=("regimes", "datasets", "methods", "seeds", "split_seeds"),
+    free=("regimes", "datasets", "methods", "seeds", "split_seeds", "rates"),
     lab=lab,
     points=points,
     compute=compute,
