@@ -34,7 +34,7 @@ from fedrag_jax.retrieval.clusters import with_topics
 from fedrag_jax.retrieval.index.recall import index_recall
 from fedrag_jax.strategies.own import named
 from fedrag_jax.strategies.regimes import Budget, Stopping, parse, split_clients
-from fedrag_jax.strategies.strategy import tune_systems
+from fedrag_jax.strategies.strategy import Strategy, tune_systems
 from fedrag_jax.strategies.tuner import Tuner, tune_together
 from fedrag_jax.tracking.ledger import Cost, corpus_cost
 
@@ -159,8 +159,8 @@ class Lab:
         """The test questions that controls ask."""
         return sample(self.dataset.test, self.config.data.control_questions, 0)
 
-    def rate(self, regime: str, strategy, part: str) -> float:
-        """The learning rate chosen for a part that a strategy trains in a regime, or for its kind.
+    def rate(self, regime: str, strategy, part: str, task: str = "") -> float:
+        """The learning rate chosen for a task or a part of a strategy in a regime, or for its kind.
 
         Raises:
           ConfigError: there is none under any of its names.
@@ -168,6 +168,8 @@ class Lab:
         where = rates_name(self.config, regime)
         rates = self.config.learning_rates[where]
         names = strategy.name, strategy.rates.get(part)
+        if task in strategy.rates:
+            names = strategy.rates[task], strategy.rates[task]
         found = [rates[name] for name in names if name in rates]
         if not found:
             raise ConfigError(
@@ -203,11 +205,12 @@ class Lab:
         local = regime.startswith("local")
         return [*range(self.config.federated.clients)] if local else [None]
 
-    def tuned_systems(self, strategy: str, regime: str, seed: int, split: int):
+    def tuned_systems(self, strategy: str | Strategy, regime: str, seed: int, split: int):
         """`(systems, tuners)`: one of each, or one per client in the local regime."""
-        row, where = named(strategy), (regime, seed, split)
+        row = strategy if isinstance(strategy, Strategy) else named(strategy)
+        where = regime, seed, split
         tuners = [
-            self.tuner(lambda _, part: self.rate(regime, row, part), *where, client)
+            self.tuner(lambda task, part: self.rate(regime, row, part, task), *where, client)
             for client in self.members(regime)
         ]
         systems = tune_systems(

@@ -1,9 +1,8 @@
 """Retriever, generator and passages as one system that answers questions."""
 
-import asyncio
 import dataclasses
 import pathlib
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -18,17 +17,21 @@ from fedrag_jax.data.prompts import PromptStyle, named_style
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.generation import inference
 from fedrag_jax.generation.inference import Response, Streamed
+from fedrag_jax.generation.rollouts import SEARCHING, Searching, searching_of
+from fedrag_jax.generation.searching import returned
 from fedrag_jax.generation.text import Sampling, Writer
 from fedrag_jax.models import hub, lora, sentence_folders
 from fedrag_jax.models.network import Network
+from fedrag_jax.rag_async import AsyncAnswers
 from fedrag_jax.retrieval.index.by_name import index_kind
+from fedrag_jax.retrieval.looking_up import Searched, answers_by_searching
 from fedrag_jax.retrieval.retriever import Retriever
 from fedrag_jax.retrieval.stores.passage_source import Found, PassageSource
 from fedrag_jax.retrieval.stores.registry import open_store
 
 
 @dataclasses.dataclass(frozen=True)
-class RAGSystem:
+class RAGSystem(AsyncAnswers):
     """Everything needed to answer: which passages, read how, by which parameters.
 
     Immutable: `replace` gives a system with other parameters over the same corpus, `over` one that
@@ -44,6 +47,7 @@ class RAGSystem:
     marginal_k: int
     score_scale: float
     store: PassageSource | None = None
+    searching: Searching = SEARCHING
 
     @classmethod
     def build(
@@ -69,6 +73,7 @@ class RAGSystem:
         max_passage_tokens: int = 256,
         max_answer_tokens: int | None = None,
         seed: int = 0,
+        searching: Searching | None = None,
         progress: bool = False,
     ) -> "RAGSystem":
         """Loads the two models, embeds the corpus and attaches fresh (zero) adapters.
@@ -91,6 +96,7 @@ class RAGSystem:
           max_answer_tokens: of the longest answer trained on and, unless told otherwise, written, with
             its reasoning; by default 16 where answers are one line, else 256.
           seed: of the adapters' random half.
+          searching: how it answers in mode "search"; by default as the prompt style suits.
 
         Raises:
           ConfigError: an unknown prompt style, similarity, index or type of vectors, `top_k` larger
@@ -126,6 +132,7 @@ class RAGSystem:
             top_k=top_k,
             marginal_k=min(marginal_k, len(passages) or marginal_k),
             score_scale=score_scale,
+            searching=searching or searching_of(style),
         )
         return (system.under(system_prompt) if system_prompt else system).over(store)
 
@@ -209,7 +216,7 @@ class RAGSystem:
         return self.batch_query([question], **how)[0]
 
     def batch_query(self, questions: Sequence[str], **how) -> list[Response]:
-        """Answers questions from their top-k passages.
+        """Answers questions from their top-k passages, or in mode "search" from what each looks up.
 
         Args:
           how: `mode` and `beams`, see `read`; `max_new_tokens`, `temperature`, `top_p`, `seed`,
@@ -219,6 +226,8 @@ class RAGSystem:
         Raises:
           ConfigError: a value out of its range.
         """
+        if how.get("mode") == inference.SEARCH:
+            return returned(self._searching(questions, **how))
         found = self.retrieve(questions)
         read = [[f.passage for f in some] for some in found]
         by_cosine = self.store is None or self.store.cosines
@@ -292,8 +301,10 @@ class RAGSystem:
 
     def stream(
         self, question: str, read: Sequence | None = None, mode: str = "concatenated", **sampling
-    ) -> Streamed:
+    ) -> Streamed | Searched:
         """The answer that `query` gives, in pieces as they are written; reasoning is held back.
+
+        In mode "search" a `Lookup` for each search, then the answer.
 
         Args:
           read: as `rows` of `read`; what is retrieved unless given.
@@ -302,6 +313,9 @@ class RAGSystem:
         Raises:
           ConfigError: with the first piece, a value out of its range or another mode.
         """
+
+        if mode == inference.SEARCH and read is None:
+            return Searched(self._searching([question], mode, **sampling))
 
         def written():
             if mode != "concatenated":
@@ -317,26 +331,21 @@ class RAGSystem:
         inference.require_asked([question])
         return Streamed(written, self.prompts.style.final.strip())
 
-    async def aquery(self, question: str, **how) -> Response:
-        """`query`, in a thread of its own."""
-        return await asyncio.to_thread(self.query, question, **how)
-
-    async def abatch_query(self, questions: Sequence[str], **how) -> list[Response]:
-        """`batch_query`, in a thread of its own."""
-        return await asyncio.to_thread(self.batch_query, questions, **how)
-
-    async def astream(self, question: str, **how) -> AsyncIterator[str]:
-        """`stream`, each piece written in a thread of its own."""
-        pieces = self.stream(question, **how)
-        while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
-            yield piece
-
     @property
     def writer(self) -> Writer:
         """The generator with its adapters, stopped by what ends its answers in this prompt style."""
         ends = tuple(sorted({*self.prompts.stop_tokens, *self.generator.ends}))
         params, tokenizer = self.generator.params, self.prompts.tokenizer
         return Writer(self.decoder, params, tokenizer, ends, self.adapters)
+
+    def _searching(self, questions: Sequence[str], mode: str, beams: int | None = None, **sampling):
+        inference.require_asked(questions)
+        if beams is not None:
+            raise ConfigError(f"mode {mode!r} takes no beams, got {beams}")
+        limit = {"max_new_tokens": self.searching.budget.written}
+        settings = Sampling.of(limit | sampling)
+        parts = self.writer, self.searching, self.retrieve
+        return answers_by_searching(*parts, questions, settings)
 
     def _sampling(self, given: dict[str, Any]) -> Sampling:
         sampling = Sampling.of({"max_new_tokens": self.prompts.max_answer_tokens} | given)
@@ -361,16 +370,7 @@ class RAGSystem:
         Raises:
           CheckpointError: a quantised generator, or passages with silos; nothing is written.
         """
-        settings = {
-            "top_k": self.top_k,
-            "marginal_k": self.marginal_k,
-            "score_scale": self.score_scale,
-            "prompt_style": self.prompts.style._asdict(),
-            "max_passage_tokens": self.prompts.max_passage_tokens,
-            "max_answer_tokens": self.prompts.max_answer_tokens,
-        }
-        parts = self.generator, self.decoder, self.adapters, self.retriever, self.store
-        rag_folder.write(pathlib.Path(path), *parts, settings)
+        rag_folder.write(pathlib.Path(path), self)
 
     @classmethod
     def load(

@@ -9,11 +9,11 @@ from fedrag_jax import files
 from fedrag_jax.data.examples import Passage
 from fedrag_jax.data.prompts import PromptStyle
 from fedrag_jax.errors import CheckpointError
+from fedrag_jax.generation.rollouts import Searching
 from fedrag_jax.models import hub, lora, peft, tensors
 from fedrag_jax.models.network import Network
 from fedrag_jax.retrieval.index.silos import SiloIndex
 from fedrag_jax.retrieval.retriever import Retriever
-from fedrag_jax.retrieval.stores.passage_source import PassageSource
 
 HEAD, SETTINGS, STORE = "head.safetensors", "system.json", "store"
 
@@ -69,19 +69,13 @@ def _settings(folder: pathlib.Path) -> dict[str, Any]:
     if not isinstance(settings, dict) or not settings.keys() >= {"top_k", "prompt_style"}:
         raise ValueError(f"{SETTINGS} is not of a system")
     settings["prompt_style"] = PromptStyle(**settings["prompt_style"])
+    if "searching" in settings:  # not of older systems
+        settings["searching"] = Searching.from_dict(settings["searching"])
     return settings
 
 
-def write(
-    folder: pathlib.Path,
-    generator: hub.Pretrained,
-    decoder: Network,
-    adapters,
-    retriever: Retriever,
-    store: PassageSource | None,
-    settings: dict[str, Any],
-) -> None:
-    """Generator, adapters (PEFT), both encoders, head, passages, store and settings.
+def write(folder: pathlib.Path, system: Any) -> None:
+    """Of a `RAGSystem` generator, adapters (PEFT), both encoders, head, passages, store and settings.
 
     The settings come last: where they are, all of it is.
 
@@ -90,20 +84,20 @@ def write(
         ours has the name of our settings; nothing is written.
       ConfigError: a file cannot be written.
     """
-    if isinstance(retriever.index, SiloIndex):
+    if isinstance(system.retriever.index, SiloIndex):
         raise CheckpointError(
             "a system over silos has no index of its own to save: save it before over_silos"
         )
-    hub.refuse_quantized(generator, folder)
+    hub.refuse_quantized(system.generator, folder)
     require_free(folder)
     with files.writing(folder):
-        _write(folder, generator, decoder, adapters, retriever, store, settings)
+        _write(folder, system, system.retriever)
 
 
-def _write(folder, generator, decoder, adapters, retriever, store, settings) -> None:
+def _write(folder: pathlib.Path, system: Any, retriever: Retriever) -> None:
     (folder / SETTINGS).unlink(missing_ok=True)
-    hub.save(generator, folder / "generator")
-    peft.save(adapters, decoder, folder / "adapters", base="../generator")
+    hub.save(system.generator, folder / "generator")
+    peft.save(system.adapters, system.decoder, folder / "adapters", base="../generator")
     for side in ("query", "document"):
         encoder = hub.Pretrained(
             retriever.encoder, getattr(retriever, side), retriever.tokenizer, side
@@ -116,9 +110,18 @@ def _write(folder, generator, decoder, adapters, retriever, store, settings) -> 
     with open(folder / "passages.jsonl", "w", encoding="utf-8") as file:
         for passage in retriever.passages:
             file.write(json.dumps(dataclasses.asdict(passage), ensure_ascii=False) + "\n")
-    if store is not None:
-        store.save(folder / STORE)
-    settings = settings | {"store": store is not None}
+    if system.store is not None:
+        system.store.save(folder / STORE)
+    settings = {
+        "top_k": system.top_k,
+        "marginal_k": system.marginal_k,
+        "score_scale": system.score_scale,
+        "prompt_style": system.prompts.style._asdict(),
+        "searching": system.searching.as_dict(),
+        "max_passage_tokens": system.prompts.max_passage_tokens,
+        "max_answer_tokens": system.prompts.max_answer_tokens,
+        "store": system.store is not None,
+    }
     files.write_json(folder / SETTINGS, settings, indent=2)
 
 

@@ -9,8 +9,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "fedrag_jax"
 # Each room may import from itself and from those after it.
 ORDER = ["cli", "server", "integrations", "systems", "strategies", "evaluation", "tracking",
-         "rag", "rag_folder", "label_free", "federated", "objectives", "retrieval", "generation",
-         "models", "data", "files", "clock", "errors"]  # fmt: skip
+         "rag", "rag_async", "rag_folder", "label_free", "federated", "objectives", "retrieval",
+         "generation", "models", "data", "files", "clock", "errors"]  # fmt: skip
 
 
 def imports(path):

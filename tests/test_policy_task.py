@@ -20,14 +20,14 @@ from fedrag_jax.federated.collapse import CollapseWatch
 from fedrag_jax.federated.fit import fit
 from fedrag_jax.federated.optimizers import tunable
 from fedrag_jax.generation.likelihood import answer_log_probs
-from fedrag_jax.generation.rollouts import TAGS, Budget, Part, Rollout
+from fedrag_jax.generation.rollouts import TAGS, Budget, Part, Rollout, Searching
 from fedrag_jax.models import lora
 from fedrag_jax.models.decoder import Decoder, DecoderConfig
 from fedrag_jax.models.network import Network
 from fedrag_jax.objectives.policy import group_advantages
 from fedrag_jax.objectives.policy_task import Rolling, policy
 from fedrag_jax.rag import RAGSystem
-from fedrag_jax.strategies.policies import searched_in
+from fedrag_jax.retrieval.looking_up import Looking
 
 WORDS = ["[PAD]", "[EOS]", "[UNK]", *TAGS.search, *TAGS.answer, *(f"w{i}" for i in range(9))]
 SPACED = TAGS._replace(found=" w0 {text} w0 ")
@@ -62,13 +62,11 @@ def share_of_w5(example, rollout):
 def rolling(tokenizer):
     return Rolling(
         tokenizer,
-        lambda question: np.array(tokenizer(question)["input_ids"], np.int32),
         lambda queries: [f"w5 w5 {TAGS.search[1]}" for _ in queries],
         share_of_w5,
+        Searching("{question}", tags=SPACED, budget=Budget(1, 5, 8)),
         group=4,
         stop_tokens=(1,),
-        tags=SPACED,
-        budget=Budget(1, 5, 8),
     )
 
 
@@ -221,7 +219,7 @@ def test_a_group_has_a_rollout(rolling):
 def test_a_system_searches_its_own_passages():
     world = synthetic.generate(synthetic.WorldConfig(people=20))
     system = RAGSystem.build(world.passages[:50], top_k=2)
-    search = searched_in(system, 2)
+    search = Looking(system.retrieve, Searching(passages=2))
     title = system.retriever.passages[3].title
     first, nothing, second = search([title, " ", "Who wrote it?"])
     assert nothing == "" and first and len(second.splitlines()) >= 2

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mode",
         default="concatenated",
         help="how passages become one answer (default: concatenated; others read them one by one, "
-        "such as rag_token, rag_sequence_fast, ensemble, vote)",
+        "such as rag_token, rag_sequence_fast, ensemble, vote; search looks things up as it writes)",
     )
     parser.add_argument(
         "--max-tokens", type=int, help="longest answer in tokens (default: the system's limit)"
@@ -67,7 +67,8 @@ def run(args: argparse.Namespace) -> int:
         how["max_new_tokens"] = args.max_tokens
     stream = args.stream
     if stream is None:
-        stream = sys.stdout.isatty() and not args.json and args.mode == "concatenated"
+        whole = args.json or args.mode not in ("concatenated", "search")
+        stream = sys.stdout.isatty() and not whole
     for questions in _asked(args.questions):
         several = len(questions) > 1 and not args.no_sources
         if stream:
@@ -80,9 +81,11 @@ def run(args: argparse.Namespace) -> int:
                 _print_json(question, response)
             else:
                 _print_question(question, several)
+                if not args.no_sources:
+                    _print_searches(response.searches)
                 print(harmless(response.answer))
                 _tell_cut(response.finish, how, system)
-                if not args.no_sources:
+                if not args.no_sources and not response.searches:
                     _print_sources(response.sources, response.scores, response.cited)
     return 0
 
@@ -114,6 +117,15 @@ def _print_question(question: str, several: bool) -> None:
 
 
 def _stream(system, question: str, how, args) -> None:
+    if how["mode"] == "search":
+        pieces = system.stream(question, **how)
+        for piece in pieces:
+            if isinstance(piece, str):
+                print(harmless(piece), flush=True)
+            elif not args.no_sources:
+                _print_searches([piece])
+        _tell_cut(pieces.finish, how, system)
+        return
     (found,) = system.retrieve([question])
     passages = [f.passage for f in found]
     pieces = system.stream(question, passages, **how)
@@ -143,9 +155,22 @@ def _print_json(question: str, response) -> None:
             "answer": response.answer,
             "cited": [p.id for p in response.cited],
             "sources": [as_dict(p, score) for p, score in sources],
+            **({"searches": _searches(response)} if response.searches else {}),
             "finish": response.finish,
         }
     )
+
+
+def _searches(response) -> list[dict]:
+    return [{"query": q, "sources": [p.id for p in passages]} for q, passages in response.searches]
+
+
+def _print_searches(searches) -> None:
+    """What was looked up, and the passages that were found."""
+    for query, passages in searches:
+        print(f"  searched for {printable(query, 90)!r}")
+        for passage in passages:
+            print(f"    {printable(passage.id, 60)}  {printable(passage.text, 90)}", flush=True)
 
 
 def _print_sources(sources, scores, cited=()) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from fedrag_jax.data.examples import Example, Passage, ids_of
 from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.evaluation import metrics, rankings
+from fedrag_jax.generation.inference import SEARCH
 from fedrag_jax.generation.likelihood import answer_log_probs
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.retrieval.retriever import Retriever
@@ -30,7 +31,8 @@ def evaluate(
 
     Args:
       rule: of `metrics.f1`, such as "zh" and "ja" for answers in Chinese and Japanese.
-      how: `mode`, `beams` and other options of `RAGSystem.answer`.
+      how: `mode`, `beams` and other options of `RAGSystem.batch_query`. In mode "search" there are also
+        `searches`, how many each question took; rankings are those of the question itself.
 
     Raises:
       DataError: a gold passage that is not among the system's passages.
@@ -38,8 +40,14 @@ def evaluate(
     """
     golds, k = _golds(system, examples), system.top_k
     found = _found(system, examples, max(RANKED, k))
-    weights = None if found.scores is None else [some[:k] for some in found.scores]
-    scores = answers(system, examples, [some[:k] for some in found.read], weights, rule, **how)
+    if how.get("mode") == SEARCH:
+        responses = system.batch_query([e.question for e in examples], **how)
+        told = [response.answer for response in responses]
+        scores = metrics.score_answers(told, [e.answers for e in examples], rule)
+        scores["searches"] = np.array([len(response.searches) for response in responses])
+    else:
+        weights = None if found.scores is None else [some[:k] for some in found.scores]
+        scores = answers(system, examples, [some[:k] for some in found.read], weights, rule, **how)
     return scores | _rank_scores(*_numbered(found.names, golds), (5,))
 
 

@@ -59,3 +59,14 @@ class WithRetrieval:
         found = " ".join(self.text(p.tokens) for p in rollout.parts if not p.written).lower()
         there = any(answer.lower() in found for answer in example.answers if answer.strip())
         return self.reward(example, rollout) + self.bonus * there
+
+
+@dataclasses.dataclass(frozen=True)
+class WithCost:
+    """Another reward less `cost` for every search, and no less than 0."""
+
+    reward: Reward
+    cost: float = 0.02
+
+    def __call__(self, example: Example, rollout: Rollout) -> float:
+        return max(self.reward(example, rollout) - self.cost * len(rollout.queries), 0.0)

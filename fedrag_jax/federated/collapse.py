@@ -5,6 +5,7 @@ the entropy has gone, every group has equal rewards, or nothing is well-formed a
 """
 
 import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,8 +19,8 @@ from fedrag_jax.objectives.task import PyTree
 KEPT = "before_collapse.safetensors"
 
 
-class CollapseWatch(Callback):
-    """Ends a fit whose policy collapses, says why, and keeps the parameters with the best rewards.
+class CollapseSigns:
+    """Whether the policy of a fit has collapsed, by the records of its rounds.
 
     Means are over the last `window` rounds. A policy has collapsed where one of these holds:
 
@@ -29,13 +30,8 @@ class CollapseWatch(Callback):
       malformed: at least `most_malformed` of the rollouts, and more than at the best
       entropy: below `least_entropy` nats a token, and the reward is below its best
 
-    Rewards of a round are those of the parameters before it, which are what is kept.
-
-    Args:
-      folder: where they are kept.
-
     Attributes:
-      why: what ended the fit; "" where nothing has.
+      why: what has collapsed; "" where nothing has.
 
     Raises:
       ConfigError: a window below 1, a share that is none.
@@ -43,7 +39,6 @@ class CollapseWatch(Callback):
 
     def __init__(
         self,
-        folder: pathlib.Path,
         *,
         window: int = 5,
         fall: float = 0.5,
@@ -61,47 +56,30 @@ class CollapseWatch(Callback):
                 f"{window} and {least_entropy}"
             )
         self.window, self.shares, self.least_entropy = window, shares, least_entropy
-        self.kept, self.why = folder / KEPT, ""
+        self.why = ""
         self._best: dict[str, float] = {}
-        self._before: PyTree = None
 
-    def start(self, state):
-        self.kept.parent.mkdir(parents=True, exist_ok=True)
-        if not state.round:
-            self.kept.unlink(missing_ok=True)  # of another fit
-        self._before = jax.device_get(state.state.trainable)
-        for end in range(self.window, len(state.history) + 1):
-            self._look(state.history[end - self.window : end], keeps=False)
-        return state
-
-    def round_end(self, state, record) -> bool:
-        if len(state.history) >= self.window:
-            self._look(state.history[-self.window :], keeps=True)
-        self._before = jax.device_get(state.state.trainable)
-        return bool(self.why)
-
-    def trainable(self) -> PyTree:
-        """The parameters with the best rewards.
-
-        Raises:
-          ConfigError: the fit was shorter than a window.
-        """
-        if not self.kept.exists():
-            raise ConfigError(
-                f"CollapseWatch: no parameters are kept in {self.kept.parent}, because the fit had "
-                f"fewer rounds than the window of {self.window}"
-            )
-        return tensors.load_arrays(self.kept)
-
-    def _look(self, records: tuple[dict[str, Any], ...], keeps: bool) -> None:
+    def look(self, history: Sequence[Mapping[str, Any]]) -> bool:
+        """Looks at the end of the records of all rounds so far; whether rewards are the best so far."""
+        if len(history) < self.window:
+            return False
+        records = history[-self.window :]
         names = "reward", "no_variance", "malformed", "entropy"
         now = {n: float(np.mean([record["metrics"][n] for record in records])) for n in names}
         if not self._best or now["reward"] > self._best["reward"]:
             self._best = now
-            if keeps:
-                tensors.save_arrays(self._before, self.kept)
-            return
+            return True
         self.why = self._fault(now)
+        return False
+
+    def look_back(self, history: Sequence[Mapping[str, Any]]) -> int:
+        """Looks at the records of a whole fit, round by round; returns after which it had collapsed, 0
+        if it never had."""
+        for end in range(1, len(history) + 1):
+            self.look(history[:end])
+            if self.why:
+                return end
+        return 0
 
     def _fault(self, now: dict[str, float]) -> str:
         best, shares = self._best, self.shares
@@ -118,3 +96,53 @@ class CollapseWatch(Callback):
             and now["entropy"] < self.least_entropy,
         }
         return "; ".join(told for told, holds in signs.items() if holds)
+
+
+class CollapseWatch(Callback):
+    """Ends a fit whose policy collapses, says why, and keeps the parameters with the best rewards.
+
+    Rewards of a round are those of the parameters before it, which are what is kept.
+
+    Args:
+      folder: where they are kept.
+      settings: of `CollapseSigns`.
+
+    Raises:
+      ConfigError: as `CollapseSigns`.
+    """
+
+    def __init__(self, folder: pathlib.Path, **settings):
+        self.signs, self.kept = CollapseSigns(**settings), folder / KEPT
+        self._before: PyTree = None
+
+    @property
+    def why(self) -> str:
+        """What ended the fit; "" where nothing has."""
+        return self.signs.why
+
+    def start(self, state):
+        self.kept.parent.mkdir(parents=True, exist_ok=True)
+        if not state.round:
+            self.kept.unlink(missing_ok=True)  # of another fit
+        self._before = jax.device_get(state.state.trainable)
+        self.signs.look_back(state.history)
+        return state
+
+    def round_end(self, state, record) -> bool:
+        if self.signs.look(state.history):
+            tensors.save_arrays(self._before, self.kept)
+        self._before = jax.device_get(state.state.trainable)
+        return bool(self.why)
+
+    def trainable(self) -> PyTree:
+        """The parameters with the best rewards.
+
+        Raises:
+          ConfigError: the fit was shorter than a window.
+        """
+        if not self.kept.exists():
+            raise ConfigError(
+                f"CollapseWatch: no parameters are kept in {self.kept.parent}, because the fit had "
+                f"fewer rounds than the window of {self.signs.window}"
+            )
+        return tensors.load_arrays(self.kept)

@@ -107,7 +107,8 @@ def read_evaluations(path: pathlib.Path) -> list[dict[str, float]]:
 def held_out_loss(
     task: Task, examples: Sequence[Any], batch_size: int = HELD_OUT_BATCH
 ) -> Callable[[PyTree], float]:
-    """`judge(trainable)`: the mean of a task's own loss over examples it is not trained on.
+    """`judge(trainable)`: the mean of a task's own loss over examples it is not trained on, or less the
+    metric that it is judged by.
 
     What the task retrieves is retrieved anew with the parameters that are judged.
 
@@ -134,10 +135,11 @@ def held_out_loss(
             places = np.arange(start, start + batch_size)
             weight = (places < len(shuffled)).astype(np.float32)
             batch = {name: column[places % len(shuffled)] for name, column in now["table"].items()}
-            loss, _ = _compiled(task.loss)(
+            loss, told = _compiled(task.loss)(
                 trainable, frozen, batch | {"weight": weight}, jax.random.key(0)
             )
-            total += float(loss) * weight.sum()
+            judged = -told[task.judged] if task.judged else loss
+            total += float(judged) * weight.sum()
         return total / len(shuffled)
 
     return judge

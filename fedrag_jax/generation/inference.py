@@ -14,7 +14,7 @@ similarities over the passages read. With one passage and one beam all modes giv
 
 Every mode is `mode(writer, prompts, log_weights, sampling, beams) -> [Completion]` over `prompts`
 [B][K] of int [T], K prompts a question (one a passage, or one with all), and `log_weights` [B, K],
-log p(z|x).
+log p(z|x). One more, "search", finds what it reads as it writes (`retrieval.looking_up`).
 """
 
 import math
@@ -131,6 +131,7 @@ MODES = {
     f.__name__: f
     for f in (concatenated, ensemble, rag_token, rag_sequence_thorough, rag_sequence_fast, vote)
 }
+SEARCH = "search"  # the mode that reads what it looks up itself, see `retrieval.looking_up`
 # Beams of the modes that search with several, unless said otherwise; Lewis et al. answer questions
 # greedily where they search passage by passage.
 BEAMS = {"rag_token": 4, "rag_sequence_thorough": 1, "rag_sequence_fast": 1}
@@ -143,8 +144,13 @@ def check(mode: str, beams: int | None, sampling: Sampling) -> int:
       ConfigError: an unknown mode, beams for one that has none or below 1, a temperature for one that
         draws nothing.
     """
+    if mode == SEARCH:
+        raise ConfigError(
+            f"mode {SEARCH!r} finds by itself what it reads: use query, batch_query or stream without "
+            "passages"
+        )
     if mode not in MODES:
-        raise ConfigError(f"mode must be one of {[*MODES]}, got {mode!r}")
+        raise ConfigError(f"mode must be one of {[*MODES, SEARCH]}, got {mode!r}")
     if beams is not None and mode not in BEAMS:
         raise ConfigError(
             f"mode {mode!r} takes no beams, got {beams}; those that do are {[*BEAMS]}"
@@ -264,6 +270,13 @@ def require_asked(questions: Sequence[str]) -> None:
             raise DataError(f"question {i} of {len(questions)} is blank: ask something")
 
 
+class Lookup(NamedTuple):
+    """What was looked up in the course of writing, and found."""
+
+    query: str
+    passages: tuple[Passage, ...]
+
+
 class Response(NamedTuple):
     """An answer and where it comes from.
 
@@ -272,6 +285,7 @@ class Response(NamedTuple):
       scores: their similarities, or what the store scores by.
       cited: those of the sources that it cites; none where the prompt style has no numbers.
       finish, tokens: see `Reading`.
+      searches: in their order, of mode "search".
     """
 
     answer: str
@@ -280,6 +294,12 @@ class Response(NamedTuple):
     cited: tuple[Passage, ...] = ()
     finish: str = "stop"
     tokens: tuple[int, int] = (0, 0)
+    searches: tuple[Lookup, ...] = ()
+
+    @property
+    def found(self) -> list[tuple[Passage, float]]:
+        """Its sources with their scores."""
+        return [*zip(self.sources, self.scores, strict=True)]
 
 
 class Reading(NamedTuple):

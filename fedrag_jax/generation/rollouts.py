@@ -1,16 +1,20 @@
 """What becomes of a prompt where a text searches as it is written: parts, queries, answer and form."""
 
 import re
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from fedrag_jax.data.prompts import COMPACT, PromptStyle
 
 
 class Tags(NamedTuple):
     """What marks the parts of a rollout; of each but `think` the opening and the closing tag.
 
     Attributes:
-      found: around what a search found, with {text}.
+      found: around what a search found, with {text} and after it, if wanted, {question}: a small model
+        reads a question best that follows what it reads.
     """
 
     search: tuple[str, str] = ("<search>", "</search>")
@@ -56,6 +60,14 @@ class Rollout(NamedTuple):
             return ""
         return inside(self.texts[-1], tags.answer) or ""
 
+    def said(self, tags: Tags) -> str:
+        """The answer; where it is not closed what follows its opening tag, or else all of the last
+        part."""
+        if self.finish == "answer":
+            return self.answer(tags)
+        text = self.texts[-1]
+        return text.rpartition(tags.answer[0])[2].replace(tags.search[1], "").strip()
+
     def well_formed(self, tags: Tags) -> bool:
         """Whether every part but the last asks once, and the last answers once and asks nothing."""
         *asking, last = self.texts
@@ -86,6 +98,61 @@ class Budget(NamedTuple):
 
 
 TAGS, BUDGET = Tags(), Budget()
+
+
+class Searching(NamedTuple):
+    """How a text searches as it is written.
+
+    Attributes:
+      instruction: what a rollout begins with, with {question} and, if wanted, the tags: {open},
+        {close}, {answer}, {end}.
+      asked: what is searched for where a text asks {query}.
+      passages: that a search finds.
+    """
+
+    instruction: str = (
+        "Answer the question. Think first. To look something up, write {open}query{close}; what is "
+        "found follows. When you know enough, write {answer}the answer in as few words as possible"
+        "{end}.\nQuestion: {question}\n"
+    )
+    asked: str = "{query}"
+    passages: int = 1
+    tags: Tags = TAGS
+    budget: Budget = BUDGET
+
+    def opening(self, question: str) -> str:
+        """The text of a prompt."""
+        (opening, closing), (answer, end) = self.tags.search, self.tags.answer
+        marks = {"open": opening, "close": closing, "answer": answer, "end": end}
+        return self.instruction.format(question=question, **marks)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values by name, to be written down."""
+        nested = {"tags": self.tags._asdict(), "budget": self.budget._asdict()}
+        return self._asdict() | nested
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> "Searching":
+        """Of what `as_dict` gave."""
+        tags = {n: x if n == "found" else tuple(x) for n, x in settings["tags"].items()}
+        nested = {"tags": Tags(**tags), "budget": Budget(**settings["budget"])}
+        return cls(**{**settings, **nested})
+
+
+SEARCHING = Searching()
+# For the built-in models: they read a question best after the passages, know an answer by what ends it,
+# and take a bare name for the beginning of a text.
+COMPACT_SEARCHING = Searching(
+    instruction="{question}\n",
+    asked="About the {query}",
+    tags=Tags(("Search:", "\n"), ("Answer:", "</s>"), "{text}\n{question}\n"),
+    budget=Budget(turns=2, written=16, found=64),
+)
+
+
+def searching_of(style: PromptStyle) -> Searching:
+    """How models search that are asked in a style."""
+    return COMPACT_SEARCHING if style.question == COMPACT.question else SEARCHING
 
 
 def inside(text: str, tags: tuple[str, str]) -> str | None:

@@ -9,8 +9,8 @@ no token, is taken for a tag of the rollout.
 """
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ from fedrag_jax.generation.rollouts import BUDGET, TAGS, Budget, Part, Rollout, 
 from fedrag_jax.models.decoder import Cache
 from fedrag_jax.models.network import Network
 
+T = TypeVar("T")
 PIECE = 8  # tokens written between two looks for a tag
 
 
@@ -43,7 +44,34 @@ def roll_out(
     tokenizer,
     prompts: Sequence[np.ndarray],
     search: Callable[[list[str]], list[str]],
+    **how,
+) -> list[Rollout]:
+    """Writes one rollout for each prompt.
+
+    Args:
+      how: see `rolling_out`.
+    """
+    return returned(rolling_out(network, params, adapters, tokenizer, prompts, search, **how))
+
+
+def returned(steps: Generator[Any, None, T]) -> T:
+    """What comes after all steps."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
+def rolling_out(
+    network: Network,
+    params,
+    adapters,
+    tokenizer,
+    prompts: Sequence[np.ndarray],
+    search: Callable[[list[str]], list[str]],
     *,
+    questions: Sequence[str] = (),
     tags: Tags = TAGS,
     budget: Budget = BUDGET,
     stop_tokens: tuple[int, ...] = (),
@@ -51,13 +79,14 @@ def roll_out(
     top_p: float = 1.0,
     key: jax.Array | None = None,
     rows: Sequence[int] | None = None,
-) -> list[Rollout]:
-    """Writes one rollout for each prompt.
+) -> Generator[list[str], None, list[Rollout]]:
+    """Writes one rollout for each prompt; gives what is asked for after each search, and returns them.
 
     Args:
       prompts: int32 [T] each.
       search: gives the text found for each query; asked with those of all rollouts that wait.
-      stop_tokens: end a rollout.
+      questions: of each prompt, which `tags.found` may repeat.
+      stop_tokens: end a rollout; those that a closing tag consists of are that tag.
       temperature, top_p, key, rows: as of `decoding.pieces`.
 
     Raises:
@@ -72,6 +101,8 @@ def roll_out(
         raise ConfigError(f"temperature {temperature:g} draws tokens at random: give a key")
     if not len(prompts):
         return []
+    closing = {tags.search[1], tags.answer[1]}
+    stop_tokens = tuple(t for t in stop_tokens if tokenizer.decode([t]) not in closing)
     pad = tokenizer.pad_token_id or 0
     longest = max(map(len, prompts))
     tokens, mask = left_padded(prompts, pad, multiple=bucket(longest))
@@ -88,7 +119,8 @@ def roll_out(
         np.asarray(range(len(prompts)) if rows is None else rows, np.int32),
     )
     sampled = temperature > 0
-    spell = _Spelled(tokenizer, tags, budget.found)
+    spell = Spelled(tokenizer, tags, budget.found)
+    asked = questions or [""] * len(prompts)
     growing = [_Growing(prompt, tokenizer, tags, budget, stop_tokens) for prompt in prompts]
     state, token, log_prob = _read(network, sampled, room, params, adapters, tokens, mask, options)
     if jax.default_backend() == "cpu":
@@ -114,13 +146,15 @@ def roll_out(
         waiting = [rollout for rollout in growing if rollout.waits]
         if not waiting:
             return [rollout.done() for rollout in growing]
-        texts = iter(search([rollout.query for rollout in waiting]))
+        queries = [rollout.query for rollout in waiting]
+        texts = iter(search(queries))
+        yield queries
         chunk = np.full((len(growing), budget.found + 1), pad, np.int32)
         there = np.zeros(chunk.shape, bool)
         for row, rollout in enumerate(growing):
             if rollout.waits:
                 # The last token that was written has not been read yet, unless others followed it.
-                read = rollout.found(spell(next(texts)), unread=rollout.unread)
+                read = rollout.found(spell(next(texts), asked[row]), unread=rollout.unread)
                 chunk[row, len(chunk[row]) - len(read) :] = read
                 there[row, len(chunk[row]) - len(read) :] = True
         state, token, log_prob = _append(
@@ -146,7 +180,7 @@ def _require_room(network: Network, most: int, room: int) -> None:
         )
 
 
-class _Spelled:
+class Spelled:
     """What was found as tokens to be read, of at most so many."""
 
     def __init__(self, tokenizer, tags: Tags, most: int):
@@ -155,9 +189,10 @@ class _Spelled:
         self._head, self._tail = tags.found.split("{text}")
         self._closing = tags.search[1]
 
-    def __call__(self, text: str) -> list[int]:
+    def __call__(self, text: str, question: str) -> list[int]:
         # What closes it stays, whatever is cut.
-        tail = self._spelling.after("a", self._tail)
+        question = plain(self._tokenizer, question)
+        tail = self._spelling.after("a", self._tail.replace("{question}", question))
         head = self._spelling.after(self._closing, self._head + plain(self._tokenizer, text))
         return [*head[: max(self._most - len(tail), 0)], *tail][: self._most]
 

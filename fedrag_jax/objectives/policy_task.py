@@ -18,7 +18,7 @@ from fedrag_jax.clock import Clock, Spent
 from fedrag_jax.data.examples import Example
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.generation.likelihood import answer_log_probs
-from fedrag_jax.generation.rollouts import BUDGET, TAGS, Budget, Rollout, Tags
+from fedrag_jax.generation.rollouts import SEARCHING, Rollout, Searching
 from fedrag_jax.generation.searching import roll_out
 from fedrag_jax.models.network import Network
 from fedrag_jax.objectives.policy import PolicyLoss, group_advantages
@@ -41,36 +41,47 @@ class Rolling:
 
     Attributes:
       tokenizer: of the generator.
-      prompt: gives the tokens int32 [T] of a question's prompt.
       search: gives the text found for each query.
       reward: of a rollout.
+      searching: prompts, tags and budget.
       group: G, rollouts of a question.
-      stop_tokens, tags, budget, temperature, top_p: as of `roll_out`.
+      stop_tokens, temperature, top_p: as of `roll_out`.
       seed: of the draws, which differ from one time to the next.
+      masked: whether what searches found is left out of the loss; without it the policy is pushed to
+        write that, too (the ablation of Search-R1).
 
     Raises:
       ConfigError: fewer than one rollout.
     """
 
     tokenizer: Any
-    prompt: Callable[[str], np.ndarray]
     search: Callable[[list[str]], list[str]]
     reward: Reward
+    searching: Searching = SEARCHING
     group: int = 5
     stop_tokens: tuple[int, ...] = ()
-    tags: Tags = TAGS
-    budget: Budget = BUDGET
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int = 0
+    masked: bool = True
 
     def __post_init__(self):
         if self.group < 1:
             raise ConfigError(f"a group needs one rollout at least, got {self.group}")
 
+    def prompt(self, question: str) -> np.ndarray:
+        """Its tokens int32 [T]."""
+        return np.array(self.tokenizer(self.searching.opening(question))["input_ids"], np.int32)
+
+    @property
+    def learned(self) -> int:
+        """Tokens of a rollout that count in the loss, at most."""
+        turns, written, found = self.searching.budget
+        return (turns + 1) * written + (0 if self.masked else turns * found)
+
     def width(self, examples: Sequence[Example]) -> int:
         """Tokens of the longest rollout there can be."""
-        turns, written, found = self.budget
+        turns, written, found = self.searching.budget
         longest = max(len(self.prompt(e.question)) for e in examples)
         return longest + (turns + 1) * written + turns * found
 
@@ -78,15 +89,17 @@ class Rolling:
         self, network: Network, params, adapters, examples: Sequence[Example], time: int
     ) -> list[list[Rollout]]:
         """G of each example, the draws those of a time."""
-        prompts = [self.prompt(e.question) for e in examples for _ in range(self.group)]
+        questions = [e.question for e in examples for _ in range(self.group)]
+        prompts = [self.prompt(question) for question in questions]
         key = jax.random.fold_in(jax.random.key(self.seed), time)
         found: list[Rollout] = []
         for start in range(0, len(prompts), _AT_ONCE):
-            some = prompts[start : start + _AT_ONCE]
+            some = range(len(prompts))[start : start + _AT_ONCE]
             filled = [*some, *[some[-1]] * (min(_AT_ONCE, len(prompts)) - len(some))]
             written = roll_out(
-                network, params, adapters, self.tokenizer, filled, self.search,
-                tags=self.tags, budget=self.budget, stop_tokens=self.stop_tokens,
+                network, params, adapters, self.tokenizer, [prompts[i] for i in filled], self.search,
+                questions=[questions[i] for i in filled], tags=self.searching.tags,
+                budget=self.searching.budget, stop_tokens=self.stop_tokens,
                 temperature=self.temperature, top_p=self.top_p, key=key,
                 rows=range(start, start + len(filled)),
             )  # fmt: skip
@@ -119,52 +132,64 @@ def policy(
     policy_loss, spent = PolicyLoss(decoder, **loss), Spent()
     reference = adapters if reference is None else reference
     width = rolling.width(examples)
-    written = (rolling.budget.turns + 1) * rolling.budget.written
 
     def retrieve(some, trained, index):
         clock, time = Clock(), int(index["time"])
         groups = rolling.rollouts(decoder, params, trained["adapters"], some, time)
         packed = np.stack(
             [
-                [_packed(rollout, rolling, example, width) for rollout in group]
+                [
+                    _packed(rollout, rolling, rolling.reward(example, rollout), width)
+                    for rollout in group
+                ]
                 for example, group in zip(some, groups, strict=True)
             ]
         )
+        if not rolling.masked:
+            packed = _all_written(decoder, params, trained["adapters"], packed, rolling, width)
         spent.searching += clock.lap().others
         return packed, {"time": np.asarray(time + 1)}
 
     def collate(some, packed):
-        table = _table(packed, written, width, scaled)
+        table = _table(packed, rolling.learned, width, scaled)
         if policy_loss.kl:
             table["reference_log_probs"] = _log_probs(decoder, params, reference, table)
         return table
 
     return Task(
-        name="policy",
+        name="policy" if rolling.masked else "policy_unmasked",
         trainable={"adapters": adapters},
         frozen={"decoder": params},
         loss=policy_loss,
         collate=collate,
         retrieve=retrieve,
         index={"time": np.asarray(0)},
-        label="generator: policy gradients",
+        label="policy gradients" + ("" if rolling.masked else ", nothing masked"),
         spent=spent,
+        judged="reward",
     )
 
 
-def _packed(rollout: Rollout, rolling: Rolling, example: Example, width: int) -> np.ndarray:
+def rollout_table(
+    groups: Sequence[Sequence[Rollout]], rolling: Rolling, width: int
+) -> dict[str, np.ndarray]:
+    """The columns of `PolicyLoss` of rollouts [N][G] that nothing rewards."""
+    packed = np.stack([[_packed(r, rolling, 0.0, width) for r in group] for group in groups])
+    return _table(packed, rolling.learned, width, scaled=True)
+
+
+def _packed(rollout: Rollout, rolling: Rolling, reward: float, width: int) -> np.ndarray:
     """A rollout as int32 [5 + 3 width], so that it is kept as what other tasks retrieve is: `_HEAD`,
     its tokens, which of them were written, and their log-probabilities; floats by their bits."""
     tokens = np.concatenate([rollout.prompt, *(part.tokens for part in rollout.parts)])
     own = [np.full(len(part.tokens), part.written) for part in rollout.parts]
     log_probs = [np.zeros(len(rollout.prompt)), *(part.log_probs for part in rollout.parts)]
-    reward = np.float32(rolling.reward(example, rollout))
     head = [
         len(rollout.prompt),
         len(tokens),
         len(rollout.queries),
-        rollout.well_formed(rolling.tags),
-        reward.view(np.int32),
+        rollout.well_formed(rolling.searching.tags),
+        np.float32(reward).view(np.int32),
     ]
     columns = np.zeros((3, width), np.int32)
     columns[0, : len(tokens)] = tokens
@@ -205,6 +230,22 @@ def _table(packed: np.ndarray, most: int, width: int, scaled: bool) -> dict[str,
         ).astype(np.float32),
         "advantages": group_advantages(rewards, scaled),
     } | {name: column.astype(np.float32) for name, column in told.items()}
+
+
+def _all_written(
+    decoder: Network, params, adapters, packed: np.ndarray, rolling: Rolling, width: int
+) -> np.ndarray:
+    """Packed rollouts as if the policy had written what was found, with its probabilities of that."""
+    packed = packed.copy()
+    columns = packed[..., len(_HEAD) :].reshape(*packed.shape[:2], 3, width)  # a view
+    head = dict(zip(_HEAD, np.moveaxis(packed[..., : len(_HEAD)], -1, 0), strict=True))
+    places = np.arange(width)
+    columns[:, :, 1] = (places >= head["prompt"][..., None]) & (places < head["length"][..., None])
+    table = _table(packed, rolling.learned, width, scaled=True)
+    log_probs = _log_probs(decoder, params, adapters, table)
+    i, g, a = np.nonzero(table["written"])
+    columns[i, g, 2, table["answer_positions"][i, g, a]] = log_probs[i, g, a].view(np.int32)
+    return packed
 
 
 @functools.partial(jax.jit, static_argnums=0)

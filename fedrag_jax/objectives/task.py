@@ -98,6 +98,8 @@ class Task:
       idle: None where any example teaches something.
       label: what figures call it; the name if empty.
       spent: what `retrieve` tells of the seconds that it takes, if it does.
+      judged: the metric, the higher the better, by which held-out examples decide when to stop; the
+        loss if empty.
     """
 
     name: str
@@ -111,6 +113,7 @@ class Task:
     idle: Idle | None = None
     label: str = ""
     spent: Spent | None = None
+    judged: str = ""
 
     @property
     def declared(self) -> StepCost:

@@ -5,10 +5,9 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 from typing import Any, NamedTuple
 
-from fedrag_jax.data.examples import Passage
-from fedrag_jax.generation.inference import Response
+from fedrag_jax.generation.inference import SEARCH, Lookup, Response
 from fedrag_jax.rag import RAGSystem
-from fedrag_jax.retrieval.stores.passage_source import Found
+from fedrag_jax.retrieval.looking_up import Searched
 
 AT_ONCE = 32  # questions of one batch
 STREAMS = 4  # answers that are written side by side, a piece at a time
@@ -32,16 +31,12 @@ class Written(NamedTuple):
     """An answer that is being written.
 
     Attributes:
-      found: what it is read from.
-      cited: gives those passages of it that are cited, once there was a piece.
-      finish, tokens: give how it ended, once it has, and what it took, see `inference.Reading`.
+      pieces: text, and in mode "search" what is looked up.
+      response: gives what there is to tell of it, all of it but the answer, once the pieces have come.
     """
 
-    pieces: AsyncIterator[str]
-    found: list[Found]
-    cited: Callable[[], tuple[Passage, ...]]
-    finish: Callable[[], str]
-    tokens: Callable[[], tuple[int, int]]
+    pieces: AsyncIterator[str | Lookup]
+    response: Callable[[], Response]
 
 
 class Answering:
@@ -77,9 +72,10 @@ class Answering:
     async def stream(self, text: str, system_prompt: str = "", **how) -> Written:
         """As `RAGSystem.stream`; begun when it returns, so that what is refused is so at once."""
         system = await asyncio.to_thread(self._under, system_prompt)
-        (found,) = await asyncio.to_thread(system.retrieve, [text])
+        searches = how.get("mode") == SEARCH
+        (found,) = ((),) if searches else await asyncio.to_thread(system.retrieve, [text])
         passages = [f.passage for f in found]
-        pieces = system.stream(text, passages, **how)
+        pieces = system.stream(text, None if searches else passages, **how)
         async with self._streams:
             first = await asyncio.to_thread(next, pieces, None)
 
@@ -90,13 +86,13 @@ class Answering:
                     yield piece
                     piece = await asyncio.to_thread(next, pieces, None)
 
-        return Written(
-            all_pieces(),
-            found,
-            cited=lambda: system.cited(pieces.reasoning, passages),
-            finish=lambda: pieces.finish,
-            tokens=lambda: pieces.tokens,
-        )
+        def response() -> Response:
+            if isinstance(pieces, Searched):
+                return pieces.response
+            told = tuple(f.score for f in found), system.cited(pieces.reasoning, passages)
+            return Response("", tuple(passages), *told, pieces.finish, pieces.tokens)
+
+        return Written(all_pieces(), response)
 
     async def _answer_all(self) -> None:
         while True:

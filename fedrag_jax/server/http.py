@@ -15,9 +15,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedrag_jax.errors import ConfigError, DataError, FedragError, missing
-from fedrag_jax.generation.inference import Response
+from fedrag_jax.generation.inference import Lookup, Response
 from fedrag_jax.rag import RAGSystem
-from fedrag_jax.retrieval.stores.passage_source import Found
 from fedrag_jax.server.address import KEY, listening
 from fedrag_jax.server.answering import Answering, Written
 from fedrag_jax.server.chat_requests import RequestError, read_body, require_model, understood
@@ -157,7 +156,6 @@ def _usage(tokens: tuple[int, int]) -> dict[str, int]:
 
 def _whole(response: Response) -> dict[str, Any]:
     message = {"role": "assistant", "content": response.answer, "refusal": None}
-    found = [Found(*each) for each in zip(response.sources, response.scores, strict=True)]
     return {
         "object": "chat.completion",
         "choices": [
@@ -169,7 +167,7 @@ def _whole(response: Response) -> dict[str, Any]:
             }
         ],
         "usage": _usage(response.tokens),
-        "fedrag": _grounds(found, response.cited),
+        "fedrag": _grounds(response),
     }
 
 
@@ -178,14 +176,20 @@ def _reason(finish: str) -> str:
     return "stop" if finish == "repetition" else finish
 
 
-def _grounds(found, cited) -> dict[str, Any]:
+def _grounds(response: Response) -> dict[str, Any]:
     """What an answer comes from."""
+    searches = {"searches": [_search(one) for one in response.searches]}
     return {
         "sources": [
-            {"id": p.id, "title": p.title, "text": p.text, "score": score} for p, score in found
+            {"id": p.id, "title": p.title, "text": p.text, "score": score}
+            for p, score in response.found
         ],
-        "cited": [p.id for p in cited],
-    }
+        "cited": [p.id for p in response.cited],
+    } | (searches if response.searches else {})
+
+
+def _search(lookup: Lookup) -> dict[str, Any]:
+    return {"query": lookup.query, "sources": [p.id for p in lookup.passages]}
 
 
 async def _events(written: Written, told: dict[str, Any], counted: bool):
@@ -208,13 +212,17 @@ async def _events(written: Written, told: dict[str, Any], counted: bool):
         yield event({"role": "assistant", "content": ""})
         try:
             async for piece in pieces:
-                yield event({"content": piece})
+                if isinstance(piece, str):
+                    yield event({"content": piece})
+                else:
+                    yield event({}, fedrag={"search": _search(piece)})
         except FedragError as error:
             yield f"data: {json.dumps({'error': {'message': str(error)}})}\n\n"
             return
-        yield event({}, _reason(written.finish()), fedrag=_grounds(written.found, written.cited()))
+        response = written.response()
+        yield event({}, _reason(response.finish), fedrag=_grounds(response))
         if counted:
-            yield chunk([], usage=_usage(written.tokens()))
+            yield chunk([], usage=_usage(response.tokens))
         yield "data: [DONE]\n\n"
 
 

@@ -3,17 +3,19 @@
 pip install 'fedrag-jax[mcp]'
 """
 
+import functools
 import sys
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import anyio
 from pydantic import BaseModel, Field
 
 import fedrag_jax
+from fedrag_jax.data.examples import Passage
 from fedrag_jax.errors import ConfigError, FedragError, missing
+from fedrag_jax.generation.inference import MODES, SEARCH
 from fedrag_jax.rag import RAGSystem
-from fedrag_jax.retrieval.stores.passage_source import Found
 from fedrag_jax.server.address import listening
 
 try:
@@ -35,6 +37,11 @@ Question = Annotated[
 ]
 Count = Annotated[int, Field(description="Passages to find.", ge=1, le=MOST_PASSAGES)]
 
+Mode = Annotated[
+    Literal[(*MODES, SEARCH)],
+    Field(description="How passages become one answer; 'search' looks things up as it writes."),
+]
+
 
 class FoundPassage(BaseModel):
     """A passage; the higher its score, the better it fits the question."""
@@ -52,16 +59,25 @@ class Retrieved(BaseModel):
     passages: list[FoundPassage]
 
 
+class Searched(BaseModel):
+    """What was looked up, and the ids of the passages found."""
+
+    query: str
+    sources: list[str]
+
+
 class Answered(BaseModel):
-    """An answer, what it was read from, and the ids of those passages that it cites."""
+    """An answer, what it was read from, the ids of those passages that it cites, and what was looked up
+    in the course of writing it."""
 
     answer: str
     sources: list[FoundPassage]
     citations: list[str]
+    searches: list[Searched] = []
 
 
 def mcp_server(system: RAGSystem, name: str = "fedrag") -> MCPServer:
-    """A server with the tools `retrieve(question, k)` and `ask(question)`.
+    """A server with the tools `retrieve(question, k)` and `ask(question, mode)`.
 
     Passages lie under "passages" and "sources" of structured content, with id, title, text, topic and
     score; citations are ids. What cannot be done is the tool's error, with the reason as its text.
@@ -78,14 +94,17 @@ def mcp_server(system: RAGSystem, name: str = "fedrag") -> MCPServer:
         return Retrieved(passages=_passages(found))
 
     @server.tool(annotations=hints)
-    async def ask(question: Question) -> Answered:
-        """Answers a question from the passages that fit it best."""
-        response = await _in_thread(writing, system.query, question)
-        found = [Found(*each) for each in zip(response.sources, response.scores, strict=True)]
+    async def ask(question: Question, mode: Mode = "concatenated") -> Answered:
+        """Answers a question from the passages that fit it best, or by looking things up (search)."""
+        response = await _in_thread(writing, functools.partial(system.query, question, mode=mode))
         return Answered(
             answer=response.answer,
-            sources=_passages(found),
+            sources=_passages(response.found),
             citations=[passage.id for passage in response.cited],
+            searches=[
+                Searched(query=query, sources=[p.id for p in passages])
+                for query, passages in response.searches
+            ],
         )
 
     return server
@@ -127,7 +146,7 @@ async def _in_thread(limiter: anyio.CapacityLimiter, work: Callable, *arguments)
         raise ToolError(str(error)) from error
 
 
-def _passages(found: Sequence[Found]) -> list[FoundPassage]:
+def _passages(found: Sequence[tuple[Passage, float]]) -> list[FoundPassage]:
     return [
         FoundPassage(id=p.id, title=p.title, text=p.text, topic=p.topic, score=score)
         for p, score in found

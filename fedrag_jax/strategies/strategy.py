@@ -31,7 +31,9 @@ class Strategy:
       label: in figures; the name if empty.
       color, marker: in figures, as Matplotlib knows them; of their own if empty.
       needs_gold: whether training questions must name their gold passages.
-      rates: for each part that it trains, the name of the learning rate in `config.learning_rates`.
+      rates: for each part that it trains, or for a task by its name, the name of the learning rate in
+        `config.learning_rates`.
+      mode: how its systems answer, see `generation.inference`; as the config says if empty.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Strategy:
     marker: str = ""
     needs_gold: bool = False
     rates: Mapping[str, str] = dataclasses.field(default_factory=lambda: USUAL_RATES)
+    mode: str = ""
 
     def __call__(self, system: RAGSystem, dataset: Dataset, tune: Tune) -> RAGSystem:
         """The tuned system."""
@@ -54,7 +57,7 @@ def strategy(label: str = "", color: str = "", marker: str = "", **about):
     """Makes a `Strategy` of a generator function; its name is the function's.
 
     Args:
-      about: `needs_gold` and `rates`.
+      about: `needs_gold`, `rates` and `mode`.
     """
 
     def made(tasks: Callable[[RAGSystem, Dataset], Tasks]) -> Strategy:

@@ -1,0 +1,58 @@
+"""Learning to search by policy gradients, against tuning with one retrieval, on the built-in world.
+
+    python -m experiments research
+    python -m experiments research --config=configs/research.py:federated
+    python -m experiments research --config=configs/research.py:real
+
+Two-hop questions ask about the maker of a work: the first passage has to be read to ask for the second.
+As many one-hop questions are trained on as two-hop ones.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import compare_real, compare_strategies
+
+
+def get_config(which: str = "world") -> ConfigDict:
+    """`world`; `federated`, one seed of it with clients; `real`, models and questions of a real set."""
+    config = (compare_real if which == "real" else compare_strategies).get_config()
+    config.name = "research" if which == "world" else f"research_{which}"
+    # What is trained where. Without searching there is `none`, and any strategy of compare_strategies;
+    # `search_form` is the warm-up of `search`, `search_unmasked` pushes the policy to write what it
+    # found, too.
+    single = ("none", "generator", "independent", "joint_token")
+    config.variants = ConfigDict(
+        {"centralised": (*single, "search_form", "search", "search_unmasked")}
+    )
+    del config.regimes, config.strategies, config.data.own_questions
+    config.seeds = (0, 1, 2)
+    config.lora.rank, config.lora.alpha = 16, 32.0
+    config.lora.targets = (
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
+    )  # fmt: skip
+    # Rollouts of a question, what a search costs of a reward of at most 1, beta of the KL penalty.
+    config.policy = ConfigDict({"group": 4, "cost": 0.02, "kl": 0.0, "aggregation": "token"})
+    # A round rolls out clients x local_steps x batch_size questions, and trains on them in so many
+    # steps of batch_size.
+    config.training.rounds, config.training.local_steps, config.training.batch_size = 24, 1, 4
+    if which == "federated":
+        config.seeds = (0,)
+        config.variants = ConfigDict(
+            {r: ("generator", "search") for r in ("centralised", "federated", "local_converged")}
+        )
+        config.federated.clients = 4
+        config.training.batch_size = 8
+        config.training.converged = ConfigDict(
+            {"cap": 1, "every": 6, "patience": 1, "questions": 40}
+        )
+    if which == "real":
+        config.data.name = "hotpotqa"
+        config.data.train_questions, config.data.test_questions = 256, 100
+        config.data.passage_tokens = 96
+        config.seeds = (0,)
+        config.variants = ConfigDict({"centralised": ("none", "generator", "search")})
+        config.training.rounds = 4
+    # Rates of the first round, falling linearly.
+    for rates in config.learning_rates.values():
+        rates.search_form, rates.search = 3e-3, 1e-3
+    return config

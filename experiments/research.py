@@ -1,0 +1,232 @@
+"""Learning to search: exact match and searches of one-hop and two-hop questions, by variant.
+
+    python -m experiments research
+
+A policy that searches as it writes is warmed up on its form and trained by policy gradients
+(ReSearch, 2503.19470; Search-R1, 2503.09516); other variants are strategies that retrieve once. All
+see as many training questions. Results go to runs/<name>/: research.csv, table.md, report.html,
+figures. A cell (variant, regime, seeds) that is finished is not computed again, nor is a training.
+"""
+
+import dataclasses
+import functools
+import pathlib
+
+import numpy as np
+
+from experiments.lab import Lab, training_curves
+from experiments.loading import check as check_comparison
+from experiments.loading import load_data, replicates
+from experiments.reporting import cells, comparison, differences, tables
+from experiments.reporting.page import Report, Section
+from experiments.reporting.policy_figures import policy_curves
+from experiments.run import Experiment, Point, finished
+from fedrag_jax.clock import Clock
+from fedrag_jax.data.examples import Dataset
+from fedrag_jax.errors import ConfigError
+from fedrag_jax.evaluation.evaluator import evaluate
+from fedrag_jax.federated.collapse import CollapseSigns
+from fedrag_jax.generation.inference import SEARCH
+from fedrag_jax.strategies.own import named
+from fedrag_jax.strategies.policies import learn_to_search, search_form
+from fedrag_jax.strategies.strategy import Strategy
+from fedrag_jax.tracking.ledger import Cost
+
+HOPS = {"one_hop": 1, "two_hop": 2}
+COLUMNS = (
+    "variant", "regime", "one_hop_em", "two_hop_em", "searches_one_hop", "searches_two_hop", "seeds",
+)  # fmt: skip
+RATES = {"search_format": "search_form", "policy": "search", "policy_unmasked": "search"}
+
+
+def variant(config, name: str, seed: int) -> Strategy:
+    """One that searches, or a strategy by its name.
+
+    Raises:
+      ConfigError: there is none of that name.
+    """
+    how = config.policy.to_dict()
+    searching = {
+        "search_form": functools.partial(search_form, seed=seed),
+        "search": functools.partial(learn_to_search, seed=seed, **how),
+        "search_unmasked": functools.partial(learn_to_search, seed=seed, masked=False, **how),
+    }
+    if name not in searching:
+        return named(name)
+    return Strategy(name, searching[name], rates=RATES, mode=SEARCH)
+
+
+def as_many_of_each(dataset: Dataset) -> Dataset:
+    """With as many one-hop as two-hop questions to train on, in turns; all where hops are unknown."""
+    by_hops = [[e for e in dataset.train if e.hops == hops] for hops in HOPS.values()]
+    if not all(by_hops):
+        return dataset
+    pairs = zip(*by_hops, strict=False)  # of the shorter
+    return dataclasses.replace(dataset, train=[e for pair in pairs for e in pair])
+
+
+def compute(lab: Lab, point: Point) -> cells.Cell:
+    """Trains a variant and asks the test questions."""
+    strategy = variant(lab.config, point.name, point.seed)
+    where = point.regime, point.seed, point.split
+    systems, tuners = [lab.system(point.seed)], []
+    if point.name != "none":
+        systems, tuners = lab.tuned_systems(strategy, *where)
+    clock, test = Clock(), lab.dataset.test
+    found = [evaluate(system, test, mode=strategy.mode or "concatenated") for system in systems]
+    lap = clock.lap()
+    cost = sum((c for tuner in tuners for c in tuner.costs.values()), Cost())
+    cost += Cost(evaluate_seconds=lap.others + lap.searching, compile_seconds=lap.compiling)
+    scores = {}
+    once = np.ones(len(test))
+    for name, hops in HOPS.items():
+        asked = np.array([e.hops == hops for e in test])
+        for metric in ("em", "f1", "searches"):
+            mean = np.mean([f.get(metric, once) for f in found], axis=0)
+            scores[f"{name}_{metric}"] = np.where(asked, mean, np.nan)
+    curves = training_curves(tuners)
+    controls = {
+        f"{task}_collapsed_at": float(CollapseSigns().look_back(rounds))
+        for task, rounds in curves.items()
+        if "reward" in rounds[0]["metrics"] and len(tuners) == 1
+    }
+    return cells.Cell(
+        point.name, *where, scores, controls, [], cost, curves, lab.asked_clusters,
+        tuners[0].labels if tuners else {},
+    )  # fmt: skip
+
+
+def rows_of(config, folder: pathlib.Path) -> list[dict]:
+    """A row for every variant and regime; `two_hop_by_*` is against the best that retrieves once."""
+    rows, best = [], None
+    for regime, names in config.variants.items():
+        for name in names:
+            if not (found := finished(config, folder, name, regime)):
+                continue
+            row = {"variant": name, "regime": regime, "seeds": len(found), "cells": found}
+            for hops in HOPS:
+                row |= comparison.estimate(found, f"{hops}_em")
+                asked = [np.nanmean(cell.scores[f"{hops}_searches"]) for cell in found]
+                row[f"searches_{hops}"] = float(np.mean(asked))
+            row |= comparison.costs_and_clients(found)
+            row["collapsed"] = sum(any(cell.controls.values()) for cell in found)
+            rows.append(row)
+    once = [row for row in rows if not row["variant"].startswith("search")]
+    if once:
+        best = max(once, key=lambda row: row["two_hop_em"])
+    for row in rows:
+        if best and row is not best:
+            against = differences.paired_difference(row["cells"], best["cells"], "two_hop_em")
+            row |= {f"two_hop_by_{part}": value for part, value in (against or {}).items()}
+    for row in rows:
+        row["best_once"] = best["variant"] if best else ""
+        del row["cells"]
+    differences.adjust(rows, "two_hop_by_")
+    return rows
+
+
+def report(config, folder: pathlib.Path):
+    """The `Report` on all finished cells."""
+    rows = rows_of(config, folder)
+    found = [
+        cell
+        for regime, names in config.variants.items()
+        for name in names
+        for cell in finished(config, folder, name, regime)
+    ]
+    best = rows[0]["best_once"] if rows else ""
+    columns = (
+        tables.words("variant", "variant"),
+        tables.words("regime", "regime"),
+        tables.number("seeds", "seeds", 0),
+        tables.interval("one-hop EM [95% CI]", "one_hop_em"),
+        tables.interval("two-hop EM [95% CI]", "two_hop_em"),
+        tables.difference(f"two-hop EM against {best} [95% CI]", "two_hop_by_"),
+        tables.p_value("p", "two_hop_by_p_holm"),
+        tables.number("searches, one hop", "searches_one_hop", 2),
+        tables.number("searches, two hops", "searches_two_hop", 2),
+        tables.number("collapsed", "collapsed", 0),
+    )
+    costs = (
+        tables.words("variant", "variant"),
+        tables.words("regime", "regime"),
+        tables.words("epochs", "epochs"),
+        tables.number("seconds", "seconds", 0),
+        tables.number("of rollouts and retrieval", "retrieve_seconds", 0),
+        tables.number("MB up", "bytes_up", 1, 1e6),
+    )
+    return Report(
+        folder.name,
+        f"Learning to search, against tuning with one retrieval: {config.data.name}.",
+        [
+            Section(
+                "Answers and searches",
+                "research",
+                "Exact match in percent with 95% intervals over seeds and questions; what retrieves "
+                f"once reads {config.retrieval.top_k} passages, a search finds one. Differences are "
+                f"from {best}, the best of these by two-hop EM, paired by question and seed; p by "
+                "permutation, Holm-adjusted. Collapsed: trainings with a sign of collapse at any time "
+                "(fedrag_jax/federated/collapse.py).",
+                tables.Table(columns, rows),
+            ),
+            Section("Costs", "costs", "Of training, means over seeds.", tables.Table(costs, rows)),
+            Section(
+                "How the policy learns",
+                "policy_curves",
+                "Of each round's rollouts, the mean over seeds in a band from least to most.",
+                figure=policy_curves(found),
+            ),
+        ],
+        {"research.csv": rows},
+        {"research.csv": COLUMNS},
+    )
+
+
+def lab(config, folder: pathlib.Path) -> Lab:
+    """The data and models of the config.
+
+    Raises:
+      ConfigError: as `loading.check`; an unknown variant.
+    """
+    asked = config.copy_and_resolve_references()
+    with asked.unlocked():
+        asked.regimes = tuple(config.variants)
+        asked.strategies = ("none",)
+    check_comparison(asked)
+    for names in config.variants.values():
+        for name in names:
+            variant(config, name, 0)
+    if not any(config.variants.values()):
+        raise ConfigError("config.variants is empty; give at least one of a regime")
+    return Lab(asked, as_many_of_each(load_data(config)), folder)
+
+
+def points(lab: Lab) -> list[Point]:
+    """Seed by seed, so that there is something of all variants early."""
+    return [
+        Point(name, regime, *pair)
+        for pair in replicates(lab.config)
+        for regime, names in lab.config.variants.items()
+        for name in names
+    ]
+
+
+def told(cell) -> str:
+    """What people are told of a cell."""
+    return "  ".join(
+        f"{hops.replace('_', '-')} EM {100 * np.nanmean(cell.scores[f'{hops}_em']):.1f} "
+        f"({np.nanmean(cell.scores[f'{hops}_searches']):.2f} searches)"
+        for hops in HOPS
+        if not np.isnan(cell.scores[f"{hops}_em"]).all()
+    )
+
+
+EXPERIMENT = Experiment(
+    name="research",
+    free=("seeds", "split_seeds", "variants"),
+    lab=lab,
+    points=points,
+    compute=compute,
+    told=told,
+    report=report,
+)

@@ -1,0 +1,93 @@
+"""Rollouts in the right form about nothing in particular: what a policy imitates before it learns.
+
+A script looks up a name of the question, then names of what was found, and answers what the model that
+is to learn reads in it. What is looked up after the first, and how often, is drawn at random: a script
+knows neither answers nor what leads to them.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from fedrag_jax.data.spelling import Spelling
+from fedrag_jax.generation.rollouts import Part, Rollout, Searching
+from fedrag_jax.generation.searching import Spelled
+
+_CAPITALISED = re.compile(r"[^\W\d_a-z]\w*(?:[ -][^\W\d_a-z]\w*)*")
+_ARTICLE = re.compile(r"^(?:The|A|An) (?=\w)")
+
+
+def scripted(
+    questions: Sequence[str],
+    tokenizer,
+    searching: Searching,
+    search: Callable[[list[str]], list[str]],
+    read: Callable[[list[str], list[list[str]]], list[str]],
+    rng: np.random.Generator,
+) -> list[Rollout]:
+    """One script for each question.
+
+    Args:
+      search: gives the text found for each query; asked once for all questions a turn.
+      read: gives the answer to each question that is read in what its queries found.
+    """
+    scripts = [_Script(question, tokenizer, searching) for question in questions]
+    turns = searching.budget.turns
+    counts = rng.integers(min(1, turns), turns, len(scripts), endpoint=True)
+    for turn in range(turns):
+        asking = [s for s, count in zip(scripts, counts, strict=True) if turn < count]
+        queries = [script.ask(rng) for script in asking]
+        for script, text in zip(asking, search(queries) if asking else (), strict=True):
+            script.read(text)
+    answers = read([s.question for s in scripts], [s.queries for s in scripts])
+    return [script.answered(answer) for script, answer in zip(scripts, answers, strict=True)]
+
+
+def names(text: str) -> list[str]:
+    """Runs of capitalised words, without an article; single words that open a sentence count only
+    where there are no others."""
+    found = [(_ARTICLE.sub("", m[0]), _opens(text, m.start())) for m in _CAPITALISED.finditer(text)]
+    sure = [name for name, opens in found if " " in name or not opens]
+    return sure or [name for name, _ in found]
+
+
+def _opens(text: str, start: int) -> bool:
+    before = text[:start].rstrip()
+    return not before or before[-1] in ".!?:\n"
+
+
+class _Script:
+    def __init__(self, question: str, tokenizer, searching: Searching):
+        self.question, self.searching = question, searching
+        self._tokenizer, self._spelling = tokenizer, Spelling(tokenizer)
+        self._spelled = Spelled(tokenizer, searching.tags, searching.budget.found)
+        self._last = question  # what names are from
+        self.parts: list[Part] = []
+        self.queries: list[str] = []
+        self.texts: list[str] = []
+
+    def ask(self, rng: np.random.Generator) -> str:
+        found = names(self._last)
+        other = [name for name in found if name not in self.queries]
+        self.queries.append(str(rng.choice(other or found or [self.question])))
+        self._write(self.searching.tags.search, self.queries[-1])
+        return self.queries[-1]
+
+    def read(self, text: str) -> None:
+        self._last = text
+        self._put(False, self._spelled(text, self.question))
+
+    def answered(self, answer: str) -> Rollout:
+        self._write(self.searching.tags.answer, answer)
+        prompt = self._tokenizer(self.searching.opening(self.question))["input_ids"]
+        told = tuple(self.parts), tuple(self.queries), "answer", tuple(self.texts)
+        return Rollout(np.array(prompt, np.int32), *told)
+
+    def _write(self, tags: tuple[str, str], text: str) -> None:
+        self.texts.append(f"{tags[0]} {text}{tags[1]}")
+        self._put(True, self._spelling.after("\n", self.texts[-1]))
+
+    def _put(self, written: bool, tokens: Sequence[int]) -> None:
+        none = np.zeros(len(tokens), np.float32)
+        self.parts.append(Part(written, np.array(tokens, np.int32), none))

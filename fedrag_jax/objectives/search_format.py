@@ -1,0 +1,62 @@
+"""The warm-up of a policy that is to search: the form of its rollouts, and no right answers."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from fedrag_jax.data.examples import Example
+from fedrag_jax.generation.likelihood import answer_log_probs, tokens_read, weighted_mean
+from fedrag_jax.generation.scripted import scripted
+from fedrag_jax.models.network import Network
+from fedrag_jax.objectives.policy import aggregated
+from fedrag_jax.objectives.policy_task import Rolling, rollout_table
+from fedrag_jax.objectives.task import PyTree, Task
+
+
+@dataclasses.dataclass(frozen=True)
+class FormatLoss:
+    """-mean log p(y_t) over the written tokens of a table of scripts.
+
+    `trainable` or `frozen` hold `decoder` and `adapters`; a batch holds the columns of `PolicyLoss`.
+    """
+
+    decoder: Network
+
+    def __call__(self, trainable, frozen, batch, rng):
+        parts = frozen | trainable
+        log_probs = answer_log_probs(self.decoder, parts["decoder"], parts["adapters"], batch)
+        loss = -aggregated(log_probs, batch["written"], batch["weight"], "token")
+        return loss, {"tokens": weighted_mean(tokens_read(batch), batch["weight"])}
+
+
+def search_format(
+    decoder: Network,
+    params: PyTree,
+    adapters: PyTree,
+    rolling: Rolling,
+    read: Callable[[list[str], list[list[str]]], list[str]],
+    examples: Sequence[Example],
+) -> Task:
+    """The task of imitating scripts (`generation.scripted`), one for each question.
+
+    Args:
+      read: as of `scripted`.
+      examples: all that may be trained on; they set the width of the table.
+    """
+    width = rolling.width(examples)
+
+    def collate(some, retrieved):
+        rng = np.random.default_rng(rolling.seed)
+        parts = rolling.tokenizer, rolling.searching, rolling.search, read
+        scripts = scripted([e.question for e in some], *parts, rng)
+        return rollout_table([[script] for script in scripts], rolling, width)
+
+    return Task(
+        name="search_format",
+        trainable={"adapters": adapters},
+        frozen={"decoder": params},
+        loss=FormatLoss(decoder),
+        collate=collate,
+        label="form of searches",
+    )
