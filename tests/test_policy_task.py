@@ -11,14 +11,16 @@ from word_tokenizer import tokenizer_of
 from fedrag_jax.data import synthetic
 from fedrag_jax.data.examples import Example, reading_text
 from fedrag_jax.data.partition import Partition
+from fedrag_jax.data.seeds import stream
 from fedrag_jax.errors import ConfigError
-from fedrag_jax.evaluation.rewards import ExactWithForm, F1WithForm, WithRetrieval
+from fedrag_jax.evaluation.rewards import ExactWithForm, F1WithForm, WithCost, WithRetrieval
 from fedrag_jax.federated.algorithm import State
 from fedrag_jax.federated.algorithms.fed_avg import fed_avg
 from fedrag_jax.federated.callbacks import FitState
 from fedrag_jax.federated.collapse import CollapseWatch
 from fedrag_jax.federated.fit import fit
 from fedrag_jax.federated.optimizers import tunable
+from fedrag_jax.federated.stopping import held_out_loss
 from fedrag_jax.generation.likelihood import answer_log_probs
 from fedrag_jax.generation.rollouts import TAGS, Budget, Part, Rollout, Searching
 from fedrag_jax.models import lora
@@ -100,6 +102,36 @@ def test_the_table_holds_what_was_written(model, rolling):
     other, _ = task.retrieve(some, task.trainable, index)
     assert not np.array_equal(other, packed), "another time, other draws"
     np.testing.assert_array_equal(task.retrieve(some, task.trainable, task.index)[0], packed)
+
+
+def test_without_the_mask_what_was_found_counts_as_written(model, rolling):
+    network, params, adapters = model
+    unmasked = dataclasses.replace(rolling, masked=False)
+    tasks = [policy(*model, how, EXAMPLES, kl=0.01) for how in (rolling, unmasked)]
+    assert [task.name for task in tasks] == ["policy", "policy_unmasked"]
+    tables = [task.table(EXAMPLES[:3]) for task in tasks]
+    groups = rolling.rollouts(*model, EXAMPLES[:3], 0)
+    for name in ("tokens", "lengths", "advantages", "reward"):
+        np.testing.assert_array_equal(tables[0][name], tables[1][name])
+    table = tables[1]
+    again = np.asarray(answer_log_probs(network, params, adapters, table))
+    for i, group in enumerate(groups):
+        for g, one in enumerate(group):
+            counted = sum(len(part.tokens) for part in one.parts)
+            assert table["written"][i, g].sum() == counted > 0
+            places = len(one.prompt) + np.arange(counted)
+            np.testing.assert_array_equal(table["answer_positions"][i, g, :counted], places)
+    kept = table["written"] > 0
+    np.testing.assert_allclose(table["old_log_probs"][kept], again[kept], atol=1e-4)
+    assert any(r.queries for group in groups for r in group)
+
+
+def test_held_out_questions_judge_a_policy_by_its_reward(model, rolling):
+    task = policy(*model, rolling, EXAMPLES, kl=0.0)
+    found = held_out_loss(task, EXAMPLES[:4])(jax.device_get(task.trainable))
+    order = stream(0, "held-out batches").permutation(4)
+    rewards = task.table([EXAMPLES[i] for i in order])["reward"]
+    assert found == pytest.approx(-rewards.mean(), rel=1e-5)
 
 
 def trained(model, rolling, data, algorithm=None, rounds=12):
@@ -259,6 +291,13 @@ TRUTH = Example("t", "Is it?", ("yes",), ())
 def test_rewards(example, made, by_f1, by_em):
     assert F1WithForm()(example, made) == pytest.approx(by_f1)
     assert ExactWithForm()(example, made) == pytest.approx(by_em)
+
+
+def test_searches_may_cost():
+    reward = WithCost(F1WithForm(), 0.25)
+    asked = rollout("<search>x</search>", "<search>y</search>", "<answer>NYC</answer>")
+    assert reward(ASKED, asked) == pytest.approx(0.5)
+    assert reward(ASKED, rollout("<search>x</search>", "<answer>Bern</answer>")) == 0
 
 
 def test_finding_the_answer_may_count():

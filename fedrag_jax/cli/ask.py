@@ -142,7 +142,11 @@ def _tell_cut(finish: str, how, system) -> None:
     """Says so on the standard error if an answer did not end by itself."""
     if finish == "repetition":
         print("(stopped where it began to repeat itself)", file=sys.stderr)
-    if finish == "length":
+    if finish == "length" and how["mode"] == "search":
+        print(
+            "(ended before its answer; --max-tokens allows more between searches)", file=sys.stderr
+        )
+    elif finish == "length":
         limit = how.get("max_new_tokens", system.prompts.max_answer_tokens)
         print(f"(cut after {limit} tokens; --max-tokens allows more)", file=sys.stderr)
 

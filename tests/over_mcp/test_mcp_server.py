@@ -50,8 +50,8 @@ def test_the_tools_of_a_server(system):
 
 def test_citations_are_ids(system):
     class Cites(RAGSystem):
-        def query(self, question):
-            response = super().query(question)
+        def query(self, question, **how):
+            response = super().query(question, **how)
             return response._replace(cited=response.sources[1:])
 
     fields = {name: getattr(system, name) for name in RAGSystem.__dataclass_fields__}

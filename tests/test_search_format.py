@@ -1,0 +1,112 @@
+"""The warm-up of a policy: scripts in the right form, what they give away, and that they are learnt."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from fedrag_jax.data import synthetic
+from fedrag_jax.evaluation.evaluator import evaluate
+from fedrag_jax.federated.algorithms.centralised import centralised
+from fedrag_jax.federated.fit import fit
+from fedrag_jax.generation.likelihood import answer_log_probs
+from fedrag_jax.generation.rollouts import COMPACT_SEARCHING, SEARCHING
+from fedrag_jax.generation.scripted import names, scripted
+from fedrag_jax.models.lora import LoraConfig
+from fedrag_jax.objectives.search_format import FormatLoss
+from fedrag_jax.rag import RAGSystem
+from fedrag_jax.strategies.policies import rolling_of, search_warm_up
+
+WORLD = synthetic.generate(synthetic.WorldConfig(people=30, works=30, questions=(200, 20, 40)))
+
+
+@pytest.fixture(scope="module")
+def system():
+    return RAGSystem.build(
+        WORLD.passages, WORLD.train, top_k=2, adapters=LoraConfig(16, 32.0, ("q_proj", "v_proj"))
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("Where was the composer of the Nim Picture born?", ["Nim Picture"]),
+        ("Encore, maestro! Where was Kra Lol born?", ["Kra Lol"]),
+        ("The Nim Picture was directed by Kra Lol in 1650.", ["Nim Picture", "Kra Lol"]),
+        ("Kra Lol settled in Drokrus in 1815. Who?", ["Kra Lol", "Drokrus"]),
+        ("Paris is a city.", ["Paris"]),
+        ("where is it?", []),
+        ("Who met Émile Zola-Dreyfus in Łódź?", ["Émile Zola-Dreyfus", "Łódź"]),
+    ],
+)
+def test_names(text, found):
+    assert names(text) == found
+
+
+@pytest.mark.parametrize("searching", [COMPACT_SEARCHING, SEARCHING])
+def test_scripts_are_well_formed_and_know_no_answers(system, searching):
+    asked, read_in = [], []
+
+    def search(queries):
+        asked.append(queries)
+        return [f"{query} met Bo Ba in Mo. Cu Cy is there." for query in queries]
+
+    def read(questions, queries):
+        read_in.extend(queries)
+        return [f"Answer {i}" for i in range(len(questions))]
+
+    tokenizer, questions = system.prompts.tokenizer, [e.question for e in WORLD.train[:40]]
+    rng = np.random.default_rng(0)
+    scripts = scripted(questions, tokenizer, searching, search, read, rng)
+    turns = searching.budget.turns
+    assert len(asked) == turns and len(asked[0]) == 40, "one call a turn, of all that ask"
+    assert {len(s.queries) for s in scripts} == {*range(1, turns + 1)}
+    for number, (script, question) in enumerate(zip(scripts, questions, strict=True)):
+        assert script.well_formed(searching.tags) and script.finish == "answer"
+        assert script.answer(searching.tags) == f"Answer {number}"
+        assert script.queries[0] in question and list(script.queries) == read_in[number]
+        assert all(q in ("Bo Ba", "Mo", "Cu Cy") for q in script.queries[1:])
+        assert tokenizer.decode(script.prompt) == searching.opening(question)
+        written = [tokenizer.decode(p.tokens) for p in script.parts if p.written]
+        assert written == list(script.texts)
+        found = [tokenizer.decode(p.tokens) for p in script.parts if not p.written]
+        assert all("met Bo Ba in Mo." in text for text in found)
+        if searching is COMPACT_SEARCHING:
+            assert all(text.endswith(f"\n{question}\n") for text in found)
+    again = scripted(questions, tokenizer, searching, search, read, np.random.default_rng(0))
+    assert [s.queries for s in again] == [s.queries for s in scripts]
+
+
+def test_the_loss_is_that_of_what_scripts_wrote(system):
+    task, some = search_warm_up(system, WORLD), WORLD.train[:6]
+    table = task.table(some) | {"weight": np.array([1, 1, 0, 1, 1, 1], np.float32)}
+    loss, _ = FormatLoss(system.decoder)(task.trainable, task.frozen, table, None)
+    log_probs = np.asarray(
+        answer_log_probs(system.decoder, system.generator.params, system.adapters, table)
+    )
+    total = count = 0.0
+    for i, weight in enumerate(table["weight"]):
+        for a in range(log_probs.shape[-1]):
+            if weight and table["written"][i, 0, a]:
+                total, count = total - log_probs[i, 0, a], count + 1
+    assert float(loss) == pytest.approx(total / count, rel=1e-5)
+
+
+def test_systems_take_the_form_and_still_read(system):
+    task = search_warm_up(system, WORLD)
+    one_hop = [e for e in WORLD.test if e.hops == 1][:24]
+    before = evaluate(system, one_hop, mode="search")
+    trained = fit(task, WORLD.train, centralised(local_steps=20), rounds=5, batch_size=8).trainable
+    warm = system.replace(**trained)
+    after = evaluate(warm, one_hop, mode="search")
+    assert before["searches"].mean() < 0.2 and after["searches"].mean() > 0.8
+    assert after["em"].mean() > before["em"].mean() + 0.3
+
+
+def test_the_rollouts_of_a_system_are_its_own(system):
+    other = dataclasses.replace(system, searching=SEARCHING)
+    assert rolling_of(other).searching is SEARCHING
+    assert rolling_of(system, group=2).group == 2
+    question = WORLD.train[0].question
+    decoded = system.prompts.tokenizer.decode(rolling_of(other).prompt(question))
+    assert decoded == SEARCHING.opening(question)
