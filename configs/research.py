@@ -26,15 +26,15 @@ def get_config(which: str = "world") -> ConfigDict:
     )
     del config.regimes, config.strategies, config.data.own_questions
     config.seeds = (0, 1, 2)
-    config.lora.rank, config.lora.alpha = 16, 32.0
-    config.lora.targets = (
-        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
-    )  # fmt: skip
     # Rollouts of a question, what a search costs of a reward of at most 1, beta of the KL penalty.
-    config.policy = ConfigDict({"group": 4, "cost": 0.02, "kl": 0.0, "aggregation": "token"})
+    # Advantages are not scaled: where all answers of a group are wrong only the cost differs, and
+    # scaling would make it as large as a right answer (the policy then searched once, always).
+    config.policy = ConfigDict(
+        {"group": 8, "cost": 0.03, "scaled": False, "kl": 0.0, "aggregation": "token"}
+    )
     # A round rolls out clients x local_steps x batch_size questions, and trains on them in so many
     # steps of batch_size.
-    config.training.rounds, config.training.local_steps, config.training.batch_size = 24, 1, 4
+    config.training.rounds, config.training.local_steps, config.training.batch_size = 16, 1, 4
     if which == "federated":
         config.seeds = (0,)
         config.variants = ConfigDict(
