@@ -309,11 +309,11 @@ def points(lab: Retrieval) -> list[Point]:
                 print("large_batch is left out of local training: clients hold too few questions")
                 continue
             ways.append((method, regime))
-        found += [
-            Point(*way, *pair, folder=pathlib.Path(name).name)
-            for way in ways
-            for pair in replicates(config)
-        ]
+        for way in ways:
+            pairs = replicates(config)
+            if way[1] == "local_converged" and way[0] != UNTUNED:
+                pairs = pairs[: config.converged.get("pairs", 0) or None]
+            found += [Point(*way, *pair, folder=pathlib.Path(name).name) for pair in pairs]
     return found
 
 
