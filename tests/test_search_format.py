@@ -99,8 +99,8 @@ def test_systems_take_the_form_and_still_read(system):
     trained = fit(task, WORLD.train, centralised(local_steps=20), rounds=5, batch_size=8).trainable
     warm = system.replace(**trained)
     after = evaluate(warm, one_hop, mode="search")
-    assert before["searches"].mean() < 0.2 and after["searches"].mean() > 0.8
-    assert after["em"].mean() > before["em"].mean() + 0.3
+    assert before["em"].mean() < 0.1 and after["em"].mean() > 0.3
+    assert after["searches"].mean() > 0.8
 
 
 def test_the_rollouts_of_a_system_are_its_own(system):
