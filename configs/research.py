@@ -26,7 +26,7 @@ def get_config(which: str = "world") -> ConfigDict:
     )
     del config.regimes, config.strategies, config.data.own_questions
     config.seeds = (0, 1, 2)
-    # With the main table's adapters (rank 8, queries and values) the form is not learnt in so few steps.
+    # With the main table's adapters (rank 8, queries and values) so few steps do not teach the form.
     config.lora.rank, config.lora.alpha = 16, 32.0
     config.lora.targets = (
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"

@@ -106,14 +106,16 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
             row = {"variant": name, "regime": regime, "seeds": len(found), "cells": found}
             for hops in HOPS:
                 row |= comparison.estimate(found, f"{hops}_em")
-                asked = [np.nanmean(cell.scores[f"{hops}_searches"]) for cell in found]
-                row[f"searches_{hops}"] = float(np.mean(asked))
+                asked = comparison.estimate(found, f"{hops}_searches", unit=1.0)
+                row[f"searches_{hops}"] = asked[f"{hops}_searches"]
             row |= comparison.costs_and_clients(found)
             row["collapsed"] = sum(any(cell.controls.values()) for cell in found)
             rows.append(row)
     once = [row for row in rows if not row["variant"].startswith("search")]
     if once:
-        best = max(once, key=lambda row: (row["two_hop_em"], row["one_hop_em"]))
+        best = max(
+            once, key=lambda row: [row[f"{hops}_em"] or 0 for hops in ("two_hop", "one_hop")]
+        )
     for row in rows:
         if best and row is not best:
             against = differences.paired_difference(row["cells"], best["cells"], "two_hop_em")
