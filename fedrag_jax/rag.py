@@ -132,7 +132,7 @@ class RAGSystem(AsyncAnswers):
             top_k=top_k,
             marginal_k=min(marginal_k, len(passages) or marginal_k),
             score_scale=score_scale,
-            searching=searching or searching_of(style),
+            searching=searching or searching_of(style, generator.tokenizer),
         )
         return (system.under(system_prompt) if system_prompt else system).over(store)
 

@@ -1,6 +1,7 @@
 """Mode "search": answers that look things up as they are written, whole, streamed, served and asked."""
 
 import asyncio
+import copy
 import dataclasses
 import json
 
@@ -12,7 +13,7 @@ from test_service import asked, served
 
 from fedrag_jax.cli.command_line import main
 from fedrag_jax.data import synthetic
-from fedrag_jax.data.prompts import COMPACT, INSTRUCT
+from fedrag_jax.data.prompts import COMPACT, INSTRUCT, named_style
 from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.evaluation.evaluator import evaluate
 from fedrag_jax.evaluation.metrics import exact_match
@@ -113,11 +114,22 @@ def test_evaluation_counts_searches(system):
     assert "searches" not in usual
 
 
-def test_styles_have_their_own_way_to_search():
-    assert searching_of(COMPACT) is searching_of(COMPACT._replace(one_line=False))
-    assert searching_of(COMPACT) == COMPACT_SEARCHING and searching_of(INSTRUCT) == SEARCHING
-    opened = SEARCHING.opening("Who {x}?")
-    assert "Question: Who {x}?" in opened and "<search>query</search>" in opened
+def test_styles_have_their_own_way_to_search(system):
+    tokenizer = copy.copy(system.prompts.tokenizer)
+    assert searching_of(COMPACT._replace(one_line=False), tokenizer) is COMPACT_SEARCHING
+    assert searching_of(INSTRUCT, tokenizer) is SEARCHING
+    opened = SEARCHING.opening("Who {x} {open}?")
+    assert "Question: Who {x} {open}?" in opened and "<search>query</search>" in opened
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    chat = searching_of(named_style("chat", tokenizer), tokenizer)
+    asked = chat.opening("Who?")
+    assert asked.startswith("[user]Answer the question") and asked.endswith("[assistant]")
+    assert "Question: Who?" in asked and "</search>" in asked
+    whole, bare = (s.prompt(tokenizer, "Who?") for s in (chat._replace(bos=True), chat))
+    assert whole.tolist() == [tokenizer.bos_token_id, *bare]
 
 
 def test_a_saved_system_searches_as_before(system, tmp_path):

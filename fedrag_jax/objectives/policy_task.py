@@ -71,7 +71,7 @@ class Rolling:
 
     def prompt(self, question: str) -> np.ndarray:
         """Its tokens int32 [T]."""
-        return np.array(self.tokenizer(self.searching.opening(question))["input_ids"], np.int32)
+        return self.searching.prompt(self.tokenizer, question)
 
     @property
     def learned(self) -> int:

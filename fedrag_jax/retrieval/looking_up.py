@@ -3,7 +3,6 @@
 from collections.abc import Callable, Generator, Iterator, Sequence
 
 import jax
-import numpy as np
 
 from fedrag_jax.data.examples import reading_text
 from fedrag_jax.errors import ConfigError
@@ -79,7 +78,7 @@ def answers_by_searching(
             writer.params,
             writer.adapters,
             writer.tokenizer,
-            [_prompt(writer, searching, question) for question in asked],
+            [searching.prompt(writer.tokenizer, question) for question in asked],
             looking,
             questions=asked,
             tags=searching.tags,
@@ -138,10 +137,6 @@ class Searched(Iterator[str | Lookup]):
                 if self.response.answer:
                     yield self.response.answer
                 return
-
-
-def _prompt(writer: Writer, searching: Searching, question: str) -> np.ndarray:
-    return np.array(writer.tokenizer(searching.opening(question))["input_ids"], np.int32)
 
 
 def _response(rollout: Rollout, looking: Looking, searching: Searching) -> Response:
