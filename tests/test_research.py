@@ -63,7 +63,9 @@ def test_rows_compare_with_the_best_that_retrieves_once(tmp_path):
     none, generator, search = research.rows_of(config, tmp_path)
     assert (none["one_hop_em"], none["two_hop_em"], none["seeds"]) == (40.0, 5.0, 2)
     assert (generator["one_hop_em"], generator["two_hop_em"]) == (60.0, 10.0)
-    assert search["two_hop_em"] == 65.0 and search["searches_two_hop"] == pytest.approx(1.9)
+    assert search["two_hop_em"] == pytest.approx(65.0) and search[
+        "searches_two_hop"
+    ] == pytest.approx(1.9)
     assert search["searches_one_hop"] == 1 and search["collapsed"] == 1
     assert search["two_hop_by_difference"] == pytest.approx(55.0)
     assert none["two_hop_by_difference"] == pytest.approx(-5.0)

@@ -66,7 +66,7 @@ def test_scripts_are_well_formed_and_know_no_answers(system, searching):
         assert script.answer(searching.tags) == f"Answer {number}"
         assert script.queries[0] in question and list(script.queries) == read_in[number]
         assert all(q in ("Bo Ba", "Mo", "Cu Cy") for q in script.queries[1:])
-        assert tokenizer.decode(script.prompt) == searching.opening(question)
+        assert tokenizer.decode(script.prompt) == "<s>" + searching.opening(question)
         written = [tokenizer.decode(p.tokens) for p in script.parts if p.written]
         assert written == list(script.texts)
         found = [tokenizer.decode(p.tokens) for p in script.parts if not p.written]
@@ -109,4 +109,4 @@ def test_the_rollouts_of_a_system_are_its_own(system):
     assert rolling_of(system, group=2).group == 2
     question = WORLD.train[0].question
     decoded = system.prompts.tokenizer.decode(rolling_of(other).prompt(question))
-    assert decoded == SEARCHING.opening(question)
+    assert decoded == "<s>" + SEARCHING.opening(question)
