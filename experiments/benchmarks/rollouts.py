@@ -5,8 +5,9 @@
 
 Prompts are random, and so is what is written, at temperature 1. A piece of text that the model writes
 about once in --every tokens stands for the closing tag, so that no trained policy is needed; a search
-finds random tokens. Both sides write as many tokens a row on average and read the same prompts; what
-searches found is read beside, and its tokens are not counted. They take turns, the first turn of each
+finds random tokens. Plain decoding reads the same prompts and writes either as many tokens a row as the
+rollouts write on average (`ratio`: what was found is read beside, and its tokens are not counted), or
+as many as they come to with what was found (`ratio_of_length`). All take turns, the first turn of each
 (compilation, warming up) is not counted, and medians are printed as a line of JSON.
 """
 
@@ -60,8 +61,12 @@ def main(argv):
     rollouts = searching()
     written = sum(len(p.tokens) for r in rollouts for p in r.parts if p.written) / len(prompts)
     read = sum(len(p.tokens) for r in rollouts for p in r.parts if not p.written) / len(prompts)
-    count = max(round(written), 1)
-    runs = {"searching": searching, "plain": lambda: plain(count)}
+    count, length = max(round(written), 1), max(round(written + read), 1)
+    runs = {
+        "searching": searching,
+        "plain": lambda: plain(count),
+        "plain_of_length": lambda: plain(length),
+    }
     for run in runs.values():
         run()
     seconds = {name: [] for name in runs}
@@ -70,10 +75,13 @@ def main(argv):
             start = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - start)
-    counts = {"searching": written, "plain": count}
+    counts = {"searching": written, "plain": count, "plain_of_length": length}
     speed = {n: _BATCH.value * counts[n] / statistics.median(s) for n, s in seconds.items()}
     report = {f"{name}_tokens_per_second": round(s, 1) for name, s in speed.items()} | {
         "ratio": round(speed["searching"] / speed["plain"], 2),
+        "ratio_of_length": round(
+            speed["searching"] * (written + read) / written / speed["plain_of_length"], 2
+        ),
         "written_tokens": round(written, 1),
         "found_tokens": round(read, 1),
         "searches": sum(len(r.queries) for r in rollouts) / len(rollouts),
