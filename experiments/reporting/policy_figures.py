@@ -15,7 +15,7 @@ METRICS = {
     "entropy": "entropy (nats a token)",
     "kl": "KL to the start",
     "clip_fraction": "share clipped",
-    "written_tokens": "tokens written",
+    "written_tokens": "tokens in the loss",
 }
 
 

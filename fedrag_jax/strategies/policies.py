@@ -4,7 +4,7 @@
 """
 
 from fedrag_jax.data.examples import Dataset
-from fedrag_jax.evaluation.rewards import F1WithForm, WithCost
+from fedrag_jax.evaluation.rewards import F1WithForm, WithCost, WithRetrieval
 from fedrag_jax.objectives.policy_task import Reward, Rolling, policy
 from fedrag_jax.objectives.search_format import search_format
 from fedrag_jax.objectives.task import Task
@@ -55,16 +55,23 @@ def search_form(system: RAGSystem, dataset: Dataset, seed: int = 0) -> Tasks:
 
 
 def learn_to_search(
-    system: RAGSystem, dataset: Dataset, seed: int = 0, cost: float = 0.0, **options
+    system: RAGSystem,
+    dataset: Dataset,
+    seed: int = 0,
+    bonus: float = 0.0,
+    cost: float = 0.0,
+    **options,
 ) -> Tasks:
     """The warm-up, then policy gradients.
 
     Args:
+      bonus: in rewards where searches found the answer, whatever is made of it.
       cost: of a search, taken from rewards.
       options: of `search_policy`.
     """
     system = yield from search_form(system, dataset, seed)
-    reward = WithCost(F1WithForm(system.searching.tags), cost)
+    found = WithRetrieval(F1WithForm(system.searching.tags), system.prompts.tokenizer.decode, bonus)
+    reward = WithCost(found, cost)
     return system.replace(**(yield search_policy(system, dataset, reward, seed=seed, **options)))
 
 
