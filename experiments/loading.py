@@ -31,6 +31,7 @@ def load_data(config) -> Dataset:
     Raises:
       ConfigError, DataError: as `datasets.load`.
     """
+    _whole.cache_clear()  # files may have changed since
     dataset, seed = _whole(*_named(config)), config.data.sample_seed
     train = sample(dataset.train, config.data.train_questions, seed)
     if not config.data.labels:
@@ -43,7 +44,7 @@ def _named(config) -> tuple[str, str]:
     return config.data.to_json_best_effort(), config.models.retriever
 
 
-@functools.lru_cache(maxsize=1)  # two who want it need not read it twice
+@functools.lru_cache(maxsize=1)  # for `own_questions`, which follow
 def _whole(told: str, retriever: str) -> Dataset:
     """The set of `config.data`, given as JSON, with all of its questions."""
     data = ConfigDict(json.loads(told))
