@@ -170,6 +170,8 @@ def _kept(
 ) -> np.ndarray:
     """What is in the file once all is."""
     missing, before = file.missing(), spent.embedding
+    if jax.process_count() > 1:  # or the first would write while others look what is missing
+        multihost_utils.sync_global_devices(f"{file.folder.name} is known")
     mine = missing[jax.process_index() :: jax.process_count()]
     parts = {number: file.rows_of(number) for number in mine}
     total = sum(part.stop - part.start for part in parts.values())
