@@ -147,9 +147,27 @@ def test_no_length_is_compiled_anew(model, tokenizer):
     for program in programs:
         program.clear_cache()
     how = {"tags": SPACED, "budget": SMALL, "stop_tokens": (EOS,)}
-    for seed in range(4):
+    for seed in range(12):
         roll_out(*model, None, tokenizer, PROMPTS, search, key=jax.random.key(seed), **how)
-    assert [program._cache_size() for program in programs] == [1, 1, 1]
+    # Of five, two or one row with room for all turns; before the first search of five with less room.
+    counts = [program._cache_size() for program in programs]
+    assert counts == [4, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("waiting", "going"),
+    [
+        ([1, 1, 1, 1, 1, 0, 0, 0], [0, 1, 2, 3, 4, 5, 6, 7]),
+        ([0, 1, 0, 0, 1, 0, 1, 1], [1, 4, 6, 7]),
+        ([0, 0, 0, 0, 0, 1, 0, 1], [5, 7]),
+        ([0, 1, 0, 1, 0, 1, 0, 0], [0, 1, 3, 5]),
+        ([0, 0, 1] + [0] * 29, [0, 1, 2, 3]),
+        ([0, 0, 1], [2]),
+        ([1], [0]),
+    ],
+)
+def test_few_go_on_in_a_smaller_batch(waiting, going):
+    np.testing.assert_array_equal(searching._fewer(np.array(waiting, bool)), going)
 
 
 def test_the_likeliest_tokens_without_a_key(model, tokenizer):

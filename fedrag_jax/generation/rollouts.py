@@ -100,6 +100,93 @@ class Budget(NamedTuple):
 TAGS, BUDGET = Tags(), Budget()
 
 
+class Growing:
+    """A rollout as it is written."""
+
+    def __init__(self, prompt, tokenizer, tags: Tags, budget: Budget, stop_tokens):
+        self.prompt, self._tokenizer, self._tags = prompt, tokenizer, tags
+        self._budget, self._stop_tokens = budget, stop_tokens
+        self.parts: list[Part] = []
+        self.queries: list[str] = []
+        self.texts: list[str] = []
+        self.finish, self.query, self.unread = "", "", 0
+        self.writing, self.waits = True, False
+        self._begin()
+
+    def _begin(self) -> None:
+        self._tokens: list[int] = []
+        self._log_probs: list[float] = []
+
+    def add(self, tokens, log_probs) -> int:
+        """Takes tokens up to the end of the part; returns how many it took."""
+        if not self._ends_within(tokens):  # most pieces: one look at the text, not one a token
+            self._tokens += map(int, tokens)
+            self._log_probs += map(float, log_probs)
+            return len(tokens)
+        for count, (token, log_prob) in enumerate(zip(tokens, log_probs, strict=True), 1):
+            self._tokens.append(int(token))
+            self._log_probs.append(float(log_prob))
+            if self._ended():
+                self.unread = int(count == len(tokens))
+                return count
+        return len(tokens)
+
+    def _ends_within(self, tokens) -> bool:
+        if len(self._tokens) + len(tokens) >= self._budget.written:
+            return True
+        text = self._text([*self._tokens, *map(int, tokens)])
+        closing = self._tags.search[1], self._tags.answer[1]
+        return any(t in self._stop_tokens for t in tokens) or any(tag in text for tag in closing)
+
+    def _ended(self) -> bool:
+        if self._tokens[-1] in self._stop_tokens:
+            return self._close("stop")
+        text = self._text(self._tokens)
+        if self._tags.answer[1] in text:
+            return self._close("answer")
+        if self._tags.search[1] in text:
+            if len(self.queries) == self._budget.turns:
+                return self._close("turns")
+            self.query = (inside(text, self._tags.search) or "").strip()
+            self._keep(text)
+            self.queries.append(self.query)
+            self.writing, self.waits = False, True
+            return True
+        if len(self._tokens) >= self._budget.written:
+            return self._close("length")
+        return False
+
+    def _text(self, tokens: list[int]) -> str:
+        tokens = [t for t in tokens if t not in self._stop_tokens]
+        return self._tokenizer.decode(
+            tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+
+    def _keep(self, text: str) -> None:
+        self.texts.append(text)
+        arrays = np.array(self._tokens, np.int32), np.array(self._log_probs, np.float32)
+        self.parts.append(Part(True, *arrays))
+        self._begin()
+
+    def _close(self, finish: str) -> bool:
+        self._keep(self._text(self._tokens))
+        self.finish, self.writing = finish, False
+        return True
+
+    def found(self, tokens: list[int], unread: int) -> list[int]:
+        """Takes what was found; returns what is to be read: with the last token, if it is unread."""
+        last = self.parts[-1].tokens[len(self.parts[-1].tokens) - unread :].tolist()
+        self.parts.append(
+            Part(False, np.array(tokens, np.int32), np.zeros(len(tokens), np.float32))
+        )
+        self.waits, self.writing = False, True
+        return [*last, *tokens]
+
+    def done(self) -> Rollout:
+        told = tuple(self.parts), tuple(self.queries), self.finish, tuple(self.texts)
+        return Rollout(np.asarray(self.prompt, np.int32), *told)
+
+
 class Searching(NamedTuple):
     """How a text searches as it is written.
 

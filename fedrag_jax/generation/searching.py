@@ -3,9 +3,10 @@ Search-R1, 2503.09516).
 
 All rollouts of a batch are written together. Where one closes its search tag it waits; when none is
 being written any more, all that wait ask in one call, what was found is read into the cache in one
-forward pass, and they go on. Widths are fixed beforehand, so that four programs are compiled whatever
-the lengths. What was written and what was found is kept apart as it happens: no tag in a passage, and
-no token, is taken for a tag of the rollout.
+forward pass, and they go on, in a smaller batch where few are left. Batches and caches come in few
+sizes, fixed beforehand, so that few programs are compiled whatever the lengths. What was written and
+what was found is kept apart as it happens: no tag in a passage, and no token, is taken for a tag of the
+rollout.
 """
 
 import functools
@@ -29,12 +30,13 @@ from fedrag_jax.generation.decoding import (
     read_prompts,
     require_finite,
 )
-from fedrag_jax.generation.rollouts import BUDGET, TAGS, Budget, Part, Rollout, Tags, inside
+from fedrag_jax.generation.rollouts import BUDGET, TAGS, Budget, Growing, Rollout, Tags
 from fedrag_jax.models.decoder import Cache
 from fedrag_jax.models.network import Network
 
 T = TypeVar("T")
 PIECE = 8  # tokens written between two looks for a tag
+HALVINGS = 3  # of a batch as its rollouts end: each is another program to compile
 
 
 def roll_out(
@@ -108,7 +110,8 @@ def rolling_out(
     tokens, mask = left_padded(prompts, pad, multiple=bucket(longest))
     pieces = -(-budget.written // PIECE)
     most = longest + (budget.turns + 1) * pieces * PIECE + budget.turns * budget.found
-    room = tokens.shape[1] + (budget.turns + 1) * (pieces * PIECE + 1) + budget.turns * budget.found
+    once = tokens.shape[1] + pieces * PIECE + 1  # places until the first search
+    room = once + budget.turns * (pieces * PIECE + 1 + budget.found)
     _require_room(network, most, room)
     options = Options(
         np.array(stop_tokens, np.int32),
@@ -121,15 +124,17 @@ def rolling_out(
     sampled = temperature > 0
     spell = Spelled(tokenizer, tags, budget.found)
     asked = questions or [""] * len(prompts)
-    growing = [_Growing(prompt, tokenizer, tags, budget, stop_tokens) for prompt in prompts]
-    state, token, log_prob = _read(network, sampled, room, params, adapters, tokens, mask, options)
+    rollouts = [Growing(prompt, tokenizer, tags, budget, stop_tokens) for prompt in prompts]
+    batch = np.arange(len(prompts))  # which of them each row is
+    state, token, log_prob = _read(network, sampled, once, params, adapters, tokens, mask, options)
     if jax.default_backend() == "cpu":
         params, adapters, cache = jax.jit(apart)(params, adapters, state.cache)
         state = state._replace(cache=cache)
     require_finite(not np.isnan(np.asarray(log_prob)).any())
-    for rollout, *first in zip(growing, np.asarray(token), np.asarray(log_prob), strict=True):
+    for rollout, *first in zip(rollouts, np.asarray(token), np.asarray(log_prob), strict=True):
         rollout.add(*([one] for one in first))
     while True:
+        growing = [rollouts[number] for number in batch]
         while any(rollout.writing for rollout in growing):
             stopped = np.array([not rollout.writing for rollout in growing])
             state, wrote, log_probs = _write(
@@ -143,18 +148,22 @@ def rolling_out(
                 for rollout, *new in zip(growing, wrote, log_probs, strict=True)
             ]
             state = _cut(state, np.array(kept, np.int32))
-        waiting = [rollout for rollout in growing if rollout.waits]
-        if not waiting:
-            return [rollout.done() for rollout in growing]
-        queries = [rollout.query for rollout in waiting]
+        waiting = np.array([rollout.waits for rollout in growing])
+        if not waiting.any():
+            return [rollout.done() for rollout in rollouts]
+        going = _fewer(waiting)
+        state, batch = _going_on(state, going, room), batch[going]
+        options = options._replace(rows=options.rows[going])
+        queries = [rollouts[number].query for number in batch if rollouts[number].waits]
         texts = iter(search(queries))
         yield queries
-        chunk = np.full((len(growing), budget.found + 1), pad, np.int32)
+        chunk = np.full((len(batch), budget.found + 1), pad, np.int32)
         there = np.zeros(chunk.shape, bool)
-        for row, rollout in enumerate(growing):
-            if rollout.waits:
+        for row, number in enumerate(batch):
+            if rollouts[number].waits:
                 # The last token that was written has not been read yet, unless others followed it.
-                read = rollout.found(spell(next(texts), asked[row]), unread=rollout.unread)
+                text = spell(next(texts), asked[number])
+                read = rollouts[number].found(text, unread=rollouts[number].unread)
                 chunk[row, len(chunk[row]) - len(read) :] = read
                 there[row, len(chunk[row]) - len(read) :] = True
         state, token, log_prob = _append(
@@ -163,7 +172,16 @@ def rolling_out(
         firsts = np.asarray(token), np.asarray(log_prob)
         require_finite(not np.isnan(firsts[1][there[:, -1]]).any())
         for row in np.flatnonzero(there[:, -1]):
-            growing[row].add(*(first[row : row + 1] for first in firsts))
+            rollouts[batch[row]].add(*(first[row : row + 1] for first in firsts))
+
+
+def _fewer(waiting: np.ndarray) -> np.ndarray:
+    """The rows to go on with: those that wait, and resting ones up to the next size there is."""
+    size = len(waiting)
+    for _ in range(HALVINGS):
+        if waiting.sum() <= size // 2:
+            size //= 2
+    return np.sort(np.argsort(~waiting, kind="stable")[:size])
 
 
 def _require_room(network: Network, most: int, room: int) -> None:
@@ -195,82 +213,6 @@ class Spelled:
         tail = self._spelling.after("a", self._tail.replace("{question}", question))
         head = self._spelling.after(self._closing, self._head + plain(self._tokenizer, text))
         return [*head[: max(self._most - len(tail), 0)], *tail][: self._most]
-
-
-class _Growing:
-    """A rollout as it is written."""
-
-    def __init__(self, prompt, tokenizer, tags: Tags, budget: Budget, stop_tokens):
-        self.prompt, self._tokenizer, self._tags = prompt, tokenizer, tags
-        self._budget, self._stop_tokens = budget, stop_tokens
-        self.parts: list[Part] = []
-        self.queries: list[str] = []
-        self.texts: list[str] = []
-        self.finish, self.query, self.unread = "", "", 0
-        self.writing, self.waits = True, False
-        self._begin()
-
-    def _begin(self) -> None:
-        self._tokens: list[int] = []
-        self._log_probs: list[float] = []
-
-    def add(self, tokens, log_probs) -> int:
-        """Takes tokens up to the end of the part; returns how many it took."""
-        for count, (token, log_prob) in enumerate(zip(tokens, log_probs, strict=True), 1):
-            self._tokens.append(int(token))
-            self._log_probs.append(float(log_prob))
-            if self._ended():
-                self.unread = int(count == len(tokens))
-                return count
-        return len(tokens)
-
-    def _ended(self) -> bool:
-        if self._tokens[-1] in self._stop_tokens:
-            return self._close("stop")
-        text = self._text()
-        if self._tags.answer[1] in text:
-            return self._close("answer")
-        if self._tags.search[1] in text:
-            if len(self.queries) == self._budget.turns:
-                return self._close("turns")
-            self.query = (inside(text, self._tags.search) or "").strip()
-            self._keep(text)
-            self.queries.append(self.query)
-            self.writing, self.waits = False, True
-            return True
-        if len(self._tokens) >= self._budget.written:
-            return self._close("length")
-        return False
-
-    def _text(self) -> str:
-        tokens = [t for t in self._tokens if t not in self._stop_tokens]
-        return self._tokenizer.decode(
-            tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-
-    def _keep(self, text: str) -> None:
-        self.texts.append(text)
-        arrays = np.array(self._tokens, np.int32), np.array(self._log_probs, np.float32)
-        self.parts.append(Part(True, *arrays))
-        self._begin()
-
-    def _close(self, finish: str) -> bool:
-        self._keep(self._text())
-        self.finish, self.writing = finish, False
-        return True
-
-    def found(self, tokens: list[int], unread: int) -> list[int]:
-        """Takes what was found; returns what is to be read: with the last token, if it is unread."""
-        last = self.parts[-1].tokens[len(self.parts[-1].tokens) - unread :].tolist()
-        self.parts.append(
-            Part(False, np.array(tokens, np.int32), np.zeros(len(tokens), np.float32))
-        )
-        self.waits, self.writing = False, True
-        return [*last, *tokens]
-
-    def done(self) -> Rollout:
-        told = tuple(self.parts), tuple(self.queries), self.finish, tuple(self.texts)
-        return Rollout(np.asarray(self.prompt, np.int32), *told)
 
 
 class _State(NamedTuple):
@@ -317,6 +259,24 @@ def _write(network, sampled, state, params, adapters, options):
 
     state, (tokens, log_probs) = jax.lax.scan(step, state._replace(start=start), length=PIECE)
     return state, tokens.T, log_probs.T
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _going_on(state, rows, room):
+    """The state of some rows, whose cache has so many places."""
+    cache, batch = state.cache, len(state.token)
+
+    def some(x):
+        # [G * B, S, E] of a layer by itself, or [L, G, B, S, E]
+        heads = x.reshape(*x.shape[:-3], -1, batch, *x.shape[-2:]) if x.ndim == 3 else x
+        heads = jnp.take(heads, rows, axis=-3)
+        heads = jnp.pad(heads, [*[(0, 0)] * (heads.ndim - 2), (0, room - x.shape[-2]), (0, 0)])
+        return heads.reshape(-1, *heads.shape[-2:]) if x.ndim == 3 else heads
+
+    keys, values = jax.tree.map(some, (cache.keys, cache.values))
+    mask = jnp.pad(cache.mask[rows], [(0, 0), (0, room - cache.mask.shape[1])])
+    ours = {name: getattr(state, name)[rows] for name in ("token", "position", "step", "stopped")}
+    return state._replace(**ours, cache=Cache(keys, values, mask, cache.length))
 
 
 @jax.jit
