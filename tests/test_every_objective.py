@@ -11,6 +11,7 @@ from toy_rag import DATASET, EXAMPLES, KEY, batch_of, joint_task, rows, toy_part
 
 from fedrag_jax.federated.callbacks import Callback
 from fedrag_jax.federated.fit import fit
+from fedrag_jax.objectives import encoding
 from fedrag_jax.objectives.distillation import METHODS, distillation, distilled
 from fedrag_jax.objectives.generator import concatenated, ralt
 from fedrag_jax.objectives.retriever import multiple_negatives_ranking
@@ -135,6 +136,24 @@ def test_gradients_reach_every_trainable_leaf(name):
         leaf = jax.tree_util.keystr(path)
         if "['k_proj']['bias']" not in leaf:
             assert np.abs(g).max() > 1e-7, f"{name}: no gradient for {leaf}"
+
+
+@pytest.mark.parametrize(
+    "name", ["ranking query+document", "ranking, mined", "RAG-token head", "lsr query+document"]
+)
+def test_a_large_corpus_stays_off_the_device(name, monkeypatch):
+    task, batch = objective(name)
+    loss, gradient = program(task.loss)(task.trainable, task.frozen, batch, KEY)
+    monkeypatch.setattr(encoding, "ON_DEVICE", 0)
+    large = OBJECTIVES[name](toy_parts())
+    assert {*task.frozen} - {*large.frozen} == {"document_vectors"} or "document" in task.trainable
+    assert not {"document_vectors", "passages"} & {*large.frozen}
+    brought = batch_of(large)
+    found, ours = program(large.loss)(large.trainable, large.frozen, brought, KEY)
+    np.testing.assert_allclose(found[0], loss[0], rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), ours, gradient)
+    # Costs too are those of what is read, though padded to the longest there may be.
+    assert large.cost.flops(large, brought) >= task.cost.flops(task, batch) > 0
 
 
 @pytest.mark.slow

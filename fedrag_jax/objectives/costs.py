@@ -70,7 +70,9 @@ def trained_encoding(encoder: Network, task: Task, table: Table, *passages: str)
         flops += encoder_flops(encoder.config, width, trained=True)
     if "document" in task.trainable:
         count = sum(np.asarray(table[n]).reshape(len(table[n]), -1).shape[1] for n in passages)
-        width = task.frozen["passages"]["tokens"].shape[1]
+        # Of a large corpus a batch brings what it reads.
+        read = task.frozen.get("passages", {"tokens": table.get(f"{passages[0]}_tokens")})
+        width = read["tokens"].shape[-1]
         flops += count * encoder_flops(encoder.config, width, trained=True)
     return flops
 

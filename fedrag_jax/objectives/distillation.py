@@ -38,6 +38,7 @@ from fedrag_jax.generation.likelihood import tokens_read, weighted_mean
 from fedrag_jax.models.network import Network
 from fedrag_jax.objectives import costs
 from fedrag_jax.objectives.encoding import (
+    Passages,
     Questions,
     passage_scores,
     searching,
@@ -242,12 +243,18 @@ def _task(name, loss, source, retriever, examples, train, passages, refresh, poo
         raise ConfigError(f"{name}: {fault}")
     trainable, frozen = trained_parts(retriever, train)
     questions = Questions(retriever, examples, frozen="query" not in train)
+    read = Passages(retriever, train)
+
+    def collate(some, rows):
+        table = {"retrieved": rows} | questions(some) | read(retrieved=rows)
+        return table | source(some, rows)
+
     return Task(
         name=name,
         trainable=trainable,
         frozen=frozen,
         loss=loss,
-        collate=lambda some, rows: {"retrieved": rows} | questions(some) | source(some, rows),
+        collate=collate,
         cost=loss.cost(),
         label=f"retriever: {name.upper()}",
         **searching(retriever, train, passages, refresh, pool),

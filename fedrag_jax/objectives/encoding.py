@@ -2,7 +2,8 @@
 
 Parts of a retriever, by name: `query` and `document`, the parameters of its two encoders; `head`, a
 matrix after both of them; `document_vectors` [N, D] of a frozen document encoder; `passages`, the
-tokens and mask [N, T] of the corpus, where the document encoder is trained.
+tokens and mask [N, T] of the corpus, where the document encoder is trained. A large corpus is no part:
+batches bring what they read of it (`Passages`).
 """
 
 import dataclasses
@@ -20,6 +21,10 @@ from fedrag_jax.objectives.task import PyTree
 from fedrag_jax.retrieval.refresh import Index, Policy, first_index, next_index, search
 from fedrag_jax.retrieval.retriever import Retriever
 from fedrag_jax.retrieval.similarity import passage_side, question_side
+
+ON_DEVICE = (
+    2**30
+)  # bytes of a corpus, its vectors or its tokens, that a task holds on the device at most
 
 
 def trained_parts(retriever: Retriever, train: tuple[str, ...]) -> tuple[PyTree, PyTree]:
@@ -40,14 +45,9 @@ def trained_parts(retriever: Retriever, train: tuple[str, ...]) -> tuple[PyTree,
     parts = {"query": retriever.query, "document": retriever.document, "head": head}
     trainable = {name: parts[name] for name in train}
     frozen = {} if head is None or "head" in train else {"head": jnp.asarray(head)}
-    if "document" in train:
-        texts = retriever.passage_texts(retriever.passages)
-        table = encoder_table(retriever.tokenizer, texts, retriever.encoder.config.max_length)
-        frozen["passages"] = {name: jnp.asarray(array) for name, array in table.items()}
-        frozen |= {} if "query" in train else {"query": retriever.query}
-    else:
-        frozen["document_vectors"] = jnp.asarray(retriever.bare_vectors)
-    return trainable, frozen
+    if "document" in train and "query" not in train:
+        frozen["query"] = retriever.query
+    return trainable, frozen | Passages(retriever, train).parts()
 
 
 def as_trained(retriever: Retriever, trained: PyTree, fresh: bool = True) -> Retriever:
@@ -134,18 +134,45 @@ def question_vectors(encoder: Network, parts: PyTree, batch, at_once: int = 0) -
     return question_side(vectors, encoder.config, parts.get("head"))
 
 
-def passage_vectors(encoder: Network, parts: PyTree, rows, at_once: int = 0) -> jax.Array:
-    """Vectors [..., D] of the passages at `rows` int [...] of the corpus, for inner products."""
+def passage_vectors(
+    encoder: Network, parts: PyTree, batch, *names: str, at_once: int = 0
+) -> jax.Array:
+    """Vectors [M, D] of passages, for inner products.
+
+    Args:
+      names: columns of the batch with their corpus rows int [B, ...], -1 for none; M is how many there
+        are in all of them, one column after another.
+    """
     if "document" in parts:
-        flat = rows.reshape(-1)
-        tokens, mask = (parts["passages"][name][flat] for name in ("tokens", "mask"))
+        read = [_read(parts, batch, name) for name in names]
+        tokens, mask = (jnp.concatenate(arrays) for arrays in zip(*read, strict=True))
         vectors = encode(encoder, parts["document"], tokens, mask, at_once)
-        vectors = vectors.reshape(*rows.shape, -1)
     else:
-        vectors = parts["document_vectors"][rows]
+        vectors = jnp.concatenate([_known(parts, batch, name) for name in names])
         # They may be kept in half precision.
         vectors = vectors.astype(jnp.promote_types(vectors.dtype, jnp.float32))
     return passage_side(vectors, encoder.config, parts.get("head"))
+
+
+def _rows(batch, name: str) -> jax.Array:
+    return jnp.maximum(batch[name].reshape(-1), 0)
+
+
+def _read(parts: PyTree, batch, name: str) -> tuple[jax.Array, jax.Array]:
+    """Tokens and mask [M, T] of a column of passages."""
+    if "passages" in parts:
+        rows = _rows(batch, name)
+        return parts["passages"]["tokens"][rows], parts["passages"]["mask"][rows]
+    tokens, mask = batch[f"{name}_tokens"], batch[f"{name}_mask"]
+    return tokens.reshape(-1, tokens.shape[-1]), mask.reshape(-1, mask.shape[-1])
+
+
+def _known(parts: PyTree, batch, name: str) -> jax.Array:
+    """Frozen vectors [M, D] of a column of passages."""
+    if "document_vectors" in parts:
+        return parts["document_vectors"][_rows(batch, name)]
+    vectors = batch[f"{name}_vectors"]
+    return vectors.reshape(-1, vectors.shape[-1])
 
 
 def encode(encoder: Network, params: PyTree, tokens, mask, at_once: int = 0) -> jax.Array:
@@ -167,7 +194,8 @@ def encode(encoder: Network, params: PyTree, tokens, mask, at_once: int = 0) -> 
 def passage_scores(encoder: Network, parts: PyTree, batch, score_scale: float) -> jax.Array:
     """Scaled similarity [B, k] of each question with the passages `retrieved` int [B, k] for it."""
     queries = question_vectors(encoder, parts, batch)
-    passages = passage_vectors(encoder, parts, batch["retrieved"])
+    passages = passage_vectors(encoder, parts, batch, "retrieved")
+    passages = passages.reshape(*batch["retrieved"].shape, -1)
     return score_scale * jnp.einsum("bd,bkd->bk", queries, passages)
 
 
@@ -206,3 +234,49 @@ class Questions:
         table = encoder_table(self._retriever.tokenizer, read, self._width)
         pad = ((0, 0), (0, self._width - table["tokens"].shape[1]))
         return {f"question_{name}": np.pad(array, pad) for name, array in table.items()}
+
+
+class Passages:
+    """Passages as a loss reads them: of a small corpus all, on the device; of a large one those of a
+    batch, which come with it.
+
+    Args:
+      train: what moves; with "document" in it passages are read as tokens, else as their vectors.
+    """
+
+    def __init__(self, retriever: Retriever, train: tuple[str, ...]):
+        self._retriever, self._tokens = retriever, "document" in train
+        self._most = retriever.encoder.config.max_length
+        one = self._most * (np.dtype(np.int32).itemsize + np.dtype(bool).itemsize)
+        size = one * len(retriever.passages) if self._tokens else retriever.bare_vectors.nbytes
+        self._on_device = size <= ON_DEVICE
+
+    def parts(self) -> PyTree:
+        """`passages` or `document_vectors` of the whole corpus; none of a large one."""
+        if not self._on_device:
+            return {}
+        if not self._tokens:
+            return {"document_vectors": jnp.asarray(self._retriever.bare_vectors)}
+        table = self._table(self._retriever.passages)
+        return {"passages": {name: jnp.asarray(array) for name, array in table.items()}}
+
+    def __call__(self, **rows: np.ndarray) -> dict[str, np.ndarray]:
+        """What a batch has to bring for corpus rows int [N, ...], -1 for none, by the column's name:
+        `<name>_vectors` [N, ..., D], or `<name>_tokens` and `<name>_mask` [N, ..., T]."""
+        if self._on_device:
+            return {}
+        found = {}
+        for name, wanted in rows.items():
+            unique, inverse = np.unique(np.maximum(wanted, 0), return_inverse=True)
+            inverse = inverse.reshape(wanted.shape)
+            if not self._tokens:
+                found[f"{name}_vectors"] = np.asarray(self._retriever.bare_vectors[unique])[inverse]
+                continue
+            for part, array in self._table([self._retriever.passages[int(i)] for i in unique]).items():
+                room = ((0, 0), (0, self._most - array.shape[1]))  # one width for all batches
+                found[f"{name}_{part}"] = np.pad(array, room)[inverse]
+        return found
+
+    def _table(self, passages) -> dict[str, np.ndarray]:
+        texts = self._retriever.passage_texts(passages)
+        return encoder_table(self._retriever.tokenizer, texts, self._most)

@@ -25,6 +25,7 @@ from fedrag_jax.generation.likelihood import answer_log_probs, tokens_read, weig
 from fedrag_jax.models.network import Network
 from fedrag_jax.objectives import costs
 from fedrag_jax.objectives.encoding import (
+    Passages,
     Questions,
     found_by,
     passage_scores,
@@ -149,6 +150,7 @@ def marginal_likelihood(
         trainable = {"adapters": parts["adapters"]} | trainable
         frozen["decoder"] = parts["decoder"]
     asked = Questions(retriever, questions, frozen=bool(moving) and "query" not in train)
+    read = Passages(retriever, moving)
     likelihoods = Likelihoods(decoder, parts, prompts)
 
     def collate(examples, retrieved):
@@ -156,7 +158,7 @@ def marginal_likelihood(
             retrieved, cosines = found_by(retriever, examples, passages, pool)
             table = {"retrieval_scores": (score_scale * cosines).astype(np.float32)}
         else:
-            table = {"retrieved": retrieved} | asked(examples)
+            table = {"retrieved": retrieved} | asked(examples) | read(retrieved=retrieved)
         if "adapters" in train:
             return table | prompts.training_table(examples, retrieved, per_passage=True)
         return table | likelihoods(examples, retrieved)

@@ -15,6 +15,7 @@ from fedrag_jax.generation.likelihood import tokens_read, weighted_mean
 from fedrag_jax.models.network import Network
 from fedrag_jax.objectives import costs
 from fedrag_jax.objectives.encoding import (
+    Passages,
     Questions,
     as_trained,
     passage_vectors,
@@ -55,16 +56,16 @@ class MultipleNegativesRanking:
     def __call__(self, trainable, frozen, batch, rng):
         parts, golds = frozen | trainable, batch["golds"]
         size, there = len(golds), batch["weight"] > 0
-        rows, negative = batch["positive"], ~_share_a_gold(golds, golds) & there[None]
+        passages, negative = ["positive"], ~_share_a_gold(golds, golds) & there[None]
         if "negatives" in batch:
+            passages.append("negatives")
             mined = jnp.where(there[:, None], batch["negatives"], -1).reshape(-1)
-            rows = jnp.concatenate([rows, jnp.maximum(mined, 0)])
             usable = ~_share_a_gold(golds, mined[:, None]) & (mined >= 0)[None]
             negative = jnp.concatenate([negative, usable], axis=1)
         shown = negative | jnp.eye(size, negative.shape[1], dtype=bool)
 
         queries = question_vectors(self.encoder, parts, batch, self.at_once)
-        documents = passage_vectors(self.encoder, parts, rows, self.at_once)
+        documents = passage_vectors(self.encoder, parts, batch, *passages, at_once=self.at_once)
         losses = []
         for d in self.dimensions or (queries.shape[-1],):
             cut = queries[:, :d], documents[:, :d]
@@ -149,6 +150,7 @@ def multiple_negatives_ranking(
     most = max((len(e.positive_ids) for e in dataset.train), default=1)
     trainable, frozen = trained_parts(retriever, train)
     questions = Questions(retriever, dataset.train, "query" not in train, max_question_tokens)
+    passages = Passages(retriever, train)
 
     def golds_of(examples) -> np.ndarray:
         unlabelled = [e.id for e in examples if not e.positive_ids]
@@ -168,10 +170,12 @@ def multiple_negatives_ranking(
 
     def collate(examples, mined):
         golds = golds_of(examples)
-        table = questions(examples) | {"positive": golds[:, 0], "golds": golds}
+        rows = {"positive": golds[:, 0]}
         if negatives is not None:
             mined = np.array([negatives[e.id] for e in examples], np.int32)
-        return table if mined is None else table | {"negatives": mined}
+        if mined is not None:
+            rows["negatives"] = mined
+        return questions(examples) | rows | {"golds": golds} | passages(**rows)
 
     def idle(examples, batch_size) -> str:
         if batch_size < 2:
