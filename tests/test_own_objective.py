@@ -46,10 +46,9 @@ def hinge_module() -> str:
     of = {getattr(n, "name", None) or ast.unparse(n.targets[0]): ast.get_source_segment(block, n)
           for n in tree.body if isinstance(n, (ast.FunctionDef, ast.Assign))}  # fmt: skip
     body = [of["hinge"], of["ranking"].replace("world", "dataset"), of["task"], "return task"]
-    imports = "import dataclasses\n\nimport jax\nimport jax.numpy as jnp\n\n"
-    imports += "from fedrag_jax.objectives.retriever import multiple_negatives_ranking\n\n\n"
+    imports = [ast.unparse(n) for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))]
     made = "def hinge_task(system, dataset):\n    retriever = system.retriever\n"
-    return imports + made + textwrap.indent("\n".join(body), "    ") + "\n"
+    return "\n".join(imports) + "\n\n\n" + made + textwrap.indent("\n".join(body), "    ") + "\n"
 
 
 @pytest.fixture
