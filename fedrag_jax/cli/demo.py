@@ -2,7 +2,7 @@
 
 2,000 passages about invented people and works, 1,600 questions to train on, 600 to test with. Eight
 clients hold questions about different topics. Nothing is downloaded. Two CPU cores
-take one to two minutes; what is compiled is kept for the next time.
+take about two minutes; what is compiled is kept for the next time.
 
 The full comparison has more strategies, regimes and seeds: it is in the repository, as `make compare`.
 """
