@@ -51,7 +51,7 @@ test-slow: $(VENV)/tested  ## tests that take minutes, such as those of several 
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow --durations=15
 
 docs: $(VENV)/documented  ## the documentation site, docs/_build/html/index.html; broken links are errors
-	$(BIN)/python -m sphinx -q -n -W --keep-going docs docs/_build/html
+	$(BIN)/python -m sphinx -q -W --keep-going docs docs/_build/html
 
 wheel: $(VENV)/documented  ## a source distribution and a wheel, in dist/
 	$(BIN)/python -m build

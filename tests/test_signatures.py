@@ -33,3 +33,7 @@ def test_what_people_call_first_tells_its_options():
             if parameter.kind is PASSED_ON:
                 told = typing.get_origin(parameter.annotation), function.__qualname__
                 assert told[0] is typing.Unpack, told
+
+
+def test_training_returns_its_result_and_not_its_rounds():
+    assert inspect.signature(fr.fit).return_annotation is fr.FitResult
