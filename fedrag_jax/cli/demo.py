@@ -70,7 +70,9 @@ def run(args: argparse.Namespace) -> int:
     asked = world.test[: args.questions]
     clients = regimes.split_clients(world.train, CLIENTS, args.alpha, "topic", args.seed)
     budget = regimes.Budget(ROUNDS, LOCAL_STEPS, CLIENTS, BATCH_SIZE, devices=0)
-    system = RAGSystem.build(world.passages, world.train, score_scale=10.0, seed=args.seed)
+    system = RAGSystem.build(
+        world.passages, world.train, score_scale=10.0, seed=args.seed, progress=True
+    )
 
     def tuned(regime: str) -> RAGSystem:
         def tune(task):
@@ -102,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
             }
         )
     else:
-        _print(args, rows, seconds, len(asked), systems)
+        _print(args, rows, seconds, asked)
     return 0
 
 
@@ -123,7 +125,7 @@ def _rows(scores: dict[str, dict[str, np.ndarray]], together: np.ndarray) -> dic
     }
 
 
-def _print(args, rows, seconds, questions: int, systems) -> None:
+def _print(args, rows, seconds, asked) -> None:
     from tabulate import tabulate
 
     lines = []
@@ -134,10 +136,10 @@ def _print(args, rows, seconds, questions: int, systems) -> None:
         ]
         spent = f"{seconds[name]:.0f}" if name in seconds and name != "untuned" else ""
         lines.append([name, *cells, spent])
-    print(tabulate(lines, ["", *METRICS.values(), "training s"], disable_numparse=True))
+    print(tabulate(lines, ["", *METRICS.values(), "training s *"], disable_numparse=True))
     print(
-        f"\nStrategy {args.strategy}; percent of {questions} test questions, [95% interval over "
-        f"questions], one seed."
+        f"\nStrategy {args.strategy}; percent of {len(asked)} test questions, [95% interval over "
+        "questions], one seed. * with compiling."
     )
     if args.to is not None:
-        print(f'Saved the federated system: fedrag ask {args.to} "At which school did ..."')
+        print(f'Saved the federated system: fedrag ask {args.to} "{asked[0].question}"')
