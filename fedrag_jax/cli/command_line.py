@@ -10,13 +10,14 @@ import warnings
 from collections.abc import Sequence
 
 import fedrag_jax
-from fedrag_jax.cli import ask, evaluate, index, serve, train
+from fedrag_jax.cli import ask, demo, evaluate, index, serve, train
 from fedrag_jax.cli.common import harmless
 from fedrag_jax.errors import FedragError
 
 DESCRIPTION = """\
 Retrieval-augmented generation over your documents, and its fine-tuning.
 
+  fedrag demo                                  tune a small built-in system, print a table
   fedrag index documents/ --to system/         make a system of a folder of documents
   fedrag ask system/ "Who wrote it?"           print an answer and its sources
   fedrag eval system/ --questions own.jsonl    score answers and retrieval
@@ -40,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"fedrag {fedrag_jax.__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in (
+        ("demo", demo),
         ("index", index),
         ("ask", ask),
         ("eval", evaluate),

@@ -66,16 +66,18 @@ class Partition:
         return classes.tolist(), np.bincount(cell, minlength=shape[0] * shape[1]).reshape(shape)
 
     def statistics(self, column: Column = "topic") -> dict[str, float]:
-        """How unlike the clients are: a row of a table.
+        """How unlike the clients are.
 
         Returns:
-          clients, examples: how many; examples that no client holds do not count.
-          smallest, median, largest: examples of a client.
-          size_gini: 0 where all clients hold as many, towards 1 where one holds everything.
-          classes: of the column, among what clients hold.
-          effective_classes: exp(entropy) of the classes of a client, mean over clients: as many
+          A row of a table.
+
+          - clients, examples: how many; examples that no client holds do not count.
+          - smallest, median, largest: examples of a client.
+          - size_gini: 0 where all clients hold as many, towards 1 where one holds everything.
+          - classes: of the column, among what clients hold.
+          - effective_classes: exp(entropy) of the classes of a client, mean over clients: as many
             classes in equal parts would be as mixed.
-          total_variation: half the L1 distance between the class shares of a client and those of all
+          - total_variation: half the L1 distance between the class shares of a client and those of all
             examples, in [0, 1], mean over clients: the part of its examples that would have to be of
             another class. Small clients are some way off even if examples are dealt out at random:
             compare with `iid`.

@@ -1,7 +1,7 @@
 """One system on one set of questions: answers, retrieval, and the controls that keep them honest."""
 
 from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import jax
 import numpy as np
@@ -11,6 +11,7 @@ from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.evaluation import metrics, rankings
 from fedrag_jax.generation.inference import SEARCH
 from fedrag_jax.generation.likelihood import answer_log_probs
+from fedrag_jax.generation.text import AnsweringOptions
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.retrieval.retriever import Retriever
 from fedrag_jax.retrieval.stores.knowledge_store import KnowledgeStore
@@ -21,7 +22,10 @@ BATCH = 32  # prompts whose likelihood is computed at once
 
 
 def evaluate(
-    system: RAGSystem, examples: Sequence[Example], rule: str = "squad", **how
+    system: RAGSystem,
+    examples: Sequence[Example],
+    rule: str = "squad",
+    **how: Unpack[AnsweringOptions],
 ) -> dict[str, np.ndarray]:
     """Per-question scores in [0, 1], each [Q]: `em`, `f1`, `recall_at_5`, `mrr`.
 

@@ -5,7 +5,7 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, ParamSpec, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from fedrag_jax.federated.work import Work
 from fedrag_jax.models.layers import wide_type
 
 PyTree = Any
+P = ParamSpec("P")
 
 
 class State(NamedTuple):
@@ -124,7 +125,7 @@ class Algorithm(NamedTuple):
     name: str = ""
 
 
-def one_object(make: Callable[..., Algorithm]) -> Callable[..., Algorithm]:
+def one_object(make: Callable[P, Algorithm]) -> Callable[P, Algorithm]:
     """Has a factory return one object for equal settings, so that they share compiled programs, and
     names it after them.
 
@@ -132,10 +133,11 @@ def one_object(make: Callable[..., Algorithm]) -> Callable[..., Algorithm]:
     of their items, and what is to be a float is one.
     """
     signature = inspect.signature(make)
+    of_settings: Callable[..., Algorithm] = make
 
     @functools.cache
     def cached(settings):
-        made = make(**dict(settings))
+        made = of_settings(**dict(settings))
         return made._replace(name=_name(make.__name__, dict(settings), made.work))
 
     def plain(name, value):
@@ -147,7 +149,7 @@ def one_object(make: Callable[..., Algorithm]) -> Callable[..., Algorithm]:
         return float(value) if isinstance(getattr(known, "default", None), float) else value
 
     @functools.wraps(make)
-    def factory(*args, **kwargs):
+    def factory(*args: P.args, **kwargs: P.kwargs) -> Algorithm:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         settings = dict(bound.arguments)

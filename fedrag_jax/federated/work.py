@@ -1,6 +1,7 @@
 """Who takes part in a round, and how much work they do."""
 
 import dataclasses
+from typing import TypedDict
 
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.federated.sampling import ClientSampling, everyone
@@ -59,3 +60,19 @@ class Work:
             f"{length}, sampling={self.sampling.name}, dropout={self.dropout}, "
             f"stragglers={self.stragglers}, weighting={self.weighting}"
         )
+
+
+class StepOptions(TypedDict, total=False):
+    """Settings of `Work` by name, without how clients are weighed."""
+
+    local_steps: int
+    local_epochs: int | None
+    sampling: ClientSampling
+    dropout: float
+    stragglers: float
+
+
+class WorkOptions(StepOptions, total=False):
+    """Settings of `Work` by name, as algorithms take them."""
+
+    weighting: str

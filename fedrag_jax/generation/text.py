@@ -3,7 +3,7 @@
 import concurrent.futures
 import dataclasses
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 import numpy as np
@@ -64,6 +64,23 @@ class Sampling:
             raise ConfigError(
                 f"stop must be a sequence of strings that are not empty, got {self.stop!r}"
             )
+
+
+class SamplingOptions(TypedDict, total=False):
+    """Settings of `Sampling` by name."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+    stop: Sequence[str]
+
+
+class AnsweringOptions(SamplingOptions, total=False):
+    """How a system is to answer, by name; see `RAGSystem.batch_query`."""
+
+    mode: str
+    beams: int | None
 
 
 class Completion(NamedTuple):

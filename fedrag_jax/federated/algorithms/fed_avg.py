@@ -7,6 +7,7 @@ Adaptive Federated Optimization (a server optimizer on the mean update)
 """
 
 from collections.abc import Callable
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from fedrag_jax.federated.algorithm import (
     weighted_sum,
     wide,
 )
-from fedrag_jax.federated.work import Work
+from fedrag_jax.federated.work import Work, WorkOptions
 
 PLAIN = optax.sgd(1.0)  # x + mean update
 
@@ -34,7 +35,7 @@ def fed_avg(
     *,
     server_optimizer: optax.GradientTransformation = PLAIN,
     carry_optimizer: bool = False,
-    **work,
+    **work: Unpack[WorkOptions],
 ) -> Algorithm:
     """x ← x + Σ_k p_k (y_k − x), with y_k what client k made of x. Equal settings, equal object.
 

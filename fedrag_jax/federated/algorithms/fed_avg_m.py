@@ -4,15 +4,19 @@ Measuring the Effects of Non-Identical Data Distribution for Federated Visual Cl
     Hsu, Qi, Brown, 2019, arXiv 1909.06335, section 4.2
 """
 
+from typing import Unpack
+
 import optax
 
 from fedrag_jax.federated.algorithm import Algorithm, one_object, positive, require_momentum
 from fedrag_jax.federated.algorithms.fed_avg import averaging
-from fedrag_jax.federated.work import Work
+from fedrag_jax.federated.work import Work, WorkOptions
 
 
 @one_object
-def fed_avg_m(*, learning_rate: float = 1.0, momentum: float = 0.9, **work) -> Algorithm:
+def fed_avg_m(
+    *, learning_rate: float = 1.0, momentum: float = 0.9, **work: Unpack[WorkOptions]
+) -> Algorithm:
     """v ← βv + Δ; x ← x + ηv, with Δ the mean update of `fed_avg` and v₀ = 0.
 
     Args:

@@ -24,7 +24,7 @@ Everything else that is trained, such as a query encoder, is averaged as in `fed
 import functools
 import zlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ from fedrag_jax.federated.algorithm import (
     weighted_sum,
     wide,
 )
-from fedrag_jax.federated.work import Work
+from fedrag_jax.federated.work import Work, WorkOptions
 from fedrag_jax.models import lora
 from fedrag_jax.models.network import Network, flatten, unflatten
 from fedrag_jax.models.quantized import is_quantized
@@ -106,7 +106,7 @@ def fed_lora(
     ranks: tuple[int, ...] | None = None,
     part: str = "adapters",
     base: str = "decoder",
-    **work,
+    **work: Unpack[WorkOptions],
 ) -> Algorithm:
     """Averages adapters by one of seven rules.
 
@@ -123,7 +123,7 @@ def fed_lora(
       ConfigError: no such rule, ranks that the rule or the network cannot have, or what `Work`
         refuses; in a fit, a rule that would change a quantised base.
     """
-    work = Work(**work)
+    settled = Work(**work)
     if rule not in RULES:
         raise ConfigError(f"fed_lora: rule is one of {sorted(RULES)}, got {rule!r}")
     if network.lora is None:
@@ -239,7 +239,7 @@ def fed_lora(
         return _joined(trainable, row)
 
     return Algorithm(
-        work,
+        settled,
         init,
         tuple(functools.partial(turn, moves) for moves in rules.moves),
         traffic,

@@ -13,7 +13,7 @@ Adaptive Federated Optimization
 There is no bias correction, τ stands outside the root, m₀ = 0 and v₀ = τ².
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ import optax
 
 from fedrag_jax.federated.algorithm import Algorithm, one_object, positive, require_momentum
 from fedrag_jax.federated.algorithms.fed_avg import averaging
-from fedrag_jax.federated.work import Work
+from fedrag_jax.federated.work import Work, WorkOptions
 
 SECOND_MOMENTS = {
     "adagrad": lambda v, square, b2: v + square,
@@ -59,7 +59,7 @@ def fed_adagrad(
     learning_rate: float = 0.01,
     b1: float = 0.0,
     tau: float = 1e-3,
-    **work,
+    **work: Unpack[WorkOptions],
 ) -> Algorithm:
     """Averaging with Adagrad on the server, by default without momentum.
 
@@ -79,7 +79,7 @@ def fed_adam(
     b1: float = 0.9,
     b2: float = 0.99,
     tau: float = 1e-3,
-    **work,
+    **work: Unpack[WorkOptions],
 ) -> Algorithm:
     """Averaging with Adam on the server; arguments as in `fed_adagrad`, and `b2`, β₂."""
     return _fed_opt("adam", learning_rate, b1, b2, tau, work)
@@ -92,7 +92,7 @@ def fed_yogi(
     b1: float = 0.9,
     b2: float = 0.99,
     tau: float = 1e-3,
-    **work,
+    **work: Unpack[WorkOptions],
 ) -> Algorithm:
     """Averaging with Yogi on the server; arguments as in `fed_adam`."""
     return _fed_opt("yogi", learning_rate, b1, b2, tau, work)

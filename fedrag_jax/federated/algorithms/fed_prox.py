@@ -4,16 +4,18 @@ Federated Optimization in Heterogeneous Networks
     Li, Sahu, Zaheer, Sanjabi, Talwalkar, Smith, MLSys 2020, arXiv 1812.06127, Algorithm 2
 """
 
+from typing import Unpack
+
 import jax
 
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.federated.algorithm import Algorithm, one_object
 from fedrag_jax.federated.algorithms.fed_avg import averaging
-from fedrag_jax.federated.work import Work
+from fedrag_jax.federated.work import Work, WorkOptions
 
 
 @one_object
-def fed_prox(*, mu: float = 0.01, **work) -> Algorithm:
+def fed_prox(*, mu: float = 0.01, **work: Unpack[WorkOptions]) -> Algorithm:
     """Clients minimise loss(y) + (μ/2) ‖y − x‖², the norm being squared; at μ = 0 it is `fed_avg`.
 
     The gradient μ(y − x) reaches the optimizer with that of the loss; the loss that is reported is

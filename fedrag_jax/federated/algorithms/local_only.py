@@ -1,11 +1,13 @@
 """Every client for itself."""
 
+from typing import Unpack
+
 from fedrag_jax.federated.algorithm import Algorithm, State, Traffic, one_object
-from fedrag_jax.federated.work import Work
+from fedrag_jax.federated.work import Work, WorkOptions
 
 
 @one_object
-def local_only(**work) -> Algorithm:
+def local_only(**work: Unpack[WorkOptions]) -> Algorithm:
     """N models that start alike and never meet; optimizer states carry on from round to round.
 
     A round is only a stretch of training between two logs, checkpoints and index refreshes. Models
@@ -17,7 +19,7 @@ def local_only(**work) -> Algorithm:
     Raises:
       ConfigError: what `Work` refuses.
     """
-    work = Work(**work)
+    settled = Work(**work)
 
     def init(trainable, client_init, client_count):
         return State((), (), {"model": trainable, "optimizer": client_init(trainable)})
@@ -32,7 +34,7 @@ def local_only(**work) -> Algorithm:
         return State((), (), population), report
 
     return Algorithm(
-        work,
+        settled,
         init,
         (turn,),
         traffic=lambda *_: Traffic(),

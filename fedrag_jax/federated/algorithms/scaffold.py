@@ -7,7 +7,7 @@ SCAFFOLD: Stochastic Controlled Averaging for Federated Learning
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from fedrag_jax.federated.algorithm import (
     wide,
 )
 from fedrag_jax.federated.optimizers import tunable
-from fedrag_jax.federated.work import Work
+from fedrag_jax.federated.work import StepOptions, Work
 
 
 @one_object
@@ -36,7 +36,7 @@ def scaffold(
     *,
     server_learning_rate: float = 1.0,
     weighting: str = "uniform",
-    **work,
+    **work: Unpack[StepOptions],
 ) -> Algorithm:
     """y ← y − η_l (g − c_k + c), so that a client's steps go where those of all would go.
 
@@ -57,7 +57,7 @@ def scaffold(
     Raises:
       ConfigError: a rate that is not positive, or what `Work` refuses.
     """
-    given, work = client_learning_rate, Work(weighting=weighting, **work)
+    given, settled = client_learning_rate, Work(weighting=weighting, **work)
     # A mapping comes as a tuple of its items from `one_object`.
     rate = float(given) if isinstance(given, (int, float)) else dict(given)
     by_part = rate if isinstance(rate, dict) else {"": rate}
@@ -79,7 +79,7 @@ def scaffold(
     else:
         optimizer = tunable(optax.sgd, learning_rate=rate)
     turn = _turn_with(server_learning_rate)
-    return Algorithm(work, init, (turn,), traffic, optimizer=optimizer)
+    return Algorithm(settled, init, (turn,), traffic, optimizer=optimizer)
 
 
 @functools.cache  # algorithms that differ in client learning rates share compiled rounds

@@ -1,6 +1,8 @@
 """A round as one program, compiled ahead of time and kept for every fit with the same shapes."""
 
 import functools
+import inspect
+import typing
 from collections.abc import Callable, Generator
 from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
@@ -103,6 +105,10 @@ def run_alone(rounds: Callable[P, Generator[Round, Ran, R]]) -> RunAlone[P, R]:
 
     alone: Any = fit
     alone.rounds = rounds
+    # To who asks for its signature it returns what the generator returns at its end.
+    signature = inspect.signature(rounds)
+    *_, returned = typing.get_args(signature.return_annotation)
+    alone.__signature__ = signature.replace(return_annotation=returned)
     return alone
 
 

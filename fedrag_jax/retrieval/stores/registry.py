@@ -121,7 +121,7 @@ def open_store(
         be changed; kinds that do not lie in the folder are opened as ever.
       elsewhere: follow a folder that tells of a server, of another folder or of a command. Say so of
         folders that you trust: questions will go there, and QDRANT_API_KEY, libpq's password or what
-        FEDRAG_MCP_... holds with them; the command is run.
+        `FEDRAG_MCP_...` holds with them; the command is run.
 
     Raises:
       ConfigError: a library that its kind needs is missing.
