@@ -57,7 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=(),
         metavar="NAME=VALUE",
-        help="options of the algorithm, such as mu=0.1",
+        help="options of the algorithm, such as mu=0.1; of all of them: up and down compress updates "
+        "and model (float16, bfloat16, int8, int4, rotated_int8, rotated_int4, top_k:0.01)",
     )
     parser.add_argument(
         "--clients", type=int, default=8, help="number of clients (default: 8); 0: one per topic"

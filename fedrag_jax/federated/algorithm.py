@@ -111,6 +111,10 @@ class Algorithm(NamedTuple):
       model: `model(trainable, row) -> trainable` of the client with that row of the population;
         None where all clients have the global model.
       frozen: `frozen(state, frozen) -> frozen`: what the frozen part has become.
+      sent: `sent(trainable, turn) -> pytree`, what of the model a client trains and sends in that turn;
+        None where messages differ in size from client to client.
+      needs: what the server must see of the updates: their weighted "sum" alone, all "updates" one by
+        one, their "factors" (to multiply those of each client), or "nothing".
       name: the factory's, with the settings that matter to a resumed run; `one_object` gives it.
     """
 
@@ -121,6 +125,8 @@ class Algorithm(NamedTuple):
     optimizer: optax.GradientTransformation | None = None
     model: Callable[[PyTree, PyTree], PyTree] | None = None
     frozen: Callable[[State, PyTree], PyTree] = lambda state, frozen: frozen
+    sent: Callable[[PyTree, int], PyTree] | None = lambda trainable, turn: trainable
+    needs: str = "sum"
     name: str = ""
 
 

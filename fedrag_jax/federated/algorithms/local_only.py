@@ -37,4 +37,5 @@ def local_only(**work) -> Algorithm:
         (turn,),
         traffic=lambda *_: Traffic(),
         model=lambda trainable, row: row["model"],
+        needs="nothing",
     )
