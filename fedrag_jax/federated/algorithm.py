@@ -49,6 +49,8 @@ class Client(NamedTuple):
       total: `total(work, *inputs) -> (sums, rest)`: `work(*group) -> (sums, rest)` for one group
         after another, where sums are added up over all groups and devices and rest is [G, g, ...].
         Inputs and rest are lists over the parts of the cohort.
+      gather: `gather(rest) -> [K, ...]`, of all groups, parts and devices, padding too; for algorithms
+        that need every update at once.
       frozen: the task's.
       key: of the round, for what a server draws.
     """
@@ -56,6 +58,7 @@ class Client(NamedTuple):
     init: Callable
     update: Callable
     total: Callable
+    gather: Callable
     frozen: PyTree
     key: jax.Array
 

@@ -97,7 +97,7 @@ def fit(
       of training, `refresh_seconds` of retrieval and collating, `compile_seconds`. Of the first,
       `aggregate_seconds` are no local steps (sampling, handing out, aggregation, the server's step; 0
       unless they are timed); of the second, `embed_seconds` are for passages, `retrieve_seconds` for
-      searching.
+      searching. Robust algorithms add `left_out`, clients whose updates did not count.
 
     Raises:
       ConfigError: a setting that cannot be honoured.

@@ -5,6 +5,7 @@
 | `fedavg`, `fedavgm`, `fedprox` | `fed_avg`, `fed_avg_m`, `fed_prox` |
 | `fedadagrad`, `fedadam`, `fedyogi` | `fed_adagrad`, `fed_adam`, `fed_yogi` |
 | `scaffold` | `scaffold`; its clients take steps of plain SGD |
+| `median`, `trimmed_mean`, `krum`, `multi_krum`, `norm_bounded`, `filtered` | `robust` with that rule |
 | `fedit`, `ffa`, `rolora`, `flora`, `fedex`, `flexlora` | `fed_lora` with that rule |
 
 `fedsa` is missing: it leaves a model with each client, and who chooses by name trains one for all.
@@ -15,11 +16,12 @@ All of them take options of what stands around an algorithm:
 |---|---|
 | `weighting` | of `Work` |
 | `up`, `down` | `compressed`, by the names of `compression.by_name` |
+| `attack`, `attackers` | `attacked`, by the names of `attacks`, with numbers of clients |
 """
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fedrag_jax.errors import ConfigError
@@ -30,11 +32,31 @@ from fedrag_jax.federated.algorithms.fed_avg_m import fed_avg_m
 from fedrag_jax.federated.algorithms.fed_lora import RULES, fed_lora
 from fedrag_jax.federated.algorithms.fed_opt import fed_adagrad, fed_adam, fed_yogi
 from fedrag_jax.federated.algorithms.fed_prox import fed_prox
+from fedrag_jax.federated.algorithms.robust import robust
 from fedrag_jax.federated.algorithms.scaffold import scaffold
+from fedrag_jax.federated.attacks import attack_named, attacked
 from fedrag_jax.federated.compression.by_name import codec
+from fedrag_jax.federated.robust.coordinates import median, trimmed_mean
+from fedrag_jax.federated.robust.krum import krum, multi_krum
+from fedrag_jax.federated.robust.outliers import filtered, norm_bounded
+from fedrag_jax.federated.robust.rule import Rule
 from fedrag_jax.federated.work import Work
 from fedrag_jax.models.network import Network
 from fedrag_jax.objectives.task import Task
+
+
+def _by_rule(rule: Callable[..., Rule]) -> Callable[..., Algorithm]:
+    """`robust` with a rule, whose settings are its own."""
+    own, shared = inspect.signature(rule), inspect.signature(robust)
+
+    def make(**options):
+        settings = {name: options.pop(name) for name in own.parameters if name in options}
+        return robust(rule(**settings), **options)
+
+    told = *own.parameters.values(), shared.parameters["weighting"]
+    vars(make)["__signature__"] = own.replace(parameters=told)
+    return make
+
 
 PERSONAL = tuple(rule for rule, row in RULES.items() if row.private)
 ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
@@ -45,12 +67,16 @@ ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     "fedyogi": fed_yogi,
     "fedprox": fed_prox,
     "scaffold": scaffold,
+    **{
+        rule.__name__: _by_rule(rule)
+        for rule in (median, trimmed_mean, krum, multi_krum, norm_bounded, filtered)
+    },
     **{rule: functools.partial(fed_lora, rule) for rule in RULES if rule not in PERSONAL},
 }
 OWN_STEPS = ("scaffold",)  # whose clients' optimizer comes with the algorithm
 CHANGING_BASE = tuple(rule for rule, row in RULES.items() if row.changes_base)
 # What is no option, because the task, its learning rates or the budget say it.
-AROUND: dict[str, Any] = {"up": "", "down": ""}
+AROUND: dict[str, Any] = {"up": "", "down": "", "attack": "", "attackers": None}
 _GIVEN = ("server_optimizer", "client_learning_rate", "network", "part", "base", "work")
 
 
@@ -95,9 +121,22 @@ class Named(NamedTuple):
 FED_AVG = Named()
 
 
-def surrounded(algorithm: Algorithm, *, up: str = "", down: str = "") -> Algorithm:
+def surrounded(
+    algorithm: Algorithm,
+    *,
+    up: str = "",
+    down: str = "",
+    attack: str = "",
+    attackers: Sequence[int] = (),
+) -> Algorithm:
     """The algorithm with what the options of `AROUND` put around it."""
-    return compressed(algorithm, up=codec(up), down=codec(down))
+    made = compressed(algorithm, up=codec(up), down=codec(down))
+    if bool(attack) != bool(attackers):
+        raise ConfigError(
+            f"an attack needs attackers, numbers of clients, and they need one; got {attack!r} and "
+            f"{tuple(attackers)}"
+        )
+    return attacked(made, attack_named(attack), tuple(attackers)) if attack else made
 
 
 def options_of(name: str) -> dict[str, Any]:
