@@ -20,6 +20,7 @@ from fedrag_jax.errors import ConfigError
 from fedrag_jax.evaluation.evaluator import evaluate
 from fedrag_jax.federated.algorithms.by_name import ALGORITHMS, Named
 from fedrag_jax.federated.algorithms.compressed import compressed
+from fedrag_jax.federated.algorithms.dp_fed_avg import dp_fed_avg
 from fedrag_jax.federated.algorithms.fed_avg import fed_avg
 from fedrag_jax.federated.algorithms.fed_avg_m import fed_avg_m
 from fedrag_jax.federated.algorithms.fed_lora import RULES, fed_lora
@@ -47,6 +48,7 @@ BY_HAND = {
     "fedprox": ({"mu": 1}, functools.partial(fed_prox, mu=1.0)),
     "scaffold": ({"server_learning_rate": 0.5}, None),
     "flexlora": ({"ranks": (1, 2, 3)}, None),
+    "dpfedavg": ({"clip": 0.5}, functools.partial(dp_fed_avg, clip=0.5)),
     "median": (
         {"up": "int8"},
         lambda **work: compressed(robust(median(), **work), up=quantised(8)),

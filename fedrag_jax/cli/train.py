@@ -50,8 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--algorithm",
         default="fedavg",
         help="federated algorithm: fedavg (default), fedavgm, fedadagrad, fedadam, fedyogi, fedprox, "
-        "scaffold; against hostile clients median, trimmed_mean, krum, multi_krum, norm_bounded, "
-        "filtered; for adapters also fedit, ffa, rolora, flora, fedex, flexlora",
+        "scaffold; dpfedavg for differential privacy; against hostile clients median, trimmed_mean, "
+        "krum, multi_krum, norm_bounded, filtered; for adapters also fedit, ffa, rolora, flora, fedex, flexlora",
     )
     parser.add_argument(
         "--algorithm-options",

@@ -118,6 +118,8 @@ class Algorithm(NamedTuple):
         None where messages differ in size from client to client.
       needs: what the server must see of the updates: their weighted "sum" alone, all "updates" one by
         one, their "factors" (to multiply those of each client), or "nothing".
+      tells: `tells(rounds)`, what the record of a round adds after so many; raises ConfigError for more
+        rounds than the algorithm may take.
       name: the factory's, with the settings that matter to a resumed run; `one_object` gives it.
     """
 
@@ -130,6 +132,7 @@ class Algorithm(NamedTuple):
     frozen: Callable[[State, PyTree], PyTree] = lambda state, frozen: frozen
     sent: Callable[[PyTree, int], PyTree] | None = lambda trainable, turn: trainable
     needs: str = "sum"
+    tells: Callable[[int], Mapping[str, Any]] = lambda rounds: {}
     name: str = ""
 
 

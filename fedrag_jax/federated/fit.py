@@ -97,7 +97,8 @@ def fit(
       of training, `refresh_seconds` of retrieval and collating, `compile_seconds`. Of the first,
       `aggregate_seconds` are no local steps (sampling, handing out, aggregation, the server's step; 0
       unless they are timed); of the second, `embed_seconds` are for passages, `retrieve_seconds` for
-      searching. Robust algorithms add `left_out`, clients whose updates did not count.
+      searching. Robust algorithms add `left_out`, clients whose updates did not count;
+      private ones `epsilon` and `delta`.
 
     Raises:
       ConfigError: a setting that cannot be honoured.
@@ -108,6 +109,7 @@ def fit(
     counts = {"rounds": rounds, "batch_size": batch_size, "group_size": group_size}
     _require_counts(counts | {"refresh_every": refresh_every})
     data, algorithm, alone = _who_trains(task, data, algorithm)
+    algorithm.tells(rounds)  # refuses more than it may take
     optimizer_at = _schedule(algorithm, optimizer)
     tell_idle(task, data, batch_size)
     work, total = algorithm.work, len(data.clients)
@@ -195,6 +197,7 @@ def fit(
             "traffic": traffic._asdict(),
             "refreshed": refresh,
             **spent.record(),
+            **algorithm.tells(now.round + 1),
         }
         now = dataclasses.replace(
             now,

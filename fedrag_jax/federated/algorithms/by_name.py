@@ -5,6 +5,7 @@
 | `fedavg`, `fedavgm`, `fedprox` | `fed_avg`, `fed_avg_m`, `fed_prox` |
 | `fedadagrad`, `fedadam`, `fedyogi` | `fed_adagrad`, `fed_adam`, `fed_yogi` |
 | `scaffold` | `scaffold`; its clients take steps of plain SGD |
+| `dpfedavg` | `dp_fed_avg`, which draws its clients by its own `rate` |
 | `median`, `trimmed_mean`, `krum`, `multi_krum`, `norm_bounded`, `filtered` | `robust` with that rule |
 | `fedit`, `ffa`, `rolora`, `flora`, `fedex`, `flexlora` | `fed_lora` with that rule |
 
@@ -27,6 +28,7 @@ from typing import Any, NamedTuple
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.federated.algorithm import Algorithm
 from fedrag_jax.federated.algorithms.compressed import compressed
+from fedrag_jax.federated.algorithms.dp_fed_avg import dp_fed_avg
 from fedrag_jax.federated.algorithms.fed_avg import fed_avg
 from fedrag_jax.federated.algorithms.fed_avg_m import fed_avg_m
 from fedrag_jax.federated.algorithms.fed_lora import RULES, fed_lora
@@ -67,6 +69,7 @@ ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     "fedyogi": fed_yogi,
     "fedprox": fed_prox,
     "scaffold": scaffold,
+    "dpfedavg": dp_fed_avg,
     **{
         rule.__name__: _by_rule(rule)
         for rule in (median, trimmed_mean, krum, multi_krum, norm_bounded, filtered)
