@@ -98,7 +98,7 @@ def fit(
       `aggregate_seconds` are no local steps (sampling, handing out, aggregation, the server's step; 0
       unless they are timed); of the second, `embed_seconds` are for passages, `retrieve_seconds` for
       searching. Robust algorithms add `left_out`, clients whose updates did not count;
-      private ones `epsilon` and `delta`.
+      private ones `epsilon` and `delta`; secure aggregation `dropped`.
 
     Raises:
       ConfigError: a setting that cannot be honoured.
@@ -186,7 +186,8 @@ def fit(
         clients, report = by_client(report, parts, total)
         require_finite(task.name, now.round + 1, clients, report["finite"], server_finite)
         put_rows(now.state.population, parts, population)
-        traffic = algorithm.traffic(ran.state.trainable, drawn, cohort.clients, now.round)
+        answered = clients[~report.get("dropped", np.zeros(len(clients), bool))]
+        traffic = algorithm.traffic(ran.state.trainable, drawn, answered, now.round)
         record = {"round": now.round + 1, "rounds": rounds, **summary(clients, report)}
         record |= {
             "drawn": len(drawn),

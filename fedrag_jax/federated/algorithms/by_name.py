@@ -17,6 +17,7 @@ All of them take options of what stands around an algorithm:
 |---|---|
 | `weighting` | of `Work` |
 | `up`, `down` | `compressed`, by the names of `compression.by_name` |
+| `secure` | True for `secure` |
 | `attack`, `attackers` | `attacked`, by the names of `attacks`, with numbers of clients |
 """
 
@@ -36,6 +37,7 @@ from fedrag_jax.federated.algorithms.fed_opt import fed_adagrad, fed_adam, fed_y
 from fedrag_jax.federated.algorithms.fed_prox import fed_prox
 from fedrag_jax.federated.algorithms.robust import robust
 from fedrag_jax.federated.algorithms.scaffold import scaffold
+from fedrag_jax.federated.algorithms.secure import secure as masked
 from fedrag_jax.federated.attacks import attack_named, attacked
 from fedrag_jax.federated.compression.by_name import codec
 from fedrag_jax.federated.robust.coordinates import median, trimmed_mean
@@ -79,7 +81,7 @@ ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
 OWN_STEPS = ("scaffold",)  # whose clients' optimizer comes with the algorithm
 CHANGING_BASE = tuple(rule for rule, row in RULES.items() if row.changes_base)
 # What is no option, because the task, its learning rates or the budget say it.
-AROUND: dict[str, Any] = {"up": "", "down": "", "attack": "", "attackers": None}
+AROUND: dict[str, Any] = {"up": "", "down": "", "secure": False, "attack": "", "attackers": None}
 _GIVEN = ("server_optimizer", "client_learning_rate", "network", "part", "base", "work")
 
 
@@ -129,11 +131,13 @@ def surrounded(
     *,
     up: str = "",
     down: str = "",
+    secure: bool = False,
     attack: str = "",
     attackers: Sequence[int] = (),
 ) -> Algorithm:
     """The algorithm with what the options of `AROUND` put around it."""
     made = compressed(algorithm, up=codec(up), down=codec(down))
+    made = masked(made) if secure else made
     if bool(attack) != bool(attackers):
         raise ConfigError(
             f"an attack needs attackers, numbers of clients, and they need one; got {attack!r} and "

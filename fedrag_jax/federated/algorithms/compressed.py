@@ -79,7 +79,10 @@ def compressed(
             up=_instead(plain.up, sent, up, sent, len(answered)),
         )
 
-    return made._replace(traffic=traffic, name=f"compressed({algorithm.name}, {named})")
+    needs = algorithm.needs if up is None else "updates"  # each is to be decoded
+    return made._replace(
+        traffic=traffic, needs=needs, name=f"compressed({algorithm.name}, {named})"
+    )
 
 
 def _instead(plain, raw, codec, tree, messages: int) -> dict[str, int]:
