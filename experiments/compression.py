@@ -151,8 +151,8 @@ def report(config, folder: pathlib.Path):
                 "Metrics in percent with 95% intervals over seeds and questions. Bytes are those of "
                 "the encoded messages. Differences are from the first kind of message, paired by "
                 "question and seed; p by permutation over questions speaks of these models, p over "
-                "seeds of the codecs, both Holm-adjusted over the table. Learning rates are those of plain "
-                "messages. Pareto: no other kind is as good with fewer bytes.",
+                "seeds of the codecs, both Holm-adjusted over the table. Learning rates are those of "
+                "plain messages. Pareto: no other kind is as good with fewer bytes.",
                 tables.Table(columns, rows),
             ),
         ],
