@@ -11,7 +11,7 @@ from tiny import random_adapters
 from toys import FOUR, assert_close, assert_equal, linear_task, mlp_task
 
 from fedrag_jax.errors import ConfigError
-from fedrag_jax.federated.algorithms.by_name import Named
+from fedrag_jax.federated.algorithms.by_name import Named, check
 from fedrag_jax.federated.algorithms.compressed import compressed
 from fedrag_jax.federated.algorithms.fed_avg import fed_avg
 from fedrag_jax.federated.algorithms.fed_lora import fed_lora
@@ -290,6 +290,9 @@ def test_it_is_chosen_by_name():
         (lambda: codec("top_k:0"), r"fraction must be in \(0, 1\], got 0"),
         (lambda: quantised(2), "bits must be 8 or 4, got 2"),
         (lambda: cast("float8"), "got 'float8'"),
+        (lambda: check("flora", {"up": "top_k:0.1"}, "here"), "here: compressed: flora makes new"),
+        (lambda: check("flexlora", {"up": "int8", "ranks": (1, 2)}, "here"), "leave out ranks"),
+        (lambda: check("fedex", {"secure": True}, "here"), "here: secure: fedex multiplies"),
         (lambda: compressed(local_only(), up=quantised(8)), "leaves models with its clients"),
         (
             lambda: compressed(fed_lora("flexlora", NETWORK, ranks=(1, 2)), up=quantised(8)),

@@ -181,10 +181,17 @@ def check(name: str, options: Mapping[str, Any], where: str) -> None:
     own = {"client_learning_rate": 1.0} if name in OWN_STEPS else {}
     try:
         # Rules need a network; the others tell now which values they refuse.
-        made = fed_avg() if name in RULES else ALGORITHMS[name](**own, **options)
+        made = _in_place_of(name, options) if name in RULES else ALGORITHMS[name](**own, **options)
         surrounded(made, **around)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
+
+
+def _in_place_of(rule: str, options: Mapping[str, Any]) -> Algorithm:
+    """An algorithm that can be surrounded by what a rule for adapters can."""
+    needs = "sum" if RULES[rule].settle is None else "factors"
+    made = fed_avg()._replace(name=rule, needs=needs)
+    return made._replace(sent=None) if options.get("ranks") else made
 
 
 def _is_like(value: Any, default: Any) -> bool:
