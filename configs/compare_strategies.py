@@ -31,7 +31,9 @@ def get_config() -> ConfigDict:
     )
     config.primary_metric = "em"  # what is claimed is claimed of this; decided before a run
     config.equivalence_margin = 2.0  # points within which two scores are called the same; as well
-    config.mode = "concatenated"  # how questions are answered, see fedrag_jax/generation/inference.py
+    config.mode = (
+        "concatenated"  # how questions are answered, see fedrag_jax/generation/inference.py
+    )
 
     # Data: "world"; a named set (fedrag_jax/data/named_sets.py), out of $FEDRAG_DATA or from the hub;
     # or a folder with questions.jsonl and passages.jsonl. Without labels, training questions do not
@@ -57,15 +59,21 @@ def get_config() -> ConfigDict:
     # Any other set of the hub, or a local table (Parquet, Arrow, CSV, JSON): name it, its configuration
     # and the columns that it has (fedrag_jax/data/columns.py).
     config.data.hub_config = ""
-    config.data.columns = ConfigDict(dict.fromkeys(
-        ("question", "answers", "passages", "titles", "gold", "topic", "split", "id"), ""
-    ))
+    config.data.columns = ConfigDict(
+        dict.fromkeys(
+            ("question", "answers", "passages", "titles", "gold", "topic", "split", "id"), ""
+        )
+    )
     # Other passages than those of the set: a set of the hub, a local table, passages.jsonl, or a folder
     # of documents. Longer passages are cut to so many tokens of the retriever's, as fedrag index does
     # (0: as they are; 200 for documents).
     config.data.corpus = ""
     config.data.corpus_options = ConfigDict(
-        {"hub_config": "", "revision": "", "columns": {"id": "id", "title": "title", "text": "text"}}
+        {
+            "hub_config": "",
+            "revision": "",
+            "columns": {"id": "id", "title": "title", "text": "text"},
+        }
     )
     config.data.passage_tokens = 0
 

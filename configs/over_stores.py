@@ -1,7 +1,7 @@
 """Tuned systems of a finished comparison, answering from other stores.
 
-    python -m experiments compare_strategies --config=configs/compare_real.py
-    python -m experiments over_stores
+python -m experiments compare_strategies --config=configs/compare_real.py
+python -m experiments over_stores
 """
 
 from ml_collections import ConfigDict

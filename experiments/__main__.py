@@ -17,6 +17,7 @@ COMMANDS = {
     "heterogeneity": "skew, number of clients, local steps, participation",
     "methods": "every objective from one start",
     "lora_aggregation": "rules for averaging adapters",
+    "compression": "quality against bytes of compressed messages",
     "index_refresh": "when vectors are made anew while both encoders learn",
     "inference_modes": "ways to train against ways to answer",
     "research": "learning to search by policy gradients",

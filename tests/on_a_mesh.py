@@ -2,6 +2,7 @@
 
 on_a_mesh.py devices                  # where JAX sees eight
 on_a_mesh.py decompositions           # where it sees two
+on_a_mesh.py around                   # the same
 on_a_mesh.py process <number> <port> <folder>  # one of two
 """
 
@@ -20,13 +21,18 @@ from jax.sharding import Mesh, PartitionSpec
 from toys import assert_close, assert_equal, leaves, make_examples, mlp_task
 
 from fedrag_jax.data.partition import Partition
+from fedrag_jax.federated.algorithms.compressed import compressed
 from fedrag_jax.federated.algorithms.fed_avg import fed_avg
 from fedrag_jax.federated.algorithms.fed_lora import fed_lora
 from fedrag_jax.federated.algorithms.local_only import local_only
+from fedrag_jax.federated.algorithms.robust import robust
 from fedrag_jax.federated.algorithms.scaffold import scaffold
+from fedrag_jax.federated.attacks import attacked, scaled_noise
+from fedrag_jax.federated.compression.top_k import top_k
 from fedrag_jax.federated.engine import round as round_module
 from fedrag_jax.federated.engine import scheduling
 from fedrag_jax.federated.fit import fit
+from fedrag_jax.federated.robust.krum import multi_krum
 from fedrag_jax.federated.sampling import uniform
 from fedrag_jax.federated.sweep import sweep
 from fedrag_jax.models import hub, lora
@@ -120,6 +126,21 @@ def compare_lora(mesh):
         assert_close(many, one, 1e-5)
 
 
+def compare_around(mesh):
+    """Compressed messages with what clients keep of them, every update at once, attacks."""
+    work = {"local_epochs": 1, "sampling": uniform(9), "dropout": 0.1}
+    settings = {"rounds": 3, "batch_size": 4, "seed": 2, "optimizer": optax.sgd(0.01)}
+    with jax.enable_x64(True):
+        for algorithm in (
+            compressed(fed_avg(**work), up=top_k(0.2), down=top_k(0.5)),
+            attacked(robust(multi_krum(2), **work), scaled_noise(5.0), (1, 4)),
+        ):
+            one, many = (fit(mlp_task(), DATA, algorithm, mesh=m, **settings) for m in (None, mesh))
+            assert_close(many.trainable, one.trainable, 1e-6)
+            for a, b in zip(many.history, one.history, strict=True):
+                assert a["bytes_up"] == b["bytes_up"] and a.get("left_out") == b.get("left_out")
+
+
 def compare_decompositions(mesh):
     """Kernels of many layers, decomposed by every device at once."""
     from tiny import ALL, TINY
@@ -191,6 +212,8 @@ if __name__ == "__main__":
         compare(mesh)
         compare_resumed(mesh, pathlib.Path(sys.argv[4]))
         compare_shards(pathlib.Path(sys.argv[4]))
+    elif sys.argv[1] == "around":
+        compare_around(jax.make_mesh((2,), ("clients",)))
     elif sys.argv[1] == "decompositions":
         compare_decompositions(Mesh(np.array(jax.devices()), ("clients",)))
     else:

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from configs import (
     compare_strategies,
+    compression,
     heterogeneity,
     index_refresh,
     inference_modes,
@@ -39,6 +40,15 @@ def small_aggregation():
     config = _short(lora_aggregation.get_config())
     config.seeds, config.rules, config.ranks = (0, 1), ("fedit", "fedex"), (2,)
     config.alphas, config.learning_rates, config.validation_questions = (1.0,), (5e-4, 1e-3), 40
+    return config
+
+
+def small_compression():
+    config = _short(compression.get_config())
+    config.seeds, config.strategies, config.training.rounds = (0, 1), ("retriever",), 2
+    config.federated.alpha = 1.0
+    kept = {name: config.messages[name] for name in ("plain", "int4", "top_1")}
+    config.messages = ConfigDict(kept)
     return config
 
 

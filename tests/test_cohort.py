@@ -159,7 +159,7 @@ def test_dropout_and_stragglers_know_seed_round_and_client():
         if len(mine.clients):
             there = rounds[r].clients == 2
             assert_equal(
-                mine._replace(share=0), Cohort(*(x[there] for x in rounds[r]))._replace(share=0)
+                mine._replace(share=0), Cohort(*(x[there] for x in rounds[r][:5]))._replace(share=0)
             )
     for c in rounds[:20]:
         assert ((c.example_weight > 0).any(-1).sum(1) == c.steps).all()

@@ -46,6 +46,11 @@ def test_eight_devices_equal_one():
 
 
 @pytest.mark.slow
+def test_what_stands_around_algorithms_is_the_same_over_devices():
+    require_equal(start("around", devices=2))
+
+
+@pytest.mark.slow
 def test_devices_decompose_at_the_same_time():
     require_equal(start("decompositions", devices=2), timeout=120)
 

@@ -144,3 +144,34 @@ def over_rules(rows: Sequence[dict[str, Any]], untuned: float):
     fig.legend(handles, labels, loc="upper center", ncols=4, bbox_to_anchor=(0.5, 0.0))
     fig.tight_layout()
     return fig
+
+
+def over_bytes(rows: Sequence[dict[str, Any]], metric: str):
+    """A score over megabytes sent, a panel for each strategy: a Matplotlib figure, or None.
+
+    Args:
+      rows: `strategy`, `messages`, `bytes`, and the metric with its `_low` and `_high`.
+    """
+    rows = [row for row in rows if row.get(metric) is not None]
+    if not rows:
+        return None
+    strategies, kinds = (
+        list(dict.fromkeys(row[key] for row in rows)) for key in ("strategy", "messages")
+    )
+    fig, axes = panels(len(strategies), most=3, width=3.4, height=2.5)
+    for ax, strategy in zip(axes.flat, strategies, strict=False):
+        for row in (r for r in rows if r["strategy"] == strategy):
+            color, marker = LOOKS[kinds.index(row["messages"]) % len(LOOKS)]
+            y, low, high = (row[f"{metric}{end}"] for end in ("", "_low", "_high"))
+            ax.errorbar(
+                row["bytes"] / 1e6, y, yerr=[[y - low], [high - y]], fmt=marker, ms=5, capsize=2,
+                lw=1, color=color, label=row["messages"].replace("_", " "),
+            )  # fmt: skip
+        ax.set_xscale("log")
+        ax.set_title(strategy)
+        ax.set_xlabel("MB up and down")
+        ax.set_ylabel(METRICS.get(metric, metric))
+    handles, labels = legend(axes)
+    fig.legend(handles, labels, loc="upper center", ncols=4, bbox_to_anchor=(0.5, 0.0))
+    fig.tight_layout()
+    return fig

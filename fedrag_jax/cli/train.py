@@ -50,14 +50,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--algorithm",
         default="fedavg",
         help="federated algorithm: fedavg (default), fedavgm, fedadagrad, fedadam, fedyogi, fedprox, "
-        "scaffold; for adapters also fedit, ffa, rolora, flora, fedex, flexlora",
+        "scaffold; dpfedavg for differential privacy; against hostile clients median, trimmed_mean, "
+        "krum, multi_krum, norm_bounded, filtered; for adapters also fedit, ffa, rolora, flora, "
+        "fedex, flexlora",
     )
     parser.add_argument(
         "--algorithm-options",
         nargs="+",
         default=(),
         metavar="NAME=VALUE",
-        help="options of the algorithm, such as mu=0.1",
+        help="options of the algorithm, such as mu=0.1; of all of them: up and down compress updates "
+        "and model (float16, bfloat16, int8, int4, rotated_int8, rotated_int4, top_k:0.01); "
+        "secure=True adds masked updates up",
     )
     parser.add_argument(
         "--clients", type=int, default=8, help="number of clients (default: 8); 0: one per topic"

@@ -50,6 +50,8 @@ class Client(NamedTuple):
       total: `total(work, *inputs) -> (sums, rest)`: `work(*group) -> (sums, rest)` for one group
         after another, where sums are added up over all groups and devices and rest is [G, g, ...].
         Inputs and rest are lists over the parts of the cohort.
+      gather: `gather(rest) -> [K, ...]`, of all groups, parts and devices, padding too; for algorithms
+        that need every update at once.
       frozen: the task's.
       key: of the round, for what a server draws.
     """
@@ -57,6 +59,7 @@ class Client(NamedTuple):
     init: Callable
     update: Callable
     total: Callable
+    gather: Callable
     frozen: PyTree
     key: jax.Array
 
@@ -112,6 +115,12 @@ class Algorithm(NamedTuple):
       model: `model(trainable, row) -> trainable` of the client with that row of the population;
         None where all clients have the global model.
       frozen: `frozen(state, frozen) -> frozen`: what the frozen part has become.
+      sent: `sent(trainable, turn) -> pytree`, what of the model a client trains and sends in that turn;
+        None where messages differ in size from client to client.
+      needs: what the server must see of the updates: their weighted "sum" alone, all "updates" one by
+        one, their "factors" (to multiply those of each client), or "nothing".
+      tells: `tells(rounds)`, what the record of a round adds after so many; raises ConfigError for more
+        rounds than the algorithm may take.
       name: the factory's, with the settings that matter to a resumed run; `one_object` gives it.
     """
 
@@ -122,6 +131,9 @@ class Algorithm(NamedTuple):
     optimizer: optax.GradientTransformation | None = None
     model: Callable[[PyTree, PyTree], PyTree] | None = None
     frozen: Callable[[State, PyTree], PyTree] = lambda state, frozen: frozen
+    sent: Callable[[PyTree, int], PyTree] | None = lambda trainable, turn: trainable
+    needs: str = "sum"
+    tells: Callable[[int], Mapping[str, Any]] = lambda rounds: {}
     name: str = ""
 
 

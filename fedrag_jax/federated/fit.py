@@ -97,7 +97,8 @@ def fit(
       of training, `refresh_seconds` of retrieval and collating, `compile_seconds`. Of the first,
       `aggregate_seconds` are no local steps (sampling, handing out, aggregation, the server's step; 0
       unless they are timed); of the second, `embed_seconds` are for passages, `retrieve_seconds` for
-      searching.
+      searching. Robust algorithms add `left_out`, clients whose updates did not count;
+      private ones `epsilon` and `delta`; secure aggregation `dropped`.
 
     Raises:
       ConfigError: a setting that cannot be honoured.
@@ -108,6 +109,7 @@ def fit(
     counts = {"rounds": rounds, "batch_size": batch_size, "group_size": group_size}
     _require_counts(counts | {"refresh_every": refresh_every})
     data, algorithm, alone = _who_trains(task, data, algorithm)
+    algorithm.tells(rounds)  # refuses more than it may take
     optimizer_at = _schedule(algorithm, optimizer)
     tell_idle(task, data, batch_size)
     work, total = algorithm.work, len(data.clients)
@@ -184,7 +186,8 @@ def fit(
         clients, report = by_client(report, parts, total)
         require_finite(task.name, now.round + 1, clients, report["finite"], server_finite)
         put_rows(now.state.population, parts, population)
-        traffic = algorithm.traffic(ran.state.trainable, drawn, cohort.clients, now.round)
+        answered = clients[~report.get("dropped", np.zeros(len(clients), bool))]
+        traffic = algorithm.traffic(ran.state.trainable, drawn, answered, now.round)
         record = {"round": now.round + 1, "rounds": rounds, **summary(clients, report)}
         record |= {
             "drawn": len(drawn),
@@ -195,6 +198,7 @@ def fit(
             "traffic": traffic._asdict(),
             "refreshed": refresh,
             **spent.record(),
+            **algorithm.tells(now.round + 1),
         }
         now = dataclasses.replace(
             now,

@@ -143,7 +143,7 @@ class Tuner:
             task,
             history,
             task.table(self.examples[:1]),
-            steps=len(history) * schedule.local_steps * schedule.drawn,
+            steps=schedule.local_steps * sum(len(record["clients"]) for record in history),
             batch_size=self.budget.batch_size,
         )
 

@@ -5,27 +5,62 @@
 | `fedavg`, `fedavgm`, `fedprox` | `fed_avg`, `fed_avg_m`, `fed_prox` |
 | `fedadagrad`, `fedadam`, `fedyogi` | `fed_adagrad`, `fed_adam`, `fed_yogi` |
 | `scaffold` | `scaffold`; its clients take steps of plain SGD |
+| `dpfedavg` | `dp_fed_avg`, which draws its clients by its own `rate` |
+| `median`, `trimmed_mean`, `krum`, `multi_krum`, `norm_bounded`, `filtered` | `robust` with that rule |
 | `fedit`, `ffa`, `rolora`, `flora`, `fedex`, `flexlora` | `fed_lora` with that rule |
 
 `fedsa` is missing: it leaves a model with each client, and who chooses by name trains one for all.
+
+All of them take options of what stands around an algorithm:
+
+| option | |
+|---|---|
+| `weighting` | of `Work` |
+| `up`, `down` | `compressed`, by the names of `compression.by_name` |
+| `secure` | True for `secure` |
+| `attack`, `attackers` | `attacked`, by the names of `attacks`, with numbers of clients |
 """
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.federated.algorithm import Algorithm
+from fedrag_jax.federated.algorithms.compressed import compressed
+from fedrag_jax.federated.algorithms.dp_fed_avg import dp_fed_avg
 from fedrag_jax.federated.algorithms.fed_avg import fed_avg
 from fedrag_jax.federated.algorithms.fed_avg_m import fed_avg_m
 from fedrag_jax.federated.algorithms.fed_lora import RULES, fed_lora
 from fedrag_jax.federated.algorithms.fed_opt import fed_adagrad, fed_adam, fed_yogi
 from fedrag_jax.federated.algorithms.fed_prox import fed_prox
+from fedrag_jax.federated.algorithms.robust import robust
 from fedrag_jax.federated.algorithms.scaffold import scaffold
+from fedrag_jax.federated.algorithms.secure import secure as masked
+from fedrag_jax.federated.attacks import attack_named, attacked
+from fedrag_jax.federated.compression.by_name import codec
+from fedrag_jax.federated.robust.coordinates import median, trimmed_mean
+from fedrag_jax.federated.robust.krum import krum, multi_krum
+from fedrag_jax.federated.robust.outliers import filtered, norm_bounded
+from fedrag_jax.federated.robust.rule import Rule
 from fedrag_jax.federated.work import Work
 from fedrag_jax.models.network import Network
 from fedrag_jax.objectives.task import Task
+
+
+def _by_rule(rule: Callable[..., Rule]) -> Callable[..., Algorithm]:
+    """`robust` with a rule, whose settings are its own."""
+    own, shared = inspect.signature(rule), inspect.signature(robust)
+
+    def make(**options):
+        settings = {name: options.pop(name) for name in own.parameters if name in options}
+        return robust(rule(**settings), **options)
+
+    told = *own.parameters.values(), shared.parameters["weighting"]
+    vars(make)["__signature__"] = own.replace(parameters=told)
+    return make
+
 
 PERSONAL = tuple(rule for rule, row in RULES.items() if row.private)
 ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
@@ -36,11 +71,17 @@ ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     "fedyogi": fed_yogi,
     "fedprox": fed_prox,
     "scaffold": scaffold,
+    "dpfedavg": dp_fed_avg,
+    **{
+        rule.__name__: _by_rule(rule)
+        for rule in (median, trimmed_mean, krum, multi_krum, norm_bounded, filtered)
+    },
     **{rule: functools.partial(fed_lora, rule) for rule in RULES if rule not in PERSONAL},
 }
 OWN_STEPS = ("scaffold",)  # whose clients' optimizer comes with the algorithm
 CHANGING_BASE = tuple(rule for rule, row in RULES.items() if row.changes_base)
 # What is no option, because the task, its learning rates or the budget say it.
+AROUND: dict[str, Any] = {"up": "", "down": "", "secure": False, "attack": "", "attackers": None}
 _GIVEN = ("server_optimizer", "client_learning_rate", "network", "part", "base", "work")
 
 
@@ -66,13 +107,16 @@ class Named(NamedTuple):
         Args:
           rates: learning rate of each part that the task trains, which SCAFFOLD's own steps take.
         """
-        if self.name in RULES:
-            if "adapters" not in task.trainable:
-                shared = {name: x for name, x in self.options.items() if name == "weighting"}
-                return functools.partial(fed_avg, **shared)
-            return functools.partial(ALGORITHMS[self.name], self.network, **self.options)
+        around = {name: x for name, x in self.options.items() if name in AROUND}
+        options = {name: x for name, x in self.options.items() if name not in AROUND}
         own = {"client_learning_rate": dict(rates)} if self.name in OWN_STEPS else {}
-        return functools.partial(ALGORITHMS[self.name], **own, **self.options)
+        make = functools.partial(ALGORITHMS[self.name], **own, **options)
+        if self.name in RULES and "adapters" in task.trainable:
+            make = functools.partial(ALGORITHMS[self.name], self.network, **options)
+        elif self.name in RULES:
+            shared = {name: x for name, x in options.items() if name == "weighting"}
+            make = functools.partial(fed_avg, **shared)
+        return lambda **work: surrounded(make(**work), **around)
 
     def changes_base(self, task: Task) -> bool:
         """Whether training a task changes what its adapters are added to."""
@@ -82,11 +126,31 @@ class Named(NamedTuple):
 FED_AVG = Named()
 
 
+def surrounded(
+    algorithm: Algorithm,
+    *,
+    up: str = "",
+    down: str = "",
+    secure: bool = False,
+    attack: str = "",
+    attackers: Sequence[int] = (),
+) -> Algorithm:
+    """The algorithm with what the options of `AROUND` put around it."""
+    made = compressed(algorithm, up=codec(up), down=codec(down))
+    made = masked(made) if secure else made
+    if bool(attack) != bool(attackers):
+        raise ConfigError(
+            f"an attack needs attackers, numbers of clients, and they need one; got {attack!r} and "
+            f"{tuple(attackers)}"
+        )
+    return attacked(made, attack_named(attack), tuple(attackers)) if attack else made
+
+
 def options_of(name: str) -> dict[str, Any]:
     """The options of an algorithm and their defaults."""
     found = inspect.signature(ALGORITHMS[name]).parameters.values()
     own = {p.name: p.default for p in found if p.name not in _GIVEN}
-    return {"weighting": Work.weighting} | own
+    return {"weighting": Work.weighting} | own | AROUND
 
 
 def check(name: str, options: Mapping[str, Any], where: str) -> None:
@@ -112,12 +176,22 @@ def check(name: str, options: Mapping[str, Any], where: str) -> None:
         if not _is_like(value, known[option]):
             wanted = "a tuple" if known[option] is None else f"of the type of {known[option]!r}"
             raise ConfigError(f"{where}: {option} of {name} must be {wanted}, got {value!r}")
-    if name not in RULES:  # those need a network; the others tell now which values they refuse
-        own = {"client_learning_rate": 1.0} if name in OWN_STEPS else {}
-        try:
-            ALGORITHMS[name](**own, **options)
-        except ConfigError as error:
-            raise ConfigError(f"{where}: {error}") from error
+    around = {option: value for option, value in options.items() if option in AROUND}
+    options = {option: value for option, value in options.items() if option not in AROUND}
+    own = {"client_learning_rate": 1.0} if name in OWN_STEPS else {}
+    try:
+        # Rules need a network; the others tell now which values they refuse.
+        made = _in_place_of(name, options) if name in RULES else ALGORITHMS[name](**own, **options)
+        surrounded(made, **around)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _in_place_of(rule: str, options: Mapping[str, Any]) -> Algorithm:
+    """An algorithm that can be surrounded by what a rule for adapters can."""
+    needs = "sum" if RULES[rule].settle is None else "factors"
+    made = fed_avg()._replace(name=rule, needs=needs)
+    return made._replace(sent=None) if options.get("ranks") else made
 
 
 def _is_like(value: Any, default: Any) -> bool:

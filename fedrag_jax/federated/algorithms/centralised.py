@@ -35,4 +35,4 @@ def centralised(*, local_steps: int = 10, local_epochs: int | None = None) -> Al
         y, optimizer = jax.tree.map(lambda x: x[0], (y, optimizer))
         return State(y, optimizer), [jax.tree.map(lambda x: x[None], report)]
 
-    return Algorithm(work, init, (turn,), traffic=lambda *_: Traffic())
+    return Algorithm(work, init, (turn,), traffic=lambda *_: Traffic(), needs="nothing")

@@ -15,6 +15,7 @@ import optax
 
 from fedrag_jax.federated.algorithm import (
     Algorithm,
+    PyTree,
     State,
     Traffic,
     added,
@@ -76,15 +77,21 @@ def averaging(
         rows = state.population or [()] * len(cohort)
         mean, rest = client.total(group, cohort, rows)
         population, report = (list(part) for part in zip(*rest, strict=True))
-        pseudo_gradient = jax.tree.map(jnp.negative, mean)
-        parameters = jax.tree.map(wide, x)
-        updates, server = server_optimizer.update(pseudo_gradient, state.server, parameters)
-        population = population if carry_optimizer else ()
-        moved = optax.apply_updates(parameters, updates)
-        x = jax.tree.map(lambda new, old: new.astype(old.dtype), moved, x)
-        return State(x, server, population), report
+        x, server = server_step(server_optimizer, x, state.server, mean)
+        return State(x, server, population if carry_optimizer else ()), report
 
     return Algorithm(work, init, (turn,), whole_model)
+
+
+def server_step(
+    optimizer: optax.GradientTransformation, x: PyTree, server: PyTree, mean: PyTree
+) -> tuple[PyTree, PyTree]:
+    """The model and the optimizer's state after a step along the mean update."""
+    pseudo_gradient = jax.tree.map(jnp.negative, mean)
+    parameters = jax.tree.map(wide, x)
+    updates, server = optimizer.update(pseudo_gradient, server, parameters)
+    moved = optax.apply_updates(parameters, updates)
+    return jax.tree.map(lambda new, old: new.astype(old.dtype), moved, x), server
 
 
 def whole_model(trainable, drawn, answered, round) -> Traffic:

@@ -235,6 +235,9 @@ def fed_lora(
             up=added(some for k in answered for some in (others, factors_of(k))),
         )
 
+    def sent(trainable, turn):
+        return _parted(trainable, part, tuple({A, B} - {*rules.moves[turn]} | {*rules.private}))[0]
+
     def model(trainable, row):
         return _joined(trainable, row)
 
@@ -245,6 +248,8 @@ def fed_lora(
         traffic,
         model=model if rules.private else None,
         frozen=changed,
+        sent=sent if ranks is None else None,
+        needs="sum" if rules.settle is None else "factors",
     )
 
 

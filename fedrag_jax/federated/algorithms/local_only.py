@@ -39,4 +39,5 @@ def local_only(**work: Unpack[WorkOptions]) -> Algorithm:
         (turn,),
         traffic=lambda *_: Traffic(),
         model=lambda trainable, row: row["model"],
+        needs="nothing",
     )

@@ -82,7 +82,19 @@ def local_update(
         sums = jax.tree.map(lambda *parts: sum(parts), *sums)
         return (sums if axis is None else jax.lax.psum(sums, axis)), list(rest)
 
-    return Client(jax.vmap(optimizer.init), update, total, frozen, key)
+    def gather(rest):
+        rows = flat_rows(rest)
+        if axis is None:
+            return rows
+        return jax.tree.map(lambda x: jax.lax.all_gather(x, axis, tiled=True), rows)
+
+    return Client(jax.vmap(optimizer.init), update, total, gather, frozen, key)
+
+
+def flat_rows(rest: list[PyTree]) -> PyTree:
+    """Leaves [G, g, ...] of several parts, as [K, ...] of all."""
+    flat = [jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), part) for part in rest]
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *flat)
 
 
 def one_step(loss, optimizer, frozen, table, correct=None, see=None) -> Callable:

@@ -4,7 +4,8 @@ Everything here is a function of (seed, round, client): the same whatever the gr
 of devices, and the same again in a resumed run.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,6 +28,8 @@ class Cohort(NamedTuple):
       steps: int32 [K] how many of the S steps each takes.
       indices: int32 [K, S, B] rows of the table.
       example_weight: float32 [K, S, B] 0 for rows that only fill up to B.
+      memory: what changes of updates keep for these clients, by name; see `updates.changing`. Empty
+        until a round begins.
     """
 
     clients: np.ndarray
@@ -34,6 +37,7 @@ class Cohort(NamedTuple):
     steps: np.ndarray
     indices: np.ndarray
     example_weight: np.ndarray
+    memory: Mapping[str, Any] = {}
 
 
 def draw_clients(sizes: np.ndarray, work: Work, round: int, seed: int) -> np.ndarray:
@@ -176,7 +180,7 @@ def _part(cohort, groups, width, room, devices, total) -> Cohort:
         found[place >= 0] = x[place[place >= 0]]
         return found
 
-    return Cohort(laid(cohort.clients, total), *(laid(x) for x in cohort[1:]))
+    return Cohort(laid(cohort.clients, total), *(laid(x) for x in cohort[1:5]))
 
 
 def _walk(rows: np.ndarray, start: int, stop: int, seed: int, client: int) -> np.ndarray:

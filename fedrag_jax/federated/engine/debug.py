@@ -12,7 +12,7 @@ import numpy as np
 
 from fedrag_jax.errors import DivergenceError
 from fedrag_jax.federated.algorithm import Client
-from fedrag_jax.federated.engine.client import all_finite, one_step, report_of
+from fedrag_jax.federated.engine.client import all_finite, flat_rows, one_step, report_of
 
 
 def debug_round(loss, turn, optimizer, name_of, state, frozen, table, cohort, round, key):
@@ -52,7 +52,7 @@ def step_by_step(loss, optimizer, frozen, table, key, name_of: Callable[[int], s
             rest.append(jax.tree.map(lambda *rows: jnp.stack(rows), *(left for _, left in done)))
         return jax.tree.map(lambda *parts: sum(parts), *sums), rest
 
-    return Client(jax.vmap(optimizer.init), update, total, frozen, key)
+    return Client(jax.vmap(optimizer.init), update, total, flat_rows, frozen, key)
 
 
 def _one(step, key, x, state, member, own, name_of):

@@ -59,17 +59,23 @@ def by_client(report: list[dict], parts: list[Cohort], total: int) -> tuple[np.n
 
 
 def summary(clients: np.ndarray, report: dict) -> dict[str, Any]:
-    """Means over the examples of a round, and each client's own; None where nobody took part."""
+    """Means over the examples of a round, and each client's own; None where nobody took part, and of a
+    client that is broken or dropped out."""
     seen = report["examples"].astype(np.float64)
 
     def mean(x):
-        return float(np.sum(seen * x) / seen.sum()) if seen.sum() else None
+        return float(np.sum(seen * x, where=seen > 0) / seen.sum()) if seen.sum() else None
 
+    named = {name: report[name] for name in ("left_out", "dropped") if name in report}
+    known = np.isfinite(report["loss"]) & ~report.get("dropped", np.zeros(len(clients), bool))
     return {
         "loss": mean(report["loss"]),
         "metrics": {name: mean(x) for name, x in report["metrics"].items()},
         "clients": clients.tolist(),
-        "client_loss": report["loss"].tolist(),
+        "client_loss": [
+            x if k else None for x, k in zip(report["loss"].tolist(), known, strict=True)
+        ],
+        **{name: clients[who].tolist() for name, who in named.items()},
     }
 
 

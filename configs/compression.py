@@ -1,0 +1,35 @@
+"""What compressed messages cost in quality: bytes up and down against scores.
+
+Every strategy is trained by the same clients with each kind of message, at the learning rates of the
+comparison of strategies, which were chosen for plain messages.
+
+python -m experiments compression
+python -m experiments compression --config.name=joint --config.strategies="('joint_token',)"
+"""
+
+from ml_collections import ConfigDict
+
+from configs import compare_strategies
+
+
+def get_config() -> ConfigDict:
+    config = compare_strategies.get_config()
+    config.name = "compression"
+    config.seeds = (0, 1, 2)
+    config.strategies = ("generator", "retriever")
+    config.regimes = ("federated",)
+    del config["limits"], config["equivalence_margin"], config["search_seconds"]
+    # Codecs of what goes up and down, by name (fedrag_jax/federated/compression/by_name.py); the first
+    # is what others are compared with.
+    config.messages = ConfigDict(
+        {
+            "plain": {"up": "", "down": ""},
+            "bfloat16": {"up": "bfloat16", "down": "bfloat16"},
+            "int8": {"up": "int8", "down": "int8"},
+            "int4": {"up": "int4", "down": "int8"},
+            "rotated_int4": {"up": "rotated_int4", "down": "int8"},
+            "top_10": {"up": "top_k:0.1", "down": "int8"},
+            "top_1": {"up": "top_k:0.01", "down": "int8"},
+        }
+    )
+    return config

@@ -1,0 +1,171 @@
+"""Quality against bytes: strategies trained over compressed messages.
+
+    python -m experiments compression
+
+Results go to runs/<name>/: compression.csv, table.md, report.html, figures. A cell (kind of message,
+strategy, seeds) that is finished is not computed again.
+"""
+
+import itertools
+import pathlib
+
+from experiments.compare_strategies import told
+from experiments.lab import METRICS, Lab, compute_cell
+from experiments.loading import check_replicates, load_data, replicates
+from experiments.reporting import cells, comparison, differences, experiment_figures, tables
+from experiments.reporting.page import Report, Section
+from experiments.run import Experiment, Point, finished
+from fedrag_jax.errors import ConfigError
+from fedrag_jax.federated.algorithms import by_name
+from fedrag_jax.strategies.own import named
+
+REGIME = "federated"
+
+
+def with_messages(config, kind: str):
+    """The config of a comparison whose clients and server send messages of a kind."""
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.federated.algorithm_options.update(config.messages[kind])
+    return config
+
+
+class Messages(Lab):
+    """A lab for every kind of message, with folders of their own."""
+
+    def at(self, kind: str) -> Lab:
+        return self.like(with_messages(self.config, kind), self.folder / kind)
+
+
+def lab(config, folder: pathlib.Path) -> Messages:
+    """The data and models of the config.
+
+    Raises:
+      ConfigError: no kinds of messages or strategies, a codec that is not there, a learning rate that
+        is missing; other regimes than the federated one.
+    """
+    check_replicates(config)
+    for name in ("messages", "strategies"):
+        if not config[name]:
+            raise ConfigError(f"config.{name} is empty; give at least one")
+    if tuple(config.regimes) != (REGIME,):
+        raise ConfigError(
+            f"config.regimes must be ({REGIME!r},), got {config.regimes}: nothing else sends messages"
+        )
+    federated = config.federated
+    for kind in config.messages:
+        options = {**federated.algorithm_options, **config.messages[kind]}
+        by_name.check(federated.algorithm, options, f"config.messages.{kind}")
+    found = Messages(config, load_data(config), folder)
+    for _, split in replicates(config):
+        found.clients(REGIME, split)
+    for row in map(named, config.strategies):
+        for part in row.rates:
+            found.rate(REGIME, row, part)
+    return found
+
+
+def points(lab: Messages) -> list[Point]:
+    """Seed by seed and strategy by strategy, one kind of message after the other."""
+    config = lab.config
+    return [
+        Point(strategy, REGIME, *pair, folder=kind)
+        for pair, strategy, kind in itertools.product(
+            replicates(config), config.strategies, config.messages
+        )
+    ]
+
+
+def compute(lab: Messages, point: Point) -> cells.Cell:
+    """A strategy, trained over messages of a kind and tested."""
+    run = lab.at(point.folder)
+    return compute_cell(run, point.name, point.regime, point.seed, point.split, controls=False)
+
+
+def rows_of(config, folder: pathlib.Path) -> list[dict]:
+    """A row for every strategy and kind of message, with its differences from the first kind."""
+    rows, usual = [], next(iter(config.messages))
+    for strategy, kind in itertools.product(config.strategies, config.messages):
+        if not (found := finished(config, folder / kind, strategy, REGIME)):
+            continue
+        row = {"strategy": strategy, "messages": kind, "seeds": len(found), **config.messages[kind]}
+        plain = finished(config, folder / usual, strategy, REGIME)
+        for metric in METRICS:
+            row |= comparison.estimate(found, metric)
+            if kind != usual and plain:
+                against = differences.paired_difference(found, plain, metric) or {}
+                row |= {f"{metric}_by_{name}": value for name, value in against.items()}
+        row |= comparison.costs_and_clients(found)
+        row["bytes"] = row["bytes_up"] + row["bytes_down"]
+        rows.append(row)
+    for metric in METRICS:
+        differences.adjust(rows, f"{metric}_by_")
+    for row in rows:
+        row["pareto"] = "yes" if best_of_its_size(row, rows, config.primary_metric) else ""
+    return rows
+
+
+def best_of_its_size(row: dict, rows: list[dict], metric: str) -> bool:
+    """Whether no other kind of message of the strategy has at least its score with fewer bytes, or a
+    better one with as many."""
+
+    def beats(other):
+        as_good = other[metric] >= row[metric] and other["bytes"] <= row["bytes"]
+        return as_good and (other[metric], other["bytes"]) != (row[metric], row["bytes"])
+
+    others = [r for r in rows if r["strategy"] == row["strategy"] and r[metric] is not None]
+    return row[metric] is not None and not any(map(beats, others))
+
+
+def report(config, folder: pathlib.Path):
+    """The `Report` on all finished cells."""
+    rows, primary = rows_of(config, folder), config.primary_metric
+    title, t = comparison.METRICS, config.training
+    columns = (
+        *(tables.words(name, name) for name in ("strategy", "messages", "up", "down")),
+        tables.number("seeds", "seeds", 0),
+        tables.number("MB up", "bytes_up", 3, 1e6),
+        tables.number("MB down", "bytes_down", 3, 1e6),
+        *(tables.interval(f"{title[metric]} [95% CI]", metric) for metric in METRICS),
+        tables.difference(f"{title[primary]} against plain [95% CI]", f"{primary}_by_"),
+        tables.p_value("p", f"{primary}_by_p_holm"),
+        tables.p_value("over seeds", f"{primary}_by_p_t_holm"),
+        tables.words("Pareto", "pareto"),
+        tables.number("seconds", "seconds"),
+    )
+    return Report(
+        folder.name,
+        f"Compressed messages of {config.federated.clients} clients: {config.data.name}, {t.rounds} "
+        f"rounds of {t.local_steps} local steps.",
+        [
+            Section(
+                "Figure",
+                "pareto",
+                "Quality over the bytes of updates and models, all clients and rounds together, with "
+                "95% intervals.",
+                figure=experiment_figures.over_bytes(rows, primary),
+            ),
+            Section(
+                "Quality and bytes",
+                "compression",
+                "Metrics in percent with 95% intervals over seeds and questions. Bytes are those of "
+                "the encoded messages. Differences are from the first kind of message, paired by "
+                "question and seed; p by permutation over questions speaks of these models, p over "
+                "seeds of the codecs, both Holm-adjusted over the table. Learning rates are those of "
+                "plain messages. Pareto: no other kind is as good with fewer bytes.",
+                tables.Table(columns, rows),
+            ),
+        ],
+        {"compression.csv": rows},
+    )
+
+
+EXPERIMENT = Experiment(
+    name="compression",
+    free=("seeds", "split_seeds", "strategies", "messages", "primary_metric"),
+    lab=lab,
+    points=points,
+    compute=compute,
+    told=told,
+    report=report,
+)

@@ -1,0 +1,183 @@
+"""Federated averaging that is differentially private for whole clients.
+
+Learning Differentially Private Recurrent Language Models
+    McMahan, Ramage, Talwar, Zhang, ICLR 2018, arXiv 1710.06963, Algorithm 1 with fixed denominators
+Differentially Private Learning with Adaptive Clipping
+    Andrew, Thakkar, McMahan, Ramaswamy, NeurIPS 2021, arXiv 1905.03871, Algorithm 1
+
+    Δ_k = (y_k − x) · min(1, C / ‖y_k − x‖)
+    x ← x + (Σ_k Δ_k + N(0, (z C)² I)) / (q N)
+
+The sum is over clients who are drawn each for itself with probability q, so that one client changes it
+by C at most, whoever else is there. With a quantile γ the clip follows it, η being its rate:
+
+    b = ½ + (Σ_k (1[‖y_k − x‖ ≤ C] − ½) + N(0, σ_b²)) / (q N)
+    C ← C exp(−η (b − γ))
+
+and the noise on the sum is that of z_Δ = (z⁻² − (2 σ_b)⁻²)^−½, so that both together spend what z does.
+"""
+
+import zlib
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fedrag_jax.errors import ConfigError
+from fedrag_jax.federated.algorithm import (
+    Algorithm,
+    State,
+    difference,
+    one_object,
+    positive,
+    stack,
+    weighted_sum,
+)
+from fedrag_jax.federated.algorithms.fed_avg import PLAIN, server_step, whole_model
+from fedrag_jax.federated.privacy.accounting import calibrated_noise
+from fedrag_jax.federated.privacy.accounting import epsilon as spent
+from fedrag_jax.federated.sampling import everyone, poisson
+from fedrag_jax.federated.work import Work
+
+NAME = "dp_fed_avg"
+
+
+@one_object
+def dp_fed_avg(
+    *,
+    clip: float = 1.0,
+    noise_multiplier: float = 1.0,
+    rate: float = 1.0,
+    delta: float = 0.0,
+    epsilon: float = 0.0,
+    calibrate_for: int = 0,
+    accountant: str = "rdp",
+    quantile: float = 0.0,
+    clip_rate: float = 0.2,
+    count_noise: float = 0.0,
+    server_optimizer: optax.GradientTransformation = PLAIN,
+    weighting: str = "uniform",
+    **work,
+) -> Algorithm:
+    """Averages clipped updates under noise. With a δ, records have the `epsilon` spent so far.
+
+    What a client does in a round (steps, stragglers, dropping out once drawn) is free.
+
+    Args:
+      clip: C, in the norm of all that is trained; where it starts, with a quantile.
+      noise_multiplier: z; unused where it is calibrated.
+      rate: q; every client takes part with this probability.
+      delta: δ, below 1/N; 0 claims nothing.
+      epsilon: ε that is not to be passed: a fit of more rounds than it allows is refused. 0 sets none.
+      calibrate_for: rounds over which the noise is to spend ε, no more of it than that takes.
+      accountant: "rdp" or "pld", as in `privacy.accounting`.
+      quantile: γ in (0, 1), the share of updates that are not to be clipped; 0 leaves C as it is.
+      clip_rate: η of the clip.
+      count_noise: σ_b; 0 takes q N / 20, as the paper does.
+      server_optimizer: fed with the pseudo-gradient, noise and all.
+      weighting: "uniform"; work: as in `fed_avg`, without `sampling`, which is `poisson(rate)`.
+
+    Raises:
+      ConfigError: an assumption that does not hold, with the reason; what `Work` and accounting refuse.
+    """
+    positive(NAME, clip=clip, clip_rate=clip_rate)
+    if work.pop("sampling", everyone) != everyone:
+        raise ConfigError(
+            f"{NAME}: the ε of a round holds for clients who are drawn each for itself; leave "
+            "`sampling` (or participation) out and give `rate`"
+        )
+    if weighting != "uniform":
+        raise ConfigError(
+            f"{NAME}: weighting={weighting!r} makes a client's share depend on what others hold, and "
+            'what it changes is no longer bounded by the clip; use weighting="uniform"'
+        )
+    if not 0 <= quantile < 1 or count_noise < 0 or noise_multiplier < 0:
+        raise ConfigError(
+            f"{NAME}: quantile must be in [0, 1), count_noise and noise_multiplier at least 0, got "
+            f"{quantile}, {count_noise} and {noise_multiplier}"
+        )
+    if (epsilon or calibrate_for) and not delta:
+        raise ConfigError(f"{NAME}: an ε holds for a δ: give delta, below 1 / number of clients")
+    if calibrate_for:
+        noise_multiplier = calibrated_noise(epsilon, rate, calibrate_for, delta, accountant)
+    if delta:
+        spent(noise_multiplier, rate, 1, delta, accountant)  # refuses what it cannot account for
+    work = Work(sampling=poisson(rate) if rate < 1 else everyone, weighting=weighting, **work)
+    z = noise_multiplier
+
+    def init(trainable, client_init, client_count):
+        if delta >= 1 / client_count:
+            raise ConfigError(
+                f"{NAME}: delta {delta} is not below 1/{client_count}, and would allow the model to "
+                "give one of the clients away whole; lower it, or have more clients"
+            )
+        noise = _count_noise(client_count)
+        if quantile and z >= 2 * noise:
+            raise ConfigError(
+                f"{NAME}: noise_multiplier {z:.4g} must be below twice the noise of the counts, "
+                f"{noise:.4g}; raise count_noise, lower noise_multiplier or set quantile=0"
+            )
+        server = {
+            "optimizer": server_optimizer.init(trainable),
+            "clip": jnp.float32(clip),
+            "clients": jnp.float32(client_count),
+        }
+        return State(trainable, server)
+
+    def _count_noise(clients):
+        return count_noise or rate * clients / 20
+
+    def turn(state, cohort, client):
+        x, c, clients = state.trainable, state.server["clip"], state.server["clients"]
+        expected = rate * clients
+
+        def group(members):
+            x_k = stack(x, len(members.share))
+            y_k, _, report = client.update(x_k, client.init(x_k), members)
+            moved = difference(y_k, x_k)
+            squares = [jnp.square(x).reshape(len(x), -1).sum(1) for x in jax.tree.leaves(moved)]
+            norm = jnp.sqrt(sum(squares[1:], squares[0])).astype(c.dtype)
+            there = members.share > 0
+            scale = jnp.where(there, jnp.minimum(1, c / jnp.where(norm > 0, norm, 1)), 0)
+            below = jnp.where(there, (norm <= c) - 0.5, 0).sum()
+            clipped = (norm > c).astype(c.dtype)
+            told = {"clipped": clipped, "clip": jnp.broadcast_to(c, norm.shape)}
+            report = report | {"metrics": report["metrics"] | told}
+            return (weighted_sum(scale, moved), below), report
+
+        (total, below), report = client.total(group, cohort)
+        key = jax.random.fold_in(client.key, zlib.crc32(b"privacy"))
+        of_sum, of_counts = jax.random.split(key)
+        deviation = z * c
+        if quantile:
+            counts = _count_noise(clients)
+            deviation = c * (z**-2 - (2 * counts) ** -2) ** -0.5 if z else 0 * c
+            told = below + counts * jax.random.normal(of_counts)
+            c = c * jnp.exp(-clip_rate * (0.5 + told / expected - quantile))
+        mean = jax.tree.map(
+            lambda x, noise: (x + deviation.astype(x.dtype) * noise) / expected.astype(x.dtype),
+            total,
+            _normal(of_sum, total),
+        )
+        x, optimizer = server_step(server_optimizer, x, state.server["optimizer"], mean)
+        return State(x, state.server | {"optimizer": optimizer, "clip": c}), report
+
+    def tells(rounds):
+        if not delta:
+            return {}
+        found = spent(z, rate, rounds, delta, accountant)
+        if epsilon and found > epsilon * (1 + 1e-3):
+            raise ConfigError(
+                f"{NAME}: {rounds} rounds spend an ε of {found:.4g}, more than the {epsilon:g} that is "
+                "claimed; take fewer rounds, more noise, or calibrate_for as many"
+            )
+        return {"epsilon": found, "delta": delta}
+
+    return Algorithm(work, init, (turn,), whole_model, tells=tells)
+
+
+def _normal(key: jax.Array, like):
+    leaves, structure = jax.tree.flatten(like)
+    keys = jax.random.split(key, len(leaves))
+    noise = [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(structure, noise)

@@ -1,0 +1,102 @@
+"""Averaging under a rule that some hostile or broken clients cannot turn.
+
+The rule sees every update at once: a round holds [K, D] numbers, of K clients and D that are trained.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fedrag_jax.errors import ConfigError
+from fedrag_jax.federated.algorithm import Algorithm, State, difference, one_object, stack
+from fedrag_jax.federated.algorithms.fed_avg import PLAIN, server_step, whole_model
+from fedrag_jax.federated.robust.rule import Rule
+from fedrag_jax.federated.work import Work
+
+
+@one_object
+def robust(
+    rule: Rule,
+    *,
+    server_optimizer: optax.GradientTransformation = PLAIN,
+    weighting: str = "uniform",
+    **work,
+) -> Algorithm:
+    """x ← x + rule({y_k − x}).
+
+        robust(krum(byzantine=2), local_steps=10)
+
+    Updates that are not finite are left out, and the rest goes on; where none is finite, the fit ends
+    as ever. A round in which fewer clients answer than the rule needs leaves the model as it is. A
+    record has `left_out`, the clients whose updates did not count.
+
+    Args:
+      rule: of `federated.robust`.
+      server_optimizer: fed with −rule({y_k − x}).
+      weighting: of the rules that weigh; a client that says how many examples it has may lie.
+      work: as in `fed_avg`.
+
+    Raises:
+      ConfigError: what `Work` refuses; in a fit, fewer clients than the rule needs.
+    """
+
+    work = Work(weighting=weighting, **work)
+
+    def init(trainable, client_init, client_count):
+        most = work.sampling.places(np.ones(client_count))
+        if most < rule.least:
+            raise ConfigError(
+                f"{rule} needs at least {rule.least} clients in a round, and {most} of {client_count} "
+                f"take part ({work.sampling.name}): draw more, or assume fewer hostile ones"
+            )
+        return State(trainable, server_optimizer.init(trainable))
+
+    def turn(state, cohort, client):
+        x = state.trainable
+
+        def group(members):
+            x_k = stack(x, len(members.share))
+            y_k, _, report = client.update(x_k, client.init(x_k), members)
+            moved = jax.vmap(_flat)(difference(y_k, x_k))
+            finite = jnp.isfinite(moved).all(1) & report["finite"]
+            return (), ((members.clients, members.share, moved, finite), report)
+
+        _, rest = client.total(group, cohort)
+        clients, share, moved, finite = (
+            client.gather([updates[i] for updates, _ in rest]) for i in range(4)
+        )
+        there = (share > 0) & finite
+        safe = jnp.where(there[:, None], moved, 0)
+        combined, used = rule.combine(safe, jnp.where(there, share, 0), there)
+        enough = there.sum() >= rule.least
+        mean = _unflat(jnp.where(enough, combined, 0), x)
+        counted, some = jnp.where(used & enough, clients, -1), there.any()
+
+        def told(updates, report):
+
+            # A broken client is no longer the round's trouble, and its numbers are nobody's mean.
+            seen = jnp.where(report["finite"], report["examples"], 0)
+            return report | {
+                "finite": report["finite"] | some,
+                "examples": seen,
+                "left_out": ~jnp.isin(updates[0], counted),
+            }
+
+        x, server = server_step(server_optimizer, x, state.server, mean)
+        return State(x, server), [told(*part) for part in rest]
+
+    return Algorithm(work, init, (turn,), whole_model, needs="updates")
+
+
+def _flat(tree) -> jax.Array:
+    return jnp.concatenate([x.reshape(-1) for x in jax.tree.leaves(tree)])
+
+
+def _unflat(vector: jax.Array, like):
+    leaves, structure = jax.tree.flatten(like)
+    pieces, start = [], 0
+    for x in leaves:
+        pieces.append(vector[start : start + x.size].reshape(x.shape))
+        start += x.size
+    return jax.tree.unflatten(structure, pieces)

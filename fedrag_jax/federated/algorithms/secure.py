@@ -1,0 +1,203 @@
+"""Secure aggregation, simulated: the server sees the sum of what clients send, and nothing of each.
+
+Practical Secure Aggregation for Privacy-Preserving Machine Learning
+    Bonawitz, Ivanov, Kreuter, Marcedone, McMahan, Patel, Ramage, Segal, Seth, CCS 2017, IACR 2017/281
+
+What client k would add to a sum becomes integers of 32 bits, and each pair of clients a shared mask:
+
+    m_k = ⌊2^f u_k⌉ + Σ_{j > k} PRG(s_kj) − Σ_{j < k} PRG(s_jk)   mod 2³²
+
+Masks cancel in Σ_k m_k. Those that survivors share with clients who drop out do not: the server learns
+the seeds of these pairs from the survivors (who hold shares of them) and takes the masks away. Keys,
+shares and the second mask of each client, against a server that lies about who dropped out, are not
+simulated.
+"""
+
+import dataclasses
+import functools
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedrag_jax.errors import ConfigError
+from fedrag_jax.federated.algorithm import Algorithm, Traffic, Turn
+
+WHY = {
+    "updates": "must see updates one by one, which a sum does not tell",
+    "factors": "multiplies the factors of each client, which a sum of factors does not tell",
+    "nothing": "sends nothing that could be added up",
+}
+
+
+@functools.cache
+def secure(algorithm: Algorithm, *, bits: int = 20, threshold: float = 2 / 3) -> Algorithm:
+    """The algorithm over masked integers, for those that need only a sum.
+
+    Clients train one by one, and each pair draws a mask as long as the message: the time of a round
+    grows with the square of its clients. A client that drops out does so after masks are agreed upon;
+    a record's `dropped` names those.
+
+    Args:
+      bits: f; a value is rounded to a multiple of 2^−f, and cut to ±2^(31−f) / K.
+      threshold: the share of a round's clients who must survive; with fewer the seeds cannot be put
+        together, and the round changes nothing.
+
+    Raises:
+      ConfigError: an algorithm that needs more than a sum, bits outside 1 to 30, a threshold outside
+        (0, 1]; in a fit, a round of fewer than two clients, whose sum would be an update.
+    """
+    if algorithm.needs != "sum" or algorithm.model is not None:
+        why = WHY.get(algorithm.needs, "leaves models with its clients")
+        raise ConfigError(
+            f"secure: {algorithm.name} {why}; secure aggregation is for algorithms that need only a "
+            "sum, such as fed_avg, fed_adam, scaffold or dp_fed_avg"
+        )
+    if not 1 <= bits <= 30:
+        raise ConfigError(f"secure: bits must be from 1 to 30, got {bits}")
+    if not 0 < threshold <= 1:
+        raise ConfigError(f"secure: threshold must be in (0, 1], got {threshold}")
+    work = algorithm.work
+
+    def init(trainable, client_init, client_count):
+        most = work.sampling.places(np.ones(client_count))
+        if most < 2:
+            raise ConfigError(
+                f"secure: {most} of {client_count} clients take part in a round "
+                f"({work.sampling.name}), and the sum over one is its update; draw at least 2"
+            )
+        return algorithm.init(trainable, client_init, client_count)
+
+    def traffic(trainable, drawn, answered, round):
+        plain = algorithm.traffic(trainable, drawn, answered, round)
+        return Traffic(plain.down, dict(_as_integers(*item) for item in plain.up.items()))
+
+    turns = tuple(_masked(turn, bits, threshold, work.dropout) for turn in algorithm.turns)
+    return algorithm._replace(
+        work=dataclasses.replace(work, dropout=0.0),  # they drop out within the round
+        init=init,
+        turns=turns,
+        traffic=traffic,
+        name=f"secure({algorithm.name}, bits={bits}, threshold={threshold:.3g})",
+    )
+
+
+@functools.cache
+def _masked(turn: Turn, bits: int, threshold: float, dropout: float) -> Turn:
+    def masked(state, cohort, client):
+        shapes = [part.clients.shape for part in cohort]
+        cohort = [_one_by_one(part) for part in cohort]
+        rows = [_one_by_one(row) for row in state.population]
+        key = jax.random.fold_in(client.key, zlib.crc32(b"secure aggregation"))
+
+        clients, share = (
+            client.gather([getattr(p, n) for p in cohort]) for n in ("clients", "share")
+        )
+        there = share > 0
+        alive = there & _survives(key, clients, dropout)
+        enough = alive.sum() >= jnp.maximum(2, jnp.ceil(threshold * there.sum()))
+        alive = alive & enough
+        counted = jnp.where(alive, share, 0).sum()
+
+        def surviving(part):
+            mine = _survives(key, part.clients, dropout) & enough
+            share = jnp.where(mine, part.share / jnp.where(counted > 0, counted, 1), 0)
+            return part._replace(share=share, steps=jnp.where(mine, part.steps, 0))
+
+        def mask(number, others, shapes):
+            """Σ of the masks that a client shares with others, + for larger numbers, − for smaller."""
+
+            def add(j, total):
+                other = clients[j]
+                low, high = jnp.minimum(number, other), jnp.maximum(number, other)
+                pair = jax.random.fold_in(jax.random.fold_in(key, low), high)
+                sign = jnp.where(number < other, 1, -1).astype(jnp.uint32)
+                sign = jnp.where(others[j] & (other != number), sign, 0)
+                leaves, structure = jax.tree.flatten(total)
+                drawn = [
+                    leaf + sign * jax.random.bits(jax.random.fold_in(pair, i), leaf.shape)
+                    for i, leaf in enumerate(leaves)
+                ]
+                return jax.tree.unflatten(structure, drawn)
+
+            zero = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.uint32), shapes)
+            return jax.lax.fori_loop(0, len(clients), add, zero)
+
+        def total(work, parts, *inputs):
+            first = jax.tree.map(lambda x: x[0], (parts[0], *(x[0] for x in inputs)))
+            likes, _ = jax.eval_shape(work, *first)
+            most = 2.0**31 / len(clients) - 1
+
+            def message(members, *own):
+                sums, rest = work(members, *own)
+                number = members.clients[0]
+                sent = jax.tree.map(lambda x: _to_integers(x, bits, most), sums)
+                sent = jax.tree.map(jnp.add, sent, mask(number, there, likes))
+                # Of clients that dropped out, and of padding, nothing arrives.
+                arrives = (members.share[0] > 0).astype(jnp.uint32)
+                return jax.tree.map(lambda x: arrives * x, sent), rest
+
+            found, rest = client.total(message, parts, *inputs)
+
+            def recover(j, found):
+                # What survivors share with one that dropped out is the opposite of its own masks.
+                lost = (there[j] & ~alive[j]).astype(jnp.uint32)
+                return jax.tree.map(
+                    lambda x, m: x + lost * m, found, mask(clients[j], alive, likes)
+                )
+
+            found = jax.lax.fori_loop(0, len(clients), recover, found)
+            return jax.tree.map(
+                lambda x, like: _from_integers(x, bits, like.dtype), found, likes
+            ), rest
+
+        surviving_cohort = [surviving(part) for part in cohort]
+        inner = state._replace(population=rows or ())
+        state, report = turn(inner, surviving_cohort, client._replace(total=total))
+        report = [
+            told | {"dropped": (part.share == 0)}
+            for told, part in zip(report, surviving_cohort, strict=True)
+        ]
+        population = _in_groups(state.population, shapes) if state.population else ()
+        return state._replace(population=population), _in_groups(report, shapes)
+
+    return masked
+
+
+def _one_by_one(tree):
+    """Leaves [G, g, ...] as [G g, 1, ...]: what a group adds up is one client's."""
+    return jax.tree.map(lambda x: x.reshape(-1, 1, *x.shape[2:]), tree)
+
+
+def _in_groups(trees: list, shapes: list) -> list:
+    """Undoes `_one_by_one` for the parts of a cohort."""
+    return [
+        jax.tree.map(lambda x, shape=shape: x.reshape(*shape, *x.shape[2:]), tree)
+        for tree, shape in zip(trees, shapes, strict=True)
+    ]
+
+
+def _survives(key: jax.Array, clients: jax.Array, dropout: float) -> jax.Array:
+    """Whether each client stays to the end of the round; the same wherever it is asked."""
+    if not dropout:
+        return jnp.ones(clients.shape, bool)
+    chance = jax.random.fold_in(key, zlib.crc32(b"dropout"))
+    flat = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(chance, k)))(
+        clients.reshape(-1)
+    )
+    return flat.reshape(clients.shape) >= dropout
+
+
+def _to_integers(x: jax.Array, bits: int, most: float) -> jax.Array:
+    fixed = jnp.clip(jnp.round(x * 2.0**bits), -most, most)
+    return jax.lax.bitcast_convert_type(fixed.astype(jnp.int32), jnp.uint32)
+
+
+def _from_integers(x: jax.Array, bits: int, dtype) -> jax.Array:
+    return jax.lax.bitcast_convert_type(x, jnp.int32).astype(dtype) * 2.0**-bits
+
+
+def _as_integers(kind: str, size: int) -> tuple[str, int]:
+    part, dtype = kind.rsplit(" ", 1)
+    return f"{part} uint32", size // jnp.dtype(dtype).itemsize * 4

@@ -1,0 +1,1 @@
+"""Compression of what clients and server send each other: codecs, a file for each family."""
