@@ -111,6 +111,8 @@ class Algorithm(NamedTuple):
       model: `model(trainable, row) -> trainable` of the client with that row of the population;
         None where all clients have the global model.
       frozen: `frozen(state, frozen) -> frozen`: what the frozen part has become.
+      open_server: whether clients need what the server keeps beside the model to do their work; where
+        they are elsewhere it is sent to them.
       name: the factory's, with the settings that matter to a resumed run; `one_object` gives it.
     """
 
@@ -121,6 +123,7 @@ class Algorithm(NamedTuple):
     optimizer: optax.GradientTransformation | None = None
     model: Callable[[PyTree, PyTree], PyTree] | None = None
     frozen: Callable[[State, PyTree], PyTree] = lambda state, frozen: frozen
+    open_server: bool = True
     name: str = ""
 
 

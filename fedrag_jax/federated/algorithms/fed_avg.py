@@ -83,7 +83,7 @@ def averaging(
         x = jax.tree.map(lambda new, old: new.astype(old.dtype), moved, x)
         return State(x, server, population), report
 
-    return Algorithm(work, init, (turn,), whole_model)
+    return Algorithm(work, init, (turn,), whole_model, open_server=False)
 
 
 def whole_model(trainable, drawn, answered, round) -> Traffic:
