@@ -123,7 +123,7 @@ class Plan:
     def settings(self) -> dict[str, Any]:
         """What must be the same with all, JSON types."""
         arrays = named(self.handed_out(self.initial))
-        numbers = jax.tree.leaves(split(self.optimizer_at(0))[1])
+        _, numbers, _ = split(self.optimizer_at(0).init)  # `update` has the same
         return {
             "protocol": PROTOCOL,
             "task": self.task.name,
