@@ -43,9 +43,6 @@ publisher = "fedrag"
 [tool.flwr.app.components]
 serverapp = "toyfed.server:app"
 clientapp = "toyfed.client:app"
-
-[tool.flwr.app.config]
-folder = "."
 """
 SERVER = """
 import os

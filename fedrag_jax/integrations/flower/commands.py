@@ -31,7 +31,9 @@ def environment(home: pathlib.Path) -> dict[str, str]:
     return os.environ | QUIET | {"FLWR_HOME": str(home), "PATH": path}
 
 
-def superlink(certificates: pathlib.Path, database: pathlib.Path, host: str, port: int) -> list[str]:
+def superlink(
+    certificates: pathlib.Path, database: pathlib.Path, host: str, port: int
+) -> list[str]:
     """The command line of a SuperLink: the server's side, which runs the ServerApp as well."""
     return [
         _program("flower-superlink"),

@@ -64,6 +64,8 @@ def server_app(
       patience: seconds to wait, for parties at the start and for the answers of a round.
       callbacks: as in `fit`, told of every round.
 
+    The run's configuration may say `folder`, `quorum` and `patience`, which come first.
+
     Raises:
       ConfigError: counts or seconds that cannot be.
     """
@@ -76,8 +78,10 @@ def server_app(
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        known = plan if isinstance(plan, Plan) else plan(context)
-        run_rounds(known, grid, pathlib.Path(folder), present, quorum, patience, callbacks)
+        known, config = plan if isinstance(plan, Plan) else plan(context), context.run_config
+        where = pathlib.Path(str(config.get("folder", folder)))
+        numbers: Any = [config.get(n, v) for n, v in (("quorum", quorum), ("patience", patience))]
+        run_rounds(known, grid, where, present, *numbers, callbacks=callbacks)
 
     return app
 
