@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from flwr.app import Array, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import Array, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from loopback import Loopback
 from parties import SETTINGS, assert_agree, federate, nodes, plan_of, simulate
 from toys import FOUR, assert_close, mlp_task
@@ -16,6 +16,7 @@ from fedrag_jax.federated.algorithms.fed_avg import fed_avg
 from fedrag_jax.federated.algorithms.scaffold import scaffold
 from fedrag_jax.federated.callbacks import Callback
 from fedrag_jax.federated.sampling import ClientSampling, fixed
+from fedrag_jax.integrations.flower import roll
 from fedrag_jax.integrations.flower.asking import RoundFailedError
 from fedrag_jax.integrations.flower.server import run_rounds, server_app
 
@@ -350,3 +351,22 @@ def test_the_server_app_runs_the_rounds(tmp_path):
     federate(plan, tmp_path / "again")
     one, other = (tmp_path / f"{f}server" / "model.safetensors" for f in ("", "again/"))
     assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_node_that_fails_to_say_who_it_is_is_not_asked_at_once_again(tmp_path, monkeypatch):
+    """Every message is a process at the party: a node in trouble is to be left alone for a while."""
+    plan, asked = plan_of(rounds=1), []
+
+    def meddle(node, message, reply):
+        if message.metadata.message_type == "query.introduce" and node == 102:
+            asked.append(node)
+            if len(asked) < 3:
+                return Message(Error(1, "no memory"), reply_to=message)
+        return reply
+
+    with pytest.raises(RoundFailedError, match="3 of 4 parties came"):
+        federate(plan, tmp_path, meddle, patience=3.5)
+    assert asked == [102]
+    monkeypatch.setattr(roll, "AGAIN", 0.1)
+    result, _ = federate(plan, tmp_path, meddle, patience=30)
+    assert result.history[0]["clients"] == [0, 1, 2, 3] and len(asked) == 3

@@ -15,6 +15,7 @@ from fedrag_jax.integrations.flower.plan import Plan
 log = logging.getLogger("flwr")
 AT_ONCE = 8  # replies fetched in one go: so many models are in memory besides the server's own
 SHORTEST, LONGEST = 0.05, 1.0  # seconds between two looks for replies
+AGAIN = 60.0  # seconds after which a node that failed to say who it is is asked again
 
 
 class Member(NamedTuple):
@@ -85,6 +86,7 @@ class Roll:
         self.plan, self.mail, self.patience = plan, mail, patience
         self.members: dict[int, Member] = {}
         self._known: set[int] = set()  # nodes that were asked, or refused
+        self._not_before: dict[int, float] = {}
 
     def look(self) -> None:
         """Asks nodes that have come who they are, and leaves out those that are gone."""
@@ -94,7 +96,8 @@ class Roll:
                 log.warning("client %d (node %d) is gone", number, member.node)
                 del self.members[number]
         self._known &= there
-        for node in there - self._known:
+        now = time.monotonic()
+        for node in (n for n in there - self._known if self._not_before.get(n, now) <= now):
             about = RecordDict({"order": ConfigRecord({"plan": self.plan.fingerprint})})
             if self.mail.send("query.introduce", node, about, self.patience):
                 self._known.add(node)
@@ -131,7 +134,8 @@ class Roll:
 
     def _introduced(self, node: int, message: Message) -> tuple[int, Member]:
         if message.has_error():
-            self._known.discard(node)  # it may do better when asked again
+            self._known.discard(node)  # it may do better later; every message is a process there
+            self._not_before[node] = time.monotonic() + AGAIN
             raise ValueError(message.error.reason)
         about: Any = message.content["about"]
         settings = json.loads(str(about["settings"]))
