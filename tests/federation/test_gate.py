@@ -41,11 +41,12 @@ def ways(tmp_path_factory):
             ssl_certfile=str(certificates / "server.pem"),
             ssl_keyfile=str(certificates / "server.key"),
             log_level="warning",
+            ws="none",
         )
     )
     thread = threading.Thread(target=link.run, daemon=True)
     thread.start()
-    while not link.started:
+    while thread.is_alive() and not link.started:
         thread.join(0.05)
     port = free_port()
     gate = open_gate(f"127.0.0.1:{link.config.port}", certificates, "127.0.0.1", port)
@@ -98,7 +99,7 @@ def test_nothing_else_does(ways, path):
 
 
 def test_a_taken_port_is_named(ways):
-    with pytest.raises(ConfigError, match=f"port {ways[1]} of 127.0.0.1 is taken"):
+    with pytest.raises(ConfigError, match=f"port {ways[1]} of 127.0.0.1 is not to be had"):
         open_gate("127.0.0.1:1", ways[2], "127.0.0.1", ways[1])
 
 

@@ -7,6 +7,7 @@ gate, with the same certificate, passes on the first.
 """
 
 import pathlib
+import socket
 import ssl
 import threading
 
@@ -71,20 +72,21 @@ def open_gate(link: str, certificates: pathlib.Path, host: str, port: int) -> uv
     Raises:
       ConfigError: it cannot listen there.
     """
+    try:
+        listening = socket.create_server((host, port))
+    except OSError as error:
+        raise ConfigError(
+            f"port {port} of {host} is not to be had ({error.strerror}): end what listens there, or "
+            "make a federation with another --port"
+        ) from error
     config = uvicorn.Config(
         gate(link, certificates),
-        host=host,
-        port=port,
         ssl_certfile=str(certificates / CERTIFICATE),
         ssl_keyfile=str(certificates / KEY),
         log_level="warning",
         access_log=False,
+        ws="none",
     )
     server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while thread.is_alive() and not server.started:
-        thread.join(0.05)
-    if not server.started:
-        raise ConfigError(f"port {port} of {host} is taken: choose another in parties' party.json")
+    threading.Thread(target=server.run, args=([listening],), daemon=True).start()
     return server
