@@ -23,7 +23,7 @@ from fedrag_jax.integrations.flower.model_file import load_model
 
 ROOT = pathlib.Path(__file__).parents[2]
 PATIENCE = 1500  # seconds for what a test waits for, on a machine that has other things to do
-ROUNDS = 6
+ROUNDS = 5
 
 APP = """
 [build-system]
@@ -51,8 +51,8 @@ from parties import plan_of
 from fedrag_jax.federated.algorithms.scaffold import scaffold
 from fedrag_jax.integrations.flower.server import server_app
 
-plan = plan_of(scaffold(0.05, local_steps=3), rounds=6)
-app = server_app(plan, os.environ["TOYS_SERVER"], present=3, quorum=2, patience=900)
+plan = plan_of(scaffold(0.05, local_steps=3), rounds=5)
+app = server_app(plan, os.environ["TOYS_SERVER"], present=3, quorum=1, patience=900)
 """
 CLIENT = """
 import json
@@ -68,7 +68,7 @@ from toys import FOUR
 from fedrag_jax.federated.algorithms.scaffold import scaffold
 from fedrag_jax.integrations.flower.party import client_app
 
-honest = client_app(plan_of(scaffold(0.05, local_steps=3), rounds=6), FOUR)
+honest = client_app(plan_of(scaffold(0.05, local_steps=3), rounds=5), FOUR)
 
 
 def spoiled(reply, fault):
@@ -195,11 +195,12 @@ def processes(tmp_path):
 
 @pytest.mark.slow
 def test_faults_of_real_processes_cost_no_more_than_the_answers_that_were_lost(processes):
-    # Party 1 sends NaN, a wrong shape, and an answer of the round before; party 2 dies within round 4.
+    # In round 2 party 1 sends NaN and party 2 a wrong shape; in round 3 party 1 sends an answer of the
+    # round before, and party 2 dies.
     processes.link()
     processes.party(0, {})
-    processes.party(1, {"2": "NaN", "3": "shape", "4": "stale"})
-    processes.party(2, {"4": "hang"})
+    processes.party(1, {"2": "NaN", "3": "stale"})
+    processes.party(2, {"2": "shape", "3": "hang"})
     processes.party(9, {}, known=False)  # whose key nobody has registered
     stranger = processes.running.pop("party 9")
     processes.run()
@@ -209,12 +210,12 @@ def test_faults_of_real_processes_cost_no_more_than_the_answers_that_were_lost(p
     hangs = processes.folder / "party 2" / "hangs"
     processes.wait("party 2 at work", hangs.exists)
     processes.kill("party 2")
-    processes.wait("round 4", lambda: len(processes.records()) >= 4)
+    processes.wait("round 3", lambda: len(processes.records()) >= 3)
     (processes.folder / "party 2" / "faults.json").write_text("{}")
     processes.party(2, {})  # comes back
 
     time.sleep(5)
-    processes.kill("link")  # and the server with it, within round 5
+    processes.kill("link")  # and the server with it, within round 4
     finished = len(processes.records())
     processes.link()
     processes.run()
@@ -226,14 +227,14 @@ def test_faults_of_real_processes_cost_no_more_than_the_answers_that_were_lost(p
 
     records = processes.records()
     print(*(json.dumps(record) for record in records), sep="\n")
-    assert [record["round"] for record in records] == [*range(1, ROUNDS + 1)] and finished >= 4
+    assert [record["round"] for record in records] == [*range(1, ROUNDS + 1)] and finished >= 3
     refused = [record["refused"] for record in records]
     assert records[0]["clients"] == [0, 1, 2] and refused[0] == {}
     assert "not finite" in refused[1]["1"]
-    assert "in is float32 [5, 3] and should be float32 [3, 5]" in refused[2]["1"]
-    assert "its answer is of round 3, not 4" in refused[3]["1"]
-    assert 2 not in records[3]["clients"] and "2" in refused[3]
-    assert 3 in records[3]["clients"]
+    assert "in is float32 [5, 3] and should be float32 [3, 5]" in refused[1]["2"]
+    assert records[1]["clients"] == [0]
+    assert "its answer is of round 2, not 3" in refused[2]["1"]
+    assert not {1, 2} & {*records[2]["clients"]} and "Node Unavailable" in refused[2]["2"]
     assert {0, 1, 2, 3} == {*records[-1]["clients"]}
     assert "9" not in {str(c) for record in records for c in record["clients"]}
     stranger.poll()

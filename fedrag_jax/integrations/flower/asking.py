@@ -65,6 +65,8 @@ class Asking:
                 f"and {least} must: attempt {attempt} of {ATTEMPTS}"
             )
             self.roll.look()
+            there = self.roll.members
+            self.roll.wait(lambda _: sum(client in there for client in self.drawn) >= least)
         raise RoundFailedError(
             f"round {self.now.round + 1}: {len(self.answers)} of {len(self.drawn)} parties answered, "
             f"and {least} must ({self.refused}). Rounds before are kept: start again to go on"
