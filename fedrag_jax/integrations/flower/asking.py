@@ -53,6 +53,9 @@ class Asking:
         """Asks until enough have answered: so many, or more than half of those drawn."""
         least = min(len(self.drawn) // 2 + 1 if quorum is None else quorum, len(self.drawn))
         for attempt in range(1, ATTEMPTS + 1):
+            if attempt > 1:  # those who are gone may come back
+                self.roll.look()
+                self.roll.wait(lambda _: self._there() >= least)
             self._ask(patience)
             self.mail.until(lambda: not self._open, patience, self._take)
             self.mail.forget("train")
@@ -64,20 +67,24 @@ class Asking:
                 f"round {self.now.round + 1}: {len(self.answers)} of {len(self.drawn)} have answered, "
                 f"and {least} must: attempt {attempt} of {ATTEMPTS}"
             )
-            self.roll.look()
-            there = self.roll.members
-            self.roll.wait(lambda _: sum(client in there for client in self.drawn) >= least)
         raise RoundFailedError(
             f"round {self.now.round + 1}: {len(self.answers)} of {len(self.drawn)} parties answered, "
             f"and {least} must ({self.refused}). Rounds before are kept: start again to go on"
         )
+
+    def _there(self) -> int:
+        """How many of those drawn are there."""
+        return sum(client in self.roll.members for client in self.drawn)
 
     def _ask(self, patience: float) -> None:
         last = counted(self.now.history)
         self._nodes = {}
         for client in self.drawn:
             member = self.roll.members.get(client)
-            if client in self.answers or member is None:
+            if client in self.answers:
+                continue
+            if member is None:
+                self.refused[client] = "its node is gone"
                 continue
             order = {"round": self.now.round + 1, "plan": self.plan.fingerprint}
             order["counted"] = last.get(client, 0)
