@@ -1,15 +1,18 @@
 """`fedrag federate`: parties with documents of their own, from a folder."""
 
+import io
 import json
 import stat
 import subprocess
 import sys
+import zipfile
 
 import loopback
 import numpy as np
 import pytest
 from cryptography import x509
 from flwr.app import Context, RecordDict
+from flwr.cli.build import build_fab_from_disk
 from loopback import Loopback
 from toys import leaves
 
@@ -51,6 +54,13 @@ def test_a_federation_is_made_that_keeps_its_secrets(made):
         federation.make(made, ["localhost"], 9092, PARTIES, 12, 0)
     with pytest.raises(ConfigError, match="different names"):
         federation.make(made / "new", ["localhost"], 9092, ["a", "a"], 12, 0)
+
+
+def test_the_app_that_parties_are_sent_holds_no_key_and_no_document(made):
+    with zipfile.ZipFile(io.BytesIO(build_fab_from_disk(made))) as app:
+        names = {*app.namelist()}
+    own = {f"federation/{name}.py" for name in ("__init__", "client", "server")}
+    assert names == {"pyproject.toml", "README.md", ".info/CONTENT"} | own
 
 
 @pytest.mark.slow
