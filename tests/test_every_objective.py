@@ -152,7 +152,9 @@ def test_a_large_corpus_stays_off_the_device(name, monkeypatch):
     found, ours = program(large.loss)(large.trainable, large.frozen, brought, KEY)
     np.testing.assert_allclose(found[0], loss[0], rtol=1e-5)
     # Wider padding rounds otherwise; the largest entries are above 4.
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), ours, gradient)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), ours, gradient
+    )
     # Costs too are those of what is read, though padded to the longest there may be.
     assert large.cost.flops(large, brought) >= task.cost.flops(task, batch) > 0
 

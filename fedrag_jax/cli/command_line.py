@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 
 import fedrag_jax
-from fedrag_jax.cli import ask, demo, evaluate, index, serve, train
+from fedrag_jax.cli import ask, demo, evaluate, federate, index, serve, train
 from fedrag_jax.cli.common import harmless
 from fedrag_jax.errors import FedragError
 
@@ -23,6 +23,7 @@ Retrieval-augmented generation over your documents, and its fine-tuning.
   fedrag eval system/ --questions own.jsonl    score answers and retrieval
   fedrag train system/ own.jsonl --to tuned/   fine-tune retriever and generator
   fedrag serve tuned/                          serve the API of OpenAI, or MCP
+  fedrag federate init federation/             train with others who keep their documents
 """
 CODES = """\
 exit codes: 0 success, 1 error, 2 wrong usage, 3 success, but some documents could not be read,
@@ -47,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
         ("eval", evaluate),
         ("train", train),
         ("serve", serve),
+        ("federate", federate),
     ):
         summary = command.__doc__.partition("\n")[0]
         own = commands.add_parser(

@@ -121,6 +121,8 @@ class Algorithm(NamedTuple):
         one, their "factors" (to multiply those of each client), or "nothing".
       tells: `tells(rounds)`, what the record of a round adds after so many; raises ConfigError for more
         rounds than the algorithm may take.
+      open_server: whether clients need what the server keeps beside the model to do their work; where
+        they are elsewhere it is sent to them.
       name: the factory's, with the settings that matter to a resumed run; `one_object` gives it.
     """
 
@@ -134,6 +136,7 @@ class Algorithm(NamedTuple):
     sent: Callable[[PyTree, int], PyTree] | None = lambda trainable, turn: trainable
     needs: str = "sum"
     tells: Callable[[int], Mapping[str, Any]] = lambda rounds: {}
+    open_server: bool = True
     name: str = ""
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import zlib
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,16 +17,15 @@ from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.federated.algorithm import Algorithm, PyTree, State
 from fedrag_jax.federated.algorithms.centralised import centralised
 from fedrag_jax.federated.callbacks import Callback, FitState
+from fedrag_jax.federated.engine.client import update_key
 from fedrag_jax.federated.engine.cohort import draw_clients, grouped, padding, sample_cohort
 from fedrag_jax.federated.engine.group_size import choose_group_size
 from fedrag_jax.federated.engine.placement import Placing, put_rows, rows_of
 from fedrag_jax.federated.engine.records import Spent, by_client, require_finite, seen, summary
 from fedrag_jax.federated.engine.round import Ran, Round, run_alone
+from fedrag_jax.federated.engine.start import all_rows, initial_state, schedule, started
 from fedrag_jax.federated.engine.table import collate, retrieve, tell_idle, used_rows
-from fedrag_jax.federated.optimizers import tunable
 from fedrag_jax.objectives.task import Task
-
-ADAMW = tunable(optax.adamw, learning_rate=1e-3)
 
 
 class FitResult(NamedTuple):
@@ -110,7 +108,7 @@ def fit(
     _require_counts(counts | {"refresh_every": refresh_every})
     data, algorithm, alone = _who_trains(task, data, algorithm)
     algorithm.tells(rounds)  # refuses more than it may take
-    optimizer_at = _schedule(algorithm, optimizer)
+    optimizer_at = schedule(algorithm, optimizer)
     tell_idle(task, data, batch_size)
     work, total = algorithm.work, len(data.clients)
     places = max(work.sampling.places(data.sizes()), 1)
@@ -127,10 +125,12 @@ def fit(
         "refresh_every": refresh_every,
     }
     callbacks = list(callbacks)
-    first = FitState(0, _initial_state(task, algorithm, optimizer_at(0), total), None, (), settings)
-    now = _placed(_started(first, callbacks, rounds), placing)
+    begun = initial_state(task, algorithm, optimizer_at(0), total)
+    begun = begun._replace(population=all_rows(begun.population, total))
+    first = FitState(0, begun, None, (), settings)
+    now = _placed(started(first, callbacks, rounds), placing)
     frozen = placing.everywhere(task.frozen)
-    key = placing.everywhere(jax.random.fold_in(jax.random.key(seed), zlib.crc32(b"local update")))
+    key = placing.everywhere(update_key(seed))
     table = idle = None
     rows, place = np.zeros(0, int), np.zeros(0, np.int32)  # of the table, and where each row is
     while now.round < rounds:
@@ -244,35 +244,6 @@ def _who_trains(task, data, algorithm) -> tuple[Partition, Algorithm, bool]:
     return data, algorithm, alone
 
 
-def _schedule(algorithm: Algorithm, optimizer) -> Callable[[int], optax.GradientTransformation]:
-    """The clients' optimizer of a round."""
-    if algorithm.optimizer is not None:
-        if optimizer is not None:
-            raise ConfigError(
-                f"fit: {algorithm.name} holds for its own optimizer alone; leave `optimizer` out"
-            )
-        optimizer = algorithm.optimizer
-    optimizer = ADAMW if optimizer is None else optimizer
-    fixed = isinstance(optimizer, optax.GradientTransformation)
-    return (lambda _: optimizer) if fixed else optimizer
-
-
-def _started(now: FitState, callbacks: list[Callback], rounds: int) -> FitState:
-    """Where to start: the first callback may know of a state to go on from."""
-    for i, callback in enumerate(callbacks):
-        before, now = now.round, callback.start(now)
-        if i > 0 and now.round != before:
-            raise ConfigError(
-                f"fit: {type(callback).__name__} went to round {now.round} after "
-                f"{type(callbacks[0]).__name__} had started at {before}; put it first in callbacks"
-            )
-    if now.round > rounds:
-        raise ConfigError(
-            f"fit: the checkpoint is at round {now.round} but rounds={rounds}; raise rounds"
-        )
-    return now
-
-
 def _placed(now: FitState, placing: Placing) -> FitState:
     """On every device, but for the population, which stays on the host."""
     state = placing.everywhere(now.state._replace(population=()))
@@ -292,18 +263,6 @@ def _without_steps(asked: Round, state: State) -> Round:
     state = jax.tree.map(jnp.copy, state)  # for it is donated
     cohort = [part._replace(steps=part.steps * 0) for part in cohort]
     return asked._replace(arguments=(state, frozen, table, cohort, *rest), left=0)
-
-
-def _initial_state(task, algorithm, optimizer, client_count) -> State:
-    trainable = jax.tree.map(jnp.asarray, task.trainable)
-    state = algorithm.init(trainable, optimizer.init, client_count)
-    # Copies, because the rounds reuse the memory of the state; of fixed types, so that the first
-    # round and the second are the same program.
-    state = jax.tree.map(lambda x: jnp.array(x, dtype=jnp.result_type(x)), state)
-    population = jax.tree.map(
-        lambda x: np.tile(np.asarray(x), (client_count, *[1] * x.ndim)), state.population
-    )
-    return state._replace(population=population)
 
 
 def _namer(data: Partition, rows: np.ndarray) -> Callable[[int], str]:

@@ -272,7 +272,9 @@ class Passages:
             if not self._tokens:
                 found[f"{name}_vectors"] = np.asarray(self._retriever.bare_vectors[unique])[inverse]
                 continue
-            for part, array in self._table([self._retriever.passages[int(i)] for i in unique]).items():
+            for part, array in self._table(
+                [self._retriever.passages[int(i)] for i in unique]
+            ).items():
                 room = ((0, 0), (0, self._most - array.shape[1]))  # one width for all batches
                 found[f"{name}_{part}"] = np.pad(array, room)[inverse]
         return found

@@ -80,7 +80,7 @@ def averaging(
         x, server = server_step(server_optimizer, x, state.server, mean)
         return State(x, server, population if carry_optimizer else ()), report
 
-    return Algorithm(work, init, (turn,), whole_model)
+    return Algorithm(work, init, (turn,), whole_model, open_server=False)
 
 
 def server_step(

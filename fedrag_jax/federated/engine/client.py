@@ -1,5 +1,6 @@
 """The local update of clients: a loop over their steps, compiled."""
 
+import zlib
 from collections.abc import Callable
 
 import jax
@@ -8,6 +9,11 @@ import optax
 
 from fedrag_jax.federated.algorithm import Client, PyTree, wide
 from fedrag_jax.federated.engine.cohort import Cohort
+
+
+def update_key(seed: int) -> jax.Array:
+    """The key of local updates, into which round, client and step are folded."""
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(b"local update"))
 
 
 def local_update(

@@ -62,35 +62,13 @@ def sample_cohort(data: Partition, work: Work, round: int, batch_size: int, seed
     if work.dropout:
         answers = [stream(seed, "dropout", round, c).random() >= work.dropout for c in clients]
         clients = clients[np.array(answers, bool)]
-    steps = work.local_steps
-    if work.local_epochs is not None:
-        steps = work.local_epochs * -(-int(sizes.max()) // batch_size)
-
-    shape = (len(clients), steps, batch_size)
+    shape = (len(clients), steps_of(int(sizes.max()), work, batch_size), batch_size)
     indices, weight = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+    done = np.zeros(len(clients), np.int64)
     for k, client in enumerate(clients):
-        rows = data.clients[client]
-        if work.local_epochs is None:
-            width = min(batch_size, len(rows))
-            start = round * steps * width
-            walked = _walk(rows, start, start + steps * width, seed, client)
-            indices[k, :, :width] = walked.reshape(steps, width)
-            weight[k, :, :width] = 1
-        else:
-            per_epoch = -(-len(rows) // batch_size)
-            for e in range(work.local_epochs):
-                start = (round * work.local_epochs + e) * len(rows)
-                here = slice(e * per_epoch, (e + 1) * per_epoch)
-                flat = np.zeros((2, per_epoch * batch_size))
-                flat[0, : len(rows)] = _walk(rows, start, start + len(rows), seed, client)
-                flat[1, : len(rows)] = 1
-                indices[k, here], weight[k, here] = flat.reshape(2, per_epoch, batch_size)
-    done = weight.any(-1).sum(1)
-    for k, client in enumerate(clients if work.stragglers else ()):
-        rng = stream(seed, "stragglers", round, client)
-        if rng.random() < work.stragglers:
-            done[k] = rng.integers(1, done[k] + 1)
-            weight[k, done[k] :] = 0
+        mine = client_batches(data.clients[client], client, work, round, batch_size, seed)
+        taken = slice(len(mine.indices))
+        indices[k, taken], weight[k, taken], done[k] = mine.indices, mine.example_weight, mine.steps
     counts = sizes[clients] if work.weighting == "examples" else np.ones(len(clients))
     return Cohort(
         clients=clients.astype(np.int32),
@@ -99,6 +77,56 @@ def sample_cohort(data: Partition, work: Work, round: int, batch_size: int, seed
         indices=indices,
         example_weight=weight,
     )
+
+
+def steps_of(size: int, work: Work, batch_size: int) -> int:
+    """S, the steps of a round that a client of so many examples takes unless it is a straggler."""
+    if work.local_epochs is None:
+        return work.local_steps
+    return work.local_epochs * -(-size // batch_size)
+
+
+class Batches(NamedTuple):
+    """What one client does in a round: `steps` of S batches of B, as in `Cohort`."""
+
+    steps: int
+    indices: np.ndarray
+    example_weight: np.ndarray
+
+
+def client_batches(
+    rows: np.ndarray, client: int, work: Work, round: int, batch_size: int, seed: int
+) -> Batches:
+    """The batches of one client, which it can lay out without knowing of the others.
+
+    Args:
+      rows: of the table, those the client holds.
+      client: its number.
+      round: from 0.
+    """
+    steps = steps_of(len(rows), work, batch_size)
+    indices = np.zeros((steps, batch_size), np.int32)
+    weight = np.zeros((steps, batch_size), np.float32)
+    if work.local_epochs is None:
+        width = min(batch_size, len(rows))
+        start = round * steps * width
+        walked = _walk(rows, start, start + steps * width, seed, client)
+        indices[:, :width] = walked.reshape(steps, width)
+        weight[:, :width] = 1
+    else:
+        per_epoch = -(-len(rows) // batch_size)
+        for e in range(work.local_epochs):
+            start = (round * work.local_epochs + e) * len(rows)
+            here = slice(e * per_epoch, (e + 1) * per_epoch)
+            flat = np.zeros((2, per_epoch * batch_size))
+            flat[0, : len(rows)] = _walk(rows, start, start + len(rows), seed, client)
+            flat[1, : len(rows)] = 1
+            indices[here], weight[here] = flat.reshape(2, per_epoch, batch_size)
+    rng = stream(seed, "stragglers", round, client) if work.stragglers else None
+    if rng is not None and rng.random() < work.stragglers:
+        steps = int(rng.integers(1, steps + 1))
+        weight[steps:] = 0
+    return Batches(steps, indices, weight)
 
 
 def grouped(

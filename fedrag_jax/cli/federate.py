@@ -1,0 +1,92 @@
+"""Train with others without sharing documents: each party keeps its own, and sends what it learned.
+
+  fedrag federate init FOLDER            certificates, keys, and three parties with documents
+  fedrag federate run FOLDER             the server: waits for the parties, and trains with them
+  fedrag federate join PARTY             a party, on its own machine: trains when the server asks
+  fedrag federate tuned PARTY --to NEW   the party's system with what was trained, for fedrag ask
+
+A killed server goes on after its last finished round with the same command; a party may come and go.
+The server and each party are processes on machines of their own, or all on one.
+"""
+
+import argparse
+import pathlib
+
+PORT = 9092
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of `fedrag federate`."""
+    commands = parser.add_subparsers(dest="what", required=True, metavar="COMMAND")
+
+    init = commands.add_parser("init", help="make a federation with generated documents")
+    init.add_argument("folder", type=pathlib.Path, help="of the federation, new")
+    init.add_argument(
+        "--host",
+        nargs="+",
+        default=["127.0.0.1", "localhost"],
+        help="names or addresses by which parties reach the server, for its certificate; the first is "
+        "told to them (default: 127.0.0.1 localhost)",
+    )
+    init.add_argument("--port", type=int, default=PORT, help=f"of the server (default: {PORT})")
+    init.add_argument(
+        "--parties",
+        nargs="+",
+        default=["hospital_north", "hospital_south", "library"],
+        metavar="NAME",
+        help="names of the parties (default: hospital_north hospital_south library)",
+    )
+    init.add_argument(
+        "--passages", type=int, default=60, help="passages generated for a party (default: 60)"
+    )
+    init.add_argument("--seed", type=int, default=0, help="of the generated world (default: 0)")
+
+    join = commands.add_parser("join", help="take part as a party")
+    join.add_argument("party", type=pathlib.Path, help="folder of the party")
+    join.add_argument(
+        "--local-port",
+        type=int,
+        help="on this machine alone, for the party's own programs; parties on one machine take "
+        "different ones (default: 9094 and the party's number)",
+    )
+
+    run = commands.add_parser("run", help="start the server and train")
+    run.add_argument("folder", type=pathlib.Path, help="of the federation")
+    run.add_argument(
+        "--listen",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="address of this machine to which parties may come; 0.0.0.0 for all (default: 127.0.0.1)",
+    )
+    run.add_argument(
+        "--set",
+        nargs="+",
+        default=(),
+        metavar="KEY=VALUE",
+        help="of the run's configuration in pyproject.toml, such as rounds=10 algorithm='\"fedadam\"'",
+    )
+
+    tuned = commands.add_parser("tuned", help="save a party's system with what was trained")
+    tuned.add_argument("party", type=pathlib.Path, help="folder of the party")
+    tuned.add_argument("--to", type=pathlib.Path, required=True, help="folder of the tuned system")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Does what was asked for."""
+    from fedrag_jax.integrations.flower import federation
+
+    if args.what == "init":
+        federation.make(args.folder, args.host, args.port, args.parties, args.passages, args.seed)
+        print(f"{args.folder}: read {args.folder / 'README.md'}")
+        return 0
+    if args.what == "join":
+        return federation.join(args.party, args.local_port)
+    if args.what == "run":
+        return federation.serve(args.folder, args.set, args.listen)
+    from fedrag_jax.integrations.flower.systems import tuned
+    from fedrag_jax.rag_folder import require_free
+
+    require_free(args.to)
+    tuned(args.party).save(args.to)
+    print(f"{args.to}: ask it with fedrag ask")
+    return 0

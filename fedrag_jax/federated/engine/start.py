@@ -1,0 +1,61 @@
+"""Where training starts: the clients' optimizer of each round, and the state before the first one."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fedrag_jax.errors import ConfigError
+from fedrag_jax.federated.algorithm import Algorithm, PyTree, State
+from fedrag_jax.federated.callbacks import Callback, FitState
+from fedrag_jax.federated.optimizers import tunable
+from fedrag_jax.objectives.task import Task
+
+ADAMW = tunable(optax.adamw, learning_rate=1e-3)
+
+
+def schedule(algorithm: Algorithm, optimizer) -> Callable[[int], optax.GradientTransformation]:
+    """The clients' optimizer of a round."""
+    if algorithm.optimizer is not None:
+        if optimizer is not None:
+            raise ConfigError(
+                f"fit: {algorithm.name} holds for its own optimizer alone; leave `optimizer` out"
+            )
+        optimizer = algorithm.optimizer
+    optimizer = ADAMW if optimizer is None else optimizer
+    fixed = isinstance(optimizer, optax.GradientTransformation)
+    return (lambda _: optimizer) if fixed else optimizer
+
+
+def started(now: FitState, callbacks: list[Callback], rounds: int) -> FitState:
+    """Where to start: the first callback may know of a state to go on from."""
+    for i, callback in enumerate(callbacks):
+        before, now = now.round, callback.start(now)
+        if i > 0 and now.round != before:
+            raise ConfigError(
+                f"fit: {type(callback).__name__} went to round {now.round} after "
+                f"{type(callbacks[0]).__name__} had started at {before}; put it first in callbacks"
+            )
+    if now.round > rounds:
+        raise ConfigError(
+            f"fit: the checkpoint is at round {now.round} but rounds={rounds}; raise rounds"
+        )
+    return now
+
+
+def initial_state(task: Task, algorithm: Algorithm, optimizer, client_count: int) -> State:
+    """The state before the first round, with the row of one client as `population`.
+
+    Copies, because the rounds reuse the memory of the state; of fixed types, so that the first round
+    and the second are the same program.
+    """
+    trainable = jax.tree.map(jnp.asarray, task.trainable)
+    state = algorithm.init(trainable, optimizer.init, client_count)
+    return jax.tree.map(lambda x: jnp.array(x, dtype=jnp.result_type(x)), state)
+
+
+def all_rows(row: PyTree, client_count: int) -> PyTree:
+    """A population of which all clients have the same row: NumPy arrays [N, ...]."""
+    return jax.tree.map(lambda x: np.tile(np.asarray(x), (client_count, *[1] * x.ndim)), row)

@@ -1,0 +1,234 @@
+"""A federation in a folder: made, served, and joined from a shell.
+
+FOLDER/
+  pyproject.toml, federation/   the Flower app, which `flwr run` takes as well
+  server/                       certificates, public keys of the parties, what was trained
+  parties/NAME/                 given to the party: its key, ca.crt, party.json
+    documents/, questions.jsonl   generated here, a party's own otherwise
+    system/                       of the documents
+"""
+
+import importlib.resources
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from fedrag_jax.data import synthetic
+from fedrag_jax.data.examples import Example, Passage
+from fedrag_jax.errors import ConfigError
+from fedrag_jax.files import read_json, write_json, write_text
+from fedrag_jax.integrations.flower import commands
+from fedrag_jax.integrations.flower.certificates import CA, make_certificates, make_node_key
+from fedrag_jax.integrations.flower.gate import open_gate
+from fedrag_jax.integrations.flower.model_file import MODEL
+from fedrag_jax.integrations.flower.party import FOLDER, NUMBER
+from fedrag_jax.integrations.flower.systems import QUESTIONS, SYSTEM
+from fedrag_jax.models import hub
+from fedrag_jax.rag import RAGSystem
+from fedrag_jax.retrieval.stores.registry import new_store
+from fedrag_jax.systems.indexing import index
+
+ABOUT, KEY = "party.json", "node.key"
+NAMED = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,30}")
+
+
+def make(
+    folder: pathlib.Path,
+    hosts: Sequence[str],
+    port: int,
+    parties: Sequence[str],
+    passages: int,
+    seed: int,
+) -> None:
+    """Writes a federation whose parties hold documents of different topics of a generated world.
+
+    Raises:
+      ConfigError: a folder that holds something, or names that are none or the same.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty: choose another folder")
+    if len({*parties}) < len(parties) or not all(NAMED.fullmatch(name) for name in parties):
+        raise ConfigError(
+            f"parties need different names of letters, digits, - and _, got {[*parties]}"
+        )
+    _copy_project(folder, len(parties))
+    certificates = folder / "server" / "certificates"
+    # Its own address, too: what the server starts comes to it from this machine.
+    make_certificates(certificates, [*dict.fromkeys([*hosts, "127.0.0.1", "localhost"])])
+    world = synthetic.generate(synthetic.WorldConfig(seed=seed))
+    topics = sorted({e.topic for e in world.train})
+    for number, name in enumerate(parties):
+        own = folder / "parties" / name
+        make_node_key(own / KEY)
+        keys = folder / "server" / "parties"
+        keys.mkdir(exist_ok=True)
+        shutil.copy(own / f"{KEY}.pub", keys / f"{name}.pub")
+        shutil.copy(certificates / CA, own / CA)
+        write_json(
+            own / ABOUT, {"name": name, "number": number, "server": f"{hosts[0]}:{port}"}, indent=2
+        )
+        _write_documents(own, world, topics[number :: len(parties)], passages)
+        index(own / "documents", own / SYSTEM, _new_system)
+
+
+def serve(folder: pathlib.Path, changes: Sequence[str] = (), listen: str = "127.0.0.1") -> int:
+    """Runs the server of a federation until it has trained; its exit code.
+
+    Args:
+      changes: `key=value` of the run's configuration.
+      listen: address of this machine to which parties may come.
+
+    Raises:
+      ConfigError: no federation in the folder.
+      FlowerError: a program of Flower's that failed.
+    """
+    server, home = folder / "server", folder / "server" / "flower"
+    if not (folder / "pyproject.toml").exists() or not server.is_dir():
+        raise ConfigError(f"{folder} is no federation: fedrag federate init {folder}")
+    parties = [*sorted((folder / "parties").glob(f"*/{ABOUT}"))]
+    port = int(read_json(parties[0])["server"].rpartition(":")[2]) if parties else commands.PORT
+    inside = port + 1
+    own = f"127.0.0.1:{inside}"
+    commands.connect(home, own, server / "certificates" / CA)
+    run = server / "run"
+    (run / MODEL).unlink(missing_ok=True)
+    certificates, database = ((server / name).absolute() for name in ("certificates", "link.db"))
+    command = commands.superlink(certificates, database, "127.0.0.1", inside)
+    with (server / "link.log").open("a") as log:
+        link = subprocess.Popen(
+            command, stdout=log, stderr=log, cwd=folder, env=commands.environment(home.absolute())
+        )
+    opened = None
+    try:
+        commands.wait_for_link(home.absolute())
+        for key in sorted((server / "parties").glob("*.pub")):
+            commands.register(home.absolute(), key, key.stem)
+        opened = open_gate(own, certificates, listen, port)
+        print(f"parties may come, to port {port}; the log is {server / 'link.log'}", flush=True)
+        chosen = ["--run-config", " ".join(changes)] if changes else []
+        started = commands.flwr(
+            home.absolute(), "run", str(folder.absolute()), commands.LINK, *chosen
+        )
+        if started.returncode:
+            raise commands.FlowerError((started.stderr or started.stdout).strip())
+        _follow(run, home.absolute(), link)
+    finally:
+        if opened is not None:
+            opened.should_exit = True
+        link.terminate()
+        link.wait()
+    return 0
+
+
+def join(party: pathlib.Path, local_port: int | None = None) -> int:
+    """Runs the node of a party until it is stopped; its exit code.
+
+    Raises:
+      ConfigError: no party in the folder.
+    """
+    path = party / ABOUT
+    if not path.exists():
+        raise ConfigError(
+            f"{path} is missing: give the folder of a party, as the server's side made it"
+        )
+    about: Any = read_json(path)
+    config = {NUMBER: int(about["number"]), FOLDER: str(party.absolute())}
+    port = commands.NODE_PORT + config[NUMBER] if local_port is None else local_port
+    command = commands.supernode(
+        about["server"], (party / CA).absolute(), (party / KEY).absolute(), config, port
+    )
+    home = (party / "flower").absolute()
+    return subprocess.call(command, env=commands.environment(home))
+
+
+def _follow(run: pathlib.Path, home: pathlib.Path, link: subprocess.Popen) -> None:
+    """Tells rounds as they end, until the model is there."""
+    told, looked = 0, time.monotonic()
+    while True:
+        path = run / "rounds.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        for line in lines[told:]:
+            _tell(json.loads(line))
+        told = len(lines)
+        if (run / MODEL).exists():
+            break
+        if link.poll() is not None:
+            raise commands.FlowerError(f"the SuperLink ended with {link.returncode}: see its log")
+        if time.monotonic() - looked > 20:
+            looked = time.monotonic()
+            found = commands.flwr(home, "ls", commands.LINK, "--format", "json").stdout
+            if '"status": "finished:failed"' in found:
+                raise commands.FlowerError(f"the run failed: see {run.parent / 'link.log'}")
+        time.sleep(1)
+    print(f"trained: {run / MODEL}; waiting for the parties to take it", flush=True)
+    _wait_for_end(home)
+
+
+def _wait_for_end(home: pathlib.Path) -> None:
+    end = time.monotonic() + 300
+    while time.monotonic() < end:
+        found = commands.flwr(home, "ls", commands.LINK, "--format", "json").stdout
+        if '"status": "running"' not in found:
+            return
+        time.sleep(2)
+
+
+def _tell(record: dict[str, Any]) -> None:
+    loss = "-" if record["loss"] is None else f"{record['loss']:.4f}"
+    bytes_each = record["bytes_down"] + record["bytes_up"]
+    print(
+        f"round {record['round']}/{record['rounds']}  loss {loss}  parties {record['clients']}  "
+        f"{bytes_each:,} bytes  {record['seconds']:.0f} s",
+        flush=True,
+    )
+    for client, why in record["refused"].items():
+        print(f"  party {client}: {why}", file=sys.stderr, flush=True)
+
+
+def _new_system() -> RAGSystem:
+    """Of the built-in models, which read the built-in world, over an empty store."""
+    encoder = hub.load("builtin:encoder")
+    return RAGSystem.build(
+        store=new_store("flat", encoder.network.config.dimension),
+        retriever=encoder,
+        generator="builtin:decoder",
+    )
+
+
+def _copy_project(folder: pathlib.Path, clients: int) -> None:
+    source = importlib.resources.files("fedrag_jax.integrations.flower") / "project"
+    for name in ("README.md", "pyproject.toml", ".gitignore"):
+        text = (source / name.removeprefix(".")).read_text(encoding="utf-8")
+        text = text.replace("\nclients = 3\n", f"\nclients = {clients}\n")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / name, text)
+    (folder / "federation").mkdir()
+    for name in ("__init__.py", "client.py", "server.py"):
+        write_text(folder / "federation" / name, (source / "federation" / name).read_text())
+
+
+def _write_documents(party: pathlib.Path, world, topics: Sequence[str], passages: int) -> None:
+    """Documents of some topics, one JSON line a passage, and the questions that they answer."""
+    of_topics: list[Passage] = [p for p in world.passages if p.topic in topics][:passages]
+    ids = {p.id for p in of_topics}
+    asked: list[Example] = [
+        e for e in world.train if e.hops == 1 and e.positive_ids and {*e.positive_ids} <= ids
+    ]
+    (party / "documents").mkdir(parents=True)
+    documents = [{"id": p.id, "title": p.title, "text": p.text} for p in of_topics]
+    questions = [
+        {"id": e.id, "question": e.question, "answers": [*e.answers],
+         "positive_ids": [*e.positive_ids], "split": "train"}
+        for e in asked
+    ]  # fmt: skip
+    for path, rows in (
+        (party / "documents" / "records.jsonl", documents),
+        (party / QUESTIONS, questions),
+    ):
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))

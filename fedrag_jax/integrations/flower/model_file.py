@@ -1,0 +1,47 @@
+"""The model that a federation has come to, as a file."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from fedrag_jax.errors import CheckpointError
+from fedrag_jax.federated.algorithm import PyTree, State
+from fedrag_jax.files import whole
+from fedrag_jax.integrations.flower.plan import Plan
+from fedrag_jax.integrations.flower.wire import named
+
+MODEL = "model.safetensors"
+
+
+def save_model(plan: Plan, state: State, folder: pathlib.Path) -> None:
+    """Writes `model.safetensors`: what the server hands out of its state."""
+    leaves = jax.device_get(named(plan.handed_out(state)))
+    arrays = {name: np.asarray(x, order="C") for name, x in leaves.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    with whole(folder / MODEL, "wb") as file:
+        file.write(safetensors.numpy.save(arrays, {"plan": plan.fingerprint}))
+
+
+def load_model(plan: Plan, folder: str | pathlib.Path) -> tuple[PyTree, PyTree]:
+    """What was trained and what the frozen part of the plan's task has become, as `fit` gives them.
+
+    Raises:
+      CheckpointError: no such file, or one of another plan.
+    """
+    path = pathlib.Path(folder) / MODEL
+    like = plan.handed_out(plan.initial)
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            about = file.metadata() or {}
+            found = {name: file.get_tensor(name) for name in named(like)}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error})") from error
+    if about.get("plan") != plan.fingerprint:
+        raise CheckpointError(f"{path} is of plan {about.get('plan')}, not {plan.fingerprint}")
+    leaves = [jnp.asarray(found[name]) for name in named(like)]
+    state = plan.received(jax.tree.unflatten(jax.tree.structure(like), leaves))
+    return state.trainable, plan.algorithm.frozen(state, plan.task.frozen)

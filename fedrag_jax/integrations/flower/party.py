@@ -1,0 +1,171 @@
+"""A party of a federation: trains on its own examples when the server asks, and sends what it learned.
+
+What leaves it are arrays of what is trained, its number, how many examples it holds, and means over its
+examples of the loss and its metrics. Why its work failed stays in its own log, but for settings that
+are not those of the server.
+"""
+
+import json
+import logging
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+import fedrag_jax
+from fedrag_jax.data.partition import Partition
+from fedrag_jax.errors import ConfigError, DivergenceError
+from fedrag_jax.federated.engine.apart import client_round, member_of
+from fedrag_jax.federated.engine.cohort import client_batches
+from fedrag_jax.federated.engine.table import collate, tell_idle
+from fedrag_jax.integrations.flower.memory import Memory
+from fedrag_jax.integrations.flower.model_file import save_model
+from fedrag_jax.integrations.flower.plan import Plan
+from fedrag_jax.integrations.flower.wire import WireError, from_record, to_record
+
+log = logging.getLogger("flwr")
+NUMBER = "partition-id"  # of a party, in the configuration of its node
+FOLDER = "fedrag-folder"
+FAILED = 1000  # code of an error of ours; Flower's own are below
+Examples = Partition | Sequence[Any] | Callable[[Context], Sequence[Any]]
+
+
+def client_app(
+    plan: Plan | Callable[[Context], Plan],
+    data: Examples,
+    folder: str | pathlib.Path | None = None,
+) -> ClientApp:
+    """The Flower ClientApp of a party.
+
+        app = client_app(plan, my_examples)
+
+    Args:
+      plan: or what makes it, where it takes the configuration of the node to do so.
+      data: the party's examples, or what gives them; of a `Partition` the part with its number.
+      folder: where the party keeps what it knows from round to round and the model of the last one; of
+        its own. `fedrag-folder` of the node's configuration comes first.
+
+    The number of the party, 0 to N - 1, is `partition-id` of the node's configuration:
+    `flower-supernode --node-config 'partition-id=0'`.
+    """
+    app = ClientApp()
+
+    def answering(work):
+        def handler(message: Message, context: Context) -> Message:
+            try:
+                party = Party(plan, data, folder, context)
+                return Message(work(party, message), reply_to=message)
+            except (ConfigError, DivergenceError, WireError) as error:
+                log.error("%s", error)
+                told = "it diverged" if isinstance(error, DivergenceError) else str(error)
+                return Message(Error(FAILED, told), reply_to=message)
+            except Exception as error:
+                log.exception("the work that the server asked for failed")
+                told = f"{type(error).__name__}: the party's own log says more"
+                return Message(Error(FAILED, told), reply_to=message)
+
+        return handler
+
+    app.query("introduce")(answering(Party.introduce))
+    app.train()(answering(Party.train))
+    app.query("keep")(answering(Party.keep))
+    return app
+
+
+class Party:
+    """One party while it answers a message."""
+
+    def __init__(self, plan, data: Examples, folder, context: Context):
+        self.plan: Plan = plan if isinstance(plan, Plan) else plan(context)
+        number = context.node_config.get(NUMBER)
+        if not isinstance(number, int) or not 0 <= number < self.plan.clients:
+            raise ConfigError(
+                f"{NUMBER} of the node's configuration is the number of the party, from 0 to "
+                f"{self.plan.clients - 1}, got {number!r}: flower-supernode --node-config '{NUMBER}=0'"
+            )
+        self.number: int = number
+        if isinstance(data, Partition):
+            data = data.of(number)
+        self.examples = data(context) if callable(data) else data
+        folder = context.node_config.get(FOLDER, folder)
+        self.folder = None if folder is None else pathlib.Path(str(folder))
+        if self.plan.keeps_rows and self.folder is None:
+            raise ConfigError(
+                f"{self.plan.algorithm.name}: a party keeps what it knows from round to round; give a "
+                f"folder of its own, as {FOLDER} of the node's configuration"
+            )
+
+    def introduce(self, message: Message) -> RecordDict:
+        """Who this is: its number, how much it holds, and what it has been told to do."""
+        about = ConfigRecord(
+            {
+                "client": self.number,
+                "examples": len(self.examples),
+                "settings": json.dumps(self.plan.settings),
+                "version": fedrag_jax.__version__,
+            }
+        )
+        return RecordDict({"about": about})
+
+    def train(self, message: Message) -> RecordDict:
+        """The work of a round."""
+        plan, order = self.plan, message.content["order"]
+        round, state = self._asked(message)
+        memory = Memory(self.folder, plan) if plan.keeps_rows else None
+        if memory is not None:
+            state = state._replace(population=memory.row(int(order["counted"])))
+        else:
+            state = state._replace(population=())
+        table = self._table(state.trainable)
+        rows = np.arange(len(self.examples))
+        settings = plan.algorithm.work, round, plan.batch_size, plan.seed
+        batches = client_batches(rows, self.number, *settings)
+        member = member_of(self.number, 1.0, batches)
+        place, numbers = plan.place(round)
+        frozen = jax.tree.map(jax.numpy.asarray, plan.task.frozen)
+        about = numbers, state, frozen, table, member, plan.key(round)
+        y, row, report = jax.device_get(client_round(place, plan.task.loss, *about))
+        if not report["finite"]:
+            raise DivergenceError(
+                f"task {plan.task.name!r}, round {round + 1}: loss or parameters of client "
+                f"{self.number} are not finite; lower the learning rate or clip gradients"
+            )
+        if memory is not None:
+            memory.keep(round + 1, row)
+        told = {name: float(x) for name, x in report["metrics"].items()}
+        told |= {"loss": float(report["loss"]), "examples": float(report["examples"])}
+        about = {"client": self.number, "round": round + 1, "plan": plan.fingerprint}
+        return RecordDict(
+            {"model": to_record(y), "about": ConfigRecord(about), "report": MetricRecord(told)}
+        )
+
+    def keep(self, message: Message) -> RecordDict:
+        """Writes down the model that training has come to, if there is a folder for it."""
+        round, state = self._asked(message)
+        if self.folder is not None:
+            save_model(self.plan, state, self.folder)
+        return RecordDict({"about": ConfigRecord({"client": self.number, "round": round + 1})})
+
+    def _asked(self, message: Message) -> tuple[int, Any]:
+        """The round that a message is of, from 0, and the state that it brings."""
+        order = message.content["order"]
+        if order["plan"] != self.plan.fingerprint:
+            raise ConfigError(
+                f"the server follows plan {order['plan']} and client {self.number} plan "
+                f"{self.plan.fingerprint}: start both with the same settings"
+            )
+        like = self.plan.handed_out(self.plan.initial)
+        handed = from_record(message.content["model"], like, "the server")
+        return int(order["round"]) - 1, self.plan.received(handed)
+
+    def _table(self, trainable) -> dict[str, Any]:
+        task, examples = self.plan.task, self.examples
+        alone = Partition(examples, (np.arange(len(examples)),))
+        tell_idle(task, alone, self.plan.batch_size)
+        rows = np.arange(len(examples))
+        found = None if task.retrieve is None else np.asarray(task.retrieve(examples, trainable))
+        return jax.tree.map(jax.numpy.asarray, collate(task, examples, rows, found))

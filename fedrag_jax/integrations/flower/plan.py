@@ -1,0 +1,152 @@
+"""What all parties of a federation agree on before they train."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from fedrag_jax.data.seeds import stream
+from fedrag_jax.errors import ConfigError
+from fedrag_jax.federated.algorithm import Algorithm, PyTree, State
+from fedrag_jax.federated.engine.apart import Place, sent_shapes
+from fedrag_jax.federated.engine.client import update_key
+from fedrag_jax.federated.engine.start import initial_state, schedule
+from fedrag_jax.federated.optimizers import split
+from fedrag_jax.integrations.flower.wire import named
+from fedrag_jax.objectives.task import Task
+
+PROTOCOL = 1  # of the messages: parties that speak different ones refuse each other
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A federated fit, as its server and each of its parties know it: arguments are those of `fit`.
+
+    The parties' plans hold the same but for the task, of which the passages and what else lies frozen
+    may be a party's own.
+
+    Attributes:
+      clients: N, parties that there may be; they are numbered from 0.
+
+    Raises:
+      ConfigError: what cannot be deployed: algorithms that leave a model with each client or have one
+        client alone, simulated dropout and stragglers, tasks that keep an index from round to round;
+        settings that `fit` refuses.
+    """
+
+    task: Task
+    algorithm: Algorithm
+    clients: int
+    rounds: int = 10
+    batch_size: int = 8
+    optimizer: optax.GradientTransformation | Callable[[int], Any] | None = None
+    seed: int = 0
+    refresh_every: int = 1
+
+    def __post_init__(self):
+        for name in ("clients", "rounds", "batch_size", "refresh_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"Plan: {name} must be at least 1, got {getattr(self, name)}")
+        name, work = self.algorithm.name, self.algorithm.work
+        if self.algorithm.model is not None:
+            raise ConfigError(
+                f"{name} cannot be deployed: it leaves each client a model of its own, and the server "
+                "sends all of them one; choose an algorithm that averages all of what is trained"
+            )
+        for chance in ("dropout", "stragglers"):
+            if getattr(work, chance):
+                raise ConfigError(
+                    f"{name} cannot be deployed: {chance}={getattr(work, chance)} simulates what real "
+                    "parties do by themselves; leave it out"
+                )
+        if self.task.index is not None or (self.task.retrieve and self.refresh_every > 1):
+            raise ConfigError(
+                f"task {self.task.name!r} cannot be deployed: what it retrieves depends on rounds "
+                "before, and a party that was not drawn for them has not seen their models; let it "
+                "retrieve anew in every round (refresh_every=1, no index kept from round to round)"
+            )
+        for round in range(len(self.algorithm.turns)):
+            sent_shapes(*self.place(round), self.initial, self.task.frozen, name)
+
+    @functools.cached_property
+    def optimizer_at(self) -> Callable[[int], optax.GradientTransformation]:
+        """The clients' optimizer of a round, from 0."""
+        return schedule(self.algorithm, self.optimizer)
+
+    @functools.cached_property
+    def initial(self) -> State:
+        """The state before the first round, with the row of one client."""
+        return initial_state(self.task, self.algorithm, self.optimizer_at(0), self.clients)
+
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether clients keep something from round to round."""
+        return bool(jax.tree.leaves(self.initial.population))
+
+    def place(self, round: int) -> tuple[Place, list]:
+        """What both sides know of a round, from 0, and the numbers of its optimizer."""
+        return Place.of(self.algorithm, self.optimizer_at(round), round)
+
+    def key(self, round: int) -> jax.Array:
+        """That of a round, from 0."""
+        return jax.random.fold_in(update_key(self.seed), np.int32(round))
+
+    def handed_out(self, state: State) -> PyTree:
+        """What the server sends of its state."""
+        server = {"server": state.server} if self.algorithm.open_server else {}
+        return {"trainable": state.trainable} | server
+
+    def received(self, handed: PyTree) -> State:
+        """The state as a client knows it, of what the server sent."""
+        return self.initial._replace(**handed)
+
+    def sent(self, round: int) -> tuple[PyTree, PyTree]:
+        """Shapes and types of what a client sends in a round, from 0, and of the sums over clients."""
+        of_round = self.place(round)
+        return sent_shapes(*of_round, self.initial, self.task.frozen, self.algorithm.name)
+
+    def draw(self, sizes: np.ndarray, round: int) -> np.ndarray:
+        """Who of parties with so many examples is drawn for a round, from 0: places in `sizes`.
+
+        As in a simulation, where all parties are there.
+        """
+        rng = stream(self.seed, "client sampling", round)
+        return np.sort(self.algorithm.work.sampling.draw(sizes, rng))
+
+    @functools.cached_property
+    def settings(self) -> dict[str, Any]:
+        """What must be the same with all, JSON types."""
+        arrays = named(self.handed_out(self.initial))
+        _, numbers, _ = split(self.optimizer_at(0).init)  # `update` has the same
+        return {
+            "protocol": PROTOCOL,
+            "task": self.task.name,
+            "algorithm": self.algorithm.name,
+            "clients": self.clients,
+            "batch_size": self.batch_size,
+            "optimizer": [np.asarray(x).tolist() for x in numbers],
+            "seed": self.seed,
+            "refresh_every": self.refresh_every,
+            "arrays": {name: [list(x.shape), str(x.dtype)] for name, x in arrays.items()},
+        }
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of the settings."""
+        text = json.dumps(self.settings, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def differences(self, settings: Mapping[str, Any]) -> str:
+        """How the settings of another differ from these, for people; "" where they do not."""
+        mine = json.loads(json.dumps(self.settings))
+        return "; ".join(
+            f"{name} is {settings.get(name)!r} there and {mine.get(name)!r} here"
+            for name in sorted({*settings, *mine})
+            if settings.get(name) != mine.get(name)
+        )

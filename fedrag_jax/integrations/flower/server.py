@@ -1,0 +1,210 @@
+"""The server of a federation: hands out the model, waits for answers, and makes a round of them.
+
+It is a loop of its own beside Flower's `Strategy`, which has no word for a round that was finished
+before, waits for all replies at once and holds them in memory. Here a round is what the simulator makes
+of the same answers, in the order of clients; answers wait in files; a finished round is in a
+checkpoint before the next begins.
+"""
+
+import dataclasses
+import logging
+import pathlib
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.serverapp import Grid, ServerApp
+
+from fedrag_jax.errors import ConfigError
+from fedrag_jax.federated.algorithm import State
+from fedrag_jax.federated.callbacks import Callback, FitState
+from fedrag_jax.federated.engine.apart import member_of, server_step, share_of_sums
+from fedrag_jax.federated.engine.cohort import Batches, steps_of
+from fedrag_jax.federated.engine.records import require_finite, seen, summary
+from fedrag_jax.federated.engine.start import started
+from fedrag_jax.federated.fit import FitResult
+from fedrag_jax.integrations.flower.asking import Asking, RoundFailedError
+from fedrag_jax.integrations.flower.model_file import save_model
+from fedrag_jax.integrations.flower.plan import Plan
+from fedrag_jax.integrations.flower.roll import Asked, Mail, Roll
+from fedrag_jax.integrations.flower.wire import to_record
+from fedrag_jax.tracking.checkpoints import Checkpointer
+from fedrag_jax.tracking.logs import JsonlLog, Progress
+
+log = logging.getLogger("flwr")
+NOTHING = Batches(0, np.zeros((1, 1), np.int32), np.zeros((1, 1), np.float32))
+
+
+def server_app(
+    plan: Plan | Callable[[Context], Plan],
+    folder: str | pathlib.Path,
+    *,
+    present: int | None = None,
+    quorum: int | None = None,
+    patience: float = 3600.0,
+    callbacks: Iterable[Callback] = (),
+) -> ServerApp:
+    """The Flower ServerApp of a federation.
+
+        app = server_app(plan, "runs/federation")
+
+    Args:
+      plan: or what makes it of the run's configuration.
+      folder: where `checkpoints`, `rounds.jsonl` and `model.safetensors` are kept. A server that starts
+        again with the same folder goes on after the last finished round.
+      present: parties to wait for before the first round; all N unless given. Later rounds go on
+        with those who are there.
+      quorum: answers without which a round does not count; it is asked for again then, of those who
+        have not answered. More than half of those drawn unless given.
+      patience: seconds to wait, for parties at the start and for the answers of a round.
+      callbacks: as in `fit`, told of every round.
+
+    The run's configuration may say `folder`, `quorum` and `patience`, which come first.
+
+    Raises:
+      ConfigError: counts or seconds that cannot be.
+    """
+    if patience <= 0 or any(n is not None and n < 1 for n in (quorum, present)):
+        raise ConfigError(
+            "server_app: present and quorum must be at least 1 and patience above 0, got "
+            f"{present}, {quorum} and {patience}"
+        )
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        known, config = plan if isinstance(plan, Plan) else plan(context), context.run_config
+        where = pathlib.Path(str(config.get("folder", folder)))
+        numbers: Any = [config.get(n, v) for n, v in (("quorum", quorum), ("patience", patience))]
+        run_rounds(known, grid, where, present, *numbers, callbacks=callbacks)
+
+    return app
+
+
+def run_rounds(
+    plan: Plan,
+    grid: Grid,
+    folder: pathlib.Path,
+    present: int | None = None,
+    quorum: int | None = None,
+    patience: float = 3600.0,
+    callbacks: Iterable[Callback] = (),
+) -> FitResult:
+    """All rounds that are left; arguments as in `server_app`.
+
+    Returns:
+      As `fit` does. Records hold `clients` (those whose answers counted), `refused` ({client: why}),
+      and traffic in bytes as they were sent.
+
+    Raises:
+      RoundFailedError: parties do not come, or fewer answer a round than its quorum.
+      DivergenceError: the server's own step left a number that is not finite.
+    """
+    present = plan.clients if present is None else present
+    plan.draw(np.ones(present, np.int64), 0)  # refuses what cannot be drawn of so many
+    mail, least = Mail(grid), present
+    roll = Roll(plan, mail, patience)
+    state = plan.initial._replace(population=())
+    told = [Checkpointer(folder / "checkpoints"), JsonlLog(folder / "rounds.jsonl"), Progress()]
+    told += callbacks
+    now = started(FitState(0, state, None, (), plan.settings), told, plan.rounds)
+    while now.round < plan.rounds:
+        began = time.perf_counter()
+        roll.look()
+        if not roll.wait(lambda count, least=least: count >= least and _drawable(plan, count)):
+            raise RoundFailedError(
+                f"{len(roll.members)} of {least} parties came within {patience:g} s: start their "
+                "SuperNodes, or set `present` or `patience`"
+            )
+        with tempfile.TemporaryDirectory(dir=folder) as spool:
+            asking = Asking(plan, mail, roll, now, pathlib.Path(spool))
+            asking.until(quorum, patience)
+            least = quorum or present // 2 + 1  # later rounds go on with those who are there
+            state, record = _closed(plan, now, asking)
+        record["seconds"] = record["device_seconds"] = time.perf_counter() - began
+        now = dataclasses.replace(
+            now, round=now.round + 1, state=state, history=(*now.history, record)
+        )
+        if any([callback.round_end(now, record) for callback in told]):  # all are told
+            break
+    save_model(plan, now.state, folder)
+    _hand_on(plan, mail, roll, now, patience)
+    frozen = plan.algorithm.frozen(now.state, plan.task.frozen)
+    return FitResult(now.state.trainable, list(now.history), frozen)
+
+
+def _closed(plan: Plan, now: FitState, asking: Asking) -> tuple[State, dict[str, Any]]:
+    """The state after a round, and its record."""
+    work, clients = plan.algorithm.work, sorted(asking.answers)
+    held = np.array([asking.held[c] for c in clients], np.int64)
+    counts = held if work.weighting == "examples" else np.ones(len(clients))
+    place, numbers = plan.place(now.round)
+    frozen, key = jax.tree.map(jnp.asarray, plan.task.frozen), plan.key(now.round)
+    known = now.state._replace(population=plan.initial.population)
+    sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), asking.sums_like)
+    for client, size, share in zip(clients, held, counts / max(counts.sum(), 1), strict=True):
+        did = NOTHING._replace(steps=steps_of(int(size), work, plan.batch_size))
+        member, sent = member_of(client, share, did), asking.arrays(client)
+        mine = share_of_sums(place, numbers, known, frozen, member, sent, key)
+        sums = jax.tree.map(jnp.add, sums, mine)
+    state, finite = server_step(place, numbers, now.state, frozen, sums, key)
+    who = np.array(clients, int)
+    require_finite(plan.task.name, now.round + 1, who, np.ones(len(who), bool), bool(finite))
+
+    report = _table([asking.answers[c] for c in clients])
+    record = {"round": now.round + 1, "rounds": plan.rounds, **summary(who, report)}
+    return state, record | {
+        "drawn": len(asking.drawn),
+        "present": len(asking.held),
+        "refused": {str(client): why for client, why in asking.refused.items()},
+        "examples": seen(now.history) + int(report["examples"].sum()),
+        "bytes_down": sum(asking.down.values()),
+        "bytes_up": sum(asking.up.values()),
+        "traffic": {"down": asking.down, "up": asking.up},
+        "refreshed": plan.task.retrieve is not None,
+        "refresh_seconds": 0.0,
+        "compile_seconds": 0.0,
+    }
+
+
+def _table(reports: list[dict[str, float]]) -> dict[str, Any]:
+    """Reports of parties side by side, with the metrics that all of them tell."""
+    names = set.intersection(*map(set, reports)) if reports else {"loss", "examples"}
+    columns = {name: np.array([report[name] for report in reports]) for name in sorted(names)}
+    own = {"loss": columns.pop("loss"), "examples": columns.pop("examples")}
+    return own | {"metrics": columns}
+
+
+def _hand_on(plan: Plan, mail: Mail, roll: Roll, now: FitState, patience: float) -> None:
+    """Sends what training has come to, to all who are there."""
+    roll.look()
+    order = {"round": now.round, "plan": plan.fingerprint}
+    model = to_record(plan.handed_out(now.state))
+    kept: list[int] = []
+    for member in roll.members.values():
+        content = RecordDict({"model": model, "order": ConfigRecord(order)})
+        mail.send("query.keep", member.node, content, patience)
+
+    def take(asked: Asked, message: Message) -> None:
+        if asked.kind == "query.keep" and not message.has_error():
+            kept.append(asked.node)
+
+    def done() -> bool:
+        return all(asked.kind != "query.keep" for asked in mail.waiting.values())
+
+    mail.until(done, patience, take)
+    log.info("%d of %d parties have the model of round %d", len(kept), len(roll.members), now.round)
+
+
+def _drawable(plan: Plan, count: int) -> bool:
+    """Whether a round can be drawn from so many parties."""
+    try:
+        plan.draw(np.ones(count, np.int64), 0)
+    except ConfigError:
+        return False
+    return True

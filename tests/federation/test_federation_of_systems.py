@@ -1,0 +1,151 @@
+"""`fedrag federate`: parties with documents of their own, from a folder."""
+
+import io
+import json
+import stat
+import subprocess
+import sys
+import zipfile
+
+import loopback
+import numpy as np
+import pytest
+from cryptography import x509
+from flwr.app import Context, RecordDict
+from flwr.cli.build import build_fab_from_disk
+from loopback import Loopback
+from toys import leaves
+
+from fedrag_jax.cli.command_line import main
+from fedrag_jax.errors import ConfigError, DataError
+from fedrag_jax.integrations.flower import federation, systems
+from fedrag_jax.integrations.flower.certificates import make_certificates, make_node_key
+from fedrag_jax.integrations.flower.party import client_app
+from fedrag_jax.integrations.flower.server import run_rounds
+from fedrag_jax.rag import RAGSystem
+
+PARTIES = "north", "library"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("federation") / "here"
+    arguments = ["--parties", *PARTIES, "--passages", "12", "--host", "127.0.0.1"]
+    assert main(["federate", "init", str(folder), *arguments]) == 0
+    return folder
+
+
+def test_a_federation_is_made_that_keeps_its_secrets(made):
+    listed = {str(p.relative_to(made)) for p in made.rglob("*") if p.is_file()}
+    assert {"README.md", "pyproject.toml", ".gitignore", "federation/client.py"} <= listed
+    assert "\nclients = 2\n" in (made / "pyproject.toml").read_text()
+    for name in ("server/certificates/server.key", "parties/north/node.key"):
+        assert stat.S_IMODE((made / name).stat().st_mode) == 0o600
+    # The server has public keys alone, and parties nothing of the server's but its authority.
+    assert {p.name for p in (made / "server" / "parties").iterdir()} == {"north.pub", "library.pub"}
+    about = json.loads((made / "parties" / "library" / "party.json").read_text())
+    assert about == {"name": "library", "number": 1, "server": "127.0.0.1:9092"}
+    documents = [(made / "parties" / name / "documents" / "records.jsonl") for name in PARTIES]
+    held = [
+        {json.loads(line)["id"] for line in path.read_text().splitlines()} for path in documents
+    ]
+    assert [len(ids) for ids in held] == [12, 12] and not held[0] & held[1]
+    with pytest.raises(ConfigError, match="is not empty"):
+        federation.make(made, ["localhost"], 9092, PARTIES, 12, 0)
+    with pytest.raises(ConfigError, match="different names"):
+        federation.make(made / "new", ["localhost"], 9092, ["a", "a"], 12, 0)
+
+
+def test_the_app_that_parties_are_sent_holds_no_key_and_no_document(made):
+    with zipfile.ZipFile(io.BytesIO(build_fab_from_disk(made))) as app:
+        names = {*app.namelist()}
+    own = {f"federation/{name}.py" for name in ("__init__", "client", "server")}
+    assert names == {"pyproject.toml", "README.md", ".info/CONTENT"} | own
+
+
+@pytest.mark.slow
+def test_parties_train_on_their_own_documents_and_answer_from_them(made, monkeypatch):
+    config = {"clients": 2, "rounds": 2, "local-steps": 1, "batch-size": 2}
+    there = loopback.Context
+    monkeypatch.setattr(loopback, "Context", lambda r, n, c, s, _: there(r, n, c, s, config))
+    app = client_app(systems.party_plan, systems.party_questions)
+    folders = [made / "parties" / name for name in PARTIES]
+    apps = {
+        100 + i: (app, {"partition-id": i, "fedrag-folder": str(folder)})
+        for i, folder in enumerate(folders)
+    }
+    plan = systems.server_plan(Context(1, 1, {}, RecordDict(), config))
+    assert {*plan.task.trainable} == {"adapters"}
+    result = run_rounds(plan, Loopback(apps), made / "server" / "run", patience=60)
+    assert [record["clients"] for record in result.history] == [[0, 1], [0, 1]]
+    assert result.history[0]["refused"] == {}
+    for folder in folders:
+        system = systems.tuned(folder)
+        np.testing.assert_array_equal(leaves(system.adapters), leaves(result.trainable["adapters"]))
+        before = RAGSystem.load(folder / "system")
+        assert {p.id for p in system.store.passages()} == {p.id for p in before.store.passages()}
+        assert system.query("Who owns it?").answer is not None
+    to = made / "tuned"
+    assert main(["federate", "tuned", str(folders[0]), "--to", str(to)]) == 0
+    assert leaves(RAGSystem.load(to).adapters) == pytest.approx(
+        leaves(result.trainable["adapters"]), abs=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        ({"rounds": "5"}, "rounds must be of type int, got '5'"),
+        ({"objective": "nothing"}, "unknown objective 'nothing'"),
+        ({"algorithm": "fedsa"}, "fedsa leaves each client a model of its own"),
+        ({"algorithm-options": "mu=1"}, "algorithm-options must be JSON"),
+    ],
+)
+def test_configurations_that_cannot_be_are_refused(config, why):
+    with pytest.raises(ConfigError, match=why):
+        systems.server_plan(Context(1, 1, {}, RecordDict(), config))
+
+
+def test_folders_that_are_none_are_refused_with_what_to_do(tmp_path, capsys):
+    assert main(["federate", "run", str(tmp_path)]) == 1
+    assert "is no federation: fedrag federate init" in capsys.readouterr().err
+    assert main(["federate", "join", str(tmp_path)]) == 1
+    assert "party.json is missing" in capsys.readouterr().err
+    context = Context(1, 1, {"fedrag-folder": str(tmp_path)}, RecordDict(), {})
+    with pytest.raises(ConfigError, match="fedrag index DOCUMENTS --to"):
+        systems.party_plan(context)
+    with pytest.raises(ConfigError, match="fedrag-folder of the node's configuration"):
+        systems.party_plan(Context(1, 1, {}, RecordDict(), {}))
+    with pytest.raises(DataError, match=r"run\.json"):
+        systems.tuned(tmp_path / "nowhere")
+
+
+def test_certificates_are_those_that_openssl_and_ssh_take(tmp_path):
+    make_certificates(tmp_path, ["server.example.org", "10.0.0.7"])
+    leaf = x509.load_pem_x509_certificate((tmp_path / "server.pem").read_bytes())
+    names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["server.example.org"]
+    assert [str(a) for a in names.get_values_for_type(x509.IPAddress)] == ["10.0.0.7"]
+    leaf.verify_directly_issued_by(
+        x509.load_pem_x509_certificate((tmp_path / "ca.crt").read_bytes())
+    )
+    make_node_key(tmp_path / "key")
+    assert (tmp_path / "key.pub").read_text().startswith("ecdsa-sha2-nistp384 ")
+    checked = subprocess.run(
+        ["openssl", "verify", "-x509_strict", "-CAfile", tmp_path / "ca.crt", tmp_path / "server.pem"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_help_of_federate_does_not_need_flower():
+    code = (
+        "import sys; sys.modules['flwr'] = None\n"
+        "from fedrag_jax.cli.command_line import main\n"
+        "try: main(['federate', '--help'])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "assert main(['federate', 'join', 'nowhere']) == 1"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "training across machines needs flwr" in done.stderr
