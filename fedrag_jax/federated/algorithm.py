@@ -121,6 +121,7 @@ class Algorithm(NamedTuple):
         one, their "factors" (to multiply those of each client), or "nothing".
       tells: `tells(rounds)`, what the record of a round adds after so many; raises ConfigError for more
         rounds than the algorithm may take.
+      simulated: why what it does holds in a simulation alone; "" where it can be deployed.
       open_server: whether clients need what the server keeps beside the model to do their work; where
         they are elsewhere it is sent to them.
       name: the factory's, with the settings that matter to a resumed run; `one_object` gives it.
@@ -136,6 +137,7 @@ class Algorithm(NamedTuple):
     sent: Callable[[PyTree, int], PyTree] | None = lambda trainable, turn: trainable
     needs: str = "sum"
     tells: Callable[[int], Mapping[str, Any]] = lambda rounds: {}
+    simulated: str = ""
     open_server: bool = True
     name: str = ""
 

@@ -108,7 +108,7 @@ def attacked(algorithm: Algorithm, attack: Attack, attackers: Collection[int]) -
         return made.init(trainable, client_init, client_count)
 
     name = f"attacked({algorithm.name}, {attack.name} by {who})"
-    return made._replace(init=init, name=name)
+    return made._replace(init=init, simulated="its attackers are simulated", name=name)
 
 
 @functools.cache

@@ -16,11 +16,18 @@ from fedrag_jax.data.partition import Partition
 from fedrag_jax.errors import CheckpointError, ConfigError
 from fedrag_jax.federated.algorithm import Algorithm, State, Traffic
 from fedrag_jax.federated.algorithms.centralised import centralised
+from fedrag_jax.federated.algorithms.compressed import compressed
+from fedrag_jax.federated.algorithms.dp_fed_avg import dp_fed_avg
 from fedrag_jax.federated.algorithms.fed_avg import fed_avg
 from fedrag_jax.federated.algorithms.fed_lora import fed_lora
 from fedrag_jax.federated.algorithms.local_only import local_only
+from fedrag_jax.federated.algorithms.robust import robust
 from fedrag_jax.federated.algorithms.scaffold import scaffold
+from fedrag_jax.federated.algorithms.secure import secure
+from fedrag_jax.federated.attacks import attacked, sign_flip
+from fedrag_jax.federated.compression.quantisation import quantised
 from fedrag_jax.federated.optimizers import tunable
+from fedrag_jax.federated.robust.coordinates import median
 from fedrag_jax.federated.sampling import uniform
 from fedrag_jax.federated.work import Work
 from fedrag_jax.integrations.flower.model_file import load_model
@@ -39,6 +46,11 @@ NETWORK = lora.add_lora(CHAIN, lora.LoraConfig(3, 12.0, ("q_proj",)))
         ),
         (local_only(), r"local_only.*leaves each client a model of its own"),
         (centralised(), "centralised: there are 4 clients"),
+        (compressed(fed_avg(), up=quantised(8)), "compressed.*would travel as they are"),
+        (dp_fed_avg(), "dp_fed_avg.*drawn from a seed that all parties know"),
+        (secure(fed_avg()), "secure.*masks are drawn from a seed"),
+        (robust(median()), "robust.*needs all updates of a round at once"),
+        (attacked(fed_avg(), sign_flip(), [0]), "attacked.*attackers are simulated"),
         (fed_avg(dropout=0.1), r"fed_avg.*dropout=0\.1 simulates what real parties do"),
         (fed_avg(stragglers=0.2), r"fed_avg.*stragglers=0\.2 simulates"),
     ],

@@ -81,7 +81,10 @@ def compressed(
 
     needs = algorithm.needs if up is None else "updates"  # each is to be decoded
     return made._replace(
-        traffic=traffic, needs=needs, name=f"compressed({algorithm.name}, {named})"
+        traffic=traffic,
+        needs=needs,
+        simulated="its messages are encoded and decoded within the round, and would travel as they are",
+        name=f"compressed({algorithm.name}, {named})",
     )
 
 

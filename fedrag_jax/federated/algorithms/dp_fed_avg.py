@@ -173,7 +173,14 @@ def dp_fed_avg(
             )
         return {"epsilon": found, "delta": delta}
 
-    return Algorithm(work, init, (turn,), whole_model, tells=tells)
+    return Algorithm(
+        work,
+        init,
+        (turn,),
+        whole_model,
+        tells=tells,
+        simulated="its noise, and who takes part, are drawn from a seed that all parties know",
+    )
 
 
 def _normal(key: jax.Array, like):

@@ -79,6 +79,7 @@ def secure(algorithm: Algorithm, *, bits: int = 20, threshold: float = 2 / 3) ->
         init=init,
         turns=turns,
         traffic=traffic,
+        simulated="its masks are drawn from a seed that the server knows",
         name=f"secure({algorithm.name}, bits={bits}, threshold={threshold:.3g})",
     )
 

@@ -150,7 +150,7 @@ def _server_client(place: Place, numbers, frozen, key) -> Client:
     def nothing(*_, **__):
         raise AssertionError("nobody trains on the server")
 
-    return Client(jax.vmap(optimizer.init), nothing, nothing, frozen, key)
+    return Client(jax.vmap(optimizer.init), nothing, nothing, nothing, frozen, key)
 
 
 def _alone(sums: list) -> Callable:

@@ -35,9 +35,9 @@ class Plan:
       clients: N, parties that there may be; they are numbered from 0.
 
     Raises:
-      ConfigError: what cannot be deployed: algorithms that leave a model with each client or have one
-        client alone, simulated dropout and stragglers, tasks that keep an index from round to round;
-        settings that `fit` refuses.
+      ConfigError: what cannot be deployed: algorithms that leave a model with each client, have one
+        client alone, need all updates at once or hold in a simulation alone; simulated dropout and
+        stragglers; tasks that keep an index from round to round; settings that `fit` refuses.
     """
 
     task: Task
@@ -58,6 +58,13 @@ class Plan:
             raise ConfigError(
                 f"{name} cannot be deployed: it leaves each client a model of its own, and the server "
                 "sends all of them one; choose an algorithm that averages all of what is trained"
+            )
+        if why := self.algorithm.simulated:
+            raise ConfigError(f"{name} cannot be deployed: {why}; choose another algorithm")
+        if self.algorithm.needs == "updates":
+            raise ConfigError(
+                f"{name} cannot be deployed: it needs all updates of a round at once, and the server "
+                "adds them up as they come; choose an algorithm that needs a sum"
             )
         for chance in ("dropout", "stragglers"):
             if getattr(work, chance):
