@@ -25,6 +25,7 @@ from fedrag_jax.federated.engine.records import Spent, by_client, require_finite
 from fedrag_jax.federated.engine.round import Ran, Round, run_alone
 from fedrag_jax.federated.engine.table import collate, retrieve, tell_idle, used_rows
 from fedrag_jax.federated.optimizers import tunable
+from fedrag_jax.models.shapes import shapes_alone
 from fedrag_jax.objectives.task import Task
 
 ADAMW = tunable(optax.adamw, learning_rate=1e-3)
@@ -291,11 +292,19 @@ def _without_steps(asked: Round, state: State) -> Round:
 
 
 def _initial_state(task, algorithm, optimizer, client_count) -> State:
-    trainable = jax.tree.map(jnp.asarray, task.trainable)
-    state = algorithm.init(trainable, optimizer.init, client_count)
-    # Copies, because the rounds reuse the memory of the state; of fixed types, so that the first
-    # round and the second are the same program.
-    state = jax.tree.map(lambda x: jnp.array(x, dtype=jnp.result_type(x)), state)
+    def initial(trainable):
+        trainable = jax.tree.map(jnp.asarray, trainable)
+        state = algorithm.init(trainable, optimizer.init, client_count)
+        # Copies, because the rounds reuse the memory of the state; of fixed types, so that the first
+        # round and the second are the same program.
+        return jax.tree.map(lambda x: jnp.array(x, dtype=jnp.result_type(x)), state)
+
+    if shapes_alone(task.trainable):
+        state = jax.eval_shape(initial, task.trainable)
+        zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state.population)
+        state = state._replace(population=zeros)
+    else:
+        state = initial(task.trainable)
     population = jax.tree.map(
         lambda x: np.tile(np.asarray(x), (client_count, *[1] * x.ndim)), state.population
     )
