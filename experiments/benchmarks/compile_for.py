@@ -57,7 +57,7 @@ def main(config, runs: str) -> None:
             reports.append(report)
             say(f"{report.name}: compiled in {report.compile_seconds:.0f} s")
     print(table(reports))
-    print(json.dumps(summary(reports)))
+    print(json.dumps(summary(reports) | {"topology": _TOPOLOGY.value}))
 
 
 def all_reports(config, folder: pathlib.Path, devices: Sequence, chip) -> Iterator:
@@ -71,6 +71,7 @@ def all_reports(config, folder: pathlib.Path, devices: Sequence, chip) -> Iterat
     wanted = {*_PROGRAMS.value}
     if "round" in wanted:
         for one in lab.rounds(_PROMPT.value):
+            say(f"{one.name}: traced, {one.chips} chips")
             about = {"steps": one.steps, "useful": one.useful}
             yield compiled(one.name, one.traced, chip, one.chips, **about)[0]
     if "embedding" in wanted:
@@ -121,7 +122,6 @@ def summary(reports: Sequence) -> dict[str, Any]:
         "peak_gb": round(max((r.peak for r in reports), default=0) / 1e9, 3),
         "all_gathers": sum(r.all_gathers() for r in reports),
         "roofline_mfu": round(min(mfus), 3) if mfus else None,
-        "topology": _TOPOLOGY.value,
         "programs": programs,
     }
 

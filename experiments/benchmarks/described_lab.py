@@ -34,6 +34,7 @@ from fedrag_jax.models.shapes import put
 from fedrag_jax.objectives.task import Task
 from fedrag_jax.retrieval import embedding
 from fedrag_jax.strategies.own import named
+from fedrag_jax.strategies.regimes import parse
 from fedrag_jax.strategies.strategy import Strategy
 
 
@@ -93,14 +94,14 @@ class DescribedLab(Lab):
                 continue
             here = strategies_of(self.config, regime, [s.name for s in strategies])
             for strategy in (s for s in strategies if s.name in here):
-                for task in self._tasks(strategy, prompt_tokens):
+                for task in self.tasks(strategy, prompt_tokens):
                     asked = self.asked_round(strategy, task, regime)
                     program, _ = Program.of(asked)
                     if program not in known:
                         known.add(program)
-                        yield self._traced(f"round {task.name}, {regime}", task, asked)
+                        yield self._traced(regime, task, asked)
 
-    def _tasks(self, strategy: Strategy, prompt_tokens: int) -> Iterator[Task]:
+    def tasks(self, strategy: Strategy, prompt_tokens: int = 0) -> Iterator[Task]:
         """One after the other, each after a training that changed nothing."""
         tasks = strategy.tasks(self.system(self.config.seeds[0]), self.dataset)
         try:
@@ -143,15 +144,17 @@ class DescribedLab(Lab):
             return under if "clients" in under.shape else None
         return Mesh(np.array(self.devices[:some]), ("clients",))
 
-    def _traced(self, name: str, task: Task, asked: Round) -> TracedRound:
-        state, frozen, _, cohort, *_ = asked.arguments
-        under = asked.mesh or mesh_under((state, frozen))
-        steps = max(part.indices.shape[2] for part in cohort)
-        examples = sum(np.prod(part.indices.shape) for part in cohort)
-        formula = task.declared.flops
-        one = task.table(self.dataset.train[:1])
-        useful = None if formula is None else float(examples * formula(task, one))
-        return TracedRound(name, trace_round(asked), under.size, steps, useful)
+    def _traced(self, regime: str, task: Task, asked: Round) -> TracedRound:
+        known = parse(regime, self.config.federated.alpha)
+        budget = self.budget(known.converged)
+        schedule, useful = budget.schedule(known.kind), None
+        if task.declared.flops is not None:
+            examples = schedule.drawn * schedule.local_steps * budget.batch_size
+            one = task.table(self.dataset.train[:1])
+            useful = float(examples * task.declared.flops(task, one))
+        under = asked.mesh or mesh_under(asked.arguments)
+        name = f"round {task.name}, {regime}"
+        return TracedRound(name, trace_round(asked), under.size, schedule.local_steps, useful)
 
     # --- what runs between rounds, and after them -------------------------------------------------
 
