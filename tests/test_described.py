@@ -19,7 +19,7 @@ from experiments.loading import load_data
 from fedrag_jax.errors import CheckpointError, ConfigError
 from fedrag_jax.federated.engine.round import Program
 from fedrag_jax.federated.fit import fit
-from fedrag_jax.models import hub, shapes
+from fedrag_jax.models import fetching, hub, shapes
 from fedrag_jax.models.encoder import Encoder
 from fedrag_jax.models.network import Network, flatten
 from fedrag_jax.retrieval.embedding import embed_texts
@@ -114,3 +114,17 @@ def test_the_report_says_what_decides():
     rows = compile_for.table([fits, large]).splitlines()
     assert "2 all-gather: 1e-05" in rows[2] and "products" in rows[2]
     assert " NO " in rows[3] and "20.000" in rows[3]
+
+
+def test_of_a_described_model_of_the_hub_the_weights_stay_there(monkeypatch, tmp_path):
+    asked = []
+
+    def fetch(name, allow_patterns):
+        asked.append(allow_patterns)
+        return tmp_path
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    for weights in (True, False):
+        fetching.place_of("owner/name", weights)
+    whole, bare = map(set, asked)
+    assert whole - bare == {"*.safetensors"} and "*.json" in bare

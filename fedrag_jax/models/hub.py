@@ -86,7 +86,8 @@ def load(name_or_path: str | pathlib.Path, dtype=jnp.float32) -> Pretrained:
 def describe(name_or_path: str | pathlib.Path, dtype=jnp.float32, tokenizer=None) -> Pretrained:
     """As `load`, with shapes (`jax.ShapeDtypeStruct`) in place of parameters: no tensor is read.
 
-    Programs can be compiled for it, and nothing computed. Of a folder, `config.json` is enough.
+    Programs are compiled for it, and nothing is computed. Of a folder `config.json` will do, of a GGUF
+    file its header.
 
     Args:
       tokenizer: of a folder that has none.
@@ -109,7 +110,7 @@ def describe(name_or_path: str | pathlib.Path, dtype=jnp.float32, tokenizer=None
 
 
 def _shapes(network: Network, dtype) -> dict:
-    leaves = flatten(network.shapes())
+    leaves, dtype = flatten(network.shapes()), jnp.dtype(dtype)
     return unflatten((path, jax.ShapeDtypeStruct(x.shape, dtype)) for path, x in leaves)
 
 
