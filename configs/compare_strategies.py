@@ -91,7 +91,8 @@ def get_config() -> ConfigDict:
     # Validation questions that every prompt shows with their answers, without passages.
     config.models.shots = 0
     # The generator's frozen base: as which type, its layers in few bits ("int8", "int4", "nf4") or not
-    # (""), and cut over how many devices.
+    # (""), and cut over how many devices. Where there are more, clients are dealt out over groups of so
+    # many, `federated.devices` of them.
     config.models.dtype = "float32"
     config.models.quantize = ""
     config.models.devices = 1

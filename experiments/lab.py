@@ -9,6 +9,7 @@ import numpy as np
 from experiments.client_scores import client_scores, mixture_weights, own_scores
 from experiments.loading import (
     algorithm_of,
+    clients_over,
     load_generator,
     load_retriever,
     own_questions,
@@ -28,6 +29,7 @@ from fedrag_jax.evaluation.evaluator import evaluate
 from fedrag_jax.evaluation.metrics import percent
 from fedrag_jax.federated.algorithms.by_name import Named
 from fedrag_jax.federated.stopping import read_evaluations
+from fedrag_jax.models.hub import Pretrained
 from fedrag_jax.models.lora import LoraConfig
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.retrieval.clusters import with_topics
@@ -60,10 +62,7 @@ class Lab:
         left = [e for e in dataset.validation if e not in self.shown]
         self.dataset = dataset = dataclasses.replace(dataset, validation=left)
         self.usual = config.federated  # whose mixtures judge the models of all splits
-        self.models = {
-            "generator": load_generator(config.models),
-            "retriever": load_retriever(config.models),
-        }
+        self.models = self.load_models()
         others = own_questions(config, dataset)
         self.asked = [*dataset.test, *others]
         self.of_test = np.arange(len(self.asked)) < len(dataset.test)
@@ -74,6 +73,14 @@ class Lab:
         if config.federated.column == "topic":
             self.dataset = with_topics(dataset, self.system(config.seeds[0]).retriever)
             self.asked = [*self.dataset.test, *others]
+
+    def load_models(self) -> dict[str, Pretrained]:
+        """`generator` and `retriever`, untuned."""
+        models = self.config.models
+        return {
+            "generator": load_generator(models, clients_over(self.config)),
+            "retriever": load_retriever(models),
+        }
 
     def system(self, seed: int):
         """The untuned system; only the random half of its adapters depends on the seed.

@@ -7,7 +7,9 @@ import sys
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from absl import logging
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from configs.compare_strategies import get_config
@@ -17,9 +19,11 @@ from fedrag_jax.data.examples import Dataset, Example, sample
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.federated.algorithms import by_name
 from fedrag_jax.federated.algorithms.by_name import OWN_STEPS
+from fedrag_jax.federated.engine.cohort import CLIENTS
 from fedrag_jax.generation.inference import MODES
 from fedrag_jax.models import hub, sentence_folders
 from fedrag_jax.models.quantized import quantize
+from fedrag_jax.models.shapes import shapes_alone
 from fedrag_jax.models.sharding import shard
 from fedrag_jax.strategies.own import named
 from fedrag_jax.strategies.regimes import parse, rate_names, with_algorithm
@@ -258,42 +262,79 @@ def warn_of_borrowed_rates(config) -> None:
         )
 
 
-def load_retriever(models):
+def load_retriever(models, load=hub.load):
     """The retriever, used as `config.models` wants it.
+
+    Args:
+      load: or `hub.describe`.
 
     Raises:
       ConfigError: a similarity that there is not.
     """
     use = (models[name] or None for name in ("query_prompt", "document_prompt", "similarity"))
     try:
-        return sentence_folders.used_as(hub.load(models.retriever), *use)
+        return sentence_folders.used_as(load(models.retriever), *use)
     except ConfigError as error:
         raise ConfigError(f"config.models: {error}") from error
 
 
-def load_generator(models):
+def load_generator(models, clients: int = 1, load=hub.load, devices=None):
     """The generator as `config.models` wants its frozen base.
+
+    Args:
+      clients: over how many times `models.devices` clients are dealt out, each with a base of its own
+        that is cut over so many devices; 0 is as often as there are devices for.
+      load: or `hub.describe`.
+      devices: JAX's own unless given.
 
     Raises:
       ConfigError: a type, format, number of devices or way to recompute that cannot be had.
     """
     if models.dtype not in ("float32", "bfloat16"):
         raise ConfigError(f"config.models.dtype: 'float32' or 'bfloat16', got {models.dtype!r}")
-    if not 1 <= models.devices <= jax.device_count():
+    devices = jax.devices() if devices is None else devices
+    if not 1 <= models.devices <= len(devices):
         raise ConfigError(
-            f"config.models.devices: there are {jax.device_count()}, asked for {models.devices}"
+            f"config.models.devices: there are {len(devices)}, asked for {models.devices}"
         )
-    generator = hub.load(models.generator, models.dtype)
+    generator = load(models.generator, models.dtype)
     try:
         network = generator.network.recomputing(models.remat)
     except ConfigError as error:
         raise ConfigError(f"config.models.{error}") from error
     params = generator.params
     if models.quantize:
+        quantized = functools.partial(quantize, format=models.quantize)
         try:
-            params = quantize(params, models.quantize)
+            described = shapes_alone(params)
+            params = jax.eval_shape(quantized, params) if described else quantized(params)
         except ConfigError as error:
             raise ConfigError(f"config.models.quantize: {error}") from error
     if models.devices > 1:
-        params = shard(params, jax.make_mesh((models.devices,), ("model",)))
+        params = shard(params, model_mesh(models.devices, clients, devices))
     return dataclasses.replace(generator, network=network, params=params)
+
+
+def clients_over(config) -> int:
+    """What `load_generator` wants to know of clients: without federated regimes there are none."""
+    regimes = *config.get("regimes", ()), *config.get("variants", ())
+    federated = any(regime.startswith("federated") for regime in regimes)
+    return config.federated.devices if federated else 1
+
+
+def model_mesh(cut: int, clients: int, devices) -> Mesh:
+    """A mesh whose axis "model" is so long, and "clients" beside it where there are several.
+
+    Raises:
+      ConfigError: there are not so many devices.
+    """
+    clients = clients or len(devices) // cut
+    if clients * cut > len(devices):
+        raise ConfigError(
+            f"config.federated.devices x config.models.devices is {clients} x {cut}, and there are "
+            f"{len(devices)} devices; lower either"
+        )
+    some = np.array(devices[: clients * cut])
+    if clients == 1:
+        return Mesh(some, ("model",))
+    return Mesh(some.reshape(clients, cut), (CLIENTS, "model"))

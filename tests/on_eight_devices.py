@@ -7,9 +7,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from experiments.loading import model_mesh
 from fedrag_jax.data.partition import Partition
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.federated.algorithms.fed_avg import fed_avg
+from fedrag_jax.federated.engine.placement import mesh_under
 from fedrag_jax.federated.engine.round import _compile
 from fedrag_jax.federated.fit import fit
 from fedrag_jax.generation.decoding import generate
@@ -21,6 +23,7 @@ from fedrag_jax.models.quantized import quantize
 from fedrag_jax.models.sharding import shard
 from fedrag_jax.objectives.generator import AnswerLoss
 from fedrag_jax.objectives.task import Task
+from fedrag_jax.strategies.regimes import clients_mesh
 
 CONFIG = DecoderConfig(
     vocab_size=64, hidden_size=64, intermediate_size=128, num_layers=2, num_heads=8, num_kv_heads=8,
@@ -94,6 +97,18 @@ def main(format: str) -> None:
         expected.trainable,
     )
     assert _compile.cache_info().misses == compiled + 2
+
+    # Clients over four pairs of devices, each pair with a base of its own.
+    both = model_mesh(2, 0, jax.devices())
+    assert dict(both.shape) == {"clients": 4, "model": 2}
+    paired = task_on(shard(params, both), network, table)
+    assert clients_mesh(0, mesh_under(paired.frozen)) == both
+    found = fit(paired, clients, fed_avg(local_steps=2), mesh=both, **settings)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4),
+        found.trainable,
+        expected.trainable,
+    )
 
     # What eight devices cannot share.
     others = {

@@ -16,6 +16,7 @@ import statistics
 
 from absl import app, flags
 
+from experiments.benchmarks.chips import known
 from experiments.benchmarks.peak import product_peak
 
 MODELS = {
@@ -28,11 +29,6 @@ MODELS = {
         "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_layers": 2,
         "num_heads": 2, "num_kv_heads": 2, "head_dim": 32,
     },
-}  # fmt: skip
-# Of one device, bfloat16 without sparsity, as its maker publishes it.
-PEAKS = {
-    "H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12,
-    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5p": 459e12, "TPU v6 lite": 918e12,
 }  # fmt: skip
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -63,7 +59,7 @@ def main(argv):
     )
     size = 1024 if jax.default_backend() == "cpu" else 8192
     best = product_peak([size], "bfloat16") * jax.device_count()
-    published = next((x for name, x in PEAKS.items() if name in kind), None)
+    published = known(kind)
     print("clients  group  ms a client-step  of the best product")
     for count in map(int, _CLIENTS.value):
         seconds, group = timed(network, params, adapters, count)
@@ -72,7 +68,7 @@ def main(argv):
         )
     report = {
         "fraction_of_product_peak": round(flops / seconds / best, 3),
-        "mfu": published and round(flops / seconds / (published * jax.device_count()), 3),
+        "mfu": published and round(flops / seconds / (published.peak * jax.device_count()), 3),
         "ms_per_client_step": round(1e3 * seconds, 3),
         "product_tflops": round(best / 1e12, 2),
         "model": _MODEL.value,

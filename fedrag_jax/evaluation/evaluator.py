@@ -1,6 +1,6 @@
 """One system on one set of questions: answers, retrieval, and the controls that keep them honest."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple, Unpack
 
 import jax
@@ -12,6 +12,7 @@ from fedrag_jax.evaluation import metrics, rankings
 from fedrag_jax.generation.inference import SEARCH
 from fedrag_jax.generation.likelihood import answer_log_probs
 from fedrag_jax.generation.text import AnsweringOptions
+from fedrag_jax.models.network import Network
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.retrieval.retriever import Retriever
 from fedrag_jax.retrieval.stores.knowledge_store import KnowledgeStore
@@ -165,6 +166,17 @@ def answer_nll(system: RAGSystem, examples: Sequence[Example], rows) -> np.ndarr
 
 
 _log_probs = jax.jit(answer_log_probs, static_argnums=0)
+
+
+def traced(network: Network, params, adapters, table, place: Callable) -> jax.stages.Traced:
+    """The program of `answer_nll`, for shapes.
+
+    Args:
+      table: of `Prompts.training_table`.
+      place: `place(tree)`, shapes where the program is to have them.
+    """
+    batch = {k: jax.ShapeDtypeStruct((BATCH, *x.shape[1:]), x.dtype) for k, x in table.items()}
+    return _log_probs.trace(network, *place((params, adapters, batch)))
 
 
 # --- what a system answers from --------------------------------------------------------------------

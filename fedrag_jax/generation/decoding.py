@@ -7,7 +7,7 @@ for the tokens comes in few sizes (see `bucket`).
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -132,6 +132,39 @@ def pieces(
         )
         yield _finite(Generated(*(np.asarray(x)[:, :count] for x in written)))
         done += count
+
+
+def traced_prompts(
+    network: Network, params, adapters, shape: tuple[int, int], new_tokens: int, place: Callable
+) -> jax.stages.Traced:
+    """The program that reads prompts [B, T] with room for so many more tokens, for shapes.
+
+    Args:
+      place: `place(tree)`, shapes where the program is to have them.
+    """
+    batch = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (np.int32, bool))
+    room = bucket(shape[1] + new_tokens - 1, 16)
+    options = _likeliest(shape[0])
+    return _begin.trace(network, False, room, *place((params, adapters, *batch, options)))
+
+
+def traced_tokens(
+    network: Network, params, adapters, state, rows: int, place: Callable
+) -> jax.stages.Traced:
+    """The program that writes up to `PIECE` tokens more, for shapes.
+
+    Args:
+      state: of which shapes, and where, the first program left what is the first of its results.
+      place: as in `traced_prompts`.
+    """
+    params, adapters, count, options = place((params, adapters, np.int32(1), _likeliest(rows)))
+    return _advance.trace(network, False, state, params, adapters, count, options)
+
+
+def _likeliest(rows: int) -> "Options":
+    numbers = np.arange(rows, dtype=np.int32)
+    stops, pad = np.zeros(1, np.int32), np.int32(0)
+    return Options(stops, pad, np.float32(0), np.float32(1), None, numbers)
 
 
 def _finite(written: Generated) -> Generated:

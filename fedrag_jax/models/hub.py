@@ -10,6 +10,7 @@ import json
 import pathlib
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
@@ -72,20 +73,61 @@ def load(name_or_path: str | pathlib.Path, dtype=jnp.float32) -> Pretrained:
     dtype = jnp.dtype(dtype)
     if place.suffix == ".gguf":
         return _load_gguf(place, name, dtype)
-    hf = read_config(place)
-    with told_by(place / "config.json"):
-        family = family_of(hf)
-        if family.module not in ENCODERS and sentence_folders.encodes(place):
-            family = encoding(family)
-        extra = sentence_folders.read(place) if family.module in ENCODERS else {}
-        network = Network.of(family.module, family.read(hf, **extra))
-    params = read_params(place, opened(place), family, network, dtype)
+    network, hf = _read_network(place)
+    params = read_params(place, opened(place), _family(place, hf), network, dtype)
     vocabulary, ends = network.config.vocab_size, ()
-    if family.module in ENCODERS:
+    if network.module in ENCODERS:
         params |= sentence_folders.read_projections(place, network.config, dtype)
     else:
         ends = _read_ends(place, hf)
     return Pretrained(network, params, read_tokenizer(place, vocabulary), name, ends)
+
+
+def describe(name_or_path: str | pathlib.Path, dtype=jnp.float32, tokenizer=None) -> Pretrained:
+    """As `load`, with shapes (`jax.ShapeDtypeStruct`) in place of parameters: no tensor is read.
+
+    Programs are compiled for it, and nothing is computed. Of a folder `config.json` will do, of a GGUF
+    file its header.
+
+    Args:
+      tokenizer: of a folder that has none.
+
+    Raises:
+      CheckpointError: as `load`, of everything but tensors; no tokenizer.
+    """
+    place, name = place_of(str(name_or_path), weights=False), str(name_or_path)
+    if place.suffix == ".gguf":
+        file = GGUFCheckpoint(place)
+        with told_by(place):
+            family = family_of(file.config)
+            network = Network.of(family.module, family.read(file.config))
+        return Pretrained(network, _shapes(network, dtype), file.tokenizer(), name, file.ends)
+    network, hf = _read_network(place)
+    if tokenizer is None or any(place.glob("tokenizer*")):
+        tokenizer = read_tokenizer(place, network.config.vocab_size)
+    ends = () if network.module in ENCODERS else _read_ends(place, hf)
+    return Pretrained(network, _shapes(network, dtype), tokenizer, name, ends)
+
+
+def _shapes(network: Network, dtype) -> dict:
+    leaves, dtype = flatten(network.shapes()), jnp.dtype(dtype)
+    return unflatten((path, jax.ShapeDtypeStruct(x.shape, dtype)) for path, x in leaves)
+
+
+def _read_network(place: pathlib.Path) -> tuple[Network, dict]:
+    """What `config.json`, and of an encoder the files beside it, say of a model."""
+    hf = read_config(place)
+    with told_by(place / "config.json"):
+        family = _family(place, hf)
+        extra = sentence_folders.read(place) if family.module in ENCODERS else {}
+        return Network.of(family.module, family.read(hf, **extra)), hf
+
+
+def _family(place: pathlib.Path, hf: dict):
+    family = family_of(hf)
+    if family.module not in ENCODERS and sentence_folders.encodes(place):
+        family = encoding(family)
+    return family
 
 
 def _load_gguf(path: pathlib.Path, name: str, dtype) -> Pretrained:

@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.models.network import flatten, unflatten
+from fedrag_jax.models.shapes import put
 
 # Which axis of the last two is cut: rows [in, ...] or columns [..., out].
 _COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head")
@@ -19,7 +20,8 @@ _ROWS = ("o_proj", "down_proj", "embed")
 def shard(params: dict, mesh: Mesh, axis: str = "model") -> dict:
     """The parameters of a base, quantised or not, over the devices of a mesh axis.
 
-    Networks run on them as ever; adapters, batches and clients need no change.
+    Networks run on them as ever; adapters, batches and clients need no change. Of shapes alone, or for
+    devices that are only described, there are shapes placed so.
 
     Raises:
       ConfigError: no such axis, or a size that it does not divide (all of them at once).
@@ -36,18 +38,18 @@ def shard(params: dict, mesh: Mesh, axis: str = "model") -> dict:
         columns = name in _COLUMNS and path[-1] in ("kernel", "bias")
         rows = name in _ROWS and path[-1] in ("kernel", "embedding")
         if not columns and not rows:
-            return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec()))
+            return jax.tree.map(lambda x: put(x, NamedSharding(mesh, PartitionSpec())), leaf)
 
-        def put(array):
-            at = array.ndim - (1 if columns else 2)
+        def cut(array):
+            at = len(array.shape) - (1 if columns else 2)
             if array.shape[at] % count:
                 odd.append(f"{'.'.join(path)} {array.shape}")
                 return array
-            spec = [None] * array.ndim
+            spec = [None] * len(array.shape)
             spec[at] = axis
-            return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec)))
+            return put(array, NamedSharding(mesh, PartitionSpec(*spec)))
 
-        return jax.tree.map(put, leaf)
+        return jax.tree.map(cut, leaf)
 
     placed_leaves = [(path, placed(path, leaf)) for path, leaf in flatten(params)]
     if odd:

@@ -15,6 +15,7 @@ from fedrag_jax.data.batching import Prompts
 from fedrag_jax.data.examples import Example
 from fedrag_jax.generation.likelihood import answer_log_probs
 from fedrag_jax.models.network import Network
+from fedrag_jax.models.shapes import ask
 from fedrag_jax.objectives.task import PyTree
 
 CHUNK = 64  # prompts that are read at once
@@ -64,7 +65,7 @@ class Likelihoods:
     def _read(self, pairs):
         examples, rows = zip(*pairs, strict=True)
         table = self._prompts.training_table(examples, np.array(rows)[:, None], per_passage=True)
-        found = _log_probs(*self._run, table)
+        found = ask(_log_probs, *self._run, table)
         return list(zip(np.asarray(found)[:, 0], table["lengths"][:, 0], strict=True))
 
 
@@ -92,7 +93,7 @@ class LeaveOneOut:
     def _read(self, asked):
         examples, rows = zip(*asked, strict=True)
         table = self._prompts.training_table(examples, np.array(rows), per_passage=False)
-        found = np.asarray(_log_probs(*self._run, table))[:, 0] * table["answer_mask"]
+        found = np.asarray(ask(_log_probs, *self._run, table))[:, 0] * table["answer_mask"]
         return list(zip(found.sum(1), table["lengths"][:, 0], strict=True))
 
 
@@ -121,7 +122,7 @@ class Attention:
         examples, rows = zip(*asked, strict=True)
         table = self._prompts.training_table(examples, np.array(rows), per_passage=False)
         table["places"] = self._prompts.passage_places(examples, rows)
-        found = np.asarray(_attention(*self._run, table, len(rows[0])))
+        found = np.asarray(ask(_attention, *self._run, table, k=len(rows[0])))
         return list(zip(found, table["lengths"][:, 0], strict=True))
 
 
@@ -167,7 +168,7 @@ def _answer_mask(prompts: Prompts, examples, width: int) -> np.ndarray:
 _log_probs = jax.jit(answer_log_probs, static_argnums=0)  # one program for all clients
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4))
+@functools.partial(jax.jit, static_argnums=0, static_argnames="k")
 def _attention(decoder, params, adapters, table, k: int):
     """Mean over answer tokens of what `Decoder.attention` gives, summed by passage: [N, k]."""
     tokens = table["tokens"][:, 0]

@@ -19,6 +19,7 @@ from fedrag_jax.data.padding import clipped
 from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.models.fingerprint import fingerprint
 from fedrag_jax.models.network import Network
+from fedrag_jax.models.shapes import shapes_alone
 from fedrag_jax.retrieval.vector_file import VectorFile
 
 DTYPES = ("float32", "float16")
@@ -61,12 +62,17 @@ def embed_texts(
       progress: shows texts per second and time left on stderr.
       bar: moved on instead, where these are a part of the texts.
 
+    Returns:
+      zeros, where `params` are shapes of a model that was not loaded.
+
     Raises:
       DataError: no texts.
       ConfigError: max_length or batch_tokens below 1.
     """
     if not len(texts):
         raise DataError("no texts to embed: give at least one")
+    if shapes_alone(params):
+        return np.zeros((len(texts), encoder.config.size), np.float32)
     if batch_tokens is None:
         batch_tokens = _BATCH_TOKENS.get(jax.default_backend(), _BATCH_TOKENS_ACCELERATOR)
     if max_length < 1 or batch_tokens < 1:
@@ -150,7 +156,7 @@ def embed_corpus(
         spent.embedding += clock.lap().others
         return vectors
 
-    if keep:
+    if keep and not shapes_alone(params):
         shard = SHARD.get(jax.default_backend(), SHARD_ACCELERATOR)
         settings = (max_length, shard) if dtype == "float32" else (max_length, shard, dtype)
         name = _key(encoder, params, tokenizer, texts, *settings)
@@ -195,6 +201,17 @@ def _bar(texts: int, shown: bool) -> tqdm:
 @partial(jax.jit, static_argnums=0)
 def _forward(encoder, params, tokens, mask):
     return encoder(params, tokens, mask)
+
+
+def traced(encoder: Network, params, width: int, place: Callable) -> jax.stages.Traced:
+    """The program that embeds a batch of texts of so many tokens on an accelerator, for shapes.
+
+    Args:
+      place: `place(tree)`, shapes where the program is to have them.
+    """
+    shape = max(1, _BATCH_TOKENS_ACCELERATOR // width), width
+    batch = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (np.int32, bool))
+    return _forward.trace(encoder, *place((params, *batch)))
 
 
 def _tokenize(tokenizer, texts: Sequence[str], max_length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -17,6 +17,7 @@ from fedrag_jax.federated.algorithm import Algorithm
 from fedrag_jax.federated.algorithms import by_name
 from fedrag_jax.federated.algorithms.centralised import centralised
 from fedrag_jax.federated.algorithms.fed_avg import fed_avg
+from fedrag_jax.federated.engine.placement import mesh_under
 from fedrag_jax.federated.optimizers import tunable
 from fedrag_jax.federated.sampling import uniform
 from fedrag_jax.objectives.task import Task
@@ -244,17 +245,23 @@ def arguments(
         "refresh_every": refresh_every,
         "table_rows": min(seen, len(examples)),
         "callbacks": callbacks,
-        "mesh": None if alone else clients_mesh(budget.devices),
+        "mesh": None if alone else clients_mesh(budget.devices, mesh_under(task.frozen)),
         "time_aggregation": True,
     }
 
 
-def clients_mesh(devices: int) -> Mesh | None:
+def clients_mesh(devices: int, under: Mesh | None = None) -> Mesh | None:
     """A mesh with the axis "clients" over so many devices, or over all (0); None for one.
+
+    Args:
+      under: the mesh that the frozen part lies on, if any: clients are dealt out over its axis of that
+        name, or not at all.
 
     Raises:
       ConfigError: more devices than there are.
     """
+    if under is not None:
+        return under if "clients" in under.shape else None
     there = jax.devices()
     if not 0 <= devices <= len(there):
         raise ConfigError(

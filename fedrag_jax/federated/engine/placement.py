@@ -8,13 +8,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.federated.algorithm import PyTree
 from fedrag_jax.federated.engine.cohort import CLIENTS, Cohort
+from fedrag_jax.models.shapes import described, put, shapes_alone
 
 
 class Placing:
     """Puts arrays where a round wants them and reads back what it leaves.
 
     Args:
-      mesh: with an axis "clients", or None.
+      mesh: with an axis "clients", or None. Of one that is only described there are shapes in place of
+        arrays, for a round to be compiled and not run.
       frozen: the task's; arrays that are over a mesh already bring it along.
       room: clients in a round; one alone is nothing to deal out.
 
@@ -23,8 +25,7 @@ class Placing:
     """
 
     def __init__(self, mesh: Mesh | None, frozen: PyTree, room: int):
-        places = (getattr(x, "sharding", None) for x in jax.tree.leaves(frozen))
-        found = next((p.mesh for p in places if isinstance(p, NamedSharding)), None)
+        found = mesh_under(frozen)
         if mesh is not None and CLIENTS not in mesh.shape:
             raise ConfigError(f"fit: the mesh needs an axis {CLIENTS!r}, it has {[*mesh.shape]}")
         if mesh is not None:
@@ -38,22 +39,27 @@ class Placing:
         # What groups are dealt out over. One client alone would be trained on every device over again.
         self.clients = mesh if room > 1 else None
         self._all = self.clients or found
+        if self._all is None and mesh is not None and described(mesh):
+            self._all = Mesh(
+                mesh.devices.flat[:1], (CLIENTS,)
+            )  # for the device that is used by default
         self.devices = 1 if self.clients is None else mesh.shape[CLIENTS]
 
     def everywhere(self, tree: PyTree) -> PyTree:
         """Whole on every device; what is over the mesh already stays as it is."""
         if self._all is None:
-            return jax.tree.map(jax.numpy.asarray, tree)
+            return jax.tree.map(lambda x: x if shapes_alone(x) else jax.numpy.asarray(x), tree)
         whole = NamedSharding(self._all, PartitionSpec())
 
-        def put(x):
+        def placed(x):
             if getattr(getattr(x, "sharding", None), "mesh", None) == self._all:
                 return x
-            if jax.dtypes.issubdtype(jax.numpy.result_type(x), jax.dtypes.prng_key):
-                return jax.random.wrap_key_data(put(jax.random.key_data(x)))
+            key = jax.dtypes.issubdtype(jax.numpy.result_type(x), jax.dtypes.prng_key)
+            if key and not described(self._all):
+                return jax.random.wrap_key_data(placed(jax.random.key_data(x)))
             return _put(x, whole)
 
-        return jax.tree.map(put, tree)
+        return jax.tree.map(placed, tree)
 
     def dealt(self, tree: PyTree) -> PyTree:
         """Groups, the leading axis, over the devices."""
@@ -69,9 +75,15 @@ class Placing:
         return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), tree)
 
 
-def _put(x, sharding: NamedSharding) -> jax.Array:
+def mesh_under(tree: PyTree) -> Mesh | None:
+    """The mesh that arrays are on, or None."""
+    places = (getattr(x, "sharding", None) for x in jax.tree.leaves(tree))
+    return next((p.mesh for p in places if isinstance(p, NamedSharding)), None)
+
+
+def _put(x, sharding: NamedSharding):
     if jax.process_count() == 1:
-        return jax.device_put(x, sharding)
+        return put(x, sharding)
     # Every process has the whole, and places what its own devices hold.
     x = np.asarray(x, jax.numpy.result_type(x))
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])

@@ -176,9 +176,19 @@ class Program(NamedTuple):
         return state, (report, all_finite((state.trainable, state.server)))
 
 
+def trace_round(asked: Round) -> jax.stages.Traced:
+    """The program that `compile_round` compiles; shapes will do for its arguments."""
+    return _trace(Program.of(asked)[0])
+
+
 @functools.lru_cache(maxsize=32)
 def _compile(program: Program) -> tuple[Callable, float]:
     clock = Clock()
+    compiled = _trace(program).lower().compile()
+    return compiled, sum(clock.lap())
+
+
+def _trace(program: Program) -> jax.stages.Traced:
     numbers, arguments = jax.tree.unflatten(program.tree, program.shapes)
 
     def placed(*inputs):
@@ -200,8 +210,7 @@ def _compile(program: Program) -> tuple[Callable, float]:
         state, told = shared(*inputs)
         return jax.tree.map(_placed, state, arguments[0]), told  # the next round is this program
 
-    compiled = jax.jit(placed, donate_argnums=1).lower(numbers, *arguments).compile()
-    return compiled, sum(clock.lap())
+    return jax.jit(placed, donate_argnums=1).trace(numbers, *arguments)
 
 
 def _placed(x, shape):
@@ -211,7 +220,7 @@ def _placed(x, shape):
 def _shape(x) -> jax.ShapeDtypeStruct:
     """Shape, type and, where somebody chose it, place."""
     aval = jax.typeof(x)
-    placed = isinstance(x, jax.Array) and x.committed
+    placed = isinstance(x, jax.ShapeDtypeStruct) or (isinstance(x, jax.Array) and x.committed)
     return jax.ShapeDtypeStruct(
         aval.shape, aval.dtype, weak_type=aval.weak_type, sharding=x.sharding if placed else None
     )

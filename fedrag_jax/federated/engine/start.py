@@ -11,6 +11,7 @@ from fedrag_jax.errors import ConfigError
 from fedrag_jax.federated.algorithm import Algorithm, PyTree, State
 from fedrag_jax.federated.callbacks import Callback, FitState
 from fedrag_jax.federated.optimizers import tunable
+from fedrag_jax.models.shapes import shapes_alone
 from fedrag_jax.objectives.task import Task
 
 ADAMW = tunable(optax.adamw, learning_rate=1e-3)
@@ -49,11 +50,19 @@ def initial_state(task: Task, algorithm: Algorithm, optimizer, client_count: int
     """The state before the first round, with the row of one client as `population`.
 
     Copies, because the rounds reuse the memory of the state; of fixed types, so that the first round
-    and the second are the same program.
+    and the second are the same program. Of a task of shapes alone it has shapes, and zeros as the row.
     """
-    trainable = jax.tree.map(jnp.asarray, task.trainable)
-    state = algorithm.init(trainable, optimizer.init, client_count)
-    return jax.tree.map(lambda x: jnp.array(x, dtype=jnp.result_type(x)), state)
+
+    def initial(trainable):
+        trainable = jax.tree.map(jnp.asarray, trainable)
+        state = algorithm.init(trainable, optimizer.init, client_count)
+        return jax.tree.map(lambda x: jnp.array(x, dtype=jnp.result_type(x)), state)
+
+    if not shapes_alone(task.trainable):
+        return initial(task.trainable)
+    state = jax.eval_shape(initial, task.trainable)
+    row = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state.population)
+    return state._replace(population=row)
 
 
 def all_rows(row: PyTree, client_count: int) -> PyTree:
