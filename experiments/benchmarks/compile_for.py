@@ -47,8 +47,13 @@ def main(config, runs: str) -> None:
     """Compiles, and prints what came of it; `runs` is left alone."""
     if unknown := {*_PROGRAMS.value} - {*PROGRAMS}:
         raise ConfigError(f"--programs: unknown {sorted(unknown)}; choose among {[*PROGRAMS]}")
+    import jax
+
     from experiments.benchmarks.chips import chip_of
 
+    jax.config.update(
+        "jax_enable_compilation_cache", False
+    )  # which reads no program of another device
     devices = devices_of(_TOPOLOGY.value)
     chip = chip_of(devices[0].device_kind)
     reports = []
