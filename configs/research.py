@@ -49,8 +49,9 @@ def get_config(which: str = "world") -> ConfigDict:
         config.variants = ConfigDict(
             {r: ("generator", "search") for r in ("centralised", "federated", "local_converged")}
         )
-        config.federated.clients = 4
-        config.training.batch_size = 8
+        # Two local steps of four clients: with one step of larger batches data in one place, too, ends
+        # with a single search for every question.
+        config.federated.clients, config.training.local_steps = 4, 2
         config.training.converged = ConfigDict(
             {"cap": 1, "every": 6, "patience": 1, "questions": 40}
         )
