@@ -83,8 +83,10 @@ def test_parties_train_on_their_own_documents_and_answer_from_them(made, monkeyp
         system = systems.tuned(folder)
         np.testing.assert_array_equal(leaves(system.adapters), leaves(result.trainable["adapters"]))
         before = RAGSystem.load(folder / "system")
-        assert {p.id for p in system.store.passages()} == {p.id for p in before.store.passages()}
-        assert system.query("Who owns it?").answer is not None
+        own = {p.id for p in before.store.passages()}
+        assert {p.id for p in system.store.passages()} == own
+        read = {p.id for p in system.query("Who owns it?").sources}
+        assert read and read <= own
     to = made / "tuned"
     assert main(["federate", "tuned", str(folders[0]), "--to", str(to)]) == 0
     assert leaves(RAGSystem.load(to).adapters) == pytest.approx(
