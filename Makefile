@@ -6,7 +6,7 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/xla
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.5
 COMPARE := $(BIN)/python -m experiments compare_strategies
 
-.PHONY: compare table algorithms real real-quick retrieval test lint pytest test-slow docs wheel clean
+.PHONY: compare table algorithms real real-quick retrieval test lint pytest test-slow test-flower docs wheel clean
 
 compare: $(VENV)/installed  ## the main job on the built-in world, one seed
 	$(COMPARE) --config.name=compare
@@ -50,6 +50,12 @@ test: lint pytest  ## both
 test-slow: $(VENV)/tested  ## tests that take minutes, such as those of several processes
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow --durations=15
 
+# flwr pins uvicorn 0.49, with which streamed answers of `fedrag serve` never end.
+test-flower: ## federations on Flower, in an environment of their own
+	$(PYTHON) -m venv $(VENV)-flower
+	$(VENV)-flower/bin/pip install --quiet --editable '.[flower]' pytest
+	$(VENV)-flower/bin/python -m pytest tests/federation
+
 docs: $(VENV)/documented  ## the documentation site, docs/_build/html/index.html; broken links are errors
 	$(BIN)/python -m sphinx -q -W --keep-going docs docs/_build/html
 
@@ -73,4 +79,4 @@ $(VENV)/documented: $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) .cache build dist docs/_build
+	rm -rf $(VENV) $(VENV)-flower .cache build dist docs/_build
