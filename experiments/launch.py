@@ -63,16 +63,16 @@ def launch(run, config: str) -> None:
     virtual_devices(min(cores(), DEVICES))
     logging.set_verbosity(logging.WARNING)  # libraries tell a lot about themselves
     config_flags.DEFINE_config_file("config", config)
-    flags.DEFINE_string("runs", "runs", "folder that holds the runs")
+    flags.DEFINE_string("runs", "runs", "folder of all runs")
     flags.DEFINE_bool(
         "distributed",
         False,
-        "this is one process of several, each with a folder of its own; the first prints and logs",
+        "run as one of several processes, each with its own folder; the first one prints and logs",
     )
     # On a TPU pod slice and other clusters that JAX knows, nothing of this need be said.
     flags.DEFINE_string("coordinator", None, "host:port of the first process")
-    flags.DEFINE_integer("processes", None, "how many there are", lower_bound=1)
-    flags.DEFINE_integer("process", None, "the number of this one, from 0", lower_bound=0)
+    flags.DEFINE_integer("processes", None, "number of processes", lower_bound=1)
+    flags.DEFINE_integer("process", None, "number of this process, from 0", lower_bound=0)
 
     def main(_):
         runs = flags.FLAGS.runs
