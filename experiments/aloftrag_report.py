@@ -82,7 +82,7 @@ def context_rows(config, folder: pathlib.Path) -> list[dict]:
             for n in config.contexts:
                 row = {"variant": variant, "regime": regime, "passages": n}
                 for name, metric in (("answer", "em"), ("citation", "citation")):
-                    row[name] = mean(found, f"{metric}_{n}")
+                    row |= comparison.estimate(found, f"{metric}_{n}", name)
                     row[f"{name}_easy"] = mean(found, f"{metric}_{n}", f"hard_{n}", 0.0)
                     row[f"{name}_hard"] = mean(found, f"{metric}_{n}", f"hard_{n}", 1.0)
                     if n == max(config.contexts):

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedrag_jax.data.datasets import load as load_dataset
     from fedrag_jax.data.examples import Dataset, Example, Passage
+    from fedrag_jax.data.json_sets import load_questions
+    from fedrag_jax.data.outside_corpora import read as load_passages
     from fedrag_jax.data.partition import Partition, partition
     from fedrag_jax.data.schemes import dirichlet, dirichlet_per_client, iid, natural, shards
     from fedrag_jax.errors import FedragError
@@ -67,6 +69,8 @@ _WHERE = {
     "Example": "data.examples",
     "Dataset": "data.examples",
     "load_dataset": "data.datasets:load",
+    "load_passages": "data.outside_corpora:read",
+    "load_questions": "data.json_sets",
     "Partition": "data.partition",
     "partition": "data.partition",
     "iid": "data.schemes",
@@ -146,6 +150,8 @@ __all__ = (
     "iid",
     "load_dataset",
     "load_model",
+    "load_passages",
+    "load_questions",
     "local_only",
     "marginal_likelihood",
     "multiple_negatives_ranking",

@@ -121,12 +121,13 @@ def test_weights_and_biases_can_compare_cells(finished, tmp_path):
     for record in records:
         for item in (*record.history.item, *record.summary.update):
             told[item.key or ".".join(item.nested_key)] = json.loads(item.value_json)
-    assert told["em"] == pytest.approx(100 * cell.scores["em"].mean())
+    assert told["test/em_percent"] == pytest.approx(100 * cell.scores["em"].mean())
     assert told["cost/seconds"] == cell.cost.seconds and told["cost/bytes_up"] == cell.cost.bytes_up
     (last,) = cell.curves["rag_token_query"]
-    assert told["rag_token_query/examples"] == last["examples"]
-    steps = {r.metric.step_metric for r in records if r.HasField("metric")}
-    assert "rag_token_query/examples" in steps
+    assert told["rag_token_query/examples_seen"] == last["examples"]
+    assert all("/" in name or name == "round" or name.startswith("_") for name in told), told
+    steps = {r.metric.glob_name: r.metric.step_metric for r in records if r.HasField("metric")}
+    assert steps["*"] == "round"  # one x axis for all panels
 
 
 def test_a_comparison_that_was_killed_has_a_report(finished, tmp_path):

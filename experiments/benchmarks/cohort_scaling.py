@@ -159,14 +159,14 @@ def draw(found: dict, path: pathlib.Path) -> None:
 
     plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(6.4, 2.4), layout="constrained")
-    panels = ("rss_mb", "peak memory (MB)"), ("ms_per_client", "ms a client")
+    panels = ("rss_mb", "peak memory (MB)"), ("ms_per_client", "time per client (ms)")
     for axis, (name, label) in zip(axes, panels, strict=True):
         axis.plot(list(found), [x[name] for x in found.values()], "o-", color="#0072B2")
         axis.set_xscale("log", base=2)
         axis.set_xticks(list(found), [str(cohort) for cohort in found])
         axis.minorticks_off()
         axis.set_ylim(0, 1.15 * max(x[name] for x in found.values()))
-        axis.set_xlabel("clients of a round")
+        axis.set_xlabel("clients per round")
         axis.set_ylabel(label)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=200)

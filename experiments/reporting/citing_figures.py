@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from experiments.reporting.experiment_figures import LOOKS
 from experiments.reporting.figures import legend, pyplot
 
@@ -12,7 +14,7 @@ def over_passages(rows: Sequence[dict[str, Any]], regime: str):
     figure, or None.
 
     Args:
-      rows: `variant`, `name`, `regime`, `passages`, `answer`, `citation`.
+      rows: `variant`, `name`, `regime`, `passages`, `answer` and `citation` with `_low` and `_high`.
       regime: the one shown.
     """
     rows = [row for row in rows if row["regime"] == regime]
@@ -28,9 +30,14 @@ def over_passages(rows: Sequence[dict[str, Any]], regime: str):
         for i, variant in enumerate(variants):
             some = sorted((r for r in rows if r["variant"] == variant), key=lambda r: r["passages"])
             color, marker = LOOKS[i % len(LOOKS)]
-            ax.plot(
-                [r["passages"] for r in some], [r[metric] for r in some], marker=marker, ms=5, lw=1.2,
-                color=color, ls="--" if i == 0 else "-", label=some[0]["name"],
+            y, low, high = (
+                np.array([r[metric + end] for r in some]) for end in ("", "_low", "_high")
+            )
+            aside = 0.12 * (i - (len(variants) - 1) / 2)  # intervals beside each other
+            ax.errorbar(
+                [r["passages"] + aside for r in some], y, yerr=[y - low, high - y], marker=marker,
+                ms=5, lw=1.2, capsize=2, color=color, ls="--" if i == 0 else "-",
+                label=some[0]["name"],
             )  # fmt: skip
         ax.set_xticks(counts)
         ax.set_xlabel("passages read")

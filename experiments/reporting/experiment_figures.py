@@ -50,7 +50,7 @@ def differences(rows: Sequence[dict[str, Any]]):
         ax.axvline(0, color="#000000", lw=1, ls=":")
         ax.set_yticks(range(len(names[metric])), names[metric])
         ax.set_ylim(len(names[metric]) - 0.5, -0.5)
-        ax.set_xlabel(f"{METRICS.get(metric, metric)}, difference in points")
+        ax.set_xlabel(f"{METRICS.get(metric, metric)}: change (points)")
     if len(regimes) > 1:
         handles, labels = legend(axes)
         fig.legend(handles, labels, loc="upper center", ncols=4, bbox_to_anchor=(0.5, 0.0))
@@ -97,11 +97,13 @@ def refresh_policies(rows: Sequence[dict[str, Any]]):
             stale = row["stale_by_refresh"]
             age.plot(range(1, len(stale) + 1), stale, marker=marker, ms=4, lw=1, **look)
         quality.axhline(0, color="#000000", lw=0.5)
-        quality.set_ylabel(f"{regime_name(regime)}\nRecall@5 against always fresh")
+        quality.set_ylabel("Recall@5 against\nalways fresh (points)")
         age.set_ylabel("stale passages (%)")
+        for ax in (quality, age):
+            ax.set_title(regime_name(regime), fontsize=10)
         age.set_ylim(bottom=-1)
-    axes[-1][0].set_xlabel("thousand passages re-embedded")
-    axes[-1][1].set_xlabel("stretch between retrievals")
+    axes[-1][0].set_xlabel("passages re-embedded (thousands)")
+    axes[-1][1].set_xlabel("retrieval")
     handles, labels = legend(axes)
     fig.legend(handles, labels, loc="upper center", ncols=4, bbox_to_anchor=(0.5, 0.0))
     fig.tight_layout()
@@ -169,8 +171,8 @@ def over_bytes(rows: Sequence[dict[str, Any]], metric: str):
             )  # fmt: skip
         ax.set_xscale("log")
         ax.set_title(strategy)
-        ax.set_xlabel("MB up and down")
-        ax.set_ylabel(METRICS.get(metric, metric))
+        ax.set_xlabel("sent up and down (MB)")
+        ax.set_ylabel(f"{METRICS.get(metric, metric)} (%)")
     handles, labels = legend(axes)
     fig.legend(handles, labels, loc="upper center", ncols=4, bbox_to_anchor=(0.5, 0.0))
     fig.tight_layout()

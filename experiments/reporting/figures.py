@@ -85,12 +85,12 @@ def quality_against_cost(rows: Sequence[dict[str, Any]]):
         return None
     regimes = list(dict.fromkeys(row["regime"] for row in rows))
     looks = looks_of(row["strategy"] for row in rows)
-    fig, axes = panels(len(regimes), most=3, width=2.6, height=2.7, sharey=True)
+    fig, axes = panels(len(regimes), most=3, width=2.6, height=2.7, sharex=True, sharey=True)
     for ax, regime in zip(axes.flat, regimes, strict=False):
         for row in (r for r in rows if r["regime"] == regime):
             look = looks[row["strategy"]]
             if row["strategy"] == "none":
-                ax.axhline(row["em"], color=look.color, lw=1, ls=":", label=look.label)
+                ax.axhline(row["em"], color=look.color, lw=1, ls=":", label="untuned")
                 continue
             error = [[row["em"] - row["em_low"]], [row["em_high"] - row["em"]]]
             ax.errorbar(
@@ -99,7 +99,9 @@ def quality_against_cost(rows: Sequence[dict[str, Any]]):
             )  # fmt: skip
         ax.set_title(regime_name(regime), fontsize=10)
         ax.set_xlabel("training time (s)")
-        ax.set_xlim(left=0)
+        ax.tick_params(labelbottom=True)
+    if any(row["seconds"] for row in rows):
+        _log_scale(axes[0][0])  # a retriever trains in a second, a generator in minutes
     for line in axes:
         line[0].set_ylabel("test exact match (%)")
     low, high = axes[0][0].get_ylim()
@@ -115,8 +117,6 @@ def learning_curves(cells: Sequence[Cell]):
     """A Matplotlib figure: training loss of each objective over examples seen, the mean over seeds in
     a band from least to most; None where nothing was trained. A training that has ended is in neither.
     """
-    from matplotlib import ticker  # slow, as below
-
     curves: dict[str, dict[str, list[list[dict]]]] = {}
     titles: dict[str, str] = {}
     for group in by_cell(cells).values():
@@ -146,11 +146,7 @@ def learning_curves(cells: Sequence[Cell]):
             if len(runs) > 1:
                 least, most = np.nanmin(y, 0), np.nanmax(y, 0)
                 ax.fill_between(x, least, most, color=color, alpha=0.15, lw=0)
-        ax.set_xscale("log")  # lone clients see many more than all did together
-        least, most = ax.get_xlim()
-        ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1,) if most > 150 * least else (1, 3)))
-        ax.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
-        ax.xaxis.set_minor_formatter(ticker.NullFormatter())
+        _log_scale(ax)  # lone clients see many more than all did together
         ax.set_title(titles.get(task, task), fontsize=9)
         ax.set_ylim(bottom=0)
     for ax in axes[-1]:
@@ -161,6 +157,17 @@ def learning_curves(cells: Sequence[Cell]):
     fig.legend(handles, labels, loc="upper center", ncols=3, bbox_to_anchor=(0.5, 0.01))
     fig.tight_layout()
     return fig
+
+
+def _log_scale(ax) -> None:
+    """The x axis in decades, with ticks as plain numbers."""
+    from matplotlib import ticker  # slow, as Matplotlib is above
+
+    ax.set_xscale("log")
+    least, most = ax.get_xlim()
+    ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1,) if most > 150 * least else (1, 3)))
+    ax.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:,.6g}"))
+    ax.xaxis.set_minor_formatter(ticker.NullFormatter())
 
 
 def panels(count: int, most: int, width: float, height: float, **shared):

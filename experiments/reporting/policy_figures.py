@@ -13,9 +13,9 @@ METRICS = {
     "malformed": "share malformed",
     "no_variance": "share of equal rewards",
     "entropy": "entropy (nats a token)",
-    "kl": "KL to the start",
+    "kl": "KL to the start (nats a token)",
     "clip_fraction": "share clipped",
-    "written_tokens": "tokens in the loss",
+    "written_tokens": "tokens a rollout in the loss",
 }
 
 

@@ -1,4 +1,12 @@
-"""A Weights & Biases run per strategy, regime and pair of seeds; offline it needs no account."""
+"""A Weights & Biases run per strategy, regime and pair of seeds; offline it needs no account.
+
+| section | holds |
+|---|---|
+| `<task>/` | curves of a task over rounds |
+| `test/` | scores of the test questions, with the unit in the name |
+| `cost/` | what training took: seconds, bytes, operations |
+| `controls/` | single numbers of a cell, in percent or counts |
+"""
 
 import os
 import pathlib
@@ -13,6 +21,12 @@ from fedrag_jax import files
 LOGGED = "wandb.json"
 # For a server that does not answer: cells take minutes, and are kept whatever it says.
 PATIENCE_S = 30
+# Of a round's record, by the name of its panel; metrics are means over its examples.
+CURVES = {"loss": "loss", "examples": "examples_seen", "seconds": "seconds_per_round",
+          "validation": "validation"}  # fmt: skip
+METRICS = {"tokens": "tokens_per_example", "written_tokens": "written_tokens_per_rollout"}
+# Scores that are no shares; those are told in percent.
+UNITS = {"nll": "nats", "searches": "per_question"}
 _unanswered: set[str] = set()  # servers, by address, that this process has given up on
 
 
@@ -91,21 +105,24 @@ def _log(cell: Cell, how: dict[str, Any], mode: str) -> None:
         finish_timeout_raises=True,
     )
     run = wandb.init(mode=mode, reinit="finish_previous", settings=settings, **how)
+    run.define_metric("round", hidden=True)
+    run.define_metric("*", step_metric="round")
     for task, rounds in cell.curves.items():
-        # Over examples, of which all regimes see as many, in however many rounds.
-        run.define_metric(f"{task}/*", step_metric=f"{task}/examples")
         for record in rounds:
-            kept = ("loss", "examples", "seconds", "validation")
-            numbers = {key: record[key] for key in kept if key in record}
-            numbers |= record["metrics"]
-            run.log({f"{task}/{key}": value for key, value in numbers.items()})
+            numbers = {name: record[key] for key, name in CURVES.items() if key in record}
+            numbers |= {METRICS.get(key, key): value for key, value in record["metrics"].items()}
+            named = {f"{task}/{name}": value for name, value in numbers.items()}
+            run.log(named | {"round": record["round"]})
     for metric in cell.scores:
         if not metric.startswith(own_weight("")) and (found := scores([cell], metric)).values.size:
-            run.summary[metric] = float(found.means[0]) * (1 if metric == "nll" else 100)
+            unit = UNITS.get(metric.rpartition("_")[2], "percent")
+            factor = 100 if unit == "percent" else 1
+            run.summary[f"test/{metric}_{unit}"] = factor * float(found.means[0])
     cost = cell.cost._asdict() | {
         "bytes_up": cell.cost.bytes_up,
         "bytes_down": cell.cost.bytes_down,
     }
-    known = {f"cost/{name}": value for name, value in cost.items() if value is not None}
-    run.summary.update(known | cell.controls)
+    cost["traffic_bytes"] = cost.pop("traffic")
+    run.summary.update({f"cost/{name}": value for name, value in cost.items() if value is not None})
+    run.summary.update({f"controls/{name}": value for name, value in cell.controls.items()})
     run.finish()
