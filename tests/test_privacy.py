@@ -207,9 +207,7 @@ def test_records_tell_what_is_spent(library):
     assert "epsilon" not in trained(dp_fed_avg(local_steps=1), rounds=1).history[0]
     calibrated = dp_fed_avg(epsilon=3.0, calibrate_for=2, delta=0.01, local_steps=1)
     assert trained(calibrated, rounds=2).history[-1]["epsilon"] == pytest.approx(3.0, rel=1e-2)
-    with pytest.raises(
-        ConfigError, match=r"3 rounds spend an ε of .* more than the claimed 3"
-    ):
+    with pytest.raises(ConfigError, match=r"3 rounds spend an ε of .* more than the claimed 3"):
         trained(calibrated, rounds=3)
 
 

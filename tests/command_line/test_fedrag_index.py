@@ -182,9 +182,9 @@ def test_indexing_refuses_what_would_lose_something(system, tmp_path, capsys):
     new = ["index", str(documents), "--to", str(tmp_path / "new"), "--quiet"]
     for more, error in (
         (["--store", "qdrant"], "store 'qdrant' needs the option 'at'"),
-        (["--at", "x"], "has no option 'at', which is of qdrant and postgres"),
+        (["--at", "x"], "has no option 'at'; it belongs to qdrant and postgres"),
         (["--like", str(system), "--generator", "x"], "--like takes models and prompts"),
-        (["--language", "english"], "has no option 'language', which is of bm25 and hybrid"),
+        (["--language", "english"], "has no option 'language'; it belongs to bm25 and hybrid"),
     ):
         assert main([*new, *more]) == 1
         assert error in capsys.readouterr().err
