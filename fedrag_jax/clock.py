@@ -15,8 +15,8 @@ class Lap(NamedTuple):
     Attributes:
       others: seconds of all other activities.
       compiling: seconds of JAX compilation.
-      embedding: seconds of embedding passages; for vectors read from disk, the time they took originally.
-      searching: seconds of searching for passages, including embedding questions and building indexes.
+      embedding: seconds of embedding passages; for vectors read from disk, their original time.
+      searching: seconds of searching for passages, embedding questions and building indexes.
     """
 
     others: float
@@ -37,7 +37,7 @@ class Clock:
     """Measures the seconds between laps, by activity.
 
     Args:
-      spent: the counters of embedding and searching; without them, everything except compiling counts as others.
+      spent: the counters of embedding and searching; without them, both count as others.
     """
 
     def __init__(self, spent: Spent | None = None):

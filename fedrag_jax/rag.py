@@ -79,7 +79,7 @@ class RAGSystem(AsyncAnswers):
         """Loads the two models, embeds the corpus and attaches fresh (zero) adapters.
 
         Args:
-                    passages: the corpus for training, and for answering unless there is a store.
+          passages: the corpus for training, and for answering unless there is a store.
           examples: questions for training; they determine the widths of training arrays.
           store: the store to answer from, see `over`.
           query_prompt, document_prompt, similarity: options of the retriever, see `Retriever.build`.
@@ -101,7 +101,7 @@ class RAGSystem(AsyncAnswers):
         Raises:
           ConfigError: an unknown prompt style, similarity, index or type of vectors, `top_k` larger
             than the corpus, `marginal_k` or `score_scale` not positive, `max_answer_tokens` below 2.
-                    CheckpointError: a folder that does not contain such a model.
+          CheckpointError: a folder that does not contain such a model.
         """
         if top_k < 1 or (store is None and top_k > len(passages)):
             raise ConfigError(
@@ -264,18 +264,19 @@ class RAGSystem(AsyncAnswers):
         beams: int | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> list[inference.Reading]:
-        """Answers questions from given passages: rows of the corpus or any passages (none: closed book).
+        """Answers questions from given passages: corpus rows or any passages (none: closed book).
 
         With reasoning, the answer is the text after the style's `final`, or all text if it is missing.
 
         Args:
-          scores: [Q, k] scores of the passages, for modes that weight them; default: their similarities.
+          scores: [Q, k] passage scores, for modes that weight passages; default:
+            similarities.
           mode: how several passages are combined into one answer, one of `inference.MODES`.
           beams: number of hypotheses for a mode of `inference.BEAMS`.
           sampling: see `batch_query`.
 
         Raises:
-                    ConfigError: a value out of its range; rows of different length in modes other than
+          ConfigError: a value out of its range; rows of different length in modes other than
             `concatenated`.
         """
         inference.require_asked(questions)
@@ -365,7 +366,7 @@ class RAGSystem(AsyncAnswers):
     # --- on disk ------------------------------------------------------------------------------
 
     def save(self, path: str | pathlib.Path) -> None:
-        """Writes one folder: generator, adapters (PEFT), both encoders, head, passages, store, settings.
+        """Writes a folder: generator, adapters (PEFT), both encoders, head, passages, store, settings.
 
         Raises:
           CheckpointError: a quantised generator, or a retriever over silos; nothing is written.

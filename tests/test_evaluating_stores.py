@@ -194,7 +194,7 @@ def test_passages_of_a_benchmark_are_searched_as_the_system_searches(system, tmp
         (system.over(_Elsewhere()), "kind 'elsewhere' cannot be filled"),
         (
             system.over(QdrantStore("c", dimension, str(tmp_path / "q"))),
-            "'qdrant' that lies elsewhere",
+            "an external store of kind 'qdrant'",
         ),
     ):
         with pytest.raises(ConfigError, match=error):

@@ -207,9 +207,7 @@ def test_records_tell_what_is_spent(library):
     assert "epsilon" not in trained(dp_fed_avg(local_steps=1), rounds=1).history[0]
     calibrated = dp_fed_avg(epsilon=3.0, calibrate_for=2, delta=0.01, local_steps=1)
     assert trained(calibrated, rounds=2).history[-1]["epsilon"] == pytest.approx(3.0, rel=1e-2)
-    with pytest.raises(
-        ConfigError, match=r"3 rounds spend an ε of .* more than the 3 that is claimed"
-    ):
+    with pytest.raises(ConfigError, match=r"3 rounds spend an ε of .* more than the claimed 3"):
         trained(calibrated, rounds=3)
 
 
@@ -225,11 +223,11 @@ def test_it_is_chosen_by_name(library):
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: dp_fed_avg(weighting="examples"), "depend on what others hold"),
-        (lambda: dp_fed_avg(sampling=uniform(3)), "drawn each for itself; leave `sampling`"),
+        (lambda: dp_fed_avg(weighting="examples"), "depend on other clients' data"),
+        (lambda: dp_fed_avg(sampling=uniform(3)), "sampled independently; leave `sampling`"),
         (lambda: dp_fed_avg(sampling=poisson(0.5)), "give `rate`"),
         (lambda: dp_fed_avg(clip=0.0), "clip must be > 0, got 0.0"),
-        (lambda: dp_fed_avg(epsilon=3.0), "an ε holds for a δ"),
+        (lambda: dp_fed_avg(epsilon=3.0), "an ε needs a δ"),
         (lambda: dp_fed_avg(quantile=1.0), r"quantile must be in \[0, 1\)"),
         (lambda: dp_fed_avg(rate=1.5, delta=1e-3), r"rate must be in \(0, 1\], got 1.5"),
         (lambda: dp_fed_avg(delta=0.01, accountant="moments"), "accountant is one of .*'moments'"),

@@ -303,7 +303,10 @@ def test_they_are_chosen_by_name():
             lambda: check("krum", {"limit": 2.0}, "here"),
             r"here: unknown options \['limit'\] of krum",
         ),
-        (lambda: check("fedavg", {"attack": "broken"}, "here"), "here: an attack needs attackers"),
+        (
+            lambda: check("fedavg", {"attack": "broken"}, "here"),
+            "here: give both an attack and attackers",
+        ),
         (lambda: poisoned(FOUR, range(4), lambda e: e), "all 4 clients attack"),
     ],
 )

@@ -22,7 +22,7 @@ class Prompts:
     """Builds prompts over one corpus; every text is tokenised once.
 
     Args:
-            tokenizer: the generator's tokenizer.
+      tokenizer: the generator's tokenizer.
       style: the text around the parts.
       passages: the corpus; retrieved rows index into it.
       examples: examples whose questions and answers set the width of training arrays.
@@ -320,7 +320,7 @@ class Prompts:
         """Prompts with their first answer, right-padded, as `objectives.likelihood` reads them.
 
         Args:
-                    retrieved: int [N, k] corpus rows, -1 for none; k may be 0.
+          retrieved: int [N, k] corpus rows, -1 for none; k may be 0.
           per_passage: one prompt per passage (K = k) instead of one with all of them (K = 1).
           packed: put the K prompts of a question one after another into one row.
           reasoning: the reasoning of each example, written before the answer; "" for none.

@@ -18,7 +18,7 @@ def following(questions: Partition, rest: str = "topic", min_examples: int = 1) 
         questions = partition(world.train, dirichlet(alpha=0.1, clients=8))
         passages = partition(world.passages, following(questions))
 
-        A passage goes to the client that holds most of its questions; ties are broken at random.
+    A passage goes to the client that holds most of its questions; ties are broken at random.
 
     Args:
       questions: a partition of examples with `positive_ids`; its clients become the clients.
@@ -28,7 +28,7 @@ def following(questions: Partition, rest: str = "topic", min_examples: int = 1) 
 
     Raises:
       ConfigError: an unknown `rest`, or fewer passages than the clients need.
-            DataError: no question has a gold passage, a gold passage is missing, or none of 100 draws gives
+      DataError: no question has a gold passage, a gold passage is missing, or none of 100 draws gives
         every client `min_examples`.
     """
     require_positive(min_examples=min_examples)

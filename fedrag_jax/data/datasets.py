@@ -61,14 +61,14 @@ def load(
         it holds a tenth of them (7 articles, 1,565 questions), so no article is in both. Questions
         of `train_sample` have no title and stay in train, with topic "".
       hotpotqa: in the order of the sha256 of the question id, 1,300 train, 200 validation, and the
-                rest test. The topic is "": cluster the questions to split them over clients.
+        rest test. The topic is "": cluster the questions to split them over clients.
       xquad: by the sha256 of the question id without its language, 70% train, 10% validation, 20%
-                test, so that a question and its translations are in the same split. The topic is the
-                language.
+        test, so that a question and its translations are in the same split. The topic is the
+          language.
 
     Args:
       needed: the splits that must have questions.
-            source: "hub"; "local" for JSON lines only; a folder with copies of the hub's repositories
+      source: "hub"; "local" for JSON lines only; a folder with copies of the hub's repositories
         (FOLDER/OWNER/NAME); "" for JSON lines if present, else the hub.
       config, revision: configuration (for `columns`) and commit of a hub repository.
       columns: the columns to read; `name` is then a hub repository, a copy of one, or a file.

@@ -147,7 +147,7 @@ def require_whole(text: str, what: str) -> None:
 def content_hash(dataset: Dataset) -> str:
     """16 hex characters of the sha256 of every passage and question, in order.
 
-        Name and origin are left out, so that equal content has an equal hash. The reasoning is left out
+    Name and origin are left out, so that equal content has an equal hash. The reasoning is left out
     because it is neither asked nor scored.
     """
     digest = hashlib.sha256()

@@ -46,7 +46,7 @@ NETWORK = lora.add_lora(CHAIN, lora.LoraConfig(3, 12.0, ("q_proj",)))
         ),
         (local_only(), r"local_only.*leaves each client a model of its own"),
         (centralised(), "centralised: there are 4 clients"),
-        (compressed(fed_avg(), up=quantised(8)), "compressed.*would travel as they are"),
+        (compressed(fed_avg(), up=quantised(8)), "compressed.*would be sent unencoded"),
         (dp_fed_avg(), "dp_fed_avg.*drawn from a seed that all parties know"),
         (secure(fed_avg()), "secure.*masks are drawn from a seed"),
         (robust(median()), "robust.*needs all updates of a round at once"),

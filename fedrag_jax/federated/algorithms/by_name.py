@@ -1,24 +1,24 @@
-"""Algorithms by name with their options, as configs and the command line choose them.
+"""Algorithms by name and options, for configs and the command line.
 
 | name | algorithm |
 |---|---|
 | `fedavg`, `fedavgm`, `fedprox` | `fed_avg`, `fed_avg_m`, `fed_prox` |
 | `fedadagrad`, `fedadam`, `fedyogi` | `fed_adagrad`, `fed_adam`, `fed_yogi` |
 | `scaffold` | `scaffold`; its clients take steps of plain SGD |
-| `dpfedavg` | `dp_fed_avg`, which draws its clients by its own `rate` |
+| `dpfedavg` | `dp_fed_avg`, which samples clients by its own `rate` |
 | `median`, `trimmed_mean`, `krum`, `multi_krum`, `norm_bounded`, `filtered` | `robust` with that rule |
 | `fedit`, `ffa`, `rolora`, `flora`, `fedex`, `flexlora` | `fed_lora` with that rule |
 
-`fedsa` is missing: it leaves a model with each client, and who chooses by name trains one for all.
+`fedsa` is missing: it leaves a separate model with each client, but a strategy trains one model.
 
-All of them take options of what stands around an algorithm:
+All algorithms also take these options:
 
-| option | |
+| option | meaning |
 |---|---|
-| `weighting` | of `Work` |
-| `up`, `down` | `compressed`, by the names of `compression.by_name` |
+| `weighting` | the weighting of `Work` |
+| `up`, `down` | codecs for `compressed`, by the names of `compression.by_name` |
 | `secure` | True for `secure` |
-| `attack`, `attackers` | `attacked`, by the names of `attacks`, with numbers of clients |
+| `attack`, `attackers` | an attack of `attacks` for `attacked`, and the numbers of the attackers |
 """
 
 import functools
@@ -50,7 +50,7 @@ from fedrag_jax.objectives.task import Task
 
 
 def _by_rule(rule: Callable[..., Rule]) -> Callable[..., Algorithm]:
-    """`robust` with a rule, whose settings are its own."""
+    """Returns a factory of `robust` with a rule and the rule's settings."""
     own, shared = inspect.signature(rule), inspect.signature(robust)
 
     def make(**options):
@@ -86,12 +86,12 @@ _GIVEN = ("server_optimizer", "client_learning_rate", "network", "part", "base",
 
 
 class Named(NamedTuple):
-    """An algorithm by its name; what it comes to depends on the task.
+    """An algorithm chosen by name; the algorithm itself depends on the task.
 
     Attributes:
       name: one of `ALGORITHMS`.
-      options: some of `options_of(name)`.
-      network: the generator's with its adapters, which the rules of `fed_lora` need.
+      options: options from `options_of(name)`.
+      network: the generator's network with its adapters, needed by the rules of `fed_lora`.
     """
 
     name: str = "fedavg"
@@ -99,13 +99,12 @@ class Named(NamedTuple):
     network: Network | None = None
 
     def averaging(self, task: Task, rates: Mapping[str, float]) -> Callable[..., Algorithm]:
-        """What makes the algorithm for a task, of what `Work` takes.
+        """Returns the function from options of `Work` to the algorithm for a task.
 
-        A rule for adapters has nothing to say about a task that trains none: that is averaged as by
-        `fed_avg`.
+        If a task trains no adapters, a rule for adapters is replaced by `fed_avg`.
 
         Args:
-          rates: learning rate of each part that the task trains, which SCAFFOLD's own steps take.
+          rates: learning rate of each trained part, for the steps of SCAFFOLD.
         """
         around = {name: x for name, x in self.options.items() if name in AROUND}
         options = {name: x for name, x in self.options.items() if name not in AROUND}
@@ -119,7 +118,7 @@ class Named(NamedTuple):
         return lambda **work: surrounded(make(**work), **around)
 
     def changes_base(self, task: Task) -> bool:
-        """Whether training a task changes what its adapters are added to."""
+        """Returns whether training a task changes the base to which its adapters are added."""
         return self.name in CHANGING_BASE and "adapters" in task.trainable
 
 
@@ -135,32 +134,32 @@ def surrounded(
     attack: str = "",
     attackers: Sequence[int] = (),
 ) -> Algorithm:
-    """The algorithm with what the options of `AROUND` put around it."""
+    """Returns the algorithm wrapped as the options of `AROUND` say."""
     made = compressed(algorithm, up=codec(up), down=codec(down))
     made = masked(made) if secure else made
     if bool(attack) != bool(attackers):
         raise ConfigError(
-            f"an attack needs attackers, numbers of clients, and they need one; got {attack!r} and "
+            f"give both an attack and attackers (numbers of clients), or neither; got {attack!r} and "
             f"{tuple(attackers)}"
         )
     return attacked(made, attack_named(attack), tuple(attackers)) if attack else made
 
 
 def options_of(name: str) -> dict[str, Any]:
-    """The options of an algorithm and their defaults."""
+    """Returns the options of an algorithm and their defaults."""
     found = inspect.signature(ALGORITHMS[name]).parameters.values()
     own = {p.name: p.default for p in found if p.name not in _GIVEN}
     return {"weighting": Work.weighting} | own | AROUND
 
 
 def check(name: str, options: Mapping[str, Any], where: str) -> None:
-    """Refuses an algorithm that cannot be.
+    """Refuses an invalid name or option.
 
     Args:
-      where: the name and the options were given, for people.
+      where: where the name and the options were given, for messages.
 
     Raises:
-      ConfigError: an unknown name or option, a value that the option cannot have.
+      ConfigError: an unknown name or option, or an invalid value.
     """
     if name in PERSONAL:
         raise ConfigError(
@@ -188,7 +187,7 @@ def check(name: str, options: Mapping[str, Any], where: str) -> None:
 
 
 def _in_place_of(rule: str, options: Mapping[str, Any]) -> Algorithm:
-    """An algorithm that can be surrounded by what a rule for adapters can."""
+    """Returns an algorithm that accepts the same wrappers as a rule for adapters."""
     needs = "sum" if RULES[rule].settle is None else "factors"
     made = fed_avg()._replace(name=rule, needs=needs)
     return made._replace(sent=None) if options.get("ranks") else made

@@ -1,15 +1,15 @@
-"""Any algorithm over compressed messages, from clients to server and back.
+"""Any algorithm with compressed messages, from clients to server and back.
 
-Up, a client sends its encoded update; with a codec that needs it, what a message left out goes into the
-client's next one (error feedback; Karimireddy et al., ICML 2019, arXiv 1901.09847, Algorithm 1).
+Up, a client sends its encoded update. With codecs that need it, the values that a message dropped are
+added to the client's next one (error feedback; Karimireddy et al., ICML 2019, arXiv 1901.09847,
+Algorithm 1).
 
-Down, the server sends the encoded difference between its model x and what its messages have come to, w:
+Down, the server sends the encoded difference between its model x and the sum w of its past messages:
 
     w ← w + decode(encode(x − w)),
 
-which feeds every error back by itself (Tang et al., DoubleSqueeze, ICML 2019, arXiv 1905.05957).
-Clients start from w. Every client is taken to have had all messages, as if it had been there the round
-before.
+which corrects every error automatically (Tang et al., DoubleSqueeze, ICML 2019, arXiv 1905.05957).
+Clients start from w. The simulation assumes that every client has received all past messages.
 """
 
 import functools
@@ -39,16 +39,16 @@ LABEL = "compression"
 def compressed(
     algorithm: Algorithm, *, up: Codec | None = None, down: Codec | None = None
 ) -> Algorithm:
-    """The algorithm over messages of these codecs; None sends things as they are.
+    """Returns the algorithm with messages encoded by these codecs; None sends them unencoded.
 
-    `bytes_up`, `bytes_down` and `traffic` of a round's record count the encoded messages, and what the
-    algorithm sends beside models and updates (SCAFFOLD's control variates) as it is.
+    `bytes_up`, `bytes_down` and `traffic` of a round's record count the encoded messages. Other data of
+    the algorithm (SCAFFOLD's control variates) is sent and counted unencoded.
 
         compressed(fed_avg(local_steps=10), up=quantised(bits=4), down=cast("bfloat16"))
 
     Raises:
-      ConfigError: models stay with the clients; messages that differ in size from client to client;
-        `down`, or error feedback, for factors that do not mean the same from round to round.
+      ConfigError: models stay with the clients; messages differ in size between clients; `down` or
+        error feedback with a rule that creates new factors in every round.
     """
     if up is None and down is None:
         return algorithm
@@ -60,9 +60,9 @@ def compressed(
         )
     if algorithm.needs == "factors" and (down is not None or (up is not None and up.feedback)):
         raise ConfigError(
-            f"compressed: {algorithm.name} makes new factors in each round, to which what was left out "
-            f"of the last message cannot be added, as {named} would; take a codec without error "
-            "feedback, and up alone"
+            f"compressed: {algorithm.name} creates new factors in each round, so the error of the last "
+            f"message cannot be added to them, as {named} would; use a codec without error "
+            "feedback, and only up"
         )
     made = algorithm
     if up is not None:
@@ -83,13 +83,13 @@ def compressed(
     return made._replace(
         traffic=traffic,
         needs=needs,
-        simulated="its messages are encoded and decoded within the round, and would travel as they are",
+        simulated="its messages are encoded and decoded within the round, and would be sent unencoded",
         name=f"compressed({algorithm.name}, {named})",
     )
 
 
 def _instead(plain, raw, codec, tree, messages: int) -> dict[str, int]:
-    """Bytes of one way, with the encoded `tree` in each message in place of `raw`."""
+    """Returns the bytes in one direction, with the encoded `tree` in each message instead of `raw`."""
     sizes = Counter(plain)
     if codec is not None:
         for kind, size in by_kind(raw).items():
@@ -115,7 +115,7 @@ def _sending(codec: Codec) -> Change:
 
 
 def _nothing(trainable) -> dict:
-    """What is left of messages before the first."""
+    """Returns the error memory before the first message."""
     return {name: jnp.zeros_like(wide(x)) for name, x in _leaves(trainable).items()}
 
 
@@ -160,7 +160,7 @@ def _hearing(turn: Turn, codec: Codec) -> Turn:
 
 
 def _moved(algorithm: Algorithm, trainable):
-    """What of the model changes in one turn or another."""
+    """Returns the part of the model that any turn changes."""
     assert algorithm.sent is not None
     return algorithm.sent(trainable, 0) if len(algorithm.turns) == 1 else trainable
 

@@ -1,4 +1,4 @@
-"""Federated averaging that is differentially private for whole clients.
+"""Federated averaging with client-level differential privacy.
 
 Learning Differentially Private Recurrent Language Models
     McMahan, Ramage, Talwar, Zhang, ICLR 2018, arXiv 1710.06963, Algorithm 1 with fixed denominators
@@ -8,13 +8,14 @@ Differentially Private Learning with Adaptive Clipping
     Δ_k = (y_k − x) · min(1, C / ‖y_k − x‖)
     x ← x + (Σ_k Δ_k + N(0, (z C)² I)) / (q N)
 
-The sum is over clients who are drawn each for itself with probability q, so that one client changes it
-by C at most, whoever else is there. With a quantile γ the clip follows it, η being its rate:
+The sum is over clients that are sampled independently with probability q, so one client changes the sum
+by at most C, whichever other clients take part. With a quantile γ, the clip follows it at a rate η:
 
     b = ½ + (Σ_k (1[‖y_k − x‖ ≤ C] − ½) + N(0, σ_b²)) / (q N)
     C ← C exp(−η (b − γ))
 
-and the noise on the sum is that of z_Δ = (z⁻² − (2 σ_b)⁻²)^−½, so that both together spend what z does.
+and the noise multiplier of the sum becomes z_Δ = (z⁻² − (2 σ_b)⁻²)^−½, so that sum and counts together
+spend as much as z alone.
 """
 
 import zlib
@@ -59,37 +60,38 @@ def dp_fed_avg(
     weighting: str = "uniform",
     **work,
 ) -> Algorithm:
-    """Averages clipped updates under noise. With a δ, records have the `epsilon` spent so far.
+    """Averages clipped updates with noise. With a δ, records have the `epsilon` spent so far.
 
-    What a client does in a round (steps, stragglers, dropping out once drawn) is free.
+    The work of a client in a round (steps, stragglers, dropout) is unrestricted.
 
     Args:
-      clip: C, in the norm of all that is trained; where it starts, with a quantile.
-      noise_multiplier: z; unused where it is calibrated.
+      clip: C, the maximum norm over all trained parameters; with a quantile, its initial value.
+      noise_multiplier: z; ignored if it is calibrated.
       rate: q; every client takes part with this probability.
-      delta: δ, below 1/N; 0 claims nothing.
-      epsilon: ε that is not to be passed: a fit of more rounds than it allows is refused. 0 sets none.
-      calibrate_for: rounds over which the noise is to spend ε, no more of it than that takes.
+      delta: δ, below 1/N; 0 makes no claim.
+      epsilon: maximum ε: a fit of more rounds than it allows is refused. 0 sets no maximum.
+      calibrate_for: number of rounds; the noise is the least that spends at most ε over them.
       accountant: "rdp" or "pld", as in `privacy.accounting`.
-      quantile: γ in (0, 1), the share of updates that are not to be clipped; 0 leaves C as it is.
-      clip_rate: η of the clip.
-      count_noise: σ_b; 0 takes q N / 20, as the paper does.
-      server_optimizer: fed with the pseudo-gradient, noise and all.
-      weighting: "uniform"; work: as in `fed_avg`, without `sampling`, which is `poisson(rate)`.
+      quantile: γ in (0, 1), the target share of unclipped updates; 0 keeps C constant.
+      clip_rate: η, the rate of the clip.
+      count_noise: σ_b; 0 uses q N / 20, as in the paper.
+      server_optimizer: optimizer that receives the noisy pseudo-gradient.
+      weighting: must be "uniform".
+      work: as in `fed_avg`, without `sampling`, which is `poisson(rate)`.
 
     Raises:
-      ConfigError: an assumption that does not hold, with the reason; what `Work` and accounting refuse.
+      ConfigError: a violated assumption, with the reason; also as `Work` and accounting.
     """
     positive(NAME, clip=clip, clip_rate=clip_rate)
     if work.pop("sampling", everyone) != everyone:
         raise ConfigError(
-            f"{NAME}: the ε of a round holds for clients who are drawn each for itself; leave "
+            f"{NAME}: the ε of a round holds for clients that are sampled independently; leave "
             "`sampling` (or participation) out and give `rate`"
         )
     if weighting != "uniform":
         raise ConfigError(
-            f"{NAME}: weighting={weighting!r} makes a client's share depend on what others hold, and "
-            'what it changes is no longer bounded by the clip; use weighting="uniform"'
+            f"{NAME}: weighting={weighting!r} makes a client's share depend on other clients' data, so "
+            'the clip no longer bounds its effect; use weighting="uniform"'
         )
     if not 0 <= quantile < 1 or count_noise < 0 or noise_multiplier < 0:
         raise ConfigError(
@@ -97,7 +99,7 @@ def dp_fed_avg(
             f"{quantile}, {count_noise} and {noise_multiplier}"
         )
     if (epsilon or calibrate_for) and not delta:
-        raise ConfigError(f"{NAME}: an ε holds for a δ: give delta, below 1 / number of clients")
+        raise ConfigError(f"{NAME}: an ε needs a δ: give delta, below 1 / number of clients")
     if calibrate_for:
         noise_multiplier = calibrated_noise(epsilon, rate, calibrate_for, delta, accountant)
     if delta:
@@ -109,7 +111,7 @@ def dp_fed_avg(
         if delta >= 1 / client_count:
             raise ConfigError(
                 f"{NAME}: delta {delta} is not below 1/{client_count}, and would allow the model to "
-                "give one of the clients away whole; lower it, or have more clients"
+                "reveal one client completely; lower it, or use more clients"
             )
         noise = _count_noise(client_count)
         if quantile and z >= 2 * noise:
@@ -168,8 +170,8 @@ def dp_fed_avg(
         found = spent(z, rate, rounds, delta, accountant)
         if epsilon and found > epsilon * (1 + 1e-3):
             raise ConfigError(
-                f"{NAME}: {rounds} rounds spend an ε of {found:.4g}, more than the {epsilon:g} that is "
-                "claimed; take fewer rounds, more noise, or calibrate_for as many"
+                f"{NAME}: {rounds} rounds spend an ε of {found:.4g}, more than the claimed "
+                f"{epsilon:g}; use fewer rounds, more noise, or calibrate_for this number of rounds"
             )
         return {"epsilon": found, "delta": delta}
 
@@ -179,7 +181,7 @@ def dp_fed_avg(
         (turn,),
         whole_model,
         tells=tells,
-        simulated="its noise, and who takes part, are drawn from a seed that all parties know",
+        simulated="its noise and its client sampling are drawn from a seed that all parties know",
     )
 
 
