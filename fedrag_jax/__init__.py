@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fedrag_jax.data.partition import Partition, partition
     from fedrag_jax.data.schemes import dirichlet, dirichlet_per_client, iid, natural, shards
     from fedrag_jax.errors import FedragError
-    from fedrag_jax.evaluation.evaluator import evaluate
+    from fedrag_jax.evaluation.evaluator import evaluate, evaluate_retrieval
     from fedrag_jax.evaluation.significance import (
         bootstrap_interval,
         equivalence_test,
@@ -104,6 +104,7 @@ _WHERE = {
     "Progress": "tracking.logs",
     # How good it is.
     "evaluate": "evaluation.evaluator",
+    "evaluate_retrieval": "evaluation.evaluator",
     "bootstrap_interval": "evaluation.significance",
     "paired_permutation_test": "evaluation.significance",
     "paired_t_test": "evaluation.significance",
@@ -138,6 +139,7 @@ __all__ = (
     "dirichlet_per_client",
     "equivalence_test",
     "evaluate",
+    "evaluate_retrieval",
     "fed_adagrad",
     "fed_adam",
     "fed_avg",

@@ -78,6 +78,11 @@ def test_a_system_is_scored_by_what_it_answers_from(system, kind):
     assert found.keys() == expected.keys() == {"em", "f1", "recall_at_5", "mrr"}
     for name, values in expected.items():
         np.testing.assert_array_equal(found[name], values)
+    rankings = evaluator.evaluate_retrieval(other, EXAMPLES, (3, 5))
+    assert rankings.keys() == {"recall_at_3", "recall_at_5", "mrr"}
+    for name in ("recall_at_5", "mrr"):
+        np.testing.assert_array_equal(rankings[name], expected[name])
+    assert (rankings["recall_at_3"] <= rankings["recall_at_5"]).all()
     same = [
         [f.passage.id for f in a] == [f.passage.id for f in b]
         for a, b in zip(system.retrieve(QUESTIONS, 10), other.retrieve(QUESTIONS, 10), strict=True)

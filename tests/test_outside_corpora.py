@@ -112,6 +112,16 @@ def test_texts_are_cut_as_documents_are(table, tokenizer):
         outside_corpora.cut(table, None, 10)
 
 
+def test_all_documents_that_cannot_be_read_are_named_together(tmp_path, tokenizer):
+    (tmp_path / "good.txt").write_text("One text.")
+    (tmp_path / "bad.jsonl").write_text("no object\n")
+    (tmp_path / "worse.jsonl").write_text("{}\n")
+    with pytest.raises(
+        DataError, match=r"2 files cannot be read(.|\n)*bad.jsonl(.|\n)*worse.jsonl"
+    ):
+        read(str(tmp_path), tokenizer=tokenizer)
+
+
 def test_corpora_are_read_wherever_they_lie(tmp_path, tokenizer, table):
     lines = [{"id": p.id, "title": p.title, "text": p.text} for p in PASSAGES]
     path = tmp_path / "mine.jsonl"

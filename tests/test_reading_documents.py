@@ -117,6 +117,13 @@ def test_a_pdf_of_pictures_is_named_and_so_are_pictures_among_pages(tmp_path):
     assert "not read: 2, 5;" in mixed.unread  # and not the third, which is blank
 
 
+@pytest.mark.parametrize("title", ["untitled", "(anonymous)", " "])
+def test_a_pdf_that_nobody_named_is_called_as_its_file(tmp_path, title):
+    pdf(tmp_path / "report.pdf", ["text"], Title=title)
+    (read,) = documents.read(tmp_path / "report.pdf", tmp_path)
+    assert read.title == "report"
+
+
 @pytest.mark.parametrize("algorithm", ["RC4-128", "AES-128", "AES-256"])
 def test_an_encrypted_pdf_is_read_where_anyone_may(tmp_path, algorithm):
     pdf(tmp_path / "open.pdf", ["Ada was born in London."])

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import errno
-import logging
 import os
 import sys
 import warnings
@@ -91,7 +90,6 @@ def _settle() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.formatwarning = lambda message, *_, **__: f"fedrag: {harmless(str(message))}\n"
-    logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # what cannot be read is told once
     from fedrag_jax.data.cache import cache_folder
 
     # A command that ran once compiles nothing anew.

@@ -5,6 +5,7 @@ pip install 'fedrag-jax[documents]' for Markdown, HTML and PDF
 
 import dataclasses
 import json
+import logging
 import pathlib
 import re
 from collections.abc import Callable, Iterator
@@ -82,8 +83,13 @@ def _of_html(html: str, kind: str) -> tuple[str, str]:
 # --- PDF -------------------------------------------------------------------------------------------
 
 
+# What programs call a document that its author has not named.
+UNTITLED = ("untitled", "(anonymous)", "unknown", "none")
+
+
 def _pdf(path: pathlib.Path, name: str) -> Iterator[Document]:
     pypdf = _library("pypdf", "PDF")
+    logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # what cannot be read is told once
     try:
         reader = pypdf.PdfReader(path)
         locked = reader.is_encrypted and not reader.decrypt("")
@@ -105,7 +111,8 @@ def _pdf(path: pathlib.Path, name: str) -> Iterator[Document]:
         f"{path}: of its {len(pages)} pages those that are pictures without text are not read: "
         f"{', '.join(pictures)}; recognise them first"
     )
-    title = str((reader.metadata or {}).get("/Title") or "")
+    title = str((reader.metadata or {}).get("/Title") or "").strip()
+    title = "" if title.lower() in UNTITLED else title
     text = unhyphenated("\n\n".join(pages))
     yield Document(name, title, text, unread=unread if pictures else "")
 

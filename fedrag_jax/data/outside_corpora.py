@@ -8,7 +8,7 @@ from fedrag_jax.data import documents, hub_tables, json_sets
 from fedrag_jax.data.answers import normalize_answer
 from fedrag_jax.data.examples import Example, Passage
 from fedrag_jax.data.passage_table import PassageTable, pieces
-from fedrag_jax.errors import ConfigError
+from fedrag_jax.errors import ConfigError, DataError
 
 COLUMNS = {"id": "id", "title": "title", "text": "text"}
 DOCUMENT_TOKENS = 200  # of a passage of a document
@@ -34,7 +34,7 @@ def read(
         split, or 200 for documents.
 
     Raises:
-      DataError: the corpus cannot be read.
+      DataError: the corpus cannot be read; for a folder of documents the error names every unreadable file.
       ConfigError: texts are to be split and there is no tokenizer.
     """
     path = Path(source)
@@ -66,12 +66,22 @@ def cut(passages: Sequence[Passage], tokenizer, tokens: int) -> Sequence[Passage
 
 def _documents(path: Path, tokenizer, tokens: int) -> list[Passage]:
     _require(tokenizer)
-    return [
-        passage
-        for file in documents.find(path).files
-        for document in documents.read(file, path)
-        for passage in documents.split(document, tokenizer, tokens, tokens // 5)
-    ]
+    passages, faults = [], []
+    for file in documents.find(path).files:
+        try:
+            found = documents.read(file, path)
+        except DataError as error:
+            faults.append(str(error))
+            continue
+        for document in found:
+            passages += documents.split(document, tokenizer, tokens, tokens // 5)
+    if faults:
+        told = "\n".join(faults)
+        raise DataError(
+            f"{path}: {len(faults)} files cannot be read; move them elsewhere, or index the folder "
+            f"with `fedrag index`, which leaves them out:\n{told}"
+        )
+    return passages
 
 
 def _require(tokenizer) -> None:

@@ -56,6 +56,19 @@ def evaluate(
     return scores | _rank_scores(*_numbered(found.names, golds), (5,))
 
 
+def evaluate_retrieval(
+    system: RAGSystem, examples: Sequence[Example], depths: Sequence[int] = (5,)
+) -> dict[str, np.ndarray]:
+    """`recall_at_<depth>` and `mrr` as `evaluate` gives them, each [Q], without answering anything.
+
+    Raises:
+      DataError, ConfigError: as `evaluate`.
+    """
+    golds = _golds(system, examples)
+    found = _found(system, examples, max(RANKED, *depths))
+    return _rank_scores(*_numbered(found.names, golds), depths)
+
+
 def ranking(
     retriever: Retriever, examples: Sequence[Example], read: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:

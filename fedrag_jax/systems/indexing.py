@@ -22,7 +22,7 @@ from fedrag_jax.systems.journal import Journal, Origin
 JOURNAL = "documents.sqlite"
 AT_ONCE = 512  # passages embedded between two writes: what a kill may cost
 SLICE = 65_536  # passages put into a store at once
-READING = 2  # grows whenever files are read in another way: those of before are read again
+READING = 3  # grows whenever files are read in another way: those of before are read again
 
 
 class Indexed(NamedTuple):
