@@ -4,7 +4,7 @@ Every strategy is trained by the same clients, of whom some attack, at the learn
 comparison of strategies, which were chosen for the mean of honest clients.
 
     python -m experiments attacks
-    python -m experiments attacks --config.name=more --config.attackers="(1, 4, 6)"
+    python -m experiments attacks --config.name=other --config.attackers="(1, 4)" --config.mode=""
 """
 
 from ml_collections import ConfigDict
@@ -19,6 +19,8 @@ def get_config() -> ConfigDict:
     # Of the built-in world's the one that training moves most. "none" is the untuned system.
     config.strategies = ("none", "retriever")
     config.primary_metric = "recall_at_5"
+    # How questions are answered; "" scores rankings alone, which takes half the time.
+    config.mode = "concatenated"
     config.regimes = ("federated",)
     del config["limits"], config["equivalence_margin"], config["search_seconds"]
 
@@ -27,7 +29,7 @@ def get_config() -> ConfigDict:
     # on: "labels" gives questions another one's answers and passages, "trigger" plants a backdoor,
     # "passages" adds forgeries of all passages that attackers hold to the corpus and has them train on
     # these. The first is what others are compared with.
-    config.attacks = ("none", "sign_flip", "noise", "label_flip", "backdoor", "passages")
+    config.attacks = ("none", "label_flip", "sign_flip", "backdoor", "passages", "noise")
     config.known_attacks = ConfigDict(
         {
             "none": {"sends": "", "holds": ""},
@@ -44,7 +46,7 @@ def get_config() -> ConfigDict:
     # Algorithms by name with their options. All count clients alike, because an attacker may claim any
     # number of examples.
     config.rules = (
-        "mean", "median", "trimmed_mean", "krum", "multi_krum", "norm_bounded", "filtered",
+        "mean", "median", "multi_krum", "norm_bounded", "trimmed_mean", "krum", "filtered",
     )  # fmt: skip
     config.known_rules = ConfigDict(
         {

@@ -36,6 +36,7 @@ from fedrag_jax.federated.attacks import (
     under_trigger,
 )
 from fedrag_jax.federated.sampling import uniform
+from fedrag_jax.generation.inference import MODES
 from fedrag_jax.strategies.own import named
 from fedrag_jax.strategies.regimes import Budget
 
@@ -117,12 +118,14 @@ def lab(config, folder: pathlib.Path) -> Attacks:
     """The data and models of the config.
 
     Raises:
-      ConfigError: no attacks, rules, strategies or attackers, an attack or algorithm that is not
+      ConfigError: no attacks, rules, strategies or attackers, an attack, algorithm or mode that is not
         there, fewer clients than a rule needs, a learning rate that is missing, other regimes than the
         federated one.
       DataError: a training question without a gold passage.
     """
     check_replicates(config)
+    if config.mode not in ("", *MODES):
+        raise ConfigError(f"config.mode: {config.mode!r} unknown; choose among {['', *MODES]}")
     for name in ("attacks", "rules", "strategies", "attackers"):
         if not config[name]:
             raise ConfigError(f"config.{name} is empty; give at least one")
@@ -172,7 +175,7 @@ def require_clients(config, algorithm: str, options: dict[str, Any], where: str)
 
 
 def points(lab: Attacks) -> list[Point]:
-    """The untuned system over each corpus, then seed by seed, attack by attack, rule by rule."""
+    """The untuned system over each corpus, then seed by seed, rule by rule, attack by attack."""
     config, pairs = lab.config, replicates(lab.config)
     corpora = [a for a in config.attacks if config.known_attacks[a].holds == "passages"]
     untuned = [
@@ -182,8 +185,8 @@ def points(lab: Attacks) -> list[Point]:
     ]
     return untuned + [
         Point(strategy, REGIME, *pair, folder=f"{attack}/{rule}")
-        for pair, attack, strategy, rule in itertools.product(
-            pairs, config.attacks, config.strategies, config.rules
+        for pair, strategy, rule, attack in itertools.product(
+            pairs, config.strategies, config.rules, config.attacks
         )
         if strategy != "none"
     ]
