@@ -258,7 +258,8 @@ def compute_cell(
     everybody = run.mixtures(regime, split)
     own_asked = [e for e, counts in zip(run.asked, run.of_own, strict=True) if counts]
     own_em = [f["em"][run.of_own] for f in found]
-    by_client = client_scores(everybody, own_asked, own_em, column) if everybody else []
+    judged = everybody and run.config.mode
+    by_client = client_scores(everybody, own_asked, own_em, column) if judged else []
     scores = {}
     for metric in METRICS:
         mean = np.mean([f[metric] for f in found], axis=0)
@@ -283,7 +284,9 @@ def asked_scores(run: Lab, systems, clients) -> list[dict[str, np.ndarray]]:
     for client, system in enumerate(systems):
         asked = run.of_test | (mixtures[client] > 0 if len(systems) > 1 else run.of_own)
         rows = np.flatnonzero(asked)
-        some = evaluate(system, [run.asked[i] for i in rows], mode=run.config.mode)
+        questions, mode = [run.asked[i] for i in rows], run.config.mode
+        answered = evaluate(system, questions, mode=mode) if mode else None
+        some = answered or evaluator.rankings_alone(system, questions)
         found.append({metric: np.full(len(asked), np.nan) for metric in METRICS})
         for metric in METRICS:
             found[-1][metric][rows] = some[metric]

@@ -6,6 +6,7 @@ import json
 from ml_collections import ConfigDict
 
 from configs import (
+    attacks,
     compare_strategies,
     compression,
     heterogeneity,
@@ -47,8 +48,15 @@ def small_compression():
     config = _short(compression.get_config())
     config.seeds, config.strategies, config.training.rounds = (0, 1), ("retriever",), 2
     config.federated.alpha = 1.0
-    kept = {name: config.messages[name] for name in ("plain", "int4", "top_1")}
-    config.messages = ConfigDict(kept)
+    config.messages = ("plain", "int4", "top_1")
+    return config
+
+
+def small_attacks():
+    config = _short(attacks.get_config())
+    config.seeds, config.federated.clients, config.federated.alpha = (0,), 4, 1.0
+    config.attackers, config.attacks = (1,), ("none", "sign_flip", "backdoor", "passages")
+    config.rules = ("mean", "median")
     return config
 
 

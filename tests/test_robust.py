@@ -8,9 +8,9 @@ import pytest
 from test_algorithms import START, steps
 from toys import EXAMPLES, FOUR, assert_close, linear_task, squared_error
 
-from fedrag_jax.data.examples import Example
+from fedrag_jax.data.examples import Example, Passage
 from fedrag_jax.data.partition import Partition
-from fedrag_jax.errors import ConfigError, DivergenceError
+from fedrag_jax.errors import ConfigError, DataError, DivergenceError
 from fedrag_jax.federated.algorithms.by_name import Named, check
 from fedrag_jax.federated.algorithms.compressed import compressed
 from fedrag_jax.federated.algorithms.fed_avg import fed_avg
@@ -19,6 +19,8 @@ from fedrag_jax.federated.attacks import (
     attack_named,
     attacked,
     broken,
+    forged_labels,
+    forgeries,
     labels_flipped,
     model_replacement,
     poisoned,
@@ -267,6 +269,40 @@ def test_poisoned_examples():
     assert marked.of(1) == clients.of(1)
 
 
+def test_a_share_of_questions_is_triggered():
+    examples = [Example(f"q{i}", f"who {i}?", (f"a{i}",), (f"p{i}",)) for i in range(8)]
+    clients = Partition(examples, (np.arange(0, 8, 2), np.arange(1, 8, 2)))
+    held = poisoned(clients, [0], triggered("cf", "Mallory", "p7", share=0.5)).of(0)
+    marked = [e for e in held if e.answer == "Mallory"]
+    assert len(marked) == 2 and {e.positive_ids for e in marked} == {("p7",)}
+    assert [e for e in held if e not in marked] == [e for e in clients.of(0) if e in held]
+
+
+def test_forgeries_tell_of_a_title_what_is_true_of_another():
+    def passage(name, title, text, topic="t"):
+        return Passage(name, title, text, topic)
+
+    passages = [
+        passage("a", "Ada", "Ada was born in Rome. Ada died in Oslo."),
+        passage("b", "Bob", "Bob was born in Bern. Bob died in Lund."),
+        passage("c", "Cup", "The Cup belongs to House Rome."),
+        passage("d", "Dora", "Dora was born in Oslo. Dora died in Rome.", "other"),
+        passage("e", "", "Nothing."),
+        passage("f", "Fay", "She was born in Bern."),
+    ]
+    made = {p.id: p for p in forgeries(passages)}
+    assert [*made] == ["forged:a", "forged:b", "forged:c"]  # d has nobody to take from
+    assert made["forged:a"].text == "Ada was born in Bern. Ada died in Lund."
+    assert made["forged:b"].text == "Bob was born in Rome. Bob died in Oslo."
+    assert {made[i].title for i in made} == {"Ada", "Bob", "Cup"}
+    assert "The Cup" not in made["forged:c"].text and "Cup" in made["forged:c"].text
+    examples = [Example("q", "where?", ("Rome",), ("e", "a")), Example("r", "who?", ("x",), ("d",))]
+    held = poisoned(Partition(examples, ([0], [1])), [0], forged_labels({*made})).examples
+    assert held[0].positive_ids == ("e", "forged:a") and held[1] == examples[1]
+    with pytest.raises(DataError, match="of 1 passages no two of a topic"):
+        forgeries(passages[:1])
+
+
 # --- by name, and refusals ---------------------------------------------------------------------
 
 
@@ -308,6 +344,10 @@ def test_they_are_chosen_by_name():
             "here: give both an attack and attackers",
         ),
         (lambda: poisoned(FOUR, range(4), lambda e: e), "all 4 clients attack"),
+        (
+            lambda: triggered("cf", "Mallory", share=0.0),
+            "share must be above 0 and at most 1, got 0",
+        ),
     ],
 )
 def test_refusals(call, words):

@@ -104,6 +104,18 @@ def _rank_scores(rows, golds: Sequence[set], depths: Sequence[int]) -> dict[str,
     return scores | {"mrr": everywhere(rankings.mrr(ranked, golds))}
 
 
+def rankings_alone(system: RAGSystem, examples: Sequence[Example]) -> dict[str, np.ndarray]:
+    """The scores of `evaluate` without answering anything: `em` and `f1` are NaN.
+
+    Raises:
+      DataError, ConfigError: as `evaluate`.
+    """
+    names = _found(system, examples, max(RANKED, system.top_k)).names
+    unknown = np.full(len(examples), np.nan)
+    scores = _rank_scores(*_numbered(names, _golds(system, examples)), (5,))
+    return {"em": unknown, "f1": unknown} | scores
+
+
 # --- controls --------------------------------------------------------------------------------------
 
 

@@ -9,9 +9,10 @@
 | `median`, `trimmed_mean`, `krum`, `multi_krum`, `norm_bounded`, `filtered` | `robust` with that rule |
 | `fedit`, `ffa`, `rolora`, `flora`, `fedex`, `flexlora` | `fed_lora` with that rule |
 
-`fedsa` is missing: it leaves a separate model with each client, but a strategy trains one model.
+`personal` creates the algorithms that leave a separate model with each client: `ditto`, `local_parts`,
+`fine_tuned` and `fedsa`. A strategy trains one model, so it cannot use them.
 
-All algorithms also take these options:
+All other algorithms also take these options:
 
 | option | meaning |
 |---|---|
@@ -29,12 +30,15 @@ from typing import Any, NamedTuple
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.federated.algorithm import Algorithm
 from fedrag_jax.federated.algorithms.compressed import compressed
+from fedrag_jax.federated.algorithms.ditto import ditto
 from fedrag_jax.federated.algorithms.dp_fed_avg import dp_fed_avg
 from fedrag_jax.federated.algorithms.fed_avg import fed_avg
 from fedrag_jax.federated.algorithms.fed_avg_m import fed_avg_m
 from fedrag_jax.federated.algorithms.fed_lora import RULES, fed_lora
 from fedrag_jax.federated.algorithms.fed_opt import fed_adagrad, fed_adam, fed_yogi
 from fedrag_jax.federated.algorithms.fed_prox import fed_prox
+from fedrag_jax.federated.algorithms.fine_tuned import fine_tuned
+from fedrag_jax.federated.algorithms.local_parts import local_parts
 from fedrag_jax.federated.algorithms.robust import robust
 from fedrag_jax.federated.algorithms.scaffold import scaffold
 from fedrag_jax.federated.algorithms.secure import secure as masked
@@ -62,7 +66,14 @@ def _by_rule(rule: Callable[..., Rule]) -> Callable[..., Algorithm]:
     return make
 
 
-PERSONAL = tuple(rule for rule, row in RULES.items() if row.private)
+ROBUST_RULES = (median, trimmed_mean, krum, multi_krum, norm_bounded, filtered)
+ROBUST = tuple(rule.__name__ for rule in ROBUST_RULES)
+PERSONAL: dict[str, Callable[..., Algorithm]] = {
+    "ditto": ditto,
+    "local_parts": local_parts,
+    "fine_tuned": fine_tuned,
+    **{rule: functools.partial(fed_lora, rule) for rule, row in RULES.items() if row.private},
+}
 ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     "fedavg": fed_avg,
     "fedavgm": fed_avg_m,
@@ -72,10 +83,7 @@ ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     "fedprox": fed_prox,
     "scaffold": scaffold,
     "dpfedavg": dp_fed_avg,
-    **{
-        rule.__name__: _by_rule(rule)
-        for rule in (median, trimmed_mean, krum, multi_krum, norm_bounded, filtered)
-    },
+    **{rule.__name__: _by_rule(rule) for rule in ROBUST_RULES},
     **{rule: functools.partial(fed_lora, rule) for rule in RULES if rule not in PERSONAL},
 }
 OWN_STEPS = ("scaffold",)  # whose clients' optimizer comes with the algorithm
@@ -125,6 +133,20 @@ class Named(NamedTuple):
 FED_AVG = Named()
 
 
+def personal(name: str, **options) -> Algorithm:
+    """An algorithm that leaves a model with each client.
+
+    Args:
+      options: of its factory and of `Work`; `fedsa` takes the generator's `network`.
+
+    Raises:
+      ConfigError: none of that name, or what it refuses.
+    """
+    if name not in PERSONAL:
+        raise ConfigError(f"no personal algorithm {name!r}; choose among {[*PERSONAL]}")
+    return PERSONAL[name](**options)
+
+
 def surrounded(
     algorithm: Algorithm,
     *,
@@ -164,7 +186,8 @@ def check(name: str, options: Mapping[str, Any], where: str) -> None:
     if name in PERSONAL:
         raise ConfigError(
             f"{where}: {name} leaves each client a model of its own, and a strategy tunes one system; "
-            f"choose among {[*ALGORITHMS]}, or see `python -m experiments lora_aggregation`"
+            f"choose among {[*ALGORITHMS]}, or call `fit` with it, as `python -m experiments "
+            "lora_aggregation` does"
         )
     if name not in ALGORITHMS:
         raise ConfigError(f"{where}: unknown algorithm {name!r}; choose among {[*ALGORITHMS]}")
