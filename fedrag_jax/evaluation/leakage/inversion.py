@@ -80,7 +80,7 @@ def first_gradient(update: PyTree) -> np.ndarray:
     return np.concatenate([np.asarray(met[name]["kernel"][0]) for name in names], axis=1)
 
 
-def placed(gradient: np.ndarray, inputs: np.ndarray, tolerance: float = 1e-5) -> np.ndarray:
+def placed(gradient: np.ndarray, inputs: np.ndarray, tolerance: float = 1e-6) -> np.ndarray:
     """How much of each input is outside of the gradient's column space, in [0, 1]: [...].
 
     It is 0 for what was read.
