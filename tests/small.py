@@ -14,6 +14,7 @@ from configs import (
     inference_modes,
     lora_aggregation,
     methods,
+    privacy,
 )
 from fedrag_jax.data import synthetic
 
@@ -57,6 +58,17 @@ def small_attacks():
     config.seeds, config.federated.clients, config.federated.alpha = (0,), 4, 1.0
     config.attackers, config.attacks = (1,), ("none", "sign_flip", "backdoor", "passages")
     config.rules = ("mean", "median")
+    return config
+
+
+def small_privacy():
+    config = _short(privacy.get_config())
+    config.federated.clients, config.federated.alpha, config.fresh = 8, 1.0, 2
+    config.training.rounds, config.training.local_steps = 2, 2
+    kept = {name: config.variants[name] for name in ("untuned", "fedavg", "dp_8")}
+    config.variants = ConfigDict(kept, sort_keys=False)
+    config.victims, config.candidates, config.asked = 2, 10, 12
+    config.variants.dp_8.options.delta = 0.2
     return config
 
 

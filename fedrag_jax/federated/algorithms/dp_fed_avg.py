@@ -16,6 +16,10 @@ by at most C, whichever other clients take part. With a quantile γ, the clip fo
 
 and the noise multiplier of the sum becomes z_Δ = (z⁻² − (2 σ_b)⁻²)^−½, so that sum and counts together
 spend as much as z alone.
+
+Locally private clients trust no server: each adds N(0, (z C)² I) to its own Δ_k. Any two updates of one
+client differ by at most 2 C, so a round spends what a multiplier of z / 2 does (every client is a data
+set of one; Dwork and Roth 2014, Foundations and Trends 9, section 12.1).
 """
 
 import zlib
@@ -56,6 +60,7 @@ def dp_fed_avg(
     quantile: float = 0.0,
     clip_rate: float = 0.2,
     count_noise: float = 0.0,
+    local: bool = False,
     server_optimizer: optax.GradientTransformation = PLAIN,
     weighting: str = "uniform",
     **work,
@@ -75,6 +80,9 @@ def dp_fed_avg(
       quantile: γ in (0, 1), the target share of unclipped updates; 0 keeps C constant.
       clip_rate: η, the rate of the clip.
       count_noise: σ_b; 0 uses q N / 20, as in the paper.
+      local: whether each client adds noise of z C to its own message. ε is then that of a client that
+        takes part in every round, against the server too: the server knows who is sampled, so sampling
+        amplifies nothing.
       server_optimizer: optimizer that receives the noisy pseudo-gradient.
       weighting: must be "uniform".
       work: as in `fed_avg`, without `sampling`, which is `poisson(rate)`.
@@ -98,12 +106,20 @@ def dp_fed_avg(
             f"{NAME}: quantile must be in [0, 1), count_noise and noise_multiplier at least 0, got "
             f"{quantile}, {count_noise} and {noise_multiplier}"
         )
+    if local and quantile:
+        raise ConfigError(
+            f"{NAME}: with local=True nobody hides who was above the clip, which a quantile asks for; "
+            "set quantile=0"
+        )
     if (epsilon or calibrate_for) and not delta:
         raise ConfigError(f"{NAME}: an ε needs a δ: give delta, below 1 / number of clients")
+    seen_at, apart = (1.0, 2.0) if local else (rate, 1.0)  # of the clip, two neighbours' messages
     if calibrate_for:
-        noise_multiplier = calibrated_noise(epsilon, rate, calibrate_for, delta, accountant)
-    if delta:
-        spent(noise_multiplier, rate, 1, delta, accountant)  # refuses what it cannot account for
+        noise_multiplier = apart * calibrated_noise(
+            epsilon, seen_at, calibrate_for, delta, accountant
+        )
+    if delta:  # refuses what it cannot account for
+        spent(noise_multiplier / apart, seen_at, 1, delta, accountant)
     work = Work(sampling=poisson(rate) if rate < 1 else everyone, weighting=weighting, **work)
     z = noise_multiplier
 
@@ -132,6 +148,7 @@ def dp_fed_avg(
     def turn(state, cohort, client):
         x, c, clients = state.trainable, state.server["clip"], state.server["clients"]
         expected = rate * clients
+        key = jax.random.fold_in(client.key, zlib.crc32(b"privacy"))
 
         def group(members):
             x_k = stack(x, len(members.share))
@@ -145,12 +162,16 @@ def dp_fed_avg(
             clipped = (norm > c).astype(c.dtype)
             told = {"clipped": clipped, "clip": jnp.broadcast_to(c, norm.shape)}
             report = report | {"metrics": report["metrics"] | told}
-            return (weighted_sum(scale, moved), below), report
+            sent = weighted_sum(scale, moved)
+            if local:
+                own = jax.vmap(jax.random.fold_in, (None, 0))(key, members.clients)
+                noise = weighted_sum(there * z * c, jax.vmap(_normal)(own, moved))
+                sent = jax.tree.map(jnp.add, sent, noise)
+            return (sent, below), report
 
         (total, below), report = client.total(group, cohort)
-        key = jax.random.fold_in(client.key, zlib.crc32(b"privacy"))
         of_sum, of_counts = jax.random.split(key)
-        deviation = z * c
+        deviation = z * c * (not local)
         if quantile:
             counts = _count_noise(clients)
             deviation = c * (z**-2 - (2 * counts) ** -2) ** -0.5 if z else 0 * c
@@ -167,7 +188,7 @@ def dp_fed_avg(
     def tells(rounds):
         if not delta:
             return {}
-        found = spent(z, rate, rounds, delta, accountant)
+        found = spent(z / apart, seen_at, rounds, delta, accountant)
         if epsilon and found > epsilon * (1 + 1e-3):
             raise ConfigError(
                 f"{NAME}: {rounds} rounds spend an ε of {found:.4g}, more than the claimed "
