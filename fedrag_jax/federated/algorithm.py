@@ -122,6 +122,11 @@ class Algorithm(NamedTuple):
       tells: `tells(rounds)`, what the record of a round adds after so many; raises ConfigError for more
         rounds than the algorithm may take.
       simulated: why what it does holds in a simulation alone; "" where it can be deployed.
+      secret: whether nobody else may know what the server draws; elsewhere than in a simulation it
+        draws from randomness of its own then.
+      bounded: `bounded(y, x) -> y`, what a client that trained x to y sends where it is on its own and
+        need not show more; None for y itself. The server bounds what it is sent once more.
+      messages: how what it sends is encoded; None where it is sent as it is.
       open_server: whether clients need what the server keeps beside the model to do their work; where
         they are elsewhere it is sent to them.
       name: the factory's, with the settings that matter to a resumed run; `one_object` gives it.
@@ -138,8 +143,24 @@ class Algorithm(NamedTuple):
     needs: str = "sum"
     tells: Callable[[int], Mapping[str, Any]] = lambda rounds: {}
     simulated: str = ""
+    secret: bool = False
+    bounded: Callable[[PyTree, PyTree], PyTree] | None = None
+    messages: "Messages | None" = None
     open_server: bool = True
     name: str = ""
+
+
+class Messages(NamedTuple):
+    """What an algorithm over encoded messages is made of, for whoever sends them.
+
+    Attributes:
+      inner: the algorithm, which knows nothing of them.
+      up, down: a `compression.codec.Codec` each, or None.
+    """
+
+    inner: Algorithm
+    up: Any
+    down: Any
 
 
 def one_object(make: Callable[P, Algorithm]) -> Callable[P, Algorithm]:

@@ -17,7 +17,6 @@ from fedrag_jax.errors import CheckpointError, ConfigError
 from fedrag_jax.federated.algorithm import Algorithm, State, Traffic
 from fedrag_jax.federated.algorithms.centralised import centralised
 from fedrag_jax.federated.algorithms.compressed import compressed
-from fedrag_jax.federated.algorithms.dp_fed_avg import dp_fed_avg
 from fedrag_jax.federated.algorithms.fed_avg import fed_avg
 from fedrag_jax.federated.algorithms.fed_lora import fed_lora
 from fedrag_jax.federated.algorithms.local_only import local_only
@@ -46,8 +45,11 @@ NETWORK = lora.add_lora(CHAIN, lora.LoraConfig(3, 12.0, ("q_proj",)))
         ),
         (local_only(), r"local_only.*leaves each client a model of its own"),
         (centralised(), "centralised: there are 4 clients"),
-        (compressed(fed_avg(), up=quantised(8)), "compressed.*would travel as they are"),
-        (dp_fed_avg(), "dp_fed_avg.*drawn from a seed that all parties know"),
+        (
+            compressed(robust(median()), down=quantised(8)),
+            "compressed.*needs all updates of a round",
+        ),
+        (compressed(fed_lora("fedsa", NETWORK), down=quantised(8)), "leaves each client a model"),
         (secure(fed_avg()), "secure.*masks are drawn from a seed"),
         (robust(median()), "robust.*needs all updates of a round at once"),
         (attacked(fed_avg(), sign_flip(), [0]), "attacked.*attackers are simulated"),
