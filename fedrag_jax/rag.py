@@ -87,8 +87,7 @@ class RAGSystem(AsyncAnswers):
             own template); "raft" or "compact_reasoned", with reasoning; or a `PromptStyle`.
           system_prompt: the text at the start of all prompts, see `under`.
           top_k: number of passages read together.
-          marginal_k: number of passages that retriever training marginalises over, at most the corpus:
-            a question teaches the retriever only if its gold passage is among them.
+          marginal_k: number of passages, at most the corpus, that retriever training marginalises over.
           score_scale: factor of similarities in training losses and in answers that weight passages;
             by default 20 for cosines and 1 for other similarities.
           index, index_options: the index of the corpus, see `retrieval.index.by_name`.

@@ -2,6 +2,7 @@
 
   fedrag federate init FOLDER            certificates, keys, and three parties with documents
   fedrag federate run FOLDER             the server: waits for the parties, and trains with them
+  fedrag federate link FOLDER            the server, for those who start runs with `flwr run`
   fedrag federate join PARTY             a party, on its own machine: trains when the server asks
   fedrag federate tuned PARTY --to NEW   saves the party's system with the trained parameters
 
@@ -11,6 +12,8 @@ return. The server and the parties run on separate machines, or all on one.
 
 import argparse
 import pathlib
+import signal
+import sys
 
 PORT = 9092
 
@@ -73,6 +76,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="settings that override pyproject.toml, such as rounds=10 algorithm='\"fedadam\"'",
     )
 
+    link = commands.add_parser("link", help="start the server and wait for `flwr run`")
+    link.add_argument("folder", type=pathlib.Path, help="folder of the federation")
+    link.add_argument(
+        "--listen", default="127.0.0.1", metavar="ADDRESS", help="as for fedrag federate run"
+    )
+
     tuned = commands.add_parser("tuned", help="save a party's system with the trained parameters")
     tuned.add_argument("party", type=pathlib.Path, help="folder of the party")
     tuned.add_argument("--to", type=pathlib.Path, required=True, help="folder of the tuned system")
@@ -86,10 +95,15 @@ def run(args: argparse.Namespace) -> int:
         federation.make(args.folder, args.host, args.port, args.parties, args.passages, args.seed)
         print(f"{args.folder}: read {args.folder / 'README.md'}")
         return 0
+    if args.what in ("join", "link", "run"):
+        # What it has started ends with it, whoever ends it.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if args.what == "join":
         return federation.join(args.party, args.local_port)
     if args.what == "run":
         return federation.serve(args.folder, args.set, args.listen)
+    if args.what == "link":
+        return federation.wait_for_runs(args.folder, args.listen)
     from fedrag_jax.integrations.flower.systems import tuned
     from fedrag_jax.rag_folder import require_free
 

@@ -34,7 +34,8 @@ def read(
         split, or 200 for documents.
 
     Raises:
-      DataError: the corpus cannot be read; for a folder of documents the error names every unreadable file.
+      DataError: the corpus cannot be read; for a folder of documents the error names all unreadable
+        files.
       ConfigError: texts are to be split and there is no tokenizer.
     """
     path = Path(source)

@@ -124,6 +124,11 @@ class Algorithm(NamedTuple):
       tells: `tells(rounds)`: fields that the algorithm adds to the record after that many rounds;
         raises ConfigError for more rounds than the algorithm allows.
       simulated: the reason why the algorithm works only in simulation; "" if it can be deployed.
+      secret: whether the server's random draws must be known to nobody else; in a deployment the server
+        then draws from randomness of its own.
+      bounded: `bounded(y, x) -> y`: the model that a deployed client sends after training x to y, if it
+        need not show more; None for y itself. The server bounds what it receives once more.
+      messages: how messages are encoded; None if they are sent unencoded.
       open_server: whether clients need the server's state in addition to the model; in a deployment it
         is then sent to them.
       name: the factory's name with the settings that matter to a resumed run; set by `one_object`.
@@ -140,8 +145,24 @@ class Algorithm(NamedTuple):
     needs: str = "sum"
     tells: Callable[[int], Mapping[str, Any]] = lambda rounds: {}
     simulated: str = ""
+    secret: bool = False
+    bounded: Callable[[PyTree, PyTree], PyTree] | None = None
+    messages: "Messages | None" = None
     open_server: bool = True
     name: str = ""
+
+
+class Messages(NamedTuple):
+    """What an algorithm over encoded messages is made of, for whoever sends them.
+
+    Attributes:
+      inner: the algorithm, which knows nothing of them.
+      up, down: a `compression.codec.Codec` each, or None.
+    """
+
+    inner: Algorithm
+    up: Any
+    down: Any
 
 
 def one_object(make: Callable[P, Algorithm]) -> Callable[P, Algorithm]:

@@ -69,8 +69,7 @@ def _turn(turn: Turn, label: str, change: Change, keeps: bool) -> Turn:
     def changed(state, cohort, client):
         def update(x, optimizer, members, *own, **corrections):
             y, optimizer, report = client.update(x, optimizer, members, *own, **corrections)
-            key = jax.random.fold_in(client.key, zlib.crc32(label.encode()))
-            keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(members.clients)
+            keys = jax.vmap(lambda k: change_key(client.key, label, k))(members.clients)
             kept = members.memory.get(label, ())
             seen, kept = jax.vmap(change)(difference(y, x), kept, members.clients, keys)
             y = jax.tree.map(lambda x, u: wide(x) + u, x, seen)
@@ -96,6 +95,11 @@ def _turn(turn: Turn, label: str, change: Change, keeps: bool) -> Turn:
         ]
 
     return changed
+
+
+def change_key(key: jax.Array, label: str, client) -> jax.Array:
+    """That of a change to the update of one client, of the key of the round."""
+    return jax.random.fold_in(jax.random.fold_in(key, zlib.crc32(label.encode())), client)
 
 
 def _without(report: dict, label: str) -> dict:

@@ -22,6 +22,7 @@ client differ by at most 2 C, so a round spends what a multiplier of z / 2 does 
 set of one; Dwork and Roth 2014, Foundations and Trends 9, section 12.1).
 """
 
+import functools
 import zlib
 
 import jax
@@ -37,6 +38,7 @@ from fedrag_jax.federated.algorithm import (
     positive,
     stack,
     weighted_sum,
+    wide,
 )
 from fedrag_jax.federated.algorithms.fed_avg import PLAIN, server_step, whole_model
 from fedrag_jax.federated.privacy.accounting import calibrated_noise
@@ -157,7 +159,7 @@ def dp_fed_avg(
             squares = [jnp.square(x).reshape(len(x), -1).sum(1) for x in jax.tree.leaves(moved)]
             norm = jnp.sqrt(sum(squares[1:], squares[0])).astype(c.dtype)
             there = members.share > 0
-            scale = jnp.where(there, jnp.minimum(1, c / jnp.where(norm > 0, norm, 1)), 0)
+            scale = jnp.where(there, _shrinking(norm, c), 0)
             below = jnp.where(there, (norm <= c) - 0.5, 0).sum()
             clipped = (norm > c).astype(c.dtype)
             told = {"clipped": clipped, "clip": jnp.broadcast_to(c, norm.shape)}
@@ -202,8 +204,28 @@ def dp_fed_avg(
         (turn,),
         whole_model,
         tells=tells,
-        simulated="its noise and its client sampling are drawn from a seed that all parties know",
+        simulated="each client's noise is drawn from a seed that the server knows" if local else "",
+        secret=True,
+        # A clip that follows the norms needs to see them.
+        bounded=None if quantile else _clipping(clip),
+        open_server=False,
     )
+
+
+def _shrinking(norm: jax.Array, c) -> jax.Array:
+    """min(1, C / norm)."""
+    return jnp.minimum(1, c / jnp.where(norm > 0, norm, 1))
+
+
+@functools.cache
+def _clipping(clip: float):
+    def clipped(y, x):
+        moved = difference(y, x)
+        norm = jnp.sqrt(sum(jnp.square(u).sum() for u in jax.tree.leaves(moved)))
+        scale = _shrinking(norm, clip)
+        return jax.tree.map(lambda x, u: (wide(x) + scale * u).astype(x.dtype), x, moved)
+
+    return clipped
 
 
 def _normal(key: jax.Array, like):
