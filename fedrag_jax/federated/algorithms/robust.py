@@ -28,8 +28,7 @@ def robust(
 
         robust(krum(byzantine=2), local_steps=10)
 
-    Updates that are not finite are left out; if none is finite, the fit ends with an error. If
-      fewer
+    Updates that are not finite are left out; if none is finite, the fit ends with an error. If fewer
     clients answer than the rule needs, the round does not change the model. The field `left_out` of a
     record lists the clients whose updates did not count.
 

@@ -44,8 +44,7 @@ def scaffold(
         x ← x + η_g Σ_k p_k (y_k − x)
         c ← c + Σ_k (c_k⁺ − c_k) / N
 
-    Control variates start at zero; those of clients are stored on the host. The steps are plain
-      SGD,
+    Control variates start at zero; those of clients are stored on the host. The steps are plain SGD,
     because (x − y_k) / (S_k η_l) is a mean of gradients for no other optimizer; do not pass an
     optimizer to `fit`. Client learning rates are inputs of the compiled round: a grid of them compiles
     once.
