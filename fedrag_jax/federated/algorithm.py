@@ -43,8 +43,7 @@ class Client(NamedTuple):
       init: `init(trainable) -> optimizer state`, [g, ...] each.
       update: `update(trainable, optimizer state, members, own=(), correct=None, see=None,
         frozen=None) -> (trainable, optimizer state, report)`, the local work of g clients side by
-        side. `members` is a `Cohort` of g clients; `own` has a row for each. Every step takes
-          the
+        side. `members` is a `Cohort` of g clients; `own` has a row for each. Every step takes the
         gradient of the loss at `see(y, own)` instead of y, and with `frozen` instead of the task's
         frozen part. It passes `correct(gradient, y, x, own)` to the optimizer, where x is the client's
         starting point. The report holds `loss`, `examples`, `finite` and `metrics`, each [g].
