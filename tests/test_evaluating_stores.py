@@ -159,9 +159,7 @@ class _Elsewhere(PassageSource):
 def test_what_cannot_be_scored_is_refused_by_name(system, tmp_path):
     foreign = system.over(_Elsewhere())
     for score in (evaluator.evaluate, evaluator.gold_passage, evaluator.distractor_passage):
-        with pytest.raises(
-            ConfigError, match="kind 'elsewhere' does not tell which passages it has"
-        ):
+        with pytest.raises(ConfigError, match="kind 'elsewhere' does not list its passages"):
             score(foreign, EXAMPLES[:2])
     bare = [dataclasses.replace(e, positive_ids=()) for e in EXAMPLES[:2]]
     found = evaluator.evaluate(foreign, bare)

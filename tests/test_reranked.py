@@ -208,7 +208,7 @@ def test_a_folder_without_its_parts_is_refused(plain, random, tmp_path):
     RerankedStore(plain, random).save(tmp_path)
     data = tmp_path / "store-data-1"
     edited(data / "cross_encoder", architectures=["AutoModel"])
-    with pytest.raises(CheckpointError, match=r"\['AutoModel'\].*are no cross-encoder"):
+    with pytest.raises(CheckpointError, match=r"\['AutoModel'\].*are not a cross-encoder"):
         open_store(tmp_path)
     edited(data / "store", "store.json", data="../../elsewhere")
     with pytest.raises(CheckpointError, match=r"store holds no store"):
