@@ -6,7 +6,7 @@ The steps of ALoFTRAG (Devine, 2501.11929, section 3), each with its own file in
 |---|---|---|
 | 1 | `rate_texts`: selects texts with enough information | 1_texts.jsonl |
 | 2 | `ask`: writes one or several questions with answers about each text | 2_questions.jsonl |
-| 1 | `rate_texts`: selects texts with enough information | 1_texts.jsonl |
+| 3 | `rate_questions`: selects good ones; the paper's ablation is better without | 3_ratings.jsonl |
 | 4 | `add_hard_negatives`: mixes the text with similar texts that do not answer | 4_contexts.jsonl |
 | 5 | `objectives.citing.citing`: training to cite the text and to answer | |
 
