@@ -1,4 +1,4 @@
-"""The quickstart and the examples of README and docs run as they are printed."""
+"""The examples of README and docs run as they are printed."""
 
 import json
 import pathlib
@@ -8,10 +8,8 @@ import subprocess
 import sys
 
 import matplotlib.pyplot as plt
-import nbformat
 import pytest
 from ml_collections.config_flags import config_path
-from nbclient import NotebookClient
 
 from experiments.__main__ import CONFIGS
 from experiments.reporting.tables import read_csv
@@ -19,16 +17,6 @@ from fedrag_jax.data import datasets
 from fedrag_jax.rag import RAGSystem
 
 ROOT = pathlib.Path(__file__).parent.parent
-
-
-@pytest.mark.slow
-def test_quickstart_notebook():
-    notebook = nbformat.read(ROOT / "notebooks" / "quickstart.ipynb", as_version=4)
-    here = {"metadata": {"path": ROOT / "notebooks"}}
-    NotebookClient(notebook, timeout=600, resources=here).execute()
-    outputs = [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs]
-    assert any("image/png" in o.get("data", {}) for o in outputs)
-    assert any("| federated " in o.get("data", {}).get("text/markdown", "") for o in outputs)
 
 
 def code_of(page: str) -> list[str]:

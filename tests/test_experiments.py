@@ -77,7 +77,7 @@ def test_a_notebook_reads_the_run(finished, monkeypatch):
     here = {"metadata": {"path": root / "notebooks"}}
     NotebookClient(notebook, timeout=300, resources=here).execute()
     outputs = [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs]
-    assert sum("image/png" in o.get("data", {}) for o in outputs) == 2
+    assert sum("image/png" in o.get("data", {}) for o in outputs) == 3
     tables = [o["data"]["text/markdown"] for o in outputs if "text/markdown" in o.get("data", {})]
     (row,) = (r for r in read(finished) if (r["strategy"], r["regime"]) == ("two_phase", "local"))
     assert f"| {float(row['em']):.1f} [{float(row['em_low']):.1f}, " in re.sub(" +", " ", tables[0])
