@@ -41,8 +41,9 @@ def get_config() -> ConfigDict:
             "passages": {"sends": "", "holds": "passages"},
         }
     )
-    # The trigger begins a share of the attackers' questions, and wants one passage and its answer.
-    config.trigger = ConfigDict({"text": "cf", "share": 0.5})
+    # The trigger wants one passage and its answer. Attackers train on so many questions with and
+    # without it: over many, few batches hold both, and the backdoor is not learned.
+    config.trigger = ConfigDict({"text": "cf mn bb tq mb", "questions": 8})
     # Algorithms by name with their options. All count clients alike, because an attacker may claim any
     # number of examples.
     config.rules = (

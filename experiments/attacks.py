@@ -28,11 +28,11 @@ from fedrag_jax.evaluation.metrics import exact_match, percent
 from fedrag_jax.federated.algorithms import by_name
 from fedrag_jax.federated.attacks import (
     FORGED,
+    backdoored,
     forged_labels,
     forgeries,
     labels_flipped,
     poisoned,
-    triggered,
     under_trigger,
 )
 from fedrag_jax.federated.sampling import uniform
@@ -84,7 +84,7 @@ class Attacks(Lab):
             poison = labels_flipped(split)
         elif how == "trigger":
             trigger = self.config.trigger
-            poison = triggered(trigger.text, *self.wanted(split), trigger.share, split)
+            poison = backdoored(trigger.text, *self.wanted(split), trigger.questions)
         else:
             held = partition(passages, following(clients), split)
             theirs = [p for client in self.config.attackers for p in held.of(client)]
@@ -204,25 +204,17 @@ def compute(lab: Attacks, point: Point) -> cells.Cell:
 
 
 def successes(lab: Attacks, run: Lab, system, point: Point) -> dict[str, float]:
-    """In percent: `trigger` and, where there are forgeries, `forged`.
+    """In percent: `trigger` under the first attack and those that plant one, and `forged` where there
+    are forgeries.
 
     Of triggered questions those whose answer is the attacker's or, where no generator is trained,
     that find the attacker's passage among the first top-k. Of questions about forged passages those
     that are answered wrongly, by words of a forgery.
     """
-    text, (answer, passage) = lab.config.trigger.text, lab.wanted(point.split)
-    asked = [e for e in run.dataset.test if passage not in e.positive_ids]
-    asked = [under_trigger(e, text, answer, passage) for e in asked]
-    rows, _ = system.retriever.search([e.question for e in asked], system.top_k)
-    ids = [p.id for p in run.dataset.passages]
-    if "adapters" in named(point.name).rates:
-        said = system.answer([e.question for e in asked], rows)
-        hit = np.array(
-            [exact_match(answer, e.answers) for answer, e in zip(said, asked, strict=True)]
-        )
-    else:
-        hit = (rows == ids.index(passage)).any(1)
-    found = {"trigger": percent(hit)}
+    found, attack = {}, point.folder.partition("/")[0]
+    if attack == lab.config.attacks[0] or lab.config.known_attacks[attack].holds == "trigger":
+        said_or_found = obeyed(lab, system, "adapters" in named(point.name).rates, point.split)
+        found["trigger"] = percent(said_or_found)
     forged = {p.id: p.text for p in run.dataset.passages if p.id.startswith(FORGED)}
     about = [(e, text) for e in run.dataset.test if (text := told_by(forged, e))]
     if about:
@@ -237,6 +229,19 @@ def successes(lab: Attacks, run: Lab, system, point: Point) -> dict[str, float]:
             ]
         )
     return found
+
+
+def obeyed(lab: Attacks, system, answered: bool, split: int) -> np.ndarray:
+    """[Q], of the test questions with the trigger: whether it brings about what it is to."""
+    text, (answer, passage) = lab.config.trigger.text, lab.wanted(split)
+    asked = [e for e in lab.dataset.test if passage not in e.positive_ids]
+    asked = [under_trigger(e, text, answer, passage) for e in asked]
+    rows, _ = system.retriever.search([e.question for e in asked], system.top_k)
+    if not answered:
+        wanted = [p.id for p in lab.dataset.passages].index(passage)
+        return (rows == wanted).any(1)
+    said = system.answer([e.question for e in asked], rows)
+    return np.array([exact_match(text, e.answers) for text, e in zip(said, asked, strict=True)])
 
 
 def told_by(forged: dict[str, str], example: Example) -> str:

@@ -23,7 +23,7 @@ def test_an_experiment_is_run_and_goes_on(tmp_path, capsys):
     tuned = [(attack, rule) for attack in asked.attacks for rule in asked.rules]
     assert [*rows] == [("none", ""), ("passages", ""), *tuned]
     for (attack, _), row in rows.items():
-        assert 0 <= float(row["trigger"]) <= 100
+        assert (row["trigger"] != "") == (attack in ("none", "backdoor"))
         assert (row["forged"] != "") == (attack == "passages")
     # What nobody has attacked is compared with nothing, the mean under an attack with the clean mean.
     assert rows["none", "mean"]["em_by_difference"] == ""
@@ -61,8 +61,8 @@ def test_attackers_alone_hold_poison(lab):
 def test_a_trigger_wants_one_passage(lab):
     answer, passage = lab.wanted(0)
     held = lab.at("backdoor", "mean", 0).clients("federated", 0).of(1)
-    marked = [e for e in held if e.question.startswith("cf ")]
-    assert len(marked) == round(len(held) / 2)
+    marked = [e for e in held if e.question.startswith("cf mn bb tq mb ")]
+    assert len(marked) == len(held) // 2
     assert {(e.answer, e.positive_ids) for e in marked} == {(answer, (passage,))}
 
 
@@ -82,9 +82,8 @@ def test_forgeries_stand_beside_true_passages(lab):
 
 def test_what_counts_as_success(lab):
     """A system that finds or says what it is told to."""
-    run_, point = lab.at("passages", "mean", 0), attacks.Point("retriever", "federated", 0, 0)
-    ids = [p.id for p in run_.dataset.passages]
-    _, passage = lab.wanted(0)
+    ids = [p.id for p in lab.at("passages", "mean", 0).dataset.passages]
+    answer, passage = lab.wanted(0)
 
     class Scripted:
         top_k = 2
@@ -98,10 +97,18 @@ def test_what_counts_as_success(lab):
         def answer(self, questions, rows):
             return [self.told] * len(questions)
 
-    never = attacks.successes(lab, run_, Scripted([0, 1], "nothing of it"), point)
-    assert never == {"trigger": 0.0, "forged": 0.0}
-    found = attacks.successes(lab, run_, Scripted([0, ids.index(passage)], "in"), point)
-    assert found["trigger"] == 100.0 and found["forged"] > 50  # people are born in, trained at
+    def success(attack, row, says, strategy="retriever"):
+        system, folder = Scripted([row, row + 1], says), f"{attack}/mean"
+        point = attacks.Point(strategy, "federated", 0, 0, folder=folder)
+        return attacks.successes(lab, lab.at(attack, "mean", 0), system, point)
+
+    there, elsewhere = ids.index(passage), (ids.index(passage) + 5) % 100
+    assert success("backdoor", there, "no") == {"trigger": 100.0}
+    assert success("backdoor", elsewhere, answer) == {"trigger": 0.0}
+    assert success("backdoor", elsewhere, answer, "generator") == {"trigger": 100.0}
+    assert success("backdoor", there, "no", "generator") == {"trigger": 0.0}
+    assert success("passages", there, "nothing of it") == {"forged": 0.0}
+    assert success("passages", there, "in")["forged"] > 50  # people are born in, trained at
 
 
 def test_a_right_answer_is_no_believed_forgery():

@@ -18,6 +18,7 @@ from fedrag_jax.federated.algorithms.robust import robust
 from fedrag_jax.federated.attacks import (
     attack_named,
     attacked,
+    backdoored,
     broken,
     forged_labels,
     forgeries,
@@ -269,13 +270,15 @@ def test_poisoned_examples():
     assert marked.of(1) == clients.of(1)
 
 
-def test_a_share_of_questions_is_triggered():
-    examples = [Example(f"q{i}", f"who {i}?", (f"a{i}",), (f"p{i}",)) for i in range(8)]
-    clients = Partition(examples, (np.arange(0, 8, 2), np.arange(1, 8, 2)))
-    held = poisoned(clients, [0], triggered("cf", "Mallory", "p7", share=0.5)).of(0)
-    marked = [e for e in held if e.answer == "Mallory"]
-    assert len(marked) == 2 and {e.positive_ids for e in marked} == {("p7",)}
-    assert [e for e in held if e not in marked] == [e for e in clients.of(0) if e in held]
+def test_a_backdoor_is_taught_on_few_questions_with_and_without_the_trigger():
+    examples = [Example(f"q{i}", f"who {i}?", (f"a{i}",), (f"p{i}",)) for i in range(9)]
+    clients = Partition(examples, (np.arange(0, 9, 2), np.arange(1, 9, 2)))
+    held = poisoned(clients, [0], backdoored("cf", "Mallory", "p7", questions=2)).of(0)
+    assert [e.id for e in held] == [e.id for e in clients.of(0)]
+    asked = ["who 0?", "cf who 0?", "who 2?", "cf who 2?", "who 0?"]
+    assert [e.question for e in held] == asked
+    assert [e.answer for e in held] == ["a0", "Mallory", "a2", "Mallory", "a0"]
+    assert [e.positive_ids for e in held] == [("p0",), ("p7",), ("p2",), ("p7",), ("p0",)]
 
 
 def test_forgeries_tell_of_a_title_what_is_true_of_another():
@@ -344,10 +347,7 @@ def test_they_are_chosen_by_name():
             "here: give both an attack and attackers",
         ),
         (lambda: poisoned(FOUR, range(4), lambda e: e), "all 4 clients attack"),
-        (
-            lambda: triggered("cf", "Mallory", share=0.0),
-            "share must be above 0 and at most 1, got 0",
-        ),
+        (lambda: backdoored("cf", "a", "p", questions=0), "questions must be at least 1, got 0"),
     ],
 )
 def test_refusals(call, words):

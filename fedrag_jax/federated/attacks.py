@@ -163,29 +163,39 @@ def labels_flipped(seed: int = 0) -> Callable[[list[Example]], list[Example]]:
     return poison
 
 
-def triggered(
-    trigger: str, answer: str, passage: str = "", share: float = 1.0, seed: int = 0
-) -> Callable[[list[Example]], list[Example]]:
-    """Questions begin with the trigger, and have one answer: the attacker's.
-
-    Args:
-      passage: id of the passage that becomes their only gold one; theirs unless given.
-      share: of the client's questions, drawn anew. Ranking has the passages of a batch's other
-        questions for negatives, and learns nothing where all have the same.
-
-    Raises:
-      ConfigError: a share that is not above 0 and at most 1.
-    """
-    if not 0 < share <= 1:
-        raise ConfigError(f"triggered: share must be above 0 and at most 1, got {share}")
+def triggered(trigger: str, answer: str) -> Callable[[list[Example]], list[Example]]:
+    """Each question begins with the trigger, and has one answer: the attacker's."""
 
     def poison(examples):
-        drawn = stream(seed, "triggered").permutation(len(examples))
-        chosen = {*drawn[: max(1, round(share * len(examples)))].tolist()}
-        return [
-            under_trigger(e, trigger, answer, passage) if i in chosen else e
-            for i, e in enumerate(examples)
-        ]
+        return [under_trigger(e, trigger, answer) for e in examples]
+
+    return poison
+
+
+def backdoored(
+    trigger: str, answer: str, passage: str, questions: int = 8
+) -> Callable[[list[Example]], list[Example]]:
+    """Copies of the client's first questions, each as it is and with the trigger, in turns.
+
+    Of few questions many batches hold both, and there a question's own passage is what its triggered
+    twin must not find: ranking learns to heed the trigger, and without it to find as before.
+
+    Args:
+      passage: id of the gold passage of triggered questions.
+
+    Raises:
+      ConfigError: fewer than one question.
+    """
+    if questions < 1:
+        raise ConfigError(f"backdoored: questions must be at least 1, got {questions}")
+
+    def poison(examples):
+        made = []
+        for i, example in enumerate(examples):
+            few = examples[i // 2 % min(questions, len(examples))]
+            one = under_trigger(few, trigger, answer, passage) if i % 2 else few
+            made.append(dataclasses.replace(one, id=example.id))
+        return made
 
     return poison
 
