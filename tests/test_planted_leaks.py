@@ -168,9 +168,9 @@ def test_words_stand_in_an_update_of_several_steps():
     assert inversion.r_precision(inversion.touched(update), tokens_of(rows)[0]) == 1.0
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_a_small_batch_is_read_word_by_word(count):
-    """Of fewer tokens than the encoder is wide, all of them and where they stand."""
+@pytest.mark.parametrize(("count", "share"), [(2, 1.0), (4, 0.9)])
+def test_a_small_batch_is_read_word_by_word(count, share):
+    """Of fewer tokens than the encoder is wide, these and where they stand."""
     gradient, (_, there) = gradient_of(range(count)), tokens_of(range(count))
     encoder, params = system().retriever.encoder, system().retriever.query
     assert len(there) < encoder.config.hidden_size
@@ -179,25 +179,27 @@ def test_a_small_batch_is_read_word_by_word(count):
     outside = inversion.placed(inversion.first_gradient(gradient), inputs)
     truth = np.zeros(outside.shape, bool)
     truth[tuple(np.array([*there]).T)] = True
-    assert inversion.r_precision(-outside.ravel(), truth.ravel()) > 0.95
+    assert inversion.r_precision(-outside.ravel(), truth.ravel()) >= share
 
 
 @pytest.mark.slow
-def test_known_questions_are_told_by_their_gradients():
+@pytest.mark.parametrize(("count", "least"), [(1, 1.0), (4, 0.8)])
+def test_known_questions_are_told_by_their_gradients(count, least):
     asked, rng = by_heart().train, np.random.default_rng(0)
     negatives = {e.id: rng.choice(COUNT, 8, replace=False) for e in asked}
-    one_by_one = multiple_negatives_ranking(system().retriever, by_heart(), negatives=negatives)
-    rows = np.arange(8)
-    fitted = fit(
-        ranking(), Partition(asked, (rows,)), centralised(local_steps=2), rounds=1,
-        batch_size=8, optimizer=optax.sgd(1e-2), group_size=1,
-    )  # fmt: skip
-    update = inversion.moved(fitted.trainable, ranking().trainable)
-    cosines = inversion.matched(one_by_one, one_by_one.trainable, asked[:40], update)
-    assert auc(cosines[:8], cosines[8:]) > 0.9
+    task = multiple_negatives_ranking(system().retriever, by_heart(), negatives=negatives)
+    table = {name: jnp.asarray(x) for name, x in task.table(asked[:count]).items()}
+    batch = table | {"weight": jnp.ones(count)}
+    gradient = jax.jit(jax.grad(task.loss, has_aux=True))
+    found, _ = gradient(task.trainable, task.frozen, batch, jax.random.key(0))
+    update = jax.tree.map(lambda x: -np.asarray(x), found)
+    cosines = inversion.matched(task, task.trainable, asked[:40], update)
+    assert auc(cosines[:count], cosines[count:]) >= least
+    if count == 1:
+        assert cosines[0] == pytest.approx(1.0, abs=1e-3)
     noise = jax.tree.map(lambda x: rng.normal(size=x.shape), update)
-    blind = inversion.matched(one_by_one, one_by_one.trainable, asked[:40], noise)
-    assert 0.2 < auc(blind[:8], blind[8:]) < 0.8
+    blind = inversion.matched(task, task.trainable, asked[:40], noise)
+    assert np.abs(blind).max() < 0.05
 
 
 # --- what a system says --------------------------------------------------------------------------

@@ -52,6 +52,13 @@ def test_who_trains_and_who_does_not():
     assert (on[1:, ~found.fresh].sum(0) == config.shadows // 2).all()
 
 
+def test_a_client_keeps_questions_to_train_on():
+    config = small_privacy()
+    config.fresh, world = 200, synthetic.generate()
+    with pytest.raises(ConfigError, match=r"config.fresh is 200, and a client holds 200"):
+        crowd(config, world, split=0)
+
+
 def test_labels_by_heart_are_those_of_others():
     world = synthetic.generate()
     found = labels_by_heart(world, 0)
@@ -69,7 +76,6 @@ def test_labels_by_heart_are_those_of_others():
         ({"strategy": "both"}, "config.strategy: choose among"),
         ({"shadows": 2}, "config.shadows must be 0, or an even number from 4 on, got 2"),
         ({"victims": 5}, "config.victims must be in 1 to 4, got 5"),
-        ({"fresh": 30}, "config.fresh is 30, and a client holds 20 questions"),
         ({"variants": ConfigDict({"odd": {"steps": 3}})}, r"config.variants.odd has \['steps'\]"),
         (
             {"variants": ConfigDict({"dp": {"algorithm": "dpfedavg", "options": {"delta": 0.3}}})},
