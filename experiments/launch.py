@@ -88,7 +88,7 @@ def launch(run, config: str) -> None:
             raise SystemExit(str(error)) from error  # which names the file
         except KeyboardInterrupt:
             # The traceback tells nothing: everything finished is on disk, wherever this came.
-            print("stopped; run the same command to go on", file=sys.stderr)
+            print("stopped; run the same command to resume", file=sys.stderr)
             raise SystemExit(INTERRUPTED) from None
 
     app.run(main)
