@@ -1,4 +1,4 @@
-"""What the cells of experiments/aloftrag.py come to: tables, a figure, CSV files."""
+"""The report of experiments/aloftrag.py: tables, a figure, CSV files."""
 
 import pathlib
 
@@ -56,7 +56,7 @@ def main_rows(config, folder: pathlib.Path) -> list[dict]:
 
 
 def main_metrics(n: int) -> dict[str, str]:
-    """Scores of the main table: with n passages, the gold one among them or (by heart) left out."""
+    """Scores of the main table: with n passages, including the gold one or (memorised) without it."""
     return {"answer": f"em_{n}", "citation": f"citation_{n}", "by_heart": "em_none"}
 
 

@@ -1,4 +1,4 @@
-"""The command line of an experiment: a config that flags override, and errors in one line."""
+"""The command line of an experiment: a config that flags override, and one-line errors."""
 
 import ctypes
 import json
@@ -15,14 +15,14 @@ from fedrag_jax.errors import ConfigError, FedragError
 
 
 def settled_config(config, folder: pathlib.Path, free: tuple[str, ...]) -> None:
-    """Takes the folder for this process and writes the resolved config; refuses one made with another.
+    """Locks the folder and writes the resolved config; refuses a folder with another config.
 
     Args:
-      free: settings that may differ, because results of either lie side by side.
+      free: settings that may differ between calls that share a folder.
 
     Raises:
-      ConfigError: another process is at work in the folder; names every setting that differs.
-      DataError: what it holds as config is damaged.
+      ConfigError: another process uses the folder, or settings differ; the error names all of them.
+      DataError: the config in the folder is damaged.
     """
     if folder not in _held:
         _held[folder] = files.hold(folder)
@@ -88,7 +88,7 @@ def launch(run, config: str) -> None:
             raise SystemExit(str(error)) from error  # which names the file
         except KeyboardInterrupt:
             # The traceback tells nothing: everything finished is on disk, wherever this came.
-            print("stopped; run the same command to go on", file=sys.stderr)
+            print("stopped; run the same command to resume", file=sys.stderr)
             raise SystemExit(INTERRUPTED) from None
 
     app.run(main)
@@ -110,7 +110,7 @@ def _one_of_several(runs: str, config) -> str:
 
 
 def cores() -> int:
-    """How many the operating system lets this process use; `taskset` and containers give it some."""
+    """Returns the number of cores this process may use; `taskset` and containers limit them."""
     affinity = getattr(os, "sched_getaffinity", None)  # on Linux
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 

@@ -268,8 +268,7 @@ class RAGSystem(AsyncAnswers):
         With reasoning, the answer is the text after the style's `final`, or all text if it is missing.
 
         Args:
-          scores: [Q, k] passage scores, for modes that weight passages; default:
-            similarities.
+          scores: [Q, k] passage scores, for modes that weight them; default: similarities.
           mode: how several passages are combined into one answer, one of `inference.MODES`.
           beams: number of hypotheses for a mode of `inference.BEAMS`.
           sampling: see `batch_query`.

@@ -310,8 +310,7 @@ class Reading(NamedTuple):
 
     Attributes:
       reasoning: the text before the answer, such as a citation; "" if there is none.
-      finish: "stop"; "length" if `max_new_tokens` cut the text off; "repetition" if the text began to
-        repeat itself and was ended before that.
+      finish: "stop", "length" (cut off at `max_new_tokens`), or "repetition" (ended before repeating).
       tokens: the number of tokens of all prompts, and of the generated text, including its end.
     """
 
