@@ -36,6 +36,7 @@ from fedrag_jax.retrieval.stores.registry import new_store
 from fedrag_jax.systems.indexing import index
 
 ABOUT, KEY = "party.json", "node.key"
+LOOK = 10.0  # seconds between two looks at the run, each of which starts a program
 NAMED = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,30}")
 
 
@@ -175,23 +176,17 @@ def _follow(run: pathlib.Path, home: pathlib.Path, link: subprocess.Popen) -> No
             break
         if link.poll() is not None:
             raise commands.FlowerError(f"the SuperLink ended with {link.returncode}: see its log")
-        if time.monotonic() - looked > 20:
+        if time.monotonic() - looked > LOOK:
             looked = time.monotonic()
             found = commands.flwr(home, "ls", commands.LINK, "--format", "json").stdout
             if '"status": "finished:failed"' in found:
                 raise commands.FlowerError(f"the run failed: see {run.parent / 'link.log'}")
         time.sleep(1)
     print(f"trained: {run / MODEL}; waiting for the parties to take it", flush=True)
-    _wait_for_end(home)
-
-
-def _wait_for_end(home: pathlib.Path) -> None:
-    end = time.monotonic() + 300
-    while time.monotonic() < end:
-        found = commands.flwr(home, "ls", commands.LINK, "--format", "json").stdout
-        if '"status": "running"' not in found:
-            return
-        time.sleep(2)
+    while (
+        '"status": "running"' in commands.flwr(home, "ls", commands.LINK, "--format", "json").stdout
+    ):
+        time.sleep(LOOK)  # the run itself waits no longer than its patience
 
 
 def _tell(record: dict[str, Any]) -> None:
