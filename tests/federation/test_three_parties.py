@@ -73,7 +73,7 @@ def started(tmp_path):
     for process in running.values():
         process.terminate()
     for process in running.values():
-        process.wait(120)
+        process.wait(PATIENCE)
     assert not left_of(tmp_path)  # whoever ends a party ends its node and what that has started
 
 

@@ -69,11 +69,6 @@ def decoded(codec: Codec, messages: Mapping[str, Message], like: PyTree, key: ja
     return parts if isinstance(like, Mapping) else parts["model"]
 
 
-def received(codec: Codec, tree: PyTree, key: jax.Array) -> PyTree:
-    """Returns a tree after encoding and decoding."""
-    return decoded(codec, encoded(codec, tree, key), tree, key)
-
-
 def message_bytes(codec: Codec, tree: PyTree) -> dict[str, int]:
     """Returns the message bytes for a tree of these shapes, by part and type."""
     return by_kind(jax.eval_shape(lambda tree, key: encoded(codec, tree, key), tree, _key()))
