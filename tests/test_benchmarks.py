@@ -98,6 +98,29 @@ def test_operations_are_those_of_the_traced_gradient(scored, kv):
 
 
 @pytest.mark.slow
+def test_all_there_is_to_know_of_an_accelerator(tmp_path):
+    report = accelerator("--seconds=900", f"--runs={tmp_path}")
+    assert report.pop("failed") == []
+    assert [*report] == ["round", "embedding", "decode", "search", "sweep", "real"]
+    assert [*report["round"]["client_steps_per_second"]] == ["1", "2"]
+    cell = report["real"]["generator-centralised-seed0"]
+    assert 0 <= cell["em_percent"] <= cell["f1_percent"] <= 100 and cell["trained_seconds"] > 0
+
+
+def test_a_part_without_time_is_reported_and_the_rest_goes_on(tmp_path):
+    report = accelerator("--seconds=2", "--only=search,real", f"--runs={tmp_path}")
+    assert report["failed"] == ["search", "real"]
+    assert report["search"]["trouble"].endswith("stopped after 1 s")
+
+
+def accelerator(*flags) -> dict:
+    command = [sys.executable, "-m", "experiments.benchmarks.accelerator", "--small", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
 def test_a_store_is_built_saved_and_searched():
     kinds = "flat", "pq", "bm25", "mapped"
     report = run("stores", f"--kinds={','.join(kinds)}", "--passages=2000", "--repeats=5")

@@ -8,9 +8,12 @@ The decoder has the shape of Qwen2.5-0.5B and random numbers in bfloat16; adapte
 layers are float32. Clients are dealt out over all devices, in groups of a size that is measured first
 unless it is given. Model operations (those of the ledger's formula: nothing recomputed is counted) over
 the median round are set against the best bfloat16 product measured in the same process and, where it
-is known, against the published peak. Prints a line of JSON last, about the last number of clients.
+is known, against the published peak. Prints a line of JSON last, about the last number of clients;
+`client_steps_per_second` has all. `device_waits` is the share of a round from the end of one to the
+start of the next, in which no device works.
 """
 
+import contextlib
 import json
 import statistics
 
@@ -49,6 +52,9 @@ _REMAT = flags.DEFINE_enum(
 _ROUNDS = flags.DEFINE_integer(
     "rounds", 6, "number of rounds; the first is not timed", lower_bound=2
 )
+_OVERLAP = flags.DEFINE_bool(
+    "overlap", True, "whether the next round is prepared while the devices are busy"
+)
 
 
 def main(argv):
@@ -65,10 +71,11 @@ def main(argv):
     )
     size = 1024 if jax.default_backend() == "cpu" else 8192
     best = product_peak([size], "bfloat16") * jax.device_count()
-    published = known(kind)
+    published, speed = known(kind), {}
     print("clients  group  ms a client-step  of the best product")
     for count in map(int, _CLIENTS.value):
-        seconds, group = timed(network, params, adapters, count)
+        seconds, group, waits = timed(network, params, adapters, count)
+        speed[count] = round(1 / seconds, 2)
         print(
             f"{count:7d}{group:7d}{1e3 * seconds:18.2f}{flops / seconds / best:21.3f}", flush=True
         )
@@ -76,6 +83,8 @@ def main(argv):
         "fraction_of_product_peak": round(flops / seconds / best, 3),
         "mfu": published and round(flops / seconds / (published.peak * jax.device_count()), 3),
         "ms_per_client_step": round(1e3 * seconds, 3),
+        "client_steps_per_second": speed,
+        "device_waits": round(waits, 4),
         "product_tflops": round(best / 1e12, 2),
         "model": _MODEL.value,
         "clients": count,
@@ -100,16 +109,19 @@ def decoder():
     return network, params(jax.random.key(0)), init_adapters(network, 0)
 
 
-def timed(network, params, adapters, clients: int) -> tuple[float, int]:
-    """(seconds a client-step, group size): the median round."""
+def timed(network, params, adapters, clients: int) -> tuple[float, int, float]:
+    """(seconds a client-step, group size, share of the time in which the devices waited for the host):
+    the median round."""
     import jax
     import numpy as np
     import optax
 
+    from fedrag_jax.clock import Clock
     from fedrag_jax.data.batching import ANSWER_TOKENS
     from fedrag_jax.data.partition import Partition
     from fedrag_jax.federated.algorithms.fed_avg import fed_avg
     from fedrag_jax.federated.callbacks import Callback
+    from fedrag_jax.federated.engine.round import run_round
     from fedrag_jax.federated.fit import fit
     from fedrag_jax.objectives.generator import AnswerLoss
     from fedrag_jax.objectives.task import Task
@@ -133,7 +145,7 @@ def timed(network, params, adapters, clients: int) -> tuple[float, int]:
             self.group_size = state.settings["group_size"]
 
     settings, devices = Settings(), jax.device_count()
-    result = fit(
+    asking = fit.rounds(
         Task("round", {"adapters": adapters}, {"decoder": params}, AnswerLoss(network), collate),
         Partition(np.arange(clients * each), tuple(np.arange(clients * each).reshape(clients, -1))),
         fed_avg(local_steps=_STEPS.value),
@@ -144,8 +156,17 @@ def timed(network, params, adapters, clients: int) -> tuple[float, int]:
         callbacks=[settings],
         mesh=jax.make_mesh((devices,), ("clients",)) if devices > 1 else None,
     )
-    seconds = [record["seconds"] for record in result.history[1:]]
-    return statistics.median(seconds) / (clients * _STEPS.value), settings.group_size
+    whole, busy, asked, clock = [], [], next(asking), Clock()
+    for number in range(_ROUNDS.value):
+        ran = run_round(asked if _OVERLAP.value else asked._replace(meanwhile=None))
+        with contextlib.suppress(StopIteration):
+            asked = asking.send(ran)
+        took = clock.lap().others
+        if number:
+            whole.append(took)
+            busy.append(ran.seconds)
+    waits = statistics.median(1 - b / w for b, w in zip(busy, whole, strict=True))
+    return statistics.median(whole) / (clients * _STEPS.value), settings.group_size, waits
 
 
 if __name__ == "__main__":

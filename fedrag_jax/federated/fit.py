@@ -1,6 +1,7 @@
 """Training, centralised and federated: the same call."""
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -18,7 +19,13 @@ from fedrag_jax.federated.algorithm import Algorithm, PyTree, State
 from fedrag_jax.federated.algorithms.centralised import centralised
 from fedrag_jax.federated.callbacks import Callback, FitState
 from fedrag_jax.federated.engine.client import update_key
-from fedrag_jax.federated.engine.cohort import draw_clients, grouped, padding, sample_cohort
+from fedrag_jax.federated.engine.cohort import (
+    Cohort,
+    draw_clients,
+    grouped,
+    padding,
+    sample_cohort,
+)
 from fedrag_jax.federated.engine.group_size import choose_group_size
 from fedrag_jax.federated.engine.placement import Placing, put_rows, rows_of
 from fedrag_jax.federated.engine.records import Spent, by_client, require_finite, seen, summary
@@ -132,6 +139,12 @@ def fit(
     now = _placed(started(first, callbacks, rounds), placing)
     frozen = placing.everywhere(task.frozen)
     key = placing.everywhere(update_key(seed))
+
+    @functools.lru_cache(maxsize=2)  # a round's, and the next one's while the devices are busy
+    def cohort_of(round: int) -> tuple[np.ndarray, Cohort]:
+        drawn = draw_clients(data.sizes(), work, round, seed)
+        return drawn, sample_cohort(data, work, round, batch_size, seed)
+
     table = idle = None
     rows, place = np.zeros(0, int), np.zeros(0, np.int32)  # of the table, and where each row is
     while now.round < rounds:
@@ -158,8 +171,7 @@ def fit(
         choosing = clock.lap()
 
         # The clients of the round, and what each does.
-        drawn = draw_clients(data.sizes(), work, now.round, seed)
-        cohort = sample_cohort(data, work, now.round, batch_size, seed)
+        drawn, cohort = cohort_of(now.round)
         in_table = cohort._replace(indices=place[cohort.indices])
         parts = grouped(in_table, now.settings["group_size"], data, work, placing.devices)
         population = placing.dealt(rows_of(now.state.population, parts))
@@ -172,6 +184,7 @@ def fit(
             (state, frozen, table, groups, np.int32(now.round), key),
             rounds - now.round,
             _namer(data, rows) if debug else None,
+            functools.partial(cohort_of, now.round + 1) if now.round + 1 < rounds else None,
         )
         sampling = clock.lap()
 
@@ -263,7 +276,7 @@ def _without_steps(asked: Round, state: State) -> Round:
     _, frozen, table, cohort, *rest = asked.arguments
     state = jax.tree.map(jnp.copy, state)  # for it is donated
     cohort = [part._replace(steps=part.steps * 0) for part in cohort]
-    return asked._replace(arguments=(state, frozen, table, cohort, *rest), left=0)
+    return asked._replace(arguments=(state, frozen, table, cohort, *rest), left=0, meanwhile=None)
 
 
 def _namer(data: Partition, rows: np.ndarray) -> Callable[[int], str]:

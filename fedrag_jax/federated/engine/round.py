@@ -42,6 +42,7 @@ class Round(NamedTuple):
       left: rounds of the fit from this one on; 0 for one beside them, which is not to be learned
         from.
       name_of: what to call a row of the table, if the round is to be run in Python, step by step.
+      meanwhile: what the host does while the devices are busy, for the rounds to come.
     """
 
     loss: Callable
@@ -51,6 +52,7 @@ class Round(NamedTuple):
     arguments: tuple
     left: int = 1
     name_of: Callable[[int], str] | None = None
+    meanwhile: Callable[[], Any] | None = None
 
 
 class Ran(NamedTuple):
@@ -82,7 +84,10 @@ def run_round(asked: Round) -> Ran:
         about = asked.loss, asked.turn, asked.optimizer, asked.name_of
         run = functools.partial(debug_round, *about)
     compile_seconds = sum(clock.lap())
-    state, told = jax.block_until_ready(run(*asked.arguments))
+    left = run(*asked.arguments)  # returns when the devices begin
+    if asked.meanwhile is not None:
+        asked.meanwhile()
+    state, told = jax.block_until_ready(left)
     devices = 1 if asked.mesh is None else asked.mesh.size
     return Ran(state, told, sum(clock.lap()), compile_seconds, peak, devices)
 
