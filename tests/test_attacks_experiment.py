@@ -140,7 +140,7 @@ def test_a_right_answer_is_no_believed_forgery():
             },
             "config.known_rules.mean under none: no attack 'flip'",
         ),
-        ({"rules": ("krum",)}, "needs at least 7 clients in a round, and 4 of 4"),
+        ({"rules": ("krum",)}, "needs at least 7 clients in a round, but 4 of 4"),
         ({"regimes": ("local",)}, r"config.regimes must be \('federated',\)"),
     ],
 )

@@ -102,7 +102,7 @@ def test_answers_whose_ends_are_not_trained_on_are_told(system, tmp_path, capsys
     command = ["train", str(system), str(questions), "--to", str(tmp_path / "tuned"), "--factors"]
     assert main([*command, "0"]) == 1
     said = re.search(
-        r"1 of \d+ training answers are longer than 16 tokens, .* --max-answer-tokens=(\d+)",
+        r"1 of \d+ training answers are longer than 16 tokens .* --max-answer-tokens=(\d+)",
         capsys.readouterr().err,
     )
     assert int(said[1]) > 20
