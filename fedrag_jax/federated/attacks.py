@@ -194,7 +194,7 @@ def backdoored(
         for i, example in enumerate(examples):
             few = examples[i // 2 % min(questions, len(examples))]
             one = under_trigger(few, trigger, answer, passage) if i % 2 else few
-            # Clients are split by topics: that of the replaced question keeps the poison with its client.
+            # Clients are split by topics: with its old topic, the poison stays with its client.
             made.append(dataclasses.replace(one, id=example.id, topic=example.topic))
         return made
 
