@@ -290,7 +290,10 @@ def test_it_is_chosen_by_name():
         (lambda: codec("top_k:0"), r"fraction must be in \(0, 1\], got 0"),
         (lambda: quantised(2), "bits must be 8 or 4, got 2"),
         (lambda: cast("float8"), "got 'float8'"),
-        (lambda: check("flora", {"up": "top_k:0.1"}, "here"), "here: compressed: flora creates new"),
+        (
+            lambda: check("flora", {"up": "top_k:0.1"}, "here"),
+            "here: compressed: flora creates new",
+        ),
         (lambda: check("flexlora", {"up": "int8", "ranks": (1, 2)}, "here"), "leave out ranks"),
         (lambda: check("fedex", {"secure": True}, "here"), "here: secure: fedex multiplies"),
         (lambda: compressed(local_only(), up=quantised(8)), "leaves models with its clients"),

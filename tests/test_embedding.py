@@ -284,6 +284,6 @@ def test_vectors_survive_a_cache_that_cannot_be_written(
         raise OSError("no space left")
 
     monkeypatch.setattr("fedrag_jax.retrieval.vector_file.os.replace", full)
-    with pytest.warns(UserWarning, match="not kept.*no space left"):
+    with pytest.warns(UserWarning, match="vectors are not cached.*no space left"):
         vectors = embed_corpus(encoder, params, tokenizer, ["w1"], max_length=8, cache_dir=tmp_path)
     assert vectors.shape == (1, DIMENSION) and not [*tmp_path.rglob("*.npy")]

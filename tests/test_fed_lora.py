@@ -315,7 +315,7 @@ def test_a_quantised_base_is_not_changed(task):
         ({"rule": "fedit", "ranks": (1, 2, 3)}, "leave ranks out or use flora or flexlora"),
         ({"rule": "flora", "ranks": (1, 2, 4)}, "from 1 to that of the network, 3"),
         ({"rule": "flora", "ranks": (1, 2)}, "2 ranks for 3 clients"),
-        ({"rule": "fedit", "part": "lora"}, "nothing named 'lora' is trained"),
+        ({"rule": "fedit", "part": "lora"}, "the task trains .*, not 'lora'"),
     ],
 )
 def test_refusals(task, settings, words):

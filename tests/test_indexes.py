@@ -125,7 +125,7 @@ def test_few_vectors_are_searched_exactly():
         ("kd", {}, r"index: unknown kind of index 'kd'; choose among \['flat', 'device', 'ivf'"),
         ("flat", {"lists": 3}, r"unknown options \['lists'\] of index 'flat'; choose among \[\]"),
         ("hnsw", {"probes": 3}, r"unknown options .* choose among \['neighbours', 'effort'\]"),
-        ("qdrant", {}, r"index: index 'qdrant' needs the option 'at': where it is"),
+        ("qdrant", {}, r"index: index 'qdrant' needs the option 'at', its location"),
         ("ivf", {"lists": -1}, r"index: an index needs lists, probes and codes >= 0"),
     ],
 )

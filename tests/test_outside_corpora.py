@@ -114,11 +114,9 @@ def test_texts_are_cut_as_documents_are(table, tokenizer):
 
 def test_all_documents_that_cannot_be_read_are_named_together(tmp_path, tokenizer):
     (tmp_path / "good.txt").write_text("One text.")
-    (tmp_path / "bad.jsonl").write_text("no object\n")
-    (tmp_path / "worse.jsonl").write_text("{}\n")
-    with pytest.raises(
-        DataError, match=r"2 files cannot be read(.|\n)*bad.jsonl(.|\n)*worse.jsonl"
-    ):
+    (tmp_path / "bad.pdf").write_bytes(b"%PDF-1.4 and no more")
+    (tmp_path / "worse.pdf").write_bytes(b"no PDF")
+    with pytest.raises(DataError, match=r"2 files cannot be read(.|\n)*bad.pdf(.|\n)*worse.pdf"):
         read(str(tmp_path), tokenizer=tokenizer)
 
 

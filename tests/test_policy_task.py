@@ -208,7 +208,7 @@ def watched(tmp_path, **columns):
         ),
         (
             {"reward": [0.5, 0.5, 0.4, 0.4], "entropy": [1, 1, 0.001, 0.001]},
-            "the entropy is 0.0010 nats a token",
+            "the entropy is 0.0010 nats per token",
             4,
         ),
     ],

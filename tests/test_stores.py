@@ -111,7 +111,7 @@ def test_what_cannot_be_is_refused_and_nothing_is_lost(store):
     new = Passage("new", "", "new")
     with pytest.raises(DataError, match="passage id 'p007' is in the store already"):
         store.add([new, PASSAGES[7]], unit(2))
-    with pytest.raises(DataError, match="passage id 'new' comes twice"):
+    with pytest.raises(DataError, match="passage id 'new' occurs twice"):
         store.add([new, new], unit(2))
     for change in (lambda: store.replace([new], unit(1)), lambda: store.delete(["p001", "new"])):
         with pytest.raises(DataError, match="passage id 'new' is not in the store"):

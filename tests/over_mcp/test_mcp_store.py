@@ -144,7 +144,7 @@ def test_a_saved_store_is_opened_only_where_it_is_trusted(tmp_path, monkeypatch)
         CheckpointError, match=r"foreign_mcp.py' starts\): if you trust .*elsewhere=True"
     ):
         open_store(tmp_path / "s")
-    with pytest.raises(ConfigError, match=r"wants 'FOREIGN_KEY'.*set FEDRAG_MCP_FOREIGN_KEY"):
+    with pytest.raises(ConfigError, match=r"needs 'FOREIGN_KEY'.*set FEDRAG_MCP_FOREIGN_KEY"):
         open_store(tmp_path / "s", elsewhere=True)
     monkeypatch.setenv("FEDRAG_MCP_FOREIGN_KEY", "open")
     with open_store(tmp_path / "s", elsewhere=True) as again:
