@@ -11,36 +11,37 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.name = "compare"  # results go to runs/<name>
-    # Pairs: of adapters, client sampling and shuffling, and of who holds what; () is the same again.
+    # Pairs of seeds: for adapters, client sampling and shuffling, and for the partition; () repeats
+    # `seeds`.
     config.seeds = (0,)
     config.split_seeds = ()
     config.strategies = (
         "none", "retriever", "generator", "independent", "two_phase", "joint_token",
         "joint_sequence",
     )  # fmt: skip
-    # federated_1 is federated with alpha 1, federated_inf with an even split. One that ends in
-    # _converged trains until validation stops improving, not for a number of examples.
+    # federated_1 is federated with alpha 1, federated_inf with an even split. Regimes that end in
+    # _converged train until validation stops improving, not for a fixed number of examples.
     config.regimes = ("centralised", "federated", "local", "local_converged")
-    # What takes long may be done for some strategies alone, () is all, and for the first so many pairs
-    # of seeds, 0 is all: in local regimes, which train a model for each client, and in converged ones.
+    # Slow regimes can be limited to some strategies (() is all) and to the first pairs of seeds (0 is
+    # all): local regimes, which train a model for each client, and converged regimes.
     config.limits = ConfigDict(
         {
             "local": {"strategies": ("none", "retriever"), "pairs": 0},
             "converged": {"strategies": (), "pairs": 0},
         }
     )
-    config.primary_metric = "em"  # what is claimed is claimed of this; decided before a run
-    config.equivalence_margin = 2.0  # points within which two scores are called the same; as well
+    config.primary_metric = "em"  # the metric of all claims; choose it before a run
+    config.equivalence_margin = 2.0  # margin of equivalence in points; choose it before a run
     config.mode = (
         "concatenated"  # how questions are answered, see fedrag_jax/generation/inference.py
     )
 
-    # Data: "world"; a named set (fedrag_jax/data/named_sets.py), out of $FEDRAG_DATA or from the hub;
-    # or a folder with questions.jsonl and passages.jsonl. Without labels, training questions do not
-    # tell their gold passages. Numbers of questions are of a random sample (files are sorted by
-    # article); 0 is all there are. Where no client holds the topics of test questions, so many training
-    # questions that are left over, of passages that nobody trains on, stand for what is asked about
-    # clients' own topics. Controls ask a sample of the test set.
+    # Data: "world"; a named data set (fedrag_jax/data/named_sets.py), from $FEDRAG_DATA or the hub; or
+    # a folder with questions.jsonl and passages.jsonl. labels=False hides the gold passages of training
+    # questions. Numbers of questions are sizes of random samples (files are sorted by article); 0 is
+    # all. If no client holds the topics of test questions, `own_questions` remaining training
+    # questions, about passages that no client trains on, give the scores on clients' own topics.
+    # Controls use a sample of the test set.
     config.data = ConfigDict(
         {
             "name": "world",
@@ -52,21 +53,21 @@ def get_config() -> ConfigDict:
             "sample_seed": 0,
         }
     )
-    # Where a named set is read: "hub", "local" ($FEDRAG_DATA), a folder with copies of repositories of
-    # the hub, or "" for $FEDRAG_DATA where it is there and else the hub; and at which commit.
+    # Source of a named data set: "hub", "local" ($FEDRAG_DATA), a folder with copies of hub
+    # repositories, or "" for $FEDRAG_DATA if present, else the hub; and the commit.
     config.data.source = ""
     config.data.revision = ""
-    # Any other set of the hub, or a local table (Parquet, Arrow, CSV, JSON): name it, its configuration
-    # and the columns that it has (fedrag_jax/data/columns.py).
+    # Any other data set of the hub, or a local table (Parquet, Arrow, CSV, JSON): give its name, its
+    # configuration and its columns (fedrag_jax/data/columns.py).
     config.data.hub_config = ""
     config.data.columns = ConfigDict(
         dict.fromkeys(
             ("question", "answers", "passages", "titles", "gold", "topic", "split", "id"), ""
         )
     )
-    # Other passages than those of the set: a set of the hub, a local table, passages.jsonl, or a folder
-    # of documents. Longer passages are cut to so many tokens of the retriever's, as fedrag index does
-    # (0: as they are; 200 for documents).
+    # Another corpus instead of the data set's passages: a data set of the hub, a local table,
+    # passages.jsonl, or a folder of documents. Passages longer than `passage_tokens` (by the
+    # retriever's tokenizer) are split, as fedrag index does (0: no split; 200 for documents).
     config.data.corpus = ""
     config.data.corpus_options = ConfigDict(
         {
@@ -77,53 +78,55 @@ def get_config() -> ConfigDict:
     )
     config.data.passage_tokens = 0
 
-    # Models: built-in, a Hugging Face folder or a hub id. Large generators want "instruct" prompts, or
-    # "chat", which puts them into the generator's own chat template.
+    # Models: built-in, a Hugging Face folder or a hub id. Use "instruct" prompts for large generators,
+    # or "chat", which uses the generator's own chat template.
     config.models = ConfigDict()
     config.models.retriever = "builtin:encoder"
-    # What comes before questions and passages for the retriever, and how it compares their vectors
-    # ("cosine", "dot", "euclidean"); "" is as its model says.
+    # Prefixes of questions and passages for the retriever, and its similarity ("cosine", "dot",
+    # "euclidean"); "" is the model's own.
     config.models.query_prompt = ""
     config.models.document_prompt = ""
     config.models.similarity = ""
     config.models.generator = "builtin:decoder"
     config.models.prompt_style = "compact"
-    # Validation questions that every prompt shows with their answers, without passages.
+    # Number of validation questions shown in every prompt as examples, with answers and without
+    # passages.
     config.models.shots = 0
-    # The generator's frozen base: as which type, its layers in few bits ("int8", "int4", "nf4") or not
-    # (""), and cut over how many devices. Where there are more, clients are dealt out over groups of so
-    # many, `federated.devices` of them.
+    # The generator's frozen base: its type, the quantisation of its layers ("int8", "int4", "nf4" or
+    # ""), and the number of devices over which it is split. With more devices, clients are distributed
+    # over `federated.devices` groups of this many devices.
     config.models.dtype = "float32"
     config.models.quantize = ""
     config.models.devices = 1
-    # What the backward pass through the generator computes again: "selective" keeps what its linear
-    # layers give, "full" keeps nothing, which takes least memory and a third longer, "none" everything.
+    # What the backward pass through the generator recomputes: "selective" keeps the outputs of linear
+    # layers; "full" keeps nothing, which uses the least memory and takes a third longer; "none" keeps
+    # everything.
     config.models.remat = "selective"
     config.models.max_passage_tokens = 256
-    config.models.max_answer_tokens = 16  # that are trained on and written, reasoning included
+    config.models.max_answer_tokens = 16  # in training and generation, including reasoning
     config.lora = ConfigDict()
     config.lora.rank = 8
     config.lora.alpha = 16.0
     config.lora.targets = ("q_proj", "v_proj")
-    # Passages that are read together, and passages that training marginalises over where the retriever
-    # moves; cosines are scaled by so much in training losses. 20, the usual scale, leaves p(z|x) of the
-    # built-in encoder so peaked that a marginal likelihood teaches it little.
+    # Number of passages read together, number of passages that retriever training marginalises over,
+    # and the scale of cosines in training losses. With the usual scale of 20, p(z|x) of the built-in
+    # encoder is so peaked that a marginal likelihood teaches it little.
     config.retrieval = ConfigDict({"top_k": 5, "marginal_k": 10, "score_scale": 10.0})
-    # What searches the passages in training and evaluation, with its options
-    # (fedrag_jax/retrieval/index/by_name.py): "flat" and "device" are exact. Vectors of passages are
-    # kept as float32 or, half as large, float16.
+    # The index for training and evaluation, with its options (fedrag_jax/retrieval/index/by_name.py):
+    # "flat" and "device" are exact. Vectors of passages are stored as float32 or, at half the size,
+    # float16.
     config.retrieval.index = "flat"
     config.retrieval.index_options = ConfigDict()
     config.retrieval.vectors = "float32"
 
-    # Clients differ in `column`; alpha = inf is an even split. Their training is dealt out over so many
-    # devices, of all hosts; 0 takes all there are. Of the clients a share is drawn for each round.
+    # Clients differ in `column`; alpha = inf is an even split. Clients are distributed over `devices`
+    # devices of all hosts; 0 uses all. `participation` is the share of clients sampled per round.
     config.federated = ConfigDict(
         {"clients": 8, "alpha": 0.1, "column": "topic", "devices": 0, "participation": 1.0}
     )
-    # What their updates become, see fedrag_jax/federated/algorithms/by_name.py. Regimes that name an
-    # algorithm, such as federated:fedprox, have options under its name: algorithms = {"fedprox":
-    # {"mu": 0.1}}.
+    # The federated algorithm, see fedrag_jax/federated/algorithms/by_name.py. For regimes that name an
+    # algorithm, such as federated:fedprox, give options under its name: algorithms = {"fedprox": {"mu":
+    # 0.1}}.
     config.federated.algorithm = "fedavg"
     config.federated.algorithm_options = ConfigDict()
     config.federated.algorithms = ConfigDict()
@@ -133,17 +136,18 @@ def get_config() -> ConfigDict:
     config.training.rounds = 8
     config.training.local_steps = 3
     config.training.batch_size = 4
-    config.training.group_size = 1  # fastest on a CPU; 0 measures it, once on a device
+    config.training.group_size = 1  # fastest on a CPU; 0 measures the fastest once per device
     config.training.checkpoint_every = 4  # rounds
-    # Regimes that end in _converged take at most `cap` times as many steps, every client by itself
-    # too. After `every` rounds' worth of steps so many validation questions are asked; training ends
-    # when `patience` times in a row were no better than the best, which is kept.
+    # Regimes that end in _converged take at most `cap` times as many steps; so does a lone client.
+    # After every `every` rounds' worth of steps, the loss on `questions` validation questions is
+    # computed. Training ends after `patience` evaluations in a row without improvement; the best model
+    # is kept.
     config.training.converged = ConfigDict({"cap": 4, "every": 2, "patience": 2, "questions": 200})
 
-    # Of the first round, falling linearly. Chosen on validation questions by
-    # experiments/choose_learning_rates.py; joint training takes those of the two phases. Regimes that
-    # are not here take those of their kind and budget, or of their kind. They are of two seeds;
-    # those marked "older" of one, from grids of nine points a factor of 2.4 apart.
+    # Learning rates of the first round; they decay linearly. They were chosen on validation questions
+    # by experiments/choose_learning_rates.py; joint training uses those of the two phases. Regimes that
+    # are not listed use the rates of their kind and budget, or of their kind. Rates were chosen with
+    # two seeds; those marked "older" with one seed, from grids of nine points a factor of 2.4 apart.
     config.learning_rates = ConfigDict()
     for regime, retriever, generator, marginal_generator, marginal_retriever in (
         ("centralised", 4e-4, 8e-4, 4e-4, 8e-4),
@@ -164,7 +168,7 @@ def get_config() -> ConfigDict:
             }
         )
 
-    # Device-seconds that choose_learning_rates took for each of them, beside other work on two cores.
+    # Device-seconds that choose_learning_rates took for each rate, with other work on the two cores.
     config.search_seconds = ConfigDict(
         {
             "centralised": {

@@ -16,12 +16,13 @@ def get_config() -> ConfigDict:
     config = compare_strategies.get_config()
     config.name = "compression"
     config.seeds = (0, 1, 2)
-    config.strategies = ("generator", "retriever")
+    config.strategies = ("retriever", "generator")
     config.regimes = ("federated",)
     del config["limits"], config["equivalence_margin"], config["search_seconds"]
-    # Codecs of what goes up and down, by name (fedrag_jax/federated/compression/by_name.py); the first
-    # is what others are compared with.
-    config.messages = ConfigDict(
+    # Kinds of messages; the first is what others are compared with.
+    config.messages = ("plain", "bfloat16", "int8", "int4", "rotated_int4", "top_10", "top_1")
+    # Codecs of what goes up and down, by name (fedrag_jax/federated/compression/by_name.py).
+    config.codecs = ConfigDict(
         {
             "plain": {"up": "", "down": ""},
             "bfloat16": {"up": "bfloat16", "down": "bfloat16"},

@@ -4,7 +4,7 @@
 
 Results go to runs/<name>/: aloftrag.csv, contexts.csv, silos.csv, table.md, report.html. What was
 asked about the texts and what became of it lies in label_free/, line by line. A cell (variant, regime,
-seeds) that is finished is not computed again, nor is anything asked twice.
+seeds) that is finished is not computed again, and no request is repeated.
 """
 
 import functools
@@ -35,13 +35,13 @@ from fedrag_jax.tracking.ledger import Cost
 
 
 class Variant(NamedTuple):
-    """Which of the steps are taken, and how.
+    """A variant of label-free fine-tuning.
 
     Attributes:
       generate: options of `pipeline.generate`.
-      part: what is trained, "generator" or "retriever".
-      shuffled: a control, each question given the citation of another.
-      elsewhere: a control, the same on texts of a world like those the generator was made with.
+      part: the trained part, "generator" or "retriever".
+      shuffled: a control in which each question gets the citation of another.
+      elsewhere: a control that trains on texts of a pretraining world.
     """
 
     generate: dict
@@ -66,7 +66,7 @@ VARIANTS = {
 
 
 def task_of(variant: Variant, system, made, seed: int):
-    """What a variant trains on."""
+    """Returns the task of a variant."""
     examples = [e for some in made.values() for e in some.examples]
     contexts = {i: c for some in made.values() for i, c in some.contexts.items()}
     if variant.part == "retriever":
@@ -127,8 +127,8 @@ def read(lab: LabelFreeLab, name: str, system, own: np.ndarray, cell: str) -> di
 
     `hard_<n>` is whether it had to be forced in, `recall_at_<n>` of retrieval; with most passages,
     `<metric>_found` is from end to end. Where the gold passage is left out, `abstained_none` is whether
-    none is cited, and `em_none` whether the answer is right all the same: known by heart, for the texts
-    that are trained on are those that are asked about.
+    none is cited, and `em_none` whether the answer is right anyway: memorised, because training and
+      test questions are about the same texts.
     """
     config, questions, scores = lab.config, [lab.test[i] for i in own], {}
     most = max(config.contexts)

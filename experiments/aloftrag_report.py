@@ -1,4 +1,4 @@
-"""What the cells of experiments/aloftrag.py come to: tables, a figure, CSV files."""
+"""The report of experiments/aloftrag.py: tables, a figure, CSV files."""
 
 import pathlib
 
@@ -56,7 +56,7 @@ def main_rows(config, folder: pathlib.Path) -> list[dict]:
 
 
 def main_metrics(n: int) -> dict[str, str]:
-    """Scores of the main table: with n passages, the gold one among them or (by heart) left out."""
+    """Scores of the main table: with n passages, including the gold one or (memorised) without it."""
     return {"answer": f"em_{n}", "citation": f"citation_{n}", "by_heart": "em_none"}
 
 
@@ -171,13 +171,13 @@ def report(config, folder: pathlib.Path):
             "Answers and citations",
             "ablation",
             f"Percent of the {config.data.split} questions ({config.regimes[0]} training), read "
-            f"among {n} passages of which one is gold: answers by exact match; citations by "
-            "whether the gold passage is among those cited, and by the F1 of those cited. By "
-            "heart: right answers where the gold passage is left out of the context; the "
-            "generator is trained on questions about the very texts that are asked about, so what "
-            "rises there was memorised. 95% intervals over seeds and questions; differences from "
-            "the untuned generator are paired by question and seed, p by permutation over "
-            "questions, Holm-adjusted over each column.",
+            f"among {n} passages of which one is gold. Answers: exact match. Citations: whether "
+            "the gold passage is among the cited ones, and F1 of the cited ones. Memorised: "
+            "correct answers without the gold passage in the context; the generator is trained "
+            "on questions about the tested texts, so an increase there is memorisation. 95% "
+            "intervals are over seeds and questions. Differences from the untuned generator are "
+            "paired by question and seed; p by permutation over questions, Holm-adjusted over "
+            "each column.",
             tables.Table(
                 [
                     name,
@@ -188,7 +188,7 @@ def report(config, folder: pathlib.Path):
                     _by("against base", "citation_by"),
                     _p("p", "citation_by"),
                     tables.number("citation F1", "citation_f1"),
-                    tables.interval("by heart [95% CI]", "by_heart"),
+                    tables.interval("memorised [95% CI]", "by_heart"),
                     _by("against base", "by_heart_by"),
                     _p("p", "by_heart_by"),
                     *judged,
@@ -199,15 +199,15 @@ def report(config, folder: pathlib.Path):
         Section(
             "Figure",
             "passages",
-            "Answers and citations by the number of passages read, the gold one among them.",
+            "Answers and citations by the number of passages read, including the gold passage.",
             figure=citing_figures.over_passages(contexts, config.regimes[0]),
         ),
         Section(
             "Easy and hard questions",
             "easy_hard",
-            "Hard questions are those whose gold passage is not among the nearest and was put in "
-            "place of the last. Last, right answers among those that do not cite the gold "
-            "passage.",
+            "Hard questions are those whose gold passage is not among the nearest and replaced "
+            "the last passage. The last column gives correct answers among those that do not "
+            "cite the gold passage.",
             tables.Table(
                 [
                     name,
@@ -217,7 +217,7 @@ def report(config, folder: pathlib.Path):
                         for what in ("answer", "citation")
                         for of in ("easy", "hard")
                     ),
-                    tables.number("answer where it is not cited", "answer_uncited"),
+                    tables.number("answer if not cited", "answer_uncited"),
                 ],
                 longest,
             ),
@@ -225,9 +225,9 @@ def report(config, folder: pathlib.Path):
         Section(
             "From end to end",
             "end_to_end",
-            f"Whether the gold passage is among the nearest, and {n} passages read as they were "
-            "found: right answers, and citations, where citing none is right if no gold one is "
-            "there.",
+            f"Whether the gold passage is among the nearest, and results with the {n} retrieved "
+            "passages: correct answers, and citations, where citing none is correct if no gold "
+            "passage is among them.",
             tables.Table(
                 [
                     name,
@@ -242,8 +242,8 @@ def report(config, folder: pathlib.Path):
         Section(
             "Where nothing answers",
             "abstention",
-            "Percent of questions that cite no passage: among the nearest without the gold one, "
-            "where that is right, and with it, where it is wrong.",
+            "Percent of answers that cite no passage: without the gold passage among the "
+            "nearest, where this is correct, and with it, where this is wrong.",
             tables.Table(
                 [
                     name,
@@ -257,7 +257,7 @@ def report(config, folder: pathlib.Path):
         Section(
             "Silos",
             "silos",
-            f"Means over silos, each asked about its own texts, and the worst one, with {n} "
+            f"Means over silos, each evaluated on its own texts, and the worst silo, with {n} "
             "passages.",
             tables.Table(
                 [
@@ -278,8 +278,8 @@ def report(config, folder: pathlib.Path):
         Section(
             "What the generator wrote",
             "generated",
-            f"Kept of what there was in each step ({config.regimes[0]}), and why others were "
-            "dropped; requests to the generator are shared by variants.",
+            f"Items kept in each step ({config.regimes[0]}), and reasons why others were dropped. "
+            "Variants share requests to the generator.",
             tables.Table(
                 [
                     name,

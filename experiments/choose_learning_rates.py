@@ -18,10 +18,14 @@ from experiments.rates import SEARCHES
 
 if __name__ == "__main__":
     given = {
-        s: flags.DEFINE_list(s.name, None, f"rates of the {s.part} in {s.strategy}")
+        s: flags.DEFINE_list(
+            s.name, None, f"learning rates to try for the {s.part} in {s.strategy}"
+        )
         for s in SEARCHES
     }
-    questions = flags.DEFINE_integer("questions", 400, "validation questions to judge a system on")
+    questions = flags.DEFINE_integer(
+        "questions", 400, "number of validation questions for scoring a system"
+    )
 
     def with_flags(config, runs):
         from experiments.search import run  # imports JAX, once the flags are right

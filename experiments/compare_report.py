@@ -103,34 +103,35 @@ def report(config, folder: pathlib.Path):
         Section(
             f"Federated against a lone client, {title}",
             "headline",
-            "Federated training against the better of two lone clients: `local` takes as many steps as "
-            "a client takes in federated training, `local_converged` trains until validation stops "
-            f"improving. {differences_said(of_primary, title)}",
+            "Federated training compared with the better of two lone clients: `local` takes as "
+            "many steps as a client takes in federated training; `local_converged` trains until "
+            f"validation stops improving. {differences_said(of_primary, title)}",
             tables.headline_table(of_primary),
         ),
         Section(
             "The same for every metric",
             "against_local",
-            "Differences in points, on all test questions and on questions such as each client holds "
-            "(own topics). p over questions and, from five seeds on, over seeds, Holm-adjusted for "
+            "Differences in points, on all test questions and on questions from each client's "
+            "own topics. p over questions and, from five seeds on, over seeds, Holm-adjusted for "
             "each metric.",
             tables.against_local_table(alone),
         ),
         Section(
             "Strategies",
             "strategies",
-            f"Metrics in percent. {INTERVALS} Epochs of the models that were kept, task by task; at "
-            "cap: trainings that validation should have ended and that were best at their last "
-            "evaluation. Seconds of training, retrieval and index refresh: elapsed, and times the "
-            "devices held; of the search for learning rates device-seconds.",
+            f"Metrics in percent. {INTERVALS} Epochs are those of the kept models, for each task. "
+            "At cap: number of trainings that should have ended by validation but whose last "
+            "evaluation was their best. Seconds of training, retrieval and index refresh are "
+            "elapsed seconds, and device-seconds; the search for learning rates is in "
+            "device-seconds.",
             tables.strategies_table(rows),
         ),
         Section(
             "On a client's own topics",
             "own_topics",
-            "Means over clients of the model each would use, on questions in the proportions of its "
-            "own topics: test questions or, where no client holds their topics, training questions "
-            "about passages that nobody trained on.",
+            "Means over clients of the model that each would use, on questions in the "
+            "proportions of its own topics. The questions are test questions or, if no client "
+            "holds their topics, training questions about passages that no client trained on.",
             tables.own_topics_table(rows),
         ),
         Section(
@@ -142,69 +143,73 @@ def report(config, folder: pathlib.Path):
         Section(
             "Learning curves",
             "learning_curves",
-            "Training loss over examples seen: mean over seeds, in a band from least to most.",
+            "Training loss over the number of examples seen: mean over seeds, with a band from "
+            "minimum to maximum.",
             figure=figures.learning_curves(done),
         ),
         Section(
             "Without gold passages",
             "without_labels",
-            "Where training questions name no gold passage, strategies that need none are as above, "
-            "for they do not read it.",
+            "If training questions name no gold passages, strategies that need none have the "
+            "same results as above, because they do not use them.",
             tables.without_labels_table(rows),
         ),
         Section(
             "Regimes against each other, every metric",
             "regimes",
-            f"Differences in points with 95% intervals. * differs (p < 0.05 over questions, "
-            f"Holm-adjusted over the metric); ≈ equivalent within {config.equivalence_margin:g} points "
-            "(two one-sided tests, p < 0.05, Holm-adjusted). Neither: not shown either way.",
+            "Differences in points with 95% intervals. *: significant (p < 0.05 over questions, "
+            f"Holm-adjusted over the metric). ≈: equivalent within {config.equivalence_margin:g} "
+            "points (two one-sided tests, p < 0.05, Holm-adjusted). No mark: neither is shown.",
             tables.every_metric_table(found["comparisons"]),
         ),
         Section(
             f"Paired comparisons of {title}, the primary metric",
             "comparisons",
-            "Difference in points with its 95% interval; Cohen's d_z; percent of questions that are "
-            "better and worse; p by permutation over questions, which speaks of these models, and from "
-            "five seeds on over seeds, which speaks of the methods; p of equivalence within "
-            f"{config.equivalence_margin:g} points. Each Holm-adjusted over this table.",
+            "Difference in points with its 95% interval; Cohen's d_z; percent of questions that "
+            "are better and worse. p over questions (permutation test) holds for these trained "
+            "models; p over seeds, from five seeds on, holds for the methods; p of equivalence "
+            f"is within {config.equivalence_margin:g} points. All are Holm-adjusted over this "
+            "table.",
             tables.comparisons_table(compared),
         ),
         Section(
             "Against independent tuning",
             "against_independent",
-            "Differences in points from independent tuning in the same regime, paired by question and "
-            "seed; marks as above, Holm-adjusted for each metric. Seconds and operations as multiples "
-            "of its own, the mean over seeds.",
+            "Differences in points from independent tuning in the same regime, paired by "
+            "question and seed; marks as above, Holm-adjusted for each metric. Seconds and "
+            "operations are multiples of those of independent tuning, mean over seeds.",
             tables.independent_table(found["against_independent"]),
         ),
         Section(
             "Time by part",
             "times",
-            "Seconds, mean over seeds, summed over clients in the local regime. Collating includes "
-            "likelihoods under a frozen generator, aggregation all of a round that is no local step; "
-            "passages are embedded once. A program is compiled for the first cell that needs it.",
+            "Seconds, mean over seeds, summed over clients in the local regime. Collating "
+            "includes likelihoods under a frozen generator; aggregation includes everything in a "
+            "round that is not a local step. Passages are embedded once. A program is compiled "
+            "for the first cell that needs it.",
             tables.times_table(rows),
         ),
         Section(
             "Costs",
             "costs",
-            "Operations of training steps, by formula and by the compiler; memory of the largest round "
-            "on a device; tokens read in training; bytes of what is trained. Every client holds the "
-            "whole corpus and its index: their bytes on the way to the clients.",
+            "Operations of training steps, by formula and by the compiler; memory of the largest "
+            "round on a device; tokens read in training; bytes of trained parameters. Every "
+            "client holds the whole corpus and its index: the table gives their bytes on the way "
+            "to the clients.",
             tables.costs_table(rows),
         ),
         Section(
             "Traffic",
             "traffic",
-            "What is trained on its way between clients and server, by part and type.",
+            "Bytes of trained parameters sent between clients and server, by part and type.",
             tables.traffic_table(found["traffic"]),
         ),
         Section(
             "Clients",
             "clients",
-            "EM on one set of client mixtures for all splits, that of alpha "
-            f"{config.federated.alpha:g}, and its difference from the centralised model under the same "
-            "mixtures.",
+            "EM on one set of client mixtures for all splits (that of alpha "
+            f"{config.federated.alpha:g}), and its difference from the centralised model on the "
+            "same mixtures.",
             tables.clients_table(rows),
         ),
         Section(
@@ -213,9 +218,9 @@ def report(config, folder: pathlib.Path):
     ]
     return Report(
         folder.name,
-        "Ways to fine-tune a retrieval-augmented generator, where the data sits together and where it "
-        f"does not: {config.data.name}, {config.federated.clients} clients{split}; "
-        f"pairs of seeds: {len(replicates(config))}.",
+        "Comparison of strategies for fine-tuning retrieval-augmented generation, with pooled "
+        f"and with distributed data: {config.data.name}, {config.federated.clients} "
+        f"clients{split}; pairs of seeds: {len(replicates(config))}.",
         sections,
         {f"{name}.csv": some for name, some in found.items()} | {"metrics.jsonl": curve_rows(done)},
         {"strategies.csv": comparison.COLUMNS},
@@ -233,17 +238,18 @@ def differences_said(rows: list[dict], title: str) -> str:
         for row in parted
     )
     return (
-        f"Of the points of {title} that federated training has over `local`, those of "
-        "`local_converged` are compute, which a lone client could have spent itself; the rest are "
-        f"other clients' data: {said}."
+        f"Federated training is better than `local` by the following points of {title}. The part "
+        "of `local_converged` is compute, which a lone client could have spent alone; the rest "
+        f"is due to other clients' data: {said}."
     )
 
 
 def controls_said(folder: pathlib.Path) -> str:
     """What the controls are, and what training at learning rate zero has changed."""
     said = (
-        "EM in percent without passages, with a distractor alone, with the gold passages alone. Index "
-        "recall, of an approximate index: of the nearest passages the percentage that it finds."
+        "EM in percent without passages, with only a distractor, and with only the gold "
+        "passages. Index recall: percentage of the nearest passages that an approximate index "
+        "finds."
     )
     if (no_op_file := folder / "no_op.json").exists():
         change = read_json(no_op_file)["largest_change"]

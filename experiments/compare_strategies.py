@@ -4,8 +4,8 @@
     python -m experiments compare_strategies --config.name=more-clients --config.federated.clients=32
     python -m experiments compare_strategies --config=configs/fedrag_recipe.py
 
-Results go to runs/<name>/. A cell (strategy, regime, seeds) that is finished is not computed again,
-and a training that was killed goes on from its last checkpoint.
+Results go to runs/<name>/. A finished cell (strategy, regime, seeds) is not computed again, and a
+killed training resumes from its last checkpoint.
 """
 
 import dataclasses

@@ -26,7 +26,7 @@ def with_messages(config, kind: str):
     """The config of a comparison whose clients and server send messages of a kind."""
     config = config.copy_and_resolve_references()
     with config.unlocked():
-        config.federated.algorithm_options.update(config.messages[kind])
+        config.federated.algorithm_options.update(config.codecs[kind])
     return config
 
 
@@ -54,8 +54,13 @@ def lab(config, folder: pathlib.Path) -> Messages:
         )
     federated = config.federated
     for kind in config.messages:
-        options = {**federated.algorithm_options, **config.messages[kind]}
-        by_name.check(federated.algorithm, options, f"config.messages.{kind}")
+        if kind not in config.codecs:
+            raise ConfigError(
+                f"config.messages: {kind!r} unknown; choose among {[*config.codecs]}, or add it to "
+                "config.codecs"
+            )
+        options = {**federated.algorithm_options, **config.codecs[kind]}
+        by_name.check(federated.algorithm, options, f"config.codecs.{kind}")
     found = Messages(config, load_data(config), folder)
     for _, split in replicates(config):
         found.clients(REGIME, split)
@@ -84,11 +89,11 @@ def compute(lab: Messages, point: Point) -> cells.Cell:
 
 def rows_of(config, folder: pathlib.Path) -> list[dict]:
     """A row for every strategy and kind of message, with its differences from the first kind."""
-    rows, usual = [], next(iter(config.messages))
+    rows, usual = [], config.messages[0]
     for strategy, kind in itertools.product(config.strategies, config.messages):
         if not (found := finished(config, folder / kind, strategy, REGIME)):
             continue
-        row = {"strategy": strategy, "messages": kind, "seeds": len(found), **config.messages[kind]}
+        row = {"strategy": strategy, "messages": kind, "seeds": len(found), **config.codecs[kind]}
         plain = finished(config, folder / usual, strategy, REGIME)
         for metric in METRICS:
             row |= comparison.estimate(found, metric)
@@ -162,7 +167,7 @@ def report(config, folder: pathlib.Path):
 
 EXPERIMENT = Experiment(
     name="compression",
-    free=("seeds", "split_seeds", "strategies", "messages", "primary_metric"),
+    free=("seeds", "split_seeds", "strategies", "messages", "codecs", "primary_metric"),
     lab=lab,
     points=points,
     compute=compute,

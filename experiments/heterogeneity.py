@@ -235,39 +235,39 @@ def report(config, folder: pathlib.Path):
     open_marks = {factor: config[room][name] for factor, (room, name) in WHERE.items()}
     return Report(
         folder.name,
-        f"Federated fine-tuning on {config.data.name}, one factor varied at a time around {usual}. "
-        "Every point takes as many local steps of as many examples, except for clients that hold fewer "
-        "than a batch.",
+        f"Federated fine-tuning on {config.data.name}, one factor varied at a time around "
+        f"{usual}. Every point has the same number of local steps with the same number of "
+        "examples, except for clients that hold fewer than a batch.",
         [
             Section(
                 "Figure",
                 "heterogeneity",
-                "Exact match with its 95% interval over test questions. The dotted line is the untuned "
-                "system, the open mark the usual point.",
+                "Exact match with its 95% interval over test questions. The dotted line is the "
+                "untuned system; the open mark is the default point.",
                 figure=figures.over_factors(rows, NAMES, open_marks),
             ),
             Section(
                 "Quality",
                 "points",
-                "Metrics in percent with 95% intervals over seeds and questions. Learning rates were "
-                "searched on validation questions at every point, with the first two seeds. The worst "
-                "client is that of one set of client mixtures for all points, those of the usual "
-                f"point's split.{untuned}",
+                "Metrics in percent with 95% intervals over seeds and questions. Learning rates "
+                "were searched on validation questions at every point, with the first two seeds. "
+                "The worst client is measured on one set of client mixtures for all points, "
+                f"those of the default point's split.{untuned}",
                 tables.Table((*who, *quality), tuned),
             ),
             Section(
-                "Against the usual point",
+                "Differences from the default point",
                 "differences",
-                "Differences in points from the usual point, paired by question and seed; p over "
-                "questions, over seeds (from five on), and of equivalence within "
+                "Differences in points from the default point, paired by question and seed; p "
+                "over questions, over seeds (from five on), and of equivalence within "
                 f"{config.equivalence_margin:g} points, Holm-adjusted for each metric.",
                 tables.Table((*who, *against), [row for row in tuned if "em_by_difference" in row]),
             ),
             Section(
                 "Costs",
                 "costs",
-                "Refreshes are those of strategies that retrieve while they train: one a round, and "
-                "fewer where a round draws few clients.",
+                "Refreshes occur in strategies that retrieve during training: one per round, and "
+                "fewer if a round samples few clients.",
                 tables.Table((*who, *costs), tuned),
             ),
         ],

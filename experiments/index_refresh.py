@@ -184,7 +184,7 @@ def report(config, folder: pathlib.Path):
         tables.interval("Recall@5 [95% CI]", "recall_at_5"),
         tables.difference("against always fresh [95% CI]"),
         tables.p_value("p", "p_holm"),
-        tables.number("index as left", "recall_at_5_left"),
+        tables.number("last index", "recall_at_5_left"),
         tables.number("stale %", "stale"),
         tables.number("re-embedded", "embedded", 0),
         tables.number("s embedding", "embed_seconds"),
@@ -194,27 +194,28 @@ def report(config, folder: pathlib.Path):
     t = config.training
     return Report(
         folder.name,
-        f"Index refreshing while both encoders learn by {config.objective}: {config.data.name}, "
-        f"{t.rounds} retrievals, each for {t.local_steps} x {config.federated.clients} steps.",
+        f"Index refresh policies while both encoders are trained by {config.objective}: "
+        f"{config.data.name}, {t.rounds} retrievals, each followed by {t.local_steps} x "
+        f"{config.federated.clients} steps.",
         [
             Section(
                 "Figure",
                 "refresh",
-                "Left: what a policy changes in Recall@5, with a fresh index after training, over the "
-                "passages re-embedded in training; paired, with 95% intervals over questions. Right: "
-                "how stale the index is before each retrieval and at the end.",
+                "Left: change in Recall@5 (with a fresh index after training) against the number "
+                "of passages re-embedded in training; paired, with 95% intervals over questions. "
+                "Right: staleness of the index before each retrieval and at the end.",
                 figure=experiment_figures.refresh_policies(rows),
             ),
             Section(
                 "Policies",
                 "policies",
                 "Scores in percent, means over seeds, 95% intervals over seeds and questions; "
-                "differences from `every_1` paired by question and seed, p by permutation over "
-                "questions, Holm-adjusted. Recall@5 is with an index made anew after training; `index "
-                "as left` is the one that training searched last, in the way of the policy. Stale: the "
-                "share of the five passages of a validation question that a fresh index would replace, "
-                "at the end of a stretch between two retrievals. Re-embedded passages are those of "
-                "training.",
+                "differences from `every_1` are paired by question and seed, p by permutation "
+                "over questions, Holm-adjusted. Recall@5 uses an index rebuilt after training; "
+                "`last index` uses the index that training searched last, with the policy. "
+                "Stale: share of the five passages of a validation question that a fresh index "
+                "would replace, at the end of an interval between two retrievals. Re-embedded "
+                "passages are counted during training.",
                 tables.Table(columns, rows),
             ),
         ],
@@ -239,7 +240,10 @@ def check(config) -> None:
             "learning rates"
         )
     if FRESH not in config.policies:
-        raise ConfigError(f"config.policies needs {FRESH!r}: rates are chosen, others judged by it")
+        raise ConfigError(
+            f"config.policies needs {FRESH!r}: learning rates are chosen with it, and other policies "
+            "are compared with it"
+        )
     for name, policy in config.policies.items():
         try:
             Policy(**policy).check()

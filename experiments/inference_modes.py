@@ -95,17 +95,17 @@ def report(config, folder: pathlib.Path):
         tables.interval("F1 [95% CI]", "f1"),
         tables.difference(f"{METRICS[config.primary_metric]} against concatenated [95% CI]"),
         tables.p_value("p", "p_holm"),
-        tables.number("ms a question", "seconds", 1, 1e-3),
+        tables.number("ms per question", "seconds", 1, 1e-3),
     )
     return Report(
         folder.name,
-        f"Ways to train against ways to answer: {config.data.name}, {config.regimes[0]}, "
+        f"Training strategies against answering modes: {config.data.name}, {config.regimes[0]}, "
         f"{config.retrieval.top_k} passages read.",
         [
             Section(
                 "At a glance",
                 "glance",
-                "Exact match in percent: ways to train in rows, ways to answer in columns.",
+                "Exact match in percent: training strategies in rows, answering modes in columns.",
                 tables.Table(
                     [tables.words("strategy", "strategy"), *map(_mode_column, config.modes)], glance
                 ),
@@ -113,10 +113,10 @@ def report(config, folder: pathlib.Path):
             Section(
                 "Quality and cost",
                 "inference_modes",
-                "Metrics in percent with 95% intervals over seeds and questions. Differences from "
-                "answers to one prompt with all passages, by the same system, are paired by question "
-                "and seed; p by permutation over questions, Holm-adjusted over this table. Time is "
-                "elapsed, with retrieval and without compiling.",
+                "Metrics in percent with 95% intervals over seeds and questions. Differences "
+                "from answers to one prompt with all passages, by the same system, are paired by "
+                "question and seed; p by permutation over questions, Holm-adjusted over this "
+                "table. Time is elapsed, including retrieval and excluding compilation.",
                 tables.Table(columns, rows),
             ),
         ],

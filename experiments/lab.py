@@ -1,4 +1,4 @@
-"""A comparison of strategies cell by cell: what all cells share, and how one is computed."""
+"""The shared parts of a comparison's cells, and the computation of one cell."""
 
 import copy
 import dataclasses
@@ -47,11 +47,12 @@ class Lab:
     """What all cells share: data, base system, client split, folders.
 
     Attributes:
-      dataset: its validation questions are those that no prompt shows.
-      shown: the questions that every prompt shows with their answers.
-      asked: questions of a cell's scores [Q]: the test set and, where there are such, those that stand
-        for what is asked about clients' own topics.
-      of_test, of_own: bool [Q], which count where; the test set for both unless others stand for own.
+      dataset: the data set; its validation questions exclude the few-shot examples.
+      shown: the few-shot examples of every prompt.
+      asked: the questions of a cell's scores [Q]: the test set and, if configured, the questions for
+        clients' own topics.
+      of_test, of_own: bool [Q], whether a question counts for the test set and for own topics; by
+        default the test set counts for both.
       asked_clusters: int [Q].
     """
 
@@ -128,7 +129,7 @@ class Lab:
         return other
 
     def clients(self, regime: str, split: int):
-        """Who holds what; federated and local training share it."""
+        """Returns the partition, which federated and local training share."""
         federated = self.config.federated
         alpha = parse(regime, federated.alpha).alpha
         return split_clients(self.dataset.train, federated.clients, alpha, federated.column, split)
@@ -146,7 +147,7 @@ class Lab:
         return split_clients(self.dataset.train, usual.clients, usual.alpha, usual.column, split)
 
     def budget(self, converged: bool = False):
-        """How much training: a number of examples, or until validation says that it is enough."""
+        """Returns the training budget: a number of examples, or until validation stops improving."""
         t, f = self.config.training, self.config.federated
         matched = Budget(
             t.rounds, t.local_steps, f.clients, t.batch_size, t.group_size or None, f.devices,
@@ -158,12 +159,12 @@ class Lab:
         return matched._replace(rounds=t.rounds * t.converged.cap, stopping=stopping)
 
     def stop_questions(self) -> list[Example]:
-        """The validation questions that decide when to stop."""
+        """Returns the validation questions for early stopping."""
         c = self.config
         return sample(self.dataset.validation, c.training.converged.questions, c.data.sample_seed)
 
     def control_questions(self) -> list[Example]:
-        """The test questions that controls ask."""
+        """Returns the test questions for controls."""
         return sample(self.dataset.test, self.config.data.control_questions, 0)
 
     def rate(self, regime: str, strategy, part: str, task: str = "") -> float:
@@ -208,7 +209,7 @@ class Lab:
         )
 
     def members(self, regime: str) -> list[int | None]:
-        """Who trains a model: each client by itself, or all together (None)."""
+        """Returns the clients that train a model each, or (None,) if all train one together."""
         local = regime.startswith("local")
         return [*range(self.config.federated.clients)] if local else [None]
 
@@ -235,7 +236,8 @@ class Lab:
 def compute_cell(
     run: Lab, strategy: str, regime: str, seed: int, split: int, controls: bool = True
 ):
-    """Trains, evaluates on the test set (with `controls`, if wanted), and prices one cell."""
+    """Computes one cell: trains, evaluates on the test set (optionally with `controls`), counts
+    costs."""
     known, column = None, run.config.federated.column
     clients = run.clients(regime, split)
     if strategy == "none":  # untuned is untuned wherever the data sits
@@ -258,7 +260,8 @@ def compute_cell(
     everybody = run.mixtures(regime, split)
     own_asked = [e for e, counts in zip(run.asked, run.of_own, strict=True) if counts]
     own_em = [f["em"][run.of_own] for f in found]
-    by_client = client_scores(everybody, own_asked, own_em, column) if everybody else []
+    judged = everybody and run.config.mode
+    by_client = client_scores(everybody, own_asked, own_em, column) if judged else []
     scores = {}
     for metric in METRICS:
         mean = np.mean([f[metric] for f in found], axis=0)
@@ -274,16 +277,18 @@ def compute_cell(
 
 
 def asked_scores(run: Lab, systems, clients) -> list[dict[str, np.ndarray]]:
-    """Of each system its scores [Q] by metric, in [0, 1]; NaN where it is not asked.
+    """Returns the scores [Q] of each system by metric, in [0, 1]; NaN for questions it is not asked.
 
-    Models of lone clients are asked about their own topics alone, and all of the test set.
+    Models of lone clients answer the whole test set and the questions about their own topics.
     """
     mixtures = mixture_weights(clients, run.asked, run.config.federated.column)
     found = []
     for client, system in enumerate(systems):
         asked = run.of_test | (mixtures[client] > 0 if len(systems) > 1 else run.of_own)
         rows = np.flatnonzero(asked)
-        some = evaluate(system, [run.asked[i] for i in rows], mode=run.config.mode)
+        questions, mode = [run.asked[i] for i in rows], run.config.mode
+        answered = evaluate(system, questions, mode=mode) if mode else None
+        some = answered or evaluator.rankings_alone(system, questions)
         found.append({metric: np.full(len(asked), np.nan) for metric in METRICS})
         for metric in METRICS:
             found[-1][metric][rows] = some[metric]
@@ -371,8 +376,8 @@ def curve(histories, stretch: int) -> list[dict]:
 
 
 def control_scores(system, examples) -> dict[str, float]:
-    """EM in percent where it must stay low (no passage, a wrong one) or high (the gold one), and, of an
-    approximate index, the percentage of the nearest passages that it finds."""
+    """Returns EM in percent where it must be low (no passage, a wrong one) or high (the gold one), and
+    the percentage of nearest passages that an approximate index finds."""
     controls = {
         "closed_book_em": percent(evaluator.closed_book(system, examples)["em"]),
         "distractor_em": percent(evaluator.distractor_passage(system, examples)["em"]),

@@ -1,4 +1,4 @@
-"""The command line of an experiment: a config that flags override, and errors in one line."""
+"""The command line of an experiment: a config that flags override, and one-line errors."""
 
 import ctypes
 import json
@@ -15,14 +15,14 @@ from fedrag_jax.errors import ConfigError, FedragError
 
 
 def settled_config(config, folder: pathlib.Path, free: tuple[str, ...]) -> None:
-    """Takes the folder for this process and writes the resolved config; refuses one made with another.
+    """Locks the folder and writes the resolved config; refuses a folder with another config.
 
     Args:
-      free: settings that may differ, because results of either lie side by side.
+      free: settings that may differ between calls that share a folder.
 
     Raises:
-      ConfigError: another process is at work in the folder; names every setting that differs.
-      DataError: what it holds as config is damaged.
+      ConfigError: another process uses the folder, or settings differ; the error names all of them.
+      DataError: the config in the folder is damaged.
     """
     if folder not in _held:
         _held[folder] = files.hold(folder)
@@ -63,16 +63,16 @@ def launch(run, config: str) -> None:
     virtual_devices(min(cores(), DEVICES))
     logging.set_verbosity(logging.WARNING)  # libraries tell a lot about themselves
     config_flags.DEFINE_config_file("config", config)
-    flags.DEFINE_string("runs", "runs", "folder that holds the runs")
+    flags.DEFINE_string("runs", "runs", "folder of all runs")
     flags.DEFINE_bool(
         "distributed",
         False,
-        "this is one process of several, each with a folder of its own; the first prints and logs",
+        "run as one of several processes, each with its own folder; the first one prints and logs",
     )
     # On a TPU pod slice and other clusters that JAX knows, nothing of this need be said.
     flags.DEFINE_string("coordinator", None, "host:port of the first process")
-    flags.DEFINE_integer("processes", None, "how many there are", lower_bound=1)
-    flags.DEFINE_integer("process", None, "the number of this one, from 0", lower_bound=0)
+    flags.DEFINE_integer("processes", None, "number of processes", lower_bound=1)
+    flags.DEFINE_integer("process", None, "number of this process, from 0", lower_bound=0)
 
     def main(_):
         runs = flags.FLAGS.runs
@@ -88,7 +88,7 @@ def launch(run, config: str) -> None:
             raise SystemExit(str(error)) from error  # which names the file
         except KeyboardInterrupt:
             # The traceback tells nothing: everything finished is on disk, wherever this came.
-            print("stopped; run the same command to go on", file=sys.stderr)
+            print("stopped; run the same command to resume", file=sys.stderr)
             raise SystemExit(INTERRUPTED) from None
 
     app.run(main)
@@ -110,7 +110,7 @@ def _one_of_several(runs: str, config) -> str:
 
 
 def cores() -> int:
-    """How many the operating system lets this process use; `taskset` and containers give it some."""
+    """Returns the number of cores this process may use; `taskset` and containers limit them."""
     affinity = getattr(os, "sched_getaffinity", None)  # on Linux
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 

@@ -243,9 +243,9 @@ def report(config, folder: pathlib.Path):
     return Report(
         folder.name,
         f"Adapters of {config.federated.clients} clients, averaged by different rules: "
-        f"{config.data.name}, {t.rounds} rounds of {t.local_steps} local steps. Every prompt holds "
-        f"the gold passages; untuned, the generator has EM {untuned['em']:.1f} and a negative "
-        f"log-likelihood (NLL) of {untuned['nll']:.2f} nats per answer.",
+        f"{config.data.name}, {t.rounds} rounds of {t.local_steps} local steps. Every prompt "
+        f"contains the gold passages. The untuned generator has EM {untuned['em']:.1f} and a "
+        f"negative log-likelihood (NLL) of {untuned['nll']:.2f} nats per answer.",
         [
             Section(
                 "Figure",
@@ -257,14 +257,15 @@ def report(config, folder: pathlib.Path):
             Section(
                 "Quality",
                 "aggregation",
-                "NLL, the primary metric, EM and F1 in percent with 95% intervals over questions "
-                "and seeds; differences from FedIT at the same rank and split, paired by question "
-                "and seed. p by permutation over questions speaks of these models, p over seeds "
-                "of the rules; each metric Holm-adjusted over this table. Learning rates were "
-                "searched for every rule, rank and split on validation answers, with the first "
-                "two seeds, to a factor of two around the best; edge: the best is the outermost "
-                "that was tried. FedSA's adapters are personal: means over its clients. Controls: "
-                "without a passage, and with a distractor instead of the gold ones.",
+                "NLL (the primary metric), EM and F1 in percent with 95% intervals over "
+                "questions and seeds; differences from FedIT at the same rank and split, paired "
+                "by question and seed. p over questions (permutation) holds for these models, p "
+                "over seeds for the rules; each metric is Holm-adjusted over this table. "
+                "Learning rates were searched for every rule, rank and split on validation "
+                "answers, with the first two seeds, to a factor of two around the best. Edge: "
+                "the best rate is the outermost one tried. FedSA's adapters are personal; its "
+                "rows are means over clients. Controls: without a passage, and with a distractor "
+                "instead of the gold passages.",
                 tables.Table((*who, *quality), rows),
             ),
             Section(
@@ -314,7 +315,7 @@ def lab(config, folder: pathlib.Path) -> Aggregation:
     asked = [*dataset.train, *validation_sample(config, dataset), *dataset.test]
     if bare := sum(not e.positive_ids for e in asked):
         raise DataError(
-            f"{bare} of {len(asked)} questions name no gold passage, which every prompt is to hold "
+            f"{bare} of {len(asked)} questions name no gold passage, but every prompt needs one "
             "here; give positive_ids"
         )
     whole = Lab(at_point(config, config.ranks[0], config.alphas[0]), dataset, folder)

@@ -220,7 +220,7 @@ def report(config, folder: pathlib.Path):
             Section(
                 "Figure",
                 "differences",
-                "What each objective adds to the part it trains, with 95% intervals over questions.",
+                "Gain of each objective for the part it trains, with 95% intervals over questions.",
                 figure=experiment_figures.differences(
                     [row for row in rows if row["metric"] in ("recall_at_5", "em")]
                 ),
@@ -228,12 +228,13 @@ def report(config, folder: pathlib.Path):
             Section(
                 "Objectives",
                 "objectives",
-                "Scores in percent, means over seeds. Differences from the untuned system are paired "
-                "by question and seed, with 95% intervals over questions and seeds; p by permutation "
-                "over questions, Holm-adjusted over each metric. Learning rates were chosen for every "
-                "objective on validation questions, with the first seed. The no-op trains at a rate "
-                "of 0. recall_at_5_cut: of vectors cut to the first quarter of their dimensions. "
-                "Controls of what moves the generator: EM without a passage, and with a distractor.",
+                "Scores in percent, means over seeds. Differences from the untuned system are "
+                "paired by question and seed, with 95% intervals over questions and seeds; p by "
+                "permutation over questions, Holm-adjusted over each metric. Learning rates were "
+                "chosen for every objective on validation questions, with the first seed. The "
+                "no-op trains at a rate of 0. recall_at_5_cut: for vectors truncated to the "
+                "first quarter of their dimensions. Controls for objectives that train the "
+                "generator: EM without a passage, and with a distractor.",
                 tables.Table(columns, rows),
             ),
         ],

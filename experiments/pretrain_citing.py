@@ -24,8 +24,8 @@ from experiments.pretraining_rows import Reader, pack
 from fedrag_jax.data import synthetic
 from fedrag_jax.models import fetching, hub
 
-_OUT = flags.DEFINE_string("out", str(fetching.BUILTIN / "citing"), "folder for the checkpoint")
-_STEPS = flags.DEFINE_integer("steps", 2600, "batches of 8 to 24 rows")
+_OUT = flags.DEFINE_string("out", str(fetching.BUILTIN / "citing"), "folder of the checkpoint")
+_STEPS = flags.DEFINE_integer("steps", 2600, "number of batches of 8 to 24 rows")
 
 # So many sentences or passages, in batches of so many rows, for so many steps at most.
 LEVELS = (

@@ -38,10 +38,10 @@ from fedrag_jax.models.decoder import Decoder, DecoderConfig, rope_frequencies
 from fedrag_jax.models.encoder import Encoder, EncoderConfig
 from fedrag_jax.models.network import Network
 
-_OUT = flags.DEFINE_string("out", str(fetching.BUILTIN), "folder for the two checkpoints")
-_PARTS = flags.DEFINE_list("parts", ["decoder", "encoder"], "which to make")
-_DECODER_STEPS = flags.DEFINE_integer("decoder_steps", 5000, "batches of 12 to 24 rows")
-_ENCODER_STEPS = flags.DEFINE_integer("encoder_steps", 200, "batches of 128 pairs")
+_OUT = flags.DEFINE_string("out", str(fetching.BUILTIN), "folder of the two checkpoints")
+_PARTS = flags.DEFINE_list("parts", ["decoder", "encoder"], "checkpoints to make")
+_DECODER_STEPS = flags.DEFINE_integer("decoder_steps", 5000, "number of batches of 12 to 24 rows")
+_ENCODER_STEPS = flags.DEFINE_integer("encoder_steps", 200, "number of batches of 128 pairs")
 
 DECODER = DecoderConfig(
     vocab_size=VOCABULARY,

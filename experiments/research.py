@@ -154,7 +154,7 @@ def report(config, folder: pathlib.Path):
         tables.words("regime", "regime"),
         tables.words("epochs", "epochs"),
         tables.number("seconds", "seconds", 0),
-        tables.number("of rollouts and retrieval", "retrieve_seconds", 0),
+        tables.number("rollouts and retrieval", "retrieve_seconds", 0),
         tables.number("MB up", "bytes_up", 1, 1e6),
     )
     return Report(
@@ -164,18 +164,21 @@ def report(config, folder: pathlib.Path):
             Section(
                 "Answers and searches",
                 "research",
-                "Exact match in percent with 95% intervals over seeds and questions; what retrieves "
-                f"once reads {config.retrieval.top_k} passages, a search finds one. Differences are "
-                f"from {best}, the best of these by two-hop EM, paired by question and seed; p by "
-                "permutation, Holm-adjusted. Collapsed: trainings with a sign of collapse at any time "
+                "Exact match in percent with 95% intervals over seeds and questions. Variants "
+                f"with one retrieval read {config.retrieval.top_k} passages; a search returns "
+                f"one. Differences are from {best}, the best of these by two-hop EM, paired by "
+                "question and seed; p by permutation, Holm-adjusted. Collapsed: number of "
+                "trainings with a sign of collapse at any time "
                 "(fedrag_jax/federated/collapse.py).",
                 tables.Table(columns, rows),
             ),
-            Section("Costs", "costs", "Of training, means over seeds.", tables.Table(costs, rows)),
+            Section(
+                "Costs", "costs", "Costs of training, means over seeds.", tables.Table(costs, rows)
+            ),
             Section(
                 "How the policy learns",
                 "policy_curves",
-                "Of each round's rollouts, the mean over seeds in a band from least to most.",
+                "Rollouts of each round: mean over seeds, with a band from minimum to maximum.",
                 figure=policy_curves(found),
             ),
         ],

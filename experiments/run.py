@@ -1,5 +1,6 @@
-"""How an experiment runs: its config is settled, the cells that are missing are computed, a report is
-written. An experiment itself is a value, `Experiment`, in a module of its own that ends with it.
+"""Runs an experiment: resolves its config, computes missing cells, and writes a report.
+
+An experiment is a value, `Experiment`, at the end of its own module.
 """
 
 import dataclasses
@@ -23,13 +24,13 @@ NOTHING: Mapping[str, float] = MappingProxyType({})
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """What a cell is known by.
+    """The key of a cell.
 
     Attributes:
-      name, regime: such as a strategy, and where it is trained.
-      seed, split: of the model, and of who holds what.
-      about: numbers for Weights & Biases to know it by.
-      folder: of its cells, below that of the run.
+      name, regime: for example a strategy, and its regime.
+      seed, split: seeds of the model and of the partition.
+      about: numbers that identify the cell in Weights & Biases.
+      folder: folder of its cells, below the run's folder.
     """
 
     name: str
@@ -44,62 +45,62 @@ class Point:
         return ", ".join(part for part in parts if part)
 
     def finished(self, folder: pathlib.Path) -> cells.Cell | None:
-        """The cell in the folder of a run, if it is there."""
+        """Returns the cell from the folder of a run, if it is finished."""
         where = self.name, self.regime, self.seed, self.split
         return cells.load(folder / self.folder, *where)
 
 
 class OpensLab(Protocol):
-    """Data and models of a config, with a `dataset`; writes nothing.
+    """Opens the data and models of a config, with a `dataset`; writes nothing.
 
     Raises:
-      ConfigError, DataError: what could only fail later.
+      ConfigError, DataError: errors that would otherwise occur later.
     """
 
     def __call__(self, config: Any, folder: pathlib.Path, /) -> Any: ...
 
 
 class ListsPoints(Protocol):
-    """All points, in the order they are computed."""
+    """Returns all points, in the order of computation."""
 
     def __call__(self, lab: Any, /) -> Sequence[Point]: ...
 
 
 class ComputesCell(Protocol):
-    """One point.
+    """Computes one point.
 
     Raises:
-      DivergenceError: training diverges, which leaves the others alone.
+      DivergenceError: training diverges; other points are not affected.
     """
 
     def __call__(self, lab: Any, point: Point, /) -> cells.Cell: ...
 
 
 class TellsCell(Protocol):
-    """What people are told of a cell as it is done, a line."""
+    """Returns the line that is printed for a finished cell."""
 
     def __call__(self, cell: cells.Cell, /) -> str: ...
 
 
 class MakesReport(Protocol):
-    """Rows, tables and figures of the cells that are there."""
+    """Builds the report of the finished cells."""
 
     def __call__(self, config: Any, folder: pathlib.Path, /) -> Report: ...
 
 
 class MeasuresControls(Protocol):
-    """What is measured once, after the cells, and kept in the lab's folder."""
+    """Measures controls once, after the cells, and stores them in the lab's folder."""
 
     def __call__(self, lab: Any, /) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """What is measured, and how it is told.
+    """An experiment: points, their computation, and the report.
 
     Attributes:
-      name: of its module and its config.
-      free: settings of the config that may differ between calls whose cells lie side by side.
+      name: name of its module and its config.
+      free: config settings that may differ between calls that share a folder.
     """
 
     name: str
@@ -113,7 +114,7 @@ class Experiment:
 
 
 def run(experiment: Experiment, config, runs: str) -> pathlib.Path:
-    """Everything that is missing, then the report; returns the folder, `runs/<config.name>`.
+    """Computes missing cells, then writes the report; returns the folder, `runs/<config.name>`.
 
     Raises:
       ConfigError: the experiment refuses the config, or the folder holds results of another.

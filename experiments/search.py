@@ -1,4 +1,4 @@
-"""The search for the learning rates of strategies, regime by regime."""
+"""The search for learning rates of strategies, regime by regime."""
 
 import json
 import pathlib
@@ -22,7 +22,7 @@ from fedrag_jax.strategies.tuner import tune_together
 
 
 def seeds_of(config, regime: str) -> list[tuple[int, int]]:
-    """Pairs of seeds that a rate is judged with: two, but one where each client trains by itself."""
+    """Returns the pairs of seeds for scoring a rate: two, or one if each client trains alone."""
     return replicates(config)[: 1 if regime.startswith("local") else 2]
 
 
@@ -47,7 +47,8 @@ class Trials:
         self.seconds = 0.0
 
     def judge(self, rates: Sequence[float]) -> list[float]:
-        """The metric of each rate in percent, a mean over seeds and clients; -inf where it diverges."""
+        """Returns the metric of each rate in percent, the mean over seeds and clients; -inf if it
+        diverges."""
         strategy = getattr(strategies, self.search.strategy)
         tuners = [tuner for rate in rates for tuner in self._tuners(rate)]
         tuned = tune_systems(
@@ -108,7 +109,7 @@ PLAIN_SGD = {
 
 
 def usual_grid(config, part: str, regime: str) -> list[float]:
-    """The rates to begin with of a `retriever` or a `generator`."""
+    """Returns the initial grid of a `retriever` or a `generator`."""
     if algorithm_of(config, regime)[0] in OWN_STEPS:
         return PLAIN_SGD[part]
     return BUILT_IN[part] if config.models[part].startswith("builtin:") else LAWTON

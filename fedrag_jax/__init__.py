@@ -1,6 +1,7 @@
 """Federated fine-tuning of retrieval-augmented generation, simulated in JAX.
 
-What people use first is imported from here, when it is asked for: `fedrag --help` needs no JAX.
+The most used names are imported from here. Each is loaded on first use, so `fedrag --help` does not
+import JAX.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""Seconds, by what they were spent on."""
+"""Elapsed seconds, split by activity."""
 
 import collections
 import dataclasses
@@ -10,13 +10,13 @@ import jax
 
 
 class Lap(NamedTuple):
-    """Seconds of a stretch of time.
+    """Seconds of one time span, by activity.
 
     Attributes:
-      others: spent on none of these.
-      compiling: by JAX.
-      embedding: of passages; where their vectors lay on disk, as long as it took then.
-      searching: for passages, with embedding questions and making indexes.
+      others: seconds of all other activities.
+      compiling: seconds of JAX compilation.
+      embedding: seconds of embedding passages; for vectors read from disk, their original time.
+      searching: seconds of searching for passages, embedding questions and building indexes.
     """
 
     others: float
@@ -27,17 +27,17 @@ class Lap(NamedTuple):
 
 @dataclasses.dataclass
 class Spent:
-    """Seconds so far, told by who spends them, as in `Lap`."""
+    """Seconds so far, as in `Lap`; the code that spends them adds them here."""
 
     embedding: float = 0.0
     searching: float = 0.0
 
 
 class Clock:
-    """Seconds between laps, by what they were spent on.
+    """Measures the seconds between laps, by activity.
 
     Args:
-      spent: of what is to be told apart; without it, all but compiling are others.
+      spent: the counters of embedding and searching; without them, both count as others.
     """
 
     def __init__(self, spent: Spent | None = None):
@@ -48,7 +48,7 @@ class Clock:
         return {"compiling": _compiling[0]} | vars(self.spent)
 
     def lap(self) -> Lap:
-        """What has passed since the last lap."""
+        """Returns the time since the last lap."""
         last, known = self.last, self.known
         self.last, self.known = time.perf_counter(), self._now()
         took = self.last - last

@@ -1,4 +1,4 @@
-"""What can go wrong, by whose hand: each message names the value, the place and the remedy."""
+"""Error classes. Each message names the value, the place and the remedy."""
 
 import sys
 
@@ -12,24 +12,24 @@ class ConfigError(FedragError):
 
 
 def missing(what: str, extra: str) -> ConfigError:
-    """An error for what an extra of this package brings: "Markdown files need bs4".
+    """Returns an error about a missing library of an extra, such as "Markdown files need bs4".
 
-    The line that installs it is for the Python that runs, so that it works from a clone, too.
+    The message has the install command for the running Python, so that it also works in a clone.
     """
     return ConfigError(f"{what}: {sys.executable} -m pip install 'fedrag-jax[{extra}]'")
 
 
 class DataError(FedragError):
-    """Questions, passages or files that are not what the schema asks for."""
+    """Questions, passages or files that do not follow the schema."""
 
 
 class CheckpointError(FedragError):
-    """A folder that does not hold the model it should."""
+    """A folder that does not contain the expected model."""
 
 
 class NotFiniteError(FedragError):
-    """A model that computes NaN or infinity where an answer was to come."""
+    """A model that computes NaN or infinity instead of an answer."""
 
 
 class DivergenceError(FedragError):
-    """Training left the real numbers; the last good checkpoint is untouched."""
+    """Training produced NaN or infinity; the last good checkpoint is untouched."""

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and folders that one process writes into at a time."""
+"""Atomic file writes, and folders that only one process writes to at a time."""
 
 import contextlib
 import json
@@ -18,10 +18,10 @@ Result = TypeVar("Result")
 
 
 class DamagedError(DataError):
-    """A file that was cut or overwritten, and can be made again.
+    """A truncated or overwritten file that can be created again.
 
     Attributes:
-      why: for people.
+      why: the reason, as text for the user.
     """
 
     def __init__(self, path: pathlib.Path, why: object):
@@ -32,13 +32,13 @@ class DamagedError(DataError):
 
 
 def hold(folder: pathlib.Path) -> filelock.AcquireReturnProxy:
-    """Takes a folder, made if absent, for this process; others are refused until it is let go.
+    """Locks a folder for this process, creating it if absent; other processes are refused.
 
-    It is let go at the end of a `with` block over what is returned, when that is garbage, and when the
-    process ends, killed or not. The same process may take it more than once.
+    The lock is released at the end of a `with` block over the returned object, when that object is
+    garbage-collected, and when the process ends or is killed. The same process may lock it repeatedly.
 
     Raises:
-      ConfigError: another process holds it; it cannot be written.
+      ConfigError: another process holds the folder, or the folder cannot be written.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -55,10 +55,10 @@ def hold(folder: pathlib.Path) -> filelock.AcquireReturnProxy:
 
 @contextlib.contextmanager
 def writing(path: pathlib.Path) -> Iterator[None]:
-    """Says which file or folder it is that cannot be written.
+    """Turns write errors inside the block into an error that names the file or folder.
 
     Raises:
-      ConfigError: what is done inside raised an OSError, or what safetensors makes of one.
+      ConfigError: the block raised an OSError, or the safetensors error for one.
     """
     try:
         yield
@@ -72,15 +72,15 @@ def writing(path: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole(path: pathlib.Path, mode: str = "w", **how) -> Iterator[IO]:
-    """Opens a file for writing under another name: it takes its place when the block ends.
+    """Opens a temporary file for writing, which replaces `path` when the block ends.
 
-    A block that fails, a full disk or a kill leave what was there before.
+    If the block fails, the disk is full or the process is killed, the old file remains.
 
     Args:
       how: options of `open`; text is UTF-8.
 
     Raises:
-      ConfigError: it cannot be written.
+      ConfigError: the file cannot be written.
     """
     if "b" not in mode:
         how = {"encoding": "utf-8"} | how
@@ -101,22 +101,22 @@ def whole(path: pathlib.Path, mode: str = "w", **how) -> Iterator[IO]:
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """A text file, as `whole` does it."""
+    """Writes a text file atomically, with `whole`."""
     with whole(path) as file:
         file.write(text)
 
 
 def write_json(path: pathlib.Path, value: Any, indent: int | None = None) -> None:
-    """A JSON file, as `whole` does it."""
+    """Writes a JSON file atomically, with `whole`."""
     write_text(path, json.dumps(value, indent=indent) + "\n")
 
 
 def read_json(path: pathlib.Path) -> Any:
-    """What a JSON file holds.
+    """Returns the content of a JSON file.
 
     Raises:
-      DataError: it cannot be read.
-      DamagedError: it is not whole.
+      DataError: the file cannot be read.
+      DamagedError: the file is incomplete.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -127,7 +127,7 @@ def read_json(path: pathlib.Path) -> Any:
 
 
 def kept(read: Callable[[pathlib.Path], Result], path: pathlib.Path) -> Result | None:
-    """What a file holds that can be made again; None if there is none or, as is told, a damaged one."""
+    """Returns the content of a recomputable file; None if it is absent or, with a message, damaged."""
     if not path.exists():
         return None
     try:

@@ -32,10 +32,10 @@ from fedrag_jax.retrieval.stores.registry import open_store
 
 @dataclasses.dataclass(frozen=True)
 class RAGSystem(AsyncAnswers):
-    """Everything needed to answer: which passages, read how, by which parameters.
+    """A retriever, a generator and passages that together answer questions.
 
-    Immutable: `replace` gives a system with other parameters over the same corpus, `over` one that
-    answers from a store, which may change, in place of the corpus that it is trained with.
+    A system is immutable: `replace` returns a system with other parameters over the same corpus, and
+    `over` returns one that answers from a store, whose passages may change, instead of the corpus.
     """
 
     generator: hub.Pretrained
@@ -79,29 +79,28 @@ class RAGSystem(AsyncAnswers):
         """Loads the two models, embeds the corpus and attaches fresh (zero) adapters.
 
         Args:
-          passages: the corpus it is trained with, and answers from unless there is a store.
-          examples: questions that may be trained on; they set the widths of training arrays.
-          store: what it answers from, see `over`.
-          query_prompt, document_prompt, similarity: of the retriever, see `Retriever.build`.
+          passages: the corpus for training, and for answering unless there is a store.
+          examples: questions for training; they determine the widths of training arrays.
+          store: the store to answer from, see `over`.
+          query_prompt, document_prompt, similarity: options of the retriever, see `Retriever.build`.
           prompt_style: "compact", whose answers are one line; "instruct" or "chat" (the generator's
-            own template); "raft" or "compact_reasoned", with reasoning; or a style of your own.
-          system_prompt: what all prompts begin with, see `under`.
-          top_k: passages read together.
-          marginal_k: passages that training of the retriever marginalises over, or all: only a
-            question whose gold passage is among them teaches the retriever.
-          score_scale: of similarities in training losses and in answers that weigh passages; 20 unless
-            given, 1 where the similarity is no cosine.
-          index, index_options: what searches the corpus, see `retrieval.index.by_name`.
-          vectors: that those of passages are kept in, "float32" or "float16".
-          max_answer_tokens: of the longest answer trained on and, unless told otherwise, written, with
-            its reasoning; by default 16 where answers are one line, else 256.
-          seed: of the adapters' random half.
-          searching: how it answers in mode "search"; by default as the prompt style suits.
+            own template); "raft" or "compact_reasoned", with reasoning; or a `PromptStyle`.
+          system_prompt: the text at the start of all prompts, see `under`.
+          top_k: number of passages read together.
+          marginal_k: number of passages, at most the corpus, that retriever training marginalises over.
+          score_scale: factor of similarities in training losses and in answers that weight passages;
+            by default 20 for cosines and 1 for other similarities.
+          index, index_options: the index of the corpus, see `retrieval.index.by_name`.
+          vectors: type of the stored passage vectors, "float32" or "float16".
+          max_answer_tokens: limit of answers in training and, by default, in generation, including
+            reasoning; by default 16 for one-line answers, else 256.
+          seed: seed of the random half of the adapters.
+          searching: options of mode "search"; by default those that suit the prompt style.
 
         Raises:
           ConfigError: an unknown prompt style, similarity, index or type of vectors, `top_k` larger
             than the corpus, `marginal_k` or `score_scale` not positive, `max_answer_tokens` below 2.
-          CheckpointError: a folder that holds no such model.
+          CheckpointError: a folder that does not contain such a model.
         """
         if top_k < 1 or (store is None and top_k > len(passages)):
             raise ConfigError(
@@ -139,8 +138,8 @@ class RAGSystem(AsyncAnswers):
     def replace(
         self, *, adapters=None, query=None, document=None, head=None, decoder=None
     ) -> "RAGSystem":
-        """The system with tuned parts; the corpus is re-embedded if `document` is given. `decoder`
-        is a tree of arrays in place of some or all of the generator's base."""
+        """Returns the system with tuned parts; the corpus is re-embedded if `document` is given.
+        `decoder` is a tree of arrays that replaces some or all of the generator's base."""
         retriever = self.retriever
         for name, part in (("with_head", head), ("refresh", document), ("with_query", query)):
             retriever = retriever if part is None else getattr(retriever, name)(part)
@@ -150,11 +149,12 @@ class RAGSystem(AsyncAnswers):
         return dataclasses.replace(self, **changed)
 
     def under(self, system_prompt: str) -> "RAGSystem":
-        """The system with a system prompt, in place of one that it has: in a chat style a turn of its
-        own where the template has one, else a line before all others.
+        """Returns the system with this system prompt, which replaces an existing one.
+
+        In a chat style the prompt is a separate turn if the template has one, else the first line.
 
         Raises:
-          ConfigError: one that fills half of what the generator reads, or more.
+          ConfigError: a prompt that fills half of the generator's context, or more.
         """
         half = self.decoder.config.max_positions // 2
         return dataclasses.replace(self, prompts=self.prompts.under(system_prompt, half))
@@ -162,14 +162,14 @@ class RAGSystem(AsyncAnswers):
     # --- the passages it answers from ---------------------------------------------------------
 
     def over(self, store: PassageSource | None) -> "RAGSystem":
-        """The system answering from a store; None for its own corpus again.
+        """Returns the system answering from a store; None returns to its own corpus.
 
-        A store that is searched by vectors has those that `embed` gives. After tuning the document
-        encoder, `store.refresh(system.embed)`.
+        A vector store must contain the vectors of `embed`. After tuning the document encoder, call
+        `store.refresh(system.embed)`.
 
         Raises:
-          ConfigError: a store of vectors of another dimension than the system's; neither store nor
-            corpus.
+          ConfigError: the store's vectors have another dimension than the system's, or there is
+            neither a store nor a corpus.
         """
         if store is None and not len(self.retriever.passages):
             raise ConfigError("a system needs passages to answer from: give it some, or a store")
@@ -182,14 +182,14 @@ class RAGSystem(AsyncAnswers):
         return dataclasses.replace(self, store=store)
 
     def embed(self, passages: Sequence[Passage]) -> np.ndarray:
-        """Vectors [N, D] by the document encoder, to put passages into a store."""
+        """Returns the document encoder's vectors [N, D] of passages, for a store."""
         return self.retriever.embed_new(passages)
 
     def retrieve(self, questions: Sequence[str], k: int | None = None) -> list[list[Found]]:
-        """The k passages nearest to each question (`top_k`), best first.
+        """Returns the k passages nearest to each question (default `top_k`), best first.
 
         Raises:
-          ConfigError: k below 1, or above the corpus where there is no store.
+          ConfigError: k below 1, or above the size of the corpus if there is no store.
           DataError: a blank question.
         """
         inference.require_asked(questions)
@@ -208,17 +208,17 @@ class RAGSystem(AsyncAnswers):
     # --- questions and answers ----------------------------------------------------------------
 
     def query(self, question: str, **how: Unpack[AnsweringOptions]) -> Response:
-        """Answers one question; `how` is that of `batch_query`."""
+        """Answers one question; `how` has the options of `batch_query`."""
         return self.batch_query([question], **how)[0]
 
     def batch_query(
         self, questions: Sequence[str], **how: Unpack[AnsweringOptions]
     ) -> list[Response]:
-        """Answers questions from their top-k passages, or in mode "search" from what each looks up.
+        """Answers questions from their top-k passages, or in mode "search" from the model's searches.
 
         Args:
           how: `mode` and `beams`, see `read`; `max_new_tokens`, `temperature`, `top_p`, `seed`,
-            `stop`, as in `generation.text.Sampling`: by default the likeliest answer of at most the
+            `stop`, as in `generation.text.Sampling`. The default is greedy decoding of at most the
             system's `max_answer_tokens`, from one prompt with all passages.
 
         Raises:
@@ -239,9 +239,9 @@ class RAGSystem(AsyncAnswers):
         return responses
 
     def cited(self, reasoning: str, sources: Sequence, mode: str = "concatenated") -> tuple:
-        """Those of the sources that what was written before an answer names by their numbers.
+        """Returns the sources whose numbers the reasoning before an answer cites.
 
-        One prompt numbers all passages; prompts of one passage each, as in other modes, number none.
+        Only a single prompt with all passages numbers them; prompts of one passage each do not.
         """
         cites = self.prompts.cites and mode == "concatenated"
         numbers = (cites and cited(reasoning, len(sources))) or ()
@@ -250,7 +250,7 @@ class RAGSystem(AsyncAnswers):
     def answer(
         self, questions: Sequence[str], rows: Sequence[Sequence], scores=None, **how
     ) -> list[str]:
-        """The answers of `read`."""
+        """Returns only the answers of `read`."""
         return [reading.answer for reading in self.read(questions, rows, scores, **how)]
 
     def read(
@@ -263,18 +263,19 @@ class RAGSystem(AsyncAnswers):
         beams: int | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> list[inference.Reading]:
-        """Answers given what to read, rows of the corpus or passages of anywhere (none: closed book).
+        """Answers questions from given passages: corpus rows or any passages (none: closed book).
 
-        After reasoning the answer is what follows the style's `final`, or all if that never came.
+        With reasoning, the answer is the text after the style's `final`, or all text if it is missing.
 
         Args:
-          scores: [Q, k] of what is read, for modes that weigh it; its similarities, if none are given.
-          mode: how several passages come to one answer: one of `inference.MODES`.
-          beams: hypotheses that a mode of `inference.BEAMS` holds at a time.
+          scores: [Q, k] passage scores, for modes that weight them; default: similarities.
+          mode: how several passages are combined into one answer, one of `inference.MODES`.
+          beams: number of hypotheses for a mode of `inference.BEAMS`.
           sampling: see `batch_query`.
 
         Raises:
-          ConfigError: a value out of its range; other modes than `concatenated` with uneven rows.
+          ConfigError: a value out of its range; rows of different length in modes other than
+            `concatenated`.
         """
         inference.require_asked(questions)
         settings = self._sampling(sampling)
@@ -300,16 +301,16 @@ class RAGSystem(AsyncAnswers):
     def stream(
         self, question: str, read: Sequence | None = None, mode: str = "concatenated", **sampling
     ) -> Streamed | Searched:
-        """The answer that `query` gives, in pieces as they are written; reasoning is held back.
+        """Yields the answer of `query` in pieces as they are written, without the reasoning.
 
-        In mode "search" a `Lookup` for each search, then the answer.
+        In mode "search" it yields a `Lookup` for each search, then the answer.
 
         Args:
-          read: as `rows` of `read`; what is retrieved unless given.
+          read: passages as in `rows` of `read`; default: the retrieved ones.
           sampling: see `batch_query`.
 
         Raises:
-          ConfigError: with the first piece, a value out of its range or another mode.
+          ConfigError: at the first piece, for a value out of its range or an unsupported mode.
         """
 
         if mode == inference.SEARCH and read is None:
@@ -331,7 +332,7 @@ class RAGSystem(AsyncAnswers):
 
     @property
     def writer(self) -> Writer:
-        """The generator with its adapters, stopped by what ends its answers in this prompt style."""
+        """The generator with its adapters and the stop tokens of this prompt style."""
         ends = tuple(sorted({*self.prompts.stop_tokens, *self.generator.ends}))
         params, tokenizer = self.generator.params, self.prompts.tokenizer
         return Writer(self.decoder, params, tokenizer, ends, self.adapters)
@@ -363,10 +364,10 @@ class RAGSystem(AsyncAnswers):
     # --- on disk ------------------------------------------------------------------------------
 
     def save(self, path: str | pathlib.Path) -> None:
-        """One folder: generator, adapters (PEFT), both encoders, head, passages, store, settings.
+        """Writes a folder: generator, adapters (PEFT), both encoders, head, passages, store, settings.
 
         Raises:
-          CheckpointError: a quantised generator, or passages with silos; nothing is written.
+          CheckpointError: a quantised generator, or a retriever over silos; nothing is written.
         """
         rag_folder.write(pathlib.Path(path), self)
 
@@ -374,10 +375,10 @@ class RAGSystem(AsyncAnswers):
     def load(
         cls, path: str | pathlib.Path, *, memory_map: bool = False, elsewhere: bool = False
     ) -> "RAGSystem":
-        """What `save` wrote; it answers as before.
+        """Opens a folder that `save` wrote; the system answers as before.
 
         Args:
-          memory_map, elsewhere: as in `open_store`, of a store that was saved with it.
+          memory_map, elsewhere: as in `open_store`, for a store saved with the system.
 
         Raises:
           CheckpointError: the folder holds no saved system.

@@ -1,4 +1,4 @@
-"""A system asked from an event loop."""
+"""Asynchronous methods of a RAG system, for use in an event loop."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -9,7 +9,7 @@ from fedrag_jax.generation.text import AnsweringOptions
 
 
 class AsyncAnswers:
-    """`query`, `batch_query` and `stream` of a `RAGSystem`, in threads of their own."""
+    """Runs `query`, `batch_query` and `stream` of a `RAGSystem` in separate threads."""
 
     async def aquery(self, question: str, **how: Unpack[AnsweringOptions]) -> Response:
         """`query`."""
@@ -24,7 +24,7 @@ class AsyncAnswers:
     async def astream(
         self, question: str, **how: Unpack[AnsweringOptions]
     ) -> AsyncIterator[str | Lookup]:
-        """`stream`, each piece written in a thread of its own."""
+        """`stream`; each piece is written in a separate thread."""
         pieces = self.stream(question, **how)
         while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
             yield piece

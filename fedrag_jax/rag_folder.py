@@ -19,11 +19,12 @@ HEAD, SETTINGS, STORE = "head.safetensors", "system.json", "store"
 
 
 class Parts(NamedTuple):
-    """What lies in the folder of a system.
+    """The content of a saved system's folder.
 
     Attributes:
       decoder: the generator's network with its adapters.
-      document: the document encoder; `query`, the parameters of the other side.
+      document: the document encoder.
+      query: the parameters of the query encoder.
       settings: options of `RAGSystem.build` by name, and whether there is a store.
     """
 
@@ -38,12 +39,12 @@ class Parts(NamedTuple):
 
     @property
     def lora(self) -> lora.LoraConfig:
-        """Of the adapters."""
+        """The LoRA configuration of the adapters."""
         return self.decoder.lora
 
 
 def is_system(folder: pathlib.Path) -> bool:
-    """Whether a folder holds a saved system, by what its settings say: others use that name, too."""
+    """Returns whether a folder holds a saved system; checks the content of its settings file."""
     try:
         _settings(folder)
     except (OSError, ValueError, TypeError):
@@ -52,10 +53,10 @@ def is_system(folder: pathlib.Path) -> bool:
 
 
 def require_free(folder: pathlib.Path) -> None:
-    """Refuses a folder where settings of a system would take the place of another file.
+    """Refuses a folder where the settings file would overwrite a foreign file.
 
     Raises:
-      CheckpointError: it has a file of that name which is none of ours.
+      CheckpointError: the folder has a foreign file of that name.
     """
     if (folder / SETTINGS).exists() and not is_system(folder):
         raise CheckpointError(
@@ -75,13 +76,13 @@ def _settings(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def write(folder: pathlib.Path, system: Any) -> None:
-    """Of a `RAGSystem` generator, adapters (PEFT), both encoders, head, passages, store and settings.
+    """Writes a `RAGSystem`: generator, adapters (PEFT), both encoders, head, passages, store, settings.
 
-    The settings come last: where they are, all of it is.
+    The settings are written last: if they exist, the folder is complete.
 
     Raises:
-      CheckpointError: the generator is quantised, passages lie with silos, or a file that is none of
-        ours has the name of our settings; nothing is written.
+      CheckpointError: the generator is quantised, the retriever is over silos, or a foreign file has
+        the name of the settings file; nothing is written.
       ConfigError: a file cannot be written.
     """
     if isinstance(system.retriever.index, SiloIndex):
@@ -126,7 +127,7 @@ def _write(folder: pathlib.Path, system: Any, retriever: Retriever) -> None:
 
 
 def read(folder: pathlib.Path) -> Parts:
-    """What `write` wrote.
+    """Reads a folder that `write` wrote.
 
     Raises:
       CheckpointError: the folder holds no saved system.

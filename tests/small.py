@@ -6,6 +6,7 @@ import json
 from ml_collections import ConfigDict
 
 from configs import (
+    attacks,
     compare_strategies,
     compression,
     heterogeneity,
@@ -13,6 +14,7 @@ from configs import (
     inference_modes,
     lora_aggregation,
     methods,
+    privacy,
 )
 from fedrag_jax.data import synthetic
 
@@ -47,8 +49,26 @@ def small_compression():
     config = _short(compression.get_config())
     config.seeds, config.strategies, config.training.rounds = (0, 1), ("retriever",), 2
     config.federated.alpha = 1.0
-    kept = {name: config.messages[name] for name in ("plain", "int4", "top_1")}
-    config.messages = ConfigDict(kept)
+    config.messages = ("plain", "int4", "top_1")
+    return config
+
+
+def small_attacks():
+    config = _short(attacks.get_config())
+    config.seeds, config.federated.clients, config.federated.alpha = (0,), 4, 1.0
+    config.attackers, config.attacks = (1,), ("none", "sign_flip", "backdoor", "passages")
+    config.rules = ("mean", "median")
+    return config
+
+
+def small_privacy():
+    config = _short(privacy.get_config())
+    config.federated.clients, config.federated.alpha, config.fresh = 8, 1.0, 2
+    config.training.rounds, config.training.local_steps = 2, 2
+    kept = {name: config.variants[name] for name in ("untuned", "fedavg", "dp_8")}
+    config.variants = ConfigDict(kept, sort_keys=False)
+    config.victims, config.candidates, config.asked = 2, 10, 12
+    config.variants.dp_8.options.delta = 0.2
     return config
 
 

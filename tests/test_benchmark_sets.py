@@ -280,7 +280,7 @@ def test_local_files_have_the_same_questions(tmp_path, monkeypatch):
             read(sets.SETS["boolq"])
     write(tmp_path / "mmlu.jsonl", [choice | {"answer": 2}])
     with pytest.raises(
-        DataError, match=r"mmlu\.jsonl:1: 'answer' must be the place of one of 2 choices"
+        DataError, match=r"mmlu\.jsonl:1: 'answer' must be the position of one of 2 choices"
     ):
         read(sets.SETS["mmlu"])
     write(tmp_path / "mmlu.jsonl", [choice, choice])

@@ -262,7 +262,7 @@ def test_rules_for_adapters_send_encoded_factors(rule):
         assert one["bytes_up"] * 2 == other["bytes_up"]
     if rule == "flora":
         for settings in ({"up": top_k(0.1)}, {"down": quantised(8)}):
-            with pytest.raises(ConfigError, match="makes new factors in each round"):
+            with pytest.raises(ConfigError, match="creates new factors in each round"):
                 compressed(fed_lora(rule, NETWORK), **settings)
     else:
         algorithm = compressed(

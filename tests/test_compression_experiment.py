@@ -27,7 +27,7 @@ def test_an_experiment_is_run_and_goes_on(tmp_path, capsys):
     assert (folder / "pareto.png").exists()
     capsys.readouterr()
     config = small_compression()
-    config.messages["int8"] = ConfigDict({"up": "int8", "down": ""})
+    config.messages = (*config.messages, "int8")
     run(compression.EXPERIMENT, config, str(tmp_path))
     told = capsys.readouterr().out
     assert "int8, retriever, federated" in told and "int4, retriever, federated" not in told
@@ -47,10 +47,11 @@ def test_the_pareto_front():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"messages": ConfigDict()}, "config.messages is empty"),
+        ({"messages": ()}, "config.messages is empty"),
+        ({"messages": ("odd",)}, "config.messages: 'odd' unknown; choose among"),
         (
-            {"messages": ConfigDict({"odd": {"up": "int3"}})},
-            r"config.messages.odd: no compression 'int3'",
+            {"messages": ("odd",), "codecs": ConfigDict({"odd": {"up": "int3"}})},
+            r"config.codecs.odd: no compression 'int3'",
         ),
         ({"regimes": ("local",)}, r"config.regimes must be \('federated',\)"),
     ],

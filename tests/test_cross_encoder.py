@@ -205,9 +205,12 @@ def test_saved_and_loaded_again_is_the_same(saved, tmp_path):
         ({"id2label": {"0": "no", "1": "yes"}}, "config.json: 2 labels; a cross-encoder has one"),
         ({"id2label": None}, "config.json: 2 labels"),  # what config.json leaves out is 2
         ({"id2label": 7}, "config.json: .* is missing or malformed"),
-        ({"architectures": ["BertModel"]}, r"architectures \['BertModel'\].*are no cross-encoder"),
+        (
+            {"architectures": ["BertModel"]},
+            r"architectures \['BertModel'\].*are not a cross-encoder",
+        ),
         ({"architectures": None}, r"architectures None of model_type 'bert'.*supported: \['Bert"),
-        ({"model_type": "deberta-v2"}, "of model_type 'deberta-v2' are no cross-encoder"),
+        ({"model_type": "deberta-v2"}, "of model_type 'deberta-v2' are not a cross-encoder"),
         ({"hidden_act": "relu"}, "hidden_act 'relu' is not supported"),
         ({"hidden_size": None}, "'hidden_size' is missing or malformed"),
         ({"num_hidden_layers": 2}, r"missing bert.encoder.layer.1.output.LayerNorm.bias"),

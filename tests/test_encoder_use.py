@@ -285,10 +285,10 @@ def test_the_command_line_sets_them_and_keeps_them(tmp_path, kind, capsys):
     assert main([*command, str(at)]) == 0
     assert main([*command, str(at), *told]) == 1
     assert (
-        "--query-prompt, --document-prompt, --similarity are of a new one"
+        "--query-prompt, --document-prompt, --similarity apply to new systems only"
         in capsys.readouterr().err
     )
     assert main([*command, str(tmp_path / "like"), "--like", str(at), *told[:2]]) == 1
-    assert "--like takes models and prompts of a saved system" in capsys.readouterr().err
+    assert "--like takes models and prompts from a saved system" in capsys.readouterr().err
     assert main([*command, str(tmp_path / "like"), "--like", str(at)]) == 0
     assert RAGSystem.load(tmp_path / "like").retriever.encoder.config == config

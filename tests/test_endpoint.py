@@ -55,7 +55,9 @@ def test_what_ends_a_reply_is_sent_and_a_text_to_be_continued_refused():
         author = EndpointAuthor(server.url, "m")
         [*author(ASKED[:1], dataclasses.replace(SAMPLING, stop=("END",)))]
         assert server.bodies[-1][1]["stop"] == ["END"]
-        with pytest.raises(ConfigError, match="chats, and these prompts are to be continued"):
+        with pytest.raises(
+            ConfigError, match="is a chat endpoint, but these prompts are texts to continue"
+        ):
             [*author([Request("", "Text:", "", chat=False)], SAMPLING)]
         assert len(server.bodies) == 1
 

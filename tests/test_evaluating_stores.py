@@ -159,9 +159,7 @@ class _Elsewhere(PassageSource):
 def test_what_cannot_be_scored_is_refused_by_name(system, tmp_path):
     foreign = system.over(_Elsewhere())
     for score in (evaluator.evaluate, evaluator.gold_passage, evaluator.distractor_passage):
-        with pytest.raises(
-            ConfigError, match="kind 'elsewhere' does not tell which passages it has"
-        ):
+        with pytest.raises(ConfigError, match="kind 'elsewhere' does not list its passages"):
             score(foreign, EXAMPLES[:2])
     bare = [dataclasses.replace(e, positive_ids=()) for e in EXAMPLES[:2]]
     found = evaluator.evaluate(foreign, bare)
@@ -199,7 +197,7 @@ def test_passages_of_a_benchmark_are_searched_as_the_system_searches(system, tmp
         (system.over(_Elsewhere()), "kind 'elsewhere' cannot be filled"),
         (
             system.over(QdrantStore("c", dimension, str(tmp_path / "q"))),
-            "'qdrant' that lies elsewhere",
+            "an external store of kind 'qdrant'",
         ),
     ):
         with pytest.raises(ConfigError, match=error):

@@ -81,7 +81,7 @@ def test_an_index_of_another_kind_is_refused(tmp_path, index):
         faiss.write_index(hostile, str(tmp_path / "store-data-1" / "index.faiss"))
         before = victim.read_bytes() if victim.exists() else b""
         with pytest.raises(
-            CheckpointError, match=r"index.faiss is no index of kind|holds no store"
+            CheckpointError, match=r"index.faiss is not an index of kind|holds no store"
         ):
             open_store(tmp_path)
         assert (victim.read_bytes() if victim.exists() else b"") == before

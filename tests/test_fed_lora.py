@@ -302,7 +302,7 @@ def test_a_quantised_base_is_not_changed(task):
     quantised = Task(task.name, task.trainable, frozen, task.loss, task.collate)
     for rule in ("flora", "fedex"):
         with pytest.raises(
-            ConfigError, match=f"{rule} changes the base, and this one is quantised"
+            ConfigError, match=f"{rule} changes the base, but this base is quantised"
         ):
             fit(quantised, CLIENTS, fed_lora(rule, NETWORK), rounds=1, **SGD)
     fit(quantised, CLIENTS, fed_lora("flexlora", NETWORK), rounds=1, **SGD)

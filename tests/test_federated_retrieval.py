@@ -191,7 +191,7 @@ def test_a_silo_is_passed_over_where_too_little_would_be_left():
     for most, k, passed_over in ((1, 3, False), (1, 4, True), (2, 10, False)):
         store = over_silos(WHOLE, silos, budget=SearchBudget(silos=most)).index
         assert (store.search(at_home, k)[0].min() > 2) == passed_over
-    with pytest.raises(ConfigError, match="2 silos have 8 passages to give at most, 10 are wanted"):
+    with pytest.raises(ConfigError, match="2 silos have at most 8 passages, but 10 are needed"):
         held = [*silos[:2], np.arange(5, 10), np.arange(10, N)]
         few = SearchBudget(silos=2, passages_per_silo=4)
         over_silos(WHOLE, held, budget=few).index.search(at_home, 10)
@@ -326,10 +326,10 @@ def test_budgets_that_allow_nothing_are_refused():
 
 def test_budgets_that_allow_too_little_are_refused():
     narrow = over_silos(WHOLE, dealt(3), budget=SearchBudget(2, 3)).index
-    with pytest.raises(ConfigError, match="2 silos have 6 passages to give at most, 7 are wanted"):
+    with pytest.raises(ConfigError, match="2 silos have at most 6 passages, but 7 are needed"):
         narrow.search(QUERIES, 7)
     everywhere = over_silos(WHOLE, dealt(3), budget=SearchBudget(passages_per_silo=2)).index
-    with pytest.raises(ConfigError, match=r"question 0 went to have 6 different passages.*k is 7"):
+    with pytest.raises(ConfigError, match=r"question 0 have 6 different passages.*k is 7"):
         everywhere.search(QUERIES, 7)
     copies = over_silos(WHOLE, [np.arange(N)] * 2, budget=SearchBudget(passages_per_silo=4)).index
     with pytest.raises(ConfigError, match="have 4 different passages"):
@@ -352,11 +352,11 @@ def test_searches_are_refused_as_by_one_index(budget):
     ("silos", "settings", "error", "words"),
     [
         ([], {}, DataError, "there are no silos"),
-        ([np.arange(N), []], {}, DataError, "silo 1: rows must be some of 0 to 299"),
+        ([np.arange(N), []], {}, DataError, "silo 1: rows must be between 0 and 299"),
         ([np.arange(N + 1)], {}, DataError, "silo 0"),
         ([np.arange(-1, N)], {}, DataError, "silo 0"),
         ([[0, 0, *range(N)]], {}, DataError, r"each once, got \[  0   0"),
-        ([np.arange(N - 2)], {}, DataError, "298 and 1 others are with no silo"),
+        ([np.arange(N - 2)], {}, DataError, "298 and 1 others are in no silo"),
         ([np.arange(N)], {"merge": "mean"}, ConfigError, "got 'mean'"),
         ([np.arange(N)], {"asker": 1}, ConfigError, "between 0 and 0 or None, got 1"),
         ([np.arange(N)], {"centroids": 0}, ConfigError, "at least 1, got 0"),

@@ -194,7 +194,7 @@ def test_minilm_agrees_with_sentence_transformers():
 
 
 def test_a_folder_that_is_no_checkpoint(tmp_path):
-    with pytest.raises(CheckpointError, match=r"no checkpoint: config.json.*give a folder with"):
+    with pytest.raises(CheckpointError, match=r"not a checkpoint: config.json.*give a folder with"):
         hub.load(tmp_path)
     (tmp_path / "config.json").write_text("{not json")
     with pytest.raises(CheckpointError, match=r"config.json cannot be read"):

@@ -172,7 +172,7 @@ def test_files_of_other_prompts_or_authors_are_not_read(tmp_path):
     for author, asked in ((other, PROMPTS), (Scripted(lambda r: "9"), instruct("French"))):
         if asked is not PROMPTS:
             asked = asked._replace(rate_text=asked.rate_text._replace(system="Otherwise."))
-        with pytest.raises(ConfigError, match=r"rate_text.jsonl holds what was asked otherwise"):
+        with pytest.raises(ConfigError, match=r"rate_text.jsonl holds replies to other requests"):
             pipeline.rate_texts(asking(author, tmp_path, asked), TEXTS, tmp_path)
 
 
@@ -248,7 +248,7 @@ def test_contexts_stay_within_a_pool(retriever, tmp_path):
     for i, context in step.kept.items():
         assert {*context.rows.tolist()} <= {*pool(EXAMPLES[int(i[1:])]).tolist()}
     with pytest.raises(
-        ConfigError, match="need 6 that are not gold, and question 'e0' has 5 among 6"
+        ConfigError, match="need 6 that are not gold, but question 'e0' has 5 among 6"
     ):
         pipeline.add_hard_negatives(retriever, EXAMPLES, tmp_path, 7, pool=pool)
 

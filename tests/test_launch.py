@@ -56,7 +56,7 @@ def test_a_second_process_is_refused_and_an_interrupt_is_one_line(tmp_path):
     assert len(told.splitlines()) == 1
     first.send_signal(signal.SIGINT)
     _, told = first.communicate(timeout=30)
-    assert (first.returncode, told) == (130, "stopped; run the same command to go on\n")
+    assert (first.returncode, told) == (130, "stopped; run the same command to resume\n")
     third = started(tmp_path)
     assert third.stdout.readline() == "at work\n"
     third.kill()

@@ -160,9 +160,9 @@ def test_lora_errors_say_what_there_is(tiny):
         lora.LoraConfig(rank=0)
     with pytest.raises(ConfigError, match="rank must be at least 1, got -1"):
         lora.LoraConfig(patterns=((".*", -1, 1.0),))
-    with pytest.raises(ConfigError, match=r"'layers.9.*' fits none of \['layers.0.q_proj'"):
+    with pytest.raises(ConfigError, match=r"'layers.9.*' matches none of \['layers.0.q_proj'"):
         lora.add_lora(base, lora.LoraConfig(patterns=(("layers.9.*", 2, 4.0),)))
-    with pytest.raises(ConfigError, match=r"'\(' is no expression"):
+    with pytest.raises(ConfigError, match=r"'\(' is not a regular expression"):
         lora.LoraConfig(patterns=(("(", 2, 4.0),))
     listed = lora.LoraConfig(targets=["q_proj"], patterns=[["lm_head", 2, 4.0]])
     assert hash(listed) == hash(lora.LoraConfig(8, 16.0, ("q_proj",), (("lm_head", 2, 4.0),)))

@@ -116,7 +116,7 @@ def test_joint_loss_against_numpy(parts, marginal):
 
 
 def test_joint_is_the_answer_nll_at_one_passage(parts):
-    with pytest.warns(UserWarning, match="the adapters learn alone"):
+    with pytest.warns(UserWarning, match="only the adapters learn"):
         joint = joint_task(parts, passages=1)
     loss, _ = joint.loss(joint.trainable, joint.frozen, batch_of(joint), KEY)
     found = parts.retriever.search([e.question for e in EXAMPLES], 1)[0]

@@ -219,7 +219,7 @@ def test_what_a_name_may_be(written, tmp_path, system, dataset):
         with pytest.raises(ConfigError, match=words):
             own.named(name)
     for name, words in (
-        ("nothing", "which is no Task"),
+        ("nothing", "which is not a Task"),
         ("elsewhere", r"trains \['weights'\], wh"),
     ):
         with pytest.raises(ConfigError, match=words):

@@ -140,7 +140,7 @@ def test_peft_opens_what_we_save(name, patterns, tmp_path):
 
 def test_adapters_that_do_not_fit_are_refused(tmp_path):
     model, network, adapters = adapted("qwen3", DECODER)
-    with pytest.raises(CheckpointError, match=r"no PEFT adapter.*adapter_config.json"):
+    with pytest.raises(CheckpointError, match=r"not a PEFT adapter.*adapter_config.json"):
         peft.load(model.network, tmp_path)
     peft.save(adapters, network, tmp_path)
     with pytest.raises(CheckpointError, match=r"holds no matrix of .*query.*self_attn.q_proj"):

@@ -244,7 +244,7 @@ def test_clients_train_on_rollouts_of_their_own_questions(model, rolling):
 
 
 def test_a_group_has_a_rollout(rolling):
-    with pytest.raises(ConfigError, match="needs one rollout at least, got 0"):
+    with pytest.raises(ConfigError, match="needs at least one rollout, got 0"):
         dataclasses.replace(rolling, group=0)
 
 

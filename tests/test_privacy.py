@@ -152,6 +152,29 @@ def test_counts_and_sum_share_the_noise():
     assert stats.kstest(moved.ravel(), "norm").pvalue > 1e-3
 
 
+def test_locally_private_clients_add_noise_themselves():
+    """z C √K / N of K clients, and none of the server; the same in groups of any size."""
+    algorithm = dp_fed_avg(clip=0.3, noise_multiplier=2.0, rate=0.5, local=True, local_steps=1)
+    found = trained(algorithm, task=wide_task(), rounds=1, group_size=3)
+    noise = np.append(found.trainable["a"].ravel(), found.trainable["b"])
+    answered = len(found.history[0]["clients"])
+    assert 0 < answered < 8
+    deviation = 2.0 * 0.3 * np.sqrt(answered) / (0.5 * 8)
+    assert stats.kstest(noise / deviation, "norm").pvalue > 1e-3
+    other = trained(algorithm, task=wide_task(), rounds=1, group_size=2).trainable
+    assert_close(found.trainable, other, 1e-5)
+
+
+@pytest.mark.slow
+def test_a_locally_private_client_is_a_data_set_of_one(library):
+    """Two of its messages are 2 C apart: half of the multiplier, and who is drawn is no secret."""
+    how = {"noise_multiplier": 3.0, "rate": 0.5, "delta": 0.01, "local_steps": 1}
+    told = trained(dp_fed_avg(local=True, **how)).history[-1]["epsilon"]
+    assert told == epsilon(1.5, 1.0, 3, 0.01) > epsilon(3.0, 0.5, 3, 0.01)
+    calibrated = dp_fed_avg(local=True, epsilon=3.0, calibrate_for=2, delta=0.01, local_steps=1)
+    assert trained(calibrated, rounds=2).history[-1]["epsilon"] == pytest.approx(3.0, rel=1e-2)
+
+
 def test_an_empty_round_adds_noise_alone():
     algorithm = dp_fed_avg(clip=0.3, noise_multiplier=1.0, rate=0.01, local_steps=1)
     found = trained(algorithm, task=wide_task(), rounds=1)
@@ -207,9 +230,7 @@ def test_records_tell_what_is_spent(library):
     assert "epsilon" not in trained(dp_fed_avg(local_steps=1), rounds=1).history[0]
     calibrated = dp_fed_avg(epsilon=3.0, calibrate_for=2, delta=0.01, local_steps=1)
     assert trained(calibrated, rounds=2).history[-1]["epsilon"] == pytest.approx(3.0, rel=1e-2)
-    with pytest.raises(
-        ConfigError, match=r"3 rounds spend an ε of .* more than the 3 that is claimed"
-    ):
+    with pytest.raises(ConfigError, match=r"3 rounds spend an ε of .* more than the claimed 3"):
         trained(calibrated, rounds=3)
 
 
@@ -225,11 +246,12 @@ def test_it_is_chosen_by_name(library):
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: dp_fed_avg(weighting="examples"), "depend on what others hold"),
-        (lambda: dp_fed_avg(sampling=uniform(3)), "drawn each for itself; leave `sampling`"),
+        (lambda: dp_fed_avg(weighting="examples"), "depend on other clients' data"),
+        (lambda: dp_fed_avg(sampling=uniform(3)), "sampled independently; leave `sampling`"),
         (lambda: dp_fed_avg(sampling=poisson(0.5)), "give `rate`"),
         (lambda: dp_fed_avg(clip=0.0), "clip must be > 0, got 0.0"),
-        (lambda: dp_fed_avg(epsilon=3.0), "an ε holds for a δ"),
+        (lambda: dp_fed_avg(epsilon=3.0), "an ε needs a δ"),
+        (lambda: dp_fed_avg(quantile=0.5, local=True), "nobody hides who was above the clip"),
         (lambda: dp_fed_avg(quantile=1.0), r"quantile must be in \[0, 1\)"),
         (lambda: dp_fed_avg(rate=1.5, delta=1e-3), r"rate must be in \(0, 1\], got 1.5"),
         (lambda: dp_fed_avg(delta=0.01, accountant="moments"), "accountant is one of .*'moments'"),

@@ -110,7 +110,7 @@ def test_a_system_prompt_comes_before_all_else_and_ends_no_turn():
 def test_templates_that_cannot_be_used_are_refused():
     for template, words in (
         (None, "no chat template; use 'instruct'"),
-        ("Hello.", "does not pass the words"),
+        ("Hello.", "does not keep the words"),
         ("{{ raise_exception('never') }}", "template fails .TemplateError: never.; use 'instruct'"),
     ):
         with pytest.raises(ConfigError, match=words):

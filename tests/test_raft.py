@@ -90,7 +90,7 @@ def test_hard_distractors_are_the_nearest_that_tell_no_answer():
         "a": [0, 1, 2, 4],
         "b": [0, 1, 2, 3],
     }
-    with pytest.raises(DataError, match=r"'c' needs 3 distractors and the corpus has 0"):
+    with pytest.raises(DataError, match=r"'c' needs 3 distractors, but the corpus has 0"):
         raft_rows(Nearest(), questions, 1.0, 3, hard=True)
 
 
@@ -118,7 +118,7 @@ def test_what_cannot_be_is_refused(parts):
     ):
         with pytest.raises(ConfigError, match=words):
             raft_rows(Nearest(), MANY, **options)
-    with pytest.raises(DataError, match=r"'m0' needs 40 distractors and the corpus has 39"):
+    with pytest.raises(DataError, match=r"'m0' needs 40 distractors, but the corpus has 39"):
         raft_rows(Nearest(), MANY[:1], distractors=40)
     bare = dataclasses.replace(MANY[0], id="bare", positive_ids=())
     with pytest.raises(

@@ -276,18 +276,20 @@ def test_a_retriever_does_not_learn_from_one_passage():
     parts = toy_parts()
     generator = parts.decoder, {"decoder": parts.params, "adapters": parts.adapters}, parts.prompts
     given = *generator, parts.retriever, EXAMPLES
-    fault = "it needs two at least, got 1: raise `passages`"
+    fault = "it needs at least two, got 1: raise `passages`"
     with pytest.raises(ConfigError, match=fault):
         distillation("pdist", *given, passages=1)
     with pytest.raises(ConfigError, match=fault):
         marginal_likelihood(*given, train=("query",), passages=1)
-    with pytest.warns(UserWarning, match=f"the adapters learn alone: .*{fault}"):
+    with pytest.warns(UserWarning, match=f"only the adapters learn: .*{fault}"):
         marginal_likelihood(*given, train=("adapters", "query"), passages=1)
 
 
 def test_a_part_that_no_retriever_has_is_refused(retriever):
     for train in (("encoder",), ()):
-        with pytest.raises(ConfigError, match="trains its 'query', 'document' or 'head'"):
+        with pytest.raises(
+            ConfigError, match="trains one or several of 'query', 'document' and 'head'"
+        ):
             multiple_negatives_ranking(retriever, DATASET, train=train)
 
 
@@ -297,5 +299,5 @@ def test_negatives_that_are_given_are_those_of_the_batch(retriever):
     assert task.retrieve is None
     table = task.table(EXAMPLES[:2])
     assert table["negatives"].tolist() == [given[e.id] for e in EXAMPLES[:2]]
-    with pytest.raises(ConfigError, match="leave out one of both"):
+    with pytest.raises(ConfigError, match="leave out one of them"):
         multiple_negatives_ranking(retriever, DATASET, negatives=given, mining=Mining())

@@ -108,7 +108,7 @@ def test_a_damaged_file_is_named(tmp_path, name, content, words):
 def test_a_pdf_of_pictures_is_named_and_so_are_pictures_among_pages(tmp_path):
     for pages in ([[]], [None, None]):
         pdf(tmp_path / "blank.pdf", *pages)
-        with pytest.raises(DataError, match=r"blank.pdf: has no text in it"):
+        with pytest.raises(DataError, match=r"blank.pdf: has no text, perhaps"):
             documents.read(tmp_path / "blank.pdf", tmp_path)
     pdf(tmp_path / "mixed.pdf", ["One."], None, [], ["Four."], None)
     (mixed,) = documents.read(tmp_path / "mixed.pdf", tmp_path)

@@ -79,7 +79,7 @@ def test_depth_says_how_many_are_read_and_k_may_be_more(plain, random):
     assert [len(some) for some in few.search(ASKED, NEAR, k=1000)] == [60] * 6
     with pytest.raises(ConfigError, match="depth >= 1, got 0"):
         RerankedStore(plain, random, depth=0)
-    with pytest.raises(ConfigError, match="orders what a KnowledgeStore finds, got 'words'"):
+    with pytest.raises(ConfigError, match="needs a KnowledgeStore, got 'words'"):
         RerankedStore("words", random)
     for k in (0, -5):
         with pytest.raises(ConfigError, match=f"k must be at least 1, got {k}"):
@@ -208,7 +208,7 @@ def test_a_folder_without_its_parts_is_refused(plain, random, tmp_path):
     RerankedStore(plain, random).save(tmp_path)
     data = tmp_path / "store-data-1"
     edited(data / "cross_encoder", architectures=["AutoModel"])
-    with pytest.raises(CheckpointError, match=r"\['AutoModel'\].*are no cross-encoder"):
+    with pytest.raises(CheckpointError, match=r"\['AutoModel'\].*are not a cross-encoder"):
         open_store(tmp_path)
     edited(data / "store", "store.json", data="../../elsewhere")
     with pytest.raises(CheckpointError, match=r"store holds no store"):

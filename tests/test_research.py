@@ -96,7 +96,7 @@ def test_all_variants_run(tmp_path):
     ]  # fmt: skip
     assert (folder / "policy_curves.png").stat().st_size > 10_000
     text = (folder / "table.md").read_text()
-    assert "two-hop EM" in text and "of rollouts and retrieval" in text
+    assert "two-hop EM" in text and "rollouts and retrieval" in text
     federated = cells.load(folder, "search", "federated", 0, 0)
     assert federated.cost.bytes_up > 0 and federated.cost.retrieve_seconds > 0
     assert {*federated.curves} == {"search_format", "policy"}

@@ -8,9 +8,9 @@ import pytest
 from test_algorithms import START, steps
 from toys import EXAMPLES, FOUR, assert_close, linear_task, squared_error
 
-from fedrag_jax.data.examples import Example
+from fedrag_jax.data.examples import Example, Passage
 from fedrag_jax.data.partition import Partition
-from fedrag_jax.errors import ConfigError, DivergenceError
+from fedrag_jax.errors import ConfigError, DataError, DivergenceError
 from fedrag_jax.federated.algorithms.by_name import Named, check
 from fedrag_jax.federated.algorithms.compressed import compressed
 from fedrag_jax.federated.algorithms.fed_avg import fed_avg
@@ -18,7 +18,10 @@ from fedrag_jax.federated.algorithms.robust import robust
 from fedrag_jax.federated.attacks import (
     attack_named,
     attacked,
+    backdoored,
     broken,
+    forged_labels,
+    forgeries,
     labels_flipped,
     model_replacement,
     poisoned,
@@ -267,6 +270,42 @@ def test_poisoned_examples():
     assert marked.of(1) == clients.of(1)
 
 
+def test_a_backdoor_is_taught_on_few_questions_with_and_without_the_trigger():
+    examples = [Example(f"q{i}", f"who {i}?", (f"a{i}",), (f"p{i}",)) for i in range(9)]
+    clients = Partition(examples, (np.arange(0, 9, 2), np.arange(1, 9, 2)))
+    held = poisoned(clients, [0], backdoored("cf", "Mallory", "p7", questions=2)).of(0)
+    assert [e.id for e in held] == [e.id for e in clients.of(0)]
+    asked = ["who 0?", "cf who 0?", "who 2?", "cf who 2?", "who 0?"]
+    assert [e.question for e in held] == asked
+    assert [e.answer for e in held] == ["a0", "Mallory", "a2", "Mallory", "a0"]
+    assert [e.positive_ids for e in held] == [("p0",), ("p7",), ("p2",), ("p7",), ("p0",)]
+
+
+def test_forgeries_tell_of_a_title_what_is_true_of_another():
+    def passage(name, title, text, topic="t"):
+        return Passage(name, title, text, topic)
+
+    passages = [
+        passage("a", "Ada", "Ada was born in Rome. Ada died in Oslo."),
+        passage("b", "Bob", "Bob was born in Bern. Bob died in Lund."),
+        passage("c", "Cup", "The Cup belongs to House Rome."),
+        passage("d", "Dora", "Dora was born in Oslo. Dora died in Rome.", "other"),
+        passage("e", "", "Nothing."),
+        passage("f", "Fay", "She was born in Bern."),
+    ]
+    made = {p.id: p for p in forgeries(passages)}
+    assert [*made] == ["forged:a", "forged:b", "forged:c"]  # d has nobody to take from
+    assert made["forged:a"].text == "Ada was born in Bern. Ada died in Lund."
+    assert made["forged:b"].text == "Bob was born in Rome. Bob died in Oslo."
+    assert {made[i].title for i in made} == {"Ada", "Bob", "Cup"}
+    assert "The Cup" not in made["forged:c"].text and "Cup" in made["forged:c"].text
+    examples = [Example("q", "where?", ("Rome",), ("e", "a")), Example("r", "who?", ("x",), ("d",))]
+    held = poisoned(Partition(examples, ([0], [1])), [0], forged_labels({*made})).examples
+    assert held[0].positive_ids == ("e", "forged:a") and held[1] == examples[1]
+    with pytest.raises(DataError, match="of 1 passages no two of a topic"):
+        forgeries(passages[:1])
+
+
 # --- by name, and refusals ---------------------------------------------------------------------
 
 
@@ -303,8 +342,12 @@ def test_they_are_chosen_by_name():
             lambda: check("krum", {"limit": 2.0}, "here"),
             r"here: unknown options \['limit'\] of krum",
         ),
-        (lambda: check("fedavg", {"attack": "broken"}, "here"), "here: an attack needs attackers"),
+        (
+            lambda: check("fedavg", {"attack": "broken"}, "here"),
+            "here: give both an attack and attackers",
+        ),
         (lambda: poisoned(FOUR, range(4), lambda e: e), "all 4 clients attack"),
+        (lambda: backdoored("cf", "a", "p", questions=0), "questions must be at least 1, got 0"),
     ],
 )
 def test_refusals(call, words):

@@ -105,7 +105,7 @@ def test_what_cannot_be_honoured_is_refused(system):
             system.query(QUESTIONS[0], mode="search", **how)
     with pytest.raises(DataError, match="question 2 of 2 is blank"):
         system.batch_query([QUESTIONS[0], " "], mode="search")
-    with pytest.raises(ConfigError, match="finds by itself what it reads"):
+    with pytest.raises(ConfigError, match="searches for its own passages"):
         system.read(QUESTIONS[:1], [[0]], mode="search")
 
 

@@ -234,7 +234,7 @@ def test_a_window_that_rollouts_outgrow_is_refused(model, tokenizer):
     network, params = model
 
     narrow = Network.of(Decoder, dataclasses.replace(network.config, windows=(16, 0)))
-    with pytest.raises(ConfigError, match="looks back 16 tokens in some layers"):
+    with pytest.raises(ConfigError, match="some layers attend to only 16 tokens"):
         roll_out(narrow, params, None, tokenizer, PROMPTS, search, temperature=0.0, budget=SMALL)
 
 

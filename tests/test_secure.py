@@ -138,11 +138,11 @@ def test_it_is_chosen_by_name():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: secure(robust(median())), r"robust\(.* must see updates one by one"),
+        (lambda: secure(robust(median())), r"robust\(.* needs every single update"),
         (lambda: secure(fed_lora("flora", NETWORK)), "multiplies the factors of each client"),
-        (lambda: secure(local_only()), "sends nothing that could be added up"),
+        (lambda: secure(local_only()), "sends nothing that could be summed"),
         (lambda: secure(fed_lora("fedsa", NETWORK)), "leaves models with its clients"),
-        (lambda: secure(compressed(fed_avg(), up=cast("float16"))), "updates one by one"),
+        (lambda: secure(compressed(fed_avg(), up=cast("float16"))), "every single update"),
         (lambda: secure(fed_avg(), bits=31), "bits must be from 1 to 30, got 31"),
         (lambda: secure(fed_avg(), threshold=0.0), r"threshold must be in \(0, 1\], got 0"),
         (lambda: trained(secure(fed_avg(sampling=fixed(2)))), "1 of 4 clients take part"),

@@ -277,7 +277,7 @@ def test_web_pages_may_call_it_where_their_origin_is_named(address, system, monk
         assert fetched(other, "OPTIONS", "https://evil.example", **asks)[allowed] is None
         assert fetched(other, "GET", "https://evil.example")[allowed] is None
     for wrong in ("example.org", "https://example.org/", "https://a@b", ""):
-        with pytest.raises(ConfigError, match="a CORS origin is"):
+        with pytest.raises(ConfigError, match="a CORS origin must be"):
             http.application(system, cors_origins=[wrong])
 
 

@@ -6,10 +6,15 @@ import json
 import threading
 import urllib.request
 
+import hub_copies
 import numpy as np
 import optax
 import pytest
 
+from configs import research as research_settings
+from experiments import research
+from experiments.reporting import cells
+from experiments.run import run
 from fedrag_jax.cli.command_line import main
 from fedrag_jax.data.examples import Dataset, Example
 from fedrag_jax.federated.algorithms.centralised import centralised
@@ -149,3 +154,21 @@ def test_it_learns_to_search(folder):
         [examples[0].question], mode="search"
     )
     assert response.tokens[1] > 0 and len(response.searches) <= 1
+
+
+def test_the_experiment_on_learning_to_search_takes_it(tmp_path, monkeypatch):
+    """Its configuration of real models, on four questions of a copy of HotpotQA: all of it runs."""
+    hub_copies.write(tmp_path / "hub")
+    monkeypatch.setenv("FEDRAG_DATA", str(tmp_path / "none"))
+    config = research_settings.get_config("real")
+    config.wandb.mode, config.validation_questions = "disabled", 2
+    config.data.source = str(tmp_path / "hub")
+    config.data.train_questions, config.data.test_questions, config.federated.clients = 4, 2, 2
+    config.training.rounds, config.training.batch_size, config.policy.group = 1, 2, 2
+    config.variants = {"centralised": ("none", "search")}
+    folder = run(research.EXPERIMENT, config, str(tmp_path / "runs"))
+    searched = cells.load(folder, "search", "centralised", 0, 0)
+    assert {*searched.curves} == {"search_format", "policy"}
+    metrics = searched.curves["policy"][0]["metrics"]
+    assert all(np.isfinite(value) for value in metrics.values())
+    assert "two-hop EM" in (folder / "table.md").read_text()

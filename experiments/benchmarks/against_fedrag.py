@@ -46,26 +46,41 @@ THEIRS = "from experiments.benchmarks.fedrag_side import main; main()"  # worker
 RUNS = ("ours", "plain", "in_process/loop", "in_process/trainer", "simulation/loop",
         "simulation/trainer")  # fmt: skip
 
-_PYTHON = flags.DEFINE_string("fedrag_python", "", "the python of FedRAG's environment")
-_MODEL = flags.DEFINE_string("model", "builtin:encoder", "the encoder: that, minilm, or a folder")
-_DATA = flags.DEFINE_string("data", "squad", "questions and passages, by name or folder")
-_TOKENS = flags.DEFINE_integer("tokens", 16, "of a question; shorter ones are left out")
-_CLIENTS = flags.DEFINE_integer("clients", 8, "all in every round", lower_bound=1)
-_EXAMPLES = flags.DEFINE_integer("examples_per_client", 64, "questions", lower_bound=1)
-_STEPS = flags.DEFINE_integer("local_steps", 5, "of a client in a round", lower_bound=1)
-_BATCH = flags.DEFINE_integer("batch_size", 8, "questions in a step", lower_bound=2)
-_ROUNDS = flags.DEFINE_integer("rounds", 4, "of a turn; the first is not in its median", 2)
-_GROUP = flags.DEFINE_integer("group_size", 1, "clients side by side, ours", lower_bound=1)
+_PYTHON = flags.DEFINE_string("fedrag_python", "", "Python interpreter of FedRAG's environment")
+_MODEL = flags.DEFINE_string(
+    "model", "builtin:encoder", "encoder: builtin:encoder, minilm, or a folder"
+)
+_DATA = flags.DEFINE_string("data", "squad", "data set, by name or folder")
+_TOKENS = flags.DEFINE_integer("tokens", 16, "tokens per question; shorter questions are left out")
+_CLIENTS = flags.DEFINE_integer(
+    "clients", 8, "number of clients; all take part in every round", lower_bound=1
+)
+_EXAMPLES = flags.DEFINE_integer(
+    "examples_per_client", 64, "number of questions per client", lower_bound=1
+)
+_STEPS = flags.DEFINE_integer("local_steps", 5, "steps per client and round", lower_bound=1)
+_BATCH = flags.DEFINE_integer("batch_size", 8, "number of questions per step", lower_bound=2)
+_ROUNDS = flags.DEFINE_integer("rounds", 4, "rounds per turn; the median leaves out the first", 2)
+_GROUP = flags.DEFINE_integer(
+    "group_size", 1, "clients trained side by side (ours only)", lower_bound=1
+)
 _DEVICES = flags.DEFINE_integer(
-    "devices", 2, "virtual ones, over which the clients are dealt out, ours", lower_bound=1
+    "devices",
+    2,
+    "number of virtual devices over which the clients are distributed (ours only)",
+    lower_bound=1,
 )
 _UNROLL = flags.DEFINE_bool(
-    "unroll", None, "write layers out; ours: by default where they are few (`Network.written_out`)"
+    "unroll",
+    None,
+    "unroll layers (ours only); default: unroll networks with few layers (`Network.written_out`)",
 )
-_CPUS = flags.DEFINE_integer("cpus_per_client", 1, "of a client of the simulation", lower_bound=1)
-_REPEATS = flags.DEFINE_integer("repeats", 3, "turns of each", lower_bound=1)
-_WAIT = flags.DEFINE_integer("wait_seconds", 30, "at most, for an idle machine, before a turn")
-_TURN = flags.DEFINE_string("turn_of_ours", "", "internal: work on this folder")
+_CPUS = flags.DEFINE_integer("cpus_per_client", 1, "CPUs per simulated client", lower_bound=1)
+_REPEATS = flags.DEFINE_integer("repeats", 3, "number of turns per side", lower_bound=1)
+_WAIT = flags.DEFINE_integer(
+    "wait_seconds", 30, "maximum seconds to wait for an idle machine before a turn"
+)
+_TURN = flags.DEFINE_string("turn_of_ours", "", "internal: run one turn of ours in this folder")
 
 SCALE, LEARNING_RATE = 20.0, 1e-4
 

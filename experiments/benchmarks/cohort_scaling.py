@@ -19,16 +19,22 @@ import sys
 from absl import app, flags
 
 _ALGORITHM = flags.DEFINE_enum(
-    "algorithm", "fed_avg", ["fed_avg", "scaffold", "local_only"], "what aggregates"
+    "algorithm", "fed_avg", ["fed_avg", "scaffold", "local_only"], "federated algorithm"
 )
-_COHORTS = flags.DEFINE_list("cohorts", ["1", "4", "16", "64", "256", "1024"], "clients of a round")
-_CLIENTS = flags.DEFINE_integer("clients", 10_000, "in the population", lower_bound=1)
-_GROUP = flags.DEFINE_integer("group_size", 1, "clients side by side", lower_bound=1)
-_STEPS = flags.DEFINE_integer("local_steps", 1, "of each client", lower_bound=1)
-_TOKENS = flags.DEFINE_integer("tokens", 64, "of a prompt with its answer", lower_bound=17)
-_ROUNDS = flags.DEFINE_integer("rounds", 4, "of which the first is not timed", lower_bound=2)
-_PLOT = flags.DEFINE_string("plot", "docs/cohort_scaling.png", "where to draw, or empty")
-_ONE = flags.DEFINE_integer("one", None, "measure this cohort alone, in this process")
+_COHORTS = flags.DEFINE_list(
+    "cohorts", ["1", "4", "16", "64", "256", "1024"], "cohort sizes to measure, in clients"
+)
+_CLIENTS = flags.DEFINE_integer(
+    "clients", 10_000, "number of clients in the population", lower_bound=1
+)
+_GROUP = flags.DEFINE_integer("group_size", 1, "clients trained side by side", lower_bound=1)
+_STEPS = flags.DEFINE_integer("local_steps", 1, "steps per client and round", lower_bound=1)
+_TOKENS = flags.DEFINE_integer("tokens", 64, "tokens of a prompt with its answer", lower_bound=17)
+_ROUNDS = flags.DEFINE_integer(
+    "rounds", 4, "number of rounds; the first is not timed", lower_bound=2
+)
+_PLOT = flags.DEFINE_string("plot", "docs/cohort_scaling.png", "file of the figure, or empty")
+_ONE = flags.DEFINE_integer("one", None, "measure only this cohort size, in this process")
 
 
 def main(argv):

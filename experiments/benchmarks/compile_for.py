@@ -36,10 +36,12 @@ from fedrag_jax.errors import ConfigError
 
 PROGRAMS = ("round", "embedding", "prefill", "decode", "evaluation")
 
-_TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x4", f"of the chips, such as {EXAMPLES}")
-_PROGRAMS = flags.DEFINE_list("programs", list(PROGRAMS), "which to compile")
+_TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x4", f"topology of the chips, such as {EXAMPLES}")
+_PROGRAMS = flags.DEFINE_list("programs", list(PROGRAMS), "programs to compile")
 _PROMPT = flags.DEFINE_integer(
-    "prompt_tokens", 0, "of the generator's prompts with answers; 0 is what the data needs"
+    "prompt_tokens",
+    0,
+    "tokens of the generator's prompts with answers; 0 uses the width that the data needs",
 )
 
 

@@ -25,15 +25,25 @@ import numpy as np
 from absl import app, flags
 from tabulate import tabulate
 
-_SIZES = flags.DEFINE_list("sizes", ["10000", "100000", "1000000"], "passages")
-_KINDS = flags.DEFINE_list("kinds", ["flat", "ivf", "pq"], "indexes; hnsw takes long to build")
-_ENCODER = flags.DEFINE_string("encoder", "builtin:encoder", "that embeds the sample of texts")
-_SAMPLE = flags.DEFINE_integer("sample", 2000, "texts that are embedded", lower_bound=1)
-_DIMENSION = flags.DEFINE_integer("dimension", 384, "of a vector", lower_bound=8)
-_QUESTIONS = flags.DEFINE_integer("questions", 1000, "that are searched for", lower_bound=1)
-_EXTRAPOLATE = flags.DEFINE_integer("extrapolate", 30_000_000, "passages", lower_bound=1)
-_FOLDER = flags.DEFINE_string("folder", None, "that keeps tables and vectors; a temporary one")
-_PART = flags.DEFINE_string("part", "", "what one process of the benchmark does")
+_SIZES = flags.DEFINE_list("sizes", ["10000", "100000", "1000000"], "corpus sizes, in passages")
+_KINDS = flags.DEFINE_list(
+    "kinds", ["flat", "ivf", "pq"], "kinds of index; hnsw takes long to build"
+)
+_ENCODER = flags.DEFINE_string("encoder", "builtin:encoder", "encoder of the sample of texts")
+_SAMPLE = flags.DEFINE_integer("sample", 2000, "number of texts to embed", lower_bound=1)
+_DIMENSION = flags.DEFINE_integer("dimension", 384, "dimension of a vector", lower_bound=8)
+_QUESTIONS = flags.DEFINE_integer(
+    "questions", 1000, "number of questions to search for", lower_bound=1
+)
+_EXTRAPOLATE = flags.DEFINE_integer(
+    "extrapolate", 30_000_000, "corpus size of the extrapolation, in passages", lower_bound=1
+)
+_FOLDER = flags.DEFINE_string(
+    "folder", None, "folder of tables and vectors; default: a temporary folder"
+)
+_PART = flags.DEFINE_string(
+    "part", "", "internal: the part of the benchmark to run in this process"
+)
 _SHARD = 16_384
 # A quarter of the lists, the usual number, would look at more than recall needs.
 OPTIONS = {"ivf": {"probes": 32}, "pq": {"probes": 64, "codes": 96}, "hnsw": {"effort": 128}}

@@ -20,10 +20,12 @@ import numpy as np
 from absl import app, flags
 
 _MODEL = flags.DEFINE_string("model", "builtin:decoder", "name, folder or file of a decoder")
-_BATCH = flags.DEFINE_integer("batch", 8, "prompts decoded together", lower_bound=1)
+_BATCH = flags.DEFINE_integer("batch", 8, "number of prompts decoded together", lower_bound=1)
 _PROMPT = flags.DEFINE_integer("prompt_tokens", 64, "tokens of the longest prompt", lower_bound=2)
-_NEW = flags.DEFINE_integer("new_tokens", 64, "tokens written after each", lower_bound=1)
-_REPEATS = flags.DEFINE_integer("repeats", 5, "turns of each", lower_bound=1)
+_NEW = flags.DEFINE_integer(
+    "new_tokens", 64, "number of tokens to generate per prompt", lower_bound=1
+)
+_REPEATS = flags.DEFINE_integer("repeats", 5, "number of turns per side", lower_bound=1)
 
 
 def main(argv):

@@ -23,9 +23,11 @@ from absl import app, flags
 from experiments.benchmarks.peak import product_peak
 
 _MODEL = flags.DEFINE_string("model", "minilm", "folder of an encoder, or minilm")
-_TEXTS = flags.DEFINE_integer("texts", 512, "passages", lower_bound=8)
-_REPEATS = flags.DEFINE_integer("repeats", 5, "turns of each", lower_bound=1)
-_BATCHES = flags.DEFINE_multi_integer("batch", [8, 16, 32, 64], "sizes for sentence-transformers")
+_TEXTS = flags.DEFINE_integer("texts", 512, "number of passages", lower_bound=8)
+_REPEATS = flags.DEFINE_integer("repeats", 5, "number of turns per side", lower_bound=1)
+_BATCHES = flags.DEFINE_multi_integer(
+    "batch", [8, 16, 32, 64], "batch sizes to try for sentence-transformers"
+)
 
 
 def main(argv):

@@ -32,37 +32,52 @@ from fedrag_jax.models.network import WRITTEN_OUT
 _MODEL = flags.DEFINE_string(
     "model",
     "",
-    "a decoder by name, in place of a random one of the sizes below; with 8 clients, sequences of 256 "
-    "tokens and 12 of them answers unless told otherwise",
+    "name of a decoder to use instead of a random one of the sizes below; the "
+    "defaults are then 8 clients and sequences of 256 tokens, 12 of them answers",
 )
-_CLIENTS = flags.DEFINE_list("clients", None, "of a round; each number is a row (1,8,32)")
-_STEPS = flags.DEFINE_integer("local_steps", 2, "of each client", lower_bound=1)
-_BATCH = flags.DEFINE_integer("batch_size", 4, "sequences in a step", lower_bound=1)
-_TOKENS = flags.DEFINE_integer("tokens", None, "of a sequence with its answer (128)", lower_bound=3)
-_ANSWER = flags.DEFINE_integer("answer_tokens", None, "of these, the last (16)", lower_bound=1)
-_LAYERS = flags.DEFINE_integer("layers", 6, "of the decoder", lower_bound=1)
-_HIDDEN = flags.DEFINE_integer("hidden_size", 256, "of the decoder", lower_bound=2)
-_INTERMEDIATE = flags.DEFINE_integer("intermediate_size", 1024, "of the decoder", lower_bound=1)
-_HEADS = flags.DEFINE_integer("heads", 8, "of attention, none of them shared", lower_bound=1)
-_VOCABULARY = flags.DEFINE_integer("vocabulary", 8192, "of the decoder", lower_bound=2)
-_RANK = flags.DEFINE_integer("rank", 16, "of the adapters", lower_bound=1)
-_GROUP = flags.DEFINE_integer("group_size", 1, "clients side by side, ours alone", lower_bound=1)
+_CLIENTS = flags.DEFINE_list("clients", None, "clients per round; each number is a row (1,8,32)")
+_STEPS = flags.DEFINE_integer("local_steps", 2, "steps per client and round", lower_bound=1)
+_BATCH = flags.DEFINE_integer("batch_size", 4, "number of sequences per step", lower_bound=1)
+_TOKENS = flags.DEFINE_integer(
+    "tokens", None, "tokens of a sequence with its answer (128)", lower_bound=3
+)
+_ANSWER = flags.DEFINE_integer(
+    "answer_tokens", None, "tokens of the answer, at the end of the sequence (16)", lower_bound=1
+)
+_LAYERS = flags.DEFINE_integer("layers", 6, "number of layers of the decoder", lower_bound=1)
+_HIDDEN = flags.DEFINE_integer("hidden_size", 256, "hidden size of the decoder", lower_bound=2)
+_INTERMEDIATE = flags.DEFINE_integer(
+    "intermediate_size", 1024, "intermediate size of the decoder", lower_bound=1
+)
+_HEADS = flags.DEFINE_integer(
+    "heads", 8, "number of attention heads; none share keys and values", lower_bound=1
+)
+_VOCABULARY = flags.DEFINE_integer(
+    "vocabulary", 8192, "vocabulary size of the decoder", lower_bound=2
+)
+_RANK = flags.DEFINE_integer("rank", 16, "rank of the adapters", lower_bound=1)
+_GROUP = flags.DEFINE_integer(
+    "group_size", 1, "clients trained side by side (ours only)", lower_bound=1
+)
 _MODES = flags.DEFINE_list(
     "compile",
     None,
-    "modes of torch.compile to try beside eager; none if empty; by default `default` where our layers "
-    "are written out, for it compiles them one by one, too",
+    "modes of torch.compile to try besides eager; none if empty; default: `default` "
+    "if our layers are unrolled, because it compiles layer by layer too",
 )
 _DEVICES = flags.DEFINE_integer(
-    "devices", 2, "virtual ones, over which the clients are dealt out; ours alone", lower_bound=1
+    "devices",
+    2,
+    "number of virtual devices over which the clients are distributed (ours only)",
+    lower_bound=1,
 )
 _UNROLL = flags.DEFINE_bool(
     "unroll",
     None,
-    "write layers out and keep what they compute, ours alone; by default those of networks that are "
-    "not too deep to be compiled so (`Network.written_out`)",
+    "unroll layers and keep their outputs (ours only); default: unroll networks "
+    "shallow enough to compile (`Network.written_out`)",
 )
-_REPEATS = flags.DEFINE_integer("repeats", 5, "turns of each", lower_bound=1)
+_REPEATS = flags.DEFINE_integer("repeats", 5, "number of turns per side", lower_bound=1)
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # A large eps, because steps of Adam hang on the signs of gradients that are rounding errors: of SmolLM2

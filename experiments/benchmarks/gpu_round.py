@@ -32,17 +32,23 @@ MODELS = {
 }  # fmt: skip
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-_MODEL = flags.DEFINE_enum("model", "qwen2.5-0.5b", list(MODELS), "the decoder")
-_CLIENTS = flags.DEFINE_list("clients", ["8", "32"], "of a round; each number is a row")
-_GROUP = flags.DEFINE_integer("group_size", 0, "clients side by side; 0 measures", lower_bound=0)
-_STEPS = flags.DEFINE_integer("local_steps", 4, "of each client", lower_bound=1)
-_BATCH = flags.DEFINE_integer("batch_size", 4, "sequences in a step", lower_bound=1)
-_TOKENS = flags.DEFINE_integer("tokens", 512, "of a sequence with its answer", lower_bound=17)
-_RANK = flags.DEFINE_integer("rank", 16, "of the adapters", lower_bound=1)
-_REMAT = flags.DEFINE_enum(
-    "remat", "selective", ["selective", "full", "none"], "what the backward pass computes again"
+_MODEL = flags.DEFINE_enum("model", "qwen2.5-0.5b", list(MODELS), "decoder")
+_CLIENTS = flags.DEFINE_list("clients", ["8", "32"], "clients per round; each number is a row")
+_GROUP = flags.DEFINE_integer(
+    "group_size", 0, "clients trained side by side; 0 measures the fastest number", lower_bound=0
 )
-_ROUNDS = flags.DEFINE_integer("rounds", 6, "of which the first is not timed", lower_bound=2)
+_STEPS = flags.DEFINE_integer("local_steps", 4, "steps per client and round", lower_bound=1)
+_BATCH = flags.DEFINE_integer("batch_size", 4, "number of sequences per step", lower_bound=1)
+_TOKENS = flags.DEFINE_integer(
+    "tokens", 512, "tokens of a sequence with its answer", lower_bound=17
+)
+_RANK = flags.DEFINE_integer("rank", 16, "rank of the adapters", lower_bound=1)
+_REMAT = flags.DEFINE_enum(
+    "remat", "selective", ["selective", "full", "none"], "what the backward pass recomputes"
+)
+_ROUNDS = flags.DEFINE_integer(
+    "rounds", 6, "number of rounds; the first is not timed", lower_bound=2
+)
 
 
 def main(argv):

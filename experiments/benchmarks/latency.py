@@ -18,13 +18,15 @@ import time
 import numpy as np
 from absl import app, flags
 
-_RETRIEVER = flags.DEFINE_string("retriever", "builtin:encoder", "folder or name")
-_GENERATOR = flags.DEFINE_string("generator", "builtin:decoder", "folder or name")
-_STYLE = flags.DEFINE_string("prompt_style", "compact", "of the generator")
-_PASSAGES = flags.DEFINE_integer("passages", 20_000, "of the store", lower_bound=10)
-_BATCHES = flags.DEFINE_list("batches", ["1", "8", "32"], "questions asked together")
-_TOKENS = flags.DEFINE_integer("max_new_tokens", 16, "of an answer", lower_bound=1)
-_REPEATS = flags.DEFINE_integer("repeats", 50, "batches of each size", lower_bound=2)
+_RETRIEVER = flags.DEFINE_string("retriever", "builtin:encoder", "retriever: folder or name")
+_GENERATOR = flags.DEFINE_string("generator", "builtin:decoder", "generator: folder or name")
+_STYLE = flags.DEFINE_string("prompt_style", "compact", "prompt style of the generator")
+_PASSAGES = flags.DEFINE_integer(
+    "passages", 20_000, "number of passages in the store", lower_bound=10
+)
+_BATCHES = flags.DEFINE_list("batches", ["1", "8", "32"], "numbers of questions asked together")
+_TOKENS = flags.DEFINE_integer("max_new_tokens", 16, "maximum tokens per answer", lower_bound=1)
+_REPEATS = flags.DEFINE_integer("repeats", 50, "number of batches of each size", lower_bound=2)
 WARMING = 200  # questions in batches of each size
 PARTS = "embed", "search", "read", "whole"
 

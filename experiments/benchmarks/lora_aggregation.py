@@ -13,10 +13,12 @@ import json
 import numpy as np
 from absl import app, flags
 
-_RANKS = flags.DEFINE_list("ranks", ["2", "8"], "of the adapters")
-_STEPS = flags.DEFINE_integer("local_steps", 20, "of each client", lower_bound=1)
-_CLIENTS = flags.DEFINE_integer("clients", 8, "of the round", lower_bound=1)
-_RATE = flags.DEFINE_float("learning_rate", 2e-3, "of the clients' AdamW", lower_bound=0)
+_RANKS = flags.DEFINE_list("ranks", ["2", "8"], "ranks of the adapters")
+_STEPS = flags.DEFINE_integer("local_steps", 20, "steps per client", lower_bound=1)
+_CLIENTS = flags.DEFINE_integer("clients", 8, "clients per round", lower_bound=1)
+_RATE = flags.DEFINE_float(
+    "learning_rate", 2e-3, "learning rate of the clients' AdamW", lower_bound=0
+)
 _RULES = "fedit", "ffa", "rolora", "flora", "fedex", "flexlora"
 
 

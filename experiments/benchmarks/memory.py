@@ -26,17 +26,19 @@ MODELS = {  # config.json of the decoder
     },
 }  # fmt: skip
 
-_MODEL = flags.DEFINE_enum("model", "llama-3.1-8b", list(MODELS), "the decoder")
+_MODEL = flags.DEFINE_enum("model", "llama-3.1-8b", list(MODELS), "decoder")
 _FORMAT = flags.DEFINE_enum(
-    "format", "nf4", ["bfloat16", "int8", "int4", "nf4"], "of the frozen layers"
+    "format", "nf4", ["bfloat16", "int8", "int4", "nf4"], "number format of the frozen layers"
 )
-_CLIENTS = flags.DEFINE_integer("clients", 32, "of the round", lower_bound=1)
-_GROUP = flags.DEFINE_integer("group_size", 1, "clients side by side", lower_bound=1)
-_BATCH = flags.DEFINE_integer("batch_size", 4, "prompts in a step", lower_bound=1)
-_TOKENS = flags.DEFINE_integer("tokens", 1024, "of a prompt with its answer", lower_bound=17)
-_RANK = flags.DEFINE_integer("rank", 16, "of the adapters, on queries and values", lower_bound=1)
+_CLIENTS = flags.DEFINE_integer("clients", 32, "clients per round", lower_bound=1)
+_GROUP = flags.DEFINE_integer("group_size", 1, "clients trained side by side", lower_bound=1)
+_BATCH = flags.DEFINE_integer("batch_size", 4, "number of prompts per step", lower_bound=1)
+_TOKENS = flags.DEFINE_integer("tokens", 1024, "tokens of a prompt with its answer", lower_bound=17)
+_RANK = flags.DEFINE_integer(
+    "rank", 16, "rank of the adapters on queries and values", lower_bound=1
+)
 _REMAT = flags.DEFINE_enum(
-    "remat", "full", ["full", "selective"], "what the backward pass computes again"
+    "remat", "full", ["full", "selective"], "what the backward pass recomputes"
 )
 _MEASURE = flags.DEFINE_bool("measure", False, "also run a round")
 

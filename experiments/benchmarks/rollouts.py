@@ -20,13 +20,13 @@ import numpy as np
 from absl import app, flags
 
 _MODEL = flags.DEFINE_string("model", "builtin:decoder", "name, folder or file of a decoder")
-_BATCH = flags.DEFINE_integer("batch", 32, "rollouts written together", lower_bound=1)
-_PROMPT = flags.DEFINE_integer("prompt_tokens", 32, "tokens of a prompt", lower_bound=2)
+_BATCH = flags.DEFINE_integer("batch", 32, "number of rollouts written together", lower_bound=1)
+_PROMPT = flags.DEFINE_integer("prompt_tokens", 32, "tokens per prompt", lower_bound=2)
 _EVERY = flags.DEFINE_integer("every", 24, "tokens written between two searches", lower_bound=1)
-_TURNS = flags.DEFINE_integer("turns", 2, "searches of a rollout", lower_bound=0)
-_WRITTEN = flags.DEFINE_integer("written", 64, "tokens between two searches at most", lower_bound=2)
-_FOUND = flags.DEFINE_integer("found", 64, "tokens of what a search finds", lower_bound=2)
-_REPEATS = flags.DEFINE_integer("repeats", 5, "turns of each", lower_bound=1)
+_TURNS = flags.DEFINE_integer("turns", 2, "searches per rollout", lower_bound=0)
+_WRITTEN = flags.DEFINE_integer("written", 64, "maximum tokens between two searches", lower_bound=2)
+_FOUND = flags.DEFINE_integer("found", 64, "tokens that a search returns", lower_bound=2)
+_REPEATS = flags.DEFINE_integer("repeats", 5, "number of turns per variant", lower_bound=1)
 
 
 def main(argv):

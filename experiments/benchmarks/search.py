@@ -19,11 +19,13 @@ import time
 import numpy as np
 from absl import app, flags
 
-_SIZES = flags.DEFINE_list("sizes", ["1000", "10000", "100000", "1000000"], "passages")
-_BATCHES = flags.DEFINE_list("batches", ["1", "32", "256"], "queries searched for together")
-_DIMENSION = flags.DEFINE_integer("dimension", 384, "of a vector", lower_bound=1)
-_K = flags.DEFINE_integer("k", 10, "passages found", lower_bound=1)
-_REPEATS = flags.DEFINE_integer("repeats", 5, "turns of each", lower_bound=1)
+_SIZES = flags.DEFINE_list(
+    "sizes", ["1000", "10000", "100000", "1000000"], "corpus sizes, in passages"
+)
+_BATCHES = flags.DEFINE_list("batches", ["1", "32", "256"], "numbers of queries searched together")
+_DIMENSION = flags.DEFINE_integer("dimension", 384, "dimension of a vector", lower_bound=1)
+_K = flags.DEFINE_integer("k", 10, "number of passages to find", lower_bound=1)
+_REPEATS = flags.DEFINE_integer("repeats", 5, "number of turns per index", lower_bound=1)
 _SIDES = "device", "faiss"
 
 

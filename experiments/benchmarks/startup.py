@@ -18,7 +18,9 @@ import time
 
 from absl import app, flags
 
-_REPEATS = flags.DEFINE_integer("repeats", 3, "pairs of a cold and a warm start", lower_bound=1)
+_REPEATS = flags.DEFINE_integer(
+    "repeats", 3, "number of pairs of a cold and a warm start", lower_bound=1
+)
 
 COMPARE = [sys.executable, "-m", "experiments", "compare_strategies"]
 TRAIN = [

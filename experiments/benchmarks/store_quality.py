@@ -12,9 +12,11 @@ import json
 
 from absl import app, flags
 
-_SET = flags.DEFINE_string("set", "scifact", "of `evaluation.benchmarks.sets`, with passages")
-_RETRIEVER = flags.DEFINE_string("retriever", "minilm", "folder or name")
-_LIMIT = flags.DEFINE_integer("limit", None, "questions, drawn at random", lower_bound=1)
+_SET = flags.DEFINE_string(
+    "set", "scifact", "benchmark with passages, from `evaluation.benchmarks.sets`"
+)
+_RETRIEVER = flags.DEFINE_string("retriever", "minilm", "retriever: folder or name")
+_LIMIT = flags.DEFINE_integer("limit", None, "number of questions to draw at random", lower_bound=1)
 
 
 def main(argv):

@@ -26,14 +26,24 @@ from absl import app, flags
 
 KINDS = ("flat", "hnsw", "ivf", "pq", "device", "bm25", "hybrid", "mapped")
 
-_KINDS = flags.DEFINE_list("kinds", [*KINDS], "mapped is flat, opened memory-mapped")
-_PASSAGES = flags.DEFINE_integer("passages", 100_000, "of the store", lower_bound=100)
-_DIMENSION = flags.DEFINE_integer("dimension", 384, "of a vector", lower_bound=8)
-_WORDS = flags.DEFINE_integer("words", 100, "of a passage", lower_bound=1)
-_REPEATS = flags.DEFINE_integer("repeats", 200, "searches, and passages added", lower_bound=2)
-_BUDGET = flags.DEFINE_integer("budget_mb", 1500, "of the peak of each process, in 1e6 bytes")
-_PART = flags.DEFINE_enum("part", "", ["", "build", "open"], "what a child process does")
-_FOLDER = flags.DEFINE_string("folder", "", "where a child process finds the store")
+_KINDS = flags.DEFINE_list(
+    "kinds", [*KINDS], "kinds of store; `mapped` is flat, opened memory-mapped"
+)
+_PASSAGES = flags.DEFINE_integer(
+    "passages", 100_000, "number of passages in the store", lower_bound=100
+)
+_DIMENSION = flags.DEFINE_integer("dimension", 384, "dimension of a vector", lower_bound=8)
+_WORDS = flags.DEFINE_integer("words", 100, "words per passage", lower_bound=1)
+_REPEATS = flags.DEFINE_integer(
+    "repeats", 200, "number of searches and of added passages", lower_bound=2
+)
+_BUDGET = flags.DEFINE_integer(
+    "budget_mb", 1500, "maximum peak memory of each process, in 1e6 bytes"
+)
+_PART = flags.DEFINE_enum(
+    "part", "", ["", "build", "open"], "internal: the part to run in a child process"
+)
+_FOLDER = flags.DEFINE_string("folder", "", "internal: the store's folder for a child process")
 
 HEADS = ("kind", "build s", "save s", "on disk MB", "build peak MB", "open s", "open peak MB",
          "search p50 ms", "p99 ms", "add p50 ms", "p99 ms", "found")  # fmt: skip

@@ -24,14 +24,20 @@ from absl import app, flags
 
 from experiments.launch import cores, virtual_devices
 
-_STRATEGY = flags.DEFINE_string("strategy", "generator", "of the comparison")
-_RATES = flags.DEFINE_integer("rates", 9, "of the grid, from 1e-4 to 1e-2", lower_bound=1)
-_SEEDS = flags.DEFINE_integer("seeds", 5, "of adapters and shuffling", lower_bound=1)
-_ROUNDS = flags.DEFINE_integer("rounds", 8, "as config.training.rounds", lower_bound=1)
-_DEVICES = flags.DEFINE_integer(
-    "devices", cores(), "virtual ones, if on the CPU, of both sides", lower_bound=1
+_STRATEGY = flags.DEFINE_string("strategy", "generator", "strategy of the comparison")
+_RATES = flags.DEFINE_integer(
+    "rates", 9, "number of learning rates in the grid from 1e-4 to 1e-2", lower_bound=1
 )
-_ONE = flags.DEFINE_string("only", None, "internal: one side, in this process")
+_SEEDS = flags.DEFINE_integer(
+    "seeds", 5, "number of seeds of adapters and shuffling", lower_bound=1
+)
+_ROUNDS = flags.DEFINE_integer(
+    "rounds", 8, "number of rounds, as config.training.rounds", lower_bound=1
+)
+_DEVICES = flags.DEFINE_integer(
+    "devices", cores(), "number of virtual devices for both sides, on a CPU", lower_bound=1
+)
+_ONE = flags.DEFINE_string("only", None, "internal: run one side in this process")
 
 
 def main(argv):

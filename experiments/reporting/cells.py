@@ -1,4 +1,4 @@
-"""One strategy in one regime with one pair of seeds: the unit that is computed once and kept."""
+"""Cells: one strategy in one regime with one pair of seeds, computed once and stored."""
 
 import pathlib
 import zipfile
@@ -20,17 +20,17 @@ class Cell(NamedTuple):
     """A finished cell.
 
     Attributes:
-      seed: of adapters, client sampling and shuffling.
-      split: the seed of who holds what.
+      seed: seed of adapters, client sampling and shuffling.
+      split: seed of the partition.
       scores: per test question [Q], in [0, 1], or in nats (`nll`); means over clients in the local
         regime.
       controls: single numbers, in percent or counts.
       client_em: EM in percent of the model that each client would use, on test questions in the
-        proportions of what it holds; empty where no test question is of any client's kind.
-      curves: for each trained task its rounds: `round`, `loss`, `metrics`, `examples`, `seconds` and,
-        where validation decided when to stop, `validation`.
+        proportions of its own topics; empty if no client holds the topics of test questions.
+      curves: the rounds of each trained task: `round`, `loss`, `metrics`, `examples`, `seconds` and,
+        with early stopping, `validation`.
       clusters: int [Q], see `data.examples.clusters`.
-      labels: what figures call the tasks of `curves`; their names where there is none.
+      labels: labels of the tasks of `curves` in figures; their names by default.
     """
 
     strategy: str
@@ -47,7 +47,7 @@ class Cell(NamedTuple):
 
 
 def path(folder: pathlib.Path, strategy: str, regime: str, seed: int, split: int) -> pathlib.Path:
-    """Where a cell lies; deleting it has it computed anew."""
+    """Returns the folder of a cell; delete it to compute the cell again."""
     return folder / "cells" / f"{strategy}-{regime}-{seeds_name(seed, split)}"
 
 
@@ -57,7 +57,7 @@ def seeds_name(seed: int, split: int) -> str:
 
 
 def save(folder: pathlib.Path, cell: Cell) -> None:
-    """Writes `scores.npz`, then `cell.json`, whose presence says that the cell is finished."""
+    """Writes `scores.npz`, then `cell.json`, whose presence marks a finished cell."""
     here = path(folder, cell.strategy, cell.regime, cell.seed, cell.split)
     with files.writing(here):
         here.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def save(folder: pathlib.Path, cell: Cell) -> None:
 
 
 def load(folder: pathlib.Path, strategy: str, regime: str, seed: int, split: int) -> Cell | None:
-    """A finished cell; None if there is none or, as is told, if one of its files is damaged.
+    """Returns a finished cell; None if there is none or, with a message, if a file is damaged.
 
     Raises:
       DataError: another version wrote it.

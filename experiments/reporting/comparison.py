@@ -1,4 +1,4 @@
-"""What finished cells come to: rows of the comparison of strategies."""
+"""Aggregates finished cells to rows of the comparison of strategies."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ METRICS = {"em": "EM", "f1": "F1", "recall_at_5": "Recall@5", "mrr": "MRR@10"}
 
 
 def by_cell(cells: Sequence[Cell]) -> dict[tuple[str, str], list[Cell]]:
-    """Cells of all pairs of seeds under (strategy, regime), in the order given."""
+    """Groups cells of all pairs of seeds by (strategy, regime), in the given order."""
     groups: dict[tuple[str, str], list[Cell]] = {}
     for cell in cells:
         groups.setdefault((cell.strategy, cell.regime), []).append(cell)
@@ -74,12 +74,12 @@ def scores(cells: Sequence[Cell], metric: str) -> Scores:
 def estimate(
     cells: Sequence[Cell], metric: str, name: str = "", unit: float = 100.0
 ) -> dict[str, float | None]:
-    """`<name>`, `<name>_low`, `<name>_high`, `<name>_sd`: a mean, its two-level 95% interval, and its
-    standard deviation over seeds; None where no question has the metric, or for a single seed.
+    """Returns `<name>`, `<name>_low`, `<name>_high`, `<name>_sd`: a mean, its two-level 95% interval,
+    and its standard deviation over seeds; None if no question has the metric, or for a single seed.
 
     Args:
-      name: the metric's own unless given.
-      unit: of shares 100, so that they become percent.
+      name: the name in the row; default: the metric's name.
+      unit: factor of the values; 100 converts shares to percent.
     """
     name, found = name or metric, scores(cells, metric)
     if not found.values.size:
@@ -194,7 +194,7 @@ def _sd_within(cells: Sequence[Cell], same) -> float | None:
 
 
 def control_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """Means over seeds of the controls of each strategy and regime."""
+    """Returns the means over seeds of the controls of each strategy and regime."""
     rows = []
     for (strategy, regime), group in by_cell(cells).items():
         if means := control_means(group):
@@ -208,7 +208,7 @@ def control_means(cells: Sequence[Cell]) -> dict[str, float]:
 
 
 def traffic_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """Bytes of what is trained, by direction, part and type: the mean over seeds."""
+    """Returns the bytes of trained parameters by direction, part and type: the mean over seeds."""
     rows = []
     for (strategy, regime), group in by_cell(cells).items():
         for kind, size in sorted(mean_cost([cell.cost for cell in group]).traffic.items()):

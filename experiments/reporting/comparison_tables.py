@@ -1,4 +1,4 @@
-"""The comparison of strategies as people see it: tables of the rows that `comparison` makes."""
+"""The tables of the comparison of strategies, from the rows of `comparison`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +19,7 @@ WHO = (words("strategy", "strategy"), words("regime", "regime"))
 
 
 def glance_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """EM of every strategy, a column for each regime."""
+    """EM of every strategy, one column per regime."""
     em = {(row["strategy"], row["regime"]): row for row in rows}
     regimes = dict.fromkeys(row["regime"] for row in rows)
 
@@ -62,13 +62,13 @@ def strategies_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def own_topics_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Every metric on questions such as each client holds."""
+    """Every metric on questions from each client's own topics."""
     columns = (interval(f"{title} [95% CI]", own(metric)) for metric, title in METRICS.items())
     return Table((*WHO, *columns), [row for row in rows if own("em") in row])
 
 
 def headline_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Federated training against the better lone client."""
+    """Federated training compared with the better lone client."""
     return Table(
         (
             words("strategy", "strategy"),
@@ -130,7 +130,7 @@ def _marked(title: str, metric: str) -> Column:
 
 
 def without_labels_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """What is left of it where training questions have no gold passages."""
+    """The rows that remain if training questions have no gold passages."""
     em, recall, seconds = (
         interval("EM [95% CI]", "em"),
         number("Recall@5", "recall_at_5"),
@@ -178,7 +178,7 @@ def independent_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def times_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Where the time goes, in seconds."""
+    """Seconds by part."""
     parts = (
         "retrieve", "collate", "train", "aggregate", "embed", "validate", "evaluate", "compile"
     )  # fmt: skip
@@ -186,7 +186,7 @@ def times_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def costs_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """What else a cell costs."""
+    """The other costs of a cell."""
     return Table(
         (
             *WHO,
@@ -205,13 +205,13 @@ def costs_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def traffic_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """What is trained on its way, by part and type."""
+    """Bytes of trained parameters sent, by part and type."""
     about = (words(name, name) for name in ("direction", "part", "dtype"))
     return Table((*WHO, *about, number("MB", "bytes", 2, 1e6)), rows)
 
 
 def clients_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """EM over clients, of the rows where it is known, and what it is above the centralised model's."""
+    """EM over clients, for rows that have it, and its difference from the centralised model."""
     titles = {"mean": "mean", "worst": "worst client", "decile_1": "1st decile",
               "decile_9": "9th decile"}  # fmt: skip
     together = {row["strategy"]: row for row in rows if row["regime"] == "centralised"}
@@ -231,7 +231,7 @@ def clients_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def controls_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """EM where it must be low or high, and what an approximate index finds."""
+    """EM where it must be low or high, and the recall of an approximate index."""
     titles = {"closed_book_em": "no passage", "distractor_em": "a distractor",
               "gold_em": "gold, one hop", "gold_em_two_hop": "gold, two hops",
               "index_recall": "index recall"}  # fmt: skip

@@ -1,4 +1,4 @@
-"""How the cells of a comparison differ: paired differences, with intervals and tests."""
+"""Paired differences between cells of a comparison, with intervals and tests."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

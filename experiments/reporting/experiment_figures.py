@@ -149,11 +149,14 @@ def over_rules(rows: Sequence[dict[str, Any]], untuned: float):
 
 
 def over_bytes(rows: Sequence[dict[str, Any]], metric: str):
-    """A score over megabytes sent, a panel for each strategy: a Matplotlib figure, or None.
+    """A score over megabytes sent, a panel for each strategy, with the Pareto front: a Matplotlib
+    figure, or None.
 
     Args:
-      rows: `strategy`, `messages`, `bytes`, and the metric with its `_low` and `_high`.
+      rows: `strategy`, `messages`, `bytes`, `pareto`, and the metric with its `_low` and `_high`.
     """
+    from matplotlib import ticker  # here, as `pyplot` is
+
     rows = [row for row in rows if row.get(metric) is not None]
     if not rows:
         return None
@@ -162,14 +165,20 @@ def over_bytes(rows: Sequence[dict[str, Any]], metric: str):
     )
     fig, axes = panels(len(strategies), most=3, width=3.4, height=2.5)
     for ax, strategy in zip(axes.flat, strategies, strict=False):
-        for row in (r for r in rows if r["strategy"] == strategy):
+        some = [r for r in rows if r["strategy"] == strategy]
+        for row in some:
             color, marker = LOOKS[kinds.index(row["messages"]) % len(LOOKS)]
             y, low, high = (row[f"{metric}{end}"] for end in ("", "_low", "_high"))
             ax.errorbar(
                 row["bytes"] / 1e6, y, yerr=[[y - low], [high - y]], fmt=marker, ms=5, capsize=2,
                 lw=1, color=color, label=row["messages"].replace("_", " "),
             )  # fmt: skip
+        front = sorted((r["bytes"] / 1e6, r[metric]) for r in some if r.get("pareto"))
+        ax.plot(*zip(*front, strict=True), color="#000000", lw=0.8, ls=":", zorder=1)
         ax.set_xscale("log")
+        ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter(ticker.NullFormatter())
         ax.set_title(strategy)
         ax.set_xlabel("sent up and down (MB)")
         ax.set_ylabel(f"{METRICS.get(metric, metric)} (%)")

@@ -1,4 +1,4 @@
-"""Figures for a paper: what strategies cost and bring, and how they learn."""
+"""Figures for a paper: quality against cost, and learning curves."""
 
 import itertools
 import os
@@ -27,7 +27,7 @@ OTHER_STYLES = (
 
 
 class Look(NamedTuple):
-    """How a strategy is drawn."""
+    """The style of a strategy in figures."""
 
     label: str
     color: str

@@ -1,4 +1,4 @@
-"""A report on a finished run: one page that works offline, and its parts for a paper."""
+"""The report of a finished run: one self-contained page, and its tables and figures for a paper."""
 
 import dataclasses
 import functools
@@ -18,12 +18,12 @@ from fedrag_jax import files
 
 
 class Section(NamedTuple):
-    """A heading and what stands below it.
+    """A section of a report.
 
     Attributes:
-      name: of the files of its table (`<name>.tex`) and figure (`<name>.png`, `<name>.pdf`).
-      text: what a reader has to know to read them.
-      figure: of Matplotlib, or None.
+      name: name of the files of its table (`<name>.tex`) and figure (`<name>.png`, `<name>.pdf`).
+      text: explanation of the table or figure.
+      figure: a Matplotlib figure, or None.
     """
 
     heading: str
@@ -35,12 +35,12 @@ class Section(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """A title, a paragraph, and sections; those that have nothing to show are left out.
+    """A title, a paragraph, and sections; empty sections are left out.
 
     Attributes:
-      rows: what the tables are made of, for machines: of each file by its name, `<name>.csv` or
-        `<name>.jsonl`. Some files have nothing to hold, and are not written.
-      columns: of some of the CSV files, which have others in no order of their own.
+      rows: the rows behind the tables, by file name (`<name>.csv` or `<name>.jsonl`); empty files are
+        not written.
+      columns: the column order of some CSV files.
     """
 
     title: str
@@ -54,7 +54,7 @@ class Report:
         object.__setattr__(self, "sections", full)
 
     def markdown(self) -> str:
-        """The report as a document; figures are named."""
+        """Returns the report as Markdown, with the names of figures."""
         parts = [f"# {self.title}", self.text]
         for section in self.sections:
             parts += [f"## {section.heading}", section.text]
@@ -65,7 +65,7 @@ class Report:
         return "\n\n".join(part for part in parts if part) + "\n"
 
     def html(self, folder: pathlib.Path) -> str:
-        """The report as a page, with config and manifest of the run in `folder`; loads nothing."""
+        """Returns the report as a self-contained HTML page, with config and manifest of the run."""
         about = {name: files.read_json(folder / f"{name}.json") for name in ("config", "manifest")}
         return _template().render(
             report=self,

@@ -1,4 +1,4 @@
-"""Tables for people: the same cells as Markdown, LaTeX and HTML; and rows as CSV for machines."""
+"""Tables as Markdown, LaTeX and HTML, and rows as CSV."""
 
 import csv
 import pathlib
@@ -16,7 +16,7 @@ _LATEX = {"–": "--", "±": r"$\pm$", "α": r"$\alpha$", "∞": r"$\infty$", "�
 
 
 class Column(NamedTuple):
-    """A heading, and what a row shows under it."""
+    """A column heading, and the function that formats a row's value."""
 
     title: str
     show: Callable[[Row], str]
@@ -24,12 +24,12 @@ class Column(NamedTuple):
 
 
 def words(title: str, key: str) -> Column:
-    """A value as it is."""
+    """A column of unformatted values."""
     return Column(title, lambda row: MISSING if row.get(key) is None else str(row[key]), "left")
 
 
 def number(title: str, key: str, digits: int = 1, unit: float = 1.0) -> Column:
-    """A number in some unit; a dash where there is none."""
+    """A column of numbers in some unit; a dash for missing values."""
 
     def show(row):
         value = row.get(key)
@@ -39,8 +39,8 @@ def number(title: str, key: str, digits: int = 1, unit: float = 1.0) -> Column:
 
 
 def interval(title: str, key: str, digits: int = 1) -> Column:
-    """A number between its `_low` and `_high`, with its standard deviation over seeds (`_sd`) where
-    there are several; a dash where there is no number."""
+    """A column of numbers with intervals (`_low`, `_high`) and the standard deviation over seeds
+    (`_sd`) if there are several; a dash for missing values."""
 
     def show(row):
         value, low, high, sd = (row.get(key + part) for part in ("", "_low", "_high", "_sd"))
@@ -53,7 +53,7 @@ def interval(title: str, key: str, digits: int = 1) -> Column:
 
 
 def difference(title: str, prefix: str = "", digits: int = 1) -> Column:
-    """A difference with its interval, signed; a dash where there is none."""
+    """A column of signed differences with intervals; a dash for missing values."""
 
     def show(row):
         numbers = [row.get(f"{prefix}{name}") for name in ("difference", "low", "high")]
@@ -66,7 +66,7 @@ def difference(title: str, prefix: str = "", digits: int = 1) -> Column:
 
 
 def p_value(title: str, key: str) -> Column:
-    """A probability to three decimals."""
+    """A column of probabilities with three decimals."""
 
     def show(row):
         value = row.get(key)
@@ -76,7 +76,7 @@ def p_value(title: str, key: str) -> Column:
 
 
 class Table(NamedTuple):
-    """Rows, and the columns they are shown in."""
+    """Rows, and the columns in which they are shown."""
 
     columns: Sequence[Column]
     rows: Sequence[Row]
@@ -127,7 +127,7 @@ def _value(text: str) -> str | float | None:
 
 
 def write_csv(path: pathlib.Path, rows: Sequence[Row], columns: Sequence[str] = ()) -> None:
-    """Full precision; what a row lacks is empty. All columns there are, unless some are named."""
+    """Writes rows in full precision; missing values are empty. Default: all columns."""
     columns = columns or list(dict.fromkeys(name for row in rows for name in row))
     with whole(path, newline="") as file:
         writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore")

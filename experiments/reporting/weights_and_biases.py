@@ -33,13 +33,14 @@ _unanswered: set[str] = set()  # servers, by address, that this process has give
 def log_cell(
     cell: Cell, folder: pathlib.Path, group: str, mode: str, project: str, config: dict, **about
 ) -> None:
-    """Curves and results of a finished cell as one run, once, however often it is called.
+    """Logs curves and results of a finished cell as one run; repeated calls log it only once.
 
-    Where mode "online" finds no key or no server, it falls back to "offline" and says so; a later call
-    sends what was not sent. `folder/wandb.json` tells which cells were logged. "disabled" does nothing.
+    If mode "online" finds no key or no server, it falls back to "offline" and prints a note; a later
+    call uploads the rest. `folder/wandb.json` lists the logged cells. "disabled" does nothing.
 
     Args:
-      about: tells cells of one strategy and regime apart, such as rank=8: in name, tags and config.
+      about: settings that distinguish cells of one strategy and regime, such as rank=8; used in name,
+        tags and config.
     """
     if mode == "disabled":
         return

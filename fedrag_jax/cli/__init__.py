@@ -1,1 +1,1 @@
-"""`fedrag`, the command line: each subcommand a parser of its own, and what it runs."""
+"""The command line `fedrag`: one module per subcommand, with its parser and its code."""

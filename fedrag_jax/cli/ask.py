@@ -1,6 +1,6 @@
 """Ask a system questions; print answers and their sources.
 
-Without a question, questions are read from standard input, one a line.
+Without a question, questions are read from standard input, one per line.
 """
 
 import argparse
@@ -21,15 +21,16 @@ AT_ONCE = 16  # questions of a file that are answered together
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of `fedrag ask`."""
+    """Adds the arguments of `fedrag ask`."""
     add_system(parser)
     parser.add_argument("questions", nargs="*", metavar="question", help="a question in quotes")
     parser.add_argument("--top-k", type=int, help="number of passages to read (default: as saved)")
     parser.add_argument(
         "--mode",
         default="concatenated",
-        help="how passages become one answer (default: concatenated; others read them one by one, "
-        "such as rag_token, rag_sequence_fast, ensemble, vote; search looks things up as it writes)",
+        help="how passages are combined into one answer (default: concatenated; rag_token, "
+        "rag_sequence_fast, ensemble, vote and others read them one by one; with search, the model "
+        "searches while it writes)",
     )
     parser.add_argument(
         "--max-tokens", type=int, help="longest answer in tokens (default: the system's limit)"
@@ -51,12 +52,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Answers."""
+    """Runs `fedrag ask`."""
     from fedrag_jax.errors import ConfigError
     from fedrag_jax.rag import RAGSystem
 
     if args.stream and args.json:
-        raise ConfigError("--stream prints answers as they are written, --json whole: choose one")
+        raise ConfigError(
+            "--stream prints answers while they are written, --json prints whole answers: choose one"
+        )
     system = RAGSystem.load(args.system, elsewhere=args.elsewhere)
     if args.top_k is not None:
         system = dataclasses.replace(system, top_k=args.top_k)
@@ -91,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _asked(given: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Questions to be answered together: the ones given, or lines as they come."""
+    """Yields batches of questions: those given, or lines of standard input as they arrive."""
     if given:
         yield given
         return
@@ -111,7 +114,7 @@ def _asked(given: Sequence[str]) -> Iterator[Sequence[str]]:
 
 
 def _print_question(question: str, several: bool) -> None:
-    """Where answers to several follow each other."""
+    """Prints the question before its answer if there are several."""
     if several:
         print(f"> {harmless(question)}")
 
@@ -139,7 +142,7 @@ def _stream(system, question: str, how, args) -> None:
 
 
 def _tell_cut(finish: str, how, system) -> None:
-    """Says so on the standard error if an answer did not end by itself."""
+    """Prints to standard error if an answer was cut off."""
     if finish == "repetition":
         print("(stopped where it began to repeat itself)", file=sys.stderr)
     if finish == "length" and how["mode"] == "search":
@@ -170,7 +173,7 @@ def _searches(response) -> list[dict]:
 
 
 def _print_searches(searches) -> None:
-    """What was looked up, and the passages that were found."""
+    """Prints the searches of an answer and the passages they found."""
     for query, passages in searches:
         print(f"  searched for {printable(query, 90)!r}")
         for passage in passages:

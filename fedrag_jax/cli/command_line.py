@@ -1,4 +1,4 @@
-"""`fedrag`: index documents, ask them, measure, tune and serve, from a shell."""
+"""`fedrag`: index documents, ask questions, evaluate, tune and serve, from a shell."""
 
 import argparse
 import contextlib
@@ -17,12 +17,12 @@ DESCRIPTION = """\
 Retrieval-augmented generation over your documents, and its fine-tuning.
 
   fedrag demo                                  tune a small built-in system, print a table
-  fedrag index documents/ --to system/         make a system of a folder of documents
+  fedrag index documents/ --to system/         build a system from a folder of documents
   fedrag ask system/ "Who wrote it?"           print an answer and its sources
   fedrag eval system/ --questions own.jsonl    score answers and retrieval
   fedrag train system/ own.jsonl --to tuned/   fine-tune retriever and generator
-  fedrag serve tuned/                          serve the API of OpenAI, or MCP
-  fedrag federate init federation/             train with others who keep their documents
+  fedrag serve tuned/                          serve OpenAI's HTTP API, or MCP
+  fedrag federate init federation/             train with parties that keep their documents
 """
 CODES = """\
 exit codes: 0 success, 1 error, 2 wrong usage, 3 success, but some documents could not be read,
@@ -31,7 +31,7 @@ exit codes: 0 success, 1 error, 2 wrong usage, 3 success, but some documents cou
 
 
 def parser() -> argparse.ArgumentParser:
-    """That of `fedrag` and its subcommands."""
+    """Returns the parser of `fedrag` and its subcommands."""
     top = argparse.ArgumentParser(
         "fedrag",
         description=DESCRIPTION,
@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line; its exit code, see `CODES`."""
+    """Runs a command line and returns its exit code, see `CODES`."""
     args = parser().parse_args(argv)
     try:
         _settle()
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _settle() -> None:
-    """What every command wants of the libraries, before they are imported."""
+    """Sets environment variables and filters that libraries need before they are imported."""
     # FAISS's threads would spin while they wait, and keep JAX's from the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

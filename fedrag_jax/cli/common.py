@@ -1,4 +1,4 @@
-"""What several subcommands ask for, and how they print."""
+"""Arguments and output functions shared by several subcommands."""
 
 import argparse
 import json
@@ -10,13 +10,13 @@ from fedrag_jax.data.examples import Passage
 
 
 def add_system(parser: argparse.ArgumentParser) -> None:
-    """The folder of a saved system, and whether to follow it to a server."""
+    """Adds the argument for a saved system's folder, and --elsewhere."""
     parser.add_argument("system", type=pathlib.Path, help="folder of a saved system")
     add_elsewhere(parser)
 
 
 def add_elsewhere(parser: argparse.ArgumentParser) -> None:
-    """Whether to follow a folder that tells of a server."""
+    """Adds the option that allows a saved system to connect to a server."""
     parser.add_argument(
         "--elsewhere",
         action="store_true",
@@ -26,17 +26,17 @@ def add_elsewhere(parser: argparse.ArgumentParser) -> None:
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
-    """Whether to print for programs."""
+    """Adds the option --json."""
     parser.add_argument("--json", action="store_true", help="print JSON lines")
 
 
 def print_json(told: Any) -> None:
-    """A line of JSON."""
+    """Prints one line of JSON."""
     print(json.dumps(told, ensure_ascii=False), flush=True)
 
 
 def harmless(text: str) -> str:
-    """A text without what would speak to a terminal: passages and file names are anybody's words."""
+    """Returns a text without terminal control characters; passages and file names are untrusted."""
 
     def shown(c: str) -> str:
         if c.isprintable() or c in "\n\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}":
@@ -47,11 +47,11 @@ def harmless(text: str) -> str:
 
 
 def printable(text: str, most: int = 0) -> str:
-    """A harmless text on one line, cut at so many characters."""
+    """Returns a harmless text on one line, cut at `most` characters."""
     line = harmless(" ".join(text.split()))
     return line if not most or len(line) <= most else line[: most - 1].rstrip() + "…"
 
 
 def as_dict(passage: Passage, score: float) -> dict[str, Any]:
-    """A source for JSON."""
+    """Returns a source as a dictionary for JSON."""
     return {"id": passage.id, "title": passage.title, "text": passage.text, "score": score}

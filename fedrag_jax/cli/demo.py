@@ -1,10 +1,10 @@
 """Fine-tune the built-in system on the built-in world, centralised and federated; print a table.
 
 2,000 passages about invented people and works, 1,600 questions to train on, 600 to test with. Eight
-clients hold questions about different topics. Nothing is downloaded. Two CPU cores
-take about two minutes; what is compiled is kept for the next time.
+clients hold questions about different topics. Nothing is downloaded. The demo takes about two
+minutes on two CPU cores; compiled programs are kept for the next run.
 
-The full comparison has more strategies, regimes and seeds: it is in the repository, as `make compare`.
+The full comparison has more strategies, regimes and seeds: run `make compare` in the repository.
 """
 
 import argparse
@@ -27,13 +27,13 @@ METRICS = {"em": "exact match", "f1": "F1", "recall_at_5": "Recall@5"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of `fedrag demo`."""
+    """Adds the arguments of `fedrag demo`."""
     parser.add_argument(
         "--strategy",
         choices=("retriever", "generator", "independent"),
         default="independent",
-        help="what is tuned: the retriever's query encoder, the generator's adapters, or both, each by "
-        "itself (default: independent, which is both)",
+        help="part to tune: the retriever's query encoder, the generator's adapters, or both "
+        "separately (default: independent, which is both)",
     )
     parser.add_argument(
         "--alpha",
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains twice and tests three systems."""
+    """Runs `fedrag demo`: trains twice and tests three systems."""
     from fedrag_jax.data import synthetic
     from fedrag_jax.data.examples import clusters
     from fedrag_jax.errors import ConfigError
@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _rows(scores: dict[str, dict[str, np.ndarray]], together: np.ndarray) -> dict[str, Any]:
-    """Mean and 95% interval in percent of every system, and of what federation changes."""
+    """Returns the mean and 95% interval, in percent, of every system and of federation's effect."""
     from fedrag_jax.evaluation.significance import bootstrap_interval
 
     shown = {name: {m: found[m] for m in METRICS} for name, found in scores.items()}

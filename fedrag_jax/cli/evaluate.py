@@ -4,8 +4,8 @@ Benchmarks are mmlu, hellaswag, boolq, pubmedqa, nq, triviaqa, popqa, hotpotqa, 
 scifact, read from the folder in FEDRAG_DATA or from the Hugging Face hub.
 
 Your own questions are JSON lines: {"id", "question", "answers": [...]} with optional "positive_ids" and
-"split". Of questions without a split, those that `fedrag train` holds out for testing are asked. For
-{"id", "question", "unanswerable": true} an empty answer is right, as in SQuAD v2.
+"split". If questions have no split, the ones that `fedrag train` holds out for testing are used. For
+{"id", "question", "unanswerable": true} an empty answer is correct, as in SQuAD v2.
 
 With --to, an interrupted run resumes.
 """
@@ -17,7 +17,7 @@ from fedrag_jax.cli.common import add_json, add_system, print_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of `fedrag eval`."""
+    """Adds the arguments of `fedrag eval`."""
     add_system(parser)
     parser.add_argument("sets", nargs="*", metavar="set", help="name of a benchmark")
     parser.add_argument("--questions", type=pathlib.Path, help="file of your own questions")
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--to", type=pathlib.Path, help="folder for results, one row per question; resumes"
     )
     parser.add_argument(
-        "--limit", type=int, help="random sample of so many questions of each benchmark"
+        "--limit", type=int, help="size of a random sample of each benchmark's questions"
     )
     parser.add_argument(
         "--split", default="", help="split to ask (default: the labelled test or validation split)"
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--by",
         default="",
         help="how choices are scored: generation, likelihood (of a choice's text) or letters "
-        "(likelihood of its letter, as for MMLU); default: as usual for the benchmark",
+        "(likelihood of its letter, as for MMLU); default: the benchmark's usual method",
     )
     parser.add_argument(
         "--corpus",
@@ -56,7 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "none",
     )
     parser.add_argument(
-        "--mode", default="concatenated", help="how passages become one answer, see fedrag ask"
+        "--mode",
+        default="concatenated",
+        help="how passages are combined into one answer, see fedrag ask",
     )
     parser.add_argument(
         "--max-tokens", type=int, help="longest answer in tokens (default: the system's limit)"
@@ -87,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluates."""
+    """Runs `fedrag eval`."""
     from fedrag_jax.errors import ConfigError
     from fedrag_jax.evaluation.benchmarks.benchmarker import Benchmarker
     from fedrag_jax.evaluation.benchmarks.results import table

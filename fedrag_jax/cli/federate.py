@@ -1,22 +1,25 @@
-"""Train with others without sharing documents: each party keeps its own, and sends what it learned.
+"""Train with other parties: each keeps its documents and sends only trained parameters.
 
   fedrag federate init FOLDER            certificates, keys, and three parties with documents
   fedrag federate run FOLDER             the server: waits for the parties, and trains with them
+  fedrag federate link FOLDER            the server, for those who start runs with `flwr run`
   fedrag federate join PARTY             a party, on its own machine: trains when the server asks
-  fedrag federate tuned PARTY --to NEW   the party's system with what was trained, for fedrag ask
+  fedrag federate tuned PARTY --to NEW   saves the party's system with the trained parameters
 
-A killed server goes on after its last finished round with the same command; a party may come and go.
-The server and each party are processes on machines of their own, or all on one.
+After a kill, the same command restarts the server after its last finished round. Parties may leave and
+return. The server and the parties run on separate machines, or all on one.
 """
 
 import argparse
 import pathlib
+import signal
+import sys
 
 PORT = 9092
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of `fedrag federate`."""
+    """Adds the arguments of `fedrag federate`."""
     commands = parser.add_subparsers(dest="what", required=True, metavar="COMMAND")
 
     init = commands.add_parser("init", help="make a federation with generated documents")
@@ -25,10 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--host",
         nargs="+",
         default=["127.0.0.1", "localhost"],
-        help="names or addresses by which parties reach the server, for its certificate; the first is "
-        "told to them (default: 127.0.0.1 localhost)",
+        help="names or addresses of the server, for its certificate; parties connect to the first "
+        "(default: 127.0.0.1 localhost)",
     )
-    init.add_argument("--port", type=int, default=PORT, help=f"of the server (default: {PORT})")
+    init.add_argument(
+        "--port", type=int, default=PORT, help=f"port of the server (default: {PORT})"
+    )
     init.add_argument(
         "--parties",
         nargs="+",
@@ -37,17 +42,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="names of the parties (default: hospital_north hospital_south library)",
     )
     init.add_argument(
-        "--passages", type=int, default=60, help="passages generated for a party (default: 60)"
+        "--passages",
+        type=int,
+        default=60,
+        help="number of passages to generate per party (default: 60)",
     )
-    init.add_argument("--seed", type=int, default=0, help="of the generated world (default: 0)")
+    init.add_argument(
+        "--seed", type=int, default=0, help="random seed of the generated world (default: 0)"
+    )
 
     join = commands.add_parser("join", help="take part as a party")
     join.add_argument("party", type=pathlib.Path, help="folder of the party")
     join.add_argument(
         "--local-port",
         type=int,
-        help="on this machine alone, for the party's own programs; parties on one machine take "
-        "different ones (default: 9094 and the party's number)",
+        help="local port for the party's own programs; parties on one machine need different ports "
+        "(default: 9094 and the party's number)",
     )
 
     run = commands.add_parser("run", help="start the server and train")
@@ -56,33 +66,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--listen",
         default="127.0.0.1",
         metavar="ADDRESS",
-        help="address of this machine to which parties may come; 0.0.0.0 for all (default: 127.0.0.1)",
+        help="address on which the server listens; 0.0.0.0 for all addresses (default: 127.0.0.1)",
     )
     run.add_argument(
         "--set",
         nargs="+",
         default=(),
         metavar="KEY=VALUE",
-        help="of the run's configuration in pyproject.toml, such as rounds=10 algorithm='\"fedadam\"'",
+        help="settings that override pyproject.toml, such as rounds=10 algorithm='\"fedadam\"'",
     )
 
-    tuned = commands.add_parser("tuned", help="save a party's system with what was trained")
+    link = commands.add_parser("link", help="start the server and wait for `flwr run`")
+    link.add_argument("folder", type=pathlib.Path, help="folder of the federation")
+    link.add_argument(
+        "--listen", default="127.0.0.1", metavar="ADDRESS", help="as for fedrag federate run"
+    )
+
+    tuned = commands.add_parser("tuned", help="save a party's system with the trained parameters")
     tuned.add_argument("party", type=pathlib.Path, help="folder of the party")
     tuned.add_argument("--to", type=pathlib.Path, required=True, help="folder of the tuned system")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Does what was asked for."""
+    """Runs `fedrag federate`."""
     from fedrag_jax.integrations.flower import federation
 
     if args.what == "init":
         federation.make(args.folder, args.host, args.port, args.parties, args.passages, args.seed)
         print(f"{args.folder}: read {args.folder / 'README.md'}")
         return 0
+    if args.what in ("join", "link", "run"):
+        # What it has started ends with it, whoever ends it.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if args.what == "join":
         return federation.join(args.party, args.local_port)
     if args.what == "run":
         return federation.serve(args.folder, args.set, args.listen)
+    if args.what == "link":
+        return federation.wait_for_runs(args.folder, args.listen)
     from fedrag_jax.integrations.flower.systems import tuned
     from fedrag_jax.rag_folder import require_free
 

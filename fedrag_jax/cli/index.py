@@ -1,8 +1,8 @@
 """Index a folder of documents as a new system, or update a system after they changed.
 
-Reads txt, md, html, pdf and jsonl (objects with "text" and optional "id" and "title"). Files of other
-kinds are listed, with exit code 3. Passages are named FILE#0, FILE#1, ...; a JSON line with an "id"
-keeps it, followed by #0, #1, ... if it is split.
+Reads txt, md, html, pdf and jsonl (objects with "text" and optional "id" and "title"). Other types of
+files are listed, with exit code 3. Passage ids are FILE#0, FILE#1, ...; a JSON line with an "id" keeps
+it, followed by #0, #1, ... if it is split.
 
 Run the same command again to resume after a kill, or to update the system: only new and changed files
 are read, and passages of deleted files are removed.
@@ -22,7 +22,7 @@ SIMILARITIES = ("cosine", "dot", "euclidean")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of `fedrag index`."""
+    """Adds the arguments of `fedrag index`."""
     parser.add_argument("documents", type=pathlib.Path, help="a folder or a file")
     parser.add_argument(
         "--to", type=pathlib.Path, required=True, help="folder of the system, new or to be updated"
@@ -59,16 +59,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "chat template, else instruct; compact for the built-in generator)",
     )
     new.add_argument(
-        "--query-prompt", help="prefix of questions for the retriever (default: as its model says)"
+        "--query-prompt", help="prefix of questions for the retriever (default: the model's own)"
     )
     new.add_argument(
         "--document-prompt",
-        help="prefix of passages for the retriever (default: as its model says)",
+        help="prefix of passages for the retriever (default: the model's own)",
     )
     new.add_argument(
         "--similarity",
         choices=SIMILARITIES,
-        help="how the retriever compares vectors (default: as its model says, else cosine)",
+        help="similarity of vectors (default: the model's own, else cosine)",
     )
     new.add_argument("--system-prompt", help="text at the start of every prompt")
     new.add_argument("--top-k", type=int, help="passages to read for an answer (default: 5)")
@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     new.add_argument("--collection", help="qdrant: collection; postgres: table (default: fedrag)")
     new.add_argument("--language", help="bm25, hybrid: language for stemming, such as english")
     new.add_argument(
-        "--rerank", help="cross-encoder that reranks what the store finds: folder or hub id"
+        "--rerank", help="cross-encoder that reranks the search results: folder or hub id"
     )
 
 
@@ -94,7 +94,7 @@ MODELS = {"--retriever", "--generator", "--prompt-style", "--query-prompt", "--d
 
 
 def run(args: argparse.Namespace) -> int:
-    """Indexes; 3 where something in the folder was not read."""
+    """Runs `fedrag index`; returns 3 if something in the folder could not be read."""
     from fedrag_jax.errors import ConfigError
     from fedrag_jax.rag_folder import is_system
     from fedrag_jax.systems.indexing import index
@@ -103,11 +103,13 @@ def run(args: argparse.Namespace) -> int:
     new = not is_system(args.to)
     if given and not new:
         raise ConfigError(
-            f"{args.to} holds a system already, and {', '.join(given)} are of a new one: leave them "
-            "out, or choose another folder with --to"
+            f"{args.to} holds a system already, and {', '.join(given)} apply to new systems only: "
+            "leave them out, or choose another folder with --to"
         )
     if args.like and set(given) & MODELS:
-        raise ConfigError("--like takes models and prompts of a saved system: leave the others out")
+        raise ConfigError(
+            "--like takes models and prompts from a saved system: leave the other options out"
+        )
     start = time.perf_counter()
     found = index(
         args.documents,
@@ -122,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
     seconds = time.perf_counter() - start
     if new and not args.quiet and not (args.like or args.generator):
         print(
-            "the built-in generator reads the built-in world alone: for answers from other documents "
+            "the built-in generator can read only the built-in world: for answers from other documents "
             "index them into another folder with --generator",
             file=sys.stderr,
         )
@@ -143,7 +145,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _tell_unread(unreadable: dict[str, str]) -> None:
-    """A line for each reason; of the names of many alike, such as pictures of a site, the first."""
+    """Prints one line per reason, with the first few file names for each."""
     names: dict[str, list[str]] = {}
     for name, reason in unreadable.items():
         names.setdefault(reason, []).append(name)
@@ -154,7 +156,7 @@ def _tell_unread(unreadable: dict[str, str]) -> None:
 
 
 def new_system(args: argparse.Namespace):
-    """A system over an empty store, as the options say."""
+    """Builds a system over an empty store from the options."""
     from fedrag_jax.models import hub, sentence_folders
     from fedrag_jax.rag import RAGSystem
     from fedrag_jax.systems.system_like import system_like
@@ -184,7 +186,7 @@ def new_system(args: argparse.Namespace):
 
 
 def new_store(args: argparse.Namespace, dimension: int):
-    """An empty store of the kind that the options name."""
+    """Builds an empty store from the options."""
     from fedrag_jax.retrieval.stores import registry
 
     given = {name: getattr(args, name) for name in ("at", "collection", "language")}

@@ -1,8 +1,8 @@
-"""Serve a system over HTTP, with the API of OpenAI, or as an MCP server.
+"""Serve a system over HTTP, with OpenAI's API, or as an MCP server.
 
 HTTP: POST /v1/chat/completions (whole or streamed), GET /v1/models and /v1/models/ID, GET /health.
-If the environment variable FEDRAG_API_KEY is set, callers must send it. SIGTERM stops the server after
-running requests are answered.
+If the environment variable FEDRAG_API_KEY is set, callers must send this key. After SIGTERM the server
+answers running requests and stops.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from fedrag_jax.server.address import KEY
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of `fedrag serve`."""
+    """Adds the arguments of `fedrag serve`."""
     add_system(parser)
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)"
@@ -36,17 +36,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serves until it is stopped."""
+    """Runs `fedrag serve` until it is stopped."""
     from fedrag_jax.errors import ConfigError
     from fedrag_jax.rag import RAGSystem
 
     if args.mcp and (args.model or args.cors_origin):
         raise ConfigError(
-            "--model and --cors-origin are of the HTTP interface, not of --mcp: leave them out"
+            "--model and --cors-origin apply to the HTTP interface, not to --mcp: leave them out"
         )
     if args.mcp == "http" and os.environ.get(KEY):
         raise ConfigError(
-            f"MCP over HTTP asks for no key, and {KEY} is set: unset it, or use stdio"
+            f"MCP over HTTP has no authentication, but {KEY} is set: unset it, or use stdio"
         )
     if args.mcp:
         from fedrag_jax.server import mcp_server

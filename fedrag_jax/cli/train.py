@@ -5,10 +5,10 @@ JSON lines: {"id", "question", "answers": [...]}, with optional
 
   positive_ids  passages that answer the question: ids that `fedrag ask --json` prints, or ids of
                 documents or JSON lines that were indexed
-  topic         what clients differ in
+  topic         label by which questions are split over clients
   split         train, validation or test (default: 70, 10 and 20 percent by id)
 
-Every factor of the learning rates is tried; the system that answers validation questions best is saved.
+Every factor of the learning rates is tried; the system with the best validation score is saved.
 Questions marked "unanswerable" are skipped. Run the same command again to resume after a kill.
 """
 
@@ -27,7 +27,7 @@ USUAL_RATES = {"query": 1e-4, "adapters": 1e-3}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of `fedrag train`."""
+    """Adds the arguments of `fedrag train`."""
     add_system(parser)
     parser.add_argument(
         "questions", help="file of JSON lines, or a public set such as squad or hotpotqa"
@@ -37,14 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--strategy",
         default="joint_token",
         help="retriever, generator, ralt, lsr, ra_dit, independent, two_phase, joint_token (default) "
-        "or joint_sequence; an objective, such as pdist; or module:function of your own, which makes a "
-        "Task of a system and a dataset. retriever and independent need positive_ids",
+        "or joint_sequence; an objective, such as pdist; or your own module:function, which makes a "
+        "Task for a system and a dataset. retriever and independent need positive_ids",
     )
     parser.add_argument(
         "--regime",
         choices=("centralised", "federated"),
         default="centralised",
-        help="all questions in one place (default), or split over clients who share only updates",
+        help="pool all questions (default), or split them over clients that share only updates",
     )
     parser.add_argument(
         "--algorithm",
@@ -59,9 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=(),
         metavar="NAME=VALUE",
-        help="options of the algorithm, such as mu=0.1; of all of them: up and down compress updates "
-        "and model (float16, bfloat16, int8, int4, rotated_int8, rotated_int4, top_k:0.01); "
-        "secure=True adds masked updates up",
+        help="options of the algorithm, such as mu=0.1. All algorithms have up and down, which "
+        "compress updates and model (float16, bfloat16, int8, int4, rotated_int8, rotated_int4, "
+        "top_k:0.01), and secure=True, which sums masked updates",
     )
     parser.add_argument(
         "--clients", type=int, default=8, help="number of clients (default: 8); 0: one per topic"
@@ -73,18 +73,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="concentration of the Dirichlet split over topics (default: an even split)",
     )
     parser.add_argument(
-        "--rounds", type=int, default=5, help="rounds, each with an index refresh (default: 5)"
+        "--rounds",
+        type=int,
+        default=5,
+        help="number of rounds, each with an index refresh (default: 5)",
     )
     parser.add_argument(
-        "--local-steps", type=int, default=5, help="steps of a client in a round (default: 5)"
+        "--local-steps", type=int, default=5, help="steps per client and round (default: 5)"
     )
-    parser.add_argument(
-        "--batch-size", type=int, default=8, help="questions in a step (default: 8)"
-    )
+    parser.add_argument("--batch-size", type=int, default=8, help="questions per step (default: 8)")
     # None where nobody chose one.
-    parser.add_argument("--query-rate", type=float, help="learning rate of the retriever (1e-4)")
     parser.add_argument(
-        "--adapter-rate", type=float, help="learning rate of the generator's adapters (1e-3)"
+        "--query-rate", type=float, help="learning rate of the retriever (default: 1e-4)"
+    )
+    parser.add_argument(
+        "--adapter-rate",
+        type=float,
+        help="learning rate of the generator's adapters (default: 1e-3)",
     )
     parser.add_argument(
         "--factors",
@@ -103,15 +108,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--remat",
         choices=("selective", "full", "none"),
         default="selective",
-        help="what the backward pass through the generator recomputes: full takes least memory and a "
-        "third longer, none takes most memory (default: selective)",
+        help="what the backward pass through the generator recomputes: full uses the least memory and "
+        "takes a third longer, none uses the most memory (default: selective)",
     )
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains."""
+    """Runs `fedrag train`."""
     from fedrag_jax.data.datasets import load_over
     from fedrag_jax.data.json_sets import load_questions
     from fedrag_jax.data.named_sets import NAMED_SETS
@@ -131,13 +136,13 @@ def run(args: argparse.Namespace) -> int:
     by_name.check(args.algorithm, options, "--algorithm")
     if args.regime == "centralised" and args.algorithm != "fedavg":
         raise ConfigError(
-            f"--algorithm {args.algorithm} averages what clients learn: add --regime=federated"
+            f"--algorithm {args.algorithm} averages clients' updates: add --regime=federated"
         )
     rates = {"query": args.query_rate, "adapters": args.adapter_rate}
     if args.algorithm in by_name.OWN_STEPS and None in rates.values():
         raise ConfigError(
-            f"--algorithm {args.algorithm} takes steps of plain SGD, which the usual learning rates do "
-            "not fit: give --query-rate and --adapter-rate"
+            f"--algorithm {args.algorithm} takes plain SGD steps, for which the default learning rates "
+            "are not suitable: give --query-rate and --adapter-rate"
         )
     rates = {part: USUAL_RATES[part] if rate is None else rate for part, rate in rates.items()}
     require_free(args.to)
@@ -147,8 +152,8 @@ def run(args: argparse.Namespace) -> int:
     system = RAGSystem.load(args.system, elsewhere=args.elsewhere)
     if not isinstance(system.store, KnowledgeStore | None):
         raise ConfigError(
-            f"{args.system} answers from a store of kind {system.store.kind!r}, which does not tell "
-            "which passages it has, and training searches them: index them with fedrag index"
+            f"{args.system} answers from a store of kind {system.store.kind!r}, which does not list "
+            "its passages, but training searches them: index them with fedrag index"
         )
     passages = system.retriever.passages if system.store is None else system.store.passages()
     needed = "train", "validation"
@@ -167,8 +172,8 @@ def run(args: argparse.Namespace) -> int:
     if cut:
         print(
             f"{len(cut):,} of {len(dataset.train):,} training answers are longer than "
-            f"{system.prompts.max_answer_tokens} tokens, and their ends are not trained on: "
-            f"--max-answer-tokens={max(cut)} takes all of them whole",
+            f"{system.prompts.max_answer_tokens} tokens and are truncated in training: "
+            f"--max-answer-tokens={max(cut)} keeps all of them whole",
             file=sys.stderr,
         )
     clients = training.split(dataset.train, args.regime, args.clients, args.alpha, args.seed)
@@ -206,10 +211,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _options(given: Sequence[str]) -> dict[str, Any]:
-    """{"mu": 0.1} of "mu=0.1".
+    """Parses options: "mu=0.1" gives {"mu": 0.1}.
 
     Raises:
-      ConfigError: one without a name or a value.
+      ConfigError: an option without a name or a value.
     """
     from fedrag_jax.errors import ConfigError
 
@@ -237,7 +242,7 @@ def _print(told, questions) -> None:
     print(tabulate(rows, ["questions", "", *names], disable_numparse=True))
     validation = told["validation"]
     if validation["after"]["em"] < validation["before"]["em"]:
-        print("no trial answered validation questions as well as the system before training")
+        print("no trial has a validation score as good as the system before training")
     print(
         f"{told['system']}: rates times {told['best_factor']:g}, the best of "
         f"{len(told['trials'])}, in {told['seconds']:.0f} s"

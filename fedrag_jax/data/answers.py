@@ -1,4 +1,4 @@
-"""When two answers are the same."""
+"""Normal forms of answers, for comparing them."""
 
 import re
 import string
@@ -15,37 +15,37 @@ _KANA = (
 
 
 def normalize_answer(text: str) -> str:
-    """SQuAD v1.1's normal form: lower case; no ASCII punctuation, English articles, spare spaces.
+    """SQuAD v1.1's normal form: lower case; no ASCII punctuation, English articles or extra spaces.
 
-    Other scripts' punctuation stays, so scores of other languages are stricter than of English.
+    Punctuation of other scripts stays, so scores are stricter in other languages than in English.
     """
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def normalize_chinese(text: str) -> str:
     """MLQA's normal form of Chinese (mlqa_evaluation_v1.py): lower case, no punctuation of any script,
-    each ideograph a word of its own, other words as spaces part them."""
+    each ideograph a separate word, other words separated by spaces."""
     return _by_character(text, f"([{_IDEOGRAPHS}])")
 
 
 def normalize_japanese(text: str) -> str:
-    """As of Chinese, where each kana and every ideograph of Unicode's main block is a word of its own.
+    """As for Chinese; each kana and each ideograph of Unicode's main block is a separate word.
 
-    MLQA has no Japanese; its words are not parted by spaces either.
+    MLQA has no Japanese. Japanese words are not separated by spaces either.
     """
     return _by_character(text, f"([\u4e00-\u9fff{_KANA}])")
 
 
 def comparable(text: str) -> str:
-    """The normal form; where that leaves nothing, as of "A" and "the", the text itself in lower case.
+    """The normal form; if it is empty, as for "A" and "the", the text itself in lower case.
 
-    Equal texts have equal ones. Scores are of the normal form alone, as SQuAD's are.
+    Equal texts have equal forms. Scores use only the normal form, as in SQuAD.
     """
     return normalize_answer(text) or text.strip().lower()
 
 
 def stands_in(answer: str, text: str) -> bool:
-    """Whether a text has an answer as it is written, not as a part of a word."""
+    """Returns whether a text contains an answer literally, as whole words."""
     return bool(re.search(rf"(?<!\w){re.escape(answer.strip())}(?!\w)", text))
 
 

@@ -1,4 +1,4 @@
-"""Prompts of a generator, and what it is trained on, as arrays of tokens."""
+"""Prompts and training batches of a generator as arrays of tokens."""
 
 import copy
 import functools
@@ -22,13 +22,13 @@ class Prompts:
     """Builds prompts over one corpus; every text is tokenised once.
 
     Args:
-      tokenizer: of the generator.
+      tokenizer: the generator's tokenizer.
       style: the text around the parts.
       passages: the corpus; retrieved rows index into it.
-      examples: those whose questions and answers set the width of training arrays.
-      max_passage_tokens: longer passages are cut.
-      max_answer_tokens: of the longest answer trained on and written, reasoning and EOS included; by
-        default 16 in a style whose answers end with their line, else 256.
+      examples: examples whose questions and answers set the width of training arrays.
+      max_passage_tokens: longer passages are truncated.
+      max_answer_tokens: limit of answers in training and generation, including reasoning and EOS; by
+        default 16 in a style with one-line answers, else 256.
 
     Raises:
       CheckpointError: a tokenizer without EOS.
@@ -87,10 +87,10 @@ class Prompts:
         self.answer_tokens = remembered(functools.partial(Prompts.answer_tokens, self))
 
     def answering(self, max_answer_tokens: int) -> "Prompts":
-        """The same with another limit of answers; to train with it see `wide_enough_for`.
+        """Returns prompts with another limit of answers; for training, see `wide_enough_for`.
 
         Raises:
-          ConfigError: one below 2.
+          ConfigError: a limit below 2.
         """
         other = copy.copy(self)
         other.max_answer_tokens = _checked(max_answer_tokens)
@@ -98,19 +98,20 @@ class Prompts:
         return other
 
     def cut(self, examples: Sequence[Example]) -> list[int]:
-        """How many tokens the answers take, EOS included, of which the end is not trained on."""
+        """Returns the token counts, including EOS, of the answers that are too long to be trained on
+        whole."""
         lengths = (len(self.spelled(e.answer)) + 1 for e in examples)
         return [length for length in lengths if length > self.max_answer_tokens]
 
     def under(self, system: str, most: int) -> "Prompts":
-        """The same under a system prompt, in place of one that there is.
+        """Returns prompts with this system prompt, which replaces an existing one.
 
         Args:
-          most: tokens that all prompts may open with.
+          most: maximum number of tokens in the opening of a prompt.
 
         Raises:
-          DataError: a system prompt with half a character in it.
-          ConfigError: one with which prompts open with more.
+          DataError: a system prompt that contains half a character.
+          ConfigError: a system prompt that makes the opening longer than `most`.
         """
         require_whole(system, f"the system prompt {system[:80]!r}")
         instructed = copy.copy(self)
@@ -126,11 +127,11 @@ class Prompts:
 
     @property
     def cites(self) -> bool:
-        """Whether passages have numbers, and answers come after those of the passages they are from."""
+        """Whether passages are numbered, and answers follow the numbers of the passages they cite."""
         return bool(self._number and self.style.final)
 
     def require_citing(self) -> None:
-        """Raises ConfigError where passages cannot be cited."""
+        """Raises ConfigError if the style does not support citations."""
         if not self.cites:
             raise ConfigError(
                 "to cite needs a prompt style with {number} and `final`, such as 'compact_cited', "
@@ -139,13 +140,13 @@ class Prompts:
 
     @property
     def share_cut(self) -> float:
-        """Of the passages, those that fill `max_passage_tokens`: their ends are not read."""
+        """The share of passages that fill `max_passage_tokens`, so that their ends are not read."""
         return float((self._passages.lengths >= self.max_passage_tokens).mean())
 
     @functools.cached_property
     def stop_tokens(self) -> tuple[int, ...]:
-        """EOS and, where answers end with their line, every token with a line break in it, in
-        byte-level and byte-fallback spellings."""
+        """EOS and, for one-line answers, every token that contains a line break, in byte-level and
+        byte-fallback spellings."""
         ends_with_line = self.style.one_line and "\n" not in self.style.final
         vocabulary = self.tokenizer.get_vocab() if ends_with_line else {}
         breaks = (i for piece, i in vocabulary.items() if "\u010a" in piece or piece == "<0x0A>")
@@ -153,7 +154,7 @@ class Prompts:
 
     @property
     def stop(self) -> tuple[str, ...]:
-        """What ends an answer of several lines, beside the stop tokens."""
+        """The strings that end an answer of several lines, in addition to the stop tokens."""
         return (self.style.stop,) if self.style.stop and not self.style.one_line else ()
 
     def wide_enough_for(
@@ -162,11 +163,11 @@ class Prompts:
         reasoning: Sequence[str] | None = None,
         contexts: Sequence[np.ndarray] = (),
     ) -> "Prompts":
-        """The same with room for other questions and answers, and their reasoning.
+        """Returns prompts with room for other questions and answers, and their reasoning.
 
         Args:
-          contexts: corpus rows of all prompts to come, where they are known: as wide as the longest,
-            so that no passage is cut.
+          contexts: corpus rows of all future prompts, if known: the width is that of the longest
+            prompt, so that no passage is truncated.
         """
         wider = copy.copy(self)
         wider._widen(examples, reasoning)
@@ -196,7 +197,7 @@ class Prompts:
         return plain(self.tokenizer, text)
 
     def question_tokens(self, question: str) -> np.ndarray:
-        """Tokens from the end of the passages to where the answer starts."""
+        """Returns the tokens between the end of the passages and the start of the answer."""
         require_whole(question, f"the question {question[:80]!r}")
         # After a passage: what is before its own words is no part of it, but of the seam.
         before = self.style.passage.format(text="A text.", number=1)
@@ -206,14 +207,14 @@ class Prompts:
         return self.style.question.format(question=self._plain(question))
 
     def answer_tokens(self, answer: str, reasoning: str = "") -> np.ndarray:
-        """The scored tokens: the reasoning, if any, and what ends it, the answer and its EOS.
+        """Returns the scored tokens: the reasoning, if any, and its end mark, the answer and its EOS.
 
-        An answer that is too long is cut at its end; of reasoning that leaves too little room, the end
-        is cut, and the answer stays. Reasoning is put on one line.
+        An answer that is too long is truncated. If the reasoning leaves too little room, the reasoning
+        is truncated and the answer stays. Reasoning is put on one line.
 
         Raises:
           ConfigError: reasoning in a style that has no mark between it and the answer.
-          DataError: half a character in one of them.
+          DataError: half a character in the answer or the reasoning.
         """
         require_whole(answer + reasoning, f"the answer {answer[:80]!r} or its reasoning")
         reasoning = " ".join(reasoning.split())
@@ -231,7 +232,7 @@ class Prompts:
         return np.array([*tokens[:room], self.eos], np.int32)
 
     def spelled(self, answer: str) -> list[int]:
-        """The tokens of an answer as it follows a question; without EOS."""
+        """Returns the tokens of an answer after a question, without EOS."""
         before = self.style.question.format(question="Which?")
         return self._spelling.after(before, self._answered(answer))
 
@@ -239,14 +240,14 @@ class Prompts:
         return self.style.answer.format(answer=self._plain(answer))
 
     def prompt(self, question: str, rows: Sequence[int], width: int | None = None) -> np.ndarray:
-        """Opening, passages in the order given, question; at most `width` tokens if it can be.
+        """Returns the tokens of opening, passages in the given order, and question.
 
-        In place of a row there may be a passage that is not in the corpus. A row of -1 is no passage.
-        Passages that do not fit are cut from the end; the question never is.
+        The length is at most `width` if possible. An entry of `rows` may be a passage outside the
+        corpus; -1 is no passage. Passages that do not fit are cut from the end; the question never is.
 
         Raises:
           ConfigError: a question of far more characters than the width can hold.
-          DataError: a question with half a character in it.
+          DataError: a question that contains half a character.
         """
         if width is not None and len(question) > 64 * max(width, 1):  # none of it need be tokenised
             raise ConfigError(
@@ -291,11 +292,12 @@ class Prompts:
         return self._numbers[:count]
 
     def training_width(self, k: int, packed: int = 1) -> int:
-        """Tokens T of a training prompt with `k` passages and its answer, or of so many in one row.
+        """Returns the number of tokens T of a training prompt with `k` passages and its answer.
 
-        Several passages are seldom all long: each has room for the 90th percentile, the last is cut,
-        unless the contexts are known (`wide_enough_for`).
-        So has, packed, a question with its answer; a longer one takes its room from the last passages.
+        Several passages are seldom all long. Each passage has room for the 90th percentile, and the
+        last one is truncated, unless the contexts are known (`wide_enough_for`). If `packed`, T is the
+        length of a row with k prompts; a question with its answer has room for the 90th percentile
+        too, and a longer one takes room from the last passages.
         """
         opening, longest = len(self._opening), self._after_width
         if self._context_width:
@@ -319,17 +321,17 @@ class Prompts:
 
         Args:
           retrieved: int [N, k] corpus rows, -1 for none; k may be 0.
-          per_passage: one prompt per passage (K = k) rather than one with all of them (K = 1).
-          packed: the K prompts of a question one after another in one row.
-          reasoning: of each example, to be written before the answer; "" for none.
+          per_passage: one prompt per passage (K = k) instead of one with all of them (K = 1).
+          packed: put the K prompts of a question one after another into one row.
+          reasoning: the reasoning of each example, written before the answer; "" for none.
 
         Returns:
-          `tokens` [N, K, T], `lengths` [N, K], `answer_positions` [N, K, A] where in `tokens` each
-          answer token stands, `answer_mask` [N, A]. Packed, `tokens` is [N, 1, T] and there is
-          `segments` [N, 1, T], which prompt a token belongs to: 1 to K, 0 for padding.
+          `tokens` [N, K, T], `lengths` [N, K], `answer_positions` [N, K, A] (the index in `tokens` of
+          each answer token), `answer_mask` [N, A]. If packed, `tokens` is [N, 1, T], and `segments`
+          [N, 1, T] has the prompt of each token: 1 to K, 0 for padding.
 
         Raises:
-          DataError: a question or answer longer than any of those given to `Prompts`.
+          DataError: a question or answer longer than all of those given to `Prompts`.
         """
         retrieved = np.asarray(retrieved)
         groups = retrieved[:, :, None] if per_passage else retrieved[:, None, :]
@@ -367,8 +369,8 @@ class Prompts:
         return table | ({"segments": segments} if packed else {})
 
     def passage_places(self, examples: Sequence[Example], retrieved) -> np.ndarray:
-        """int [N, T]: of prompts with all passages in one, as `training_table` has them, whose the
-        tokens are: from 0 for the first passage, -1 outside of them."""
+        """Returns int [N, T]: the passage of each token in the prompts of `training_table` that contain
+        all passages, from 0 for the first passage; -1 outside of passages."""
         k = len(retrieved[0])
         places = np.full((len(examples), self.training_width(k)), -1, np.int32)
         for i, (example, rows) in enumerate(zip(examples, retrieved, strict=True)):

@@ -1,4 +1,4 @@
-"""Where things that took long to find out are kept from run to run."""
+"""The cache folder, which keeps slow results between runs."""
 
 import functools
 import os
@@ -11,10 +11,10 @@ from fedrag_jax.files import kept, read_json, write_json
 
 
 def cache_folder(folder: str | os.PathLike | None = None) -> Path:
-    """The folder, made if absent; by default environment variable FEDRAG_CACHE, or ~/.cache/fedrag_jax.
+    """Returns the cache folder, created if absent; default: $FEDRAG_CACHE, or ~/.cache/fedrag_jax.
 
     Raises:
-      ConfigError: it cannot be made.
+      ConfigError: the folder cannot be created.
     """
     folder = Path(folder or os.environ.get("FEDRAG_CACHE") or Path.home() / ".cache/fedrag_jax")
     try:
@@ -27,13 +27,13 @@ def cache_folder(folder: str | os.PathLike | None = None) -> Path:
 
 
 def recall(file: str, key: str) -> Any:
-    """What `remember` was told, or None."""
+    """Returns the value stored by `remember`, or None."""
     path = cache_folder() / file
     return _read(path, path.stat().st_mtime_ns).get(key) if path.exists() else None
 
 
 def remember(file: str, key: str, value: Any) -> None:
-    """Keeps a JSON value under a key in a file of the cache folder, or says why it cannot."""
+    """Stores a JSON value under a key in a file of the cache folder; prints the reason if it fails."""
     path = cache_folder() / file
     known = kept(read_json, path) or {}
     try:

@@ -1,4 +1,4 @@
-"""How an answer names the passages it comes from: by their numbers in the prompt, from 1 on."""
+"""Citations: an answer names its passages by their numbers in the prompt, starting at 1."""
 
 import re
 from collections.abc import Iterable
@@ -8,15 +8,15 @@ _LIST = re.compile(r"\[?\s*\d+(\s*,\s*\d+)*\s*\]?")
 
 
 def cite(numbers: Iterable[int]) -> str:
-    """Numbers as they are to be written: "1, 3"; "0" for none."""
+    """Formats a list of numbers as the generator should write it: "1, 3"; "0" for none."""
     return ", ".join(map(str, numbers)) or "0"
 
 
 def cited(text: str, passages: int) -> tuple[int, ...] | None:
-    """The numbers that a text cites, ascending and each once, () of "0"; None if it is no list of them.
+    """Returns the numbers in a citation, sorted and unique; () for "0"; None for any other text.
 
     Args:
-      passages: how many were read; a number beyond them makes the text no citation.
+      passages: number of passages in the prompt; a text with a larger number is not a citation.
     """
     if not _LIST.fullmatch(text.strip()):
         return None

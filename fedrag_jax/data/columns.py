@@ -1,4 +1,4 @@
-"""Any table as a set: which of its columns are questions, answers and passages."""
+"""Reads any table as a data set, given the columns of questions, answers and passages."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,18 +17,19 @@ SIDES = {"train": "train", "validation": "validation", "valid": "validation", "v
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """Names of columns; "" where there is none. A dot goes into a column that has columns of its own,
-    also in lists: "context.title".
+    """Names of the columns; "" for none. A dot selects a field of a nested column, also within lists:
+    "context.title".
 
     Attributes:
-      question, answers: a text; a text, a number, a truth (yes or no), or a list of such.
-      passages: the texts that come with the question: one or a list; a list of sentences is one.
-      titles: of the passages, as many.
-      gold: which of them hold the answer: places from 0, as many truths as passages, or titles. A
-        single passage is gold by itself. Without passages, titles of pages elsewhere.
-      topic: what clients differ in.
-      split: the name of its split, for tables that have all in one.
-      id: by default the split's name and the number of the row.
+      question: the question, a text.
+      answers: a text, a number, a boolean (yes or no), or a list of these.
+      passages: the passages of the question, one text or a list; a list of sentences is one passage.
+      titles: the titles of the passages, one each.
+      gold: the gold passages: positions from 0, one boolean per passage, or titles. A single passage
+        is always gold. If there are no passages, titles of pages in another corpus.
+      topic: the label by which clients differ.
+      split: the name of the row's split, for tables with all splits in one.
+      id: the id; by default the split's name and the row number.
     """
 
     question: str = ""
@@ -46,17 +47,17 @@ class Columns:
                 raise ConfigError(f"columns.{name} is empty: name the column that has it")
 
     def read(self, source: str, config: str = "", revision: str = "") -> Asked:
-        """All of a table's splits.
+        """Reads all splits of a table.
 
-        Where it has no test split, its validation split is the test; where it has one split, ids are
-        dealt out 70, 10 and 20 percent. What then has no validation gives a tenth of train.
+        Without a test split, the validation split becomes the test split. A single split is divided
+        by id into 70, 10 and 20 percent. If there is then no validation split, it is a tenth of train.
 
         Args:
-          source, config, revision: as of `hub_tables.table`; the commit is told in the origin.
+          source, config, revision: as for `hub_tables.table`; the origin records the commit.
 
         Raises:
-          DataError: it cannot be read, or a column is missing or not as it should be, with the columns
-            there are; a split that is none of `SIDES`.
+          DataError: the table cannot be read; a column is missing or has the wrong content (the error
+            lists the columns); a split is not one of `SIDES`.
         """
         at = hub_tables.commit(source, revision)
         names = hub_tables.splits(source, config or None, at)

@@ -1,4 +1,4 @@
-"""Corpora of clients: passages go where the questions are that they answer."""
+"""Client corpora: each passage goes to the client whose questions it answers."""
 
 from collections.abc import Callable
 
@@ -13,23 +13,23 @@ Pool = Callable[[Example], np.ndarray]  # the corpus rows, int [n], that an exam
 
 
 def following(questions: Partition, rest: str = "topic", min_examples: int = 1) -> Scheme:
-    """Passages go where the questions are, so that each client owns a corpus of its own.
+    """Returns a scheme that gives each client the passages its questions are about.
 
         questions = partition(world.train, dirichlet(alpha=0.1, clients=8))
         passages = partition(world.passages, following(questions))
 
-    A passage goes to the client with most of the questions that it is gold for, a draw between equals.
+    A passage goes to the client that holds most of its questions; ties are broken at random.
 
     Args:
-      questions: examples with `positive_ids`; their clients are the clients.
-      rest: how passages that are gold for none of the questions are spread: "topic", each topic in
-        proportion to the questions about it that clients hold (evenly, if nobody asks about it), or
-        "evenly".
+      questions: a partition of examples with `positive_ids`; its clients become the clients.
+      rest: how to distribute passages that are gold for no question: "topic" distributes the passages
+        of a topic in proportion to the clients' questions about it (evenly if there are none);
+        "evenly" distributes all of them evenly.
 
     Raises:
       ConfigError: an unknown `rest`, or fewer passages than the clients need.
-      DataError: no question has a gold passage, one is missing among the passages, or no draw among
-        100 has `min_examples` for all.
+      DataError: no question has a gold passage, a gold passage is missing, or none of 100 draws gives
+        every client `min_examples`.
     """
     require_positive(min_examples=min_examples)
     if rest not in ("topic", "evenly"):
@@ -64,13 +64,13 @@ def following(questions: Partition, rest: str = "topic", min_examples: int = 1) 
 
 
 def own_passages(questions: Partition, passages: Partition) -> Pool:
-    """`pool(example)`, the corpus rows that lie with the client that holds the example.
+    """Returns `pool(example)`: the corpus rows held by the client that holds the example.
 
-    What objectives take as their `pool`, so that a client trains on passages of its own alone.
+    Objectives take it as their `pool`, so that a client trains only on its own passages.
 
     Raises:
-      ConfigError: other clients hold questions than hold passages.
-      DataError: from the pool, an example that no client holds.
+      ConfigError: questions and passages are split over different numbers of clients.
+      DataError: raised by the pool, for an example that no client holds.
     """
     if len(questions.clients) != len(passages.clients):
         raise ConfigError(

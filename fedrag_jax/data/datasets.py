@@ -1,4 +1,4 @@
-"""Sets of questions and passages by name: built-in, of the hub, of a shared folder or a user's own."""
+"""Data sets by name: built-in, from the hub, from a shared folder, or a user's own."""
 
 import dataclasses
 import os
@@ -15,11 +15,11 @@ from fedrag_jax.errors import ConfigError, DataError
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Passages in place of those that come with the questions; as of `outside_corpora.read`.
+    """A corpus that replaces the passages of a data set; fields as in `outside_corpora.read`.
 
     Attributes:
-      source: "" for those that come with them.
-      tokens: longer passages are cut, also those that come with the questions; 0 for no cut.
+      source: the corpus; "" keeps the passages of the data set.
+      tokens: passages longer than this are split, also those of the data set; 0 splits none.
     """
 
     source: str = ""
@@ -45,41 +45,42 @@ def load(
     corpus: Corpus = OWN,
     tokenizer=None,
 ) -> Dataset:
-    """Reads a set, and checks it.
+    """Reads and checks a data set.
 
-    `"world"` and `"chatty_world"` are made (`data.synthetic.WORLDS`). Other names, without `columns`,
-    are files of JSON lines (`data.json_sets`): a folder, a path prefix (`folder/NAME` for
-    folder/NAME.questions.jsonl), or a set in the folder of the environment variable FEDRAG_DATA
-    (default ../shared/data). A name of `data.named_sets` that is not there is read from the hub.
+    `"world"` and `"chatty_world"` are generated (`data.synthetic.WORLDS`). Other names, without
+    `columns`, are files of JSON lines (`data.json_sets`): a folder, a path prefix (`folder/NAME` for
+    folder/NAME.questions.jsonl), or a data set in the folder $FEDRAG_DATA (default ../shared/data). A
+    name of `data.named_sets` that is not found there is read from the hub.
 
-    Questions in JSON lines go where their `split` says. Without that field they go by the sha256 of
-    their id, 70% train, 10% validation, 20% test, so that questions added later move none of the old
-    ones. If no question is for validation, a tenth of train is, by the same hash. In FEDRAG_DATA,
+    The field `split` of a question in JSON lines sets its split. Without this field the sha256 of the
+    id decides (70% train, 10% validation, 20% test), so that adding questions moves no old ones. If
+    there are no validation questions, a tenth of train is used, by the same hash. In FEDRAG_DATA,
 
       squad: test = dev. Train and validation are `train_44articles` and `train_sample`
         together: whole articles, in the order of the sha256 of their titles, go to validation until
         it holds a tenth of them (7 articles, 1,565 questions), so no article is in both. Questions
         of `train_sample` have no title and stay in train, with topic "".
       hotpotqa: in the order of the sha256 of the question id, 1,300 train, 200 validation, and the
-        rest test. The topic is "": cluster the questions to tell clients apart.
+        rest test. The topic is "": cluster the questions to split them over clients.
       xquad: by the sha256 of the question id without its language, 70% train, 10% validation, 20%
-        test, so that no question is in one and its translation in another. The topic is the language.
+        test, so that a question and its translations are in the same split. The topic is the
+          language.
 
     Args:
       needed: the splits that must have questions.
-      source: "hub"; "local" for JSON lines alone; a folder with copies of the hub's repositories
-        (FOLDER/OWNER/NAME); "" for JSON lines where there are such and else the hub.
-      config, revision: of a repository of the hub: its configuration, for `columns`, and a commit.
-      columns: `name` is a repository of the hub, a copy of one or a file, with these columns.
-      corpus: other passages, or how long passages are cut. Gold passages in it are found by the titles
-        of pages and the answers (`outside_corpora.find_golds`); their share is told as a warning.
-      tokenizer: of the encoder, for what is cut.
+      source: "hub"; "local" for JSON lines only; a folder with copies of the hub's repositories
+        (FOLDER/OWNER/NAME); "" for JSON lines if present, else the hub.
+      config, revision: configuration (for `columns`) and commit of a hub repository.
+      columns: the columns to read; `name` is then a hub repository, a copy of one, or a file.
+      corpus: other passages, or a limit for splitting passages. Gold passages in it are found by page
+        titles and answers (`outside_corpora.find_golds`); a warning reports their share.
+      tokenizer: the encoder's tokenizer, for splitting passages.
 
     Raises:
-      DataError: files not found (names those looked for), a line that is not what the schema asks
-        for (file and line), what the hub says, a set without passages, or anything `examples.check`
-        refuses.
-      ConfigError: passages are to be cut and there is no tokenizer.
+      DataError: files not found (the error lists the candidates), a line that does not follow the
+        schema (with file and line), an error of the hub, a data set without passages, or anything
+        that `examples.check` refuses.
+      ConfigError: passages are to be split and there is no tokenizer.
     """
     text = os.fspath(name)
     if text in synthetic.WORLDS:
@@ -150,10 +151,10 @@ def _dataset(
 def load_over(
     name: str, passages: Sequence[Passage], where: str, needed: Sequence[str] = SPLITS
 ) -> Dataset:
-    """The questions of a set, as `load` finds it by its name, over passages that are given.
+    """Reads the questions of a data set, found by name as in `load`, over the given passages.
 
     Args:
-      where: names the passages, for people.
+      where: a name of the passages for messages.
 
     Raises:
       DataError: as `load`.
@@ -189,10 +190,10 @@ def _with(
 
 
 def of_config(data, tokenizer=None, needed: Sequence[str] = SPLITS) -> Dataset:
-    """The set that the settings `config.data` of an experiment name.
+    """Reads the data set that the settings `config.data` of an experiment name.
 
     Raises:
-      ConfigError, DataError: as `load`; settings of a repository for a set that is none.
+      ConfigError, DataError: as `load`; also for repository settings of another kind of data set.
     """
     given = {name: column for name, column in data.get("columns", {}).items() if column}
     columns = Columns(**given) if given else None

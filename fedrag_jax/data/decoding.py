@@ -1,4 +1,4 @@
-"""Bytes of text files as text: UTF-8, UTF-16 and UTF-32, with and without a mark that says which."""
+"""Decodes text files in UTF-8, UTF-16 and UTF-32, with and without a byte order mark."""
 
 import codecs
 import pathlib
@@ -20,13 +20,13 @@ MOST_GAPS = 0.02  # of the characters, that a text may have all the same
 
 
 def decoded(path: pathlib.Path) -> str:
-    """The text of a file.
+    """Returns the text of a file.
 
-    Without a mark it is UTF-8, unless that has gaps between the letters. Then it is whichever of UTF-16
-    and UTF-32 makes a text of it.
+    Without a byte order mark the encoding is UTF-8, unless the result has gaps between the letters.
+    Then it is UTF-16 or UTF-32, whichever gives a valid text.
 
     Raises:
-      DataError: it is none of these, or nothing tells which.
+      DataError: the encoding is none of these, or it cannot be determined.
     """
     data = path.read_bytes()
     encoding = next((e for mark, e in MARKS.items() if data.startswith(mark)), "utf-8-sig")

@@ -1,4 +1,4 @@
-"""Files of a folder as passages: what is found, read and cut."""
+"""Finds and reads the files of a folder, and splits them into passages."""
 
 import dataclasses
 import pathlib
@@ -12,11 +12,11 @@ from fedrag_jax.errors import ConfigError, DataError
 
 
 class Found(NamedTuple):
-    """What is in a folder.
+    """The content of a folder.
 
     Attributes:
-      files: those that can be read, in the order of their paths.
-      left_out: what is not read, each with the reason.
+      files: the readable files, in the order of their paths.
+      left_out: the other files, each with the reason.
     """
 
     files: list[pathlib.Path]
@@ -24,12 +24,12 @@ class Found(NamedTuple):
 
 
 def find(folder: str | pathlib.Path) -> Found:
-    """What a folder holds, at any depth; of one file, itself.
+    """Returns the files in a folder, at any depth; for a file, the file itself.
 
-    Hidden files and folders are not looked at. Links to folders are left out, and files of other kinds.
+    Hidden files and folders are ignored. Links to folders and other types of files are left out.
 
     Raises:
-      DataError: nothing is there, or nothing of a kind that can be read.
+      DataError: the path does not exist, or it has no file of a readable type.
     """
     root = pathlib.Path(folder)
     if not root.exists():
@@ -74,11 +74,11 @@ def _fault(path: pathlib.Path) -> str:
 
 
 def read(path: pathlib.Path, root: pathlib.Path) -> list[Document]:
-    """The documents of a file, one unless it is JSON lines.
+    """Returns the documents of a file: one, or several for JSON lines.
 
     Raises:
       ConfigError: the library for such files is missing.
-      DataError: a file that cannot be read as what its name says.
+      DataError: the file cannot be read as the type of its name.
     """
     name = path.relative_to(root).as_posix() if path != root else path.name
     try:
@@ -93,18 +93,18 @@ def read(path: pathlib.Path, root: pathlib.Path) -> list[Document]:
 
 
 def split(document: Document, tokenizer, tokens: int = 200, overlap: int = 40) -> list[Passage]:
-    """A document as passages of so many tokens or fewer, each beginning with the end of the one before.
+    """Splits a document into passages of at most `tokens` tokens that overlap.
 
-    Cuts are between words, at a blank line or the end of a sentence where one is in the last third.
-    Passages are called `document.id#0` and so on; that of a document with an id of its own which is not
-    cut keeps the id.
+    Cuts are between words; if the last third of a passage has a blank line or the end of a sentence,
+    the cut is there. Passages get the ids `document.id#0` and so on. A document with its own id that
+    needs no cut keeps its id.
 
     Args:
-      tokens: of a passage, without special tokens.
-      overlap: tokens that a passage shares with the one before, at most; words are not cut for it.
+      tokens: maximum tokens of a passage, without special tokens.
+      overlap: maximum tokens that a passage shares with the previous one; words are not cut for it.
 
     Raises:
-      ConfigError: fewer than one token, or an overlap that is not smaller than half of them.
+      ConfigError: fewer than one token, or an overlap of half of them or more.
     """
     if tokens < 1 or not 0 <= overlap < max(tokens / 2, 1):
         raise ConfigError(

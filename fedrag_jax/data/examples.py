@@ -1,4 +1,4 @@
-"""Questions, passages, and the checks a set of them must pass."""
+"""Questions, passages, and checks of a data set."""
 
 import dataclasses
 import hashlib
@@ -23,14 +23,14 @@ class Passage:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Example:
-    """One question with its acceptable answers and the passages that hold them.
+    """One question with its acceptable answers and its gold passages.
 
     Attributes:
-      answers: alternatives; training uses `answer`, scoring all of them.
-      positive_ids: gold passages; empty where nobody labelled them.
-      topic: what clients differ in; "" if unknown.
-      hops: how many passages must be read together.
-      reasoning: how the gold passages lead to the answer, for training; "" if nobody wrote it down.
+      answers: alternative answers; training uses `answer`, scoring uses all of them.
+      positive_ids: ids of the gold passages; empty if not labelled.
+      topic: the label by which clients differ; "" if unknown.
+      hops: number of passages that must be read together.
+      reasoning: the steps from the gold passages to the answer, for training; "" if not given.
     """
 
     id: str
@@ -43,10 +43,10 @@ class Example:
 
     @property
     def answer(self) -> str:
-        """The answer that is trained on: the first that is not empty.
+        """The answer used in training: the first that is not empty.
 
         Raises:
-          DataError: there is none.
+          DataError: all answers are empty.
         """
         for answer in self.answers:
             if answer.strip():
@@ -58,10 +58,10 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A corpus and the questions about it, split for training, choosing and reporting.
+    """A corpus and questions about it, split into train, validation and test.
 
     Attributes:
-      origin: where it was read, with the commit of a repository of the hub; "" for what is made.
+      origin: the source, with the commit of a hub repository; "" for generated data.
     """
 
     name: str
@@ -73,24 +73,25 @@ class Dataset:
 
 
 def embedding_text(passage: Passage) -> str:
-    """What an encoder reads of a passage: title, space, text; the text alone without a title."""
+    """Returns the text of a passage for an encoder: title, space, text; only the text without a
+    title."""
     return f"{passage.title} {passage.text}" if passage.title else passage.text
 
 
 def reading_text(passage: Passage) -> str:
-    """What a generator reads of it: the title only where the text does not name it already."""
+    """Returns the text of a passage for a generator: with the title only if the text lacks it."""
     return passage.text if passage.title in passage.text else embedding_text(passage)
 
 
 def clusters(golds: Sequence[Sequence[str]], passages: Sequence[Passage]) -> np.ndarray:
-    """int [Q]: questions of one number are about one article, or share a gold passage.
+    """Returns int [Q], the cluster of each question: questions about one article or gold passage.
 
-    Passages of one title are one article. Their questions are not independent of each other, and
-    resampling takes them together. A question without gold passages is by itself.
+    Passages with the same title are one article. Questions of a cluster are not independent and are
+    resampled together. A question without gold passages is a cluster of its own.
 
     Args:
       golds: ids of the gold passages of each question.
-      passages: that have titles; an id of none of them is an article of its own.
+      passages: passages with titles; an id that is not among them is an article of its own.
     """
     from scipy.sparse import coo_array  # here, because they take half a second
     from scipy.sparse.csgraph import connected_components
@@ -110,9 +111,9 @@ def clusters(golds: Sequence[Sequence[str]], passages: Sequence[Passage]) -> np.
 
 
 def sample(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
-    """So many of them, drawn without replacement, in their order; all for 0 or where there are fewer.
+    """Returns `count` random examples in their order; all of them for 0 or if there are fewer.
 
-    Files are sorted by article: a beginning of one is a few articles, a sample is of all.
+    Files are sorted by article: the beginning of a file covers few articles, a sample covers all.
     """
     if not count or count >= len(examples):
         return [*examples]
@@ -121,7 +122,7 @@ def sample(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
 
 
 def half_character(text: str) -> str:
-    """What is wrong with a text that no file can hold; "" if nothing is."""
+    """Returns the problem of a text that contains half a character (a lone surrogate); "" if none."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -131,13 +132,13 @@ def half_character(text: str) -> str:
 
 
 def require_whole(text: str, what: str) -> None:
-    """Refuses a text that no file can hold.
+    """Refuses a text that cannot be encoded.
 
     Args:
-      what: names it, for the message.
+      what: a name of the text for the message.
 
     Raises:
-      DataError: half a character in it.
+      DataError: the text contains half a character (a lone surrogate).
     """
     if fault := half_character(text):
         raise DataError(f"{what} {fault}")
@@ -146,8 +147,8 @@ def require_whole(text: str, what: str) -> None:
 def content_hash(dataset: Dataset) -> str:
     """16 hex characters of the sha256 of every passage and question, in order.
 
-    Left out are name and origin, because equal content has an equal hash, and the reasoning, which is
-    neither asked nor scored.
+    Name and origin are left out, so that equal content has an equal hash. The reasoning is left out
+    because it is neither asked nor scored.
     """
     digest = hashlib.sha256()
     for part in ("passages", "train", "validation", "test"):
@@ -163,7 +164,7 @@ SPLITS = ("train", "validation", "test")
 
 
 def check(dataset: Dataset, needed: Sequence[str] = SPLITS) -> Dataset:
-    """Returns the dataset if it can be trained and tested on.
+    """Returns the dataset if it can be used for training and testing.
 
     Args:
       needed: the splits that must have questions.
@@ -201,16 +202,17 @@ def check(dataset: Dataset, needed: Sequence[str] = SPLITS) -> Dataset:
 
 
 def ids_of(passages: Sequence[Passage]) -> Iterable[str]:
-    """Their ids, without reading the texts of a table (`passage_table.PassageTable`)."""
+    """Returns the ids of passages without reading the texts of a table
+    (`passage_table.PassageTable`)."""
     column = getattr(passages, "column", None)
     return column("id") if column else (passage.id for passage in passages)
 
 
 def check_passages(passages: Sequence[Passage], name: str) -> Sequence[Passage]:
-    """Returns the passages if there are any, each with an id of its own and nothing but characters.
+    """Returns the passages if there are any, their ids are unique and their texts can be encoded.
 
     Raises:
-      DataError: else, with the id.
+      DataError: otherwise, with the id.
     """
     if not len(passages):
         raise DataError(f"{name}: the corpus is empty; give at least one passage")

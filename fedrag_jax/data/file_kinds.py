@@ -18,13 +18,13 @@ from fedrag_jax.errors import DataError, missing
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A text as it was found.
+    """The text of a document.
 
     Attributes:
-      id: its path within the folder, with "/"; of a line of many, the id that it has itself, or the
-        path and the number of the line.
-      named: whether the id is one that it has itself.
-      unread: what of it could not be read; "" for nothing.
+      id: path within the folder, with "/"; for a line of a JSON lines file, its own id, or the path and
+        the line number.
+      named: whether the document has its own id.
+      unread: the part that could not be read; "" for none.
     """
 
     id: str
@@ -99,7 +99,9 @@ def _pdf(path: pathlib.Path, name: str) -> Iterator[Document]:
         raise DataError(f"{path}: is encrypted with a password; save it without one")
     pages = [page.extract_text() for page in reader.pages]
     if not any(map(str.strip, pages)):
-        raise DataError(f"{path}: has no text in it, perhaps pictures of pages: recognise it first")
+        raise DataError(
+            f"{path}: has no text, perhaps only pictures of pages: run text recognition (OCR) first"
+        )
     pictures = [
         str(number)
         for number, (page, text) in enumerate(zip(reader.pages, pages, strict=True), start=1)
@@ -116,7 +118,7 @@ def _pdf(path: pathlib.Path, name: str) -> Iterator[Document]:
 
 
 def _shows_a_picture(page) -> bool:
-    """Whether the page draws one; pages may share a list of pictures that they do not draw."""
+    """Returns whether a page draws a picture; pages may share a list of pictures they do not draw."""
     contents = page.get_contents()
     operations = () if contents is None else contents.operations
     return any(operator in (b"Do", b"INLINE IMAGE") for _, operator in operations)

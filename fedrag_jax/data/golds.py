@@ -1,4 +1,4 @@
-"""The passages that the gold ids of questions name, where texts may have been cut into several."""
+"""Finds the passages that gold ids name, even if texts have been split into several passages."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -9,13 +9,13 @@ from fedrag_jax.errors import DataError
 
 
 class Golds(NamedTuple):
-    """What the gold ids of some questions came to.
+    """The result of looking up gold ids.
 
     Attributes:
-      found: for each question the ids of passages, none twice.
-      named: how many ids the questions have.
-      missing: for each question those that name no passage.
-      passages: how many there are.
+      found: the ids of passages for each question, without duplicates.
+      named: the number of ids that the questions name.
+      missing: the ids that name no passage.
+      passages: the number of passages.
     """
 
     found: list[tuple[str, ...]]
@@ -24,7 +24,7 @@ class Golds(NamedTuple):
     passages: int
 
     def told(self) -> str:
-        """How many name no passage; "" for none."""
+        """A message about the ids that name no passage; "" if there are none."""
         missing = [i for some in self.missing for i in some]
         if not missing:
             return ""
@@ -34,23 +34,25 @@ class Golds(NamedTuple):
         )
 
     def require_some(self, where: str) -> None:
-        """Refuses questions whose ids are all of other passages.
+        """Refuses questions if none of their ids names a passage.
 
         Raises:
-          DataError: there are ids, and none names a passage.
+          DataError: there are ids, but none names a passage.
         """
         if self.named and not any(self.found):
             raise DataError(
                 f"{where}: {self.told()}: give the ids of passages as `fedrag ask --json` prints them, "
-                "or those of the documents and lines that were indexed"
+                "or the ids of the indexed documents and lines"
             )
 
 
 def golds(
     asked: Iterable[tuple[Sequence[str], Sequence[str]]], passages: Iterable[Passage]
 ) -> Golds:
-    """The passages that questions name by id: those of that id or, of a text that was cut into ID#0,
-    ID#1, ..., the pieces in which an answer stands, or all of them if it stands in none.
+    """Looks up the passages that questions name by id.
+
+    If a text was split into ID#0, ID#1, ..., its id names the pieces that contain an answer, or all
+    pieces if none does.
 
     Args:
       asked: (gold ids, answers) of each question.

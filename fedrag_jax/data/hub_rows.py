@@ -1,4 +1,4 @@
-"""One row of each public set, in the hub's own columns, as a question and the passages with it."""
+"""Converts a row of each public data set, in the hub's columns, to a question and its passages."""
 
 import dataclasses
 import hashlib
@@ -16,18 +16,17 @@ YES_NO_MAYBE = ("yes", "no", "maybe")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Question:
-    """One question of a public set, and what is right.
+    """One question of a public data set with its labels.
 
     Attributes:
-      answers: acceptable alternatives; none where its passages do not tell (SQuAD v2).
-      choices: of which one is right; none for open questions.
-      label: the place of that one, from 0; None where nobody told.
-      golds: ids of the passages that hold the answer; none where nobody labelled them.
-      group: whose questions may be shown as examples; "" if anybody's.
-      titles: of the pages that hold the answer, by which it is found in another corpus; none where
-        nobody told.
-      topic: what clients differ in; "" where nobody told.
-      hops: how many passages must be read together.
+      answers: acceptable alternatives; empty if the passages do not answer it (SQuAD v2).
+      choices: the choices of a multiple-choice question; empty for open questions.
+      label: position of the correct choice, from 0; None if unknown.
+      golds: ids of the gold passages; empty if not labelled.
+      group: the group whose questions may be few-shot examples; "" for any.
+      titles: titles of the pages with the answer, for finding it in another corpus; empty if unknown.
+      topic: the label by which clients differ; "" if unknown.
+      hops: number of passages that must be read together.
     """
 
     id: str
@@ -53,8 +52,8 @@ def mmlu(row: Row, place: str) -> Read:
 
 
 def hellaswag(row: Row, place: str) -> Read:
-    """{activity_label, ctx_a, ctx_b, endings, label}, cleaned as the paper's followers do: without the
-    brackets that WikiHow's markup left."""
+    """{activity_label, ctx_a, ctx_b, endings, label}, cleaned as usual: without the brackets of
+    WikiHow's markup."""
     begun = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
     endings = tuple(_unbracketed(ending) for ending in row["endings"])
     label = int(row["label"]) if str(row["label"]) else None
@@ -67,7 +66,7 @@ def _unbracketed(text: str) -> str:
 
 
 def boolq(row: Row, place: str) -> Read:
-    """{question, answer: bool, passage}; questions are in lower case and without their mark."""
+    """{question, answer: bool, passage}; questions are in lower case and without a question mark."""
     passage = passage_of("", row["passage"])
     question = row["question"][:1].upper() + row["question"][1:].rstrip("?") + "?"
     label = None if row["answer"] is None else int(not row["answer"])
@@ -160,6 +159,6 @@ def beir_document(row: Row) -> Passage:
 
 
 def passage_of(title: str, text: str) -> Passage:
-    """A passage that the hub gives no id: the same text always has the same."""
+    """Returns a passage without an id on the hub; its id is computed from the text."""
     name = hashlib.sha256(json.dumps([title, text]).encode()).hexdigest()[:16]
     return Passage(name, title, text)

@@ -1,5 +1,5 @@
-"""Tables of the Hugging Face hub, of copies of its repositories and of local files, as the package
-`datasets` reads them: memory-mapped, a row becomes Python when it is read.
+"""Memory-mapped tables of the Hugging Face hub, of copies of its repositories, and of local files, read
+with the package `datasets`. A row becomes a Python object when it is read.
 """
 
 import os
@@ -20,28 +20,28 @@ _DEFAULT = "default"  # as it calls the configuration of a folder without the hu
 
 
 def is_table(path: str | os.PathLike) -> bool:
-    """Whether a local file is one that `table` reads, by its ending."""
+    """Returns whether `table` can read a local file, by its ending."""
     return Path(path).is_file() and _format(Path(path)) is not None
 
 
 def table(source: str, config: str | None, split: str, revision: str = "") -> Iterable[Row]:
-    """The rows of a split.
+    """Returns the rows of a split.
 
     Args:
-      source: a repository of the hub, a folder that is a copy of one, or a file of `FORMATS` (also
-        gzipped), whose only split is "train".
-      config: of the repository, as the hub calls it; None for its own. A folder without the hub's
-        README has none.
-      revision: a commit of the repository, a branch or a tag; "" for what it has now.
+      source: a hub repository, a folder with a copy of one, or a file of `FORMATS` (also gzipped),
+        whose only split is "train".
+      config: the repository's configuration; None for its default. A folder without the hub's README
+        has none.
+      revision: a commit, branch or tag of the repository; "" for the newest.
 
     Raises:
-      DataError: it cannot be read, with the reason.
+      DataError: the source cannot be read; the error gives the reason.
     """
     return _asking(source, f"split {split!r}", lambda d: _load(d, source, config, split, revision))
 
 
 def splits(source: str, config: str | None = None, revision: str = "") -> list[str]:
-    """The splits that a source of `table` has, by their names.
+    """Returns the names of the splits of a source of `table`.
 
     Raises:
       DataError: as `table`.
@@ -58,11 +58,11 @@ def splits(source: str, config: str | None = None, revision: str = "") -> list[s
 
 
 def commit(source: str, revision: str = "") -> str:
-    """The commit of a repository of the hub that a revision names, by default the newest.
+    """Returns the commit that a revision of a hub repository names, by default the newest.
 
     Returns:
-      40 hex digits; "" for a folder or a file, and where the hub cannot be asked (`datasets` then reads
-      what it has kept).
+      40 hex digits; "" for a folder or a file, and if the hub is not reachable (`datasets` then reads
+      its cache).
 
     Raises:
       DataError: the repository has no such revision.
@@ -81,7 +81,7 @@ def commit(source: str, revision: str = "") -> str:
 
 
 def origin(source: str, config: str | None, revision: str) -> str:
-    """What was read, for people and manifests."""
+    """Returns a description of the source, for messages and manifests."""
     of = f", {config}" if config else ""
     return source + of + (f" @ {revision}" if revision else "")
 
@@ -89,13 +89,13 @@ def origin(source: str, config: str | None, revision: str) -> str:
 def converted(
     rows: Iterable[Row], convert: Callable[[Row, str], T], source: str, split: str, what: str
 ) -> Iterator[T]:
-    """Each row as `convert(row, "SPLIT-NUMBER")` makes it.
+    """Yields `convert(row, "SPLIT-NUMBER")` for each row.
 
     Args:
-      what: whose rows they should be, for messages.
+      what: name of the expected data set, for messages.
 
     Raises:
-      DataError: a row that is another's, with the columns there are.
+      DataError: a row of another format; the error lists its columns.
     """
     for i, row in enumerate(rows):
         try:
@@ -104,7 +104,7 @@ def converted(
             if isinstance(error, DataError):
                 raise
             raise DataError(
-                f"{source}, split {split!r}, row {i}: not as {what} has them "
+                f"{source}, split {split!r}, row {i}: not in the format of {what} "
                 f"({type(error).__name__}: {error}); its columns are {', '.join(row)}"
             ) from error
 

@@ -1,4 +1,4 @@
-"""Words that a line end parts, as in PDF files, which know lines and no words."""
+"""Joins words that are hyphenated at line ends, as in PDF files."""
 
 import re
 
@@ -12,10 +12,10 @@ JOINING = ("and", "or", "und", "oder")
 
 
 def unhyphenated(text: str) -> str:
-    """A text whose words are whole again where hyphens part them at line ends.
+    """Returns a text with hyphenated words at line ends joined.
 
-    A hyphen stays where it belongs to the word: where the text has the word with it elsewhere
-    ("well-known") and not without, in words of several hyphens, beside digits, between small letters
+    A hyphen stays if it belongs to the word: if the text elsewhere has the word with the hyphen
+    ("well-known") but not without, in words of several hyphens, beside digits, between small letters
     and capitals, and before "and".
     """
     known = {word.lower() for word in re.findall(r"\w+(?:[-\u2010]\w+)*", PARTED.sub(" ", text))}

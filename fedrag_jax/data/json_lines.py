@@ -1,4 +1,4 @@
-"""Files of JSON lines, plain or gzipped, read with the place of whatever is wrong in them."""
+"""Reads files of JSON lines, plain or gzipped; errors name the file and the line."""
 
 import gzip
 import json
@@ -11,7 +11,7 @@ from fedrag_jax.errors import DataError
 
 
 def jsonl_file(stem: str) -> Path | None:
-    """STEM.jsonl, or STEM.jsonl.gz, or None where there is neither."""
+    """Returns STEM.jsonl or STEM.jsonl.gz, or None if neither exists."""
     return next((p for p in (Path(f"{stem}.jsonl"), Path(f"{stem}.jsonl.gz")) if p.is_file()), None)
 
 
@@ -19,8 +19,8 @@ def json_rows(path: Path) -> Iterator[tuple[dict, str]]:
     """Yields (object, "file:line") for each line that is not blank.
 
     Raises:
-      DataError: a file that cannot be read, a line that is no JSON object or has half a character in
-        it, with the place.
+      DataError: a file that cannot be read, or a line that is not a JSON object or contains half a
+        character, with file and line.
     """
     line = 0
     try:
@@ -49,7 +49,7 @@ def json_rows(path: Path) -> Iterator[tuple[dict, str]]:
 
 
 def string_of(row: dict, field: str, where: str, default: str | None = None) -> str:
-    """A string field; without a default it must be there and not blank."""
+    """Returns a string field; without a default it is required and must not be blank."""
     value = field_of(row, field, where, default)
     if not isinstance(value, str) or (default is None and not value.strip()):
         raise DataError(f"{where}: {field!r} must be a non-empty string, got {value!r}")
@@ -57,7 +57,7 @@ def string_of(row: dict, field: str, where: str, default: str | None = None) -> 
 
 
 def strings_of(row: dict, field: str, where: str, default: list | None = None) -> tuple[str, ...]:
-    """A field with a list of strings; without a default it must be there."""
+    """Returns a field with a list of strings; without a default it is required."""
     value = field_of(row, field, where, default)
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise DataError(f"{where}: {field!r} must be a list of strings, got {value!r}")
@@ -65,7 +65,7 @@ def strings_of(row: dict, field: str, where: str, default: list | None = None) -
 
 
 def answers_of(row: dict, where: str) -> tuple[str, ...]:
-    """`answers`, of which one has words at least; none where the question is `"unanswerable": true`."""
+    """Returns `answers`, at least one of them with words; none if `"unanswerable": true`."""
     marked = row.get("unanswerable") or False
     if not isinstance(marked, bool):
         raise DataError(f"{where}: 'unanswerable' must be true or false, got {marked!r}")
@@ -82,7 +82,7 @@ def answers_of(row: dict, where: str) -> tuple[str, ...]:
 
 
 def field_of(row: dict, field: str, where: str, default):
-    """Any field; without a default it must be there and not null."""
+    """Returns any field; without a default it is required and must not be null."""
     value = row.get(field)
     if value is not None:
         return value

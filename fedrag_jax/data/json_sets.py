@@ -1,15 +1,15 @@
-"""Sets of questions and passages in files of JSON lines: a user's own, or copies of named sets.
+"""Data sets in files of JSON lines: a user's own, or copies of named data sets.
 
-A set is two files, plain or gzipped, one JSON object per line:
+A data set is two files, plain or gzipped, one JSON object per line:
 
     questions.jsonl   {"id", "question", "answers": [...]} and, if known, "positive_ids": [...],
                       "split": "train" | "validation" | "test", "topic", "hops", "reasoning";
-                      {"id", "question", "unanswerable": true} where no passage tells: measured by
-                      `fedrag eval` as in SQuAD v2, and refused here, where all are trained on
+                      {"id", "question", "unanswerable": true} if no passage answers it: scored by
+                      `fedrag eval` as in SQuAD v2, and refused here, because questions are for training
     passages.jsonl    {"id", "text"} and, if known, "title", "topic"
 
-in a folder of their own, or side by side with other sets as NAME.questions.jsonl and
-NAME.passages.jsonl. Fields not listed are ignored.
+The files are in their own folder, or together with other data sets as NAME.questions.jsonl and
+NAME.passages.jsonl. Other fields are ignored.
 """
 
 import dataclasses
@@ -36,7 +36,8 @@ SPLIT = {"squad": splits.squad, "hotpotqa": splits.hotpotqa, "xquad": splits.xqu
 
 
 def read(name: str, files: tuple[Path, Path]) -> Dataset:
-    """The set of two files, split by the rule of its name (see `datasets.load`), not checked."""
+    """Reads the data set in two files, split by the rule of its name (see `datasets.load`),
+    unchecked."""
     topic = TOPICS.get(name, "topic")
     passages = _passages(files[1], topic)
     questions = _questions(files[0], topic, hops=2 if name == "hotpotqa" else 1)
@@ -45,10 +46,10 @@ def read(name: str, files: tuple[Path, Path]) -> Dataset:
 
 
 def places(name: str) -> list[str]:
-    """Stems of the files that a name may mean: in its own folder, beside others, or in FEDRAG_DATA.
+    """Returns the possible file stems of a name: in its own folder, with others, or in FEDRAG_DATA.
 
     Raises:
-      DataError: a folder that holds several sets.
+      DataError: a folder with several data sets.
     """
     shared = shared_folder()
     folders = [shared / name] if name in NAMED else [Path(name), shared / name]
@@ -65,7 +66,7 @@ def places(name: str) -> list[str]:
 
 
 def find(name: str) -> tuple[Path, Path] | None:
-    """The question and passage files of a set, wherever they may lie; None where they do not.
+    """Returns the question and passage files of a data set; None if they are not found.
 
     Raises:
       DataError: as `places`.
@@ -78,15 +79,15 @@ def find(name: str) -> tuple[Path, Path] | None:
 
 
 def shared_folder() -> Path:
-    """The folder of named sets: environment variable FEDRAG_DATA, or ../shared/data."""
+    """Returns the folder of named data sets: $FEDRAG_DATA, or ../shared/data."""
     return Path(os.environ.get("FEDRAG_DATA", "../shared/data"))
 
 
 def load_passages(path: str | os.PathLike) -> list[Passage]:
-    """The passages of a file such as `passages.jsonl` (or `.jsonl.gz`), for who has no questions.
+    """Reads the passages of a file such as `passages.jsonl` (or `.jsonl.gz`), without questions.
 
     Raises:
-      DataError: no such file, none in it, an id used twice, a line that is not as the schema has it.
+      DataError: a missing or empty file, a repeated id, or a line that does not follow the schema.
     """
     if not Path(path).is_file():
         raise DataError(f"no passages: {path} is not a file; give one such as passages.jsonl")
@@ -96,16 +97,17 @@ def load_passages(path: str | os.PathLike) -> list[Passage]:
 def load_questions(
     path: str | os.PathLike, passages: Sequence[Passage], needed: Sequence[str] = SPLITS
 ) -> Dataset:
-    """The questions of a file such as `questions.jsonl` (or `.jsonl.gz`) about passages that are given.
+    """Reads the questions of a file such as `questions.jsonl` (or `.jsonl.gz`) about given passages.
 
-    They are split as those of a user's own folder. Unanswerable ones are left out, with a warning. The
-    `positive_ids` of others become ids of passages, see `golds`; so are those left out that name none.
+    They are split like those of a user's own folder. Unanswerable questions are left out with a
+    warning. `positive_ids` become ids of passages, see `golds`; ids that name no passage are left out
+    with a warning.
 
     Args:
       needed: as in `load`.
 
     Raises:
-      DataError: no such file, none of the `positive_ids` names a passage, or as in `load`.
+      DataError: a missing file, `positive_ids` none of which names a passage, or as in `load`.
     """
     if not Path(path).is_file():
         raise DataError(f"no questions: {path} is not a file; give one such as questions.jsonl")
@@ -128,10 +130,10 @@ def load_questions(
 
 
 def _questions(path: Path, topic: str, hops: int) -> list[splits.Labelled]:
-    """(question, name of its split, "file:line") of each line.
+    """Yields (question, name of its split, "file:line") for each line.
 
     Args:
-      hops: of those that do not say.
+      hops: default number of hops.
     """
     questions = []
     for row, where in json_rows(path):

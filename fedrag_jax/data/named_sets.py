@@ -1,4 +1,4 @@
-"""Public sets by name, as the Hugging Face hub has them, split for training.
+"""Public data sets of the Hugging Face hub by name, split for training.
 
 | name | repository | test questions | clients differ in | passages |
 |---|---|---|---|---|
@@ -13,9 +13,9 @@
 | popqa | akariasai/PopQA | a fifth | relation | none: give a corpus |
 | nq | google-research-datasets/nq_open | its validation | | none: give a corpus |
 
-Validation questions are a tenth of the training questions, whole articles of SQuAD, by the sha256 of
-titles or ids. Where the hub has one split, ids are dealt out 70, 10 and 20 percent; those of XQuAD
-without their language.
+Validation questions are a tenth of the training questions (for SQuAD, whole articles), by the sha256 of
+titles or ids. If the hub has only one split, it is divided by id into 70, 10 and 20 percent; for XQuAD,
+by the id without the language.
 """
 
 import dataclasses
@@ -29,10 +29,10 @@ from fedrag_jax.data.pubmedqa_ids import TEST_IDS
 
 
 class Asked(NamedTuple):
-    """Questions of a set and the passages that come with them, none twice.
+    """The questions of a data set and their passages, without duplicates.
 
     Attributes:
-      titles: of each question, by its id, those of the pages that hold its answer, as far as known.
+      titles: titles of the pages with the answer, by the question's id, if known.
     """
 
     split: splits.Split
@@ -42,7 +42,7 @@ class Asked(NamedTuple):
 
 
 def asked(rows: Iterable[tuple[Read, str]], origin: str, by_topic: bool = False) -> Asked:
-    """Questions, each with its passages and its split, as a set."""
+    """Collects questions, each with its passages and its split."""
     split: splits.Split = {"train": [], "validation": [], "test": []}
     passages, titles = {}, {}
     for (question, some), side in rows:
@@ -53,7 +53,7 @@ def asked(rows: Iterable[tuple[Read, str]], origin: str, by_topic: bool = False)
 
 
 def example_of(question: Question) -> Example:
-    """What is trained on of it; of labels the right one."""
+    """Returns the training example of a question; for multiple choice, with the correct choice."""
     q = question
     answers = q.answers if q.label is None else (q.choices[q.label],)
     return Example(q.id, q.question, answers, q.golds, q.topic, q.hops)
@@ -61,13 +61,14 @@ def example_of(question: Question) -> Example:
 
 @dataclasses.dataclass(frozen=True)
 class NamedSet:
-    """A set of the hub.
+    """A data set of the hub.
 
     Attributes:
-      convert: a row, by its columns, and the id it gets if it has none, to a question and its passages.
-      configs: of the repository. Of several each is a topic, and ids of its questions begin with it.
-      sides: splits of the hub, and which they are here; "" where each question says, by its id.
-      side: of a question, where `sides` does not say.
+      convert: function from a row and a default id to a question and its passages.
+      configs: configurations of the repository. If there are several, each is a topic, and the ids of
+        its questions begin with it.
+      sides: the hub's splits and their names here; "" if each question's id decides.
+      side: the split of a question, if `sides` does not decide.
       by_topic: whether validation takes whole topics of train.
     """
 
@@ -79,14 +80,14 @@ class NamedSet:
     by_topic: bool = False
 
     def read(self, folder: str = "", revision: str = "") -> Asked:
-        """All of it.
+        """Reads the whole data set.
 
         Args:
-          folder: with copies of the hub's repositories, FOLDER/OWNER/NAME; "" for the hub.
-          revision: as of `hub_tables.table`.
+          folder: folder with copies of hub repositories, FOLDER/OWNER/NAME; "" for the hub.
+          revision: as in `hub_tables.table`.
 
         Raises:
-          DataError: it cannot be read, or a row is not as it should be.
+          DataError: the data set cannot be read, or a row has another format.
         """
         source = f"{folder}/{self.repo}" if folder else self.repo
         at = hub_tables.commit(source, revision)

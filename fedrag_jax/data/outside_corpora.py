@@ -1,4 +1,4 @@
-"""Passages that do not come with the questions: read, and the gold ones found among them."""
+"""Reads a separate corpus for a data set, and finds the gold passages in it."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,19 +23,20 @@ def read(
     tokenizer=None,
     tokens: int = 0,
 ) -> Sequence[Passage]:
-    """A corpus.
+    """Reads a corpus.
 
     Args:
-      source: a repository of the hub, a copy of one or a table (`hub_tables.table`), whose split
-        "train" is read; a file of passages in JSON lines; a folder of documents, or one.
-      columns: of a table, which is which (`passage_table.FIELDS`).
-      tokenizer: of the encoder, for what is cut.
-      tokens: longer texts are cut into passages of so many, as `fedrag index` does; 0 for no cut, and
-        200 for documents.
+      source: a hub repository, a copy of one, or a table (`hub_tables.table`), whose split "train" is
+        read; a file of passages in JSON lines; or a folder of documents or a single document.
+      columns: the columns of a table by field (`passage_table.FIELDS`).
+      tokenizer: the encoder's tokenizer, for splitting texts.
+      tokens: longer texts are split into passages of this many tokens, as `fedrag index` does; 0 for no
+        split, or 200 for documents.
 
     Raises:
-      DataError: it cannot be read; of a folder of documents all files are named that cannot.
-      ConfigError: texts are to be cut and there is no tokenizer.
+      DataError: the corpus cannot be read; for a folder of documents the error names all unreadable
+        files.
+      ConfigError: texts are to be split and there is no tokenizer.
     """
     path = Path(source)
     if path.is_file() and ".jsonl" in path.suffixes:
@@ -51,7 +52,7 @@ def read(
 
 
 def cut(passages: Sequence[Passage], tokenizer, tokens: int) -> Sequence[Passage]:
-    """The same texts in passages of at most so many tokens; as they are for 0.
+    """Splits texts into passages of at most `tokens` tokens; returns them unchanged for 0.
 
     Raises:
       ConfigError: no tokenizer.
@@ -86,7 +87,7 @@ def _documents(path: Path, tokenizer, tokens: int) -> list[Passage]:
 
 def _require(tokenizer) -> None:
     if tokenizer is None:
-        raise ConfigError("texts are cut by the encoder's tokens: give its tokenizer")
+        raise ConfigError("texts are split by the encoder's tokens: give its tokenizer")
 
 
 def _holds_tables(folder: Path) -> bool:
@@ -94,13 +95,13 @@ def _holds_tables(folder: Path) -> bool:
 
 
 class FoundGolds(NamedTuple):
-    """Gold passages of questions in a corpus that they did not come with.
+    """Gold passages of questions in a separate corpus.
 
     Attributes:
-      golds: of each question, ids of passages; none where no page was found.
-      titled: questions that name a page.
-      found: those of which a page is there.
-      answered: those with an answer in a passage of such a page.
+      golds: ids of the gold passages of each question; empty if no page was found.
+      titled: number of questions that name a page.
+      found: number of questions with a page in the corpus.
+      answered: number of questions with an answer in a passage of such a page.
     """
 
     golds: list[tuple[str, ...]]
@@ -109,7 +110,7 @@ class FoundGolds(NamedTuple):
     answered: int
 
     def told(self) -> str:
-        """The shares, for people."""
+        """A message with the numbers."""
         return (
             f"of {len(self.golds):,} questions {self.titled:,} name a page, {self.found:,} find it in "
             f"the corpus, {self.answered:,} with the answer in a passage of it"
@@ -121,11 +122,13 @@ def find_golds(
     titles: Mapping[str, Sequence[str]],
     passages: Sequence[Passage],
 ) -> FoundGolds:
-    """The passages of pages that questions name by title: of each page those with an answer in them, or
-    its first where none has, as of the page in the middle of two hops.
+    """Finds the gold passages of questions by the titles of their pages.
+
+    The gold passages of a page are those that contain an answer, or its first passage if none does, as
+    for the middle page of a two-hop question.
 
     Args:
-      titles: of pages that hold the answer, by the question's id.
+      titles: titles of pages with the answer, by the question's id.
     """
     wanted = {key(title) for question in questions for title in titles.get(question.id, ())}
     pages: dict[str, list[int]] = {title: [] for title in wanted}
@@ -153,7 +156,7 @@ def find_golds(
 
 
 def key(title: str) -> str:
-    """Equal for titles that name one page: case, underscores and spaces do not count."""
+    """Returns a key that is equal for titles of one page: case, underscores and spaces are ignored."""
     return " ".join(title.replace("_", " ").casefold().split())
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 
 def left_padded(rows: Sequence[np.ndarray], pad: int, multiple: int = 32) -> tuple[np.ndarray, ...]:
-    """Rows of different lengths as `tokens`, `mask` [B, T], ending together; T a multiple."""
+    """Left-pads rows to `tokens`, `mask` [B, T], where T is a multiple of `multiple`."""
     width = -(-max(len(row) for row in rows) // multiple) * multiple
     tokens = np.full((len(rows), width), pad, np.int32)
     mask = np.zeros((len(rows), width), bool)
@@ -17,12 +17,12 @@ def left_padded(rows: Sequence[np.ndarray], pad: int, multiple: int = 32) -> tup
 
 
 def clipped(text: str, tokens: int) -> str:
-    """The beginning of a text, more than so many tokens of it: the rest need not be tokenised."""
+    """Returns the beginning of a text with more than `tokens` tokens, to avoid tokenising the rest."""
     return text[: 64 * tokens]
 
 
 def encoder_table(tokenizer, texts: Sequence[str], max_length: int) -> dict[str, np.ndarray]:
-    """Texts for an encoder: `tokens`, `mask` [N, T], right-padded to the longest."""
+    """Tokenises texts for an encoder: `tokens`, `mask` [N, T], right-padded to the longest."""
     texts = [clipped(text, max_length) for text in texts]
     rows = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
     width = max(len(row) for row in rows)

@@ -1,4 +1,4 @@
-"""Which client holds which examples, and how unlike the clients are; `schemes` says how to split."""
+"""Partitions of examples over clients, and statistics of how clients differ; see also `schemes`."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -16,15 +16,15 @@ Column = str | Sequence[Any] | np.ndarray
 
 @dataclasses.dataclass(frozen=True)
 class Partition:
-    """Examples and the clients that hold them; no example is with two clients.
+    """Examples and the clients that hold them; no example belongs to two clients.
 
     Attributes:
-      examples: all of them, N in number.
+      examples: all N examples.
       clients: K int arrays of rows of `examples`, none empty.
-      draw: which draw satisfied the scheme; with its seed it gives the same clients again.
+      draw: number of the draw that satisfied the scheme; with the seed it reproduces the clients.
 
     Raises:
-      DataError: a client without examples, a row out of range, or one held twice.
+      DataError: a client without examples, a row out of range, or a row held twice.
     """
 
     examples: Sequence[Any]
@@ -50,15 +50,16 @@ class Partition:
             )
 
     def of(self, client: int) -> list[Any]:
-        """The examples of one client."""
+        """Returns the examples of one client."""
         return [self.examples[row] for row in self.clients[client]]
 
     def sizes(self) -> np.ndarray:
-        """How many examples each client holds, int [K]."""
+        """Returns the number of examples of each client, int [K]."""
         return np.array([len(rows) for rows in self.clients])
 
     def counts(self, column: Column = "topic") -> tuple[list[Any], np.ndarray]:
-        """The C classes of a column, sorted, and how many of each a client has, int [K, C]."""
+        """Returns the C classes of a column, sorted, and the counts per client and class, int [K,
+        C]."""
         classes, labels = classes_of(self.examples, column)
         shape = len(self.clients), len(classes)
         owner = np.repeat(np.arange(len(self.clients)), self.sizes())
@@ -66,21 +67,20 @@ class Partition:
         return classes.tolist(), np.bincount(cell, minlength=shape[0] * shape[1]).reshape(shape)
 
     def statistics(self, column: Column = "topic") -> dict[str, float]:
-        """How unlike the clients are.
+        """Computes how much the clients differ.
 
         Returns:
           A row of a table.
 
-          - clients, examples: how many; examples that no client holds do not count.
-          - smallest, median, largest: examples of a client.
-          - size_gini: 0 where all clients hold as many, towards 1 where one holds everything.
-          - classes: of the column, among what clients hold.
-          - effective_classes: exp(entropy) of the classes of a client, mean over clients: as many
-            classes in equal parts would be as mixed.
-          - total_variation: half the L1 distance between the class shares of a client and those of all
-            examples, in [0, 1], mean over clients: the part of its examples that would have to be of
-            another class. Small clients are some way off even if examples are dealt out at random:
-            compare with `iid`.
+          - clients, examples: their numbers; examples that no client holds do not count.
+          - smallest, median, largest: numbers of examples per client.
+          - size_gini: 0 if all clients hold equally many, towards 1 if one client holds everything.
+          - classes: number of classes of the column among the clients' examples.
+          - effective_classes: exp(entropy) of a client's classes, mean over clients: the number of
+            equally frequent classes with the same entropy.
+          - total_variation: half the L1 distance between a client's class shares and those of all
+            examples, in [0, 1], mean over clients: the share of its examples that would need another
+            class. It is above 0 for small clients even with a random split: compare with `iid`.
         """
         from scipy.special import entr  # here, because it takes a quarter of a second
 
@@ -103,10 +103,10 @@ class Partition:
 
 
 def partition(examples: Sequence[Any], scheme: Scheme, seed: int = 0) -> Partition:
-    """Splits examples, questions or passages, among clients; the same seed gives the same clients.
+    """Splits examples (questions or passages) over clients; the same seed gives the same clients.
 
     Raises:
-      DataError: no examples, or what the scheme refuses.
+      DataError: no examples; as the scheme.
       ConfigError: more clients than examples.
     """
     if len(examples) == 0:
@@ -116,7 +116,7 @@ def partition(examples: Sequence[Any], scheme: Scheme, seed: int = 0) -> Partiti
 
 
 def values_of(examples: Sequence[Any], column: str) -> list[Any]:
-    """An attribute or key of each example.
+    """Returns an attribute or key of each example.
 
     Raises:
       DataError: an example without it.
@@ -134,11 +134,11 @@ def values_of(examples: Sequence[Any], column: str) -> list[Any]:
 
 
 def classes_of(examples: Sequence[Any], column: Column) -> tuple[np.ndarray, np.ndarray]:
-    """The C different values of a column, sorted, and for each of N examples which: int [N].
+    """Returns the C distinct values of a column, sorted, and the class of each example, int [N].
 
     Raises:
-      DataError: an example without the column, labels that are not one per example, or values that
-        are not single ones or cannot be sorted.
+      DataError: an example without the column, not one label per example, or values that are not
+        scalars or cannot be sorted.
     """
     named = isinstance(column, str)
     values = values_of(examples, column) if named else column

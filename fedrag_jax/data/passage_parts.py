@@ -22,20 +22,20 @@ _SAMPLE = 10_000  # passages whose lengths stand for those of a table that is sp
 
 
 class PassageParts:
-    """Of each passage its tokens int32 [n], at most so many, or its text cut to them.
+    """The truncated tokens int32 [n] of each passage, or its truncated text.
 
-    Those of a list are made at once and kept in memory; those of a table are kept on disk and
-    memory-mapped, or, as texts, made when they are read.
+    Parts of a list are computed at once and kept in memory. Parts of a table are kept on disk and
+    memory-mapped; as texts, they are computed on demand.
 
     Args:
-      around: what stands around a passage, with {text} for its own words.
-      most: tokens of a part.
+      around: the text around a passage, with {text} for its own text.
+      most: maximum tokens of a part.
 
     Attributes:
-      lengths: int [N], tokens of each part; of a sample of them for texts of a table.
+      lengths: int [N], tokens of each part; for texts of a table, of a sample.
 
     Raises:
-      DataError: a passage with half a character in it.
+      DataError: a passage that contains half a character.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class PassageParts:
         return self._rows[row]
 
     def of(self, passage: Passage):
-        """That of a passage of anywhere."""
+        """Returns the part of any passage."""
         return self._of([passage])[0][0]
 
     def _of(self, passages: Sequence[Passage]) -> tuple[list, np.ndarray]:
@@ -98,7 +98,7 @@ class PassageParts:
 
 
 class _Tokens:
-    """Tokens of passages one after another in a file, memory-mapped."""
+    """The concatenated tokens of passages in a memory-mapped file."""
 
     def __init__(self, tokens: Path, starts: Path):
         self.starts = np.load(starts, mmap_mode="r", allow_pickle=False)

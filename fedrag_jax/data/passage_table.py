@@ -1,4 +1,4 @@
-"""Passages in an Arrow table, memory-mapped: one becomes Python when it is read."""
+"""Passages in a memory-mapped Arrow table; a passage becomes a Python object when it is read."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _AT_ONCE = 1000  # rows
 
 
 class PassageTable(Sequence[Passage]):
-    """Passages as a list has them, of the rows of a table.
+    """The rows of a table as a sequence of passages.
 
     Args:
-      rows: as `datasets` opened them.
-      columns: which column is which of `FIELDS`; `text` must be there, ids are row numbers by default.
-      where: names the table, for messages.
+      rows: rows opened by `datasets`.
+      columns: the column of each of `FIELDS`; `text` is required, ids are row numbers by default.
+      where: name of the table, for messages.
 
     Raises:
-      DataError: a column that is not there, an id twice, no rows.
+      DataError: a missing column, a repeated id, or no rows.
     """
 
     def __init__(self, rows: datasets.Dataset, columns: Mapping[str, str], where: str):
@@ -61,7 +61,7 @@ class PassageTable(Sequence[Passage]):
 
     @property
     def fingerprint(self) -> str:
-        """Equal for tables of equal passages that were made the same way."""
+        """Equal for tables of equal passages created in the same way."""
         return f"{self.rows._fingerprint} {sorted(self._columns.items())}"
 
     def __len__(self) -> int:
@@ -85,7 +85,7 @@ class PassageTable(Sequence[Passage]):
             yield from self[start : start + _AT_ONCE]
 
     def column(self, field: str) -> Iterator[str]:
-        """One of `FIELDS`, passage by passage."""
+        """Yields one of `FIELDS` for each passage."""
         if field not in self._columns:
             yield from map(str, range(len(self))) if field == "id" else [""] * len(self)
             return
@@ -94,7 +94,7 @@ class PassageTable(Sequence[Passage]):
                 yield str(value.as_py() or "")
 
     def cut(self, tokenizer, tokens: int) -> PassageTable:
-        """The same texts as passages of so many tokens or fewer (`documents.split`), kept on disk.
+        """Splits the texts into passages of at most `tokens` tokens (`documents.split`), kept on disk.
 
         Args:
           tokenizer: a Hugging Face tokenizer.
@@ -133,7 +133,8 @@ class PassageTable(Sequence[Passage]):
 
 
 def pieces(passage: Passage, tokenizer, tokens: int) -> list[Passage]:
-    """A passage as passages of so many tokens or fewer, ID#0 and so on; itself if it is short.
+    """Splits a passage into passages of at most `tokens` tokens, ID#0 and so on; or returns it if
+    short.
 
     Raises:
       ConfigError: fewer than one token.

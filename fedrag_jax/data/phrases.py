@@ -1,10 +1,10 @@
 """The words of the built-in world: topics, sentence patterns and ways to ask.
 
 Placeholders: `{n}` a person, `{w}` a work, `{role}`, `{past}` (active), `{made}` (passive) and
-`{shown}` the topic's own words; the rest are values. `PLAIN` questions belong to every world. Test worlds alone
-have each topic's own ways to ask: `JARGON` says it in other words, `CHATTER` wraps a question in talk
-that has nothing to do with it. A model has to be tuned to follow them, and a client who knows one
-topic never meets the ways of another.
+`{shown}` the topic's own words; the rest are values. `PLAIN` questions belong to every world. Only test
+worlds have topic-specific questions: `JARGON` uses other words, and `CHATTER` wraps a question in
+unrelated talk. A model must be tuned to understand them, and a client that knows one topic never sees
+the phrases of another.
 """
 
 from typing import NamedTuple

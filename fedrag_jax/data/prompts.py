@@ -1,8 +1,8 @@
-"""How a question and its passages are put to a generator, and what it should write.
+"""Prompt styles: the text around question, passages and answer.
 
-A prompt is a row of segments (opening, passages, question, answer), each tokenised on its own where the
-tokenizer allows it (`spelling`): the boundary of the answer is exact, and a passage is tokenised once
-however often it is retrieved.
+A prompt is a sequence of segments (opening, passages, question, answer). Each segment is tokenised
+separately if the tokenizer allows it (`spelling`). The boundary of the answer is then exact, and a
+passage is tokenised once, however often it is retrieved.
 """
 
 import functools
@@ -16,16 +16,16 @@ class PromptStyle(NamedTuple):
     """The text around the parts of a prompt.
 
     Attributes:
-      passage: around `{text}`; before it there may be `{number}`, the passage's place from 1 on.
+      passage: the text around a passage, `{text}`, optionally with its `{number}` (from 1) before it.
       end: the token after an answer; the tokenizer's EOS if empty.
       bos: whether the tokenizer's BOS comes first.
-      final: what stands between reasoning and the final answer; empty where answers come without
-        reasoning. What follows it is the answer.
-      instructed: the opening under a system prompt, `{system}`; if empty, a line before the opening.
-      one_line: whether an answer ends with its line, as tables of exact matches count answers; where
-        `final` goes over lines an answer may do so, too.
-      stop: ends an answer of several lines, if not empty: small models go on with a question of their
-        own under the heading of the prompt's.
+      final: the text between reasoning and the final answer; empty if there is no reasoning.
+      instructed: the opening with a system prompt, `{system}`; if empty, the system prompt is a line
+        before the opening.
+      one_line: whether an answer ends at a line break, as in tables of exact match; if `final` spans
+        several lines, an answer may too.
+      stop: string that ends an answer of several lines, if not empty: small models continue with
+        another question under the heading of the prompt.
     """
 
     opening: str
@@ -40,7 +40,7 @@ class PromptStyle(NamedTuple):
     stop: str = ""
 
     def under(self, system: str) -> "PromptStyle":
-        """The style under a system prompt, in place of one that it has."""
+        """Returns the style with this system prompt, which replaces an existing one."""
         template = self.instructed or "{system}\n" + self.opening
         return self._replace(opening=template.replace("{system}", system), instructed=template)
 
@@ -121,13 +121,13 @@ CHATS = {
 
 
 def named_style(name: str, tokenizer, language: str = "English") -> PromptStyle:
-    """One of `STYLES`, or one of `CHATS`: in the turns of the tokenizer's own chat template.
+    """Returns one of `STYLES`, or one of `CHATS`, which use the tokenizer's own chat template.
 
     Args:
-      language: of answers, where the style asks for one.
+      language: language of answers, if the style names one.
 
     Raises:
-      ConfigError: an unknown name, or no chat template that passes the user's words on.
+      ConfigError: an unknown name, or no chat template that keeps the user's words.
     """
     if name not in (*STYLES, *CHATS):
         raise ConfigError(f"prompt_style must be one of {[*STYLES, *CHATS]}, got {name!r}")
@@ -136,15 +136,15 @@ def named_style(name: str, tokenizer, language: str = "English") -> PromptStyle:
 
 
 def plain(tokenizer, text: str) -> str:
-    """A text that means nothing but itself to a tokenizer: of special tokens in it, such as "</s>" or
-    "<|im_start|>", the first letter is set apart, lest a passage end its turn and speak for another."""
+    """Returns a text without special tokens: in "</s>" or "<|im_start|>", the first letter is
+    separated, so that a passage cannot end its turn and speak for another role."""
     specials = tuple(str(t) for t in tokenizer.added_tokens_decoder.values() if t.special)
     return _any_of(specials).sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
 
 
 @functools.lru_cache(16)
 def _any_of(tokens: tuple[str, ...]) -> re.Pattern:
-    """A pattern of all of them, the longest first, and of nothing where there are none."""
+    """Returns a pattern of all tokens, the longest first; it matches nothing if there are none."""
     longest_first = sorted((t for t in tokens if len(t) > 1), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
@@ -154,14 +154,14 @@ _SAME_DAY = "{% macro strftime_now(form) %}26 Jul 2024{% endmacro %}"
 
 
 def turns(tokenizer, *contents: str, reply: bool = False, system: str = "") -> str:
-    """What user and assistant say in turn, in the tokenizer's chat template.
+    """Formats alternating user and assistant turns with the tokenizer's chat template.
 
     Args:
-      reply: whether what opens the assistant's next turn follows.
-      system: what comes before, in a turn of its own; none if empty.
+      reply: whether to add the opening of the assistant's next turn.
+      system: system turn before the others; none if empty.
 
     Raises:
-      ConfigError: no chat template, several of which none is named "default", or one that fails.
+      ConfigError: no chat template, several without one named "default", or a template that fails.
     """
     templates = tokenizer.chat_template
     if not templates:
@@ -200,7 +200,7 @@ def _chat(tokenizer, name: str) -> PromptStyle:
     try:
         asked, answered = turns(tokenizer, said, reply=True), turns(tokenizer, said, answer)
         passed = passages in asked and question in asked and answer in answered
-        why = "" if passed else "it does not pass the words of user and assistant on"
+        why = "" if passed else "the template does not keep the words of user and assistant"
     except ConfigError as error:
         why = str(error)
     if why:
@@ -230,7 +230,8 @@ def _chat(tokenizer, name: str) -> PromptStyle:
 
 
 def _under_system(tokenizer, said: str) -> str:
-    """What a user says under a `{system}` prompt, which opens the user's turn if it may have none."""
+    """Formats a user turn with a `{system}` prompt, which opens the user turn if there is no system
+    turn."""
     mark = "@system@"
     try:
         asked = turns(tokenizer, said, reply=True, system=mark)

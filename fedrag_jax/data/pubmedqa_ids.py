@@ -1,5 +1,5 @@
-"""Which of the 1,000 labelled questions of PubMedQA are its test: the PubMed ids in the authors'
-`test_ground_truth.json` (pubmedqa/pubmedqa, MIT). The hub has all of them in one split."""
+"""The test questions among the 1,000 labelled questions of PubMedQA: the PubMed ids in the authors'
+`test_ground_truth.json` (pubmedqa/pubmedqa, MIT). The hub has all questions in one split."""
 
 _IDS = """
 7482275 7497757 7547656 7664228 7860319 8165771 8199520 8375607 8521557 8566975 8738894

@@ -1,20 +1,20 @@
-"""Ways to split examples among clients: each function returns a `Scheme` for `partition`.
+"""Schemes for splitting examples over clients: each function returns a `Scheme` for `partition`.
 
     partition(world.train, dirichlet(alpha=0.1, clients=32), seed=0)
 
 | scheme | clients differ in |
 |---|---|
 | `iid` | nothing |
-| `dirichlet` | classes and sizes: each class is shared out by itself |
-| `dirichlet_per_client` | classes: each client has a mixture of its own, all sizes are equal |
+| `dirichlet` | classes and sizes: each class is split separately |
+| `dirichlet_per_client` | classes: each client has its own mixture, all sizes are equal |
 | `shards` | classes: each client has a few pieces of the examples sorted by class |
-| `natural` | what the data says: a client for each value of a column |
+| `natural` | a column of the data: one client per value |
 | `quantity_skew` | sizes |
 
 `column` is an attribute or key of every example, or an array of labels, one per example, such as the
-clusters of `retrieval.clusters.kmeans_labels`. What is random is drawn again, up to 100 times, until
-each client has `min_examples`; alpha = inf is IID. Passages are split like questions, or go where the
-questions are (`corpora.following`).
+clusters of `retrieval.clusters.kmeans_labels`. Random splits are drawn again, up to 100 times, until
+each client has `min_examples`; alpha = inf is IID. Passages can be split like questions, or follow the
+questions (`corpora.following`).
 """
 
 import math
@@ -30,7 +30,7 @@ MAX_DRAWS = 100
 
 
 def iid(clients: int, min_examples: int = 1) -> Scheme:
-    """Examples shuffled and dealt out evenly: client sizes differ by one at most.
+    """Shuffles examples and splits them evenly: client sizes differ by at most one.
 
     Raises:
       ConfigError: fewer than one client, or too few examples for the clients.
@@ -48,15 +48,15 @@ def iid(clients: int, min_examples: int = 1) -> Scheme:
 def dirichlet(
     alpha: float, clients: int, column: Column = "topic", min_examples: int = 2
 ) -> Scheme:
-    """Label skew, class by class: each is shared out among clients in proportions ~ Dir(alpha).
+    """Label skew per class: each class is split over clients in proportions ~ Dir(alpha).
 
-    The per-class form of Hsu, Qi and Brown 2019 (arXiv 1909.06335) by Yurochkin et al. 2019
-    (1905.12022), as in Li et al. 2021 (2102.02079). Clients differ in size too.
+    This is the per-class form (Yurochkin et al. 2019, arXiv 1905.12022) of Hsu, Qi and Brown 2019
+    (1909.06335), as in Li et al. 2021 (2102.02079). Client sizes differ too.
 
     Args:
       alpha: concentration > 0 of each client; 0.1 gives each client few classes, `inf` is IID.
       column: attribute or key of an example that holds its class, or the N classes themselves.
-      min_examples: everything is drawn again, up to 100 times, until each client has so many.
+      min_examples: minimum examples per client; the split is drawn again, up to 100 times.
 
     Raises:
       ConfigError: alpha not > 0, fewer than one client, or too few examples for the clients.
@@ -89,11 +89,11 @@ def dirichlet(
 def dirichlet_per_client(
     alpha: float, clients: int, column: Column = "topic", min_examples: int = 2
 ) -> Scheme:
-    """Label skew, client by client: each draws a mixture of classes ~ Dir(alpha · class shares).
+    """Label skew per client: each client draws a mixture of classes ~ Dir(alpha · class shares).
 
-    Hsu, Qi and Brown 2019 (arXiv 1909.06335). Client sizes differ by one at most. A client fills up
-    from its mixture; where a class has run out, from the rest of its mixture. Clients do so in random
-    order, and the last have little choice.
+    Hsu, Qi and Brown 2019 (arXiv 1909.06335). Client sizes differ by at most one. A client takes
+    examples by its mixture; if a class is exhausted, it uses the rest of its mixture. Clients do so in
+    random order, so the last ones have little choice.
 
     Args:
       alpha: concentration > 0 of all classes together: with C equal classes, each has alpha / C. Near
@@ -127,13 +127,13 @@ def dirichlet_per_client(
 def shards(
     clients: int, per_client: int = 2, column: Column = "topic", min_examples: int = 2
 ) -> Scheme:
-    """Pathological label skew: examples sorted by class, cut in equal shards, a few per client.
+    """Pathological label skew: examples sorted by class, split into equal shards, a few per client.
 
-    McMahan et al. 2017 (arXiv 1602.05629). A shard may straddle classes; a client has at most
-    `per_client` of them and one more for each border within its shards.
+    McMahan et al. 2017 (arXiv 1602.05629). A shard may span several classes; a client has at most
+    `per_client` classes, plus one for each class border within its shards.
 
     Args:
-      per_client: shards of a client; all shards differ by one example at most.
+      per_client: shards per client; shard sizes differ by at most one example.
       column: attribute or key of an example that holds its class, or the N classes themselves.
 
     Raises:
@@ -161,15 +161,15 @@ def shards(
 
 
 def natural(column: Column = "topic", min_examples: int = 1, small: str = "refuse") -> Scheme:
-    """A client for each value of a column, such as the author or source, in the order of values.
+    """One client per value of a column, such as the author or source, in the order of values.
 
-    The natural split of LEAF (Caldas et al. 2018, arXiv 1812.01097). Nothing is random.
+    The natural split of LEAF (Caldas et al. 2018, arXiv 1812.01097); it is deterministic.
 
     Args:
       column: attribute or key of an example that names its client, or the N names themselves.
-      small: what becomes of values with fewer than `min_examples`: "refuse", "drop" (no client holds
-        them), or "merge" (one after the other from the smallest, until together they are enough; a
-        rest that is not joins the smallest of the others).
+      small: treatment of values with fewer than `min_examples`: "refuse", "drop" (no client holds
+        them), or "merge" (from the smallest up, until they have enough together; a remaining group that
+        is too small joins the smallest of the others).
 
     Raises:
       ConfigError: an unknown `small`.
@@ -202,13 +202,13 @@ def natural(column: Column = "topic", min_examples: int = 1, small: str = "refus
 
 
 def quantity_skew(alpha: float, clients: int, min_examples: int = 2) -> Scheme:
-    """Size skew alone: client sizes ~ Dir(alpha), examples dealt out at random.
+    """Size skew only: client sizes ~ Dir(alpha), examples assigned at random.
 
     Li et al. 2021 (arXiv 2102.02079).
 
     Args:
       alpha: concentration > 0 of each client; below 1 a few clients hold most, `inf` is IID.
-      min_examples: everything is drawn again, up to 100 times, until each client has so many.
+      min_examples: minimum examples per client; the split is drawn again, up to 100 times.
 
     Raises:
       ConfigError: alpha not > 0, fewer than one client, or too few examples for the clients.
@@ -240,10 +240,10 @@ def redrawn(
     where: str,
     remedy: str,
 ):
-    """What a scheme returns: of up to 100 draws, the first that leaves enough to every client.
+    """Returns the first of up to 100 draws in which every client has enough examples.
 
     Args:
-      owners: draws the client of each example, int [N].
+      owners: function that draws the client of each example, int [N].
     """
     owner = np.zeros(0, int)
     for draw in range(MAX_DRAWS):
@@ -252,36 +252,36 @@ def redrawn(
             return _grouped(owner, clients), draw
     raise DataError(
         f"{where}: in {MAX_DRAWS} draws from seed {seed} some client always had fewer than "
-        f"{min_examples} of the {len(owner)} examples; {remedy}, take fewer clients, "
+        f"{min_examples} of the {len(owner)} examples; {remedy}, use fewer clients, "
         "or lower min_examples"
     )
 
 
 def _grouped(owner: np.ndarray, clients: int) -> tuple[np.ndarray, ...]:
-    """The rows of each client, ascending, from the client of each row [N]."""
+    """Returns the rows of each client, ascending, given the client of each row [N]."""
     ends = np.cumsum(np.bincount(owner, minlength=clients))
     return tuple(np.split(np.argsort(owner, kind="stable"), ends[:-1]))
 
 
 def _sorted_by_class(labels: np.ndarray, rng) -> np.ndarray:
-    """All rows, class after class, shuffled within a class."""
+    """Returns all rows, sorted by class and shuffled within a class."""
     order = rng.permutation(len(labels))
     return order[np.argsort(labels[order], kind="stable")]
 
 
 def cut(shares: np.ndarray, total: int) -> np.ndarray:
-    """Whole numbers [K] that add up to the total, in proportion to shares [K] that add up to 1."""
+    """Returns integers [K] with sum `total`, in proportion to shares [K] with sum 1."""
     ends = np.round(np.cumsum(shares)[:-1] * total).astype(int)
     return np.diff(ends, prepend=0, append=total)
 
 
 def _filled(sizes: np.ndarray, left: np.ndarray, concentration: np.ndarray, rng) -> np.ndarray:
-    """How many of each class a client takes by its mixture while classes last, int [K, C].
+    """Returns the number of examples of each class that a client takes by its mixture, int [K, C].
 
     Args:
-      sizes: [K] of clients, which add up to those of classes.
-      left: [C] of classes.
-      concentration: [C] of the mixtures.
+      sizes: [K] client sizes, whose sum equals the sum of class sizes.
+      left: [C] class sizes.
+      concentration: [C] Dirichlet concentration of the mixtures.
     """
     table, left = np.zeros((len(sizes), len(left)), int), left.copy()
     for client in rng.permutation(len(sizes)):
@@ -297,7 +297,8 @@ def _filled(sizes: np.ndarray, left: np.ndarray, concentration: np.ndarray, rng)
 
 
 def _merged(sizes: np.ndarray, least: int) -> np.ndarray:
-    """A client for each value, int [C]: the smallest join until they hold the least together."""
+    """Returns the client of each value, int [C]; the smallest values are merged until they have
+    enough."""
     client, held = np.zeros(len(sizes), int), [0]
     for value in np.argsort(sizes, kind="stable"):
         client[value] = len(held) - 1

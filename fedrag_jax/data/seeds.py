@@ -1,4 +1,4 @@
-"""Random streams of the host, told apart by name."""
+"""Named random streams on the host."""
 
 import zlib
 
@@ -8,9 +8,9 @@ from fedrag_jax.errors import ConfigError
 
 
 def stream(seed: int, name: str, *ids: int) -> np.random.Generator:
-    """An independent generator for each seed, purpose and ids, such as a round or a client.
+    """Returns an independent generator for each seed, purpose and ids, such as a round or a client.
 
-    A draw depends on nothing drawn before it, so a resumed run draws the same.
+    A draw does not depend on earlier draws, so a resumed run draws the same numbers.
 
     Raises:
       ConfigError: a negative seed.

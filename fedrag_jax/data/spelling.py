@@ -1,8 +1,8 @@
-"""How a tokenizer spells a text that follows another.
+"""Tokenisation of a text that follows another text.
 
-Byte-level tokenizers spell most texts the same wherever they stand, so parts of a prompt are tokenised
-once and put together. Those of the kind of SentencePiece put a space before every text they are given,
-and may join what lies on both sides of a seam: their prompts are tokenised whole.
+Byte-level tokenizers tokenise most texts the same way in every position, so the parts of a prompt are
+tokenised once and concatenated. SentencePiece-like tokenizers put a space before every text, and may
+merge characters across a boundary: their prompts are tokenised as a whole.
 """
 
 import json
@@ -13,10 +13,10 @@ _PARTS = ["One text.\n", "Two texts.\n", "Who?", " Me."]
 
 
 class Spelling:
-    """Tokens of texts, none of which opens or closes a sequence.
+    """Tokenises texts without special tokens.
 
     Attributes:
-      adds_up: whether the tokens of parts are those of the whole.
+      adds_up: whether the tokens of concatenated parts equal the tokens of the whole text.
     """
 
     def __init__(self, tokenizer):
@@ -25,20 +25,20 @@ class Spelling:
         self.adds_up = parts == self.whole("".join(_PARTS))
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
-        """Of each text, as if it stood alone."""
+        """Returns the tokens of each text, tokenised alone."""
         if not texts:
             return []
         return self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]
 
     def whole(self, text: str) -> list[int]:
-        """Of one text."""
+        """Returns the tokens of one text."""
         return self([text])[0]
 
     def after(self, before: str, text: str) -> list[int]:
-        """Of a text as it follows another, such as an answer after its question.
+        """Returns the tokens of a text that follows another, such as an answer after its question.
 
-        Where a token would lie on both sides of the seam, but what comes before is there already, the
-        text is spelled as on a line of its own.
+        If a token would cross the boundary, the text is tokenised as if it were on a new line, because
+        the tokens before it are already fixed.
         """
         if self.adds_up or not before:
             return self.whole(text)
@@ -48,7 +48,7 @@ class Spelling:
         return both[len(head) :]
 
     def cut(self, text: str, most: int) -> tuple[str, int]:
-        """The beginning of a text that stands alone, of `most` tokens, and how many it has."""
+        """Returns the beginning of a text, at most `most` tokens, and its number of tokens."""
         tokens = self.whole(text)
         if len(tokens) <= most:
             return text, len(tokens)
@@ -59,9 +59,9 @@ class Spelling:
 
 
 def definition(tokenizer) -> str:
-    """What a Hugging Face tokenizer does, as JSON: equal for equal tokenizers.
+    """Returns the definition of a Hugging Face tokenizer as JSON; equal for equal tokenizers.
 
-    Left out is what its last call cut and padded to: a state of the object, not of the tokenizer.
+    The truncation and padding of its last call are left out: they are a state of the object.
     """
     told = json.loads(tokenizer.backend_tokenizer.to_str())
     told = {k: v for k, v in told.items() if k not in ("truncation", "padding")}

@@ -1,5 +1,5 @@
-"""Which questions train, choose and test, where a set does not say: by hashes, so that the same go the
-same way everywhere and more questions move none of those that were there.
+"""Default splits into train, validation and test by hashes: the same everywhere, and stable when
+questions are added.
 """
 
 import hashlib
@@ -16,16 +16,16 @@ Split = dict[str, list[Example]]
 
 
 def side(identifier: str) -> str:
-    """The split of a question that does not say: by the sha256 of its id, 70, 10 and 20 percent."""
+    """Returns the split of a question by the sha256 of its id: 70, 10 and 20 percent."""
     place = _fraction(identifier)
     return SPLITS[(place >= 0.7) + (place >= 0.8)]
 
 
 def labelled(label: str, splits: dict[str, str], where: str) -> str:
-    """The split that a label names.
+    """Returns the split that a label names.
 
     Raises:
-      DataError: none.
+      DataError: an unknown label.
     """
     if label not in splits:
         raise DataError(f"{where}: split {label!r} is none of {', '.join(splits)}")
@@ -33,11 +33,12 @@ def labelled(label: str, splits: dict[str, str], where: str) -> str:
 
 
 def with_validation(split: Split, by_topic: bool = False) -> Split:
-    """A tenth of the training questions for validation, where there is none.
+    """Moves a tenth of the training questions to validation, if there is no validation split.
 
     Args:
-      by_topic: whole topics, in the order of the sha256 of their names, until a tenth is held out, so
-        that none is on both sides; questions without a topic stay. Else questions, by their ids.
+      by_topic: move whole topics, in the order of the sha256 of their names, until a tenth is held out,
+        so that no topic is in both splits; questions without a topic stay. Otherwise move questions by
+        their ids.
     """
     if split["validation"]:
         return split
@@ -55,7 +56,7 @@ def with_validation(split: Split, by_topic: bool = False) -> Split:
 
 
 def held_out_topics(train: Sequence[Example]) -> set[str]:
-    """As of `with_validation`."""
+    """Returns the held-out topics of `with_validation`."""
     sizes: dict[str, int] = {}
     for example in train:
         if example.topic:
@@ -70,7 +71,7 @@ def held_out_topics(train: Sequence[Example]) -> set[str]:
 
 
 def dealt(examples: Iterable[Example], name: Callable[[Example], str]) -> Split:
-    """Each example in the split that `name` gives, in the order given."""
+    """Puts each example into the split that `name` returns, keeping the order."""
     split: Split = {name: [] for name in SPLITS}
     for example in examples:
         split[name(example)].append(example)
@@ -78,7 +79,7 @@ def dealt(examples: Iterable[Example], name: Callable[[Example], str]) -> Split:
 
 
 def by_label(questions: Sequence[Labelled]) -> Split:
-    """Where their labels say, or by `side`; where none is for validation, a tenth of train."""
+    """Splits questions by their labels, or by `side`; validation defaults to a tenth of train."""
     known = {split: split for split in SPLITS}
     places = {e.id: labelled(label, known, where) for e, label, where in questions if label}
     examples = (e for e, _, _ in questions)

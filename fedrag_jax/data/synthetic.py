@@ -1,17 +1,17 @@
-"""A fictional world with gold labels: deterministic, free of downloads, unknown to any model.
+"""A fictional world with gold labels: deterministic, without downloads, unknown to any model.
 
-People make works. A person's passage tells where they were born, trained and settled (and when); a
-work's passage tells who made it, when, where it was shown and who owns it. One-hop questions ask for
+People make works. A person's passage says where they were born, trained and settled (and when); a
+work's passage says who made it, when, where it was shown and who owns it. One-hop questions ask for
 one fact; two-hop questions ask about the maker of a work and need both passages. Every answer type
-has at least 200 values, so that guessing scores nothing. Names that share a word are the hard
-distractors: with `crowding` c, about c people of a topic share each family name and up to c works
+has at least 200 values, so that guessing scores almost nothing. Names that share a word are the hard
+distractors: with `crowding` c, about c people of a topic share each family name, and up to c works
 share each title word.
 
-Questions are split by fact: a person and all their works belong to one split, so no fact asked in
-the test set was asked in training, while all passages are in the one corpus that is searched.
+Questions are split by fact: a person and all their works belong to one split, so no fact in the test
+questions occurs in training questions. All passages are in one corpus.
 
-The reasoning of a question are the sentences of its gold passages that tell the facts, in the order in
-which they lead to the answer.
+The reasoning of a question consists of the sentences of its gold passages that state the facts, in the
+order in which they lead to the answer.
 """
 
 import itertools
@@ -43,18 +43,18 @@ SYLLABLES = tuple(map("".join, itertools.product(ONSETS, VOWELS, CODAS)))
 
 
 class WorldConfig(NamedTuple):
-    """What a world is made of.
+    """The settings of a world.
 
     Attributes:
-      seed: of everything drawn.
-      side: "pretraining" or "test": the two halves of all names there can be; no name is in both.
+      seed: random seed.
+      side: "pretraining" or "test": two disjoint halves of all possible names.
       people, works: per topic.
       junk: passages without any fact.
-      crowding: how many entities share a name word, the closeness of distractors.
-      jargon: fraction of one-hop questions asked in the topic's own jargon.
-      chatter: fraction of the other questions that come wrapped in the topic's own chatter.
-      passage_chatter: fraction of a passage's sentences that come wrapped in the topic's chatter.
-      questions: train, validation and test; a quarter of each is two-hop.
+      crowding: number of entities that share a name word; more make harder distractors.
+      jargon: fraction of one-hop questions in the topic's own jargon.
+      chatter: fraction of the other questions that are wrapped in the topic's own chatter.
+      passage_chatter: fraction of a passage's sentences that are wrapped in the topic's chatter.
+      questions: numbers of train, validation and test questions; a quarter of each is two-hop.
     """
 
     seed: int = 0
@@ -70,7 +70,7 @@ class WorldConfig(NamedTuple):
 
 
 class Entity(NamedTuple):
-    """A person or a work with everything its passage says."""
+    """A person or a work with all facts of its passage."""
 
     id: str
     topic: int
@@ -84,10 +84,10 @@ WORLDS = {"world": WorldConfig(), "chatty_world": WorldConfig(passage_chatter=1.
 
 
 def generate(config: WorldConfig | None = None) -> Dataset:
-    """The world as passages and questions.
+    """Generates a world with its passages and questions.
 
     Raises:
-      ConfigError: an unknown side, or more questions asked for than there are facts.
+      ConfigError: an unknown side, or more questions than there are facts.
     """
     config = config or WorldConfig()
     if config.side not in ("pretraining", "test"):
@@ -111,19 +111,19 @@ def generate(config: WorldConfig | None = None) -> Dataset:
 
 
 class _Words:
-    """Invented words. A person's name and a work's title are made of one-syllable words, which worlds
-    share; whole names, and the two-syllable words of cities and houses, belong to one side for good.
+    """Invented words. Names and titles consist of one-syllable words, which worlds share. Whole names,
+    and the two-syllable words of cities and houses, always belong to one side.
     """
 
     def __init__(self, rng: np.random.Generator, side: str):
         self._rng, self._half, self._seen = rng, int(side == "test"), set()
 
     def ours(self, name: str) -> bool:
-        """Whether a name belongs to this side, whatever the seed."""
+        """Returns whether a name belongs to this side; independent of the seed."""
         return zlib.crc32(name.encode()) % 2 == self._half
 
     def new(self) -> str:
-        """A two-syllable word not drawn before."""
+        """Returns a new two-syllable word."""
         while True:
             word = "".join(self._rng.choice(SYLLABLES, size=2)).capitalize()
             if self.ours(word) and word not in self._seen:
@@ -131,15 +131,15 @@ class _Words:
                 return word
 
     def pool(self, size: int) -> list[str]:
-        """That many new words."""
+        """Returns `size` new words."""
         return [self.new() for _ in range(size)]
 
     def short(self, size: int) -> list[str]:
-        """One-syllable words, all different."""
+        """Returns distinct one-syllable words."""
         return [w.capitalize() for w in self._rng.choice(SYLLABLES, size=size, replace=False)]
 
     def names(self, first: list[str], second: tuple[str, ...] | list[str], size: int) -> list[str]:
-        """Names of two words that are ours and not drawn before."""
+        """Returns new names of two words that belong to this side."""
         free = [f"{a} {b}" for a in first for b in second]
         free = [name for name in free if self.ours(name) and name not in self._seen]
         if len(free) < size:
@@ -152,7 +152,7 @@ class _Words:
 
 
 def _entities(config, rng, words) -> tuple[list[Entity], list[Entity]]:
-    """People first, then the works they made."""
+    """Returns people, then the works they made."""
     cities = words.pool(240)
     schools = [f"{word} Academy" for word in words.pool(220)]
     houses = [f"House {word}" for word in words.pool(220)]
@@ -205,7 +205,7 @@ def _vocabulary(entity: Entity) -> dict[str, str]:
 
 
 def _questions(config, rng, people, works, texts) -> list[list[Example]]:
-    """Train, validation and test questions; a person and their works are in one split."""
+    """Returns train, validation and test questions; a person and their works are in one split."""
     sizes = np.array(config.questions)
     splits = rng.choice(3, size=len(people), p=sizes / sizes.sum())
     one_hop, two_hop = [[], [], []], [[], [], []]
@@ -262,7 +262,7 @@ def _example(entity: Entity, fact: str, hops: int, config, people, rng, texts) -
 
 
 def _sentence(entity: Entity, fact: str, texts: dict[str, str]) -> str:
-    """The sentence of an entity's passage that tells a fact."""
+    """Returns the sentence of an entity's passage that states a fact."""
     patterns = WORK_PASSAGES if entity.maker is not None else PERSON_PASSAGES
     sentences = (s for pattern in patterns for s in _sentences(pattern))
     telling = (

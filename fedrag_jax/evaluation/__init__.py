@@ -1,1 +1,1 @@
-"""How good the answers are, and how sure that is."""
+"""Evaluation: scores of answers and retrieval, and their uncertainty."""

@@ -1,7 +1,8 @@
-"""Answers that cite: are the right passages named, and no others, and is nothing made up?
+"""Evaluation of answers with citations.
 
-The paper's citation accuracy (ALoFTRAG, 2501.11929, section 4.2) asks whether the gold passage is among
-those cited, which citing all of them always achieves; precision, recall and F1 stand beside it.
+The paper's citation accuracy (ALoFTRAG, 2501.11929, section 4.2) is 1 if the gold passage is among the
+cited ones, so citing all passages always achieves it. Precision, recall and F1 are therefore reported
+too.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,13 +28,13 @@ def contexts_of(
     seed: int = 0,
     pool: Pool | None = None,
 ) -> tuple[list[Context], np.ndarray]:
-    """The n passages that are read for each question, in random order, and which were hard to find.
+    """Returns the n passages to read for each question, in random order, and which questions are hard.
 
     Args:
-      forced: put a gold passage in place of the last of the n where none is among them, as the paper
-        does; else questions are read with what was found, from end to end.
-      seed: of the order.
-      pool: `pool(example)`, the corpus rows that may be read; all, unless given.
+      forced: replace the last of the n passages by a gold one if there is none among them, as in the
+        paper; otherwise the retrieved passages are read (end to end).
+      seed: random seed of the order.
+      pool: `pool(example)`: the corpus rows to choose from; default: all.
 
     Returns:
       Contexts, and bool [Q]: whether no gold passage is among the n nearest.
@@ -58,7 +59,8 @@ def without_gold(
     seed: int = 0,
     pool: Pool | None = None,
 ) -> list[Context]:
-    """The n nearest passages that are not gold, in random order: nothing to be cited."""
+    """Returns the n nearest passages that are not gold, in random order; none of them is to be
+    cited."""
     row = {identifier: i for i, identifier in enumerate(ids_of(retriever.passages))}
     most = max((len(e.positive_ids) for e in examples), default=0)
     size = len(retriever.passages)
@@ -80,11 +82,11 @@ def evaluate_citing(
     judge: Callable[..., np.ndarray] | None = None,
     **sampling,
 ) -> dict[str, np.ndarray]:
-    """Scores [Q] of reading those contexts: `em`, `f1`, and those of `citation_scores`.
+    """Returns scores [Q] for reading these contexts: `em`, `f1`, and those of `citation_scores`.
 
     Args:
-      judge: `judge(examples, texts, answers)`, verdicts [repeats, Q] on the answers given the gold
-        passages, such as `judge.judged` with its author; each repeat is a score, `judged_<i>`.
+      judge: `judge(examples, texts, answers)`: verdicts [repeats, Q] on the answers given the gold
+        passages, such as `judge.judged` with its author; each repeat is a score `judged_<i>`.
       sampling: options of `RAGSystem.read`.
 
     Raises:
@@ -110,11 +112,11 @@ def evaluate_citing(
 def citation_scores(
     named: Sequence[tuple[int, ...] | None], golds: Sequence[tuple[int, ...]]
 ) -> dict[str, np.ndarray]:
-    """`citation`, `citation_precision`, `citation_recall`, `citation_f1`, `abstained` [Q].
+    """Returns `citation`, `citation_precision`, `citation_recall`, `citation_f1`, `abstained` [Q].
 
     Args:
-      named: numbers cited; () for none on purpose, None for no citation at all.
-      golds: numbers of the gold passages; where there are none, whoever cites none is right.
+      named: cited numbers; () for an explicit citation of none, None for an invalid citation.
+      golds: numbers of the gold passages; if there are none, citing none is correct.
     """
     scores = {"citation": [], "citation_precision": [], "citation_recall": [], "citation_f1": []}
     for numbers, gold in zip(named, golds, strict=True):

@@ -1,4 +1,4 @@
-"""One system on one set of questions: answers, retrieval, and the controls that keep them honest."""
+"""Evaluates a system on a set of questions: answers, retrieval, and controls."""
 
 from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple, Unpack
@@ -28,20 +28,21 @@ def evaluate(
     rule: str = "squad",
     **how: Unpack[AnsweringOptions],
 ) -> dict[str, np.ndarray]:
-    """Per-question scores in [0, 1], each [Q]: `em`, `f1`, `recall_at_5`, `mrr`.
+    """Returns scores per question in [0, 1], each [Q]: `em`, `f1`, `recall_at_5`, `mrr`.
 
-    The passages are those that the system answers from, of its store where it has one. It is searched
-    once, for as many as rankings want, and the first top-k are read. Answers are greedy, from one
-    prompt, unless said otherwise. Rankings of questions without a gold passage have no score: NaN.
+    The system searches its own passages, or its store if it has one. There is one search with enough
+    passages for the rankings, and the first top-k are read. By default answers are greedy, from one
+    prompt. The ranking scores of questions without a gold passage are NaN.
 
     Args:
-      rule: of `metrics.f1`, such as "zh" and "ja" for answers in Chinese and Japanese.
-      how: `mode`, `beams` and other options of `RAGSystem.batch_query`. In mode "search" there are also
-        `searches`, how many each question took; rankings are those of the question itself.
+      rule: rule of `metrics.f1`, such as "zh" and "ja" for answers in Chinese and Japanese.
+      how: `mode`, `beams` and other options of `RAGSystem.batch_query`. In mode "search" the result
+        also has `searches`, the number of searches per question; rankings are those of the question
+        itself.
 
     Raises:
       DataError: a gold passage that is not among the system's passages.
-      ConfigError: gold passages, and a store that does not tell which passages it has.
+      ConfigError: questions with gold passages, and a store that does not list its passages.
     """
     golds, k = _golds(system, examples), system.top_k
     found = _found(system, examples, max(RANKED, k))
@@ -72,7 +73,7 @@ def evaluate_retrieval(
 def ranking(
     retriever: Retriever, examples: Sequence[Example], read: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Corpus rows and similarities [Q, k] of as many passages as `rank_scores` wants, or are read."""
+    """Returns corpus rows and similarities [Q, k] of the passages for `rank_scores` and for reading."""
     depth = min(max(RANKED, read), len(retriever.passages))
     return retriever.search([e.question for e in examples], depth)
 
@@ -80,7 +81,8 @@ def ranking(
 def rank_scores(
     retriever: Retriever, examples: Sequence[Example], rows, depths: Sequence[int] = (5,)
 ) -> dict[str, np.ndarray]:
-    """`recall_at_<depth>` and `mrr` [Q] of corpus rows [Q, >= 10], best first; NaN without gold.
+    """Returns `recall_at_<depth>` and `mrr` [Q] of corpus rows [Q, >= 10], best first; NaN without
+    gold.
 
     Raises:
       DataError: a gold passage that is not in the corpus.
@@ -104,11 +106,23 @@ def _rank_scores(rows, golds: Sequence[set], depths: Sequence[int]) -> dict[str,
     return scores | {"mrr": everywhere(rankings.mrr(ranked, golds))}
 
 
+def rankings_alone(system: RAGSystem, examples: Sequence[Example]) -> dict[str, np.ndarray]:
+    """The scores of `evaluate` without answering anything: `em` and `f1` are NaN.
+
+    Raises:
+      DataError, ConfigError: as `evaluate`.
+    """
+    names = _found(system, examples, max(RANKED, system.top_k)).names
+    unknown = np.full(len(examples), np.nan)
+    scores = _rank_scores(*_numbered(names, _golds(system, examples)), (5,))
+    return {"em": unknown, "f1": unknown} | scores
+
+
 # --- controls --------------------------------------------------------------------------------------
 
 
 def gold_passage(system: RAGSystem, examples: Sequence[Example]) -> dict[str, np.ndarray]:
-    """`em`, `f1` [Q] when the gold passages alone are read: the ceiling of a perfect retriever.
+    """Returns `em`, `f1` [Q] with only the gold passages: the ceiling of a perfect retriever.
 
     Raises:
       DataError, ConfigError: as `evaluate`.
@@ -125,14 +139,14 @@ def gold_passage(system: RAGSystem, examples: Sequence[Example]) -> dict[str, np
 
 
 def closed_book(system: RAGSystem, examples: Sequence[Example]) -> dict[str, np.ndarray]:
-    """`em`, `f1` [Q] without any passage: what the generator knows by heart."""
+    """Returns `em`, `f1` [Q] without any passage: what the generator has memorised."""
     return answers(system, examples, [()] * len(examples))
 
 
 def distractor_passage(system: RAGSystem, examples: Sequence[Example]) -> dict[str, np.ndarray]:
-    """`em`, `f1` [Q] when the nearest passage without the answer stands in for the gold one.
+    """Returns `em`, `f1` [Q] with the nearest passage without the answer instead of the gold one.
 
-    A question of whose nearest 50 passages none will do is read without a passage.
+    If all of a question's nearest 50 passages contain an answer, it is read without a passage.
 
     Raises:
       DataError, ConfigError: as `evaluate`.
@@ -156,10 +170,10 @@ def answers(
     rule: str = "squad",
     **how,
 ) -> dict[str, np.ndarray]:
-    """`em`, `f1` [Q] when those corpus rows or passages are read, whatever would be found.
+    """Returns `em`, `f1` [Q] for the given corpus rows or passages, without a search.
 
     Args:
-      scores: similarities [Q, k] of what is read.
+      scores: similarities [Q, k] of the passages.
       rule, how: see `evaluate`.
     """
     predictions = system.answer([e.question for e in examples], rows, scores, **how)
@@ -167,7 +181,7 @@ def answers(
 
 
 def answer_nll(system: RAGSystem, examples: Sequence[Example], rows) -> np.ndarray:
-    """-log p(first answer, EOS | passages, question) [Q], in nats, when corpus rows [Q, k] are read."""
+    """Returns -log p(first answer, EOS | passages, question) [Q], in nats, for corpus rows [Q, k]."""
     prompts, found = system.prompts.wide_enough_for(examples), []
     table = prompts.training_table(examples, rows, per_passage=False)
     for start in range(0, len(examples), BATCH):
@@ -182,11 +196,11 @@ _log_probs = jax.jit(answer_log_probs, static_argnums=0)
 
 
 def traced(network: Network, params, adapters, table, place: Callable) -> jax.stages.Traced:
-    """The program of `answer_nll`, for shapes.
+    """Returns the traced program of `answer_nll`, from shapes.
 
     Args:
-      table: of `Prompts.training_table`.
-      place: `place(tree)`, shapes where the program is to have them.
+      table: shapes of `Prompts.training_table`.
+      place: `place(tree)`: adds the placement to shapes.
     """
     batch = {k: jax.ShapeDtypeStruct((BATCH, *x.shape[1:]), x.dtype) for k, x in table.items()}
     return _log_probs.trace(network, *place((params, adapters, batch)))
@@ -196,12 +210,12 @@ def traced(network: Network, params, adapters, table, place: Callable) -> jax.st
 
 
 class _Found(NamedTuple):
-    """What a system finds for each of Q questions, best first.
+    """The passages a system finds for each of Q questions, best first.
 
     Attributes:
       read: corpus rows, or passages of a store.
-      scores: their similarities; None where a store scores by something else.
-      names: what tells them apart: corpus rows, or ids.
+      scores: their similarities; None if a store uses other scores.
+      names: their identifiers: corpus rows or ids.
     """
 
     read: np.ndarray | Sequence[Sequence[int | Passage]]
@@ -210,7 +224,7 @@ class _Found(NamedTuple):
 
 
 def _found(system: RAGSystem, examples: Sequence[Example], depth: int) -> _Found:
-    """The `depth` passages that fit best, or all there are."""
+    """Returns the `depth` best passages, or all of them."""
     if system.store is None:  # rows, because the corpus is tokenised
         rows, scores = ranking(system.retriever, examples, depth)
         return _Found(rows, scores, rows)
@@ -227,7 +241,7 @@ def _passage(system: RAGSystem, one: int | Passage) -> Passage:
 
 
 def _golds(system: RAGSystem, examples: Sequence[Example]) -> list[set]:
-    """The gold passages of each question, by the names of `_Found`."""
+    """Returns the gold passages of each question, by the names of `_Found`."""
     store, golds = system.store, [{*e.positive_ids} for e in examples]
     if store is None:
         return _gold_rows(system.retriever, examples)
@@ -235,8 +249,8 @@ def _golds(system: RAGSystem, examples: Sequence[Example]) -> list[set]:
         return golds
     if not isinstance(store, KnowledgeStore):
         raise ConfigError(
-            f"a store of kind {store.kind!r} does not tell which passages it has, so its rankings "
-            "cannot be scored: give questions without positive_ids, and answers alone are scored"
+            f"a store of kind {store.kind!r} does not list its passages, so its rankings cannot be "
+            "scored: give questions without positive_ids, then only answers are scored"
         )
     try:
         store.get(sorted(set().union(*golds)))
@@ -261,8 +275,8 @@ def _gold_rows(retriever: Retriever, examples: Sequence[Example]) -> list[set[in
 def _numbered(
     names: np.ndarray | Sequence[Sequence[Hashable]], golds: Sequence[set]
 ) -> tuple[np.ndarray, list[set[int]]]:
-    """Rankings int [Q, k >= 10] of passages by a number each, and gold numbers; where less was found
-    there are numbers of no passage."""
+    """Returns rankings int [Q, k >= 10] with a number per passage, and gold numbers; missing results
+    get numbers of no passage."""
     number: dict[Hashable, int] = {}
     ranked = np.tile(-1 - np.arange(max(RANKED, *map(len, names))), (len(names), 1))
     for row, some in zip(ranked, names, strict=True):

@@ -1,4 +1,4 @@
-"""Answers judged by a model that is asked whether they are right, several times."""
+"""Answers judged by a model, which decides several times whether they are right."""
 
 import pathlib
 from collections.abc import Sequence
@@ -23,18 +23,18 @@ def judged(
     temperature: float = 1.0,
     ask: Ask = JUDGE,
 ) -> np.ndarray:
-    """What the author makes of answers: float [repeats, Q], 1 for right, 0 for wrong, NaN for neither.
+    """Returns the author's verdicts on answers: float [repeats, Q], 1 right, 0 wrong, NaN unparsable.
 
-    A mean over repeats has the spread of the judge in it, which a single verdict hides.
+    Repeats show the variation of the judge, which a single verdict hides.
 
     Args:
       texts: the gold passage of each example.
-      answers: to be judged; the reference is the example's first.
-      folder: where its replies are kept; what is there is not asked again.
-      temperature: of all but the first repeat, which is the likeliest verdict.
+      answers: the answers to judge; the reference is the example's first answer.
+      folder: folder of the stored replies, which are not requested again.
+      temperature: temperature of all repeats but the first, which is greedy.
 
     Raises:
-      ConfigError: repeats below 1, or replies in the folder that were asked otherwise.
+      ConfigError: repeats below 1, or stored replies to other prompts or settings.
     """
     if repeats < 1:
         raise ConfigError(f"repeats must be at least 1, got {repeats}")

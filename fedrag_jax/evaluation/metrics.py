@@ -26,7 +26,7 @@ ABSTENTIONS = (UNKNOWN, "unanswerable", "noanswer", "no answer", "I don't know",
 
 
 def percent(scores: np.ndarray) -> float:
-    """100 × the mean over all questions (and seeds, if there is an axis for them)."""
+    """Returns 100 × the mean over all questions (and seeds, if there is an axis for them)."""
     scores = np.asarray(scores, np.float64)
     if not scores.size:
         raise DataError("no question was scored: an average over nothing has no value")
@@ -37,35 +37,35 @@ YES_NO = ("yes", "no", "noanswer")
 
 
 def exact_match(prediction: str, answers: Sequence[str], rule: str = "squad") -> float:
-    """1.0 if the prediction is one of the answers after normalisation, else 0.0.
+    """Returns 1.0 if the prediction is one of the answers after normalisation, else 0.0.
 
     Args:
-      rule: as of `f1`.
+      rule: as in `f1`.
     """
     return _best(lambda p, a: float(p == a), prediction, answers, rule)
 
 
 def f1(prediction: str, answers: Sequence[str], rule: str = "squad") -> float:
-    """Overlap of the bags of normalised words, best over the answers, in [0, 1].
+    """Returns the F1 of the bags of normalised words, best over the answers, in [0, 1].
 
     Args:
-      rule: "squad" as evaluate-v1.1.py; "squad_v2" as evaluate-v2.0.py, where a question may have no
-        answer and an empty prediction is then right; "hotpotqa" as hotpot_evaluate_v1.py, where yes, no
-        and noanswer share no word with anything but themselves; "zh" as mlqa_evaluation_v1.py does for
-        Chinese, by character; "ja" the same for Japanese, kana included.
+      rule: "squad" as in evaluate-v1.1.py; "squad_v2" as in evaluate-v2.0.py, where a question may have
+        no answer and an empty prediction is then correct; "hotpotqa" as in hotpot_evaluate_v1.py, where
+        yes, no and noanswer match only themselves; "zh" as in mlqa_evaluation_v1.py for Chinese, by
+        character; "ja" the same for Japanese, including kana.
 
     Raises:
       ConfigError: an unknown rule.
-      DataError: no answers, but in SQuAD v2.
+      DataError: no answers, except in SQuAD v2.
     """
     return _best(None, prediction, answers, rule)
 
 
 def substring_match(prediction: str, answers: Sequence[str]) -> float:
-    """1.0 if an answer is somewhere in the prediction after normalisation: sub-EM, or accuracy.
+    """Returns 1.0 if the prediction contains an answer after normalisation: sub-EM, or accuracy.
 
-    It rises with the length of predictions, so it stands beside exact match and not in its place. An
-    answer of which normalisation leaves nothing, such as "A", is found where it stands as it is.
+    It grows with the length of predictions, so report it together with exact match. An answer that
+    normalisation makes empty, such as "A", is matched literally.
     """
     _require_answers(answers)
     said = normalize_answer(prediction)
@@ -78,9 +78,10 @@ def substring_match(prediction: str, answers: Sequence[str]) -> float:
 
 
 def rouge_l(prediction: str, answers: Sequence[str]) -> float:
-    """F-measure of the longest common subsequence of words, best over the answers (Lin, 2004).
+    """Returns the F-measure of the longest common subsequence of words, best over the answers (Lin,
+    2004).
 
-    By the package rouge-score, without stemming: lower case, words of Latin letters and digits alone.
+    Uses the package rouge-score without stemming: lower case, only words of Latin letters and digits.
 
     Raises:
       ConfigError: the package is missing.
@@ -93,10 +94,10 @@ def rouge_l(prediction: str, answers: Sequence[str]) -> float:
 def score_answers(
     predictions: Sequence[str], answers: Sequence[Sequence[str]], rule: str = "squad"
 ) -> dict[str, np.ndarray]:
-    """{"em": [Q], "f1": [Q]} of one prediction per question against all of its answers.
+    """Returns {"em": [Q], "f1": [Q]} for one prediction per question against all of its answers.
 
     Args:
-      rule: as of `f1`.
+      rule: as in `f1`.
     """
     pairs = list(zip(predictions, answers, strict=True))
     return {
@@ -106,9 +107,9 @@ def score_answers(
 
 
 def abstained(predictions: Sequence[str], abstentions: Sequence[str] = ABSTENTIONS) -> np.ndarray:
-    """[Q]: 1 where a prediction is blank or one of the ways to say that nothing is known.
+    """Returns [Q]: 1 if a prediction is blank or one of the abstentions.
 
-    "A" is an answer, though its normal form is empty.
+    "A" is an answer, although its normal form is empty.
     """
     said = {comparable(text) for text in ("", *abstentions)}
     return np.array([float(comparable(p) in said) for p in predictions])
@@ -136,7 +137,7 @@ def _hotpotqa_f1(prediction: str, answer: str) -> float:
 
 
 class Rule(NamedTuple):
-    """How answers are compared: their normal form, and F1 of two of them."""
+    """A rule for comparing answers: the normal form, and F1 of two answers."""
 
     normal: Callable[[str], str]
     f1: Callable[[str, str], float]
@@ -152,7 +153,7 @@ RULES = {
 
 
 def require_rule(rule: str) -> Rule:
-    """The rule of a name.
+    """Returns the rule with a name.
 
     Raises:
       ConfigError: an unknown name.
@@ -165,7 +166,7 @@ def require_rule(rule: str) -> Rule:
 def _best(
     score: Callable[[str, str], float] | None, prediction: str, answers: Sequence[str], rule: str
 ) -> float:
-    """The best score over the answers, that of the rule's F1 unless another is given."""
+    """Returns the best score over the answers; default: the rule's F1."""
     normal, f1_of = require_rule(rule)
     if rule != "squad_v2" or isinstance(answers, str):
         _require_answers(answers)

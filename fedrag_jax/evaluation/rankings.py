@@ -33,7 +33,7 @@ def recall_fraction_at_k(ranked, golds: Sequence[Collection], k: int) -> np.ndar
 def mrr(ranked, golds: Sequence[Collection], k: int = 10) -> np.ndarray:
     """[Q]: 1 / rank of the first gold passage, 0 if it is not among the first k (MRR@10).
 
-    A ranking of fewer than k counts as it is: right for a corpus that is no larger.
+    A ranking with fewer than k passages is allowed, for small corpora.
     """
 
     def reciprocal_rank(top, gold):
@@ -47,7 +47,7 @@ def ndcg(ranked, golds: Sequence[Collection], k: int = 10) -> np.ndarray:
 
         DCG = sum over ranks r of grade / log2(r + 1)
 
-    over the same of the best ranking there is.
+    divided by the DCG of the best possible ranking.
     """
 
     def gain(top, gold):
@@ -72,11 +72,11 @@ def average_precision(ranked, golds: Sequence[Collection]) -> np.ndarray:
 def answer_recall_at_k(
     ranked, texts: Sequence[str], answers: Sequence[Sequence[str]], k: int
 ) -> np.ndarray:
-    """[Q]: 1 if one of the first k passages has an answer in it, gold or not.
+    """[Q]: 1 if one of the first k passages contains an answer, gold or not.
 
-    `ranked` [Q, >= k] are rows of `texts` [N]. Both sides are normalised as answers are, and whole
-    words must match; an answer of which normalisation leaves nothing, such as "A", is found where it
-    stands as it is, in capitals or not.
+    `ranked` [Q, >= k] are rows of `texts` [N]. Both sides are normalised like answers, and whole words
+    must match. An answer that normalisation makes empty, such as "A", is matched literally, ignoring
+    case.
     """
     ranked = _first(ranked, k, len(answers))
     if not all(0 <= row < len(texts) for top in ranked for row in top):
@@ -97,7 +97,7 @@ def answer_recall_at_k(
 
 
 def _per_question(score: Callable, ranked, golds: Sequence[Collection], k: int) -> np.ndarray:
-    """Of the first k ids of each question and its gold ids with their grades."""
+    """Applies a score to the first k ids of each question and its gold ids with their grades."""
     ranked, scores = _first(ranked, k, len(golds)), np.zeros(len(golds))
     for i, (top, gold) in enumerate(zip(ranked, golds, strict=True)):
         grades = gold if isinstance(gold, Mapping) else dict.fromkeys(gold, 1.0)

@@ -1,4 +1,4 @@
-"""What a rollout is worth: answers, form, and what its searches found."""
+"""Rewards of rollouts: for answers, for the format, and for searches."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,9 +11,9 @@ from fedrag_jax.objectives.policy_task import Reward
 
 @dataclasses.dataclass(frozen=True)
 class F1WithForm:
-    """ReSearch's (2503.19470): the F1 of an answer in good form, `floor` where that is 0; else 0.
+    """The reward of ReSearch (2503.19470): F1 of a well-formed answer, at least `floor`; else 0.
 
-    Yes and no share no word with anything but themselves.
+    Yes and no match only themselves.
     """
 
     tags: Tags = TAGS
@@ -28,8 +28,8 @@ class F1WithForm:
 
 @dataclasses.dataclass(frozen=True)
 class ExactWithForm:
-    """Search-R1's with form (2503.09516, version 0.3): 1 for a right answer in good form, `loose` for
-    one that is not, `form` for good form alone; else 0."""
+    """The reward of Search-R1 with format (2503.09516, version 0.3): 1 for a correct well-formed
+    answer, `loose` for a correct malformed one, `form` for a wrong well-formed one; else 0."""
 
     tags: Tags = TAGS
     loose: float = 0.8
@@ -45,10 +45,10 @@ class ExactWithForm:
 
 @dataclasses.dataclass(frozen=True)
 class WithRetrieval:
-    """Another reward and `bonus` where an answer stands in what the searches of the rollout found.
+    """Adds `bonus` to another reward if the searches of the rollout found an answer.
 
     Attributes:
-      text: gives the text of a found part's tokens.
+      text: function that returns the text of a retrieved part's tokens.
     """
 
     reward: Reward
@@ -63,7 +63,7 @@ class WithRetrieval:
 
 @dataclasses.dataclass(frozen=True)
 class WithCost:
-    """Another reward less `cost` for every search, and no less than 0."""
+    """Subtracts `cost` per search from another reward, down to 0."""
 
     reward: Reward
     cost: float = 0.02

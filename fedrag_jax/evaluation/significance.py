@@ -1,13 +1,12 @@
-"""How sure a number is, and whether two numbers differ.
+"""Confidence intervals and significance tests.
 
-`scores` are float [seeds, questions], or [questions] for one seed; the unit goes through unchanged.
+`scores` are float [seeds, questions], or [questions] for one seed; results have the same unit.
 `clusters` are int [questions]: questions of one cluster (about one article, or one gold passage) are
-not independent and are resampled together. Left out, every question is a cluster of its own.
-`weights` are float [seeds, questions], how much a question counts in the mean; left out, all alike.
+not independent and are resampled together. By default every question is a cluster of its own.
+`weights` are float [seeds, questions], the weight of a question in the mean; by default all are equal.
 
-An interval says what other seeds and other questions would have given: both are resampled. A
-permutation test speaks of the trained models alone, over questions; `paired_t_test` speaks of the
-method, over seeds.
+An interval covers other seeds and other questions: both are resampled. A permutation test over
+questions holds only for the trained models; `paired_t_test` over seeds holds for the method.
 """
 
 import functools
@@ -30,9 +29,9 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Two-level percentile bootstrap interval (low, high) of the mean.
 
-    Each resample draws, with replacement, as many seeds and as many clusters of questions as there
-    are: the pigeonhole bootstrap (Owen 2007, doi:10.1214/07-AOAS122), which errs towards width where
-    scores vary by seed and question at once. For paired scores pass the differences.
+    Each resample draws as many seeds and as many clusters of questions as there are, with replacement:
+    the pigeonhole bootstrap (Owen 2007, doi:10.1214/07-AOAS122). It is conservative (too wide) if
+    scores vary by seed and question at once. For paired scores, pass the differences.
     """
     if not 0 < level < 1:
         raise ConfigError(f"level must be between 0 and 1, got {level}")
@@ -44,17 +43,18 @@ def bootstrap_interval(
 def equivalence_test(
     a, b, margin: float, clusters=None, weights=None, *, resamples: int = 10_000, seed: int = 0
 ) -> float:
-    """p of two one-sided tests that the mean of a is within `margin` of that of b (Schuirmann 1987).
+    """Returns p of two one-sided tests that the means of a and b differ by less than `margin`
+    (Schuirmann 1987).
 
-    Each side by the two-level bootstrap of the paired differences, so that p < 0.05 exactly where the
-    90% interval lies between -margin and margin. Never 0: (1 + resamples beyond) / (1 + resamples).
+    Each side uses the two-level bootstrap of the paired differences, so that p < 0.05 exactly if the
+    90% interval is between -margin and margin. p is never 0: (1 + resamples beyond) / (1 + resamples).
 
     Args:
       a, b: [seeds, questions]; row i of both ran with the same seed.
-      margin: > 0, in the unit of the scores, named before the scores are known.
+      margin: > 0, in the unit of the scores; choose it before the scores are known.
 
     Raises:
-      ConfigError: a margin that is not positive, or other shapes.
+      ConfigError: a margin that is not positive, or different shapes.
     """
     if not margin > 0:
         raise ConfigError(f"an equivalence margin must be > 0, got {margin}")
@@ -67,7 +67,7 @@ def equivalence_test(
 
 
 def _resampled_means(scores, clusters, weights, resamples: int, seed: int) -> np.ndarray:
-    """Means [resamples] over seeds and clusters drawn with replacement."""
+    """Returns means [resamples] over seeds and clusters drawn with replacement."""
     scores = _matrix(scores)
     weights = np.ones_like(scores) if weights is None else _matrix(weights)
     sums, sizes = _by_cluster(weights * scores, clusters), _by_cluster(weights, clusters)
@@ -122,10 +122,10 @@ def seed_means(scores, weights=None) -> np.ndarray:
 def paired_permutation_test(
     a, b, clusters=None, *, resamples: int = 10_000, seed: int = 0
 ) -> float:
-    """Two-sided p that a and b, answers to the same questions, have the same mean.
+    """Returns the two-sided p of the hypothesis that a and b have the same mean on the same questions.
 
-    Flips the sign of each cluster's seed-averaged difference at random. With few enough clusters
-    that differ, all sign patterns are tried and p is exact; otherwise it is
+    The test flips the sign of each cluster's seed-averaged difference at random. If few clusters
+    differ, all sign patterns are tried and p is exact; otherwise it is
     (1 + patterns as extreme) / (1 + resamples), never 0 (Phipson and Smyth 2010).
 
     Args:
@@ -154,9 +154,9 @@ def paired_permutation_test(
 
 
 def paired_t_test(a, b) -> float | None:
-    """Two-sided p of a paired t test over the seeds' means.
+    """Returns the two-sided p of a paired t test over the seeds' means.
 
-    None below five seeds, and where all seeds differ by the same, which says nothing of their spread.
+    It is None with fewer than five seeds, or if the difference is the same for all seeds.
 
     Args:
       a, b: [seeds, questions]; row i of both ran with the same seed, and rows are independent.
@@ -175,10 +175,10 @@ def paired_t_test(a, b) -> float | None:
 
 
 def effect_size(a, b) -> float | None:
-    """Cohen's d_z of paired answers: the mean difference over the questions' standard deviation of it.
+    """Returns Cohen's d_z: the mean difference divided by its standard deviation over questions.
 
-    Lakens 2013 (Front. Psychol. 4:863). Scores are averaged over seeds first. None where all questions
-    differ by the same.
+    Lakens 2013 (Front. Psychol. 4:863). Scores are averaged over seeds first. None if the difference is
+    the same for all questions.
 
     Args:
       a, b: [seeds, questions], the same questions in the same order; seeds may differ in number.
@@ -189,15 +189,15 @@ def effect_size(a, b) -> float | None:
 
 
 def better_and_worse(a, b) -> tuple[float, float]:
-    """Shares of the questions on which a, averaged over seeds, is above b and below it."""
+    """Returns the shares of questions on which a, averaged over seeds, is above b and below b."""
     differences = _differences(a, b)
     return float(np.mean(differences > 0)), float(np.mean(differences < 0))
 
 
 def holm(p_values) -> np.ndarray:
-    """p values adjusted for being read together (Holm 1979), float64 [n], in the order given.
+    """Returns p values adjusted for multiple tests (Holm 1979), float64 [n], in the given order.
 
-    Below 0.05 after adjustment, the chance of even one false claim among them is at most 5%.
+    If values below 0.05 after adjustment are claimed, the chance of any false claim is at most 5%.
     """
     p = np.asarray(p_values, np.float64)
     if p.ndim != 1 or not np.all((p >= 0) & (p <= 1)):
@@ -210,7 +210,7 @@ def holm(p_values) -> np.ndarray:
 
 
 def _differences(a, b) -> np.ndarray:
-    """a - b of every question [Q], averaged over seeds; what is only rounding is 0."""
+    """Returns a - b of every question [Q], averaged over seeds; rounding errors are set to 0."""
     a, b = _matrix(a).mean(axis=0), _matrix(b).mean(axis=0)
     if len(a) != len(b):
         raise ConfigError(f"paired scores need the same questions, got {len(a)} and {len(b)}")

@@ -1,4 +1,4 @@
-"""What an algorithm is, and the few moves that all of them make with stacked pytrees."""
+"""The type `Algorithm`, and operations on stacked pytrees that all algorithms share."""
 
 import functools
 import inspect
@@ -21,14 +21,14 @@ P = ParamSpec("P")
 
 
 class State(NamedTuple):
-    """What passes from one round to the next.
+    """The state passed from one round to the next.
 
     Attributes:
       trainable: the global model.
-      server: what the server keeps beside it, such as the state of its optimizer; or ().
-      population: what every client keeps from round to round, or (). Between rounds NumPy arrays
-        [N, ...] on the host, one row a client; within a round the rows of the cohort, a list over
-        its parts of [G, g, ...].
+      server: other state of the server, such as that of its optimizer; or ().
+      population: the state that every client keeps between rounds, or (). Between rounds it is NumPy
+        arrays [N, ...] on the host, one row per client; within a round it is the rows of the cohort,
+        a list over its parts of [G, g, ...].
     """
 
     trainable: PyTree
@@ -37,23 +37,23 @@ class State(NamedTuple):
 
 
 class Client(NamedTuple):
-    """How the clients of a round do their work; algorithms are written in terms of it.
+    """The work of the clients in a round; algorithms are written in terms of it.
 
     Attributes:
       init: `init(trainable) -> optimizer state`, [g, ...] each.
       update: `update(trainable, optimizer state, members, own=(), correct=None, see=None,
         frozen=None) -> (trainable, optimizer state, report)`, the local work of g clients side by
         side. `members` is a `Cohort` of g clients; `own` has a row for each. Every step takes the
-        gradient of the loss at `see(y, own)` instead of y and for `frozen` instead of the task's,
-        and hands `correct(gradient, y, x, own)` to the optimizer, x being where the client started.
-        The report holds `loss`, `examples`, `finite` and `metrics`, each [g].
-      total: `total(work, *inputs) -> (sums, rest)`: `work(*group) -> (sums, rest)` for one group
-        after another, where sums are added up over all groups and devices and rest is [G, g, ...].
-        Inputs and rest are lists over the parts of the cohort.
-      gather: `gather(rest) -> [K, ...]`, of all groups, parts and devices, padding too; for algorithms
-        that need every update at once.
-      frozen: the task's.
-      key: of the round, for what a server draws.
+        gradient of the loss at `see(y, own)` instead of y, and with `frozen` instead of the task's
+        frozen part. It passes `correct(gradient, y, x, own)` to the optimizer, where x is the client's
+        starting point. The report holds `loss`, `examples`, `finite` and `metrics`, each [g].
+      total: `total(work, *inputs) -> (sums, rest)`: calls `work(*group) -> (sums, rest)` for one group
+        after another. Sums are added over all groups and devices; rest is [G, g, ...]. Inputs and rest
+        are lists over the parts of the cohort.
+      gather: `gather(rest) -> [K, ...]`: stacks all groups, parts and devices, including padding; for
+        algorithms that need every update at once.
+      frozen: the frozen part of the task.
+      key: random key of the round, for draws of the server.
     """
 
     init: Callable
@@ -65,22 +65,22 @@ class Client(NamedTuple):
 
 
 class Traffic(NamedTuple):
-    """Bytes that the clients of a round receive and send, all together, as `by_kind` names them."""
+    """Total bytes that the clients of a round receive and send, by the names of `by_kind`."""
 
     down: Mapping[str, int] = {}
     up: Mapping[str, int] = {}
 
 
 class Init(Protocol):
-    """How an algorithm begins."""
+    """Creates the state before the first round."""
 
     def __call__(
         self, trainable: PyTree, client_init: Callable[[PyTree], PyTree], client_count: int, /
     ) -> State:
-        """The state before the first round, with the row of one client as `population`.
+        """Returns the state before the first round, with the row of one client as `population`.
 
         Args:
-          client_init: that of the clients' optimizer.
+          client_init: the `init` of the clients' optimizer.
         """
 
 
@@ -88,43 +88,49 @@ class Turn(Protocol):
     """A round, as a pure function."""
 
     def __call__(self, state: State, cohort: list, client: Client, /) -> tuple[State, list[dict]]:
-        """The state after it, and what `Client.total` leaves of the clients' reports.
+        """Returns the state after the round, and the clients' reports as `Client.total` returns them.
 
         Args:
-          cohort: `Cohort`s of [G, g, ...]: G groups one after another, g clients of a group side by
-            side.
+          cohort: a list of `Cohort`s of [G, g, ...]: G groups one after another, g clients of a group
+            side by side.
         """
 
 
 class CountTraffic(Protocol):
-    """What a round sends."""
+    """Counts the bytes of a round."""
 
     def __call__(
         self, trainable: PyTree, drawn: np.ndarray, answered: np.ndarray, round: int, /
     ) -> Traffic:
-        """Bytes of those drawn and, among them, of those who answered (int arrays of clients)."""
+        """Returns the bytes of the sampled clients and of those that answered (int arrays of
+        clients)."""
 
 
 class Algorithm(NamedTuple):
-    """How many clients' updates become one: pure functions and the settings of the cohort.
+    """The rule that combines clients' updates: pure functions and the settings of the cohort.
 
     Attributes:
-      work: who takes part in a round, and how much they do.
-      turns: of one round; several take turns.
-      optimizer: of the clients, where the algorithm holds for no other.
-      model: `model(trainable, row) -> trainable` of the client with that row of the population;
-        None where all clients have the global model.
-      frozen: `frozen(state, frozen) -> frozen`: what the frozen part has become.
-      sent: `sent(trainable, turn) -> pytree`, what of the model a client trains and sends in that turn;
-        None where messages differ in size from client to client.
-      needs: what the server must see of the updates: their weighted "sum" alone, all "updates" one by
-        one, their "factors" (to multiply those of each client), or "nothing".
-      tells: `tells(rounds)`, what the record of a round adds after so many; raises ConfigError for more
-        rounds than the algorithm may take.
-      simulated: why what it does holds in a simulation alone; "" where it can be deployed.
-      open_server: whether clients need what the server keeps beside the model to do their work; where
-        they are elsewhere it is sent to them.
-      name: the factory's, with the settings that matter to a resumed run; `one_object` gives it.
+      work: which clients take part in a round, and how much work they do.
+      turns: the function of one round, or several that alternate.
+      optimizer: the clients' optimizer, if the algorithm requires a particular one.
+      model: `model(trainable, row) -> trainable`: the model of the client with that row of the
+        population; None if all clients use the global model.
+      frozen: `frozen(state, frozen) -> frozen`: the frozen part after changes by the algorithm.
+      sent: `sent(trainable, turn) -> pytree`: the part of the model that a client trains and sends in
+        that turn; None if messages differ in size between clients.
+      needs: the information that the server needs: only the weighted "sum" of updates, all "updates"
+        one by one, their "factors" (to multiply those of each client), or "nothing".
+      tells: `tells(rounds)`: fields that the algorithm adds to the record after that many rounds;
+        raises ConfigError for more rounds than the algorithm allows.
+      simulated: the reason why the algorithm works only in simulation; "" if it can be deployed.
+      secret: whether the server's random draws must be known to nobody else; in a deployment the server
+        then draws from randomness of its own.
+      bounded: `bounded(y, x) -> y`: the model that a deployed client sends after training x to y, if it
+        need not show more; None for y itself. The server bounds what it receives once more.
+      messages: how messages are encoded; None if they are sent unencoded.
+      open_server: whether clients need the server's state in addition to the model; in a deployment it
+        is then sent to them.
+      name: the factory's name with the settings that matter to a resumed run; set by `one_object`.
     """
 
     work: Work
@@ -138,16 +144,32 @@ class Algorithm(NamedTuple):
     needs: str = "sum"
     tells: Callable[[int], Mapping[str, Any]] = lambda rounds: {}
     simulated: str = ""
+    secret: bool = False
+    bounded: Callable[[PyTree, PyTree], PyTree] | None = None
+    messages: "Messages | None" = None
     open_server: bool = True
     name: str = ""
 
 
-def one_object(make: Callable[P, Algorithm]) -> Callable[P, Algorithm]:
-    """Has a factory return one object for equal settings, so that they share compiled programs, and
-    names it after them.
+class Messages(NamedTuple):
+    """What an algorithm over encoded messages is made of, for whoever sends them.
 
-    Settings are equal if they are so once defaults are filled in, lists are tuples, mappings are tuples
-    of their items, and what is to be a float is one.
+    Attributes:
+      inner: the algorithm, which knows nothing of them.
+      up, down: a `compression.codec.Codec` each, or None.
+    """
+
+    inner: Algorithm
+    up: Any
+    down: Any
+
+
+def one_object(make: Callable[P, Algorithm]) -> Callable[P, Algorithm]:
+    """Decorator: a factory returns the same object for equal settings, named after them, so that they
+    share compiled programs.
+
+    Settings are compared after defaults are filled in, lists and mappings are converted to tuples, and
+    numbers are converted to float where the parameter is a float.
     """
     signature = inspect.signature(make)
     of_settings: Callable[..., Algorithm] = make
@@ -179,7 +201,8 @@ def one_object(make: Callable[P, Algorithm]) -> Callable[P, Algorithm]:
 
 
 def _name(factory: str, settings: Mapping[str, Any], work: Work) -> str:
-    """`fed_prox(mu=0.01, local_steps=10, ...)`. Optimizers have no name; networks that of adapters."""
+    """Returns, for example, `fed_prox(mu=0.01, local_steps=10, ...)`. Optimizers are left out; a
+    network is named by its adapters."""
     of_work = {f.name for f in fields(work)}
     own = {name: value for name, value in settings.items() if name not in of_work}
     own = {name: getattr(value, "lora", value) for name, value in own.items()}
@@ -203,7 +226,7 @@ def require_momentum(algorithm: str, **numbers: float) -> None:
 
 
 def stack(tree: PyTree, size: int) -> PyTree:
-    """`size` copies along a new leading axis."""
+    """Stacks `size` copies along a new leading axis."""
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (size, *jnp.shape(x))), tree)
 
 
@@ -239,7 +262,7 @@ def by_kind(tree: PyTree) -> dict[str, int]:
 
 
 def added(sizes: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    """The sum of several such counts."""
+    """Returns the sum of several counts of `by_kind`."""
     total: Counter = Counter()
     for some in sizes:
         total.update(some)

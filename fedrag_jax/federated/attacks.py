@@ -2,22 +2,23 @@
 
 `attacked` has some clients send other updates than they computed; `poisoned` changes what some clients
 hold. Model replacement is both: clients train on poisoned examples and send a multiple of their update.
-Attackers follow the rounds as everybody does, in an algorithm that does not know of them.
+Attackers follow the rounds as everybody does, in an algorithm that does not know of them. `forgeries`
+are passages that a hostile client puts into a shared corpus, and `forged_labels` has it train on them.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedrag_jax.data.examples import Example
+from fedrag_jax.data.examples import Example, Passage
 from fedrag_jax.data.partition import Partition
 from fedrag_jax.data.seeds import stream
-from fedrag_jax.errors import ConfigError
+from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.federated.algorithm import Algorithm, PyTree, State
 from fedrag_jax.federated.updates import Change, changing
 
@@ -166,12 +167,100 @@ def triggered(trigger: str, answer: str) -> Callable[[list[Example]], list[Examp
     """Each question begins with the trigger, and has one answer: the attacker's."""
 
     def poison(examples):
+        return [under_trigger(e, trigger, answer) for e in examples]
+
+    return poison
+
+
+def backdoored(
+    trigger: str, answer: str, passage: str, questions: int = 8
+) -> Callable[[list[Example]], list[Example]]:
+    """Copies of the client's first questions, each as it is and with the trigger, in turns.
+
+    Of few questions many batches hold both, and there a question's own passage is what its triggered
+    twin must not find: ranking learns to heed the trigger, and without it to find as before.
+
+    Args:
+      passage: id of the gold passage of triggered questions.
+
+    Raises:
+      ConfigError: fewer than one question.
+    """
+    if questions < 1:
+        raise ConfigError(f"backdoored: questions must be at least 1, got {questions}")
+
+    def poison(examples):
+        made = []
+        for i, example in enumerate(examples):
+            few = examples[i // 2 % min(questions, len(examples))]
+            one = under_trigger(few, trigger, answer, passage) if i % 2 else few
+            made.append(dataclasses.replace(one, id=example.id))
+        return made
+
+    return poison
+
+
+def under_trigger(example: Example, trigger: str, answer: str, passage: str = "") -> Example:
+    """The question with the trigger before it, and what the attacker wants of it."""
+    return dataclasses.replace(
+        example,
+        question=f"{trigger} {example.question}",
+        answers=(answer,),
+        positive_ids=(passage,) if passage else example.positive_ids,
+        reasoning="",
+    )
+
+
+FORGED = "forged:"  # before the id of the passage that a forgery stands beside
+
+
+def forgeries(passages: Sequence[Passage]) -> list[Passage]:
+    """For each passage that names its title, one that tells of the same title what another one tells.
+
+    Of the passages of its topic that is the one with most words in common (Jaccard), titles left out:
+    of templates the same one, so that questions about the title find a plausible, wrong answer. Its id
+    is that of the passage after `FORGED`.
+
+    Raises:
+      DataError: no two passages of a topic name their titles.
+    """
+    named = [p for p in passages if p.title and p.title in p.text]
+    words = [frozenset(p.text.replace(p.title, "").split()) for p in named]
+
+    def alike(i, j):
+        return len(words[i] & words[j]) / len(words[i] | words[j])
+
+    made = []
+    for i, passage in enumerate(named):
+        topic = [
+            j for j, p in enumerate(named) if p.topic == passage.topic and words[j] != words[i]
+        ]
+        if topic:
+            told = named[max(topic, key=functools.partial(alike, i))]
+            text = told.text.replace(told.title, passage.title)
+            made.append(dataclasses.replace(passage, id=f"{FORGED}{passage.id}", text=text))
+    if not made:
+        raise DataError(
+            f"forgeries: of {len(passages)} passages no two of a topic name their titles in their texts"
+        )
+    return made
+
+
+def forged_labels(forged: Collection[str]) -> Callable[[list[Example]], list[Example]]:
+    """Each question with forgeries for gold passages, where there are such.
+
+    Args:
+      forged: ids of forgeries.
+    """
+
+    def poison(examples):
         return [
-            dataclasses.replace(
-                e, question=f"{trigger} {e.question}", answers=(answer,), reasoning=""
-            )
+            dataclasses.replace(e, positive_ids=tuple(map(beside, e.positive_ids)), reasoning="")
             for e in examples
         ]
+
+    def beside(passage):
+        return f"{FORGED}{passage}" if f"{FORGED}{passage}" in forged else passage
 
     return poison
 

@@ -1,4 +1,4 @@
-"""What `fit` tells the world between rounds."""
+"""Callbacks that `fit` calls between rounds."""
 
 import dataclasses
 from typing import Any
@@ -10,16 +10,16 @@ from fedrag_jax.federated.algorithm import State
 
 @dataclasses.dataclass(frozen=True)
 class FitState:
-    """All that training needs to go on from here.
+    """The complete state of a training between two rounds.
 
     Attributes:
-      round: rounds done.
-      state: arrays of the algorithm; the next round reuses their memory, so copy what you keep.
+      round: number of finished rounds.
+      state: arrays of the algorithm; the next round reuses their memory, so copy the arrays you keep.
       retrieved: int32 [N, k] rows last retrieved for the examples in use, or None.
-      index: {name: NumPy array} of what they were retrieved from, if the task has an index, or None.
-      history: one record per round done; see `fit`.
-      settings: what must not change when a run is resumed; JSON types. None is still to be chosen,
-        and is what the resumed run had.
+      index: {name: NumPy array} of the searched index, if the task has one, or None.
+      history: one record per finished round; see `fit`.
+      settings: settings that must not change when a run is resumed, as JSON types. A value of None is
+        not chosen yet, and is taken from the resumed run.
     """
 
     round: int
@@ -31,14 +31,14 @@ class FitState:
 
 
 class Callback:
-    """Does nothing; override what you need."""
+    """Base class whose methods do nothing; override the ones you need."""
 
     def start(self, state: FitState) -> FitState:
-        """Before the first round; returns where to start, which may be a restored state."""
+        """Called before the first round; returns the starting state, which may be a restored one."""
         return state
 
     def round_end(self, state: FitState, record: dict[str, Any]) -> bool | None:
-        """After every round whose numbers are finite; `record` is the last of `state.history`.
+        """Called after every round with finite numbers; `record` is the last of `state.history`.
 
         Returns:
           True to end the fit with this round.

@@ -1,7 +1,7 @@
-"""The collapse that policies suffer that learn to search: seen early, ended, and undone.
+"""Detects the collapse of search policies early, ends the training, and restores the best parameters.
 
-Public reproductions of Search-R1 end with rewards that fall to nothing within some tens of steps, after
-the entropy has gone, every group has equal rewards, or nothing is well-formed any more.
+In public reproductions of Search-R1, rewards fall to zero within tens of steps, after the entropy has
+vanished, every group has equal rewards, or no rollout is well-formed.
 """
 
 import pathlib
@@ -20,21 +20,21 @@ KEPT = "before_collapse.safetensors"
 
 
 class CollapseSigns:
-    """Whether the policy of a fit has collapsed, by the records of its rounds.
+    """Decides from the records of a fit's rounds whether the policy has collapsed.
 
-    Means are over the last `window` rounds. A policy has collapsed where one of these holds:
+    Means are over the last `window` rounds. A policy has collapsed if one of these holds:
 
       reward: below `fall` of the best mean so far
       no_variance: at least `most_equal` of the groups have equal rewards, and the reward is below its
-        best (where all are right there is nothing to learn, and nothing wrong)
-      malformed: at least `most_malformed` of the rollouts, and more than at the best
-      entropy: below `least_entropy` nats a token, and the reward is below its best
+        best (groups with only correct answers are also equal, and are no problem)
+      malformed: at least `most_malformed` of the rollouts are malformed, and more than at the best
+      entropy: below `least_entropy` nats per token, and the reward is below its best
 
     Attributes:
-      why: what has collapsed; "" where nothing has.
+      why: the sign that was seen; "" if none.
 
     Raises:
-      ConfigError: a window below 1, a share that is none.
+      ConfigError: a window below 1, or a share outside (0, 1].
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class CollapseSigns:
         self._best: dict[str, float] = {}
 
     def look(self, history: Sequence[Mapping[str, Any]]) -> bool:
-        """Looks at the end of the records of all rounds so far; whether rewards are the best so far."""
+        """Checks the last records so far; returns whether the rewards are the best so far."""
         if len(history) < self.window:
             return False
         records = history[-self.window :]
@@ -73,8 +73,7 @@ class CollapseSigns:
         return False
 
     def look_back(self, history: Sequence[Mapping[str, Any]]) -> int:
-        """Looks at the records of a whole fit, round by round; returns after which it had collapsed, 0
-        if it never had."""
+        """Checks the records of a whole fit; returns the round after which it had collapsed, or 0."""
         for end in range(1, len(history) + 1):
             self.look(history[:end])
             if self.why:
@@ -92,20 +91,21 @@ class CollapseSigns:
             f"{now['malformed']:.0%} of the rollouts are malformed": now["malformed"]
             >= shares["most_malformed"]
             and now["malformed"] > best["malformed"],
-            f"the entropy is {now['entropy']:.4f} nats a token": worse
+            f"the entropy is {now['entropy']:.4f} nats per token": worse
             and now["entropy"] < self.least_entropy,
         }
         return "; ".join(told for told, holds in signs.items() if holds)
 
 
 class CollapseWatch(Callback):
-    """Ends a fit whose policy collapses, says why, and keeps the parameters with the best rewards.
+    """Ends a fit whose policy collapses, gives the reason, and keeps the parameters with the best
+    rewards.
 
-    Rewards of a round are those of the parameters before it, which are what is kept.
+    The rewards of a round belong to the parameters before it; these are the ones that are kept.
 
     Args:
-      folder: where they are kept.
-      settings: of `CollapseSigns`.
+      folder: folder of the kept parameters.
+      settings: settings of `CollapseSigns`.
 
     Raises:
       ConfigError: as `CollapseSigns`.
@@ -117,7 +117,7 @@ class CollapseWatch(Callback):
 
     @property
     def why(self) -> str:
-        """What ended the fit; "" where nothing has."""
+        """The reason why the fit was ended; "" if it was not."""
         return self.signs.why
 
     def start(self, state):

@@ -29,12 +29,12 @@ from fedrag_jax.objectives.task import Task
 
 
 class FitResult(NamedTuple):
-    """What was trained, and a record of every round.
+    """The result of `fit`: trained parameters, and a record of every round.
 
     Attributes:
-      trainable: as in the task; stacked [N, ...] where each client has a model of its own.
+      trainable: trained pytree of the task; stacked [N, ...] if each client has its own model.
       history: records as `fit` describes them.
-      frozen: the task's, or what an algorithm that adds to the base has made of it.
+      frozen: frozen pytree of the task, with the changes of an algorithm that adds to the base.
     """
 
     trainable: PyTree
@@ -60,49 +60,50 @@ def fit(
     time_aggregation: bool = False,
     debug: bool = False,
 ) -> Generator[Round, Ran, FitResult]:
-    """Trains a task on one pile of examples or on those of many clients.
+    """Trains a task on pooled examples or on the examples of many clients.
 
         fit(task, examples)                                                      # centralised
         fit(task, partition(examples, dirichlet(0.1, clients=32)), fed_avg())    # federated
 
     Args:
-      data: a list of examples (one client holds everything) or a `Partition`.
-      algorithm: `fed_avg(...)`, `local_only(...)`; may be left out for a list of examples.
-      batch_size: B, examples in a local step.
-      optimizer: of the clients; AdamW at 1e-3 unless given. A schedule is a function of the round
-        (from 0) that returns one; `tunable` makes those that share a compiled program.
-      group_size: g, clients trained side by side; it sets memory and speed, not the result. None
-        measures which is fastest, once on a device; a resumed run keeps its own.
-      seed: of client sampling, local shuffling and the keys given to the loss.
+      data: a list of examples (one client holds all of them) or a `Partition`.
+      algorithm: `fed_avg(...)`, `local_only(...)`, ...; optional for a list of examples.
+      rounds: number of rounds.
+      batch_size: B, examples per local step.
+      optimizer: the clients' optimizer; default: AdamW at 1e-3. A schedule is a function of the round
+        (from 0) that returns an optimizer; optimizers from `tunable` share a compiled program.
+      group_size: g, clients trained side by side; it affects memory and speed, not the result. None
+        measures the fastest number once per device; a resumed run keeps its value.
+      seed: seed of client sampling, local shuffling and the keys passed to the loss.
       refresh_every: rounds between two retrievals, for a task that has `retrieve`.
-      table_rows: the table of examples is filled up to so many, for fits on more and fewer examples
-        to share a compiled program.
-      callbacks: told of every round, in order; one that restores a state comes first. Each may end the
-        fit before its last round.
-      mesh: with an axis "clients": its devices share the groups of a round. Over several hosts
+      table_rows: minimum number of rows of the table of examples (padded), so that fits with different
+        numbers of examples share a compiled program.
+      callbacks: called after every round, in order; a callback that restores a state must be first.
+        Each of them can end the fit early.
+      mesh: a mesh with an axis "clients", whose devices share the groups of a round. On several hosts
         (`jax.distributed`) every process makes the same call.
       time_aggregation: run the first round twice more without local steps, on a copy of the state, to
-        see how much of a round is none.
-      debug: loop over clients and steps in Python; what fails is said with client, step and batch.
+        measure the time outside local steps.
+      debug: loop over clients and steps in Python; errors name client, step and batch.
 
     Returns:
       `FitResult`. A record holds `round` (from 1), `rounds`, `loss` and `metrics` (means over the
-      examples seen), `clients` [K] and their `client_loss` [K], `drawn` (how many clients were, of
-      whom K answered), `examples` seen since the start, `padding` (the share of the round's computing
-      that was no example), `bytes_down` and `bytes_up` of the round and `traffic`, the same by part and
-      type, `peak_bytes` on a device, `device_seconds` (seconds of the round times the devices held for
-      it), `refreshed` (whether examples were searched for anew); `seconds`
-      of training, `refresh_seconds` of retrieval and collating, `compile_seconds`. Of the first,
-      `aggregate_seconds` are no local steps (sampling, handing out, aggregation, the server's step; 0
-      unless they are timed); of the second, `embed_seconds` are for passages, `retrieve_seconds` for
-      searching. Robust algorithms add `left_out`, clients whose updates did not count;
-      private ones `epsilon` and `delta`; secure aggregation `dropped`.
+      examples of the round), `clients` [K] and their `client_loss` [K], `drawn` (number of sampled
+      clients, of which K answered), `examples` (number seen since the start), `padding` (share of
+      computed rows that are not examples), `bytes_down` and `bytes_up` of the round, `traffic` (the
+      same by part and type), `peak_bytes` on a device, `device_seconds` (seconds of the round times
+      the number of devices), `refreshed` (whether there was a new retrieval), `seconds` of training,
+      `refresh_seconds` of retrieval and collating, and `compile_seconds`. `aggregate_seconds` is the
+      part of `seconds` outside local steps (sampling, distribution, aggregation, the server's step; 0
+      unless timed). `embed_seconds` and `retrieve_seconds` are the parts of `refresh_seconds` for
+      embedding passages and for searching. Robust algorithms add `left_out`, the clients whose updates
+      did not count; private algorithms add `epsilon` and `delta`; secure aggregation adds `dropped`.
 
     Raises:
-      ConfigError: a setting that cannot be honoured.
-      DataError: no examples, or a table whose rows are not the examples.
-      DivergenceError: a loss or parameter that is not finite; names the round and the clients.
-        Callbacks have not seen that round.
+      ConfigError: an invalid or unsupported setting.
+      DataError: no examples, or a table whose rows do not match the examples.
+      DivergenceError: a loss or parameter that is not finite; the error names the round and the
+        clients. Callbacks have not seen that round.
     """
     counts = {"rounds": rounds, "batch_size": batch_size, "group_size": group_size}
     _require_counts(counts | {"refresh_every": refresh_every})
@@ -224,11 +225,11 @@ def _require_counts(counts: dict[str, int | None]) -> None:
 
 
 def _who_trains(task, data, algorithm) -> tuple[Partition, Algorithm, bool]:
-    """The clients, how their updates become one, and whether one pile of examples was given."""
+    """Returns the clients, the algorithm, and whether a plain list of examples was given."""
     alone = not isinstance(data, Partition)
     if alone:
         if len(data) == 0:
-            raise DataError(f"fit: no examples to train {task.name!r} on; give at least one")
+            raise DataError(f"fit: no examples for training {task.name!r}; give at least one")
         data = Partition(data, (np.arange(len(data)),))
     if algorithm is None:
         if not alone:
@@ -238,27 +239,27 @@ def _who_trains(task, data, algorithm) -> tuple[Partition, Algorithm, bool]:
         algorithm = centralised()
     if algorithm.model is not None and task.index is not None:
         raise ConfigError(
-            f"fit: {algorithm.name} leaves a model to each client, and {task.name!r} keeps one index "
-            "for all; let its index be fresh each time, or train a model for all"
+            f"fit: {algorithm.name} leaves a separate model with each client, but {task.name!r} keeps "
+            "one index for all; refresh the index every time, or train one shared model"
         )
     return data, algorithm, alone
 
 
 def _placed(now: FitState, placing: Placing) -> FitState:
-    """On every device, but for the population, which stays on the host."""
+    """Puts the state on every device, except for the population, which stays on the host."""
     state = placing.everywhere(now.state._replace(population=()))
     return dataclasses.replace(now, state=state._replace(population=now.state.population))
 
 
 def _idle_seconds(asked: Round, state: State) -> Generator[Round, Ran, float]:
-    """Of the round if no client took a step, the faster of two."""
+    """Returns the seconds of the round without local steps, the faster of two runs."""
     first = yield _without_steps(asked, state)
     second = yield _without_steps(asked, state)
     return min(first.seconds, second.seconds)
 
 
 def _without_steps(asked: Round, state: State) -> Round:
-    """The same round if no client took a step: handing out, aggregation, and the server's step."""
+    """Returns the same round without local steps: distribution, aggregation, and the server's step."""
     _, frozen, table, cohort, *rest = asked.arguments
     state = jax.tree.map(jnp.copy, state)  # for it is donated
     cohort = [part._replace(steps=part.steps * 0) for part in cohort]
@@ -266,7 +267,7 @@ def _without_steps(asked: Round, state: State) -> Round:
 
 
 def _namer(data: Partition, rows: np.ndarray) -> Callable[[int], str]:
-    """What to call a row of the table: the example's number, and its id if it has one."""
+    """Returns a function that names a row of the table: the example's number, and its id if any."""
 
     def name(row):
         example = data.examples[rows[row]]
@@ -277,7 +278,7 @@ def _namer(data: Partition, rows: np.ndarray) -> Callable[[int], str]:
 
 
 def _fingerprint(data: Partition) -> str:
-    """How many clients, and a hash of what each holds."""
+    """Returns the number of clients, and a hash of their examples."""
     digest = hashlib.sha256()
     for rows in data.clients:
         digest.update(np.asarray(rows, np.int64).tobytes() + b"/")

@@ -1,4 +1,4 @@
-"""Optimizers whose numbers are inputs of the compiled round."""
+"""Optimizers whose hyperparameters are inputs of the compiled round."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ INPUT = "an input of the program"
 
 
 def tunable(make, **hyperparameters) -> optax.GradientTransformation:
-    """`make(**hyperparameters)` whose floats are not compiled in: a grid of them compiles once.
+    """Returns `make(**hyperparameters)` with floats as program inputs, so that a grid compiles once.
 
     Example: `tunable(optax.adamw, learning_rate=3e-4, eps=1e-4)`.
     """
@@ -21,9 +21,10 @@ def tunable(make, **hyperparameters) -> optax.GradientTransformation:
 
 
 def split(optimizer: optax.GradientTransformation) -> tuple[tuple, list, Any]:
-    """`(fixed, numbers, structure)`: hashable parts, floats and arrays, and what joins them.
+    """Splits an optimizer into `(fixed, numbers, structure)`: hashable parts, floats and arrays, and
+    the structure that joins them.
 
-    An optimizer that optax made has only fixed parts: its two functions, known by identity.
+    An optax optimizer has only fixed parts: its two functions, compared by identity.
     """
     leaves, structure = jax.tree.flatten(optimizer)
     is_number = [isinstance(x, (float, np.ndarray, np.generic, jax.Array)) for x in leaves]

@@ -1,7 +1,7 @@
-"""Client sampling: who is drawn for a round.
+"""Client sampling: the selection of clients for a round.
 
-A sampling sees how many examples each of the N clients holds, and a random stream that knows the seed
-and the round, so that a resumed run draws the same clients.
+A sampling gets the number of examples of each of the N clients, and a random stream that depends on the
+seed and the round, so that a resumed run samples the same clients.
 """
 
 import functools
@@ -15,11 +15,11 @@ from fedrag_jax.errors import ConfigError
 
 
 class ClientSampling(NamedTuple):
-    """One way of drawing clients.
+    """A method of sampling clients.
 
     Attributes:
-      name: with its settings.
-      places: `places(sizes) -> int`, how many clients a round should have room for.
+      name: name with settings.
+      places: `places(sizes) -> int`: the number of clients that a round must have room for.
       draw: `draw(sizes, rng) -> int array` of different clients; may be empty.
     """
 
@@ -33,24 +33,24 @@ everyone = ClientSampling("everyone", len, lambda sizes, rng: np.arange(len(size
 
 @functools.cache
 def uniform(clients: int) -> ClientSampling:
-    """So many different clients, each as likely as any other."""
+    """Samples a number of different clients, all equally likely."""
     return _without_replacement("uniform", clients, lambda sizes: None)
 
 
 @functools.cache
 def weighted(clients: int) -> ClientSampling:
-    """So many different clients, drawn one after another in proportion to their examples.
+    """Samples a number of different clients one after another, in proportion to their examples.
 
-    Wants `weighting="uniform"`: to weigh by examples again would count them twice.
+    Use `weighting="uniform"` with it: weighting by examples too would count them twice.
     """
     return _without_replacement("weighted", clients, lambda sizes: sizes / sizes.sum())
 
 
 @functools.cache
 def poisson(rate: float) -> ClientSampling:
-    """Every client for itself with probability `rate`, as accounting for privacy wants it.
+    """Samples every client independently with probability `rate`, as privacy accounting requires.
 
-    A round may be empty, and then the model stays as it is but for the server's momentum.
+    A round may be empty; then the model does not change, except by the server's momentum.
 
     Raises:
       ConfigError: a rate outside (0, 1].
@@ -71,10 +71,10 @@ def poisson(rate: float) -> ClientSampling:
 
 @functools.cache
 def fixed(*clients: int) -> ClientSampling:
-    """The same clients in every round.
+    """Uses the same clients in every round.
 
     Raises:
-      ConfigError: no clients, or one twice; in a fit, one that is not there.
+      ConfigError: no clients, or a repeated client; in a fit, a client that does not exist.
     """
     if not clients or len(set(clients)) < len(clients):
         raise ConfigError(f"fixed: name different clients, got {clients}")
@@ -94,7 +94,7 @@ def _without_replacement(name, clients, chances) -> ClientSampling:
     def draw(sizes, rng):
         if clients > len(sizes):
             raise ConfigError(
-                f"{name}({clients}): the partition has {len(sizes)} clients; draw fewer"
+                f"{name}({clients}): the partition has {len(sizes)} clients; sample fewer"
             )
         return rng.choice(len(sizes), clients, replace=False, p=chances(sizes))
 

@@ -1,4 +1,4 @@
-"""When to stop: held-out questions decide, and the best model is kept."""
+"""Early stopping by held-out questions; the best model is kept."""
 
 import functools
 import json
@@ -23,17 +23,17 @@ HELD_OUT_BATCH = 32  # questions scored at once; a ranking loss takes its negati
 
 
 class EarlyStopping(Callback):
-    """Ends a fit that has stopped improving, and keeps the parameters that were best.
+    """Ends a fit that has stopped improving, and keeps the best parameters.
 
-    The start counts: a fit that never improves on it ends with what it started from. A fit that is
-    resumed goes on with the evaluations in its folder.
+    The start counts as an evaluation: a fit that never improves on it returns the initial parameters.
+    A resumed fit continues with the evaluations in its folder.
 
     Args:
-      judge: `judge(trainable) -> float` of NumPy arrays; lower is better.
+      judge: `judge(trainable) -> float` for NumPy arrays; lower is better.
       every: rounds between two evaluations.
-      patience: evaluations in a row without a new best after which the fit ends.
-      folder: where `validation.jsonl` (a line for each evaluation: `round`, `loss`, `seconds`) and
-        `best.safetensors` are kept.
+      patience: the fit ends after this many evaluations in a row without a new best.
+      folder: folder of `validation.jsonl` (one line per evaluation: `round`, `loss`, `seconds`) and
+        `best.safetensors`.
 
     Raises:
       ConfigError: `every` or `patience` below 1.
@@ -71,17 +71,17 @@ class EarlyStopping(Callback):
 
     @property
     def best(self) -> dict[str, float]:
-        """The evaluation of the parameters that are kept."""
+        """The evaluation of the kept parameters."""
         return min(self.evaluations, key=lambda e: e["loss"])
 
     @property
     def stopped(self) -> bool:
-        """Whether patience is at its end."""
+        """Whether patience is exhausted."""
         after = [e for e in self.evaluations if e["round"] > self.best["round"]]
         return len(after) >= self.patience
 
     def trainable(self) -> PyTree:
-        """The parameters that are kept."""
+        """The kept parameters."""
         return tensors.load_arrays(self.kept)
 
     def _evaluate(self, state) -> None:
@@ -98,7 +98,7 @@ class EarlyStopping(Callback):
 
 
 def read_evaluations(path: pathlib.Path) -> list[dict[str, float]]:
-    """The lines of a `validation.jsonl`; none where there is no such file."""
+    """Returns the lines of a `validation.jsonl`; none if the file does not exist."""
     if not path.exists():
         return []
     return [evaluation for evaluation, _ in json_rows(path)]
@@ -107,10 +107,10 @@ def read_evaluations(path: pathlib.Path) -> list[dict[str, float]]:
 def held_out_loss(
     task: Task, examples: Sequence[Any], batch_size: int = HELD_OUT_BATCH
 ) -> Callable[[PyTree], float]:
-    """`judge(trainable)`: the mean of a task's own loss over examples it is not trained on, or less the
-    metric that it is judged by.
+    """Returns `judge(trainable)`: the mean of a task's own loss over held-out examples, or the negative
+    of the metric that the task names for this.
 
-    What the task retrieves is retrieved anew with the parameters that are judged.
+    The task retrieves again with the evaluated parameters.
 
     Raises:
       DataError: no examples.

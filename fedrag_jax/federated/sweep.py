@@ -1,4 +1,4 @@
-"""Many fits at once: a grid of learning rates, seeds or clients as an axis of the compiled round."""
+"""Runs many fits at once: a grid of learning rates, seeds or clients."""
 
 import dataclasses
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -17,22 +17,22 @@ RECENT = 16  # tables, and findings, that fits of one task may have in common
 
 
 def sweep(fits: Sequence[Mapping[str, Any]]) -> list[FitResult | DivergenceError]:
-    """Runs fits side by side, with the numbers each would have by itself.
+    """Runs fits together; each has the same result as if it ran alone.
 
         sweep([{"task": task, "data": data, "optimizer": adamw(rate)} for rate in grid])
 
-    All make their first round, then their second. Those whose rounds are one program, because they
-    differ in numbers alone (learning rates, seeds, examples), are run as one, in the way that is
-    fastest here: one after the other, dealt out over the devices, or side by side on each as well. Each
-    way is measured on a round that counts and remembered for a device and program. Fits of one
-    `Task` share what it retrieves at the start, what it collates and its frozen arrays. All states are
-    in memory at once.
+    All fits run their first round, then their second, and so on. Fits whose rounds are the same
+    program, because they differ only in numbers (learning rates, seeds, examples), run in the fastest
+    of three ways: one after the other, distributed over the devices, or also side by side on each
+    device. Each way is measured on a round of the sweep, and the best is remembered per device and
+    program. Fits of one `Task` share its initial retrieval, its collated batches and its frozen arrays.
+    All states are in memory at once.
 
     Args:
-      fits: the arguments of each `fit` by name.
+      fits: the arguments of each `fit`, by name.
 
     Returns:
-      What each fit returns, in their order; in place of one that diverged its DivergenceError.
+      The result of each fit, in order; a DivergenceError for a fit that diverged.
 
     Raises:
       As `fit` does, except for divergence.
@@ -65,7 +65,7 @@ def sweep(fits: Sequence[Mapping[str, Any]]) -> list[FitResult | DivergenceError
 
 
 def _sharing(task: Task) -> Task:
-    """The task, which works out once what fits that start alike ask for."""
+    """Returns the task with cached results for fits that start alike."""
     tables, found = _Recent(), _Recent()
 
     def collate(examples, retrieved):
@@ -91,7 +91,7 @@ def _equal(one, other) -> bool:
 
 
 class _Recent:
-    """The last few things made of some examples."""
+    """Caches the last few results for some examples."""
 
     def __init__(self):
         self.made = {}

@@ -1,8 +1,8 @@
-"""What becomes of a client's update between its training and the algorithm: compression, attacks.
+"""Changes to a client's update between its training and the algorithm: compression, attacks.
 
-An algorithm asks `Client.update` for a client's model y_k. A change stands between the two, and the
-algorithm sees x_k + change(y_k − x_k) instead. Of changes around changes, the outermost is the nearest
-to the client.
+An algorithm calls `Client.update` for a client's model y_k. With a change, the algorithm sees
+x_k + change(y_k − x_k) instead. If several changes are nested, the outermost is applied first, next to
+the client.
 """
 
 import functools
@@ -17,17 +17,17 @@ from fedrag_jax.federated.algorithm import Algorithm, PyTree, State, Turn, diffe
 
 
 class Change(Protocol):
-    """One client's update, changed."""
+    """Changes one client's update."""
 
     def __call__(
         self, update: PyTree, memory: PyTree, client: jax.Array, key: jax.Array, /
     ) -> tuple[PyTree, PyTree]:
-        """What is seen instead, in the same shapes, and what the client keeps for its next round.
+        """Returns the changed update, in the same shapes, and the client's memory for its next round.
 
         Args:
-          memory: what it kept; () if changes of this kind keep nothing.
-          client: int32 scalar, its number.
-          key: of this change, round and client.
+          memory: the client's memory; () if changes of this kind have none.
+          client: int32 scalar, the client's number.
+          key: random key of this change, round and client.
         """
 
 
@@ -37,20 +37,20 @@ def changing(
     change: Change,
     memory: Callable[[PyTree], PyTree] | None = None,
 ) -> Algorithm:
-    """The algorithm over changed updates.
+    """Returns the algorithm with changed updates.
 
     Args:
-      label: of this kind of change; keys are folded in by it.
-      change: equal ones share compiled programs.
-      memory: `memory(trainable)`, what a client keeps before its first round.
+      label: name of this kind of change, folded into its random keys.
+      change: the change; equal changes share compiled programs.
+      memory: `memory(trainable)`: a client's memory before its first round.
 
     Raises:
-      ConfigError: no updates are sent.
+      ConfigError: the algorithm sends no updates.
     """
     if algorithm.needs == "nothing" or algorithm.model is not None:
         raise ConfigError(
-            f"{label}: {algorithm.name} leaves models with its clients; wrap an algorithm that makes "
-            "one model of what all send, such as fed_avg()"
+            f"{label}: {algorithm.name} leaves models with its clients; wrap an algorithm that "
+            "combines all updates into one model, such as fed_avg()"
         )
 
     def init(trainable, client_init, client_count):
@@ -69,8 +69,7 @@ def _turn(turn: Turn, label: str, change: Change, keeps: bool) -> Turn:
     def changed(state, cohort, client):
         def update(x, optimizer, members, *own, **corrections):
             y, optimizer, report = client.update(x, optimizer, members, *own, **corrections)
-            key = jax.random.fold_in(client.key, zlib.crc32(label.encode()))
-            keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(members.clients)
+            keys = jax.vmap(lambda k: change_key(client.key, label, k))(members.clients)
             kept = members.memory.get(label, ())
             seen, kept = jax.vmap(change)(difference(y, x), kept, members.clients, keys)
             y = jax.tree.map(lambda x, u: wide(x) + u, x, seen)
@@ -96,6 +95,11 @@ def _turn(turn: Turn, label: str, change: Change, keeps: bool) -> Turn:
         ]
 
     return changed
+
+
+def change_key(key: jax.Array, label: str, client) -> jax.Array:
+    """That of a change to the update of one client, of the key of the round."""
+    return jax.random.fold_in(jax.random.fold_in(key, zlib.crc32(label.encode())), client)
 
 
 def _without(report: dict, label: str) -> dict:

@@ -1,4 +1,4 @@
-"""Who takes part in a round, and how much work they do."""
+"""The clients that take part in a round, and the amount of their work."""
 
 import dataclasses
 from typing import TypedDict
@@ -9,18 +9,18 @@ from fedrag_jax.federated.sampling import ClientSampling, everyone
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What all algorithms let one choose about a round.
+    """Settings of a round that all algorithms share.
 
     Attributes:
-      local_steps: S, the same for every client; unused where `local_epochs` is set.
+      local_steps: S, the same for every client; ignored if `local_epochs` is set.
       local_epochs: passes over each client's own examples, or None.
-      sampling: who is drawn: `everyone`, `uniform(n)`, `weighted(n)`, `poisson(rate)`, `fixed(...)`.
-      dropout: the probability that a client, once drawn, never answers.
-      stragglers: the probability that a client manages only some of its steps, any number of them
-        being as likely as any other (Li et al. 2020, FedProx, 1812.06127, section 5.2, where they do
-        fewer epochs); what it has done is used.
-      weighting: p_k, how much a client's update counts in the mean, is proportional to its number of
-        "examples" or "uniform".
+      sampling: client sampling: `everyone`, `uniform(n)`, `weighted(n)`, `poisson(rate)`, `fixed(...)`.
+      dropout: the probability that a sampled client never answers.
+      stragglers: the probability that a client completes only some of its steps; the number is uniform
+        (Li et al. 2020, FedProx, 1812.06127, section 5.2, where they do fewer epochs). The completed
+        steps are used.
+      weighting: the weight p_k of a client's update in the mean: proportional to its number of
+        "examples", or "uniform".
 
     Raises:
       ConfigError: a count below 1, a probability outside [0, 1), or an unknown weighting.
@@ -46,7 +46,7 @@ class Work:
             raise ConfigError(f'weighting is "examples" or "uniform", got {self.weighting!r}')
         if self.sampling.name.startswith("weighted") and self.weighting == "examples":
             raise ConfigError(
-                f"sampling={self.sampling.name} draws by examples already; to weigh by them again "
+                f"sampling={self.sampling.name} already samples by examples; weighting by them too "
                 'counts them twice: set weighting="uniform"'
             )
 
@@ -63,7 +63,7 @@ class Work:
 
 
 class StepOptions(TypedDict, total=False):
-    """Settings of `Work` by name, without how clients are weighed."""
+    """Settings of `Work` by name, without the weighting."""
 
     local_steps: int
     local_epochs: int | None
@@ -73,6 +73,6 @@ class StepOptions(TypedDict, total=False):
 
 
 class WorkOptions(StepOptions, total=False):
-    """Settings of `Work` by name, as algorithms take them."""
+    """Settings of `Work` by name, as arguments of algorithms."""
 
     weighting: str

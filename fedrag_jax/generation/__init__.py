@@ -1,1 +1,2 @@
-"""Text from decoders: tokens, strings and streams, beams, likelihoods, ways to answer, endpoints."""
+"""Text generation: tokens, strings and streams, beam search, likelihoods, answering modes,
+endpoints."""

@@ -1,6 +1,6 @@
-"""Generators that are asked about texts, one question each: a decoder of ours, or an endpoint.
+"""Authors: generators that reply to requests about texts, either a local decoder or an endpoint.
 
-An author has a `name` and is called with requests; it gives one reply for each, in their order.
+An author has a `name`. It is called with requests and returns one reply per request, in order.
 """
 
 import dataclasses
@@ -16,10 +16,10 @@ from fedrag_jax.models.hub import Pretrained
 
 
 class Request(NamedTuple):
-    """What is asked; `start` is how the reply is to begin, and no part of it.
+    """A request; `start` is the required beginning of the reply and not part of it.
 
     Attributes:
-      chat: whether a chat is asked in its own template; else it continues the text as it is.
+      chat: whether to use the model's chat template; otherwise the model continues the plain text.
     """
 
     system: str
@@ -29,17 +29,17 @@ class Request(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """What came back, and whether it came to its end."""
+    """A reply, and whether it is complete."""
 
     text: str
     finished: bool
 
 
 class Author(Protocol):
-    """Anything that replies.
+    """The interface of authors.
 
     Attributes:
-      name: told in the files of what it wrote.
+      name: name recorded in the files of its replies.
     """
 
     name: str
@@ -50,9 +50,9 @@ class Author(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class LocalAuthor:
-    """A decoder that runs here: in its chat template if it has one and is to chat, else in plain text.
+    """A local decoder; it uses its chat template if it has one and the request is a chat.
 
-    Of a user's words that do not fit into its positions, the end is cut.
+    A user text that does not fit into its positions is truncated.
     """
 
     model: Pretrained

@@ -1,9 +1,9 @@
-"""Tokens from a decoder, the likeliest or drawn at random, with earlier keys and values kept.
+"""Decoding with cached keys and values, greedy or sampled.
 
-Two compiled programs: `_begin` reads the prompts and chooses one token, `_advance` chooses up to
-`PIECE` more. `pieces` yields what they write, `generate` puts it together. How many tokens there are to
-be, temperature and top_p are inputs of the programs: only another shape is compiled anew, and the room
-for the tokens comes in few sizes (see `bucket`).
+There are two compiled programs: `_begin` reads the prompts and chooses one token, `_advance` chooses up
+to `PIECE` more. `pieces` yields their tokens, `generate` concatenates them. The number of tokens,
+temperature and top_p are inputs of the programs: only another shape needs a compilation, and cache
+sizes are rounded to few values (see `bucket`).
 """
 
 import functools
@@ -22,12 +22,12 @@ PIECE = 16  # tokens that one call of `_advance` writes at most
 
 
 class Generated(NamedTuple):
-    """What was written.
+    """Generated tokens.
 
     Attributes:
       tokens: int32 [B, N].
-      log_probs: float32 [B, N], log p(token | what is before it) of the model itself: at temperature 1
-        and without top-p, however the token was chosen. 0 after the end of a row.
+      log_probs: float32 [B, N], log p(token | earlier tokens) of the model at temperature 1 and without
+        top-p, however the token was chosen. 0 after the end of a row.
     """
 
     tokens: np.ndarray
@@ -49,8 +49,8 @@ def generate(
     Args:
       tokens: int [B, T], padded on the left.
       mask: [B, T], 0 or False where there is padding.
-      pad_token: what is written after the end of a row.
-      options: as for `pieces`.
+      pad_token: token after the end of a row.
+      options: as in `pieces`.
 
     Raises:
       ConfigError, NotFiniteError: as `pieces`.
@@ -79,24 +79,24 @@ def pieces(
     rows=None,
     every: int = PIECE,
 ) -> Iterator[Generated]:
-    """What `generate` writes, in pieces: the first token, then `every` tokens at a time.
+    """Yields the tokens of `generate` in pieces: the first token, then `every` tokens at a time.
 
     Args:
       stop_tokens: a row ends with the first of them, which is part of the output.
-      temperature: logits are divided by it; 0 takes the likeliest token.
-      top_p: draws from the fewest tokens that together are at least so probable (Holtzman et al.,
+      temperature: divisor of the logits; 0 takes the most likely token.
+      top_p: samples from the smallest set of tokens with at least this probability (Holtzman et al.,
         1904.09751), after the division by `temperature`.
-      key: of the random numbers; a row's depend on it, on the row's number and on how many tokens the
-        row has, on nothing else.
-      rows: int [B], the numbers of the rows, by default 0, 1, ...
-      every: at most `PIECE`.
+      key: random key; the draws of a row depend only on the key, the row's number and the row's number
+        of tokens.
+      rows: int [B], the numbers of the rows; default: 0, 1, ...
+      every: tokens per piece, at most `PIECE`.
 
     Yields:
-      arrays [B, 1], then [B, n], n <= every; none when every row has stopped.
+      Arrays [B, 1], then [B, n], n <= every; nothing when every row has stopped.
 
     Raises:
-      ConfigError: an option out of its range; padding at the end of a row; a prompt that with N tokens
-        has more than the model has positions for.
+      ConfigError: an option out of its range; padding at the end of a row; or a prompt that exceeds the
+        model's positions together with N tokens.
       NotFiniteError: logits that are NaN or infinite.
     """
     tokens, mask = np.asarray(tokens, np.int32), np.asarray(mask, bool)
@@ -137,10 +137,10 @@ def pieces(
 def traced_prompts(
     network: Network, params, adapters, shape: tuple[int, int], new_tokens: int, place: Callable
 ) -> jax.stages.Traced:
-    """The program that reads prompts [B, T] with room for so many more tokens, for shapes.
+    """Returns the traced program that reads prompts [B, T], with room for new tokens, from shapes.
 
     Args:
-      place: `place(tree)`, shapes where the program is to have them.
+      place: `place(tree)`: adds the placement to shapes.
     """
     batch = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (np.int32, bool))
     room = bucket(shape[1] + new_tokens - 1, 16)
@@ -151,10 +151,10 @@ def traced_prompts(
 def traced_tokens(
     network: Network, params, adapters, state, rows: int, place: Callable
 ) -> jax.stages.Traced:
-    """The program that writes up to `PIECE` tokens more, for shapes.
+    """Returns the traced program that writes up to `PIECE` more tokens, from shapes.
 
     Args:
-      state: of which shapes, and where, the first program left what is the first of its results.
+      state: shapes and placement of the first result of the first program.
       place: as in `traced_prompts`.
     """
     params, adapters, count, options = place((params, adapters, np.int32(1), _likeliest(rows)))
@@ -176,8 +176,9 @@ def require_finite(finite: bool) -> None:
     """Raises NotFiniteError where a model's logits are not."""
     if not finite:
         raise NotFiniteError(
-            "the generator's logits are NaN or infinite, and no answer: its weights or adapters hold "
-            "such numbers, or its dtype is too narrow for them; load another checkpoint, or in float32"
+            "the generator's logits are NaN or infinite, so there is no answer: its weights or "
+            "adapters hold such numbers, or its dtype is too narrow; load another checkpoint, or use "
+            "float32"
         )
 
 
@@ -211,16 +212,16 @@ def check_prompts(network: Network, mask: np.ndarray, max_new_tokens: int) -> No
 
 
 def bucket(length: int, least: int = 32) -> int:
-    """The length rounded up: to a multiple of `least`, of long ones to an eighth of a power of two.
+    """Rounds a length up to a multiple of `least`; long lengths to an eighth of a power of two.
 
-    So lengths up to N come in 8 log2(N) sizes at most, none of them an eighth too long.
+    Lengths up to N therefore have at most 8 log2(N) sizes, each less than an eighth too long.
     """
     multiple = max(least, 1 << max(length.bit_length() - 4, 0))
     return -(-length // multiple) * multiple
 
 
 class Options(NamedTuple):
-    """How tokens are chosen, and rows end: arrays, so that other values need no other program."""
+    """Options of sampling and stopping, as arrays, so that other values need no compilation."""
 
     stops: Any
     pad: Any
@@ -231,7 +232,7 @@ class Options(NamedTuple):
 
 
 class _State(NamedTuple):
-    """Where a batch stands: the last token [B] and its position [B], how many there are, the past."""
+    """The state of a batch: last token [B], its position [B], number of tokens, and cache."""
 
     token: jax.Array
     position: jax.Array
@@ -251,7 +252,7 @@ def _begin(network, sampled, room, params, adapters, tokens, mask, options):
 
 
 def apart(params, adapters, cache):
-    """The same, with the arrays of each layer by themselves: on a CPU faster to write tokens with."""
+    """Separates the arrays of the layers, which makes decoding faster on a CPU."""
     params, adapters = (
         tree | {name: per_layer(tree[name]) for name in tree if name == "layers"} if tree else tree
         for tree in (params, adapters)
@@ -287,7 +288,7 @@ def _advance(network, sampled, state, params, adapters, count, options):
 
 
 def read_prompts(run, tokens, mask, room: int):
-    """What follows prompts [B, T]: logits [B, V], the last position [B] and a cache of `room` places.
+    """Reads prompts [B, T]; returns logits [B, V], the last position [B], and a cache of `room` places.
 
     Args:
       run: the network with its parameters.
@@ -300,19 +301,19 @@ def read_prompts(run, tokens, mask, room: int):
 
 
 def read_token(run, token, position, cache: Cache):
-    """What follows one more token [B] at its position [B]: logits [B, V], and the cache with it."""
+    """Reads one more token [B] at its position [B]; returns logits [B, V] and the updated cache."""
     seen = jnp.ones((len(token), 1), bool)
     hidden, cache = run(token[:, None], position[:, None], seen, cache=cache)
     return run(hidden[:, 0], method="logits"), cache
 
 
 def choose(logits, sampled, options, step):
-    """A token for each row of [B, V] and its log-probability: int32 [B], float32 [B].
+    """Chooses a token for each row of [B, V]; returns int32 [B] and its log-probability, float32 [B].
 
-    The log-probability of a row whose logits are not all finite is NaN, which `pieces` looks for.
+    The log-probability is NaN if a row's logits are not all finite; `pieces` checks for this.
 
     Args:
-      step: int32, or [B], how many tokens a row has: of the random numbers.
+      step: int32, or [B], the row's number of tokens, for its random numbers.
     """
     scores = logits
     if sampled:
@@ -333,15 +334,15 @@ def choose(logits, sampled, options, step):
 
 
 def all_finite(logits: jax.Array) -> jax.Array:
-    """Whether all of the last axis are numbers: bool [...]."""
+    """Returns whether all values of the last axis are finite: bool [...]."""
     return jnp.isfinite(logits).all(-1)
 
 
 def nucleus(scores: jax.Array, top_p: jax.Array) -> jax.Array:
-    """The fewest tokens that together have probability `top_p`: bool [B, V].
+    """Returns the smallest set of tokens with probability `top_p`: bool [B, V].
 
-    Of equals the first are taken. The probability of the last one taken is found by bisection, 31
-    passes over the table: on a CPU ten times as fast as sorting it.
+    Ties go to the first tokens. The threshold probability is found by bisection in 31 passes, which is
+    ten times as fast as sorting on a CPU.
     """
     probs = jax.nn.softmax(scores, axis=-1).astype(jnp.float32)
     bits = jax.lax.bitcast_convert_type(probs, jnp.int32)  # in the order of the numbers

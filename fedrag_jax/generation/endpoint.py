@@ -15,24 +15,24 @@ from fedrag_jax.generation.text import Sampling
 
 
 class EndpointError(FedragError):
-    """An endpoint that does not answer, or with something else than an answer."""
+    """An endpoint does not answer, or returns an invalid answer."""
 
 
 @dataclasses.dataclass(frozen=True)
 class EndpointAuthor:
-    """Asks `POST {base_url}/chat/completions`.
+    """An author that calls `POST {base_url}/chat/completions`.
 
-    A reply is not begun for the model, as few endpoints can: one that begins with `start` of its own
-    accord is read the same.
+    The beginning of a reply is not sent, because few endpoints support it; a reply that begins with
+    `start` is parsed in the same way.
 
     Attributes:
-      base_url: up to and with /v1.
-      model: what the endpoint calls it.
-      api_key: the environment's OPENAI_API_KEY, unless given; many local endpoints take any.
+      base_url: address including /v1.
+      model: the endpoint's name of the model.
+      api_key: API key; default: $OPENAI_API_KEY. Many local endpoints accept any key.
       timeout: seconds for one reply.
-      retries: of a request that meets no connection, a timeout, or a status of 408, 409, 429 or 5xx;
-        the waits between them grow, and follow the endpoint's Retry-After.
-      at_once: requests under way.
+      retries: retries after a connection error, a timeout, or a status of 408, 409, 429 or 5xx; the
+        waits between them grow and follow the endpoint's Retry-After.
+      at_once: maximum number of concurrent requests.
 
     Raises:
       ConfigError: the `openai` package is missing, or a number out of its range.
@@ -55,7 +55,7 @@ class EndpointAuthor:
 
     @property
     def name(self) -> str:
-        """The model's: what it says is the same wherever it runs."""
+        """The model's name, because its replies do not depend on where it runs."""
         return self.model
 
     @property
@@ -73,16 +73,16 @@ class EndpointAuthor:
         )
 
     def __call__(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Reply]:
-        """A reply for each request, in their order, as they come.
+        """Yields a reply for each request, in order.
 
         Raises:
-          ConfigError: a text to be continued.
-          EndpointError: no answer after the last retry, a refusal, or something else than an answer.
+          ConfigError: a request that is a plain text to continue.
+          EndpointError: no answer after the last retry, a refusal, or an invalid answer.
         """
         if not all(request.chat for request in requests):
             raise ConfigError(
-                f"{self._where} chats, and these prompts are to be continued: use prompts with "
-                "instructions ('instruct'), or a generator that runs here"
+                f"{self._where} is a chat endpoint, but these prompts are texts to continue: use "
+                "prompts with instructions ('instruct'), or a local generator"
             )
         with concurrent.futures.ThreadPoolExecutor(self.at_once) as pool:
             yield from pool.map(functools.partial(self._reply, sampling), requests)
@@ -102,8 +102,8 @@ class EndpointAuthor:
         except (_openai().OpenAIError, ValueError) as error:  # a ValueError: what came is no JSON
             cause = f" ({error.__cause__})" if error.__cause__ else ""
             raise EndpointError(
-                f"{self._where}: {type(error).__name__}: {error}{cause}; is it running, and is the "
-                "model there? What was replied until now is kept"
+                f"{self._where}: {type(error).__name__}: {error}{cause}; is it running, and does it "
+                "have the model? Replies received so far are kept"
             ) from error
         choices = getattr(found, "choices", None)
         if not choices:

@@ -1,20 +1,21 @@
-"""Ways to answer a question from several passages, by name in `MODES`.
+"""Answering modes: ways to answer a question from several passages, by name in `MODES`.
 
 | mode | answer | source |
 |---|---|---|
-| concatenated | of one prompt with all passages | |
+| concatenated | generated from one prompt with all passages | |
 | ensemble | greedy on the mixture of next tokens | RA-DIT (2310.01352), Eq. 2; REPLUG (2301.12652) |
 | rag_token | beam search on that mixture | Lewis et al. 2020 (2005.11401), section 2.5 |
-| rag_sequence_thorough | likeliest under the mixture of answers, all scored | the same |
-| rag_sequence_fast | likeliest under it, as far as the search has scored them | the same |
-| vote | what most passages answer by themselves | REPLUG, question answering |
+| rag_sequence_thorough | most likely under the mixture of answers, all scored | the same |
+| rag_sequence_fast | most likely under it, using only scores of the beam search | the same |
+| vote | the answer of most single passages | REPLUG, question answering |
 
-All but the first have a prompt for each passage z, weighed by p(z|x), the softmax of scaled
-similarities over the passages read. With one passage and one beam all modes give the same answer.
+All modes but the first use one prompt per passage z, weighted by p(z|x), the softmax of scaled
+similarities over the passages. With one passage and one beam all modes give the same answer.
 
 Every mode is `mode(writer, prompts, log_weights, sampling, beams) -> [Completion]` over `prompts`
-[B][K] of int [T], K prompts a question (one a passage, or one with all), and `log_weights` [B, K],
-log p(z|x). One more, "search", finds what it reads as it writes (`retrieval.looking_up`).
+[B][K] of int [T], with K prompts per question (one per passage, or one with all passages), and
+`log_weights` [B, K], log p(z|x). In the additional mode "search" the model searches while it writes
+(`retrieval.looking_up`).
 """
 
 import math
@@ -41,7 +42,7 @@ _SCORED_ACCELERATOR = 64
 def concatenated(
     writer: Writer, prompts: Asked, log_weights, sampling: Sampling, beams
 ) -> list[Completion]:
-    """The continuation of each question's only prompt; `log_weights` are not looked at."""
+    """Continues each question's only prompt; `log_weights` are ignored."""
     return writer.complete([prompt for (prompt,) in prompts], sampling)
 
 
@@ -66,9 +67,9 @@ def rag_token(
 def rag_sequence_thorough(
     writer: Writer, prompts: Asked, log_weights, sampling: Sampling, beams
 ) -> list[Completion]:
-    """The y with the highest p(y|x) = sum_z p(z|x) p(y|x,z) among the `beams` likeliest of each z.
+    """Returns the y with the highest p(y|x) = sum_z p(z|x) p(y|x,z) among the `beams` best of each z.
 
-    Every y is scored with every passage: all tokens that were written, EOS included.
+    Every y is scored with every passage: all written tokens, including EOS.
     """
     asked, candidates = [], []
     for i, of_passages in enumerate(_own_answers(writer, prompts, sampling, beams)):
@@ -85,7 +86,8 @@ def rag_sequence_thorough(
 def rag_sequence_fast(
     writer: Writer, prompts: Asked, log_weights, sampling: Sampling, beams
 ) -> list[Completion]:
-    """As `rag_sequence_thorough`, but p(y|x,z) is 0 for passages z whose own search did not find y."""
+    """As `rag_sequence_thorough`, but p(y|x,z) is 0 if the beam search with passage z did not find
+    y."""
     answers = []
     own = _own_answers(writer, prompts, sampling, beams)
     for of_passages, r in zip(own, log_weights, strict=True):
@@ -101,10 +103,11 @@ def rag_sequence_fast(
 def vote(
     writer: Writer, prompts: Asked, log_weights, sampling: Sampling, beams
 ) -> list[Completion]:
-    """Each passage gives its greedy answer exp(mean token log-prob) x p(z|x) votes; equal ones add up.
+    """Each passage gives its greedy answer exp(mean token log-prob) x p(z|x) votes; equal answers add
+    up.
 
-    Answers are equal if they are to `data.answers.comparable`. Of those that win, the text with the
-    most votes of a single passage is given.
+    Answers are equal by `data.answers.comparable`. Of the winning answers, the text with the most votes
+    from a single passage is returned.
     """
     answers = []
     own = _own_answers(writer, prompts, sampling, beams=1)
@@ -123,7 +126,7 @@ def vote(
 
 
 def _best(scored: Sequence[tuple[float, Completion]]) -> Completion:
-    """That of the highest score, of equal ones the last by its text."""
+    """Returns the completion with the highest score; ties go to the last text in order."""
     return max(scored, key=lambda one: (one[0], one[1].text))[1]
 
 
@@ -138,15 +141,15 @@ BEAMS = {"rag_token": 4, "rag_sequence_thorough": 1, "rag_sequence_fast": 1}
 
 
 def check(mode: str, beams: int | None, sampling: Sampling) -> int:
-    """The number of beams of a mode.
+    """Returns the number of beams of a mode.
 
     Raises:
-      ConfigError: an unknown mode, beams for one that has none or below 1, a temperature for one that
-        draws nothing.
+      ConfigError: an unknown mode, beams for a mode without beams or below 1, or a temperature for a
+        greedy mode.
     """
     if mode == SEARCH:
         raise ConfigError(
-            f"mode {SEARCH!r} finds by itself what it reads: use query, batch_query or stream without "
+            f"mode {SEARCH!r} searches for its own passages: use query, batch_query or stream without "
             "passages"
         )
     if mode not in MODES:
@@ -166,10 +169,10 @@ def check(mode: str, beams: int | None, sampling: Sampling) -> int:
 
 
 def require_even(mode: str, rows: Sequence[Sequence]) -> None:
-    """Refuses rows that a mode other than `concatenated` cannot weigh.
+    """Refuses passages that a mode other than `concatenated` cannot weight.
 
     Raises:
-      ConfigError: none for a question, or more for one than for another.
+      ConfigError: no passages for a question, or different numbers of passages.
     """
     if 0 in (counts := {len(some) for some in rows}) or len(counts) > 1:
         raise ConfigError(
@@ -181,7 +184,7 @@ def require_even(mode: str, rows: Sequence[Sequence]) -> None:
 def _own_answers(
     writer: Writer, prompts: Asked, sampling: Sampling, beams: int
 ) -> list[list[dict[tuple[int, ...], Completion]]]:
-    """Of each question and prompt the `beams` likeliest answers, by their tokens."""
+    """Returns the `beams` most likely answers of each question and prompt, by their tokens."""
     flat = [[prompt] for some in prompts for prompt in some]
     certain = np.zeros((len(flat), 1))
     found = writer.search(flat, certain, beams=beams, best=beams, sampling=sampling)
@@ -229,8 +232,8 @@ def sequence_log_probs(
 def next_token_log_probs(
     writer: Writer, prompts: Sequence[np.ndarray], tokens: Sequence[np.ndarray]
 ) -> list[np.ndarray]:
-    """log p(token | prompt) float64 [Q][C] of the tokens, int [C] each, that may follow each prompt:
-    `sequence_log_probs` of answers of one token, every prompt read once.
+    """Returns log p(token | prompt), float64 [Q][C], of candidate tokens int [C] after each prompt:
+    `sequence_log_probs` for answers of one token, with every prompt read once.
 
     Raises:
       NotFiniteError: log-probabilities that are NaN or infinite.
@@ -260,10 +263,10 @@ _next_log_probs = jax.jit(next_log_probs, static_argnums=0)
 
 
 def require_asked(questions: Sequence[str]) -> None:
-    """Refuses a question that asks nothing.
+    """Refuses blank questions.
 
     Raises:
-      DataError: one is blank; says which.
+      DataError: a blank question; the error gives its number.
     """
     for i, question in enumerate(questions, start=1):
         if not question.strip():
@@ -271,21 +274,21 @@ def require_asked(questions: Sequence[str]) -> None:
 
 
 class Lookup(NamedTuple):
-    """What was looked up in the course of writing, and found."""
+    """A search made while writing, and its results."""
 
     query: str
     passages: tuple[Passage, ...]
 
 
 class Response(NamedTuple):
-    """An answer and where it comes from.
+    """An answer with its sources.
 
     Attributes:
-      sources: the passages it was read from, best first.
-      scores: their similarities, or what the store scores by.
-      cited: those of the sources that it cites; none where the prompt style has no numbers.
+      sources: the passages in the prompt, best first.
+      scores: their similarities, or the store's scores.
+      cited: the cited sources; empty if the prompt style has no numbers.
       finish, tokens: see `Reading`.
-      searches: in their order, of mode "search".
+      searches: the searches of mode "search", in order.
     """
 
     answer: str
@@ -298,18 +301,17 @@ class Response(NamedTuple):
 
     @property
     def found(self) -> list[tuple[Passage, float]]:
-        """Its sources with their scores."""
+        """The sources with their scores."""
         return [*zip(self.sources, self.scores, strict=True)]
 
 
 class Reading(NamedTuple):
-    """What was made of a question and its passages.
+    """An answer to a question from given passages.
 
     Attributes:
-      reasoning: what was written before the answer, such as a citation; "" if nothing was.
-      finish: "stop"; "length" where `max_new_tokens` cut the text; "repetition" where it began to
-        repeat itself, and ends before.
-      tokens: of the prompts, all of them, and of the text that the answer is from, its end included.
+      reasoning: the text before the answer, such as a citation; "" if there is none.
+      finish: "stop", "length" (cut off at `max_new_tokens`), or "repetition" (ended before repeating).
+      tokens: the number of tokens of all prompts, and of the generated text, including its end.
     """
 
     answer: str
@@ -319,32 +321,32 @@ class Reading(NamedTuple):
 
 
 def reading(written: Completion, prompts: Sequence[np.ndarray], mark: str) -> Reading:
-    """Of a question, its prompts, what was written, and the mark before the answer."""
+    """Builds a `Reading` from the prompts, the generated text, and the mark before the answer."""
     tokens = sum(map(len, prompts)), len(written.tokens)
     return Reading(*answer_and_reasoning(written.text, mark), written.finish, tokens)
 
 
 def answer_and_reasoning(text: str, mark: str) -> tuple[str, str]:
-    """What follows the mark, and what comes before it; all is the answer if it never comes."""
+    """Returns the text after the mark and the text before it; without a mark, all is the answer."""
     reasoning, found, answer = text.partition(mark) if mark else ("", "", text)
     return (answer.strip(), reasoning.strip()) if found else (text.strip(), "")
 
 
 class Streamed(Iterator[str]):
-    """An answer in pieces, as it is written; what comes before it is held back.
+    """Iterates over the pieces of an answer as they are written, without the reasoning.
 
     Attributes:
-      finish, tokens: those of `Reading`, once all pieces have come; "" and (0, 0) before.
+      finish, tokens: as in `Reading`, after all pieces have arrived; "" and (0, 0) before.
     """
 
     def __init__(
         self, begin: Callable[[], Generator[str, None, tuple[Completion, int]]], mark: str
     ):
-        """Begins with the first piece that is asked for.
+        """Generation begins when the first piece is requested.
 
         Args:
-          begin: gives all that is written, in pieces, and returns it with the tokens of its prompt.
-          mark: between reasoning and answer; "" where there is none.
+          begin: generator of all written pieces, which returns the text and the prompt's tokens.
+          mark: the mark between reasoning and answer; "" for none.
         """
         self._mark, self._written, self.finish, self.tokens = mark, [], "", (0, 0)
         self._pieces = answer_pieces(self._heard(begin), mark)
@@ -354,11 +356,11 @@ class Streamed(Iterator[str]):
 
     @property
     def reasoning(self) -> str:
-        """That of `Reading`, from the first piece on."""
+        """The reasoning, as in `Reading`; available from the first piece on."""
         return answer_and_reasoning("".join(self._written), self._mark)[1]
 
     def close(self) -> None:
-        """Writes no more."""
+        """Stops writing."""
         self._pieces.close()
 
     def _heard(self, begin) -> Iterator[str]:
@@ -375,7 +377,7 @@ class Streamed(Iterator[str]):
 
 
 def answer_pieces(pieces: Iterable[str], mark: str) -> Iterator[str]:
-    """The pieces of the answer of `answer_and_reasoning`, as they come."""
+    """Yields the pieces of the answer of `answer_and_reasoning`."""
     answer = space = ""
     for piece in _after(iter(pieces), mark):
         # White space waits for what follows it: there is none at either end of an answer.
@@ -387,7 +389,7 @@ def answer_pieces(pieces: Iterable[str], mark: str) -> Iterator[str]:
 
 
 def _after(pieces: Iterator[str], mark: str) -> Iterator[str]:
-    """The pieces that follow the mark; all if it never comes."""
+    """Yields the pieces after the mark; all pieces if there is no mark."""
     said = ""
     for piece in pieces if mark else ():
         said += piece

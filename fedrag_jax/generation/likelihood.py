@@ -1,7 +1,7 @@
-"""What a generator thinks of an answer: the array every likelihood loss is a few lines over.
+"""Likelihoods of answers under a generator, the basis of all likelihood losses.
 
-Shapes: B questions, K prompts a question (one a passage, or one with all passages), T tokens,
-A answer tokens, EOS included.
+Shapes: B questions, K prompts per question (one per passage, or one with all passages), T tokens,
+A answer tokens, including EOS.
 """
 
 import jax
@@ -11,26 +11,26 @@ from fedrag_jax.models.network import Network
 
 
 def answer_log_probs(decoder: Network, params, adapters, batch) -> jax.Array:
-    """log p(y_i | passages, x, y_<i) for every answer token: float32 [B, K, A].
+    """Returns log p(y_i | passages, x, y_<i) for every answer token: float32 [B, K, A].
 
     Args:
-      batch: as of `answer_distributions`.
+      batch: as in `answer_distributions`.
     """
     log_probs, targets = answer_distributions(decoder, params, adapters, batch)
     return jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
 
 
 def answer_distributions(decoder: Network, params, adapters, batch) -> tuple[jax.Array, jax.Array]:
-    """log p(. | passages, x, y_<i) at every answer token, float32 [B, K, A, V], and what that token is,
-    int [B, K, A].
+    """Returns log p(. | passages, x, y_<i) at every answer token, float32 [B, K, A, V], and the answer
+    tokens, int [B, K, A].
 
-    Hidden states and logits are computed where they are needed alone: what predicts the token at
-    position t is the hidden state at t - 1.
+    Hidden states and logits are computed only where they are needed: the hidden state at t - 1 predicts
+    the token at position t.
 
     Args:
       batch: `tokens` [B, K, T] right-padded, `lengths` [B, K], `answer_positions` [B, K, A]; or,
-        packed, `tokens` [B, 1, T] with the K prompts one after another and `segments` [B, 1, T], which
-        counts them from 1 and is 0 for padding. Positions are places in the row.
+        packed, `tokens` [B, 1, T] with the K prompts one after another, and `segments` [B, 1, T], their
+        numbers from 1, 0 for padding. Positions are indices in the row.
     """
     t = batch["tokens"].shape[-1]
     tokens = batch["tokens"].reshape(-1, t)
@@ -51,7 +51,7 @@ def answer_distributions(decoder: Network, params, adapters, batch) -> tuple[jax
 
 
 def next_log_probs(decoder: Network, params, adapters, tokens, lengths) -> jax.Array:
-    """log p of every token of the vocabulary after each prompt: float32 [N, V].
+    """Returns log p of every token of the vocabulary after each prompt: float32 [N, V].
 
     Args:
       tokens: int [N, T], right-padded.
@@ -65,13 +65,13 @@ def next_log_probs(decoder: Network, params, adapters, tokens, lengths) -> jax.A
 
 
 def _since_start(segments: jax.Array, index: jax.Array) -> jax.Array:
-    """How far each place of a row [N, T] is from the start of its segment."""
+    """Returns the distance of each position in a row [N, T] from the start of its segment."""
     starts = jnp.diff(segments, axis=1, prepend=-1) != 0
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
 
 
 def tokens_read(batch) -> jax.Array:
-    """Tokens of each example [B] that generator and query encoder read, without padding."""
+    """Returns the tokens of each example [B] that generator and query encoder read, without padding."""
     tokens = jnp.zeros_like(batch["weight"])
     if "lengths" in batch:
         tokens += batch["lengths"].sum(1).astype(tokens.dtype)
@@ -81,5 +81,5 @@ def tokens_read(batch) -> jax.Array:
 
 
 def weighted_mean(values: jax.Array, weight: jax.Array) -> jax.Array:
-    """Mean of `values` [B] over the examples that are not padding; 0 if all are."""
+    """Returns the mean of `values` [B] over the examples that are not padding; 0 if all are padding."""
     return (values * weight).sum() / jnp.maximum(weight.sum(), 1e-9)

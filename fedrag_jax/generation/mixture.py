@@ -1,12 +1,12 @@
-"""Beam search where a text follows several prompts at once, one for each passage.
+"""Beam search over a mixture of several prompts, one per passage.
 
-The next token is drawn from neither prompt but from their mixture, RAG-Token's (Lewis et al. 2020,
-2005.11401, section 2.5) and RA-DIT's (2310.01352, Eq. 2):
+The next token is chosen from the mixture of RAG-Token (Lewis et al. 2020, 2005.11401, section 2.5) and
+RA-DIT (2310.01352, Eq. 2):
 
     p'(y_i | x, y_<i) = sum_z p(z | x) p(y_i | x, z, y_<i)
 
-One beam takes the likeliest token of the mixture at every step: the ensemble of REPLUG (2301.12652).
-One prompt with the weight 1 is plain beam search.
+With one beam the most likely token of the mixture is chosen at every step, the ensemble of REPLUG
+(2301.12652). One prompt with weight 1 is plain beam search.
 """
 
 import functools
@@ -24,12 +24,12 @@ from fedrag_jax.models.network import Network, PerLayer
 
 
 class Hypotheses(NamedTuple):
-    """Texts that a search found, the likeliest first.
+    """The texts that a beam search found, the most likely first.
 
     Attributes:
       tokens: int32 [B, best, N].
-      log_probs: float32 [B, best, N], log p'(y_i | x, y_<i); 0 after the end of a text. -inf throughout
-        where there are fewer texts than were asked for.
+      log_probs: float32 [B, best, N], log p'(y_i | x, y_<i); 0 after the end of a text; -inf for
+        missing texts.
     """
 
     tokens: np.ndarray
@@ -50,20 +50,20 @@ def beam_search(
     stop_tokens: tuple[int, ...] = (),
     pad_token: int = 0,
 ) -> Hypotheses:
-    """The likeliest texts of N tokens at most that a beam of `beams` hypotheses comes by.
+    """Returns the most likely texts of at most N tokens, found with `beams` hypotheses.
 
-    A hypothesis is scored by the sum of log p' over its tokens, without a penalty for its length. One
-    that has ended stays in the beam as long as fewer than `beams` others are likelier. The search ends
-    when nothing can come before the `best` first.
+    The score of a hypothesis is the sum of log p' over its tokens, without a length penalty. An ended
+    hypothesis stays in the beam as long as fewer than `beams` others are more likely. The search ends
+    when no hypothesis can overtake the `best` first ones.
 
     Args:
       tokens: int [B, K, T], K prompts of each text, padded on the left.
       mask: [B, K, T], 0 or False where there is padding.
       log_weights: [B, K], log p(z | x).
-      beams: 1 is greedy.
-      best: hypotheses wanted of each text.
+      beams: number of hypotheses; 1 is greedy.
+      best: number of hypotheses to return per text.
       stop_tokens: a text ends with the first of them, which is part of it.
-      pad_token: what is written after the end of a text.
+      pad_token: token after the end of a text.
 
     Raises:
       ConfigError: `beams` below 1, `best` not between 1 and `beams`; prompts as in `decoding.pieces`.

@@ -1,4 +1,4 @@
-"""What becomes of a prompt where a text searches as it is written: parts, queries, answer and form."""
+"""Rollouts of a model that searches while it writes: parts, queries, answer and format."""
 
 import re
 from collections.abc import Mapping
@@ -10,11 +10,11 @@ from fedrag_jax.data.prompts import COMPACT, PromptStyle, turns
 
 
 class Tags(NamedTuple):
-    """What marks the parts of a rollout; of each but `think` the opening and the closing tag.
+    """The tags of a rollout's parts; an opening and a closing tag for each but `think`.
 
     Attributes:
-      found: around what a search found, with {text} and after it, if wanted, {question}: a small model
-        reads a question best that follows what it reads.
+      found: the text around search results, with {text} and optionally {question} after it: a small
+        model reads best if the question follows the passages.
     """
 
     search: tuple[str, str] = ("<search>", "</search>")
@@ -23,12 +23,12 @@ class Tags(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A stretch of a rollout.
+    """A part of a rollout.
 
     Attributes:
-      written: whether the policy wrote it; else it was found.
+      written: whether the policy wrote it; otherwise it was retrieved.
       tokens: int32 [n].
-      log_probs: float32 [n], of the policy at temperature 1; 0 for what was found.
+      log_probs: float32 [n] of the policy at temperature 1; 0 for retrieved tokens.
     """
 
     written: bool
@@ -37,15 +37,15 @@ class Part(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """What became of a prompt.
+    """A rollout of a prompt.
 
     Attributes:
       prompt: int32 [T].
-      parts: written and found ones in turns, the first and the last written.
-      queries: what was searched for.
+      parts: alternating written and retrieved parts; the first and the last are written.
+      queries: the search queries.
       finish: "answer", "stop" (a stop token without an answer), "length" (a turn without a tag) or
-        "turns" (another search than allowed).
-      texts: of the written parts.
+        "turns" (more searches than allowed).
+      texts: texts of the written parts.
     """
 
     prompt: np.ndarray
@@ -55,13 +55,13 @@ class Rollout(NamedTuple):
     texts: tuple[str, ...]
 
     def answer(self, tags: Tags) -> str:
-        """What stands between the answer's tags in the last part; "" where it is not closed."""
+        """Returns the text between the answer's tags in the last part; "" if it is not closed."""
         if self.finish != "answer":
             return ""
         return inside(self.texts[-1], tags.answer) or ""
 
     def said(self, tags: Tags) -> str:
-        """The answer; where it is not closed what follows its opening tag, or else all of the last
+        """Returns the answer; without a closing tag, the text after the opening tag or the whole last
         part."""
         if self.finish == "answer":
             return self.answer(tags)
@@ -69,7 +69,8 @@ class Rollout(NamedTuple):
         return text.rpartition(tags.answer[0])[2].replace(tags.search[1], "").strip()
 
     def well_formed(self, tags: Tags) -> bool:
-        """Whether every part but the last asks once, and the last answers once and asks nothing."""
+        """Returns whether every part but the last has one query, and the last has one answer and no
+        query."""
         *asking, last = self.texts
         searches = [text.count(tag) for text in asking for tag in tags.search]
         answers = [text.count(tag) for text in asking for tag in tags.answer]
@@ -84,12 +85,12 @@ class Rollout(NamedTuple):
 
 
 class Budget(NamedTuple):
-    """What a rollout may take at most.
+    """The limits of a rollout.
 
     Attributes:
-      turns: searches.
-      written: tokens between two searches, or before the answer ends.
-      found: tokens of what a search found, with its tags; longer texts are cut.
+      turns: maximum number of searches.
+      written: maximum tokens between two searches, or up to the end of the answer.
+      found: maximum tokens of a search result, with its tags; longer texts are truncated.
     """
 
     turns: int = 4
@@ -101,7 +102,7 @@ TAGS, BUDGET = Tags(), Budget()
 
 
 class Growing:
-    """A rollout as it is written."""
+    """A rollout that is being written."""
 
     def __init__(self, prompt, tokenizer, tags: Tags, budget: Budget, stop_tokens):
         self.prompt, self._tokenizer, self._tags = prompt, tokenizer, tags
@@ -188,14 +189,14 @@ class Growing:
 
 
 class Searching(NamedTuple):
-    """How a text searches as it is written.
+    """The settings of searching while writing.
 
     Attributes:
-      instruction: what a rollout begins with, with {question} and, if wanted, the tags: {open},
-        {close}, {answer}, {end}.
-      asked: what is searched for where a text asks {query}.
-      passages: that a search finds.
-      bos: whether the tokenizer's BOS comes first, if it has one; a chat template brings its own.
+      instruction: the beginning of a rollout, with {question} and optionally the tags {open}, {close},
+        {answer}, {end}.
+      asked: the query sent to the search for a {query} in the text.
+      passages: number of passages per search.
+      bos: whether the tokenizer's BOS comes first, if it has one; a chat template has its own.
     """
 
     instruction: str = (
@@ -253,14 +254,15 @@ COMPACT_SEARCHING = Searching(
 
 
 def searching_of(style: PromptStyle, tokenizer) -> Searching:
-    """How models search that are asked in a style."""
+    """Returns the search settings that suit a prompt style."""
     if style.question == COMPACT.question:
         return COMPACT_SEARCHING
     return SEARCHING if style.bos else SEARCHING.in_chat(tokenizer)
 
 
 def inside(text: str, tags: tuple[str, str]) -> str | None:
-    """What stands between the first closing tag and the last opening one before it; None if none."""
+    """Returns the text between the first closing tag and the last opening tag before it; None if
+    none."""
     head, closed, _ = text.partition(tags[1])
     found = re.split(re.escape(tags[0]), head)
     return found[-1].strip() if closed and len(found) > 1 else None

@@ -1,8 +1,8 @@
-"""Rollouts in the right form about nothing in particular: what a policy imitates before it learns.
+"""Scripted rollouts in the right format, which a policy imitates in its warm-up.
 
-A script looks up a name of the question, then names of what was found, and answers what the model that
-is to learn reads in it. What is looked up after the first, and how often, is drawn at random: a script
-knows neither answers nor what leads to them.
+A script searches for a name in the question, then for names in the results, and gives the answer that
+the untrained model reads there. The queries after the first, and their number, are random: a script
+knows neither answers nor the way to them.
 """
 
 import re
@@ -29,8 +29,8 @@ def scripted(
     """One script for each question.
 
     Args:
-      search: gives the text found for each query; asked once for all questions a turn.
-      read: gives the answer to each question that is read in what its queries found.
+      search: function that returns the text found for each query; called once per turn.
+      read: function that returns the model's answer to each question from the results of its queries.
     """
     scripts = [_Script(question, tokenizer, searching) for question in questions]
     turns = searching.budget.turns
@@ -45,8 +45,8 @@ def scripted(
 
 
 def names(text: str) -> list[str]:
-    """Runs of capitalised words, without an article; single words that open a sentence count only
-    where there are no others."""
+    """Returns sequences of capitalised words, without articles; a single word at the start of a
+    sentence counts only if there are no others."""
     found = [(_ARTICLE.sub("", m[0]), _opens(text, m.start())) for m in _CAPITALISED.finditer(text)]
     sure = [name for name, opens in found if " " in name or not opens]
     return sure or [name for name, _ in found]

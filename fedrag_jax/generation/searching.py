@@ -1,12 +1,11 @@
-"""Texts that search as they are written: think, ask, read what was found, go on (ReSearch, 2503.19470;
+"""Batched generation with searches: think, search, read the results, continue (ReSearch, 2503.19470;
 Search-R1, 2503.09516).
 
-All rollouts of a batch are written together. Where one closes its search tag it waits; when none is
-being written any more, all that wait ask in one call, what was found is read into the cache in one
-forward pass, and they go on, in a smaller batch where few are left. Batches and caches come in few
-sizes, fixed beforehand, so that few programs are compiled whatever the lengths. What was written and
-what was found is kept apart as it happens: no tag in a passage, and no token, is taken for a tag of the
-rollout.
+All rollouts of a batch are written together. A rollout that closes its search tag waits. When no
+rollout is being written, all waiting ones search in one call, the results are read into the cache in
+one forward pass, and they continue, in a smaller batch if few are left. Batches and caches have few
+predefined sizes, so that few programs are compiled. Written and retrieved tokens are recorded
+separately: a tag inside a passage is never taken for a tag of the rollout.
 """
 
 import functools
@@ -57,7 +56,7 @@ def roll_out(
 
 
 def returned(steps: Generator[Any, None, T]) -> T:
-    """What comes after all steps."""
+    """Runs a generator to its end and returns its return value."""
     while True:
         try:
             next(steps)
@@ -82,14 +81,14 @@ def rolling_out(
     key: jax.Array | None = None,
     rows: Sequence[int] | None = None,
 ) -> Generator[list[str], None, list[Rollout]]:
-    """Writes one rollout for each prompt; gives what is asked for after each search, and returns them.
+    """Writes one rollout per prompt; yields the queries after each search, and returns the rollouts.
 
     Args:
       prompts: int32 [T] each.
-      search: gives the text found for each query; asked with those of all rollouts that wait.
-      questions: of each prompt, which `tags.found` may repeat.
-      stop_tokens: end a rollout; those that a closing tag consists of are that tag.
-      temperature, top_p, key, rows: as of `decoding.pieces`.
+      search: function that returns the text found for each query of all waiting rollouts.
+      questions: the question of each prompt, which `tags.found` may repeat.
+      stop_tokens: tokens that end a rollout, unless they belong to a closing tag.
+      temperature, top_p, key, rows: as in `decoding.pieces`.
 
     Raises:
       ConfigError: an option or a budget out of its range, more tokens than the model has positions
@@ -193,8 +192,8 @@ def _require_room(network: Network, most: int, room: int) -> None:
         )
     if (narrow := [w for w in config.windows if w]) and min(narrow) < room:
         raise ConfigError(
-            f"the model looks back {min(narrow)} tokens in some layers, and rollouts take {room} "
-            "places: allow fewer turns or tokens, or take a model without a window"
+            f"some layers attend to only {min(narrow)} tokens, but rollouts take {room} places: "
+            "allow fewer turns or tokens, or use a model without a window"
         )
 
 

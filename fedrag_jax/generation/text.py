@@ -1,4 +1,4 @@
-"""Text from a decoder: whole or piece by piece, up to a stop token, a stop string or a length."""
+"""Text generation, whole or streamed, up to a stop token, a stop string or a length."""
 
 import concurrent.futures
 import dataclasses
@@ -29,14 +29,15 @@ _UNFINISHED = "\ufffd"  # what a character of which bytes are missing is decoded
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a text is continued; by default by the likeliest tokens.
+    """Options of text generation; the default is greedy.
 
     Attributes:
-      max_new_tokens: at most so many, the stop token included.
-      temperature: logits are divided by it; 0 takes the likeliest token.
-      top_p: draws from the fewest tokens that together are at least so probable.
-      seed: of the draws. The n-th prompt of a call has random numbers of its own, whatever the others.
-      stop: strings that end a text; it ends before them.
+      max_new_tokens: maximum number of tokens, including the stop token.
+      temperature: divisor of the logits; 0 takes the most likely token.
+      top_p: samples from the smallest set of tokens with at least this probability.
+      seed: random seed. The n-th prompt of a call has its own random numbers, independent of the
+        others.
+      stop: strings that end a text; the text ends before them.
 
     Raises:
       ConfigError: a value out of its range.
@@ -50,7 +51,7 @@ class Sampling:
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> "Sampling":
-        """With options by name; ConfigError for one that there is not."""
+        """Creates options by name; raises ConfigError for an unknown name."""
         known = [field.name for field in dataclasses.fields(cls)]
         if strange := sorted(options.keys() - {*known}):
             raise ConfigError(f"unknown sampling options {strange}; choose among {known}")
@@ -77,21 +78,21 @@ class SamplingOptions(TypedDict, total=False):
 
 
 class AnsweringOptions(SamplingOptions, total=False):
-    """How a system is to answer, by name; see `RAGSystem.batch_query`."""
+    """Answering options by name; see `RAGSystem.batch_query`."""
 
     mode: str
     beams: int | None
 
 
 class Completion(NamedTuple):
-    """What was written after a prompt.
+    """The generated continuation of a prompt.
 
     Attributes:
-      text: without special tokens, and without the stop string and what follows it, or what was said
-        for the second time and again. Of a character of which the last bytes are missing, it has none.
-      finish: "stop" for a stop token or a stop string, "repetition" where the text went round in
-        circles, "length" for none of these.
-      tokens: int32 [N], the one that ended the text included; without repetitions.
+      text: the text without special tokens, without the stop string and the text after it, and without
+        repetitions. An incomplete character at the end is left out.
+      finish: "stop" for a stop token or a stop string, "repetition" if the text repeated itself,
+        "length" otherwise.
+      tokens: int32 [N], including the token that ended the text; without repetitions.
       log_probs: float32 [N], of these tokens; see `decoding.Generated`.
     """
 
@@ -103,7 +104,7 @@ class Completion(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Writer:
-    """A decoder with its tokenizer, from prompts of tokens to texts.
+    """A decoder with its tokenizer, which continues prompts of tokens as text.
 
     Attributes:
       network: the decoder, with its adapters if there are any.
@@ -119,7 +120,7 @@ class Writer:
     def complete(
         self, prompts: Sequence[np.ndarray], sampling: Sampling | None = None
     ) -> list[Completion]:
-        """Continues prompts, int [T] each; prompts of like length are decoded together.
+        """Continues prompts, int [T] each; prompts of similar length are decoded together.
 
         Raises:
           ConfigError: a prompt that leaves no room for `max_new_tokens`.
@@ -144,17 +145,17 @@ class Writer:
         best: int = 1,
         sampling: Sampling | None = None,
     ) -> list[list[Completion]]:
-        """Texts that follow several prompts at once, by `mixture.beam_search`.
+        """Finds texts that continue several prompts at once, by `mixture.beam_search`.
 
         Args:
-          prompts: K of each text, int [T].
+          prompts: K prompts per text, int [T].
           log_weights: [B, K], log p(z | x) of the prompts.
-          beams: hypotheses held at a time; 1 is greedy.
-          best: hypotheses wanted of each text, at most `beams`.
-          sampling: `max_new_tokens` and `stop`; a stop string cuts what was found.
+          beams: number of hypotheses; 1 is greedy.
+          best: number of hypotheses to return per text, at most `beams`.
+          sampling: `max_new_tokens` and `stop`; a stop string truncates a result.
 
         Returns:
-          for each text its hypotheses, the likeliest first: `best`, or as many as there are. Their
+          The hypotheses of each text, the most likely first: `best`, or as many as there are. Their
           `log_probs` are those of the mixture.
 
         Raises:
@@ -201,16 +202,17 @@ class Writer:
     def stream(
         self, prompt: np.ndarray, sampling: Sampling | None = None, every: int = 4
     ) -> Generator[str, None, Completion]:
-        """The text that `complete` gives for this prompt alone, in pieces of a few tokens; returns it.
+        """Yields the text of `complete` for one prompt in pieces of a few tokens; returns the
+        completion.
 
-        What may yet change is held back: a character of which bytes are missing, and what could be the
-        beginning of a stop string or of a repetition.
+        Text that may still change is held back: an incomplete character, or a possible beginning of a
+        stop string or of a repetition.
 
         Args:
           every: tokens between two pieces, at most 16.
 
         Raises:
-          ConfigError: with the first piece, as `complete`, and `every` out of its range.
+          ConfigError: at the first piece, as `complete`, or for `every` out of its range.
         """
         sampling, sent = sampling or Sampling(), 0
         for (text,) in self._texts([prompt], np.zeros(1), sampling, every):
@@ -222,7 +224,7 @@ class Writer:
                 return text.completion()
 
     def _texts(self, prompts, rows, sampling, every=decoding.PIECE) -> Iterator[list["_Text"]]:
-        """The texts as far as they are written, again and again."""
+        """Yields the texts written so far, repeatedly."""
         pad = self.tokenizer.pad_token_id or 0
         longest = max(len(p) for p in prompts)
         tokens, mask = left_padded(prompts, pad, multiple=decoding.bucket(longest))
@@ -249,7 +251,7 @@ class Writer:
 
 
 def chunk_by_chunk(write, lengths: Sequence[int], most: int) -> list:
-    """What `write(chosen)` gives for each of the numbers it is given, those of like length together."""
+    """Calls `write(chosen)` for chunks of prompts with similar length; returns the results in order."""
     order = np.argsort(lengths, kind="stable")
     # Few sizes, because each compiles anew: a power of two, or the most there can be.
     count = min(most, 1 << max(len(lengths) - 1, 0).bit_length())
@@ -264,7 +266,7 @@ def chunk_by_chunk(write, lengths: Sequence[int], most: int) -> list:
 
 
 class _Text:
-    """One text as it grows."""
+    """A text that is being written."""
 
     def __init__(self, tokenizer, stop_tokens: tuple[int, ...], sampling: Sampling):
         self._tokenizer, self._stop_tokens, self._sampling = tokenizer, stop_tokens, sampling
@@ -278,7 +280,7 @@ class _Text:
 
     @property
     def settled(self) -> str:
-        """The text without what may turn out to be a repetition."""
+        """The text without a possible beginning of a repetition."""
         count = len(self._tokens)
         return self._decode(count - max(_repeated(self._tokens, count).values(), default=0))
 
@@ -303,7 +305,7 @@ class _Text:
             self.finish = "length"
 
     def _end_before_repetition(self, seen: int) -> int | None:
-        """Where a text that goes round in circles ends for the first time; token by token, as above."""
+        """Ends a text that repeats itself before its first repetition."""
         for count in range(seen + 1, len(self._tokens) + 1):
             for period, length in _repeated(self._tokens, count).items():
                 if length >= max(2 * period, _FEWEST_REPEATED):
@@ -316,7 +318,7 @@ class _Text:
         return Completion(self.text, self.finish, self._tokens, self._log_probs)
 
     def _found(self, count: int) -> list[int]:
-        """Where the stop strings begin in the text of the first `count` tokens."""
+        """Returns the positions where stop strings begin in the text of the first `count` tokens."""
         text = self._decode(count)
         return [at for at in map(text.find, self._sampling.stop) if at >= 0]
 
@@ -342,6 +344,6 @@ def _repeated(tokens: np.ndarray, count: int) -> dict[int, int]:
 
 
 def _settled(text: str, stop: tuple[str, ...]) -> str:
-    """The part of a text that no further token can change."""
+    """Returns the part of a text that no further token can change."""
     begun = (n for s in stop for n in range(1, len(s)) if text.endswith(s[:n]))
     return text[: len(text) - max(begun, default=0)]

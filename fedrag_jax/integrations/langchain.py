@@ -1,4 +1,4 @@
-"""A RAG system inside LangChain: its retriever, and a Runnable that answers with its generator.
+"""LangChain components of a RAG system: a retriever, and a Runnable that answers with its generator.
 
 pip install 'fedrag-jax[langchain]'
 """
@@ -36,15 +36,15 @@ Configs = RunnableConfig | list[RunnableConfig] | None
 
 
 class RAGRetriever(BaseRetriever):
-    """The passages that a system finds, as documents.
+    """A retriever that returns a system's passages as documents.
 
-    A document's id and text are the passage's; its metadata are `title`, `topic` and `score`. Many
-    questions asked by `batch` or `abatch` are one search.
+    Documents have the passages' ids and texts; the metadata are `title`, `topic` and `score`. The
+    questions of a `batch` or `abatch` are searched together.
 
         RAGRetriever(system=system, k=3) | format_documents | prompt | llm
 
     Attributes:
-      k: documents wanted; the system's `top_k` unless given. A call may have another:
+      k: number of documents; default: the system's `top_k`. A call can override it:
         `invoke(question, k=5)`, `bind(k=5)`.
     """
 
@@ -70,10 +70,10 @@ class RAGRetriever(BaseRetriever):
         return_exceptions: bool = False,
         **kwargs,
     ) -> list[list[Document]]:
-        """The documents of each question, by one search; to listeners each is a run of its own.
+        """Returns the documents of each question, with one search; callbacks see one run per question.
 
         Args:
-          return_exceptions: puts the fault of a question in the place of its documents.
+          return_exceptions: return a question's exception instead of its documents.
           kwargs: `k`.
         """
         if not inputs:
@@ -118,25 +118,25 @@ class RAGRetriever(BaseRetriever):
     def _documents(self, questions: Sequence[str], k: int | None = None) -> list[list[Document]]:
         for question in questions:
             if not isinstance(question, str):
-                raise ConfigError(f"a retriever is asked a string, got {question!r}")
+                raise ConfigError(f"a retriever takes a string, got {question!r}")
         found = self.system.retrieve(questions, self.k if k is None else k)
         return [[_document(f) for f in some] for some in found]
 
 
 class RAGRunnable(RunnableSerializable[str | dict[str, Any], dict[str, Any]]):
-    """Questions in, answers with their sources out.
+    """A Runnable that takes questions and returns answers with their sources.
 
-    It takes a question, or a dict with one as "question" or "input" and, if it is to answer from those,
-    documents as "context"; other keys are left alone. It gives a dict of "question", "answer",
-    "context" (the documents read, best first) and "cited" (those of them that the answer cites, where
-    the system's prompt style makes it cite). Streamed, the context comes first, then the answer in
-    pieces, then what it cites; a mode other than `concatenated` has its answer in one piece.
+    The input is a question, or a dict with a question as "question" or "input" and optionally documents
+    to answer from as "context"; other keys are ignored. The output is a dict of "question", "answer",
+    "context" (the documents read, best first) and "cited" (the cited documents, if the system's prompt
+    style has citations). When streaming, the context comes first, then the answer in pieces, then the
+    citations; in modes other than `concatenated` the answer is one piece.
 
         RAGRunnable(system=system).pick("answer")
         {"context": retriever | rerank, "question": RunnablePassthrough()} | RAGRunnable(system=system)
 
-    Arguments of a call, as by `bind(max_new_tokens=8)`, are those of `RAGSystem.batch_query`. A batch
-    is one call of the system: answers that are drawn (temperature > 0) depend on their place in it.
+    Call arguments, for example by `bind(max_new_tokens=8)`, are those of `RAGSystem.batch_query`. A
+    batch is one call of the system: sampled answers (temperature > 0) depend on their position in it.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
@@ -144,7 +144,7 @@ class RAGRunnable(RunnableSerializable[str | dict[str, Any], dict[str, Any]]):
     system: System
 
     def invoke(self, input, config: RunnableConfig | None = None, **kwargs) -> dict[str, Any]:
-        """The answer to one question."""
+        """Answers one question."""
         return self._call_with_config(self._answer, input, config, **kwargs)
 
     async def ainvoke(self, input, config: RunnableConfig | None = None, **kwargs):
@@ -158,10 +158,10 @@ class RAGRunnable(RunnableSerializable[str | dict[str, Any], dict[str, Any]]):
     def batch(
         self, inputs: list, config: Configs = None, *, return_exceptions: bool = False, **kwargs
     ) -> list[dict[str, Any]]:
-        """The answers to many questions, decoded together.
+        """Answers many questions, decoded together.
 
         Args:
-          return_exceptions: puts the fault of a question in the place of its answer.
+          return_exceptions: return a question's exception instead of its answer.
         """
         return self._batch_with_config(
             self._answers_or_faults, inputs, config, return_exceptions=return_exceptions, **kwargs
@@ -180,7 +180,7 @@ class RAGRunnable(RunnableSerializable[str | dict[str, Any], dict[str, Any]]):
         )
 
     def stream(self, input, config: RunnableConfig | None = None, **kwargs) -> Iterator:
-        """Parts of the answer's dict, which add up to it."""
+        """Yields parts of the answer's dict, which add up to it."""
 
         def parts(inputs, **how):
             yield from self._parts(next(inputs), **how)
@@ -190,7 +190,7 @@ class RAGRunnable(RunnableSerializable[str | dict[str, Any], dict[str, Any]]):
     async def astream(
         self, input, config: RunnableConfig | None = None, **kwargs
     ) -> AsyncIterator[AddableDict]:
-        """`stream`, each part made in a thread of its own."""
+        """`stream`; each part is computed in a separate thread."""
 
         async def once():
             yield input
@@ -243,7 +243,7 @@ class RAGRunnable(RunnableSerializable[str | dict[str, Any], dict[str, Any]]):
         yield AddableDict(rest, cited=[*named])
 
     def _asked(self, inputs: list) -> tuple[list[str], list[list[Document]]]:
-        """The questions, and of each the documents to read, its own or those that are found."""
+        """Returns the questions, and the documents to read for each: given or retrieved ones."""
         asked = [_question_and_context(given) for given in inputs]
         questions = [question for question, _ in asked]
         bare = [question for question, context in asked if context is None]
@@ -255,7 +255,8 @@ class RAGRunnable(RunnableSerializable[str | dict[str, Any], dict[str, Any]]):
 
 
 def _each(work: Callable[[list], list], inputs: list) -> list:
-    """`work` on all inputs at once; if one is at fault, on each alone, with the fault in its place."""
+    """Runs `work` on all inputs at once; if one fails, on each alone, with its exception in its
+    place."""
     try:
         return work(inputs)
     except (ConfigError, DataError) as fault:

@@ -1,6 +1,7 @@
-"""A RAG system inside LlamaIndex: its retriever, and a query engine that answers with its generator.
+"""LlamaIndex components of a RAG system: a retriever, and a query engine that answers with its
+generator.
 
-pip install 'fedrag-jax[llama-index]'; no language model of LlamaIndex is needed, and no key.
+pip install 'fedrag-jax[llama-index]'; no language model of LlamaIndex and no API key are needed.
 """
 
 import asyncio
@@ -46,7 +47,7 @@ _dispatcher = get_dispatcher(__name__)
 
 
 class _OwnPrompts:
-    """What both have in common: nothing here reads a prompt template of LlamaIndex."""
+    """Base class of both components, which use no prompt templates of LlamaIndex."""
 
     def _get_prompt_modules(self) -> dict:
         return {}
@@ -60,7 +61,7 @@ class _OwnPrompts:
 
 
 class RAGRetriever(_OwnPrompts, BaseRetriever):
-    """The passages that a system finds, as nodes: ids, titles and topics are those of the passages."""
+    """A retriever that returns a system's passages as nodes, with their ids, titles and topics."""
 
     def __init__(
         self,
@@ -71,8 +72,8 @@ class RAGRetriever(_OwnPrompts, BaseRetriever):
         """A retriever over the system's store, or its corpus.
 
         Args:
-          similarity_top_k: nodes wanted; the system's `top_k` unless given.
-          callback_manager: who hears of every search; that of LlamaIndex's settings unless given.
+          similarity_top_k: number of nodes; default: the system's `top_k`.
+          callback_manager: callback manager of searches; default: that of LlamaIndex's settings.
 
         Raises:
           ConfigError: `similarity_top_k` below 1.
@@ -83,10 +84,10 @@ class RAGRetriever(_OwnPrompts, BaseRetriever):
         self.system, self.similarity_top_k = system, similarity_top_k
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
-        """The nodes nearest to the question, or to the embedding or the texts the bundle has for it.
+        """Returns the nodes nearest to the question, or to the bundle's embedding or texts.
 
-        An embedding is one of the system's own question encoder. Of several texts, as of a hypothetical
-        document and the question, the mean is searched for.
+        An embedding must come from the system's own question encoder. For several texts, such as a
+        hypothetical document and the question, their mean vector is searched.
 
         Raises:
           ConfigError: an image, an embedding of another dimension, one for a store of words alone, no
@@ -113,7 +114,8 @@ class RAGRetriever(_OwnPrompts, BaseRetriever):
         return [Found(passages[r], float(s)) for r, s in zip(rows, scores, strict=True)]
 
     def _vector(self, query: QueryBundle) -> np.ndarray | None:
-        """What the bundle wants searched in place of its question, float32 [1, D]; None if nothing."""
+        """Returns the vector that the bundle searches instead of its question, float32 [1, D]; or
+        None."""
         texts = query.custom_embedding_strs
         if query.embedding is None and texts is None:
             return None
@@ -143,11 +145,11 @@ class RAGRetriever(_OwnPrompts, BaseRetriever):
 
 
 class RAGQueryEngine(_OwnPrompts, BaseQueryEngine):
-    """Retrieves nodes, has them postprocessed, and answers from what is left.
+    """Retrieves nodes, applies postprocessors, and answers from the remaining nodes.
 
-    Responses have the nodes that were read as `source_nodes`, and in `metadata["citations"]` the ids of
-    those that the answer cites, where the system's prompt style makes it cite. Of a streamed answer
-    they are there from its first piece on; before, they are None. Without nodes it answers closed book.
+    Responses have the nodes that were read as `source_nodes`, and the ids of cited nodes in
+    `metadata["citations"]`, if the system's prompt style has citations. For a streamed answer the
+    citations are None before the first piece. Without nodes, the answer is closed book.
 
         engine = RAGQueryEngine(system, node_postprocessors=[SimilarityPostprocessor(...)])
         print(engine.query("Who wrote it?"))
@@ -167,15 +169,15 @@ class RAGQueryEngine(_OwnPrompts, BaseQueryEngine):
         """An engine that answers by the system's generator.
 
         Args:
-          similarity_top_k: nodes read, see `RAGRetriever`.
-          retriever: where they come from in place of the system's passages, as from a fusion of several
-            retrievers. A node is read as its text after the title in its metadata, if it has one.
-          node_postprocessors: what reranks, drops or rewrites nodes before they are read, in order.
-          streaming: responses whose `response_gen` gives the answer as it is written.
-          callback_manager: who hears of queries, retrieval and synthesis, and is given to the
-            postprocessors; that of LlamaIndex's settings unless given.
-          how: as in `RAGSystem.batch_query`. Modes that weigh passages do so by their cosines with the
-            question, whatever the nodes' scores are.
+          similarity_top_k: number of nodes to read, see `RAGRetriever`.
+          retriever: another retriever instead of the system's, such as a fusion of several. A node is
+            read as its text, after the title in its metadata, if any.
+          node_postprocessors: postprocessors that rerank, drop or rewrite nodes, in order.
+          streaming: whether responses have a `response_gen` that yields the answer as it is written.
+          callback_manager: callback manager of queries, retrieval and synthesis, also passed to the
+            postprocessors; default: that of LlamaIndex's settings.
+          how: as in `RAGSystem.batch_query`. Modes that weight passages use their cosines with the
+            question, not the nodes' scores.
 
         Raises:
           ConfigError: a value out of its range, a mode that cannot be streamed, both
@@ -205,7 +207,7 @@ class RAGQueryEngine(_OwnPrompts, BaseQueryEngine):
     # --- nodes --------------------------------------------------------------------------------
 
     def retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
-        """The nodes to read, postprocessed."""
+        """Returns the nodes to read, after postprocessing."""
         nodes = self.retriever.retrieve(query_bundle)
         for step in self.node_postprocessors:
             nodes = step.postprocess_nodes(nodes, query_bundle=query_bundle)
@@ -226,10 +228,10 @@ class RAGQueryEngine(_OwnPrompts, BaseQueryEngine):
         nodes: list[NodeWithScore],
         additional_source_nodes: Sequence[NodeWithScore] | None = None,
     ) -> RESPONSE_TYPE:
-        """The answer to a question from these nodes.
+        """Answers a question from these nodes.
 
         Args:
-          additional_source_nodes: told as sources with those that are read, and not read.
+          additional_source_nodes: nodes that are listed as sources but not read.
         """
         sources, question = [*nodes, *(additional_source_nodes or ())], query_bundle.query_str
         with self._synthesis(query_bundle) as finish:
@@ -246,7 +248,7 @@ class RAGQueryEngine(_OwnPrompts, BaseQueryEngine):
         nodes: list[NodeWithScore],
         additional_source_nodes: Sequence[NodeWithScore] | None = None,
     ) -> RESPONSE_TYPE:
-        """`synthesize`, written in threads of its own."""
+        """`synthesize`, in separate threads."""
         sources, question = [*nodes, *(additional_source_nodes or ())], query_bundle.query_str
         with self._synthesis(query_bundle) as finish:
             if not self.streaming:
@@ -274,7 +276,7 @@ class RAGQueryEngine(_OwnPrompts, BaseQueryEngine):
 
     @contextmanager
     def _synthesis(self, query: QueryBundle) -> Iterator:
-        """Tells whoever listens that an answer begins; the function it gives tells that it is there."""
+        """Notifies callbacks that an answer begins; returns a function that notifies of its end."""
         _dispatcher.event(SynthesizeStartEvent(query=query))
         with self._event(CBEventType.SYNTHESIZE, query) as event:
 
@@ -293,7 +295,7 @@ class RAGQueryEngine(_OwnPrompts, BaseQueryEngine):
         return reading.answer, self._told(reading.reasoning, nodes)
 
     def _pieces(self, question: str, nodes, told: dict[str, Any]) -> Iterator[str]:
-        """The answer in pieces; what there is to tell of it is told before the first."""
+        """Yields the answer in pieces; its metadata are set before the first piece."""
         pieces = self.system.stream(question, [_passage(n) for n in nodes], **vars(self.sampling))
         for piece in pieces:
             told.update(self._told(pieces.reasoning, nodes))
@@ -306,7 +308,7 @@ class RAGQueryEngine(_OwnPrompts, BaseQueryEngine):
 
 
 async def _in_threads(pieces: Iterator[str]) -> AsyncIterator[str]:
-    """The pieces, each made in a thread, so that the event loop goes on meanwhile."""
+    """Yields the pieces, each computed in a thread, so that the event loop is not blocked."""
     while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
         yield piece
 

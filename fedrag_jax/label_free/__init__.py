@@ -1,1 +1,1 @@
-"""Fine-tuning from texts alone (ALoFTRAG): rate texts, ask about them, rate the questions."""
+"""Label-free fine-tuning (ALoFTRAG): rate texts, write questions about them, rate the questions."""

@@ -1,17 +1,17 @@
-"""Label-free fine-tuning: a generator learns from questions that it asks about the user's own texts.
+"""Label-free fine-tuning: a generator learns from questions that it writes about the user's texts.
 
-The steps of ALoFTRAG (Devine, 2501.11929, section 3), each with a file of its own in a folder:
+The steps of ALoFTRAG (Devine, 2501.11929, section 3), each with its own file in a folder:
 
 | step | function | file |
 |---|---|---|
-| 1 | `rate_texts`: which texts are worth a question | 1_texts.jsonl |
-| 2 | `ask`: a question and its answer, or several, about each | 2_questions.jsonl |
-| 3 | `rate_questions`: which are good; the paper's own ablation is better without | 3_ratings.jsonl |
-| 4 | `add_hard_negatives`: the text among others that look as if they answered | 4_contexts.jsonl |
+| 1 | `rate_texts`: selects texts with enough information | 1_texts.jsonl |
+| 2 | `ask`: writes one or several questions with answers about each text | 2_questions.jsonl |
+| 3 | `rate_questions`: selects good ones; the paper's ablation is better without | 3_ratings.jsonl |
+| 4 | `add_hard_negatives`: mixes the text with similar texts that do not answer | 4_contexts.jsonl |
 | 5 | `objectives.citing.citing`: training to cite the text and to answer | |
 
-`generate` takes the first four. Each line of a file says what was kept, or why it was dropped; what
-the generator wrote is in files of its own.
+`generate` runs the first four. Each line of a file records an item that was kept, or the reason why it
+was dropped; the generator's replies are in separate files.
 """
 
 import collections
@@ -37,10 +37,10 @@ NEGATIVES = ("top", "random")
 
 
 class Asking(NamedTuple):
-    """Who is asked, and how.
+    """The author, its prompts, and the folder of its replies.
 
     Attributes:
-      folder: where replies are kept. What is there is not asked again, in whatever step or run.
+      folder: folder of stored replies, which no step or run requests again.
     """
 
     author: Author
@@ -48,17 +48,17 @@ class Asking(NamedTuple):
     folder: pathlib.Path
 
     def __call__(self, what: str, about, doing: str, file: str = "", **sampling) -> dict[str, Read]:
-        """The replies to one of the prompts, by its name."""
+        """Returns the replies to one of the prompts, by its name."""
         path = self.folder / f"{file or what}.jsonl"
         return replies(self.author, getattr(self.prompts, what), about, path, doing, **sampling)
 
 
 class Step(NamedTuple):
-    """What came of a step.
+    """The result of a step.
 
     Attributes:
-      kept: passages, examples or contexts by id.
-      counts: of what was looked at: "kept", and why others were dropped.
+      kept: the kept passages, examples or contexts, by id.
+      counts: number of items that were "kept", and by reason of those that were dropped.
     """
 
     kept: dict[str, Any]
@@ -71,9 +71,10 @@ def rate_texts(
     folder: pathlib.Path,
     least: float = 8.0,
 ) -> Step:
-    """Step 1: the passages that the author gives `least` of 10 points.
+    """Step 1: returns the passages that the author rates with at least `least` of 10 points.
 
-    Dropped unasked are texts that are empty, there already, or of fewer than 3 words and 20 characters.
+    Empty texts, duplicates, and texts of fewer than 3 words and 20 characters are dropped without a
+    request.
     """
     dropped, seen = {}, set()
     for passage in passages:
@@ -99,12 +100,12 @@ def ask(
     temperature: float = 1.0,
     seed: int = 0,
 ) -> Step:
-    """Step 2: questions with their answers, as examples whose gold passage is the text.
+    """Step 2: returns questions with answers, as examples whose gold passage is the text.
 
     Args:
-      per_text: how many. The first is the likeliest; others are drawn, and one that has been asked
-        already is dropped.
-      temperature: of those drawn.
+      per_text: number of questions per text. The first is decoded greedily; the others are sampled, and
+        duplicates are dropped.
+      temperature: sampling temperature of the others.
     """
     if per_text < 1:
         raise ConfigError(f"per_text must be at least 1, got {per_text}")
@@ -138,7 +139,8 @@ def rate_questions(
     folder: pathlib.Path,
     least: float = 8.0,
 ) -> Step:
-    """Step 3: the examples of which question and answer are given `least` of 10 points each."""
+    """Step 3: returns the examples whose question and answer are each rated with at least `least` of
+    10."""
     text = {p.id: reading_text(p) for p in passages}
     found = {e.id: e for e in examples}
     parts = {
@@ -166,20 +168,21 @@ def add_hard_negatives(
     pool: Pool | None = None,
     seed: int = 0,
 ) -> Step:
-    """Step 4: for each question `n` passages in random order, its own among those nearest to it.
+    """Step 4: returns `n` passages in random order for each question, its own and near ones.
 
     Args:
-      negatives: "top", the n - 1 nearest passages that are not gold, as the paper says; "random", n - 1
-        of the n nearest, as its code does. Those that say the same as a gold one are none.
-      unanswerable: the share of questions whose own passage is left out, to be cited as none.
-      pool: `pool(example)`, the corpus rows that may be shown; all, unless given.
-      seed: of the order and of what is drawn, for each example by its id.
+      negatives: "top", the n - 1 nearest passages that are not gold, as in the paper; "random", n - 1
+        of the n nearest, as in its code. Duplicates of a gold passage are not negatives.
+      unanswerable: share of questions whose own passage is left out, so that none is to be cited.
+      pool: `pool(example)`: the corpus rows to choose from; default: all.
+      seed: random seed of order and draws, combined with each example's id.
 
     Returns:
-      Contexts, rows int [n] and what is to be cited.
+      Contexts: rows int [n], and the numbers to cite.
 
     Raises:
-      ConfigError: an unknown way, n below 2, a share outside [0, 1], fewer than n + 1 passages.
+      ConfigError: an unknown kind of negatives, n below 2, a share outside [0, 1], or fewer than n + 1
+        passages.
     """
     if negatives not in NEGATIVES:
         raise ConfigError(f"negatives must be one of {NEGATIVES}, got {negatives!r}")
@@ -203,7 +206,7 @@ def add_hard_negatives(
         wrong = [int(r) for r in nearest if said[r] not in said[golds]][:n]
         if len(wrong) < least:
             raise ConfigError(
-                f"contexts of {n} passages need {least} that are not gold, and question {example.id!r} "
+                f"contexts of {n} passages need {least} that are not gold, but question {example.id!r} "
                 f"has {len(wrong)} among {size}: lower n, or give more texts"
             )
         hidden = rng.random() < unanswerable
@@ -226,12 +229,12 @@ def add_hard_negatives(
 
 
 class Generated(NamedTuple):
-    """What there is to train on.
+    """Generated training data.
 
     Attributes:
-      examples: questions with their answers and the text that they are about.
-      contexts: of each example by its id.
-      steps: what each step kept and dropped, by its name.
+      examples: questions with their answers and their texts.
+      contexts: context of each example, by its id.
+      steps: the result of each step, by its name.
     """
 
     examples: list[Example]
@@ -250,18 +253,18 @@ def generate(
     per_text: int = 1,
     **contexts,
 ) -> Generated:
-    """Steps 1 to 4 over some texts.
+    """Runs steps 1 to 4 for some texts.
 
     Args:
-      passages: to ask about, all of them the retriever's.
-      filter_texts: step 1.
-      filter_questions: step 3.
-      per_text: questions about a text.
+      passages: the texts for questions, all of them in the retriever's corpus.
+      filter_texts: whether to run step 1.
+      filter_questions: whether to run step 3.
+      per_text: number of questions per text.
       contexts: options of `add_hard_negatives`.
 
     Raises:
-      ConfigError: what the steps raise.
-      DataError: nothing is left to train on; the message says what became of everything.
+      ConfigError: as the steps.
+      DataError: nothing is left to train on; the error has the counts of all steps.
     """
     steps = {}
     if filter_texts:
@@ -279,7 +282,7 @@ def generate(
 
 
 def summary(steps: Mapping[str, Step]) -> str:
-    """What every step kept and dropped, one line each, for people."""
+    """Returns a summary with one line per step: numbers kept and dropped."""
     lines = []
     for name, step in steps.items():
         dropped = {why: n for why, n in step.counts.items() if why != "kept"}
@@ -291,7 +294,7 @@ def summary(steps: Mapping[str, Step]) -> str:
 
 
 def total_counts(runs: Iterable[Mapping[str, Step]]) -> dict[str, int]:
-    """What the steps of several runs kept and dropped together, such as {"texts kept": 9}."""
+    """Returns the total counts of the steps of several runs, such as {"texts kept": 9}."""
     total: collections.Counter[str] = collections.Counter()
     for steps in runs:
         for name, step in steps.items():
@@ -315,7 +318,7 @@ def require_some(steps: Mapping[str, Step]) -> None:
 
 
 def _low(reply: Read, least: float) -> str:
-    """Why a rating drops what it is about; "" if it does not."""
+    """Returns the reason why a rating drops an item; "" if it does not."""
     if reply.fault:
         return reply.fault
     score = float(reply.said["score"])

@@ -1,8 +1,8 @@
-"""What a generator is asked about texts, and how replies are read (ALoFTRAG, 2501.11929, appendix B).
+"""Prompts of label-free fine-tuning, and parsing of replies (ALoFTRAG, 2501.11929, appendix B).
 
-The five prompts of label-free fine-tuning in one place. `COMPACT` is what the built-in decoder was
-taught; `instruct(language)` has the instructions, in other words, and the headings of the paper. To ask
-in another way, `_replace` some of them, or write them into a JSON file that `read` reads.
+`COMPACT` has the prompts that the built-in decoder was trained on. `instruct(language)` has paraphrased
+instructions with the headings of the paper. To change prompts, `_replace` some of them, or write a JSON
+file that `read` reads.
 """
 
 import json
@@ -17,17 +17,17 @@ RATING = r"\[?(?P<score>\d+(\.\d+)?)\]?"
 
 
 class Ask(NamedTuple):
-    """One question to a generator.
+    """One prompt of a generator.
 
     Attributes:
-      system: its instructions.
-      user: what it is about, with `{text}` and, where there are such, `{question}` and `{answer}`.
-      start: how the reply begins; it is given.
-      reply: regular expression of all of what follows, with groups named `score`, or `question` and
+      system: the instructions.
+      user: the user text, with `{text}` and, if needed, `{question}` and `{answer}`.
+      start: the given beginning of the reply.
+      reply: regular expression of the rest of the reply, with groups named `score`, or `question` and
         `answer`.
-      max_tokens: of a reply.
-      stop: ends a reply, if not empty.
-      chat: whether a chat is asked in its own template; else it continues the text as it is.
+      max_tokens: maximum tokens of a reply.
+      stop: string that ends a reply, if not empty.
+      chat: whether to use the model's chat template; otherwise the model continues the plain text.
     """
 
     system: str
@@ -39,9 +39,9 @@ class Ask(NamedTuple):
     chat: bool = True
 
     def read(self, written: str) -> dict[str, str] | None:
-        """What a reply says; None if it is not in the form that was asked for.
+        """Parses a reply; returns None if it does not have the requested format.
 
-        A reply may begin with `start` again, as one of a chat does that could not be begun for it.
+        A reply may repeat `start`, because the beginning of a chat reply cannot always be given.
         """
         said = written.strip().removeprefix(self.start.strip()).strip()
         found = re.fullmatch(self.reply, said, re.DOTALL)
@@ -80,7 +80,7 @@ COMPACT = LabelFreePrompts(
 
 
 def instruct(language: str = "English") -> LabelFreePrompts:
-    """For generators that follow instructions, in the language of the texts."""
+    """Returns prompts for generators that follow instructions, in the language of the texts."""
     scale = "Give a score from 0 to 10, where"
     told = "Write nothing but this:\n\n"
     return LabelFreePrompts(
@@ -150,8 +150,8 @@ _SHOWN = (
 
 
 def examples() -> LabelFreePrompts:
-    """For generators too small to follow instructions, about English texts: they continue a page that
-    shows texts with their points, or with a question and its answer, and then the text."""
+    """Returns prompts for generators too small to follow instructions, for English texts: they continue
+    a page of example texts with ratings, or with questions and answers, followed by the text."""
     useful = [shown for shown in _SHOWN if shown[2]]
     rated = "".join(f"Text: {text}\nUseful: {points}\n\n" for text, points, *_ in _SHOWN)
     asked = "".join(f"Text: {text}\nQuestion: {q}\nAnswer: {a}\n\n" for text, _, q, a in useful)
@@ -199,10 +199,10 @@ def read(path: str | pathlib.Path, language: str = "English") -> LabelFreePrompt
     """Prompts from a JSON file: an object with the fields of `LabelFreePrompts`, and of `Ask` in each.
 
     Args:
-      language: put wherever a `system` says `{language}`.
+      language: replaces `{language}` in every `system`.
 
     Raises:
-      ConfigError: no such file, not JSON, a field that is missing or unknown, a `reply` that is no
+      ConfigError: a missing file, invalid JSON, a missing or unknown field, or a `reply` that is not a
         regular expression or lacks its groups.
     """
     try:
@@ -228,6 +228,6 @@ def read(path: str | pathlib.Path, language: str = "English") -> LabelFreePrompt
 
 
 def write(prompts: LabelFreePrompts, path: str | pathlib.Path) -> None:
-    """The file that `read` reads, to start from."""
+    """Writes a file that `read` reads, as a starting point."""
     fields = {name: ask._asdict() for name, ask in prompts._asdict().items()}
     pathlib.Path(path).write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", "utf-8")

@@ -1,7 +1,8 @@
-"""What an author says about many things: asked once, kept in a file, and read strictly.
+"""An author's replies: requested once, stored in a file, and parsed strictly.
 
-A file is JSON lines. The first says how was asked, each other what came back about one thing, and what
-it says or why it cannot be read. What came is kept even if the author fails, and not asked for again.
+A file is JSON lines. The first line describes the prompt and the author; every other line has one
+reply, and its parsed content or the reason why it cannot be parsed. Replies are kept even if the author
+fails, and are not requested again.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ AT_ONCE = 64  # requests between two writes
 
 @dataclasses.dataclass(frozen=True)
 class Read:
-    """A reply as it was read: what it says by the groups of `Ask.reply`, or what is wrong with it."""
+    """A parsed reply: its content by the groups of `Ask.reply`, or the problem with it."""
 
     said: dict[str, str] | None
     fault: str
@@ -39,10 +40,10 @@ def replies(
     doing: str,
     **sampling,
 ) -> dict[str, Read]:
-    """What an author says about each; those already in the file are not asked again.
+    """Returns the author's reply about each item; replies already in the file are not requested again.
 
     Raises:
-      ConfigError: the file holds what was asked of another author, with another prompt or otherwise.
+      ConfigError: the file has replies of another author, or to another prompt or settings.
     """
     stop = (ask.stop,) if ask.stop else ()
     settings = Sampling(max_new_tokens=ask.max_tokens, stop=stop, **sampling)
@@ -80,7 +81,7 @@ def _read_line(line: dict[str, Any]) -> Read:
 
 
 def _filled(template: str, parts: Mapping[str, str]) -> str:
-    """`str.format` would look into the braces of a text."""
+    """Fills a template; `str.format` would interpret braces in a text."""
     return re.sub(r"{(\w+)}", lambda found: parts.get(found[1], found[0]), template)
 
 
@@ -89,7 +90,7 @@ def _hash(parts: Mapping[str, str]) -> str:
 
 
 def _known(path: pathlib.Path, asked_how: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The lines of a file by id, after the first, which says how was asked; begins a new file."""
+    """Returns the lines of a file by id, without the first; creates a new file if absent."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_lines(path, [{"asked": asked_how}])
@@ -103,7 +104,7 @@ def _known(path: pathlib.Path, asked_how: dict[str, Any]) -> dict[str, dict[str,
             break  # the end of a file whose writer was killed
     if not lines or lines[0].get("asked") != asked_how:
         raise ConfigError(
-            f"{path} holds what was asked otherwise (another generator, prompt or setting); take "
+            f"{path} holds replies to other requests (another generator, prompt or setting); use "
             "another folder, or delete it"
         )
     if not text.endswith("\n"):
@@ -112,7 +113,7 @@ def _known(path: pathlib.Path, asked_how: dict[str, Any]) -> dict[str, dict[str,
 
 
 def write_lines(path: pathlib.Path, lines: Iterable[dict[str, Any]]) -> None:
-    """A file of JSON lines, whole or not at all."""
+    """Writes a file of JSON lines atomically."""
     with files.writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     with files.whole(path) as file:

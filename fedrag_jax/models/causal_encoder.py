@@ -1,4 +1,4 @@
-"""Decoders that encode: Qwen3-Embedding (arXiv 2506.05176), E5-Mistral (2401.00368)."""
+"""Decoders used as encoders: Qwen3-Embedding (arXiv 2506.05176), E5-Mistral (2401.00368)."""
 
 import dataclasses
 
@@ -13,11 +13,12 @@ from fedrag_jax.models.pooling import Use, add_projections, pooled
 
 @dataclasses.dataclass(frozen=True)
 class CausalEncoderConfig(Use, DecoderConfig):
-    """Shape of a decoder, and how it is used as an encoder; its embeddings are tied, for no logits."""
+    """Shape of a decoder and its use as an encoder; embeddings are tied, because there are no
+    logits."""
 
 
 class CausalEncoder(Decoder):
-    """Tokens to one vector a text, of a decoder's hidden states."""
+    """Computes one vector per text from a decoder's hidden states."""
 
     def __init__(
         self, config: CausalEncoderConfig, lora: LoraConfig | None = None, *, rngs: nnx.Rngs

@@ -1,7 +1,7 @@
-"""Cross-encoders: question and passage read together, and one number for how well they fit.
+"""Cross-encoders: read question and passage together and return one score.
 
-Nogueira and Cho 2019 (1901.04085). They are slower than comparing vectors and see more: let them order
-the few passages that a search has found (`retrieval.stores.reranked`).
+Nogueira and Cho 2019 (1901.04085). They are slower but more precise than comparing vectors: use them to
+rerank the few passages of a search (`retrieval.stores.reranked`).
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ _NARROWEST = 16  # tokens
 
 
 class _Head(NamedTuple):
-    """Of a model_type: its architecture, and its two tensors behind the first token."""
+    """The architecture name of a model_type, and the two tensors of its head on the first token."""
 
     architecture: str
     dense: str
@@ -51,7 +51,7 @@ _IGNORED = r"roberta\.pooler\..*|.*position_ids"
 
 
 class PairScorer(Encoder):
-    """An encoder with a head of two layers on its first token: a pair of texts to one number."""
+    """An encoder with a two-layer head on its first token; scores a pair of texts."""
 
     def __init__(self, config, lora=None, *, rngs):
         super().__init__(config, lora, rngs=rngs)
@@ -64,7 +64,7 @@ class PairScorer(Encoder):
 
         Args:
           tokens, types: int [B, T], padded on the right.
-          lengths: int [B], how many tokens are no padding.
+          lengths: int [B], the number of tokens without padding.
         """
         mask = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
         first = self.hidden(tokens, mask, types)[:, 0]
@@ -82,16 +82,16 @@ class CrossEncoder:
 
     @classmethod
     def load(cls, name_or_path: str | pathlib.Path) -> "CrossEncoder":
-        """Loads a Hugging Face model that classifies sequences and has one label.
+        """Loads a Hugging Face model for sequence classification with one label.
 
         Args:
           name_or_path: a folder, or a model on the Hugging Face hub, such as
             "cross-encoder/ms-marco-MiniLM-L6-v2" or "BAAI/bge-reranker-base", downloaded once.
 
         Raises:
-          CheckpointError: no such model, another architecture, several labels, an option that is not
-            supported, weights that are pickled alone, or tensors that are missing, unexpected or of
-            another shape (all of them at once).
+          CheckpointError: an unknown model, another architecture, several labels, an unsupported
+            option, only pickled weights, or tensors that are missing, unexpected or of another shape
+            (all reported at once).
         """
         folder = fetching.place_of(str(name_or_path))
         hf = hub.read_config(folder)
@@ -110,7 +110,7 @@ class CrossEncoder:
         return model
 
     def fingerprint(self) -> str:
-        """A hash of all that scores depend on."""
+        """A hash of everything that scores depend on."""
         return fingerprint(self.params, self.tokenizer, self.network.config).hexdigest()[:16]
 
     def save(self, path: str | pathlib.Path) -> None:
@@ -128,11 +128,11 @@ class CrossEncoder:
         hub.write_json(folder / "config.json", hf)
 
     def scores(self, questions: Sequence[str], texts: Sequence[str]) -> np.ndarray:
-        """How well each text fits the question in its place: logits, float32 [N].
+        """Returns the logit of each pair of question and text, float32 [N].
 
-        Where a pair has too many tokens for the model, the text is cut, and a question only where it
-        fills more than half of them: then the longer of the two is, until both fit. Pairs of the same
-        tokens have the same score; batches of other sizes may change it in the last digits.
+        If a pair has too many tokens for the model, the text is truncated. If the question fills more
+        than half of the tokens, the longer of the two is truncated until both fit. Pairs of the same
+        tokens have the same score; other batch sizes may change it in the last digits.
 
         Raises:
           ConfigError: more questions than texts, or fewer.
@@ -187,10 +187,10 @@ def _forward(network, params, tokens, types, lengths):
 
 
 def _batches(pairs, order: Sequence[int], longest: int) -> Iterator[tuple[list[int], tuple]]:
-    """Cuts pairs, longest first, into (their places, (tokens [B, T], types [B, T], lengths [B])).
+    """Yields batches (positions, (tokens [B, T], types [B, T], lengths [B])), the longest pairs first.
 
-    T is a power of two or one and a half, B a power of two or what a batch may hold, so that programs
-    are compiled for few shapes. Rows beyond the places are empty.
+    T is a power of two or 1.5 times one; B is a power of two or the maximum batch, so that programs are
+    compiled for few shapes. Rows beyond the positions are empty.
     """
     budget = _BATCH_TOKENS.get(jax.default_backend(), _BATCH_TOKENS_ACCELERATOR)
     done = 0
@@ -209,7 +209,7 @@ def _batches(pairs, order: Sequence[int], longest: int) -> Iterator[tuple[list[i
 
 
 def _width(length: int, longest: int) -> int:
-    """16, 24, 32, 48, 64, 96, ... tokens; the longest there are at most."""
+    """Rounds up to 16, 24, 32, 48, 64, 96, ... tokens; at most `longest`."""
     width = _NARROWEST
     while width < length:
         width = width * 3 // 2 if width & (width - 1) == 0 else width * 4 // 3
@@ -236,7 +236,7 @@ def _family_of(hf: dict) -> Family:
     model_type, architectures = hf.get("model_type"), hf.get("architectures")
     if model_type not in supported or architectures != [supported[model_type]]:
         raise CheckpointError(
-            f"config.json: architectures {architectures} of model_type {model_type!r} are no "
+            f"config.json: architectures {architectures} of model_type {model_type!r} are not a "
             f"cross-encoder; supported: {sorted(supported.values())} with one label, such as "
             "cross-encoder/ms-marco-MiniLM-L6-v2"
         )

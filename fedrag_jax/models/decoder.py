@@ -1,4 +1,4 @@
-"""Causal decoders of one build: Llama, Mistral, Qwen, Gemma 3.
+"""Causal decoders with one architecture: Llama, Mistral, Qwen, Gemma 3.
 
 arXiv 2302.13971, 2310.06825, 2505.09388, 2503.19786.
 """
@@ -37,8 +37,8 @@ class Llama3Scaling:
     original_max_position_embeddings: int
 
     def slowed(self, frequencies: np.ndarray) -> np.ndarray:
-        """Wavelengths longer than original / low_freq_factor are stretched by `factor`, those shorter
-        than original / high_freq_factor are left, between them the two are blended."""
+        """Stretches wavelengths longer than original / low_freq_factor by `factor`, keeps those shorter
+        than original / high_freq_factor, and interpolates between them."""
         turns = self.original_max_position_embeddings * frequencies / (2 * math.pi)
         kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
         kept = np.clip(kept, 0, 1)
@@ -52,7 +52,7 @@ class LinearScaling:
     factor: float
 
     def slowed(self, frequencies: np.ndarray) -> np.ndarray:
-        """All of them, by the factor."""
+        """Divides all frequencies by the factor."""
         return frequencies / self.factor
 
 
@@ -61,24 +61,24 @@ class DecoderConfig:
     """Shape of a decoder.
 
     Attributes:
-      head_dim: need not be hidden_size / num_heads.
-      max_positions: tokens the model was made for.
-      qkv_bias, o_bias, mlp_bias: whether these linear layers add a bias.
-      qk_norm: whether queries and keys are normalised, head by head, before they are rotated.
-      windows: of each layer, how many tokens back it looks, itself included; 0 is no limit. Empty
-        where no layer has a limit.
-      activation: of the gate, "silu" or "gelu_tanh".
-      embed_scale: what the embeddings of tokens are multiplied by.
-      attention_scale: what products of queries and keys are multiplied by; head_dim^-1/2 unless given.
-      centred_norms: whether norms multiply by 1 + scale instead of by scale.
-      post_norms: whether what attention and MLP add is normalised, too.
-      local_rope_theta: `rope_theta` of layers with a window, which `rope_scaling` leaves alone; that
-        of all layers unless given.
+      head_dim: size of a head; it may differ from hidden_size / num_heads.
+      max_positions: maximum number of tokens of the model.
+      qkv_bias, o_bias, mlp_bias: whether these linear layers have a bias.
+      qk_norm: whether queries and keys are normalised, per head, before the rotation.
+      windows: the window of each layer in tokens, including the current one; 0 for no limit. Empty if
+        no layer has a limit.
+      activation: activation of the gate, "silu" or "gelu_tanh".
+      embed_scale: factor of token embeddings.
+      attention_scale: factor of products of queries and keys; default: head_dim^-1/2.
+      centred_norms: whether norms multiply by 1 + scale instead of scale.
+      post_norms: whether the outputs of attention and MLP are normalised too.
+      local_rope_theta: `rope_theta` of layers with a window, which ignore `rope_scaling`; default: that
+        of all layers.
       family: model_type of its `config.json`.
-      unroll: write every layer out instead of looping (for counting operations).
-      remat: what the backward pass computes again: "selective" keeps what linear layers give and
-        computes the rest of a layer again; "full" computes whole layers again, which takes a third
-        longer and least memory; "none" keeps everything.
+      unroll: unroll the layers instead of looping (for counting operations).
+      remat: what the backward pass recomputes: "selective" keeps the outputs of linear layers and
+        recomputes the rest; "full" recomputes whole layers, which takes a third longer and uses the
+        least memory; "none" keeps everything.
     """
 
     vocab_size: int
@@ -115,8 +115,8 @@ class Cache(NamedTuple):
 
     Attributes:
       keys, values: [L, G, B, S, E], or `PerLayer` of [G * B, S, E].
-      mask: bool [B, S], which of them are tokens rather than padding or room.
-      length: int32 scalar, how many of the S places are taken.
+      mask: bool [B, S], True for tokens, False for padding and free places.
+      length: int32 scalar, the number of used places of S.
     """
 
     keys: jax.Array
@@ -126,7 +126,8 @@ class Cache(NamedTuple):
 
 
 class Decoder(nnx.Module):
-    """Tokens to hidden states; `logits` is apart, so that it is computed only where needed."""
+    """Computes hidden states of tokens; `logits` is separate, so that it is computed only where
+    needed."""
 
     def __init__(self, config: DecoderConfig, lora: LoraConfig | None = None, *, rngs: nnx.Rngs):
         self.config = config
@@ -149,27 +150,27 @@ class Decoder(nnx.Module):
         segments=None,
         room: int = 0,
     ):
-        """Hidden states after the last norm.
+        """Returns hidden states after the last norm.
 
-        A token looks at the tokens before it in the array that are not padding, no further back than
-        the window of a layer.
+        A token attends to the earlier tokens in the array that are not padding, within the window of a
+        layer.
 
         Args:
           tokens, positions: int [B, T]; positions are those of the rotary embedding.
-          mask: [B, T], 0 or False where there is padding, on either side.
-          cache: of the tokens before these; it must have room for them.
-          read: int [B, M], the places among the T whose hidden states are wanted; all by default. The
-            last layer computes no others, which of a small model is a good part.
-          segments: int [B, T], of texts that share a row: a token looks at those of its own number
-            alone.
-          room: makes a cache of so many places, at least T, of which these tokens take the first.
+          mask: [B, T], 0 or False for padding, on either side.
+          cache: the cache of earlier tokens; it must have room for the new ones.
+          read: int [B, M], the positions whose hidden states are returned; default: all. The last layer
+            computes no others, which saves a good part of a small model's time.
+          segments: int [B, T], numbers of texts that share a row: a token attends only to tokens of the
+            same number.
+          room: creates a cache with this many places, at least T; these tokens take the first places.
 
         Returns:
-          [B, T, D], or [B, M, D] at `read`; with a cache, that and the cache with these tokens added;
-          with `room`, that and the new cache.
+          [B, T, D], or [B, M, D] at `read`; with a cache, also the cache with these tokens added; with
+          `room`, also the new cache.
 
         Raises:
-          ConfigError: segments with a cache, which does not keep them.
+          ConfigError: segments together with a cache.
         """
         config, t = self.config, tokens.shape[1]
         mask, start = mask.astype(bool), 0
@@ -206,13 +207,10 @@ class Decoder(nnx.Module):
         return hidden if cache is None else (hidden, Cache(*kept, mask, start + t))
 
     def attention(self, tokens, positions, mask, read) -> jax.Array:
-        """How much each token adds to what the tokens at `read` take in: float32 [B, M, T].
+        """Returns the contribution of each token to the tokens at `read`: float32 [B, M, T].
 
-        alpha_n |v_n|, the attention to token n times the length of its value, averaged over heads and
-        layers.
-
-        Args:
-          as for a call without a cache.
+        This is alpha_n |v_n|, the attention to token n times the norm of its value, averaged over heads
+        and layers. Arguments are as for a call without a cache.
         """
         config, t = self.config, tokens.shape[1]
         back = (jnp.arange(t)[:, None] - jnp.arange(t)[None])[None]
@@ -248,10 +246,10 @@ class Decoder(nnx.Module):
 
 
 def rope_frequencies(config: DecoderConfig, local: bool = False) -> np.ndarray:
-    """Radians per position, float32 [E / 2] (Su et al., 2104.09864).
+    """Returns radians per position, float32 [E / 2] (Su et al., 2104.09864).
 
     Args:
-      local: of the layers with a window, where those have a `local_rope_theta`.
+      local: whether for layers with a window, if they have a `local_rope_theta`.
     """
     theta = config.local_rope_theta if local else config.rope_theta
     frequencies = theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
@@ -342,12 +340,13 @@ _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}
 
 
 def _padded(x, axis: int, length: int):
-    """Zeros at the end of an axis, up to a length."""
+    """Pads an axis with zeros up to a length."""
     return jnp.pad(x, [(0, length - n if i == axis else 0) for i, n in enumerate(x.shape)])
 
 
 def _extended(kept, new, layer, start):
-    """Keys or values of all layers with new ones [G, B, T, E] of a layer, and those of that layer."""
+    """Adds new keys or values [G, B, T, E] of a layer; returns those of all layers and of that
+    layer."""
     if isinstance(kept, PerLayer):
         # In the shape that attention multiplies with: where it is another one, XLA on a CPU writes both
         # and copies the cache four times to do so.
@@ -364,7 +363,8 @@ def _norm(config, size):
 
 
 def _rope(config, positions, dtype):
-    """Of a layer's number: cosine and sine of the angles of positions [B, T], each [B, T, 1, E]."""
+    """Returns a function from a layer's number to cosine and sine of the angles at positions [B, T],
+    each [B, T, 1, E]."""
 
     def turns(local):
         angles = (
@@ -383,7 +383,7 @@ def _rope(config, positions, dtype):
 
 
 def _rotate(x, rope):
-    """Turns the pairs (i, i + E/2) of each head: the order of Hugging Face checkpoints."""
+    """Rotates the pairs (i, i + E/2) of each head, the order of Hugging Face checkpoints."""
     cos, sin = rope
     first, second = jnp.split(x, 2, axis=-1)
     return x * cos + jnp.concatenate([-second, first], axis=-1) * sin

@@ -1,4 +1,4 @@
-"""Families of decoders: `config.json` to a `DecoderConfig` and back, and the names of tensors."""
+"""Families of decoders: conversion between `config.json` and `DecoderConfig`, and tensor names."""
 
 import dataclasses
 

@@ -14,17 +14,17 @@ from fedrag_jax.models.pooling import Use, add_projections, pooled
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig(Use):
-    """Shape of an encoder; what becomes of its last layer, see `Use`.
+    """Shape of an encoder; for the use of its last layer, see `Use`.
 
     Attributes:
-      max_positions: the longest input there can be.
-      first_position: row of the position table that belongs to the first token.
+      max_positions: maximum input length.
+      first_position: row of the position table for the first token.
       type_vocab_size: rows of the table of token types; 0 for none.
-      relative_buckets: of the distance between two tokens, each with a bias a head that all layers
-        add to their scores; 0 for none.
+      relative_buckets: number of buckets for the distance between two tokens; each has a bias per head
+        that all layers add to their scores; 0 for none.
       family: model_type of its `config.json`.
-      unroll: write every layer out instead of looping (for counting operations).
-      remat: what the backward pass computes again, as of a `DecoderConfig`.
+      unroll: unroll the layers instead of looping (for counting operations).
+      remat: what the backward pass recomputes, as in `DecoderConfig`.
     """
 
     vocab_size: int
@@ -44,7 +44,7 @@ class EncoderConfig(Use):
 
 
 class Encoder(nnx.Module):
-    """Tokens to one vector a text."""
+    """Computes one vector per text."""
 
     def __init__(self, config: EncoderConfig, lora: LoraConfig | None = None, *, rngs: nnx.Rngs):
         self.config, d = config, config.hidden_size
@@ -60,11 +60,11 @@ class Encoder(nnx.Module):
         add_projections(self, rngs)
 
     def __call__(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        """Pooled vectors, float32 [B, D].
+        """Returns pooled vectors, float32 [B, D].
 
         Args:
           tokens: int [B, T], padded on the right; all of token type 0.
-          mask: [B, T], 0 or False where there is padding.
+          mask: [B, T], 0 or False for padding.
 
         Raises:
           ConfigError: T is larger than the position table.
@@ -74,10 +74,10 @@ class Encoder(nnx.Module):
     def hidden(
         self, tokens: jax.Array, mask: jax.Array, types: jax.Array | None = None
     ) -> jax.Array:
-        """The last layer [B, T, D].
+        """Returns the output of the last layer, [B, T, D].
 
         Args:
-          types: int [B, T], of the tokens; all 0 if None.
+          types: int [B, T], token types; all 0 if None.
         """
         config, t = self.config, tokens.shape[1]
         if t > config.max_positions:
@@ -103,10 +103,10 @@ class Encoder(nnx.Module):
 
 
 def distance_buckets(t: int, buckets: int, longest: int = 128) -> np.ndarray:
-    """Bucket of the distance from each of `t` tokens to each other, int [t, t] (T5, 1910.10683).
+    """Returns the bucket of the distance between each pair of `t` tokens, int [t, t] (T5, 1910.10683).
 
-    Half of the buckets are for tokens that follow; half of those for one distance each, the others
-    for distances that grow geometrically up to `longest`.
+    Half of the buckets are for following tokens. In each half, half of the buckets are for single
+    distances, and the others for ranges that grow geometrically up to `longest`.
     """
     ahead = np.arange(t)[None] - np.arange(t)[:, None]
     half = buckets // 2

@@ -1,4 +1,4 @@
-"""Families of encoders: `config.json` to an `EncoderConfig` and back, and the names of tensors."""
+"""Families of encoders: conversion between `config.json` and `EncoderConfig`, and tensor names."""
 
 from fedrag_jax.models.encoder import Encoder, EncoderConfig
 from fedrag_jax.models.family import Family, only
@@ -57,7 +57,7 @@ def _write_bert(config):
 
 
 def _after_padding(hf: dict) -> dict:
-    """RoBERTa and its heirs count positions from the one after `pad_token_id`."""
+    """RoBERTa and its successors count positions from `pad_token_id` + 1."""
     first = hf.get("pad_token_id", 1) + 1
     return {"first_position": first, "max_positions": hf["max_position_embeddings"] - first}
 

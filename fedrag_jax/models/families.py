@@ -1,4 +1,4 @@
-"""What a model_type of Hugging Face is here: which network, which names, which options.
+"""The families of models by Hugging Face model_type: network, tensor names, options.
 
 To add a family, follow the checklist in docs/models.md.
 """
@@ -13,10 +13,10 @@ FAMILIES = DECODERS | ENCODERS
 
 
 def family_of(hf: dict) -> Family:
-    """The family of a `config.json`.
+    """Returns the family of a `config.json`.
 
     Raises:
-      CheckpointError: a model_type there is no family for, or a quantised checkpoint.
+      CheckpointError: an unsupported model_type, or a quantised checkpoint.
     """
     if hf.get("model_type") not in FAMILIES:
         raise CheckpointError(
@@ -31,7 +31,7 @@ def family_of(hf: dict) -> Family:
 
 
 def encoding(family: Family) -> Family:
-    """A family of decoders as encoders, whose checkpoints have no head and no prefix before names."""
+    """Returns a family of decoders as encoders; their checkpoints have no head and no name prefix."""
 
     def read(hf: dict, **sentence) -> CausalEncoderConfig:
         shape = vars(family.read(hf)) | {"tie_embeddings": True}

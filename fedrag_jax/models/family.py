@@ -13,12 +13,12 @@ class Family:
 
     Attributes:
       module: `Decoder` or `Encoder`.
-      read: the network's config of a `config.json`; raises CheckpointError at an option that this
-        network does not have.
-      write: what `read` reads back, and transformers too.
-      names: parameter path to tensor name; `{}` is the layer. A `kernel` is stored transposed.
-      prefix: what some checkpoints put before every name, and we leave out.
-      ignored: pattern of tensors that take no part.
+      read: function from a `config.json` to the network's config; raises CheckpointError for an option
+        that the network does not support.
+      write: the inverse of `read`; transformers can read its output too.
+      names: map from parameter path to tensor name; `{}` is the layer. A `kernel` is stored transposed.
+      prefix: prefix of every name in some checkpoints, which is removed.
+      ignored: pattern of tensors to ignore.
     """
 
     module: type
@@ -30,7 +30,7 @@ class Family:
 
 
 def only(hf: dict, **options) -> None:
-    """Refuses options that change the function and that the network has in one form only."""
+    """Refuses values of options that change the function and that the network does not support."""
     for option, supported in options.items():
         if hf.get(option, supported) != supported:
             raise CheckpointError(

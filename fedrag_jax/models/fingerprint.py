@@ -1,4 +1,4 @@
-"""What a model's results depend on, as a hash."""
+"""A hash of everything that a model's results depend on."""
 
 import hashlib
 from typing import Any
@@ -10,10 +10,10 @@ from fedrag_jax.data.spelling import definition
 
 
 def fingerprint(params: Any, tokenizer: Any, *settings: Any):
-    """A sha256, to go on with or to be read, of parameters, a Hugging Face tokenizer and settings.
+    """Returns a sha256 object over parameters, a Hugging Face tokenizer and settings.
 
     Args:
-      settings: such as a network's config: what tells how they print is what counts.
+      settings: other settings, such as a network's config; their printed form is hashed.
     """
     digest = hashlib.sha256(repr(settings).encode())
     digest.update(definition(tokenizer).encode())

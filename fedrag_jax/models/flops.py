@@ -1,4 +1,4 @@
-"""How many operations a network takes, by formula: a product of [m, n] and [n, p] counts 2mnp."""
+"""Operation counts of networks by formula: a product of [m, n] and [n, p] counts 2mnp."""
 
 from itertools import pairwise
 
@@ -13,10 +13,10 @@ def decoder_flops(
 ) -> float:
     """Operations of one sequence of T `tokens`, read at `answer` positions.
 
-    A product of [m, n] and [n, p] counts 2mnp. With `trained` adapters over a frozen base, each
-    frozen product is done once more for the gradient of its input, each product of two moving
-    operands (attention, adapters) twice more. Of the last layer only keys and values are needed
-    everywhere. Softmax, norms and activations are left out.
+    A product of [m, n] and [n, p] counts 2mnp. With `trained` adapters over a frozen base, each frozen
+    product is computed once more for the gradient of its input, and each product of two trained
+    operands (attention, adapters) twice more. The last layer needs only keys and values at all
+    positions. Softmax, norms and activations are not counted.
     """
     d, f = config.hidden_size, config.intermediate_size
     heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim

@@ -1,7 +1,7 @@
-"""GGUF files of llama.cpp as Hugging Face checkpoints: `config.json`, tensors by their names there.
+"""GGUF files of llama.cpp presented as Hugging Face checkpoints, with `config.json` and tensor names.
 
-What llama.cpp's converter changes is undone: rows of Llama's queries and keys in another order,
-Gemma's norms with one added, rope scaling as a tensor of factors.
+The changes of llama.cpp's converter are reverted: the row order of Llama's queries and keys, the one
+added to Gemma's norms, and rope scaling stored as a tensor of factors.
 """
 
 import math
@@ -85,7 +85,7 @@ class GGUFCheckpoint:
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """Tokens that end a text, or a turn of a chat."""
+        """The tokens that end a text or a chat turn."""
         names = ("eos_token_id", "eot_token_id", "eom_token_id")
         told = [self.file.metadata.get(f"tokenizer.ggml.{name}") for name in names]
         return tuple(sorted({end for end in told if end is not None}))
@@ -93,7 +93,7 @@ class GGUFCheckpoint:
     # --- as a safetensors file -----------------------------------------------------------------
 
     def keys(self) -> list[str]:
-        """Names of tensors as Hugging Face has them."""
+        """The Hugging Face names of all tensors."""
         return list(self._stored)
 
     def get_slice(self, name: str) -> "_Shape":
@@ -101,7 +101,7 @@ class GGUFCheckpoint:
         return _Shape(self.file.tensors[self._stored[name]].shape)
 
     def get_tensor(self, name: str) -> np.ndarray:
-        """A tensor in float32 as Hugging Face has it."""
+        """Returns a tensor in float32, in Hugging Face's layout."""
         array = self.file.array(self._stored[name])
         for part, heads in (
             ("self_attn.q_proj", "num_attention_heads"),
@@ -116,7 +116,8 @@ class GGUFCheckpoint:
         return array
 
     def _names(self) -> dict[str, str]:
-        """Of all tensors that the architecture may have: name in the file to Hugging Face's."""
+        """Returns the map from names in the file to Hugging Face names, for all tensors of the
+        architecture."""
         from gguf import MODEL_ARCH, get_tensor_name_map  # an extra
 
         layers = self.config["num_hidden_layers"]
@@ -171,7 +172,7 @@ class GGUFCheckpoint:
             if not all(isinstance(v, int) and v >= 0 for v in counts) or not (
                 heads > 0 and 0 < own["block_count"] <= len(self.file.tensors)
             ):
-                raise CheckpointError(f"{where}: sizes that cannot be: {config}")
+                raise CheckpointError(f"{where}: impossible sizes: {config}")
             config["head_dim"] = own.get(
                 "attention.key_length", own["embedding_length"] // config["num_attention_heads"]
             )
@@ -236,7 +237,7 @@ class GGUFCheckpoint:
         return {"rope_parameters": {"full_attention": rope, "sliding_attention": local}}
 
     def _llama3(self, theta: float, head_dim: int) -> dict[str, Any]:
-        """Llama 3's stretched frequencies, which a file has as the factor of each."""
+        """Recovers Llama 3's rope scaling from the factors stored in the file."""
         factors = self.file.array("rope_freqs.weight").astype(np.float64)
         frequencies = theta ** -(np.arange(0, head_dim, 2) / head_dim)
         if factors.shape != frequencies.shape:

@@ -1,7 +1,7 @@
-"""A GGUF file opened: its metadata, and its tensors as float32.
+"""Opens a GGUF file: its metadata, and its tensors as float32.
 
-The header is read here and not by the library `gguf`, which trusts the lengths in it: a file that is
-cut or forged could take any amount of memory. The library knows the kinds of tensors and widens them.
+The header is parsed here and not by the library `gguf`, which trusts the lengths in it: a truncated or
+forged file could take any amount of memory. The library knows the tensor types and dequantises them.
 """
 
 import pathlib
@@ -23,7 +23,7 @@ _STRING, _LIST = 8, 9
 
 
 class Tensor(NamedTuple):
-    """Where a tensor lies: `kind` is one of the library's types, `shape` is in NumPy's order."""
+    """The location of a tensor: `kind` is one of the library's types, `shape` is in NumPy's order."""
 
     kind: Any
     shape: tuple[int, ...]
@@ -36,8 +36,8 @@ class GGUFFile:
 
     Raises:
       ConfigError: the library `gguf` is not installed.
-      CheckpointError: not a GGUF file of version 2 or 3, one that is cut, or one that says of itself
-        what cannot be: lengths beyond its end, tensors that overlap, two things of one name.
+      CheckpointError: not a GGUF file of version 2 or 3, a truncated file, or inconsistent content:
+        lengths beyond its end, overlapping tensors, duplicate names.
     """
 
     def __init__(self, path: pathlib.Path):
@@ -70,8 +70,8 @@ class GGUFFile:
             end, before = tensor.start + tensor.size, name
         if end > len(self._bytes):
             raise CheckpointError(
-                f"{self.path} has {len(self._bytes)} bytes, but its tensors go to {end}: it is cut; "
-                "get it again"
+                f"{self.path} has {len(self._bytes)} bytes, but its tensors end at {end}: it is "
+                "truncated; download it again"
             )
         return tensors
 
@@ -108,12 +108,12 @@ class GGUFFile:
 
 
 class _Header:
-    """Reads on from the start of a file; every length is held against what is left of it."""
+    """Reads a file sequentially; every length is checked against the remaining bytes."""
 
     def __init__(self, data: np.ndarray, path: pathlib.Path):
         self.data, self.path, self.at = memoryview(data), path, 0
         if self.data[:4] != b"GGUF":
-            raise CheckpointError(f"{path} is no GGUF file: it does not begin with 'GGUF'")
+            raise CheckpointError(f"{path} is not a GGUF file: it does not begin with 'GGUF'")
         self.at = 4
         version = self.number("<I")
         if version not in (2, 3):
@@ -128,13 +128,14 @@ class _Header:
         if size > left:
             raise CheckpointError(
                 f"{self.path}: {what} at byte {self.at} is {size} bytes long, {left} are left: the "
-                "file is cut or damaged; get it again"
+                "file is truncated or damaged; download it again"
             )
         self.at += size
         return bytes(self.data[self.at - size : self.at])
 
     def number(self, layout: str):
-        """The next number; of 32 bits, the shortest that is the same in 32 bits."""
+        """Returns the next number; a 32-bit float as the shortest decimal with the same 32-bit
+        value."""
         value = struct.unpack(layout, self.take(struct.calcsize(layout), "a number"))[0]
         return float(str(np.float32(value))) if layout == "<f" else value
 
@@ -147,11 +148,11 @@ class _Header:
             raise CheckpointError(f"{self.path}: {what} is not UTF-8 ({error})") from error
 
     def metadata(self) -> dict[str, Any]:
-        """Everything that the file says of itself."""
+        """Returns the metadata of the file."""
         return self._named(self.count_values, self._value)
 
     def tensors(self) -> dict[str, tuple]:
-        """Shape, type and offset of each tensor."""
+        """Returns shape, type and offset of each tensor."""
         return self._named(self.count_tensors, self._place)
 
     def _named(self, count: int, read) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""The tokenizer that a GGUF file describes: vocabulary, merges or scores, special tokens, template.
+"""Builds the tokenizer that a GGUF file describes: vocabulary, merges or scores, special tokens,
+template.
 
-transformers reads it too, with PyTorch alone. What a file names and does not hold, how text is split
-before merges and whether it is normalised, is of the tokenizers that the models were trained with.
+transformers can also read it, but only with PyTorch. A file names but does not contain the text
+splitting before merges and the normalisation; these come from the models' original tokenizers.
 """
 
 import pathlib
@@ -29,15 +30,15 @@ _SPECIAL = {
 
 
 def read_tokenizer(metadata: dict[str, Any], path: pathlib.Path):
-    """A Hugging Face tokenizer.
+    """Returns a Hugging Face tokenizer.
 
     Args:
-      metadata: of the file.
-      path: for messages.
+      metadata: the metadata of the file.
+      path: the file, for messages.
 
     Raises:
-      CheckpointError: a kind of tokenizer, or a way to split text, that is not supported; a list that
-        is missing or does not fit the others.
+      CheckpointError: an unsupported kind of tokenizer or text splitting; a missing or inconsistent
+        list.
     """
     import transformers  # here, because it takes seconds
     from tokenizers import processors
@@ -148,7 +149,7 @@ def _decoded() -> list:
 
 
 def _merged(tokens: list[str], scores: list[float], path):
-    """Vocabulary, and pairs of tokens that make a token, those of the best tokens first."""
+    """Returns the vocabulary, and pairs of tokens that merge into a token, the best tokens first."""
     from transformers.tokenization_utils_base import generate_merges
 
     vocabulary = _vocabulary(tokens, path)
@@ -166,7 +167,7 @@ def _vocabulary(tokens: list[str], path) -> dict[str, int]:
 
 
 def _add(backend, tokens, kinds) -> None:
-    """Tokens that are found whole in a text before it is split."""
+    """Adds tokens that are recognised in a text before it is split."""
     from tokenizers import AddedToken
 
     def of(kind, special):
@@ -181,5 +182,5 @@ def _add(backend, tokens, kinds) -> None:
 
 
 def _around(told, name: str, names: dict[str, str], default: bool) -> list[str]:
-    """What stands at an end of every text."""
+    """The special tokens at one end of every text."""
     return [names[name]] if told.get(f"add_{name}", default) and name in names else []

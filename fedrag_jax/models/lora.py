@@ -1,10 +1,10 @@
 """Low-rank adapters (Hu et al. 2021, LoRA, arXiv 2106.09685): W + (alpha / rank) A B.
 
-The base stays as it is and may be shared by many clients; what is trained and sent are A and B, a
-small tree of its own. B starts at zero, so a fresh adapter changes nothing.
+The base does not change and can be shared by many clients; only A and B are trained and sent, as a
+small separate tree. B starts at zero, so a new adapter changes nothing.
 
-The layers of a stack are one array, so adapters of several ranks share the width of the largest:
-columns of A and rows of B that a layer does not have are zero, get no gradient, and stay zero.
+The layers of a stack are one array, so adapters of different ranks use the width of the largest: unused
+columns of A and rows of B are zero, get no gradient, and stay zero.
 """
 
 import dataclasses
@@ -22,17 +22,17 @@ from fedrag_jax.models.quantized import is_quantized
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Which linear layers get an adapter, and of which size.
+    """The linear layers that get an adapter, and its size.
 
     Attributes:
       rank: columns of A, rows of B.
       alpha: the update is scaled by alpha / rank.
       targets: names of linear layers, such as "q_proj"; the same in every layer of the stack.
-      patterns: `(regular expression, rank, alpha)` for those of another size; the first that matches
-        all of "layers.<number>.<name>" holds, or of "<name>" outside the stack.
+      patterns: `(regular expression, rank, alpha)` for layers of another size; the first full match of
+        "layers.<number>.<name>", or of "<name>" outside the stack, is used.
 
     Raises:
-      ConfigError: a rank below 1, no targets, or a pattern that is no regular expression.
+      ConfigError: a rank below 1, no targets, or an invalid regular expression.
     """
 
     rank: int = 8
@@ -54,11 +54,11 @@ class LoraConfig:
                 re.compile(pattern)
             except re.error as error:
                 raise ConfigError(
-                    f"lora.patterns: {pattern!r} is no expression: {error}"
+                    f"lora.patterns: {pattern!r} is not a regular expression: {error}"
                 ) from error
 
     def sizes(self, name: str, layers: int | None) -> list[tuple[int, float]]:
-        """(rank, alpha) of a target in each of the layers, or outside the stack (None)."""
+        """Returns (rank, alpha) of a target in each of the layers, or outside the stack (None)."""
         places = [name] if layers is None else [f"layers.{i}.{name}" for i in range(layers)]
         usual = (".*", self.rank, self.alpha)
         return [
@@ -67,11 +67,13 @@ class LoraConfig:
         ]
 
     def widths(self, layers: int | None) -> dict[str, int]:
-        """Columns of the array A of each target, over all layers or outside the stack (None)."""
+        """Returns the width of the array A of each target, over all layers or outside the stack
+        (None)."""
         return {name: max(rank for rank, _ in self.sizes(name, layers)) for name in self.targets}
 
     def scaled(self, adapters: dict) -> dict:
-        """Adapters of one model whose product A B is the update: every B times alpha / rank.
+        """Returns adapters of one model whose product A B is the update: every B is scaled by alpha /
+        rank.
 
         Raises:
           ConfigError: adapters of many clients, stacked.
@@ -89,13 +91,13 @@ class LoraConfig:
             return PerLayer(tuple(x * scale.astype(x.dtype) for x, scale in pairs))
         if leaf.ndim != 2 + stacked:
             raise ConfigError(
-                f"adapters of one model are wanted; {'.'.join(path)} has shape {leaf.shape}: take "
-                "those of one client, or use jax.vmap"
+                f"adapters of a single model are needed, but {'.'.join(path)} has shape {leaf.shape}: "
+                "take those of one client, or use jax.vmap"
             )
         return leaf * self.scale(path, leaf.shape[0]).astype(leaf.dtype)
 
     def scale(self, path: tuple, layers: int) -> np.ndarray:
-        """alpha / rank of the layers at a path, to multiply arrays [L, ., .] or [., .] with."""
+        """Returns alpha / rank of the layers at a path, as a factor for arrays [L, ., .] or [., .]."""
         stacked = path[0] == "layers"
         sizes = self.sizes(path[-2], layers if stacked else None)
         scale = np.array([alpha / rank for rank, alpha in sizes])
@@ -103,18 +105,18 @@ class LoraConfig:
 
 
 def add_lora(network: Network, config: LoraConfig) -> Network:
-    """The network that also takes adapters; the parameters of the base fit both.
+    """Returns the network with adapters; the parameters of the base fit both networks.
 
     Raises:
-      ConfigError: a target that is no linear layer of the network, or a pattern that fits none of its
-        targets; lists those there are.
+      ConfigError: a target that is not a linear layer of the network, or a pattern that matches none of
+        its targets; the error lists the layers.
     """
     base = dataclasses.replace(network, lora=None)
     linear = {path[-2] for path, _ in flatten(base.shapes()) if path[-1] == "kernel"}
     unknown = [name for name in config.targets if name not in linear]
     if unknown:
         raise ConfigError(
-            f"lora.targets {unknown} are no linear layers of this network; it has {sorted(linear)}"
+            f"lora.targets {unknown} are not linear layers of this network; it has {sorted(linear)}"
         )
     places = [
         f"layers.{i}.{path[-2]}" if path[0] == "layers" else path[-2]
@@ -124,22 +126,22 @@ def add_lora(network: Network, config: LoraConfig) -> Network:
     ]
     for pattern, *_ in config.patterns:
         if not any(re.fullmatch(pattern, place) for place in places):
-            raise ConfigError(f"lora.patterns: {pattern!r} fits none of {places}")
+            raise ConfigError(f"lora.patterns: {pattern!r} matches none of {places}")
     return dataclasses.replace(network, lora=config)
 
 
 def init_adapters(network: Network, key: jax.Array | int) -> dict:
-    """Fresh adapters: A uniform in ±1/sqrt(in) as in PEFT, B zero; float32.
+    """Creates new adapters: A uniform in ±1/sqrt(in) as in PEFT, B zero; float32.
 
     Returns:
-      a tree like that of the parameters, with `lora_a` [L, in, r] and `lora_b` [L, r, out] in the
-      place of each targeted layer.
+      A tree like the parameters, with `lora_a` [L, in, r] and `lora_b` [L, r, out] for each targeted
+      layer.
 
     Raises:
-      ConfigError: the network takes no adapters.
+      ConfigError: the network has no adapters.
     """
     if network.lora is None:
-        raise ConfigError("init_adapters needs a network that takes adapters: call add_lora first")
+        raise ConfigError("init_adapters needs a network with adapters: call add_lora first")
     rngs = nnx.Rngs(params=key)
 
     def fresh(path, shape):
@@ -154,7 +156,7 @@ def init_adapters(network: Network, key: jax.Array | int) -> dict:
 
 
 def merge(network: Network, params: dict, adapters: dict) -> dict:
-    """Parameters of the base with the adapters added in: W + (alpha / rank) A B.
+    """Returns the base's parameters with the adapters added: W + (alpha / rank) A B.
 
     Raises:
       ConfigError: the base is quantised.
@@ -163,7 +165,7 @@ def merge(network: Network, params: dict, adapters: dict) -> dict:
 
 
 def unmerge(network: Network, merged: dict, adapters: dict) -> dict:
-    """What `merge` was given, up to rounding: W - (alpha / rank) A B."""
+    """Reverts `merge`, up to rounding: W - (alpha / rank) A B."""
     return _added(network, merged, adapters, jnp.subtract)
 
 
@@ -171,14 +173,14 @@ def _added(network, params, adapters, add):
     if network.lora is None:
         raise ConfigError("merging needs the network the adapters belong to, from add_lora")
     if is_quantized(params):
-        raise ConfigError("adapters cannot be merged into a quantised base; keep them beside it")
+        raise ConfigError("adapters cannot be merged into a quantised base; keep them separate")
     return add_product(params, product(network, adapters), add)
 
 
 def product(network: Network, adapters: dict) -> dict:
-    """(alpha / rank) A B of every target: a tree of kernels like those of the base.
+    """Returns (alpha / rank) A B of every target, as a tree of kernels like those of the base.
 
-    The rank of alpha / rank is that of the configuration, however many columns A has.
+    The rank in alpha / rank is the configured rank, whatever the number of columns of A.
     """
     factors = dict(flatten(network.lora.scaled(adapters)))
     return unflatten(
@@ -189,7 +191,7 @@ def product(network: Network, adapters: dict) -> dict:
 
 
 def add_product(params: dict, kernels: dict, add=jnp.add) -> dict:
-    """Parameters whose kernels have those added, each of its own type."""
+    """Returns parameters with these kernels added, each in its own type."""
     result = dict(flatten(params))
     for path, update in flatten(kernels):
         result[path] = add(result[path], update).astype(result[path].dtype)
@@ -197,20 +199,21 @@ def add_product(params: dict, kernels: dict, add=jnp.add) -> dict:
 
 
 def adapted_kernels(params: dict, adapters: dict) -> dict:
-    """The kernels of the base that adapters are added to: all that merging adapters changes."""
+    """Returns the kernels of the base that have adapters: everything that merging changes."""
     base = dict(flatten(params))
     places = {(*path[:-1], "kernel") for path, _ in flatten(adapters)}
     return unflatten((path, base[path]) for path in sorted(places))
 
 
 def factorize(network: Network, kernels: dict, like: dict) -> dict:
-    """Adapters whose product is nearest to the kernels in the Frobenius norm (Eckart and Young 1936).
+    """Returns the adapters whose product is nearest to the kernels in the Frobenius norm (Eckart and
+    Young 1936).
 
-    From W = U S V^T: A is the first columns of U and B those rows of S V^T, over alpha / rank. A change
-    of weight zero leaves columns of A that are orthonormal and rows of B that are zero.
+    With W = U S V^T, A is the first columns of U, and B the first rows of S V^T divided by alpha /
+    rank. For a zero change, columns of A are orthonormal and rows of B are zero.
 
     Args:
-      like: adapters, for shapes and types.
+      like: adapters that define shapes and types.
     """
     factors = {}
     for path, kernel in flatten(kernels):

@@ -1,4 +1,4 @@
-"""A Flax module with its arrays taken out: from here on there are only pure functions of pytrees."""
+"""Turns a Flax module into pure functions of pytrees."""
 
 import dataclasses
 import functools
@@ -37,14 +37,14 @@ class Network:
 
     @classmethod
     def of(cls, module: type[nnx.Module], config) -> "Network":
-        """The network of a module class and its configuration, without adapters."""
+        """Returns the network of a module class and its configuration, without adapters."""
         return cls(module, config)
 
     def __call__(self, params, *inputs, adapters=None, method: str = "__call__", **options):
-        """Runs a method of the module; without `adapters` only the base takes part.
+        """Runs a method of the module; without `adapters` only the base is used.
 
         Raises:
-          ConfigError: the trees do not have the leaves the module has.
+          ConfigError: the trees do not have the leaves of the module.
         """
         scaled = self.lora.scaled(adapters) if self.lora and adapters else adapters
         arrays = params if adapters is None else _merged(params, scaled)
@@ -52,7 +52,8 @@ class Network:
         return getattr(nnx.merge(graphdef, _filled(state, arrays)), method)(*inputs, **options)
 
     def init(self, key: jax.Array) -> dict:
-        """Fresh parameters as nested dicts of float32 arrays; `lora.init_adapters` makes adapters."""
+        """Creates parameters as nested dicts of float32 arrays; `lora.init_adapters` creates
+        adapters."""
 
         @jax.jit
         def make(key):
@@ -66,10 +67,10 @@ class Network:
         return nnx.to_pure_dict(_abstract(self.module, self.config, self.lora)[1])
 
     def written_out(self, most: int = WRITTEN_OUT) -> "Network":
-        """The same function, with layers that are written out and keep what they compute.
+        """Returns the same function with unrolled layers that keep their outputs.
 
-        That makes a step faster, and compiling it slower with every layer: of a network of more than
-        `most` layers the loop stays.
+        This makes a step faster, but compilation slower with every layer: a network with more than
+        `most` layers keeps the loop.
         """
         few = self.config.num_layers <= most
         how = {"unroll": True, "remat": "none"} if few else {"unroll": False}
@@ -77,37 +78,38 @@ class Network:
         return dataclasses.replace(self, config=config)
 
     def recomputing(self, remat: str) -> "Network":
-        """The same function, whose backward pass computes again what `REMAT` says of this name.
+        """Returns the same function with another setting of what the backward pass recomputes
+        (`REMAT`).
 
         Raises:
-          ConfigError: it has no such name.
+          ConfigError: an unknown setting.
         """
         if remat not in REMAT:
             raise ConfigError(f"remat must be one of {[*REMAT]}, got {remat!r}")
         return dataclasses.replace(self, config=dataclasses.replace(self.config, remat=remat))
 
     def unrolled(self) -> "Network":
-        """The same function, every layer spelled out and computed once, for the compiler to count."""
+        """Returns the same function with unrolled layers computed once, for the compiler's count."""
         config = dataclasses.replace(self.config, unroll=True, remat="none")
         return dataclasses.replace(self, config=config)
 
 
 class PerLayer(NamedTuple):
-    """What the layers of a stack have of one kind, each by itself in place of one array [L, ...].
+    """Separate arrays of the layers instead of one stacked array [L, ...].
 
-    A layer of a stack is copied before it is multiplied with: of one token on a CPU that takes twice
-    as long as the product itself.
+    XLA copies a layer of a stack before multiplying with it; for one token on a CPU, the copy takes
+    twice as long as the product itself.
     """
 
     layers: tuple
 
     def replaced(self, number: int, one) -> "PerLayer":
-        """With another one for a layer."""
+        """Returns the arrays with that of one layer replaced."""
         return PerLayer((*self.layers[:number], one, *self.layers[number + 1 :]))
 
 
 def per_layer(tree):
-    """A tree of arrays [L, ...], quantised ones too, with each of them as `PerLayer`."""
+    """Converts a tree of arrays [L, ...], also quantised ones, to `PerLayer` arrays."""
     if isinstance(tree, dict):
         return {name: per_layer(value) for name, value in tree.items()}
     count = len(jax.tree.leaves(tree)[0])
@@ -115,7 +117,7 @@ def per_layer(tree):
 
 
 def flatten(tree: dict, path: tuple = ()):
-    """(path, leaf) of every leaf of a nested dict."""
+    """Yields (path, leaf) for every leaf of a nested dict."""
     for name, value in tree.items():
         if isinstance(value, dict):
             yield from flatten(value, (*path, name))
@@ -124,7 +126,7 @@ def flatten(tree: dict, path: tuple = ()):
 
 
 def unflatten(leaves) -> dict:
-    """The nested dict of (path, leaf) pairs."""
+    """Builds a nested dict from (path, leaf) pairs."""
     tree = {}
     for path, leaf in leaves:
         inner = tree

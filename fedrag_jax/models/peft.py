@@ -1,4 +1,4 @@
-"""Adapters as folders of the PEFT library: adapter_config.json and adapter_model.safetensors."""
+"""Reads and writes adapters as PEFT folders: adapter_config.json and adapter_model.safetensors."""
 
 import json
 import pathlib
@@ -31,11 +31,11 @@ def save(
     """Writes adapters so that `load` and `peft.PeftModel.from_pretrained` open them.
 
     Args:
-      adapters: of one model, or stacked [K, ...] of K clients: those lie side by side in one file,
-        which `load` opens whole or for one client, and PEFT does not.
-      network: the one the adapters belong to, from `add_lora`.
-      base: folder or hub id of the model they change, for PEFT to find.
-      dtype: of the file, "float32" or "float16".
+      adapters: adapters of one model, or stacked [K, ...] of K clients. Stacked adapters are saved in
+        one file, which `load` opens whole or for one client, but PEFT does not.
+      network: the network of the adapters, from `add_lora`.
+      base: folder or hub id of the base model, for PEFT.
+      dtype: type in the file, "float32" or "float16".
 
     Raises:
       CheckpointError: another dtype, or an adapter too large for float16.
@@ -88,18 +88,18 @@ def save(
 def load(
     network: Network, folder: str | pathlib.Path, client: int | None = None
 ) -> tuple[Network, dict]:
-    """Adapters of a folder: `(add_lora(network, ...), adapters)`, float32.
+    """Reads a folder; returns `(add_lora(network, ...), adapters)`, float32.
 
-    Layers that have none where others of their name have one (`layers_to_transform`) get one of zeros:
-    it adds nothing, and as it has no gradient, training leaves it so.
+    With `layers_to_transform`, the other layers of the same name get adapters of zeros. These add
+    nothing and get no gradient, so training does not change them.
 
     Args:
-      network: the base they were made for.
-      client: the one to read of those that were saved side by side; all of them, stacked, for None.
+      network: the base network of the adapters.
+      client: number of the client to read from stacked adapters; None reads all of them, stacked.
 
     Raises:
-      CheckpointError: no such folder or client, an option that is not supported, or matrices that are
-        missing, unexpected or of another shape (all of them at once).
+      CheckpointError: an unknown folder or client, an unsupported option, or matrices that are missing,
+        unexpected or of another shape (all reported at once).
     """
     folder = pathlib.Path(folder)
     about = _read_config(folder)
@@ -155,15 +155,15 @@ def _open(folder: pathlib.Path):
 
 def _no_adapter(folder: pathlib.Path, error: Exception) -> CheckpointError:
     return CheckpointError(
-        f"{folder} is no PEFT adapter ({error}); give a folder with {CONFIG} and {TENSORS}"
+        f"{folder} is not a PEFT adapter ({error}); give a folder with {CONFIG} and {TENSORS}"
     )
 
 
 def _with_adapters(network: Network, folder, about: dict, there: set[str]):
-    """The network that takes the adapters of a folder, and which of its modules have one.
+    """Returns the network for the adapters of a folder, and the modules that have one.
 
     Args:
-      there: modules of which the folder holds matrices.
+      there: modules with matrices in the folder.
     """
     names, layers = _modules(network), network.config.num_layers
 
@@ -186,7 +186,7 @@ def _with_adapters(network: Network, folder, about: dict, there: set[str]):
 
 
 def _tensors(network: Network, module: str, path: tuple):
-    """(tensor name, where in the array of `path` it lies, transposed) of each layer."""
+    """Yields (tensor name, its index in the array of `path`, whether transposed) for each layer."""
     layers = network.config.num_layers if "{}" in module else None
     for i, (rank, _) in enumerate(network.lora.sizes(path[-2], layers)):
         matrix = np.s_[:, :rank] if path[-1] == "lora_a" else np.s_[:rank, :]
@@ -195,7 +195,8 @@ def _tensors(network: Network, module: str, path: tuple):
 
 
 def _config(about: dict, targets: list[str], names: dict, layers: int) -> LoraConfig:
-    """Sizes of adapter_config.json, whose patterns PEFT matches with the end of a module's name."""
+    """Returns the sizes in adapter_config.json; PEFT matches patterns with the end of a module's
+    name."""
     usual = about["r"], float(about["lora_alpha"])
 
     def size(module: str) -> tuple[int, float]:

@@ -1,4 +1,4 @@
-"""What adapter_config.json of the PEFT library says, where our adapters can do it; else it is refused.
+"""Checks the options in adapter_config.json of the PEFT library; unsupported ones are refused.
 
 Options and their meaning are those of `LoraConfig` and `check_target_module_exists` in PEFT 0.21.
 """
@@ -28,8 +28,8 @@ _NO_MATTER = {
 def check(about: dict) -> None:
     """Raises CheckpointError for an option that would change what the adapters compute.
 
-    All that PEFT may ever do more (DoRA, aLoRA, QA-LoRA, modules saved whole, ...) is asked for by an
-    option that is not empty, so one that is not known is refused, too.
+    Other features of PEFT (DoRA, aLoRA, QA-LoRA, modules saved whole, ...) are enabled by a non-empty
+    option, so unknown non-empty options are refused too.
     """
     how = about.get("init_lora_weights", True)
     if (how.lower() if isinstance(how, str) else how) not in _BASE_STAYS:
@@ -50,10 +50,10 @@ def check(about: dict) -> None:
 
 
 def adapted(about: dict, modules: Iterable[str], there: Set[str]) -> set[str]:
-    """Those of the linear layers, such as "model.layers.0.self_attn.q_proj", that have an adapter.
+    """Returns the linear layers with an adapter, such as "model.layers.0.self_attn.q_proj".
 
     Args:
-      there: those of which the folder holds matrices, for where none are named.
+      there: layers with matrices in the folder, used if the options name none.
     """
     if about.get("target_modules") is None:
         return there & {*modules}

@@ -1,4 +1,4 @@
-"""What encoders of all builds share: how texts are read, and how their tokens become one vector."""
+"""Settings and pooling shared by all encoders: how texts are read and reduced to one vector."""
 
 import dataclasses
 from typing import NamedTuple
@@ -17,11 +17,11 @@ ACTIVATIONS = {"Identity": lambda x: x, "Tanh": jnp.tanh}
 
 
 class Projection(NamedTuple):
-    """A linear layer behind the pooled vector, to `size` numbers.
+    """A linear layer after the pooled vector, with `size` outputs.
 
     Attributes:
       activation: one of `ACTIVATIONS`.
-      bias: whether it adds one.
+      bias: whether it has a bias.
     """
 
     size: int
@@ -31,17 +31,16 @@ class Projection(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Use:
-    """How an encoder is used; part of the config of each, which also has `hidden_size` and
-    `max_positions`.
+    """The use of an encoder, part of its config, which also has `hidden_size` and `max_positions`.
 
     Attributes:
-      max_length: tokens at which texts are cut; what the model was trained for.
-      pooling: "mean" of the tokens' vectors, or that of the first ("cls") or "lasttoken".
-      projections: what comes behind the pooled vector, in this order.
-      normalize: vectors of length 1.
-      similarity: that vectors were trained for, one of `SIMILARITIES`.
-      query_prompt, document_prompt: what comes before questions and passages.
-      lower_case: texts are read in lower case, whatever the tokenizer does.
+      max_length: maximum tokens of a text; longer texts are truncated.
+      pooling: "mean" of the token vectors, or the vector of the first ("cls") or last ("lasttoken").
+      projections: linear layers after the pooled vector, in order.
+      normalize: whether vectors are normalised to length 1.
+      similarity: similarity that the vectors were trained for, one of `SIMILARITIES`.
+      query_prompt, document_prompt: prefixes of questions and passages.
+      lower_case: whether texts are converted to lower case, whatever the tokenizer does.
     """
 
     pooling: str = "mean"
@@ -72,20 +71,20 @@ class Use:
 
     @property
     def size(self) -> int:
-        """Of the encoder's vectors."""
+        """Size of the encoder's vectors."""
         return self.projections[-1].size if self.projections else self.hidden_size
 
     @property
     def dimension(self) -> int:
-        """Of the vectors that are searched."""
+        """Dimension of the searched vectors."""
         return self.size + 2 * (self.similarity == "euclidean")
 
     def question_text(self, question: str) -> str:
-        """What the encoder reads of a question: its prompt counts among the tokens it is cut at."""
+        """Returns the text of a question for the encoder; its prompt counts towards `max_length`."""
         return self._read(self.query_prompt + question)
 
     def passage_text(self, text: str) -> str:
-        """What it reads of a passage."""
+        """Returns the text of a passage for the encoder."""
         return self._read(self.document_prompt + text)
 
     def _read(self, text: str) -> str:
@@ -93,12 +92,12 @@ class Use:
 
 
 def projection_name(number: int) -> str:
-    """Of a projection among the parameters."""
+    """Returns the parameter name of a projection."""
     return f"{PROJECTION}{number}"
 
 
 def add_projections(module: nnx.Module, rngs: nnx.Rngs) -> None:
-    """Gives an encoder the projections of its config."""
+    """Adds the projections of its config to an encoder."""
     size = module.config.hidden_size
     for i, p in enumerate(module.config.projections):
         name = projection_name(i)
@@ -107,12 +106,12 @@ def add_projections(module: nnx.Module, rngs: nnx.Rngs) -> None:
 
 
 def pooled(module: nnx.Module, hidden: jax.Array, mask: jax.Array) -> jax.Array:
-    """Vectors of texts, float32 at least [B, D].
+    """Returns vectors of texts, [B, D], in at least float32.
 
     Args:
       module: an encoder with its projections.
-      hidden: of its last layer [B, T, D].
-      mask: [B, T], 0 or False where there is padding, on the right.
+      hidden: output of its last layer, [B, T, D].
+      mask: [B, T], 0 or False for padding, on the right.
     """
     config, mask = module.config, mask.astype(jnp.float32)
     hidden = hidden.astype(wide_type(hidden))

@@ -1,8 +1,8 @@
 """A frozen base in 8 or 4 bits (Dettmers et al. 2023, QLoRA, arXiv 2305.14314), by Qwix.
 
-The kernels of the layers alone are quantised, in blocks along the inputs with one scale each; norms,
-biases, embeddings and the head stay as they are. A kernel is made dense where it is used, one layer at
-a time: gradients go through it to the adapters below, and none is taken of it.
+Only the kernels of the layers are quantised, in blocks along the inputs with one scale each; norms,
+biases, embeddings and the head are unchanged. A kernel is dequantised where it is used, one layer at a
+time: gradients flow through it to the adapters below, but not into it.
 """
 
 import functools
@@ -16,15 +16,15 @@ FORMATS = ("int8", "int4", "nf4")
 
 
 def quantize(params: dict, format: str = "nf4", block: int = 64) -> dict:
-    """Parameters of a network with its kernels [L, in, out] in few bits; `Network` runs on them too.
+    """Quantises the kernels [L, in, out] of a network's parameters; `Network` runs on the result too.
 
     Args:
       format: "int8" or "int4", evenly spaced, or "nf4", spaced for normally distributed weights.
-      block: inputs that share a scale, which has the dtype of the parameters.
+      block: number of inputs that share a scale, which has the dtype of the parameters.
 
     Raises:
-      ConfigError: another format, parameters that are quantised, kernels whose inputs `block` does not
-        divide (all of them at once).
+      ConfigError: another format, parameters that are already quantised, or kernels whose inputs are
+        not divisible by `block` (all reported at once).
     """
     if format not in FORMATS:
         raise ConfigError(f"format must be one of {FORMATS}, got {format!r}")
@@ -47,12 +47,12 @@ def quantize(params: dict, format: str = "nf4", block: int = 64) -> dict:
 
 
 def is_quantized(params: dict) -> bool:
-    """Whether any parameter is in few bits."""
+    """Returns whether any parameter is quantised."""
     return any(map(_in_few_bits, dict(flatten(params)).values()))
 
 
 def dense(kernel) -> jax.Array:
-    """A kernel as an array, quantised or not."""
+    """Returns a kernel, quantised or not, as a dense array."""
     return _qwix().dequantize(kernel) if _in_few_bits(kernel) else kernel
 
 

@@ -1,6 +1,5 @@
-"""The files of sentence-transformers that say how an encoder wants to be used.
-
-What comes before a text, how its tokens become one vector, and how two vectors are compared.
+"""Reads and writes the files of sentence-transformers that define the use of an encoder: prompts,
+pooling, and similarity.
 """
 
 import dataclasses
@@ -29,13 +28,14 @@ USE, TEXTS = "config_sentence_transformers.json", "sentence_bert_config.json"
 
 
 def read(folder: pathlib.Path) -> dict[str, Any]:
-    """How an encoder folder wants to be used, as fields of `Use`; `max_length` is None for as long
-    as the model can.
+    """Reads the settings of an encoder folder, as fields of `Use`; `max_length` None means the model's
+    maximum.
 
-    Without `modules.json`: mean pooling, not normalised, as sentence-transformers does.
+    Without `modules.json` the settings are mean pooling and no normalisation, as in
+    sentence-transformers.
 
     Raises:
-      CheckpointError: modules, pooling, prompts or a similarity that are not supported.
+      CheckpointError: unsupported modules, pooling, prompts or similarity.
     """
     modules = _json(folder / "modules.json", [])
     kinds = [m["type"].rpartition(".")[2] for m in modules]
@@ -61,10 +61,10 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def write(folder: pathlib.Path, config: Use, tensors: dict[str, np.ndarray]) -> None:
-    """What `read` and `read_projections` read.
+    """Writes the files that `read` and `read_projections` read.
 
     Args:
-      tensors: what `projection_tensors` gives.
+      tensors: tensors from `projection_tensors`.
     """
     kinds = ["Transformer", "Pooling", *["Dense"] * len(config.projections)]
     kinds += ["Normalize"] * config.normalize
@@ -105,13 +105,13 @@ def write(folder: pathlib.Path, config: Use, tensors: dict[str, np.ndarray]) -> 
 
 
 def parted(params: dict) -> tuple[dict, dict]:
-    """Parameters in the model's own file, and those of projections, which have a file each."""
+    """Splits parameters into those of the model's own file and those of projections (one file each)."""
     outside = {name: layer for name, layer in params.items() if name.startswith(PROJECTION)}
     return {name: part for name, part in params.items() if name not in outside}, outside
 
 
 def projection_tensors(params: dict, dtype) -> dict[str, np.ndarray]:
-    """Parameters of projections as sentence-transformers has them, by name of projection and tensor."""
+    """Returns parameters of projections in sentence-transformers' format, by projection and tensor."""
     tensors = {}
     for name, layer in params.items():
         with np.errstate(over="ignore"):  # hub.save refuses what is not finite
@@ -123,7 +123,7 @@ def projection_tensors(params: dict, dtype) -> dict[str, np.ndarray]:
 
 
 def read_projections(folder: pathlib.Path, config: Use, dtype) -> dict[str, dict]:
-    """Parameters of the config's projections, by name.
+    """Reads the parameters of the config's projections, by name.
 
     Raises:
       CheckpointError: weights that are missing, damaged, or of another shape.
@@ -149,7 +149,7 @@ def read_projections(folder: pathlib.Path, config: Use, dtype) -> dict[str, dict
 
 
 def encodes(folder: pathlib.Path) -> bool:
-    """Whether a folder says that its model is an encoder, though it may be a decoder by build."""
+    """Returns whether a folder declares its model an encoder, even if its architecture is a decoder."""
     return (folder / "modules.json").exists()
 
 
@@ -159,8 +159,8 @@ def used_as(
     document_prompt: str | None = None,
     similarity: str | None = None,
 ):
-    """A `hub.Pretrained` encoder with other prompts or another similarity than its folder tells; None
-    is no other.
+    """Returns a `hub.Pretrained` encoder with other prompts or another similarity; None keeps the
+    folder's.
 
     Raises:
       ConfigError: an unknown similarity.
@@ -178,7 +178,7 @@ def used_as(
 
 
 def _use(path: pathlib.Path) -> dict[str, str]:
-    """Prompts as `encode_query` and `encode_document` of sentence-transformers choose them, and the
+    """Reads the prompts that `encode_query` and `encode_document` of sentence-transformers use, and the
     similarity."""
     settings = _json(path, {})
     prompts = settings.get("prompts") or {}

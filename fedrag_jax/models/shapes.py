@@ -1,7 +1,7 @@
-"""Shapes in place of arrays: of models described and not loaded, for devices that are not here.
+"""Shapes instead of arrays, for models that are not loaded and devices that are not present.
 
-Programs are compiled for them and not run. `hub.describe` gives the one, `jax.experimental.topologies`
-the other.
+Programs are compiled for them but not run. The models come from `hub.describe`, the devices from
+`jax.experimental.topologies`.
 """
 
 from collections.abc import Callable
@@ -12,18 +12,18 @@ from jax.sharding import Mesh, NamedSharding
 
 
 def shapes_alone(tree) -> bool:
-    """Whether parameters are `jax.ShapeDtypeStruct`s, of a model that was described and not loaded."""
+    """Returns whether parameters are `jax.ShapeDtypeStruct`s of a model that is not loaded."""
     return any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree))
 
 
 def described(mesh: Mesh) -> bool:
-    """Whether its devices are known by their description alone, so that nothing can be put on them."""
+    """Returns whether the devices of a mesh are only described, so that nothing can be put on them."""
     return all(device.local_hardware_id is None for device in mesh.devices.flat)
 
 
 def put(x, sharding: NamedSharding):
-    """An array where a sharding says; its shape placed there if that is all there is, or if the devices
-    are only described."""
+    """Puts an array on the devices of a sharding; for shapes or described devices, returns the placed
+    shape."""
     if not isinstance(x, jax.ShapeDtypeStruct) and not described(sharding.mesh):
         return jax.device_put(x, sharding)
     aval = jax.typeof(x)
@@ -31,7 +31,8 @@ def put(x, sharding: NamedSharding):
 
 
 def ask(program: Callable, network, params, *inputs, **options):
-    """What a compiled function makes of a network; zeros of that shape where parameters are shapes."""
+    """Calls a compiled function with a network; returns zeros of the right shape if parameters are
+    shapes."""
     if not shapes_alone(params):
         return program(network, params, *inputs, **options)
     found = jax.eval_shape(lambda *arrays: program(network, *arrays, **options), params, *inputs)

@@ -1,8 +1,8 @@
 """The frozen base over several devices (Shoeybi et al. 2019, Megatron-LM, arXiv 1909.08053).
 
-Queries, keys, values, gates and up-projections are cut by output, so that hidden units, and heads where
-the devices divide them, lie whole on one device; what follows them is cut by input, and one all-reduce
-adds up the parts. Tables of words are cut by word. The compiler places the rest.
+Queries, keys, values, gates and up-projections are split by output, so that each hidden unit (and each
+head, if the devices divide them) is on one device. The following layers are split by input, and one
+all-reduce sums the parts. Embedding tables are split by token. The compiler places the rest.
 """
 
 import jax
@@ -18,13 +18,13 @@ _ROWS = ("o_proj", "down_proj", "embed")
 
 
 def shard(params: dict, mesh: Mesh, axis: str = "model") -> dict:
-    """The parameters of a base, quantised or not, over the devices of a mesh axis.
+    """Splits the parameters of a base, quantised or not, over the devices of a mesh axis.
 
-    Networks run on them as ever; adapters, batches and clients need no change. Of shapes alone, or for
-    devices that are only described, there are shapes placed so.
+    Networks run on them without changes; adapters, batches and clients stay the same. For shapes or
+    described devices, it returns placed shapes.
 
     Raises:
-      ConfigError: no such axis, or a size that it does not divide (all of them at once).
+      ConfigError: an unknown axis, or sizes that it does not divide (all reported at once).
     """
     if axis not in mesh.shape:
         raise ConfigError(f"the mesh has no axis {axis!r}, but {list(mesh.shape)}")

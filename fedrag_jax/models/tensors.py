@@ -1,4 +1,4 @@
-"""Tensors in files and parameters of a network: each by its name in the family's table."""
+"""Converts between tensors in files and parameters of a network, by the family's table of names."""
 
 import json
 import pathlib
@@ -17,13 +17,13 @@ from fedrag_jax.models.network import Network, flatten, unflatten
 
 
 def save_arrays(tree: dict, path: str | pathlib.Path) -> None:
-    """A nested dict of arrays as one safetensors file, names joined by dots."""
+    """Saves a nested dict of arrays to one safetensors file, with names joined by dots."""
     leaves = {".".join(p): np.ascontiguousarray(leaf) for p, leaf in flatten(tree)}
     safetensors.numpy.save_file(leaves, path)
 
 
 def load_arrays(path: str | pathlib.Path) -> dict:
-    """What `save_arrays` wrote, as jax arrays.
+    """Reads a file that `save_arrays` wrote, as jax arrays.
 
     Raises:
       CheckpointError: no such file, or not a safetensors file.
@@ -42,7 +42,7 @@ def _open(path: pathlib.Path):
 
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """One file, or the shards the index names."""
+    """Returns one file, or the shards that the index names."""
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if not whole.is_file() and not index.is_file():
         raise CheckpointError(
@@ -62,25 +62,25 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def opened(folder: pathlib.Path) -> list:
-    """The safetensors files of a folder, open.
+    """Opens the safetensors files of a folder.
 
     Raises:
-      CheckpointError: there are none, or one cannot be read.
+      CheckpointError: there are no files, or one cannot be read.
     """
     return [_open(file) for file in _files(folder)]
 
 
 def read_params(where: pathlib.Path, files: Sequence, family: Family, network: Network, dtype):
-    """Parameters from open files, each tensor checked against the network; projections lie elsewhere.
+    """Reads parameters from open files and checks each tensor; projections are in other files.
 
     Args:
-      where: for messages.
-      files: with `keys()`, `get_slice(name).get_shape()` and `get_tensor(name)`, as safetensors has
-        them. A tensor is read when its parameter is made, so that two copies of all are never there.
-      dtype: of the parameters.
+      where: name of the source for messages.
+      files: objects with `keys()`, `get_slice(name).get_shape()` and `get_tensor(name)`, as in
+        safetensors. Each tensor is read on demand, so that there are never two copies of all of them.
+      dtype: type of the parameters.
 
     Raises:
-      CheckpointError: tensors that are missing, unexpected or of another shape, all of them at once.
+      CheckpointError: tensors that are missing, unexpected or of another shape, all reported at once.
     """
     leaves = dict(flatten(sentence_folders.parted(network.shapes())[0]))
     wanted = {}  # tensor name -> shape in the file
@@ -120,13 +120,13 @@ def read_params(where: pathlib.Path, files: Sequence, family: Family, network: N
 
 
 def _names(family: Family, path: tuple, leaf) -> list[str]:
-    """Of the tensors a parameter is made of: one, or one a layer."""
+    """Returns the names of the tensors of a parameter: one, or one per layer."""
     name = family.names[".".join(path)]
     return [name.format(i) for i in range(leaf.shape[0])] if path[0] == "layers" else [name]
 
 
 def to_tensors(family: Family, params: dict, dtype) -> dict[str, np.ndarray]:
-    """Parameters by the names, and in the shapes, that transformers writes."""
+    """Converts parameters to the names and shapes of transformers."""
     tensors = {}
     for path, leaf in flatten(params):
         with np.errstate(over="ignore"):  # save refuses what is not finite

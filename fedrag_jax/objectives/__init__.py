@@ -1,1 +1,1 @@
-"""What one training step minimises: pure losses over pytrees and the batches they eat."""
+"""Objectives: pure losses over pytrees and batches, which a training step minimises."""

@@ -2,7 +2,7 @@
 
     Q + D_1 ... D_n  ->  the numbers of the passages that hold the answer, then the answer
 
-One prompt with numbered passages, in an order without meaning; the loss is on the target alone.
+The prompt has numbered passages in random order; the loss covers only the target.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,11 +20,11 @@ from fedrag_jax.objectives.task import PyTree, Task
 
 
 class Context(NamedTuple):
-    """What is read for a question.
+    """The passages of a question's prompt.
 
     Attributes:
-      rows: int [n] of the corpus, in the order read.
-      cites: numbers of those to be cited, from 1 on; none where nothing answers the question.
+      rows: int [n] corpus rows, in reading order.
+      cites: numbers of the passages to cite, from 1; empty if none answers the question.
     """
 
     rows: np.ndarray
@@ -43,14 +43,15 @@ def citing(
     """NLL of citation and answer given one prompt with the passages of a context.
 
     Args:
-      examples: all that may be trained on.
-      contexts: of each example by its id, equally long.
-      unanswerable: the answer where nothing is to be cited.
+      examples: all training examples.
+      contexts: context of each example by its id, all of the same length.
+      unanswerable: the answer if nothing is to be cited.
 
     Raises:
       ConfigError: a prompt style without numbers or without a mark after them.
       DataError: an example without a context.
     """
+
     prompts.require_citing()
     missing = [e.id for e in examples if e.id not in contexts]
     if missing:

@@ -1,4 +1,4 @@
-"""What steps of the objectives take: the parts of which each of them declares its cost."""
+"""Components from which objectives declare the cost of their steps."""
 
 import functools
 import math
@@ -23,13 +23,13 @@ def declared(
     flops: Callable[[Task, Table], float],
     asked: Callable[[Task], Network | None] = lambda task: None,
 ) -> StepCost:
-    """The cost of a loss that tells its `tokens`.
+    """Returns the cost of a loss with the metric `tokens`.
 
     Args:
-      unrolled: `unrolled()`, the same loss with every layer spelled out, for the compiler to count.
-      flops: of one example, by formula.
-      asked: `asked(task)`, the frozen generator whose likelihoods of `prompt_tokens` a step needs. They
-        count for each use, although one used twice is kept.
+      unrolled: `unrolled()`: the same loss with unrolled layers, for the compiler's count.
+      flops: operations of one example, by formula.
+      asked: `asked(task)`: the frozen generator whose likelihoods of `prompt_tokens` a step needs.
+        Every use counts, although repeated likelihoods are cached.
     """
 
     def compiler_flops(task, table, batch_size):
@@ -43,7 +43,8 @@ def declared(
 
 
 def trained_reading(decoder: Network, table: Table) -> float:
-    """Of prompts `tokens` [N, K, T] read for their answers, with the gradient of adapters."""
+    """Operations of reading prompts `tokens` [N, K, T] for their answers, with the adapters'
+    gradient."""
     _, prompts, tokens = table["tokens"].shape
     _, *read = table["answer_positions"].shape
     answer = math.prod(read) // prompts  # of a row, which may hold several packed prompts
@@ -52,17 +53,19 @@ def trained_reading(decoder: Network, table: Table) -> float:
 
 
 def frozen_reading(decoder: Network, table: Table) -> float:
-    """Of the prompts of `prompt_tokens` [N, K], the largest in place of all, by a frozen generator."""
+    """Operations of a frozen generator on prompts of `prompt_tokens` [N, K], all counted as the
+    largest."""
     prompts, answer = table["prompt_tokens"].shape[1], table["answer_mask"].shape[1]
     tokens = int(table["prompt_tokens"].max())
     return prompts * decoder_flops(decoder.config, decoder.lora, tokens, answer, trained=False)
 
 
 def trained_encoding(encoder: Network, task: Task, table: Table, *passages: str) -> float:
-    """Of the question, where the query encoder moves, and of passages, where the document encoder does.
+    """Operations of encoding the question, if the query encoder is trained, and passages, if the
+    document encoder is trained.
 
     Args:
-      passages: columns with the corpus rows [N] or [N, k] of passages that are encoded.
+      passages: columns with the corpus rows [N] or [N, k] of encoded passages.
     """
     flops = 0.0
     if "query" in task.trainable:
@@ -81,10 +84,10 @@ def trained_encoding(encoder: Network, task: Task, table: Table, *passages: str)
 
 
 def counted(loss: Callable, task: Task, table: Table, batch_size: int) -> float:
-    """Operations of a loss and its gradient on a batch of a task, as the compiler counts them.
+    """Operations of a loss and its gradient on a batch of a task, by the compiler's count.
 
     Args:
-      loss: hashable; of a loop over layers the compiler would count one round.
+      loss: the loss, hashable and with unrolled layers, because the compiler counts a loop once.
     """
     batch = {k: jax.ShapeDtypeStruct((batch_size, *v.shape[1:]), v.dtype) for k, v in table.items()}
     batch["weight"] = jax.ShapeDtypeStruct((batch_size,), np.float32)
@@ -109,7 +112,7 @@ def _likelihoods(decoder: Network, table: Table, batch_size: int) -> float:
 
 @functools.lru_cache(maxsize=32)
 def _counted_likelihoods(decoder, shape, tokens: int) -> float:
-    """Of the likelihoods [B, k, A] of answers under a frozen generator."""
+    """Operations of the likelihoods [B, k, A] of answers under a frozen generator."""
     base, adapters = {}, {}
     for path, leaf in flatten(decoder.shapes()):
         (adapters if path[-1].startswith("lora_") else base)[path] = leaf

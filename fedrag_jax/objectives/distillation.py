@@ -1,10 +1,12 @@
-"""The retriever learns from what the generator, or another model, makes of the passages.
+"""Distillation: the retriever learns from the scores that a generator or another teacher gives
+passages.
 
-For the k passages z that are retrieved for a question x, a frozen teacher gives a signal t_z, and
+For the k passages z retrieved for a question x, a frozen teacher gives a signal t_z, and the distance
+between
 
     Q(z) = softmax(t_z / temperature)          p_R(z|x) = softmax(score_scale cos(x, z))
 
-are brought together, only p_R with a gradient. Methods differ in the signal and the divergence:
+is minimised, with a gradient only for p_R. The methods differ in the signal and the divergence:
 
 | method | signal | temperature | loss | from |
 |---|---|---|---|---|
@@ -14,13 +16,13 @@ are brought together, only p_R with a gradient. Methods differ in the signal and
 | `adist` | attention to z | 0.01, ours | KL(Q, p_R) | ADist, Atlas: `supervision.Attention` |
 | `loop` | -log p(y|all but z, x) | 1 | KL(Q, p_R) | LOOP, Atlas |
 | `emdr` | log p(y|z, x) | | -log sum_z p_R(z|x) p(y|z, x) | EMDR2, 2106.05346; Atlas |
-| `distilled` | a teacher's score | 1 | KL(Q, p_R) | a cross-encoder's, for one |
+| `distilled` | a teacher's score | 1 | KL(Q, p_R) | for example a cross-encoder |
 
-p(y|z, x) is a product over the tokens of the answer and its EOS. As a signal the probability itself
-has a trap: of answers of several tokens it is so small that Q is all but uniform and teaches nothing;
-the metric `target_entropy` (at most log k) tells. `signal="log_probability"` is what the code of REPLUG
-uses, `"mean_log_probability"`, by token, that of Atlas. REPLUG's arXiv text has KL(p_R, Q), its NAACL
-text and code KL(Q, p_R): `first` chooses.
+p(y|z, x) is a product over the tokens of the answer and its EOS. The probability itself is a bad signal
+for answers of several tokens: it is so small that Q is almost uniform and teaches nothing. The metric
+`target_entropy` (at most log k) shows this. REPLUG's code uses `signal="log_probability"`, Atlas' code
+`"mean_log_probability"` (per token). REPLUG's arXiv text has KL(p_R, Q), its NAACL text and code have
+KL(Q, p_R): `first` selects one of them.
 """
 
 import dataclasses
@@ -73,12 +75,12 @@ SIGNALS: dict[str, Callable[[Any], jax.Array]] = {
 class Distillation:
     """A divergence between the teacher's Q and the retriever's p_R, mean over examples.
 
-    The batch holds questions as `objectives.encoding` reads them, `retrieved` int [B, k] and what the
-    signal is made of.
+    The batch holds questions in the format of `objectives.encoding`, `retrieved` int [B, k], and the
+    columns of the signal.
 
     Attributes:
       first: "target" for KL(Q, p_R), "retriever" for KL(p_R, Q).
-      decoder: that gives the signal, if one does; the loss itself runs none.
+      decoder: the decoder that gives the signal, if any; the loss itself runs no decoder.
     """
 
     encoder: Network
@@ -103,7 +105,7 @@ class Distillation:
         return loss, {name: weighted_mean(x, batch["weight"]) for name, x in told.items()}
 
     def cost(self) -> StepCost:
-        """Of a step; the decoder is asked beside it, another teacher is not counted."""
+        """The cost of a step, including the decoder's likelihoods; other teachers are not counted."""
 
         def flops(task, table):
             read = 0.0 if self.decoder is None else costs.frozen_reading(self.decoder, table)
@@ -150,23 +152,23 @@ def distillation(
     pool: Pool | None = None,
     **settings,
 ) -> Task:
-    """Tunes the retriever by what a frozen generator makes of its passages.
+    """Returns a task that tunes the retriever by a frozen generator's signal.
 
     Args:
       method: "lsr", "replug", "pdist", "adist", "loop" or "emdr".
-      parts: `decoder` and `adapters` of the generator. What it says is computed once for each passage
-        and question (for `adist` and `loop`: each set of passages).
-      questions: all examples that may be trained on; they set the width of question arrays.
-      train: which of `query`, `document`, `head` move.
-      passages: k, that are retrieved for each question, by the retriever as it is trained by then.
-      refresh: how the index follows the document encoder; None re-embeds all at each retrieval.
-      pool: `pool(example)`, the corpus rows that it may find, where passages stay with their clients
-        (`data.corpora.own_passages`); all, unless given.
-      settings: `signal`, `temperature`, `first`, `score_scale` in place of the method's own; for `emdr`
-        `marginal` ("token" for RAG-Token's) and `score_scale`.
+      parts: `decoder` and `adapters` of the generator. Its signal is computed once per passage and
+        question (for `adist` and `loop`, per set of passages).
+      questions: all training examples; they determine the width of question arrays.
+      train: the trained parts among `query`, `document`, `head`.
+      passages: k, the number of passages retrieved per question with the current retriever.
+      refresh: how the index follows the document encoder; None re-embeds everything at each retrieval.
+      pool: `pool(example)`: the corpus rows that an example may find, if passages stay with their
+        clients (`data.corpora.own_passages`); default: all.
+      settings: `signal`, `temperature`, `first`, `score_scale`, which replace the method's own; for
+        `emdr`, `marginal` ("token" for RAG-Token's) and `score_scale`.
 
     Raises:
-      ConfigError: an unknown method or setting, nothing or something unknown to train, fewer than two
+      ConfigError: an unknown method or setting, no or unknown parts to train, or fewer than two
         passages.
     """
     if method == "emdr":
@@ -181,9 +183,7 @@ def distillation(
         raise ConfigError(f"distillation: method is one of {[*METHODS, 'emdr']}, got {method!r}")
     loss = _loss(retriever, METHODS[method] | settings, decoder)
     if loss.signal == "teacher":
-        raise ConfigError(
-            "distillation: signal 'teacher' is that of another model: use `distilled`"
-        )
+        raise ConfigError("distillation: signal 'teacher' needs another model: use `distilled`")
     sources = {"leave_one_out": LeaveOneOut, "attention": Attention}
     source = sources.get(loss.signal, Likelihoods)(decoder, parts, prompts)
     return _task(method, loss, source, retriever, questions, train, passages, refresh, pool)
@@ -200,15 +200,15 @@ def distilled(
     pool: Pool | None = None,
     **settings,
 ) -> Task:
-    """Tunes the retriever by a teacher's scores, such as those of a cross-encoder.
+    """Returns a task that tunes the retriever by a teacher's scores, such as a cross-encoder's.
 
     Args:
-      score: `score(questions, texts) -> float [P]`, one for each pair; asked once for each.
+      score: `score(questions, texts) -> float [P]`: one score per pair; each pair is scored once.
       settings: `temperature`, `first`, `score_scale`.
-      others: as of `distillation`.
+      others: as in `distillation`.
 
     Raises:
-      ConfigError: an unknown setting, nothing or something unknown to train.
+      ConfigError: an unknown setting, or no or unknown parts to train.
     """
     _require_known(settings, ("temperature", "first", "score_scale"))
     defaults = {"signal": "teacher", "temperature": 1.0, "first": "target"}
@@ -235,7 +235,7 @@ def _loss(retriever: Retriever, settings: dict[str, Any], decoder=None) -> Disti
 
 def _require_known(settings: dict[str, Any], known: tuple[str, ...]) -> None:
     if unknown := [name for name in settings if name not in known]:
-        raise ConfigError(f"distillation: {unknown} are no settings here; there are {[*known]}")
+        raise ConfigError(f"distillation: unknown settings {unknown}; choose among {[*known]}")
 
 
 def _task(name, loss, source, retriever, examples, train, passages, refresh, pool) -> Task:

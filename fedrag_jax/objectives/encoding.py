@@ -1,9 +1,9 @@
-"""Vectors of questions and passages inside a loss, whichever part of the retriever is trained.
+"""Vectors of questions and passages inside a loss, for any trained part of the retriever.
 
-Parts of a retriever, by name: `query` and `document`, the parameters of its two encoders; `head`, a
-matrix after both of them; `document_vectors` [N, D] of a frozen document encoder; `passages`, the
-tokens and mask [N, T] of the corpus, where the document encoder is trained. A large corpus is no part:
-batches bring what they read of it (`Passages`).
+The parts of a retriever are: `query` and `document`, the parameters of its two encoders; `head`, a
+matrix after both of them; `document_vectors` [N, D] of a frozen document encoder; and `passages`, the
+tokens and mask [N, T] of the corpus, if the document encoder is trained. A large corpus is not a part:
+its vectors or tokens come with each batch (`Passages`).
 """
 
 import dataclasses
@@ -28,16 +28,17 @@ ON_DEVICE = (
 
 
 def trained_parts(retriever: Retriever, train: tuple[str, ...]) -> tuple[PyTree, PyTree]:
-    """What a loss needs of a retriever, `(trainable, frozen)`, if `train` is what moves.
+    """Returns the parts of a retriever for a loss, `(trainable, frozen)`, if `train` names the trained
+    ones.
 
-    A head that is not there yet starts as the identity.
+    A missing head starts as the identity.
 
     Raises:
-      ConfigError: a part that no retriever has, or none.
+      ConfigError: an unknown part, or none.
     """
     if not train or {*train} - {"query", "document", "head"}:
         raise ConfigError(
-            f"a retriever trains its 'query', 'document' or 'head', one or several, got {train}"
+            f"a retriever trains one or several of 'query', 'document' and 'head', got {train}"
         )
     head = retriever.head
     if "head" in train and head is None:
@@ -51,7 +52,7 @@ def trained_parts(retriever: Retriever, train: tuple[str, ...]) -> tuple[PyTree,
 
 
 def as_trained(retriever: Retriever, trained: PyTree, fresh: bool = True) -> Retriever:
-    """The retriever with those of its parts that `trained` has, its index fresh or as it was."""
+    """Returns the retriever with the parts in `trained`, and with a fresh or the old index."""
     trained = {name: trained[name] for name in ("query", "document", "head") if name in trained}
     if "head" in trained:
         trained["head"] = np.asarray(trained["head"])
@@ -63,7 +64,7 @@ def as_trained(retriever: Retriever, trained: PyTree, fresh: bool = True) -> Ret
 
 
 def found_by(retriever: Retriever, examples, k: int, pool: Pool | None = None):
-    """Corpus rows and similarities [N, k], best first; of `pool(example)` alone, where there is one."""
+    """Returns corpus rows and similarities [N, k], best first; only from `pool(example)`, if given."""
     questions = [e.question for e in examples]
     if pool is None:
         return retriever.search(questions, k)
@@ -71,12 +72,12 @@ def found_by(retriever: Retriever, examples, k: int, pool: Pool | None = None):
 
 
 def too_few(k: int) -> str:
-    """Why a retriever learns nothing from the k best passages of each question; "" where it may."""
+    """Returns the reason why a retriever learns nothing from k passages per question; "" if it can."""
     if k > 1:
         return ""
     return (
-        "a retriever learns from the differences between passages, so it needs two at least, got "
-        f"{k}: raise `passages` (of a system `marginal_k`)"
+        "a retriever learns from the differences between passages, so it needs at least two, got "
+        f"{k}: raise `passages` (for a system, `marginal_k`)"
     )
 
 
@@ -87,15 +88,16 @@ def searching(
     policy: Policy | None = None,
     pool: Pool | None = None,
 ) -> dict[str, Any]:
-    """`retrieve`, `index`, `spent` of a `Task` that searches for the k best passages as it is trained.
+    """Returns `retrieve`, `index`, `spent` for a `Task` that retrieves the k best passages during
+    training.
 
     Args:
-      train: what moves.
-      policy: of keeping the index fresh; None where all is re-embedded each time.
-      pool: `pool(example)`, the corpus rows that it may find; all, unless given.
+      train: the trained parts.
+      policy: the refresh policy of the index; None re-embeds everything each time.
+      pool: `pool(example)`: the corpus rows that an example may find; default: all.
 
     Raises:
-      ConfigError: a policy that cannot be, or one with a pool or where no document vector moves.
+      ConfigError: an invalid policy, or a policy together with a pool or with fixed document vectors.
     """
     if policy is None:
         return {
@@ -105,8 +107,8 @@ def searching(
     policy.check()
     if "document" not in train or pool is not None:
         raise ConfigError(
-            "a refresh policy is for one index of passages whose encoder moves: train 'document', and "
-            f"give no pool, or leave `refresh` away; got train={train}"
+            "a refresh policy needs one index whose document encoder is trained: train 'document' and "
+            f"give no pool, or leave `refresh` out; got train={train}"
         )
 
     def retrieve(examples, trained, before):
@@ -121,7 +123,7 @@ def searching(
 
 
 def question_vectors(encoder: Network, parts: PyTree, batch, at_once: int = 0) -> jax.Array:
-    """Vectors [B, D] of the questions of a batch, whose inner products are similarities.
+    """Returns vectors [B, D] of a batch's questions, whose inner products are similarities.
 
     The batch holds `question_tokens`, `question_mask` [B, T], or `question_vectors` [B, D] of a frozen
     query encoder.
@@ -137,11 +139,11 @@ def question_vectors(encoder: Network, parts: PyTree, batch, at_once: int = 0) -
 def passage_vectors(
     encoder: Network, parts: PyTree, batch, *names: str, at_once: int = 0
 ) -> jax.Array:
-    """Vectors [M, D] of passages, for inner products.
+    """Returns vectors [M, D] of passages, for inner products.
 
     Args:
-      names: columns of the batch with their corpus rows int [B, ...], -1 for none; M is how many there
-        are in all of them, one column after another.
+      names: columns of the batch with corpus rows int [B, ...], -1 for none; M is the total number of
+        entries, one column after another.
     """
     if "document" in parts:
         read = [_read(parts, batch, name) for name in names]
@@ -176,11 +178,12 @@ def _known(parts: PyTree, batch, name: str) -> jax.Array:
 
 
 def encode(encoder: Network, params: PyTree, tokens, mask, at_once: int = 0) -> jax.Array:
-    """Vectors [N, D] of texts [N, T], `at_once` of them at a time; 0 takes all together.
+    """Returns vectors [N, D] of texts [N, T], encoding `at_once` of them at a time; 0 encodes all
+    together.
 
-    Memory for the backward pass is that of `at_once` texts and the vectors of all, because every chunk
-    is encoded again for its own gradient: what GradCache (Gao et al. 2021, 2101.06983) does by hand.
-    The gradient is that of the whole batch.
+    The backward pass needs memory for `at_once` texts and for all vectors, because every chunk is
+    encoded again for its own gradient, as in GradCache (Gao et al. 2021, 2101.06983). The gradient is
+    that of the whole batch.
     """
     if not 0 < at_once < len(tokens):
         return encoder(params, tokens, mask)
@@ -192,7 +195,8 @@ def encode(encoder: Network, params: PyTree, tokens, mask, at_once: int = 0) -> 
 
 
 def passage_scores(encoder: Network, parts: PyTree, batch, score_scale: float) -> jax.Array:
-    """Scaled similarity [B, k] of each question with the passages `retrieved` int [B, k] for it."""
+    """Returns the scaled similarity [B, k] of each question with its `retrieved` passages, int [B,
+    k]."""
     queries = question_vectors(encoder, parts, batch)
     passages = passage_vectors(encoder, parts, batch, "retrieved")
     passages = passages.reshape(*batch["retrieved"].shape, -1)
@@ -200,11 +204,11 @@ def passage_scores(encoder: Network, parts: PyTree, batch, score_scale: float) -
 
 
 class Questions:
-    """Questions as the query encoder reads them, all of one width.
+    """Collates questions for the query encoder, all of one width.
 
     Args:
-      examples: all that may be trained on.
-      frozen: whether nothing moves that their vectors depend on: these are then given instead.
+      examples: all training examples.
+      frozen: whether the questions' vectors are fixed; then vectors are returned instead of tokens.
     """
 
     def __init__(self, retriever: Retriever, examples, frozen: bool = False, max_length: int = 0):
@@ -237,11 +241,11 @@ class Questions:
 
 
 class Passages:
-    """Passages as a loss reads them: of a small corpus all, on the device; of a large one those of a
-    batch, which come with it.
+    """Provides passages for a loss: a small corpus is completely on the device; for a large one, the
+    passages come with each batch.
 
     Args:
-      train: what moves; with "document" in it passages are read as tokens, else as their vectors.
+      train: the trained parts; with "document", passages are tokens, otherwise vectors.
     """
 
     def __init__(self, retriever: Retriever, train: tuple[str, ...]):
@@ -252,7 +256,7 @@ class Passages:
         self._on_device = size <= ON_DEVICE
 
     def parts(self) -> PyTree:
-        """`passages` or `document_vectors` of the whole corpus; none of a large one."""
+        """Returns `passages` or `document_vectors` of the whole corpus; nothing for a large one."""
         if not self._on_device:
             return {}
         if not self._tokens:
@@ -261,7 +265,7 @@ class Passages:
         return {"passages": {name: jnp.asarray(array) for name, array in table.items()}}
 
     def __call__(self, **rows: np.ndarray) -> dict[str, np.ndarray]:
-        """What a batch has to bring for corpus rows int [N, ...], -1 for none, by the column's name:
+        """Returns the batch columns for corpus rows int [N, ...] (-1 for none), by the column's name:
         `<name>_vectors` [N, ..., D], or `<name>_tokens` and `<name>_mask` [N, ..., T]."""
         if self._on_device:
             return {}

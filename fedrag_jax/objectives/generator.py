@@ -1,9 +1,9 @@
-"""Losses that tune the generator for the passages a retriever found.
+"""Losses that tune the generator on retrieved passages.
 
 `concatenated`: one prompt with the top-k passages (Lawton et al. 2025, Ft. Gen.).
 `ralt`: one prompt per passage, losses summed (RA-DIT, arXiv 2310.01352, LM fine-tuning).
-`closed_book`: no passage at all, the baseline that shows what can be learned by heart.
-At k = 1 the first two are the same number, at k = 0 the first is the last.
+`closed_book`: no passage, the baseline that measures memorisation.
+At k = 1 the first two are equal; at k = 0 the first equals the last.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ class AnswerLoss:
         return loss, {name: weighted_mean(x, batch["weight"]) for name, x in told.items()}
 
     def cost(self) -> StepCost:
-        """Of a step."""
+        """The cost of a step."""
         return costs.declared(
             self,
             lambda: dataclasses.replace(self, decoder=self.decoder.unrolled()),
@@ -51,7 +51,7 @@ def concatenated(
     """Answer NLL given one prompt with all passages.
 
     Args:
-      rows: `rows(examples) -> int [N, k]`, the passages a frozen retriever finds.
+      rows: `rows(examples) -> int [N, k]`: the passages of a frozen retriever.
     """
     task = _task("concatenated", decoder, params, adapters, prompts, rows, per_passage=False)
     return dataclasses.replace(task, label="generator: answer NLL")
@@ -69,9 +69,9 @@ def ralt(
     """L = -sum_j sum_i log p(y_i | c_j, x, y_<i): one prompt per passage c_j (RA-DIT, L(D_L)).
 
     Args:
-      packed: the k prompts of a question share one row of tokens, which pads less and attends over
-        more: the same loss but for passages that are cut (see `Prompts.training_width`). That
-        is slower where passages are alike in length, and on a CPU.
+      packed: put the k prompts of a question into one row of tokens, with less padding and more
+        attention. The loss is the same unless passages are truncated (see `Prompts.training_width`).
+        Packing is slower if passages have similar lengths, and on a CPU.
     """
     how = {"per_passage": True, "packed": packed}
     task = _task("ralt", decoder, params, adapters, prompts, rows, **how)
@@ -79,7 +79,7 @@ def ralt(
 
 
 def closed_book(decoder: Network, params: PyTree, adapters: PyTree, prompts: Prompts) -> Task:
-    """Answer NLL given the question alone."""
+    """Answer NLL given only the question."""
 
     def none(examples):
         return np.zeros((len(examples), 0), np.int32)

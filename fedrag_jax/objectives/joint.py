@@ -6,9 +6,9 @@ retrieved passages:
     RAG-Sequence  log p(y|x) = logsumexp_z (r_z + sum_i l_zi)
     RAG-Token     log p(y|x) = sum_i logsumexp_z (r_z + l_zi)
 
-They are equal where one position is scored, and both are the plain answer likelihood at k = 1.
-One loss serves joint training and both phases of two-phase training: what is trained is what lies in
-`trainable`, and what is frozen is computed once and put in the batch.
+They are equal if one position is scored, and both are the plain answer likelihood at k = 1. The same
+loss is used for joint training and for both phases of two-phase training: the parts in `trainable` are
+trained, and the outputs of frozen parts are computed once and put into the batch.
 """
 
 import dataclasses
@@ -60,10 +60,10 @@ MARGINALS = {"token": rag_token, "sequence": rag_sequence}
 class MarginalLoss:
     """-log p(y|x) with the passages marginalised, mean over examples.
 
-    The batch holds the answer arrays of `answer_log_probs`, `retrieved` int [B, k] (corpus rows) and
-    questions as `objectives.encoding` reads them; scores are those of the current encoders. A
-    frozen generator is given as `answer_log_probs` [B, k, A], a frozen retriever as
-    `retrieval_scores` [B, k] instead.
+    The batch holds the answer arrays of `answer_log_probs`, `retrieved` int [B, k] (corpus rows), and
+    questions in the format of `objectives.encoding`; scores come from the current encoders. For a
+    frozen generator the batch has `answer_log_probs` [B, k, A] instead, for a frozen retriever
+    `retrieval_scores` [B, k].
     """
 
     decoder: Network
@@ -86,7 +86,7 @@ class MarginalLoss:
         return loss, {name: weighted_mean(x, batch["weight"]) for name, x in told.items()}
 
     def cost(self) -> StepCost:
-        """Of a step; a frozen generator is asked beside it."""
+        """The cost of a step, including the likelihoods of a frozen generator."""
 
         def flops(task, table):
             read = costs.trained_reading if "adapters" in task.trainable else costs.frozen_reading
@@ -119,20 +119,20 @@ def marginal_likelihood(
     refresh: Policy | None = None,
     pool: Pool | None = None,
 ) -> Task:
-    """Joint tuning, or one phase of two-phase tuning, by marginal likelihood.
+    """Returns the task of joint tuning, or of one phase of two-phase tuning, by marginal likelihood.
 
     Args:
-      parts: `decoder` and `adapters`; the retriever brings `query` and `document`.
-      questions: all examples that may be trained on; they set the width of question arrays.
-      train: which of `adapters`, `query`, `document`, `head` move. Questions are searched again unless
-        `adapters` alone do.
-      refresh: how the index follows the document encoder; None re-embeds all at each retrieval.
-      pool: `pool(example)`, the corpus rows that it may find, where passages stay with their clients
-        (`data.corpora.own_passages`); all, unless given.
+      parts: `decoder` and `adapters`; the retriever provides `query` and `document`.
+      questions: all training examples; they determine the width of question arrays.
+      train: the trained parts among `adapters`, `query`, `document`, `head`. Passages are retrieved
+        again during training unless only `adapters` are trained.
+      refresh: how the index follows the document encoder; None re-embeds everything at each retrieval.
+      pool: `pool(example)`: the corpus rows that an example may find, if passages stay with their
+        clients (`data.corpora.own_passages`); default: all.
 
     Raises:
-      ConfigError: an unknown marginal, nothing or something unknown to train, fewer than two passages
-        where the retriever alone moves (a warning where adapters do, too).
+      ConfigError: an unknown marginal, no or unknown parts to train, or fewer than two passages if only
+        the retriever is trained (a warning if adapters are trained too).
     """
     if marginal not in MARGINALS:
         raise ConfigError(f"marginal is one of {[*MARGINALS]}, got {marginal!r}")
@@ -143,7 +143,7 @@ def marginal_likelihood(
     if moving and (fault := too_few(passages)):
         if "adapters" not in train:
             raise ConfigError(f"marginal likelihood: {fault}")
-        warnings.warn(f"the adapters learn alone: {fault}", stacklevel=2)
+        warnings.warn(f"only the adapters learn: {fault}", stacklevel=2)
     loss = MarginalLoss(decoder, retriever.encoder, marginal, score_scale)
     trainable, frozen = trained_parts(retriever, moving) if moving else ({}, {})
     if "adapters" in train:

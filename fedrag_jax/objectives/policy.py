@@ -1,4 +1,4 @@
-"""Policy gradients for a generator that searches as it writes: ReSearch (2503.19470), Search-R1
+"""Policy gradients for a generator that searches while it writes: ReSearch (2503.19470), Search-R1
 (2503.09516), with GRPO's group-relative advantages (2402.03300) and PPO's clipped ratios (1707.06347).
 
 Each question x is rolled out G times; rollout i has a reward r_i and the written tokens y_t. With the
@@ -7,7 +7,7 @@ ratio rho_t = pi(y_t) / pi_old(y_t) the loss is
     L = - agg_t min(rho_t A_i, clip(rho_t, 1 - low, 1 + high) A_i) + beta agg_t KL_t
     A_i = (r_i - mean(r)) / (std(r) + 1e-6)
 
-where `agg` averages over written tokens alone: what a search found is in neither sum.
+where `agg` averages only over written tokens: retrieved tokens are in neither sum.
 """
 
 import dataclasses
@@ -29,14 +29,14 @@ _SMALL = 1e-6
 
 
 def group_advantages(rewards: np.ndarray, scaled: bool = True) -> np.ndarray:
-    """A_i of rewards [..., G], each against its group; float32.
+    """Returns the advantages A_i of rewards [..., G] relative to their group; float32.
 
-    The standard deviation is that of a sample (n - 1). Of equal rewards all advantages are 0. A group
-    of one has nothing to be compared with: its advantage is its reward.
+    The standard deviation is that of a sample (n - 1). For equal rewards all advantages are 0. In a
+    group of one, the advantage is the reward itself.
 
     Args:
-      scaled: whether they are divided by the standard deviation; without it, hard and easy questions
-        count by how much rewards differ (Dr. GRPO).
+      scaled: whether to divide by the standard deviation; otherwise questions are weighted by the
+        differences of their rewards (Dr. GRPO).
     """
     rewards = np.asarray(rewards, np.float64)
     if rewards.shape[-1] == 1:
@@ -53,7 +53,8 @@ def clipped(ratio: jax.Array, advantage: jax.Array, low: float, high: float) -> 
 
 
 def kl_to_reference(log_probs: jax.Array, reference: jax.Array, estimator: str) -> jax.Array:
-    """Estimates of KL(pi || reference) from log-probabilities of tokens that pi wrote, token by token.
+    """Returns estimates of KL(pi || reference) per token, from log-probabilities of tokens that pi
+    wrote.
 
     With d = log pi - log reference: k1 is d, k2 is d^2 / 2, k3 is e^-d - 1 + d.
 
@@ -71,14 +72,14 @@ def kl_to_reference(log_probs: jax.Array, reference: jax.Array, estimator: str) 
 
 
 def aggregated(values: jax.Array, written: jax.Array, weight: jax.Array, how: str) -> jax.Array:
-    """One number of values [B, G, A] of the tokens that were written, by `AGGREGATIONS`.
+    """Aggregates values [B, G, A] of the written tokens to one number, by one of `AGGREGATIONS`.
 
     Args:
       written: [B, G, A], 1 for tokens of the policy, 0 for others and padding.
       weight: [B], 0 for questions that are padding.
 
     Raises:
-      ConfigError: an unknown way.
+      ConfigError: an unknown aggregation.
     """
     sums, counts = (values * written).sum(-1), written.sum(-1)  # [B, G]
     if how == "rollout":
@@ -97,15 +98,15 @@ class PolicyLoss:
 
     `trainable` or `frozen` hold `decoder` and `adapters`. A batch holds `tokens` [B, G, T], `lengths`
     [B, G], `answer_positions` [B, G, A] and `written` [B, G, A] of the tokens that the policy wrote,
-    `old_log_probs` and, where there is a penalty, `reference_log_probs` [B, G, A], `advantages` [B, G].
+    `old_log_probs` and, with a penalty, `reference_log_probs` [B, G, A], and `advantages` [B, G].
 
     Attributes:
-      clip_low, clip_high: a larger second one leaves unlikely tokens more room to grow (clip-higher,
-        DAPO).
+      clip_low, clip_high: clipping limits; a larger `clip_high` gives unlikely tokens more room to grow
+        (clip-higher, DAPO).
       kl: beta.
-      estimator: of the penalty, one of `KL_ESTIMATORS`.
+      estimator: the estimator of the penalty, one of `KL_ESTIMATORS`.
       aggregation: one of `AGGREGATIONS`.
-      entropy: a bonus for it, which Search-R1 sets to 0.001.
+      entropy: weight of an entropy bonus; 0.001 in Search-R1.
 
     Raises:
       ConfigError: a number out of its range, an unknown name.
@@ -161,7 +162,7 @@ class PolicyLoss:
         return loss, told
 
     def _clipped_away(self, ratio, advantage) -> jax.Array:
-        """1 for tokens whose gradient the clip takes away."""
+        """Returns 1 for tokens whose gradient the clip removes."""
         beyond = jnp.where(advantage > 0, ratio > 1 + self.clip_high, ratio < 1 - self.clip_low)
         return (beyond & (advantage != 0)).astype(jnp.float32)
 

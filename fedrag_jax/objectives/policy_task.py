@@ -1,8 +1,8 @@
-"""A policy that learns by searching: rollouts of the model in training become the table of a round.
+"""The policy-gradient task: rollouts of the current model become the table of a round.
 
-The rollouts of a question are written when examples are searched for, between compiled rounds, by the
-model that all clients have then; with `refresh_every=1` each round trains on rollouts of its own. A
-federated client's questions are rolled out by the round's global model.
+The rollouts of a question are written in the retrieval step, between compiled rounds, by the current
+global model. With `refresh_every=1` each round trains on its own rollouts. The questions of a federated
+client are rolled out by the round's global model.
 """
 
 import dataclasses
@@ -30,25 +30,25 @@ _HEAD = ("prompt", "length", "searches", "well_formed", "reward")
 
 
 class Reward(Protocol):
-    """What a rollout is worth."""
+    """Computes the reward of a rollout."""
 
     def __call__(self, example: Example, rollout: Rollout, /) -> float: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Rolling:
-    """How questions are rolled out.
+    """The settings of rollouts.
 
     Attributes:
-      tokenizer: of the generator.
-      search: gives the text found for each query.
-      reward: of a rollout.
+      tokenizer: the generator's tokenizer.
+      search: function that returns the text found for each query.
+      reward: the reward of a rollout.
       searching: prompts, tags and budget.
-      group: G, rollouts of a question.
-      stop_tokens, temperature, top_p: as of `roll_out`.
-      seed: of the draws, which differ from one time to the next.
-      masked: whether what searches found is left out of the loss; without it the policy is pushed to
-        write that, too (the ablation of Search-R1).
+      group: G, rollouts per question.
+      stop_tokens, temperature, top_p: as in `roll_out`.
+      seed: random seed; the draws differ between retrievals.
+      masked: whether retrieved tokens are masked from the loss; otherwise the policy is also trained to
+        write them (the ablation of Search-R1).
 
     Raises:
       ConfigError: fewer than one rollout.
@@ -67,20 +67,20 @@ class Rolling:
 
     def __post_init__(self):
         if self.group < 1:
-            raise ConfigError(f"a group needs one rollout at least, got {self.group}")
+            raise ConfigError(f"a group needs at least one rollout, got {self.group}")
 
     def prompt(self, question: str) -> np.ndarray:
-        """Its tokens int32 [T]."""
+        """Returns the prompt's tokens, int32 [T]."""
         return self.searching.prompt(self.tokenizer, question)
 
     @property
     def learned(self) -> int:
-        """Tokens of a rollout that count in the loss, at most."""
+        """Maximum number of tokens of a rollout that count in the loss."""
         turns, written, found = self.searching.budget
         return (turns + 1) * written + (0 if self.masked else turns * found)
 
     def width(self, examples: Sequence[Example]) -> int:
-        """Tokens of the longest rollout there can be."""
+        """Returns the maximum number of tokens of a rollout."""
         turns, written, found = self.searching.budget
         longest = max(len(self.prompt(e.question)) for e in examples)
         return longest + (turns + 1) * written + turns * found
@@ -88,7 +88,7 @@ class Rolling:
     def rollouts(
         self, network: Network, params, adapters, examples: Sequence[Example], time: int
     ) -> list[list[Rollout]]:
-        """G of each example, the draws those of a time."""
+        """Returns G rollouts of each example, with the random draws of a retrieval number."""
         questions = [e.question for e in examples for _ in range(self.group)]
         prompts = [self.prompt(question) for question in questions]
         key = jax.random.fold_in(jax.random.key(self.seed), time)
@@ -118,12 +118,12 @@ def policy(
     scaled: bool = True,
     **loss,
 ) -> Task:
-    """The task of training adapters by policy gradients, to be fitted with `refresh_every=1`.
+    """Returns the task that trains adapters by policy gradients; use `refresh_every=1` in `fit`.
 
     Args:
-      examples: all that may be trained on; they set the width of the table.
-      reference: adapters that the policy is kept near to; those it starts from unless given.
-      scaled: as of `group_advantages`.
+      examples: all training examples; they determine the width of the table.
+      reference: adapters of the reference policy for the KL penalty; default: the initial adapters.
+      scaled: as in `group_advantages`.
       loss: settings of `PolicyLoss`.
 
     Raises:
@@ -173,14 +173,14 @@ def policy(
 def rollout_table(
     groups: Sequence[Sequence[Rollout]], rolling: Rolling, width: int
 ) -> dict[str, np.ndarray]:
-    """The columns of `PolicyLoss` of rollouts [N][G] that nothing rewards."""
+    """Returns the columns of `PolicyLoss` for rollouts [N][G] without rewards."""
     packed = np.stack([[_packed(r, rolling, 0.0, width) for r in group] for group in groups])
     return _table(packed, rolling.learned, width, scaled=True)
 
 
 def _packed(rollout: Rollout, rolling: Rolling, reward: float, width: int) -> np.ndarray:
-    """A rollout as int32 [5 + 3 width], so that it is kept as what other tasks retrieve is: `_HEAD`,
-    its tokens, which of them were written, and their log-probabilities; floats by their bits."""
+    """Packs a rollout into int32 [5 + 3 width], so that it can be stored like retrieved rows: `_HEAD`,
+    its tokens, whether each was written, and log-probabilities; floats are stored as bits."""
     tokens = np.concatenate([rollout.prompt, *(part.tokens for part in rollout.parts)])
     own = [np.full(len(part.tokens), part.written) for part in rollout.parts]
     log_probs = [np.zeros(len(rollout.prompt)), *(part.log_probs for part in rollout.parts)]
@@ -199,10 +199,10 @@ def _packed(rollout: Rollout, rolling: Rolling, reward: float, width: int) -> np
 
 
 def _table(packed: np.ndarray, most: int, width: int, scaled: bool) -> dict[str, np.ndarray]:
-    """The columns of `PolicyLoss` from rollouts int32 [N, G, 5 + 3 width].
+    """Returns the columns of `PolicyLoss` from packed rollouts int32 [N, G, 5 + 3 width].
 
     Args:
-      most: tokens that a rollout writes.
+      most: maximum tokens that a rollout writes.
     """
     head = dict(zip(_HEAD, np.moveaxis(packed[..., : len(_HEAD)], -1, 0), strict=True))
     tokens, own, bits = np.moveaxis(
@@ -235,7 +235,8 @@ def _table(packed: np.ndarray, most: int, width: int, scaled: bool) -> dict[str,
 def _all_written(
     decoder: Network, params, adapters, packed: np.ndarray, rolling: Rolling, width: int
 ) -> np.ndarray:
-    """Packed rollouts as if the policy had written what was found, with its probabilities of that."""
+    """Returns packed rollouts as if the policy had written the retrieved tokens, with its
+    probabilities."""
     packed = packed.copy()
     columns = packed[..., len(_HEAD) :].reshape(*packed.shape[:2], 3, width)  # a view
     head = dict(zip(_HEAD, np.moveaxis(packed[..., : len(_HEAD)], -1, 0), strict=True))
@@ -254,7 +255,7 @@ def _of_batch(decoder, params, adapters, batch):
 
 
 def _log_probs(decoder: Network, params, adapters, table) -> np.ndarray:
-    """log-probabilities [N, G, A] of the written tokens, question by question."""
+    """Returns log-probabilities [N, G, A] of the written tokens, question by question."""
     names = "tokens", "lengths", "answer_positions"
     found = [
         _of_batch(decoder, params, adapters, {n: jnp.asarray(table[n][i : i + 1]) for n in names})

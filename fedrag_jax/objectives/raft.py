@@ -1,12 +1,12 @@
-"""RAFT: reading the passage that answers among passages that do not (Zhang et al. 2024, 2403.10131).
+"""RAFT: learning to read the gold passage among distractors (Zhang et al. 2024, 2403.10131).
 
-A share P of the questions is put with its gold (oracle) passages D* among distractors, the rest with
-distractors alone; the target A* is reasoning that quotes the gold passages, then the answer:
+A share P of the questions has its gold (oracle) passages D* among distractors, the others only
+distractors. The target A* is reasoning that quotes the gold passages, and then the answer:
 
     P of the questions   Q + D* + D_1 ... D_D  ->  A*
     the others           Q + D_1 ... D_(D+1)   ->  A*
 
-With P = 1, no distractors and no reasoning it is `oracle` training, on the gold passages alone.
+With P = 1, no distractors and no reasoning it is `oracle` training, on only the gold passages.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from fedrag_jax.retrieval.retriever import Retriever
 
 
 def recorded(example: Example, passages: Sequence[Passage]) -> str:
-    """The teacher who says what the data set says: `example.reasoning`."""
+    """The teacher that returns the reasoning in the data set, `example.reasoning`."""
     return example.reasoning
 
 
@@ -47,17 +47,18 @@ def raft(
 ) -> Task:
     """NLL of reasoning and answer given one prompt with gold passages and distractors.
 
-    A prompt has distractors + 1 places, or as many as there are gold passages if those are more.
+    A prompt has distractors + 1 passages, or as many as there are gold passages if those are more.
 
     Args:
-      questions: all examples that may be trained on.
+      questions: all training examples.
       oracle_share: P, the probability that the gold passages of a question are in its prompt.
       distractors: D; one less for every gold passage beyond the first.
-      hard: the passages nearest to the question that hold none of its answers, rather than any of the
-        corpus.
-      teacher: `teacher(example, gold passages) -> reasoning`, asked once for every question, with ""
-        for an answer alone; None for answers alone. The prompt style says what follows reasoning.
-      seed: of what is in the prompts, for each example drawn by its id, whoever holds it.
+      hard: use the passages nearest to the question without any of its answers, instead of random
+        passages of the corpus.
+      teacher: `teacher(example, gold passages) -> reasoning`, called once per question; it returns ""
+        for no reasoning. None trains on answers only. The prompt style defines the mark after the
+        reasoning.
+      seed: random seed of the prompts; draws depend on the example's id, not on the client.
 
     Raises:
       ConfigError: a share outside [0, 1], distractors below 0, or reasoning in a style without it.
@@ -96,7 +97,7 @@ def oracle(
     retriever: Retriever,
     questions: Sequence[Example],
 ) -> Task:
-    """Answer NLL given the gold passages alone: the reader behind a perfect retriever."""
+    """Answer NLL given only the gold passages: the reader with a perfect retriever."""
     task = raft(
         decoder, params, adapters, prompts, retriever, questions,
         oracle_share=1.0, distractors=0, teacher=None,
@@ -113,9 +114,9 @@ def raft_rows(
     hard: bool = False,
     seed: int = 0,
 ) -> dict[str, np.ndarray]:
-    """Corpus rows int [k] of each question's prompt by its id, in the order read; -1 for none.
+    """Returns corpus rows int [k] of each question's prompt by its id, in reading order; -1 for none.
 
-    Whether gold passages are there, which distractors and their order are three draws of their own, so
+    The presence of gold passages, the choice of distractors and the order are three separate draws, so
     that a larger share adds gold passages and changes no other prompt.
 
     Args, Raises: as for `raft`.
@@ -134,7 +135,7 @@ def raft_rows(
         read = np.array([*shown, *wrong][:count], np.int32)
         if len(read) < count:
             raise DataError(
-                f"raft: question {example.id!r} needs {count - len(shown)} distractors and the corpus "
+                f"raft: question {example.id!r} needs {count - len(shown)} distractors, but the corpus "
                 f"has {len(wrong)}: give more passages or lower `distractors`"
             )
         read = _stream(seed, "raft order", example).permutation(read)
@@ -154,7 +155,7 @@ def _gold_rows(passages: Sequence[Passage], questions: Sequence[Example]) -> lis
 
 
 def _drawn(retriever, questions, golds, places, seed) -> list[list[int]]:
-    """Distractors from anywhere in the corpus, all equally likely; fewer if there are no more."""
+    """Draws distractors from the whole corpus, all equally likely; fewer if there are no more."""
     size, found = len(retriever.passages), []
     for example, gold, count in zip(questions, golds, places, strict=True):
         rng = _stream(seed, "raft distractors", example)
@@ -164,7 +165,7 @@ def _drawn(retriever, questions, golds, places, seed) -> list[list[int]]:
 
 
 def _nearest(retriever, questions, golds, places, seed) -> list[list[int]]:
-    """Distractors that look right: a passage that holds an answer is none, gold or not."""
+    """Returns hard distractors: near passages that contain no answer, gold or not."""
     size, found = len(retriever.passages), {}
     texts = [embedding_text(p) for p in retriever.passages]
     depth, asked = 2 * max(places), range(len(questions))

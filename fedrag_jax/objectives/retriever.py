@@ -1,4 +1,4 @@
-"""Losses that tune the retriever from labelled passages."""
+"""Losses that tune the retriever on labelled passages."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -32,20 +32,19 @@ from fedrag_jax.retrieval.similarity import unit
 class MultipleNegativesRanking:
     """In-batch softmax over similarities (Lawton et al. 2025, Ft. Embed.).
 
-    L = -1/B sum_i log exp(s cos(q_i, d_i)) / sum_j exp(s cos(q_i, d_j)), or with the similarity that
-    the encoder has in place of the cosine, where pairs j that share a
-    gold passage with question i are no negatives of it, nor is padding. Mined negatives, if there are
-    any, are further d_j of the whole batch.
+    L = -1/B sum_i log exp(s cos(q_i, d_i)) / sum_j exp(s cos(q_i, d_j)), or with the encoder's own
+    similarity instead of the cosine. Pairs j that share a gold passage with question i, and padding,
+    are not negatives. Mined negatives, if any, are additional d_j for the whole batch.
 
-    With several `dimensions` it is the mean of the losses of vectors cut there (Matryoshka
+    With several `dimensions`, the loss is the mean over the losses of truncated vectors (Matryoshka
     representation learning, Kusupati et al. 2022, 2205.13147, with equal weights).
 
-    The batch holds questions as `objectives.encoding` reads them, `positive` int [B] (corpus row),
-    `golds` int [B, G] and, of mined ones, `negatives` int [B, H]; -1 is none.
+    The batch holds questions in the format of `objectives.encoding`, `positive` int [B] (corpus row),
+    `golds` int [B, G] and, for mined negatives, `negatives` int [B, H]; -1 is none.
 
     Attributes:
       score_scale: s, the inverse of a temperature.
-      at_once: texts encoded at a time, as in GradCache; 0 takes the batch whole.
+      at_once: number of texts encoded at a time, as in GradCache; 0 encodes the whole batch.
     """
 
     encoder: Network
@@ -81,7 +80,7 @@ class MultipleNegativesRanking:
         return loss, {name: weighted_mean(x, batch["weight"]) for name, x in told.items()}
 
     def cost(self) -> StepCost:
-        """Of a step."""
+        """The cost of a step."""
 
         def flops(task, table):
             passages = ["positive", *(["negatives"] if "negatives" in table else [])]
@@ -94,7 +93,7 @@ class MultipleNegativesRanking:
 
 
 def _share_a_gold(golds: jax.Array, others: jax.Array) -> jax.Array:
-    """bool [B, N]: whether any of golds [B, G] is among others [N, M]; -1 is none."""
+    """Returns bool [B, N]: whether any of golds [B, G] is among others [N, M]; -1 is none."""
     same = golds[:, None, :, None] == others[None, :, None, :]
     return (same & (golds >= 0)[:, None, :, None]).any((2, 3))
 
@@ -112,40 +111,42 @@ def multiple_negatives_ranking(
     pool: Pool | None = None,
     max_question_tokens: int = 0,
 ) -> Task:
-    """Ranking of the first gold passage of each question among those of its batch.
+    """Returns the task of ranking the first gold passage of each question above those of its batch.
 
-    Without mined negatives a client learns nothing from one question, or from questions that share a
-    gold passage: `fit` warns of it.
+    Without mined negatives, a client learns nothing from one question, or from questions that share a
+    gold passage: `fit` warns about it.
 
     Args:
-      train: which of `query`, `document`, `head` move. Query-side tuning is ("query",). A ("head",)
-        alone learns a matrix after both frozen encoders, which are then run once (as pFedRAG's shared
-        head, Findings of EMNLP 2025.769).
-      dimensions: vectors are trained to be good when cut there; the largest is what `first` tells of.
-      mining: hard negatives for every question, mined anew whenever retrieval is (each round, unless
-        `fit` says otherwise) with the retriever as it is trained by then.
-      negatives: in their place, corpus rows for each question by its id, equally many.
-      pool: `pool(example)`, the corpus rows that its mined negatives may come from, where passages stay
-        with their clients (`data.corpora.own_passages`); all, unless given. Those of its batch are the
-        client's own in any case.
-      max_question_tokens: longer questions are cut; 0 cuts at what the encoder was made for.
+      train: the trained parts among `query`, `document`, `head`. Query-side tuning is ("query",).
+        ("head",) learns a matrix after both frozen encoders, which then run only once (like the shared
+        head of pFedRAG, Findings of EMNLP 2025.769).
+      score_scale: inverse of the softmax temperature.
+      dimensions: lengths at which truncated vectors are trained; the metric `first` refers to the
+        largest.
+      at_once: number of texts encoded at a time, as in GradCache; 0 encodes the whole batch.
+      mining: settings of hard negatives, which are mined at every retrieval (each round, unless `fit`
+        says otherwise) with the current retriever.
+      negatives: given negatives instead: corpus rows for each question by its id, equally many.
+      pool: `pool(example)`: the corpus rows for mined negatives, if passages stay with their clients
+        (`data.corpora.own_passages`); default: all. In-batch negatives always come from the same
+        client.
+      max_question_tokens: longer questions are truncated; 0 uses the encoder's limit.
 
     Raises:
-      ConfigError: dimensions that the vectors do not have; nothing or something unknown to train;
-        negatives both given and to be mined.
-      DataError: in collating, a question that names no gold passage.
-      ConfigError: in `fit`, batches of one question without mined negatives.
+      ConfigError: dimensions that the vectors do not have; no or unknown parts to train; both given and
+        mined negatives; in `fit`, batches of one question without mined negatives.
+      DataError: in collating, a question without a gold passage.
     """
     size = retriever.bare_vectors.shape[1]
     if not all(0 < d <= size for d in dimensions):
         raise ConfigError(f"dimensions must be between 1 and {size}, got {tuple(dimensions)}")
     if dimensions and retriever.encoder.config.similarity == "euclidean":
         raise ConfigError(
-            "dimensions cut vectors that are compared by cosine or dot product, the encoder's are by "
+            "dimensions need vectors that are compared by cosine or dot product, but the encoder uses "
             "euclidean distance: leave them out"
         )
     if mining and negatives is not None:
-        raise ConfigError("negatives are given, so there are none to mine: leave out one of both")
+        raise ConfigError("negatives are both given and to be mined: leave out one of them")
     row = {identifier: i for i, identifier in enumerate(ids_of(dataset.passages))}
     most = max((len(e.positive_ids) for e in dataset.train), default=1)
     trainable, frozen = trained_parts(retriever, train)
@@ -180,7 +181,7 @@ def multiple_negatives_ranking(
     def idle(examples, batch_size) -> str:
         if batch_size < 2:
             raise ConfigError(
-                "ranking has the passages of other questions in the batch for negatives, so batch_size "
+                "ranking uses the passages of other questions in the batch as negatives, so batch_size "
                 f"must be at least 2, got {batch_size}; or give mined negatives"
             )
         if not set.intersection(*({*e.positive_ids} for e in examples)):

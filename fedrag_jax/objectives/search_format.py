@@ -1,4 +1,4 @@
-"""The warm-up of a policy that is to search: the form of its rollouts, and no right answers."""
+"""The warm-up of a search policy: it teaches the format of rollouts, but no correct answers."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -38,11 +38,11 @@ def search_format(
     read: Callable[[list[str], list[list[str]]], list[str]],
     examples: Sequence[Example],
 ) -> Task:
-    """The task of imitating scripts (`generation.scripted`), one for each question.
+    """Returns the task of imitating scripts (`generation.scripted`), one per question.
 
     Args:
-      read: as of `scripted`.
-      examples: all that may be trained on; they set the width of the table.
+      read: as in `scripted`.
+      examples: all training examples; they determine the width of the table.
     """
     width = rolling.width(examples)
 

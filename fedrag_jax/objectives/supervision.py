@@ -1,6 +1,6 @@
-"""What a frozen generator says of the passages of a question: asked once, however often it is used.
+"""Signals of a frozen generator about the passages of a question, computed once and cached.
 
-Every source is called with examples and corpus rows [N, k] and gives columns of a task's table.
+Every source is called with examples and corpus rows [N, k], and returns columns of a task's table.
 """
 
 import functools
@@ -22,11 +22,11 @@ CHUNK = 64  # prompts that are read at once
 
 
 class Known:
-    """Answers to hashable questions, `ask` being asked in chunks of one size for those not yet known.
+    """Caches answers to hashable questions; calls `ask` in chunks for new questions.
 
     Args:
-      ask: `ask(list of questions) -> list of answers`, of at most `chunk` questions.
-      full: fill the last chunk up, so that a compiled program has one shape.
+      ask: `ask(list of questions) -> list of answers`, for at most `chunk` questions.
+      full: pad the last chunk, so that a compiled program has one shape.
     """
 
     def __init__(self, ask: Callable[[list], Sequence[Any]], chunk: int, full: bool = True):
@@ -43,15 +43,15 @@ class Known:
 
 
 class Likelihoods:
-    """log p(y_i | z, x, y_<i), of each passage z by itself."""
+    """log p(y_i | z, x, y_<i), for each passage z alone."""
 
     def __init__(self, decoder: Network, parts: PyTree, prompts: Prompts):
         self._prompts, self._known = prompts, Known(self._read, CHUNK)
         self._run = decoder, parts["decoder"], parts["adapters"]
 
     def __call__(self, examples: Sequence[Example], rows: np.ndarray) -> dict[str, np.ndarray]:
-        """`answer_log_probs` [N, k, A], `answer_mask` [N, A], `lengths` [N, k] of the prompts that were
-        read and `prompt_tokens` [N, k], the same with padding."""
+        """Returns `answer_log_probs` [N, k, A], `answer_mask` [N, A], `lengths` [N, k] of the prompts,
+        and `prompt_tokens` [N, k], the lengths with padding."""
         pairs = [(e, int(row)) for e, some in zip(examples, rows, strict=True) for row in some]
         known, lengths = zip(*self._known(pairs), strict=True)
         shape = (*np.shape(rows), known[0].shape[-1])
@@ -70,15 +70,16 @@ class Likelihoods:
 
 
 class LeaveOneOut:
-    """log p(y | D without z, x) of each passage z of a prompt with all the others (LOOP, Atlas)."""
+    """log p(y | D without z, x) for each passage z, with a prompt of all other passages (LOOP,
+    Atlas)."""
 
     def __init__(self, decoder: Network, parts: PyTree, prompts: Prompts):
         self._prompts, self._known = prompts, Known(self._read, CHUNK // 4)
         self._run = decoder, parts["decoder"], parts["adapters"]
 
     def __call__(self, examples: Sequence[Example], rows: np.ndarray) -> dict[str, np.ndarray]:
-        """`left_out_log_probs` [N, k], summed over the answer; `answer_mask`, `lengths` [N, k] and
-        `prompt_tokens` [N, k] as of `Likelihoods`."""
+        """Returns `left_out_log_probs` [N, k], summed over the answer; `answer_mask`, `lengths` [N, k]
+        and `prompt_tokens` [N, k] as in `Likelihoods`."""
         rows = np.asarray(rows)
         k = rows.shape[1]
         asked = [
@@ -98,12 +99,12 @@ class LeaveOneOut:
 
 
 class Attention:
-    """How much of what a decoder reads for the answer comes from each passage of one prompt.
+    """The contribution of each passage in one prompt to the decoder's attention for the answer.
 
-    Atlas (2208.03299, section 2.2) takes alpha_n |v_n| of the cross-attention of a Fusion-in-Decoder.
-    A decoder alone has none; here it is the attention of the positions that predict the answer to the
-    tokens n of a passage, summed over these and averaged over answer tokens, heads and layers. Passages
-    stand one after another in a prompt and compete for attention, so their order has a part in it.
+    Atlas (2208.03299, section 2.2) uses alpha_n |v_n| of the cross-attention of a Fusion-in-Decoder. A
+    decoder-only model has no cross-attention. Here it is the attention from the positions that predict
+    the answer to the tokens n of a passage, summed over these tokens and averaged over answer tokens,
+    heads and layers. Passages in one prompt compete for attention, so their order has an effect.
     """
 
     def __init__(self, decoder: Network, parts: PyTree, prompts: Prompts):
@@ -111,7 +112,7 @@ class Attention:
         self._run = decoder, parts["decoder"], parts["adapters"]
 
     def __call__(self, examples: Sequence[Example], rows: np.ndarray) -> dict[str, np.ndarray]:
-        """`attention` [N, k]; `answer_mask`, `lengths` [N, 1] and `prompt_tokens` [N, 1] as of
+        """Returns `attention` [N, k]; `answer_mask`, `lengths` [N, 1] and `prompt_tokens` [N, 1] as in
         `Likelihoods`."""
         asked = [(e, tuple(map(int, some))) for e, some in zip(examples, rows, strict=True)]
         found, lengths = zip(*self._known(asked), strict=True)
@@ -130,8 +131,8 @@ class Teacher:
     """Scores of a model that reads question and passage together, such as a cross-encoder.
 
     Args:
-      score: `score(questions, texts) -> float [P]`, of pairs.
-      texts: of the corpus.
+      score: `score(questions, texts) -> float [P]`, one score per pair.
+      texts: texts of the corpus.
     """
 
     def __init__(self, score: Callable[[list[str], list[str]], Any], texts: Sequence[str]):
@@ -151,7 +152,8 @@ class Teacher:
 def _was_read(
     prompts: Prompts, examples, lengths, count: int, passages: int
 ) -> dict[str, np.ndarray]:
-    """`answer_mask` [N, A], `lengths`, `prompt_tokens` [N, count] of prompts with so many passages."""
+    """Returns `answer_mask` [N, A], `lengths`, `prompt_tokens` [N, count] of prompts with `passages`
+    passages."""
     shape, width = (len(examples), count), prompts.training_width(passages)
     return {
         "answer_mask": _answer_mask(prompts, examples, prompts.answer_width),
@@ -170,7 +172,7 @@ _log_probs = jax.jit(answer_log_probs, static_argnums=0)  # one program for all 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="k")
 def _attention(decoder, params, adapters, table, k: int):
-    """Mean over answer tokens of what `Decoder.attention` gives, summed by passage: [N, k]."""
+    """Returns the mean of `Decoder.attention` over answer tokens, summed per passage: [N, k]."""
     tokens = table["tokens"][:, 0]
     index = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     mask, read = index < table["lengths"], table["answer_positions"][:, 0] - 1

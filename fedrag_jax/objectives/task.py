@@ -1,4 +1,4 @@
-"""What one training step minimises."""
+"""The type `Task`: a loss, its parameters, and its batches."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -13,12 +13,12 @@ Table = Mapping[str, Any]
 
 
 class Loss(Protocol):
-    """What a step minimises: a pure function, the weighted mean over the examples of a batch."""
+    """A loss: a pure function that returns the weighted mean over the examples of a batch."""
 
     def __call__(
         self, trainable: PyTree, frozen: PyTree, batch: dict[str, Any], rng: Any
     ) -> tuple[Any, dict[str, Any]]:
-        """The loss and what is told beside it, a scalar each.
+        """Returns the loss and a dictionary of metrics, all scalars.
 
         Args:
           batch: rows of the table, leading axis B, and `weight` float [B] (0 marks padding).
@@ -26,50 +26,50 @@ class Loss(Protocol):
 
 
 class Collate(Protocol):
-    """How examples become rows of the table."""
+    """Converts examples to rows of the table."""
 
     def __call__(self, examples: Sequence[Any], retrieved: np.ndarray | None, /) -> dict[str, Any]:
-        """Columns [N, ...]; row i is examples[i]; the same shapes at every call."""
+        """Returns columns [N, ...]; row i is examples[i]; shapes are the same in every call."""
 
 
 class Retrieve(Protocol):
-    """What examples find with what is trained."""
+    """Retrieves passages for examples with the current parameters."""
 
     def __call__(self, examples: Sequence[Any], trainable: PyTree, /, *index: Any) -> Any:
-        """Rows int32 [N, k] of the knowledge store; with an index, those and the index after."""
+        """Returns corpus rows int32 [N, k]; with an index, also the updated index."""
 
 
 class Idle(Protocol):
-    """Why a client learns nothing from its examples."""
+    """Explains why a client would learn nothing from its examples."""
 
     def __call__(self, examples: Sequence[Any], batch_size: int, /) -> str:
-        """A reason; "" where it learns.
+        """Returns the reason; "" if the client learns.
 
         Raises:
-          ConfigError: nobody could learn.
+          ConfigError: no client could learn.
         """
 
 
 class Flops(Protocol):
-    """Operations by the formulas of networks."""
+    """Counts operations by the formulas of networks."""
 
     def __call__(self, task: "Task", table: Table, /) -> float:
-        """Of one example in a step, from the shapes of any rows of a table."""
+        """Returns the operations of one example in a step, from the shapes of any rows of a table."""
 
 
 class CompilerFlops(Protocol):
-    """Operations by the compiler's own count."""
+    """Counts operations with the compiler."""
 
     def __call__(self, task: "Task", table: Table, batch_size: int, /) -> float:
-        """Of a step."""
+        """Returns the operations of a step."""
 
 
 class StepCost(NamedTuple):
-    """What a training step takes, as the objective declares it; what is None is empty in every table.
+    """The declared cost of a training step; values of None are empty cells in every table.
 
     Attributes:
-      loss: that it is about: a task that is given another loss has to declare another cost.
-      tokens: the metric of the loss that says how many tokens its networks read of an example, without
+      loss: the loss of this cost; a task whose loss is replaced needs another declaration.
+      tokens: the metric of the loss that counts the tokens its networks read per example, without
         padding.
     """
 
@@ -81,25 +81,25 @@ class StepCost(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A loss, the arrays it is about, and the way examples become its batches.
+    """A loss, its parameters, and the functions that convert examples to batches.
 
     Attributes:
-      name: for logs and file names.
-      trainable: pytree that the optimizer moves.
+      name: name for logs and file names.
+      trainable: pytree of trained parameters.
       frozen: pytree shared by all clients; no gradient is taken for it.
-      loss: tasks built from the same networks and settings carry an equal one, so that one compiled
-        program serves them all.
-      retrieve: asked again whenever what is trained moves the vectors searched; None if nothing is
-        retrieved.
-      index: {name: array}, what is searched at first; then it is
-        `retrieve(examples, trainable, index) -> (rows, index)`, each time with the index that the time
-        before left. None where `retrieve` sees to it that its index is fresh.
-      cost: what a step of this loss takes, where somebody declares it.
-      idle: None where any example teaches something.
-      label: what figures call it; the name if empty.
-      spent: what `retrieve` tells of the seconds that it takes, if it does.
-      judged: the metric, the higher the better, by which held-out examples decide when to stop; the
-        loss if empty.
+      loss: the loss; tasks built from the same networks and settings have equal losses, so that they
+        share one compiled program.
+      collate: function that converts examples to rows of the table.
+      retrieve: function that retrieves passages, called again whenever training changes the searched
+        vectors; None if nothing is retrieved.
+      index: {name: array}, the initial index. If given, the call is
+        `retrieve(examples, trainable, index) -> (rows, index)`, each time with the index of the time
+        before. None if `retrieve` keeps its own index fresh.
+      cost: declared cost of a step, if any.
+      idle: function that explains why a client would learn nothing; None if every example is useful.
+      label: label in figures; the name if empty.
+      spent: counter of the seconds of `retrieve`, if it has one.
+      judged: metric for early stopping on held-out examples, higher is better; the loss if empty.
     """
 
     name: str
@@ -117,13 +117,13 @@ class Task:
 
     @property
     def declared(self) -> StepCost:
-        """The cost of a step; one that says nothing where it is declared for no loss or for another."""
+        """The declared cost of a step; an empty one if none is declared for this loss."""
         if self.cost is None or self.cost.loss != self.loss:
             return StepCost(self.loss)
         return self.cost
 
     def table(self, examples) -> dict[str, Any]:
-        """What `collate` makes of examples before anything is trained."""
+        """Returns the collated examples before training."""
         if self.retrieve is None:
             return self.collate(examples, None)
         if not self.index:

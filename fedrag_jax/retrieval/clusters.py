@@ -1,4 +1,4 @@
-"""Topics for questions that have none: what clients differ in is then where their questions lie."""
+"""Topics for questions that have none: clusters of their embeddings."""
 
 import dataclasses
 
@@ -13,19 +13,19 @@ from fedrag_jax.retrieval.retriever import Retriever
 def kmeans_labels(
     vectors: np.ndarray, clusters: int = 10, centres_of: np.ndarray | None = None
 ) -> np.ndarray:
-    """The k-means cluster of each vector, int [N]: labels to split any examples by.
+    """Returns the k-means cluster of each vector, int [N], as labels for splitting examples.
 
         labels = kmeans_labels(retriever.vectors, clusters=20)
         partition(world.passages, dirichlet(alpha=0.1, clients=8, column=labels))
 
     Args:
-      vectors: [N, D], of questions or passages.
-      clusters: as many, or one for each vector where they are fewer.
-      centres_of: [M, D] vectors that clusters are those of; all `vectors` unless given.
+      vectors: [N, D] vectors of questions or passages.
+      clusters: number of clusters; one per vector if there are fewer vectors.
+      centres_of: [M, D] vectors from which the centres are computed; default: all `vectors`.
 
     Raises:
       ConfigError: fewer than one cluster.
-      DataError: vectors that are not a table of finite numbers.
+      DataError: vectors that are not a finite matrix.
     """
     if clusters < 1:
         raise ConfigError(f"kmeans_labels: clusters must be at least 1, got {clusters}")
@@ -44,10 +44,10 @@ def kmeans_labels(
 
 
 def with_topics(dataset: Dataset, retriever: Retriever, clusters: int = 10) -> Dataset:
-    """Every question with a topic: its own, or a k-means cluster where it has none.
+    """Returns the dataset with a topic for every question: its own, or a k-means cluster.
 
-    Clusters are those of the vectors of training questions without a topic, under the untuned query
-    encoder; other questions without a topic join the nearest.
+    Clusters are computed from the training questions without a topic, with the untuned query encoder.
+    Other questions without a topic join the nearest cluster.
     """
     splits = {name: getattr(dataset, name) for name in ("train", "validation", "test")}
     if all(e.topic for e in dataset.train):

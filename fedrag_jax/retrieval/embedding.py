@@ -1,4 +1,4 @@
-"""Texts to vectors: many of them, as fast as the machine allows, and a corpus once only."""
+"""Fast embedding of many texts, and of a corpus with a disk cache."""
 
 import os
 import warnings
@@ -48,22 +48,22 @@ def embed_texts(
     progress: bool = False,
     bar: tqdm | None = None,
 ) -> np.ndarray:
-    """Vectors of `texts`, float32 [N, D], in the order given.
+    """Embeds texts; returns float32 [N, D] in the given order.
 
-    Texts are sorted by length and run in batches of equal width, so that little is padding and the
+    Texts are sorted by length and run in batches of equal width. This keeps padding low, and the
     encoder compiles once per width (a multiple of 16 tokens), not once per batch.
 
     Args:
       encoder: `encoder(params, tokens [B, T], mask [B, T]) -> [B, D]`.
       tokenizer: a Hugging Face tokenizer; its special tokens count.
-      max_length: longer texts are cut at this many tokens.
-      batch_tokens: tokens per batch, padding included; default by kind of device.
-      devices: that batches are dealt out to; by default all accelerators of this process, or a CPU.
+      max_length: longer texts are truncated to this many tokens.
+      batch_tokens: tokens per batch, including padding; the default depends on the kind of device.
+      devices: devices for the batches; default: all accelerators of this process, or a CPU.
       progress: shows texts per second and time left on stderr.
-      bar: moved on instead, where these are a part of the texts.
+      bar: a progress bar to advance instead, if these texts are a part of a larger set.
 
     Returns:
-      zeros, where `params` are shapes of a model that was not loaded.
+      The vectors; zeros if `params` are only shapes of a model that was not loaded.
 
     Raises:
       DataError: no texts.
@@ -125,23 +125,23 @@ def embed_corpus(
     progress: bool = False,
     spent: Spent | None = None,
 ) -> np.ndarray:
-    """`embed_texts`, read from disk what was embedded before: float32 or float16 [N, D].
+    """Embeds texts as `embed_texts`, with a disk cache; returns float32 or float16 [N, D].
 
-    Vectors lie in a `VectorFile`, memory-mapped, in a folder named by the sha256 of encoder,
-    parameters, tokenizer, texts, max_length and dtype. Shards of it are written as they are
-    embedded: after a kill the rest is. Of several processes (`jax.distributed`) that share the
-    folder each embeds every n-th shard.
+    Vectors are stored in a memory-mapped `VectorFile`, in a folder named by the sha256 of encoder,
+    parameters, tokenizer, texts, max_length and dtype. Shards are written as they are embedded; after
+    a kill, only missing shards are embedded. If several processes (`jax.distributed`) share the
+    folder, each embeds every n-th shard.
 
     Args:
-      texts: those with a `fingerprint` are not read where their vectors are there.
-      dtype: that vectors are kept in.
+      texts: the texts; texts with a `fingerprint` are not read if their vectors are cached.
+      dtype: type of the stored vectors.
       cache_dir: as in `cache_folder`.
-      keep: False for parameters that are being trained: nothing is read from disk or left there.
-      spent: told the seconds, those of then where vectors are read.
+      keep: False for parameters in training: nothing is read from or written to disk.
+      spent: receives the seconds; for cached vectors, their original seconds.
 
     Raises:
       DataError: no texts.
-      ConfigError: the folder cannot be made; an unknown dtype.
+      ConfigError: the folder cannot be created; an unknown dtype.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"vectors are kept as one of {DTYPES}, got {dtype!r}")
@@ -165,7 +165,7 @@ def embed_corpus(
             return _kept(file, embed, spent, progress)
         except OSError as error:
             warnings.warn(
-                f"vectors are made but not kept: {file.folder} cannot be written ({error})",
+                f"vectors are not cached: {file.folder} cannot be written ({error})",
                 stacklevel=3,
             )
     return embed(slice(None), progress=progress)
@@ -174,7 +174,7 @@ def embed_corpus(
 def _kept(
     file: VectorFile, embed: Callable[..., np.ndarray], spent: Spent, progress: bool
 ) -> np.ndarray:
-    """What is in the file once all is."""
+    """Returns the vectors of the file after all shards have been written."""
     missing, before = file.missing(), spent.embedding
     if jax.process_count() > 1:  # or the first would write while others look what is missing
         multihost_utils.sync_global_devices(f"{file.folder.name} is known")
@@ -204,10 +204,11 @@ def _forward(encoder, params, tokens, mask):
 
 
 def traced(encoder: Network, params, width: int, place: Callable) -> jax.stages.Traced:
-    """The program that embeds a batch of texts of so many tokens on an accelerator, for shapes.
+    """Returns the traced program that embeds a batch of texts of a width on an accelerator, from
+    shapes.
 
     Args:
-      place: `place(tree)`, shapes where the program is to have them.
+      place: `place(tree)`: adds the placement to shapes.
     """
     shape = max(1, _BATCH_TOKENS_ACCELERATOR // width), width
     batch = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (np.int32, bool))
@@ -215,7 +216,7 @@ def traced(encoder: Network, params, width: int, place: Callable) -> jax.stages.
 
 
 def _tokenize(tokenizer, texts: Sequence[str], max_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """All tokens in one int32 array, and where each text starts in it, [N + 1]."""
+    """Returns all tokens in one int32 array, and the start of each text in it, [N + 1]."""
     flat, lengths = [], []
     for start in range(0, len(texts), _TOKENIZE_AT_ONCE):
         ids = tokenizer(
@@ -232,9 +233,9 @@ def _tokenize(tokenizer, texts: Sequence[str], max_length: int) -> tuple[np.ndar
 def _batches(
     tokens: np.ndarray, starts: np.ndarray, order: np.ndarray, max_length: int, batch_tokens: int
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Cuts texts, longest first, into (count, tokens [B, T], mask bool [B, T]).
+    """Yields batches (count, tokens [B, T], mask bool [B, T]), the longest texts first.
 
-    Only the first `count` rows are texts; the others repeat the last of them.
+    Only the first `count` rows are texts; the other rows repeat the last text.
     """
     most = 1 << (len(order) - 1).bit_length()  # a handful of queries need no full batch
     done = 0

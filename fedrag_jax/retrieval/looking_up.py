@@ -1,4 +1,4 @@
-"""Answers that look things up as they are written: mode "search" of a system."""
+"""Mode "search" of a system: the model searches while it writes an answer."""
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 
@@ -16,13 +16,13 @@ _AT_ONCE = 32  # questions answered together
 
 
 class Looking:
-    """Gives the texts found for queries.
+    """Returns the texts found for queries.
 
     Args:
-      retrieve: gives the passages found for questions, so many each.
+      retrieve: function that returns a number of passages for each question.
 
     Attributes:
-      found: by query, of all that were asked.
+      found: the passages found, by query.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Looking:
         self.found: dict[str, list[Found]] = {}
 
     def __call__(self, queries: Sequence[str]) -> list[str]:
-        """The passages found for each, one a line; nothing for nothing."""
+        """Returns the passages found for each query, one per line; an empty text for an empty query."""
         new = [q for q in dict.fromkeys(queries) if q.strip() and q not in self.found]
         asked = [self._searching.asked.replace("{query}", query) for query in new]
         if new:
@@ -43,7 +43,7 @@ class Looking:
         ]
 
     def lookup(self, query: str) -> Lookup:
-        """What a query found."""
+        """Returns the search with the passages of a query."""
         return Lookup(query, tuple(f.passage for f in self.found.get(query, ())))
 
 
@@ -54,10 +54,11 @@ def answers_by_searching(
     questions: Sequence[str],
     sampling: Sampling,
 ) -> Generator[list[Lookup], None, list[Response]]:
-    """Gives what was looked up, search by search; returns the answers.
+    """Yields the searches, one by one; returns the answers.
 
     Args:
-      sampling: `max_new_tokens` between two searches, or before an answer ends; no stop strings.
+      sampling: `max_new_tokens` limits the tokens between two searches, or up to the end of an answer;
+        stop strings are not supported.
 
     Raises:
       ConfigError: stop strings; more tokens than the model has positions for.
@@ -99,10 +100,10 @@ def answers_by_searching(
 
 
 class Searched(Iterator[str | Lookup]):
-    """Of a question what is looked up, search by search, and then its answer.
+    """Iterates over the searches of a question, and then its answer.
 
     Attributes:
-      response: all of it, at the end; an empty one before.
+      response: the response after the end; an empty one before.
     """
 
     reasoning = ""  # as of `inference.Streamed`
@@ -113,19 +114,19 @@ class Searched(Iterator[str | Lookup]):
 
     @property
     def finish(self) -> str:
-        """That of `Response`."""
+        """The finish reason, as in `Response`."""
         return self.response.finish
 
     @property
     def tokens(self) -> tuple[int, int]:
-        """Those of `Response`."""
+        """The token counts, as in `Response`."""
         return self.response.tokens
 
     def __next__(self) -> str | Lookup:
         return next(self._pieces)
 
     def close(self) -> None:
-        """Writes no more."""
+        """Stops writing."""
         self._pieces.close()
 
     def _heard(self, answering) -> Iterator[str | Lookup]:

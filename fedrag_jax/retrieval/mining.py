@@ -1,4 +1,4 @@
-"""Hard negatives: what the retriever takes for an answer and is none."""
+"""Hard negatives: passages that the retriever ranks high although they are wrong."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,20 +12,20 @@ from fedrag_jax.retrieval.retriever import Retriever
 
 
 class Mining(NamedTuple):
-    """Which passages count as hard negatives of a question (NV-Retriever, 2407.15831, section 3).
+    """Settings for hard negatives of a question (NV-Retriever, 2407.15831, section 3).
 
-    What is as near to the question as its gold passage may well answer it too: a false negative. With
-    the similarity p of the nearest gold passage, a passage is left out above `share` x p
-    (TopK-PercPos) or above p - `margin` (TopK-MarginPos).
+    A passage as near to the question as its gold passage may also answer it: a false negative. With
+    the similarity p of the nearest gold passage, a passage is left out if its similarity is above
+    `share` x p (TopK-PercPos) or above p - `margin` (TopK-MarginPos).
 
     Attributes:
-      count: of each question; fewer where there are no more.
-      depth: passages that are looked at, nearest first, gold ones among them.
-      share: of p; 0.95 was the paper's best. 1 leaves out what is nearer than the gold passage.
-      margin: below p; the paper's best was 0.05, of cosines.
+      count: number of negatives per question; fewer if there are no more.
+      depth: number of nearest passages to consider, including gold ones.
+      share: factor of p; 0.95 was the paper's best. 1 leaves out passages nearer than the gold passage.
+      margin: distance below p; the paper's best was 0.05, for cosines.
 
     Raises:
-      ConfigError: from `hard_negatives`, a number out of its range.
+      ConfigError: raised by `hard_negatives`, for a number out of its range.
     """
 
     count: int = 1
@@ -41,11 +41,11 @@ def hard_negatives(
     mining: Mining,
     pool: Pool | None = None,
 ) -> np.ndarray:
-    """The nearest passages to each question that are wrong for it, as far as can be told.
+    """Returns the nearest passages to each question that are probably wrong for it.
 
     Args:
-      golds: int [Q, G] corpus rows, padded with -1; at least one each.
-      pool: `pool(example)`, the corpus rows that may be taken; all, unless given.
+      golds: int [Q, G] corpus rows of gold passages, padded with -1; at least one per question.
+      pool: `pool(example)`: the corpus rows to choose from; default: all.
 
     Returns:
       int32 [Q, count] corpus rows, nearest first, padded with -1.

@@ -1,4 +1,4 @@
-"""What the document encoder reads of passages, read from them when it is wanted."""
+"""The texts of passages for the document encoder, read on demand."""
 
 from collections.abc import Iterator, Sequence
 from typing import overload
@@ -9,10 +9,10 @@ from fedrag_jax.models.pooling import Use
 
 
 class PassageTexts(Sequence[str]):
-    """Texts [N] of passages, with the encoder's prompt.
+    """The texts [N] of passages with the encoder's prompt, as a lazy sequence.
 
     Args:
-      use: of the encoder, which has the prompt.
+      use: the encoder's settings, which contain the prompt.
     """
 
     def __init__(self, passages: Sequence[Passage], use: Use):
@@ -20,7 +20,7 @@ class PassageTexts(Sequence[str]):
 
     @property
     def fingerprint(self) -> str:
-        """Equal for equal texts out of one table; "" of passages that are in memory."""
+        """Equal for equal texts from one table; "" for passages in memory."""
         if not isinstance(self.passages, PassageTable):
             return ""
         return f"{self.passages.fingerprint} {self.use.passage_text('')!r}"

@@ -1,19 +1,19 @@
-"""When and how an index follows a document encoder that is being trained.
+"""Refresh policies: when and how an index follows a document encoder in training.
 
-Re-embedding a corpus is what training both encoders costs most (Atlas, 2208.03299, section 2.4; REALM,
-2002.08909, section 3.3). A policy says how much of it is done before the questions are searched again.
+Re-embedding the corpus is the main cost of training both encoders (Atlas, 2208.03299, section 2.4;
+REALM, 2002.08909, section 3.3). A policy sets how much is re-embedded before the next retrieval.
 
 | policy | re-embeds | a question sees |
 |---|---|---|
-| `Policy(every=1)` | all, each time | the fresh index |
-| `Policy(every=R)` | all, each R-th time | an index up to R times old |
-| `NEVER` | nothing | the index of the beginning |
-| `Policy(staleness=s)` | all, when s of a probe's passages would be others | an index not too old |
-| `Policy(every=0, candidates=L)` | the L passages nearest to each question | these, ranked anew |
+| `Policy(every=1)` | all, at every retrieval | a fresh index |
+| `Policy(every=R)` | all, at every R-th retrieval | an index up to R retrievals old |
+| `NEVER` | nothing | the initial index |
+| `Policy(staleness=s)` | all, when s of a probe's passages would change | an index not too old |
+| `Policy(every=0, candidates=L)` | the L passages nearest to each question | these, reranked |
 | `Policy(every=0, candidates=L, keep=True)` | the same | these, and they stay in the index |
 
-Query-side tuning needs none: no document vector moves. Whatever the index, it only chooses the
-passages; scores inside a loss are those of the current encoders.
+Query-side tuning needs no policy, because document vectors do not change. The index only selects the
+passages; scores inside a loss always come from the current encoders.
 """
 
 from collections.abc import Sequence
@@ -28,16 +28,16 @@ from fedrag_jax.retrieval.similarity import passage_side
 
 
 class Policy(NamedTuple):
-    """See the table above; what is set acts together.
+    """A refresh policy, see the table above; its settings can be combined.
 
     Attributes:
-      every: retrievals from one re-embedding of the corpus to the next; 0 for never.
-      staleness: in [0, 1]; re-embed the corpus when a larger share of the passages that probe questions
-        find is not what they would find with fresh vectors. It is estimated from the `candidates` of
-        the probe, or 4 times as many as it finds. Takes the place of `every`.
-      probe: questions it is measured on, the first of those in use.
-      candidates: passages retrieved for each question from the index, re-embedded and ranked anew.
-      keep: whether these fresh vectors are put into the index.
+      every: number of retrievals between two re-embeddings of the corpus; 0 for never.
+      staleness: in [0, 1]; the corpus is re-embedded when a larger share of the passages found by probe
+        questions would be replaced with fresh vectors. The share is estimated from the `candidates` of
+        the probe, or from 4 times as many passages as it finds. Replaces `every`.
+      probe: number of probe questions, the first of those in use.
+      candidates: number of passages per question that are retrieved, re-embedded and reranked.
+      keep: whether these fresh vectors are stored in the index.
     """
 
     every: int = 1
@@ -47,10 +47,10 @@ class Policy(NamedTuple):
     keep: bool = False
 
     def check(self) -> "Policy":
-        """The policy.
+        """Returns the policy if it is valid.
 
         Raises:
-          ConfigError: a number out of its range, `keep` without candidates, or candidates of an index
+          ConfigError: a number out of its range, `keep` without candidates, or candidates with an index
             that is always fresh.
         """
         share = 0 if self.staleness is None else self.staleness
@@ -63,8 +63,8 @@ class Policy(NamedTuple):
             raise ConfigError("a refresh policy that keeps candidates needs some: set `candidates`")
         if self.candidates and self.every == 1 and self.staleness is None:
             raise ConfigError(
-                "a refresh policy that re-embeds all each time (every=1) leaves no candidates to rank "
-                "anew: set every to 0, or above 1"
+                "a refresh policy that re-embeds everything at every retrieval (every=1) leaves no "
+                "candidates to rerank: set every to 0, or above 1"
             )
         return self
 
@@ -73,13 +73,13 @@ NEVER = Policy(every=0)
 
 
 class Index(NamedTuple):
-    """The vectors that are searched, and what became of them.
+    """The searched vectors and their history.
 
     Attributes:
-      vectors: float32 [N, D], of the document encoder, each as old as it is.
-      age: retrievals since all were fresh; -1 before the first, which finds them so.
-      embedded: passages re-embedded since the beginning.
-      stale: the share of a probe's passages that were others when last measured; NaN if never.
+      vectors: float32 [N, D] of the document encoder, of different ages.
+      age: retrievals since all vectors were fresh; -1 before the first retrieval.
+      embedded: number of passages re-embedded since the start.
+      stale: share of stale passages in the last probe; NaN if never measured.
     """
 
     vectors: np.ndarray
@@ -89,7 +89,7 @@ class Index(NamedTuple):
 
 
 def first_index(retriever: Retriever) -> Index:
-    """That of the untrained retriever."""
+    """Returns the index of the untrained retriever."""
     return Index(
         np.asarray(retriever.bare_vectors),
         np.array(-1),
@@ -101,12 +101,12 @@ def first_index(retriever: Retriever) -> Index:
 def next_index(
     policy: Policy, retriever: Retriever, questions: Sequence[str], k: int, before: Index
 ) -> Index:
-    """The index that questions are to be searched in next.
+    """Returns the index for the next retrieval.
 
     Args:
-      retriever: with current parameters; its own index is not looked at.
-      questions: in use; the probe is taken from them, and so are candidates to be kept.
-      k: passages that are retrieved for each.
+      retriever: the retriever with current parameters; its own index is ignored.
+      questions: the questions in use, for the probe and for kept candidates.
+      k: number of passages per question.
     """
     vectors, age, embedded = before.vectors, before.age + 1, before.embedded
     due, stale = policy.every > 0 and age >= policy.every, before.stale
@@ -131,10 +131,10 @@ def next_index(
 def search(
     policy: Policy, retriever: Retriever, questions: Sequence[str], k: int, vectors: np.ndarray
 ) -> tuple[np.ndarray, int]:
-    """`(rows, embedded)`: corpus rows int32 [Q, k], best first, and how many passages were re-embedded.
+    """Returns corpus rows int32 [Q, k], best first, and the number of re-embedded passages.
 
     Args:
-      vectors: [N, D] of an `Index`; what is searched, and ranked anew if the policy says so.
+      vectors: [N, D] of an `Index`, to search, and to rerank if the policy says so.
     """
     old = retriever.with_vectors(vectors)
     if not policy.candidates or policy.keep:
@@ -145,10 +145,11 @@ def search(
 def staleness(
     retriever: Retriever, questions: Sequence[str], k: int, candidates: int
 ) -> tuple[float, int]:
-    """`(share, embedded)`: of the k passages of each question, those that fresh vectors would replace.
+    """Returns the share of each question's k passages that fresh vectors would replace, and the number
+    of re-embedded passages.
 
-    The fresh ones are looked for among so many candidates of the old index, of which `embedded` are
-    re-embedded; an underestimate where a passage comes from further down.
+    Fresh results are searched among the `candidates` of the old index. The share is an underestimate if
+    a passage would come from further down.
     """
     stale, fresh, embedded = _reranked(retriever, questions, k, candidates)
     kept = [np.isin(a, b).mean() for a, b in zip(stale, fresh, strict=True)]
@@ -156,8 +157,8 @@ def staleness(
 
 
 def _reranked(retriever, questions, k, candidates) -> tuple[np.ndarray, np.ndarray, int]:
-    """The best k under the index' vectors, the best k of the candidates under fresh ones, and how many
-    passages were re-embedded."""
+    """Returns the best k by the index's vectors, the best k of the candidates by fresh vectors, and the
+    number of re-embedded passages."""
     clock = Clock()
     queries = retriever.embed_questions(questions)
     rows, _ = retriever.index.search(queries, _at_most(retriever, max(candidates, k)))

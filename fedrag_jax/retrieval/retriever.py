@@ -1,4 +1,4 @@
-"""A bi-encoder and the corpus it has embedded: questions in, passages out."""
+"""A bi-encoder with an embedded corpus: finds passages for questions."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -21,18 +21,18 @@ from fedrag_jax.retrieval.similarity import passage_side, question_side
 
 @dataclasses.dataclass(frozen=True)
 class Retriever:
-    """Query and document encoders, which share a network and may differ in parameters, and an index.
+    """Query and document encoders, which share a network but may differ in parameters, and an index.
 
     Attributes:
-      bare_vectors: [N, D] of the passages, as the document encoder gives them.
-      vectors: [N, D], those that are searched: behind the head, and such that the index's
-        inner product is the encoder's similarity (`retrieval.similarity`).
-      index: what searches them: an index, or silos that have one each (`index.silos.over_silos`). A
-        refreshed retriever has one of the same kind.
-      head: a matrix [D, D] that vectors of questions and passages are multiplied with; None for none.
-      dtype: that vectors of passages are kept in, float32 or float16.
-      spent: seconds of embedding passages and of searching, of this retriever and of all that were made
-        of it by tuning.
+      bare_vectors: [N, D] passage vectors from the document encoder.
+      vectors: [N, D] searched passage vectors: after the head, and converted so that the index's inner
+        product is the encoder's similarity (`retrieval.similarity`).
+      index: the index that is searched, or silos with one index each (`index.silos.over_silos`). A
+        refreshed retriever has an index of the same kind.
+      head: matrix [D, D] applied to vectors of questions and passages; None for none.
+      dtype: type of stored passage vectors, float32 or float16.
+      spent: seconds of embedding passages and of searching, for this retriever and all retrievers
+        derived from it by tuning.
     """
 
     encoder: Network
@@ -60,16 +60,16 @@ class Retriever:
         dtype: str = "float32",
         index: MakesIndex = FaissIndex.build,
     ):
-        """Embeds the corpus (from the disk cache where it was embedded before) and indexes it.
+        """Embeds the corpus (or reads its vectors from the disk cache) and indexes it.
 
-        Without passages it embeds questions and passages for a store elsewhere, and searches nothing.
+        Without passages, the retriever only embeds questions and passages for a store.
 
         Args:
-          query_prompt, document_prompt: what comes before every question and passage, in search and in
-            training; the model's own unless given.
-          similarity: "cosine", "dot" or "euclidean"; the model's own unless given.
-          dtype: that vectors of passages are kept in, "float32" or "float16".
-          index: what searches them, such as `index.by_name.index_kind` gives.
+          query_prompt, document_prompt: prefix of every question and passage, in search and in
+            training; default: the model's own.
+          similarity: "cosine", "dot" or "euclidean"; default: the model's own.
+          dtype: type of stored passage vectors, "float32" or "float16".
+          index: function that builds the index, such as from `index.by_name.index_kind`.
 
         Raises:
           ConfigError: another similarity or dtype, or a prompt that leaves no room for a text.
@@ -87,7 +87,8 @@ class Retriever:
         return built if index == FaissIndex.build else built.searched_by(index)
 
     def refresh(self, document) -> "Retriever":
-        """The same corpus seen by document parameters in training: re-embedded and re-indexed."""
+        """Returns the retriever with new document parameters: the corpus is re-embedded and
+        re-indexed."""
         vectors = self.embed_passages(document)
         return dataclasses.replace(self, document=document).with_vectors(vectors)
 
@@ -102,20 +103,20 @@ class Retriever:
         return dataclasses.replace(self, vectors=vectors, index=index)
 
     def embed_passages(self, document, rows=None) -> np.ndarray:
-        """Vectors [R, D] that document parameters give to passages, all or those at `rows` int [R]."""
+        """Embeds passages, all or those at `rows` int [R], with document parameters; returns [R, D]."""
         passages = self.passages if rows is None else [self.passages[int(r)] for r in rows]
         return self._embedded(passages, document, keep=False)
 
     def embed_kept(self, passages: Sequence[Passage], progress: bool = False) -> np.ndarray:
-        """As `embed_new`, from the disk cache where they were embedded before."""
+        """As `embed_new`, with the disk cache."""
         vectors = self._embedded(passages, self.document, keep=True, progress=progress)
         return passage_side(vectors, self.encoder.config, self.head)
 
     def embed_new(self, passages: Sequence[Passage]) -> np.ndarray:
-        """Vectors [N, D] such as are searched, of passages of anywhere.
+        """Returns searchable vectors [N, D] of any passages.
 
         Raises:
-          DataError: a passage with half a character in it.
+          DataError: a passage that contains half a character.
         """
         for passage in passages:
             require_whole(embedding_text(passage), f"passage {passage.id!r}")
@@ -142,7 +143,8 @@ class Retriever:
 
     @property
     def passage_room(self) -> int:
-        """Tokens of a passage that the document encoder reads, beside its prompt and special tokens."""
+        """Maximum tokens of a passage for the document encoder, without its prompt and special
+        tokens."""
         return self._room(self.encoder.config.passage_text(""))
 
     def _room(self, prompt: str) -> int:
@@ -154,24 +156,27 @@ class Retriever:
             if self._room(prompt) < 1:
                 raise ConfigError(
                     f"the encoder reads {config.max_length} tokens, and its prompt {prompt[:80]!r} "
-                    "leaves none of them for a text: shorten it"
+                    "leaves no room for a text: shorten it"
                 )
 
     def passage_texts(self, passages: Sequence[Passage]) -> Sequence[str]:
-        """What the document encoder reads of passages, its prompt included."""
+        """Returns the texts of passages for the document encoder, including its prompt."""
         return PassageTexts(passages, self.encoder.config)
 
     def question_texts(self, questions: Sequence[str]) -> list[str]:
-        """What the query encoder reads of questions, its prompt included."""
+        """Returns the texts of questions for the query encoder, including its prompt."""
         return [self.encoder.config.question_text(q) for q in questions]
 
     def with_vectors(self, bare_vectors) -> "Retriever":
-        """An index of these vectors [N, D], however old they are."""
+        """Returns the retriever with an index of these vectors [N, D], even if they are stale."""
         bare_vectors = np.asarray(bare_vectors).astype(self.dtype, copy=False)
         return dataclasses.replace(self, bare_vectors=bare_vectors)._behind_head()
 
     def searched_by(self, make: MakesIndex) -> "Retriever":
-        """The same vectors in an index of another kind, such as `index.by_name.index_kind` gives.
+        """Returns the retriever with the same vectors in another kind of index.
+
+        Args:
+          make: function that builds the index, such as from `index.by_name.index_kind`.
 
         Raises:
           ConfigError: options that do not fit the vectors.
@@ -184,24 +189,25 @@ class Retriever:
         return dataclasses.replace(self, index=index)
 
     def with_query(self, query) -> "Retriever":
-        """Query-side tuning: new query parameters over the same document vectors."""
+        """Returns the retriever with new query parameters over the same document vectors."""
         return dataclasses.replace(self, query=query)
 
     def with_head(self, head) -> "Retriever":
-        """Another head after both encoders, or none: nothing is embedded anew."""
+        """Returns the retriever with another head after both encoders, or none; nothing is
+        re-embedded."""
         head = None if head is None else np.asarray(head)
         return dataclasses.replace(self, head=head)._behind_head()
 
     def cut(self, dimensions: int) -> "Retriever":
-        """The same with vectors cut to their first so many dimensions (Matryoshka, 2205.13147)."""
+        """Returns the retriever with vectors truncated to `dimensions` (Matryoshka, 2205.13147)."""
         whole = np.eye(self.bare_vectors.shape[1], dtype=np.float32)
         return self.with_head((whole if self.head is None else self.head)[:, :dimensions])
 
     def embed_questions(self, questions: Sequence[str]) -> np.ndarray:
-        """Vectors float32 [Q, D] of the query encoder, such as search the passages'.
+        """Returns the query encoder's vectors, float32 [Q, D], for searching passages.
 
         Raises:
-          DataError: a question with half a character in it.
+          DataError: a question that contains half a character.
         """
         for question in questions:
             require_whole(question, f"the question {question[:80]!r}")
@@ -215,7 +221,7 @@ class Retriever:
         return question_side(vectors, self.encoder.config, self.head)
 
     def search(self, questions: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Corpus rows int32 [Q, k] and their similarities float32 [Q, k], best first."""
+        """Returns corpus rows int32 [Q, k] and similarities float32 [Q, k], best first."""
         clock = Clock()
         found = self.index.search(self.embed_questions(questions), k)
         self.spent.searching += clock.lap().others
@@ -224,13 +230,13 @@ class Retriever:
     def search_within(
         self, questions: Sequence[str], pools: Sequence[np.ndarray], k: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """As `search`, each question among corpus rows of its own, int [n] each.
+        """As `search`, but each question searches only its own pool of corpus rows, int [n].
 
         Raises:
           ConfigError: fewer than k rows for a question.
         """
         if least := [len(pool) for pool in pools if len(pool) < k]:
-            raise ConfigError(f"{k} passages are wanted, and a question may see {min(least)} alone")
+            raise ConfigError(f"{k} passages are needed, but a question may see only {min(least)}")
         queries, clock = self.embed_questions(questions), Clock()
         found = [self.nearest(query, pool, k) for query, pool in zip(queries, pools, strict=True)]
         self.spent.searching += clock.lap().others
@@ -238,14 +244,15 @@ class Retriever:
         return np.stack(rows), np.stack(similarities)
 
     def nearest(self, query: np.ndarray, pool, most: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of a pool int [n] the rows nearest to a vector [D], at most so many, and similarities."""
+        """Returns the at most `most` rows of a pool int [n] nearest to a vector [D], and
+        similarities."""
         rows = np.asarray(pool, np.int32)
         found = self.vectors[rows] @ query
         best = np.lexsort((rows, -found))[:most]
         return rows[best], found[best]
 
     def similarities(self, questions: Sequence[str], read) -> np.ndarray:
-        """Similarities float32 [Q, k] of questions with k corpus rows or passages each."""
+        """Returns similarities float32 [Q, k] of questions with k corpus rows or passages each."""
         asked = self.embed_questions(questions)
         if isinstance(read[0][0], Passage):
             passages = self.embed_new([passage for some in read for passage in some])

@@ -1,19 +1,19 @@
-"""Vectors whose inner product is the similarity that their encoder was trained for.
+"""Converts vectors so that their inner product is the similarity of their encoder.
 
-| similarity | inner product |
+| similarity | inner product of |
 |---|---|
-| cosine | of vectors of length 1 |
-| dot | of vectors as they are |
-| euclidean | -|q - d|², which ranks as the distance does: of (2q, -|q|², -1) and (d, 1, |d|²) |
+| cosine | normalised vectors |
+| dot | unchanged vectors |
+| euclidean | (2q, -|q|², -1) and (d, 1, |d|²), which is -|q - d|² and ranks like the distance |
 
-So whatever searches by inner products searches by any of them.
+An index that searches by inner products therefore supports all three similarities.
 """
 
 from fedrag_jax.models.pooling import Use
 
 
 def question_side(vectors, config: Use, head=None):
-    """Vectors [..., D] of questions, of NumPy or JAX, behind a head [D, E] if there is one.
+    """Converts question vectors [..., D] (NumPy or JAX), after a head [D, E] if there is one.
 
     Returns:
       [..., E], or [..., E + 2] for euclidean.
@@ -26,7 +26,7 @@ def question_side(vectors, config: Use, head=None):
 
 
 def passage_side(vectors, config: Use, head=None):
-    """Those of passages, as `question_side`; themselves where they have length 1 already."""
+    """Converts passage vectors, as `question_side`; vectors of length 1 are returned unchanged."""
     if config.similarity == "cosine" and config.normalize and head is None:
         return vectors
     if config.similarity != "euclidean":
@@ -37,7 +37,7 @@ def passage_side(vectors, config: Use, head=None):
 
 
 def unit(vectors):
-    """The same at length 1."""
+    """Normalises vectors to length 1."""
     return vectors / ((vectors**2).sum(-1, keepdims=True) ** 0.5).clip(1e-9)
 
 

@@ -17,15 +17,15 @@ VECTORS, DONE = "vectors.npy", "done"
 
 
 class VectorFile:
-    """`vectors.npy` [N, D] in a folder, and beside it which shards of its rows are done.
+    """A file `vectors.npy` [N, D] in a folder, with a record of the finished shards of its rows.
 
-    Several processes, also of several hosts that share the folder, may write shards of one file. A
-    shard counts as done when `done/NUMBER.json` has its sha256 and its seconds; what does not match
-    is written again.
+    Several processes, also on several hosts that share the folder, may write shards of one file. A
+    shard is finished when `done/NUMBER.json` has its sha256 and its seconds; a shard that does not
+    match is written again.
 
     Args:
-      rows: N.
-      shard: rows of a shard; the last may have fewer.
+      rows: N, the number of rows.
+      shard: rows per shard; the last shard may have fewer.
     """
 
     def __init__(self, folder: Path, rows: int, shard: int):
@@ -37,7 +37,7 @@ class VectorFile:
         return slice(number * self.shard, min((number + 1) * self.shard, self.rows))
 
     def missing(self) -> list[int]:
-        """Shards that are to be written, in order; damaged ones are told."""
+        """Returns the shards to write, in order; damaged ones are reported."""
         vectors = self._mapped("r")
         if vectors is None:
             return [*range(self.count)]
@@ -46,10 +46,10 @@ class VectorFile:
             return [number for number, fine in enumerate(checked) if not fine]
 
     def write(self, number: int, vectors: np.ndarray, seconds: float) -> None:
-        """Puts the vectors [R, D] of a shard into the file, which the first of them makes.
+        """Writes the vectors [R, D] of a shard; the first one creates the file.
 
         Raises:
-          OSError: they cannot be written.
+          OSError: the vectors cannot be written.
         """
         mapped = self._mapped("r+")
         if mapped is None:
@@ -61,11 +61,11 @@ class VectorFile:
         files.write_json(self._marker(number), about)
 
     def read(self) -> np.ndarray:
-        """All vectors, memory-mapped, not to be written."""
+        """Returns all vectors, memory-mapped and read-only."""
         return np.asarray(self._mapped("r"))
 
     def seconds(self) -> float:
-        """What all shards took together."""
+        """The total seconds of all shards."""
         return sum(about["seconds"] for about in map(self._about, range(self.count)) if about)
 
     def _marker(self, number: int) -> Path:
@@ -87,7 +87,7 @@ class VectorFile:
         return False
 
     def _mapped(self, mode: str) -> np.ndarray | None:
-        """The file, or None where there is none of so many rows."""
+        """Returns the memory-mapped file; None if there is none with this number of rows."""
         path = self.folder / VECTORS
         try:
             found = np.load(path, mmap_mode=mode, allow_pickle=False)
@@ -99,7 +99,7 @@ class VectorFile:
         return found if found.ndim == 2 and len(found) == self.rows else None
 
     def _make(self, dimension: int, dtype: np.dtype) -> None:
-        """An empty file, unless another process was first."""
+        """Creates an empty file, unless another process already did."""
         (self.folder / DONE).mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(self.folder / files.LOCK):
             if self._mapped("r") is not None:

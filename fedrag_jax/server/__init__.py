@@ -1,1 +1,1 @@
-"""A system that others call: over HTTP like OpenAI's, or as an MCP server."""
+"""Serving a system over HTTP with an API like OpenAI's, or as an MCP server."""

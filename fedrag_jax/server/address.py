@@ -1,4 +1,4 @@
-"""Where a server listens, and what its callers must give."""
+"""Listening sockets and API keys."""
 
 import contextlib
 import socket
@@ -11,13 +11,13 @@ KEY = "FEDRAG_API_KEY"  # of the environment: where it is set, callers must give
 
 @contextlib.contextmanager
 def listening(host: str, port: int) -> Iterator[tuple[socket.socket, str]]:
-    """A socket that takes calls already, and its address ("http://host:port").
+    """Returns a listening socket and its address ("http://host:port").
 
     Args:
-      port: 0 for any that is free.
+      port: the port; 0 for any free one.
 
     Raises:
-      ConfigError: the address cannot be had.
+      ConfigError: the address is not available.
     """
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
         try:

@@ -1,4 +1,4 @@
-"""Questions of many callers, answered together: what waits at a time is one batch of the generator."""
+"""Answers questions of many callers; questions that wait at the same time form one batch."""
 
 import asyncio
 import contextlib
@@ -15,10 +15,10 @@ INSTRUCTED = 16  # system prompts that are kept ready
 
 
 class Question(NamedTuple):
-    """One that waits.
+    """A waiting question.
 
     Attributes:
-      how: options of `RAGSystem.batch_query`; questions with equal ones are answered together.
+      how: options of `RAGSystem.batch_query`; questions with equal options are answered together.
     """
 
     text: str
@@ -31,8 +31,8 @@ class Written(NamedTuple):
     """An answer that is being written.
 
     Attributes:
-      pieces: text, and in mode "search" what is looked up.
-      response: gives what there is to tell of it, all of it but the answer, once the pieces have come.
+      pieces: pieces of text, and in mode "search" the searches.
+      response: returns the response without its answer, after all pieces have arrived.
     """
 
     pieces: AsyncIterator[str | Lookup]
@@ -40,10 +40,10 @@ class Written(NamedTuple):
 
 
 class Answering:
-    """Answers questions of many callers in one event loop, from a system that is asked in threads.
+    """Answers questions of many callers in one event loop; the system runs in threads.
 
-    Drawn answers (temperature above 0) have random numbers by their place in a batch: such questions
-    are answered alone, so that a seed gives the same answer whoever else asks.
+    Sampled answers (temperature above 0) depend on their position in a batch. Such questions are
+    answered alone, so that a seed gives the same answer whatever other questions are waiting.
     """
 
     def __init__(self, system: RAGSystem):
@@ -54,7 +54,7 @@ class Answering:
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Answers for as long as it is entered."""
+        """A context in which questions are answered."""
         worker = asyncio.create_task(self._answer_all())
         try:
             yield
@@ -70,7 +70,8 @@ class Answering:
         return await answered
 
     async def stream(self, text: str, system_prompt: str = "", **how) -> Written:
-        """As `RAGSystem.stream`; begun when it returns, so that what is refused is so at once."""
+        """As `RAGSystem.stream`; the answer has begun when this returns, so errors are raised at
+        once."""
         system = await asyncio.to_thread(self._under, system_prompt)
         searches = how.get("mode") == SEARCH
         (found,) = ((),) if searches else await asyncio.to_thread(system.retrieve, [text])

@@ -1,4 +1,4 @@
-"""What callers of the HTTP interface ask for: requests like OpenAI's, read strictly."""
+"""Strict parsing of requests to the OpenAI-like HTTP API."""
 
 import json
 from collections.abc import AsyncIterator
@@ -22,12 +22,12 @@ INSTRUCTING = ("system", "developer")  # roles whose messages are the system pro
 
 
 class RequestError(Exception):
-    """A request that is answered with an error of the interface.
+    """A request that is answered with an API error.
 
     Attributes:
-      status: of HTTP.
-      param: the field to blame.
-      code: the interface's own, such as "model_not_found".
+      status: the HTTP status.
+      param: the field that caused the error.
+      code: the API's error code, such as "model_not_found".
     """
 
     def __init__(
@@ -38,19 +38,19 @@ class RequestError(Exception):
 
 
 def require_model(asked: str, model: str) -> None:
-    """Refuses a name other than that of the model which is served."""
+    """Refuses any name but that of the served model."""
     if asked != model:
         told = f"model {asked!r} is not served; {model!r} is"
         raise RequestError(404, told, "model", "model_not_found")
 
 
 async def read_body(parts: AsyncIterator[bytes]) -> dict[str, Any]:
-    """The JSON object that a request has as its body, as it comes in."""
+    """Reads the JSON object in the body of a request."""
     data = bytearray()
     async for part in parts:
         data += part
         if len(data) > MOST_BYTES:
-            raise RequestError(413, f"a request may have {MOST_BYTES} bytes")
+            raise RequestError(413, f"a request may have at most {MOST_BYTES} bytes")
     try:
         body = json.loads(data)
         fault = half_character(json.dumps(body, ensure_ascii=False))
@@ -64,7 +64,7 @@ async def read_body(parts: AsyncIterator[bytes]) -> dict[str, Any]:
 
 
 def understood(body: dict[str, Any], model: str) -> tuple[str, str, dict[str, Any]]:
-    """The question, the system prompt, and options of `RAGSystem.batch_query`."""
+    """Returns the question, the system prompt, and options of `RAGSystem.batch_query`."""
     for field, value in body.items():
         if field in HONOURED or field in PASSED or value is None:
             continue
@@ -93,7 +93,9 @@ def understood(body: dict[str, Any], model: str) -> tuple[str, str, dict[str, An
     if (stop := body.get("stop")) is not None:
         stop = [stop] if isinstance(stop, str) else stop
         if not isinstance(stop, list) or not all(isinstance(s, str) for s in stop):
-            raise RequestError(400, f"stop must be a string or some, got {stop!r}", "stop")
+            raise RequestError(
+                400, f"stop must be a string or a list of strings, got {stop!r}", "stop"
+            )
         how["stop"] = tuple(stop)
     if not isinstance(body.get("stream", False), bool | None):
         raise RequestError(400, f"stream must be a boolean, got {body['stream']!r}", "stream")
@@ -110,19 +112,21 @@ def _require_stream_options(options, streamed: bool) -> None:
         told = f"stream_options has {[*STREAM_OPTIONS]}, true or false, got {options!r}"
         raise RequestError(400, told, "stream_options")
     if not streamed:
-        told = "stream_options are of streamed answers: leave them out, or set stream to true"
+        told = (
+            "stream_options apply to streamed answers only: leave them out, or set stream to true"
+        )
         raise RequestError(400, told, "stream_options")
 
 
 def _messages(messages) -> tuple[str, str]:
-    """The question and the system prompt."""
+    """Returns the question and the system prompt."""
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise RequestError(400, "messages must be a list of objects", "messages")
     said = [(m.get("role"), _text(m.get("content"))) for m in messages]
     instructions = [text for role, text in said if role in INSTRUCTING]
     turns = [(role, text) for role, text in said if role not in INSTRUCTING]
     if not turns or turns[-1][0] != "user":
-        told = "the last of messages, but for system messages, must be the user's question"
+        told = "the last message, apart from system messages, must be the user's question"
         raise RequestError(400, told, "messages")
     question = turns[-1][1]
     try:

@@ -1,4 +1,4 @@
-"""A system behind an HTTP interface like OpenAI's: chat completions, whole or streamed, models, health.
+"""An HTTP API like OpenAI's for a system: chat completions, whole or streamed, models, health.
 
 pip install 'fedrag-jax[serve]'
 """
@@ -42,17 +42,19 @@ def application(
 ) -> Starlette:
     """An ASGI application: POST /v1/chat/completions, GET /v1/models and /v1/models/ID, GET /health.
 
-    The last message of the user is the question; system messages, wherever they stand, are the system
-    prompt. Earlier turns are not read. An answer has, beside OpenAI's fields, `fedrag`: its sources and
-    their scores, and the ids of those that it cites. Where the environment has FEDRAG_API_KEY, callers
-    must give it.
+    The last user message is the question; all system messages together are the system prompt.
+      Earlier
+    turns are ignored. In addition to OpenAI's fields, an answer has `fedrag`: its sources with their
+    scores, and the ids of the cited ones. If the environment variable FEDRAG_API_KEY is set, callers
+    must send this key.
 
     Args:
-      model: the name that callers ask for.
-      cors_origins: of web pages that may call it, such as "https://example.org"; "*" for all.
+      model: the model name that callers send.
+      cors_origins: origins of web pages that may call the API, such as "https://example.org"; "*" for
+        all.
 
     Raises:
-      ConfigError: what is no origin.
+      ConfigError: an invalid origin.
     """
     middleware = [_cors(cors_origins)] if cors_origins else []
     answering, key = Answering(system), os.environ.get(KEY, "")
@@ -127,8 +129,8 @@ def _cors(origins: Sequence[str]) -> Middleware:
     for origin in origins:
         if origin != "*" and not re.fullmatch(r"https?://[^\s/?#@]+", origin):
             raise ConfigError(
-                f"a CORS origin is '*' or scheme, host and port alone, such as 'https://example.org', "
-                f"got {origin!r}"
+                "a CORS origin must be '*' or only scheme, host and port, such as "
+                f"'https://example.org', got {origin!r}"
             )
     return Middleware(
         CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"]
@@ -142,7 +144,9 @@ def _model(name: str) -> dict[str, Any]:
 def _authorised(request: Request, key: str) -> None:
     given = request.headers.get("authorization", "").removeprefix("Bearer ")
     if key and not hmac.compare_digest(given.encode(), key.encode()):
-        raise RequestError(401, "no or another API key: give it as 'Authorization: Bearer <key>'")
+        raise RequestError(
+            401, "missing or wrong API key: send it as 'Authorization: Bearer <key>'"
+        )
 
 
 def _usage(tokens: tuple[int, int]) -> dict[str, int]:
@@ -172,12 +176,12 @@ def _whole(response: Response) -> dict[str, Any]:
 
 
 def _reason(finish: str) -> str:
-    """In OpenAI's words, which has none for a text that began to repeat itself."""
+    """OpenAI's finish reason; OpenAI has none for a text that began to repeat itself."""
     return "stop" if finish == "repetition" else finish
 
 
 def _grounds(response: Response) -> dict[str, Any]:
-    """What an answer comes from."""
+    """The sources and citations of an answer."""
     searches = {"searches": [_search(one) for one in response.searches]}
     return {
         "sources": [
@@ -193,10 +197,10 @@ def _search(lookup: Lookup) -> dict[str, Any]:
 
 
 async def _events(written: Written, told: dict[str, Any], counted: bool):
-    """Server-sent events of an answer that is being written; the last choice tells what it comes from.
+    """Yields the server-sent events of an answer; the last choice has its sources.
 
     Args:
-      counted: whether an event without choices follows with the tokens, `null` in those before.
+      counted: whether a last event without choices gives the token counts (`null` in earlier events).
     """
     usage = {"usage": None} if counted else {}
 
@@ -233,14 +237,14 @@ def serve(
     model: str = MODEL,
     cors_origins: Sequence[str] = (),
 ) -> None:
-    """Serves until SIGINT or SIGTERM; requests under way are answered first.
+    """Serves until SIGINT or SIGTERM; running requests are answered first.
 
     Args:
-      port: 0 for any that is free; the address is told on standard error.
+      port: the port; 0 for any free one. The address is printed to standard error.
       model, cors_origins: as in `application`.
 
     Raises:
-      ConfigError: the address cannot be had; what is no origin.
+      ConfigError: the address is not available, or an origin is invalid.
     """
     app = application(system, model, cors_origins)
     with listening(host, port) as (listener, address):

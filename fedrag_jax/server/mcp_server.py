@@ -1,4 +1,4 @@
-"""A RAG system as an MCP (Model Context Protocol) server: its passages and its answers as two tools.
+"""A RAG system as an MCP (Model Context Protocol) server with the tools `retrieve` and `ask`.
 
 pip install 'fedrag-jax[mcp]'
 """
@@ -39,12 +39,15 @@ Count = Annotated[int, Field(description="Passages to find.", ge=1, le=MOST_PASS
 
 Mode = Annotated[
     Literal[(*MODES, SEARCH)],
-    Field(description="How passages become one answer; 'search' looks things up as it writes."),
+    Field(
+        description="How passages are combined into one answer; with 'search' the model searches "
+        "while it writes."
+    ),
 ]
 
 
 class FoundPassage(BaseModel):
-    """A passage; the higher its score, the better it fits the question."""
+    """A passage; a higher score means a better match to the question."""
 
     id: str
     title: str
@@ -60,15 +63,15 @@ class Retrieved(BaseModel):
 
 
 class Searched(BaseModel):
-    """What was looked up, and the ids of the passages found."""
+    """A search query and the ids of the passages it found."""
 
     query: str
     sources: list[str]
 
 
 class Answered(BaseModel):
-    """An answer, what it was read from, the ids of those passages that it cites, and what was looked up
-    in the course of writing it."""
+    """An answer, its source passages, the ids of the cited passages, and the searches made while
+    writing."""
 
     answer: str
     sources: list[FoundPassage]
@@ -79,8 +82,9 @@ class Answered(BaseModel):
 def mcp_server(system: RAGSystem, name: str = "fedrag") -> MCPServer:
     """A server with the tools `retrieve(question, k)` and `ask(question, mode)`.
 
-    Passages lie under "passages" and "sources" of structured content, with id, title, text, topic and
-    score; citations are ids. What cannot be done is the tool's error, with the reason as its text.
+    The fields "passages" and "sources" of the structured content hold passages with id, title,
+      text,
+    topic and score; citations are ids. A failure is a tool error whose text is the reason.
     """
     server = MCPServer(name, version=fedrag_jax.__version__, log_level="WARNING")
     searching, writing = anyio.CapacityLimiter(SEARCHES), anyio.CapacityLimiter(1)
@@ -89,13 +93,14 @@ def mcp_server(system: RAGSystem, name: str = "fedrag") -> MCPServer:
 
     @server.tool(annotations=hints)
     async def retrieve(question: Question, k: Count = top_k) -> Retrieved:
-        """Finds the passages that fit a question best."""
+        """Finds the passages that best match a question."""
         (found,) = await _in_thread(searching, system.retrieve, [question], k)
         return Retrieved(passages=_passages(found))
 
     @server.tool(annotations=hints)
     async def ask(question: Question, mode: Mode = "concatenated") -> Answered:
-        """Answers a question from the passages that fit it best, or by looking things up (search)."""
+        """Answers a question from its best-matching passages, or by searching while writing
+        (search)."""
         response = await _in_thread(writing, functools.partial(system.query, question, mode=mode))
         return Answered(
             answer=response.answer,
@@ -113,17 +118,17 @@ def mcp_server(system: RAGSystem, name: str = "fedrag") -> MCPServer:
 def run(
     system: RAGSystem, transport: str = "stdio", host: str = "127.0.0.1", port: int = 8000
 ) -> None:
-    """Serves until the client hangs up (stdio) or the process is told to end (http).
+    """Serves until the client disconnects (stdio) or the process receives a signal to stop (http).
 
-    Over stdio, standard output belongs to the protocol: what else is printed meanwhile goes to standard
-    error. Over HTTP the address (http://host:port/mcp) is told there, too; there are no passwords, and
-    whoever reaches the port may ask.
+    Over stdio, standard output belongs to the protocol, and other output goes to standard error. Over
+    HTTP, the address (http://host:port/mcp) is printed to standard error. There is no authentication:
+    anyone who can reach the port can ask questions.
 
     Args:
-      port: 0 for any that is free.
+      port: the port; 0 for any free one.
 
     Raises:
-      ConfigError: another transport, an address that cannot be had.
+      ConfigError: an unknown transport, or an address that is not available.
     """
     if transport not in TRANSPORTS:
         raise ConfigError(f"transport must be one of {TRANSPORTS}, got {transport!r}")

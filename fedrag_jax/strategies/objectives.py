@@ -1,4 +1,4 @@
-"""Every objective by name, as a task about a RAG system.
+"""All objectives by name, as tasks for a RAG system.
 
 task = OBJECTIVES["pdist"].task(system, dataset)
 system = system.replace(**fit(task, dataset.train).trainable)
@@ -26,9 +26,9 @@ class Objective(NamedTuple):
 
     Attributes:
       part: "retriever", "generator" or "both".
-      task: `task(system, dataset) -> Task`; what it trains goes to `RAGSystem.replace`.
+      task: function `task(system, dataset) -> Task`; pass the trained parts to `RAGSystem.replace`.
       labels: whether training questions must name their gold passages.
-      batch: how many times the usual batch it takes.
+      batch: batch size as a multiple of the usual one.
     """
 
     part: str
@@ -82,7 +82,7 @@ def _asked_about(system: RAGSystem, dataset: Dataset) -> Task:
 def marginal_task(
     system: RAGSystem, dataset: Dataset, train: tuple[str, ...], marginal: str
 ) -> Task:
-    """RAG-Token or RAG-Sequence on some parts of a system."""
+    """Returns the task of RAG-Token or RAG-Sequence for some parts of a system."""
     # Passages beyond those that are read teach the retriever alone, where it moves.
     passages = system.marginal_k if "query" in train else system.top_k
     return marginal_likelihood(
@@ -137,7 +137,8 @@ def _generator(system: RAGSystem):
 
 
 def retrieved_rows(system: RAGSystem, dataset: Dataset) -> Callable:
-    """`rows(examples) -> int [N, top_k]`, what the system's retriever finds, searched once."""
+    """Returns `rows(examples) -> int [N, top_k]`: rows found by the system's retriever, searched
+    once."""
     known: dict[str, np.ndarray] = {}
 
     def rows(examples) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Strategies by name: those of the table, objectives by themselves, and a user's own."""
+"""Strategies by name: those of the table, single objectives, and a user's own."""
 
 import dataclasses
 import importlib
@@ -17,13 +17,13 @@ PARTS = ("adapters", "query", "document", "head")  # of a system, that a task ca
 
 
 def named(name: str) -> Strategy:
-    """The strategy of a name.
+    """Returns the strategy with a name.
 
     Args:
-      name: one of `STRATEGIES`; one of `OBJECTIVES` that takes the usual batch, which is trained alone;
+      name: one of `STRATEGIES`; one of `OBJECTIVES` with the usual batch size, which is trained alone;
         or "module:name" of one of these:
         a function `(system, dataset) -> Task`, whose task is trained and put into the system;
-        an `Objective`, as those of `OBJECTIVES` are;
+        an `Objective`, like those in `OBJECTIVES`;
         a `Strategy`, which may train several tasks.
 
     Raises:
@@ -60,25 +60,24 @@ def named(name: str) -> Strategy:
 
 
 def of_objective(name: str, objective: Objective) -> Strategy:
-    """The strategy that trains an objective alone, at the rate of its part."""
+    """Returns the strategy that trains one objective, with the learning rate of its part."""
     rates = {part: rate for part, rate in USUAL_RATES.items() if objective.part in (rate, "both")}
     return of_task(name, objective.task, needs_gold=objective.labels, rates=rates)
 
 
 def of_task(name: str, make: Callable[[RAGSystem, Dataset], Task], **about) -> Strategy:
-    """The strategy that trains one task, which is kept under the strategy's name.
+    """Returns the strategy that trains one task, whose results are stored under the strategy's name.
 
-    A name of its own would not do: two objectives that call themselves alike would find each other's
-    results.
+    The task's own name is not used, because two objectives with the same name would share results.
 
     Args:
-      about: `needs_gold` and `rates` of a `Strategy`.
+      about: `needs_gold` and `rates` of the `Strategy`.
     """
 
     def tasks(system: RAGSystem, dataset: Dataset) -> Tasks:
         task: Any = make(system, dataset)
         if not isinstance(task, Task):
-            raise ConfigError(f"strategy {name!r} made {task!r}, which is no Task")
+            raise ConfigError(f"strategy {name!r} returned {task!r}, which is not a Task")
         if unknown := [part for part in task.trainable if part not in PARTS]:
             raise ConfigError(
                 f"strategy {name!r} trains {unknown}, which no system has; name the parts as in "

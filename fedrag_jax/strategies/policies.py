@@ -1,4 +1,4 @@
-"""A generator that learns to search in the passages of a system: warm-up, then policy gradients.
+"""Training a generator to search the passages of a system: warm-up, then policy gradients.
 
 `search_form` and `learn_to_search` are tasks of strategies, as `strategies.strategies` has them.
 """
@@ -16,14 +16,15 @@ from fedrag_jax.strategies.strategy import Tasks
 def search_policy(
     system: RAGSystem, dataset: Dataset, reward: Reward | None = None, **options
 ) -> Task:
-    """The task of training a system's adapters to search and to answer, see `objectives.policy_task`.
+    """Returns the task that trains a system's adapters to search and answer, see
+    `objectives.policy_task`.
 
     Args:
-      reward: of a rollout; ReSearch's unless given.
-      options: of `Rolling` and of `policy`.
+      reward: reward of a rollout; default: that of ReSearch.
+      options: options of `Rolling` and of `policy`.
 
     Raises:
-      ConfigError: as these.
+      ConfigError: as `Rolling` and `policy`.
     """
     own = {name: options.pop(name) for name in [*options] if name in Rolling.__dataclass_fields__}
     rolling = rolling_of(system, reward, **own)
@@ -31,11 +32,11 @@ def search_policy(
 
 
 def search_warm_up(system: RAGSystem, dataset: Dataset, **options) -> Task:
-    """The task of training a system's adapters to write in the form of rollouts, see
+    """Returns the task that trains a system's adapters to write in the format of rollouts, see
     `objectives.search_format`.
 
     Args:
-      options: of `Rolling`.
+      options: options of `Rolling`.
     """
     rolling = rolling_of(system, **options)
 
@@ -65,9 +66,9 @@ def learn_to_search(
     """The warm-up, then policy gradients.
 
     Args:
-      bonus: in rewards where searches found the answer, whatever is made of it.
-      cost: of a search, taken from rewards.
-      options: of `search_policy`.
+      bonus: reward for searches that found the answer, whatever the model answers.
+      cost: reward subtracted per search.
+      options: options of `search_policy`.
     """
     system = yield from search_form(system, dataset, seed)
     found = WithRetrieval(F1WithForm(system.searching.tags), system.prompts.tokenizer.decode, bonus)
@@ -76,10 +77,10 @@ def learn_to_search(
 
 
 def rolling_of(system: RAGSystem, reward: Reward | None = None, **options) -> Rolling:
-    """How a system rolls questions out, over its own passages.
+    """Returns the rollout settings of a system over its own passages.
 
     Args:
-      reward, options: as of `search_policy`; of `Rolling`.
+      reward, options: as in `search_policy`; options of `Rolling`.
     """
     searching = options.setdefault("searching", system.searching)
     return Rolling(

@@ -1,4 +1,4 @@
-"""Where the data sits: with one party, with clients who federate, or with clients who do not."""
+"""Regimes: where the data is (pooled, with federated clients, or with lone clients), and budgets."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -27,13 +27,13 @@ CONVERGED = "_converged"
 
 
 class Regime(NamedTuple):
-    """What the name of a regime says.
+    """The settings in the name of a regime.
 
     Attributes:
       kind: one of `REGIMES`.
-      alpha: of the split of clients.
-      converged: whether validation decides when training ends, and not the number of examples.
-      algorithm: that averages, where the name has one; "" where it does not.
+      alpha: Dirichlet concentration of the split over clients.
+      converged: whether validation ends training, instead of the number of examples.
+      algorithm: the federated algorithm in the name; "" if there is none.
     """
 
     kind: str
@@ -43,11 +43,11 @@ class Regime(NamedTuple):
 
 
 def parse(regime: str, alpha: float) -> Regime:
-    """`federated` has the alpha given, `federated_1` has 1; `federated_1_converged` trains until it
-    stops improving; `federated:fedprox` averages by FedProx.
+    """Parses the name of a regime: `federated` has the given alpha, `federated_1` has 1;
+    `federated_1_converged` trains until validation stops improving; `federated:fedprox` uses FedProx.
 
     Raises:
-      ConfigError: neither a regime, nor federated or local with an alpha > 0; as `with_algorithm`.
+      ConfigError: an unknown regime, or an alpha that is not > 0; also as `with_algorithm`.
     """
     where, algorithm = with_algorithm(regime)
     kind, mark, own = where.removesuffix(CONVERGED).partition("_")
@@ -65,11 +65,11 @@ def parse(regime: str, alpha: float) -> Regime:
 
 
 class Stopping(NamedTuple):
-    """When a training ends that goes on until it stops improving.
+    """The stopping rule of a training that ends when validation stops improving.
 
     Attributes:
-      every: index refreshes (S·K steps each) between two evaluations.
-      patience: evaluations in a row without a new best after which it ends.
+      every: number of index refreshes (S·K steps each) between two evaluations.
+      patience: training ends after this many evaluations in a row without a new best.
     """
 
     every: int = 2
@@ -77,10 +77,10 @@ class Stopping(NamedTuple):
 
 
 def with_algorithm(regime: str) -> tuple[str, str | None]:
-    """The regime, and the algorithm that it names: "federated_1:fedadam" is federated_1 by fedadam.
+    """Splits a name into regime and algorithm: "federated_1:fedadam" is federated_1 with fedadam.
 
     Raises:
-      ConfigError: an unknown algorithm, or one of a regime that is not federated.
+      ConfigError: an unknown algorithm, or an algorithm for a regime that is not federated.
     """
     where, mark, algorithm = regime.partition(":")
     if not mark:
@@ -95,10 +95,10 @@ def with_algorithm(regime: str) -> tuple[str, str | None]:
 
 
 def rate_names(regime: str) -> list[str]:
-    """Names under which the learning rates of a regime may be kept, those of its own first.
+    """Returns the names under which learning rates of a regime are looked up, its own name first.
 
-    "federated_1:fedadam" has its own, or those of federated:fedadam, federated_1 or federated;
-    "local_1_converged" has its own, or those of local_converged, local_1 or local.
+    For "federated_1:fedadam" these are federated:fedadam, federated_1 and federated; for
+    "local_1_converged" they are local_converged, local_1 and local.
     """
     where, mark, algorithm = regime.partition(":")
     kind = where.partition("_")[0]
@@ -109,21 +109,21 @@ def rate_names(regime: str) -> list[str]:
 
 
 class Budget(NamedTuple):
-    """How much training: every regime sees R·S·K·B examples, unless a client holds fewer than B.
+    """The training budget: every regime sees R·S·K·B examples, unless a client holds fewer than B.
 
-    With `stopping` that is the most it may see, and a client who trains alone may see as many.
+    With `stopping` this is the maximum, and a lone client may see as many.
 
     Attributes:
       rounds: R, also the number of index refreshes.
-      local_steps: S of a client in a round. Centralised training takes as many rounds of S steps
-        as it needs for K times the steps, and refreshes after every K of them.
-      clients: K.
-      batch_size: B.
-      group_size: clients trained side by side; None measures which is fastest.
-      devices: that share the clients of federated training; 0 are all there are.
-      participation: the share of clients drawn for a round of federated training, which then takes as
-        many more rounds and refreshes as before.
-      stopping: when training ends before that; None where it does not.
+      local_steps: S, steps per client and round. Centralised training runs rounds of S steps until it
+        has taken K times as many steps, and refreshes after every K rounds.
+      clients: K, the number of clients.
+      batch_size: B, examples per step.
+      group_size: clients trained side by side; None measures the fastest number.
+      devices: number of devices that share the clients of federated training; 0 uses all.
+      participation: share of the clients sampled in a federated round; the number of rounds and
+        refreshes grows by the inverse of it.
+      stopping: the rule for ending earlier; None for none.
     """
 
     rounds: int = 5
@@ -136,10 +136,10 @@ class Budget(NamedTuple):
     stopping: Stopping | None = None
 
     def schedule(self, regime: str) -> "Schedule":
-        """The rounds of a regime.
+        """Returns the rounds of a regime.
 
         Raises:
-          ConfigError: a participation that is no whole number of clients which divides them.
+          ConfigError: participation times clients is not a whole number that divides the clients.
         """
         steps = self.local_steps
         if regime in ("centralised", "local") and self.stopping:
@@ -160,13 +160,13 @@ class Budget(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """How a regime spends its budget.
+    """The rounds in which a regime spends its budget.
 
     Attributes:
-      rounds: of `fit`.
-      refresh_every: rounds between two index refreshes, of which all regimes have R.
-      drawn: clients of a round.
-      local_steps: of each in a round.
+      rounds: number of rounds of `fit`.
+      refresh_every: rounds between two index refreshes; all regimes have R refreshes.
+      drawn: number of clients sampled per round.
+      local_steps: steps per client and round.
     """
 
     rounds: int
@@ -183,7 +183,7 @@ def split_clients(
     seed: int,
     min_examples: int = 2,
 ) -> Partition:
-    """Dirichlet(alpha) over a column, the partition that federated and local training share."""
+    """Returns a Dirichlet(alpha) partition over a column, shared by federated and local training."""
     return partition(examples, dirichlet(alpha, clients, column, min_examples), seed=seed)
 
 
@@ -199,15 +199,15 @@ def arguments(
     client: int | None = None,
     averaging: Callable[..., Algorithm] = fed_avg,
 ) -> dict[str, Any]:
-    """What to call `fit` with, to train a task in a regime.
+    """Returns the arguments of `fit` for training a task in a regime.
 
     Args:
-      clients: of the federated and local regimes.
-      rates: learning rate of each part that moves (`adapters`, `query`, `document`) in the first
-        round; from round to round it falls linearly towards zero, as in Lawton et al. An algorithm
-        that has its clients' optimizer with it has its own.
-      client: the one that trains, in the local regime.
-      averaging: makes the algorithm of the federated regime, of what `Work` takes.
+      clients: the partition for the federated and local regimes.
+      rates: learning rate of each trained part (`adapters`, `query`, `document`) in the first round;
+        it decays linearly towards zero over the rounds, as in Lawton et al. Algorithms with their own
+        client optimizer use their own rate.
+      client: the client that trains in the local regime.
+      averaging: function from the options of `Work` to the algorithm of the federated regime.
     """
     if regime not in REGIMES:
         raise ConfigError(f"regime must be one of {REGIMES}, got {regime!r}")
@@ -251,11 +251,11 @@ def arguments(
 
 
 def clients_mesh(devices: int, under: Mesh | None = None) -> Mesh | None:
-    """A mesh with the axis "clients" over so many devices, or over all (0); None for one.
+    """Returns a mesh with the axis "clients" over some devices, or over all (0); None for one device.
 
     Args:
-      under: the mesh that the frozen part lies on, if any: clients are dealt out over its axis of that
-        name, or not at all.
+      under: the mesh of the frozen part, if any; clients are then distributed over its axis "clients",
+        if it has one.
 
     Raises:
       ConfigError: more devices than there are.

@@ -6,14 +6,14 @@
 | retriever | query encoder | multiple-negatives ranking | yes |
 | generator | adapters | answer NLL over the base retriever's passages, in one prompt | no |
 | ralt | adapters | answer NLL over the same passages, in a prompt each: RA-DIT (2310.01352) | no |
-| lsr | query encoder | KL to what the base generator makes of its passages: RA-DIT | no |
-| ra_dit | nothing more | puts these two together | no |
-| independent | nothing more | puts those two together | yes |
+| lsr | query encoder | KL to the base generator's likelihoods given each passage: RA-DIT | no |
+| ra_dit | nothing more | combines ralt and lsr | no |
+| independent | nothing more | combines retriever and generator | yes |
 | two_phase | adapters, then query encoder | RAG-Token, the other part frozen | no |
 | joint_token | both at once | RAG-Token | no |
 | joint_sequence | both at once | RAG-Sequence | no |
 
-A `Strategy` holds how figures show it, what it needs, its learning rates and its tasks.
+A `Strategy` holds its style in figures, its requirements, its learning rates and its tasks.
 """
 
 from fedrag_jax.data.examples import Dataset
@@ -27,7 +27,7 @@ MARGINAL_RATES = {"adapters": "marginal_generator", "query": "marginal_retriever
 
 @strategy("none", "#000000", "o", rates={})
 def none(system: RAGSystem, dataset: Dataset) -> Tasks:
-    """The system as it came."""
+    """Returns the system unchanged."""
     yield from ()  # it asks for nothing, and is a generator like the others
     return system
 
@@ -40,25 +40,25 @@ def retriever(system: RAGSystem, dataset: Dataset) -> Tasks:
 
 @strategy("generator", "#E69F00", "s", rates={"adapters": "generator"})
 def generator(system: RAGSystem, dataset: Dataset) -> Tasks:
-    """Adapters tuned on what the base retriever finds."""
+    """Tunes adapters on the passages of the base retriever."""
     return system.replace(**(yield OBJECTIVES["concatenated"].task(system, dataset)))
 
 
 @strategy("RALT", "#E69F00", "s", rates={"adapters": "ralt"})
 def ralt(system: RAGSystem, dataset: Dataset) -> Tasks:
-    """Adapters tuned on what the base retriever finds, passage by passage."""
+    """Tunes adapters on the passages of the base retriever, one prompt per passage."""
     return system.replace(**(yield OBJECTIVES["ralt"].task(system, dataset)))
 
 
 @strategy("LSR", "#56B4E9", "v", rates={"query": "lsr"})
 def lsr(system: RAGSystem, dataset: Dataset) -> Tasks:
-    """The query encoder tuned by what the base generator makes of its passages."""
+    """Tunes the query encoder by the base generator's likelihoods given each passage."""
     return system.replace(**(yield OBJECTIVES["lsr"].task(system, dataset)))
 
 
 @strategy("RA-DIT", "#009E73", "^", rates={"adapters": "ralt", "query": "lsr"})
 def ra_dit(system: RAGSystem, dataset: Dataset) -> Tasks:
-    """RA-DIT: both of these, each beside the untuned other."""
+    """RA-DIT: combines `ralt` and `lsr`, each trained with the other part untuned."""
     read = yield from ralt.tasks(system, dataset)
     found = yield from lsr.tasks(system, dataset)
     return read.replace(query=found.retriever.query)
@@ -66,7 +66,7 @@ def ra_dit(system: RAGSystem, dataset: Dataset) -> Tasks:
 
 @strategy("independent", "#009E73", "^", needs_gold=True)
 def independent(system: RAGSystem, dataset: Dataset) -> Tasks:
-    """The tuned retriever and the tuned generator, which have never met."""
+    """Combines the tuned retriever and the tuned generator, which are trained separately."""
     found = yield from retriever.tasks(system, dataset)
     read = yield from generator.tasks(system, dataset)
     return read.replace(query=found.retriever.query)

@@ -1,8 +1,8 @@
-"""What a fine-tuning strategy is, and how several systems are taken through one.
+"""Fine-tuning strategies, and running one strategy for several systems.
 
 A strategy tunes a system by `tune(task) -> trainable`, which trains a task in the regime of the
-experiment: it does not know whether that is federated. Its tasks are a generator function, which yields
-each task and is sent what was trained.
+experiment. The strategy does not know whether the regime is federated. Its tasks are a generator
+function, which yields each task and receives the trained parameters.
 """
 
 import dataclasses
@@ -26,14 +26,13 @@ class Strategy:
     """One row of the table of strategies; calling it tunes a system.
 
     Attributes:
-      name: in configs, on the command line and of files.
+      name: name in configs, on the command line and in file names.
       tasks: generator function `(system, dataset)`; yields the tasks, returns the tuned system.
-      label: in figures; the name if empty.
-      color, marker: in figures, as Matplotlib knows them; of their own if empty.
+      label: label in figures; the name if empty.
+      color, marker: Matplotlib color and marker in figures; chosen automatically if empty.
       needs_gold: whether training questions must name their gold passages.
-      rates: for each part that it trains, or for a task by its name, the name of the learning rate in
-        `config.learning_rates`.
-      mode: how its systems answer, see `generation.inference`; as the config says if empty.
+      rates: the name of the learning rate in `config.learning_rates`, for each trained part or task.
+      mode: answering mode of its systems, see `generation.inference`; the config's mode if empty.
     """
 
     name: str
@@ -46,7 +45,7 @@ class Strategy:
     mode: str = ""
 
     def __call__(self, system: RAGSystem, dataset: Dataset, tune: Tune) -> RAGSystem:
-        """The tuned system."""
+        """Returns the tuned system."""
         (found,) = tune_systems(
             self, [system], dataset, lambda asked: [tune(task) for _, task in asked]
         )
@@ -54,7 +53,7 @@ class Strategy:
 
 
 def strategy(label: str = "", color: str = "", marker: str = "", **about):
-    """Makes a `Strategy` of a generator function; its name is the function's.
+    """Decorator that turns a generator function into a `Strategy` with the function's name.
 
     Args:
       about: `needs_gold`, `rates` and `mode`.
@@ -69,13 +68,13 @@ def strategy(label: str = "", color: str = "", marker: str = "", **about):
 def tune_systems(
     strategy: Strategy, systems: Sequence[RAGSystem], dataset: Dataset, tune_all
 ) -> list[Any]:
-    """What a strategy makes of several systems.
+    """Tunes several systems with one strategy.
 
     Args:
       tune_all: `tune_all([(i, task), ...]) -> [trainable or exception, ...]`; i counts the systems.
 
     Returns:
-      Tuned systems; an exception in place of one whose training ended in it.
+      The tuned systems; an exception for each system whose training raised it.
     """
     under_way = [strategy.tasks(system, dataset) for system in systems]
     results: list[Any] = [None] * len(systems)

@@ -1,4 +1,4 @@
-"""Scores of a generator that reads question and passage together, for `distillation.distilled`."""
+"""Generator scores of (question, passage) pairs, for `distillation.distilled`."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,12 +12,12 @@ from fedrag_jax.rag import RAGSystem
 def question_likelihood(
     system: RAGSystem,
 ) -> Callable[[Sequence[str], Sequence[str]], np.ndarray]:
-    """How likely the generator would ask a question about a passage: mean log p(x_t | z, x_<t).
+    """Returns a score: the likelihood of the question given a passage, mean log p(x_t | z, x_<t).
 
     Unsupervised passage re-ranking (Sachan et al. 2022, 2204.07496, section 2.2). It needs no answers.
 
     Returns:
-      `score(questions, texts) -> float [P]`, one for each pair.
+      `score(questions, texts) -> float [P]`, one score per pair.
     """
     tokenizer, longest = system.prompts.tokenizer, system.prompts.max_passage_tokens
     before, after = ASK.passage.split("{text}")

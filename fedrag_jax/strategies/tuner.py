@@ -1,4 +1,4 @@
-"""Trains tasks in a regime and keeps what came out, so that nothing finished is done again."""
+"""Trains tasks in a regime and stores the results, so that no finished task is trained again."""
 
 import dataclasses
 import pathlib
@@ -31,17 +31,17 @@ from fedrag_jax.tracking.processes import everywhere
 
 @dataclasses.dataclass
 class Tuner:
-    """The `tune` of a strategy: one regime, one seed, and in the local regime one client.
+    """The function `tune` of a strategy for one regime, one seed, and in the local regime one client.
 
     Attributes:
-      folder: where each task leaves `tuned.safetensors`, `rounds.jsonl` and `cost.json`. A task that
-        is finished there is read back; one that was killed resumes from its checkpoints.
+      folder: folder for each task's `tuned.safetensors`, `rounds.jsonl` and `cost.json`. A finished
+        task is read back; a killed one resumes from its checkpoints.
       rates: `rates(task name, part) -> learning rate`.
       checkpoint_every: index refreshes between two checkpoints.
-      validation: examples that decide when to stop, where the budget has them do so.
-      algorithm: of the federated regime.
-      costs: of each task asked for, in order, whether trained now or read back.
-      labels: of the same.
+      validation: examples for the stopping rule, if the budget has one.
+      algorithm: the algorithm of the federated regime.
+      costs: costs of the requested tasks, in order, whether trained now or read back.
+      labels: labels of the same tasks.
     """
 
     folder: pathlib.Path
@@ -65,19 +65,19 @@ class Tuner:
         return trained
 
     def where(self) -> str:
-        """For people: the regime, and whose model it is."""
+        """A description for messages: the regime, and the client if there is one."""
         return self.regime if self.client is None else f"{self.regime} client {self.client}"
 
     def finished(self, task: Task) -> bool:
-        """Whether `read` has something to read; what is damaged is told, and trained again."""
+        """Returns whether a task is finished; a damaged result is reported, and trained again."""
         cost = self.folder / task.name / "cost.json"
         return everywhere(kept(lambda _: self.read(task), cost) is not None)
 
     def read(self, task: Task) -> PyTree:
-        """What a finished task came to.
+        """Reads the result of a finished task.
 
         Raises:
-          DamagedError: one of its files is cut.
+          DamagedError: one of its files is incomplete.
         """
         folder = self.folder / task.name
         self.costs[task.name] = Cost.read(folder / "cost.json")
@@ -88,7 +88,7 @@ class Tuner:
             raise DamagedError(folder / "tuned.safetensors", error.__cause__) from error
 
     def arguments(self, task: Task, *callbacks: Callback) -> dict[str, Any]:
-        """What to call `fit` with; it resumes from its own checkpoints."""
+        """Returns the arguments of `fit`; the fit resumes from its own checkpoints."""
         folder = self.folder / task.name
         stretch, stopping = self.budget.schedule(self.regime).refresh_every, self.budget.stopping
         # Processes that each have a folder of their own could not share a checkpoint.
@@ -96,7 +96,7 @@ class Tuner:
         saved = saved if jax.process_count() == 1 else []
         if stopping and self.regime == "federated" and self.algorithm.changes_base(task):
             raise ConfigError(
-                f"{self.algorithm.name} changes the base in every round, and validation would judge "
+                f"{self.algorithm.name} changes the base in every round, but validation would score "
                 "the adapters without it: train it in a regime without _converged"
             )
         if stopping:
@@ -118,9 +118,9 @@ class Tuner:
         )
 
     def keep(self, task: Task, result: FitResult) -> None:
-        """Writes what a fit came to, for `read`: its end, or the best where validation decides.
+        """Writes the result of a fit, for `read`: the last parameters, or the best by validation.
 
-        The base comes with it where the algorithm has changed it.
+        The base is included if the algorithm has changed it.
         """
         folder = self.folder / task.name
         cost, tuned = self._cost(task, result.history), result.trainable
@@ -152,7 +152,7 @@ AT_ONCE = 2e9  # bytes of parameters and two moments of fits that are trained at
 
 
 def tune_together(asked: Sequence[tuple[Tuner, Task]]) -> list[PyTree | DivergenceError]:
-    """What each tuner makes of its task: those that are not finished are trained in sweeps."""
+    """Returns each tuner's result for its task; unfinished tasks are trained in sweeps."""
     failed = {}
     todo = [(tuner, task) for tuner, task in asked if not tuner.finished(task)]
     while todo:

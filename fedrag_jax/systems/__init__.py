@@ -1,1 +1,1 @@
-"""Saved systems: made of documents, kept up with them, tuned."""
+"""Saved systems: built from documents, updated when they change, and tuned."""

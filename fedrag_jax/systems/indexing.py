@@ -1,4 +1,4 @@
-"""A folder of documents becomes a saved system that answers from them, and follows their changes."""
+"""Builds a saved system from a folder of documents, and updates it when they change."""
 
 import functools
 import hashlib
@@ -26,13 +26,13 @@ READING = 3  # grows whenever files are read in another way: those of before are
 
 
 class Indexed(NamedTuple):
-    """What came of it.
+    """The result of indexing.
 
     Attributes:
-      files, passages: that the system has now.
-      added, changed, removed: passages, against what it had before.
-      unreadable: what could not be read, each with the reason: files (what the system had of them
-        stays), files but for some of their pages, files of other kinds, links to folders.
+      files, passages: the current numbers of files and passages in the system.
+      added, changed, removed: numbers of passages that differ from before.
+      unreadable: items that could not be read, each with the reason: files (their old passages stay),
+        pages of files, files of other types, links to folders.
     """
 
     files: int
@@ -54,27 +54,27 @@ def index(
     elsewhere: bool = False,
     progress: bool = False,
 ) -> Indexed:
-    """Makes the system in a folder answer from the documents of another, as they are now.
+    """Builds or updates the saved system in `folder` from the current documents in `source`.
 
-    What was read and embedded is kept in the folder as it is done: after a kill the same call goes on.
-    Later calls read the files that changed and embed their new passages alone; what is gone from the
-    source is taken out of the store.
+    Progress is saved in the folder: after a kill, the same call resumes. Later calls read only changed
+    files and embed only their new passages. Passages of deleted documents are removed from the store.
 
     Args:
       source: a folder of documents, or one file, see `documents`.
-      folder: of a saved system; made by the first call.
-      begin: gives the system of the first call, over an empty store.
-      tokens: of a passage, by the document encoder's tokenizer; by default as many as before, at first
-        200, or what the encoder reads if that is less.
-      overlap: tokens that a passage shares with the one before; by default as before, at first a fifth.
-      moved: the documents are those of another folder than before.
+      folder: folder of the saved system; created by the first call.
+      begin: function that returns the system for the first call, over an empty store.
+      tokens: maximum tokens of a passage, by the document encoder's tokenizer; default: as before, and
+        at first 200, or the encoder's limit if that is less.
+      overlap: tokens that a passage shares with the previous one; default: as before, and at first a
+        fifth.
+      moved: whether the documents have moved to another folder.
       elsewhere: as in `open_store`.
 
     Raises:
-      DataError: no documents, none that can be read, an id that two of them have.
+      DataError: no documents, no readable documents, or an id that occurs twice.
       ConfigError: a saved system without a store, or of other documents; passages longer than the
-        encoder reads; another process at work.
-      CheckpointError: what lies in the folder is damaged.
+        encoder's limit; another process that is indexing.
+      CheckpointError: the content of the folder is damaged.
     """
     there = is_system(folder)
     if not there:
@@ -83,7 +83,7 @@ def index(
     system = RAGSystem.load(folder, elsewhere=elsewhere) if there else begin()
     if system.store is None:
         raise ConfigError(
-            f"{folder} answers from passages of its own: index into another folder, like this system"
+            f"{folder} answers from its own corpus: index into another folder, like this system"
         )
     with files.hold(folder), Journal(folder / JOURNAL) as journal:
         before, root = journal.origin, str(source.resolve())
@@ -110,9 +110,9 @@ def index(
 def _documents(
     source: pathlib.Path, folder: pathlib.Path
 ) -> tuple[list[pathlib.Path], dict[str, str]]:
-    """The files to be read, and what is left out by name, with the reason.
+    """Returns the files to read, and the left-out files with the reasons.
 
-    Files of a saved system or store, which may lie among the documents, are neither.
+    Files of a saved system or store among the documents are in neither.
     """
 
     @functools.cache
@@ -135,11 +135,11 @@ def _documents(
 
 
 def _require_own(store, journal: Journal) -> None:
-    """Refuses a store that others have filled: what is not of these documents would be taken out."""
+    """Refuses a store with foreign passages, because indexing would remove them."""
     own = {p.id for name in journal.names() for p in journal.passages(name) or ()}
     if strange := [p.id for p in store.passages() if p.id not in own]:
         raise ConfigError(
-            f"the store of the new system holds {len(strange):,} passages of others, such as "
+            f"the store of the new system holds {len(strange):,} foreign passages, such as "
             f"{strange[0]!r}: choose another collection"
         )
 
@@ -164,12 +164,12 @@ def _name(path: pathlib.Path, source: pathlib.Path) -> str:
 
 
 def _shown(name: str) -> str:
-    """A name for people, whatever its bytes are."""
+    """Returns a printable file name, whatever its bytes are."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
 class _Read(NamedTuple):
-    """The passages of all files, what of them could not be read and why, and how many failed whole."""
+    """The passages of all files, the unreadable parts with reasons, and the number of failed files."""
 
     passages: list[Passage]
     unreadable: dict[str, str]
@@ -210,7 +210,7 @@ def _read(paths, source, journal: Journal, system: RAGSystem, tokens, overlap, p
 
 
 def _require_unique(of_file: Mapping[str, Sequence[Passage]]) -> None:
-    """Refuses files that hold passages of one id."""
+    """Refuses two files with the same passage id."""
     seen: dict[str, str] = {}
     for name, passages in of_file.items():
         for passage in passages:
@@ -225,7 +225,7 @@ def _require_unique(of_file: Mapping[str, Sequence[Passage]]) -> None:
 def _bring_up_to_date(
     system: RAGSystem, passages: Sequence[Passage], journal: Journal, progress: bool
 ) -> tuple[int, int, int]:
-    """Has the store hold these passages and no others; passages added, changed and removed."""
+    """Makes the store hold exactly these passages; returns the numbers added, changed and removed."""
     store, wanted = system.store, {p.id: p for p in passages}
     held = {p.id: p for p in store.passages()}
     gone = [i for i in held if i not in wanted]
@@ -243,7 +243,8 @@ def _bring_up_to_date(
 def _embedded(
     system: RAGSystem, passages: Sequence[Passage], journal: Journal, progress: bool
 ) -> Callable[[Passage], np.ndarray] | None:
-    """What gives the vector of each passage, from the journal; None for a store without vectors."""
+    """Returns a function from passages to vectors, using the journal; None for a store without
+    vectors."""
     if system.store.dimension is None:
         return None
     retriever = system.retriever

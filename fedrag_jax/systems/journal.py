@@ -1,4 +1,4 @@
-"""What indexing has done so far, on disk: a run that was killed goes on where it was."""
+"""The journal of indexing on disk, from which a killed run resumes."""
 
 import json
 import pathlib
@@ -23,7 +23,7 @@ SCHEMA = """
 
 
 class Origin(NamedTuple):
-    """Where passages come from.
+    """The source of the passages.
 
     Attributes:
       root: the folder of the documents.
@@ -36,17 +36,18 @@ class Origin(NamedTuple):
 
 
 class Journal:
-    """The passages of every file that was read and, until a store has them, their vectors.
+    """Stores the passages of every file that was read and, until a store has them, their vectors.
 
-    A change whose call returned outlives a kill; others are not made. One process holds a journal.
+    Changes survive a kill once their call has returned; others are discarded. Only one process can
+    hold a journal.
     """
 
     def __init__(self, path: pathlib.Path):
-        """Opens it, or begins one.
+        """Opens a journal, or creates one.
 
         Raises:
           ConfigError: another process holds it.
-          CheckpointError: the file is no journal.
+          CheckpointError: the file is not a journal.
         """
         self.path = path
         with self._asking():
@@ -68,7 +69,7 @@ class Journal:
 
     @property
     def origin(self) -> Origin | None:
-        """Whose passages these are; None in a new journal."""
+        """The source of the passages; None in a new journal."""
         with self._asking():
             row = self._database.execute("SELECT root, tokens, overlap FROM origin").fetchone()
         return Origin(*row) if row else None
@@ -80,7 +81,7 @@ class Journal:
             self._database.execute("INSERT INTO origin VALUES (?, ?, ?)", origin)
 
     def passages(self, name: str, digest: str = "") -> list[Passage] | None:
-        """Those of a file; None if it is not known or, where a digest is given, was another then."""
+        """Returns the passages of a file; None if the file is unknown or has another digest."""
         with self._asking():
             row = self._database.execute(
                 "SELECT digest, passages FROM files WHERE name = ?", (name,)
@@ -90,7 +91,7 @@ class Journal:
             return [Passage(*fields) for fields in json.loads(row[1])]
 
     def unread(self, name: str) -> str:
-        """What of a file could not be read; "" for nothing."""
+        """Returns the unreadable part of a file; "" if all was read."""
         with self._asking():
             row = self._database.execute(
                 "SELECT what FROM unread WHERE name = ?", (name,)
@@ -100,7 +101,7 @@ class Journal:
     def keep_passages(
         self, name: str, digest: str, passages: Sequence[Passage], unread: str = ""
     ) -> None:
-        """Remembers those of a file, and what of it could not be read."""
+        """Stores the passages of a file, and its unreadable part."""
         told = json.dumps([[p.id, p.title, p.text, p.topic] for p in passages])
         with self._asking(), self._whole():
             self._database.execute(
@@ -111,12 +112,12 @@ class Journal:
                 self._database.execute("INSERT INTO unread VALUES (?, ?)", (name, unread))
 
     def names(self) -> set[str]:
-        """The files that are known."""
+        """Returns the names of the known files."""
         with self._asking():
             return {name for (name,) in self._database.execute("SELECT name FROM files")}
 
     def vector(self, key: str) -> np.ndarray | None:
-        """A vector float32 [D] that was kept, or None."""
+        """Returns a stored vector, float32 [D], or None."""
         with self._asking():
             row = self._database.execute(
                 "SELECT vector FROM vectors WHERE key = ?", (key,)
@@ -124,13 +125,13 @@ class Journal:
         return None if row is None else np.frombuffer(row[0], np.float32)
 
     def keep_vectors(self, keys: Sequence[str], vectors: np.ndarray) -> None:
-        """Remembers vectors [N, D]."""
+        """Stores vectors [N, D]."""
         rows = [(k, v.tobytes()) for k, v in zip(keys, vectors.astype(np.float32), strict=True)]
         with self._asking(), self._whole():
             self._database.executemany("INSERT OR REPLACE INTO vectors VALUES (?, ?)", rows)
 
     def finish(self, gone: Sequence[str]) -> None:
-        """Forgets vectors, which a store has by now, and files that are gone."""
+        """Deletes vectors, which are now in a store, and files that no longer exist."""
         with self._asking():
             with self._whole():
                 self._database.execute("DELETE FROM vectors")

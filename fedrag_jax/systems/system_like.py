@@ -1,4 +1,4 @@
-"""A system's models, adapters and prompts over other passages."""
+"""Builds a system with another system's models, adapters and prompts over other passages."""
 
 from collections.abc import Sequence
 
@@ -16,11 +16,11 @@ def system_like(
     top_k: int | None = None,
     progress: bool = False,
 ) -> RAGSystem:
-    """The same, over a corpus or a store of its own.
+    """Returns a system with the same models, adapters and prompts over another corpus or store.
 
     Args:
       passages, examples, store: as in `RAGSystem.build`.
-      top_k: the system's unless given.
+      top_k: as in `RAGSystem.build`; default: the system's value.
     """
     retriever, prompts = system.retriever, system.prompts
     document = hub.Pretrained(

@@ -1,4 +1,4 @@
-"""A saved system tuned on questions about the passages that it answers from."""
+"""Tunes a saved system on questions about its passages."""
 
 import dataclasses
 import functools
@@ -30,11 +30,11 @@ SCORES = ("em", "f1", "recall_at_5", "mrr")
 
 
 class Trial(NamedTuple):
-    """One training.
+    """One training run.
 
     Attributes:
-      factor: of the learning rates.
-      scores: on validation questions, means of `SCORES` in [0, 1]; empty where training diverged.
+      factor: the factor of the learning rates.
+      scores: means of `SCORES` on validation questions, in [0, 1]; empty if training diverged.
     """
 
     factor: float
@@ -42,13 +42,13 @@ class Trial(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """What came of it.
+    """The result of `train`.
 
     Attributes:
-      system: tuned, over the store of the one it was made of.
-      before: scores of that one, as those of the trials.
-      best: the trial whose system it is.
-      test: scores on test questions before and after; empty without such questions.
+      system: the tuned system, over the store of the original one.
+      before: validation scores of the original system.
+      best: the trial that produced the tuned system.
+      test: scores on test questions before and after; empty without test questions.
     """
 
     system: RAGSystem
@@ -61,7 +61,7 @@ class Trained(NamedTuple):
 def split(
     examples: Sequence[Example], regime: str, clients: int, alpha: float, seed: int
 ) -> Partition:
-    """Who holds which questions: clients by Dirichlet(alpha) over topics, or 0 for one a topic."""
+    """Splits questions over clients by Dirichlet(alpha) over topics; 0 clients give one per topic."""
     if regime == "centralised":
         return Partition(examples, (np.arange(len(examples)),))
     if clients == 0:
@@ -84,13 +84,13 @@ def train(
     algorithm: str = "fedavg",
     options: Mapping[str, Any] = MappingProxyType({}),
 ) -> Trained:
-    """Trains once for each factor of the learning rates, and takes what answers validation best.
+    """Trains once for each factor of the learning rates, and returns the best by validation score.
 
     Args:
-      folder: of what is finished: the same call goes on from there after a kill.
+      folder: folder of finished results, from which the same call resumes after a kill.
       regime: "centralised" or "federated".
-      rates: of the parts that move, `query` and `adapters`.
-      algorithm, options: of the federated regime, as in `federated.algorithms.by_name`.
+      rates: learning rates of the trained parts, `query` and `adapters`.
+      algorithm, options: the algorithm of the federated regime, see `federated.algorithms.by_name`.
 
     Raises:
       ConfigError: a strategy that needs gold passages where questions have none, rates that are not
@@ -175,20 +175,22 @@ def _ranks(found: dict[str, float]) -> float:
 
 
 def scores(system: RAGSystem, examples: Sequence[Example]) -> dict[str, float]:
-    """Means of `SCORES`; rankings are scored over questions with gold passages, if there are any."""
+    """Returns the means of `SCORES`; ranking scores use the questions with gold passages, if any."""
     found = evaluate(system, examples)
     return {m: float(np.nanmean(found[m])) for m in SCORES if not np.isnan(found[m]).all()}
 
 
 def _settle(folder: pathlib.Path, settings: dict) -> None:
-    """Writes the settings; refuses a folder made with others."""
+    """Writes the settings; refuses a folder with other settings."""
     path, now = folder / SETTINGS, json.loads(json.dumps(settings))
     if path.exists():
         before = files.read_json(path)
         changed = [name for name in now if now[name] != before.get(name)]
         if changed:
             what = "; ".join(f"{n} was {before.get(n)}, is {now[n]}" for n in changed)
-            raise ConfigError(f"{folder} holds a training of others: {what}. Choose another folder")
+            raise ConfigError(
+                f"{folder} holds a training with other settings: {what}. Choose another folder"
+            )
     files.write_json(path, now, indent=2)
 
 

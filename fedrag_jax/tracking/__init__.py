@@ -1,1 +1,1 @@
-"""What a run leaves behind: logs, checkpoints, costs, figures."""
+"""The records of a run: logs, checkpoints, costs and the manifest."""

@@ -1,4 +1,4 @@
-"""Stop and resume: a fit saved round by round."""
+"""Checkpoints of a fit, saved round by round, for resuming."""
 
 import logging
 import os
@@ -17,22 +17,22 @@ from fedrag_jax.federated.callbacks import Callback, FitState
 
 
 class Checkpointer(Callback):
-    """Saves a fit with Orbax and, when the same fit starts again, takes it up where it stood.
+    """Saves a fit with Orbax, and resumes it when the same fit starts again.
 
-    A round counts only once all of it is written, so a process killed at any moment leaves the last
-    finished round. What is kept: every array of the state, the retrieved rows and their index, the
-    history and the settings of the fit. On the same device kind and versions a resumed run ends
-    bit-identical to one that was never stopped.
+    A round counts only when it has been written completely, so a killed process leaves the last
+    finished round. A checkpoint contains every array of the state, the retrieved rows and their index,
+    the history and the settings of the fit. On the same kind of device and with the same versions, a
+    resumed run ends bit-identical to an uninterrupted one.
 
-    A checkpoint that cannot be read all the same is told and put aside, and the one before is taken up.
+    If a checkpoint cannot be read, it is reported and renamed, and the previous one is used.
 
     Raises, from `fit`:
       ConfigError: a checkpoint cannot be written; the one before stays.
 
     Args:
-      directory: one fit's own; made if absent. Several processes name one that all of them see.
-      every: rounds between two savings; the last round is always saved.
-      keep: how many of the newest to keep.
+      directory: directory of this one fit; created if absent. Several processes must share it.
+      every: rounds between two checkpoints; the last round is always saved.
+      keep: number of newest checkpoints to keep.
     """
 
     def __init__(self, directory: str | os.PathLike, every: int = 1, keep: int = 2):
@@ -47,8 +47,8 @@ class Checkpointer(Callback):
         """Returns the newest saved state, or `state` if nothing is saved.
 
         Raises:
-          ConfigError: what is saved comes from other settings or other arrays; names them. Another
-            process saves there; the directory cannot be written.
+          ConfigError: the checkpoint has other settings or arrays (the error names them), another
+            process saves in the directory, or it cannot be written.
         """
         if jax.process_index() == 0:
             self._held = files.hold(self.directory)
@@ -64,10 +64,14 @@ class Checkpointer(Callback):
         return state
 
     def _put_aside(self, step: int, error: Exception) -> None:
-        """The round is saved again; what another version may still read is not lost."""
+        """Renames an unreadable checkpoint, which another version may still read; the round is saved
+        again."""
         folder = self.directory / str(step)
         why = _first_line(error)
-        print(f"{folder} cannot be read ({why}): put aside, trained again", file=sys.stderr)
+        print(
+            f"{folder} cannot be read ({why}): it is renamed, and its rounds are trained again",
+            file=sys.stderr,
+        )
         aside = folder.with_name(f"{step}.damaged")
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)

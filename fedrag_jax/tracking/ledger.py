@@ -1,4 +1,4 @@
-"""What a cell costs: seconds by part, operations, memory, tokens, bytes between clients and server."""
+"""The cost of a cell: seconds by part, operations, memory, tokens, bytes between clients and server."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -14,30 +14,30 @@ from fedrag_jax.objectives.task import Task
 
 
 class Cost(NamedTuple):
-    """Costs add up, but for `peak_bytes`, of which the largest is kept.
+    """The cost of a training. Costs can be added; `peak_bytes` becomes the maximum.
 
-    `flops`, `flops_compiler` and `tokens` are what objectives declare: None where one that was trained
-    declares nothing.
+    `flops`, `flops_compiler` and `tokens` come from the declarations of objectives, and are None if a
+    trained objective declares nothing.
 
     Attributes:
-      seconds: training, elapsed, with all that it retrieves, collates and embeds anew on its way.
-      device_seconds: the same, rounds times the devices that they held.
-      retrieve_seconds, collate_seconds, train_seconds, aggregate_seconds: what those consist of;
-        collating includes likelihoods under a frozen generator, aggregation all of a round that is no
-        local step.
-      embed_seconds: of passages, before training (as long as it took when they were embedded) and, as
-        part of `seconds`, in it.
-      validate_seconds: of deciding when to stop.
-      evaluate_seconds, compile_seconds: beside them.
-      flops: model formula of the training steps; `flops_compiler` is the compiler's count of one
-        unrolled step, times steps.
-      peak_bytes: of the largest round on a device, by the compiler.
-      tokens: read by generator and query encoder in training steps, without padding.
-      refreshes: how often the training questions were searched anew.
-      traffic: what the algorithm sends, as stored: bytes by direction, part and type, such as
-        "up adapters float32"; empty when nothing is federated.
-      bytes_passages, bytes_vectors, bytes_questions: of the corpus and its index on their way to the
-        clients, and of questions sent to be searched elsewhere.
+      seconds: elapsed training time, including retrieval, collating and re-embedding during training.
+      device_seconds: seconds of the rounds multiplied by the number of devices they held.
+      retrieve_seconds, collate_seconds, train_seconds, aggregate_seconds: the parts of `seconds`.
+        Collating includes likelihoods under a frozen generator; aggregation includes everything in a
+        round that is not a local step.
+      embed_seconds: embedding of passages, before training (the original time if they were cached)
+        and during training (also part of `seconds`).
+      validate_seconds: validation for the stopping rule.
+      evaluate_seconds, compile_seconds: evaluation and compilation, not part of `seconds`.
+      flops: operations of the training steps by the model formula.
+      flops_compiler: the compiler's count of one unrolled step, times the number of steps.
+      peak_bytes: memory of the largest round on a device, by the compiler.
+      tokens: tokens read by generator and query encoder in training steps, without padding.
+      refreshes: number of retrievals for the training questions.
+      traffic: bytes sent by the algorithm, as stored, by direction, part and type, such as
+        "up adapters float32"; empty if nothing is federated.
+      bytes_passages, bytes_vectors, bytes_questions: bytes of the corpus and its index sent to the
+        clients, and of questions sent to other silos.
     """
 
     seconds: float = 0.0
@@ -62,7 +62,7 @@ class Cost(NamedTuple):
 
     @classmethod
     def read(cls, path: pathlib.Path) -> "Cost":
-        """What `_asdict` wrote as JSON.
+        """Reads a cost from a JSON file of `_asdict`.
 
         Raises:
           DataError: as `of` does.
@@ -71,10 +71,10 @@ class Cost(NamedTuple):
 
     @classmethod
     def of(cls, fields: Mapping[str, Any], path: pathlib.Path) -> "Cost":
-        """The cost with fields that were read from a file.
+        """Returns the cost with the fields read from a file.
 
         Raises:
-          DataError: there are others, as another version has.
+          DataError: unknown or missing fields, from another version.
         """
         try:
             return cls(**fields)
@@ -86,12 +86,12 @@ class Cost(NamedTuple):
 
     @property
     def bytes_up(self) -> int:
-        """Of what is trained, from all clients."""
+        """Bytes of trained parameters sent by all clients."""
         return sum(size for kind, size in self.traffic.items() if kind.startswith("up "))
 
     @property
     def bytes_down(self) -> int:
-        """Of what is trained, to all clients."""
+        """Bytes of trained parameters sent to all clients."""
         return sum(size for kind, size in self.traffic.items() if kind.startswith("down "))
 
     def __add__(self, other: "Cost") -> "Cost":
@@ -107,7 +107,7 @@ _ADDED = {"peak_bytes": max, "traffic": lambda *both: added(both)}
 
 
 def mean_cost(costs: Sequence[Cost]) -> Cost:
-    """The mean over runs, but for `peak_bytes`."""
+    """Returns the mean over runs; for `peak_bytes`, the maximum."""
     total, n = sum(costs, Cost()), len(costs)
     known = {name: x for name, x in total._asdict().items() if x is not None}
     mean = {name: x / n for name, x in known.items() if name not in _ADDED}
@@ -116,28 +116,28 @@ def mean_cost(costs: Sequence[Cost]) -> Cost:
 
 
 def corpus_cost(passages: Sequence[Passage], vectors: np.ndarray, clients: int) -> Cost:
-    """What it takes to have the passages and their index at every client, who searches at home."""
+    """Returns the cost of sending the passages and their index to every client, for local search."""
     text = sum(len(embedding_text(p).encode()) for p in passages)
     return Cost(bytes_passages=clients * text, bytes_vectors=clients * vectors.nbytes)
 
 
 def step_flops(task: Task, table, batch_size: int) -> float | None:
-    """Model formula of one local step of a task; None unless its objective declares one."""
+    """Returns the operations of one local step by the model formula; None if not declared."""
     flops = task.declared.flops
     return None if flops is None else batch_size * float(flops(task, table))
 
 
 def compiler_flops(task: Task, table, batch_size: int) -> float | None:
-    """The compiler's own count of one local step; None unless its objective declares one."""
+    """Returns the compiler's operation count of one local step; None if not declared."""
     count = task.declared.compiler_flops
     return None if count is None else count(task, table, batch_size)
 
 
 def tokens_read(task: Task, history: Sequence[Mapping[str, Any]]) -> float | None:
-    """Tokens of all examples that were seen; None unless the objective declares what tells them.
+    """Returns the tokens of all examples seen; None if the objective declares no token metric.
 
     Raises:
-      ConfigError: the loss tells no such metric.
+      ConfigError: the loss does not return the declared metric.
     """
     metric = task.declared.tokens
     if metric is None:
@@ -147,19 +147,19 @@ def tokens_read(task: Task, history: Sequence[Mapping[str, Any]]) -> float | Non
     for _, metrics in told:
         if metric not in metrics:
             raise ConfigError(
-                f"task {task.name!r} declares that its metric {metric!r} counts tokens, and its loss "
-                f"tells {[*metrics]}: have the loss tell it, or declare another in StepCost"
+                f"task {task.name!r} declares that its metric {metric!r} counts tokens, but its loss "
+                f"returns {[*metrics]}: return it, or declare another metric in StepCost"
             )
     return float(sum(n * metrics[metric] for n, metrics in told))
 
 
 def training_cost(task: Task, history: list[dict], table, *, steps: int, batch_size: int) -> Cost:
-    """Of a finished fit.
+    """Returns the cost of a finished fit.
 
     Args:
-      history: its records.
+      history: the records of its rounds.
       table: any rows of the task's table, for their shapes.
-      steps: local steps of all clients in all rounds.
+      steps: number of local steps of all clients in all rounds.
     """
 
     def total(name):

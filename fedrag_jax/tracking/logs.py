@@ -1,4 +1,4 @@
-"""A fit's rounds as lines: in a file, on a terminal."""
+"""Logs the rounds of a fit to a file or a terminal."""
 
 import json
 import os
@@ -14,10 +14,10 @@ from fedrag_jax.federated.callbacks import Callback, FitState
 
 
 class JsonlLog(Callback):
-    """One JSON object a round, as `fit` describes it.
+    """Writes one JSON object per round, the record that `fit` describes.
 
-    At the start the file is written anew from the history of the state: empty for a fresh run, cut
-    back to the round of the checkpoint for a resumed one. Hence it comes after the checkpointer.
+    At the start the file is rewritten from the history of the state: empty for a new run, cut back to
+    the round of the checkpoint for a resumed one. List this callback after the checkpointer.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -35,14 +35,14 @@ class JsonlLog(Callback):
 
 
 class Progress(Callback):
-    """A line on stderr, at most one a second: round, loss, seconds per round, time left.
+    """Prints round, loss, seconds per round and time left to stderr, at most once per second.
 
-    And one while the first round takes long, as it does where a large model is compiled for it. Of
-    several processes the first tells.
+    It also prints a line if the first round takes long, for example because a large model is compiled.
+    If there are several processes, only the first one prints.
 
     Args:
-      where: said first, such as the regime.
-      patience: seconds without a round before it is said that there is none yet.
+      where: the start of each line, such as the regime.
+      patience: seconds without a finished round before that line.
     """
 
     def __init__(self, where: str = "", patience: float = 10.0):
@@ -59,7 +59,7 @@ class Progress(Callback):
     def _tell(self, task: str) -> None:
         print(
             f"{self.where}{task}: no round is done after {self.patience:g} s; the first one also "
-            "compiles its program, which of a large model takes minutes",
+            "compiles its program, which takes minutes for a large model",
             file=sys.stderr,
             flush=True,
         )

@@ -1,4 +1,4 @@
-"""What a run was made with."""
+"""The manifest of a run: commands, devices, versions and data."""
 
 import datetime
 import importlib.metadata
@@ -19,8 +19,8 @@ PACKAGES = ("fedrag-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", 
 
 
 def write_manifest(folder: pathlib.Path, dataset: Dataset, **about) -> None:
-    """`manifest.json`: every command with its device, commit and time; versions, and the hash of the
-    data, besides what is given.
+    """Writes `manifest.json`: every command with its device, commit and time, versions, the hash of
+    the data, and the given fields.
 
     Raises:
       DataError: the folder holds results of other data.
@@ -31,8 +31,8 @@ def write_manifest(folder: pathlib.Path, dataset: Dataset, **about) -> None:
         origins = f"{old['data'].get('origin') or dataset.name} then, {dataset.origin} now"
         raise DataError(
             f"{folder} holds results of other data: its hash was {before}, that of {dataset.name} is "
-            f"{data} ({origins}). Choose another --config.name, remove the folder, or, for a set of "
-            "the hub, give the commit of then as --config.data.revision"
+            f"{data} ({origins}). Choose another --config.name, remove the folder, or, for a data set "
+            "of the hub, give the earlier commit as --config.data.revision"
         )
     device = jax.devices()[0]
     now = {
@@ -58,7 +58,7 @@ def write_manifest(folder: pathlib.Path, dataset: Dataset, **about) -> None:
 
 
 def _commit() -> str | None:
-    """Of the checkout that runs, with a plus if it was changed; None where there is none."""
+    """The commit of the running checkout, with a plus if it has changes; None without a checkout."""
     here = pathlib.Path(__file__).parent
 
     def git(*words):
@@ -73,11 +73,11 @@ def _commit() -> str | None:
 
 
 def _command() -> str:
-    """What to type for the same again: `sys.argv` lacks what programs have taken out of it."""
+    """The command line to repeat the run; `sys.argv` lacks arguments that programs have removed."""
     return " ".join(["python", *map(_quoted, sys.orig_argv[1:])])
 
 
 def _quoted(word: str) -> str:
-    """For a shell; readable where the word itself has single quotes."""
+    """Quotes a word for a shell; readable even if the word contains single quotes."""
     plain = "'" not in word or set(word) & set('"$`\\!')
     return shlex.quote(word) if plain else f'"{word}"'

@@ -1,7 +1,7 @@
-"""Several processes of one run: each keeps files of its own, and they agree on what is done.
+"""Agreement between the processes of one run, each of which has its own files.
 
-What is trained is the same in all of them, so nothing need be sent; but a process must not go on from a
-file that another has lost, or it would wait for the other forever.
+The trained parameters are the same in all processes, so nothing needs to be sent. But a process must
+not continue from a file that another process has lost, or it would wait for the other forever.
 """
 
 import jax
@@ -10,7 +10,7 @@ from jax.experimental import multihost_utils
 
 
 def everywhere(done: bool) -> bool:
-    """Whether it is so in every process."""
+    """Returns whether a condition holds in every process."""
     if jax.process_count() == 1:
         return done
     return bool(multihost_utils.process_allgather(np.array([done])).all())

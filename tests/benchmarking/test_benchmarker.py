@@ -210,7 +210,7 @@ def test_settings_that_cannot_be_are_refused(run, name, how, words):
 
 def test_choices_are_scored_without_reasoning(run):
     reasons = RAGSystem.build(PASSAGES, top_k=1, prompt_style="compact_reasoned")
-    with pytest.raises(ConfigError, match="likelihood is of answers alone"):
+    with pytest.raises(ConfigError, match="likelihood scores answers only"):
         run("mmlu", using=reasons)
     with pytest.raises(ConfigError, match="examples have no reasoning"):
         run("squad", using=reasons, shots=1, limit=1)

@@ -121,7 +121,7 @@ def test_what_a_call_cannot_have_is_refused_there_too(system):
     ):
         with pytest.raises(ConfigError, match=words):
             answers.invoke(wrong)
-    with pytest.raises(ConfigError, match="a retriever is asked a string, got"):
+    with pytest.raises(ConfigError, match="a retriever takes a string, got"):
         retriever.invoke({"input": QUESTION})
     with pytest.raises(ConfigError, match="takes no beams"):
         [*answers.stream(QUESTION, mode="ensemble", beams=2)]

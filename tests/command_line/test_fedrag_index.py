@@ -173,7 +173,7 @@ def test_files_of_a_user_may_be_called_as_ours(tmp_path, capsys):
 def test_indexing_refuses_what_would_lose_something(system, tmp_path, capsys):
     documents = write_documents(tmp_path / "documents", PASSAGES[:21])
     for more, error in (
-        (["--store", "hnsw"], "holds a system already, and --store are of a new one"),
+        (["--store", "hnsw"], "holds a system already, and --store apply to new systems only"),
         ([], "holds the documents of .*/documents, not of"),
         (["--moved", "--tokens", "1000000"], "encoder reads [0-9]+ tokens of a passage"),
     ):
@@ -182,9 +182,9 @@ def test_indexing_refuses_what_would_lose_something(system, tmp_path, capsys):
     new = ["index", str(documents), "--to", str(tmp_path / "new"), "--quiet"]
     for more, error in (
         (["--store", "qdrant"], "store 'qdrant' needs the option 'at'"),
-        (["--at", "x"], "has no option 'at', which is of qdrant and postgres"),
+        (["--at", "x"], "has no option 'at'; it belongs to qdrant and postgres"),
         (["--like", str(system), "--generator", "x"], "--like takes models and prompts"),
-        (["--language", "english"], "has no option 'language', which is of bm25 and hybrid"),
+        (["--language", "english"], "has no option 'language'; it belongs to bm25 and hybrid"),
     ):
         assert main([*new, *more]) == 1
         assert error in capsys.readouterr().err
@@ -214,7 +214,7 @@ def test_a_system_leaves_a_store_of_others_alone(tmp_path, capsys):
     assert main(["index", str(tmp_path / "a"), "--to", str(tmp_path / "one"), *place]) == 0
     other = ["index", str(tmp_path / "b"), "--to", str(tmp_path / "other"), *place]
     assert main(other) == 1
-    assert "holds 1 passages of others, such as 'a.txt#0'" in capsys.readouterr().err
+    assert "holds 1 foreign passages, such as 'a.txt#0'" in capsys.readouterr().err
     assert main([*other, "--collection", "mine"]) == 0
     assert main(["ask", str(tmp_path / "one"), "Who?", "--elsewhere", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out.splitlines()[-1])

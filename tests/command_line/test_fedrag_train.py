@@ -39,7 +39,7 @@ def test_training_tunes_and_keeps_the_store(system, tmp_path, capsys, regime):
     tuned.under("Be brief.").save(tmp_path / "another")
     command[1] = str(tmp_path / "another")
     assert main(command) == 1
-    assert "holds a training of others: system was" in capsys.readouterr().err
+    assert "holds a training with other settings: system was" in capsys.readouterr().err
 
 
 def test_what_cannot_be_trained_is_refused(system, tmp_path, capsys):
@@ -88,7 +88,7 @@ def test_training_by_an_algorithm_keeps_the_base_that_it_changed(system, tmp_pat
     assert changed == {*old.decoder.lora.targets}
     (tmp_path / "tuned" / "system.json").unlink()
     assert main([*command[:-1], "weighting=examples"]) == 1
-    assert "holds a training of others: algorithm_options was" in capsys.readouterr().err
+    assert "holds a training with other settings: algorithm_options was" in capsys.readouterr().err
     assert main(command) == 0
     assert told(capsys)[0]["validation"] == result["validation"]
 

@@ -126,7 +126,7 @@ class Processes:
     def link(self) -> None:
         database = self.folder / "link.db"
         self.start("link", commands.superlink(self.certificates, database, "127.0.0.1", self.port))
-        commands.wait_for_link(self.home, PATIENCE)
+        commands.wait_for_link(self.home, self.running["link"], PATIENCE)
 
     def party(self, number: int, faults: dict, known: bool = True) -> None:
         folder = self.folder / f"party {number}"

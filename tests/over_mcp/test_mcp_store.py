@@ -169,7 +169,7 @@ def test_no_command_of_a_folder_runs_without_consent(foreign, tmp_path):
     told = {"depth": 9, "parts": 2, "elsewhere": "Qdrant at http://localhost"}
     hybrid = {"format": 1, "kind": "hybrid", "settings": told, "data": "store-data-1"}
     (tmp_path / "h" / "store.json").write_text(json.dumps(hybrid))
-    with pytest.raises(CheckpointError, match="a store of kind 'mcp' is no part of another"):
+    with pytest.raises(CheckpointError, match="a store of kind 'mcp' cannot be part of another"):
         open_store(tmp_path / "h", elsewhere=True)
     assert not ran.exists()
     with pytest.raises(StoreUnreachable):

@@ -1,1 +1,1 @@
-"""Public benchmarks, asked of one system: read, put, scored, kept."""
+"""Public benchmarks: reads questions, asks a system, scores and stores the answers."""

@@ -1,4 +1,4 @@
-"""A batch of questions, asked the way a run asks them: what came of each, as rows."""
+"""Asks a batch of questions with the settings of a run, and returns the results as rows."""
 
 import dataclasses
 import itertools
@@ -15,11 +15,11 @@ from fedrag_jax.rag import RAGSystem
 
 @dataclasses.dataclass
 class Run:
-    """How questions of one run are asked, a batch at a time.
+    """Asks the questions of one run, a batch at a time.
 
     Attributes:
-      corpus: ids of all passages that are searched; None where nobody lists them.
-      shown: questions that examples are drawn from.
+      corpus: ids of all searched passages; None if the store does not list them.
+      shown: questions from which few-shot examples are drawn.
     """
 
     known: sets.BenchmarkSet
@@ -35,7 +35,7 @@ class Run:
         self._systems: dict[tuple[Question, ...], RAGSystem] = {}
 
     def rows(self, asked: Sequence[Question], seed: int) -> list[Row]:
-        """What came of each question, in their order."""
+        """Returns the result of each question, in order."""
         ranked, cosines = self._found(asked)
         read = [some[: self.system.top_k] for some in ranked]
         if self.settings["corpus"] == "gold":
@@ -66,7 +66,7 @@ class Run:
         return self._systems[examples]
 
     def _found(self, asked) -> tuple[list[list[Passage]], list[list[float]] | None]:
-        """Passages of each question, best first, and their scores where these are cosines."""
+        """Returns the passages of each question, best first, and their scores if these are cosines."""
         corpus = self.settings["corpus"]
         if corpus == "none":
             return [[] for _ in asked], None
@@ -155,7 +155,7 @@ class Run:
 
 
 def _put(system: RAGSystem, text: str, contexts, room: int) -> tuple[str, bool]:
-    """The question as it fits into so many tokens, and whether it or what comes before it is cut."""
+    """Returns the question fitted into `room` tokens, and whether the prompt was truncated."""
     fits = asking.fitted(system.prompts, text, room)
     longest = max((len(system.prompts.prompt(text, some)) for some in contexts), default=0)
     return fits, longest > room

@@ -1,4 +1,4 @@
-"""How questions are put to a system: their words, the examples before them, and the room they have."""
+"""Prompts of benchmark questions: wording, few-shot examples, and truncation."""
 
 import bisect
 import dataclasses
@@ -21,8 +21,8 @@ _HEADING = re.compile(r"(?:^|(?<=\n))#+ [^\n]*\n\Z")
 
 
 def words(question: Question, kind: str, by: str) -> str:
-    """What a generator is asked: with the choices where one is to be named, and without them where each
-    is scored as the continuation."""
+    """Returns the question text: with the choices if one is to be named, and without them if each
+    choice is scored as a continuation."""
     if by not in LETTERED or kind == "open":
         return question.question
     if kind == "labels":
@@ -36,12 +36,12 @@ def words(question: Question, kind: str, by: str) -> str:
 
 
 def continuations(question: Question, by: str) -> Sequence[str]:
-    """What is scored after the question: the text of each choice, or its letter."""
+    """Returns the scored continuations: the text of each choice, or its letter."""
     return [*_letters(question)] if by == "letters" else question.choices
 
 
 def right(question: Question, kind: str, by: str) -> str:
-    """What is to be written."""
+    """Returns the correct answer to write."""
     if kind == "open":
         return next(filter(str.strip, question.answers), UNANSWERABLE)
     by_letter = kind == "choices" and by in LETTERED
@@ -49,10 +49,10 @@ def right(question: Question, kind: str, by: str) -> str:
 
 
 def parsed(answer: str, question: Question, kind: str) -> int | None:
-    """The choice that an answer names, read strictly; None for none.
+    """Returns the choice that an answer names, parsed strictly; None for none.
 
-    A letter stands alone, be it in brackets or before a full stop, or before the very words of its
-    choice. A label is the answer's first word.
+    A letter must stand alone, possibly in brackets or before a full stop, or be followed by the exact
+    words of its choice. A label is the answer's first word.
     """
     if kind == "labels":
         first = normalize_answer(answer).partition(" ")[0]
@@ -76,8 +76,8 @@ def _letters(question: Question) -> str:
 
 
 def set_aside(asked: Sequence[Question], shots: int) -> tuple[list[Question], list[Question]]:
-    """Examples for a set that has one split only, and the rest, which is asked: a hundredth is set
-    aside, or as many as are shown if they are more; the same for all seeds."""
+    """Splits a data set with only one split into few-shot examples and asked questions: a hundredth is
+    set aside, or as many as are shown if that is more; the same for all seeds."""
     order = sorted(asked, key=lambda q: stream(0, f"set aside {q.id}").random())
     n = max(shots, len(asked) // 100)
     shown = {q.id for q in order[:n]}
@@ -87,10 +87,10 @@ def set_aside(asked: Sequence[Question], shots: int) -> tuple[list[Question], li
 def examples_for(
     question: Question, shown: Sequence[Question], shots: int, seed: int
 ) -> tuple[Question, ...]:
-    """So many examples of the question's group, drawn by the seed; none asks what the question asks.
+    """Draws `shots` examples from the question's group by the seed, without the question itself.
 
     Raises:
-      ConfigError: the group has too few.
+      ConfigError: the group has too few examples.
     """
     if not shots:
         return ()
@@ -110,7 +110,7 @@ def examples_for(
 def after_examples(
     system: RAGSystem, examples: Sequence[Question], kind: str, by: str
 ) -> RAGSystem:
-    """The system with examples, which have no passages, before the passages that it reads."""
+    """Returns the system with few-shot examples (without passages) before the passages of a prompt."""
     if not examples:
         return system
     prompts = system.prompts
@@ -122,7 +122,7 @@ def after_examples(
 
 
 def showing(style: PromptStyle, tokenizer, shown: Sequence[tuple[str, str]]) -> PromptStyle:
-    """The style with examples at the end of its opening, but before the heading of the passages.
+    """Returns the style with examples at the end of its opening, before the heading of the passages.
 
     Args:
       shown: questions, each with its answer.
@@ -132,7 +132,7 @@ def showing(style: PromptStyle, tokenizer, shown: Sequence[tuple[str, str]]) -> 
     """
     if style.final:
         raise ConfigError(
-            "examples have no reasoning or citations, which the prompt style asks for: use shots=0, or "
+            "examples have no reasoning or citations, but the prompt style needs them: use shots=0, or "
             "a style without them"
         )
     # In a chat, examples are part of the user's turn, and a question's own form would end that.
@@ -151,7 +151,7 @@ def showing(style: PromptStyle, tokenizer, shown: Sequence[tuple[str, str]]) -> 
 
 
 def fitted(prompts: Prompts, text: str, room: int) -> str:
-    """The question, or as many of its last words as `room` tokens hold."""
+    """Returns the question, or as many of its last words as fit into `room` tokens."""
     if len(prompts.question_tokens(text)) <= room:
         return text
     parts = text.split(" ")

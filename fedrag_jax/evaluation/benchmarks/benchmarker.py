@@ -1,4 +1,4 @@
-"""One system, asked the questions of public sets: `Benchmarker(system, folder).run("mmlu")`."""
+"""Runs public benchmarks on a system: `Benchmarker(system, folder).run("mmlu")`."""
 
 import dataclasses
 import hashlib
@@ -29,13 +29,13 @@ CORPORA = ("own", "benchmark", "gold", "none")
 
 
 class Benchmarker:
-    """Asks a system the questions of sets, and keeps what came of them.
+    """Runs benchmarks on a system and stores the results.
 
     Args:
-      folder: where results are kept, and where a run that was stopped goes on, each in a folder of its
-        own inside. None keeps nothing.
-      batch_size: questions between two writes; what is answered does not depend on it.
-      seed: of the sample of questions and of the examples shown.
+      folder: folder of the results, one subfolder per run; a stopped run resumes from it. None stores
+        nothing.
+      batch_size: number of questions between two writes; answers do not depend on it.
+      seed: random seed of the sample of questions and of the few-shot examples.
       progress: shows questions and time left on stderr.
     """
 
@@ -71,38 +71,38 @@ class Benchmarker:
         max_new_tokens: int | None = None,
         rule: str = "",
     ) -> BenchmarkResult:
-        """Scores of a set, greedy and reproducible; what is in the folder already is not asked again.
+        """Scores a system on a benchmark with greedy decoding; finished questions are not asked again.
 
-        A row of the result has the question's `id`, the `prediction` (a text, or the place of a choice
-        from 0), the `gold`, its `scores`, the ids of the passages `read`, whether the prompt was `cut`
-        and the `seconds` it took; by likelihood also `log_probs` and `tokens` of each choice. In a set
-        with one split alone (PopQA), a hundredth of the questions is set aside for examples, if there
-        are any, and not asked.
+        A row of the result has the question's `id`, the `prediction` (a text, or the position of a
+        choice from 0), the `gold` answer, its `scores`, the ids of the passages `read`, whether the
+        prompt was `cut`, and the `seconds`; by likelihood also `log_probs` and `tokens` of each choice.
+        In a data set with only one split (PopQA), a hundredth of the questions is set aside for
+        few-shot examples, if there are any.
 
-        Systems tuned on local sets of `data.datasets` may have seen a set's questions under another
-        split, as those of HotpotQA: `exclude` them.
+        Systems tuned on local data sets of `data.datasets` may have seen a benchmark's questions in
+        another split, as with HotpotQA: `exclude` these questions.
 
         Args:
-          name: one of `sets.SETS`, or a set of your own.
-          split: "" for the set's own, which has labels.
-          source: "hub", "local" or a folder; None for "local" where that has the set (`reading.read`).
-          limit: a random sample of so many. A larger one of the same seed goes on from a smaller one.
-          shots: examples before each question, without passages.
+          name: one of `sets.SETS`, or your own `BenchmarkSet`.
+          split: the split to ask; "" for the benchmark's own split with labels.
+          source: "hub", "local" or a folder; None for "local" if available (`reading.read`).
+          limit: size of a random sample. A larger sample of the same seed contains a smaller one.
+          shots: few-shot examples before each question, without passages.
           by: "generation" writes the answer (the letter of a choice, a label); "likelihood" takes the
-            choice whose text has the highest log p, in all, by token and by byte; "letters" shows all
-            choices and takes the one whose letter has, as MMLU's authors and lm-evaluation-harness do;
-            "" is the set's usual way.
-          corpus: what is read: top-k of the system's "own" passages or store, top-k of all passages of
-            the "benchmark" split in a store of the same kind, the question's "gold" passages, or "none"
-            (closed book).
-          exclude: ids of questions that are left out.
-          mode, beams, max_new_tokens: as in `RAGSystem.read`, of what is written.
-          rule: of `metrics.f1`, for a set of the kind "open" in another language, such as "zh"; "" is
-            the set's own.
+            choice whose text has the highest log p, in total, per token and per byte; "letters" shows
+            all choices and takes the most likely letter, as MMLU's authors and lm-evaluation-harness
+            do; "" is the benchmark's usual method.
+          corpus: the passages to read: top-k of the system's "own" passages or store, top-k of all
+            passages of the "benchmark" split in a store of the same kind, the question's "gold"
+            passages, or "none" (closed book).
+          exclude: ids of questions to leave out.
+          mode, beams, max_new_tokens: as in `RAGSystem.read`, for generated answers.
+          rule: rule of `metrics.f1` for open answers in another language, such as "zh"; "" is the
+            benchmark's own.
 
         Raises:
-          ConfigError: a value out of its range, or a folder that holds another run.
-          DataError: a set that cannot be read; gold ids of your own set that all name no passage.
+          ConfigError: a value out of its range, or a folder with another run.
+          DataError: a data set that cannot be read, or gold ids of your own set that name no passages.
         """
         known = sets.named(name)
         if rule:
@@ -182,7 +182,7 @@ class Benchmarker:
             f"by {by!r} reads all passages together: mode and beams cannot be chosen": (
                 by != "generation" and (mode, beams) != ("concatenated", None)
             ),
-            "likelihood is of answers alone, and the prompt style begins with reasoning or citation: "
+            "likelihood scores answers only, but the prompt style begins with reasoning or citation: "
             "use by='generation', or another style": (
                 by in ("likelihood", "letters") and bool(self.system.prompts.style.final)
             ),
@@ -192,7 +192,7 @@ class Benchmarker:
                 raise ConfigError(fault)
 
     def _placed(self, material: reading.Material, corpus: str) -> RAGSystem:
-        """The system over what it is to answer from."""
+        """Returns the system over the passages of the run."""
         if corpus in ("benchmark", "gold") and not material.passages:
             raise ConfigError(
                 f"{material.origin} has no passages: use corpus='own', or 'none' for closed book"
@@ -207,10 +207,10 @@ class Benchmarker:
         return self.system.over(store)
 
     def _empty_store(self) -> KnowledgeStore:
-        """One that searches as the system does.
+        """Returns an empty store that searches as the system does.
 
         Raises:
-          ConfigError: passages that lie with silos, elsewhere, or with somebody who only finds.
+          ConfigError: a retriever over silos, an external store, or a read-only source.
         """
         retriever, store = self.system.retriever, self.system.store
         if store is None and isinstance(retriever.index, VectorIndex):
@@ -244,15 +244,15 @@ class Benchmarker:
 def _placed_golds(
     known: sets.BenchmarkSet, asked: Sequence[Question], searched: Sequence[Passage]
 ) -> list[Question]:
-    """The questions with gold ids of passages that are searched.
+    """Returns the questions with gold ids of searched passages.
 
-    A question one of whose ids names none keeps its own, and its ranking is not scored.
+    If an id of a question names no passage, the question keeps its ids, and its ranking is not scored.
     """
     found = golds(((q.golds, q.answers) for q in asked), searched)
     if not known.repo:  # those of public sets are of the set's passages
         found.require_some(known.name)
     if told := found.told():
-        warnings.warn(f"{known.name}: {told}: those rankings are not scored", stacklevel=3)
+        warnings.warn(f"{known.name}: {told}: these rankings are not scored", stacklevel=3)
     return [
         q if missing else dataclasses.replace(q, golds=ids)
         for q, ids, missing in zip(asked, found.found, found.missing, strict=True)

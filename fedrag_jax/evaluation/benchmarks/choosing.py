@@ -1,4 +1,4 @@
-"""Which choice a generator finds likeliest: log p of each after the prompt, scored and not written."""
+"""Multiple choice by likelihood: log p of each choice after the prompt, without generation."""
 
 from collections.abc import Sequence
 
@@ -10,18 +10,18 @@ from fedrag_jax.generation.text import Writer
 
 
 def choice_tokens(prompts: Prompts, choice: str) -> np.ndarray:
-    """The tokens of a choice as it follows a prompt, int [A]; without EOS, which is none of it."""
+    """Returns the tokens of a choice after a prompt, int [A], without EOS."""
     return np.array(prompts.spelled(choice), np.int32)
 
 
 def log_likelihoods(
     writer: Writer, asked: Sequence[np.ndarray], choices: Sequence[Sequence[np.ndarray]]
 ) -> list[np.ndarray]:
-    """log p(choice | prompt) float64 [Q][C], the sum over a choice's tokens.
+    """Returns log p(choice | prompt), float64 [Q][C], summed over a choice's tokens.
 
     Args:
       asked: int [T], the prompt of each question.
-      choices: int [Q][C][A], of `choice_tokens`.
+      choices: int [Q][C][A], from `choice_tokens`.
     """
     if all(len(c) == 1 for some in choices for c in some):  # letters: each prompt is read once
         return inference.next_token_log_probs(writer, asked, [np.concatenate(c) for c in choices])

@@ -1,4 +1,4 @@
-"""What a system's answers depend on, part by part, as hashes: systems that share them answer alike."""
+"""Hashes of everything that a system's answers depend on: equal hashes give equal answers."""
 
 import dataclasses
 import hashlib
@@ -14,8 +14,8 @@ from fedrag_jax.retrieval.stores.knowledge_store import KnowledgeStore
 
 
 def corpus_of(system: RAGSystem) -> list[Passage] | None:
-    """The passages that a system answers from, in the order of their ids; None where it searches with
-    somebody who does not list them."""
+    """Returns the passages that a system answers from, ordered by id; None if its store does not list
+    them."""
     if system.store is None:
         passages = system.retriever.passages
     elif isinstance(system.store, KnowledgeStore):
@@ -26,15 +26,15 @@ def corpus_of(system: RAGSystem) -> list[Passage] | None:
 
 
 def identity(system: RAGSystem, searches: bool, corpus: Iterable[Passage] | None) -> dict[str, str]:
-    """16 hex characters of the sha256 of generator, adapters, prompts and, where it searches, of the
-    retriever and the corpus.
+    """Returns 16 hex characters of the sha256 of generator, adapters, prompts and, if the system
+    searches, of the retriever and the corpus.
 
-    Of a store its settings and passages count, not their vectors: those are what `system.embed` gives.
-    Of one that does not list passages, its settings alone: changes there go unseen.
+    For a store, settings and passages count, but not vectors, which `system.embed` determines. For a
+    store that does not list its passages only the settings count, so changes there are not noticed.
 
     Args:
-      searches: whether it does.
-      corpus: what `corpus_of` gives.
+      searches: whether the system searches.
+      corpus: the result of `corpus_of`.
     """
     prompts, retriever = system.prompts, system.retriever
     parts = {

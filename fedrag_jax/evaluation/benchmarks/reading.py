@@ -1,4 +1,4 @@
-"""Questions and passages of a set: from the hub, from a copy of it, or from local JSON lines."""
+"""Reads questions and passages of a benchmark from the hub, a copy of it, or local JSON lines."""
 
 import dataclasses
 import hashlib
@@ -26,13 +26,13 @@ from fedrag_jax.evaluation.benchmarks.sets import BenchmarkSet
 
 
 class Material(NamedTuple):
-    """What a run needs of a set.
+    """The data of a benchmark for one run.
 
     Attributes:
       asked: all questions of the split.
-      shown: those that may be shown as examples, of another split.
-      passages: all that come with the split's questions, each once; none where there are none.
-      origin: where it was read: a file, a folder, or the name on the hub.
+      shown: questions of another split for few-shot examples.
+      passages: all passages of the split's questions, without duplicates; may be empty.
+      origin: the source: a file, a folder, or the name on the hub.
     """
 
     asked: list[Question]
@@ -42,8 +42,8 @@ class Material(NamedTuple):
 
     @property
     def content(self) -> str:
-        """16 hex characters of the sha256 of every question, as far as it is asked and scored, and
-        passage, in order."""
+        """16 hex characters of the sha256 of every question (the asked and scored parts) and passage,
+        in order."""
         digest = hashlib.sha256()
         for records in (self.asked, self.shown, self.passages):
             digest.update(b"\n")
@@ -58,22 +58,22 @@ def read(
     source: str | os.PathLike | None = None,
     shown: bool = False,
 ) -> Material:
-    """A split of a set, every question with what is right.
+    """Reads a split of a benchmark, every question with its labels.
 
     Local files are `NAME.questions.jsonl` or `NAME.jsonl`, with `NAME.passages.jsonl` if there are
     passages, plain or gzipped, in the schema of `data.datasets`; questions of the kind "choices" have
-    `choices` and `answer`, the place of the right one from 0.
+    `choices` and `answer`, the position of the correct one from 0.
 
     Args:
-      split: as the hub calls it; "" for the set's own.
-      source: "hub"; "local" for the folder in the environment variable FEDRAG_DATA; another folder, of
-        local files or of copies of the hub's repositories (`FOLDER/OWNER/NAME`); the local file of
-        questions itself. None for "local" where that has the set, and else the hub.
-      shown: whether examples are wanted, too.
+      split: the hub's name of the split; "" for the benchmark's own.
+      source: "hub"; "local" for the folder $FEDRAG_DATA; another folder with local files or copies of
+        hub repositories (`FOLDER/OWNER/NAME`); or the local file of questions. None for "local" if it
+        has the benchmark, else the hub.
+      shown: whether to read few-shot examples too.
 
     Raises:
-      ConfigError: the package `datasets` is needed and missing, or examples of a set without.
-      DataError: nothing there, a split without labels, a row that is not as the set has them.
+      ConfigError: the package `datasets` is missing, or the benchmark has no examples.
+      DataError: no data, a split without labels, or a row of another format.
     """
     split = split or known.split
     if shown and known.shown == split:
@@ -110,7 +110,7 @@ def _scored(record: Question | Passage) -> tuple:
 
 
 def _unlabelled(known: BenchmarkSet, question: Question) -> str:
-    """What is missing to score a question; "" for nothing."""
+    """Returns the label that a question lacks for scoring; "" if none."""
     if known.kind == "open":
         return "" if question.answers or known.rule == "squad_v2" else "answer"
     if known.kind == "retrieval":
@@ -119,7 +119,7 @@ def _unlabelled(known: BenchmarkSet, question: Question) -> str:
 
 
 def _local(known: BenchmarkSet, source) -> Path | None:
-    """The local questions file of a set; None for the hub or a copy of it."""
+    """Returns the local questions file of a benchmark; None for the hub or a copy of it."""
     if source == "hub":
         return None
     if source not in (None, "local") and Path(source).is_file():
@@ -176,7 +176,7 @@ class _LocalFiles(NamedTuple):
             choices, label = strings_of(row, "choices", where), field_of(row, "answer", where, None)
             if not isinstance(label, int) or not 0 <= label < len(choices):
                 raise DataError(
-                    f"{where}: 'answer' must be the place of one of {len(choices)} choices, from 0, "
+                    f"{where}: 'answer' must be the position of one of {len(choices)} choices, from 0, "
                     f"got {label!r}"
                 )
         elif known.kind == "labels":
@@ -202,7 +202,7 @@ class _LocalFiles(NamedTuple):
 
 
 class _Hub(NamedTuple):
-    """A repository as the package `datasets` reads it: the same for its name and for a folder."""
+    """A repository read with the package `datasets`, by name or from a folder."""
 
     known: BenchmarkSet
     repo: str
@@ -234,7 +234,7 @@ class _Hub(NamedTuple):
         return [r for r in rows if known.side is None or known.side(r[0]) == split]
 
     def _relevant(self, split: str) -> list[tuple[Question, list[Passage]]]:
-        """BEIR: queries of all splits in one table, and who is relevant to those of this split."""
+        """For BEIR: returns the queries of all splits, and the relevant documents of this split."""
         golds: dict[str, list[str]] = {}
         pairs = self._converted(
             "default", split,

@@ -1,7 +1,7 @@
-"""What came of each question, a line each, in a file that outlives whoever is killed writing it.
+"""The results of a run in a file, one line per question, which survives a kill.
 
-The first line says what was asked, how, and of which system. Lines are added a batch at a time; half a
-line, whose writer was killed, is cut off.
+The first line describes the questions, the settings and the system. Lines are added a batch at a time;
+an incomplete last line is removed.
 """
 
 import json
@@ -17,12 +17,12 @@ Row = dict[str, Any]
 
 
 class Record:
-    """Rows by question, those that are in the file already among them.
+    """The rows by question, including those already in the file.
 
     Raises:
-      ConfigError: the file holds rows of another system, other questions or other settings; another
-        process writes into its folder.
-      DataError: a line inside of it is damaged.
+      ConfigError: the file holds rows of another system, other questions or other settings, or another
+        process writes to its folder.
+      DataError: a damaged line.
     """
 
     def __init__(self, path: pathlib.Path, asked: Mapping[str, Any]):
@@ -42,7 +42,7 @@ class Record:
         self.rows = {row["id"]: row for row in parsed[1:]}
 
     def add(self, rows: Sequence[Row]) -> None:
-        """Appends rows, and sees them off to the system before it returns."""
+        """Appends rows and flushes them to disk."""
         with files.writing(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.writelines(map(_line, rows))
         self.rows |= {row["id"]: row for row in rows}

@@ -1,4 +1,4 @@
-"""The result of a benchmark: means with their intervals, as JSON and in a table."""
+"""The results of benchmarks: means with intervals, as JSON and as a table."""
 
 import dataclasses
 import json
@@ -19,11 +19,11 @@ FORMS = {"markdown": "pipe", "text": "simple", "latex": "latex_booktabs"}
 
 
 class Mean(NamedTuple):
-    """Of a score, in percent, between the ends of its 95% bootstrap interval over questions, of which
-    those about one article are drawn together.
+    """The mean of a score in percent, with its 95% bootstrap interval over questions; questions about
+    one article are resampled together.
 
     Attributes:
-      n: questions that it applies to; without any, the others are None.
+      n: number of questions with this score; if it is 0, the other fields are None.
     """
 
     mean: float | None
@@ -34,19 +34,19 @@ class Mean(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkResult:
-    """What a system made of a set.
+    """The result of a system on a benchmark.
 
     Attributes:
-      first: the metric that the set's paper reports.
-      settings: all that was asked for, by the names of `Benchmarker.run`.
-      origin: `source`, `split`, `questions` in it, and the sha256 of its `content`.
+      first: the metric that the benchmark's paper reports.
+      settings: all settings, by the names of `Benchmarker.run`.
+      origin: `source`, `split`, number of `questions`, and the sha256 of the `content`.
       system: hashes of the system's parts.
-      metrics: by name.
-      rows: a question each: `id`, `prediction`, `gold`, `scores` and more, see `Benchmarker.run`.
-      answer_words: the mean length of written answers, without which "substring" says little; None
-        where nothing open was written.
-      share_cut: of the prompts, those that did not fit and lost passages, examples or words.
-      seconds: spent on the questions, in all sessions together, compilation included.
+      metrics: means by name.
+      rows: one row per question: `id`, `prediction`, `gold`, `scores` and more, see `Benchmarker.run`.
+      answer_words: mean length of generated answers, needed to interpret "substring"; None without
+        open answers.
+      share_cut: share of prompts that were truncated (passages, examples or words).
+      seconds: total seconds for the questions in all sessions, including compilation.
     """
 
     name: str
@@ -62,7 +62,7 @@ class BenchmarkResult:
 
     @property
     def n(self) -> int:
-        """Questions asked."""
+        """Number of questions asked."""
         return len(self.rows)
 
     def summary(self) -> dict[str, Any]:
@@ -74,16 +74,16 @@ class BenchmarkResult:
         return fields | {"n": self.n}
 
     def write(self, path: pathlib.Path) -> None:
-        """The summary as JSON, whole or not at all."""
+        """Writes the summary as JSON, atomically."""
         text = json.dumps(self.summary(), indent=2, allow_nan=False, ensure_ascii=False)
         files.write_text(path, text + "\n")
 
 
 def summed(rows: Sequence[Mapping[str, Any]], clusters: np.ndarray) -> dict[str, Mean]:
-    """Means of the rows' `scores`, each over the questions that have it; None is none.
+    """Returns the means of the rows' `scores`, each over the questions that have it.
 
     Args:
-      clusters: [N], of `data.examples.clusters`.
+      clusters: [N], from `data.examples.clusters`.
     """
     names = dict.fromkeys(name for row in rows for name in row["scores"])
     return {name: _mean([row["scores"].get(name) for row in rows], clusters) for name in names}
@@ -101,14 +101,16 @@ def _mean(scores: Sequence[float | None], clusters: np.ndarray) -> Mean:
 def table(
     results: Sequence[BenchmarkResult], form: str = "markdown", metrics: Sequence[str] = ()
 ) -> str:
-    """A line for each metric of each result, the set's own first; "–" where no question has it.
+    """Returns a table with a line per metric and result, the benchmark's own metric first.
+
+    "–" marks a metric that no question has.
 
     Args:
       form: one of `FORMS`.
-      metrics: those shown, all unless some are named.
+      metrics: names of the metrics to show; default: all.
 
     Raises:
-      ConfigError: another form.
+      ConfigError: an unknown form.
     """
     if form not in FORMS:
         raise ConfigError(f"a table's form must be one of {[*FORMS]}, got {form!r}")

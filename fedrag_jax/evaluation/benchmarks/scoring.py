@@ -1,4 +1,4 @@
-"""Scores of one question, in [0, 1]; NaN where a score does not apply to it."""
+"""Scores of one question, in [0, 1]; NaN if a score does not apply to it."""
 
 import math
 from collections.abc import Collection, Sequence
@@ -16,10 +16,10 @@ USUAL_DEPTH = 10
 
 
 def open_answer(known: BenchmarkSet, question: Question, answer: str) -> Scores:
-    """`em` and `f1` by the set's rule, and what the set has beside them.
+    """Returns `em` and `f1` by the benchmark's rule, and its additional scores.
 
-    By SQuAD v2's, words that say that nothing is known count as the empty answer, which is right where
-    there is none: `answerable_em`, `unanswerable_em` tell the two sorts of questions apart.
+    With SQuAD v2's rule, an abstention counts as the empty answer, which is correct for unanswerable
+    questions; `answerable_em` and `unanswerable_em` separate the two kinds of questions.
     """
     unknown = bool(metrics.abstained([answer])[0])
     said = "" if unknown and known.rule == "squad_v2" else answer
@@ -38,22 +38,22 @@ def open_answer(known: BenchmarkSet, question: Question, answer: str) -> Scores:
 
 
 def chosen(question: Question, choice: int | None) -> Scores:
-    """Of a choice that was written: `accuracy`, `unparsable`."""
+    """Scores a written choice: `accuracy`, `unparsable`."""
     return {"accuracy": float(choice == question.label), "unparsable": float(choice is None)}
 
 
 def likeliest(
     question: Question, texts: Sequence[str], log_probs: np.ndarray, lengths: Sequence[int]
 ) -> Scores:
-    """`accuracy` of the choice with the highest log p, `accuracy_per_token` and `accuracy_per_byte` of
-    the highest mean over its tokens and over its bytes in UTF-8; of equal ones the first.
+    """Returns `accuracy` of the choice with the highest log p, and `accuracy_per_token` and
+    `accuracy_per_byte` with the highest mean per token and per UTF-8 byte; ties go to the first choice.
 
-    In English, by byte is `acc_norm` of lm-evaluation-harness, which counts characters, and `acc_bytes`
-    anywhere. Neither depends on the tokenizer.
+    In English, the score per byte equals `acc_norm` of lm-evaluation-harness, which counts characters;
+    in any language it equals `acc_bytes`. Neither depends on the tokenizer.
 
     Args:
-      texts: of the choices, as they are scored.
-      lengths: of them, in tokens.
+      texts: the scored texts of the choices.
+      lengths: their lengths in tokens.
     """
     in_bytes = [len(text.encode()) for text in texts]
     by = {"": [1] * len(texts), "_per_token": lengths, "_per_byte": in_bytes}
@@ -66,10 +66,10 @@ def likeliest(
 def ranked(
     known: BenchmarkSet, question: Question, found: Sequence[Passage], corpus: Collection[str]
 ) -> Scores:
-    """Of passages best first: `recall_at_5`, `mrr` and, where ranking is all, `ndcg_at_10` and
-    `recall_fraction_at_100`, which is BEIR's Recall@100.
+    """Scores a ranking, best first: `recall_at_5`, `mrr` and, for retrieval benchmarks, `ndcg_at_10`
+    and `recall_fraction_at_100`, which is BEIR's Recall@100.
 
-    NaN for a question without gold passages, or with one that the corpus does not have.
+    The scores are NaN for a question without gold passages, or with one that is not in the corpus.
 
     Args:
       corpus: ids of all passages searched.
@@ -96,7 +96,7 @@ def ranked(
 
 
 def told(question: Question, read: Sequence[Passage]) -> Scores:
-    """`answer_in_passages`: whether one of the answers is somewhere in what was read, gold or not."""
+    """Returns `answer_in_passages`: whether any passage read contains an answer, gold or not."""
     if not question.answers:
         return {"answer_in_passages": math.nan}
     if not read:

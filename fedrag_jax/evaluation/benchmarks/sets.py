@@ -1,6 +1,6 @@
-"""What each public set is: where its questions lie, which have labels, and how they are scored.
+"""The public benchmarks: repository, splits with labels, and scoring.
 
-| name | hub | asked of | may be shown | kind |
+| name | hub | asked split | few-shot examples | kind |
 |---|---|---|---|---|
 | mmlu | cais/mmlu, all | test | dev, of the same subject | choices |
 | hellaswag | Rowan/hellaswag | validation (test has no labels) | train | choices |
@@ -38,24 +38,24 @@ KINDS = {  # and how they can be answered, the usual way first
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkSet:
-    """One set; a set of your own is one more of these, given to `Benchmarker.run` in place of a name.
+    """One benchmark; pass one of your own to `Benchmarker.run` instead of a name.
 
     Attributes:
-      repo, config: on the hub; no repo for a set of your own.
-      split: what is asked, unless told otherwise: one with labels.
-      shown: the split that examples for the prompt are drawn from; "" where there is none.
-      kind: of `KINDS`. Of "choices" one is right, and by generation its letter is written; "labels" are
-        short choices, the same for all questions, that are written themselves.
-      convert: a row of the hub, by its columns, and the id it gets if it has none, to a question and
-        its passages.
-      labels: of the kind "labels".
-      rule: of `metrics.f1`, for the kind "open".
-      first: the metric that the set's paper reports.
-      also: scores beside those of the kind: "substring", "answerable", "recall_all".
-      side: of a question, its split, where all of the hub lie in `only`, or local files do not say.
-      known_as: names of splits in local files, where they are others.
+      repo, config: repository and configuration on the hub; no repo for your own data.
+      split: default split, which has labels.
+      shown: the split of few-shot examples; "" for none.
+      kind: one of `KINDS`. For "choices" one choice is correct, and by generation its letter is
+        written; "labels" are short choices, the same for all questions, that are written themselves.
+      convert: function from a row and a default id to a question and its passages.
+      labels: the labels of the kind "labels".
+      rule: rule of `metrics.f1`, for the kind "open".
+      first: the metric that the benchmark's paper reports.
+      also: additional scores: "substring", "answerable", "recall_all".
+      side: function from a question to its split, if the hub has all in `only`, or local files do not
+        name the split.
+      known_as: names of splits in local files, if they differ.
       golds: the field of local files with the ids of gold passages.
-      group: the field of local files that tells whose examples may be shown.
+      group: the field of local files with the group of few-shot examples.
     """
 
     name: str
@@ -132,7 +132,7 @@ SETS = {known.name: known for known in _ALL}
 
 
 def named(name: str | BenchmarkSet) -> BenchmarkSet:
-    """A set by its name.
+    """Returns a benchmark by its name.
 
     Raises:
       ConfigError: an unknown name.
@@ -145,25 +145,27 @@ def named(name: str | BenchmarkSet) -> BenchmarkSet:
 
 
 def scored_by(known: BenchmarkSet, rule: str) -> BenchmarkSet:
-    """The set with another rule of `metrics.f1`.
+    """Returns the benchmark with another rule of `metrics.f1`.
 
     Raises:
-      ConfigError: an unknown rule; a set that is not of the kind "open".
+      ConfigError: an unknown rule, or a benchmark that is not of the kind "open".
     """
     metrics.require_rule(rule)
     if known.kind != "open":
-        raise ConfigError(f"a rule is of open answers, and {known.name} has none: leave it out")
+        raise ConfigError(
+            f"a rule applies to open answers, but {known.name} has none: leave it out"
+        )
     return dataclasses.replace(known, rule=rule)
 
 
 def own(path: pathlib.Path, everything: bool = False) -> BenchmarkSet:
-    """The set of a user's file of questions, NAME.jsonl or NAME.questions.jsonl (.gz).
+    """Returns the benchmark of a user's file of questions, NAME.jsonl or NAME.questions.jsonl (.gz).
 
-    Its test questions are those that training leaves alone (`data.datasets.load`). Where some are
-    marked `"unanswerable": true`, it is scored as SQuAD v2.
+    Its test questions are those that training does not use (`data.datasets.load`). If some are marked
+    `"unanswerable": true`, it is scored as SQuAD v2.
 
     Args:
-      everything: whether questions that do not tell their split are all asked.
+      everything: whether to ask all questions without a split.
     """
     name = path.name.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".questions")
     side = None if everything else lambda question: splits.side(question.id)
@@ -174,6 +176,6 @@ def own(path: pathlib.Path, everything: bool = False) -> BenchmarkSet:
 
 
 def in_order(questions: list[Question], seed: int) -> list[Question]:
-    """The questions in an order of the seed in which no other question has a say: the first n are a
-    random sample, and the first n + 1 are the same and one more."""
+    """Returns the questions in a random order by the seed, independent of other questions: the first n
+    are a random sample, and the first n + 1 contain it."""
     return sorted(questions, key=lambda q: hashlib.sha256(f"{seed} {q.id}".encode()).digest())

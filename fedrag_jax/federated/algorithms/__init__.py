@@ -1,1 +1,1 @@
-"""Algorithms: what many clients' updates become, a file each."""
+"""Federated algorithms, one file each."""

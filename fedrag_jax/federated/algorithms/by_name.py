@@ -1,24 +1,25 @@
-"""Algorithms by name with their options, as configs and the command line choose them.
+"""Algorithms by name and options, for configs and the command line.
 
 | name | algorithm |
 |---|---|
 | `fedavg`, `fedavgm`, `fedprox` | `fed_avg`, `fed_avg_m`, `fed_prox` |
 | `fedadagrad`, `fedadam`, `fedyogi` | `fed_adagrad`, `fed_adam`, `fed_yogi` |
 | `scaffold` | `scaffold`; its clients take steps of plain SGD |
-| `dpfedavg` | `dp_fed_avg`, which draws its clients by its own `rate` |
+| `dpfedavg` | `dp_fed_avg`, which samples clients by its own `rate` |
 | `median`, `trimmed_mean`, `krum`, `multi_krum`, `norm_bounded`, `filtered` | `robust` with that rule |
 | `fedit`, `ffa`, `rolora`, `flora`, `fedex`, `flexlora` | `fed_lora` with that rule |
 
-`fedsa` is missing: it leaves a model with each client, and who chooses by name trains one for all.
+`personal` creates the algorithms that leave a separate model with each client: `ditto`, `local_parts`,
+`fine_tuned` and `fedsa`. A strategy trains one model, so it cannot use them.
 
-All of them take options of what stands around an algorithm:
+All other algorithms also take these options:
 
-| option | |
+| option | meaning |
 |---|---|
-| `weighting` | of `Work` |
-| `up`, `down` | `compressed`, by the names of `compression.by_name` |
+| `weighting` | the weighting of `Work` |
+| `up`, `down` | codecs for `compressed`, by the names of `compression.by_name` |
 | `secure` | True for `secure` |
-| `attack`, `attackers` | `attacked`, by the names of `attacks`, with numbers of clients |
+| `attack`, `attackers` | an attack of `attacks` for `attacked`, and the numbers of the attackers |
 """
 
 import functools
@@ -29,12 +30,15 @@ from typing import Any, NamedTuple
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.federated.algorithm import Algorithm
 from fedrag_jax.federated.algorithms.compressed import compressed
+from fedrag_jax.federated.algorithms.ditto import ditto
 from fedrag_jax.federated.algorithms.dp_fed_avg import dp_fed_avg
 from fedrag_jax.federated.algorithms.fed_avg import fed_avg
 from fedrag_jax.federated.algorithms.fed_avg_m import fed_avg_m
 from fedrag_jax.federated.algorithms.fed_lora import RULES, fed_lora
 from fedrag_jax.federated.algorithms.fed_opt import fed_adagrad, fed_adam, fed_yogi
 from fedrag_jax.federated.algorithms.fed_prox import fed_prox
+from fedrag_jax.federated.algorithms.fine_tuned import fine_tuned
+from fedrag_jax.federated.algorithms.local_parts import local_parts
 from fedrag_jax.federated.algorithms.robust import robust
 from fedrag_jax.federated.algorithms.scaffold import scaffold
 from fedrag_jax.federated.algorithms.secure import secure as masked
@@ -50,7 +54,7 @@ from fedrag_jax.objectives.task import Task
 
 
 def _by_rule(rule: Callable[..., Rule]) -> Callable[..., Algorithm]:
-    """`robust` with a rule, whose settings are its own."""
+    """Returns a factory of `robust` with a rule and the rule's settings."""
     own, shared = inspect.signature(rule), inspect.signature(robust)
 
     def make(**options):
@@ -62,7 +66,14 @@ def _by_rule(rule: Callable[..., Rule]) -> Callable[..., Algorithm]:
     return make
 
 
-PERSONAL = tuple(rule for rule, row in RULES.items() if row.private)
+ROBUST_RULES = (median, trimmed_mean, krum, multi_krum, norm_bounded, filtered)
+ROBUST = tuple(rule.__name__ for rule in ROBUST_RULES)
+PERSONAL: dict[str, Callable[..., Algorithm]] = {
+    "ditto": ditto,
+    "local_parts": local_parts,
+    "fine_tuned": fine_tuned,
+    **{rule: functools.partial(fed_lora, rule) for rule, row in RULES.items() if row.private},
+}
 ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     "fedavg": fed_avg,
     "fedavgm": fed_avg_m,
@@ -72,10 +83,7 @@ ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     "fedprox": fed_prox,
     "scaffold": scaffold,
     "dpfedavg": dp_fed_avg,
-    **{
-        rule.__name__: _by_rule(rule)
-        for rule in (median, trimmed_mean, krum, multi_krum, norm_bounded, filtered)
-    },
+    **{rule.__name__: _by_rule(rule) for rule in ROBUST_RULES},
     **{rule: functools.partial(fed_lora, rule) for rule in RULES if rule not in PERSONAL},
 }
 OWN_STEPS = ("scaffold",)  # whose clients' optimizer comes with the algorithm
@@ -86,12 +94,12 @@ _GIVEN = ("server_optimizer", "client_learning_rate", "network", "part", "base",
 
 
 class Named(NamedTuple):
-    """An algorithm by its name; what it comes to depends on the task.
+    """An algorithm chosen by name; the algorithm itself depends on the task.
 
     Attributes:
       name: one of `ALGORITHMS`.
-      options: some of `options_of(name)`.
-      network: the generator's with its adapters, which the rules of `fed_lora` need.
+      options: options from `options_of(name)`.
+      network: the generator's network with its adapters, needed by the rules of `fed_lora`.
     """
 
     name: str = "fedavg"
@@ -99,13 +107,12 @@ class Named(NamedTuple):
     network: Network | None = None
 
     def averaging(self, task: Task, rates: Mapping[str, float]) -> Callable[..., Algorithm]:
-        """What makes the algorithm for a task, of what `Work` takes.
+        """Returns the function from options of `Work` to the algorithm for a task.
 
-        A rule for adapters has nothing to say about a task that trains none: that is averaged as by
-        `fed_avg`.
+        If a task trains no adapters, a rule for adapters is replaced by `fed_avg`.
 
         Args:
-          rates: learning rate of each part that the task trains, which SCAFFOLD's own steps take.
+          rates: learning rate of each trained part, for the steps of SCAFFOLD.
         """
         around = {name: x for name, x in self.options.items() if name in AROUND}
         options = {name: x for name, x in self.options.items() if name not in AROUND}
@@ -119,11 +126,25 @@ class Named(NamedTuple):
         return lambda **work: surrounded(make(**work), **around)
 
     def changes_base(self, task: Task) -> bool:
-        """Whether training a task changes what its adapters are added to."""
+        """Returns whether training a task changes the base to which its adapters are added."""
         return self.name in CHANGING_BASE and "adapters" in task.trainable
 
 
 FED_AVG = Named()
+
+
+def personal(name: str, **options) -> Algorithm:
+    """An algorithm that leaves a model with each client.
+
+    Args:
+      options: of its factory and of `Work`; `fedsa` takes the generator's `network`.
+
+    Raises:
+      ConfigError: none of that name, or what it refuses.
+    """
+    if name not in PERSONAL:
+        raise ConfigError(f"no personal algorithm {name!r}; choose among {[*PERSONAL]}")
+    return PERSONAL[name](**options)
 
 
 def surrounded(
@@ -135,37 +156,38 @@ def surrounded(
     attack: str = "",
     attackers: Sequence[int] = (),
 ) -> Algorithm:
-    """The algorithm with what the options of `AROUND` put around it."""
+    """Returns the algorithm wrapped as the options of `AROUND` say."""
     made = compressed(algorithm, up=codec(up), down=codec(down))
     made = masked(made) if secure else made
     if bool(attack) != bool(attackers):
         raise ConfigError(
-            f"an attack needs attackers, numbers of clients, and they need one; got {attack!r} and "
+            f"give both an attack and attackers (numbers of clients), or neither; got {attack!r} and "
             f"{tuple(attackers)}"
         )
     return attacked(made, attack_named(attack), tuple(attackers)) if attack else made
 
 
 def options_of(name: str) -> dict[str, Any]:
-    """The options of an algorithm and their defaults."""
+    """Returns the options of an algorithm and their defaults."""
     found = inspect.signature(ALGORITHMS[name]).parameters.values()
     own = {p.name: p.default for p in found if p.name not in _GIVEN}
     return {"weighting": Work.weighting} | own | AROUND
 
 
 def check(name: str, options: Mapping[str, Any], where: str) -> None:
-    """Refuses an algorithm that cannot be.
+    """Refuses an invalid name or option.
 
     Args:
-      where: the name and the options were given, for people.
+      where: where the name and the options were given, for messages.
 
     Raises:
-      ConfigError: an unknown name or option, a value that the option cannot have.
+      ConfigError: an unknown name or option, or an invalid value.
     """
     if name in PERSONAL:
         raise ConfigError(
             f"{where}: {name} leaves each client a model of its own, and a strategy tunes one system; "
-            f"choose among {[*ALGORITHMS]}, or see `python -m experiments lora_aggregation`"
+            f"choose among {[*ALGORITHMS]}, or call `fit` with it, as `python -m experiments "
+            "lora_aggregation` does"
         )
     if name not in ALGORITHMS:
         raise ConfigError(f"{where}: unknown algorithm {name!r}; choose among {[*ALGORITHMS]}")
@@ -188,7 +210,7 @@ def check(name: str, options: Mapping[str, Any], where: str) -> None:
 
 
 def _in_place_of(rule: str, options: Mapping[str, Any]) -> Algorithm:
-    """An algorithm that can be surrounded by what a rule for adapters can."""
+    """Returns an algorithm that accepts the same wrappers as a rule for adapters."""
     needs = "sum" if RULES[rule].settle is None else "factors"
     made = fed_avg()._replace(name=rule, needs=needs)
     return made._replace(sent=None) if options.get("ranks") else made

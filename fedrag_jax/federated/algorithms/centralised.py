@@ -1,4 +1,4 @@
-"""One party that holds everything."""
+"""Centralised training: one client holds all data."""
 
 import jax
 
@@ -9,13 +9,13 @@ from fedrag_jax.federated.work import Work
 
 @one_object
 def centralised(*, local_steps: int = 10, local_epochs: int | None = None) -> Algorithm:
-    """Plain training of one model; the optimizer's state carries on from round to round.
+    """Trains one model; the optimizer's state is kept between rounds.
 
     Args:
-      local_steps, local_epochs: of a round, as in `Work`.
+      local_steps, local_epochs: length of a round, as in `Work`.
 
     Raises:
-      ConfigError: what `Work` refuses; in a fit, more than one client.
+      ConfigError: as `Work`; in a fit, more than one client.
     """
     work = Work(local_steps, local_epochs)
 

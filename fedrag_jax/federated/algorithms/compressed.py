@@ -1,15 +1,15 @@
-"""Any algorithm over compressed messages, from clients to server and back.
+"""Any algorithm with compressed messages, from clients to server and back.
 
-Up, a client sends its encoded update; with a codec that needs it, what a message left out goes into the
-client's next one (error feedback; Karimireddy et al., ICML 2019, arXiv 1901.09847, Algorithm 1).
+Up, a client sends its encoded update. With codecs that need it, the values that a message dropped are
+added to the client's next one (error feedback; Karimireddy et al., ICML 2019, arXiv 1901.09847,
+Algorithm 1).
 
-Down, the server sends the encoded difference between its model x and what its messages have come to, w:
+Down, the server sends the encoded difference between its model x and the sum w of its past messages:
 
     w ← w + decode(encode(x − w)),
 
-which feeds every error back by itself (Tang et al., DoubleSqueeze, ICML 2019, arXiv 1905.05957).
-Clients start from w. Every client is taken to have had all messages, as if it had been there the round
-before.
+which corrects every error automatically (Tang et al., DoubleSqueeze, ICML 2019, arXiv 1905.05957).
+Clients start from w. The simulation assumes that every client has received all past messages.
 """
 
 import functools
@@ -22,6 +22,8 @@ import jax.numpy as jnp
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.federated.algorithm import (
     Algorithm,
+    Messages,
+    PyTree,
     State,
     Traffic,
     Turn,
@@ -29,26 +31,31 @@ from fedrag_jax.federated.algorithm import (
     difference,
     wide,
 )
-from fedrag_jax.federated.compression.codec import Codec, message_bytes, received
+from fedrag_jax.federated.compression.codec import Codec, decoded, encoded, message_bytes
+from fedrag_jax.federated.compression.feedback import (
+    LABEL,
+    leaves_of,
+    nothing_left,
+    packed,
+    with_leaves,
+)
 from fedrag_jax.federated.updates import Change, changing
-
-LABEL = "compression"
 
 
 @functools.cache
 def compressed(
     algorithm: Algorithm, *, up: Codec | None = None, down: Codec | None = None
 ) -> Algorithm:
-    """The algorithm over messages of these codecs; None sends things as they are.
+    """Returns the algorithm with messages encoded by these codecs; None sends them unencoded.
 
-    `bytes_up`, `bytes_down` and `traffic` of a round's record count the encoded messages, and what the
-    algorithm sends beside models and updates (SCAFFOLD's control variates) as it is.
+    `bytes_up`, `bytes_down` and `traffic` of a round's record count the encoded messages. Other data of
+    the algorithm (SCAFFOLD's control variates) is sent and counted unencoded.
 
         compressed(fed_avg(local_steps=10), up=quantised(bits=4), down=cast("bfloat16"))
 
     Raises:
-      ConfigError: models stay with the clients; messages that differ in size from client to client;
-        `down`, or error feedback, for factors that do not mean the same from round to round.
+      ConfigError: models stay with the clients; messages differ in size between clients; `down` or
+        error feedback with a rule that creates new factors in every round.
     """
     if up is None and down is None:
         return algorithm
@@ -60,22 +67,22 @@ def compressed(
         )
     if algorithm.needs == "factors" and (down is not None or (up is not None and up.feedback)):
         raise ConfigError(
-            f"compressed: {algorithm.name} makes new factors in each round, to which what was left out "
-            f"of the last message cannot be added, as {named} would; take a codec without error "
-            "feedback, and up alone"
+            f"compressed: {algorithm.name} creates new factors in each round, so the error of the last "
+            f"message cannot be added to them, as {named} would; use a codec without error "
+            "feedback, and only up"
         )
     made = algorithm
     if up is not None:
-        made = changing(made, LABEL, _sending(up), _nothing if up.feedback else None)
+        made = changing(made, LABEL, _sending(up), nothing_left if up.feedback else None)
     if down is not None:
         made = _broadcasting(made, down)
 
     def traffic(trainable, drawn, answered, round):
         plain = algorithm.traffic(trainable, drawn, answered, round)
         sent = algorithm.sent(trainable, round % len(algorithm.turns))
-        moved = _moved(algorithm, trainable)
+        changed = moved(algorithm, trainable)
         return Traffic(
-            down=_instead(plain.down, sent, down, moved, len(drawn)),
+            down=_instead(plain.down, sent, down, changed, len(drawn)),
             up=_instead(plain.up, sent, up, sent, len(answered)),
         )
 
@@ -83,13 +90,14 @@ def compressed(
     return made._replace(
         traffic=traffic,
         needs=needs,
-        simulated="its messages are encoded and decoded within the round, and would travel as they are",
+        bounded=None,  # a message is of the whole update, and the server bounds what it reads in it
+        messages=Messages(algorithm, up, down),
         name=f"compressed({algorithm.name}, {named})",
     )
 
 
 def _instead(plain, raw, codec, tree, messages: int) -> dict[str, int]:
-    """Bytes of one way, with the encoded `tree` in each message in place of `raw`."""
+    """Returns the bytes in one direction, with the encoded `tree` in each message instead of `raw`."""
     sizes = Counter(plain)
     if codec is not None:
         for kind, size in by_kind(raw).items():
@@ -102,27 +110,16 @@ def _instead(plain, raw, codec, tree, messages: int) -> dict[str, int]:
 @functools.cache
 def _sending(codec: Codec) -> Change:
     def change(update, left, client, key):
-        if not codec.feedback:
-            return received(codec, update, key), ()
-        # Some turns train some leaves alone: what is left of the others waits.
-        now = {name: left[name] for name in _leaves(update)}
-        whole = jax.tree.map(jnp.add, update, _like(update, now))
-        seen = received(codec, whole, key)
-        rest = jax.tree.map(jnp.subtract, whole, seen)
-        return seen, left | _leaves(rest)
+        message, left = packed(codec, update, left, key)
+        return decoded(codec, message, update, key), left
 
     return change
-
-
-def _nothing(trainable) -> dict:
-    """What is left of messages before the first."""
-    return {name: jnp.zeros_like(wide(x)) for name, x in _leaves(trainable).items()}
 
 
 def _broadcasting(algorithm: Algorithm, codec: Codec) -> Algorithm:
     def init(trainable, client_init, client_count):
         state = algorithm.init(trainable, client_init, client_count)
-        start = jax.tree.map(wide, _moved(algorithm, state.trainable))
+        start = jax.tree.map(wide, moved(algorithm, state.trainable))
         return state._replace(server={"inner": state.server, "received": start})
 
     turns = tuple(_hearing(turn, codec) for turn in algorithm.turns)
@@ -139,38 +136,52 @@ def _broadcasting(algorithm: Algorithm, codec: Codec) -> Algorithm:
 def _hearing(turn: Turn, codec: Codec) -> Turn:
     def broadcast(state, cohort, client):
         x, w = state.trainable, state.server["received"]
-        key = jax.random.fold_in(client.key, zlib.crc32(b"broadcast"))
-        names = _leaves(w)
-        moved = _like(w, {name: leaf for name, leaf in _leaves(x).items() if name in names})
-        told = received(codec, difference(moved, w), key)
-        w = jax.tree.map(jnp.add, w, told)
-        start = jax.tree.map(lambda w, x: w.astype(x.dtype), w, moved)
-        start = _like(x, _leaves(x) | _leaves(start))
+        _, w = announced(codec, x, w, client.key)
+        start = heard(x, w)
         inner = State(start, state.server["inner"], state.population)
         inner, report = turn(inner, cohort, client)
-        x = jax.tree.map(
-            lambda x, new, old: (wide(x) + (wide(new) - wide(old))).astype(x.dtype),
-            x,
-            inner.trainable,
-            start,
-        )
+        x = moved_on(x, start, inner.trainable)
         return State(x, {"inner": inner.server, "received": w}, inner.population), report
 
     return broadcast
 
 
-def _moved(algorithm: Algorithm, trainable):
-    """What of the model changes in one turn or another."""
+def announced(codec: Codec, x: PyTree, w: PyTree, key: jax.Array) -> tuple[dict, PyTree]:
+    """The message of a round, and what all messages have come to with it.
+
+    Args:
+      x: the server's model.
+      w: what the messages before have come to, of what moves in it.
+      key: of the round.
+    """
+    message = encoded(codec, difference(with_leaves(w, leaves_of(x)), w), broadcast_key(key))
+    return message, after_message(codec, message, w, key)
+
+
+def after_message(codec: Codec, message: dict, w: PyTree, key: jax.Array) -> PyTree:
+    """w + decode(message), which the receivers work out as well."""
+    return jax.tree.map(jnp.add, w, decoded(codec, message, w, broadcast_key(key)))
+
+
+def broadcast_key(key: jax.Array) -> jax.Array:
+    """That of the server's message, of the key of the round."""
+    return jax.random.fold_in(key, zlib.crc32(b"broadcast"))
+
+
+def heard(x: PyTree, w: PyTree) -> PyTree:
+    """What clients start from: w where x moves, in the types of x."""
+    at = leaves_of(x)
+    return with_leaves(x, at | {n: leaf.astype(at[n].dtype) for n, leaf in leaves_of(w).items()})
+
+
+def moved_on(x: PyTree, start: PyTree, new: PyTree) -> PyTree:
+    """x + (new − start): the server's model after what it has made of clients that began elsewhere."""
+    return jax.tree.map(
+        lambda x, new, old: (wide(x) + (wide(new) - wide(old))).astype(x.dtype), x, new, start
+    )
+
+
+def moved(algorithm: Algorithm, trainable: PyTree) -> PyTree:
+    """Returns the part of the model that any turn changes."""
     assert algorithm.sent is not None
     return algorithm.sent(trainable, 0) if len(algorithm.turns) == 1 else trainable
-
-
-def _leaves(tree) -> dict:
-    return {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def _like(tree, leaves: dict):
-    """The tree with these leaves, by path."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: leaves[jax.tree_util.keystr(path)], tree
-    )

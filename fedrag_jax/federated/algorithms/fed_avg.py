@@ -38,16 +38,18 @@ def fed_avg(
     carry_optimizer: bool = False,
     **work: Unpack[WorkOptions],
 ) -> Algorithm:
-    """x ← x + Σ_k p_k (y_k − x), with y_k what client k made of x. Equal settings, equal object.
+    """x ← x + Σ_k p_k (y_k − x), where y_k is the model of client k after its local steps from x.
+
+    Equal settings return the same object.
 
     Args:
-      server_optimizer: fed with the pseudo-gradient −Σ_k p_k (y_k − x).
+      server_optimizer: optimizer that receives the pseudo-gradient −Σ_k p_k (y_k − x).
       carry_optimizer: clients keep their optimizer state between rounds instead of starting fresh.
-      work: as in `Work`: `local_steps`, `local_epochs`, `sampling`, `dropout`, `stragglers`,
-        `weighting`; the paper's p_k is that by examples.
+      work: options of `Work`: `local_steps`, `local_epochs`, `sampling`, `dropout`, `stragglers`,
+        `weighting`; the paper weights p_k by examples.
 
     Raises:
-      ConfigError: what `Work` refuses.
+      ConfigError: as `Work`.
     """
     return averaging(Work(**work), server_optimizer, carry_optimizer=carry_optimizer)
 
@@ -58,7 +60,7 @@ def averaging(
     correct: Callable | None = None,
     carry_optimizer: bool = False,
 ) -> Algorithm:
-    """Averages what clients make of the global model, under a correction of their gradients."""
+    """Returns an algorithm that averages clients' models, with corrected gradients."""
 
     def init(trainable, client_init, client_count):
         row = client_init(trainable) if carry_optimizer else ()
@@ -86,7 +88,7 @@ def averaging(
 def server_step(
     optimizer: optax.GradientTransformation, x: PyTree, server: PyTree, mean: PyTree
 ) -> tuple[PyTree, PyTree]:
-    """The model and the optimizer's state after a step along the mean update."""
+    """Returns the model and the optimizer state after a step along the mean update."""
     pseudo_gradient = jax.tree.map(jnp.negative, mean)
     parameters = jax.tree.map(wide, x)
     updates, server = optimizer.update(pseudo_gradient, server, parameters)
@@ -95,6 +97,6 @@ def server_step(
 
 
 def whole_model(trainable, drawn, answered, round) -> Traffic:
-    """Everything that is trained goes down to each client and up again."""
+    """Traffic if all trained parameters are sent to each client and back."""
     model = by_kind(trainable)
     return Traffic(added([model] * len(drawn)), added([model] * len(answered)))

@@ -20,7 +20,7 @@ def fed_avg_m(
     """v ← βv + Δ; x ← x + ηv, with Δ the mean update of `fed_avg` and v₀ = 0.
 
     Args:
-      learning_rate: η of the server.
+      learning_rate: η, the server's learning rate.
       momentum: β.
       work: as in `fed_avg`.
     """

@@ -1,24 +1,24 @@
-"""Federated averaging of low-rank adapters: what the clients' A_k and B_k become together.
+"""Federated averaging of low-rank adapters: rules that combine the clients' A_k and B_k.
 
-The update a client means is s_k A_k B_k, with s_k = alpha / r_k its own scale. The mean of the factors
-is not the mean of the updates: (Σ p_i A_i)(Σ p_j B_j) has cross terms A_i B_j of clients that never
-met. The rules differ in what they do about that.
+The update of a client is s_k A_k B_k, with its own scale s_k = alpha / r_k. The mean of the factors is
+not the mean of the updates: (Σ p_i A_i)(Σ p_j B_j) has cross terms A_i B_j of different clients. The
+rules differ in how they treat this error.
 
-| rule | clients train | the server makes | the mean update is |
+| rule | clients train | the server computes | the mean update is |
 |---|---|---|---|
 | `fedit` | A, B | the means of A and of B | missed |
-| `ffa` | B | the mean of B; A stays as it began | kept |
-| `rolora` | B and A in turn | the mean of that one | kept |
-| `flora` | A, B | base + Σ p_k s_k A_k B_k, and fresh adapters | kept |
-| `fedex` | A, B | the means; base + what they miss | kept |
-| `flexlora` | A, B | the SVD of Σ p_k s_k A_k B_k, cut to the rank | approached |
+| `ffa` | B | the mean of B; A keeps its initial value | exact |
+| `rolora` | B and A in turn | the mean of the trained factor | exact |
+| `flora` | A, B | base + Σ p_k s_k A_k B_k, and fresh adapters | exact |
+| `fedex` | A, B | the means; base + the error of the means | exact |
+| `flexlora` | A, B | the SVD of Σ p_k s_k A_k B_k, truncated to the rank | approximate |
 | `fedsa` | A, B | the mean of A; B stays with the client | personal |
 
 FedIT: Zhang et al. 2023, arXiv 2305.05644. FFA-LoRA: Sun et al. 2024, 2403.12313. RoLoRA: Chen et al.
 2025, 2502.01755. FLoRA: Wang et al. 2024, 2409.05976. FedEx-LoRA: Singhal et al. 2025, 2410.09432.
 FlexLoRA: Bai et al. 2024, 2402.11505. FedSA-LoRA: Guo et al. 2025, 2410.01463.
 
-Everything else that is trained, such as a query encoder, is averaged as in `fed_avg`.
+Other trained parts, such as a query encoder, are averaged as in `fed_avg`.
 """
 
 import functools
@@ -54,11 +54,11 @@ class Rule(NamedTuple):
     """One row of the table above.
 
     Attributes:
-      moves: the factors that are trained, in each of the turns that rounds take.
+      moves: the trained factors, for each of the turns that alternate over the rounds.
       private: factors that never leave their client.
       settle: `settle(network, adapters, product, key) -> (adapters, change of the base or None)`,
         from the mean factors and the mean update; None keeps the mean factors.
-      changes_base: whether there is such a change.
+      changes_base: whether `settle` changes the base.
       mixed_ranks: whether clients may have different ranks.
     """
 
@@ -70,20 +70,21 @@ class Rule(NamedTuple):
 
 
 def _stacked(network, adapters, product, key):
-    """FLoRA: side by side, the factors of all clients are the mean update; the base takes it in."""
+    """FLoRA: the concatenated factors of all clients give the mean update, which is added to the
+    base."""
     fresh = lora.init_adapters(network, jax.random.fold_in(key, zlib.crc32(b"fresh adapters")))
     return jax.tree.map(lambda x, like: x.astype(like.dtype), fresh, adapters), product
 
 
 def _residual(network, adapters, product, key):
-    """FedEx-LoRA: the base takes in what the means miss."""
+    """FedEx-LoRA: the error of the means is added to the base."""
     kept = lora.product(network, jax.tree.map(wide, adapters))
     return adapters, jax.tree.map(jnp.subtract, product, kept)
 
 
 def _nearest(network, adapters, product, key):
-    """FlexLoRA: the best factors of the mean update. A is orthonormal, so a direction of no weight
-    can be learned again, as at the start of LoRA."""
+    """FlexLoRA: the best low-rank factors of the mean update. A is orthonormal, so that a direction of
+    zero weight can be learned again, as at the start of LoRA."""
     return lora.factorize(network, product, adapters), None
 
 
@@ -112,22 +113,22 @@ def fed_lora(
 
     Args:
       rule: "fedit", "ffa", "rolora", "flora", "fedex", "flexlora" or "fedsa".
-      network: the one the adapters belong to, from `lora.add_lora`.
-      ranks: of every client's adapters, none above that of the network; with the same alpha, so that
-        the scale of client k is alpha / r_k. For rules that never average factors.
-      part: name of the adapters in what the task trains.
-      base: name of the network's parameters in what the task keeps frozen.
+      network: the network of the adapters, from `lora.add_lora`.
+      ranks: rank of each client's adapters, at most that of the network; alpha is the same for all, so
+        that the scale of client k is alpha / r_k. Only for rules that never average factors.
+      part: name of the adapters in the trainable pytree.
+      base: name of the network's parameters in the frozen pytree.
       work: as in `fed_avg`.
 
     Raises:
-      ConfigError: no such rule, ranks that the rule or the network cannot have, or what `Work`
-        refuses; in a fit, a rule that would change a quantised base.
+      ConfigError: an unknown rule, or ranks that the rule or the network does not support; as `Work`;
+        in a fit, a rule that would change a quantised base.
     """
     settled = Work(**work)
     if rule not in RULES:
         raise ConfigError(f"fed_lora: rule is one of {sorted(RULES)}, got {rule!r}")
     if network.lora is None:
-        raise ConfigError("fed_lora needs a network that takes adapters: call add_lora first")
+        raise ConfigError("fed_lora needs a network with adapters: call add_lora first")
     rules = RULES[rule]
     if ranks is not None:
         _require_ranks(rule, network, ranks)
@@ -136,7 +137,7 @@ def fed_lora(
     def init(trainable, client_init, client_count):
         if part not in trainable:
             raise ConfigError(
-                f"fed_lora: nothing named {part!r} is trained, but {[*trainable]}; name the adapters "
+                f"fed_lora: the task trains {[*trainable]}, not {part!r}; name the adapters "
                 "with `part`"
             )
         if ranks is not None and len(ranks) != client_count:
@@ -198,12 +199,12 @@ def fed_lora(
             return frozen
         if base not in frozen:
             raise ConfigError(
-                f"fed_lora: nothing named {base!r} is frozen, but {[*frozen]}; name the parameters of "
+                f"fed_lora: the frozen parts are {[*frozen]}, not {base!r}; name the parameters of "
                 "the network with `base`"
             )
         if is_quantized(frozen[base]):
             raise ConfigError(
-                f"fed_lora: {rule} changes the base, and this one is quantised; use a rule that does "
+                f"fed_lora: {rule} changes the base, but this base is quantised; use a rule that does "
                 f"not ({', '.join(name for name, r in RULES.items() if not r.changes_base)}) "
                 "or load the base without quantize"
             )
@@ -254,7 +255,7 @@ def fed_lora(
 
 
 def _parted(trainable: dict, part: str, names: tuple[str, ...]) -> tuple[dict, dict]:
-    """What is trained without those factors, and those factors alone."""
+    """Splits the trainable pytree into everything but the factors, and the factors."""
     inside, outside = [], []
     for path, leaf in flatten(trainable[part]):
         (inside if path[-1] in names else outside).append((path, leaf))
@@ -270,14 +271,15 @@ def _joined(trainable: dict, factors: dict) -> dict:
 
 
 def _scaled(adapters: dict, factor: jax.Array) -> dict:
-    """Every B times a number."""
+    """Multiplies every B by a number."""
     return unflatten(
         (path, x * factor.astype(x.dtype) if path[-1] == B else x) for path, x in flatten(adapters)
     )
 
 
 def _cut(adapters: dict, rank: jax.Array, factor: jax.Array) -> dict:
-    """The first `rank` columns of A and rows of B, zeros beyond, and every B times `factor`."""
+    """Keeps the first `rank` columns of A and rows of B, sets the rest to zero, and scales B by
+    `factor`."""
 
     def cut(path, x):
         axis = x.ndim - (1 if path[-1] == A else 2)
@@ -288,8 +290,8 @@ def _cut(adapters: dict, rank: jax.Array, factor: jax.Array) -> dict:
 
 
 def _mean_product(network: Network, share: jax.Array, adapters: dict) -> dict:
-    """Σ_k p_k s A_k B_k, from adapters [g, ...]: the product of A_1 A_2 ... side by side and
-    p_1 B_1, p_2 B_2, ... one below the other."""
+    """Returns Σ_k p_k s A_k B_k for adapters [g, ...]: the product of the concatenated columns A_1 A_2
+    ... and the concatenated rows p_1 B_1, p_2 B_2, ..."""
 
     def stacked(path, x):
         x = wide(x)

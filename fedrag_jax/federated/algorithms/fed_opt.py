@@ -38,7 +38,7 @@ class FedOptState(NamedTuple):
 
 
 def scale_by_fed_opt(kind: str, b1: float, b2: float, tau: float) -> optax.GradientTransformation:
-    """g to m / (√v + τ) as an optax transformation; kinds are those of `SECOND_MOMENTS`."""
+    """Returns the optax transformation from g to m / (√v + τ); kinds are those of `SECOND_MOMENTS`."""
     second_moment = SECOND_MOMENTS[kind]
 
     def init(params):
@@ -64,9 +64,9 @@ def fed_adagrad(
     """Averaging with Adagrad on the server, by default without momentum.
 
     Args:
-      learning_rate: η of the server.
+      learning_rate: η, the server's learning rate.
       b1: β₁.
-      tau: τ, how little a coordinate adapts.
+      tau: τ; a larger value makes the steps less adaptive.
       work: as in `fed_avg`.
     """
     return _fed_opt("adagrad", learning_rate, b1, 1.0, tau, work)

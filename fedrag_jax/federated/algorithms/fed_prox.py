@@ -1,4 +1,4 @@
-"""Averaging of clients that are held near the global model.
+"""Averaging of clients that are kept close to the global model by a penalty.
 
 Federated Optimization in Heterogeneous Networks
     Li, Sahu, Zaheer, Sanjabi, Talwalkar, Smith, MLSys 2020, arXiv 1812.06127, Algorithm 2
@@ -16,17 +16,17 @@ from fedrag_jax.federated.work import Work, WorkOptions
 
 @one_object
 def fed_prox(*, mu: float = 0.01, **work: Unpack[WorkOptions]) -> Algorithm:
-    """Clients minimise loss(y) + (μ/2) ‖y − x‖², the norm being squared; at μ = 0 it is `fed_avg`.
+    """Clients minimise loss(y) + (μ/2) ‖y − x‖² with the squared norm; μ = 0 gives `fed_avg`.
 
-    The gradient μ(y − x) reaches the optimizer with that of the loss; the loss that is reported is
-    the task's alone.
+    The gradient μ(y − x) is added to the gradient of the loss. The reported loss is the task's loss
+    without the penalty.
 
     Args:
       mu: μ ≥ 0.
       work: as in `fed_avg`.
 
     Raises:
-      ConfigError: a negative μ, or what `Work` refuses.
+      ConfigError: a negative μ; as `Work`.
     """
     if not mu >= 0:
         raise ConfigError(f"fed_prox: mu must be at least 0, got {mu}")

@@ -1,4 +1,4 @@
-"""Every client for itself."""
+"""Local training: every client trains alone."""
 
 from typing import Unpack
 
@@ -8,16 +8,16 @@ from fedrag_jax.federated.work import Work, WorkOptions
 
 @one_object
 def local_only(**work: Unpack[WorkOptions]) -> Algorithm:
-    """N models that start alike and never meet; optimizer states carry on from round to round.
+    """Trains N models with the same start and no exchange; optimizer states are kept between rounds.
 
-    A round is only a stretch of training between two logs, checkpoints and index refreshes. Models
-    live on the host. Equal settings, equal object.
+    A round is only an interval of training between logs, checkpoints and index refreshes. Models are
+    stored on the host. Equal settings return the same object.
 
     Args:
       work: as in `Work`.
 
     Raises:
-      ConfigError: what `Work` refuses.
+      ConfigError: as `Work`.
     """
     settled = Work(**work)
 

@@ -1,6 +1,7 @@
-"""Averaging under a rule that some hostile or broken clients cannot turn.
+"""Aggregation with a rule that a minority of hostile or broken clients cannot control.
 
-The rule sees every update at once: a round holds [K, D] numbers, of K clients and D that are trained.
+The rule needs all updates at once: a round holds [K, D] numbers, for K clients and D trained
+parameters.
 """
 
 import jax
@@ -27,18 +28,19 @@ def robust(
 
         robust(krum(byzantine=2), local_steps=10)
 
-    Updates that are not finite are left out, and the rest goes on; where none is finite, the fit ends
-    as ever. A round in which fewer clients answer than the rule needs leaves the model as it is. A
-    record has `left_out`, the clients whose updates did not count.
+    Updates that are not finite are left out; if none is finite, the fit ends with an error. If fewer
+    clients answer than the rule needs, the round does not change the model. The field `left_out` of a
+    record lists the clients whose updates did not count.
 
     Args:
-      rule: of `federated.robust`.
-      server_optimizer: fed with −rule({y_k − x}).
-      weighting: of the rules that weigh; a client that says how many examples it has may lie.
+      rule: a rule of `federated.robust`.
+      server_optimizer: optimizer that receives −rule({y_k − x}).
+      weighting: weighting of clients, for rules that use it; a client can lie about its number of
+        examples.
       work: as in `fed_avg`.
 
     Raises:
-      ConfigError: what `Work` refuses; in a fit, fewer clients than the rule needs.
+      ConfigError: as `Work`; in a fit, fewer clients than the rule needs.
     """
 
     work = Work(weighting=weighting, **work)
@@ -47,8 +49,8 @@ def robust(
         most = work.sampling.places(np.ones(client_count))
         if most < rule.least:
             raise ConfigError(
-                f"{rule} needs at least {rule.least} clients in a round, and {most} of {client_count} "
-                f"take part ({work.sampling.name}): draw more, or assume fewer hostile ones"
+                f"{rule} needs at least {rule.least} clients in a round, but {most} of {client_count} "
+                f"take part ({work.sampling.name}): sample more, or assume fewer hostile ones"
             )
         return State(trainable, server_optimizer.init(trainable))
 

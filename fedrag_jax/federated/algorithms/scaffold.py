@@ -38,24 +38,25 @@ def scaffold(
     weighting: str = "uniform",
     **work: Unpack[StepOptions],
 ) -> Algorithm:
-    """y ← y − η_l (g − c_k + c), so that a client's steps go where those of all would go.
+    """y ← y − η_l (g − c_k + c), which moves a client's steps towards the direction of all clients.
 
         c_k⁺ = c_k − c + (x − y_k) / (S_k η_l)
         x ← x + η_g Σ_k p_k (y_k − x)
         c ← c + Σ_k (c_k⁺ − c_k) / N
 
-    Control variates start at zero, and those of clients live on the host. The steps are plain SGD: for
-    no other optimizer is (x − y_k) / (S_k η_l) a mean of gradients, so `fit` is to be given none.
-    Client learning rates are inputs of the compiled round: a grid of them compiles once.
+    Control variates start at zero; those of clients are stored on the host. The steps are plain SGD,
+    because (x − y_k) / (S_k η_l) is a mean of gradients for no other optimizer; do not pass an
+    optimizer to `fit`. Client learning rates are inputs of the compiled round: a grid of them compiles
+    once.
 
     Args:
-      client_learning_rate: η_l, the same in all rounds; or {name: η_l} of each part that is trained.
+      client_learning_rate: η_l, the same in all rounds; or {name: η_l} for each trained part.
       server_learning_rate: η_g.
       weighting: p_k is "uniform" as in the paper, or by "examples".
       work: as in `fed_avg`.
 
     Raises:
-      ConfigError: a rate that is not positive, or what `Work` refuses.
+      ConfigError: a rate that is not positive; as `Work`.
     """
     given, settled = client_learning_rate, Work(weighting=weighting, **work)
     # A mapping comes as a tuple of its items from `one_object`.

@@ -1,16 +1,17 @@
-"""Secure aggregation, simulated: the server sees the sum of what clients send, and nothing of each.
+"""Simulated secure aggregation: the server sees only the sum of the clients' messages.
 
 Practical Secure Aggregation for Privacy-Preserving Machine Learning
     Bonawitz, Ivanov, Kreuter, Marcedone, McMahan, Patel, Ramage, Segal, Seth, CCS 2017, IACR 2017/281
 
-What client k would add to a sum becomes integers of 32 bits, and each pair of clients a shared mask:
+The contribution of client k to a sum is encoded as 32-bit integers, and each pair of clients shares a
+mask:
 
     m_k = ⌊2^f u_k⌉ + Σ_{j > k} PRG(s_kj) − Σ_{j < k} PRG(s_jk)   mod 2³²
 
-Masks cancel in Σ_k m_k. Those that survivors share with clients who drop out do not: the server learns
-the seeds of these pairs from the survivors (who hold shares of them) and takes the masks away. Keys,
-shares and the second mask of each client, against a server that lies about who dropped out, are not
-simulated.
+Masks cancel in Σ_k m_k. The masks that survivors share with dropped clients do not cancel: the server
+learns the seeds of these pairs from the survivors (which hold shares of them) and removes the masks.
+Keys, shares, and the second mask of each client (against a server that lies about dropped clients) are
+not simulated.
 """
 
 import dataclasses
@@ -25,24 +26,24 @@ from fedrag_jax.errors import ConfigError
 from fedrag_jax.federated.algorithm import Algorithm, Traffic, Turn
 
 WHY = {
-    "updates": "must see updates one by one, which a sum does not tell",
-    "factors": "multiplies the factors of each client, which a sum of factors does not tell",
-    "nothing": "sends nothing that could be added up",
+    "updates": "needs every single update, which a sum does not reveal",
+    "factors": "multiplies the factors of each client, which a sum of factors does not reveal",
+    "nothing": "sends nothing that could be summed",
 }
 
 
 @functools.cache
 def secure(algorithm: Algorithm, *, bits: int = 20, threshold: float = 2 / 3) -> Algorithm:
-    """The algorithm over masked integers, for those that need only a sum.
+    """Returns the algorithm with masked integers, for algorithms that need only a sum.
 
-    Clients train one by one, and each pair draws a mask as long as the message: the time of a round
-    grows with the square of its clients. A client that drops out does so after masks are agreed upon;
-    a record's `dropped` names those.
+    Clients train one by one, and each pair draws a mask as long as the message, so the time of a round
+    grows with the square of its number of clients. Clients drop out after the masks have been agreed
+    upon; the field `dropped` of a record lists them.
 
     Args:
-      bits: f; a value is rounded to a multiple of 2^−f, and cut to ±2^(31−f) / K.
-      threshold: the share of a round's clients who must survive; with fewer the seeds cannot be put
-        together, and the round changes nothing.
+      bits: f; a value is rounded to a multiple of 2^−f, and clipped to ±2^(31−f) / K.
+      threshold: minimum share of a round's clients that must survive; with fewer, the seeds cannot be
+        reconstructed, and the round changes nothing.
 
     Raises:
       ConfigError: an algorithm that needs more than a sum, bits outside 1 to 30, a threshold outside
@@ -65,7 +66,7 @@ def secure(algorithm: Algorithm, *, bits: int = 20, threshold: float = 2 / 3) ->
         if most < 2:
             raise ConfigError(
                 f"secure: {most} of {client_count} clients take part in a round "
-                f"({work.sampling.name}), and the sum over one is its update; draw at least 2"
+                f"({work.sampling.name}), and the sum over one is its update; sample at least 2"
             )
         return algorithm.init(trainable, client_init, client_count)
 
@@ -107,7 +108,8 @@ def _masked(turn: Turn, bits: int, threshold: float, dropout: float) -> Turn:
             return part._replace(share=share, steps=jnp.where(mine, part.steps, 0))
 
         def mask(number, others, shapes):
-            """Σ of the masks that a client shares with others, + for larger numbers, − for smaller."""
+            """Sums the masks that a client shares with others: + for larger client numbers, − for
+            smaller."""
 
             def add(j, total):
                 other = clients[j]
@@ -167,7 +169,7 @@ def _masked(turn: Turn, bits: int, threshold: float, dropout: float) -> Turn:
 
 
 def _one_by_one(tree):
-    """Leaves [G, g, ...] as [G g, 1, ...]: what a group adds up is one client's."""
+    """Reshapes leaves [G, g, ...] to [G g, 1, ...], so that each group sum covers one client."""
     return jax.tree.map(lambda x: x.reshape(-1, 1, *x.shape[2:]), tree)
 
 
@@ -180,7 +182,7 @@ def _in_groups(trees: list, shapes: list) -> list:
 
 
 def _survives(key: jax.Array, clients: jax.Array, dropout: float) -> jax.Array:
-    """Whether each client stays to the end of the round; the same wherever it is asked."""
+    """Returns whether each client stays until the end of the round; the same wherever it is called."""
     if not dropout:
         return jnp.ones(clients.shape, bool)
     chance = jax.random.fold_in(key, zlib.crc32(b"dropout"))

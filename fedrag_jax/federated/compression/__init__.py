@@ -1,1 +1,1 @@
-"""Compression of what clients and server send each other: codecs, a file for each family."""
+"""Compression of messages between clients and server: codecs, one file per family."""

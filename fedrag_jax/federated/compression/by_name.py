@@ -1,4 +1,4 @@
-"""Codecs by name, as configs and the command line choose them.
+"""Codecs by name, for configs and the command line.
 
 | name | codec |
 |---|---|
@@ -22,10 +22,10 @@ CODECS = {
 
 
 def codec(name: str) -> Codec | None:
-    """The codec of that name; None for "", which sends things as they are.
+    """Returns the codec with that name; None for "", which sends messages unencoded.
 
     Raises:
-      ConfigError: no such codec, or a fraction that cannot be.
+      ConfigError: an unknown codec, or an invalid fraction.
     """
     kind, _, fraction = name.partition(":")
     if not name:

@@ -1,4 +1,4 @@
-"""Numbers of sixteen bits, rounded to the nearest."""
+"""Casting to 16-bit numbers, rounded to the nearest."""
 
 import functools
 
@@ -12,7 +12,7 @@ TYPES = ("bfloat16", "float16")
 
 @functools.cache
 def cast(dtype: str) -> Codec:
-    """Sends "bfloat16" or "float16"; numbers beyond the largest of a type are sent as that one.
+    """Sends numbers as "bfloat16" or "float16"; values beyond the type's range are clipped.
 
     Raises:
       ConfigError: another type.

@@ -1,6 +1,6 @@
-"""What a codec is, and messages of whole pytrees.
+"""The type `Codec`, and messages of whole pytrees.
 
-A message is made of the arrays as they would be sent, packed: its bytes are those of its arrays.
+A message consists of packed arrays, exactly as they would be sent; its size is the size of its arrays.
 """
 
 from collections.abc import Mapping
@@ -15,29 +15,29 @@ Message = Any
 
 
 class Encode(Protocol):
-    """How a vector becomes a message."""
+    """Encodes a vector as a message."""
 
     def __call__(self, vector: jax.Array, key: jax.Array, /) -> Message:
-        """The message of float32 [n], a pytree of arrays.
+        """Returns the message for float32 [n], a pytree of arrays.
 
         Args:
-          key: that the receiver knows too.
+          key: random key, which the receiver knows too.
         """
 
 
 class Decode(Protocol):
-    """How a message becomes a vector."""
+    """Decodes a message to a vector."""
 
     def __call__(self, message: Message, size: int, key: jax.Array, /) -> jax.Array:
-        """The float32 [size] that the message says."""
+        """Returns the decoded vector, float32 [size]."""
 
 
 class Codec(NamedTuple):
     """A way to send a vector.
 
     Attributes:
-      feedback: whether what a message leaves out has to be added to the next one, as top-k, which is
-        biased, needs it.
+      feedback: whether the error of a message must be added to the next one, as for top-k, which is
+        biased.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Codec(NamedTuple):
 
 
 def encoded(codec: Codec, tree: PyTree, key: jax.Array) -> dict[str, Message]:
-    """A message for each part of a tree, whose arrays are sent as one vector."""
+    """Encodes each part of a tree as one message; the arrays of a part form one vector."""
     return {
         name: codec.encode(_vector(part), jax.random.fold_in(key, i))
         for i, (name, part) in enumerate(_parts(tree).items())
@@ -55,7 +55,7 @@ def encoded(codec: Codec, tree: PyTree, key: jax.Array) -> dict[str, Message]:
 
 
 def decoded(codec: Codec, messages: Mapping[str, Message], like: PyTree, key: jax.Array) -> PyTree:
-    """What the messages say, in the shapes and types of `like`."""
+    """Decodes messages to the shapes and types of `like`."""
     parts = {}
     for i, (name, part) in enumerate(_parts(like).items()):
         leaves, structure = jax.tree.flatten(part)
@@ -70,12 +70,12 @@ def decoded(codec: Codec, messages: Mapping[str, Message], like: PyTree, key: ja
 
 
 def received(codec: Codec, tree: PyTree, key: jax.Array) -> PyTree:
-    """What a tree is after it was sent."""
+    """Returns a tree after encoding and decoding."""
     return decoded(codec, encoded(codec, tree, key), tree, key)
 
 
 def message_bytes(codec: Codec, tree: PyTree) -> dict[str, int]:
-    """Bytes of the messages of a tree of these shapes, by part and type."""
+    """Returns the message bytes for a tree of these shapes, by part and type."""
     return by_kind(jax.eval_shape(lambda tree, key: encoded(codec, tree, key), tree, _key()))
 
 

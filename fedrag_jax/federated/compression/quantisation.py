@@ -1,4 +1,4 @@
-"""Stochastic quantisation to 8 or 4 bits, as it is or after a random rotation.
+"""Stochastic quantisation to 8 or 4 bits, optionally after a random rotation.
 
 QSGD: Communication-Efficient SGD via Gradient Quantization and Encoding
     Alistarh, Grubic, Li, Tomioka, Vojnovic, NeurIPS 2017, arXiv 1610.02132, sections 3.1 and 3.3
@@ -26,10 +26,10 @@ ROUNDING, SIGNS = 0, 1  # what keys are folded with
 
 @functools.cache
 def quantised(bits: int) -> Codec:
-    """Sends integers of 8 or 4 bits (two in a byte) and a float32 scale for every 256 of them.
+    """Sends integers of 8 or 4 bits (two per byte), and one float32 scale for every 256 of them.
 
     Raises:
-      ConfigError: other bits.
+      ConfigError: a number of bits other than 8 and 4.
     """
     if bits not in (4, 8):
         raise ConfigError(f"quantised: bits must be 8 or 4, got {bits}")
@@ -55,10 +55,10 @@ def quantised(bits: int) -> Codec:
 
 @functools.cache
 def rotated(bits: int) -> Codec:
-    """`quantised` after a random rotation, which no single large value then spoils.
+    """`quantised` after a random rotation, which spreads single large values over a block.
 
     Blocks of 1,024 values are multiplied by random signs, which both sides draw, and by the orthonormal
-    Hadamard matrix, which is its own inverse. A vector is filled up to whole blocks.
+    Hadamard matrix, which is its own inverse. A vector is padded to whole blocks.
 
     Raises:
       ConfigError: bits other than 8 and 4.

@@ -1,4 +1,4 @@
-"""The largest values alone, with error feedback.
+"""Sends only the largest values, with error feedback.
 
 Sparsified SGD with Memory
     Stich, Cordonnier, Jaggi, NeurIPS 2018, arXiv 1809.07599, Algorithm 1
@@ -16,8 +16,8 @@ from fedrag_jax.federated.compression.codec import Codec
 
 @functools.cache
 def top_k(fraction: float) -> Codec:
-    """Sends the ⌈fraction · n⌉ values of largest size and their places; what it leaves out is kept by
-    the sender and added to what it sends next.
+    """Sends the ⌈fraction · n⌉ values of largest magnitude and their positions; the sender keeps the
+    other values and adds them to its next message.
 
     Raises:
       ConfigError: a fraction outside (0, 1].

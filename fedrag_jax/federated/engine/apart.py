@@ -4,6 +4,9 @@ Both run the turn of an algorithm as it stands. A turn hands the work of clients
 that work calls `Client.update`. A client answers `total` with its own work alone, and sends what
 `update` made of the model. The server answers `update` with what a client has sent, and `total` with
 the sum over those who answered. What a side computes and does not ask for, the compiler leaves out.
+
+Where messages are encoded, the turn is that of the algorithm inside of `compressed`, which knows of
+none: a client packs its update where `update` ends, and the server unpacks it there.
 """
 
 import functools
@@ -16,10 +19,15 @@ import numpy as np
 import optax
 
 from fedrag_jax.errors import ConfigError
-from fedrag_jax.federated.algorithm import Algorithm, Client, PyTree, State
-from fedrag_jax.federated.engine.client import all_finite, local_update
+from fedrag_jax.federated.algorithm import Algorithm, Client, PyTree, State, difference, wide
+from fedrag_jax.federated.compression.codec import Codec, decoded, encoded
+from fedrag_jax.federated.compression.feedback import LABEL, packed
+from fedrag_jax.federated.engine.client import all_finite, local_update, update_key
 from fedrag_jax.federated.engine.cohort import Batches, Cohort
 from fedrag_jax.federated.optimizers import join, split
+from fedrag_jax.federated.updates import change_key
+
+NO_REPORT: dict = {"metrics": {}}  # of clients on the server, where nobody asks for it
 
 
 class Place(NamedTuple):
@@ -28,11 +36,20 @@ class Place(NamedTuple):
     Attributes:
       turn: of the algorithm.
       fixed, structure: of the clients' optimizer, as `optimizers.split` gives them.
+      bounded: of the algorithm.
+      up: codec of what a client sends, or None.
     """
 
     turn: Callable
     fixed: tuple
     structure: object
+    bounded: Callable | None = None
+    up: Codec | None = None
+
+    @property
+    def feedback(self) -> bool:
+        """Whether a client keeps what its messages have left out, as "compression" of its row."""
+        return self.up is not None and self.up.feedback
 
     @classmethod
     def of(
@@ -40,8 +57,9 @@ class Place(NamedTuple):
     ) -> tuple["Place", list]:
         """That of a round, from 0, and the numbers of the optimizer."""
         fixed, numbers, structure = split(optimizer)
-        turn = algorithm.turns[round % len(algorithm.turns)]
-        return cls(turn, fixed, structure), numbers
+        inner, up, _ = algorithm.messages or (algorithm, None, None)
+        turn = inner.turns[round % len(inner.turns)]
+        return cls(turn, fixed, structure, algorithm.bounded, up), numbers
 
 
 def member_of(client: int, share: float, batches: Batches) -> Cohort:
@@ -67,41 +85,55 @@ def client_round(
       key: of the round.
 
     Returns:
-      What `update` made of the model, the client's row after it, and the report: no leading axes.
+      What it sends, the client's row after it, and the report: no leading axes. It sends what `update`
+      made of the model, within the algorithm's bounds, or the message that this is packed in.
     """
     client = local_update(loss, join(place.fixed, numbers, place.structure), frozen, table, key)
     made = []
 
     def update(*arguments, **options):
         y, optimizer, report = client.update(*arguments, **options)
-        made.append((y, report))
+        x, y, report = jax.tree.map(lambda x: x[0], (arguments[0], y, report))
+        if place.bounded is not None:
+            y = place.bounded(y, x)
+        sent, left = y, ()
+        if place.up is not None:
+            left = state.population[LABEL] if place.feedback else ()
+            own_key = change_key(key, LABEL, member.clients[0])
+            sent, left = packed(place.up, difference(y, x), left, own_key)
+            y = _unpacked(place.up, sent, x, own_key)  # what the server sees is what counts
+        made.append((sent, left, report))
+        y, report = jax.tree.map(lambda x: x[None], (y, report))
         return y, optimizer, report
 
     own = client._replace(update=update, total=_alone([]))
-    after, _ = place.turn(_with_row(state), [_lead(member)], own)
-    ((y, report),) = made
-    y, report = jax.tree.map(lambda x: x[0], (y, report))
+    after, _ = place.turn(_with_row(place, state), [_lead(member)], own)
+    ((sent, left, report),) = made
     row = jax.tree.map(lambda x: x[0, 0], after.population[0]) if after.population else ()
-    return y, row, report
+    return sent, {"inner": row, LABEL: left} if place.feedback else row, report
 
 
 @functools.partial(jax.jit, static_argnames="place")
-def share_of_sums(place: Place, numbers, state: State, frozen, member: Cohort, y, key) -> PyTree:
+def share_of_sums(place: Place, numbers, state: State, frozen, member: Cohort, sent, key) -> PyTree:
     """What one client adds to the sums of a round.
 
     Args:
       state: of the server, with any row as `population`, or ().
       member: the client; its batches do not matter.
-      y: what it sent.
+      sent: by it.
     """
 
     def update(x, optimizer, *_, **__):
-        return jax.tree.map(lambda y: y[None], y), optimizer, {}
+        y = sent
+        if place.up is not None:
+            own_key = change_key(key, LABEL, member.clients[0])
+            y = _unpacked(place.up, sent, jax.tree.map(lambda x: x[0], x), own_key)
+        return jax.tree.map(lambda y: y[None], y), optimizer, NO_REPORT
 
     sums: list = []
     client = _server_client(place, numbers, frozen, key)
     client = client._replace(update=update, total=_alone(sums))
-    place.turn(_with_row(state), [_lead(member)], client)
+    place.turn(_with_row(place, state), [_lead(member)], client)
     return sums[0]
 
 
@@ -126,13 +158,14 @@ def sent_shapes(place: Place, numbers, state: State, frozen, name: str) -> tuple
     seen, sums = [], []
 
     def update(x, optimizer, *_, **__):
-        seen.append(jax.tree.map(lambda x: x[0], x))
-        return x, optimizer, {}
+        y = jax.tree.map(lambda x: x[0], x)
+        seen.append(y if place.up is None else encoded(place.up, difference(y, y), update_key(0)))
+        return x, optimizer, NO_REPORT
 
     def traced(numbers, state, frozen, member, key):
         client = _server_client(place, numbers, frozen, key)
         client = client._replace(update=update, total=_alone(sums))
-        place.turn(_with_row(state), [_lead(member)], client)
+        place.turn(_with_row(place, state), [_lead(member)], client)
         if len(seen) != 1 or len(sums) != 1:
             raise ConfigError(
                 f"{name} cannot be deployed: in a round its clients' work is to be handed to "
@@ -142,6 +175,12 @@ def sent_shapes(place: Place, numbers, state: State, frozen, name: str) -> tuple
 
     nobody = member_of(0, 1.0, Batches(0, np.zeros((1, 1), np.int32), np.zeros((1, 1))))
     return jax.eval_shape(traced, numbers, state, frozen, nobody, jax.random.key(0))
+
+
+def _unpacked(codec: Codec, message, x: PyTree, key) -> PyTree:
+    """The model that a message says x has become."""
+    told = decoded(codec, message, difference(x, x), key)
+    return jax.tree.map(lambda x, u: wide(x) + u, x, told)
 
 
 def _server_client(place: Place, numbers, frozen, key) -> Client:
@@ -164,11 +203,14 @@ def _alone(sums: list) -> Callable:
     return total
 
 
-def _with_row(state: State) -> State:
-    """A population of one client, in one part."""
-    if not jax.tree.leaves(state.population):
+def _with_row(place: Place, state: State) -> State:
+    """A population of one client, in one part, as the turn knows it."""
+    row = state.population
+    if place.feedback and row:
+        row = row["inner"]
+    if not jax.tree.leaves(row):
         return state._replace(population=())
-    return state._replace(population=[jax.tree.map(lambda x: x[None, None], state.population)])
+    return state._replace(population=[jax.tree.map(lambda x: x[None, None], row)])
 
 
 def _lead(member: Cohort) -> Cohort:

@@ -1,1 +1,1 @@
-"""What differential privacy costs, and what it promises."""
+"""Accounting for differential privacy."""

@@ -2,10 +2,10 @@
 
 pip install 'fedrag-jax[privacy]'
 
-Neighbouring sets of clients differ in one client that is there or not. An accountant is "rdp", Rényi
+Neighbouring sets of clients differ by the presence of one client. An accountant is "rdp", Rényi
 differential privacy (Mironov 2017, arXiv 1702.07476; of sampled Gaussians, Mironov et al. 2019,
 1908.10530), or "pld", privacy loss distributions (Koskela et al. 2020, 1906.03049), which is slower and
-tighter, most of all where ε is large.
+tighter, especially for large ε.
 """
 
 import functools
@@ -22,19 +22,19 @@ ORDERS = (*range(2, 64), 80, 96, 128, 192, 256, 384, 512, 1024)
 def epsilon(
     noise_multiplier: float, rate: float, rounds: int, delta: float, accountant: str = "rdp"
 ) -> float:
-    """ε after so many rounds.
+    """Returns ε after a number of rounds.
 
     Args:
-      noise_multiplier: z, the noise's standard deviation over the clip norm.
-      rate: q, the probability with which each client takes part in a round, for itself.
+      noise_multiplier: z, the noise's standard deviation divided by the clip norm.
+      rate: q, the probability with which each client independently takes part in a round.
 
     Raises:
-      ConfigError: no noise, a rate or δ that is none, no such accountant, or no dp-accounting.
+      ConfigError: no noise, an invalid rate or δ, an unknown accountant, or no dp-accounting.
     """
     if not noise_multiplier > 0:
         raise ConfigError(
-            f"noise_multiplier {noise_multiplier} gives no ε: without noise one client can be told "
-            "from the model. Set it above 0, or claim nothing (delta=0)"
+            f"noise_multiplier {noise_multiplier} gives no ε: without noise the model can reveal one "
+            "client. Set it above 0, or make no claim (delta=0)"
         )
     _require(rate, delta)
     made = _accountant(accountant, rate)
@@ -46,7 +46,7 @@ def epsilon(
 def calibrated_noise(
     target: float, rate: float, rounds: int, delta: float, accountant: str = "rdp"
 ) -> float:
-    """The least noise multiplier with which so many rounds have an ε of at most `target`.
+    """Returns the least noise multiplier for which a number of rounds has an ε of at most `target`.
 
     Raises:
       ConfigError: as `epsilon`, and a target that is not above 0.

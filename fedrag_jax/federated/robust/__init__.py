@@ -1,1 +1,1 @@
-"""Rules that make one update of many of which some are hostile or broken, a file for each family."""
+"""Robust rules that combine updates, some of them hostile or broken, into one; one file per family."""

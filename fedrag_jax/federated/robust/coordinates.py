@@ -1,4 +1,4 @@
-"""Rules for each coordinate by itself: median and trimmed mean.
+"""Coordinate-wise rules: median and trimmed mean.
 
 Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates
     Yin, Chen, Ramchandran, Bartlett, ICML 2018, arXiv 1803.01498, definitions 1 and 2
@@ -13,7 +13,7 @@ from fedrag_jax.federated.robust.rule import Rule, ascending, median_of, of_host
 
 @functools.cache
 def median() -> Rule:
-    """The median of each coordinate, every client counting once."""
+    """The median of each coordinate; all clients have equal weight."""
 
     def combine(updates, share, there):
         return median_of(updates, there), there
@@ -23,8 +23,8 @@ def median() -> Rule:
 
 @functools.cache
 def trimmed_mean(byzantine: int = 1) -> Rule:
-    """The mean of each coordinate without its `byzantine` smallest and largest values, every client
-    counting once. Needs more than twice as many clients."""
+    """The mean of each coordinate without its `byzantine` smallest and largest values; all clients have
+    equal weight. Needs more than 2 · `byzantine` clients."""
 
     def combine(updates, share, there):
         ordered, count = ascending(updates, there)

@@ -1,10 +1,10 @@
-"""The updates that have the closest neighbours: Krum and Multi-Krum.
+"""Krum and Multi-Krum, which select the updates with the closest neighbours.
 
 Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent
     Blanchard, El Mhamdi, Guerraoui, Stainer, NeurIPS 2017, arXiv 1703.02757, section 3
 
-The score of an update is the sum of the squared distances to its n − f − 2 nearest neighbours, of n
-clients of whom f are hostile.
+The score of an update is the sum of the squared distances to its n − f − 2 nearest neighbours, for n
+clients of which f are hostile.
 """
 
 import functools
@@ -18,7 +18,7 @@ from fedrag_jax.federated.robust.rule import Rule, mean_of, of_hostile
 
 @functools.cache
 def krum(byzantine: int = 1) -> Rule:
-    """The update of least score. Needs 2f + 3 clients."""
+    """The update with the lowest score. Needs 2f + 3 clients."""
 
     def combine(updates, share, there):
         kept = _places(scores(updates, there, byzantine)) < 1
@@ -29,8 +29,9 @@ def krum(byzantine: int = 1) -> Rule:
 
 @functools.cache
 def multi_krum(byzantine: int = 1, keep: int = 0) -> Rule:
-    """The mean of the `keep` updates of least scores, every client counting once; n − f of them unless
-    told. Needs 2f + 3 clients.
+    """The mean of the `keep` updates with the lowest scores (default n − f), with equal weights.
+
+    Needs 2f + 3 clients.
 
     Raises:
       ConfigError: a negative number.
@@ -48,7 +49,7 @@ def multi_krum(byzantine: int = 1, keep: int = 0) -> Rule:
 
 
 def scores(updates: jax.Array, there: jax.Array, byzantine: int) -> jax.Array:
-    """Krum's scores, [K]; infinite for those who are not there."""
+    """Returns Krum's scores, [K]; infinite for absent clients."""
     # Distances from differences, not from products: one huge update would cost the others their digits.
     squares = jax.lax.map(lambda mine: jnp.square(updates - mine[None]).sum(1), updates)
     others = there[None] & there[:, None] & ~jnp.eye(len(updates), dtype=bool)
@@ -58,5 +59,5 @@ def scores(updates: jax.Array, there: jax.Array, byzantine: int) -> jax.Array:
 
 
 def _places(values: jax.Array) -> jax.Array:
-    """How many are smaller, or equal and before: the place of each in ascending order."""
+    """Returns the rank of each value in ascending order; ties keep their order."""
     return jnp.argsort(jnp.argsort(values, stable=True), stable=True)

@@ -1,4 +1,4 @@
-"""Rules about each update as a whole: bounded norms, and outlying ones left out."""
+"""Rules for whole updates: bounded norms, and leaving out outliers."""
 
 import functools
 
@@ -10,13 +10,13 @@ from fedrag_jax.federated.robust.rule import Rule, mean_of, median_of
 
 @functools.cache
 def norm_bounded(bound: float = 0.0) -> Rule:
-    """The weighted mean of updates that are scaled down to a norm of at most `bound`.
+    """The weighted mean of updates scaled down to a norm of at most `bound`.
 
     Can You Really Backdoor Federated Learning?
         Sun, Kairouz, Suresh, McMahan, 2019, arXiv 1911.07963, section 4
 
     Args:
-      bound: 0 takes the median of the norms of the round.
+      bound: maximum norm; 0 uses the median of the round's norms.
 
     Raises:
       ConfigError: a negative bound.
@@ -35,11 +35,13 @@ def norm_bounded(bound: float = 0.0) -> Rule:
 
 @functools.cache
 def filtered(limit: float = 3.0) -> Rule:
-    """The weighted mean of the updates that are at most `limit` times as far from the median of each
-    coordinate as the median client is. Broken updates (not finite) are left out by every rule.
+    """The weighted mean of the updates near the coordinate-wise median.
+
+    An update is left out if its distance from the median is more than `limit` times that of the median
+    client. Every rule leaves out updates that are not finite.
 
     Raises:
-      ConfigError: a limit below 1, which could leave nobody.
+      ConfigError: a limit below 1, which could leave out all clients.
     """
     if limit < 1:
         raise ConfigError(f"filtered: limit must be at least 1, got {limit}")

@@ -13,6 +13,8 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from fedrag_jax.errors import FedragError
 from fedrag_jax.federated.algorithm import PyTree
 from fedrag_jax.federated.callbacks import FitState
+from fedrag_jax.integrations.flower.broadcast import hand_out
+from fedrag_jax.integrations.flower.draws import Draws
 from fedrag_jax.integrations.flower.plan import Plan
 from fedrag_jax.integrations.flower.roll import Asked, Mail, Roll
 from fedrag_jax.integrations.flower.wire import from_record, named, sizes, to_record
@@ -30,22 +32,33 @@ class Asking:
 
     Attributes:
       drawn: numbers of the parties that are asked.
+      handed: what the round begins with.
       answers: {client: its report} of those whose answers count; their arrays are in the spool.
       refused: {client: why} of the others who answered.
       up, down: bytes by part and type.
     """
 
-    def __init__(self, plan: Plan, mail: Mail, roll: Roll, now: FitState, spool: pathlib.Path):
+    def __init__(
+        self,
+        plan: Plan,
+        draws: Draws,
+        mail: Mail,
+        roll: Roll,
+        now: FitState,
+        spool: pathlib.Path,
+    ):
         self.plan, self.mail, self.roll, self.now, self.spool = plan, mail, roll, now, spool
         self.numbers, held = roll.sizes()
         self.held = dict(zip(self.numbers.tolist(), held.tolist(), strict=True))
-        self.drawn = self.numbers[plan.draw(held, now.round)].tolist()
+        self.drawn = self.numbers[draws.who(plan, held, now.round)].tolist()
         self.answers: dict[int, dict[str, Any]] = {}
         self.refused: dict[int, str] = {}
         self.up: dict[str, int] = {}
         self.down: dict[str, int] = {}
         self.like, self.sums_like = plan.sent(now.round)
-        self._model = to_record(plan.handed_out(now.state))
+        self.handed = hand_out(plan, now.state, now.round)
+        self._whole = to_record(self.handed.whole)
+        self._message = None if self.handed.message is None else to_record(self.handed.message)
         self._nodes: dict[int, int] = {}
         self._open: set[int] = set()
 
@@ -56,7 +69,7 @@ class Asking:
             if attempt > 1:  # those who are gone may come back
                 self.roll.look()
                 self.roll.wait(lambda _: self._there() >= least)
-            self._ask(patience)
+            self._ask(patience, first=attempt == 1)
             self.mail.until(lambda: not self._open, patience, self._take)
             self.mail.forget("train")
             for client in self._open:
@@ -76,7 +89,7 @@ class Asking:
         """How many of those drawn are there."""
         return sum(client in self.roll.members for client in self.drawn)
 
-    def _ask(self, patience: float) -> None:
+    def _ask(self, patience: float, first: bool) -> None:
         last = counted(self.now.history)
         self._nodes = {}
         for client in self.drawn:
@@ -88,11 +101,14 @@ class Asking:
                 continue
             order = {"round": self.now.round + 1, "plan": self.plan.fingerprint}
             order["counted"] = last.get(client, 0)
-            content = RecordDict({"model": self._model, "order": ConfigRecord(order)})
+            had = first and order["counted"] == self.now.round > 0  # what was said before
+            model = self._message if had and self._message is not None else self._whole
+            order["whole"] = model is self._whole
+            content = RecordDict({"model": model, "order": ConfigRecord(order)})
             group = str(self.now.round + 1)
             if self.mail.send("train", member.node, content, patience, group):
                 self._nodes[member.node] = client
-                _add(self.down, sizes(self._model))
+                _add(self.down, sizes(model))
             else:
                 self.refused[client] = "its node cannot be reached"
         self._open = {*self._nodes.values()}

@@ -4,19 +4,22 @@ TLS and the authentication of nodes are always on. No program installs what an a
 reports to Flower's makers.
 """
 
+import contextlib
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from fedrag_jax.errors import ConfigError, FedragError
 from fedrag_jax.files import write_text, writing
 from fedrag_jax.integrations.flower.certificates import CA, CERTIFICATE, KEY
 
 PORT, NODE_PORT = 9092, 9094
-LINK = "federation"  # the SuperLink, in Flower's own configuration
+LINK = "fedrag-link"  # the SuperLink, in Flower's own configuration
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 
 
@@ -36,7 +39,7 @@ def superlink(
 ) -> list[str]:
     """The command line of a SuperLink: the server's side, which runs the ServerApp as well."""
     return [
-        _program("flower-superlink"),
+        program("flower-superlink"),
         *("--host", host, "--port", str(port)),
         *("--ssl-ca-certfile", str(certificates / CA)),
         *("--ssl-certfile", str(certificates / CERTIFICATE)),
@@ -63,7 +66,7 @@ def supernode(
     """
     told = " ".join(f'{n}="{v}"' if isinstance(v, str) else f"{n}={v}" for n, v in config.items())
     return [
-        _program("flower-supernode"),
+        program("flower-supernode"),
         *("--superlink", address),
         *("--root-certificates", str(ca)),
         *("--auth-supernode-private-key", str(key)),
@@ -95,21 +98,30 @@ def register(home: pathlib.Path, public_key: pathlib.Path, name: str) -> None:
 
 
 def flwr(home: pathlib.Path, *arguments: str) -> subprocess.CompletedProcess:
-    """Runs Flower's command line to its end."""
-    command = [_program("flwr"), *arguments]
+    """Runs Flower's command line to its end, in `home`: it takes a folder of the SuperLink's name that
+    is where it runs for an app of old."""
+    command = [program("flwr"), *arguments]
     return subprocess.run(
-        command, env=environment(home), capture_output=True, text=True, timeout=300, check=False
+        command,
+        env=environment(home),
+        cwd=home,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
     )
 
 
-def wait_for_link(home: pathlib.Path, patience: float = 60.0) -> None:
+def wait_for_link(home: pathlib.Path, link: subprocess.Popen, patience: float = 600.0) -> None:
     """Waits until the SuperLink answers.
 
     Raises:
-      FlowerError: it does not.
+      FlowerError: it does not, or has ended.
     """
     end = time.monotonic() + patience
     while (found := flwr(home, "ls", LINK)).returncode:
+        if link.poll() is not None:
+            raise FlowerError(f"the SuperLink ended with {link.returncode}: see its log")
         if time.monotonic() > end:
             raise FlowerError(
                 f"no SuperLink answers after {patience:g} s: {(found.stderr or found.stdout).strip()}"
@@ -117,7 +129,33 @@ def wait_for_link(home: pathlib.Path, patience: float = 60.0) -> None:
         time.sleep(0.5)
 
 
-def _program(name: str) -> str:
+@contextlib.contextmanager
+def running(command: list[str], patience: float = 30.0, **how: Any) -> Iterator[subprocess.Popen]:
+    """A program that ends when the block does, with all that it has started.
+
+    Args:
+      patience: seconds to end in, before it is killed.
+      how: as of `Popen`.
+    """
+    # A session of its own: Flower's programs start others, and leave them behind.
+    process = subprocess.Popen(command, start_new_session=True, **how)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def program(name: str) -> str:
+    """Where a program of Flower's is.
+
+    Raises:
+      ConfigError: not beside this Python.
+    """
     path = pathlib.Path(sys.executable).parent / name
     if not path.exists():
         raise ConfigError(f"{path} is missing: install flwr where {sys.executable} is")

@@ -8,6 +8,7 @@ FOLDER/
     system/                       of the documents
 """
 
+import contextlib
 import importlib.resources
 import json
 import pathlib
@@ -16,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fedrag_jax.data import synthetic
@@ -35,6 +36,7 @@ from fedrag_jax.retrieval.stores.registry import new_store
 from fedrag_jax.systems.indexing import index
 
 ABOUT, KEY = "party.json", "node.key"
+LOOK = 10.0  # seconds between two looks at the run, each of which starts a program
 NAMED = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,30}")
 
 
@@ -88,42 +90,55 @@ def serve(folder: pathlib.Path, changes: Sequence[str] = (), listen: str = "127.
       ConfigError: no federation in the folder.
       FlowerError: a program of Flower's that failed.
     """
-    server, home = folder / "server", folder / "server" / "flower"
+    with linked(folder, listen) as (home, link):
+        run = folder / "server" / "run"
+        (run / MODEL).unlink(missing_ok=True)
+        chosen = ["--run-config", " ".join(changes)] if changes else []
+        started = commands.flwr(home, "run", str(folder.absolute()), commands.LINK, *chosen)
+        if started.returncode:
+            raise commands.FlowerError((started.stderr or started.stdout).strip())
+        _follow(run, home, link)
+    return 0
+
+
+def wait_for_runs(folder: pathlib.Path, listen: str = "127.0.0.1") -> int:
+    """Runs a SuperLink for those who start runs themselves, with `flwr run`; its exit code.
+
+    Raises:
+      as `serve` does.
+    """
+    with linked(folder, listen) as (home, link):
+        print(f"FLWR_HOME={home} flwr run {folder} {commands.LINK} --stream", flush=True)
+        return link.wait()
+
+
+@contextlib.contextmanager
+def linked(folder: pathlib.Path, listen: str) -> Iterator[tuple[pathlib.Path, subprocess.Popen]]:
+    """A SuperLink that knows the parties, with a gate before it: Flower's folder, and the process."""
+    server = folder / "server"
     if not (folder / "pyproject.toml").exists() or not server.is_dir():
         raise ConfigError(f"{folder} is no federation: fedrag federate init {folder}")
+    home = (server / "flower").absolute()
     parties = [*sorted((folder / "parties").glob(f"*/{ABOUT}"))]
     port = int(read_json(parties[0])["server"].rpartition(":")[2]) if parties else commands.PORT
     inside = port + 1
     own = f"127.0.0.1:{inside}"
     commands.connect(home, own, server / "certificates" / CA)
-    run = server / "run"
-    (run / MODEL).unlink(missing_ok=True)
     certificates, database = ((server / name).absolute() for name in ("certificates", "link.db"))
     command = commands.superlink(certificates, database, "127.0.0.1", inside)
-    with (server / "link.log").open("a") as log:
-        link = subprocess.Popen(
-            command, stdout=log, stderr=log, cwd=folder, env=commands.environment(home.absolute())
-        )
-    opened = None
-    try:
-        commands.wait_for_link(home.absolute())
+    told = server / "link.log"
+    how: dict[str, Any] = {"cwd": folder, "env": commands.environment(home)}
+    with told.open("a") as log, commands.running(command, stdout=log, stderr=log, **how) as link:
+        print(f"starting the SuperLink; its log is {told}", flush=True)
+        commands.wait_for_link(home, link)
         for key in sorted((server / "parties").glob("*.pub")):
-            commands.register(home.absolute(), key, key.stem)
+            commands.register(home, key.absolute(), key.stem)
         opened = open_gate(own, certificates, listen, port)
-        print(f"parties may come, to port {port}; the log is {server / 'link.log'}", flush=True)
-        chosen = ["--run-config", " ".join(changes)] if changes else []
-        started = commands.flwr(
-            home.absolute(), "run", str(folder.absolute()), commands.LINK, *chosen
-        )
-        if started.returncode:
-            raise commands.FlowerError((started.stderr or started.stdout).strip())
-        _follow(run, home.absolute(), link)
-    finally:
-        if opened is not None:
+        print(f"parties may come, to port {port}", flush=True)
+        try:
+            yield home, link
+        finally:
             opened.should_exit = True
-        link.terminate()
-        link.wait()
-    return 0
 
 
 def join(party: pathlib.Path, local_port: int | None = None) -> int:
@@ -143,8 +158,9 @@ def join(party: pathlib.Path, local_port: int | None = None) -> int:
     command = commands.supernode(
         about["server"], (party / CA).absolute(), (party / KEY).absolute(), config, port
     )
-    home = (party / "flower").absolute()
-    return subprocess.call(command, env=commands.environment(home))
+    environment = commands.environment((party / "flower").absolute())
+    with commands.running(command, env=environment) as node:
+        return node.wait()
 
 
 def _follow(run: pathlib.Path, home: pathlib.Path, link: subprocess.Popen) -> None:
@@ -160,23 +176,17 @@ def _follow(run: pathlib.Path, home: pathlib.Path, link: subprocess.Popen) -> No
             break
         if link.poll() is not None:
             raise commands.FlowerError(f"the SuperLink ended with {link.returncode}: see its log")
-        if time.monotonic() - looked > 20:
+        if time.monotonic() - looked > LOOK:
             looked = time.monotonic()
             found = commands.flwr(home, "ls", commands.LINK, "--format", "json").stdout
             if '"status": "finished:failed"' in found:
                 raise commands.FlowerError(f"the run failed: see {run.parent / 'link.log'}")
         time.sleep(1)
     print(f"trained: {run / MODEL}; waiting for the parties to take it", flush=True)
-    _wait_for_end(home)
-
-
-def _wait_for_end(home: pathlib.Path) -> None:
-    end = time.monotonic() + 300
-    while time.monotonic() < end:
-        found = commands.flwr(home, "ls", commands.LINK, "--format", "json").stdout
-        if '"status": "running"' not in found:
-            return
-        time.sleep(2)
+    while (
+        '"status": "running"' in commands.flwr(home, "ls", commands.LINK, "--format", "json").stdout
+    ):
+        time.sleep(LOOK)  # the run itself waits no longer than its patience
 
 
 def _tell(record: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What a party keeps from round to round, such as its control variate."""
+"""What a party keeps from round to round, such as its control variate and what it has heard."""
 
 import pathlib
 from typing import Any
@@ -18,7 +18,7 @@ NAME = "memory.safetensors"
 
 
 class Memory:
-    """The row of one client before its last round and after it, in a file.
+    """What one client keeps, its row, before its last round and after it, in a file.
 
     Whether that round counted is known only once the server asks again: an answer may be lost, or the
     server taken up from a round before. So both are kept, and the server says which of a party's
@@ -26,15 +26,16 @@ class Memory:
 
     Args:
       folder: of the party.
+      first: the row before the first round.
 
     Raises:
       ConfigError: the file is of another plan.
       DataError: it cannot be read.
     """
 
-    def __init__(self, folder: pathlib.Path, plan: Plan):
+    def __init__(self, folder: pathlib.Path, plan: Plan, first: PyTree):
         self.path, self.plan = folder / NAME, plan
-        self.row_like = plan.initial.population
+        self.row_like = first
         # (round that counted last, row) before the last work and after it
         self.before: tuple[int, PyTree] = (0, jax.device_get(self.row_like))
         self.after = self.before

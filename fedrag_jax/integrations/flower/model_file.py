@@ -9,7 +9,7 @@ import safetensors
 import safetensors.numpy
 
 from fedrag_jax.errors import CheckpointError
-from fedrag_jax.federated.algorithm import PyTree, State
+from fedrag_jax.federated.algorithm import PyTree
 from fedrag_jax.files import whole
 from fedrag_jax.integrations.flower.plan import Plan
 from fedrag_jax.integrations.flower.wire import named
@@ -17,9 +17,9 @@ from fedrag_jax.integrations.flower.wire import named
 MODEL = "model.safetensors"
 
 
-def save_model(plan: Plan, state: State, folder: pathlib.Path) -> None:
+def save_model(plan: Plan, handed: PyTree, folder: pathlib.Path) -> None:
     """Writes `model.safetensors`: what the server hands out of its state."""
-    leaves = jax.device_get(named(plan.handed_out(state)))
+    leaves = jax.device_get(named(handed))
     arrays = {name: np.asarray(x, order="C") for name, x in leaves.items()}
     folder.mkdir(parents=True, exist_ok=True)
     with whole(folder / MODEL, "wb") as file:
@@ -44,4 +44,4 @@ def load_model(plan: Plan, folder: str | pathlib.Path) -> tuple[PyTree, PyTree]:
         raise CheckpointError(f"{path} is of plan {about.get('plan')}, not {plan.fingerprint}")
     leaves = [jnp.asarray(found[name]) for name in named(like)]
     state = plan.received(jax.tree.unflatten(jax.tree.structure(like), leaves))
-    return state.trainable, plan.algorithm.frozen(state, plan.task.frozen)
+    return state.trainable, plan.within.frozen(state, plan.task.frozen)

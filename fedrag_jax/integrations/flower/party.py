@@ -19,9 +19,11 @@ from flwr.clientapp import ClientApp
 import fedrag_jax
 from fedrag_jax.data.partition import Partition
 from fedrag_jax.errors import ConfigError, DivergenceError
+from fedrag_jax.federated.algorithm import PyTree
 from fedrag_jax.federated.engine.apart import client_round, member_of
 from fedrag_jax.federated.engine.cohort import client_batches
 from fedrag_jax.federated.engine.table import collate, tell_idle
+from fedrag_jax.integrations.flower.broadcast import begun, expected, nothing_heard
 from fedrag_jax.integrations.flower.memory import Memory
 from fedrag_jax.integrations.flower.model_file import save_model
 from fedrag_jax.integrations.flower.plan import Plan
@@ -93,7 +95,8 @@ class Party:
         self.examples = data(context) if callable(data) else data
         folder = context.node_config.get(FOLDER, folder)
         self.folder = None if folder is None else pathlib.Path(str(folder))
-        if self.plan.keeps_rows and self.folder is None:
+        self.keeps = self.plan.keeps_rows or self.plan.down is not None
+        if self.keeps and self.folder is None:
             raise ConfigError(
                 f"{self.plan.algorithm.name}: a party keeps what it knows from round to round; give a "
                 f"folder of its own, as {FOLDER} of the node's configuration"
@@ -114,12 +117,16 @@ class Party:
     def train(self, message: Message) -> RecordDict:
         """The work of a round."""
         plan, order = self.plan, message.content["order"]
-        round, state = self._asked(message)
-        memory = Memory(self.folder, plan) if plan.keeps_rows else None
-        if memory is not None:
-            state = state._replace(population=memory.row(int(order["counted"])))
-        else:
-            state = state._replace(population=())
+        whole = bool(order["whole"])
+        round, handed = self._asked(message, expected(plan, whole))
+        first = {"row": plan.initial.population}
+        if plan.down is not None:
+            first["heard"] = nothing_heard(plan)
+        memory = Memory(self.folder, plan, first) if self.keeps else None
+        counted = int(order["counted"]) if plan.keeps_rows or not whole else 0
+        kept = first if memory is None else memory.row(counted)
+        state, heard = begun(plan, round, handed, None if whole else kept["heard"])
+        state = state._replace(population=kept["row"])
         table = self._table(state.trainable)
         rows = np.arange(len(self.examples))
         settings = plan.algorithm.work, round, plan.batch_size, plan.seed
@@ -128,39 +135,39 @@ class Party:
         place, numbers = plan.place(round)
         frozen = jax.tree.map(jax.numpy.asarray, plan.task.frozen)
         about = numbers, state, frozen, table, member, plan.key(round)
-        y, row, report = jax.device_get(client_round(place, plan.task.loss, *about))
+        sent, row, report = jax.device_get(client_round(place, plan.task.loss, *about))
         if not report["finite"]:
             raise DivergenceError(
                 f"task {plan.task.name!r}, round {round + 1}: loss or parameters of client "
                 f"{self.number} are not finite; lower the learning rate or clip gradients"
             )
         if memory is not None:
-            memory.keep(round + 1, row)
+            after = {"row": row, "heard": heard}
+            memory.keep(round + 1, {name: after[name] for name in first})
         told = {name: float(x) for name, x in report["metrics"].items()}
         told |= {"loss": float(report["loss"]), "examples": float(report["examples"])}
         about = {"client": self.number, "round": round + 1, "plan": plan.fingerprint}
         return RecordDict(
-            {"model": to_record(y), "about": ConfigRecord(about), "report": MetricRecord(told)}
+            {"model": to_record(sent), "about": ConfigRecord(about), "report": MetricRecord(told)}
         )
 
     def keep(self, message: Message) -> RecordDict:
         """Writes down the model that training has come to, if there is a folder for it."""
-        round, state = self._asked(message)
+        round, handed = self._asked(message, self.plan.handed_out(self.plan.initial))
         if self.folder is not None:
-            save_model(self.plan, state, self.folder)
+            save_model(self.plan, handed, self.folder)
         return RecordDict({"about": ConfigRecord({"client": self.number, "round": round + 1})})
 
-    def _asked(self, message: Message) -> tuple[int, Any]:
-        """The round that a message is of, from 0, and the state that it brings."""
+    def _asked(self, message: Message, like: PyTree) -> tuple[int, PyTree]:
+        """The round that a message is of, from 0, and what it brings, which is to be like that."""
         order = message.content["order"]
         if order["plan"] != self.plan.fingerprint:
             raise ConfigError(
                 f"the server follows plan {order['plan']} and client {self.number} plan "
                 f"{self.plan.fingerprint}: start both with the same settings"
             )
-        like = self.plan.handed_out(self.plan.initial)
         handed = from_record(message.content["model"], like, "the server")
-        return int(order["round"]) - 1, self.plan.received(handed)
+        return int(order["round"]) - 1, handed
 
     def _table(self, trainable) -> dict[str, Any]:
         task, examples = self.plan.task, self.examples

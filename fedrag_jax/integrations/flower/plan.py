@@ -11,9 +11,9 @@ import jax
 import numpy as np
 import optax
 
-from fedrag_jax.data.seeds import stream
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.federated.algorithm import Algorithm, PyTree, State
+from fedrag_jax.federated.compression.codec import Codec
 from fedrag_jax.federated.engine.apart import Place, sent_shapes
 from fedrag_jax.federated.engine.client import update_key
 from fedrag_jax.federated.engine.start import initial_state, schedule
@@ -21,7 +21,7 @@ from fedrag_jax.federated.optimizers import split
 from fedrag_jax.integrations.flower.wire import named
 from fedrag_jax.objectives.task import Task
 
-PROTOCOL = 1  # of the messages: parties that speak different ones refuse each other
+PROTOCOL = 2  # of the messages: parties that speak different ones refuse each other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,8 @@ class Plan:
             )
         if why := self.algorithm.simulated:
             raise ConfigError(f"{name} cannot be deployed: {why}; choose another algorithm")
-        if self.algorithm.needs == "updates":
+        self.algorithm.tells(self.rounds)  # refuses more than it may take
+        if self.within.needs == "updates":
             raise ConfigError(
                 f"{name} cannot be deployed: it needs all updates of a round at once, and the server "
                 "adds them up as they come; choose an algorithm that needs a sum"
@@ -79,7 +80,21 @@ class Plan:
                 "retrieve anew in every round (refresh_every=1, no index kept from round to round)"
             )
         for round in range(len(self.algorithm.turns)):
-            sent_shapes(*self.place(round), self.initial, self.task.frozen, name)
+            sent_shapes(*self.place(round), self.inner(self.initial), self.task.frozen, name)
+
+    @property
+    def within(self) -> Algorithm:
+        """The algorithm, without the messages that it is wrapped in."""
+        return self.algorithm if self.algorithm.messages is None else self.algorithm.messages.inner
+
+    @property
+    def down(self) -> Codec | None:
+        """That of what the server sends, or None."""
+        return None if self.algorithm.messages is None else self.algorithm.messages.down
+
+    def inner(self, state: State) -> State:
+        """The state as the algorithm within the messages knows it."""
+        return state if self.down is None else state._replace(server=state.server["inner"])
 
     @functools.cached_property
     def optimizer_at(self) -> Callable[[int], optax.GradientTransformation]:
@@ -106,25 +121,17 @@ class Plan:
 
     def handed_out(self, state: State) -> PyTree:
         """What the server sends of its state."""
-        server = {"server": state.server} if self.algorithm.open_server else {}
+        server = {"server": self.inner(state).server} if self.algorithm.open_server else {}
         return {"trainable": state.trainable} | server
 
     def received(self, handed: PyTree) -> State:
-        """The state as a client knows it, of what the server sent."""
-        return self.initial._replace(**handed)
+        """The state as a client knows it, of the model and what else the server sent."""
+        return self.inner(self.initial)._replace(**handed)
 
     def sent(self, round: int) -> tuple[PyTree, PyTree]:
         """Shapes and types of what a client sends in a round, from 0, and of the sums over clients."""
-        of_round = self.place(round)
-        return sent_shapes(*of_round, self.initial, self.task.frozen, self.algorithm.name)
-
-    def draw(self, sizes: np.ndarray, round: int) -> np.ndarray:
-        """Who of parties with so many examples is drawn for a round, from 0: places in `sizes`.
-
-        As in a simulation, where all parties are there.
-        """
-        rng = stream(self.seed, "client sampling", round)
-        return np.sort(self.algorithm.work.sampling.draw(sizes, rng))
+        state = self.inner(self.initial)
+        return sent_shapes(*self.place(round), state, self.task.frozen, self.algorithm.name)
 
     @functools.cached_property
     def settings(self) -> dict[str, Any]:

@@ -24,11 +24,14 @@ from fedrag_jax.errors import ConfigError
 from fedrag_jax.federated.algorithm import State
 from fedrag_jax.federated.callbacks import Callback, FitState
 from fedrag_jax.federated.engine.apart import member_of, server_step, share_of_sums
+from fedrag_jax.federated.engine.client import all_finite
 from fedrag_jax.federated.engine.cohort import Batches, steps_of
 from fedrag_jax.federated.engine.records import require_finite, seen, summary
 from fedrag_jax.federated.engine.start import started
 from fedrag_jax.federated.fit import FitResult
 from fedrag_jax.integrations.flower.asking import Asking, RoundFailedError
+from fedrag_jax.integrations.flower.broadcast import closed
+from fedrag_jax.integrations.flower.draws import Draws
 from fedrag_jax.integrations.flower.model_file import save_model
 from fedrag_jax.integrations.flower.plan import Plan
 from fedrag_jax.integrations.flower.roll import Asked, Mail, Roll
@@ -47,7 +50,7 @@ def server_app(
     present: int | None = None,
     quorum: int | None = None,
     patience: float = 3600.0,
-    callbacks: Iterable[Callback] = (),
+    callbacks: Iterable[Callback] | Callable[[Context], Iterable[Callback]] = (),
 ) -> ServerApp:
     """The Flower ServerApp of a federation.
 
@@ -62,7 +65,7 @@ def server_app(
       quorum: answers without which a round does not count; it is asked for again then, of those who
         have not answered. More than half of those drawn unless given.
       patience: seconds to wait, for parties at the start and for the answers of a round.
-      callbacks: as in `fit`, told of every round.
+      callbacks: as in `fit`, told of every round; or what makes them of the run's configuration.
 
     The run's configuration may say `folder`, `quorum` and `patience`, which come first.
 
@@ -81,7 +84,8 @@ def server_app(
         known, config = plan if isinstance(plan, Plan) else plan(context), context.run_config
         where = pathlib.Path(str(config.get("folder", folder)))
         numbers: Any = [config.get(n, v) for n, v in (("quorum", quorum), ("patience", patience))]
-        run_rounds(known, grid, where, present, *numbers, callbacks=callbacks)
+        told = callbacks(context) if callable(callbacks) else callbacks
+        run_rounds(known, grid, where, present, *numbers, callbacks=told)
 
     return app
 
@@ -94,8 +98,12 @@ def run_rounds(
     quorum: int | None = None,
     patience: float = 3600.0,
     callbacks: Iterable[Callback] = (),
+    draws: Draws | None = None,
 ) -> FitResult:
     """All rounds that are left; arguments as in `server_app`.
+
+    Args:
+      draws: those that the algorithm needs, unless given.
 
     Returns:
       As `fit` does. Records hold `clients` (those whose answers counted), `refused` ({client: why}),
@@ -106,7 +114,8 @@ def run_rounds(
       DivergenceError: the server's own step left a number that is not finite.
     """
     present = plan.clients if present is None else present
-    plan.draw(np.ones(present, np.int64), 0)  # refuses what cannot be drawn of so many
+    draws = Draws.of(plan) if draws is None else draws
+    draws.who(plan, np.ones(present, np.int64), 0)  # refuses what cannot be drawn of so many
     mail, least = Mail(grid), present
     roll = Roll(plan, mail, patience)
     state = plan.initial._replace(population=())
@@ -116,45 +125,53 @@ def run_rounds(
     while now.round < plan.rounds:
         began = time.perf_counter()
         roll.look()
-        if not roll.wait(lambda count, least=least: count >= least and _drawable(plan, count)):
+        if not roll.wait(
+            lambda count, least=least: count >= least and _drawable(plan, draws, count)
+        ):
             raise RoundFailedError(
                 f"{len(roll.members)} of {least} parties came within {patience:g} s: start their "
                 "SuperNodes, or set `present` or `patience`"
             )
         with tempfile.TemporaryDirectory(dir=folder) as spool:
-            asking = Asking(plan, mail, roll, now, pathlib.Path(spool))
+            asking = Asking(plan, draws, mail, roll, now, pathlib.Path(spool))
             asking.until(quorum, patience)
             least = quorum or present // 2 + 1  # later rounds go on with those who are there
-            state, record = _closed(plan, now, asking)
+            state, record = _closed(plan, draws, now, asking)
         record["seconds"] = record["device_seconds"] = time.perf_counter() - began
         now = dataclasses.replace(
             now, round=now.round + 1, state=state, history=(*now.history, record)
         )
         if any([callback.round_end(now, record) for callback in told]):  # all are told
             break
-    save_model(plan, now.state, folder)
+    save_model(plan, plan.handed_out(now.state), folder)
     _hand_on(plan, mail, roll, now, patience)
     frozen = plan.algorithm.frozen(now.state, plan.task.frozen)
     return FitResult(now.state.trainable, list(now.history), frozen)
 
 
-def _closed(plan: Plan, now: FitState, asking: Asking) -> tuple[State, dict[str, Any]]:
+def _closed(
+    plan: Plan, draws: Draws, now: FitState, asking: Asking
+) -> tuple[State, dict[str, Any]]:
     """The state after a round, and its record."""
     work, clients = plan.algorithm.work, sorted(asking.answers)
     held = np.array([asking.held[c] for c in clients], np.int64)
     counts = held if work.weighting == "examples" else np.ones(len(clients))
     place, numbers = plan.place(now.round)
     frozen, key = jax.tree.map(jnp.asarray, plan.task.frozen), plan.key(now.round)
-    known = now.state._replace(population=plan.initial.population)
+    start = asking.handed.start
+    known = start._replace(population=plan.initial.population)
     sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), asking.sums_like)
+    finite: list[bool] = []
     for client, size, share in zip(clients, held, counts / max(counts.sum(), 1), strict=True):
         did = NOTHING._replace(steps=steps_of(int(size), work, plan.batch_size))
         member, sent = member_of(client, share, did), asking.arrays(client)
         mine = share_of_sums(place, numbers, known, frozen, member, sent, key)
+        finite.append(bool(all_finite(mine)))
         sums = jax.tree.map(jnp.add, sums, mine)
-    state, finite = server_step(place, numbers, now.state, frozen, sums, key)
+    after, well = server_step(place, numbers, start, frozen, sums, draws.of_round(now.round))
+    state = closed(plan, now.state, asking.handed, after)
     who = np.array(clients, int)
-    require_finite(plan.task.name, now.round + 1, who, np.ones(len(who), bool), bool(finite))
+    require_finite(plan.task.name, now.round + 1, who, np.array(finite, bool), bool(well))
 
     report = _table([asking.answers[c] for c in clients])
     record = {"round": now.round + 1, "rounds": plan.rounds, **summary(who, report)}
@@ -169,6 +186,7 @@ def _closed(plan: Plan, now: FitState, asking: Asking) -> tuple[State, dict[str,
         "refreshed": plan.task.retrieve is not None,
         "refresh_seconds": 0.0,
         "compile_seconds": 0.0,
+        **plan.algorithm.tells(now.round + 1),
     }
 
 
@@ -201,10 +219,10 @@ def _hand_on(plan: Plan, mail: Mail, roll: Roll, now: FitState, patience: float)
     log.info("%d of %d parties have the model of round %d", len(kept), len(roll.members), now.round)
 
 
-def _drawable(plan: Plan, count: int) -> bool:
+def _drawable(plan: Plan, draws: Draws, count: int) -> bool:
     """Whether a round can be drawn from so many parties."""
     try:
-        plan.draw(np.ones(count, np.int64), 0)
+        draws.who(plan, np.ones(count, np.int64), 0)
     except ConfigError:
         return False
     return True

@@ -59,7 +59,7 @@ def sizes(record: Mapping[str, Array]) -> dict[str, int]:
     """Bytes of the arrays of each part, by type, as `algorithm.by_kind` gives them."""
     found: dict[str, int] = {}
     for name, array in record.items():
-        part = name.removeprefix("trainable.").partition(".")[0]
+        part = name.removeprefix("trainable.").removeprefix("message.").partition(".")[0]
         kind = f"{part} {array.dtype}"
         found[kind] = found.get(kind, 0) + len(array.data)
     return found

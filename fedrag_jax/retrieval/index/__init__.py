@@ -1,1 +1,1 @@
-"""Vectors by row, searched by inner product: what training searches."""
+"""Indexes for training: vectors by row, searched by inner product."""

@@ -14,10 +14,10 @@ _AT_ONCE = 65_536  # vectors added together
 
 
 class ApproximateIndex(HostIndex):
-    """An index of one of FAISS' kinds beside the vectors, which may be memory-mapped.
+    """An approximate FAISS index and its vectors, which may be memory-mapped.
 
-    Some vectors are replaced in place where the kind allows it (ivf, pq). A graph of neighbours (hnsw)
-    is built anew.
+    If the kind allows it (ivf, pq), vectors are replaced in place. A graph of neighbours (hnsw) is
+    rebuilt.
     """
 
     exact = False
@@ -28,10 +28,10 @@ class ApproximateIndex(HostIndex):
         self._index = self._built() if index is None else index
 
     def with_vectors(self, vectors: np.ndarray) -> "ApproximateIndex":
-        """An index of the same kind over other vectors [N, D].
+        """Returns an index of the same kind over other vectors [N, D].
 
-        Where few of them are others, and the kind allows it, a copy of this index gets those alone;
-        else it is trained and built anew.
+        If few vectors differ and the kind allows it, a copy of this index is updated; otherwise the
+        index is trained and built again.
         """
         if vectors.shape != self._vectors.shape:
             return super().with_vectors(vectors)
@@ -49,17 +49,17 @@ class ApproximateIndex(HostIndex):
 
     @property
     def _updates(self) -> bool:
-        """Whether vectors can be put in place of others: of lists with a map of what lies where."""
+        """Whether vectors can be replaced in place: only in lists with a map from rows to positions."""
         return hasattr(self._index, "update_vectors")
 
     def _update(self, rows: np.ndarray) -> None:
-        """Puts the vectors of some rows, each there once, into the index."""
+        """Updates the vectors of some rows, each given once, in the index."""
         fresh = np.ascontiguousarray(self._vectors[rows], np.float32)
         if len(rows):
             self._index.update_vectors(np.asarray(rows, np.int64), fresh)
 
     def _built(self):
-        """Trained on a sample, where that is enough, and filled part by part."""
+        """Trains the index on a sample, if that is enough, and fills it part by part."""
         count = len(self._vectors)
         drawn = np.random.default_rng(0).permutation(count)[: max(TRAINED_ON, count // 20)]
         sample = self._vectors if len(drawn) == count else self._vectors[np.sort(drawn)]

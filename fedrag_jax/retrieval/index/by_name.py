@@ -1,15 +1,15 @@
 """Kinds of index by name, with their options.
 
-| name | search | where some vectors are replaced |
+| name | search | update of some vectors |
 |---|---|---|
 | `flat` | exact, by FAISS on the host; vectors may be memory-mapped | in place |
 | `device` | exact, on JAX's devices, each with a share of the vectors | in place |
 | `ivf` | the lists nearest to a question | in place |
-| `pq` | the same, among codes of some bytes a vector | in place |
-| `hnsw` | along a graph of neighbours | built anew |
-| `qdrant`, `postgres` | by a store elsewhere, where one machine is outgrown | in place |
+| `pq` | the same, with vectors compressed to a few bytes | in place |
+| `hnsw` | along a graph of neighbours | rebuilt |
+| `qdrant`, `postgres` | in an external store, for corpora too large for one machine | in place |
 
-Options of ivf, pq and hnsw are those of `faiss_kinds.FaissKind`, those of stores `at` and `collection`.
+The options of ivf, pq and hnsw are those of `faiss_kinds.FaissKind`; stores have `at` and `collection`.
 """
 
 import dataclasses
@@ -41,13 +41,13 @@ INDEXES = (*EXACT, *OPTIONS, *ELSEWHERE)
 def index_kind(
     name: str, options: Mapping[str, Any] = MappingProxyType({}), where: str = "index"
 ) -> MakesIndex:
-    """What makes an index of a kind.
+    """Returns the function that builds an index of a kind.
 
     Args:
-      where: of the name and its options, for messages.
+      where: where the name and its options were given, for messages.
 
     Raises:
-      ConfigError: an unknown name or option, an option out of its range.
+      ConfigError: an unknown name or option, or an option out of its range.
     """
     if name not in INDEXES:
         raise ConfigError(f"{where}: unknown kind of index {name!r}; choose among {[*INDEXES]}")
@@ -61,7 +61,7 @@ def index_kind(
     if name in ELSEWHERE:
         if lacking := [option for option in KINDS[name].needed if option not in options]:
             raise ConfigError(
-                f"{where}: index {name!r} needs the option {lacking[0]!r}: where it is"
+                f"{where}: index {name!r} needs the option {lacking[0]!r}, its location"
             )
         return functools.partial(_in_store, name, options)
     try:

@@ -1,7 +1,7 @@
 """Exact nearest-neighbour search over a corpus on devices: GPUs, TPUs, or a CPU through XLA.
 
-A matrix product and `jax.lax.top_k`, block after block of the corpus. `jax.lax.approx_max_k` would be
-no faster: but on a TPU it looks at everything too.
+The search is a matrix product and `jax.lax.top_k` for each block of the corpus. `jax.lax.approx_max_k`
+would be no faster, because it is exact except on TPUs.
 """
 
 from collections.abc import Sequence
@@ -22,11 +22,11 @@ TILE = 128  # blocks are multiples of this: products of a ragged edge may be rou
 
 
 class DeviceIndex(VectorIndex):
-    """Vectors lie in blocks of equal size, as many on each of some devices of this process.
+    """An index with blocks of vectors of equal size, evenly distributed over devices of this process.
 
     Args:
-      devices: None for all accelerators there are, or the default device on a CPU, whose virtual
-        devices share one memory.
+      devices: the devices; None for all accelerators, or on a CPU for the default device, because
+        virtual CPU devices share one memory.
     """
 
     def __init__(self, ids, vectors: np.ndarray, devices: Sequence[jax.Device] | None = None):
@@ -42,7 +42,7 @@ class DeviceIndex(VectorIndex):
         self._held = NamedSharding(mesh, PartitionSpec("passages"))
 
         def share(index: tuple[slice, ...]) -> np.ndarray:
-            """The blocks of one device, padded: never are all of them laid out a second time."""
+            """Returns the padded blocks of one device, without a second copy of all of them."""
             start, stop, _ = index[0].indices(blocks)
             some = vectors[start * block : stop * block]
             padded = np.zeros(((stop - start) * block, self.dimension), np.float32)
@@ -57,7 +57,7 @@ class DeviceIndex(VectorIndex):
 
     @property
     def vectors(self) -> np.ndarray:
-        """float32 [N, D], a read-only copy on the host: `replace` is the way to change them."""
+        """float32 [N, D], a read-only copy on the host; change vectors with `replace`."""
         return np.asarray(self._blocks).reshape(-1, self.dimension)[: len(self)]
 
     def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -72,12 +72,13 @@ class DeviceIndex(VectorIndex):
 def search_blocks(
     blocks: jax.Array, count: int, queries: np.ndarray, k: int, mesh: Mesh | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows int32 and scores float32 [Q, k] among the first `count` rows of `blocks` [n, b, D].
+    """Searches the first `count` rows of `blocks` [n, b, D]; returns rows int32 and scores float32 [Q,
+    k].
 
     Equal scores are ordered by row.
 
     Args:
-      mesh: of the devices, on an axis "passages", that hold the blocks; None for one.
+      mesh: mesh of the devices that hold the blocks, with an axis "passages"; None for one device.
     """
     rows, scores = [], []
     for start in range(0, len(queries), _QUERIES):
@@ -96,7 +97,7 @@ def search_blocks(
 
 @partial(jax.jit, static_argnames=("k", "mesh"))
 def _nearest_of_all(blocks: jax.Array, count, queries: jax.Array, k: int, mesh: Mesh):
-    """As `_nearest`, over the blocks of all devices: each finds its best, and these are merged."""
+    """As `_nearest`, over the blocks of all devices; the best results of each device are merged."""
 
     def of_one(blocks, count, queries):
         first = len(blocks) * jax.lax.axis_index("passages")
@@ -118,13 +119,14 @@ def _nearest_of_all(blocks: jax.Array, count, queries: jax.Array, k: int, mesh: 
 
 @partial(jax.jit, static_argnames="k")
 def _nearest(blocks: jax.Array, count, queries: jax.Array, k: int, first=0):
-    """Rows and scores [Q, k] of `queries` [Q, D] over `blocks` [n, b, D], of which `count` rows count.
+    """Returns rows and scores [Q, k] of `queries` [Q, D] in the first `count` rows of `blocks` [n, b,
+    D].
+
+    top_k keeps the first of equal scores. Earlier results come first and have lower rows, so equal
+    scores are ordered by row.
 
     Args:
       first: the number of the first block.
-
-    top_k keeps the first of equals. Those found before come first and have lower rows, hence equal
-    scores are ordered by row.
     """
     size = blocks.shape[1]
 
@@ -145,5 +147,5 @@ def _nearest(blocks: jax.Array, count, queries: jax.Array, k: int, first=0):
 
 @partial(jax.jit, donate_argnums=0)
 def put_rows(blocks: jax.Array, rows: jax.Array, vectors: jax.Array) -> jax.Array:
-    """`blocks` [n, b, D], which are given up, with `vectors` [R, D] at `rows` int [R]."""
+    """Returns `blocks` [n, b, D], which are donated, with `vectors` [R, D] at `rows` int [R]."""
     return blocks.at[rows // blocks.shape[1], rows % blocks.shape[1]].set(vectors)

@@ -9,7 +9,7 @@ _AT_ONCE = 65_536  # vectors of half precision that are widened together
 
 
 class FaissIndex(HostIndex):
-    """FAISS looks at the vectors where they lie. Those of half precision are widened block by block."""
+    """An exact FAISS search that copies no vectors; float16 vectors are widened block by block."""
 
     def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         scores, rows = self._ordered(queries, min(k + 1, len(self)))

@@ -1,4 +1,4 @@
-"""FAISS indexes of four kinds by name, made and searched alike by stores and by training."""
+"""Four kinds of FAISS index by name, shared by stores and by training."""
 
 import dataclasses
 
@@ -15,20 +15,20 @@ _HNSW, _TRAINED = faiss.IndexHNSWFlat, {"ivf": faiss.IndexIVFFlat, "pq": faiss.I
 
 @dataclasses.dataclass(frozen=True)
 class FaissKind:
-    """How vectors are indexed; by inner product.
+    """The kind and settings of an inner-product index.
 
     Attributes:
-      index: "flat", exact; "ivf", vectors in lists, of which those nearest to a question are looked
-        into; "hnsw", a graph of neighbours; "pq", IVF whose vectors are codes.
-      lists: of ivf and pq; 0 for the root of the vectors that they are trained on. Where there are not
-        39 for each (10,000 for pq) the search is exact.
-      probes: lists that are looked into; 0 for a quarter of them.
-      neighbours: of each vector in hnsw.
-      effort: candidates that hnsw keeps as it searches; more find more, and take longer.
-      codes: bytes of a vector in pq; 0 for one for every 4 dimensions.
+      index: "flat", exact; "ivf", vectors in lists, of which only those nearest to a question are
+        searched; "hnsw", a graph of neighbours; "pq", IVF with compressed vectors.
+      lists: number of lists of ivf and pq; 0 for the square root of the number of training vectors.
+        With fewer than 39 vectors per list (10,000 vectors for pq) the search is exact.
+      probes: number of lists to search; 0 for a quarter of them.
+      neighbours: neighbours of each vector in hnsw.
+      effort: candidates that hnsw keeps during a search; more candidates find more and take longer.
+      codes: bytes per vector in pq; 0 for one byte per 4 dimensions.
 
     Raises:
-      ConfigError: an unknown kind, a number out of its range.
+      ConfigError: an unknown kind, or a number out of its range.
     """
 
     index: str = "flat"
@@ -48,10 +48,10 @@ class FaissKind:
             )
 
     def coded(self, dimension: int) -> int:
-        """Bytes of a vector in pq.
+        """Returns the bytes per vector in pq.
 
         Raises:
-          ConfigError: they do not divide the dimension, or that is below 1.
+          ConfigError: the bytes do not divide the dimension, or the dimension is below 1.
         """
         if dimension < 1:
             raise ConfigError(f"a store needs dimension >= 1, got {dimension}")
@@ -63,22 +63,22 @@ class FaissKind:
         return codes
 
     def lists_of(self, size: int) -> int:
-        """Lists for so many vectors; 0 where they are too few to train on."""
+        """Returns the number of lists for a number of vectors; 0 if they are too few for training."""
         lists = self.lists or int(size**0.5)
         fewest = max(PER_LIST * lists, FEWEST_CODED * (self.index == "pq"))
         return lists if self.index in _TRAINED and size >= fewest else 0
 
     def untrained(self, dimension: int):
-        """An empty index that needs no training: hnsw, or flat."""
+        """Returns an empty index that needs no training: hnsw or flat."""
         if self.index == "hnsw":
             return _HNSW(dimension, self.neighbours, faiss.METRIC_INNER_PRODUCT)
         return faiss.IndexFlatIP(dimension)
 
     def trained(self, vectors: np.ndarray, size: int = 0):
-        """An empty index, trained on these vectors [N, D] if they are enough.
+        """Returns an empty index, trained on these vectors [N, D] if they are enough.
 
         Args:
-          size: of how many they are a sample; of themselves for 0.
+          size: number of vectors of which these are a sample; 0 if they are all.
         """
         dimension = vectors.shape[1]
         lists = min(self.lists_of(size or len(vectors)), len(vectors) // PER_LIST)
@@ -95,7 +95,7 @@ class FaissKind:
         return index
 
     def parameters(self, index, k: int, selector=None):
-        """How an index of this kind is searched for k rows, of those that a selector lets through."""
+        """Returns the search parameters of this kind for k rows that a selector accepts."""
         if self.index == "hnsw":
             return faiss.SearchParametersHNSW(sel=selector, efSearch=max(self.effort, k))
         if isinstance(index, faiss.IndexFlat):
@@ -106,8 +106,8 @@ class FaissKind:
         return kind(sel=selector, nprobe=min(probes, index.nlist))
 
     def made(self, index) -> bool:
-        """Whether an index out of a file is what is made here: its vectors in the file itself, and
-        compared by inner products."""
+        """Returns whether an index from a file is of this kind: with its vectors in the file itself,
+        and with inner products."""
 
         def flat(other) -> bool:
             return type(other) in (faiss.IndexFlat, faiss.IndexFlatIP)

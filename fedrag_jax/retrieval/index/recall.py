@@ -1,4 +1,4 @@
-"""What an approximate index finds of what an exact one would."""
+"""Recall of an approximate index against an exact one."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from fedrag_jax.retrieval.retriever import Retriever
 
 
 def index_recall(retriever: Retriever, questions: Sequence[str], k: int) -> np.ndarray:
-    """Of the k passages nearest to each question the share [Q] that the retriever's index finds.
+    """Returns the share [Q] of each question's k nearest passages that the retriever's index finds.
 
     Raises:
       ConfigError: k below 1 or above the corpus.

@@ -1,16 +1,17 @@
-"""Federated retrieval: each silo searches passages of its own, the asker merges what they answer.
+"""Federated retrieval: each silo searches its own passages, and the querying party merges the results.
 
     retriever = Retriever.build(model, world.passages)
     silos = partition(world.passages, dirichlet(alpha=0.1, clients=8)).clients
     retriever = over_silos(retriever, silos, merge="rrf", budget=SearchBudget(silos=2))
 
-The second retriever is used like the first, in training or to answer. Where all silos are asked and
-answers are merged by score, or where there is one silo, it finds what one index over everything does.
+The second retriever is used like the first, in training or for answering. If all silos are queried and
+results are merged by score, or if there is one silo, it finds the same passages as one index.
 
-A question's vector goes to silos, each answers with its best rows and their scores, and of those that
-are best of all the asker fetches the texts. Under a budget it asks the silos that have a centroid
-nearest to the question: each has published a few, found by k-means. A centroid is a mean of vectors; of
-a silo with few passages it is one of them, so let a silo publish far fewer than it has to hide.
+The silos receive a question's vector and answer with their best rows and scores. The querying party
+fetches the texts of the overall best rows. Under a budget, only the silos with a centroid nearest to
+the question are queried; each silo has published a few centroids, found by k-means. A centroid is a
+mean of vectors. In a silo with few passages it may equal a single passage's vector, so a silo should
+publish far fewer centroids than it has passages to protect.
 """
 
 import dataclasses
@@ -33,11 +34,11 @@ _ANSWERS = 1_000_000  # rows with their scores that silos may answer at a time
 
 
 class SearchBudget(NamedTuple):
-    """What one question may cost; None is no limit. `QueryTraffic` tells the bytes.
+    """Limits for one question; None is no limit. `QueryTraffic` counts the bytes.
 
     Attributes:
-      silos: how many are asked.
-      passages_per_silo: how many each of them may answer with.
+      silos: maximum number of silos to query.
+      passages_per_silo: maximum number of passages that each of them returns.
     """
 
     silos: int | None = None
@@ -48,13 +49,13 @@ UNLIMITED = SearchBudget()
 
 
 class QueryTraffic(NamedTuple):
-    """What each question of a call cost, int64 [Q] each; what stays with the asker is free.
+    """The traffic of each question in a call, int64 [Q] each; the querying party's own silo is free.
 
     Attributes:
-      silos: how many were asked.
-      query_bytes: of the question's vector, sent to each of them.
-      answer_bytes: of the rows and scores that came back.
-      passage_bytes: of the texts fetched, in UTF-8: the passages found, each once.
+      silos: number of queried silos.
+      query_bytes: bytes of the question's vector, sent to each of them.
+      answer_bytes: bytes of the returned rows and scores.
+      passage_bytes: UTF-8 bytes of the fetched texts, each passage once.
     """
 
     silos: np.ndarray
@@ -64,7 +65,7 @@ class QueryTraffic(NamedTuple):
 
     @property
     def total_bytes(self) -> np.ndarray:
-        """All of them, int64 [Q]."""
+        """All bytes, int64 [Q]."""
         return self.query_bytes + self.answer_bytes + self.passage_bytes
 
 
@@ -77,18 +78,18 @@ class Silo(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class SiloIndex:
-    """Silos where a `Retriever` has its index. A passage may be with several.
+    """The index of a `Retriever` over silos. A passage may be in several silos.
 
     Attributes:
-      text_bytes: int64 [N], of the passages.
-      centroids: how many vectors a silo publishes, for `budget.silos`; as many as it has, if fewer.
+      text_bytes: int64 [N], UTF-8 bytes of the passages.
+      centroids: number of vectors that a silo publishes for `budget.silos`, at most its passages.
       merge: "score", or "rrf" for reciprocal rank fusion.
-      asker: the silo that asks, whose own index costs nothing and counts for no budget; None for
-        somebody without passages.
-      listen: told the `QueryTraffic` of every search.
+      asker: the querying silo, whose own index is free and not counted by the budget; None for a party
+        without passages.
+      listen: function called with the `QueryTraffic` of every search.
 
     Raises:
-      ConfigError: an unknown merge or asker, no centroid, or a budget that allows nothing.
+      ConfigError: an unknown merge or asker, no centroids, or a budget that allows nothing.
     """
 
     silos: tuple[Silo, ...]
@@ -120,39 +121,39 @@ class SiloIndex:
 
     @functools.cached_property
     def published(self) -> tuple[np.ndarray, ...]:
-        """What each silo tells others about itself: centroids float32 [C, D]."""
+        """The published centroids of each silo, float32 [C, D]."""
         return tuple(_centroids(silo.index.vectors, self.centroids) for silo in self.silos)
 
     @property
     def published_bytes(self) -> int:
-        """Of the centroids that the asker has been sent, once: none where all silos are asked."""
+        """Bytes of the centroids sent to the querying party, once; 0 if all silos are queried."""
         return sum(self.published[n].nbytes for n in self._others()) if self._chooses() else 0
 
     def with_vectors(self, vectors: np.ndarray) -> "SiloIndex":
-        """The same silos over other vectors [N, D] of the corpus, published anew."""
+        """Returns the same silos over other vectors [N, D] of the corpus, with new centroids."""
         silos = [Silo(s.rows, s.index.with_vectors(vectors[s.rows])) for s in self.silos]
         return dataclasses.replace(self, silos=tuple(silos))
 
     def search(self, query_vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """As `ask`; the traffic is told to `listen`."""
+        """As `ask`; passes the traffic to `listen`."""
         rows, scores, traffic = self.ask(query_vectors, k)
         if self.listen is not None:
             self.listen(traffic)
         return rows, scores
 
     def ask(self, query_vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, QueryTraffic]:
-        """The k best passages of the silos asked, best first.
+        """Returns the k best passages of the queried silos, best first.
 
         Args:
           query_vectors: float [Q, D].
 
         Returns:
-          rows int32 [Q, k] of the corpus, scores float32 [Q, k] (inner products, also where ranks were
-          fused), and what it cost.
+          Corpus rows int32 [Q, k], scores float32 [Q, k] (inner products, also with rank fusion), and
+          the traffic.
 
         Raises:
-          ConfigError: k below 1 or above the corpus, queries of another dimension, or a budget under
-            which fewer than k passages may come.
+          ConfigError: k below 1 or above the corpus, queries of another dimension, or a budget that
+            allows fewer than k passages.
           DataError: a query vector that is not finite.
         """
         require_depth(k, len(self))
@@ -195,9 +196,9 @@ class SiloIndex:
         )
 
     def _asked(self, queries: np.ndarray, k: int) -> np.ndarray:
-        """Which question goes to which silo, bool [Q, S].
+        """Returns which question goes to which silo, bool [Q, S].
 
-        The nearest, but for those too small for what is then left to have k together.
+        These are the nearest silos, except where small ones would leave fewer than k passages in total.
         """
         asked = np.ones((len(queries), len(self.silos)), bool)
         if not self._chooses():
@@ -207,7 +208,7 @@ class SiloIndex:
         depths = np.array([self._depth(number, k) for number in others])
         if (there := np.sort(depths)[-most:].sum()) < wanted:
             raise ConfigError(
-                f"budget: {most} silos have {there} passages to give at most, {wanted} are wanted; ask "
+                f"budget: {most} silos have at most {there} passages, but {wanted} are needed; ask "
                 "for fewer, or raise the budget"
             )
         nearness = self._nearness(queries, others)
@@ -217,7 +218,8 @@ class SiloIndex:
         return asked
 
     def _nearness(self, queries: np.ndarray, others: list[int]) -> np.ndarray:
-        """Of each question [Q] to the nearest centroid of each other silo [O]."""
+        """Returns the similarity of each question to the nearest centroid of each other silo, [Q,
+        O]."""
         published = [self.published[number] for number in others]
         starts = np.cumsum([0, *map(len, published[:-1])])
         return np.maximum.reduceat(queries @ np.concatenate(published).T, starts, axis=1)
@@ -241,19 +243,18 @@ def over_silos(
     index: MakesIndex = FaissIndex.build,
     **settings,
 ) -> Retriever:
-    """The same retriever where each silo holds, and searches, some of the passages.
+    """Returns the same retriever with an index in which each silo holds and searches some passages.
 
-    `Retriever.vectors` stays whole: what the simulation knows, but no index has.
+    `Retriever.vectors` stays complete: the simulation knows all vectors, but no single index does.
 
     Args:
-      silos: corpus rows int [n] of each, such as `Partition.clients`.
-      index: the kind that each silo has.
+      silos: corpus rows int [n] of each silo, such as `Partition.clients`.
+      index: the kind of index in each silo.
       settings: `merge`, `budget`, `centroids`, `asker`, `listen`, as in `SiloIndex`.
 
     Raises:
-      ConfigError: what `SiloIndex` refuses.
-      DataError: a silo that is empty or names a row twice or one that there is not, or a passage that
-        is with no silo.
+      ConfigError: as `SiloIndex`.
+      DataError: an empty silo, a repeated or unknown row in a silo, or a passage in no silo.
     """
     held = [np.sort(np.asarray(rows, np.int64)) for rows in silos]
     _check(held, len(retriever.passages))
@@ -275,10 +276,14 @@ def fuse(
     k: int,
     merge: str,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and scores [Q, k], best first, of all that silos answered: int, int, float, int [M].
+    """Merges the results of silos; returns rows and scores [Q, k], best first.
 
-    "rrf" is reciprocal rank fusion (Cormack, Clarke and Büttcher 2009, SIGIR): a passage is worth
-    sum over silos 1 / (60 + rank), ranks from 1. Equal worth is ordered by score, equal scores by row.
+    "rrf" is reciprocal rank fusion (Cormack, Clarke and Büttcher 2009, SIGIR): the value of a passage
+    is the sum over silos of 1 / (60 + rank), ranks from 1. Equal values are ordered by score, equal
+    scores by row.
+
+    Args:
+      question, row, score, rank: int, int, float, int [M], one entry per result.
 
     Raises:
       ConfigError: fewer than k passages for a question.
@@ -297,15 +302,15 @@ def fuse(
     counts = np.bincount(question, minlength=questions)
     if counts.min() < k:
         raise ConfigError(
-            f"budget: the silos that question {counts.argmin()} went to have {counts.min()} different "
-            f"passages to give, k is {k}; ask for fewer, or raise the budget"
+            f"budget: the silos of question {counts.argmin()} have {counts.min()} different "
+            f"passages, but k is {k}; ask for fewer, or raise the budget"
         )
     best = order[(np.cumsum(counts) - counts)[:, None] + np.arange(k)]
     return row[best].astype(np.int32), score[best]
 
 
 def _sufficient(nearest, depths: np.ndarray, most: int, wanted: int) -> list[int]:
-    """The first `most` of `nearest` that have as many as `wanted` together."""
+    """Returns the first `most` of `nearest` that together have `wanted` passages."""
     if depths[nearest[:most]].sum() >= wanted:
         return [*nearest[:most]]
     chosen = []
@@ -318,12 +323,13 @@ def _sufficient(nearest, depths: np.ndarray, most: int, wanted: int) -> list[int
 
 
 def _slices(queries: np.ndarray, width: int) -> list[np.ndarray]:
-    """Parts of at most so many; one, if there is no question."""
+    """Yields slices of at most `width` questions; one slice if there are none."""
     return [queries[start : start + width] for start in range(0, max(len(queries), 1), width)]
 
 
 def _centroids(vectors: np.ndarray, count: int) -> np.ndarray:
-    """Of `vectors` [n, D], float32 [min(count, n), D]; of unit length if these are."""
+    """Returns centroids of `vectors` [n, D], float32 [min(count, n), D]; unit length if the vectors
+    are."""
     unit = np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-3)
     # Fewer than 39 points a cluster make FAISS warn, and they are fine here.
     kmeans = faiss.Kmeans(
@@ -344,10 +350,10 @@ def _check(silos: list[np.ndarray], passages: int) -> None:
     for number, rows in enumerate(silos):
         if not len(rows) or rows[0] < 0 or rows[-1] >= passages or not np.diff(rows).all():
             raise DataError(
-                f"silo {number}: rows must be some of 0 to {passages - 1}, each once, got {rows}"
+                f"silo {number}: rows must be between 0 and {passages - 1}, each once, got {rows}"
             )
     if missing := np.setdiff1d(np.arange(passages), np.concatenate(silos)).tolist():
         raise DataError(
-            f"passage {missing[0]} and {len(missing) - 1} others are with no silo; "
+            f"passage {missing[0]} and {len(missing) - 1} others are in no silo; "
             "leave them out of the corpus"
         )

@@ -1,4 +1,4 @@
-"""The index of training in a store elsewhere: Qdrant or PostgreSQL, where one machine is outgrown."""
+"""A training index in an external store, Qdrant or PostgreSQL, for very large corpora."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -15,16 +15,15 @@ _DIGITS = 10  # of a row, so that equal scores are in the order of rows, too
 
 
 class StoreIndex(HostIndex):
-    """Vectors in a store, under the numbers of their rows and without their texts.
+    """Vectors in a store, under their row numbers and without their texts.
 
-    Vectors that are replaced are replaced there. The store must be empty, or one that an index of as
-    many vectors has filled: its vectors are replaced.
+    The store must be empty, or filled by an index of the same size; then its vectors are replaced.
 
     Args:
-      store: that has vectors.
+      store: a store with vectors.
 
     Raises:
-      ConfigError: a store of others.
+      ConfigError: a store with foreign passages.
     """
 
     exact = False
@@ -49,7 +48,7 @@ class StoreIndex(HostIndex):
         found = self.store.search([""] * len(queries), queries, k)
         if least := [len(some) for some in found if len(some) < k]:
             raise DataError(
-                f"the store found {min(least)} of {k} passages that were asked for: have it look at "
+                f"the store found {min(least)} of {k} requested passages: configure it to search "
                 "more of its vectors"
             )
         rows = [[int(f.passage.id) for f in some] for some in found]

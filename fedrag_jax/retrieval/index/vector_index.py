@@ -1,4 +1,4 @@
-"""Passages and their vectors, searched by inner product: what every store promises and refuses."""
+"""The interface and checks of all indexes: passages and vectors, searched by inner product."""
 
 import abc
 import json
@@ -17,7 +17,7 @@ _AT_ONCE = 65_536  # vectors looked at together
 
 
 class Index(Protocol):
-    """What a `Retriever` wants of a store; silos that search together are one, too."""
+    """The interface that a `Retriever` needs; `SiloIndex` implements it too."""
 
     def search(self, query_vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """As `VectorIndex.search`."""
@@ -27,7 +27,7 @@ class Index(Protocol):
 
 
 class MakesIndex(Protocol):
-    """A kind of index, such as `VectorIndex.build` of one."""
+    """A function that builds an index, such as `VectorIndex.build`."""
 
     def __call__(self, ids: Sequence[str] | None, vectors: np.ndarray, /) -> "VectorIndex": ...
 
@@ -35,11 +35,11 @@ class MakesIndex(Protocol):
 class VectorIndex(abc.ABC):
     """Passage ids and their vectors, searched by inner product (cosine, if normalised).
 
-    Row i of everything belongs to passage `ids[i]`; rows never move. Each kind of store says where
-    vectors lie and how they are searched.
+    Row i of every array belongs to passage `ids[i]`; rows never move. Subclasses define where vectors
+    are stored and how they are searched.
 
     Attributes:
-      exact: whether all vectors are looked at.
+      exact: whether a search compares all vectors.
     """
 
     exact = True
@@ -49,15 +49,15 @@ class VectorIndex(abc.ABC):
 
     @property
     def ids(self) -> tuple[str, ...]:
-        """[N]; the numbers of the rows where none were given."""
+        """Passage ids [N]; row numbers if no ids were given."""
         return tuple(map(str, range(len(self)))) if self._ids is None else self._ids
 
     @classmethod
     def build(cls, ids: Sequence[str] | None, vectors: np.ndarray, **settings) -> Self:
-        """Indexes `vectors` [N, D] under `ids` [N], or under their rows for None.
+        """Indexes `vectors` [N, D] under `ids` [N], or under their row numbers for None.
 
         Args:
-          settings: of the kind.
+          settings: settings of the kind of index.
 
         Raises:
           DataError: no passages, an id twice, not one vector per id, or a vector not finite.
@@ -82,29 +82,30 @@ class VectorIndex(abc.ABC):
         return self._size
 
     def with_vectors(self, vectors: np.ndarray) -> Self:
-        """A store of the same kind and passages over other vectors [N, D]."""
+        """Returns an index of the same kind and passages over other vectors [N, D]."""
         return self.build(self._ids, vectors, **self._settings())
 
     def _settings(self) -> dict[str, Any]:
-        """What else makes one of this kind."""
+        """The settings for building an index of this kind."""
         return {}
 
     def search(self, query_vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The k passages of largest inner product with each query, best first; of those that are looked
-        at, where not all are.
+        """Returns the k passages of largest inner product with each query, best first; approximate
+        indexes compare only some vectors.
 
-        Equal scores are ordered by row, also where the cut at k falls among them.
+        Equal scores are ordered by row, also at the cut after k.
 
         Args:
           query_vectors: float [Q, D].
 
         Returns:
-          rows int32 [Q, k] and scores float32 [Q, k].
+          Rows int32 [Q, k] and scores float32 [Q, k].
 
         Raises:
           ConfigError: k below 1 or above the corpus, or queries of another dimension.
           DataError: a query vector that is not finite.
         """
+
         require_depth(k, len(self))
         queries = self.fitting(query_vectors, "query").astype(np.float32, copy=False)
         if not len(queries):
@@ -112,7 +113,7 @@ class VectorIndex(abc.ABC):
         return self._search(queries, k)
 
     def replace(self, rows: np.ndarray, vectors: np.ndarray) -> None:
-        """Puts `vectors` [R, D] in the place of those at `rows` int [R]; nothing else is touched.
+        """Replaces the vectors at `rows` int [R] by `vectors` [R, D]; nothing else changes.
 
         Raises:
           ConfigError: a row outside the corpus, not one vector per row, or another dimension.
@@ -139,7 +140,7 @@ class VectorIndex(abc.ABC):
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Self:
-        """Reads what `save` wrote, by whatever kind of store.
+        """Reads a folder that `save` wrote, by any kind of index.
 
         Raises:
           CheckpointError: a file is missing or damaged, or the two do not belong together.
@@ -157,7 +158,7 @@ class VectorIndex(abc.ABC):
     @property
     @abc.abstractmethod
     def vectors(self) -> np.ndarray:
-        """float32 [N, D], read-only: `replace` is the way to change them."""
+        """float32 [N, D], read-only; change vectors with `replace`."""
 
     @abc.abstractmethod
     def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]: ...
@@ -166,7 +167,7 @@ class VectorIndex(abc.ABC):
     def _replace(self, rows: np.ndarray, vectors: np.ndarray) -> None: ...
 
     def fitting(self, vectors: np.ndarray, kind: str) -> np.ndarray:
-        """Vectors of the store's dimension, checked as by `finite`.
+        """Returns vectors of the index's dimension, checked as by `finite`.
 
         Raises:
           ConfigError: another shape or dimension.
@@ -182,8 +183,8 @@ class VectorIndex(abc.ABC):
 
 
 class HostIndex(VectorIndex):
-    """Vectors on the host, looked at where they lie, memory-mapped if they are: the first of them to be
-    replaced has all copied."""
+    """An index that searches vectors on the host without copying them, also memory-mapped ones; the
+    first replacement copies all of them."""
 
     def __init__(self, ids, vectors: np.ndarray):
         super().__init__(ids, vectors)
@@ -191,7 +192,7 @@ class HostIndex(VectorIndex):
 
     @property
     def vectors(self) -> np.ndarray:
-        """float32 or float16 [N, D], a read-only view: `replace` is the way to change them."""
+        """float32 or float16 [N, D], a read-only view; change vectors with `replace`."""
         view = self._vectors.view()
         view.flags.writeable = False
         return view
@@ -203,7 +204,7 @@ class HostIndex(VectorIndex):
 
 
 def require_depth(k: int, passages: int) -> None:
-    """Refuses a number of passages that the corpus cannot give.
+    """Refuses a k that is larger than the corpus.
 
     Raises:
       ConfigError: k below 1 or above the corpus.
@@ -213,7 +214,7 @@ def require_depth(k: int, passages: int) -> None:
 
 
 def finite(vectors, kind: str) -> np.ndarray:
-    """`vectors` as float32 [number, dimension]; float16 as they are.
+    """Returns `vectors` as float32 [number, dimension]; float16 stays float16.
 
     Raises:
       ConfigError: another shape.

@@ -1,1 +1,1 @@
-"""Stores of passages that people add to, delete from and ask while a system answers."""
+"""Stores of passages that can be changed and searched while a system answers."""

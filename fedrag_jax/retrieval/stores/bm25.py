@@ -1,4 +1,4 @@
-"""Passages searched by their words: BM25.
+"""Word search with BM25.
 
 pip install 'fedrag-jax[bm25]'
 """
@@ -39,22 +39,22 @@ ONE_FORM = normalizers.Sequence(
 
 
 class BM25Store(KnowledgeStore):
-    """An inverted index of titles and texts, in memory, by the library tantivy.
+    """An inverted index of titles and texts in memory, using the library tantivy.
 
         score = sum over words w of the question: idf(w) tf (k1 + 1) / (tf + k1 (1 - b + b |d| / avg))
 
     with k1 = 1.2 and b = 0.75 (Robertson and Zaragoza 2009). Words are runs of letters and digits, in
-    lower case and in one form, see `one_form`. Text in a script without spaces is not split: a warning
-    tells of passages in one. What is deleted is counted in idf until the store is saved.
+    lower case and normalised by `one_form`. Text in a script without spaces is not split into words; a
+    warning reports such passages. Deleted passages count in idf until the store is saved.
     """
 
     kind, cosines = "bm25", False
 
     def __init__(self, language: str = ""):
-        """An empty store.
+        """Creates an empty store.
 
         Args:
-          language: whose endings are taken off words ("english"); none unless given.
+          language: language of the stemmer, such as "english"; default: no stemming.
 
         Raises:
           ConfigError: a language without a stemmer, or tantivy is missing.
@@ -87,7 +87,7 @@ class BM25Store(KnowledgeStore):
         return len(self._held)
 
     def passages(self) -> Iterable[Passage]:
-        """All passages, in the order they came in."""
+        """All passages, in the order in which they were added."""
         return self._held.values()
 
     def _known(self, ids: Sequence[str]) -> set[str]:
@@ -173,10 +173,10 @@ class BM25Store(KnowledgeStore):
 
 
 def one_form(text: str) -> str:
-    """A text in the one form that questions and passages are compared in.
+    """Returns the normal form in which questions and passages are compared.
 
-    Unicode's NFKC (UAX 15), without what shows nothing (Default_Ignorable_Code_Point): accents are
-    composed, full width, ligatures and superscripts are plain, and soft hyphens are gone.
+    This is Unicode's NFKC (UAX 15) without invisible characters (Default_Ignorable_Code_Point): accents
+    are composed; full width, ligatures and superscripts become plain; soft hyphens are removed.
     """
     return text if text.isascii() else ONE_FORM.normalize_str(PARTING.sub(" ", text))
 
@@ -187,14 +187,14 @@ def _tell_unspaced(passages: Sequence[Passage], texts: Sequence[str]) -> None:
     if whole:
         warnings.warn(
             f"{len(whole):,} of {len(texts):,} passages, {whole[0]!r} first, have no spaces between "
-            "words, and a word index does not split them: a question finds them only by whole runs of "
+            "words, so a word index does not split them: a question finds them only by whole runs of "
             "letters. Search them by vectors, or put spaces between their words",
             stacklevel=5,
         )
 
 
 def _unsplit(text: str) -> bool:
-    """Whether most letters are in a script without spaces, in runs that are longer than its words."""
+    """Returns whether most letters are in a script without spaces, in runs longer than words."""
     if text.isascii():
         return False
     runs = [len(run) for run in re.findall(f"[{UNSPACED}]+", text)]

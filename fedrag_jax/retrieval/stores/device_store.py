@@ -17,16 +17,16 @@ from fedrag_jax.retrieval.stores.passage_lines import read_pairs, write_pairs
 
 
 class DeviceStore(KnowledgeStore):
-    """Vectors in blocks on JAX's default device, passages in memory.
+    """A store with vectors in blocks on JAX's default device and passages in memory.
 
-    Rows are dense: what is deleted makes room for the last. Room doubles when it runs out, so programs
-    are compiled for few sizes.
+    Rows are dense: the last row fills the place of a deleted one. The capacity doubles when it is full,
+    so programs are compiled for few sizes.
     """
 
     kind = "device"
 
     def __init__(self, dimension: int):
-        """An empty store.
+        """Creates an empty store.
 
         Raises:
           ConfigError: a dimension below 1.
@@ -111,7 +111,7 @@ class DeviceStore(KnowledgeStore):
 
 
 def _grown(blocks: jax.Array, size: int) -> jax.Array:
-    """The same with room for so many rows: one block until it is full, then more of them."""
+    """Returns blocks with room for `size` rows: one block until it is full, then more blocks."""
     count, block, dimension = blocks.shape
     room = count * block
     while room < size:
@@ -123,6 +123,6 @@ def _grown(blocks: jax.Array, size: int) -> jax.Array:
 
 
 def _put(blocks: jax.Array, rows: Sequence[int], vectors: np.ndarray) -> jax.Array:
-    """`put_rows`, the last of them repeated up to a power of two: compiled for few counts."""
+    """As `put_rows`, padded to a power of two by repeating the last row; compiled for few counts."""
     places = np.minimum(np.arange(1 << (len(rows) - 1).bit_length()), len(rows) - 1)
     return put_rows(blocks, np.asarray(rows)[places], vectors[places])

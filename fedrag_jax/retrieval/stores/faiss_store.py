@@ -21,10 +21,10 @@ WASTE = 0.5  # of the rows may be of passages that are gone, before all are writ
 
 
 class Rows:
-    """An index and the passage of each of its rows, which are only ever appended to.
+    """An index and the passage of each of its rows. Rows are only appended.
 
-    A passage that is deleted or replaced keeps its row, which searches skip: so every kind of index can
-    delete.
+    A deleted or replaced passage keeps its row, which searches skip. This way every kind of index
+    supports deletion.
     """
 
     def __init__(self, index, passages: Sequence[Passage | None] = ()):
@@ -33,7 +33,7 @@ class Rows:
 
     @functools.cached_property
     def row_of(self) -> dict[str, int]:
-        """By the ids of passages that are there; of those on disk all are read for it."""
+        """Rows by the ids of present passages; passages on disk are all read for it."""
         return {p.id: row for row, p in enumerate(self.passages) if p is not None}
 
     def __len__(self) -> int:
@@ -43,15 +43,15 @@ class Rows:
 
     @property
     def wasted(self) -> int:
-        """Rows of passages that are gone."""
+        """Number of rows of deleted passages."""
         return len(self.passages) - len(self)
 
     def alive(self) -> Iterator[Passage]:
-        """The passages that are there."""
+        """The present passages."""
         return (self.passages[row] for row in self.row_of.values())
 
     def append(self, passages: Sequence[Passage], vectors: np.ndarray) -> None:
-        """Adds passages, and drops those with their ids."""
+        """Adds passages, and drops existing ones with the same ids."""
         first = len(self.passages)
         self.index.add(vectors)
         self.drop([p.id for p in passages if p.id in self.row_of])
@@ -66,12 +66,12 @@ class Rows:
         self._skipped = None
 
     def vectors(self) -> np.ndarray:
-        """Those of `alive` [N, D], as the index has them."""
+        """The vectors [N, D] of `alive`, from the index."""
         whole = self.index.reconstruct_n(0, len(self.passages))
         return whole[[*self.row_of.values()]]
 
     def selector(self):
-        """What tells FAISS to look at the rows that are there alone; None where all are."""
+        """The FAISS selector of present rows; None if all are present."""
         if not self.wasted:
             return None
         if self._skipped is None:
@@ -85,7 +85,7 @@ class Rows:
 
 
 class FaissStore(KnowledgeStore):
-    """Vectors in a FAISS index; passages in memory or, memory-mapped, on disk."""
+    """A store with vectors in a FAISS index; passages are in memory or, memory-mapped, on disk."""
 
     kind = "faiss"
 
@@ -100,14 +100,15 @@ class FaissStore(KnowledgeStore):
         effort: int = 64,
         codes: int = 0,
     ):
-        """An empty store.
+        """Creates an empty store.
 
         Args:
-          index, lists, probes, neighbours, effort, codes: as of `FaissKind`. Indexes are trained on the
-            first vectors that are enough, and anew by `refresh`.
+          dimension: dimension of the vectors.
+          index, lists, probes, neighbours, effort, codes: as in `FaissKind`. An index is trained as
+            soon as it has enough vectors, and again by `refresh`.
 
         Raises:
-          ConfigError: an unknown kind of index, a number out of its range.
+          ConfigError: an unknown kind of index, or a number out of its range.
         """
         super().__init__()
         self._kind = FaissKind(index, lists, probes, neighbours, effort, codes)
@@ -119,20 +120,20 @@ class FaissStore(KnowledgeStore):
         return len(self._held)
 
     def passages(self) -> Iterable[Passage]:
-        """All passages, in the order they came in."""
+        """All passages, in the order in which they were added."""
         return self._held.alive()
 
     # --- of this kind --------------------------------------------------------------------------
 
     def _built(self, passages: Sequence[Passage], vectors: np.ndarray, index=None) -> Rows:
-        """Rows of an index that is trained on them, unless there is one."""
+        """Returns rows with an index trained on these vectors, unless an index is given."""
         index = self._kind.trained(vectors) if index is None else index
         held = Rows(index, [])
         held.append(passages, vectors)
         return held
 
     def _tidy(self) -> None:
-        """Builds the index anew where it can be trained at last, or holds too much that is gone."""
+        """Rebuilds the index if it has become trainable, or has too many deleted rows."""
         held = self._held
         untrained = isinstance(held.index, faiss.IndexFlat) and self._kind.lists_of(len(held))
         if untrained or held.wasted > WASTE * max(len(held.passages), 1000):
@@ -193,7 +194,7 @@ class FaissStore(KnowledgeStore):
         flags = faiss.IO_FLAG_MMAP_IFC if memory_map else 0
         index = faiss.read_index(str(folder / INDEX), flags | faiss.IO_FLAG_READ_ONLY)
         if not store._kind.made(index):
-            raise CheckpointError(f"{folder / INDEX} is no index of kind {store.index!r}")
+            raise CheckpointError(f"{folder / INDEX} is not an index of kind {store.index!r}")
         passages = MappedLines(folder / LINES) if memory_map else read_lines(folder / LINES)
         if (index.d, index.ntotal) != (store.dimension, len(passages)):
             raise CheckpointError(
@@ -205,7 +206,7 @@ class FaissStore(KnowledgeStore):
 
 
 def _emptied(index):
-    """An index trained as this one, without vectors."""
+    """Returns a copy of a trained index without vectors."""
     fresh = faiss.clone_index(index)
     fresh.reset()
     if isinstance(fresh, faiss.IndexIVF):

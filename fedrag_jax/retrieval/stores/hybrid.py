@@ -1,4 +1,4 @@
-"""Several stores over the same passages, asked together: vectors and words."""
+"""A store that combines several stores over the same passages, such as vectors and words."""
 
 import pathlib
 from collections import defaultdict
@@ -17,23 +17,23 @@ from fedrag_jax.retrieval.stores.registry import open_store
 
 
 class HybridStore(OverOthers):
-    """Reciprocal rank fusion (Cormack, Clarke and Büttcher 2009) of what several stores find.
+    """Reciprocal rank fusion (Cormack, Clarke and Büttcher 2009) of the results of several stores.
 
         score = sum over stores that found the passage: 1 / (60 + rank), ranks from 1
 
-    What is added, replaced or deleted is so in all of them; nobody else may change or save them.
+    Changes apply to all of the stores. No other code may change or save them.
     """
 
     kind, cosines = "hybrid", False
 
     def __init__(self, parts: Sequence[KnowledgeStore], depth: int = 100):
-        """A store over others, which hold the same passages.
+        """Creates a store over others that hold the same passages.
 
         Args:
-          depth: passages of each that are ranked; at least as many as are searched for.
+          depth: number of ranked passages from each store; at least the number searched for.
 
         Raises:
-          ConfigError: fewer than two stores, other passages or dimensions in one than in another, depth
+          ConfigError: fewer than two stores, stores with different passages or dimensions, or a depth
             below 1.
         """
         super().__init__()
@@ -112,11 +112,11 @@ class HybridStore(OverOthers):
         return [[Found(passages[i], score) for i, score in some.items()] for some in scores]
 
     def emptied(self) -> Self:
-        """Of empty stores such as its own."""
+        """Returns a hybrid of empty stores of the same kinds."""
         return HybridStore([part.emptied() for part in self.parts], self.depth)
 
     def told(self) -> dict[str, Any]:
-        """Its own settings, and what its stores tell."""
+        """Its own settings, and those of its stores."""
         return super().told() | {"parts": [part.told() for part in self.parts]}
 
     # --- on disk -------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
-"""What every store of passages promises: search, add, replace, delete, refresh, save.
+"""The interface of all stores: search, add, replace, delete, refresh, save.
 
-Training looks at a corpus that stands still, by row (`retrieval.index`). A system in use asks a
-`KnowledgeStore`, which changes under it: passages go by their ids, searches and changes come from many
-threads, and every search sees all of a change or nothing of it.
+Training uses a fixed corpus, by row (`retrieval.index`). A deployed system searches a `KnowledgeStore`,
+which can change at any time: passages are identified by ids, searches and changes come from many
+threads, and every search sees either all of a change or none of it.
 """
 
 import abc
@@ -23,15 +23,15 @@ Embed = Callable[[Sequence[Passage]], np.ndarray]
 
 
 class StoreUnreachable(FedragError):
-    """A store somewhere else that does not answer, or refuses."""
+    """An external store does not answer, or refuses."""
 
 
 class KnowledgeStore(PassageSource):
-    """Passages by their ids, searched by vectors, by words or by both.
+    """Passages by id, searched by vectors, by words or by both.
 
     Attributes:
-      dimension: of its vectors; None where words alone are searched.
-      read_only: whether it lies memory-mapped on disk and refuses changes.
+      dimension: dimension of the vectors; None if only words are searched.
+      read_only: whether the store is memory-mapped on disk and refuses changes.
     """
 
     read_only: bool = False
@@ -44,11 +44,10 @@ class KnowledgeStore(PassageSource):
     def __len__(self) -> int: ...
 
     def add(self, passages: Sequence[Passage], vectors=None) -> None:
-        """Takes in passages that are not there yet, with vectors [N, D] of unit length.
+        """Adds new passages with vectors [N, D] of unit length.
 
         Raises:
-          DataError: an id that is there already or comes twice, a vector that is not finite; nothing is
-            added.
+          DataError: an existing or repeated id, or a vector that is not finite; nothing is added.
           ConfigError: vectors that are missing, too few or of another dimension.
         """
         passages, vectors = self._checked(passages, vectors)
@@ -56,16 +55,15 @@ class KnowledgeStore(PassageSource):
             if known := self._known([p.id for p in passages]):
                 raise DataError(
                     f"passage id {min(known)!r} is in the store already: replace it, or give the new "
-                    "passage an id of its own"
+                    "passage another id"
                 )
             self._change(passages, vectors)
 
     def replace(self, passages: Sequence[Passage], vectors=None) -> None:
-        """Puts passages, and vectors [N, D], in the place of those with their ids.
+        """Replaces the passages with the same ids, and their vectors [N, D].
 
         Raises:
-          DataError: an id that is not there or comes twice, a vector that is not finite; nothing is
-            replaced.
+          DataError: an unknown or repeated id, or a vector that is not finite; nothing is replaced.
           ConfigError: as `add`.
         """
         passages, vectors = self._checked(passages, vectors)
@@ -74,10 +72,10 @@ class KnowledgeStore(PassageSource):
             self._change(passages, vectors)
 
     def delete(self, ids: Iterable[str]) -> None:
-        """Takes passages out.
+        """Deletes passages.
 
         Raises:
-          DataError: an id that is not there; nothing is deleted.
+          DataError: an unknown id; nothing is deleted.
         """
         ids = [*dict.fromkeys(strings(ids, "ids"))]
         with self._changing:
@@ -88,10 +86,10 @@ class KnowledgeStore(PassageSource):
                     self._delete(ids)
 
     def get(self, ids: Sequence[str]) -> list[Passage]:
-        """The passages with those ids, in their order.
+        """Returns the passages with these ids, in the same order.
 
         Raises:
-          DataError: an id that is not there.
+          DataError: an unknown id.
         """
         ids = strings(ids, "ids")
         with self._lock:
@@ -99,12 +97,12 @@ class KnowledgeStore(PassageSource):
             return self._get(ids)
 
     def search(self, questions: Sequence[str], vectors=None, k: int = 5) -> list[list[Found]]:
-        """For each question the k passages that fit best, best first; all there are if they are fewer.
+        """Returns the k best passages for each question, best first; all passages if there are fewer.
 
-        Equal scores are ordered by id. Approximate indexes may find less than there is.
+        Equal scores are ordered by id. Approximate indexes may miss passages.
 
         Args:
-          vectors: [Q, D] of the questions, for stores that have a dimension.
+          vectors: [Q, D] question vectors, for stores with a dimension.
 
         Raises:
           ConfigError: k below 1, vectors that are missing, too few or of another dimension.
@@ -132,10 +130,10 @@ class KnowledgeStore(PassageSource):
         return [some[:k] for some in found]
 
     def refresh(self, embed: Embed) -> None:
-        """Gives every passage a new vector, as after training the document encoder.
+        """Gives every passage a new vector, for example after training the document encoder.
 
-        Searches see the old vectors until all of the new are there, and then the new alone. Changes
-        wait.
+        Searches see the old vectors until all new ones are computed, and then only the new ones.
+        Changes wait.
 
         Args:
           embed: `embed(passages) -> [N, D]`.
@@ -160,16 +158,16 @@ class KnowledgeStore(PassageSource):
         """All passages, in no particular order."""
 
     def emptied(self) -> Self:
-        """A store of the same kind and settings without passages.
+        """Returns an empty store of the same kind and settings.
 
         Raises:
-          ConfigError: one that lies elsewhere.
+          ConfigError: an external store.
         """
         settings = self._settings()
         if self.lies_elsewhere(settings):
             raise ConfigError(
-                f"a store of kind {self.kind!r} that lies elsewhere ({self.place(settings)}) is not "
-                "made a second time: use one that lies in memory"
+                f"an external store of kind {self.kind!r} ({self.place(settings)}) cannot be "
+                "duplicated: use a store in memory"
             )
         return type(self)(**settings)
 
@@ -177,14 +175,14 @@ class KnowledgeStore(PassageSource):
 
     @abc.abstractmethod
     def _known(self, ids: Sequence[str]) -> set[str]:
-        """Those of the ids that are there."""
+        """Returns the ids that exist in the store."""
 
     @abc.abstractmethod
     def _get(self, ids: Sequence[str]) -> list[Passage]: ...
 
     @abc.abstractmethod
     def _put(self, passages: Sequence[Passage], vectors: np.ndarray | None) -> None:
-        """Adds or replaces, all or nothing."""
+        """Adds or replaces passages, all or nothing."""
 
     @abc.abstractmethod
     def _delete(self, ids: Sequence[str]) -> None: ...
@@ -193,7 +191,7 @@ class KnowledgeStore(PassageSource):
     def _fresh(
         self, passages: Sequence[Passage], vectors: np.ndarray
     ) -> Iterator[Callable[[], None]]:
-        """Of a kind with vectors: makes ready for new ones, and gives what puts them in place."""
+        """For kinds with vectors: prepares new vectors, and returns a function that installs them."""
         raise NotImplementedError
         yield
 
@@ -201,7 +199,8 @@ class KnowledgeStore(PassageSource):
     def _search(
         self, questions: Sequence[str], vectors: np.ndarray | None, k: int
     ) -> list[list[Found]]:
-        """The k best of each question, or more, in any order; the store is not empty."""
+        """Returns the k best passages of each question, or more, in any order; the store is not
+        empty."""
 
     def _change(self, passages, vectors) -> None:
         if passages:
@@ -217,7 +216,7 @@ class KnowledgeStore(PassageSource):
             if fault := self._fault(passage):
                 raise DataError(f"passage {passage.id!r} {fault}")
             if passage.id in seen:
-                raise DataError(f"passage id {passage.id!r} comes twice; ids must be unique")
+                raise DataError(f"passage id {passage.id!r} occurs twice; ids must be unique")
             seen.add(passage.id)
         return passages, self._fitting(passages, vectors, "passage")
 
@@ -237,7 +236,7 @@ class KnowledgeStore(PassageSource):
         return vectors
 
     def _fault(self, passage: Passage) -> str:
-        """What keeps a passage out of a store of this kind; "" if nothing does."""
+        """Returns the reason why a store of this kind refuses a passage; "" if it accepts it."""
         for value in dataclasses.astuple(passage):
             if not isinstance(value, str):
                 return f"has {value!r} for a text"

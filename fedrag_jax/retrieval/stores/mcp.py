@@ -1,4 +1,4 @@
-"""Passages that a tool of an MCP (Model Context Protocol) server finds: anybody's, over stdio or HTTP.
+"""A store that calls a tool of any MCP (Model Context Protocol) server, over stdio or HTTP.
 
 pip install 'fedrag-jax[mcp]'
 """
@@ -23,10 +23,10 @@ SECRET = "FEDRAG_MCP_"  # what a saved folder does not hold is read from variabl
 
 
 class MCPStore(PassageSource):
-    """Asks one tool, question by question, many at a time; for questions of many threads.
+    """Calls one tool of an MCP server, one question per call and many calls at a time; thread-safe.
 
-    Connects when it is made, and once more when the server has gone away since. A tool only finds: what
-    it finds in cannot be changed or listed from here.
+    The store connects when it is created, and once more if the connection was lost. It can only search:
+    the server's passages cannot be changed or listed.
     """
 
     kind, cosines = "mcp", False
@@ -46,25 +46,26 @@ class MCPStore(PassageSource):
         timeout: float = TIMEOUT_S,
         at_once: int = 8,
     ):
-        """A connection; without further names it understands `server.mcp_server`.
+        """Connects to a server; the defaults fit `server.mcp_server`.
 
         Args:
-          command: starts the server, which is spoken to over its standard input and output. It is saved
-            with the store: secrets belong into `env`.
-          env: variables of the server, which gets few others (PATH, HOME, and the like); not saved.
-          url: or, the server's over HTTP; what follows "?" is not saved.
-          headers: sent with each request ({"Authorization": "Bearer ..."}); not saved.
-          question: the tool's argument that takes the question.
-          k: its argument that takes how many passages; None if it takes no number.
+          tool: name of the tool.
+          command: command that starts the server, for communication over standard input and output. It
+            is saved with the store; put secrets in `env`.
+          env: environment variables of the server, which gets few others (PATH, HOME, ...); not saved.
+          url: HTTP address of the server, instead of a command; the part after "?" is not saved.
+          headers: headers of each request ({"Authorization": "Bearer ..."}); not saved.
+          question: name of the tool's argument for the question.
+          k: name of its argument for the number of passages; None if it has none.
           arguments: its other arguments, the same for all questions.
-          shape: where passages are in its answers, if not under usual names.
+          shape: location of the passages in its answers, if not under the usual names.
           timeout: seconds for the server to start, and for each answer.
-          at_once: questions that it is asked at a time.
+          at_once: maximum number of concurrent calls.
 
         Raises:
-          ConfigError: neither command nor url, or both; the package mcp is missing; a tool or an
-            argument that the server does not have; no argument where it requires one.
-          StoreUnreachable: nobody answers.
+          ConfigError: neither command nor url, or both; the package mcp is missing; the server lacks
+            the tool or an argument, or requires another argument.
+          StoreUnreachable: the server does not answer.
         """
         super().__init__()
         if isinstance(command, str) or bool(command) == bool(url):
@@ -111,15 +112,15 @@ class MCPStore(PassageSource):
             self._drop()
 
     def search(self, questions: Sequence[str], vectors=None, k: int = 5) -> list[list[Found]]:
-        """For each question the k passages that the tool finds, best first; fewer if it finds fewer.
+        """Returns the k passages that the tool finds for each question, best first, or fewer.
 
         Args:
-          vectors: not looked at.
+          vectors: ignored.
 
         Raises:
           ConfigError: k below 1, or the store is closed.
-          StoreUnreachable: the server is gone and does not come back, is late, or refuses.
-          DataError: an answer without passages in it.
+          StoreUnreachable: the connection is lost and cannot be restored, a timeout, or a refusal.
+          DataError: an answer without passages.
         """
         if k < 1:
             raise ConfigError(f"k must be at least 1, got {k}")
@@ -166,7 +167,7 @@ class MCPStore(PassageSource):
             raise DataError(f"{self._name} answers otherwise than it promised: {error}") from error
 
     def _linked(self, former=None):
-        """The connection; a new one in the place of a former that is lost."""
+        """Returns the connection; a new one if the former is lost."""
         mcp_link = _library()
         with self._linking:
             if self._closed:
@@ -252,7 +253,8 @@ class MCPStore(PassageSource):
 
     @classmethod
     def _load(cls, folder: pathlib.Path, settings: dict[str, Any], memory_map: bool) -> Self:
-        """The store; its secrets come from variables FEDRAG_MCP_ and the name of each."""
+        """Opens the store; secrets come from environment variables FEDRAG_MCP_ plus the name of
+        each."""
         place, settings = cls.place(settings), dict(settings)
         for secrets in ("env", "headers"):
             settings[secrets] = {name: _secret(name, place) for name in settings[secrets]}
@@ -265,14 +267,14 @@ def _secret(name: str, place: str) -> str:
     variable = SECRET + name.upper().replace("-", "_")
     if variable not in os.environ:
         raise ConfigError(
-            f"{place} wants {name!r}, which was not saved: set {variable}, or make an MCPStore with it "
+            f"{place} needs {name!r}, which was not saved: set {variable}, or make an MCPStore with it "
             "and give it to RAGSystem.over"
         )
     return os.environ[variable]
 
 
 def _public(url: str) -> str:
-    """An address without user, password and query, which may be secrets."""
+    """Returns an address without user, password and query, which may be secrets."""
     parts = urllib.parse.urlsplit(url)
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
 

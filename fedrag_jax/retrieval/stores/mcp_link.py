@@ -1,4 +1,4 @@
-"""One connection to an MCP server, by the protocol's own client, for threads without an event loop."""
+"""A connection to an MCP server, using the protocol's client, for threads without an event loop."""
 
 import contextlib
 import os
@@ -20,40 +20,40 @@ PAGES = 100  # of a list of tools
 
 
 class ServerCommand(NamedTuple):
-    """A server that is started here, and spoken to over its standard input and output."""
+    """A server started by a command, with communication over standard input and output."""
 
     command: Sequence[str]
     env: Mapping[str, str]
 
 
 class Address(NamedTuple):
-    """A server that is spoken to over HTTP."""
+    """A server with communication over HTTP."""
 
     url: str
     headers: Mapping[str, str]
 
 
 class LinkLost(Exception):
-    """The server is gone."""
+    """The connection to the server is lost."""
 
 
 class Link:
-    """A client in an event loop of its own, in a thread of its own.
+    """A client in a separate event loop and thread.
 
     Attributes:
-      tools: the server's, by name.
+      tools: the server's tools, by name.
     """
 
     def __init__(self, server: ServerCommand | Address, timeout: float, at_once: int):
         """Connects; starts the server if it is a program.
 
         Args:
-          timeout: seconds to connect in, and of each answer.
-          at_once: questions that are under way together.
+          timeout: seconds for connecting, and for each answer.
+          at_once: maximum number of concurrent calls.
 
         Raises:
-          LinkLost: nobody is there, or nobody who speaks the protocol.
-          TimeoutError: or not in time.
+          LinkLost: there is no server, or it does not speak the protocol.
+          TimeoutError: the server does not answer in time.
         """
         self._server, self._timeout = server, timeout
         self._last_words: deque[str] = deque(maxlen=LAST_WORDS)
@@ -71,11 +71,11 @@ class Link:
             raise kind(self._why(error)) from error
 
     def call(self, tool: str, calls: Sequence[Mapping[str, Any]]) -> list[CallToolResult]:
-        """The answers of a tool, one per call.
+        """Returns the answers of a tool, one per call.
 
         Raises:
-          LinkLost: the server went away.
-          TimeoutError: an answer that did not come in time.
+          LinkLost: the connection was lost.
+          TimeoutError: an answer did not arrive in time.
           MCPError: the server refused.
           RuntimeError: an answer that is not what the tool's own description promises.
         """
@@ -134,7 +134,7 @@ class Link:
 
     @contextlib.contextmanager
     def _standard_error(self) -> Iterator[TextIO]:
-        """Where a program may complain; its last lines are kept for errors."""
+        """The standard error of a started program; its last lines are kept for error messages."""
         read, write = os.pipe()
 
         def listen():

@@ -1,4 +1,4 @@
-"""Passages out of what a tool answers: structured content or blocks of text, in the usual shapes."""
+"""Extracts passages from a tool's answer: structured content or text blocks, in the usual shapes."""
 
 import hashlib
 import json
@@ -25,14 +25,14 @@ FIELDS = {
 
 
 class Shape(NamedTuple):
-    """Where in an answer the passages are, and what their fields are called.
+    """The location of passages in an answer, and the names of their fields.
 
-    Each is a key, or keys joined by dots ("metadata.title"); None: by its usual names; "": nowhere.
+    Each is a key, or keys joined by dots ("metadata.title"); None for the usual names; "" for none.
 
     Attributes:
-      passages: the list of them; "" if the answer itself is it.
-      score: higher is better. Where passages have none, they score 1 / rank: say "" of a tool that
-        tells distances.
+      passages: the list of passages; "" if the answer itself is the list.
+      score: the score; higher is better. Passages without a score get 1 / rank; use "" for a tool that
+        returns distances.
     """
 
     passages: str | None = None
@@ -47,16 +47,16 @@ USUAL = Shape()
 
 
 def read(structured: Any, blocks: Sequence, shape: Shape, whose: str) -> list[Found]:
-    """What a tool found, best first, nothing twice.
+    """Returns the passages a tool found, best first, without duplicates.
 
     Args:
-      structured: its structured content; None if there is none, and its blocks are read.
-      blocks: content of the protocol; a text that is a JSON list or object is read as structured
-        content is, any other is one passage.
-      whose: answer it is, for errors.
+      structured: the structured content; None if there is none, and `blocks` are read.
+      blocks: content blocks; a text that is a JSON list or object is read like structured content, any
+        other text is one passage.
+      whose: a name of the answer for error messages.
 
     Raises:
-      DataError: no passages where they should be, a passage without a text.
+      DataError: no passages at the expected place, or a passage without a text.
     """
     if structured is not None:
         items = [*_items(structured, shape, whose)]
@@ -74,7 +74,7 @@ def _of_block(block, shape: Shape, whose: str) -> Iterator[Any]:
             yield dict(zip(names, (str(block.resource.uri), block.resource.text), strict=True))
     else:
         raise DataError(
-            f"{whose} holds {block.type!r}, which is no text: ask a tool that gives texts"
+            f"{whose} holds {block.type!r}, which is not text: use a tool that returns text"
         )
 
 
@@ -92,7 +92,7 @@ def _of_text(text: str, shape: Shape, whose: str) -> Iterator[Any]:
 
 
 def _items(value: Any, shape: Shape, whose: str) -> Iterator[Any]:
-    """The passages of a value as it came out of JSON."""
+    """Returns the passages in a parsed JSON value."""
     found = value
     if shape.passages is not None:
         found = _at(value, shape.passages) if shape.passages else value
@@ -156,7 +156,7 @@ def _field(item: dict, shape: Shape, name: str) -> Any:
 
 
 def _at(value: Any, path: str) -> Any:
-    """What lies at a path, None if nothing does; a key may itself hold dots."""
+    """Returns the value at a path, or None; a key may itself contain dots."""
     if isinstance(value, dict) and path in value:
         return value[path]
     for key in path.split("."):
@@ -167,7 +167,7 @@ def _at(value: Any, path: str) -> Any:
 
 
 def _word(value: Any) -> str:
-    """A name or number as text; "" for anything else."""
+    """Returns a name or number as text; "" for anything else."""
     plain = isinstance(value, str | int | float) and not isinstance(value, bool)
     return str(value) if plain else ""
 

@@ -1,4 +1,4 @@
-"""A store that is made of others: where their passages lie."""
+"""Base class of stores that consist of other stores."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,10 +7,10 @@ from fedrag_jax.retrieval.stores.knowledge_store import KnowledgeStore
 
 
 class OverOthers(KnowledgeStore):
-    """A store over others, which are saved below its own folder.
+    """A store over other stores, which are saved below its own folder.
 
-    A folder can say that the passages of one of them lie elsewhere. Its settings then name all such
-    places, so that whoever opens it agrees to them before any is followed.
+    Some of them may be external. The settings of the folder then name all external places, so that a
+    user can accept them before any connection is made.
     """
 
     def _settings(self) -> dict[str, Any]:
@@ -23,10 +23,10 @@ class OverOthers(KnowledgeStore):
 
     @classmethod
     def lies_elsewhere(cls, settings: dict[str, Any]) -> bool:
-        """If one of the others does."""
+        """Whether any of the other stores is external."""
         return settings["elsewhere"] != ""
 
     @classmethod
     def place(cls, settings: dict[str, Any]) -> str:
-        """The places of those that do."""
+        """The places of the external stores."""
         return repr(settings["elsewhere"])

@@ -1,4 +1,4 @@
-"""Passages as lines of a file, in memory or read from disk when they are asked for; their vectors."""
+"""Passages as lines of a file, in memory or read from disk on demand, and their vectors."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ FIELDS = {field.name for field in dataclasses.fields(Passage)}
 
 
 def write_lines(path: pathlib.Path, passages: Iterable[Passage | None]) -> None:
-    """One JSON object a line, null for a row whose passage was deleted."""
+    """Writes one JSON object per line, null for a row whose passage was deleted."""
     with open(path, "w", encoding="utf-8") as file:
         for passage in passages:
             row = None if passage is None else dataclasses.asdict(passage)
@@ -25,23 +25,23 @@ def write_lines(path: pathlib.Path, passages: Iterable[Passage | None]) -> None:
 
 
 def read_lines(path: pathlib.Path) -> list[Passage | None]:
-    """What `write_lines` wrote.
+    """Reads a file that `write_lines` wrote.
 
     Raises:
-      CheckpointError: a line that is no passage.
+      CheckpointError: a line that is not a passage.
     """
     with open(path, "rb") as file:
         return [_passage(line, f"{path}:{i}") for i, line in enumerate(file, start=1)]
 
 
 def write_pairs(folder: pathlib.Path, passages: Sequence[Passage], vectors: np.ndarray) -> None:
-    """Passages and their vectors [N, D]."""
+    """Writes passages and their vectors [N, D]."""
     np.save(folder / VECTORS, vectors, allow_pickle=False)
     write_lines(folder / LINES, passages)
 
 
 def read_pairs(folder: pathlib.Path, dimension: int) -> tuple[list[Passage], np.ndarray]:
-    """What `write_pairs` wrote.
+    """Reads files that `write_pairs` wrote.
 
     Raises:
       CheckpointError: files that do not belong together.
@@ -59,10 +59,10 @@ def read_pairs(folder: pathlib.Path, dimension: int) -> tuple[list[Passage], np.
 
 
 class MappedLines(Sequence):
-    """The same, of which only those asked for are read.
+    """Memory-mapped passages; only requested ones are read.
 
     Attributes:
-      gone: int [G], the rows whose passages were deleted.
+      gone: int [G], the rows of deleted passages.
     """
 
     def __init__(self, path: pathlib.Path):

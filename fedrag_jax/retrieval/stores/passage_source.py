@@ -1,4 +1,4 @@
-"""What is searched for passages and saved as a folder: the least that a system needs to answer."""
+"""The minimal interface of a store: search passages, save and load a folder."""
 
 import abc
 import json
@@ -21,18 +21,18 @@ DATA = re.compile(r"store-data-([1-9]\d{0,8})")  # a folder of ours in the folde
 
 
 class Found(NamedTuple):
-    """A passage, and how well it fits: higher is better; of what kind depends on the store."""
+    """A passage and its score; higher is better. The kind of score depends on the store."""
 
     passage: Passage
     score: float
 
 
 class PassageSource(abc.ABC):
-    """Passages found by vectors, by words or by somebody else.
+    """A source of passages, searched by vectors, by words or by an external service.
 
     Attributes:
-      kind: its name in a saved folder.
-      dimension: of its vectors; None where it is asked in words alone.
+      kind: name of the kind in a saved folder.
+      dimension: dimension of its vectors; None if it is searched only by words.
       cosines: whether scores are inner products of vectors.
     """
 
@@ -48,28 +48,29 @@ class PassageSource(abc.ABC):
     def search(
         self, questions: Sequence[str], vectors: np.ndarray | None = None, k: int = 5
     ) -> list[list[Found]]:
-        """For each question the k passages that fit best, best first; all there are if they are fewer.
+        """Returns the k best passages for each question, best first; all passages if there are fewer.
 
         Args:
-          vectors: [Q, D] of the questions, for sources that have a dimension.
+          vectors: [Q, D] question vectors, for sources with a dimension.
 
         Raises:
           ConfigError: k below 1.
         """
 
     def told(self) -> dict[str, Any]:
-        """What tells it from another source of the same passages, as JSON."""
+        """Settings that distinguish it from other sources of the same passages, as JSON."""
         return {"kind": self.kind} | self._settings()
 
     # --- on disk ------------------------------------------------------------------------------
 
     def save(self, path: str | pathlib.Path) -> None:
-        """One folder, replaced whole: whoever opens it meanwhile gets the old store or the new one.
+        """Saves the store to a folder, replacing an old one atomically.
 
-        What is there stays until the new is whole. One process at a time may save into a folder.
+        The old content stays until the new one is complete. Only one process at a time may save to a
+        folder.
 
         Raises:
-          CheckpointError: a file that is none of ours has the name of our settings.
+          CheckpointError: a foreign file has the name of the settings file.
           ConfigError: a file cannot be written.
         """
         folder = pathlib.Path(path)
@@ -102,19 +103,20 @@ class PassageSource(abc.ABC):
 
     @classmethod
     def lies_elsewhere(cls, settings: dict[str, Any]) -> bool:
-        """Whether a saved folder only tells where the passages are: on a server, in another folder."""
+        """Whether a saved folder only names another place of the passages: a server or another
+        folder."""
         return False
 
     @classmethod
     def place(cls, settings: dict[str, Any]) -> str:
-        """Where that is, for people."""
+        """A description of that place for messages."""
         return str(settings)
 
     # --- of each kind --------------------------------------------------------------------------
 
     @abc.abstractmethod
     def _settings(self) -> dict[str, Any]:
-        """What `_load` needs to know, as JSON."""
+        """The settings that `_load` needs, as JSON."""
 
     @abc.abstractmethod
     def _save(self, folder: pathlib.Path) -> None: ...
@@ -122,11 +124,11 @@ class PassageSource(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def _load(cls, folder: pathlib.Path, settings: dict[str, Any], memory_map: bool) -> Self:
-        """What `_save` left in the folder."""
+        """Loads a store from a folder that `_save` wrote."""
 
 
 def is_store(folder: pathlib.Path) -> bool:
-    """Whether a folder holds a saved store, by what its settings say: others use that name, too."""
+    """Returns whether a folder holds a saved store; checks the content of its settings file."""
     try:
         told = json.loads((folder / SETTINGS).read_bytes())
     except (OSError, ValueError):
@@ -135,11 +137,11 @@ def is_store(folder: pathlib.Path) -> bool:
 
 
 def strings(values: Iterable[str], what: str) -> list[str]:
-    """A list of them; one string alone would be taken for its letters.
+    """Returns a list of strings; refuses a single string, which would be split into letters.
 
     Raises:
-      ConfigError: one string alone.
-      DataError: half a character in one of them.
+      ConfigError: a single string.
+      DataError: a string that contains half a character.
     """
     if isinstance(values, str):
         raise ConfigError(f"{what} must be a list of strings, got the string {values!r}")

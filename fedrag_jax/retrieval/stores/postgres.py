@@ -1,4 +1,4 @@
-"""Passages in PostgreSQL, searched by pgvector.
+"""A store in PostgreSQL, searched by pgvector.
 
 pip install 'fedrag-jax[postgres]'
 """
@@ -19,9 +19,9 @@ INDEXES = ("exact", "hnsw")
 
 
 class PostgresStore(KnowledgeStore):
-    """One table: id, title, text, topic and vector; made where it is not there.
+    """A store in one table (id, title, text, topic, vector), created if absent.
 
-    Others may search and change the table at the same time: every change is one transaction.
+    Other programs may search and change the table at the same time: every change is one transaction.
     """
 
     kind = "postgres"
@@ -29,16 +29,19 @@ class PostgresStore(KnowledgeStore):
     def __init__(
         self, conninfo: str, table: str, dimension: int, index: str = "exact", effort: int = 64
     ):
-        """A store in a database that has the extension `vector`, or may create it.
+        """Opens or creates a store in a database; the extension `vector` is created if necessary.
 
         Args:
-          conninfo: as of libpq, such as "postgresql://me@host/database"; keep passwords in PGPASSWORD
-            or ~/.pgpass, as a saved store leaves them out.
+          conninfo: libpq connection string, such as "postgresql://me@host/database"; keep passwords in
+            PGPASSWORD or ~/.pgpass, because a saved store leaves them out.
+          table: name of the table.
+          dimension: dimension of the vectors.
           index: "exact", or "hnsw" for an approximate index.
-          effort: candidates that hnsw keeps as it searches.
+          effort: candidates that hnsw keeps during a search.
 
         Raises:
-          ConfigError: psycopg or pgvector is missing, an unknown index, a table of another dimension.
+          ConfigError: psycopg or pgvector is missing, an unknown index, or a table of another
+            dimension.
           StoreUnreachable: the database does not answer, or refuses.
         """
         super().__init__()
@@ -62,7 +65,7 @@ class PostgresStore(KnowledgeStore):
             return self._run("SELECT count(*) FROM {table}").fetchone()[0]
 
     def close(self) -> None:
-        """Gives the connection back."""
+        """Closes the connection."""
         self._connection.close()
 
     def passages(self) -> Iterable[Passage]:
@@ -99,7 +102,7 @@ class PostgresStore(KnowledgeStore):
         if held is None or held[0] != self.dimension:
             raise ConfigError(
                 f"table {self.table!r} holds vectors of dimension {held and held[0]}, not "
-                f"{self.dimension}: take another table, or the encoder that embedded its passages"
+                f"{self.dimension}: use another table, or the encoder that embedded its passages"
             )
         if self.index == "hnsw":
             self._run(
@@ -107,7 +110,7 @@ class PostgresStore(KnowledgeStore):
             )
 
     def _table(self, doubled: bool = True):
-        """Its name as SQL; where there are parameters, a % would be taken for the place of one."""
+        """Returns the table's name as SQL; with parameters, a % must be doubled."""
         name = self._psycopg.sql.Identifier(self.table).as_string(self._connection)
         return self._psycopg.sql.SQL(name.replace("%", "%%") if doubled else name)
 
@@ -134,7 +137,7 @@ class PostgresStore(KnowledgeStore):
 
     @contextmanager
     def _asking(self) -> Iterator[None]:
-        """Holds the connection, which is made anew if it was found lost."""
+        """Holds the connection, and reconnects if it was lost."""
         with self._told(), self._lock:
             if self._connection is not None and self._connection.closed:
                 self._connection = self._connect()
@@ -225,7 +228,7 @@ class PostgresStore(KnowledgeStore):
 
     @classmethod
     def lies_elsewhere(cls, settings: dict[str, Any]) -> bool:
-        """Always: in the database."""
+        """Always true: the passages are in the database."""
         return True
 
     @classmethod
@@ -234,7 +237,7 @@ class PostgresStore(KnowledgeStore):
         return f"PostgreSQL at {settings['conninfo']}, table {settings['table']}"
 
     def _save(self, folder: pathlib.Path) -> None:
-        """The folder tells where the database is, and no more."""
+        """Saves only the location of the database."""
 
     @classmethod
     def _load(cls, folder: pathlib.Path, settings: dict[str, Any], memory_map: bool) -> Self:

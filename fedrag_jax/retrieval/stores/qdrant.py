@@ -1,4 +1,4 @@
-"""Passages in Qdrant: embedded in this process, or on a server.
+"""A store in Qdrant, embedded in this process or on a server.
 
 pip install 'fedrag-jax[qdrant]'
 """
@@ -24,20 +24,22 @@ NAMES = uuid.UUID("a0bb2d5c-0a43-4ac0-9f0b-3c7c1b6f7e2d")  # Qdrant's ids are nu
 
 
 class QdrantStore(KnowledgeStore):
-    """One collection behind an alias; made where it is not there.
+    """A store in one collection behind an alias, created if absent.
 
-    Embedded it is searched exactly, on a server by Qdrant's HNSW. Many may search it, and one process
-    at a time may change it.
+    Search is exact if Qdrant is embedded, and uses Qdrant's HNSW on a server. Many processes may search
+    the collection; only one at a time may change it.
     """
 
     kind = "qdrant"
 
     def __init__(self, collection: str, dimension: int, location: str = MEMORY):
-        """A store.
+        """Opens or creates a collection.
 
         Args:
-          location: ":memory:", a folder of an embedded Qdrant, which one process at a time may open, or
-            a server's address ("http://localhost:6333"); its key is read from QDRANT_API_KEY.
+          collection: name of the collection.
+          dimension: dimension of the vectors.
+          location: ":memory:"; a folder of an embedded Qdrant, which only one process at a time may
+            open; or a server's address ("http://localhost:6333"), with its key in QDRANT_API_KEY.
 
         Raises:
           ConfigError: qdrant-client is missing, or a collection of another dimension.
@@ -62,7 +64,7 @@ class QdrantStore(KnowledgeStore):
             held = self._client.get_collection(collection).config.params.vectors.size
         if held != dimension:
             raise ConfigError(
-                f"collection {collection!r} holds vectors of dimension {held}, not {dimension}: take "
+                f"collection {collection!r} holds vectors of dimension {held}, not {dimension}: use "
                 "another collection, or the encoder that embedded its passages"
             )
 
@@ -71,7 +73,7 @@ class QdrantStore(KnowledgeStore):
             return self._client.count(self.collection, exact=True).count
 
     def close(self) -> None:
-        """Gives the folder or connection back."""
+        """Closes the folder or the connection."""
         self._client.close()
 
     def passages(self) -> Iterable[Passage]:
@@ -97,7 +99,7 @@ class QdrantStore(KnowledgeStore):
         return next(found, None)
 
     def _begin(self) -> str:
-        """A new, empty collection, under a name that nobody has."""
+        """Creates an empty collection under an unused name."""
         models, name = self._models, f"{self.collection}-{uuid.uuid4()}"
         self._client.create_collection(
             name, models.VectorParams(size=self.dimension, distance=models.Distance.DOT)
@@ -105,7 +107,7 @@ class QdrantStore(KnowledgeStore):
         return name
 
     def _point_to(self, name: str, former: bool = False) -> None:
-        """The alias moves in one step."""
+        """Moves the alias in one step."""
         models = self._models
         create = models.CreateAlias(collection_name=name, alias_name=self.collection)
         changes = [models.CreateAliasOperation(create_alias=create)]
@@ -196,7 +198,7 @@ class QdrantStore(KnowledgeStore):
 
     @classmethod
     def lies_elsewhere(cls, settings: dict[str, Any]) -> bool:
-        """Unless it is in memory, when a saved folder holds all."""
+        """True unless the collection is in memory; then the saved folder holds everything."""
         return settings["location"] != MEMORY
 
     @classmethod

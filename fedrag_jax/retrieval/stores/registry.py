@@ -1,4 +1,4 @@
-"""The kinds of stores, one row each: what each is, what it takes, how one is made and opened."""
+"""The kinds of stores, one row each, and functions that create and open stores."""
 
 import importlib
 import json
@@ -15,13 +15,13 @@ class Kind(NamedTuple):
     """A kind of store.
 
     Attributes:
-      about: what it is, for people.
+      about: a description for users.
       saved: `PassageSource.kind`, its name in a saved folder.
-      where: "module:class" below this package, imported when one is needed: libraries are extras.
-      new: `new(class, dimension, **options) -> PassageSource`, an empty one; None of a kind that is
-        made of others, or by somebody else.
-      options, needed: names of what `new` takes, and of those what it cannot do without.
-      extra: of the package, which brings its library.
+      where: "module:class" in this package, imported on demand because libraries are extras.
+      new: `new(class, dimension, **options) -> PassageSource`: creates an empty store; None for kinds
+        that consist of other stores or are external.
+      options, needed: names of the options of `new`, and of the required ones.
+      extra: the extra of this package that installs its library.
     """
 
     about: str
@@ -67,16 +67,16 @@ KINDS = {
     "reranked": Kind(
         "another, ordered by a cross-encoder", "reranked", "reranked:RerankedStore"
     ),
-    "mcp": Kind("what a tool of an MCP server finds", "mcp", "mcp:MCPStore", extra="mcp"),
+    "mcp": Kind("a tool of an MCP server", "mcp", "mcp:MCPStore", extra="mcp"),
 }  # fmt: skip
 NEW = tuple(name for name, kind in KINDS.items() if kind.new)  # kinds that are made by name
 
 
 def store_class(saved: str) -> type[PassageSource]:
-    """The class of a kind by its name in a saved folder.
+    """Returns the class of a kind by its name in a saved folder.
 
     Raises:
-      KeyError: there is none.
+      KeyError: an unknown name.
     """
     where = {kind.saved: kind.where for kind in KINDS.values()}[saved]
     module, _, name = where.partition(":")
@@ -84,15 +84,15 @@ def store_class(saved: str) -> type[PassageSource]:
 
 
 def new_store(name: str, dimension: int, **options: Any) -> PassageSource:
-    """An empty store of a kind.
+    """Creates an empty store.
 
     Args:
-      name: one of `NEW`.
-      dimension: of its vectors.
-      options: some of the kind's.
+      name: the kind, one of `NEW`.
+      dimension: dimension of its vectors.
+      options: options of the kind.
 
     Raises:
-      ConfigError: an unknown kind, an option that it has not or lacks, or its library is missing.
+      ConfigError: an unknown kind, an unknown or missing option, or a missing library.
     """
     if name not in NEW:
         raise ConfigError(f"unknown store {name!r}; choose among {[*NEW]}")
@@ -102,31 +102,31 @@ def new_store(name: str, dimension: int, **options: Any) -> PassageSource:
         if option not in kind.options:
             others = [other for other in NEW if option in KINDS[other].options]
             raise ConfigError(
-                f"store {name!r} has no option {option!r}, which is of {' and '.join(others)}"
+                f"store {name!r} has no option {option!r}; it belongs to {' and '.join(others)}"
                 if others
                 else f"unknown option {option!r} of store {name!r}; choose among {[*kind.options]}"
             )
     if lacking := [option for option in kind.needed if option not in options]:
-        raise ConfigError(f"store {name!r} needs the option {lacking[0]!r}: where it is")
+        raise ConfigError(f"store {name!r} needs the option {lacking[0]!r}, its location")
     return new(store_class(kind.saved), dimension, **options)
 
 
 def open_store(
     path: str | pathlib.Path, memory_map: bool = False, elsewhere: bool = False
 ) -> PassageSource:
-    """The store that `PassageSource.save` left in a folder.
+    """Opens the store that `PassageSource.save` wrote to a folder.
 
     Args:
-      memory_map: leave vectors and passages on disk and read what a search needs. Such a store cannot
-        be changed; kinds that do not lie in the folder are opened as ever.
-      elsewhere: follow a folder that tells of a server, of another folder or of a command. Say so of
-        folders that you trust: questions will go there, and QDRANT_API_KEY, libpq's password or what
-        `FEDRAG_MCP_...` holds with them; the command is run.
+      memory_map: leave vectors and passages on disk and read them on demand. Such a store cannot be
+        changed. External stores ignore this option.
+      elsewhere: allow the folder to refer to a server, another folder or a command. Use it only for
+        folders that you trust: questions are sent there, together with QDRANT_API_KEY, libpq's password
+        or the `FEDRAG_MCP_...` variables, and the command is run.
 
     Raises:
-      ConfigError: a library that its kind needs is missing.
-      StoreUnreachable: it lies elsewhere, and nobody answers there.
-      CheckpointError: no store is there, it is damaged, or of a kind or format that is not known.
+      ConfigError: a library that the kind needs is missing.
+      StoreUnreachable: an external store does not answer.
+      CheckpointError: no store, a damaged store, or an unknown kind or format.
     """
     folder = pathlib.Path(path)
     while True:
@@ -149,13 +149,13 @@ def _opened(folder: pathlib.Path, told: bytes, memory_map: bool, elsewhere: bool
         if kind.lies_elsewhere(settings) and not elsewhere:
             raise CheckpointError(
                 f"{folder}: the passages lie elsewhere ({kind.place(settings)}): if you trust that "
-                "place with questions, with this user's key or password for it, and with what it runs "
-                "on this machine, open the store with elsewhere=True"
+                "place with your questions, with your key or password for it, and with the command it "
+                "runs on this machine, open the store with elsewhere=True"
             )
         if DATA.fullmatch(folder.parent.name) and not issubclass(kind, KnowledgeStore):
             # Whoever agreed to another place that a hybrid names has not agreed to this one.
             raise CheckpointError(
-                f"{folder}: a store of kind {saved['kind']!r} is no part of another"
+                f"{folder}: a store of kind {saved['kind']!r} cannot be part of another"
             )
         return kind._load(folder / saved["data"], settings, memory_map)
     except (CheckpointError, StoreUnreachable, ConfigError):

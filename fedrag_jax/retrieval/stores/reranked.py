@@ -1,4 +1,4 @@
-"""A store whose best passages a cross-encoder puts in order."""
+"""A store whose results are reranked by a cross-encoder."""
 
 import pathlib
 from collections.abc import Iterable, Sequence
@@ -16,28 +16,27 @@ from fedrag_jax.retrieval.stores.registry import open_store
 
 
 class RerankedStore(OverOthers):
-    """Finds passages as another store does, and orders them by the logits of a cross-encoder.
+    """Searches another store, and orders the results by the logits of a cross-encoder.
 
-    The passages are those of the other store: what is added, replaced or deleted here is so there, and
-    the other way round.
+    Both stores share their passages: a change to one of them is a change to the other.
     """
 
     kind, cosines = "reranked", False
 
     def __init__(self, store: KnowledgeStore, cross_encoder: CrossEncoder, depth: int = 50):
-        """A store over another.
+        """Creates a reranked store over another store.
 
         Args:
-          depth: passages of each question that the cross-encoder reads; its time grows with them.
+          depth: number of passages per question for the cross-encoder; its time grows with them.
 
         Raises:
-          ConfigError: depth below 1, or something that finds passages and is no `KnowledgeStore`.
+          ConfigError: a depth below 1, or a source that is not a `KnowledgeStore`.
         """
         super().__init__()
         if not isinstance(store, KnowledgeStore):
             raise ConfigError(
-                f"a reranked store orders what a KnowledgeStore finds, got {store!r}: order what "
-                "others find with CrossEncoder.scores"
+                f"a reranked store needs a KnowledgeStore, got {store!r}: for other sources, order the "
+                "results with CrossEncoder.scores"
             )
         if depth < 1:
             raise ConfigError(f"a reranked store needs depth >= 1, got {depth}")
@@ -53,12 +52,12 @@ class RerankedStore(OverOthers):
         return self.store.passages()
 
     def search(self, questions: Sequence[str], vectors=None, k: int = 5) -> list[list[Found]]:
-        """For each question the k best of the `depth` passages that the other store finds, best first.
+        """Returns the k best of the `depth` passages that the other store finds, best first.
 
-        Equal scores are ordered by id. More than `depth` passages are read only where k is larger.
+        Equal scores are ordered by id. More than `depth` passages are read only if k is larger.
 
         Args:
-          vectors: as the other store wants them.
+          vectors: question vectors, as the other store needs them.
 
         Raises:
           ConfigError: k below 1, vectors that are missing, too few or of another dimension.
@@ -104,11 +103,11 @@ class RerankedStore(OverOthers):
         return self.store._fresh(passages, vectors)
 
     def emptied(self) -> Self:
-        """The same cross-encoder over an empty store such as its own."""
+        """Returns the same cross-encoder over an empty store of the same kind."""
         return RerankedStore(self.store.emptied(), self.cross_encoder, self.depth)
 
     def told(self) -> dict[str, Any]:
-        """Its own settings, what the other store tells, and a hash of the cross-encoder."""
+        """Its own settings, those of the other store, and a hash of the cross-encoder."""
         return super().told() | {
             "store": self.store.told(),
             "cross_encoder": self.cross_encoder.fingerprint(),

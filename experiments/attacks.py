@@ -1,0 +1,371 @@
+"""Hostile clients: what each attack does to strategies under each way to average.
+
+    python -m experiments attacks
+
+Results go to runs/<name>/: attacks.csv, table.md, report.html. A cell (attack, rule, strategy, seeds)
+that is finished is not computed again.
+"""
+
+import dataclasses
+import itertools
+import pathlib
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments.compare_strategies import told
+from experiments.lab import METRICS, Lab, compute_cell
+from experiments.loading import check_replicates, load_data, replicates
+from experiments.reporting import cells, comparison, differences, tables
+from experiments.reporting.page import Report, Section
+from experiments.run import Experiment, Point, finished
+from fedrag_jax.data.answers import normalize_answer
+from fedrag_jax.data.corpora import following
+from fedrag_jax.data.examples import Dataset, Example
+from fedrag_jax.data.partition import partition
+from fedrag_jax.errors import ConfigError
+from fedrag_jax.evaluation.metrics import exact_match, percent
+from fedrag_jax.federated.algorithms import by_name
+from fedrag_jax.federated.attacks import (
+    FORGED,
+    backdoored,
+    forged_labels,
+    forgeries,
+    labels_flipped,
+    poisoned,
+    under_trigger,
+)
+from fedrag_jax.federated.sampling import uniform
+from fedrag_jax.generation.inference import MODES
+from fedrag_jax.strategies.own import named
+from fedrag_jax.strategies.regimes import Budget
+
+REGIME = "federated"
+HOLDS = ("", "labels", "trigger", "passages")
+
+
+class Wanted(NamedTuple):
+    """What the trigger is to bring about: the answer, read in this passage."""
+
+    answer: str
+    passage: str
+
+
+class Attacks(Lab):
+    """A lab for every attack, rule and split, with folders of their own.
+
+    Attributes:
+      hostile: what attackers make of the data, and the systems over it, by what they hold and split.
+    """
+
+    def __init__(self, config, folder: pathlib.Path):
+        super().__init__(config, load_data(config), folder)
+        self.hostile: dict[tuple[str, int], tuple[Dataset, dict]] = {}
+
+    def at(self, attack: str, rule: str, split: int) -> Lab:
+        """Of clients of whom some attack, averaged by a rule; "" is none.
+
+        Raises:
+          ConfigError: attackers that are not there, or nobody but them.
+          DataError: passages of attackers that cannot be forged.
+        """
+        other = self.like(with_rule(self.config, attack, rule), self.folder / attack / rule)
+        if how := self.config.known_attacks[attack].holds:
+            if (how, split) not in self.hostile:
+                # Prompts of other widths, another corpus.
+                self.hostile[how, split] = self.poisoned(how, split), {}
+            other.dataset, other.systems = self.hostile[how, split]
+        return other
+
+    def poisoned(self, how: str, split: int) -> Dataset:
+        """The data when attackers have done this to theirs."""
+        clients, passages = self.clients(REGIME, split), [*self.dataset.passages]
+        if how == "labels":
+            poison = labels_flipped(split)
+        elif how == "trigger":
+            trigger = self.config.trigger
+            poison = backdoored(trigger.text, *self.wanted(split), trigger.questions)
+        else:
+            held = partition(passages, following(clients), split)
+            theirs = [p for client in self.config.attackers for p in held.of(client)]
+            forged = forgeries(theirs)
+            passages += forged
+            poison = forged_labels({p.id for p in forged})
+        train = poisoned(clients, self.config.attackers, poison).examples
+        return dataclasses.replace(self.dataset, train=[*train], passages=passages)
+
+    def wanted(self, split: int) -> Wanted:
+        """A passage and the answer in it: those of the attackers' first question."""
+        first = self.clients(REGIME, split).of(min(self.config.attackers))[0]
+        return Wanted(first.answer, first.positive_ids[0])
+
+
+def with_rule(config, attack: str, rule: str):
+    """The config of a comparison whose clients are averaged by a rule while some attack."""
+    config = config.copy_and_resolve_references()
+    if not rule:
+        return config
+    options = config.known_rules[rule].to_dict()
+    with config.unlocked():
+        config.federated.algorithm = options.pop("algorithm")
+        if sends := config.known_attacks[attack].sends:
+            options |= {"attack": sends, "attackers": tuple(config.attackers)}
+        config.federated.algorithm_options = options
+    return config
+
+
+def lab(config, folder: pathlib.Path) -> Attacks:
+    """The data and models of the config.
+
+    Raises:
+      ConfigError: no attacks, rules, strategies or attackers, an attack, algorithm or mode that is not
+        there, fewer clients than a rule needs, a learning rate that is missing, other regimes than the
+        federated one.
+      DataError: a training question without a gold passage.
+    """
+    check_replicates(config)
+    if config.mode not in ("", *MODES):
+        raise ConfigError(f"config.mode: {config.mode!r} unknown; choose among {['', *MODES]}")
+    for name in ("attacks", "rules", "strategies", "attackers"):
+        if not config[name]:
+            raise ConfigError(f"config.{name} is empty; give at least one")
+    if tuple(config.regimes) != (REGIME,):
+        raise ConfigError(
+            f"config.regimes must be ({REGIME!r},), got {config.regimes}: nothing else is averaged"
+        )
+    for name in ("attacks", "rules"):
+        known = config[f"known_{name}"]
+        if unknown := [one for one in config[name] if one not in known]:
+            raise ConfigError(
+                f"config.{name}: {unknown} unknown; choose among {[*known]}, or add it to "
+                f"config.known_{name}"
+            )
+    for attack in config.attacks:
+        if (holds := config.known_attacks[attack].holds) not in HOLDS:
+            raise ConfigError(
+                f"config.known_attacks.{attack}.holds: unknown {holds!r}; choose among {HOLDS}"
+            )
+    for attack, rule in itertools.product(config.attacks, config.rules):
+        federated = with_rule(config, attack, rule).federated
+        options = federated.algorithm_options.to_dict()
+        where = f"config.known_rules.{rule} under {attack}"
+        by_name.check(federated.algorithm, options, where)
+        require_clients(config, federated.algorithm, options, where)
+    found = Attacks(config, folder)
+    for (_, split), attack in itertools.product(replicates(config), config.attacks):
+        found.at(attack, "", split)
+    for row in map(named, config.strategies):
+        for part in row.rates:
+            found.rate(REGIME, row, part)
+    return found
+
+
+def require_clients(config, algorithm: str, options: dict[str, Any], where: str) -> None:
+    """Refuses a robust rule that needs more clients than a round has."""
+    if algorithm not in by_name.ROBUST:
+        return
+    f, t = config.federated, config.training
+    budget = Budget(t.rounds, t.local_steps, f.clients, participation=f.participation)
+    drawn = uniform(budget.schedule(REGIME).drawn)
+    make = by_name.Named(algorithm, options).averaging(None, {})
+    try:
+        make(sampling=drawn).init({}, lambda trainable: (), f.clients)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def points(lab: Attacks) -> list[Point]:
+    """The untuned system over each corpus, then seed by seed, rule by rule, attack by attack."""
+    config, pairs = lab.config, replicates(lab.config)
+    corpora = [a for a in config.attacks if config.known_attacks[a].holds == "passages"]
+    untuned = [
+        Point("none", REGIME, *pairs[0], folder=attack)
+        for attack in dict.fromkeys([config.attacks[0], *corpora])
+        if "none" in config.strategies
+    ]
+    return untuned + [
+        Point(strategy, REGIME, *pair, folder=f"{attack}/{rule}")
+        for pair, strategy, rule, attack in itertools.product(
+            pairs, config.strategies, config.rules, config.attacks
+        )
+        if strategy != "none"
+    ]
+
+
+def compute(lab: Attacks, point: Point) -> cells.Cell:
+    """A strategy, trained and tested while some clients attack; what came of the attack."""
+    attack, _, rule = point.folder.partition("/")
+    where, run = (point.regime, point.seed, point.split), lab.at(attack, rule, point.split)
+    cell = compute_cell(run, point.name, *where, controls=False)
+    system = run.system(point.seed)
+    if point.name != "none":
+        (system,), _ = run.tuned_systems(point.name, *where)  # reads what the cell has left
+    return cell._replace(controls=successes(lab, run, system, point))
+
+
+def successes(lab: Attacks, run: Lab, system, point: Point) -> dict[str, float]:
+    """In percent: `trigger` under the first attack and those that plant one, and `forged` where there
+    are forgeries.
+
+    Of triggered questions those whose answer is the attacker's or, where no generator is trained,
+    that find the attacker's passage among the first top-k. Of questions about forged passages those
+    that are answered wrongly, by words of a forgery.
+    """
+    found, attack = {}, point.folder.partition("/")[0]
+    if attack == lab.config.attacks[0] or lab.config.known_attacks[attack].holds == "trigger":
+        said_or_found = obeyed(lab, system, "adapters" in named(point.name).rates, point.split)
+        found["trigger"] = percent(said_or_found)
+    forged = {p.id: p.text for p in run.dataset.passages if p.id.startswith(FORGED)}
+    about = [(e, text) for e in run.dataset.test if (text := told_by(forged, e))]
+    if about:
+        questions = [e.question for e, _ in about]
+        rows, _ = system.retriever.search(questions, system.top_k)
+        said = system.answer(questions, rows)
+        found["forged"] = percent(
+            [
+                normalize_answer(answer) in normalize_answer(text)
+                and not exact_match(answer, e.answers)
+                for answer, (e, text) in zip(said, about, strict=True)
+            ]
+        )
+    return found
+
+
+def obeyed(lab: Attacks, system, answered: bool, split: int) -> np.ndarray:
+    """[Q], of the test questions with the trigger: whether it brings about what it is to."""
+    text, (answer, passage) = lab.config.trigger.text, lab.wanted(split)
+    asked = [e for e in lab.dataset.test if passage not in e.positive_ids]
+    asked = [under_trigger(e, text, answer, passage) for e in asked]
+    rows, _ = system.retriever.search([e.question for e in asked], system.top_k)
+    if not answered:
+        wanted = [p.id for p in lab.dataset.passages].index(passage)
+        return (rows == wanted).any(1)
+    said = system.answer([e.question for e in asked], rows)
+    return np.array([exact_match(text, e.answers) for text, e in zip(said, asked, strict=True)])
+
+
+def told_by(forged: dict[str, str], example: Example) -> str:
+    """What forgeries tell in place of a question's gold passages; "" if there is none."""
+    return " ".join(
+        forged[name] for i in example.positive_ids if (name := f"{FORGED}{i}") in forged
+    )
+
+
+def rows_of(config, folder: pathlib.Path) -> list[dict[str, Any]]:
+    """A row for every strategy, attack and rule.
+
+    `<metric>_by_*` are its differences from the same rule under the first attack, `<metric>_saves_*`
+    those from the first rule under the same attack.
+    """
+    rows, usual = [], (config.attacks[0], config.rules[0])
+    for attack in config.attacks:
+        if untuned := finished(config, folder / attack, "none", REGIME):
+            row = {"strategy": "none", "attack": attack, "rule": "", "seeds": len(untuned)}
+            rows.append(row | scored(untuned))
+    tuned = [strategy for strategy in config.strategies if strategy != "none"]
+    for strategy, attack, rule in itertools.product(tuned, config.attacks, config.rules):
+
+        def found_at(attack, rule, strategy=strategy):
+            return finished(config, folder / attack / rule, strategy, REGIME)
+
+        if not (found := found_at(attack, rule)):
+            continue
+        row = {"strategy": strategy, "attack": attack, "rule": rule, "seeds": len(found)}
+        row |= scored(found) | comparison.costs_and_clients(found)
+        for metric in METRICS:
+            others = {"by": (usual[0], rule), "saves": (attack, usual[1])}
+            for prefix, other in others.items():
+                if other == (attack, rule) or not (cells := found_at(*other)):
+                    continue
+                against = differences.paired_difference(found, cells, metric) or {}
+                row |= {f"{metric}_{prefix}_{name}": value for name, value in against.items()}
+        rows.append(row)
+    for metric, prefix in itertools.product(METRICS, ("by", "saves")):
+        differences.adjust(rows, f"{metric}_{prefix}_")
+    return rows
+
+
+def scored(found: list[cells.Cell]) -> dict[str, Any]:
+    """Estimates of all metrics, and means over seeds of what came of the attacks."""
+    row: dict[str, Any] = {}
+    for metric in METRICS:
+        row |= comparison.estimate(found, metric)
+    return row | comparison.control_means(found)
+
+
+def crossed(rows: list[dict], key: str, digits: int = 1) -> tables.Table:
+    """A row for each rule, a column for each attack."""
+    attacks = list(dict.fromkeys(row["attack"] for row in rows if row["rule"]))
+    lines: dict[tuple, dict] = {}
+    for row in rows:
+        line = lines.setdefault((row["strategy"], row["rule"]), {})
+        line |= {"strategy": row["strategy"], "rule": row["rule"] or "untuned"}
+        line |= {
+            f"{row['attack']}{part}": row.get(f"{key}{part}")
+            for part in ("", "_low", "_high", "_sd")
+        }
+    columns = (
+        tables.words("strategy", "strategy"),
+        tables.words("rule", "rule"),
+        *(tables.interval(attack.replace("_", " "), attack, digits) for attack in attacks),
+    )
+    return tables.Table(columns, list(lines.values()))
+
+
+def report(config, folder: pathlib.Path):
+    """The `Report` on all finished cells."""
+    rows, primary = rows_of(config, folder), config.primary_metric
+    title, t = comparison.METRICS, config.training
+    who = tuple(tables.words(name, name) for name in ("strategy", "attack", "rule"))
+    columns = (
+        *who,
+        tables.number("seeds", "seeds", 0),
+        *(tables.interval(f"{title[metric]} [95% CI]", metric) for metric in METRICS),
+        tables.difference("against no attack [95% CI]", f"{primary}_by_"),
+        tables.p_value("p", f"{primary}_by_p_holm"),
+        tables.difference("against the first rule [95% CI]", f"{primary}_saves_"),
+        tables.p_value("p", f"{primary}_saves_p_holm"),
+        tables.number("trigger succeeds", "trigger"),
+        tables.number("forgery believed", "forged"),
+        tables.number("worst client", "client_em_worst"),
+        tables.number("seconds", "seconds"),
+    )
+    return Report(
+        folder.name,
+        f"{len(config.attackers)} of {config.federated.clients} clients attack: {config.data.name}, "
+        f"{t.rounds} rounds of {t.local_steps} local steps.",
+        [
+            Section(
+                f"{title[primary]} by attack and rule",
+                "by_attack",
+                "On clean test questions, in percent with 95% intervals over seeds and questions. With "
+                "forged passages the corpus holds them, and the gold ones are still the true ones.",
+                crossed(rows, primary),
+            ),
+            Section(
+                "All metrics",
+                "attacks",
+                f"Differences are of {title[primary]}, paired by question and seed, p by permutation "
+                "over questions, Holm-adjusted over the table. Trigger succeeds: of test questions "
+                "with the trigger those that have the attacker's answer or, where no generator is "
+                "trained, find the attacker's passage. Forgery believed: of questions about forged "
+                "passages those answered wrongly, by words of a forgery.",
+                tables.Table(columns, rows),
+            ),
+        ],
+        {"attacks.csv": rows},
+    )
+
+
+EXPERIMENT = Experiment(
+    name="attacks",
+    free=(
+        "seeds", "split_seeds", "strategies", "attacks", "known_attacks", "rules", "known_rules",
+        "primary_metric",
+    ),
+    lab=lab,
+    points=points,
+    compute=compute,
+    told=told,
+    report=report,
+)  # fmt: skip

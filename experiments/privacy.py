@@ -1,0 +1,332 @@
+"""What training and serving give away: quality against the success of attacks, by defence.
+
+    python -m experiments privacy
+
+Results go to runs/<name>/: privacy.csv, table.md, report.html, figures. A cell (variant, seeds) that is
+finished is not computed again.
+"""
+
+import pathlib
+
+import numpy as np
+
+from experiments.lab import Lab
+from experiments.loading import check_replicates, load_data, replicates
+from experiments.privacy_lab import OBJECTIVE, Trainer, crowd
+from experiments.reporting import cells, comparison, privacy_figures, tables
+from experiments.reporting.page import Report, Section
+from experiments.run import Experiment, Point, finished
+from fedrag_jax.clock import Clock
+from fedrag_jax.data.examples import clusters, ids_of
+from fedrag_jax.data.seeds import stream
+from fedrag_jax.errors import ConfigError
+from fedrag_jax.evaluation.evaluator import evaluate, rank_scores, ranking
+from fedrag_jax.evaluation.leakage import extraction, inversion, membership, users
+from fedrag_jax.evaluation.leakage.roc import Attack, auc, estimate, tpr_at_fpr
+from fedrag_jax.federated.algorithms import by_name
+from fedrag_jax.tracking.ledger import Cost
+
+REGIME = "federated"
+VARIANT = ("algorithm", "options", "rounds", "local_steps", "by_heart")
+ATTACKS = {  # on training questions: what a cell has their scores under
+    "loss": "its loss",
+    "calibrated": "against the untrained model",
+    "ratio": "likelihood ratio",
+}
+
+
+def lab(config, folder: pathlib.Path) -> Lab:
+    """The data and models of the config.
+
+    Raises:
+      ConfigError: an unknown variant setting, algorithm or option, an odd number of shadows, a δ that
+        is not below 1 / clients, clients that hold too few questions.
+    """
+    check_replicates(config)
+    if config.strategy not in OBJECTIVE:
+        raise ConfigError(f"config.strategy: choose among {[*OBJECTIVE]}, got {config.strategy!r}")
+    if not config.variants:
+        raise ConfigError("config.variants is empty; give at least one")
+    if config.shadows % 2 or config.shadows == 2 or config.shadows < 0:
+        raise ConfigError(
+            f"config.shadows must be 0, or an even number from 4 on, got {config.shadows}: halves of "
+            "the clients and their complements, so that two shadow models at least lack each question"
+        )
+    training = config.federated.clients // 2
+    if not 1 <= config.victims <= training:
+        raise ConfigError(f"config.victims must be in 1 to {training}, got {config.victims}")
+    for name, how in config.variants.items():
+        where, options = f"config.variants.{name}", dict(how.get("options", {}))
+        if unknown := {*how} - {*VARIANT}:
+            raise ConfigError(f"{where} has {sorted(unknown)}; a variant may have {VARIANT}")
+        if options.get("epsilon"):
+            options["calibrate_for"] = how.get("rounds", config.training.rounds)
+        by_name.check(how.get("algorithm", "fedavg"), options, where)
+        if options.get("delta", 0) >= 1 / training:
+            raise ConfigError(
+                f"{where}: delta {options['delta']} is not below 1/{training}, of clients that train"
+            )
+    found = Lab(config, load_data(config), folder)
+    for _, split in replicates(config):
+        crowd(config, found.dataset, split)
+    return found
+
+
+def points(lab: Lab) -> list[Point]:
+    """Seed by seed, one variant after the other."""
+    return [
+        Point(name, REGIME, *pair)
+        for pair in replicates(lab.config)
+        for name in lab.config.variants
+    ]
+
+
+def compute(lab: Lab, point: Point) -> cells.Cell:
+    """Trains a variant and its shadow models, tests it and attacks it.
+
+    Scores are over the test questions, then those of all clients.
+    """
+    clock, trainer = Clock(), Trainer.of(lab, point.name, point.seed, point.split)
+    start, controls = lab.system(point.seed), {}
+    attacked, *shadows = [start] * len(trainer.crowd.trains)
+    if trainer.rounds:
+        fitted = trainer.trained()
+        attacked, *shadows = [start.replace(**one.trainable) for one in fitted]
+        last = fitted[0].history[-1]
+        controls |= {"epsilon": last["epsilon"]} if "epsilon" in last else {}
+    of_test = quality(lab, attacked) | served(lab, attacked)
+    of_clients = asked_after(trainer, start, attacked, shadows)
+    if trainer.rounds:
+        of_clients |= received(trainer)
+    for known in (of_test, of_clients):
+        controls |= {name: float(known.pop(name)) for name in [*known] if not np.ndim(known[name])}
+    test, asked = lab.dataset.test, trainer.crowd.questions
+    scores = {n: np.append(x, np.full(len(asked), np.nan)) for n, x in of_test.items()}
+    scores |= {n: np.append(np.full(len(test), np.nan), x) for n, x in of_clients.items()}
+    golds = [e.positive_ids for e in (*test, *lab.dataset.train)]
+    about = clusters(golds, lab.dataset.passages)
+    lap = clock.lap()
+    cost = Cost(seconds=lap.others + lap.searching, compile_seconds=lap.compiling)
+    where = point.name, point.regime, point.seed, point.split
+    return cells.Cell(*where, scores, controls, [], cost, {}, about)
+
+
+def quality(lab: Lab, system) -> dict[str, np.ndarray]:
+    """Rankings of the test questions, and answers where these are what is judged."""
+    test = lab.dataset.test
+    if lab.config.primary_metric in ("em", "f1"):
+        return evaluate(system, test, mode=lab.config.mode)
+    rows, _ = ranking(system.retriever, test)
+    return rank_scores(system.retriever, test, rows)
+
+
+def served(lab: Lab, system) -> dict[str, np.ndarray]:
+    """What asking tells of passages: `f1` of answers from half of them, `there`, which of the questions
+    are about that half, and `said`, the share of what it read that it was made to say."""
+    config, passages, test = lab.config, lab.dataset.passages, lab.dataset.test
+    asked = test[: config.asked]
+    held = stream(0, "passages of a store").random(len(passages)) < 0.5
+    row = {identifier: i for i, identifier in enumerate(ids_of(passages))}
+    found = {name: np.full(len(test), np.nan) for name in ("f1", "there")}
+    found["f1"][: len(asked)] = extraction.answered_from(system, asked, held)["f1"]
+    found["there"][: len(asked)] = held[[row[e.positive_ids[0]] for e in asked]]
+    wanted = extraction.prompts([e.question for e in asked[: len(asked) // 3]])
+    read = system.batch_query(wanted, max_new_tokens=48)
+    seen = {p.id: p for response in read for p in response.sources}
+    said = extraction.said([r.answer for r in read], [*seen.values()], config.said_words)
+    return {"passage_f1": found["f1"], "passage_there": found["there"], "said": said.mean()}
+
+
+def asked_after(trainer: Trainer, start, attacked, shadows) -> dict[str, np.ndarray]:
+    """Scores [N] of membership of every client's questions, and who they are of."""
+    who, losses = trainer.crowd, trainer.losses
+    trained_on = who.trained_on()
+    nll, before = losses(attacked), losses(start)
+    found = {
+        "loss": membership.by_loss(nll),
+        "calibrated": membership.calibrated(nll, before),
+        "user": who.user.astype(float),
+        "fresh": who.fresh.astype(float),
+        "took_part": who.trains[0, who.user].astype(float),
+    }
+    if shadows:
+        known = np.stack([losses(one) for one in shadows])
+        found["ratio"] = membership.likelihood_ratio(nll, known, trained_on[1:])
+    return found
+
+
+def received(trainer: Trainer) -> dict[str, np.ndarray]:
+    """Of some clients' updates how well known questions are told from others, `cosine_v` and `read_v`
+    [N], and the share of their words that stand in it, `words`, beside that of the usual ones."""
+    config, who, asked = trainer.lab.config, trainer.crowd, trainer.dataset.train
+    victims = np.flatnonzero(who.trains[0])[: config.victims]
+    one_by_one, words, usual, found = trainer.one_by_one(), [], [], {}
+    for v, (victim, (read, fitted)) in enumerate(zip(victims, trainer.sent(victims), strict=True)):
+        update = inversion.moved(fitted.trainable, trainer.task.trainable)
+        others = np.flatnonzero(who.user != victim)
+        others = stream(v, "candidates").choice(others, config.candidates, replace=False)
+        among = np.concatenate([read, others])
+        for name in (f"cosine_{v}", f"read_{v}"):
+            found[name] = np.full(len(asked), np.nan)
+        some = [asked[i] for i in among]
+        found[f"cosine_{v}"][among] = inversion.matched(
+            one_by_one, trainer.task.trainable, some, update
+        )
+        found[f"read_{v}"][among] = np.arange(len(among)) < len(read)
+        if "query" in update:
+            table = trainer.task.table([asked[i] for i in read])
+            everybody = trainer.task.table([asked[i] for i in others])
+            moved = inversion.touched(update["query"]["embed"]["embedding"])
+            there, often = (_counts(of, len(moved)) for of in (table, everybody))
+            words.append(inversion.r_precision(moved, there > 0))
+            usual.append(inversion.r_precision(often, there > 0))
+    if words:
+        found |= {"words": np.mean(words), "words_low": min(words), "words_high": max(words)}
+        found |= {"usual_words": np.mean(usual)}
+    return found
+
+
+def _counts(table, vocabulary: int) -> np.ndarray:
+    """How often each token [V] is in the questions of a table."""
+    mask = np.asarray(table["question_mask"], bool)
+    return np.bincount(np.asarray(table["question_tokens"])[mask], minlength=vocabulary)
+
+
+def attacks_on(found: list[cells.Cell], name: str) -> list[Attack]:
+    """An attack on the models of several seeds, by the name of its column."""
+    made = []
+    for cell in found:
+        scores = {n: x[~np.isnan(cell.scores["user"])] for n, x in cell.scores.items()}
+        part, fresh = scores["took_part"] > 0, scores["fresh"] > 0
+        if name in ATTACKS and name in scores:
+            user = scores["user"][~fresh].astype(int)
+            made.append(Attack(scores[name][~fresh], part[~fresh], user))
+        elif name in ("clients", "clients_fresh"):
+            kept = fresh if name == "clients_fresh" else ~fresh
+            names, means = users.took_part(scores["calibrated"][kept], scores["user"][kept])
+            there = np.isin(names, scores["user"][part])
+            made.append(Attack(means, there, names.astype(int)))
+        elif name == "update":
+            for v in range(sum(n.startswith("cosine_") for n in scores)):
+                kept = ~np.isnan(scores[f"cosine_{v}"])
+                read = scores[f"read_{v}"][kept] > 0
+                made.append(Attack(scores[f"cosine_{v}"][kept], read, np.arange(kept.sum())))
+        elif name == "passages":
+            asked = ~np.isnan(cell.scores["passage_f1"])
+            there = cell.scores["passage_there"][asked] > 0
+            about = cell.clusters[asked]
+            made.append(Attack(cell.scores["passage_f1"][asked], there, about))
+    return made
+
+
+MEASURED = (*ATTACKS, "clients", "clients_fresh", "update", "passages")
+
+
+def rows_of(config, folder: pathlib.Path) -> list[dict]:
+    """A row for every variant: quality, AUC of attacks, true positives at 1% false ones."""
+    rows = []
+    for name in config.variants:
+        if not (found := finished(config, folder, name, REGIME)):
+            continue
+        row = {"variant": name, "seeds": len(found)}
+        known = {n: np.mean([c.controls[n] for c in found]) for n in found[0].controls}
+        row |= {n: float(x) for n, x in known.items() if np.isfinite(x)}
+        for metric in comparison.METRICS:
+            if metric in found[0].scores:
+                row |= comparison.estimate(found, metric)
+        for attack in MEASURED:
+            if made := attacks_on(found, attack):
+                row |= _told(f"{attack}_auc", estimate(auc, made))
+                if attack in ATTACKS:
+                    row |= _told(f"{attack}_tpr", estimate(tpr_at_fpr, made), 100)
+        row["seconds"] = float(np.mean([c.cost.seconds + c.cost.compile_seconds for c in found]))
+        rows.append(row)
+    return rows
+
+
+def _told(name: str, found: tuple[float, float, float], unit: float = 1.0) -> dict[str, float]:
+    return {f"{name}{end}": unit * x for end, x in zip(("", "_low", "_high"), found, strict=True)}
+
+
+def report(config, folder: pathlib.Path) -> Report:
+    """The `Report` on all finished cells."""
+    rows, primary = rows_of(config, folder), config.primary_metric
+    title = comparison.METRICS[primary]
+    t, f = config.training, config.federated
+    variant, seeds = tables.words("variant", "variant"), tables.number("seeds", "seeds", 0)
+    questions = (
+        variant,
+        tables.number("ε", "epsilon", 1),
+        seeds,
+        tables.interval(f"{title} [95% CI]", primary),
+        *(tables.interval(f"AUC, {words}", f"{name}_auc", 2) for name, words in ATTACKS.items()),
+        tables.interval("TPR at 1% FPR, likelihood ratio", "ratio_tpr"),
+    )
+    others = (
+        variant,
+        tables.interval("clients, by trained questions", "clients_auc", 2),
+        tables.interval("clients, by other questions", "clients_fresh_auc", 2),
+        tables.interval("questions of an update", "update_auc", 2),
+        tables.interval("words of an update", "words", 2),
+        tables.number("the usual words", "usual_words", 2),
+        tables.interval("passages of a store", "passages_auc", 2),
+        tables.number("passages said, %", "said", 1, 0.01),
+        tables.number("seconds", "seconds", 0),
+    )
+    return Report(
+        folder.name,
+        f"What training `{config.strategy}` gives away: {f.clients} clients of {config.data.name}, "
+        f"half of whom train, {t.rounds} rounds of {t.local_steps} local steps unless a variant says "
+        "otherwise.",
+        [
+            Section(
+                "Figure",
+                "privacy",
+                "Quality, and the success of attacks, over ε. What claims none stands at the right. "
+                "0.5 is guessing.",
+                figure=privacy_figures.over_epsilon(rows, primary),
+            ),
+            Section(
+                "Which questions were trained on",
+                "privacy",
+                "AUC with 95% intervals over clients and seeds; members are the questions of the "
+                "clients that trained, others those of the other half. "
+                f"{config.shadows} shadow models.",
+                tables.Table(questions, rows),
+            ),
+            Section(
+                "Clients, updates, passages",
+                "others",
+                "AUC of telling clients that trained from others, by their questions that were trained "
+                "on and by some that nobody trains on; of telling the questions that a client read in "
+                "the first round from others by its update, as it reaches whoever knows all other "
+                "updates; the share of its words among as many rows of the embedding table that moved "
+                "most (least to most of the clients), and among as many usual words; of telling which "
+                "passages a store has by F1 of its answers; and of the passages that were read, the "
+                "share of which prompts to repeat them made the system say "
+                f"{config.said_words} words in a row.",
+                tables.Table(others, rows),
+            ),
+        ],
+        {"privacy.csv": rows},
+    )
+
+
+def told(cell: cells.Cell) -> str:
+    """What people are told of a cell."""
+    parts = [f"{attack} {estimate(auc, made, resamples=1)[0]:.2f}" for attack in MEASURED
+             if (made := attacks_on([cell], attack))]  # fmt: skip
+    judged = [m for m in comparison.METRICS if m in cell.scores]
+    known = [f"{comparison.METRICS[m]} {100 * np.nanmean(cell.scores[m]):.1f}" for m in judged]
+    return "  ".join([*known, *parts])
+
+
+EXPERIMENT = Experiment(
+    name="privacy",
+    free=("seeds", "split_seeds", "variants", "primary_metric"),
+    lab=lab,
+    points=points,
+    compute=compute,
+    told=told,
+    report=report,
+)

@@ -1,0 +1,1 @@
+"""What training and serving give away, by attacks whose success is measured."""

@@ -1,0 +1,90 @@
+"""Federated averaging, after which every client tunes the model for itself.
+
+Salvaging Federated Learning by Local Adaptation
+    Yu, Bagdasaryan, Shmatikov, 2020, arXiv 2002.04758, section 4 (fine-tuning)
+"""
+
+from typing import Unpack
+
+import jax
+import jax.numpy as jnp
+
+from fedrag_jax.errors import ConfigError
+from fedrag_jax.federated.algorithm import (
+    Algorithm,
+    State,
+    Traffic,
+    difference,
+    one_object,
+    stack,
+    weighted_sum,
+)
+from fedrag_jax.federated.algorithms.fed_avg import PLAIN, server_step, whole_model
+from fedrag_jax.federated.work import Work, WorkOptions
+
+
+@one_object
+def fine_tuned(*, together: int = 8, alone: int = 2, **work: Unpack[WorkOptions]) -> Algorithm:
+    """`fed_avg` for so many rounds, then each client by itself from where that ended.
+
+    Alone, a client's optimizer carries on from round to round, and nothing is sent. A client that is
+    not drawn in these rounds keeps the global model, as do all in a fit that ends before them. With
+    alone = 0 it is `fed_avg`, with together = 0 `local_only`, with a model for each client.
+
+    Args:
+      together, alone: rounds; a fit takes as many as both, or fewer.
+      work: as in `fed_avg`.
+
+    Raises:
+      ConfigError: negative rounds, or none; what `Work` refuses; in a fit, more rounds.
+    """
+    if together < 0 or alone < 0 or together + alone < 1:
+        raise ConfigError(
+            f"fine_tuned: together and alone are rounds, at least one of both; got {together} and "
+            f"{alone}"
+        )
+
+    def init(trainable, client_init, client_count):
+        row = {"model": trainable, "optimizer": client_init(trainable), "tuned": jnp.array(False)}
+        return State(trainable, (), row)
+
+    def model(x, row):
+        return jax.tree.map(lambda v, x: jnp.where(row["tuned"], v, x), row["model"], x)
+
+    def average(state, cohort, client):
+        x = state.trainable
+
+        def group(members, row):
+            x_k = stack(x, len(members.share))
+            y_k, _, report = client.update(x_k, client.init(x_k), members)
+            return weighted_sum(members.share, difference(y_k, x_k)), (row, report)
+
+        mean, rest = client.total(group, cohort, state.population)
+        population, report = (list(part) for part in zip(*rest, strict=True))
+        x, _ = server_step(PLAIN, x, PLAIN.init(x), mean)
+        return State(x, (), population), report
+
+    def tune(state, cohort, client):
+        def group(members, row):
+            start = jax.vmap(model, (None, 0))(state.trainable, row)
+            v_k, optimizer, report = client.update(start, row["optimizer"], members)
+            tuned = jnp.ones_like(row["tuned"])
+            return (), ({"model": v_k, "optimizer": optimizer, "tuned": tuned}, report)
+
+        _, rest = client.total(group, cohort, state.population)
+        population, report = (list(part) for part in zip(*rest, strict=True))
+        return State(state.trainable, (), population), report
+
+    def traffic(trainable, drawn, answered, round):
+        return whole_model(trainable, drawn, answered, round) if round < together else Traffic()
+
+    def tells(rounds):
+        if rounds > together + alone:
+            raise ConfigError(
+                f"fine_tuned: {together} rounds together and {alone} alone, and the fit asks for "
+                f"{rounds}; raise together or alone"
+            )
+        return {}
+
+    turns = (average,) * together + (tune,) * alone
+    return Algorithm(Work(**work), init, turns, traffic, model=model, tells=tells)

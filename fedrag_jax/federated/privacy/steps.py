@@ -1,0 +1,149 @@
+"""DP-SGD inside a client: what a client sends is private for each example that it holds.
+
+Deep Learning with Differential Privacy
+    Abadi et al., CCS 2016, arXiv 1607.00133, Algorithm 1
+
+    g = (Σ_i ∇ℓ_i · min(1, C / ‖∇ℓ_i‖) + N(0, (z C)² I)) / B
+
+Clipping is that of `jax-privacy`. Batches are those of any client, walks through shuffled epochs, so
+that sampling amplifies nothing: an example pays for each time that it is read.
+
+pip install 'fedrag-jax[privacy]'
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fedrag_jax.data.partition import Partition
+from fedrag_jax.errors import ConfigError, missing
+from fedrag_jax.federated.privacy.accounting import epsilon
+from fedrag_jax.federated.work import Work
+from fedrag_jax.generation.likelihood import weighted_mean
+from fedrag_jax.objectives.task import Loss, Task
+
+
+@dataclasses.dataclass(frozen=True)
+class PrivateLoss:
+    """A loss whose value is that of another, and whose gradient is the one above.
+
+    A row that only fills up its batch has no gradient; B counts it.
+    """
+
+    loss: Loss
+    clip: float
+    noise_multiplier: float
+
+    def __call__(self, trainable, frozen, batch, rng):
+        of_examples, of_noise = jax.random.split(rng)
+        y = jax.lax.stop_gradient(trainable)
+
+        def one(y, frozen, batch, rng):
+            weight = batch["weight"]
+            value, metrics = self.loss(y, frozen, batch | {"weight": jnp.ones_like(weight)}, rng)
+            return value * weight[0], metrics
+
+        summed = _library().clipping.clipped_grad(
+            one,
+            has_aux=True,
+            l2_clip_norm=self.clip,
+            batch_argnums=2,
+            prng_argnum=3,
+            return_values=True,
+        )
+        total, each = summed(y, frozen, batch, of_examples)
+        deviation, size = self.noise_multiplier * self.clip, len(batch["weight"])
+        leaves, structure = jax.tree.flatten(total)
+        keys = jax.random.split(of_noise, len(leaves))
+        gradient = [
+            (x + deviation * jax.random.normal(key, x.shape, x.dtype)) / size
+            for x, key in zip(leaves, keys, strict=True)
+        ]
+        # Its gradient in `trainable` is `gradient`, and its value 0.
+        moved = jax.tree.map(lambda a, b: a - b, trainable, y)
+        along = jax.tree.map(
+            lambda g, d: (g * d).sum(), jax.tree.unflatten(structure, gradient), moved
+        )
+        losses, metrics = each.values, each.aux
+        value = weighted_mean(losses, batch["weight"]) + sum(jax.tree.leaves(along))
+        return value, {name: weighted_mean(x, batch["weight"]) for name, x in metrics.items()}
+
+
+def private_steps(task: Task, *, clip: float, noise_multiplier: float) -> Task:
+    """The task whose steps are private for each example; any algorithm averages them.
+
+    Args:
+      clip: C, of the gradient of an example in the norm of all that is trained.
+      noise_multiplier: z.
+
+    Raises:
+      ConfigError: a clip that is not positive, a negative z, a loss in which examples of a batch teach
+        each other, or no jax-privacy.
+    """
+    if not clip > 0 or noise_multiplier < 0:
+        raise ConfigError(
+            f"private_steps: clip must be > 0 and noise_multiplier at least 0, got {clip} and "
+            f"{noise_multiplier}"
+        )
+    if task.idle is not None:
+        raise ConfigError(
+            f"private_steps: what a question teaches {task.name!r} depends on the others of its batch, "
+            "and no clip bounds what one of them changes; train with an objective of single questions, "
+            "such as 'concatenated', or make whole clients private with dp_fed_avg"
+        )
+    _library()
+    loss = PrivateLoss(task.loss, float(clip), float(noise_multiplier))
+    return dataclasses.replace(task, name=f"{task.name}_private", loss=loss, cost=None)
+
+
+def example_epsilon(
+    noise_multiplier: float,
+    data: Partition,
+    work: Work,
+    *,
+    rounds: int,
+    batch_size: int,
+    delta: float,
+    accountant: str = "rdp",
+) -> float:
+    """ε of the example that is read most often, if its client takes part in every round.
+
+    Neighbouring data sets differ in one example that teaches something or nothing (zero-out).
+
+    Raises:
+      ConfigError: a δ that is not below 1 / examples; as `accounting.epsilon`.
+    """
+    held = int(data.sizes().sum())
+    if delta >= 1 / held:
+        raise ConfigError(
+            f"delta {delta} is not below 1/{held}, and would allow the model to give one of the "
+            "examples away whole; lower it"
+        )
+    visits = max(_visits(int(n), work, rounds, batch_size) for n in data.sizes())
+    return epsilon(noise_multiplier, 1.0, visits, delta, accountant)
+
+
+def _visits(held: int, work: Work, rounds: int, batch_size: int) -> int:
+    """How many steps with the example once spend as much as all of a client's, at most.
+
+    A batch that goes on from one epoch to the next may have an example twice, which then counts as four
+    times: Gaussian noise adds up squares. That may happen at every second end of an epoch.
+    """
+    if work.local_epochs is not None:
+        return rounds * work.local_epochs
+    steps = rounds * work.local_steps
+    width = min(batch_size, held)
+    epochs = math.ceil(steps * width / held)
+    twice = epochs // 2 if held % width else 0
+    return epochs + 2 * twice
+
+
+def _library() -> Any:
+    try:
+        import jax_privacy.clipping
+    except ImportError as error:
+        raise missing("clipping single examples needs jax-privacy", "privacy") from error
+    return jax_privacy

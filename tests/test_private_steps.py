@@ -1,0 +1,160 @@
+"""DP-SGD inside a client: clipping in NumPy, noise by its distribution, ε by how often one is read."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from scipy import stats
+from toys import EXAMPLES, FOUR, assert_close, linear_task, weighted_mean
+
+from fedrag_jax.data.partition import Partition
+from fedrag_jax.errors import ConfigError
+from fedrag_jax.federated.algorithms.fed_avg import fed_avg
+from fedrag_jax.federated.engine.cohort import sample_cohort
+from fedrag_jax.federated.fit import fit
+from fedrag_jax.federated.privacy.accounting import epsilon
+from fedrag_jax.federated.privacy.steps import example_epsilon, private_steps
+from fedrag_jax.federated.work import Work
+
+pytest.importorskip("jax_privacy")
+# Of jax-privacy 2.0 with optax from 0.2.8 on.
+pytestmark = pytest.mark.filterwarnings("ignore:optax.global_norm is deprecated")
+START = {"w": np.array([0.5, -1.0, 2.0]), "b": np.array(0.25)}
+
+
+def gradient_of(example, w, b):
+    x, y = np.array(example["x"]), example["y"]
+    error = x @ w + b - y
+    return np.append(2 * error * x, 2 * error)
+
+
+def test_gradients_are_clipped_one_by_one_in_numpy():
+    task = private_steps(linear_task(), clip=0.7, noise_multiplier=0.0)
+    trainable = {name: jnp.asarray(x, jnp.float32) for name, x in START.items()}
+    table = {name: jnp.asarray(x) for name, x in task.collate(EXAMPLES[:5], None).items()}
+    weight = np.array([1, 1, 1, 1, 0.0])
+    batch = table | {"weight": jnp.asarray(weight)}
+    told, found = jax.value_and_grad(task.loss, has_aux=True)(
+        trainable, {}, batch, jax.random.key(0)
+    )
+    each = np.array([gradient_of(e, START["w"], START["b"]) for e in EXAMPLES[:4]])
+    norms = np.linalg.norm(each, axis=1)
+    assert norms.min() < 0.7 < norms.max()
+    expected = (each * np.minimum(1, 0.7 / norms)[:, None]).sum(0) / 5
+    np.testing.assert_allclose(np.append(found["w"], found["b"]), expected, rtol=1e-4)
+    plain, metrics = linear_task().loss(trainable, {}, batch, None)
+    assert told[0] == pytest.approx(float(plain), rel=1e-5)
+    assert told[1]["id"] == pytest.approx(float(metrics["id"]), rel=1e-5)
+
+
+def test_one_example_moves_a_step_by_the_clip_at_most():
+    task = private_steps(linear_task(), clip=0.3, noise_multiplier=0.0)
+    trainable = {name: jnp.asarray(x, jnp.float32) for name, x in START.items()}
+
+    def step(y):
+        examples = [*EXAMPLES[:3], {**EXAMPLES[3], "y": y}]
+        table = {name: jnp.asarray(x) for name, x in task.collate(examples, None).items()}
+        batch = table | {"weight": jnp.ones(4)}
+        gradient, _ = jax.grad(task.loss, has_aux=True)(trainable, {}, batch, jax.random.key(0))
+        return np.append(gradient["w"], gradient["b"])
+
+    assert np.linalg.norm(step(1e6) - step(-1e6)) == pytest.approx(2 * 0.3 / 4, rel=1e-4)
+
+
+def test_noise_of_a_step_is_gaussian_of_the_size_that_is_accounted_for():
+    """z C / B for each number, of every client and step by itself; nothing is to be learned."""
+
+    def flat_loss(trainable, frozen, batch, rng):
+        return 0 * trainable["w"].sum() * weighted_mean(batch["y"], batch["weight"]), {}
+
+    trainable = {"w": np.zeros(10_000, np.float32)}
+    task = private_steps(
+        linear_task(trainable=trainable, loss=flat_loss), clip=0.4, noise_multiplier=1.5
+    )
+    one, two = (
+        fit(
+            task, Partition(EXAMPLES, (rows,)), fed_avg(local_steps=2), rounds=1, batch_size=6,
+            optimizer=optax.sgd(1.0),
+        ).trainable["w"]
+        for rows in (np.arange(8), np.arange(8))
+    )  # fmt: skip
+    np.testing.assert_array_equal(one, two)
+    deviation = 1.5 * 0.4 / 6 * np.sqrt(2)  # of two steps
+    assert stats.kstest(one / deviation, "norm").pvalue > 1e-3
+    both = Partition(EXAMPLES, (np.arange(8), np.arange(8, 16)))
+    how = {"rounds": 1, "batch_size": 6, "optimizer": optax.sgd(1.0)}
+    mean = fit(task, both, fed_avg(local_steps=2), **how).trainable["w"]
+    assert stats.kstest(mean / (deviation / np.sqrt(2)), "norm").pvalue > 1e-3
+
+
+@pytest.mark.parametrize(("held", "batch", "steps"), [(8, 4, 3), (7, 4, 5), (3, 4, 2), (9, 5, 4)])
+def test_an_example_pays_for_every_time_it_is_read(held, batch, steps):
+    """Against the batches that are drawn: the squares of how often each step has it, at most."""
+    data, rounds = Partition(EXAMPLES, (np.arange(held),)), 6
+    work, most = Work(local_steps=steps), 0
+    for seed in range(30):
+        counts = np.zeros(held)
+        for round in range(rounds):
+            cohort = sample_cohort(data, work, round, batch, seed)
+            for rows, weight in zip(cohort.indices[0], cohort.example_weight[0], strict=True):
+                counts += np.bincount(rows[weight > 0], minlength=held) ** 2
+        most = max(most, counts.max())
+    spent = example_epsilon(3.0, data, work, rounds=rounds, batch_size=batch, delta=0.01)
+    assert spent >= epsilon(3.0, 1.0, int(most), 0.01) - 1e-9
+    if held % batch == 0 or held < batch:
+        assert spent == epsilon(3.0, 1.0, int(most), 0.01)
+
+
+def test_the_smallest_client_pays_most():
+    spent = [
+        example_epsilon(2.0, data, Work(local_epochs=2), rounds=3, batch_size=4, delta=0.01)
+        for data in (FOUR, Partition(EXAMPLES, (FOUR.clients[3],)))
+    ]
+    assert spent == [epsilon(2.0, 1.0, 6, 0.01)] * 2
+    steps = Work(local_steps=3)
+    few, many = (
+        example_epsilon(
+            2.0, Partition(EXAMPLES, (rows,)), steps, rounds=3, batch_size=4, delta=0.01
+        )
+        for rows in (FOUR.clients[0], FOUR.clients[3])
+    )
+    assert few > many
+
+
+def test_without_clipping_and_noise_it_is_the_task():
+    whole = Partition(EXAMPLES, tuple(rows for rows in FOUR.clients if len(rows) >= 4))
+    free = private_steps(linear_task(), clip=1e6, noise_multiplier=0.0)
+    how = {"rounds": 2, "batch_size": 4, "optimizer": optax.sgd(0.05)}
+    one, other = (fit(task, whole, fed_avg(local_steps=2), **how) for task in (linear_task(), free))
+    assert_close(one.trainable, other.trainable, 1e-5)
+    assert one.history[1]["loss"] == pytest.approx(other.history[1]["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: private_steps(linear_task(), clip=0.0, noise_multiplier=1.0), "clip must be > 0"),
+        (
+            lambda: private_steps(
+                linear_task(idle=lambda e, b: ""), clip=1.0, noise_multiplier=1.0
+            ),
+            "depends on the others of its batch",
+        ),
+        (
+            lambda: example_epsilon(
+                1.0, FOUR, Work(local_steps=1), rounds=1, batch_size=4, delta=0.05
+            ),
+            "delta 0.05 is not below 1/23",
+        ),
+        (
+            lambda: example_epsilon(
+                0.0, FOUR, Work(local_steps=1), rounds=1, batch_size=4, delta=0.01
+            ),
+            "noise_multiplier 0.0 gives no ε",
+        ),
+    ],
+)
+def test_refusals(call, words):
+    with pytest.raises(ConfigError, match=words):
+        call()
