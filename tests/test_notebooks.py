@@ -10,7 +10,9 @@ from nbclient import NotebookClient
 ROOT = pathlib.Path(__file__).parent.parent
 # Pictures of each, and a line that it prints.
 NOTEBOOKS = {
-    "quickstart": (1, "| federated "),
+    "quickstart": (2, "| federated "),
+    "own_documents": (2, "contexts: "),
+    "federated_versus_centralised": (3, "| each client alone "),
     "writing_an_objective": (2, "| sigmoid "),
     "reading_a_run": (3, "| generator "),  # runs in test_experiments.py, on the run there
 }
