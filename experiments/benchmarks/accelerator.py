@@ -1,14 +1,14 @@
-"""All there is to know about a new accelerator, in ten minutes.
+"""All benchmarks of an accelerator in one command of at most ten minutes.
 
     python -m experiments.benchmarks.accelerator
     python -m experiments.benchmarks.accelerator --only=round,search --seconds=300
     JAX_PLATFORMS=cpu python -m experiments.benchmarks.accelerator --small
 
-Each part is a benchmark of its own in a process of its own, so that it begins with an empty device, and
-has a share of the time; what one part leaves over is for those after it. A part that fails or runs out
-of time is reported with its last words, and the rest goes on. The last part trains and tests one cell
-of the table of real text; a call that finds it half done goes on with it (--runs). `--small` takes
-sizes that mean nothing, to try it. Prints a table, then a line of JSON.
+Each part is one benchmark in a process of its own, so it starts with an empty device. It has a share of
+the time; later parts get what earlier ones leave over. A part that fails or runs out of time is reported
+with the end of its output, and the others continue. The last part trains and tests one cell of the
+real-text table; if it was interrupted before, it resumes (--runs). `--small` tries the command with
+sizes that mean nothing. Prints a table, then a line of JSON.
 """
 
 import dataclasses
