@@ -5,7 +5,7 @@
     JAX_PLATFORMS=cpu python -m experiments.benchmarks.accelerator --small
 
 Each part is one benchmark in a process of its own, so it starts with an empty device. It has a share of
-the time; later parts get what earlier ones leave over. A part that fails or runs out of time is reported
+the time; later parts get what earlier ones leave over. A part that fails or times out is reported
 with the end of its output, and the others continue. The last part trains and tests one cell of the
 real-text table; if it was interrupted before, it resumes (--runs). `--small` tries the command with
 sizes that mean nothing. Prints a table, then a line of JSON.
