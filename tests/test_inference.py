@@ -315,7 +315,7 @@ def test_logits_that_are_no_numbers_are_no_answer(writer, asked, how):
     for mode in MODES:
         some = [p[:1] for p in prompts] if mode == "concatenated" else prompts
         weights = None if mode == "concatenated" else log_weights
-        with pytest.raises(NotFiniteError, match=r"logits are NaN or infinite.*in float32"):
+        with pytest.raises(NotFiniteError, match=r"logits are NaN or infinite"):
             answers(mode, bad, some, weights)
     for sampling in (Sampling(temperature=1.0), Sampling(temperature=1.0, top_p=0.5)):
         with pytest.raises(NotFiniteError):
