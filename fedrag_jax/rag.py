@@ -26,7 +26,7 @@ from fedrag_jax.rag_async import AsyncAnswers
 from fedrag_jax.retrieval.index.by_name import index_kind
 from fedrag_jax.retrieval.looking_up import Searched, answers_by_searching
 from fedrag_jax.retrieval.retriever import Retriever
-from fedrag_jax.retrieval.stores.passage_source import Found, PassageSource
+from fedrag_jax.retrieval.stores.passage_source import Found, PassageSource, found_in
 from fedrag_jax.retrieval.stores.registry import open_store
 
 
@@ -199,11 +199,7 @@ class RAGSystem(AsyncAnswers):
             vectors = self.retriever.embed_questions(questions) if by_vector else None
             return self.store.search(questions, vectors, k)
         rows, scores = self.retriever.search(questions, k)
-        passages = self.retriever.passages
-        return [
-            [Found(passages[row], float(score)) for row, score in zip(r, s, strict=True)]
-            for r, s in zip(rows, scores, strict=True)
-        ]
+        return found_in(self.retriever.passages, rows, scores)
 
     # --- questions and answers ----------------------------------------------------------------
 

@@ -9,8 +9,10 @@ import pytest
 from word_tokenizer import tokenizer_of
 
 from fedrag_jax.data import synthetic
+from fedrag_jax.data.corpora import following, own_passages
 from fedrag_jax.data.examples import Example, reading_text
-from fedrag_jax.data.partition import Partition
+from fedrag_jax.data.partition import Partition, partition
+from fedrag_jax.data.schemes import dirichlet
 from fedrag_jax.data.seeds import stream
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.evaluation.rewards import ExactWithForm, F1WithForm, WithCost, WithRetrieval
@@ -30,6 +32,8 @@ from fedrag_jax.objectives.policy import group_advantages
 from fedrag_jax.objectives.policy_task import Rolling, policy
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.retrieval.looking_up import Looking
+from fedrag_jax.retrieval.stores.bm25 import BM25Store
+from fedrag_jax.strategies.policies import rolling_of, search_policy, search_warm_up
 
 WORDS = ["[PAD]", "[EOS]", "[UNK]", *TAGS.search, *TAGS.answer, *(f"w{i}" for i in range(9))]
 SPACED = TAGS._replace(found=" w0 {text} w0 ")
@@ -64,7 +68,7 @@ def share_of_w5(example, rollout):
 def rolling(tokenizer):
     return Rolling(
         tokenizer,
-        lambda queries: [f"w5 w5 {TAGS.search[1]}" for _ in queries],
+        lambda queries, _: [f"w5 w5 {TAGS.search[1]}" for _ in queries],
         share_of_w5,
         Searching("{question}", tags=SPACED, budget=Budget(1, 5, 8)),
         group=4,
@@ -259,6 +263,51 @@ def test_a_system_searches_its_own_passages():
     assert search([title])[0] == "\n".join(
         reading_text(f.passage) for f in system.retrieve([title], 2)[0]
     )
+
+
+def test_a_client_searches_its_own_passages():
+    world = synthetic.generate(synthetic.WorldConfig(people=20))
+    system = RAGSystem.build(world.passages, top_k=2)
+    questions = partition(world.train, dirichlet(alpha=0.1, clients=3))
+    passages = partition(world.passages, following(questions))
+    pool = own_passages(questions, passages)
+    rolling = rolling_of(system, pool=pool, searching=Searching(passages=2))
+    some = [questions.examples[held[0]] for held in questions.clients]
+    query = some[0].question
+    texts = rolling.search([query] * 3, some)
+    for example, held, text in zip(some, passages.clients, texts, strict=True):
+        rows, _ = system.retriever.search_within([query], [held], 2)
+        there = [system.retriever.passages[row] for row in rows[0]]
+        assert text == "\n".join(reading_text(p) for p in there)
+        assert [f.passage.id for f in rolling.search.found(query, example)] == [p.id for p in there]
+    assert len(set(texts)) == 3, "clients hold different passages"
+    assert rolling.search([query, ""], some[1:]) == [texts[1], ""], "remembered client by client"
+
+
+def test_warm_up_and_policy_train_on_a_clients_own_passages():
+    world = synthetic.generate(synthetic.WorldConfig(people=20))
+    system = RAGSystem.build(world.passages, world.train, top_k=2)
+    questions = partition(world.train, dirichlet(alpha=0.1, clients=3))
+    passages = partition(world.passages, following(questions))
+    pool, tokenizer = own_passages(questions, passages), system.prompts.tokenizer
+    some = [questions.examples[row] for held in questions.clients for row in held[:2]]
+    warm = search_warm_up(system, world, pool=pool)
+    scripts = warm.table(some)
+    for i, example in enumerate(some):
+        tokens = scripts["tokens"][i, 0, : scripts["lengths"][i, 0]]
+        seen = tokenizer.decode(tokens)
+        own = {reading_text(world.passages[row]) for row in pool(example)}
+        others = {reading_text(p) for p in world.passages} - own
+        assert any(text in seen for text in own) and not any(text in seen for text in others)
+    tasks = [search_policy(system, world, group=2, pool=p) for p in (pool, None)]
+    assert [task.name for task in tasks] == ["policy", "policy"]
+
+
+def test_a_pool_beside_a_store_is_refused():
+    world = synthetic.generate(synthetic.WorldConfig(people=20))
+    system = RAGSystem.build(world.passages, store=BM25Store())
+    with pytest.raises(ConfigError, match=r"answers from a store \(bm25\): leave out the pool"):
+        rolling_of(system, pool=lambda example: np.arange(3))
 
 
 def rollout(*texts, found=()):

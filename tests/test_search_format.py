@@ -1,5 +1,6 @@
 """The warm-up of a policy: scripts in the right form, what they give away, and that they are learnt."""
 
+import collections
 import dataclasses
 
 import numpy as np
@@ -45,15 +46,16 @@ def test_names(text, found):
 
 @pytest.mark.parametrize("searching", [COMPACT_SEARCHING, SEARCHING])
 def test_scripts_are_well_formed_and_know_no_answers(system, searching):
-    asked, read_in = [], []
+    asked, read_in, counts = [], [], collections.Counter()
 
-    def search(queries):
+    def search(queries, numbers):
+        counts.update(numbers)
         asked.append(queries)
         return [f"{query} met Bo Ba in Mo. Cu Cy is there." for query in queries]
 
-    def read(questions, queries):
+    def read(queries):
         read_in.extend(queries)
-        return [f"Answer {i}" for i in range(len(questions))]
+        return [f"Answer {i}" for i in range(len(queries))]
 
     tokenizer, questions = system.prompts.tokenizer, [e.question for e in WORLD.train[:40]]
     rng = np.random.default_rng(0)
@@ -73,6 +75,8 @@ def test_scripts_are_well_formed_and_know_no_answers(system, searching):
         assert all("met Bo Ba in Mo." in text for text in found)
         if searching is COMPACT_SEARCHING:
             assert all(text.endswith(f"\n{question}\n") for text in found)
+    assert [counts[n] for n in range(40)] == [len(s.queries) for s in scripts]
+    asked.clear(), counts.clear()
     again = scripted(questions, tokenizer, searching, search, read, np.random.default_rng(0))
     assert [s.queries for s in again] == [s.queries for s in scripts]
 

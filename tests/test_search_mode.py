@@ -121,6 +121,35 @@ def test_evaluation_counts_searches(system):
     assert "searches" not in usual
 
 
+def test_own_questions_are_measured_as_they_are_answered(system, tmp_path, capsys):
+    system.save(tmp_path / "system")
+    saved, questions = str(tmp_path / "system"), tmp_path / "own.jsonl"
+    ids = {p.id for p in WORLD.passages[:60]}
+    some = [e for e in WORLD.train if {*e.positive_ids} <= ids][:3]
+    rows = [
+        {"id": e.id, "question": e.question, "answers": e.answers, "positive_ids": e.positive_ids}
+        for e in some
+    ]
+    questions.write_text("\n".join(map(json.dumps, rows)))
+    command = ["eval", saved, "--questions", str(questions), "--all", "--mode", "search", "--quiet"]
+    assert main([*command, "--json", "--to", str(tmp_path / "results")]) == 0
+    (result,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    responses = system.batch_query([e.question for e in some], mode="search")
+    assert result["searches"] == np.mean([len(r.searches) for r in responses]) > 0
+    right = [exact_match(r.answer, e.answers) for r, e in zip(responses, some, strict=True)]
+    assert result["metrics"]["em"]["mean"] == pytest.approx(100 * np.mean(right))
+    (file,) = tmp_path.glob("results/*/rows.jsonl")
+    written = {
+        row["id"]: row for row in map(json.loads, file.read_text().splitlines()) if "id" in row
+    }
+    for e, response in zip(some, responses, strict=True):
+        assert written[e.id]["prediction"] == response.answer
+        assert written[e.id]["searches"] == [search.query for search in response.searches]
+        assert written[e.id]["read"] == [p.id for p in response.sources]
+    assert main([*command, "--shots", "1"]) == 1
+    assert "mode 'search' looks up its own passages" in capsys.readouterr().err
+
+
 def test_styles_have_their_own_way_to_search(system):
     tokenizer = copy.copy(system.prompts.tokenizer)
     assert searching_of(COMPACT._replace(one_line=False), tokenizer) is COMPACT_SEARCHING

@@ -48,7 +48,7 @@ def found_for(query):
     return " ".join(["</answer>", "<search>", "w1", "</search>", *["w2"] * count])
 
 
-def search(queries):
+def search(queries, numbers):
     return [found_for(query) for query in queries]
 
 
@@ -132,14 +132,29 @@ def test_a_rollout_does_not_depend_on_the_others(model, tokenizer):
 def test_all_that_wait_ask_in_one_call(model, tokenizer):
     calls = []
 
-    def counted(queries):
+    def counted(queries, numbers):
         calls.append(queries)
-        return search(queries)
+        return search(queries, numbers)
 
     how = {"tags": SPACED, "budget": SMALL, "stop_tokens": (EOS,), "key": jax.random.key(7)}
     found = roll_out(*model, None, tokenizer, PROMPTS, counted, **how)
     asked = max(len(rollout.queries) for rollout in found)
     assert len(calls) == asked and sum(map(len, calls)) == sum(len(r.queries) for r in found)
+
+
+def test_a_search_is_told_which_prompts_ask(model, tokenizer):
+    how = {"tags": SPACED, "budget": SMALL, "stop_tokens": (EOS,), "key": jax.random.key(7)}
+
+    def numbered(queries, numbers):
+        return [f"w{number}" for number in numbers]
+
+    rollouts = roll_out(*model, None, tokenizer, PROMPTS, numbered, **how)
+    spelling = Spelling(tokenizer)
+    head, tail = (spelling.whole(x) for x in SPACED.found.split("{text}"))
+    found = [(n, p.tokens) for n, r in enumerate(rollouts) for p in r.parts if not p.written]
+    for number, tokens in found:
+        assert tokens.tolist() == [*head, *spelling.whole(f"w{number}"), *tail]
+    assert len({number for number, _ in found}) > 1
 
 
 def test_no_length_is_compiled_anew(model, tokenizer):

@@ -54,7 +54,7 @@ def main(argv):
 
     def searching():
         return roll_out(
-            *parts, None, tokenizer, [*prompts], lambda queries: [found] * len(queries),
+            *parts, None, tokenizer, [*prompts], lambda queries, _: [found] * len(queries),
             tags=tags, budget=budget, **drawn,
         )  # fmt: skip
 

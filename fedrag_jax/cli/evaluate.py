@@ -58,7 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mode",
         default="concatenated",
-        help="how passages are combined into one answer, see fedrag ask",
+        help="how passages are combined into one answer, see fedrag ask; in mode search the model "
+        "looks up its own passages",
     )
     parser.add_argument(
         "--max-tokens", type=int, help="longest answer in tokens (default: the system's limit)"
@@ -128,5 +129,6 @@ def run(args: argparse.Namespace) -> int:
         print(table(results, args.form))
         for result in results:
             told = f"{result.name}: {result.n} of {result.origin['questions']} questions"
-            print(f"{told} from {result.origin['source']}, {result.seconds:.1f} s")
+            searches = "" if result.searches is None else f", {result.searches:.2f} searches each"
+            print(f"{told} from {result.origin['source']}{searches}, {result.seconds:.1f} s")
     return 0

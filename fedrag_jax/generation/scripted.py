@@ -12,7 +12,7 @@ import numpy as np
 
 from fedrag_jax.data.spelling import Spelling
 from fedrag_jax.generation.rollouts import Part, Rollout, Searching
-from fedrag_jax.generation.searching import Spelled
+from fedrag_jax.generation.searching import Search, Spelled
 
 _CAPITALISED = re.compile(r"[^\W\d_a-z]\w*(?:[ -][^\W\d_a-z]\w*)*")
 _ARTICLE = re.compile(r"^(?:The|A|An) (?=\w)")
@@ -22,25 +22,25 @@ def scripted(
     questions: Sequence[str],
     tokenizer,
     searching: Searching,
-    search: Callable[[list[str]], list[str]],
-    read: Callable[[list[str], list[list[str]]], list[str]],
+    search: Search,
+    read: Callable[[list[list[str]]], list[str]],
     rng: np.random.Generator,
 ) -> list[Rollout]:
     """One script for each question.
 
     Args:
-      search: function that returns the text found for each query; called once per turn.
+      search: as in `searching.rolling_out`, with the indices of questions; called once per turn.
       read: function that returns the model's answer to each question from the results of its queries.
     """
     scripts = [_Script(question, tokenizer, searching) for question in questions]
     turns = searching.budget.turns
     counts = rng.integers(min(1, turns), turns, len(scripts), endpoint=True)
     for turn in range(turns):
-        asking = [s for s, count in zip(scripts, counts, strict=True) if turn < count]
-        queries = [script.ask(rng) for script in asking]
-        for script, text in zip(asking, search(queries) if asking else (), strict=True):
-            script.read(text)
-    answers = read([s.question for s in scripts], [s.queries for s in scripts])
+        asking = [number for number, count in enumerate(counts) if turn < count]
+        queries = [scripts[number].ask(rng) for number in asking]
+        for number, text in zip(asking, search(queries, asking) if asking else (), strict=True):
+            scripts[number].read(text)
+    answers = read([script.queries for script in scripts])
     return [script.answered(answer) for script, answer in zip(scripts, answers, strict=True)]
 
 

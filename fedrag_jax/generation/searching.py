@@ -34,6 +34,8 @@ from fedrag_jax.models.decoder import Cache
 from fedrag_jax.models.network import Network
 
 T = TypeVar("T")
+# The text found for each query; the numbers say which prompts ask.
+Search = Callable[[list[str], list[int]], list[str]]
 PIECE = 8  # tokens written between two looks for a tag
 HALVINGS = 3  # of a batch as its rollouts end: each is another program to compile
 
@@ -44,7 +46,7 @@ def roll_out(
     adapters,
     tokenizer,
     prompts: Sequence[np.ndarray],
-    search: Callable[[list[str]], list[str]],
+    search: Search,
     **how,
 ) -> list[Rollout]:
     """Writes one rollout for each prompt.
@@ -70,7 +72,7 @@ def rolling_out(
     adapters,
     tokenizer,
     prompts: Sequence[np.ndarray],
-    search: Callable[[list[str]], list[str]],
+    search: Search,
     *,
     questions: Sequence[str] = (),
     tags: Tags = TAGS,
@@ -85,7 +87,8 @@ def rolling_out(
 
     Args:
       prompts: int32 [T] each.
-      search: function that returns the text found for each query of all waiting rollouts.
+      search: `search(queries, numbers)` returns the text found for each query of all waiting rollouts;
+        the numbers are the indices of their prompts.
       questions: the question of each prompt, which `tags.found` may repeat.
       stop_tokens: tokens that end a rollout, unless they belong to a closing tag.
       temperature, top_p, key, rows: as in `decoding.pieces`.
@@ -153,8 +156,9 @@ def rolling_out(
         going = _fewer(waiting)
         state, batch = _going_on(state, going, room), batch[going]
         options = options._replace(rows=options.rows[going])
-        queries = [rollouts[number].query for number in batch if rollouts[number].waits]
-        texts = iter(search(queries))
+        askers = [int(number) for number in batch if rollouts[number].waits]
+        queries = [rollouts[number].query for number in askers]
+        texts = iter(search(queries, askers))
         yield queries
         chunk = np.full((len(batch), budget.found + 1), pad, np.int32)
         there = np.zeros(chunk.shape, bool)

@@ -18,7 +18,7 @@ from fedrag_jax.generation.text import Sampling
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.retrieval.index.vector_index import finite
 from fedrag_jax.retrieval.similarity import unit
-from fedrag_jax.retrieval.stores.knowledge_store import Found
+from fedrag_jax.retrieval.stores.passage_source import Found, found_in
 
 try:
     from llama_index.core.base.base_query_engine import BaseQueryEngine
@@ -109,9 +109,7 @@ class RAGRetriever(_OwnPrompts, BaseRetriever):
             return system.retrieve([query.query_str], k)[0]
         if system.store is not None:
             return system.store.search([query.query_str], vector, k)[0]
-        (rows,), (scores,) = system.retriever.index.search(vector, k)
-        passages = system.retriever.passages
-        return [Found(passages[r], float(s)) for r, s in zip(rows, scores, strict=True)]
+        return found_in(system.retriever.passages, *system.retriever.index.search(vector, k))[0]
 
     def _vector(self, query: QueryBundle) -> np.ndarray | None:
         """Returns the vector that the bundle searches instead of its question, float32 [1, D]; or

@@ -19,7 +19,7 @@ from fedrag_jax.data.examples import Example
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.generation.likelihood import answer_log_probs
 from fedrag_jax.generation.rollouts import SEARCHING, Rollout, Searching
-from fedrag_jax.generation.searching import roll_out
+from fedrag_jax.generation.searching import Search, roll_out
 from fedrag_jax.models.network import Network
 from fedrag_jax.objectives.policy import PolicyLoss, group_advantages
 from fedrag_jax.objectives.task import PyTree, Task
@@ -41,7 +41,7 @@ class Rolling:
 
     Attributes:
       tokenizer: the generator's tokenizer.
-      search: function that returns the text found for each query.
+      search: `search(queries, examples)` returns the text found for each query of an example's rollout.
       reward: the reward of a rollout.
       searching: prompts, tags and budget.
       group: G, rollouts per question.
@@ -55,7 +55,7 @@ class Rolling:
     """
 
     tokenizer: Any
-    search: Callable[[list[str]], list[str]]
+    search: Callable[[list[str], list[Example]], list[str]]
     reward: Reward
     searching: Searching = SEARCHING
     group: int = 5
@@ -73,6 +73,10 @@ class Rolling:
         """Returns the prompt's tokens, int32 [T]."""
         return self.searching.prompt(self.tokenizer, question)
 
+    def searched_for(self, examples: Sequence[Example]) -> Search:
+        """Returns the search of the rollouts of examples, as `roll_out` takes it."""
+        return lambda queries, numbers: self.search(queries, [examples[n] for n in numbers])
+
     @property
     def learned(self) -> int:
         """Maximum number of tokens of a rollout that count in the loss."""
@@ -89,16 +93,17 @@ class Rolling:
         self, network: Network, params, adapters, examples: Sequence[Example], time: int
     ) -> list[list[Rollout]]:
         """Returns G rollouts of each example, with the random draws of a retrieval number."""
-        questions = [e.question for e in examples for _ in range(self.group)]
-        prompts = [self.prompt(question) for question in questions]
+        asked = [e for e in examples for _ in range(self.group)]
+        prompts = [self.prompt(e.question) for e in asked]
         key = jax.random.fold_in(jax.random.key(self.seed), time)
         found: list[Rollout] = []
         for start in range(0, len(prompts), _AT_ONCE):
             some = range(len(prompts))[start : start + _AT_ONCE]
             filled = [*some, *[some[-1]] * (min(_AT_ONCE, len(prompts)) - len(some))]
             written = roll_out(
-                network, params, adapters, self.tokenizer, [prompts[i] for i in filled], self.search,
-                questions=[questions[i] for i in filled], tags=self.searching.tags,
+                network, params, adapters, self.tokenizer, [prompts[i] for i in filled],
+                self.searched_for([asked[i] for i in filled]),
+                questions=[asked[i].question for i in filled], tags=self.searching.tags,
                 budget=self.searching.budget, stop_tokens=self.stop_tokens,
                 temperature=self.temperature, top_p=self.top_p, key=key,
                 rows=range(start, start + len(filled)),

@@ -35,21 +35,23 @@ def search_format(
     params: PyTree,
     adapters: PyTree,
     rolling: Rolling,
-    read: Callable[[list[str], list[list[str]]], list[str]],
+    read: Callable[[Sequence[Example], list[list[str]]], list[str]],
     examples: Sequence[Example],
 ) -> Task:
     """Returns the task of imitating scripts (`generation.scripted`), one per question.
 
     Args:
-      read: as in `scripted`.
+      read: function that returns the model's answer to each example from the results of its queries.
       examples: all training examples; they determine the width of the table.
     """
     width = rolling.width(examples)
 
     def collate(some, retrieved):
         rng = np.random.default_rng(rolling.seed)
-        parts = rolling.tokenizer, rolling.searching, rolling.search, read
-        scripts = scripted([e.question for e in some], *parts, rng)
+        scripts = scripted(
+            [e.question for e in some], rolling.tokenizer, rolling.searching,
+            rolling.searched_for(some), lambda queries: read(some, queries), rng,
+        )  # fmt: skip
         return rollout_table([[script] for script in scripts], rolling, width)
 
     return Task(

@@ -4,7 +4,8 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 
 import jax
 
-from fedrag_jax.data.examples import reading_text
+from fedrag_jax.data.corpora import Pool
+from fedrag_jax.data.examples import Example, reading_text
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.generation.inference import Lookup, Response
 from fedrag_jax.generation.rollouts import Rollout, Searching
@@ -16,35 +17,55 @@ _AT_ONCE = 32  # questions answered together
 
 
 class Looking:
-    """Returns the texts found for queries.
+    """Returns the texts found for queries, and remembers what was found.
 
     Args:
-      retrieve: function that returns a number of passages for each question.
-
-    Attributes:
-      found: the passages found, by query.
+      retrieve: `retrieve(questions, k)` returns k passages for each question; with a pool,
+        `retrieve(questions, k, pools)` returns them from the question's corpus rows.
+      pool: `pool(example)`: the corpus rows that the queries of an example may find; default: all.
     """
 
     def __init__(
-        self, retrieve: Callable[[Sequence[str], int], list[list[Found]]], searching: Searching
+        self,
+        retrieve: Callable[..., list[list[Found]]],
+        searching: Searching,
+        pool: Pool | None = None,
     ):
-        self._retrieve, self._searching = retrieve, searching
-        self.found: dict[str, list[Found]] = {}
+        self._retrieve, self._searching, self._pool = retrieve, searching, pool
+        self._found: dict[tuple[str, str], list[Found]] = {}
 
-    def __call__(self, queries: Sequence[str]) -> list[str]:
-        """Returns the passages found for each query, one per line; an empty text for an empty query."""
-        new = [q for q in dict.fromkeys(queries) if q.strip() and q not in self.found]
-        asked = [self._searching.asked.replace("{query}", query) for query in new]
+    def __call__(self, queries: Sequence[str], examples: Sequence[Example] = ()) -> list[str]:
+        """Returns the passages found for each query, one per line; an empty text for an empty query.
+
+        Args:
+          examples: with a pool, the example of each query.
+        """
+        asking: Sequence[Example | None] = examples if self._pool else [None] * len(queries)
+        keys = [self._key(*asked) for asked in zip(queries, asking, strict=True)]
+        new = {
+            key: example
+            for key, example in zip(keys, asking, strict=True)
+            if key[0].strip() and key not in self._found
+        }
         if new:
-            self.found |= zip(new, self._retrieve(asked, self._searching.passages), strict=True)
+            asked = [self._searching.asked.replace("{query}", query) for query, _ in new]
+            pools = ([self._pool(example) for example in new.values()],) if self._pool else ()
+            found = self._retrieve(asked, self._searching.passages, *pools)
+            self._found |= zip(new, found, strict=True)
         return [
-            "\n".join(reading_text(f.passage) for f in self.found.get(query, ()))
-            for query in queries
+            "\n".join(reading_text(f.passage) for f in self._found.get(key, ())) for key in keys
         ]
+
+    def found(self, query: str, example: Example | None = None) -> list[Found]:
+        """Returns the passages that a query found, of an example if there is a pool."""
+        return self._found.get(self._key(query, example), [])
 
     def lookup(self, query: str) -> Lookup:
         """Returns the search with the passages of a query."""
-        return Lookup(query, tuple(f.passage for f in self.found.get(query, ())))
+        return Lookup(query, tuple(f.passage for f in self.found(query)))
+
+    def _key(self, query: str, example: Example | None) -> tuple[str, str]:
+        return query, example.id if self._pool and example else ""
 
 
 def answers_by_searching(
@@ -80,7 +101,7 @@ def answers_by_searching(
             writer.adapters,
             writer.tokenizer,
             [searching.prompt(writer.tokenizer, question) for question in asked],
-            looking,
+            lambda queries, _: looking(queries),
             questions=asked,
             tags=searching.tags,
             budget=budget,
@@ -141,9 +162,7 @@ class Searched(Iterator[str | Lookup]):
 
 
 def _response(rollout: Rollout, looking: Looking, searching: Searching) -> Response:
-    found = {
-        f.passage.id: f for query in rollout.queries for f in looking.found.get(query, ())
-    }.values()
+    found = {f.passage.id: f for query in rollout.queries for f in looking.found(query)}.values()
     written = sum(len(part.tokens) for part in rollout.parts if part.written)
     read = len(rollout.prompt) + sum(len(p.tokens) for p in rollout.parts if not p.written)
     return Response(

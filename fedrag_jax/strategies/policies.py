@@ -3,13 +3,16 @@
 `search_form` and `learn_to_search` are tasks of strategies, as `strategies.strategies` has them.
 """
 
+from fedrag_jax.data.corpora import Pool
 from fedrag_jax.data.examples import Dataset
+from fedrag_jax.errors import ConfigError
 from fedrag_jax.evaluation.rewards import F1WithForm, WithCost, WithRetrieval
 from fedrag_jax.objectives.policy_task import Reward, Rolling, policy
 from fedrag_jax.objectives.search_format import search_format
 from fedrag_jax.objectives.task import Task
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.retrieval.looking_up import Looking
+from fedrag_jax.retrieval.stores.passage_source import found_in
 from fedrag_jax.strategies.strategy import Tasks
 
 
@@ -21,12 +24,13 @@ def search_policy(
 
     Args:
       reward: reward of a rollout; default: that of ReSearch.
-      options: options of `Rolling` and of `policy`.
+      options: options of `rolling_of` and of `policy`.
 
     Raises:
-      ConfigError: as `Rolling` and `policy`.
+      ConfigError: as `rolling_of` and `policy`.
     """
-    own = {name: options.pop(name) for name in [*options] if name in Rolling.__dataclass_fields__}
+    names = {"pool", *Rolling.__dataclass_fields__}
+    own = {name: options.pop(name) for name in names & options.keys()}
     rolling = rolling_of(system, reward, **own)
     return policy(*_parts(system), rolling, dataset.train, **options)
 
@@ -36,23 +40,25 @@ def search_warm_up(system: RAGSystem, dataset: Dataset, **options) -> Task:
     `objectives.search_format`.
 
     Args:
-      options: options of `Rolling`.
+      options: options of `rolling_of`.
     """
     rolling = rolling_of(system, **options)
 
-    def read(questions, queries):
+    def read(examples, queries):
         found = [
-            [f.passage for query in some for f in rolling.search.found.get(query, ())]
-            for some in queries
+            [f.passage for query in asked for f in rolling.search.found(query, example)]
+            for example, asked in zip(examples, queries, strict=True)
         ]
-        return system.answer(questions, found)
+        return system.answer([e.question for e in examples], found)
 
     return search_format(*_parts(system), rolling, read, dataset.train)
 
 
-def search_form(system: RAGSystem, dataset: Dataset, seed: int = 0) -> Tasks:
-    """The warm-up alone."""
-    return system.replace(**(yield search_warm_up(system, dataset, seed=seed)))
+def search_form(
+    system: RAGSystem, dataset: Dataset, seed: int = 0, pool: Pool | None = None
+) -> Tasks:
+    """The warm-up alone; `pool` is that of `rolling_of`."""
+    return system.replace(**(yield search_warm_up(system, dataset, seed=seed, pool=pool)))
 
 
 def learn_to_search(
@@ -61,6 +67,7 @@ def learn_to_search(
     seed: int = 0,
     bonus: float = 0.0,
     cost: float = 0.0,
+    pool: Pool | None = None,
     **options,
 ) -> Tasks:
     """The warm-up, then policy gradients.
@@ -68,24 +75,44 @@ def learn_to_search(
     Args:
       bonus: reward for searches that found the answer, whatever the model answers.
       cost: reward subtracted per search.
+      pool: as in `rolling_of`.
       options: options of `search_policy`.
     """
-    system = yield from search_form(system, dataset, seed)
+    system = yield from search_form(system, dataset, seed, pool)
     found = WithRetrieval(F1WithForm(system.searching.tags), system.prompts.tokenizer.decode, bonus)
     reward = WithCost(found, cost)
-    return system.replace(**(yield search_policy(system, dataset, reward, seed=seed, **options)))
+    task = search_policy(system, dataset, reward, seed=seed, pool=pool, **options)
+    return system.replace(**(yield task))
 
 
-def rolling_of(system: RAGSystem, reward: Reward | None = None, **options) -> Rolling:
+def rolling_of(
+    system: RAGSystem, reward: Reward | None = None, pool: Pool | None = None, **options
+) -> Rolling:
     """Returns the rollout settings of a system over its own passages.
 
     Args:
-      reward, options: as in `search_policy`; options of `Rolling`.
+      reward: as in `search_policy`.
+      pool: `pool(example)`: the corpus rows that the searches of an example may find, if passages stay
+        with their clients (`data.corpora.own_passages`); default: all.
+      options: options of `Rolling`.
+
+    Raises:
+      ConfigError: a pool for a system that answers from a store; as `Rolling`.
     """
+    if pool and system.store is not None:
+        raise ConfigError(
+            "a pool has rows of the system's own index, but this system answers from a store "
+            f"({system.store.kind}): leave out the pool, or use a system without a store"
+        )
+
+    def within(questions, k, pools):
+        rows, scores = system.retriever.search_within(questions, pools, k)
+        return found_in(system.retriever.passages, rows, scores)
+
     searching = options.setdefault("searching", system.searching)
     return Rolling(
         system.prompts.tokenizer,
-        search=Looking(system.retrieve, searching),
+        search=Looking(within if pool else system.retrieve, searching, pool),
         reward=F1WithForm(searching.tags) if reward is None else reward,
         stop_tokens=system.writer.stop_tokens,
         **options,

@@ -10,6 +10,7 @@ from fedrag_jax.data.examples import Passage
 from fedrag_jax.data.hub_rows import Question
 from fedrag_jax.evaluation.benchmarks import asking, choosing, reading, scoring, sets
 from fedrag_jax.evaluation.benchmarks.record import Row
+from fedrag_jax.generation.inference import SEARCH
 from fedrag_jax.rag import RAGSystem
 
 
@@ -42,12 +43,14 @@ class Run:
             read = ranked
         ways = {"retrieval": self._ranked, "generation": self._written}
         ways |= dict.fromkeys(("likelihood", "letters"), self._chosen)
+        if self.settings["mode"] == SEARCH:
+            ways["generation"] = self._searched
         shots = self.settings["shots"]
         systems = [self._after(asking.examples_for(q, self.shown, shots, seed)) for q in asked]
         found = ways[self.settings["by"]](asked, read, cosines, systems)
         rows = []
         for q, some, passages, row in zip(asked, ranked, read, found, strict=True):
-            scores = row.pop("scores")
+            scores, passages = row.pop("scores"), row.pop("passages", passages)
             if self.settings["corpus"] in ("own", "benchmark"):
                 if self._labelled:
                     scores |= scoring.ranked(self.known, q, some, self.corpus or ())
@@ -116,6 +119,21 @@ class Run:
             for i, answer, (_, cut) in zip(some, answers, put, strict=True):
                 rows.append(self._answered(asked[i], answer) | {"cut": cut})
         return rows
+
+    def _searched(self, asked, read, cosines, systems) -> list[Row]:
+        """Returns answers of mode "search", which reads only the passages that the model looks up."""
+        texts = [asking.words(q, self.known.kind, "generation") for q in asked]
+        most = self.settings["max_new_tokens"]
+        responses = self.system.batch_query(texts, mode=SEARCH, max_new_tokens=most)
+        return [
+            self._answered(q, response.answer)
+            | {
+                "cut": False,
+                "searches": [search.query for search in response.searches],
+                "passages": response.sources,
+            }
+            for q, response in zip(asked, responses, strict=True)
+        ]
 
     def _answered(self, question: Question, answer: str) -> Row:
         if self.known.kind == "open":

@@ -20,6 +20,7 @@ from fedrag_jax.evaluation.benchmarks.answering import Run
 from fedrag_jax.evaluation.benchmarks.identity import corpus_of, identity
 from fedrag_jax.evaluation.benchmarks.record import Record
 from fedrag_jax.evaluation.benchmarks.results import BenchmarkResult, summed
+from fedrag_jax.generation.inference import SEARCH
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.retrieval.index.vector_index import VectorIndex
 from fedrag_jax.retrieval.stores.faiss_store import FaissStore
@@ -75,7 +76,8 @@ class Benchmarker:
 
         A row of the result has the question's `id`, the `prediction` (a text, or the position of a
         choice from 0), the `gold` answer, its `scores`, the ids of the passages `read`, whether the
-        prompt was `cut`, and the `seconds`; by likelihood also `log_probs` and `tokens` of each choice.
+        prompt was `cut`, and the `seconds`; by likelihood also `log_probs` and `tokens` of each choice;
+        in mode "search" also the queries of its `searches`.
         In a data set with only one split (PopQA), a hundredth of the questions is set aside for
         few-shot examples, if there are any.
 
@@ -96,7 +98,8 @@ class Benchmarker:
             passages of the "benchmark" split in a store of the same kind, the question's "gold"
             passages, or "none" (closed book).
           exclude: ids of questions to leave out.
-          mode, beams, max_new_tokens: as in `RAGSystem.read`, for generated answers.
+          mode, beams, max_new_tokens: as in `RAGSystem.batch_query`, for generated answers. In mode
+            "search" the model reads what it looks up, so there are no few-shot examples.
           rule: rule of `metrics.f1` for open answers in another language, such as "zh"; "" is the
             benchmark's own.
 
@@ -153,6 +156,7 @@ class Benchmarker:
             rows = [record.rows[q.id] for q in asked[:limit]]
             known_passages = [*material.passages, *(searched or ())]
             together = clusters([q.golds for q in asked[:limit]], known_passages)
+            asked_for = [len(row["searches"]) for row in rows if "searches" in row]
             written = [len(row["prediction"].split()) for row in rows if known.kind == "open"]
             result = BenchmarkResult(
                 name=known.name,
@@ -163,6 +167,7 @@ class Benchmarker:
                 metrics=summed(rows, together),
                 answer_words=sum(written) / len(written) if written else None,
                 share_cut=sum(row["cut"] for row in rows) / len(rows),
+                searches=sum(asked_for) / len(asked_for) if asked_for else None,
                 seconds=sum(row["seconds"] for row in rows),
                 rows=rows,
             )
@@ -179,6 +184,8 @@ class Benchmarker:
             f"{known.name} asks for a ranking: shots must be 0, corpus 'own' or 'benchmark'": (
                 by == "retrieval" and (shots or corpus not in CORPORA[:2])
             ),
+            f"mode {SEARCH!r} looks up its own passages: use corpus 'own' or 'benchmark', and neither "
+            "shots nor beams": (mode == SEARCH and (shots or beams or corpus not in CORPORA[:2])),
             f"by {by!r} reads all passages together: mode and beams cannot be chosen": (
                 by != "generation" and (mode, beams) != ("concatenated", None)
             ),

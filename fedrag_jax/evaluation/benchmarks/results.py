@@ -46,6 +46,7 @@ class BenchmarkResult:
       answer_words: mean length of generated answers, needed to interpret "substring"; None without
         open answers.
       share_cut: share of prompts that were truncated (passages, examples or words).
+      searches: mean number of searches per question; None unless the mode is "search".
       seconds: total seconds for the questions in all sessions, including compilation.
     """
 
@@ -57,6 +58,7 @@ class BenchmarkResult:
     metrics: dict[str, Mean]
     answer_words: float | None
     share_cut: float
+    searches: float | None
     seconds: float
     rows: list[dict[str, Any]] = dataclasses.field(repr=False)
 

@@ -14,6 +14,7 @@ from fedrag_jax.errors import ConfigError
 from fedrag_jax.retrieval.index.device_index import BLOCK, TILE, put_rows, search_blocks
 from fedrag_jax.retrieval.stores.knowledge_store import Found, KnowledgeStore
 from fedrag_jax.retrieval.stores.passage_lines import read_pairs, write_pairs
+from fedrag_jax.retrieval.stores.passage_source import found_in
 
 
 class DeviceStore(KnowledgeStore):
@@ -89,10 +90,7 @@ class DeviceStore(KnowledgeStore):
 
     def _search(self, questions, vectors: np.ndarray, k: int) -> list[list[Found]]:
         rows, scores = search_blocks(self._blocks, len(self), vectors, min(k, len(self)))
-        return [
-            [Found(self._rows[row], float(score)) for row, score in zip(r, s, strict=True)]
-            for r, s in zip(rows.tolist(), scores, strict=True)
-        ]
+        return found_in(self._rows, rows.tolist(), scores)
 
     # --- on disk -------------------------------------------------------------------------------
 

@@ -27,6 +27,14 @@ class Found(NamedTuple):
     score: float
 
 
+def found_in(passages: Sequence[Passage], rows, scores) -> list[list[Found]]:
+    """Returns what a search found, from rows of passages and scores, both [Q, k]."""
+    return [
+        [Found(passages[row], float(score)) for row, score in zip(r, s, strict=True)]
+        for r, s in zip(rows, scores, strict=True)
+    ]
+
+
 class PassageSource(abc.ABC):
     """A source of passages, searched by vectors, by words or by an external service.
 
