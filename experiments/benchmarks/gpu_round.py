@@ -3,14 +3,17 @@
     python -m experiments.benchmarks.gpu_round
     python -m experiments.benchmarks.gpu_round --clients=8 --group_size=8 --remat=full
     JAX_PLATFORMS=cpu python -m experiments.benchmarks.gpu_round --model=small --tokens=64 --clients=2
+    XLA_FLAGS=--xla_force_host_platform_device_count=2 python -m experiments.benchmarks.gpu_round \
+        --model=smollm2-135m --dtype=float32 --clients=2 --group_size=1 --local_steps=1 \
+        --batch_size=1 --tokens=64
 
-The decoder has the shape of Qwen2.5-0.5B and random numbers in bfloat16; adapters on all its linear
-layers are float32. Clients are dealt out over all devices, in groups of a size that is measured first
-unless it is given. Model operations (those of the ledger's formula: nothing recomputed is counted) over
-the median round are set against the best bfloat16 product measured in the same process and, where it
-is known, against the published peak. Prints a line of JSON last, about the last number of clients;
-`client_steps_per_second` has all. `device_waits` is the share of a round from the end of one to the
-start of the next, in which no device works.
+The decoder has the shape of Qwen2.5-0.5B (`--model`) with random weights in bfloat16 (`--dtype`).
+Adapters on all its linear layers are float32. Clients are distributed over all devices, in groups of
+the fastest size unless it is given. The operations of the median round (by the ledger's formula,
+without recomputation) are compared with the best product of that data type in the same process and, if
+known, with the published peak. The last line is JSON, about the last number of clients;
+`client_steps_per_second` has all numbers. `device_waits` is the share of a round, from the end of one
+to the start of the next, in which no device works.
 """
 
 import contextlib
@@ -28,6 +31,10 @@ MODELS = {
         "num_heads": 14, "num_kv_heads": 2, "head_dim": 64, "qkv_bias": True,
         "tie_embeddings": True,
     },
+    "smollm2-135m": {
+        "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_layers": 30,
+        "num_heads": 9, "num_kv_heads": 3, "head_dim": 64, "tie_embeddings": True,
+    },
     "small": {
         "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_layers": 2,
         "num_heads": 2, "num_kv_heads": 2, "head_dim": 32,
@@ -36,6 +43,12 @@ MODELS = {
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 _MODEL = flags.DEFINE_enum("model", "qwen2.5-0.5b", list(MODELS), "decoder")
+_DTYPE = flags.DEFINE_enum(
+    "dtype",
+    "bfloat16",
+    ["bfloat16", "float32"],
+    "data type of the decoder; CPUs are slow in bfloat16",
+)
 _CLIENTS = flags.DEFINE_list("clients", ["8", "32"], "clients per round; each number is a row")
 _GROUP = flags.DEFINE_integer(
     "group_size", 0, "clients trained side by side; 0 measures the fastest number", lower_bound=0
@@ -70,7 +83,7 @@ def main(argv):
         network.config, network.lora, _TOKENS.value, ANSWER_TOKENS, trained=True
     )
     size = 1024 if jax.default_backend() == "cpu" else 8192
-    best = product_peak([size], "bfloat16") * jax.device_count()
+    best = product_peak([size], _DTYPE.value) * jax.device_count()
     published, speed = known(kind), {}
     print("clients  group  ms a client-step  of the best product")
     for count in map(int, _CLIENTS.value):
@@ -105,13 +118,14 @@ def decoder():
 
     base = Network.of(Decoder, DecoderConfig(**MODELS[_MODEL.value], remat=_REMAT.value))
     network = add_lora(base, LoraConfig(_RANK.value, 2.0 * _RANK.value, TARGETS))
-    params = jax.jit(lambda key: jax.tree.map(lambda x: x.astype(jnp.bfloat16), base.init(key)))
+    dtype = jnp.dtype(_DTYPE.value)
+    params = jax.jit(lambda key: jax.tree.map(lambda x: x.astype(dtype), base.init(key)))
     return network, params(jax.random.key(0)), init_adapters(network, 0)
 
 
 def timed(network, params, adapters, clients: int) -> tuple[float, int, float]:
-    """(seconds a client-step, group size, share of the time in which the devices waited for the host):
-    the median round."""
+    """Returns seconds per client-step, the group size, and the share of the time in which the devices
+    waited for the host, of the median round."""
     import jax
     import numpy as np
     import optax
