@@ -1,4 +1,4 @@
-"""Fused attention equals the plain implementation: padding, windows, grouped heads, gradients, clients."""
+"""Fused attention equals plain attention: padding, windows, grouped heads, gradients, clients."""
 
 import functools
 import re

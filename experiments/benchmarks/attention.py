@@ -8,8 +8,8 @@
 `libtpu` compiles one layer's causal attention in bfloat16, forward and backward, for one chip. Scratch
 is memory beside arguments and results. The time is not measured: it is a lower bound, products at peak
 rate or bytes at full bandwidth, whichever is longer. The count of products includes blocks that the
-kernel's mask skips, and the bytes do not include blocks that it reads again. Prints a table, then a line
-of JSON.
+kernel's mask skips, and the bytes do not include blocks that it reads again. Prints a table, then one
+line of JSON.
 """
 
 import dataclasses
@@ -22,9 +22,7 @@ from tabulate import tabulate
 from experiments.benchmarks.topology import EXAMPLES, devices_of
 
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x4", f"topology of the chip, such as {EXAMPLES}")
-_TOKENS = flags.DEFINE_list(
-    "tokens", ["1024", "4096"], "lengths of rows in tokens"
-)
+_TOKENS = flags.DEFINE_list("tokens", ["1024", "4096"], "lengths of rows in tokens")
 _ROWS = flags.DEFINE_integer("rows", 4, "number of rows", lower_bound=1)
 _HEADS = flags.DEFINE_integer("heads", 14, "number of query heads", lower_bound=1)
 _GROUPS = flags.DEFINE_integer("kv_heads", 2, "number of key-value heads", lower_bound=1)
