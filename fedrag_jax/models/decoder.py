@@ -4,12 +4,10 @@ arXiv 2302.13971, 2310.06825, 2505.09388, 2503.19786.
 """
 
 import dataclasses
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from fedrag_jax.errors import ConfigError
@@ -27,35 +25,7 @@ from fedrag_jax.models.layers import (
 )
 from fedrag_jax.models.lora import LoraConfig
 from fedrag_jax.models.network import PerLayer
-
-
-@dataclasses.dataclass(frozen=True)
-class Llama3Scaling:
-    """Llama 3.1's stretched rotary frequencies; names as in `config.json`."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-    def slowed(self, frequencies: np.ndarray) -> np.ndarray:
-        """Stretches wavelengths longer than original / low_freq_factor by `factor`, keeps those shorter
-        than original / high_freq_factor, and interpolates between them."""
-        turns = self.original_max_position_embeddings * frequencies / (2 * math.pi)
-        kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-        kept = np.clip(kept, 0, 1)
-        return kept * frequencies + (1 - kept) * frequencies / self.factor
-
-
-@dataclasses.dataclass(frozen=True)
-class LinearScaling:
-    """Positions divided by a factor (Chen et al., 2306.15595); names as in `config.json`."""
-
-    factor: float
-
-    def slowed(self, frequencies: np.ndarray) -> np.ndarray:
-        """Divides all frequencies by the factor."""
-        return frequencies / self.factor
+from fedrag_jax.models.rotary import Scaling, rope_of, rotate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +64,7 @@ class DecoderConfig:
     max_positions: int = 2048
     norm_epsilon: float = 1e-5
     rope_theta: float = 10000.0
-    rope_scaling: Llama3Scaling | LinearScaling | None = None
+    rope_scaling: Scaling | None = None
     tie_embeddings: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
@@ -186,7 +156,7 @@ class Decoder(nnx.Module):
         seen = self._seen(mask, t, start, segments)
 
         hidden = self._embedded(tokens)
-        rope = _rope(config, positions, hidden.dtype)
+        rope = rope_of(config, positions, hidden.dtype)
 
         def step(layer, carry, index, read=None):
             hidden, *kept = carry
@@ -213,7 +183,7 @@ class Decoder(nnx.Module):
         config, t = self.config, tokens.shape[1]
         seen = self._seen(mask.astype(bool), t)
         hidden = self._embedded(tokens)
-        rope = _rope(config, positions, hidden.dtype)
+        rope = rope_of(config, positions, hidden.dtype)
 
         def step(layer, carry, index):
             hidden, total = carry
@@ -259,19 +229,6 @@ class Decoder(nnx.Module):
         return hidden * jnp.asarray(self.config.embed_scale, hidden.dtype)
 
 
-def rope_frequencies(config: DecoderConfig, local: bool = False) -> np.ndarray:
-    """Returns radians per position, float32 [E / 2] (Su et al., 2104.09864).
-
-    Args:
-      local: whether for layers with a window, if they have a `local_rope_theta`.
-    """
-    theta = config.local_rope_theta if local else config.rope_theta
-    frequencies = theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
-    if config.rope_scaling is not None and not local:
-        frequencies = config.rope_scaling.slowed(frequencies)
-    return frequencies.astype(np.float32)
-
-
 class _Layer(nnx.Module):
     def __init__(self, config: DecoderConfig, lora, *, rngs):
         size, after = config.hidden_size, config.post_norms
@@ -305,7 +262,7 @@ class _Attention(nnx.Module):
 
     def __call__(self, x, rope, visible, cache, read):
         v = self._heads(self.v_proj(x)).transpose(2, 0, 1, 3)
-        k = _rotate(self.k_norm(self._heads(self.k_proj(x))), rope).transpose(2, 0, 1, 3)
+        k = rotate(self.k_norm(self._heads(self.k_proj(x))), rope).transpose(2, 0, 1, 3)
         x, *rope = (take_rows(array, read) for array in (x, *rope))
         q = self._queries(x, rope)
         kept = k, v
@@ -318,7 +275,7 @@ class _Attention(nnx.Module):
 
     def mass(self, x, rope, visible, read):
         """alpha_n |v_n|, averaged over heads: float32 [B, M, T]."""
-        v, k = self._heads(self.v_proj(x)), _rotate(self.k_norm(self._heads(self.k_proj(x))), rope)
+        v, k = self._heads(self.v_proj(x)), rotate(self.k_norm(self._heads(self.k_proj(x))), rope)
         x, *rope = (take_rows(array, read) for array in (x, *rope))
         q = self._queries(x, rope)
         q, groups = q * self.head_dim**-0.5, k.shape[2]
@@ -331,7 +288,7 @@ class _Attention(nnx.Module):
         return mass / (groups * q.shape[3])
 
     def _queries(self, x, rope):
-        q = _rotate(self.q_norm(self._heads(self.q_proj(x))), rope)
+        q = rotate(self.q_norm(self._heads(self.q_proj(x))), rope)
         return q if self.stretch == 1 else q * jnp.asarray(self.stretch, q.dtype)
 
     def _heads(self, x):
@@ -375,30 +332,3 @@ def _extended(kept, new, layer, start):
 
 def _norm(config, size):
     return RMSNorm(size, config.norm_epsilon, centred=config.centred_norms)
-
-
-def _rope(config, positions, dtype):
-    """Returns a function from a layer's number to cosine and sine of the angles at positions [B, T],
-    each [B, T, 1, E]."""
-
-    def turns(local):
-        angles = (
-            positions[..., None].astype(jnp.float32) * rope_frequencies(config, local)[None, None]
-        )
-        angles = jnp.concatenate([angles, angles], -1)[:, :, None]
-        return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
-
-    everywhere = turns(local=False)
-    if config.local_rope_theta is None:
-        return lambda index: everywhere
-    near, limited = turns(local=True), jnp.array(config.windows) > 0
-    return lambda index: [
-        jnp.where(limited[index], a, b) for a, b in zip(near, everywhere, strict=True)
-    ]
-
-
-def _rotate(x, rope):
-    """Rotates the pairs (i, i + E/2) of each head, the order of Hugging Face checkpoints."""
-    cos, sin = rope
-    first, second = jnp.split(x, 2, axis=-1)
-    return x * cos + jnp.concatenate([-second, first], axis=-1) * sin
