@@ -312,6 +312,7 @@ def load_generator(models, clients: int = 1, load=hub.load, devices=None):
             raise ConfigError(f"config.models.quantize: {error}") from error
     if models.devices > 1:
         params = shard(params, model_mesh(models.devices, clients, devices))
+        network = network.attending("plain")  # the compiler cannot partition a kernel
     return dataclasses.replace(generator, network=network, params=params)
 
 

@@ -34,9 +34,10 @@ from fedrag_jax.data import prompts, synthetic
 from fedrag_jax.data.examples import embedding_text
 from fedrag_jax.data.padding import encoder_table
 from fedrag_jax.models import fetching, hub
-from fedrag_jax.models.decoder import Decoder, DecoderConfig, rope_frequencies
+from fedrag_jax.models.decoder import Decoder, DecoderConfig
 from fedrag_jax.models.encoder import Encoder, EncoderConfig
 from fedrag_jax.models.network import Network
+from fedrag_jax.models.rotary import rope_frequencies
 
 _OUT = flags.DEFINE_string("out", str(fetching.BUILTIN), "folder of the two checkpoints")
 _PARTS = flags.DEFINE_list("parts", ["decoder", "encoder"], "checkpoints to make")

@@ -7,8 +7,9 @@ import pathlib
 import jax
 
 from fedrag_jax.models import hub
-from fedrag_jax.models.decoder import Decoder, DecoderConfig, LinearScaling, Llama3Scaling
+from fedrag_jax.models.decoder import Decoder, DecoderConfig
 from fedrag_jax.models.network import Network
+from fedrag_jax.models.rotary import LinearScaling, Llama3Scaling
 
 TINY = DecoderConfig(
     vocab_size=512,

@@ -12,11 +12,12 @@ from tiny import TINY, TINY_ENCODER, logits, run, tiny_inputs
 from fedrag_jax.errors import CheckpointError, ConfigError
 from fedrag_jax.generation import decoding
 from fedrag_jax.models import hub
-from fedrag_jax.models.decoder import Decoder, Llama3Scaling, rope_frequencies
+from fedrag_jax.models.decoder import Decoder
 from fedrag_jax.models.encoder import Encoder
 from fedrag_jax.models.families import FAMILIES
 from fedrag_jax.models.lora import LoraConfig, add_lora, init_adapters
 from fedrag_jax.models.network import Network
+from fedrag_jax.models.rotary import Llama3Scaling, rope_frequencies
 
 pytestmark = pytest.mark.usefixtures("strict_types")
 

@@ -11,8 +11,9 @@ import pytest
 from experiments import pretrain_tiny, pretraining_rows
 from fedrag_jax.data import synthetic
 from fedrag_jax.models import fetching, hub
-from fedrag_jax.models.decoder import Decoder, rope_frequencies
+from fedrag_jax.models.decoder import Decoder
 from fedrag_jax.models.network import Network
+from fedrag_jax.models.rotary import rope_frequencies
 
 
 @pytest.mark.slow

@@ -29,6 +29,7 @@ from fedrag_jax.federated.fit import fit
 from fedrag_jax.generation import decoding
 from fedrag_jax.generation.text import ROWS_ACCELERATOR
 from fedrag_jax.models import hub
+from fedrag_jax.models.fused import kernel_on
 from fedrag_jax.models.hub import Pretrained
 from fedrag_jax.models.shapes import put
 from fedrag_jax.objectives.task import Task
@@ -74,10 +75,16 @@ class DescribedLab(Lab):
         models, words = self.config.models, hub.load("builtin:decoder").tokenizer
         describe = functools.partial(hub.describe, tokenizer=words)
         clients = clients_over(self.config)
-        return {
-            "generator": load_generator(models, clients, describe, self.devices),
-            "retriever": load_retriever(models, hub.describe),
-        }
+        generator = load_generator(models, clients, describe, self.devices)
+        retriever = load_retriever(models, hub.describe)
+        return {"generator": self._as_there(generator), "retriever": self._as_there(retriever)}
+
+    def _as_there(self, model: Pretrained) -> Pretrained:
+        """Returns the model with the attention of the described devices, not of this machine."""
+        if model.network.config.attention != "auto":
+            return model
+        how = kernel_on(self.devices[0].platform)
+        return dataclasses.replace(model, network=model.network.attending(how))
 
     # --- rounds ---------------------------------------------------------------------------------
 

@@ -4,20 +4,20 @@ arXiv 2302.13971, 2310.06825, 2505.09388, 2503.19786.
 """
 
 import dataclasses
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from fedrag_jax.errors import ConfigError
+from fedrag_jax.models import fused
 from fedrag_jax.models.layers import (
     Embed,
     Linear,
     RMSNorm,
     attend,
+    looking_from,
     run_stack,
     stack,
     take_rows,
@@ -25,35 +25,7 @@ from fedrag_jax.models.layers import (
 )
 from fedrag_jax.models.lora import LoraConfig
 from fedrag_jax.models.network import PerLayer
-
-
-@dataclasses.dataclass(frozen=True)
-class Llama3Scaling:
-    """Llama 3.1's stretched rotary frequencies; names as in `config.json`."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-    def slowed(self, frequencies: np.ndarray) -> np.ndarray:
-        """Stretches wavelengths longer than original / low_freq_factor by `factor`, keeps those shorter
-        than original / high_freq_factor, and interpolates between them."""
-        turns = self.original_max_position_embeddings * frequencies / (2 * math.pi)
-        kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-        kept = np.clip(kept, 0, 1)
-        return kept * frequencies + (1 - kept) * frequencies / self.factor
-
-
-@dataclasses.dataclass(frozen=True)
-class LinearScaling:
-    """Positions divided by a factor (Chen et al., 2306.15595); names as in `config.json`."""
-
-    factor: float
-
-    def slowed(self, frequencies: np.ndarray) -> np.ndarray:
-        """Divides all frequencies by the factor."""
-        return frequencies / self.factor
+from fedrag_jax.models.rotary import Scaling, rope_of, rotate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +51,7 @@ class DecoderConfig:
       remat: what the backward pass recomputes: "selective" keeps the outputs of linear layers and
         recomputes the rest; "full" recomputes whole layers, which takes a third longer and uses the
         least memory; "none" keeps everything.
+      attention: implementation of attention for long rows, one of `fused.ATTENTION`.
     """
 
     vocab_size: int
@@ -91,7 +64,7 @@ class DecoderConfig:
     max_positions: int = 2048
     norm_epsilon: float = 1e-5
     rope_theta: float = 10000.0
-    rope_scaling: Llama3Scaling | LinearScaling | None = None
+    rope_scaling: Scaling | None = None
     tie_embeddings: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
@@ -108,6 +81,7 @@ class DecoderConfig:
     # How it is computed is no part of what a model is (`fingerprint`).
     unroll: bool = dataclasses.field(default=False, repr=False)
     remat: str = dataclasses.field(default="selective", repr=False)
+    attention: str = dataclasses.field(default="auto", repr=False)
 
 
 class Cache(NamedTuple):
@@ -173,27 +147,21 @@ class Decoder(nnx.Module):
           ConfigError: segments together with a cache.
         """
         config, t = self.config, tokens.shape[1]
-        mask, start = mask.astype(bool), 0
+        mask, start = mask.astype(bool), None
         if cache is not None:
+            if segments is not None:
+                raise ConfigError("segments are read whole, not continued: leave the cache out")
             start = cache.length
             mask = jax.lax.dynamic_update_slice(cache.mask, mask, (0, start))
-        rows, columns = start + jnp.arange(t), jnp.arange(mask.shape[1])
-        back = (rows[:, None] - columns[None])[None]
-        visible = (back >= 0) & mask[:, None]
-        if segments is not None:
-            if cache is not None:
-                raise ConfigError("segments are read whole, not continued: leave the cache out")
-            visible &= segments[:, :, None] == segments[:, None]
-        limits = jnp.array([w or mask.shape[1] for w in config.windows])
+        seen = self._seen(mask, t, start, segments)
 
         hidden = self._embedded(tokens)
-        rope = _rope(config, positions, hidden.dtype)
+        rope = rope_of(config, positions, hidden.dtype)
 
         def step(layer, carry, index, read=None):
             hidden, *kept = carry
-            near = visible & (back < limits[index]) if config.windows else visible
             cached = (*kept, index, start) if kept else None
-            hidden, *kept = layer(hidden, rope(index), near, cached, read)
+            hidden, *kept = layer(hidden, rope(index), seen(index), cached, read)
             if cache is not None:
                 return (hidden, *kept), None
             return (hidden,), [_padded(x, 2, room) for x in kept] if room else None
@@ -213,22 +181,38 @@ class Decoder(nnx.Module):
         and layers. Arguments are as for a call without a cache.
         """
         config, t = self.config, tokens.shape[1]
-        back = (jnp.arange(t)[:, None] - jnp.arange(t)[None])[None]
-        visible = (back >= 0) & mask.astype(bool)[:, None]
-        limits = jnp.array([w or t for w in config.windows])
+        seen = self._seen(mask.astype(bool), t)
         hidden = self._embedded(tokens)
-        rope = _rope(config, positions, hidden.dtype)
+        rope = rope_of(config, positions, hidden.dtype)
 
         def step(layer, carry, index):
             hidden, total = carry
-            near = visible & (back < limits[index]) if config.windows else visible
             normed = layer.attention_norm(hidden)
-            total = total + layer.attention.mass(normed, rope(index), near, read)
-            return (layer(hidden, rope(index), near, None, None)[0], total), None
+            total = total + layer.attention.mass(normed, rope(index), seen(index), read)
+            return (layer(hidden, rope(index), seen(index), None, None)[0], total), None
 
         none = jnp.zeros((*read.shape, t), jnp.float32)
         (_, total), _ = run_stack(self.layers, step, (hidden, none), config)
         return total / config.num_layers
+
+    def _seen(self, mask, t: int, start=None, segments=None):
+        """Returns the function of a layer's number that returns the mask of `attend` for `t` tokens.
+
+        Args:
+          start: number of cached tokens before them; None for a whole row without a cache.
+        """
+        config, s = self.config, mask.shape[1]
+        if start is None:
+            dtype, packed = self.embed.embedding[...].dtype, segments is not None
+            if kernel := fused.kernel_of(config.attention, dtype, t, config.head_dim, packed):
+                return fused.sight(kernel, mask, segments, causal=True, windows=config.windows)
+        rows = jnp.arange(t) if start is None else start + jnp.arange(t)
+        back = (rows[:, None] - jnp.arange(s)[None])[None]
+        visible = (back >= 0) & mask[:, None]
+        if segments is not None:
+            visible &= segments[:, :, None] == segments[:, None]
+        limits = jnp.array([w or s for w in config.windows])
+        return lambda index: visible & (back < limits[index]) if config.windows else visible
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> float32 [..., V]."""
@@ -243,19 +227,6 @@ class Decoder(nnx.Module):
         if self.config.embed_scale == 1:
             return hidden
         return hidden * jnp.asarray(self.config.embed_scale, hidden.dtype)
-
-
-def rope_frequencies(config: DecoderConfig, local: bool = False) -> np.ndarray:
-    """Returns radians per position, float32 [E / 2] (Su et al., 2104.09864).
-
-    Args:
-      local: whether for layers with a window, if they have a `local_rope_theta`.
-    """
-    theta = config.local_rope_theta if local else config.rope_theta
-    frequencies = theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
-    if config.rope_scaling is not None and not local:
-        frequencies = config.rope_scaling.slowed(frequencies)
-    return frequencies.astype(np.float32)
 
 
 class _Layer(nnx.Module):
@@ -291,8 +262,8 @@ class _Attention(nnx.Module):
 
     def __call__(self, x, rope, visible, cache, read):
         v = self._heads(self.v_proj(x)).transpose(2, 0, 1, 3)
-        k = _rotate(self.k_norm(self._heads(self.k_proj(x))), rope).transpose(2, 0, 1, 3)
-        x, visible, *rope = (take_rows(array, read) for array in (x, visible, *rope))
+        k = rotate(self.k_norm(self._heads(self.k_proj(x))), rope).transpose(2, 0, 1, 3)
+        x, *rope = (take_rows(array, read) for array in (x, *rope))
         q = self._queries(x, rope)
         kept = k, v
         if cache is not None:
@@ -300,23 +271,24 @@ class _Attention(nnx.Module):
             keys, k = _extended(keys, k, layer, start)
             values, v = _extended(values, v, layer, start)
             kept = keys, values
-        return self.o_proj(attend(q, k, v, visible)), *kept
+        return self.o_proj(attend(q, k, v, looking_from(visible, read))), *kept
 
     def mass(self, x, rope, visible, read):
         """alpha_n |v_n|, averaged over heads: float32 [B, M, T]."""
-        v, k = self._heads(self.v_proj(x)), _rotate(self.k_norm(self._heads(self.k_proj(x))), rope)
-        x, visible, *rope = (take_rows(array, read) for array in (x, visible, *rope))
+        v, k = self._heads(self.v_proj(x)), rotate(self.k_norm(self._heads(self.k_proj(x))), rope)
+        x, *rope = (take_rows(array, read) for array in (x, *rope))
         q = self._queries(x, rope)
         q, groups = q * self.head_dim**-0.5, k.shape[2]
         q = q.reshape(*q.shape[:2], groups, -1, self.head_dim)
         scores = jnp.einsum("bmghe,btge->bghmt", q, k).astype(jnp.float32)
-        weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -1e30))
+        visible = looking_from(visible, read)[:, None, None]
+        weights = jax.nn.softmax(jnp.where(visible, scores, -1e30))
         lengths = jnp.linalg.norm(v.astype(jnp.float32), axis=-1)
         mass = jnp.einsum("bghmt,btg->bmt", weights, lengths)
         return mass / (groups * q.shape[3])
 
     def _queries(self, x, rope):
-        q = _rotate(self.q_norm(self._heads(self.q_proj(x))), rope)
+        q = rotate(self.q_norm(self._heads(self.q_proj(x))), rope)
         return q if self.stretch == 1 else q * jnp.asarray(self.stretch, q.dtype)
 
     def _heads(self, x):
@@ -360,30 +332,3 @@ def _extended(kept, new, layer, start):
 
 def _norm(config, size):
     return RMSNorm(size, config.norm_epsilon, centred=config.centred_norms)
-
-
-def _rope(config, positions, dtype):
-    """Returns a function from a layer's number to cosine and sine of the angles at positions [B, T],
-    each [B, T, 1, E]."""
-
-    def turns(local):
-        angles = (
-            positions[..., None].astype(jnp.float32) * rope_frequencies(config, local)[None, None]
-        )
-        angles = jnp.concatenate([angles, angles], -1)[:, :, None]
-        return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
-
-    everywhere = turns(local=False)
-    if config.local_rope_theta is None:
-        return lambda index: everywhere
-    near, limited = turns(local=True), jnp.array(config.windows) > 0
-    return lambda index: [
-        jnp.where(limited[index], a, b) for a, b in zip(near, everywhere, strict=True)
-    ]
-
-
-def _rotate(x, rope):
-    """Rotates the pairs (i, i + E/2) of each head, the order of Hugging Face checkpoints."""
-    cos, sin = rope
-    first, second = jnp.split(x, 2, axis=-1)
-    return x * cos + jnp.concatenate([-second, first], axis=-1) * sin

@@ -3,8 +3,9 @@
 import dataclasses
 
 from fedrag_jax.errors import CheckpointError
-from fedrag_jax.models.decoder import Decoder, DecoderConfig, LinearScaling, Llama3Scaling
+from fedrag_jax.models.decoder import Decoder, DecoderConfig
 from fedrag_jax.models.family import Family, only
+from fedrag_jax.models.rotary import LinearScaling, Llama3Scaling
 
 
 def _read_decoder(hf: dict, **own) -> DecoderConfig:

@@ -7,6 +7,7 @@ import numpy as np
 from flax import nnx
 
 from fedrag_jax.errors import ConfigError
+from fedrag_jax.models import fused
 from fedrag_jax.models.layers import Embed, LayerNorm, Linear, attend, run_stack, stack
 from fedrag_jax.models.lora import LoraConfig
 from fedrag_jax.models.pooling import Use, add_projections, pooled
@@ -24,7 +25,7 @@ class EncoderConfig(Use):
         that all layers add to their scores; 0 for none.
       family: model_type of its `config.json`.
       unroll: unroll the layers instead of looping (for counting operations).
-      remat: what the backward pass recomputes, as in `DecoderConfig`.
+      remat, attention: as in `DecoderConfig`.
     """
 
     vocab_size: int
@@ -41,6 +42,7 @@ class EncoderConfig(Use):
     # How it is computed is no part of what a model is (`fingerprint`).
     unroll: bool = dataclasses.field(default=False, repr=False)
     remat: str = dataclasses.field(default="none", repr=False)
+    attention: str = dataclasses.field(default="auto", repr=False)
 
 
 class Encoder(nnx.Module):
@@ -94,12 +96,21 @@ class Encoder(nnx.Module):
         if config.relative_buckets:
             bias = self.distance_embed(distance_buckets(t, config.relative_buckets))
             bias = bias.transpose(2, 0, 1)  # [H, T, T]
-        visible = mask.astype(bool)[:, None]
+        visible = self._seen(mask.astype(bool))
 
         def step(layer, hidden, _):
             return layer(hidden, visible, bias), None
 
         return run_stack(self.layers, step, self.embed_norm(hidden), config)[0]
+
+    def _seen(self, mask):
+        """Returns the mask of `attend`."""
+        config, t = self.config, mask.shape[1]
+        dtype, size = self.embed.embedding[...].dtype, config.hidden_size // config.num_heads
+        kernel = fused.kernel_of(config.attention, dtype, t, size)
+        if kernel is None or config.relative_buckets:
+            return mask[:, None]
+        return fused.sight(kernel, mask, causal=False)(0)
 
 
 def distance_buckets(t: int, buckets: int, longest: int = 128) -> np.ndarray:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from fedrag_jax.models import fused
 from fedrag_jax.models.network import LINEAR, REMAT, PerLayer
 from fedrag_jax.models.quantized import dense
 
@@ -117,7 +118,11 @@ def _along(vector: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, bias: jax.Array | None = None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array | fused.Sight,
+    bias: jax.Array | None = None,
 ) -> jax.Array:
     """Softmax attention, query heads in groups over key-value heads (Ainslie et al., 2305.13245).
 
@@ -125,12 +130,15 @@ def attend(
       q: [B, T, H, E].
       k, v: [G, B, S, E], H a multiple of G.
       mask: bool [B, T or 1, S], True where a query may attend. A query that may attend nowhere gets the
-        mean of the values (not NaN); its output is not used.
-      bias: [H, T, S], added to the scores.
+        mean of the values (not NaN); its output is not used. A `Sight` instead of an array selects a
+        fused kernel; then S = T.
+      bias: [H, T, S], added to the scores; not supported with a `Sight`.
 
     Returns:
       [B, T, H * E].
     """
+    if isinstance(mask, fused.Sight):
+        return fused.mixed(q, k, v, mask)
     b, t, h, e = q.shape
     groups, _, s, _ = k.shape
     # Few axes, heads before tokens: on a CPU a quarter faster than [B, T, G, H / G, E], gradient
@@ -201,6 +209,13 @@ def take_rows(x: jax.Array, places: jax.Array | None) -> jax.Array:
         return x
     index = places.reshape(*places.shape, *[1] * (x.ndim - 2))
     return jnp.take_along_axis(x, index, axis=1)
+
+
+def looking_from(mask: jax.Array | fused.Sight, places: jax.Array | None):
+    """Returns the mask of `attend` for the queries at `places`; None keeps all."""
+    if places is not None and isinstance(mask, fused.Sight):
+        return mask.at(places)
+    return take_rows(mask, places)
 
 
 def _apart(x) -> bool:

@@ -88,6 +88,12 @@ class Network:
             raise ConfigError(f"remat must be one of {[*REMAT]}, got {remat!r}")
         return dataclasses.replace(self, config=dataclasses.replace(self.config, remat=remat))
 
+    def attending(self, how: str) -> "Network":
+        """Returns the same function with another implementation of attention, one of
+        `fused.ATTENTION`."""
+        config = dataclasses.replace(self.config, attention=how)
+        return dataclasses.replace(self, config=config)
+
     def unrolled(self) -> "Network":
         """Returns the same function with unrolled layers computed once, for the compiler's count."""
         config = dataclasses.replace(self.config, unroll=True, remat="none")

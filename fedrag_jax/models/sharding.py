@@ -20,8 +20,9 @@ _ROWS = ("o_proj", "down_proj", "embed")
 def shard(params: dict, mesh: Mesh, axis: str = "model") -> dict:
     """Splits the parameters of a base, quantised or not, over the devices of a mesh axis.
 
-    Networks run on them without changes; adapters, batches and clients stay the same. For shapes or
-    described devices, it returns placed shapes.
+    On CPUs networks run on them without changes. On accelerators they need plain attention
+    (`network.attending("plain")`), because the compiler cannot partition a kernel. Adapters, batches
+    and clients stay the same. For shapes or described devices, it returns placed shapes.
 
     Raises:
       ConfigError: an unknown axis, or sizes that it does not divide (all reported at once).
