@@ -18,6 +18,7 @@ COMMANDS = {
     "methods": "every objective from one start",
     "lora_aggregation": "rules for averaging adapters",
     "compression": "quality against bytes of compressed messages",
+    "personalisation": "models of clients' own, against models that clients train alone",
     "attacks": "hostile clients, against rules that withstand them",
     "privacy": "what training gives away: attacks before and after each defence",
     "index_refresh": "when vectors are made anew while both encoders learn",

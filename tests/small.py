@@ -14,6 +14,7 @@ from configs import (
     inference_modes,
     lora_aggregation,
     methods,
+    personalisation,
     privacy,
 )
 from fedrag_jax.data import synthetic
@@ -50,6 +51,15 @@ def small_compression():
     config.seeds, config.strategies, config.training.rounds = (0, 1), ("retriever",), 2
     config.federated.alpha = 1.0
     config.messages = ("plain", "int4", "top_1")
+    return config
+
+
+def small_personalisation():
+    config = _short(personalisation.get_config())
+    config.seeds, config.strategies, config.training.rounds = (0,), ("retriever",), 4
+    config.federated.clients, config.federated.alpha = 4, 1.0
+    config.methods.fine_tuned.options.together = 2
+    config.learning_rates, config.validation_questions = (1e-3, 2e-3), 40
     return config
 
 
