@@ -136,7 +136,7 @@ def fit(
     begun = initial_state(task, algorithm, optimizer_at(0), total)
     begun = begun._replace(population=all_rows(begun.population, total))
     first = FitState(0, begun, None, (), settings)
-    now = _placed(started(first, callbacks, rounds), placing)
+    now = _placed(started(first, callbacks, rounds), placing, task.frozen)
     frozen = placing.everywhere(task.frozen)
     key = placing.everywhere(update_key(seed))
 
@@ -258,9 +258,11 @@ def _who_trains(task, data, algorithm) -> tuple[Partition, Algorithm, bool]:
     return data, algorithm, alone
 
 
-def _placed(now: FitState, placing: Placing) -> FitState:
-    """Puts the state on every device, except for the population, which stays on the host."""
-    state = placing.everywhere(now.state._replace(population=()))
+def _placed(now: FitState, placing: Placing, frozen: PyTree) -> FitState:
+    """Puts the state on every device, except for the population, which stays on the host, and for
+    changes of a base that is split over devices."""
+    server = placing.beside(now.state.server, frozen)
+    state = placing.everywhere(now.state._replace(server=server, population=()))
     return dataclasses.replace(now, state=state._replace(population=now.state.population))
 
 

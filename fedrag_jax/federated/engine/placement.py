@@ -8,6 +8,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.federated.algorithm import PyTree
 from fedrag_jax.federated.engine.cohort import CLIENTS, Cohort
+from fedrag_jax.models.network import flatten, unflatten
 from fedrag_jax.models.shapes import described, put, shapes_alone
 
 
@@ -60,6 +61,25 @@ class Placing:
             return _put(x, whole)
 
         return jax.tree.map(placed, tree)
+
+    def beside(self, server: PyTree, frozen: PyTree) -> PyTree:
+        """Returns the server's state with the changes of frozen arrays placed like those arrays.
+
+        A change has the path and the shape of what it changes, such as a kernel of a base that is split
+        over the mesh (`fed_lora`).
+        """
+        if self._all is None or not isinstance(server, dict):
+            return server
+        parts = (part for part in frozen.values() if isinstance(part, dict))
+        there = {path: x for part in parts for path, x in flatten(part)}
+
+        def placed(path, x):
+            like = there.get(path)
+            where = getattr(like, "sharding", None)
+            alike = like is not None and like.shape == x.shape
+            return _put(x, where) if alike and getattr(where, "mesh", None) == self._all else x
+
+        return unflatten((path, placed(path, x)) for path, x in flatten(server))
 
     def dealt(self, tree: PyTree) -> PyTree:
         """Groups, the leading axis, over the devices."""
