@@ -1,11 +1,11 @@
-"""A federated LoRA round of a half-billion decoder on an accelerator: what share of its speed it uses.
+"""The share of an accelerator's peak that a federated LoRA round of a 0.5-billion decoder reaches.
 
     python -m experiments.benchmarks.gpu_round
     python -m experiments.benchmarks.gpu_round --clients=8 --group_size=8 --remat=full
     JAX_PLATFORMS=cpu python -m experiments.benchmarks.gpu_round --model=small --tokens=64 --clients=2
 
 The decoder has the shape of Qwen2.5-0.5B and random numbers in bfloat16; adapters on all its linear
-layers are float32. Clients are dealt out over all devices, in groups of a size that is measured first
+layers are float32. Clients are distributed over all devices, in groups whose size is measured first
 unless it is given. Model operations (those of the ledger's formula: nothing recomputed is counted) over
 the median round are set against the best bfloat16 product measured in the same process and, where it
 is known, against the published peak. Prints a line of JSON last, about the last number of clients;
