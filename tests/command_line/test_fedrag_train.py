@@ -93,7 +93,9 @@ def test_training_by_an_algorithm_keeps_the_base_that_it_changed(system, tmp_pat
     printed = capsys.readouterr()
     assert json.loads(printed.out)["validation"] == result["validation"]
     # What takes minutes with a language model says so before it begins, and what it came to.
-    steps = r"before training: answering \d+ validation questions\nbefore training: em [\d.]+, f1 .*"
+    steps = (
+        r"before training: answering \d+ validation questions\nbefore training: em [\d.]+, f1 .*"
+    )
     assert re.search(steps, printed.err)
     assert "rates times 1 (1 of 1): training\n" in printed.err
 
