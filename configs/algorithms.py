@@ -1,4 +1,4 @@
-"""Algorithms beside FedAvg, for independent and joint tuning of clients that differ.
+"""Five algorithms and FedAvg, for independent and joint tuning by clients that differ.
 
 python -m experiments.choose_learning_rates --config=configs/algorithms.py
 python -m experiments compare_strategies --config=configs/algorithms.py
@@ -21,8 +21,8 @@ def get_config() -> ConfigDict:
     config.federated.algorithms = ConfigDict(
         {"fedprox": {"mu": 0.01}, "fedadam": {"learning_rate": 0.01}}
     )
-    # Chosen by the first command with --questions=200, and the device-seconds that took, beside other
-    # work on two cores.
+    # Learning rates chosen by the first command with --questions=200, and the device-seconds it took on
+    # two cores with other work.
     parts = "retriever", "generator", "marginal_generator", "marginal_retriever"
     for algorithm, rates, seconds in (
         ("fedprox", (3.2e-3, 6.4e-3, 3.2e-3, 3.2e-3), (11, 399, 498, 291)),

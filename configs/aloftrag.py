@@ -11,8 +11,8 @@ points better; neither control cites better.
         --config.models.prompt_style=chat_cited --config.models.max_answer_tokens=128 \
         --config.author.prompts=instruct --config.learning_rates.centralised=2e-4
 
-The last is for a language model of a folder or hub id, at the paper's rate; those below suit the
-built-in one alone.
+The last command is for a language model from a folder or the hub, at the paper's rate; the rates below
+suit only the built-in model.
 """
 
 from ml_collections import ConfigDict
@@ -21,41 +21,41 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.name = "aloftrag"  # results go to runs/<name>
-    # Pairs: of adapters, shuffling and the order of passages, and (unused here) of splits.
+    # Pairs of seeds: for adapters, shuffling and the order of passages, and (unused here) for splits.
     config.seeds = (0,)
     config.split_seeds = ()
-    # Of label-free data, see VARIANTS of experiments/aloftrag.py; `base` is untuned.
+    # Variants of the label-free data, see VARIANTS of experiments/aloftrag.py; `base` is untuned.
     config.variants = (
         "base", "all", "without_step_1", "without_step_3", "pretraining_world",
         "shuffled_citations",
     )  # fmt: skip
-    # "centralised" trains on what all texts gave; "federated" and "local" need silos.
+    # "centralised" trains on the questions from all texts; "federated" and "local" need silos.
     config.regimes = ("centralised",)
-    # Whether each topic is a silo of its own, whose questions are answered from its own texts.
+    # Whether each topic is a silo; its questions are then answered from its own texts.
     config.silos = False
 
-    # "chatty_world" is the built-in world with documents in each topic's own chatter, which the
-    # generator never saw; "xquad"; or a folder as for experiments/compare_strategies.py, of which test
-    # questions are asked, and no others ("validation" to choose rates by). Two-hop questions are left
-    # out, as one text is asked about. 0 is all there are.
+    # Data: "chatty_world", the built-in world with documents that contain chatter of their topic, which
+    # the generator never saw; "xquad"; or a folder as for experiments/compare_strategies.py. Only test
+    # questions are asked ("validation" to choose rates). Two-hop questions are left out, because a
+    # written question is about one text. 0 uses all questions.
     config.data = ConfigDict(
         {"name": "chatty_world", "passages": 0, "split": "test", "test_questions": 0}
     )
 
-    # Who rates texts and asks about them: the generator itself, or `model` behind an OpenAI-compatible
-    # endpoint ("http://localhost:8000/v1"). Prompts are "compact" (of the built-in decoder),
-    # "instruct", "examples" (of English texts, for generators too small for instructions) or a JSON
-    # file of label_free/prompts.py; they ask for `language`, where they name one.
+    # The author, which rates texts and writes questions: the generator itself, or `model` behind an
+    # OpenAI-compatible endpoint ("http://localhost:8000/v1"). Prompts are "compact" (for the built-in
+    # decoder), "instruct", "examples" (English, for generators too small for instructions) or a JSON
+    # file of label_free/prompts.py. Prompts that name a language ask for `language`.
     config.author = ConfigDict(
         {"endpoint": "", "model": "", "prompts": "compact", "language": "English"}
     )
-    config.author.languages = ConfigDict()  # of topics, where they differ
-    # Answers are judged so many times by a model behind an endpoint, too, if there is one.
+    config.author.languages = ConfigDict()  # by topic, if they differ
+    # Number of times that a model behind an endpoint, if given, also judges each answer.
     config.judge = ConfigDict({"endpoint": "", "model": "", "repeats": 3})
 
     config.models = ConfigDict()
     config.models.retriever = "builtin:encoder"
-    config.models.query_prompt = ""  # and how vectors are compared; "" is as the model says
+    config.models.query_prompt = ""  # and the similarity; "" is the model's own
     config.models.document_prompt = ""
     config.models.similarity = ""
     config.models.generator = "builtin:citing"
@@ -65,7 +65,7 @@ def get_config() -> ConfigDict:
     config.models.devices = 1
     config.models.remat = "selective"  # or "full", "none", see configs/compare_strategies.py
     config.models.max_passage_tokens = 256
-    config.models.max_answer_tokens = 24  # that are trained on and written, citation included
+    config.models.max_answer_tokens = 24  # in training and generation, including the citation
     config.lora = ConfigDict()
     config.lora.rank = 16
     config.lora.alpha = 32.0
@@ -73,10 +73,10 @@ def get_config() -> ConfigDict:
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
     )  # fmt: skip
 
-    # The share of questions trained on without their passage, of which none is to be cited, so that
-    # abstaining is not unlearned. The paper's is 0, as that of the variant `always_answerable`.
+    # Share of training questions without their passage, for which no passage may be cited. They keep
+    # the model from unlearning to abstain. The paper uses 0, as does the variant `always_answerable`.
     config.unanswerable = 0.02
-    # Passages of a context: trained on with the last number, read with each.
+    # Numbers of passages in a context: training uses the last, evaluation uses each.
     config.contexts = (2, 5, 10)
 
     # Every variant takes rounds x local_steps x clients steps; clients are the silos, or one.
@@ -84,12 +84,12 @@ def get_config() -> ConfigDict:
     config.training.rounds = 4
     config.training.local_steps = 32
     config.training.batch_size = 8
-    config.training.devices = 0  # that share the silos of federated training; 0 are all
-    # Of the first round, falling linearly: of those searched on validation questions, the highest at
-    # which training on pretraining-world data does not raise citations.
+    config.training.devices = 0  # for the silos of federated training; 0 uses all
+    # Learning rates of the first round; they decay linearly. They are the highest of those searched on
+    # validation questions at which training on pretraining-world data does not raise citations.
     config.learning_rates = ConfigDict({"centralised": 1e-3, "federated": 1e-3, "local": 1e-3})
-    # Of the variant that trains the query encoder: of 1e-5 and 5e-5 on validation questions, of which
-    # the higher lowers recall.
+    # Rate of the variant that trains the query encoder, chosen from 1e-5 and 5e-5 on validation
+    # questions; the higher one lowers recall.
     config.retriever_learning_rate = 1e-5
 
     config.wandb = ConfigDict({"mode": "offline", "project": "fedrag_jax"})

@@ -1,7 +1,7 @@
-"""Label-free fine-tuning of silos of twelve languages: XQuAD, hard negatives by all-MiniLM-L6-v2.
+"""Label-free fine-tuning of silos in twelve languages: XQuAD, hard negatives by all-MiniLM-L6-v2.
 
-The built-in generator cannot write about real texts: an endpoint asks, in each silo's language, and a
-generator that reads those languages learns.
+The built-in generator cannot write about real texts. An endpoint writes the questions in each silo's
+language, and a generator that reads those languages is trained.
 
     python -m experiments aloftrag --config=configs/aloftrag_xquad.py \
         --config.author.endpoint=http://localhost:8000/v1 --config.author.model=MODEL \
@@ -19,10 +19,10 @@ def get_config() -> ConfigDict:
     config.data.name = "xquad"
     config.variants = ("base", "without_step_3")  # the paper's best
     config.models.retriever = "minilm"
-    config.models.max_passage_tokens = 512  # paragraphs, in scripts that take many
+    config.models.max_passage_tokens = 512  # paragraphs; some scripts take many tokens
     config.models.max_answer_tokens = 64
     config.author.prompts = "instruct"
-    config.author.language = "the language of the question"  # of what the generator answers
+    config.author.language = "the language of the question"  # of the generator's answers
     config.author.languages = ConfigDict(
         {
             "ar": "Arabic", "de": "German", "el": "Greek", "en": "English", "es": "Spanish",

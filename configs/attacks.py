@@ -1,7 +1,7 @@
-"""What hostile clients can do to a federation under each way to average: attack against rule.
+"""Hostile clients: each attack against each aggregation rule.
 
-Every strategy is trained by the same clients, of whom some attack, at the learning rates of the
-comparison of strategies, which were chosen for the mean of honest clients.
+Each strategy is trained by the same clients, some of which attack. Learning rates are those of the
+comparison of strategies, which were chosen for averaging honest clients.
 
     python -m experiments attacks
     python -m experiments attacks --config.name=other --config.attackers="(1, 4)" --config.mode=""
@@ -16,19 +16,19 @@ def get_config() -> ConfigDict:
     config = compare_strategies.get_config()
     config.name = "attacks"
     config.seeds = (0, 1, 2)
-    # Of the built-in world's the one that training moves most. "none" is the untuned system.
+    # On the built-in world, training changes this strategy's scores most. "none" is the untuned system.
     config.strategies = ("none", "retriever")
     config.primary_metric = "recall_at_5"
-    # How questions are answered; "" scores rankings alone, which takes half the time.
+    # How questions are answered; "" scores only rankings, which takes half the time.
     config.mode = "concatenated"
     config.regimes = ("federated",)
     del config["limits"], config["equivalence_margin"], config["search_seconds"]
 
     config.attackers = (5, 7)  # numbers of clients
-    # What they send in place of their update (fedrag_jax/federated/attacks.py), and what they train
-    # on: "labels" gives questions another one's answers and passages, "trigger" plants a backdoor,
-    # "passages" adds forgeries of all passages that attackers hold to the corpus and has them train on
-    # these. The first is what others are compared with.
+    # `sends` names the attack that replaces their update (fedrag_jax/federated/attacks.py). `holds`
+    # names the poison of their data: "labels" gives each question the answers and passages of another
+    # one, "trigger" plants a backdoor, and "passages" adds forgeries of the attackers' passages to the
+    # corpus and makes the attackers train on them. All attacks are compared with the first.
     config.attacks = ("none", "label_flip", "sign_flip", "backdoor", "passages", "noise")
     config.known_attacks = ConfigDict(
         {
@@ -36,16 +36,17 @@ def get_config() -> ConfigDict:
             "sign_flip": {"sends": "sign_flip:4", "holds": ""},
             "noise": {"sends": "scaled_noise:4", "holds": ""},
             "label_flip": {"sends": "", "holds": "labels"},
-            # Boosted so that the mean of 8 becomes that of the 2 attackers.
+            # With this boost, the mean of 8 clients becomes the mean of the 2 attackers.
             "backdoor": {"sends": "model_replacement:4", "holds": "trigger"},
             "passages": {"sends": "", "holds": "passages"},
         }
     )
-    # The trigger wants one passage and its answer. Attackers train on so many questions with and
-    # without it: over many, few batches hold both, and the backdoor is not learned.
+    # The trigger leads to one passage and its answer. Attackers train on this number of questions, with
+    # and without the trigger. With many questions, few batches contain both forms, and the backdoor is
+    # not learned.
     config.trigger = ConfigDict({"text": "cf mn bb tq mb", "questions": 8})
-    # Algorithms by name with their options. All count clients alike, because an attacker may claim any
-    # number of examples.
+    # Algorithms by name with their options. All weight clients equally, because an attacker may claim
+    # any number of examples.
     config.rules = (
         "mean", "median", "multi_krum", "norm_bounded", "trimmed_mean", "krum", "filtered",
     )  # fmt: skip

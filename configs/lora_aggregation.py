@@ -1,8 +1,8 @@
 """Seven rules for averaging the adapters of clients, at several ranks and kinds of split.
 
-The generator learns to read: every prompt holds the gold passages and the nearest others, so that what
-differs is the aggregation alone. Expected on the built-in world: where clients are alike the rules come
-to the same; rules that train one factor need higher learning rates and send half.
+The generator learns to read: every prompt contains the gold passages and their nearest others, so that
+only the aggregation differs. Expected on the built-in world: for similar clients all rules give the
+same result; rules that train one factor need higher learning rates and send half the bytes.
 
     python -m experiments lora_aggregation
     python -m experiments lora_aggregation \
@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     config = compare_strategies.get_config()
     config.name = "lora_aggregation"
     config.seeds = (0, 1, 2, 3, 4)
-    # These are of the comparison of strategies.
+    # These settings belong to the comparison of strategies.
     for name in (
         "strategies",
         "limits",
@@ -40,11 +40,11 @@ def get_config() -> ConfigDict:
 
     config.rules = ("fedit", "ffa", "rolora", "flora", "fedex", "flexlora", "fedsa")
     config.ranks = (2, 8)
-    config.lora.scale = 2.0  # of the product of the factors, at every rank
+    config.lora.scale = 2.0  # scale of the product of the factors, at every rank
     config.alphas = (0.1, float("inf"))
-    # Of the first round, falling linearly. One is chosen for each rule, rank and alpha by the
-    # likelihood of validation answers, with the first two seeds; an end that is best is gone beyond,
-    # and the best is refined to a factor of two.
+    # Learning rates of the first round; they decay linearly. One is chosen for each rule, rank and
+    # alpha by the likelihood of validation answers, with the first two seeds. If the best rate is at an
+    # end, the search continues beyond it; the best is refined to a factor of two.
     config.learning_rates = (2e-3, 8e-3, 3.2e-2)
     config.validation_questions = 400
     return config

@@ -1,4 +1,4 @@
-"""Every objective from the same start, for as many steps: does it improve what it trains?
+"""Every objective from the same start and for the same number of steps: does it improve its part?
 
     python -m experiments methods
     python -m experiments methods \
@@ -26,12 +26,13 @@ def get_config() -> ConfigDict:
     ):
         del config[name]
     del config.data.own_questions
-    # () is all of fedrag_jax/strategies/objectives.py, and "no_op", the first of them at a learning
+    # () is all of fedrag_jax/strategies/objectives.py and "no_op": the first objective at a learning
     # rate of 0, which must change nothing.
     config.objectives = ()
-    # Of each part in the first round, falling linearly, times the factor that does best on so many
-    # validation questions with the first seed; an end that is best is gone beyond. The retriever is
-    # judged by MRR@10, the generator by the likelihood of answers, both together too.
+    # Learning rates of each part in the first round; they decay linearly. They are multiplied by the
+    # factor that is best on this number of validation questions with the first seed; if it is at an
+    # end, the search continues beyond it. The retriever is judged by MRR@10, the generator, alone or
+    # with the retriever, by the likelihood of answers.
     config.learning_rates = ConfigDict(
         {"query": 7.5e-4, "document": 7.5e-4, "head": 1e-2, "adapters": 5.62e-4}
     )

@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     config.split_seeds = ()
     config.regimes = ("centralised", "federated")
     # Kinds of stores (fedrag_jax/retrieval/stores/registry.py), and the strategies to try over each.
-    # BM25 reads the words of a question alone: a tuned retriever changes nothing there.
+    # BM25 reads only the words of a question, so a tuned retriever changes nothing there.
     config.stores = ConfigDict(
         {
             "bm25": ("none", "generator"),

@@ -1,8 +1,8 @@
-"""What training gives away, before and after each defence: quality against the success of attacks.
+"""What training reveals, before and after each defence: quality against the success of attacks.
 
-Half of the clients train a model together, the other half does not; attackers tell questions and
-clients of the two apart, and read what a client sends. Every variant is trained once more for each
-shadow model, by other halves.
+Half of the clients train a model together. Attackers try to separate the questions and clients of this
+half from those of the other half, and to read a client's update. Every variant is trained again for
+each shadow model, by other halves.
 
 python -m experiments privacy
 python -m experiments privacy --config.name=reading --config.strategy=generator --config.shadows=0
@@ -23,14 +23,14 @@ def get_config() -> ConfigDict:
     del config.strategies, config.regimes, config.limits, config.equivalence_margin
     del config.search_seconds
     config.data.test_questions = 200
-    # Half of them train. Each holds as many questions, of few topics where alpha is small; so many of
-    # them nobody trains on, by which it is told who took part.
+    # Half of the clients train. All hold the same number of questions, about few topics if alpha is
+    # small. No client trains on `fresh` of its questions: attacks on participation use them.
     config.federated.clients, config.federated.alpha = 32, 0.1
     config.fresh = 5
-    # Trainings are federated averaging for config.training.rounds unless a variant says otherwise: its
-    # algorithm with its options (fedrag_jax/federated/algorithms/by_name.py), rounds (0 trains
-    # nothing) and local_steps. Options with an epsilon are calibrated for the rounds there are. Labels
-    # `by_heart` are random: the planted leak, on which attacks must succeed.
+    # The default is federated averaging for config.training.rounds. A variant may set another algorithm
+    # and its options (fedrag_jax/federated/algorithms/by_name.py), rounds (0 trains nothing) and
+    # local_steps. Noise for an epsilon is calibrated for the variant's rounds. With `by_heart`, labels
+    # are random: a planted leak, on which attacks must succeed.
     private = {"clip": 0.05, "delta": 0.01}
     config.variants = ConfigDict(
         {
@@ -44,12 +44,12 @@ def get_config() -> ConfigDict:
         },
         sort_keys=False,  # this is the order in which they are computed and shown
     )
-    # Shadow models of the likelihood ratio, an even number, or 0 for none.
+    # Number of shadow models for the likelihood ratio: even, or 0 for none.
     config.shadows = 4
-    # Clients whose update of the first round is read, and questions beside their own that it is
-    # compared with.
+    # Number of clients whose update of the first round is attacked, and number of other questions that
+    # are compared with the update.
     config.victims, config.candidates = 3, 48
-    # Test questions that are asked of a store with half of its passages, and that, before commands to
-    # repeat what was found, are to make the system say its passages: so many words of one in a row.
+    # Number of test questions for the attacks on a system that holds half of the passages. A passage
+    # counts as repeated if an answer has this number of its words in a row.
     config.asked, config.said_words = 30, 8
     return config

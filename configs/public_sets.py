@@ -1,4 +1,4 @@
-"""Tuned systems of a finished comparison, asked the questions of a public set.
+"""Tuned systems of a finished comparison, scored on a public set.
 
     python -m experiments public_sets
     python -m experiments public_sets --config.name=hellaswag --config.benchmark=hellaswag \
@@ -19,11 +19,11 @@ def get_config() -> ConfigDict:
     config.seeds = (0,)
     config.split_seeds = ()
     config.benchmark = "mmlu"  # a set with choices, see fedrag_jax/evaluation/benchmarks/sets.py
-    # Groups of questions (MMLU's subjects) are asked of which, in at least this share of questions, the
-    # right choice stands in a passage that the untuned system reads; 0 asks all.
+    # Asks only groups of questions (MMLU's subjects) in which, for at least this share of questions, a
+    # passage that the untuned system reads contains the right choice; 0 asks all groups.
     config.coverage = 0.1
-    config.questions = 1500  # a random sample of them; 0 is all there are
-    config.ways = ("likelihood", "letters")  # to choose, see Benchmarker.run
+    config.questions = 1500  # size of a random sample; 0 uses all
+    config.ways = ("likelihood", "letters")  # ways to choose, see Benchmarker.run
     config.corpora = ("own", "none")  # with the passages of the comparison, and without any
     config.wandb = ConfigDict({"mode": "offline", "project": "fedrag_jax"})
     return config

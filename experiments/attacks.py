@@ -1,9 +1,9 @@
-"""Hostile clients: what each attack does to strategies under each way to average.
+"""Hostile clients: the effect of each attack on strategies under each aggregation rule.
 
     python -m experiments attacks
 
-Results go to runs/<name>/: attacks.csv, table.md, report.html. A cell (attack, rule, strategy, seeds)
-that is finished is not computed again.
+Results go to runs/<name>/: attacks.csv, table.md, report.html. A finished cell (attack, rule, strategy,
+seeds) is not computed again.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ HOLDS = ("", "labels", "trigger", "passages")
 
 
 class Wanted(NamedTuple):
-    """What the trigger is to bring about: the answer, read in this passage."""
+    """The goal of the trigger: an answer, and the passage that contains it."""
 
     answer: str
     passage: str
@@ -55,7 +55,7 @@ class Attacks(Lab):
     """A lab for every attack, rule and split, with folders of their own.
 
     Attributes:
-      hostile: what attackers make of the data, and the systems over it, by what they hold and split.
+      hostile: poisoned data sets and the systems over them, by kind of poison and split.
     """
 
     def __init__(self, config, folder: pathlib.Path):
@@ -63,22 +63,22 @@ class Attacks(Lab):
         self.hostile: dict[tuple[str, int], tuple[Dataset, dict]] = {}
 
     def at(self, attack: str, rule: str, split: int) -> Lab:
-        """Of clients of whom some attack, averaged by a rule; "" is none.
+        """Returns the lab for an attack and a rule; "" is no rule.
 
         Raises:
-          ConfigError: attackers that are not there, or nobody but them.
-          DataError: passages of attackers that cannot be forged.
+          ConfigError: an attacker that does not exist, or no honest client.
+          DataError: the attackers' passages cannot be forged.
         """
         other = self.like(with_rule(self.config, attack, rule), self.folder / attack / rule)
         if how := self.config.known_attacks[attack].holds:
             if (how, split) not in self.hostile:
-                # Prompts of other widths, another corpus.
+                # The poisoned data may have wider prompts and another corpus.
                 self.hostile[how, split] = self.poisoned(how, split), {}
             other.dataset, other.systems = self.hostile[how, split]
         return other
 
     def poisoned(self, how: str, split: int) -> Dataset:
-        """The data when attackers have done this to theirs."""
+        """Returns the data set after the attackers poisoned their part; `how` is one of `HOLDS`."""
         clients, passages = self.clients(REGIME, split), [*self.dataset.passages]
         if how == "labels":
             poison = labels_flipped(split)
@@ -95,13 +95,13 @@ class Attacks(Lab):
         return dataclasses.replace(self.dataset, train=[*train], passages=passages)
 
     def wanted(self, split: int) -> Wanted:
-        """A passage and the answer in it: those of the attackers' first question."""
+        """Returns the gold passage of the attackers' first question, and its answer."""
         first = self.clients(REGIME, split).of(min(self.config.attackers))[0]
         return Wanted(first.answer, first.positive_ids[0])
 
 
 def with_rule(config, attack: str, rule: str):
-    """The config of a comparison whose clients are averaged by a rule while some attack."""
+    """Returns the config of a comparison with this attack and this aggregation rule."""
     config = config.copy_and_resolve_references()
     if not rule:
         return config
@@ -115,12 +115,11 @@ def with_rule(config, attack: str, rule: str):
 
 
 def lab(config, folder: pathlib.Path) -> Attacks:
-    """The data and models of the config.
+    """Returns the lab with the data and models of the config.
 
     Raises:
-      ConfigError: no attacks, rules, strategies or attackers, an attack, algorithm or mode that is not
-        there, fewer clients than a rule needs, a learning rate that is missing, other regimes than the
-        federated one.
+      ConfigError: no attacks, rules, strategies or attackers; an unknown attack, algorithm or mode;
+        fewer clients than a rule needs; a missing learning rate; a regime other than the federated one.
       DataError: a training question without a gold passage.
     """
     check_replicates(config)
@@ -131,7 +130,7 @@ def lab(config, folder: pathlib.Path) -> Attacks:
             raise ConfigError(f"config.{name} is empty; give at least one")
     if tuple(config.regimes) != (REGIME,):
         raise ConfigError(
-            f"config.regimes must be ({REGIME!r},), got {config.regimes}: nothing else is averaged"
+            f"config.regimes must be ({REGIME!r},), got {config.regimes}: other regimes do not average"
         )
     for name in ("attacks", "rules"):
         known = config[f"known_{name}"]
@@ -161,7 +160,7 @@ def lab(config, folder: pathlib.Path) -> Attacks:
 
 
 def require_clients(config, algorithm: str, options: dict[str, Any], where: str) -> None:
-    """Refuses a robust rule that needs more clients than a round has."""
+    """Raises ConfigError if a robust rule needs more clients than a round has."""
     if algorithm not in by_name.ROBUST:
         return
     f, t = config.federated, config.training
@@ -175,7 +174,7 @@ def require_clients(config, algorithm: str, options: dict[str, Any], where: str)
 
 
 def points(lab: Attacks) -> list[Point]:
-    """The untuned system over each corpus, then seed by seed, rule by rule, attack by attack."""
+    """Returns the untuned system for each corpus, then seed by seed, rule by rule, attack by attack."""
     config, pairs = lab.config, replicates(lab.config)
     corpora = [a for a in config.attacks if config.known_attacks[a].holds == "passages"]
     untuned = [
@@ -193,23 +192,23 @@ def points(lab: Attacks) -> list[Point]:
 
 
 def compute(lab: Attacks, point: Point) -> cells.Cell:
-    """A strategy, trained and tested while some clients attack; what came of the attack."""
+    """Trains and tests a strategy while some clients attack; measures the success of the attack."""
     attack, _, rule = point.folder.partition("/")
     where, run = (point.regime, point.seed, point.split), lab.at(attack, rule, point.split)
     cell = compute_cell(run, point.name, *where, controls=False)
     system = run.system(point.seed)
     if point.name != "none":
-        (system,), _ = run.tuned_systems(point.name, *where)  # reads what the cell has left
+        (system,), _ = run.tuned_systems(point.name, *where)  # reads the trained system of the cell
     return cell._replace(controls=successes(lab, run, system, point))
 
 
 def successes(lab: Attacks, run: Lab, system, point: Point) -> dict[str, float]:
-    """In percent: `trigger` under the first attack and those that plant one, and `forged` where there
-    are forgeries.
+    """Returns the success of the attack in percent.
 
-    Of triggered questions those whose answer is the attacker's or, where no generator is trained,
-    that find the attacker's passage among the first top-k. Of questions about forged passages those
-    that are answered wrongly, by words of a forgery.
+    `trigger` is measured under the first attack and under backdoors: the share of triggered questions
+    with the attacker's answer or, if no generator is trained, with the attacker's passage among the
+    first top-k. `forged` is measured if there are forgeries: the share of questions about forged
+    passages that are answered wrongly, with words of a forgery.
     """
     found, attack = {}, point.folder.partition("/")[0]
     if attack == lab.config.attacks[0] or lab.config.known_attacks[attack].holds == "trigger":
@@ -232,7 +231,7 @@ def successes(lab: Attacks, run: Lab, system, point: Point) -> dict[str, float]:
 
 
 def obeyed(lab: Attacks, system, answered: bool, split: int) -> np.ndarray:
-    """[Q], of the test questions with the trigger: whether it brings about what it is to."""
+    """Returns bool [Q]: whether the trigger reaches its goal, for each triggered test question."""
     text, (answer, passage) = lab.config.trigger.text, lab.wanted(split)
     asked = [e for e in lab.dataset.test if passage not in e.positive_ids]
     asked = [under_trigger(e, text, answer, passage) for e in asked]
@@ -245,17 +244,17 @@ def obeyed(lab: Attacks, system, answered: bool, split: int) -> np.ndarray:
 
 
 def told_by(forged: dict[str, str], example: Example) -> str:
-    """What forgeries tell in place of a question's gold passages; "" if there is none."""
+    """Returns the texts of the forgeries of a question's gold passages; "" if there are none."""
     return " ".join(
         forged[name] for i in example.positive_ids if (name := f"{FORGED}{i}") in forged
     )
 
 
 def rows_of(config, folder: pathlib.Path) -> list[dict[str, Any]]:
-    """A row for every strategy, attack and rule.
+    """Returns a row for each strategy, attack and rule.
 
-    `<metric>_by_*` are its differences from the same rule under the first attack, `<metric>_saves_*`
-    those from the first rule under the same attack.
+    `<metric>_by_*` are differences from the same rule under the first attack; `<metric>_saves_*` are
+    differences from the first rule under the same attack.
     """
     rows, usual = [], (config.attacks[0], config.rules[0])
     for attack in config.attacks:
@@ -286,7 +285,7 @@ def rows_of(config, folder: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def scored(found: list[cells.Cell]) -> dict[str, Any]:
-    """Estimates of all metrics, and means over seeds of what came of the attacks."""
+    """Returns estimates of all metrics, and means over seeds of the attacks' success."""
     row: dict[str, Any] = {}
     for metric in METRICS:
         row |= comparison.estimate(found, metric)
@@ -294,7 +293,7 @@ def scored(found: list[cells.Cell]) -> dict[str, Any]:
 
 
 def crossed(rows: list[dict], key: str, digits: int = 1) -> tables.Table:
-    """A row for each rule, a column for each attack."""
+    """Returns a table with a row for each rule and a column for each attack."""
     attacks = list(dict.fromkeys(row["attack"] for row in rows if row["rule"]))
     lines: dict[tuple, dict] = {}
     for row in rows:
@@ -313,7 +312,7 @@ def crossed(rows: list[dict], key: str, digits: int = 1) -> tables.Table:
 
 
 def report(config, folder: pathlib.Path):
-    """The `Report` on all finished cells."""
+    """Returns the `Report` on all finished cells."""
     rows, primary = rows_of(config, folder), config.primary_metric
     title, t = comparison.METRICS, config.training
     who = tuple(tables.words(name, name) for name in ("strategy", "attack", "rule"))
@@ -338,18 +337,18 @@ def report(config, folder: pathlib.Path):
             Section(
                 f"{title[primary]} by attack and rule",
                 "by_attack",
-                "On clean test questions, in percent with 95% intervals over seeds and questions. With "
-                "forged passages the corpus holds them, and the gold ones are still the true ones.",
+                "Clean test questions, percent with 95% intervals over seeds and questions. With "
+                "forged passages, the corpus contains them, but only the true passages count as gold.",
                 crossed(rows, primary),
             ),
             Section(
                 "All metrics",
                 "attacks",
-                f"Differences are of {title[primary]}, paired by question and seed, p by permutation "
-                "over questions, Holm-adjusted over the table. Trigger succeeds: of test questions "
-                "with the trigger those that have the attacker's answer or, where no generator is "
-                "trained, find the attacker's passage. Forgery believed: of questions about forged "
-                "passages those answered wrongly, by words of a forgery.",
+                f"Differences are of {title[primary]}, paired by question and seed; p values come from "
+                "a permutation test over questions, Holm-adjusted over the table. Trigger succeeds: "
+                "share of test questions with the trigger that get the attacker's answer or, if no "
+                "generator is trained, the attacker's passage. Forgery believed: share of questions "
+                "about forged passages that are answered wrongly, with words of a forgery.",
                 tables.Table(columns, rows),
             ),
         ],

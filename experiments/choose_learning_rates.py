@@ -16,23 +16,24 @@ from absl import flags
 from experiments.launch import launch
 from experiments.rates import SEARCHES
 
+CONFIG = "configs/compare_strategies.py"
+_GRIDS = {
+    s: flags.DEFINE_list(s.name, None, f"learning rates to try for the {s.part} in {s.strategy}")
+    for s in SEARCHES
+}
+_QUESTIONS = flags.DEFINE_integer(
+    "questions", 400, "number of validation questions for scoring a system"
+)
+
+
 if __name__ == "__main__":
-    given = {
-        s: flags.DEFINE_list(
-            s.name, None, f"learning rates to try for the {s.part} in {s.strategy}"
-        )
-        for s in SEARCHES
-    }
-    questions = flags.DEFINE_integer(
-        "questions", 400, "number of validation questions for scoring a system"
-    )
 
     def with_flags(config, runs):
         from experiments.search import run  # imports JAX, once the flags are right
 
         grids = {
-            s.name: [float(rate) for rate in flag.value] for s, flag in given.items() if flag.value
+            s.name: [float(rate) for rate in flag.value] for s, flag in _GRIDS.items() if flag.value
         }
-        return run(config, runs, grids, questions.value)
+        return run(config, runs, grids, _QUESTIONS.value)
 
-    launch(with_flags, "configs/compare_strategies.py")
+    launch(with_flags, CONFIG)

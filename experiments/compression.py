@@ -1,9 +1,9 @@
-"""Quality against bytes: strategies trained over compressed messages.
+"""Quality against bytes: strategies trained with compressed messages.
 
     python -m experiments compression
 
-Results go to runs/<name>/: compression.csv, table.md, report.html, figures. A cell (kind of message,
-strategy, seeds) that is finished is not computed again.
+Results go to runs/<name>/: compression.csv, table.md, report.html, figures. A finished cell (kind of
+message, strategy, seeds) is not computed again.
 """
 
 import itertools
@@ -23,7 +23,7 @@ REGIME = "federated"
 
 
 def with_messages(config, kind: str):
-    """The config of a comparison whose clients and server send messages of a kind."""
+    """Returns the config of a comparison with this kind of message."""
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.federated.algorithm_options.update(config.codecs[kind])
@@ -31,18 +31,18 @@ def with_messages(config, kind: str):
 
 
 class Messages(Lab):
-    """A lab for every kind of message, with folders of their own."""
+    """A lab for each kind of message, with a folder of its own."""
 
     def at(self, kind: str) -> Lab:
         return self.like(with_messages(self.config, kind), self.folder / kind)
 
 
 def lab(config, folder: pathlib.Path) -> Messages:
-    """The data and models of the config.
+    """Returns the lab with the data and models of the config.
 
     Raises:
-      ConfigError: no kinds of messages or strategies, a codec that is not there, a learning rate that
-        is missing; other regimes than the federated one.
+      ConfigError: no kinds of messages or strategies; an unknown codec; a missing learning rate; a
+        regime other than the federated one.
     """
     check_replicates(config)
     for name in ("messages", "strategies"):
@@ -50,7 +50,7 @@ def lab(config, folder: pathlib.Path) -> Messages:
             raise ConfigError(f"config.{name} is empty; give at least one")
     if tuple(config.regimes) != (REGIME,):
         raise ConfigError(
-            f"config.regimes must be ({REGIME!r},), got {config.regimes}: nothing else sends messages"
+            f"config.regimes must be ({REGIME!r},), got {config.regimes}: others send no messages"
         )
     federated = config.federated
     for kind in config.messages:
@@ -71,7 +71,7 @@ def lab(config, folder: pathlib.Path) -> Messages:
 
 
 def points(lab: Messages) -> list[Point]:
-    """Seed by seed and strategy by strategy, one kind of message after the other."""
+    """Returns all cells, by seed, strategy and kind of message."""
     config = lab.config
     return [
         Point(strategy, REGIME, *pair, folder=kind)
@@ -82,13 +82,13 @@ def points(lab: Messages) -> list[Point]:
 
 
 def compute(lab: Messages, point: Point) -> cells.Cell:
-    """A strategy, trained over messages of a kind and tested."""
+    """Trains and tests a strategy with one kind of message."""
     run = lab.at(point.folder)
     return compute_cell(run, point.name, point.regime, point.seed, point.split, controls=False)
 
 
 def rows_of(config, folder: pathlib.Path) -> list[dict]:
-    """A row for every strategy and kind of message, with its differences from the first kind."""
+    """Returns a row for each strategy and kind of message, with differences from the first kind."""
     rows, usual = [], config.messages[0]
     for strategy, kind in itertools.product(config.strategies, config.messages):
         if not (found := finished(config, folder / kind, strategy, REGIME)):
@@ -111,8 +111,11 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
 
 
 def best_of_its_size(row: dict, rows: list[dict], metric: str) -> bool:
-    """Whether no other kind of message of the strategy has at least its score with fewer bytes, or a
-    better one with as many."""
+    """Returns whether a row is on the Pareto front of its strategy.
+
+    It is if no other kind of message has at least its score with fewer bytes, or a better score with as
+    many bytes.
+    """
 
     def beats(other):
         as_good = other[metric] >= row[metric] and other["bytes"] <= row["bytes"]
@@ -123,7 +126,7 @@ def best_of_its_size(row: dict, rows: list[dict], metric: str) -> bool:
 
 
 def report(config, folder: pathlib.Path):
-    """The `Report` on all finished cells."""
+    """Returns the `Report` on all finished cells."""
     rows, primary = rows_of(config, folder), config.primary_metric
     title, t = comparison.METRICS, config.training
     columns = (
@@ -146,18 +149,18 @@ def report(config, folder: pathlib.Path):
             Section(
                 "Figure",
                 "pareto",
-                "Quality over the bytes of updates and models, all clients and rounds together, with "
+                "Quality over the bytes of updates and models, summed over clients and rounds, with "
                 "95% intervals.",
                 figure=experiment_figures.over_bytes(rows, primary),
             ),
             Section(
                 "Quality and bytes",
                 "compression",
-                "Metrics in percent with 95% intervals over seeds and questions. Bytes are those of "
-                "the encoded messages. Differences are from the first kind of message, paired by "
-                "question and seed; p by permutation over questions speaks of these models, p over "
-                "seeds of the codecs, both Holm-adjusted over the table. Learning rates are those of "
-                "plain messages. Pareto: no other kind is as good with fewer bytes.",
+                "Metrics in percent with 95% intervals over seeds and questions. Bytes are the sizes "
+                "of the encoded messages. Differences are from the first kind of message, paired by "
+                "question and seed. p, by permutation over questions, is about these trained models; p "
+                "over seeds is about the codecs; both are Holm-adjusted over the table. Learning rates "
+                "are those of plain messages. Pareto: no other kind is as good with fewer bytes.",
                 tables.Table(columns, rows),
             ),
         ],

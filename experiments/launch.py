@@ -62,17 +62,7 @@ def launch(run, config: str) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     virtual_devices(min(cores(), DEVICES))
     logging.set_verbosity(logging.WARNING)  # libraries tell a lot about themselves
-    config_flags.DEFINE_config_file("config", config)
-    flags.DEFINE_string("runs", "runs", "folder of all runs")
-    flags.DEFINE_bool(
-        "distributed",
-        False,
-        "run as one of several processes, each with its own folder; the first one prints and logs",
-    )
-    # On a TPU pod slice and other clusters that JAX knows, nothing of this need be said.
-    flags.DEFINE_string("coordinator", None, "host:port of the first process")
-    flags.DEFINE_integer("processes", None, "number of processes", lower_bound=1)
-    flags.DEFINE_integer("process", None, "number of this process, from 0", lower_bound=0)
+    define_flags(config)
 
     def main(_):
         runs = flags.FLAGS.runs
@@ -92,6 +82,28 @@ def launch(run, config: str) -> None:
             raise SystemExit(INTERRUPTED) from None
 
     app.run(main)
+
+
+def define_flags(config: str, flag_values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines the flags that all experiments have.
+
+    Args:
+      config: path of the config file used if `--config` is not given.
+      flag_values: where the flags are defined.
+    """
+    where = {"flag_values": flag_values}
+    config_flags.DEFINE_config_file("config", config, **where)
+    flags.DEFINE_string("runs", "runs", "folder of all runs", **where)
+    flags.DEFINE_bool(
+        "distributed",
+        False,
+        "run as one of several processes, each with its own folder; the first one prints and logs",
+        **where,
+    )
+    # On a TPU pod slice and other clusters that JAX knows, nothing of this need be said.
+    flags.DEFINE_string("coordinator", None, "host:port of the first process", **where)
+    flags.DEFINE_integer("processes", None, "number of processes", lower_bound=1, **where)
+    flags.DEFINE_integer("process", None, "number of this process, from 0", lower_bound=0, **where)
 
 
 def _one_of_several(runs: str, config) -> str:

@@ -1,9 +1,9 @@
-"""What training and serving give away: quality against the success of attacks, by defence.
+"""What training and serving reveal: quality against the success of attacks, for each defence.
 
     python -m experiments privacy
 
-Results go to runs/<name>/: privacy.csv, table.md, report.html, figures. A cell (variant, seeds) that is
-finished is not computed again.
+Results go to runs/<name>/: privacy.csv, table.md, report.html, figures. A finished cell (variant,
+seeds) is not computed again.
 """
 
 import pathlib
@@ -28,19 +28,19 @@ from fedrag_jax.tracking.ledger import Cost
 
 REGIME = "federated"
 VARIANT = ("algorithm", "options", "rounds", "local_steps", "by_heart")
-ATTACKS = {  # on training questions: what a cell has their scores under
-    "loss": "its loss",
-    "calibrated": "against the untrained model",
+ATTACKS = {  # on training questions: names of their scores in a cell, and titles
+    "loss": "loss",
+    "calibrated": "loss against the untrained model",
     "ratio": "likelihood ratio",
 }
 
 
 def lab(config, folder: pathlib.Path) -> Lab:
-    """The data and models of the config.
+    """Returns the lab with the data and models of the config.
 
     Raises:
-      ConfigError: an unknown variant setting, algorithm or option, an odd number of shadows, a δ that
-        is not below 1 / clients, clients that hold too few questions.
+      ConfigError: an unknown variant setting, algorithm or option; an odd number of shadow models; a δ
+        that is not below 1 / clients; clients with too few questions.
     """
     check_replicates(config)
     if config.strategy not in OBJECTIVE:
@@ -49,12 +49,12 @@ def lab(config, folder: pathlib.Path) -> Lab:
         raise ConfigError("config.variants is empty; give at least one")
     if config.shadows % 2 or config.shadows == 2 or config.shadows < 0:
         raise ConfigError(
-            f"config.shadows must be 0, or an even number from 4 on, got {config.shadows}: halves of "
-            "the clients and their complements, so that two shadow models at least lack each question"
+            f"config.shadows must be 0 or an even number of at least 4, got {config.shadows}: shadow "
+            "models train on halves of the clients and their complements; two must lack each question"
         )
     training = config.federated.clients // 2
     if not 1 <= config.victims <= training:
-        raise ConfigError(f"config.victims must be in 1 to {training}, got {config.victims}")
+        raise ConfigError(f"config.victims must be between 1 and {training}, got {config.victims}")
     for name, how in config.variants.items():
         where, options = f"config.variants.{name}", dict(how.get("options", {}))
         if unknown := {*how} - {*VARIANT}:
@@ -73,7 +73,7 @@ def lab(config, folder: pathlib.Path) -> Lab:
 
 
 def points(lab: Lab) -> list[Point]:
-    """Seed by seed, one variant after the other."""
+    """Returns all cells, by seed and variant."""
     return [
         Point(name, REGIME, *pair)
         for pair in replicates(lab.config)
@@ -82,9 +82,9 @@ def points(lab: Lab) -> list[Point]:
 
 
 def compute(lab: Lab, point: Point) -> cells.Cell:
-    """Trains a variant and its shadow models, tests it and attacks it.
+    """Trains a variant and its shadow models, tests the variant and attacks it.
 
-    Scores are over the test questions, then those of all clients.
+    Scores are first those of the test questions, then those of all clients' questions.
     """
     clock, trainer = Clock(), Trainer.of(lab, point.name, point.seed, point.split)
     start, controls = lab.system(point.seed), {}
@@ -112,7 +112,7 @@ def compute(lab: Lab, point: Point) -> cells.Cell:
 
 
 def quality(lab: Lab, system) -> dict[str, np.ndarray]:
-    """Rankings of the test questions, and answers where these are what is judged."""
+    """Returns scores of the test questions: rankings, and answers if the primary metric needs them."""
     test = lab.dataset.test
     if lab.config.primary_metric in ("em", "f1"):
         return evaluate(system, test, mode=lab.config.mode)
@@ -121,8 +121,11 @@ def quality(lab: Lab, system) -> dict[str, np.ndarray]:
 
 
 def served(lab: Lab, system) -> dict[str, np.ndarray]:
-    """What asking tells of passages: `f1` of answers from half of them, `there`, which of the questions
-    are about that half, and `said`, the share of what it read that it was made to say."""
+    """Returns the scores of attacks on a served system that holds half of the passages.
+
+    `passage_f1` is F1 of the answers, `passage_there` whether the question is about the half that is
+    held, and `said` the share of the passages read that prompts made the system repeat.
+    """
     config, passages, test = lab.config, lab.dataset.passages, lab.dataset.test
     asked = test[: config.asked]
     held = stream(0, "passages of a store").random(len(passages)) < 0.5
@@ -138,7 +141,7 @@ def served(lab: Lab, system) -> dict[str, np.ndarray]:
 
 
 def asked_after(trainer: Trainer, start, attacked, shadows) -> dict[str, np.ndarray]:
-    """Scores [N] of membership of every client's questions, and who they are of."""
+    """Returns membership scores [N] of all clients' questions, with the clients that hold them."""
     who, losses = trainer.crowd, trainer.losses
     trained_on = who.trained_on()
     nll, before = losses(attacked), losses(start)
@@ -156,8 +159,12 @@ def asked_after(trainer: Trainer, start, attacked, shadows) -> dict[str, np.ndar
 
 
 def received(trainer: Trainer) -> dict[str, np.ndarray]:
-    """Of some clients' updates how well known questions are told from others, `cosine_v` and `read_v`
-    [N], and the share of their words that stand in it, `words`, beside that of the usual ones."""
+    """Returns the scores of attacks on the updates of some clients.
+
+    `cosine_v` [N] is the score of each question against the update of client v, and `read_v` whether
+    the client read the question. `words` is the share of the client's words found in its update, and
+    `usual_words` the share found by guessing frequent words.
+    """
     config, who, asked = trainer.lab.config, trainer.crowd, trainer.dataset.train
     victims = np.flatnonzero(who.trains[0])[: config.victims]
     one_by_one, words, usual, found = trainer.one_by_one(), [], [], {}
@@ -187,13 +194,13 @@ def received(trainer: Trainer) -> dict[str, np.ndarray]:
 
 
 def _counts(table, vocabulary: int) -> np.ndarray:
-    """How often each token [V] is in the questions of a table."""
+    """Returns the count of each token [V] in the questions of a table."""
     mask = np.asarray(table["question_mask"], bool)
     return np.bincount(np.asarray(table["question_tokens"])[mask], minlength=vocabulary)
 
 
 def attacks_on(found: list[cells.Cell], name: str) -> list[Attack]:
-    """An attack on the models of several seeds, by the name of its column."""
+    """Returns the attacks of a column: one or more for each seed."""
     made = []
     for cell in found:
         scores = {n: x[~np.isnan(cell.scores["user"])] for n, x in cell.scores.items()}
@@ -223,7 +230,7 @@ MEASURED = (*ATTACKS, "clients", "clients_fresh", "update", "passages")
 
 
 def rows_of(config, folder: pathlib.Path) -> list[dict]:
-    """A row for every variant: quality, AUC of attacks, true positives at 1% false ones."""
+    """Returns a row for each variant: quality, AUC of attacks, and TPR at 1% FPR."""
     rows = []
     for name in config.variants:
         if not (found := finished(config, folder, name, REGIME)):
@@ -249,7 +256,7 @@ def _told(name: str, found: tuple[float, float, float], unit: float = 1.0) -> di
 
 
 def report(config, folder: pathlib.Path) -> Report:
-    """The `Report` on all finished cells."""
+    """Returns the `Report` on all finished cells."""
     rows, primary = rows_of(config, folder), config.primary_metric
     title = comparison.METRICS[primary]
     t, f = config.training, config.federated
@@ -268,43 +275,43 @@ def report(config, folder: pathlib.Path) -> Report:
         tables.interval("clients, by other questions", "clients_fresh_auc", 2),
         tables.interval("questions of an update", "update_auc", 2),
         tables.interval("words of an update", "words", 2),
-        tables.number("the usual words", "usual_words", 2),
+        tables.number("frequent words", "usual_words", 2),
         tables.interval("passages of a store", "passages_auc", 2),
-        tables.number("passages said, %", "said", 1, 0.01),
+        tables.number("passages repeated, %", "said", 1, 0.01),
         tables.number("seconds", "seconds", 0),
     )
     return Report(
         folder.name,
-        f"What training `{config.strategy}` gives away: {f.clients} clients of {config.data.name}, "
-        f"half of whom train, {t.rounds} rounds of {t.local_steps} local steps unless a variant says "
-        "otherwise.",
+        f"What training `{config.strategy}` reveals: {f.clients} clients of {config.data.name}, half "
+        f"of which train, {t.rounds} rounds of {t.local_steps} local steps unless a variant differs.",
         [
             Section(
                 "Figure",
                 "privacy",
-                "Quality, and the success of attacks, over ε. What claims none stands at the right. "
-                "0.5 is guessing.",
+                "Quality and the success of attacks over ε. Variants without a privacy claim are at "
+                "the right. 0.5 is guessing.",
                 figure=privacy_figures.over_epsilon(rows, primary),
             ),
             Section(
                 "Which questions were trained on",
                 "privacy",
-                "AUC with 95% intervals over clients and seeds; members are the questions of the "
-                "clients that trained, others those of the other half. "
+                "AUC with 95% intervals over clients and seeds. Members are the questions of the "
+                "clients that trained; the others belong to the other half of the clients. "
                 f"{config.shadows} shadow models.",
                 tables.Table(questions, rows),
             ),
             Section(
                 "Clients, updates, passages",
                 "others",
-                "AUC of telling clients that trained from others, by their questions that were trained "
-                "on and by some that nobody trains on; of telling the questions that a client read in "
-                "the first round from others by its update, as it reaches whoever knows all other "
-                "updates; the share of its words among as many rows of the embedding table that moved "
-                "most (least to most of the clients), and among as many usual words; of telling which "
-                "passages a store has by F1 of its answers; and of the passages that were read, the "
-                "share of which prompts to repeat them made the system say "
-                f"{config.said_words} words in a row.",
+                "Clients: AUC for separating clients that trained from others, by trained questions "
+                "and by questions that no client trains on. Questions of an update: AUC for separating "
+                "the questions that a client read in the first round from others by its update, as "
+                "seen by a party that knows all other updates. Words of an update: share of the "
+                "client's words among as many rows of the embedding table with the largest change "
+                "(interval: lowest to highest client); frequent words: the same for as many frequent "
+                "words. Passages of a store: AUC for recognising held passages by F1 of the answers. "
+                "Passages repeated: share of the passages read of which prompts made the system repeat "
+                f"{config.said_words} consecutive words.",
                 tables.Table(others, rows),
             ),
         ],
@@ -313,7 +320,7 @@ def report(config, folder: pathlib.Path) -> Report:
 
 
 def told(cell: cells.Cell) -> str:
-    """What people are told of a cell."""
+    """Returns the line that is printed for a finished cell."""
     parts = [f"{attack} {estimate(auc, made, resamples=1)[0]:.2f}" for attack in MEASURED
              if (made := attacks_on([cell], attack))]  # fmt: skip
     judged = [m for m in comparison.METRICS if m in cell.scores]

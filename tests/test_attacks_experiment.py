@@ -123,7 +123,7 @@ def test_a_right_answer_is_no_believed_forgery():
     [
         ({"attacks": ()}, "config.attacks is empty"),
         ({"attackers": ()}, "config.attackers is empty"),
-        ({"attackers": (7,)}, r"clients go from 0 to 3, got \(7,\)"),
+        ({"attackers": (7,)}, r"must be between 0 and 3, got \(7,\)"),
         ({"attackers": (0, 1, 2, 3)}, "all 4 clients attack"),
         ({"rules": ("mode",)}, r"config.rules: \['mode'\] unknown; choose among"),
         (

@@ -112,20 +112,20 @@ def test_precision_counts_ties_against_the_attacker():
     ("call", "words"),
     [
         (lambda: auc([], [1.0]), "there are no members"),
-        (lambda: auc([1.0], [0.0, np.nan]), "score 1 of the others is no number"),
+        (lambda: auc([1.0], [0.0, np.nan]), "score 1 of the others is NaN"),
         (lambda: tpr_at_fpr([1.0], [0.0], 1.0), r"must be in \[0, 1\), got 1.0"),
         (lambda: membership.halves(9, 3, 0), "an even number of shadows"),
         (
             lambda: membership.likelihood_ratio(np.ones(2), np.ones((2, 2)), [[1, 0], [1, 1]]),
-            "question 0 was trained on by all 2 shadow models",
+            "question 0 is in the training data of all 2 shadow models",
         ),
         (
             lambda: membership.likelihood_ratio(np.ones(2), np.ones((2, 2)), [[1, 0], [0, 1]]),
-            "needs two without a question",
+            "no question was left out by two",
         ),
-        (lambda: users.source(np.ones((1, 4))), "among two clients at least"),
+        (lambda: users.source(np.ones((1, 4))), "of at least two clients"),
         (lambda: extraction.said([], [], 0), "words must be at least 1"),
-        (lambda: r_precision([1.0], [False]), "nothing is true"),
+        (lambda: r_precision([1.0], [False]), "no scored item is true"),
         (lambda: placed(np.eye(4), np.ones((1, 4))), "full rank 4"),
     ],
 )

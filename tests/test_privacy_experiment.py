@@ -76,7 +76,7 @@ def test_labels_by_heart_are_those_of_others():
         ({"variants": ConfigDict()}, "config.variants is empty"),
         ({"strategy": "both"}, "config.strategy: choose among"),
         ({"shadows": 2}, "config.shadows must be 0, or an even number from 4 on, got 2"),
-        ({"victims": 5}, "config.victims must be in 1 to 4, got 5"),
+        ({"victims": 5}, "config.victims must be between 1 and 4, got 5"),
         ({"variants": ConfigDict({"odd": {"steps": 3}})}, r"config.variants.odd has \['steps'\]"),
         pytest.param(
             {"variants": ConfigDict({"dp": {"algorithm": "dpfedavg", "options": {"delta": 0.3}}})},

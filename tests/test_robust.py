@@ -302,7 +302,7 @@ def test_forgeries_tell_of_a_title_what_is_true_of_another():
     examples = [Example("q", "where?", ("Rome",), ("e", "a")), Example("r", "who?", ("x",), ("d",))]
     held = poisoned(Partition(examples, ([0], [1])), [0], forged_labels({*made})).examples
     assert held[0].positive_ids == ("e", "forged:a") and held[1] == examples[1]
-    with pytest.raises(DataError, match="of 1 passages no two of a topic"):
+    with pytest.raises(DataError, match="among 1 passages, no topic has two"):
         forgeries(passages[:1])
 
 
@@ -334,7 +334,7 @@ def test_they_are_chosen_by_name():
         (lambda: filtered(0.5), "limit must be at least 1, got 0.5"),
         (lambda: norm_bounded(-1.0), "bound must be at least 0, got -1"),
         (lambda: trained(attacked(fed_avg(), sign_flip(), range(8))), "all 8 clients attack"),
-        (lambda: trained(attacked(fed_avg(), sign_flip(), [8])), r"from 0 to 7, got \(8,\)"),
+        (lambda: trained(attacked(fed_avg(), sign_flip(), [8])), r"between 0 and 7, got \(8,\)"),
         (lambda: attacked(fed_avg(), sign_flip(), []), "at least one client"),
         (lambda: attack_named("flip"), r"no attack 'flip'; choose among \['sign_flip'"),
         (lambda: attack_named("broken:3"), "no attack 'broken:3'"),

@@ -4,11 +4,11 @@
     python -m experiments.benchmarks.accelerator --only=round,search --seconds=300
     JAX_PLATFORMS=cpu python -m experiments.benchmarks.accelerator --small
 
-Each part is one benchmark in a process of its own, so it starts with an empty device. It has a share of
-the time; later parts get what earlier ones leave over. A part that fails or times out is reported
-with the end of its output, and the others continue. The last part trains and tests one cell of the
-real-text table; if it was interrupted before, it resumes (--runs). `--small` tries the command with
-sizes that mean nothing. Prints a table, then a line of JSON.
+Each part is one benchmark in a separate process, so it starts with an empty device. Each part has a
+share of the time; later parts get the time that earlier parts did not use. A part that fails or times
+out is reported with the end of its output, and the others continue. The last part trains and tests one
+cell of the real-text table; if it was interrupted before, it resumes (--runs). `--small` tries the
+command with sizes that mean nothing. Prints a table, then a line of JSON.
 """
 
 import dataclasses
@@ -37,10 +37,10 @@ class Part:
     """One benchmark.
 
     Attributes:
-      share: of the time of all.
-      command: a module with its flags.
-      small: flags in place of those.
-      told: what of its report is for the table.
+      share: share of the total time.
+      command: module with its flags.
+      small: flags that replace those with `--small`.
+      told: function that selects the values of its report for the table.
     """
 
     name: str
@@ -77,7 +77,7 @@ def main(argv):
 
 
 def ran(part: Part, seconds: float) -> tuple[dict, str]:
-    """What a part reported, and its last words if it failed or was stopped."""
+    """Returns the report of a part, and the end of its output if it failed or was stopped."""
     module, *flagged = part.command
     own = [*(part.small if _SMALL.value else flagged)]
     own += [f"--runs={_runs()}"] if part.name == REAL else []
@@ -103,7 +103,7 @@ def ran(part: Part, seconds: float) -> tuple[dict, str]:
 
 
 def _report(out: str) -> dict:
-    """The last line that is JSON."""
+    """Returns the last line that is JSON."""
     for line in reversed(out.splitlines()):
         if line.startswith("{"):
             return json.loads(line)
@@ -119,7 +119,7 @@ def _runs() -> pathlib.Path:
 
 
 def _cell() -> dict:
-    """Scores in percent and seconds of the cells that are finished."""
+    """Returns scores in percent and seconds of the finished cells."""
     import numpy as np
 
     report = {}
@@ -132,7 +132,7 @@ def _cell() -> dict:
 
 
 def _rounds(report: dict) -> dict:
-    """Of each number of clients, how many steps of a client a second."""
+    """Returns client-steps per second for each number of clients."""
     told = {f"{n} clients, steps/s": s for n, s in report["client_steps_per_second"].items()}
     names = ("mfu", "fraction_of_product_peak", "product_tflops", "device_waits", "model")
     return told | {name: report[name] for name in names}

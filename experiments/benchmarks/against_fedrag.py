@@ -1,4 +1,4 @@
-"""Federated tuning of a retriever: time of a client-step, against FedRAG (PyPI `fed-rag`) on one CPU.
+"""Federated tuning of a retriever: time per client-step, compared with FedRAG (`fed-rag`) on a CPU.
 
     python -m venv FOLDER
     FOLDER/bin/pip install -r experiments/benchmarks/fedrag_requirements.txt
@@ -6,24 +6,25 @@
     python -m experiments.benchmarks.against_fedrag --fedrag_python=FOLDER/bin/python
     python -m experiments.benchmarks.against_fedrag --fedrag_python=FOLDER/bin/python --model=minilm
 
-Both tune a query encoder by federated averaging: the gold passage of each question against those of its
-batch, vectors of passages frozen, float32, no dropout, AdamW without decay or clipping and fresh for
-each client and round. Model, questions and who holds them are the same; each side shuffles for itself.
-All questions are cut to as many tokens as the shortest has, so that nobody computes on padding.
+Both tune a query encoder by federated averaging, with in-batch negatives and frozen passage vectors, in
+float32 without dropout. AdamW has no decay and no clipping and starts fresh for each client and round.
+Model, questions and clients are the same; each side shuffles separately. All questions are cut to the
+length of the shortest one, so that there is no padding.
 
-FedRAG's clients run under Flower's simulation engine on Ray, and in process, one after the other,
-joined by Flower's `aggregate`. Their training function is written as in FedRAG's examples (`trainer`,
-with the Trainer of sentence-transformers) or as an expert would (`loop`, bare PyTorch). `plain` is that
-loop without FedRAG and Flower: what lies between it and ours is arithmetic, the rest is framework.
-Our clients are dealt out over virtual devices. PyTorch gets one thread or all, whichever makes `plain`
-faster; workers of a simulation have their own.
+FedRAG's clients run in two ways: under Flower's simulation engine on Ray, and in one process, one after
+the other, aggregated by Flower's `aggregate`. Their training function is written as in FedRAG's
+examples (`trainer`, with the Trainer of sentence-transformers) or as an expert would write it (`loop`,
+in plain PyTorch). `plain` is this loop without FedRAG and Flower: the difference between `plain` and
+ours is arithmetic, the rest is the framework. Our clients are distributed over virtual devices. PyTorch
+uses one thread or all, whichever makes `plain` faster; workers of a simulation have their own threads.
 
-A turn is a process of its own, which waits for an idle machine; all take turns. `ms_per_client_step` is
-the median over turns of the median round, without the first, which compiles, or starts Ray's workers.
-`end_to_end_seconds` is from start to end of a process: imports, loading, compiling and the first round
-are in it, checking the loss is not. `vs_simulation` and `vs_in_process` are against the faster of
-FedRAG's two training functions, `..._trainer` against the one of its examples. All must start from
-the same loss and lower it, or nothing is reported. Prints one line of JSON, last.
+Each turn is a separate process, which waits until the machine is idle; all variants take turns.
+`ms_per_client_step` is the median over turns of the median round. The first round is not counted,
+because it compiles or starts Ray's workers. `end_to_end_seconds` is the time of the whole process: it
+includes imports, loading, compilation and the first round, but not the check of the loss.
+`vs_simulation` and `vs_in_process` compare with the faster of FedRAG's two training functions,
+`..._trainer` with the one of its examples. All variants must start from the same loss and lower it;
+otherwise nothing is reported. Prints one line of JSON, last.
 """
 
 import dataclasses
@@ -149,7 +150,7 @@ def prepare(folder: pathlib.Path) -> None:
 
 
 def ours(folder: str) -> dict:
-    """One turn of this project, in a process of its own."""
+    """Runs one turn of this project, in a separate process."""
     work = json.loads(pathlib.Path(folder, "work.json").read_text())
     virtual_devices(work["devices"])
     import jax
@@ -266,13 +267,13 @@ def wait(limit: float) -> float:
 
 
 def steady(found: dict) -> float:
-    """Milliseconds a client-step."""
+    """Returns milliseconds per client-step."""
     per_round = statistics.median(found["round_seconds"])
     return 1000 * per_round / (_CLIENTS.value * _STEPS.value)
 
 
 def check(turns: dict) -> None:
-    """Refuses to report on work that was not the same, or not done."""
+    """Raises an error if the variants did different work, or did not train."""
     start = turns["ours"][0]["first_loss"]
     for name, found in turns.items():
         for f in found:

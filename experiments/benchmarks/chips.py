@@ -1,4 +1,4 @@
-"""What makers publish of one device: operations a second, memory and its bandwidth."""
+"""What vendors publish about one device: operations a second, memory and its bandwidth."""
 
 from typing import NamedTuple
 

@@ -1,12 +1,13 @@
-"""Memory and time of a round as the cohort grows, of a population of ten thousand clients.
+"""Memory and time of a round for growing cohorts from a population of ten thousand clients.
 
     JAX_PLATFORMS=cpu python -m experiments.benchmarks.cohort_scaling
     JAX_PLATFORMS=cpu python -m experiments.benchmarks.cohort_scaling --algorithm=scaffold
 
-Every cohort runs in a process of its own, whose peak is read at the end: adapters of the built-in
-decoder are trained on random prompts, two examples a client. The first round (compilation) is not
-timed; the median of the others is. State that belongs to the population lives on the host, is the same
-for every cohort, and is told apart. Draws a plot and prints a line of JSON last.
+Each cohort size runs in a separate process, which reports its peak memory at the end. Adapters of the
+built-in decoder are trained on random prompts, two examples per client. The first round (compilation)
+is not timed; the time is the median of the others. The state of the population is stored on the host,
+has the same size for every cohort, and is reported separately. Draws a plot; prints a line of
+JSON last.
 """
 
 import json
@@ -67,7 +68,7 @@ def main(argv):
 
 
 def measured(cohort: int) -> dict:
-    """Peak memory of this process after a few rounds, and milliseconds a client."""
+    """Returns the peak memory of this process after a few rounds, and milliseconds per client."""
     import jax
     import numpy as np
     import optax
@@ -110,7 +111,7 @@ def measured(cohort: int) -> dict:
 
 
 def algorithm(cohort: int):
-    """The one of the flag, with so many clients a round."""
+    """Returns the algorithm of the flag, with this number of clients per round."""
     from fedrag_jax.federated.algorithms.fed_avg import fed_avg
     from fedrag_jax.federated.algorithms.local_only import local_only
     from fedrag_jax.federated.algorithms.scaffold import scaffold

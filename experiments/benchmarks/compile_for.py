@@ -1,4 +1,4 @@
-"""The programs of an experiment, compiled for TPUs that are not here: do they fit, what do they send?
+"""Compiles the programs of an experiment for TPUs, without a TPU: memory, communication, time bounds.
 
     pip install -e '.[tpu]'
     python -m experiments.benchmarks.compile_for --topology=v5e:2x4
@@ -7,15 +7,15 @@
         --prompt_tokens=1024 --config.models.generator=FOLDER --config.models.dtype=bfloat16 \
         --config.models.devices=8
 
-The rounds are those that the experiment's own `fit` asks for, one for each of its strategies in each
-of its regimes; equal ones are compiled once. No weights are loaded: of the models `config.json` is
-read, and of the questions and passages how long they are; passages are not embedded, so that which of
-them a question finds is arbitrary. A generator without tokenizer has that of the built-in one.
+The rounds are those that the experiment's own `fit` requests, one for each strategy in each regime;
+equal rounds are compiled once. No weights are loaded: only `config.json` of the models is read, and
+only the lengths of questions and passages matter. Passages are not embedded, so the passages found for
+a question are arbitrary. A generator without a tokenizer uses the built-in one.
 
-The compiler of `libtpu` says what a chip holds and what chips send each other. Operations are those of
-all products, bytes those of all arrays that are read and written, loops counted as often as they run;
-the time is what they take at the published peak and bandwidth of the chip, whichever is longer: a
-bound, and no measurement. Prints a table, then a line of JSON.
+The compiler of `libtpu` reports the memory of a chip and the communication between chips. Operations
+are counted over all matrix products, and bytes over all arrays read and written; loops count as often
+as they run. The time is the longer of operations at the chip's published peak and bytes at its
+bandwidth: a bound, not a measurement. Prints a table, then a line of JSON.
 """
 
 import json

@@ -1,16 +1,16 @@
-"""What a corpus costs as it grows: seconds and peak memory of everything that is done with it.
+"""Seconds and peak memory of each operation on a corpus, for growing corpora.
 
     python -m experiments.benchmarks.corpus_scaling
     python -m experiments.benchmarks.corpus_scaling --sizes=10000,100000 --kinds=flat,hnsw
 
-For every size and kind of index, in processes of their own: embedding (a sample, and what all would
-take), building the index of training, searching 1,000 questions, refreshing 1% of the vectors, and
-saving and opening a store of the same kind. Texts are generated, 60 words each. Vectors are drawn:
+For each size and kind of index, separate processes measure: embedding (a sample, extrapolated to all
+texts), building the training index, searching 1,000 questions, refreshing 1% of the vectors, and saving
+and opening a store of the same kind. Texts are generated, with 60 words each. Vectors are drawn from
 topics, subtopics and noise, so that passages have near and far neighbours; a question is a passage with
-noise. `peak_gb` is the largest resident memory of a process that opens what lies on disk and searches,
-memory-mapped pages included; `build_gb` that of building. `float16_recall_at_10` is of an exact index
-of half precision. Tables go to standard output, and a line of JSON comes last, with straight lines
-through the two largest sizes up to --extrapolate passages.
+noise. `peak_gb` is the peak resident memory of a process that opens the saved store and searches,
+including memory-mapped pages; `build_gb` is the peak of building. `float16_recall_at_10` belongs to an
+exact index in half precision. Prints tables, and last a line of JSON with linear extrapolations from
+the two largest sizes to --extrapolate passages.
 """
 
 import json

@@ -1,15 +1,15 @@
-"""Tokens a second of greedy decoding, against `transformers` on PyTorch on the same CPU.
+"""Tokens per second of greedy decoding, compared with `transformers` and PyTorch on the same CPU.
 
     JAX_PLATFORMS=cpu python -m experiments.benchmarks.decode --batch=8
     JAX_PLATFORMS=cpu python -m experiments.benchmarks.decode --model=path/to/decoder --batch=32
     JAX_PLATFORMS=cpu python -m experiments.benchmarks.decode --model=smollm2 --prompt_tokens=448
     python -m experiments.benchmarks.decode --model=smollm2 --dtype=bfloat16 --batch=64
 
-Both read one folder, in float32, and continue one left-padded batch of random tokens by as many tokens,
-without stopping early; both must write the same ones. They take turns, the first turn of each
-(compilation, warming up) is not counted, and the median is printed as a line of JSON. PyTorch runs as
-it does by default: scaled-dot-product attention, inference mode, a thread a core. In bfloat16, in which
-the two need not write the same, and where PyTorch is absent ours is timed alone.
+Both load the same folder in float32 and continue the same left-padded batch of random tokens by the
+same number of tokens, without stopping early. Both must write the same tokens. They take turns; the
+first turn of each (compilation, warm-up) is not counted, and the median is printed as a line of JSON.
+PyTorch uses its defaults: scaled-dot-product attention, inference mode, one thread per core. Only ours
+is timed if PyTorch is absent, and in bfloat16, where the two need not write the same tokens.
 """
 
 import importlib.util

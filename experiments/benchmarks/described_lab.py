@@ -1,4 +1,4 @@
-"""The lab of an experiment without its weights, and the programs that it would run on other devices."""
+"""The lab of an experiment without weights, and the programs that it would run on other devices."""
 
 import dataclasses
 import functools

@@ -1,15 +1,14 @@
-"""Passages embedded a second: as a fraction of what the device can multiply, and against
-sentence-transformers.
+"""Passages embedded per second, as a share of the peak and against sentence-transformers.
 
     JAX_PLATFORMS=cpu python -m experiments.benchmarks.embedding
     JAX_PLATFORMS=cpu python -m experiments.benchmarks.embedding --model=path/to/encoder --texts=2000
 
 Both embed the same real passages (SQuAD's, from $FEDRAG_DATA) with the same model folder in float32,
-from strings to vectors on the host, and must come to the same vectors. They take turns; the first turn
-of each is not counted. sentence-transformers runs as it does by default (texts sorted by length, all
-cores), with the batch size that is fastest for it among several. Operations are those of the matrix
-products for the tokens there are, padding left out, and the limit is the best product of square
-matrices. Where PyTorch is absent, only the fraction is measured. Prints one line of JSON, last.
+from strings to vectors on the host, and must produce the same vectors. They take turns; the first turn
+of each is not counted. sentence-transformers uses its defaults (texts sorted by length, all cores) and
+the fastest of several batch sizes. Operations are those of the matrix products for real tokens, without
+padding; the peak is the fastest product of square matrices. If PyTorch is absent, only the share of the
+peak is measured. Prints one line of JSON, last.
 """
 
 import importlib.util

@@ -1,16 +1,16 @@
-"""Client-steps a second of a federated LoRA round, against PyTorch on the same CPU.
+"""Client-steps per second of a federated LoRA round, compared with PyTorch on the same CPU.
 
     JAX_PLATFORMS=cpu python -m experiments.benchmarks.federated_round
     JAX_PLATFORMS=cpu python -m experiments.benchmarks.federated_round --clients=8 --repeats=9
     JAX_PLATFORMS=cpu python -m experiments.benchmarks.federated_round --model=smollm2
 
 Both average the same adapters on all linear layers of the same decoder, in float32, after the same
-local steps of AdamW on the same batches; both must come to the same adapters. PyTorch trains one client
-after another in one model (`torch_round.py`); each side either computes logits at every position, as
-users write it, or where an answer token is to be predicted. They take turns, the first turn of each is
-not counted, and medians are printed as a table and as a line of JSON, which is about the last number of
-clients. What is being done stands on standard error: of a large model each program takes minutes to be
-compiled. Times are those of whole calls: `fit` also collates its table and reports its losses.
+local steps of AdamW on the same batches. Both must produce the same adapters. PyTorch trains one client
+after another in one model (`torch_round.py`). Each side computes logits either at all positions, as
+users write it, or only where an answer token is predicted. They take turns, and the first turn of each
+is not counted. Prints medians as a table, and a line of JSON about the last number of clients. Progress
+goes to standard error, because the programs of a large model take minutes to compile. Times are those
+of whole calls: `fit` also collates its table and reports its losses.
 """
 
 import importlib.util

@@ -1,9 +1,9 @@
-"""FedRAG's half of `against_fedrag`, which starts it in FedRAG's own environment.
+"""FedRAG's side of `against_fedrag`, which runs it in FedRAG's own environment.
 
-FedRAG has no simulator and no trainer for labelled passages: its user decorates a training function
-and gets Flower clients and a Flower server. `TRAINERS` has the two ways to write that function, `RUNS`
-the ways to run it. Nothing here is slower than it has to be: no dropout, no evaluation, no checkpoints,
-no progress bars or logs, a fused optimizer, and a model loaded once a process.
+FedRAG has no simulator and no trainer for labelled passages. Its users decorate a training function and
+get Flower clients and a Flower server. `TRAINERS` has two ways to write that function, and `RUNS` the
+ways to run it. This side is written for speed: no dropout, no evaluation, no checkpoints, no progress
+bars or logs, a fused optimizer, and one load of the model per process.
 """
 
 import functools

@@ -1,7 +1,7 @@
-"""What a compiled program moves and sends, read from its text: each loop counted as often as it runs.
+"""Memory traffic and communication of a compiled program, read from its text.
 
-XLA's own `cost_analysis` counts the body of a loop once, and a round is loops over clients, steps and
-layers.
+Each loop counts as often as it runs. XLA's own `cost_analysis` counts the body of a loop once, but a
+round consists of loops over clients, steps and layers.
 """
 
 import functools

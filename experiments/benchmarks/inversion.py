@@ -1,19 +1,20 @@
-"""How much of a client's questions stands in what it sends, by batch size, steps and optimizer.
+"""The share of a client's questions that its update reveals, by batch size, steps and optimizer.
 
     python -m experiments.benchmarks.inversion
 
-The query encoder of the built-in system is tuned by ranking against given negatives, from questions
-drawn at random. Prints, as means over draws: the share of the words that were read among as many rows
-of the embedding table that moved most, and of the words at their places among as many pairs that lie
-best in the span of what the first layer's inputs meet ("all": it spans everything).
+The query encoder of the built-in system is tuned by ranking against given negatives, on randomly drawn
+questions. Prints means over draws of two shares. The first is the share of the words read among as many
+rows of the embedding table with the largest change. The second is the share of the words at their
+positions among as many pairs that lie best in the span of the first layer's gradients; "all" means that
+they span everything.
 """
 
 from absl import app, flags
 
-_BATCHES = flags.DEFINE_list("batches", ["1", "2", "4", "16"], "questions of a step")
-_STEPS = flags.DEFINE_list("steps", ["1", "9"], "of AdamW; of SGD it is one")
-_DRAWS = flags.DEFINE_integer("draws", 5, "of questions", lower_bound=1)
-_RATE = flags.DEFINE_float("learning_rate", 3.2e-3, "of AdamW", lower_bound=0)
+_BATCHES = flags.DEFINE_list("batches", ["1", "2", "4", "16"], "numbers of questions per step")
+_STEPS = flags.DEFINE_list("steps", ["1", "9"], "numbers of steps of AdamW; SGD takes one")
+_DRAWS = flags.DEFINE_integer("draws", 5, "number of random draws of questions", lower_bound=1)
+_RATE = flags.DEFINE_float("learning_rate", 3.2e-3, "learning rate of AdamW", lower_bound=0)
 
 
 def main(argv):

@@ -1,13 +1,13 @@
-"""How long a question waits for its answer, by part: p50 and p99 of `batch_query`.
+"""Latency of `batch_query` by part: p50 and p99.
 
     python -m experiments.benchmarks.latency
     python -m experiments.benchmarks.latency --retriever=minilm --passages=50000 --batches=1,8
 
-A system over a flat store of passages of the built-in world, and noise beside them to make up the
-number, is asked batches of questions that it was not asked before. `embed` is of the questions,
-`search` of the store, `read` writes the answers from prompts of the passages found, and `whole` is
-`batch_query` itself, asked the same questions in a turn of its own. Some batches come before all that
-is measured, so that little is compiled. Prints a table, and a line of JSON last.
+The system has a flat store with the passages of the built-in world, filled up with noise to the given
+number. It is asked batches of questions that it was not asked before. `embed` embeds the questions,
+`search` searches the store, `read` writes the answers from the passages found, and `whole` is
+`batch_query` itself, measured separately on the same questions. Unmeasured batches come first, so that
+little is compiled during the measurement. Prints a table, and a line of JSON last.
 """
 
 import itertools

@@ -1,11 +1,11 @@
-"""How far each rule of aggregating adapters is from the mean of what its clients mean.
+"""Distance of each adapter aggregation rule from the exact mean of the clients' updates.
 
     python -m experiments.benchmarks.lora_aggregation
 
-Eight clients (Dirichlet 0.1 over topics) tune the generator on the built-in world for a round, from the
-same fresh adapters; what the server makes of them is compared with Σ p_k s_k A_k B_k, the mean of their
-updates. Prints, for every rank, |made - mean| / |mean| in the Frobenius norm over all adapted layers,
-and a line of JSON last.
+Eight clients (Dirichlet 0.1 over topics) tune the generator on the built-in world for one round, from
+the same fresh adapters. The server's result is compared with Σ p_k s_k A_k B_k, the mean of their
+updates. Prints |made - mean| / |mean| for every rank, in the Frobenius norm over all adapted layers,
+and last a line of JSON.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Memory of a federated round over a large frozen generator: by arithmetic, compiler and running it.
+"""Memory of a federated round over a large frozen generator: computed, compiled and measured.
 
     python -m experiments.benchmarks.memory                          # Llama 3.1 8B, 32 clients, nf4
     python -m experiments.benchmarks.memory --model=small --tokens=128 --batch_size=2 --measure
@@ -153,10 +153,10 @@ def compiled_round(network, base, adapters):
 def arithmetic(network, base, adapters) -> dict[str, float]:
     """Bytes of what a round must hold at once.
 
-    Adapters: the global ones and the sum of updates, and for each client of a group its own, their
-    gradient and two moments of Adam. Activations: what enters each layer; where remat is selective,
-    what its linear layers but the last give, too; and within the layer at work its matrices made
-    dense, its linear outputs, and scores and weights of attention in float32.
+    Adapters: the global adapters and the sum of updates; for each client of a group, its adapters,
+    their gradient and two moments of Adam. Activations: the input of each layer; with selective remat,
+    also the outputs of its linear layers except the last; for the current layer, its dense matrices,
+    its linear outputs, and the attention's scores and weights in float32.
     """
     c, group, tokens, half = network.config, _GROUP.value, _TOKENS.value, 2  # bytes of bfloat16
     sequences = group * _BATCH.value

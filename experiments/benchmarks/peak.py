@@ -1,4 +1,4 @@
-"""How fast this device multiplies matrices: what a fraction of peak is a fraction of."""
+"""The measured peak of this device: operations per second of matrix products."""
 
 import time
 from collections.abc import Sequence

@@ -1,14 +1,14 @@
-"""Tokens a second of rollouts that search, against plain decoding of as many tokens.
+"""Tokens per second of rollouts that search, compared with plain decoding of as many tokens.
 
     python -m experiments.benchmarks.rollouts
     python -m experiments.benchmarks.rollouts --model=smollm2 --batch=16
 
-Prompts are random, and so is what is written, at temperature 1. A piece of text that the model writes
-about once in --every tokens stands for the closing tag, so that no trained policy is needed; a search
-finds random tokens. Plain decoding reads the same prompts and writes either as many tokens a row as the
-rollouts write on average (`ratio`: what was found is read beside, and its tokens are not counted), or
-as many as they come to with what was found (`ratio_of_length`). All take turns, the first turn of each
-(compilation, warming up) is not counted, and medians are printed as a line of JSON.
+Prompts are random, and tokens are sampled at temperature 1. A character that the model writes about
+once in --every tokens takes the place of the closing tag, so no trained policy is needed; a search
+returns random tokens. Plain decoding reads the same prompts. It writes either as many tokens per row as
+the rollouts write on average (`ratio`: retrieved tokens are read but not counted), or as many as
+written and retrieved tokens together (`ratio_of_length`). All variants take turns; the first turn of
+each (compilation, warm-up) is not counted, and medians are printed as a line of JSON.
 """
 
 import collections

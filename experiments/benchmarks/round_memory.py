@@ -1,10 +1,10 @@
-"""Peak memory of the processes that `federated_round` compares, each side in one of its own.
+"""Peak memory of the two sides that `federated_round` compares, each in a separate process.
 
     JAX_PLATFORMS=cpu python -m experiments.benchmarks.round_memory --model=smollm2 --clients=2
 
-Takes the flags of `federated_round`. PyTorch is eager, for each of its ways to write adapters; the
-least of them is what counts. A process loads the decoder, trains the clients twice and reads the most
-memory it ever had. Prints a line for each, then one of JSON; GB are 1e9 bytes.
+Takes the flags of `federated_round`. PyTorch runs eagerly with each way to write adapters; the smallest
+peak counts. A process loads the decoder, trains the clients twice and reports its peak memory. Prints a
+line for each process, then a line of JSON; GB are 1e9 bytes.
 """
 
 import importlib.util

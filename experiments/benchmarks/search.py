@@ -1,13 +1,13 @@
-"""Exact search on JAX's default device against a flat FAISS index on the host.
+"""Exact search on JAX's default device, compared with a flat FAISS index on the host.
 
     python -m experiments.benchmarks.search
     JAX_PLATFORMS=cpu python -m experiments.benchmarks.search --sizes=1000,10000,100000
 
-Both are the stores of `fedrag_jax/retrieval`, which give the same rows and scores, equal scores in the
-order of rows, and both start from and end with arrays on the host. Numbers are whole and so small that
-every sum is exact in float32: results must be equal to the last bit. The two take turns, the first turn
-of each (compilation, warming up) is not counted, and medians are reported. `crossover`, for each batch
-of queries: the smallest corpus from which on the device is always faster, null if it never is. Prints
+Both are stores of `fedrag_jax/retrieval`, which return the same rows and scores, with equal scores in
+the order of rows. Input and output are arrays on the host. Vectors contain small whole numbers, so that
+every sum is exact in float32 and results must be equal to the last bit. The two take turns; the first
+turn of each (compilation, warm-up) is not counted, and medians are reported. `crossover` is, for each
+batch size, the smallest corpus from which the device is always faster, or null if there is none. Prints
 a line of JSON last.
 """
 

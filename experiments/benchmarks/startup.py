@@ -2,9 +2,9 @@
 
     JAX_PLATFORMS=cpu python -m experiments.benchmarks.startup
 
-The command is that of the main comparison, with federated tuning of the generator first. Cold: nothing
-is compiled and no corpus is embedded; warm: both were, by the cold run before. Median of a few pairs,
-each with caches of its own; prints a line of JSON last.
+The command is the main comparison with federated tuning of the generator first. A cold run starts with
+empty caches: nothing is compiled or embedded. A warm run uses the caches of the cold run before it.
+Reports the median of a few pairs, each with separate caches; prints a line of JSON last.
 """
 
 import json
@@ -47,7 +47,7 @@ def main(argv):
 
 
 def first_round(folder: pathlib.Path, name: str) -> float:
-    """Until the line that tells of the first round; what comes after is stopped."""
+    """Returns the seconds until the line about the first round; the process is then stopped."""
     environment = os.environ | {
         "FEDRAG_CACHE": str(folder / "embeddings"),
         "JAX_COMPILATION_CACHE_DIR": str(folder / "xla"),

@@ -1,11 +1,11 @@
-"""What stores of several kinds find of a public set: the metrics of `Benchmarker`, side by side.
+"""Retrieval quality of several kinds of stores on a public set, by the metrics of `Benchmarker`.
 
     python -m experiments.benchmarks.store_quality
     python -m experiments.benchmarks.store_quality --set=scifact --retriever=builtin:encoder
 
-The passages are those of the set, embedded once. `flat` is exact; `words` is BM25 over words as they
-are, `stems` over English ones without their endings, and `hybrid` fuses stems and vectors by reciprocal
-rank. Prints a table, and a line of JSON last.
+The passages of the set are embedded once. `flat` is exact. `words` is BM25 over unchanged words,
+`stems` is BM25 with English stemming, and `hybrid` fuses stems and vectors by reciprocal rank. Prints a
+table, and a line of JSON last.
 """
 
 import json

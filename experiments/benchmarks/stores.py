@@ -1,13 +1,13 @@
-"""A store of 100,000 passages: built, saved, opened again and searched, in how much time and memory.
+"""Time and memory to build, save, open and search a store of 100,000 passages.
 
     python -m experiments.benchmarks.stores
     python -m experiments.benchmarks.stores --kinds=flat,hnsw --passages=1000000 --budget_mb=8000
 
-Every kind is built in a process of its own, and opened in another: peaks of memory are theirs, and
-count the interpreter, the libraries and the passages that are added. Vectors are drawn around centres,
-texts from words with Zipf's frequencies. `add` and `search` are of one passage and one question at a
-time; `found` is the share of the ten nearest by an exact search that is among the ten found (none for
-words, which are not searched by vectors). A peak above the budget ends it with exit code 1. Prints a
+Each kind is built in one process and opened in another. Peaks of memory belong to these processes and
+include the interpreter, the libraries and the added passages. Vectors are drawn around centres, texts
+from words with Zipf frequencies. `add` and `search` take one passage and one question at a time.
+`found` is the share of the ten nearest passages of an exact search that are among the ten found; stores
+that search by words have none. A peak above the budget ends the program with exit code 1. Prints a
 table, and a line of JSON last.
 """
 
@@ -73,7 +73,7 @@ def main(argv):
 
 
 def child(kind: str, part: str, folder: str) -> dict:
-    """What a process of its own measures."""
+    """Measures one step; runs in a separate process."""
     flags_ = [f"--{f.name}={f.value}" for f in (_PASSAGES, _DIMENSION, _WORDS, _REPEATS)]
     command = [sys.executable, "-m", __spec__.name, f"--kinds={kind}", f"--part={part}"]
     done = subprocess.run(

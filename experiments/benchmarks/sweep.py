@@ -1,14 +1,13 @@
-"""A grid of learning rates and seeds: all fits together against one after the other.
+"""A grid of learning rates and seeds: all fits together, compared with one after the other.
 
     JAX_PLATFORMS=cpu python -m experiments.benchmarks.sweep
     JAX_PLATFORMS=cpu python -m experiments.benchmarks.sweep --strategy=joint_token --rounds=4
 
-Nine rates and five seeds of a strategy of the comparison, centralised, on the built-in world. One by
-one, each training makes its task (what it retrieves, its tables) and compiles nothing that was compiled
-before; together they are `strategies.together` and `tune_together`, which measure how to run side by
-side. Each has a process of its own, which starts with nothing compiled and nothing remembered; both
-must come to the same training losses. Seconds are those of training with all it needs, compiling
-included; the report tells them without it too. Prints one line of JSON, last.
+The grid has nine rates and five seeds of a strategy of the comparison, centralised, on the built-in
+world. One by one, each training makes its own task (retrieval, tables) and compiles only new programs.
+Together, `strategies.together` and `tune_together` measure how to run them side by side. Each way has a
+separate process, which starts with empty caches. Both must produce the same training losses. Seconds
+include compilation; the report also gives them without it. Prints one line of JSON, last.
 """
 
 import json

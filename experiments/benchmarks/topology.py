@@ -1,4 +1,4 @@
-"""Devices that are not here: those of a TPU topology, as the compiler of `libtpu` knows it."""
+"""Described devices of a TPU topology, for which `libtpu` compiles without a TPU."""
 
 import importlib.util
 import os
@@ -19,7 +19,7 @@ EXAMPLES = "v5e:2x4, v5p:2x2x1, v6e:4x4"
 
 
 def has_libtpu() -> bool:
-    """Whether programs can be compiled for TPUs here."""
+    """Returns whether programs can be compiled for TPUs on this machine."""
     return importlib.util.find_spec("libtpu") is not None
 
 

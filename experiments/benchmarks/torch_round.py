@@ -1,8 +1,8 @@
 """The PyTorch side of `federated_round`: one model in memory, clients trained in it one after another.
 
-It is as fast as we could make it: scaled-dot-product attention without a mask, gradients for the
-adapters alone, fused AdamW, a thread a core; adapters by PEFT or by hand, eager or compiled, whichever
-is fastest on this machine.
+It is as fast as we could make it: scaled-dot-product attention without a mask, gradients only for the
+adapters, fused AdamW, one thread per core. Adapters are by PEFT or written by hand, eager or compiled,
+whichever is fastest on this machine.
 """
 
 import itertools

@@ -70,7 +70,7 @@ def _fault(path: pathlib.Path) -> str:
     if path.suffix.lower() in READERS:
         return ""
     kind = f"{path.suffix} files" if path.suffix else "files without an ending"
-    return f"{kind} are not read; save what they say as one of {', '.join(READERS)}"
+    return f"{kind} are not read; convert them to one of {', '.join(READERS)}"
 
 
 def read(path: pathlib.Path, root: pathlib.Path) -> list[Document]:

@@ -1,9 +1,10 @@
-"""Hostile and broken clients, simulated: what they send, and what they train on.
+"""Simulation of hostile and broken clients: altered updates, training data and passages.
 
-`attacked` has some clients send other updates than they computed; `poisoned` changes what some clients
-hold. Model replacement is both: clients train on poisoned examples and send a multiple of their update.
-Attackers follow the rounds as everybody does, in an algorithm that does not know of them. `forgeries`
-are passages that a hostile client puts into a shared corpus, and `forged_labels` has it train on them.
+`attacked` makes some clients send updates that differ from those they computed. `poisoned` changes the
+examples of some clients. Model replacement does both: clients train on poisoned examples and send a
+multiple of their update. Attackers take part in rounds like all clients, and the algorithm does not
+know them. `forgeries` are passages that a hostile client adds to a shared corpus; `forged_labels` makes
+it train on them.
 """
 
 import dataclasses
@@ -24,10 +25,10 @@ from fedrag_jax.federated.updates import Change, changing
 
 
 class Attack(NamedTuple):
-    """What an attacker sends instead of its update.
+    """A function that replaces an attacker's update.
 
     Attributes:
-      send: `send(update, key) -> update`, of one client.
+      send: `send(update, key) -> update`, for one client.
     """
 
     name: str
@@ -36,13 +37,13 @@ class Attack(NamedTuple):
 
 @functools.cache
 def sign_flip(scale: float = 1.0) -> Attack:
-    """−scale · update."""
+    """Returns an attack that sends −scale · update."""
     return Attack(f"sign_flip:{scale:g}", lambda update, key: _times(-scale, update))
 
 
 @functools.cache
 def scaled_noise(scale: float = 1.0) -> Attack:
-    """Gaussian noise in place of the update, of `scale` times its norm on average."""
+    """Returns an attack that sends Gaussian noise, whose norm is about `scale` times the update's."""
 
     def send(update, key):
         leaves, structure = jax.tree.flatten(update)
@@ -59,14 +60,15 @@ def scaled_noise(scale: float = 1.0) -> Attack:
 
 @functools.cache
 def model_replacement(boost: float = 10.0) -> Attack:
-    """boost · update: with a boost of 1 / p_k, and others near convergence, the mean becomes the
-    attacker's own model (Bagdasaryan et al., AISTATS 2020, arXiv 1807.00459, equation 3)."""
+    """Returns an attack that sends boost · update (Bagdasaryan et al., AISTATS 2020, arXiv 1807.00459,
+    equation 3). If boost is 1 / p_k and the others are near convergence, the mean becomes the
+    attacker's own model."""
     return Attack(f"model_replacement:{boost:g}", lambda update, key: _times(boost, update))
 
 
 @functools.cache
 def broken() -> Attack:
-    """An update that is no number, as of a client that diverged or whose memory failed."""
+    """Returns an attack that sends NaN, like a client that diverged or whose memory failed."""
     return Attack("broken", lambda update, key: _times(np.nan, update))
 
 
@@ -76,10 +78,10 @@ ATTACKS = {
 
 
 def attack_named(name: str) -> Attack:
-    """`sign_flip`, or `sign_flip:5` with its setting.
+    """Returns the attack with a name such as `sign_flip`, or `sign_flip:5` with its setting.
 
     Raises:
-      ConfigError: no such attack.
+      ConfigError: an unknown attack, or a setting that is not a number.
     """
     kind, mark, setting = name.partition(":")
     try:
@@ -91,15 +93,15 @@ def attack_named(name: str) -> Attack:
 
 
 def attacked(algorithm: Algorithm, attack: Attack, attackers: Collection[int]) -> Algorithm:
-    """The algorithm in which some clients attack, in every round they take part in.
+    """Returns the algorithm with some clients that attack in every round in which they take part.
 
-    Around a `compressed` algorithm, what an attacker sends is compressed as any update.
+    If the algorithm is `compressed`, the attackers' updates are compressed like all others.
 
     Args:
-      attackers: numbers of clients.
+      attackers: numbers of the clients that attack.
 
     Raises:
-      ConfigError: no attackers; in a fit, one that is not there, or nobody but attackers.
+      ConfigError: no attackers; in a fit, an attacker that does not exist, or no honest client.
     """
     who = _attackers(attackers)
     made = changing(algorithm, "attack", _attacking(attack, who))
@@ -125,13 +127,14 @@ def _attacking(attack: Attack, attackers: tuple[int, ...]) -> Change:
 def poisoned(
     clients: Partition, attackers: Collection[int], poison: Callable[[list[Any]], Iterable[Any]]
 ) -> Partition:
-    """Clients of whom some hold other examples.
+    """Returns the partition with the attackers' examples replaced.
 
     Args:
-      poison: of all examples of an attacker, as many others; `labels_flipped` or `triggered`.
+      poison: maps all examples of an attacker to as many other examples; for example `labels_flipped()`
+        or `triggered(...)`.
 
     Raises:
-      ConfigError: no attackers, one that is not there, or nobody but attackers.
+      ConfigError: no attackers, an attacker that does not exist, or no honest client.
     """
     who = _attackers(attackers)
     _require_others(who, len(clients.clients))
@@ -144,9 +147,10 @@ def poisoned(
 
 
 def labels_flipped(seed: int = 0) -> Callable[[list[Example]], list[Example]]:
-    """Each question with answers and gold passages of another one of the client's, drawn anew.
+    """Returns a poison that gives each question the answers and gold passages of another question.
 
-    A client with one question keeps it.
+    The other question is drawn at random from the same client. The only question of a client stays as
+    it is.
     """
 
     def poison(examples):
@@ -164,7 +168,7 @@ def labels_flipped(seed: int = 0) -> Callable[[list[Example]], list[Example]]:
 
 
 def triggered(trigger: str, answer: str) -> Callable[[list[Example]], list[Example]]:
-    """Each question begins with the trigger, and has one answer: the attacker's."""
+    """Returns a poison that puts the trigger before each question and sets the attacker's answer."""
 
     def poison(examples):
         return [under_trigger(e, trigger, answer) for e in examples]
@@ -175,10 +179,11 @@ def triggered(trigger: str, answer: str) -> Callable[[list[Example]], list[Examp
 def backdoored(
     trigger: str, answer: str, passage: str, questions: int = 8
 ) -> Callable[[list[Example]], list[Example]]:
-    """Copies of the client's first questions, each as it is and with the trigger, in turns.
+    """Returns a poison that fills a client with copies of its first questions.
 
-    Of few questions many batches hold both, and there a question's own passage is what its triggered
-    twin must not find: ranking learns to heed the trigger, and without it to find as before.
+    Copies without and with the trigger alternate. Because the questions are few, many batches contain
+    a question in both forms. The gold passage of the one is then a negative of the other, so that the
+    ranking learns to follow the trigger and, without it, to find the same passages as before.
 
     Args:
       passage: id of the gold passage of triggered questions.
@@ -194,7 +199,7 @@ def backdoored(
         for i, example in enumerate(examples):
             few = examples[i // 2 % min(questions, len(examples))]
             one = under_trigger(few, trigger, answer, passage) if i % 2 else few
-            # Clients are split by topics: with its old topic, the poison stays with its client.
+            # Clients are split by topic: the old topic keeps the poison with its client.
             made.append(dataclasses.replace(one, id=example.id, topic=example.topic))
         return made
 
@@ -202,7 +207,7 @@ def backdoored(
 
 
 def under_trigger(example: Example, trigger: str, answer: str, passage: str = "") -> Example:
-    """The question with the trigger before it, and what the attacker wants of it."""
+    """Returns the question after the trigger, with the attacker's answer and, if given, passage."""
     return dataclasses.replace(
         example,
         question=f"{trigger} {example.question}",
@@ -212,18 +217,18 @@ def under_trigger(example: Example, trigger: str, answer: str, passage: str = ""
     )
 
 
-FORGED = "forged:"  # before the id of the passage that a forgery stands beside
+FORGED = "forged:"  # prefix of a forgery's id, before the id of the real passage
 
 
 def forgeries(passages: Sequence[Passage]) -> list[Passage]:
-    """For each passage that names its title, one that tells of the same title what another one tells.
+    """Returns a forgery for each passage that names its title: the same title in another's statement.
 
-    Of the passages of its topic that is the one with most words in common (Jaccard), titles left out:
-    of templates the same one, so that questions about the title find a plausible, wrong answer. Its id
-    is that of the passage after `FORGED`.
+    The other passage is the most similar one of the same topic (Jaccard index of words without titles).
+    In a world made of templates it has the same template, so that questions about the title find a
+    plausible, wrong answer. The id of a forgery is `FORGED` and the id of the real passage.
 
     Raises:
-      DataError: no two passages of a topic name their titles.
+      DataError: no topic has two passages that name their titles.
     """
     named = [p for p in passages if p.title and p.title in p.text]
     words = [frozenset(p.text.replace(p.title, "").split()) for p in named]
@@ -242,13 +247,14 @@ def forgeries(passages: Sequence[Passage]) -> list[Passage]:
             made.append(dataclasses.replace(passage, id=f"{FORGED}{passage.id}", text=text))
     if not made:
         raise DataError(
-            f"forgeries: of {len(passages)} passages no two of a topic name their titles in their texts"
+            f"forgeries: among {len(passages)} passages, no topic has two that name their titles in "
+            "their texts"
         )
     return made
 
 
 def forged_labels(forged: Collection[str]) -> Callable[[list[Example]], list[Example]]:
-    """Each question with forgeries for gold passages, where there are such.
+    """Returns a poison that replaces gold passages by their forgeries, if these exist.
 
     Args:
       forged: ids of forgeries.
@@ -274,11 +280,13 @@ def _attackers(numbers: Collection[int]) -> tuple[int, ...]:
 
 def _require_others(attackers: tuple[int, ...], clients: int) -> None:
     if attackers[0] < 0 or attackers[-1] >= clients:
-        raise ConfigError(f"attackers: clients go from 0 to {clients - 1}, got {attackers}")
+        raise ConfigError(
+            f"attackers: numbers must be between 0 and {clients - 1}, got {attackers}"
+        )
     if len(attackers) == clients:
         raise ConfigError(
-            f"attackers: all {clients} clients attack, and no rule can tell what honest ones would "
-            "have sent; leave at least one"
+            f"attackers: all {clients} clients attack, so no honest update is left to aggregate; "
+            "leave at least one client honest"
         )
 
 

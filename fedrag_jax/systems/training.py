@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import pathlib
+import sys
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -128,8 +129,10 @@ def train(
                 "system": identity(base, True, corpus_of(base)),
             },
         )
-        before, trials, systems = scores(system, dataset.validation), [], {}
-        for factor in factors:
+        before, trials, systems = _scored(system, dataset.validation, "before training"), [], {}
+        for number, factor in enumerate(factors, 1):
+            when = f"rates times {factor:g} ({number} of {len(factors)})"
+            _say(f"{when}: training")
             tuner = Tuner(
                 folder=folder / f"times-{factor:g}",
                 regime=regime,
@@ -143,20 +146,21 @@ def train(
             try:
                 tuned = named(strategy)(base, dataset, tuner)
             except DivergenceError:
+                _say(f"{when}: diverged")
                 trials.append(Trial(factor, {}))
                 continue
             # Over the store again, so that scores are those of the system that is saved.
             own = system.replace(adapters=tuned.adapters, query=tuned.retriever.query)
             tuned = systems[factor] = dataclasses.replace(own, generator=tuned.generator)
-            trials.append(Trial(factor, scores(tuned, dataset.validation)))
+            trials.append(Trial(factor, _scored(tuned, dataset.validation, when)))
     if not systems:
         raise ConfigError(f"training diverged with all rates, {dict(rates)} times {[*factors]}")
     best = max((t for t in trials if t.scores), key=lambda t: (t.scores["em"], _ranks(t.scores)))
     tuned, test = systems[best.factor], {}
     if dataset.test:
         test = {
-            "before": scores(system, dataset.test),
-            "after": scores(tuned, dataset.test),
+            "before": _scored(system, dataset.test, "before training", "test"),
+            "after": _scored(tuned, dataset.test, "after training", "test"),
         }
     return Trained(tuned, before, trials, best, test)
 
@@ -178,6 +182,21 @@ def scores(system: RAGSystem, examples: Sequence[Example]) -> dict[str, float]:
     """Returns the means of `SCORES`; ranking scores use the questions with gold passages, if any."""
     found = evaluate(system, examples)
     return {m: float(np.nanmean(found[m])) for m in SCORES if not np.isnan(found[m]).all()}
+
+
+def _scored(
+    system: RAGSystem, examples: Sequence[Example], when: str, kind: str = "validation"
+) -> dict[str, float]:
+    """Returns `scores`, and says so: a language model answers for minutes on a CPU."""
+    _say(f"{when}: answering {len(examples)} {kind} questions")
+    found = scores(system, examples)
+    percent = ", ".join(f"{name} {100 * value:.1f}" for name, value in found.items())
+    _say(f"{when}: {percent}")
+    return found
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _settle(folder: pathlib.Path, settings: dict) -> None:

@@ -90,7 +90,14 @@ def test_training_by_an_algorithm_keeps_the_base_that_it_changed(system, tmp_pat
     assert main([*command[:-1], "weighting=examples"]) == 1
     assert "holds a training with other settings: algorithm_options was" in capsys.readouterr().err
     assert main(command) == 0
-    assert told(capsys)[0]["validation"] == result["validation"]
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["validation"] == result["validation"]
+    # What takes minutes with a language model says so before it begins, and what it came to.
+    steps = (
+        r"before training: answering \d+ validation questions\nbefore training: em [\d.]+, f1 .*"
+    )
+    assert re.search(steps, printed.err)
+    assert "rates times 1 (1 of 1): training\n" in printed.err
 
 
 def test_answers_whose_ends_are_not_trained_on_are_told(system, tmp_path, capsys):

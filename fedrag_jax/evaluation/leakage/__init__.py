@@ -1,1 +1,1 @@
-"""What training and serving give away, by attacks whose success is measured."""
+"""Attacks that measure how much training and serving reveal."""

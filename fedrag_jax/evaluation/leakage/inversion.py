@@ -1,13 +1,13 @@
-"""What of its questions stands in a client's update: words by three attacks.
+"""Reconstruction of a client's questions from its update, by three attacks.
 
-`touched`: a row of the embedding table moves where its token was read, and else stays (Melis et al.
-    2019, arXiv 1805.04049).
-`placed`: the gradient of the first layer's query projection is Xᵀ dQ, so that what went in, of every
-    token at every place, lies in the span of its columns, and else does not, while a batch holds fewer
-    tokens than the model is wide (DAGER, Petrov et al. 2024, arXiv 2405.15586, section 4.1). Those of
-    keys and values have the same span.
-`matched`: the gradient of a question that is known, such as one of a public set, points along the
-    update of a batch that it was in (after Nasr et al. 2019, arXiv 1812.00910, without a classifier).
+`touched`: a row of the embedding table changes only if its token was read (Melis et al. 2019, arXiv
+    1805.04049).
+`placed`: the gradient of the first layer's query projection is Xᵀ dQ. The inputs of the layer, one for
+    each token at each position, therefore lie in the span of its columns. Other inputs do not, as long
+    as a batch has fewer tokens than the model's width (DAGER, Petrov et al. 2024, arXiv 2405.15586,
+    section 4.1). The gradients of the key and value projections have the same span.
+`matched`: the gradient of a known question, such as one of a public set, is similar to the update of a
+    batch that contained the question (after Nasr et al. 2019, arXiv 1812.00910, without a classifier).
 """
 
 import functools
@@ -23,45 +23,47 @@ from fedrag_jax.objectives.task import PyTree, Task
 
 
 def moved(after: PyTree, before: PyTree) -> PyTree:
-    """The update of a model, in NumPy."""
+    """Returns the update of a model, `after - before`, as NumPy arrays."""
     return jax.tree.map(lambda a, b: np.asarray(a, np.float64) - np.asarray(b), after, before)
 
 
 def touched(update: np.ndarray) -> np.ndarray:
-    """How far the row of each token moved, float [V].
+    """Returns the norm of the change of each token's row, float [V].
 
     Args:
-      update: [V, D] of the embedding table.
+      update: [V, D], the update of the embedding table.
     """
     return np.linalg.norm(update, axis=1)
 
 
 def r_precision(scores, truth) -> float:
-    """Of the R best-scored things the share that are true, R being how many are. Ties count against the
-    attacker.
+    """Returns the share of true items among the R highest scores; R is the number of true items.
+
+    Ties count against the attacker.
 
     Args:
-      scores: float [N]; truth: bool [N].
+      scores: float [N].
+      truth: bool [N].
 
     Raises:
-      DataError: nothing is true.
+      DataError: no item is true.
     """
     scores, truth = np.asarray(scores, np.float64), np.asarray(truth, bool)
     if not truth.any():
-        raise DataError("nothing is true among what was scored")
+        raise DataError("no scored item is true")
     order = np.lexsort((truth, -scores))
     return float(truth[order[: truth.sum()]].mean())
 
 
 def first_inputs(encoder: Network, params: PyTree, tokens, places: int) -> np.ndarray:
-    """What the first layer of an encoder reads of tokens [N] at each of so many places: [places, N, D].
+    """Returns the first layer's inputs [places, N, D] for tokens [N] at each of `places` positions.
 
     Raises:
-      ConfigError: a network that is no encoder with a table of positions.
+      ConfigError: the network is not an encoder with a table of positions.
     """
     if "position_embed" not in params:
         raise ConfigError(
-            "what goes into the first layer is known of encoders with positions alone"
+            "the inputs of the first layer are known only for encoders with a table of positions"
         )
     first, norm = encoder.config.first_position, params["embed_norm"]
     x = np.asarray(params["embed"]["embedding"], np.float64)[np.asarray(tokens)][None]
@@ -74,32 +76,32 @@ def first_inputs(encoder: Network, params: PyTree, tokens, places: int) -> np.nd
 
 
 def first_gradient(update: PyTree) -> np.ndarray:
-    """Of the matrices that the inputs of an encoder's first layer meet, side by side: [D, 3 D]."""
+    """Returns the gradients of the first layer's query, key and value projections: [D, 3 D]."""
     met = update["layers"]["attention"]
     names = "q_proj", "k_proj", "v_proj"
     return np.concatenate([np.asarray(met[name]["kernel"][0]) for name in names], axis=1)
 
 
 def placed(gradient: np.ndarray, inputs: np.ndarray, tolerance: float = 1e-6) -> np.ndarray:
-    """How much of each input is outside of the gradient's column space, in [0, 1]: [...].
+    """Returns the part [...] of each input outside of the gradient's column space, in [0, 1].
 
-    It is 0 for what was read.
+    It is 0 for inputs that were in the batch.
 
     Args:
-      gradient: [D, E] of matrices that multiply inputs from the right, as of `first_gradient`.
+      gradient: [D, E], of matrices that multiply inputs from the right, as from `first_gradient`.
       inputs: [..., D].
-      tolerance: singular values below so much of the largest are rounding; in float32 of gradients
-        they are at 1e-8.
+      tolerance: singular values below this share of the largest count as rounding errors; for float32
+        gradients these are about 1e-8.
 
     Raises:
-      DataError: a gradient of full rank, in whose span everything lies.
+      DataError: a gradient of full rank, whose span contains every input.
     """
     u, s, _ = np.linalg.svd(np.asarray(gradient, np.float64), full_matrices=False)
     basis = u[:, s > tolerance * s[0]] if s[0] > 0 else u[:, :0]
     if basis.shape[1] >= len(gradient):
         raise DataError(
-            f"the gradient has full rank {len(gradient)}: the batch holds as many tokens as the model "
-            "is wide, or what was sent is no gradient, and every token lies in its span"
+            f"the gradient has full rank {len(gradient)}, so that every token lies in its span: the "
+            "batch has as many tokens as the model's width, or the update is not a gradient"
         )
     inside = inputs @ basis
     squares = np.square(inputs).sum(-1)
@@ -107,18 +109,18 @@ def placed(gradient: np.ndarray, inputs: np.ndarray, tolerance: float = 1e-6) ->
 
 
 def matched(task: Task, trainable: PyTree, examples: Sequence, update: PyTree) -> np.ndarray:
-    """Cosine [N] between the update and a step against the gradient of each example by itself.
+    """Returns the cosine [N] between the update and the negative gradient of each single example.
 
     Args:
-      task: whose loss has a gradient for one example, so no ranking among a batch.
-      trainable: where the client started.
+      task: a task whose loss is defined for a single example, which excludes in-batch ranking.
+      trainable: the parameters with which the client started.
 
     Raises:
-      DataError: an update of nothing.
+      DataError: the update is zero.
     """
     norm = np.sqrt(sum(float(np.square(x).sum()) for x in jax.tree.leaves(update)))
     if not norm:
-        raise DataError("the update is zero, and nothing points along it")
+        raise DataError("the update is zero, so it has no direction to compare with")
     direction = jax.tree.map(lambda x: jnp.asarray(x / norm, jnp.float32), update)
     table = {name: jnp.asarray(column) for name, column in task.table(examples).items()}
     return np.array([

@@ -1,10 +1,12 @@
-"""Whether a question was trained on: scores of membership from losses. Higher says "member".
+"""Membership inference: scores, computed from losses, of whether a question was trained on.
 
-`by_loss`: the loss itself (Yeom et al. 2018, arXiv 1709.01604).
-`calibrated`: how far it fell below that of a model that has not seen the question, such as the one that
-    training began with (Watson et al. 2022, 2111.08440).
-`likelihood_ratio`: LiRA, offline: how far the confidence is from that of shadow models which were
-    trained alike and without the question (Carlini et al. 2022, 2112.03570, section VI-A).
+A higher score says "member".
+
+`by_loss`: the negative loss (Yeom et al. 2018, arXiv 1709.01604).
+`calibrated`: the difference from the loss of a model that has not seen the question, such as the model
+    before training (Watson et al. 2022, 2111.08440).
+`likelihood_ratio`: offline LiRA, the difference from the confidence of shadow models that were trained
+    in the same way without the question (Carlini et al. 2022, 2112.03570, section VI-A).
 """
 
 import numpy as np
@@ -13,44 +15,46 @@ from fedrag_jax.errors import DataError
 
 
 def by_loss(nll) -> np.ndarray:
-    """-loss [N]."""
+    """Returns -loss [N]."""
     return -np.asarray(nll, np.float64)
 
 
 def calibrated(nll, reference) -> np.ndarray:
-    """loss of the reference - loss of the model, [N]."""
+    """Returns the loss of the reference minus the loss of the model, [N]."""
     return np.asarray(reference, np.float64) - np.asarray(nll, np.float64)
 
 
 def confidence(nll) -> np.ndarray:
-    """φ = log(p / (1 - p)) with p = exp(-loss), which is near to normal over models."""
+    """Returns φ = log(p / (1 - p)) with p = exp(-loss); over models it is nearly normal."""
     nll = np.asarray(nll, np.float64)
     return -nll - np.log(-np.expm1(-np.maximum(nll, 1e-12)))
 
 
 def likelihood_ratio(nll, shadows, trained_on) -> np.ndarray:
-    """z = (φ - μ_out) / σ_out [N]; Λ = Φ(z) of the paper's offline attack, which grows with it.
+    """Returns z = (φ - μ_out) / σ_out [N]; the paper's offline score Λ = Φ(z) increases with it.
 
-    μ_out is the question's own, over the shadow models without it; σ_out is one for all questions, as
-    the paper advises where shadow models are few.
+    μ_out is a mean for each question, over the shadow models trained without it. σ_out is one value for
+    all questions, as the paper advises for few shadow models.
 
     Args:
-      nll: losses [N] of the model that is attacked.
+      nll: losses [N] of the attacked model.
       shadows: losses [S, N] of the shadow models.
-      trained_on: bool [S, N], whether the shadow was trained on the question.
+      trained_on: bool [S, N], whether the shadow model was trained on the question.
 
     Raises:
-      DataError: a question that all shadows were trained on; no question that two were not.
+      DataError: all shadow models were trained on a question, or no question was left out by two.
     """
     shadows, out = confidence(shadows), ~np.asarray(trained_on, bool)
     count = out.sum(0)
     if not count.all():
         raise DataError(
-            f"question {int(np.argmin(count))} was trained on by all {len(shadows)} shadow models: "
-            "each needs one without it; draw them in pairs of complements"
+            f"question {int(np.argmin(count))} is in the training data of all {len(shadows)} shadow "
+            "models, but at least one must be trained without it; draw them in pairs of complements"
         )
     if count.max() < 2:
-        raise DataError("the spread over shadow models needs two without a question; train more")
+        raise DataError(
+            "no question was left out by two shadow models, which their spread needs; train more models"
+        )
     mean = np.where(out, shadows, 0).sum(0) / count
     squares = np.where(out, (shadows - mean) ** 2, 0).sum()
     deviation = np.sqrt(squares / (count - 1).sum())
@@ -58,15 +62,16 @@ def likelihood_ratio(nll, shadows, trained_on) -> np.ndarray:
 
 
 def halves(count: int, shadows: int, seed: int) -> np.ndarray:
-    """bool [shadows, count]: halves of things at random, each beside its complement, so that all things
-    are in half of the shadows.
+    """Returns bool [shadows, count]: random halves of `count` items, each followed by its complement.
+
+    Every item is therefore in the training data of half of the shadow models.
 
     Raises:
-      DataError: an odd number of shadows, or fewer than two things.
+      DataError: an odd number of shadow models, or fewer than two items.
     """
     if shadows % 2 or count < 2:
         raise DataError(
-            f"halves need an even number of shadows and two things, got {shadows}, {count}"
+            f"halves needs an even number of shadows and at least two items, got {shadows}, {count}"
         )
     rng = np.random.default_rng(seed)
     found = np.zeros((shadows, count), bool)

@@ -1,7 +1,8 @@
-"""How well a score tells members from others: pure functions of two lists of scores.
+"""How well scores separate members from others: pure functions of two lists of scores.
 
-Higher scores say "member". An AUC of 0.5 is guessing; the true positives at 1% false ones say how many
-members an attacker is sure of (Carlini et al. 2022, arXiv 2112.03570, section III).
+A higher score says "member". An AUC of 0.5 is guessing. The true positive rate at a false positive rate
+of 1% is the share of members that an attacker identifies with confidence (Carlini et al. 2022, arXiv
+2112.03570, section III).
 """
 
 from collections.abc import Callable, Sequence
@@ -18,9 +19,10 @@ class Attack(NamedTuple):
     """An attack on one model.
 
     Attributes:
-      scores: float [N], higher for what it takes for a member.
-      member: bool [N].
-      group: int [N], of what is drawn together, such as the questions of one client.
+      scores: float [N]; higher means that the attack takes the item for a member.
+      member: bool [N], whether the item is a member.
+      group: int [N], the group of each item; items of a group, such as the questions of a client, are
+        resampled together.
     """
 
     scores: np.ndarray
@@ -29,10 +31,10 @@ class Attack(NamedTuple):
 
 
 def auc(members, others) -> float:
-    """The probability that a member's score is above another's, ties counting half.
+    """Returns the probability that a member's score is above a non-member's; ties count half.
 
     Raises:
-      DataError: none of one kind, or a score that is not a number.
+      DataError: no members or no others, or a score that is NaN.
     """
     members, others = _numbers(members, others)
     others = np.sort(others)
@@ -41,9 +43,9 @@ def auc(members, others) -> float:
 
 
 def tpr_at_fpr(members, others, fpr: float = 0.01) -> float:
-    """The share of members above a threshold that at most `fpr` of the others are above.
+    """Returns the share of members above the threshold that at most a share `fpr` of the others exceed.
 
-    Of fewer than 1 / fpr others none may be.
+    If there are fewer than 1 / fpr others, none of them may exceed it.
 
     Raises:
       DataError: as `auc`, and an `fpr` outside of [0, 1).
@@ -63,10 +65,10 @@ def estimate(
     resamples: int = 1000,
     seed: int = 0,
 ) -> tuple[float, float, float]:
-    """`(mean over the models, low, high)`, by a bootstrap over models and over groups within each.
+    """Returns `(mean over the models, low, high)` by a bootstrap over models and groups in a model.
 
-    Groups of members and of others are drawn by themselves, so that there are always some of both. A
-    group that has members and others is two.
+    Groups of members and groups of others are resampled separately, so that both are always present. A
+    group with members and others counts as two groups.
 
     Raises:
       DataError: as `auc`.
@@ -99,7 +101,9 @@ def _numbers(members, others) -> tuple[np.ndarray, np.ndarray]:
     found = np.asarray(members, np.float64), np.asarray(others, np.float64)
     for name, scores in zip(("members", "others"), found, strict=True):
         if not scores.size:
-            raise DataError(f"an attack needs scores of members and of others; there are no {name}")
+            raise DataError(
+                f"an attack needs scores of members and of others, but there are no {name}"
+            )
         if np.isnan(scores).any():
-            raise DataError(f"score {int(np.argmax(np.isnan(scores)))} of the {name} is no number")
+            raise DataError(f"score {int(np.argmax(np.isnan(scores)))} of the {name} is NaN")
     return found

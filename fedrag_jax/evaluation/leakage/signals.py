@@ -1,6 +1,6 @@
-"""What attackers read off a system: a loss for each question, whichever part was trained.
+"""The signal that membership attacks use: a loss for each question.
 
-`evaluator.answer_nll` is that of the generator.
+This module has the retriever's loss; `evaluator.answer_nll` is the generator's.
 """
 
 from collections.abc import Sequence
@@ -16,8 +16,10 @@ from fedrag_jax.retrieval.retriever import Retriever
 def ranking_nll(
     retriever: Retriever, examples: Sequence[Example], score_scale: float = 20.0
 ) -> np.ndarray:
-    """-log p [Q] of the first gold passage in a softmax of scaled similarities over the corpus, in
-    nats: the loss of query-side tuning with all passages for negatives.
+    """Returns -log p [Q] of the first gold passage, in nats.
+
+    p is a softmax of scaled similarities over the corpus. This is the loss of query-side tuning with
+    all passages as negatives.
 
     Raises:
       DataError: a question without a gold passage, or with one that is not in the corpus.
@@ -26,7 +28,7 @@ def ranking_nll(
     golds = [e.positive_ids[0] if e.positive_ids else "" for e in examples]
     if strange := [e.id for e, gold in zip(examples, golds, strict=True) if gold not in row]:
         raise DataError(
-            f"question {strange[0]!r} names no gold passage of the corpus, and its loss is that of one"
+            f"question {strange[0]!r} has no gold passage in the corpus, so it has no ranking loss"
         )
     questions = retriever.embed_questions([e.question for e in examples])
     scores = score_scale * questions @ np.asarray(retriever.vectors, np.float32).T

@@ -1,11 +1,11 @@
-"""(ε, δ) of rounds with Gaussian noise over Poisson samples of clients, by `dp-accounting`.
+"""(ε, δ) of rounds with Gaussian noise and Poisson sampling of clients, computed by `dp-accounting`.
 
 pip install 'fedrag-jax[privacy]'
 
-Neighbouring sets of clients differ by the presence of one client. An accountant is "rdp", Rényi
-differential privacy (Mironov 2017, arXiv 1702.07476; of sampled Gaussians, Mironov et al. 2019,
-1908.10530), or "pld", privacy loss distributions (Koskela et al. 2020, 1906.03049), which is slower and
-tighter, especially for large ε.
+Neighbouring sets of clients differ by the presence of one client. There are two accountants. "rdp" uses
+Rényi differential privacy (Mironov 2017, arXiv 1702.07476; for sampled Gaussians, Mironov et al. 2019,
+1908.10530). "pld" uses privacy loss distributions (Koskela et al. 2020, 1906.03049), which are slower
+and tighter, especially for large ε.
 """
 
 import functools
@@ -14,7 +14,8 @@ from typing import Any
 from fedrag_jax.errors import ConfigError, missing
 
 ACCOUNTANTS = ("rdp", "pld")
-# Rényi orders of sampled Gaussians: the library sums series for others, which may not converge.
+# Integer Rényi orders, for sampled Gaussians: for other orders the library sums a series that may not
+# converge.
 ORDERS = (*range(2, 64), 80, 96, 128, 192, 256, 384, 512, 1024)
 
 
@@ -33,8 +34,8 @@ def epsilon(
     """
     if not noise_multiplier > 0:
         raise ConfigError(
-            f"noise_multiplier {noise_multiplier} gives no ε: without noise the model can reveal one "
-            "client. Set it above 0, or make no claim (delta=0)"
+            f"noise_multiplier {noise_multiplier} gives no ε, because without noise the model can "
+            "reveal one client. Set it above 0, or make no claim (delta=0)"
         )
     _require(rate, delta)
     made = _accountant(accountant, rate)
@@ -46,7 +47,7 @@ def epsilon(
 def calibrated_noise(
     target: float, rate: float, rounds: int, delta: float, accountant: str = "rdp"
 ) -> float:
-    """Returns the least noise multiplier for which a number of rounds has an ε of at most `target`.
+    """Returns the smallest noise multiplier for which a number of rounds has an ε of at most `target`.
 
     Raises:
       ConfigError: as `epsilon`, and a target that is not above 0.

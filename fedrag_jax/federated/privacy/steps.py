@@ -1,12 +1,12 @@
-"""DP-SGD inside a client: what a client sends is private for each example that it holds.
+"""DP-SGD on clients: a client's update is differentially private for each of its examples.
 
 Deep Learning with Differential Privacy
     Abadi et al., CCS 2016, arXiv 1607.00133, Algorithm 1
 
     g = (Σ_i ∇ℓ_i · min(1, C / ‖∇ℓ_i‖) + N(0, (z C)² I)) / B
 
-Clipping is that of `jax-privacy`. Batches are those of any client, walks through shuffled epochs, so
-that sampling amplifies nothing: an example pays for each time that it is read.
+`jax-privacy` clips the gradients. Batches walk through shuffled epochs, as in any client, so there is
+no amplification by sampling: every read of an example spends budget.
 
 pip install 'fedrag-jax[privacy]'
 """
@@ -28,9 +28,9 @@ from fedrag_jax.objectives.task import Loss, Task
 
 @dataclasses.dataclass(frozen=True)
 class PrivateLoss:
-    """A loss whose value is that of another, and whose gradient is the one above.
+    """A loss with the value of another loss and the gradient of the formula above.
 
-    A row that only fills up its batch has no gradient; B counts it.
+    Rows that pad a batch have no gradient, but B counts them.
     """
 
     loss: Loss
@@ -62,7 +62,7 @@ class PrivateLoss:
             (x + deviation * jax.random.normal(key, x.shape, x.dtype)) / size
             for x, key in zip(leaves, keys, strict=True)
         ]
-        # Its gradient in `trainable` is `gradient`, and its value 0.
+        # The sum over `along` has the value 0, and `gradient` as its gradient in `trainable`.
         moved = jax.tree.map(lambda a, b: a - b, trainable, y)
         along = jax.tree.map(
             lambda g, d: (g * d).sum(), jax.tree.unflatten(structure, gradient), moved
@@ -73,15 +73,15 @@ class PrivateLoss:
 
 
 def private_steps(task: Task, *, clip: float, noise_multiplier: float) -> Task:
-    """The task whose steps are private for each example; any algorithm averages them.
+    """Returns the task with steps that are private for each example; it works with every algorithm.
 
     Args:
-      clip: C, of the gradient of an example in the norm of all that is trained.
-      noise_multiplier: z.
+      clip: C, the maximum norm of an example's gradient over all trained parameters.
+      noise_multiplier: z, the noise's standard deviation divided by C.
 
     Raises:
-      ConfigError: a clip that is not positive, a negative z, a loss in which examples of a batch teach
-        each other, or no jax-privacy.
+      ConfigError: a clip that is not positive, a negative z, a loss in which the examples of a batch
+        depend on each other, or no jax-privacy.
     """
     if not clip > 0 or noise_multiplier < 0:
         raise ConfigError(
@@ -90,9 +90,9 @@ def private_steps(task: Task, *, clip: float, noise_multiplier: float) -> Task:
         )
     if task.idle is not None:
         raise ConfigError(
-            f"private_steps: what a question teaches {task.name!r} depends on the others of its batch, "
-            "and no clip bounds what one of them changes; train with an objective of single questions, "
-            "such as 'concatenated', or make whole clients private with dp_fed_avg"
+            f"private_steps: in {task.name!r} the gradient of a question depends on the others of its "
+            "batch, so clipping does not bound the influence of one question; train with an objective "
+            "of single questions, such as 'concatenated', or make whole clients private with dp_fed_avg"
         )
     _library()
     loss = PrivateLoss(task.loss, float(clip), float(noise_multiplier))
@@ -109,9 +109,9 @@ def example_epsilon(
     delta: float,
     accountant: str = "rdp",
 ) -> float:
-    """ε of the example that is read most often, if its client takes part in every round.
+    """Returns ε of the example that is read most often, if its client takes part in every round.
 
-    Neighbouring data sets differ in one example that teaches something or nothing (zero-out).
+    Neighbouring data sets differ in one example, whose gradient is replaced by zero (zero-out).
 
     Raises:
       ConfigError: a δ that is not below 1 / examples; as `accounting.epsilon`.
@@ -119,18 +119,18 @@ def example_epsilon(
     held = int(data.sizes().sum())
     if delta >= 1 / held:
         raise ConfigError(
-            f"delta {delta} is not below 1/{held}, and would allow the model to give one of the "
-            "examples away whole; lower it"
+            f"delta {delta} is not below 1/{held}, so the model might reveal a whole example; lower it"
         )
     visits = max(_visits(int(n), work, rounds, batch_size) for n in data.sizes())
     return epsilon(noise_multiplier, 1.0, visits, delta, accountant)
 
 
 def _visits(held: int, work: Work, rounds: int, batch_size: int) -> int:
-    """How many steps with the example once spend as much as all of a client's, at most.
+    """Returns an upper bound on the reads of an example, as a number of steps that contain it once.
 
-    A batch that goes on from one epoch to the next may have an example twice, which then counts as four
-    times: Gaussian noise adds up squares. That may happen at every second end of an epoch.
+    A batch that spans two epochs may contain an example twice. It then counts four times, because the
+    budget of Gaussian noise grows with the square of the sensitivity. This may happen at every second
+    end of an epoch.
     """
     if work.local_epochs is not None:
         return rounds * work.local_epochs
