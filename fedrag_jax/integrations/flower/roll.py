@@ -68,14 +68,15 @@ class Mail:
         """Passes replies to `take` until `done()`, for at most `patience` seconds; returns `done()`."""
         end, pause = time.monotonic() + patience, SHORTEST
         while not done():
-            came = False
+            came, began = False, time.monotonic()
             for asked, message in self.replies():
                 take(asked, message)
                 came = True
+            asking = time.monotonic() - began  # a busy SuperLink is left alone as long
             if done() or time.monotonic() >= end:
                 break
             pause = SHORTEST if came else min(2 * pause, LONGEST)
-            time.sleep(min(pause, max(end - time.monotonic(), 0)))
+            time.sleep(min(max(pause, asking), max(end - time.monotonic(), 0)))
         return done()
 
     def forget(self, kind: str) -> None:
