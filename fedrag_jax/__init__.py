@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from fedrag_jax.strategies.strategies import STRATEGIES
     from fedrag_jax.tracking.checkpoints import Checkpointer
     from fedrag_jax.tracking.logs import JsonlLog, Progress
+    from fedrag_jax.tracking.weights_and_biases import WandbLog
 
 __version__ = "0.1.0"
 # The module of each name, and what it is called there where that differs.
@@ -102,6 +103,7 @@ _WHERE = {
     "Checkpointer": "tracking.checkpoints",
     "JsonlLog": "tracking.logs",
     "Progress": "tracking.logs",
+    "WandbLog": "tracking.weights_and_biases",
     # How good it is.
     "evaluate": "evaluation.evaluator",
     "evaluate_retrieval": "evaluation.evaluator",
@@ -133,6 +135,7 @@ __all__ = (
     "RAGSystem",
     "RerankedStore",
     "Task",
+    "WandbLog",
     "bootstrap_interval",
     "centralised",
     "dirichlet",

@@ -2,13 +2,12 @@
 
 | section | holds |
 |---|---|
-| `<task>/` | curves of a task over rounds |
+| `<task>/` | curves of a task over rounds, as `fedrag_jax.tracking.weights_and_biases` names them |
 | `test/` | scores of the test questions, with the unit in the name |
 | `cost/` | what training took: seconds, bytes, operations |
 | `controls/` | single numbers of a cell, in percent or counts |
 """
 
-import os
 import pathlib
 import secrets
 import sys
@@ -17,14 +16,8 @@ from typing import Any
 from experiments.reporting.cells import Cell, seeds_name
 from experiments.reporting.comparison import own_weight, scores
 from fedrag_jax import files
+from fedrag_jax.tracking.weights_and_biases import LOGGED, panels, quiet, require_key
 
-LOGGED = "wandb.json"
-# For a server that does not answer: cells take minutes, and are kept whatever it says.
-PATIENCE_S = 30
-# Of a round's record, by the name of its panel; metrics are means over its examples.
-CURVES = {"loss": "loss", "examples": "examples_seen", "seconds": "seconds_per_round",
-          "validation": "validation"}  # fmt: skip
-METRICS = {"tokens": "tokens_per_example", "written_tokens": "written_tokens_per_rollout"}
 # Scores that are no shares; those are told in percent.
 UNITS = {"nll": "nats", "searches": "per_question"}
 _unanswered: set[str] = set()  # servers, by address, that this process has given up on
@@ -79,8 +72,7 @@ def _sent(cell: Cell, how: dict[str, Any]) -> bool:
     if server in _unanswered:
         return False
     try:
-        if not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
-            raise wandb.errors.UsageError("no API key found")
+        require_key()
         _log(cell, how, "online")
         return True
     except (wandb.errors.Error, TimeoutError, OSError) as error:
@@ -97,23 +89,13 @@ def _sent(cell: Cell, how: dict[str, Any]) -> bool:
 def _log(cell: Cell, how: dict[str, Any], mode: str) -> None:
     import wandb
 
-    settings = wandb.Settings(
-        silent=True,
-        console="off",
-        x_disable_stats=True,
-        init_timeout=min(PATIENCE_S, wandb.setup().settings.init_timeout),
-        finish_timeout=PATIENCE_S,
-        finish_timeout_raises=True,
-    )
+    settings = quiet(finish_timeout_raises=True)
     run = wandb.init(mode=mode, reinit="finish_previous", settings=settings, **how)
     run.define_metric("round", hidden=True)
     run.define_metric("*", step_metric="round")
     for task, rounds in cell.curves.items():
         for record in rounds:
-            numbers = {name: record[key] for key, name in CURVES.items() if key in record}
-            numbers |= {METRICS.get(key, key): value for key, value in record["metrics"].items()}
-            named = {f"{task}/{name}": value for name, value in numbers.items()}
-            run.log(named | {"round": record["round"]})
+            run.log(panels(task, record))
     for metric in cell.scores:
         if not metric.startswith(own_weight("")) and (found := scores([cell], metric)).values.size:
             unit = UNITS.get(metric.rpartition("_")[2], "percent")

@@ -5,6 +5,7 @@
   fedrag federate link FOLDER            the server, for those who start runs with `flwr run`
   fedrag federate join PARTY             a party, on its own machine: trains when the server asks
   fedrag federate tuned PARTY --to NEW   saves the party's system with the trained parameters
+  fedrag federate search FOLDER TEXT     finds passages at the parties that share theirs
 
 After a kill, the same command restarts the server after its last finished round. Parties may leave and
 return. The server and the parties run on separate machines, or all on one.
@@ -60,6 +61,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: 9094 and the party's number)",
     )
 
+    join.add_argument(
+        "--share-passages",
+        action="store_true",
+        help="answer the server's searches: the passages nearest to its questions leave this machine "
+        "(default: nothing but trained parameters leaves it)",
+    )
+
     run = commands.add_parser("run", help="start the server and train")
     run.add_argument("folder", type=pathlib.Path, help="of the federation")
     run.add_argument(
@@ -82,6 +90,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--listen", default="127.0.0.1", metavar="ADDRESS", help="as for fedrag federate run"
     )
 
+    search = commands.add_parser("search", help="find passages at the parties that share theirs")
+    search.add_argument("folder", type=pathlib.Path, help="folder of the federation")
+    search.add_argument("questions", nargs="+", metavar="QUESTION", help="a question")
+    search.add_argument(
+        "--top-k", type=int, default=5, help="number of passages per question (default: 5)"
+    )
+    search.add_argument(
+        "--patience",
+        type=int,
+        default=600,
+        metavar="SECONDS",
+        help="seconds to wait until all parties are connected, and for their answers (default: 600)",
+    )
+    search.add_argument(
+        "--listen", default="127.0.0.1", metavar="ADDRESS", help="as for fedrag federate run"
+    )
+
     tuned = commands.add_parser("tuned", help="save a party's system with the trained parameters")
     tuned.add_argument("party", type=pathlib.Path, help="folder of the party")
     tuned.add_argument("--to", type=pathlib.Path, required=True, help="folder of the tuned system")
@@ -95,15 +120,19 @@ def run(args: argparse.Namespace) -> int:
         federation.make(args.folder, args.host, args.port, args.parties, args.passages, args.seed)
         print(f"{args.folder}: read {args.folder / 'README.md'}")
         return 0
-    if args.what in ("join", "link", "run"):
+    if args.what in ("join", "link", "run", "search"):
         # What it has started ends with it, whoever ends it.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if args.what == "join":
-        return federation.join(args.party, args.local_port)
+        return federation.join(args.party, args.local_port, args.share_passages)
     if args.what == "run":
         return federation.serve(args.folder, args.set, args.listen)
     if args.what == "link":
         return federation.wait_for_runs(args.folder, args.listen)
+    if args.what == "search":
+        how = args.top_k, args.patience, args.listen
+        tell(federation.search(args.folder, args.questions, *how))
+        return 0
     from fedrag_jax.integrations.flower.systems import tuned
     from fedrag_jax.rag_folder import require_free
 
@@ -111,3 +140,18 @@ def run(args: argparse.Namespace) -> int:
     tuned(args.party).save(args.to)
     print(f"{args.to}: ask it with fedrag ask")
     return 0
+
+
+def tell(searched: dict) -> None:
+    """Prints the passages of a search, who answered, and bytes."""
+    for one in searched["found"]:
+        print(one["question"])
+        for passage in one["passages"]:
+            who = ", ".join(map(str, passage["parties"]))
+            print(f"  {passage['score']:.3f}  party {who}  {passage['title']}: {passage['text']}")
+    for who, why in searched["refused"].items():
+        print(f"{who}: {why}", file=sys.stderr)
+    print(
+        f"parties {searched['answered']} answered; {searched['bytes_down']:,} bytes down, "
+        f"{searched['bytes_up']:,} bytes up"
+    )

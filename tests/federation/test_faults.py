@@ -70,7 +70,7 @@ FAULTS = {
     ),
     "huge": (
         lambda r: with_array(r, "in", Array("float32", (3, 5), "numpy.ndarray", b"0" * 10_000)),
-        "no reason",
+        "more than its shape needs",
     ),
     "other kind": (lambda r: with_array(r, "in", Array("float32", (3, 5), "x", b"")), "in "),
     "stale round": (lambda r: with_about(r, round=r.content["about"]["round"] - 1), "of round"),
@@ -78,7 +78,7 @@ FAULTS = {
     "of another plan": (lambda r: with_about(r, plan="0123"), "of plan 0123"),
     "report of NaN": (
         lambda r: replaced(r, "report", MetricRecord({"loss": float("nan"), "examples": 3.0})),
-        "finite numbers",
+        "numbers that are not finite",
     ),
     "no loss": (lambda r: replaced(r, "report", MetricRecord({"examples": 3.0})), "loss"),
     "nothing": (lambda r: replaced(r, "about", ConfigRecord()), "round"),
@@ -179,7 +179,7 @@ def test_a_round_below_its_quorum_is_asked_for_again_of_those_who_are_missing(tm
     assert result.history[0]["clients"] == [0, 1, 2, 3] and result.history[0]["refused"] == {}
     assert_agree(plan.task.trainable, models, simulate(plan)[1])
 
-    with pytest.raises(RoundFailedError, match="round 1: 3 of 4 parties answered, and 4 must"):
+    with pytest.raises(RoundFailedError, match="round 1: 3 of 4 parties answered, but 4 must"):
         federate(
             plan, tmp_path / "never", lambda *a: FAULTS["shape"][0](a[2]) if is_bad(*a) else a[2],
             quorum=4,
@@ -301,7 +301,7 @@ def test_parties_that_do_not_fit_are_refused_by_name(tmp_path, caplog):
     apps[107] = app, {}
     federate(plan, tmp_path, apps=apps)
     for node, why in {
-        104: "number 0, and so is node 100",
+        104: "its number is 0, which node 100 has already",
         105: "batch_size is 4 there and 3 here",
         106: "from 0 to 3, got 9",
         107: "got None",
@@ -312,7 +312,7 @@ def test_parties_that_do_not_fit_are_refused_by_name(tmp_path, caplog):
 def test_a_federation_nobody_comes_to_says_so(tmp_path):
     plan = plan_of()
     apps = nodes(plan, tmp_path, numbers=[0, 1])
-    with pytest.raises(RoundFailedError, match=r"2 of 4 parties came within 1\.5 s"):
+    with pytest.raises(RoundFailedError, match=r"2 of 4 parties connected within 1\.5 s"):
         federate(plan, tmp_path, apps=apps, patience=1.5)
 
 
@@ -325,7 +325,7 @@ def test_memory_of_another_time_is_refused(tmp_path):
     assert "counted round 2 of this party last" in result.history[-1]["refused"]["2"]
     other = plan_of(scaffold(0.05, local_steps=3), rounds=4, seed=12)
     moved = {100 + i: nodes(other, tmp_path)[100 + i] for i in range(4)}
-    with pytest.raises(RoundFailedError, match=r"memory\.safetensors is of plan"):
+    with pytest.raises(RoundFailedError, match=r"memory\.safetensors belongs to plan"):
         run_rounds(other, Loopback(moved), tmp_path / "another", patience=5)
 
 
@@ -364,7 +364,7 @@ def test_a_node_that_fails_to_say_who_it_is_is_not_asked_at_once_again(tmp_path,
                 return Message(Error(1, "no memory"), reply_to=message)
         return reply
 
-    with pytest.raises(RoundFailedError, match="3 of 4 parties came"):
+    with pytest.raises(RoundFailedError, match="3 of 4 parties connected"):
         federate(plan, tmp_path, meddle, patience=3.5)
     assert asked == [102]
     monkeypatch.setattr(roll, "AGAIN", 0.1)

@@ -13,16 +13,21 @@ import pytest
 from cryptography import x509
 from flwr.app import Context, RecordDict
 from flwr.cli.build import build_fab_from_disk
+from flwr.clientapp import ClientApp
 from loopback import Loopback
 from toys import leaves
 
 from fedrag_jax.cli.command_line import main
 from fedrag_jax.errors import ConfigError, DataError
+from fedrag_jax.files import write_json
 from fedrag_jax.integrations.flower import federation, systems
 from fedrag_jax.integrations.flower.certificates import make_certificates, make_node_key
 from fedrag_jax.integrations.flower.party import client_app
+from fedrag_jax.integrations.flower.party_search import SHARES, share_passages
+from fedrag_jax.integrations.flower.searches import search_parties
 from fedrag_jax.integrations.flower.server import run_rounds
 from fedrag_jax.rag import RAGSystem
+from fedrag_jax.retrieval.index.silos import over_silos
 
 PARTIES = "north", "library"
 
@@ -52,10 +57,11 @@ def test_a_federation_is_made_that_keeps_its_secrets(made):
     assert [len(ids) for ids in held] == [12, 12] and not held[0] & held[1]
     with pytest.raises(ConfigError, match="is not empty"):
         federation.make(made, ["localhost"], 9092, PARTIES, 12, 0)
-    with pytest.raises(ConfigError, match="different names"):
+    with pytest.raises(ConfigError, match="names of parties must differ"):
         federation.make(made / "new", ["localhost"], 9092, ["a", "a"], 12, 0)
 
 
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # Flower's own use
 def test_the_app_that_parties_are_sent_holds_no_key_and_no_document(made):
     with zipfile.ZipFile(io.BytesIO(build_fab_from_disk(made))) as app:
         names = {*app.namelist()}
@@ -74,6 +80,7 @@ def test_parties_train_on_their_own_documents_and_answer_from_them(made, monkeyp
         100 + i: (app, {"partition-id": i, "fedrag-folder": str(folder)})
         for i, folder in enumerate(folders)
     }
+    config = config | {"folder": str(made / "server" / "run")}
     plan = systems.server_plan(Context(1, 1, {}, RecordDict(), config))
     assert {*plan.task.trainable} == {"adapters"}
     result = run_rounds(plan, Loopback(apps), made / "server" / "run", patience=60)
@@ -94,6 +101,39 @@ def test_parties_train_on_their_own_documents_and_answer_from_them(made, monkeyp
     )
 
 
+def test_a_search_finds_what_the_simulated_silos_find(made):
+    """With the same documents and models, from the folder that a run is told to the file it writes."""
+    app = ClientApp()
+    share_passages(app, systems.party_system)
+    folders = [made / "parties" / name for name in PARTIES]
+    apps = {
+        100 + i: (app, {"partition-id": i, "fedrag-folder": str(folder), SHARES: True})
+        for i, folder in enumerate(folders)
+    }
+    questions = [
+        json.loads((folder / "questions.jsonl").read_text().splitlines()[0])["question"]
+        for folder in folders
+    ]
+    where = made / "server" / "search"
+    where.mkdir()
+    write_json(where / "questions.json", questions)
+    config = {"search": str(where), "top-k": 4, "clients": 2, "patience": 60}
+    config["folder"] = str(made / "server" / "run that nobody has made")
+    search_parties(Loopback(apps), Context(1, 1, {}, RecordDict(), config))
+    told = json.loads((where / "found.json").read_text())
+    assert told["answered"] == [0, 1] and told["refused"] == {} and told["bytes_up"] > 0
+
+    stores = [RAGSystem.load(folder / "system").store for folder in folders]
+    passages = [p for store in stores for p in sorted(store.passages(), key=lambda p: p.id)]
+    silos = np.split(np.arange(len(passages)), [len(stores[0])])
+    retriever = over_silos(RAGSystem.build(passages).retriever, silos)
+    rows, scores = retriever.search(questions, 4)
+    for one, best, near in zip(told["found"], rows, scores, strict=True):
+        assert [p["text"] for p in one["passages"]] == [passages[row].text for row in best]
+        assert [p["parties"] for p in one["passages"]] == [[int(r >= len(stores[0]))] for r in best]
+        np.testing.assert_allclose([p["score"] for p in one["passages"]], near, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("config", "why"),
     [
@@ -108,9 +148,19 @@ def test_configurations_that_cannot_be_are_refused(config, why):
         systems.server_plan(Context(1, 1, {}, RecordDict(), config))
 
 
+def test_the_server_logs_to_weights_and_biases_if_its_configuration_says_so(tmp_path):
+    config = {"folder": str(tmp_path), "wandb": "offline", "wandb-project": "ours"}
+    (log,) = systems.server_callbacks(Context(1, 1, {}, RecordDict(), config))
+    assert (log.mode, log.about["project"], log.folder) == ("offline", "ours", tmp_path)
+    (log,) = systems.server_callbacks(Context(1, 1, {}, RecordDict(), {}))
+    assert log.mode == "disabled"
+    with pytest.raises(ConfigError, match="wandb must be one of"):
+        systems.server_callbacks(Context(1, 1, {}, RecordDict(), {"wandb": "on"}))
+
+
 def test_folders_that_are_none_are_refused_with_what_to_do(tmp_path, capsys):
     assert main(["federate", "run", str(tmp_path)]) == 1
-    assert "is no federation: fedrag federate init" in capsys.readouterr().err
+    assert "is not a federation: fedrag federate init" in capsys.readouterr().err
     assert main(["federate", "join", str(tmp_path)]) == 1
     assert "party.json is missing" in capsys.readouterr().err
     context = Context(1, 1, {"fedrag-folder": str(tmp_path)}, RecordDict(), {})

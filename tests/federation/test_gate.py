@@ -99,7 +99,7 @@ def test_nothing_else_does(ways, path):
 
 
 def test_a_taken_port_is_named(ways):
-    with pytest.raises(ConfigError, match=f"port {ways[1]} of 127.0.0.1 is not to be had"):
+    with pytest.raises(ConfigError, match=f"port {ways[1]} of 127.0.0.1 is not available"):
         open_gate("127.0.0.1:1", ways[2], "127.0.0.1", ways[1])
 
 

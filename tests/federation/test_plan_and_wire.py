@@ -92,7 +92,7 @@ def test_an_algorithm_that_asks_clients_twice_is_refused():
 def test_tasks_that_keep_an_index_are_refused_by_name():
     task = mlp_task()
     searching = dataclasses.replace(task, retrieve=lambda e, t, i: None, index={"a": np.zeros(1)})
-    with pytest.raises(ConfigError, match="task 'mlp' cannot be deployed: what it retrieves"):
+    with pytest.raises(ConfigError, match="task 'mlp' cannot be deployed: its retrieval"):
         plan_of(task=searching)
     with pytest.raises(ConfigError, match="refresh_every=1"):
         plan_of(task=dataclasses.replace(task, retrieve=lambda e, t: None), refresh_every=2)
@@ -175,7 +175,7 @@ def test_a_model_of_another_plan_is_not_loaded(tmp_path):
     federate(plan_of(rounds=1), tmp_path)
     trainable, _ = load_model(plan_of(rounds=1), tmp_path / "party 0")
     assert leaves(trainable).size == 20
-    with pytest.raises(CheckpointError, match="is of plan"):
+    with pytest.raises(CheckpointError, match="belongs to plan"):
         load_model(plan_of(seed=3), tmp_path / "party 0")
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_model(plan_of(), tmp_path)

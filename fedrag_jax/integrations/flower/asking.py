@@ -1,4 +1,4 @@
-"""One round: who is asked, and what they answer."""
+"""One round: asks the sampled parties and checks their answers."""
 
 import logging
 import pathlib
@@ -17,24 +17,24 @@ from fedrag_jax.integrations.flower.broadcast import hand_out
 from fedrag_jax.integrations.flower.draws import Draws
 from fedrag_jax.integrations.flower.plan import Plan
 from fedrag_jax.integrations.flower.roll import Asked, Mail, Roll
-from fedrag_jax.integrations.flower.wire import from_record, named, sizes, to_record
+from fedrag_jax.integrations.flower.wire import add_sizes, from_record, named, sizes, to_record
 
 log = logging.getLogger("flwr")
-ATTEMPTS = 3  # of a round that too few have answered
+ATTEMPTS = 3  # of a round with too few answers
 
 
 class RoundFailedError(FedragError):
-    """Too few parties came or answered, however often they were asked."""
+    """Too few parties connected or answered, after all attempts."""
 
 
 class Asking:
     """A round from the first message to the last answer.
 
     Attributes:
-      drawn: numbers of the parties that are asked.
-      handed: what the round begins with.
-      answers: {client: its report} of those whose answers count; their arrays are in the spool.
-      refused: {client: why} of the others who answered.
+      drawn: numbers of the sampled parties.
+      handed: the model and server state at the start of the round.
+      answers: {client: report} of accepted answers; their arrays are files in the spool.
+      refused: {client: reason} of the other sampled parties.
       up, down: bytes by part and type.
     """
 
@@ -63,10 +63,10 @@ class Asking:
         self._open: set[int] = set()
 
     def until(self, quorum: int | None, patience: float) -> None:
-        """Asks until enough have answered: so many, or more than half of those drawn."""
+        """Asks until `quorum` parties have answered; None for more than half of the sampled ones."""
         least = min(len(self.drawn) // 2 + 1 if quorum is None else quorum, len(self.drawn))
         for attempt in range(1, ATTEMPTS + 1):
-            if attempt > 1:  # those who are gone may come back
+            if attempt > 1:  # parties that are gone may come back
                 self.roll.look()
                 self.roll.wait(lambda _: self._there() >= least)
             self._ask(patience, first=attempt == 1)
@@ -77,21 +77,21 @@ class Asking:
             if len(self.answers) >= least:
                 return
             log.warning(
-                f"round {self.now.round + 1}: {len(self.answers)} of {len(self.drawn)} have answered, "
-                f"and {least} must: attempt {attempt} of {ATTEMPTS}"
+                f"round {self.now.round + 1}: {len(self.answers)} of {len(self.drawn)} parties "
+                f"answered, but {least} must: attempt {attempt} of {ATTEMPTS}"
             )
         raise RoundFailedError(
             f"round {self.now.round + 1}: {len(self.answers)} of {len(self.drawn)} parties answered, "
-            f"and {least} must ({self.refused}). Rounds before are kept: start again to go on"
+            f"but {least} must ({self.refused}). Earlier rounds are saved: start again to continue"
         )
 
     def _there(self) -> int:
-        """How many of those drawn are there."""
+        """Returns the number of sampled parties that are connected."""
         return sum(client in self.roll.members for client in self.drawn)
 
     def _ask(self, patience: float, first: bool) -> None:
         last = counted(self.now.history)
-        self._nodes = {}
+        contents, models = {}, {}
         for client in self.drawn:
             member = self.roll.members.get(client)
             if client in self.answers:
@@ -101,14 +101,16 @@ class Asking:
                 continue
             order = {"round": self.now.round + 1, "plan": self.plan.fingerprint}
             order["counted"] = last.get(client, 0)
-            had = first and order["counted"] == self.now.round > 0  # what was said before
+            had = first and order["counted"] == self.now.round > 0  # the last message
             model = self._message if had and self._message is not None else self._whole
             order["whole"] = model is self._whole
-            content = RecordDict({"model": model, "order": ConfigRecord(order)})
-            group = str(self.now.round + 1)
-            if self.mail.send("train", member.node, content, patience, group):
-                self._nodes[member.node] = client
-                _add(self.down, sizes(model))
+            contents[member.node] = RecordDict({"model": model, "order": ConfigRecord(order)})
+            models[member.node] = client, model
+        sent = self.mail.send("train", contents, patience, str(self.now.round + 1))
+        self._nodes = {node: models[node][0] for node in sent}
+        for node, (client, model) in models.items():
+            if node in sent:
+                add_sizes(self.down, sizes(model))
             else:
                 self.refused[client] = "its node cannot be reached"
         self._open = {*self._nodes.values()}
@@ -137,26 +139,21 @@ class Asking:
         wanted = {"round": self.now.round + 1, "client": client, "plan": self.plan.fingerprint}
         for name, value in wanted.items():
             if about[name] != value:
-                raise ValueError(f"its answer is of {name} {about[name]}, not {value}")
+                raise ValueError(f"the answer is of {name} {about[name]}, not {value}")
         arrays = from_record(content.array_records["model"], self.like, f"client {client}")
         report = {name: float(x) for name, x in content.metric_records["report"].items()}
         if not all(map(np.isfinite, (*report.values(), report["loss"]))) or report["examples"] < 0:
-            raise ValueError(f"its report is not of finite numbers: {report}")
-        _add(self.up, sizes(content.array_records["model"]))
+            raise ValueError(f"the report has numbers that are not finite: {report}")
+        add_sizes(self.up, sizes(content.array_records["model"]))
         return report, named(arrays)
 
     def arrays(self, client: int) -> PyTree:
-        """What a client has sent."""
+        """Returns the arrays that a client sent."""
         found = safetensors.numpy.load((self.spool / f"{client}.safetensors").read_bytes())
         leaves = [found[name] for name in named(self.like)]
         return jax.tree.unflatten(jax.tree.structure(self.like), leaves)
 
 
 def counted(history: Sequence[Mapping[str, Any]]) -> dict[int, int]:
-    """Of each party the last round, from 1, for which its answer counted."""
+    """Returns the last round, from 1, in which each party's answer counted."""
     return {client: record["round"] for record in history for client in record["clients"]}
-
-
-def _add(total: dict[str, int], more: Mapping[str, int]) -> None:
-    for kind, size in more.items():
-        total[kind] = total.get(kind, 0) + size

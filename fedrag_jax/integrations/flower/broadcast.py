@@ -1,7 +1,7 @@
-"""What the server hands out in a round, and what a party makes of it.
+"""Encodes what the server sends in a round, and decodes it at a party.
 
-That is the model, or with a codec for the way down what has changed in it: a party that has all
-messages before is sent the next one, and any other what all of them have come to.
+Without a codec for the way down this is the model. With one, a party that has received all earlier
+messages receives the next message; any other party receives the sum of all messages.
 """
 
 import functools
@@ -16,13 +16,13 @@ from fedrag_jax.integrations.flower.plan import Plan
 
 
 class Handed(NamedTuple):
-    """What a round begins with.
+    """The start of a round.
 
     Attributes:
-      start: the state that parties start from, as the algorithm within the messages knows it.
-      whole: to be sent to a party that knows nothing yet.
-      message: to be sent to one that has what was said in the round before; None if all are alike.
-      received: what all messages have come to, or None.
+      start: the state from which parties start, as the wrapped algorithm defines it.
+      whole: arrays for a party that has no earlier messages.
+      message: arrays for a party that has all earlier messages; None without a codec.
+      received: the sum of all messages, or None.
     """
 
     start: State
@@ -32,7 +32,7 @@ class Handed(NamedTuple):
 
 
 def hand_out(plan: Plan, state: State, round: int) -> Handed:
-    """What the server sends in a round, from 0."""
+    """Returns what the server sends in a round, counted from 0."""
     inner = plan.inner(state)
     if plan.down is None:
         return Handed(inner, plan.handed_out(state))
@@ -44,7 +44,7 @@ def hand_out(plan: Plan, state: State, round: int) -> Handed:
 
 
 def closed(plan: Plan, state: State, handed: Handed, after: State) -> State:
-    """The server's state after a round, of the one before and of what the algorithm has made of it."""
+    """Returns the server's state after a round, from the state before and the algorithm's result."""
     if plan.down is None:
         return after
     x = moved_on(state.trainable, handed.start.trainable, after.trainable)
@@ -52,7 +52,7 @@ def closed(plan: Plan, state: State, handed: Handed, after: State) -> State:
 
 
 def expected(plan: Plan, whole: bool) -> PyTree:
-    """What has the shapes and types of that which a party is sent."""
+    """Returns a tree with the shapes and types of the arrays that a party receives."""
     plain = plan.handed_out(plan.initial)
     if plan.down is None:
         return plain
@@ -64,17 +64,18 @@ def expected(plan: Plan, whole: bool) -> PyTree:
 
 
 def nothing_heard(plan: Plan) -> PyTree:
-    """What a party has before the first message: the model, in wide types where it moves."""
+    """Returns a party's state before the first message: the model, with trained parts in wide types."""
     return _with(plan.initial.trainable, plan.initial.server["received"])
 
 
 def begun(
     plan: Plan, round: int, handed: PyTree, before: PyTree | None = None
 ) -> tuple[State, PyTree]:
-    """What a party starts a round with, of what it was sent, and what it has heard with it.
+    """Returns the state from which a party starts a round, and the sum of all messages so far.
 
     Args:
-      before: what it had heard, if it was sent a message.
+      handed: the arrays from the server.
+      before: the sum of the earlier messages, if `handed` is a message.
     """
     if plan.down is None:
         return plan.received(handed), ()

@@ -1,4 +1,4 @@
-"""Certificates of a server and keys of parties, for those who have no authority of their own."""
+"""Makes certificates for a server and keys for parties, without an existing authority."""
 
 import datetime
 import ipaddress
@@ -18,12 +18,12 @@ VALID = datetime.timedelta(days=365)
 
 
 def make_certificates(folder: pathlib.Path, hosts: Sequence[str]) -> None:
-    """Writes `ca.crt`, which parties are given, and `server.pem` and `server.key`, which stay.
+    """Writes `ca.crt` for the parties, and `server.pem` and `server.key`, which stay at the server.
 
-    The authority's own key is not kept: when the certificate ends, in a year, make both anew.
+    The authority's own key is not saved. After a year the certificate expires: make all files again.
 
     Args:
-      hosts: names and addresses by which parties reach the server.
+      hosts: names and addresses at which parties reach the server.
 
     Raises:
       ConfigError: the folder cannot be written.
@@ -68,7 +68,7 @@ def make_certificates(folder: pathlib.Path, hosts: Sequence[str]) -> None:
 
 
 def make_node_key(path: pathlib.Path) -> None:
-    """Writes the key by which a party's node is known: `path`, which stays, and `path`.pub."""
+    """Writes the key that identifies a party's node: `path`, which is secret, and `path`.pub."""
     key = ec.generate_private_key(ec.SECP384R1())
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ def make_node_key(path: pathlib.Path) -> None:
 
 
 def _write_secret(path: pathlib.Path, content: bytes) -> None:
-    """A file that its owner alone may read, from its first byte on."""
+    """Writes a file that only its owner can read, from the first byte on."""
     with writing(path):
         path.unlink(missing_ok=True)
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:

@@ -1,17 +1,18 @@
-"""Flower's programs as a federation starts them: SuperLink, SuperNodes, and what is told to them.
+"""Starts Flower's programs for a federation: SuperLink, SuperNodes and the command line `flwr`.
 
-TLS and the authentication of nodes are always on. No program installs what an app asks for, and none
+TLS and the authentication of nodes are always on. No program installs an app's dependencies, and none
 reports to Flower's makers.
 """
 
 import contextlib
+import json
 import os
 import pathlib
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fedrag_jax.errors import ConfigError, FedragError
@@ -24,11 +25,11 @@ QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 
 
 class FlowerError(FedragError):
-    """A program of Flower's that failed."""
+    """One of Flower's programs failed."""
 
 
 def environment(home: pathlib.Path) -> dict[str, str]:
-    """That of Flower's programs; what they keep is in `home`."""
+    """Returns the environment of Flower's programs, which keep their files in `home`."""
     programs = str(pathlib.Path(sys.executable).parent)
     path = os.pathsep.join([programs, os.environ.get("PATH", "")])
     return os.environ | QUIET | {"FLWR_HOME": str(home), "PATH": path}
@@ -37,7 +38,7 @@ def environment(home: pathlib.Path) -> dict[str, str]:
 def superlink(
     certificates: pathlib.Path, database: pathlib.Path, host: str, port: int
 ) -> list[str]:
-    """The command line of a SuperLink: the server's side, which runs the ServerApp as well."""
+    """Returns the command line of a SuperLink, the server's side, which also runs the ServerApp."""
     return [
         program("flower-superlink"),
         *("--host", host, "--port", str(port)),
@@ -54,17 +55,17 @@ def supernode(
     address: str,
     ca: pathlib.Path,
     key: pathlib.Path,
-    config: Mapping[str, int | str],
+    config: Mapping[str, bool | int | str],
     port: int = NODE_PORT,
 ) -> list[str]:
-    """The command line of a SuperNode: a party's side, which runs the ClientApp for each message.
+    """Returns the command line of a SuperNode, a party's side, which runs a ClientApp for each message.
 
     Args:
       address: `host:port` of the SuperLink.
-      config: of the node, which stays with it.
-      port: on this machine's loopback, where the ClientApp finds its node; every node another.
+      config: configuration of the node; it does not leave the party.
+      port: local port at which the ClientApp reaches its node; different for each node of a machine.
     """
-    told = " ".join(f'{n}="{v}"' if isinstance(v, str) else f"{n}={v}" for n, v in config.items())
+    told = " ".join(f"{name}={json.dumps(value)}" for name, value in config.items())
     return [
         program("flower-supernode"),
         *("--superlink", address),
@@ -76,7 +77,7 @@ def supernode(
 
 
 def connect(home: pathlib.Path, address: str, ca: pathlib.Path) -> None:
-    """Tells Flower's command line where the SuperLink is."""
+    """Writes the address of the SuperLink into the configuration of `flwr`."""
     with writing(home):
         home.mkdir(parents=True, exist_ok=True)
     write_text(
@@ -87,10 +88,10 @@ def connect(home: pathlib.Path, address: str, ca: pathlib.Path) -> None:
 
 
 def register(home: pathlib.Path, public_key: pathlib.Path, name: str) -> None:
-    """Lets the node with a key into the federation; one that is in stays in.
+    """Registers the node with a public key; does nothing if it is registered already.
 
     Raises:
-      FlowerError: the SuperLink does not answer or refuses.
+      FlowerError: the SuperLink does not answer, or refuses.
     """
     found = flwr(home, "supernode", "register", str(public_key), LINK, "--name", name)
     if found.returncode and "already in use" not in found.stdout + found.stderr:
@@ -98,8 +99,8 @@ def register(home: pathlib.Path, public_key: pathlib.Path, name: str) -> None:
 
 
 def flwr(home: pathlib.Path, *arguments: str) -> subprocess.CompletedProcess:
-    """Runs Flower's command line to its end, in `home`: it takes a folder of the SuperLink's name that
-    is where it runs for an app of old."""
+    """Runs `flwr` to its end, in `home`: elsewhere it could take a folder with the SuperLink's name for
+    an app."""
     command = [program("flwr"), *arguments]
     return subprocess.run(
         command,
@@ -112,11 +113,42 @@ def flwr(home: pathlib.Path, *arguments: str) -> subprocess.CompletedProcess:
     )
 
 
+def start_run(home: pathlib.Path, folder: pathlib.Path, changes: Sequence[str] = ()) -> str:
+    """Starts a run of the app in a folder; returns its number.
+
+    Args:
+      changes: `key=value` of the run's configuration.
+
+    Raises:
+      FlowerError: the app or the configuration is refused.
+    """
+    chosen = ["--run-config", " ".join(changes)] if changes else []
+    where = str(folder.absolute())
+    started = flwr(home, "run", where, LINK, "--format", "json", *chosen)
+    number = _json(started).get("run-id")
+    if not number:
+        raise FlowerError((started.stderr or started.stdout).strip())
+    return number
+
+
+def status(home: pathlib.Path, run: str) -> str:
+    """Returns the status of a run, such as "running" or "finished:failed"; "" if it is unknown."""
+    found = _json(flwr(home, "ls", LINK, "--run-id", run, "--format", "json"))
+    return found["runs"][0]["status"] if found.get("runs") else ""
+
+
+def _json(done: subprocess.CompletedProcess) -> dict[str, Any]:
+    try:
+        return json.loads(done.stdout)
+    except ValueError:
+        return {}
+
+
 def wait_for_link(home: pathlib.Path, link: subprocess.Popen, patience: float = 600.0) -> None:
     """Waits until the SuperLink answers.
 
     Raises:
-      FlowerError: it does not, or has ended.
+      FlowerError: it does not answer in time, or has ended.
     """
     end = time.monotonic() + patience
     while (found := flwr(home, "ls", LINK)).returncode:
@@ -131,13 +163,13 @@ def wait_for_link(home: pathlib.Path, link: subprocess.Popen, patience: float = 
 
 @contextlib.contextmanager
 def running(command: list[str], patience: float = 30.0, **how: Any) -> Iterator[subprocess.Popen]:
-    """A program that ends when the block does, with all that it has started.
+    """Runs a program until the end of the block; then ends it and all processes that it started.
 
     Args:
-      patience: seconds to end in, before it is killed.
-      how: as of `Popen`.
+      patience: seconds that the program has to end, before it is killed.
+      how: arguments of `Popen`.
     """
-    # A session of its own: Flower's programs start others, and leave them behind.
+    # A separate session: Flower's programs start others, and leave them behind.
     process = subprocess.Popen(command, start_new_session=True, **how)
     try:
         yield process
@@ -151,12 +183,12 @@ def running(command: list[str], patience: float = 30.0, **how: Any) -> Iterator[
 
 
 def program(name: str) -> str:
-    """Where a program of Flower's is.
+    """Returns the path of one of Flower's programs.
 
     Raises:
-      ConfigError: not beside this Python.
+      ConfigError: the program is not beside this Python.
     """
     path = pathlib.Path(sys.executable).parent / name
     if not path.exists():
-        raise ConfigError(f"{path} is missing: install flwr where {sys.executable} is")
+        raise ConfigError(f"{path} is missing: install flwr for {sys.executable}")
     return str(path)

@@ -1,4 +1,4 @@
-"""What a server draws in a round: who takes part, and noise."""
+"""The random draws of a server in a round: the participants and the noise."""
 
 import secrets
 from typing import NamedTuple
@@ -12,11 +12,11 @@ from fedrag_jax.integrations.flower.plan import Plan
 
 
 class Draws(NamedTuple):
-    """Where a server's draws come from.
+    """The sources of a server's random draws.
 
     Attributes:
-      seed: of who takes part.
-      key: of noise, into which the round is folded.
+      seed: seed of client sampling.
+      key: key of the noise; the round is folded in.
     """
 
     seed: int
@@ -24,15 +24,15 @@ class Draws(NamedTuple):
 
     @classmethod
     def known(cls, plan: Plan) -> "Draws":
-        """The simulator's, of the seed that all parties know."""
+        """Returns the simulator's draws, from the seed that all parties know."""
         return cls(plan.seed, update_key(plan.seed))
 
     @classmethod
     def of(cls, plan: Plan) -> "Draws":
-        """Those of a plan: of the system's randomness where nobody else may know them.
+        """Returns the draws of a plan: from the system's randomness if they must be secret.
 
-        They are drawn anew whenever a server starts. A round that it had not finished was told to
-        nobody, so other noise in its second try gives nothing away.
+        A restarted server has new draws. Nobody has seen the result of an unfinished round, so the
+        new noise in its second attempt reveals nothing.
         """
         if not plan.algorithm.secret:
             return cls.known(plan)
@@ -40,13 +40,16 @@ class Draws(NamedTuple):
         return cls(secrets.randbits(128), jax.random.wrap_key_data(data, impl="threefry2x32"))
 
     def who(self, plan: Plan, sizes: np.ndarray, round: int) -> np.ndarray:
-        """Who of parties with so many examples takes part in a round, from 0: places in `sizes`.
+        """Samples the parties of a round, counted from 0; returns places in `sizes`.
 
-        As in a simulation, where all parties are there.
+        With all parties connected, the sample is that of the simulation.
+
+        Args:
+          sizes: numbers of examples of the connected parties, int [N].
         """
         rng = stream(self.seed, "client sampling", round)
         return np.sort(plan.algorithm.work.sampling.draw(sizes, rng))
 
     def of_round(self, round: int) -> jax.Array:
-        """The key of a round, from 0."""
+        """Returns the key of a round, counted from 0."""
         return jax.random.fold_in(self.key, np.int32(round))

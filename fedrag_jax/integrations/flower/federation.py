@@ -1,11 +1,11 @@
-"""A federation in a folder: made, served, and joined from a shell.
+"""Makes, serves and joins a federation that is a folder, from a shell.
 
 FOLDER/
-  pyproject.toml, federation/   the Flower app, which `flwr run` takes as well
-  server/                       certificates, public keys of the parties, what was trained
-  parties/NAME/                 given to the party: its key, ca.crt, party.json
-    documents/, questions.jsonl   generated here, a party's own otherwise
-    system/                       of the documents
+  pyproject.toml, federation/   the Flower app, which `flwr run` also starts
+  server/                       certificates, public keys of the parties, the trained model
+  parties/NAME/                 for the party: its key, ca.crt, party.json
+    documents/, questions.jsonl   generated here; a real party uses its own
+    system/                       the index and models of these documents
 """
 
 import contextlib
@@ -29,6 +29,8 @@ from fedrag_jax.integrations.flower.certificates import CA, make_certificates, m
 from fedrag_jax.integrations.flower.gate import open_gate
 from fedrag_jax.integrations.flower.model_file import MODEL
 from fedrag_jax.integrations.flower.party import FOLDER, NUMBER
+from fedrag_jax.integrations.flower.party_search import SHARES
+from fedrag_jax.integrations.flower.searches import ASKED, FOUND
 from fedrag_jax.integrations.flower.systems import QUESTIONS, SYSTEM
 from fedrag_jax.models import hub
 from fedrag_jax.rag import RAGSystem
@@ -36,7 +38,8 @@ from fedrag_jax.retrieval.stores.registry import new_store
 from fedrag_jax.systems.indexing import index
 
 ABOUT, KEY = "party.json", "node.key"
-LOOK = 10.0  # seconds between two looks at the run, each of which starts a program
+ENDED = "finished:completed", "finished:failed", "finished:stopped"
+LOOK = 10.0  # seconds between two checks of the run; each starts a program
 NAMED = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,30}")
 
 
@@ -48,20 +51,27 @@ def make(
     passages: int,
     seed: int,
 ) -> None:
-    """Writes a federation whose parties hold documents of different topics of a generated world.
+    """Writes a federation whose parties hold generated documents on different topics.
+
+    Args:
+      hosts: names and addresses of the server, for its certificate; parties connect to the first.
+      port: port of the server.
+      parties: names of the parties.
+      passages: maximum number of passages per party.
+      seed: random seed of the generated world.
 
     Raises:
-      ConfigError: a folder that holds something, or names that are none or the same.
+      ConfigError: a folder that is not empty, or names that are invalid or repeated.
     """
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty: choose another folder")
     if len({*parties}) < len(parties) or not all(NAMED.fullmatch(name) for name in parties):
         raise ConfigError(
-            f"parties need different names of letters, digits, - and _, got {[*parties]}"
+            f"names of parties must differ and consist of letters, digits, - and _, got {[*parties]}"
         )
     _copy_project(folder, len(parties))
     certificates = folder / "server" / "certificates"
-    # Its own address, too: what the server starts comes to it from this machine.
+    # Also loopback: the server's own programs connect from this machine.
     make_certificates(certificates, [*dict.fromkeys([*hosts, "127.0.0.1", "localhost"])])
     world = synthetic.generate(synthetic.WorldConfig(seed=seed))
     topics = sorted({e.topic for e in world.train})
@@ -80,29 +90,56 @@ def make(
 
 
 def serve(folder: pathlib.Path, changes: Sequence[str] = (), listen: str = "127.0.0.1") -> int:
-    """Runs the server of a federation until it has trained; its exit code.
+    """Runs the server of a federation until training ends; returns its exit code.
 
     Args:
       changes: `key=value` of the run's configuration.
-      listen: address of this machine to which parties may come.
+      listen: address of this machine on which the server accepts parties.
 
     Raises:
       ConfigError: no federation in the folder.
-      FlowerError: a program of Flower's that failed.
+      FlowerError: one of Flower's programs failed.
     """
     with linked(folder, listen) as (home, link):
         run = folder / "server" / "run"
         (run / MODEL).unlink(missing_ok=True)
-        chosen = ["--run-config", " ".join(changes)] if changes else []
-        started = commands.flwr(home, "run", str(folder.absolute()), commands.LINK, *chosen)
-        if started.returncode:
-            raise commands.FlowerError((started.stderr or started.stdout).strip())
-        _follow(run, home, link)
+        _follow(run, commands.start_run(home, folder, changes), home, link)
     return 0
 
 
+def search(
+    folder: pathlib.Path,
+    questions: Sequence[str],
+    k: int,
+    patience: int = 600,
+    listen: str = "127.0.0.1",
+) -> dict[str, Any]:
+    """Searches the parties that share their passages; returns the content of `found.json`.
+
+    Args:
+      k: number of passages to find for each question.
+      patience: seconds to wait until all parties are connected, and for their answers.
+
+    Raises:
+      as `serve` does.
+    """
+    where = folder / "server" / "search"
+    with linked(folder, listen) as (home, link):
+        where.mkdir(exist_ok=True)
+        write_json(where / ASKED, [*questions])
+        (where / FOUND).unlink(missing_ok=True)
+        chosen = ['search="server/search"', f"top-k={k}", f"patience={patience}"]
+        run = commands.start_run(home, folder, chosen)
+        while commands.status(home, run) not in ENDED:
+            _require_alive(link)
+            time.sleep(1)
+        if not (where / FOUND).exists():
+            raise commands.FlowerError(f"the search failed: see {folder / 'server' / 'link.log'}")
+    return read_json(where / FOUND)
+
+
 def wait_for_runs(folder: pathlib.Path, listen: str = "127.0.0.1") -> int:
-    """Runs a SuperLink for those who start runs themselves, with `flwr run`; its exit code.
+    """Runs a SuperLink for users who start runs with `flwr run`; returns its exit code.
 
     Raises:
       as `serve` does.
@@ -114,10 +151,10 @@ def wait_for_runs(folder: pathlib.Path, listen: str = "127.0.0.1") -> int:
 
 @contextlib.contextmanager
 def linked(folder: pathlib.Path, listen: str) -> Iterator[tuple[pathlib.Path, subprocess.Popen]]:
-    """A SuperLink that knows the parties, with a gate before it: Flower's folder, and the process."""
+    """Runs a SuperLink that knows all parties, and a gate; yields Flower's folder and the process."""
     server = folder / "server"
     if not (folder / "pyproject.toml").exists() or not server.is_dir():
-        raise ConfigError(f"{folder} is no federation: fedrag federate init {folder}")
+        raise ConfigError(f"{folder} is not a federation: fedrag federate init {folder}")
     home = (server / "flower").absolute()
     parties = [*sorted((folder / "parties").glob(f"*/{ABOUT}"))]
     port = int(read_json(parties[0])["server"].rpartition(":")[2]) if parties else commands.PORT
@@ -134,26 +171,30 @@ def linked(folder: pathlib.Path, listen: str) -> Iterator[tuple[pathlib.Path, su
         for key in sorted((server / "parties").glob("*.pub")):
             commands.register(home, key.absolute(), key.stem)
         opened = open_gate(own, certificates, listen, port)
-        print(f"parties may come, to port {port}", flush=True)
+        print(f"parties can connect to port {port}", flush=True)
         try:
             yield home, link
         finally:
             opened.should_exit = True
 
 
-def join(party: pathlib.Path, local_port: int | None = None) -> int:
-    """Runs the node of a party until it is stopped; its exit code.
+def join(party: pathlib.Path, local_port: int | None = None, shares: bool = False) -> int:
+    """Runs the node of a party until it is stopped; returns its exit code.
+
+    Args:
+      local_port: port of this machine for the party's own programs.
+      shares: whether the party answers searches with its passages.
 
     Raises:
-      ConfigError: no party in the folder.
+      ConfigError: the folder is not of a party.
     """
     path = party / ABOUT
     if not path.exists():
         raise ConfigError(
-            f"{path} is missing: give the folder of a party, as the server's side made it"
+            f"{path} is missing: give the folder of a party that fedrag federate init made"
         )
     about: Any = read_json(path)
-    config = {NUMBER: int(about["number"]), FOLDER: str(party.absolute())}
+    config = {NUMBER: int(about["number"]), FOLDER: str(party.absolute()), SHARES: shares}
     port = commands.NODE_PORT + config[NUMBER] if local_port is None else local_port
     command = commands.supernode(
         about["server"], (party / CA).absolute(), (party / KEY).absolute(), config, port
@@ -163,8 +204,8 @@ def join(party: pathlib.Path, local_port: int | None = None) -> int:
         return node.wait()
 
 
-def _follow(run: pathlib.Path, home: pathlib.Path, link: subprocess.Popen) -> None:
-    """Tells rounds as they end, until the model is there."""
+def _follow(run: pathlib.Path, number: str, home: pathlib.Path, link: subprocess.Popen) -> None:
+    """Prints rounds as they end, until the model is saved."""
     told, looked = 0, time.monotonic()
     while True:
         path = run / "rounds.jsonl"
@@ -174,19 +215,21 @@ def _follow(run: pathlib.Path, home: pathlib.Path, link: subprocess.Popen) -> No
         told = len(lines)
         if (run / MODEL).exists():
             break
-        if link.poll() is not None:
-            raise commands.FlowerError(f"the SuperLink ended with {link.returncode}: see its log")
+        _require_alive(link)
         if time.monotonic() - looked > LOOK:
             looked = time.monotonic()
-            found = commands.flwr(home, "ls", commands.LINK, "--format", "json").stdout
-            if '"status": "finished:failed"' in found:
+            if commands.status(home, number) in ENDED and not (run / MODEL).exists():
                 raise commands.FlowerError(f"the run failed: see {run.parent / 'link.log'}")
         time.sleep(1)
-    print(f"trained: {run / MODEL}; waiting for the parties to take it", flush=True)
-    while (
-        '"status": "running"' in commands.flwr(home, "ls", commands.LINK, "--format", "json").stdout
-    ):
+    print(f"trained: {run / MODEL}; waiting for the parties to receive it", flush=True)
+    while commands.status(home, number) not in ENDED:
+        _require_alive(link)
         time.sleep(LOOK)  # the run itself waits no longer than its patience
+
+
+def _require_alive(link: subprocess.Popen) -> None:
+    if link.poll() is not None:
+        raise commands.FlowerError(f"the SuperLink ended with {link.returncode}: see its log")
 
 
 def _tell(record: dict[str, Any]) -> None:
@@ -202,7 +245,7 @@ def _tell(record: dict[str, Any]) -> None:
 
 
 def _new_system() -> RAGSystem:
-    """Of the built-in models, which read the built-in world, over an empty store."""
+    """Returns a system of the built-in models, which read the generated world, over an empty store."""
     encoder = hub.load("builtin:encoder")
     return RAGSystem.build(
         store=new_store("flat", encoder.network.config.dimension),
@@ -224,7 +267,7 @@ def _copy_project(folder: pathlib.Path, clients: int) -> None:
 
 
 def _write_documents(party: pathlib.Path, world, topics: Sequence[str], passages: int) -> None:
-    """Documents of some topics, one JSON line a passage, and the questions that they answer."""
+    """Writes passages on some topics, one per JSON line, and the questions that they answer."""
     of_topics: list[Passage] = [p for p in world.passages if p.topic in topics][:passages]
     ids = {p.id for p in of_topics}
     asked: list[Example] = [

@@ -1,9 +1,9 @@
-"""The one way to a SuperLink from outside: what nodes say, and nothing else.
+"""A reverse proxy in front of a SuperLink that passes only requests of nodes.
 
-A SuperLink has three interfaces on one port: of nodes (`/v1/fleet/`), of whoever starts runs
-(`/v1/control/`) and of the apps that it runs (`/v1/runtime/`). Without an account server the second
-takes anybody's app and has all parties run it. So the SuperLink listens on this machine alone, and this
-gate, with the same certificate, passes on the first.
+A SuperLink has three interfaces on one port: for nodes (`/v1/fleet/`), for users who start runs
+(`/v1/control/`) and for the apps that it runs (`/v1/runtime/`). Without an account server, the second
+accepts an app from anyone and makes all parties run it. So the SuperLink listens only on loopback, and
+this gate, with the same certificate, passes on only the first interface.
 """
 
 import pathlib
@@ -23,15 +23,15 @@ from fedrag_jax.integrations.flower.certificates import CA, CERTIFICATE, KEY
 
 PASSED = "/v1/fleet/"
 HOP = {"connection", "keep-alive", "transfer-encoding", "upgrade", "host", "content-length"}
-PATIENCE = 600.0  # seconds of an answer, which may be a large model
+PATIENCE = 600.0  # seconds for an answer, which may be a large model
 
 
 def gate(link: str, certificates: pathlib.Path) -> Starlette:
-    """The application of a gate before a SuperLink.
+    """Returns the application of a gate in front of a SuperLink.
 
     Args:
       link: `host:port` of the SuperLink.
-      certificates: as `make_certificates` writes them.
+      certificates: folder that `make_certificates` wrote.
     """
     trusted = ssl.create_default_context(cafile=str(certificates / CA))
     client = httpx.AsyncClient(base_url=f"https://{link}", verify=trusted, timeout=PATIENCE)
@@ -57,7 +57,7 @@ def gate(link: str, certificates: pathlib.Path) -> Starlette:
 
 
 class _Closing:
-    """Closes an answer once it is passed on."""
+    """Closes an answer after it was passed on."""
 
     def __init__(self, answer: httpx.Response):
         self.answer = answer
@@ -67,17 +67,17 @@ class _Closing:
 
 
 def open_gate(link: str, certificates: pathlib.Path, host: str, port: int) -> uvicorn.Server:
-    """A gate in a thread of its own; `should_exit` ends it.
+    """Starts a gate in a separate thread; `should_exit` ends it.
 
     Raises:
-      ConfigError: it cannot listen there.
+      ConfigError: the address or port is not available.
     """
     try:
         listening = socket.create_server((host, port))
     except OSError as error:
         raise ConfigError(
-            f"port {port} of {host} is not to be had ({error.strerror}): end what listens there, or "
-            "make a federation with another --port"
+            f"port {port} of {host} is not available ({error.strerror}): end the program that listens "
+            "there, or make a federation with another --port"
         ) from error
     config = uvicorn.Config(
         gate(link, certificates),

@@ -1,4 +1,4 @@
-"""What a party keeps from round to round, such as its control variate and what it has heard."""
+"""The state that a party keeps between rounds, such as its control variate."""
 
 import pathlib
 from typing import Any
@@ -18,19 +18,19 @@ NAME = "memory.safetensors"
 
 
 class Memory:
-    """What one client keeps, its row, before its last round and after it, in a file.
+    """One client's state (its row) before and after its last round, in a file.
 
-    Whether that round counted is known only once the server asks again: an answer may be lost, or the
-    server taken up from a round before. So both are kept, and the server says which of a party's
-    rounds was the last that counted.
+    Only the server knows whether that round counted: the answer may be lost, or the server may resume
+    from an earlier round. So both rows are kept, and the server's next message names the party's last
+    counted round.
 
     Args:
-      folder: of the party.
+      folder: folder of the party.
       first: the row before the first round.
 
     Raises:
-      ConfigError: the file is of another plan.
-      DataError: it cannot be read.
+      ConfigError: the file belongs to another plan.
+      DataError: the file cannot be read.
     """
 
     def __init__(self, folder: pathlib.Path, plan: Plan, first: PyTree):
@@ -43,10 +43,10 @@ class Memory:
             self._read()
 
     def row(self, counted: int) -> PyTree:
-        """The row after the round, from 1, that was the last to count; 0: none has.
+        """Returns the row after the last counted round, counted from 1; 0 if no round has counted.
 
         Raises:
-          ConfigError: it is not known any more.
+          ConfigError: the file has no such row.
         """
         if counted == 0:
             self.before = self.after = 0, jax.device_get(self.row_like)
@@ -56,14 +56,14 @@ class Memory:
             self.after = self.before
         else:
             raise ConfigError(
-                f"the server counted round {counted} of this party last, and {self.path} knows rounds "
-                f"{self.before[0]} and {self.after[0]}: give the folder that the party had in round "
-                f"{counted}, or start the federation anew"
+                f"the server counted round {counted} of this party last, but {self.path} has rounds "
+                f"{self.before[0]} and {self.after[0]}: use the folder that the party had in round "
+                f"{counted}, or start the federation from the beginning"
             )
         return self.before[1]
 
     def keep(self, round: int, row: PyTree) -> None:
-        """Writes down the row after a round, from 1, beside the one that `row` gave."""
+        """Saves the row after a round, counted from 1, beside the row that `row` returned."""
         self.after = round, row
         arrays = {
             f"{when}.{name}": np.asarray(x, order="C")
@@ -83,8 +83,8 @@ class Memory:
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if about.get("plan") != self.plan.fingerprint:
                 raise ConfigError(
-                    f"{self.path} is of plan {about.get('plan')}, and this is "
-                    f"{self.plan.fingerprint}: give each federation a folder of its own"
+                    f"{self.path} belongs to plan {about.get('plan')}, but this plan is "
+                    f"{self.plan.fingerprint}: use a separate folder for each federation"
                 )
             self.before = int(about["before"]), self._tree("before", arrays)
             self.after = int(about["after"]), self._tree("after", arrays)

@@ -1,4 +1,4 @@
-"""The model that a federation has come to, as a file."""
+"""Saves and loads the model that a federation trained."""
 
 import pathlib
 
@@ -18,7 +18,7 @@ MODEL = "model.safetensors"
 
 
 def save_model(plan: Plan, handed: PyTree, folder: pathlib.Path) -> None:
-    """Writes `model.safetensors`: what the server hands out of its state."""
+    """Writes `model.safetensors`: the part of the server's state that it sends to parties."""
     leaves = jax.device_get(named(handed))
     arrays = {name: np.asarray(x, order="C") for name, x in leaves.items()}
     folder.mkdir(parents=True, exist_ok=True)
@@ -27,10 +27,10 @@ def save_model(plan: Plan, handed: PyTree, folder: pathlib.Path) -> None:
 
 
 def load_model(plan: Plan, folder: str | pathlib.Path) -> tuple[PyTree, PyTree]:
-    """What was trained and what the frozen part of the plan's task has become, as `fit` gives them.
+    """Returns the trained parameters and the frozen part of the plan's task, as `fit` returns them.
 
     Raises:
-      CheckpointError: no such file, or one of another plan.
+      CheckpointError: no such file, or a file of another plan.
     """
     path = pathlib.Path(folder) / MODEL
     like = plan.handed_out(plan.initial)
@@ -41,7 +41,7 @@ def load_model(plan: Plan, folder: str | pathlib.Path) -> tuple[PyTree, PyTree]:
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read ({error})") from error
     if about.get("plan") != plan.fingerprint:
-        raise CheckpointError(f"{path} is of plan {about.get('plan')}, not {plan.fingerprint}")
+        raise CheckpointError(f"{path} belongs to plan {about.get('plan')}, not {plan.fingerprint}")
     leaves = [jnp.asarray(found[name]) for name in named(like)]
     state = plan.received(jax.tree.unflatten(jax.tree.structure(like), leaves))
     return state.trainable, plan.within.frozen(state, plan.task.frozen)

@@ -1,8 +1,8 @@
-"""A party of a federation: trains on its own examples when the server asks, and sends what it learned.
+"""A party of a federation: trains on its own examples when the server asks, and sends the result.
 
-What leaves it are arrays of what is trained, its number, how many examples it holds, and means over its
-examples of the loss and its metrics. Why its work failed stays in its own log, but for settings that
-are not those of the server.
+Only these leave it: arrays of trained parameters, its number, its number of examples, and means over
+its examples of the loss and the metrics. Details of a failure stay in its own log, except for
+differences between its settings and the server's.
 """
 
 import json
@@ -30,9 +30,9 @@ from fedrag_jax.integrations.flower.plan import Plan
 from fedrag_jax.integrations.flower.wire import WireError, from_record, to_record
 
 log = logging.getLogger("flwr")
-NUMBER = "partition-id"  # of a party, in the configuration of its node
+NUMBER = "partition-id"  # the party's number, in the configuration of its node
 FOLDER = "fedrag-folder"
-FAILED = 1000  # code of an error of ours; Flower's own are below
+FAILED = 1000  # code of our errors; Flower's codes are lower
 Examples = Partition | Sequence[Any] | Callable[[Context], Sequence[Any]]
 
 
@@ -41,34 +41,25 @@ def client_app(
     data: Examples,
     folder: str | pathlib.Path | None = None,
 ) -> ClientApp:
-    """The Flower ClientApp of a party.
+    """Returns the Flower ClientApp of a party.
 
         app = client_app(plan, my_examples)
 
     Args:
-      plan: or what makes it, where it takes the configuration of the node to do so.
-      data: the party's examples, or what gives them; of a `Partition` the part with its number.
-      folder: where the party keeps what it knows from round to round and the model of the last one; of
-        its own. `fedrag-folder` of the node's configuration comes first.
+      plan: the plan, or a function that makes it from Flower's context.
+      data: the party's examples, or a function that returns them; of a `Partition`, the party uses the
+        part with its number.
+      folder: folder of the party's state between rounds and of the final model, one per party.
+        `fedrag-folder` in the node's configuration overrides it.
 
-    The number of the party, 0 to N - 1, is `partition-id` of the node's configuration:
+    The party's number, 0 to N - 1, is `partition-id` in the node's configuration:
     `flower-supernode --node-config 'partition-id=0'`.
     """
     app = ClientApp()
 
     def answering(work):
         def handler(message: Message, context: Context) -> Message:
-            try:
-                party = Party(plan, data, folder, context)
-                return Message(work(party, message), reply_to=message)
-            except (ConfigError, DivergenceError, WireError) as error:
-                log.error("%s", error)
-                told = "it diverged" if isinstance(error, DivergenceError) else str(error)
-                return Message(Error(FAILED, told), reply_to=message)
-            except Exception as error:
-                log.exception("the work that the server asked for failed")
-                told = f"{type(error).__name__}: the party's own log says more"
-                return Message(Error(FAILED, told), reply_to=message)
+            return answered(lambda: work(Party(plan, data, folder, context), message), message)
 
         return handler
 
@@ -78,15 +69,29 @@ def client_app(
     return app
 
 
+def answered(work: Callable[[], RecordDict], message: Message) -> Message:
+    """Returns the reply to a message: the result of the work, or an error without details."""
+    try:
+        return Message(work(), reply_to=message)
+    except (ConfigError, DivergenceError, WireError) as error:
+        log.error("%s", error)
+        told = "it diverged" if isinstance(error, DivergenceError) else str(error)
+        return Message(Error(FAILED, told), reply_to=message)
+    except Exception as error:
+        log.exception("the work that the server asked for failed")
+        told = f"{type(error).__name__}: the party's own log says more"
+        return Message(Error(FAILED, told), reply_to=message)
+
+
 class Party:
-    """One party while it answers a message."""
+    """One party during one message."""
 
     def __init__(self, plan, data: Examples, folder, context: Context):
         self.plan: Plan = plan if isinstance(plan, Plan) else plan(context)
         number = context.node_config.get(NUMBER)
         if not isinstance(number, int) or not 0 <= number < self.plan.clients:
             raise ConfigError(
-                f"{NUMBER} of the node's configuration is the number of the party, from 0 to "
+                f"{NUMBER} of the node's configuration must be the party's number, from 0 to "
                 f"{self.plan.clients - 1}, got {number!r}: flower-supernode --node-config '{NUMBER}=0'"
             )
         self.number: int = number
@@ -98,12 +103,12 @@ class Party:
         self.keeps = self.plan.keeps_rows or self.plan.down is not None
         if self.keeps and self.folder is None:
             raise ConfigError(
-                f"{self.plan.algorithm.name}: a party keeps what it knows from round to round; give a "
-                f"folder of its own, as {FOLDER} of the node's configuration"
+                f"{self.plan.algorithm.name}: a party keeps state between rounds; give it a folder, as "
+                f"{FOLDER} in the node's configuration"
             )
 
     def introduce(self, message: Message) -> RecordDict:
-        """Who this is: its number, how much it holds, and what it has been told to do."""
+        """Answers with the party's number, its number of examples and its settings."""
         about = ConfigRecord(
             {
                 "client": self.number,
@@ -115,7 +120,7 @@ class Party:
         return RecordDict({"about": about})
 
     def train(self, message: Message) -> RecordDict:
-        """The work of a round."""
+        """Trains for one round."""
         plan, order = self.plan, message.content["order"]
         whole = bool(order["whole"])
         round, handed = self._asked(message, expected(plan, whole))
@@ -152,18 +157,18 @@ class Party:
         )
 
     def keep(self, message: Message) -> RecordDict:
-        """Writes down the model that training has come to, if there is a folder for it."""
+        """Saves the final model, if there is a folder."""
         round, handed = self._asked(message, self.plan.handed_out(self.plan.initial))
         if self.folder is not None:
             save_model(self.plan, handed, self.folder)
         return RecordDict({"about": ConfigRecord({"client": self.number, "round": round + 1})})
 
     def _asked(self, message: Message, like: PyTree) -> tuple[int, PyTree]:
-        """The round that a message is of, from 0, and what it brings, which is to be like that."""
+        """Returns the round of a message, counted from 0, and its arrays, checked against `like`."""
         order = message.content["order"]
         if order["plan"] != self.plan.fingerprint:
             raise ConfigError(
-                f"the server follows plan {order['plan']} and client {self.number} plan "
+                f"the server has plan {order['plan']}, but client {self.number} has plan "
                 f"{self.plan.fingerprint}: start both with the same settings"
             )
         handed = from_record(message.content["model"], like, "the server")

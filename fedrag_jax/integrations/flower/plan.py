@@ -1,4 +1,4 @@
-"""What all parties of a federation agree on before they train."""
+"""The settings that all parties of a federation share."""
 
 import dataclasses
 import functools
@@ -21,23 +21,23 @@ from fedrag_jax.federated.optimizers import split
 from fedrag_jax.integrations.flower.wire import named
 from fedrag_jax.objectives.task import Task
 
-PROTOCOL = 2  # of the messages: parties that speak different ones refuse each other
+PROTOCOL = 2  # version of the messages: parties with different versions refuse each other
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A federated fit, as its server and each of its parties know it: arguments are those of `fit`.
+    """A federated fit, as its server and each of its parties define it; arguments are those of `fit`.
 
-    The parties' plans hold the same but for the task, of which the passages and what else lies frozen
-    may be a party's own.
+    The plans of all parties are equal except for the task: its passages and other frozen parts may
+    differ between parties.
 
     Attributes:
-      clients: N, parties that there may be; they are numbered from 0.
+      clients: maximum number N of parties, which are numbered from 0.
 
     Raises:
-      ConfigError: what cannot be deployed: algorithms that leave a model with each client, have one
-        client alone, need all updates at once or hold in a simulation alone; simulated dropout and
-        stragglers; tasks that keep an index from round to round; settings that `fit` refuses.
+      ConfigError: the plan cannot be deployed: algorithms that leave a model with each client, have
+        only one client, need all updates at once or exist only in simulation; simulated dropout and
+        stragglers; tasks that keep an index between rounds; settings that `fit` refuses.
     """
 
     task: Task
@@ -56,49 +56,49 @@ class Plan:
         name, work = self.algorithm.name, self.algorithm.work
         if self.algorithm.model is not None:
             raise ConfigError(
-                f"{name} cannot be deployed: it leaves each client a model of its own, and the server "
-                "sends all of them one; choose an algorithm that averages all of what is trained"
+                f"{name} cannot be deployed: it leaves each client a model of its own, but the server "
+                "sends one model to all; choose an algorithm that averages all trained parameters"
             )
         if why := self.algorithm.simulated:
             raise ConfigError(f"{name} cannot be deployed: {why}; choose another algorithm")
-        self.algorithm.tells(self.rounds)  # refuses more than it may take
+        self.algorithm.tells(self.rounds)  # refuses too many rounds
         if self.within.needs == "updates":
             raise ConfigError(
-                f"{name} cannot be deployed: it needs all updates of a round at once, and the server "
-                "adds them up as they come; choose an algorithm that needs a sum"
+                f"{name} cannot be deployed: it needs all updates of a round at once, but the server "
+                "adds them up as they arrive; choose an algorithm that needs only a sum"
             )
         for chance in ("dropout", "stragglers"):
             if getattr(work, chance):
                 raise ConfigError(
                     f"{name} cannot be deployed: {chance}={getattr(work, chance)} simulates what real "
-                    "parties do by themselves; leave it out"
+                    "parties do by themselves; remove it"
                 )
         if self.task.index is not None or (self.task.retrieve and self.refresh_every > 1):
             raise ConfigError(
-                f"task {self.task.name!r} cannot be deployed: what it retrieves depends on rounds "
-                "before, and a party that was not drawn for them has not seen their models; let it "
-                "retrieve anew in every round (refresh_every=1, no index kept from round to round)"
+                f"task {self.task.name!r} cannot be deployed: its retrieval depends on earlier rounds, "
+                "but a party that was not sampled has not seen their models; retrieve anew in every "
+                "round (refresh_every=1, no index kept between rounds)"
             )
         for round in range(len(self.algorithm.turns)):
             sent_shapes(*self.place(round), self.inner(self.initial), self.task.frozen, name)
 
     @property
     def within(self) -> Algorithm:
-        """The algorithm, without the messages that it is wrapped in."""
+        """The algorithm inside the wrapper that encodes messages, if there is one."""
         return self.algorithm if self.algorithm.messages is None else self.algorithm.messages.inner
 
     @property
     def down(self) -> Codec | None:
-        """That of what the server sends, or None."""
+        """The codec of the server's messages, or None."""
         return None if self.algorithm.messages is None else self.algorithm.messages.down
 
     def inner(self, state: State) -> State:
-        """The state as the algorithm within the messages knows it."""
+        """Returns the state of the algorithm inside the wrapper."""
         return state if self.down is None else state._replace(server=state.server["inner"])
 
     @functools.cached_property
     def optimizer_at(self) -> Callable[[int], optax.GradientTransformation]:
-        """The clients' optimizer of a round, from 0."""
+        """The function from a round, counted from 0, to the clients' optimizer."""
         return schedule(self.algorithm, self.optimizer)
 
     @functools.cached_property
@@ -108,34 +108,34 @@ class Plan:
 
     @property
     def keeps_rows(self) -> bool:
-        """Whether clients keep something from round to round."""
+        """Whether clients keep state between rounds."""
         return bool(jax.tree.leaves(self.initial.population))
 
     def place(self, round: int) -> tuple[Place, list]:
-        """What both sides know of a round, from 0, and the numbers of its optimizer."""
+        """Returns the shared settings of a round, counted from 0, and the numbers of its optimizer."""
         return Place.of(self.algorithm, self.optimizer_at(round), round)
 
     def key(self, round: int) -> jax.Array:
-        """That of a round, from 0."""
+        """Returns the random key of a round, counted from 0."""
         return jax.random.fold_in(update_key(self.seed), np.int32(round))
 
     def handed_out(self, state: State) -> PyTree:
-        """What the server sends of its state."""
+        """Returns the part of a state that the server sends."""
         server = {"server": self.inner(state).server} if self.algorithm.open_server else {}
         return {"trainable": state.trainable} | server
 
     def received(self, handed: PyTree) -> State:
-        """The state as a client knows it, of the model and what else the server sent."""
+        """Returns a client's state, from the arrays that the server sent."""
         return self.inner(self.initial)._replace(**handed)
 
     def sent(self, round: int) -> tuple[PyTree, PyTree]:
-        """Shapes and types of what a client sends in a round, from 0, and of the sums over clients."""
+        """Returns shapes and types of a client's arrays in a round, from 0, and of their sums."""
         state = self.inner(self.initial)
         return sent_shapes(*self.place(round), state, self.task.frozen, self.algorithm.name)
 
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
-        """What must be the same with all, JSON types."""
+        """The settings that must be equal at all parties, as JSON types."""
         arrays = named(self.handed_out(self.initial))
         _, numbers, _ = split(self.optimizer_at(0).init)  # `update` has the same
         return {
@@ -157,7 +157,7 @@ class Plan:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def differences(self, settings: Mapping[str, Any]) -> str:
-        """How the settings of another differ from these, for people; "" where they do not."""
+        """Returns a description of how other settings differ from these; "" if they are equal."""
         mine = json.loads(json.dumps(self.settings))
         return "; ".join(
             f"{name} is {settings.get(name)!r} there and {mine.get(name)!r} here"

@@ -1,9 +1,8 @@
-"""The server of a federation: hands out the model, waits for answers, and makes a round of them.
+"""The server of a federation: sends the model, waits for answers, and aggregates them.
 
-It is a loop of its own beside Flower's `Strategy`, which has no word for a round that was finished
-before, waits for all replies at once and holds them in memory. Here a round is what the simulator makes
-of the same answers, in the order of clients; answers wait in files; a finished round is in a
-checkpoint before the next begins.
+It does not use Flower's `Strategy`, which cannot resume after a finished round, waits for all replies
+at once and holds them in memory. Here a round equals the simulator's with the same answers, in the
+order of clients. Answers wait in files, and a finished round is in a checkpoint before the next begins.
 """
 
 import dataclasses
@@ -51,26 +50,28 @@ def server_app(
     quorum: int | None = None,
     patience: float = 3600.0,
     callbacks: Iterable[Callback] | Callable[[Context], Iterable[Callback]] = (),
+    search: Callable[[Grid, Context], None] | None = None,
 ) -> ServerApp:
-    """The Flower ServerApp of a federation.
+    """Returns the Flower ServerApp of a federation.
 
         app = server_app(plan, "runs/federation")
 
     Args:
-      plan: or what makes it of the run's configuration.
-      folder: where `checkpoints`, `rounds.jsonl` and `model.safetensors` are kept. A server that starts
-        again with the same folder goes on after the last finished round.
-      present: parties to wait for before the first round; all N unless given. Later rounds go on
-        with those who are there.
-      quorum: answers without which a round does not count; it is asked for again then, of those who
-        have not answered. More than half of those drawn unless given.
-      patience: seconds to wait, for parties at the start and for the answers of a round.
-      callbacks: as in `fit`, told of every round; or what makes them of the run's configuration.
+      plan: the plan, or a function that makes it from Flower's context.
+      folder: folder of `checkpoints`, `rounds.jsonl` and `model.safetensors`. A server that restarts
+        with the same folder continues after the last finished round.
+      present: number of parties to wait for before the first round; by default all N. Later rounds
+        use the parties that are connected.
+      quorum: minimum number of answers in a round; with fewer, the missing parties are asked again. By
+        default more than half of the sampled parties.
+      patience: seconds to wait for parties at the start, and for the answers of a round.
+      callbacks: as in `fit`; or a function that makes them from Flower's context.
+      search: function that runs in place of training, if the run's configuration has a `search`.
 
-    The run's configuration may say `folder`, `quorum` and `patience`, which come first.
+    `folder`, `quorum` and `patience` of the run's configuration override the arguments.
 
     Raises:
-      ConfigError: counts or seconds that cannot be.
+      ConfigError: a count below 1, or patience that is not positive.
     """
     if patience <= 0 or any(n is not None and n < 1 for n in (quorum, present)):
         raise ConfigError(
@@ -81,7 +82,11 @@ def server_app(
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        known, config = plan if isinstance(plan, Plan) else plan(context), context.run_config
+        config = context.run_config
+        if search is not None and config.get("search"):
+            search(grid, context)
+            return
+        known = plan if isinstance(plan, Plan) else plan(context)
         where = pathlib.Path(str(config.get("folder", folder)))
         numbers: Any = [config.get(n, v) for n, v in (("quorum", quorum), ("patience", patience))]
         told = callbacks(context) if callable(callbacks) else callbacks
@@ -100,22 +105,22 @@ def run_rounds(
     callbacks: Iterable[Callback] = (),
     draws: Draws | None = None,
 ) -> FitResult:
-    """All rounds that are left; arguments as in `server_app`.
+    """Runs all remaining rounds; arguments as in `server_app`.
 
     Args:
-      draws: those that the algorithm needs, unless given.
+      draws: random draws of the server; by default those that the algorithm needs.
 
     Returns:
-      As `fit` does. Records hold `clients` (those whose answers counted), `refused` ({client: why}),
-      and traffic in bytes as they were sent.
+      As `fit`. Records have `clients` (whose answers counted), `refused` ({client: reason}), and the
+      traffic in sent bytes.
 
     Raises:
-      RoundFailedError: parties do not come, or fewer answer a round than its quorum.
-      DivergenceError: the server's own step left a number that is not finite.
+      RoundFailedError: too few parties connect, or fewer answer a round than its quorum.
+      DivergenceError: the server's step gave a number that is not finite.
     """
     present = plan.clients if present is None else present
     draws = Draws.of(plan) if draws is None else draws
-    draws.who(plan, np.ones(present, np.int64), 0)  # refuses what cannot be drawn of so many
+    draws.who(plan, np.ones(present, np.int64), 0)  # refuses an impossible sample
     mail, least = Mail(grid), present
     roll = Roll(plan, mail, patience)
     state = plan.initial._replace(population=())
@@ -129,19 +134,19 @@ def run_rounds(
             lambda count, least=least: count >= least and _drawable(plan, draws, count)
         ):
             raise RoundFailedError(
-                f"{len(roll.members)} of {least} parties came within {patience:g} s: start their "
-                "SuperNodes, or set `present` or `patience`"
+                f"{len(roll.members)} of {least} parties connected within {patience:g} s: start "
+                "their SuperNodes, or set `present` or `patience`"
             )
         with tempfile.TemporaryDirectory(dir=folder) as spool:
             asking = Asking(plan, draws, mail, roll, now, pathlib.Path(spool))
             asking.until(quorum, patience)
-            least = quorum or present // 2 + 1  # later rounds go on with those who are there
+            least = quorum or present // 2 + 1  # later rounds use the connected parties
             state, record = _closed(plan, draws, now, asking)
         record["seconds"] = record["device_seconds"] = time.perf_counter() - began
         now = dataclasses.replace(
             now, round=now.round + 1, state=state, history=(*now.history, record)
         )
-        if any([callback.round_end(now, record) for callback in told]):  # all are told
+        if any([callback.round_end(now, record) for callback in told]):  # no short cut: call all
             break
     save_model(plan, plan.handed_out(now.state), folder)
     _hand_on(plan, mail, roll, now, patience)
@@ -152,7 +157,7 @@ def run_rounds(
 def _closed(
     plan: Plan, draws: Draws, now: FitState, asking: Asking
 ) -> tuple[State, dict[str, Any]]:
-    """The state after a round, and its record."""
+    """Returns the state after a round, and its record."""
     work, clients = plan.algorithm.work, sorted(asking.answers)
     held = np.array([asking.held[c] for c in clients], np.int64)
     counts = held if work.weighting == "examples" else np.ones(len(clients))
@@ -191,7 +196,7 @@ def _closed(
 
 
 def _table(reports: list[dict[str, float]]) -> dict[str, Any]:
-    """Reports of parties side by side, with the metrics that all of them tell."""
+    """Returns the parties' reports as columns, with the metrics that all of them have."""
     names = set.intersection(*map(set, reports)) if reports else {"loss", "examples"}
     columns = {name: np.array([report[name] for report in reports]) for name in sorted(names)}
     own = {"loss": columns.pop("loss"), "examples": columns.pop("examples")}
@@ -199,14 +204,13 @@ def _table(reports: list[dict[str, float]]) -> dict[str, Any]:
 
 
 def _hand_on(plan: Plan, mail: Mail, roll: Roll, now: FitState, patience: float) -> None:
-    """Sends what training has come to, to all who are there."""
+    """Sends the final model to all connected parties."""
     roll.look()
     order = {"round": now.round, "plan": plan.fingerprint}
     model = to_record(plan.handed_out(now.state))
     kept: list[int] = []
-    for member in roll.members.values():
-        content = RecordDict({"model": model, "order": ConfigRecord(order)})
-        mail.send("query.keep", member.node, content, patience)
+    content = RecordDict({"model": model, "order": ConfigRecord(order)})
+    mail.send("query.keep", {m.node: content for m in roll.members.values()}, patience)
 
     def take(asked: Asked, message: Message) -> None:
         if asked.kind == "query.keep" and not message.has_error():
@@ -216,11 +220,13 @@ def _hand_on(plan: Plan, mail: Mail, roll: Roll, now: FitState, patience: float)
         return all(asked.kind != "query.keep" for asked in mail.waiting.values())
 
     mail.until(done, patience, take)
-    log.info("%d of %d parties have the model of round %d", len(kept), len(roll.members), now.round)
+    log.info(
+        "%d of %d parties received the model of round %d", len(kept), len(roll.members), now.round
+    )
 
 
 def _drawable(plan: Plan, draws: Draws, count: int) -> bool:
-    """Whether a round can be drawn from so many parties."""
+    """Returns whether a round can be sampled from this number of parties."""
     try:
         draws.who(plan, np.ones(count, np.int64), 0)
     except ConfigError:

@@ -1,8 +1,8 @@
-"""A federation of saved systems: each party's folder holds its `system` and its `questions.jsonl`.
+"""A federation of saved systems: each party's folder has its `system` and its `questions.jsonl`.
 
-The system is what `fedrag index` made of the party's documents. Documents, vectors and questions stay
-in the folder. What is trained, and how, is the configuration of the run, which all parties are sent
-(`[tool.flwr.app.config]` of `pyproject.toml`); its keys are those of `DEFAULTS`.
+`fedrag index` makes the system from the party's documents. Documents, vectors and questions stay in the
+folder. The configuration of the run (`[tool.flwr.app.config]` of `pyproject.toml`) says what is trained
+and how. All parties receive it; its keys are those of `DEFAULTS`.
 """
 
 import dataclasses
@@ -17,8 +17,9 @@ from fedrag_jax.data.examples import Dataset, Example, Passage
 from fedrag_jax.data.json_sets import load_questions
 from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.federated.algorithms.by_name import Named, check
-from fedrag_jax.files import read_json, write_json
-from fedrag_jax.integrations.flower.model_file import load_model
+from fedrag_jax.federated.callbacks import Callback
+from fedrag_jax.files import read_json, write_json, writing
+from fedrag_jax.integrations.flower.model_file import MODEL, load_model
 from fedrag_jax.integrations.flower.party import FOLDER
 from fedrag_jax.integrations.flower.plan import Plan
 from fedrag_jax.rag import RAGSystem
@@ -26,6 +27,7 @@ from fedrag_jax.retrieval.stores.knowledge_store import KnowledgeStore
 from fedrag_jax.strategies.objectives import OBJECTIVES
 from fedrag_jax.strategies.regimes import adamw
 from fedrag_jax.systems.system_like import system_like
+from fedrag_jax.tracking.weights_and_biases import WandbLog
 
 SYSTEM, QUESTIONS, RUN = "system", "questions.jsonl", "run.json"
 DEFAULTS: dict[str, Any] = {
@@ -38,16 +40,18 @@ DEFAULTS: dict[str, Any] = {
     "algorithm-options": "",
     "learning-rate": 1e-3,
     "seed": 0,
+    "wandb": "disabled",
+    "wandb-project": "fedrag",
     "retriever": "builtin:encoder",
     "generator": "builtin:decoder",
 }
 
 
 def party_plan(context: Context) -> Plan:
-    """The plan of a party, about its own system; keeps the run's configuration in its folder.
+    """Returns the plan of a party for its own system; saves the run's configuration in its folder.
 
     Raises:
-      ConfigError: no folder, no system there, a configuration that cannot be.
+      ConfigError: no folder, no system in it, or an invalid configuration.
       DataError: no questions.
     """
     folder, config = _folder(context), _configured(context.run_config)
@@ -55,15 +59,82 @@ def party_plan(context: Context) -> Plan:
     return plan_of(folder, config)
 
 
+def party_system(context: Context) -> RAGSystem:
+    """Returns the party's own system."""
+    return _system(_folder(context))
+
+
 def party_questions(context: Context) -> list[Example]:
-    """The questions that a party trains on."""
+    """Returns the questions on which a party trains."""
     folder = _folder(context)
     return _dataset(folder, _system(folder)).train
 
 
 def server_plan(context: Context) -> Plan:
-    """The plan of the server, which has the models and no documents."""
+    """Returns the server's plan, with the models and no documents; saves the run's configuration."""
     config = _configured(context.run_config)
+    folder = run_folder(context)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / RUN, config, indent=2)
+    return _server_plan(config)[1]
+
+
+def server_system(context: Context) -> RAGSystem:
+    """Returns a system of the server's models, with the trained parameters if there are any.
+
+    Raises:
+      CheckpointError: the trained model cannot be read.
+    """
+    folder = run_folder(context)
+    if not (folder / MODEL).exists():
+        return _server_plan(_configured(context.run_config))[0]
+    system, plan = _server_plan(read_json(folder / RUN))
+    return _with_trained(system, plan, folder)
+
+
+def run_folder(context: Context) -> pathlib.Path:
+    """Returns the server's folder of a run."""
+    return pathlib.Path(str(context.run_config.get("folder", "server/run")))
+
+
+def server_callbacks(context: Context) -> list[Callback]:
+    """Returns the callbacks that the server's configuration asks for: the log to Weights & Biases.
+
+    Raises:
+      ConfigError: an unknown mode.
+    """
+    config = _configured(context.run_config)
+    return [WandbLog(run_folder(context), config["wandb-project"], config["wandb"], config)]
+
+
+def plan_of(folder: pathlib.Path, config: Mapping[str, Any]) -> Plan:
+    """Returns the plan of the party with this folder."""
+    system = _system(folder)
+    dataset = _dataset(folder, system)
+    passages = dataset.passages
+    top_k = min(system.top_k, len(passages))
+    return _plan(config, system_like(system, passages, dataset.train, top_k=top_k), dataset)
+
+
+def tuned(folder: pathlib.Path) -> RAGSystem:
+    """Returns a party's system over its own documents, with the trained parameters.
+
+    Raises:
+      CheckpointError: the party has not received a final model.
+      DataError: the folder has not taken part in a federation.
+    """
+    config = read_json(folder / RUN)
+    return _with_trained(_system(folder), plan_of(folder, config), folder)
+
+
+def _with_trained(system: RAGSystem, plan: Plan, folder: pathlib.Path) -> RAGSystem:
+    trainable, frozen = load_model(plan, folder)
+    base = {"decoder": frozen["decoder"]} if frozen is not plan.task.frozen else {}
+    return system.replace(**trainable, **base)
+
+
+def _server_plan(config: Mapping[str, Any]) -> tuple[RAGSystem, Plan]:
     passages = [Passage(f"nothing-{i}", "", "Nothing.") for i in range(2)]
     examples = [Example("nothing", "Nothing?", ("Nothing",), ("nothing-0",))]
     system = RAGSystem.build(
@@ -74,30 +145,7 @@ def server_plan(context: Context) -> Plan:
         top_k=1,
         seed=config["seed"],
     )
-    return _plan(config, system, Dataset("nothing", passages, examples, [], []))
-
-
-def plan_of(folder: pathlib.Path, config: Mapping[str, Any]) -> Plan:
-    """The plan of the party with a folder."""
-    system = _system(folder)
-    dataset = _dataset(folder, system)
-    passages = dataset.passages
-    top_k = min(system.top_k, len(passages))
-    return _plan(config, system_like(system, passages, dataset.train, top_k=top_k), dataset)
-
-
-def tuned(folder: pathlib.Path) -> RAGSystem:
-    """A party's system with what the federation has trained, over its own documents.
-
-    Raises:
-      CheckpointError: the federation has not ended, or not for this party.
-      DataError: the folder has not taken part in one.
-    """
-    config = read_json(folder / RUN)
-    plan = plan_of(folder, config)
-    trainable, frozen = load_model(plan, folder)
-    base = {"decoder": frozen["decoder"]} if frozen is not plan.task.frozen else {}
-    return _system(folder).replace(**trainable, **base)
+    return system, _plan(config, system, Dataset("nothing", passages, examples, [], []))
 
 
 def _plan(config: Mapping[str, Any], system: RAGSystem, dataset: Dataset) -> Plan:
@@ -161,8 +209,8 @@ def _system(folder: pathlib.Path) -> RAGSystem:
 def _dataset(folder: pathlib.Path, system: RAGSystem) -> Dataset:
     if not isinstance(system.store, KnowledgeStore | None):
         raise DataError(
-            f"{folder / SYSTEM} does not tell which passages it has, and training searches them: index "
-            "them with fedrag index"
+            f"{folder / SYSTEM} cannot list its passages, which training needs: make it with fedrag "
+            "index"
         )
     passages = system.retriever.passages if system.store is None else system.store.passages()
     return load_questions(folder / QUESTIONS, [*passages], ("train",))

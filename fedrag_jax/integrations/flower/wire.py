@@ -1,4 +1,4 @@
-"""Arrays on the wire: by name, and taken in only if shape, type and values are what was expected."""
+"""Encodes arrays by name, and decodes them only if shape, type and values are as expected."""
 
 from collections.abc import Mapping
 
@@ -9,36 +9,36 @@ from flwr.app import Array, ArrayRecord
 from fedrag_jax.errors import DataError
 from fedrag_jax.federated.algorithm import PyTree
 
-HEADER = 4096  # bytes that NumPy's format may take beside the numbers, and more than it does
+HEADER = 4096  # upper bound of the bytes that NumPy's format adds to the numbers
 
 
 class WireError(DataError):
-    """Arrays that are not those expected."""
+    """Arrays differ from those expected."""
 
 
 def named(tree: PyTree) -> dict[str, jax.Array]:
-    """Leaves by their path, such as `trainable.layers.q_proj.lora_a`."""
+    """Returns leaves by their path, such as `trainable.layers.q_proj.lora_a`."""
     flat = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in flat}
 
 
 def to_record(tree: PyTree) -> ArrayRecord:
-    """The leaves of a tree, in NumPy's format; bfloat16, which it does not know, as its bits."""
+    """Encodes the leaves of a tree in NumPy's format; bfloat16, which it lacks, as its bits."""
     found = jax.device_get(named(tree))
     arrays = {name: np.asarray(x) for name, x in found.items()}
     return ArrayRecord({name: Array(x.view(_on_wire(x.dtype))) for name, x in arrays.items()})
 
 
 def from_record(record: ArrayRecord, like: PyTree, whose: str) -> PyTree:
-    """The tree of NumPy arrays that a record holds.
+    """Returns the tree of NumPy arrays in a record.
 
     Args:
-      like: what has shapes and types as they are to be.
-      whose: the arrays are, for messages.
+      like: tree with the expected shapes and types.
+      whose: the sender, for error messages.
 
     Raises:
-      WireError: names, shapes or types that are not those of `like`, numbers that are not finite; all
-        of them at once.
+      WireError: names, shapes or types that differ from `like`, or numbers that are not finite; the
+        message lists all of them.
     """
     wanted = named(like)
     problems = [f"missing {name}" for name in wanted if name not in record]
@@ -56,7 +56,7 @@ def from_record(record: ArrayRecord, like: PyTree, whose: str) -> PyTree:
 
 
 def sizes(record: Mapping[str, Array]) -> dict[str, int]:
-    """Bytes of the arrays of each part, by type, as `algorithm.by_kind` gives them."""
+    """Returns the bytes of the arrays of each part, by type, as `algorithm.by_kind` does."""
     found: dict[str, int] = {}
     for name, array in record.items():
         part = name.removeprefix("trainable.").removeprefix("message.").partition(".")[0]
@@ -65,20 +65,28 @@ def sizes(record: Mapping[str, Array]) -> dict[str, int]:
     return found
 
 
+def add_sizes(total: dict[str, int], more: Mapping[str, int]) -> None:
+    """Adds bytes to a total in place."""
+    for kind, size in more.items():
+        total[kind] = total.get(kind, 0) + size
+
+
 def _array(sent: Array, like) -> np.ndarray:
     dtype, shape = np.dtype(like.dtype), tuple(like.shape)
     on_wire = _on_wire(dtype)
     if tuple(sent.shape) != shape or sent.dtype != str(on_wire):
         raise ValueError(
-            f"is {sent.dtype} {list(sent.shape)} and should be {on_wire} {list(shape)}"
+            f"is {sent.dtype} {list(sent.shape)} but should be {on_wire} {list(shape)}"
         )
     room = int(np.prod(shape)) * dtype.itemsize + HEADER
     if len(sent.data) > room:
-        raise ValueError(f"has {len(sent.data)} bytes, for which there is no reason")
+        raise ValueError(f"has {len(sent.data)} bytes, more than its shape needs")
     array = sent.numpy()
-    # What the bytes say of themselves counts, not what is said beside them.
+    # The header inside the bytes decides, not the description beside them.
     if array.shape != shape or array.dtype != on_wire:
-        raise ValueError(f"holds {array.dtype} {list(array.shape)}, not what it is said to")
+        raise ValueError(
+            f"holds {array.dtype} {list(array.shape)}, which differs from its description"
+        )
     array = array.view(dtype)
     if (
         jax.numpy.issubdtype(dtype, jax.numpy.inexact)
