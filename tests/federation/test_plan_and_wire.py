@@ -164,7 +164,7 @@ def test_everything_wrong_is_told_at_once():
     with pytest.raises(WireError) as caught:
         from_record(record, TREE, "client 3")
     assert str(caught.value) == (
-        "arrays of client 3 are refused: missing a.y; unexpected d; a.x is float32 [3, 2] and should "
+        "arrays of client 3 are refused: missing a.y; unexpected d; a.x is float32 [3, 2] but should "
         "be float32 [2, 3]; b is not finite"
     )
     with pytest.raises(WireError, match=r"missing a\.x"):

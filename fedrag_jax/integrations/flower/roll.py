@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from fedrag_jax.integrations.flower.plan import Plan
 
 log = logging.getLogger("flwr")
-AT_ONCE = 8  # replies fetched at a time: as many models are in memory besides the server's own
+AT_ONCE = 8  # messages in a request: as many models are in memory besides the server's own
 SHORTEST, LONGEST = 0.05, 1.0  # seconds between two checks for replies
 AGAIN = 60.0  # seconds until a node that failed to introduce itself is asked again
 
@@ -44,16 +44,19 @@ class Mail:
     ) -> set[int]:
         """Sends a message to each of some nodes; returns the nodes that it was sent to.
 
-        They go out together, because Flower then sends arrays that messages share only once.
+        Some go out together, because Flower then sends arrays that they share only once. All together
+        would lock the SuperLink's database for longer than its other users wait.
         """
-        messages = [
-            Message(content, node, kind, ttl=patience, group_id=group)
-            for node, content in contents.items()
-        ]
-        numbers = [*self.grid.push_messages(messages)] if messages else []
-        sent = {node: str(n) for node, n in zip(contents, numbers, strict=False) if n}
-        self.waiting |= {number: Asked(node, kind) for node, number in sent.items()}
-        return {*sent}
+        nodes, sent = [*contents], set()
+        for some in (nodes[i : i + AT_ONCE] for i in range(0, len(nodes), AT_ONCE)):
+            messages = [
+                Message(contents[node], node, kind, ttl=patience, group_id=group) for node in some
+            ]
+            numbers = [*self.grid.push_messages(messages)]
+            there = {node: str(n) for node, n in zip(some, numbers, strict=False) if n}
+            self.waiting |= {number: Asked(node, kind) for node, number in there.items()}
+            sent |= {*there}
+        return sent
 
     def replies(self) -> Iterator[tuple[Asked, Message]]:
         """Yields the replies that have arrived; an error if a node failed or is gone."""
