@@ -75,7 +75,7 @@ def test_labels_by_heart_are_those_of_others():
     [
         ({"variants": ConfigDict()}, "config.variants is empty"),
         ({"strategy": "both"}, "config.strategy: choose among"),
-        ({"shadows": 2}, "config.shadows must be 0, or an even number from 4 on, got 2"),
+        ({"shadows": 2}, "config.shadows must be 0 or an even number of at least 4, got 2"),
         ({"victims": 5}, "config.victims must be between 1 and 4, got 5"),
         ({"variants": ConfigDict({"odd": {"steps": 3}})}, r"config.variants.odd has \['steps'\]"),
         pytest.param(
