@@ -13,7 +13,7 @@ from fedrag_jax.models import hub, lora
 from fedrag_jax.models.network import flatten
 from fedrag_jax.models.quantized import FORMATS, dense, quantize
 
-pytest.importorskip("qwix", reason="qwix is absent")
+qwix = pytest.importorskip("qwix", reason="qwix is absent")
 
 # The largest error over the largest weight of a block: half the widest gap between two values.
 WORST = {"int8": 0.5 / 127.5, "int4": 0.5 / 7.5, "nf4": 0.5 * (1 - 0.6961928009986877)}
@@ -55,6 +55,19 @@ def test_no_weight_is_further_off_than_its_bits_allow(model, format):
         assert leaf.qvalue.dtype.itemsize == 1
         assert jnp.iinfo(leaf.qvalue.dtype).bits == BITS[format]
         assert leaf.scale.shape == (*blocks.shape[:2], blocks.shape[3])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_nf4_is_what_qwix_looks_up(dtype):
+    kernel = jax.random.normal(jax.random.key(0), (3, 4 * BLOCK, 24)).astype(dtype)
+    small = quantize({"layers": {"q_proj": {"kernel": kernel}}}, "nf4", BLOCK)
+    packed = small["layers"]["q_proj"]["kernel"]
+    layer = jax.tree.map(lambda x: x[1], packed)
+    for some in (packed, layer):
+        found, expected = dense(some), qwix.dequantize(some)
+        assert found.dtype == expected.dtype == dtype
+        np.testing.assert_array_equal(found, expected)
+    assert {*np.unique(packed.qvalue.astype(jnp.int8))} == {*range(16)}
 
 
 def test_fewer_bits_are_further_off_and_nf4_fits_weights_better_than_int4(model):

@@ -8,11 +8,19 @@ time: gradients flow through it to the adapters below, but not into it.
 import functools
 
 import jax
+import jax.numpy as jnp
 
 from fedrag_jax.errors import ConfigError, missing
 from fedrag_jax.models.network import flatten, unflatten
 
 FORMATS = ("int8", "int4", "nf4")
+# QLoRA, appendix E: spaced for normally distributed weights.
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+)  # fmt: skip
 
 
 def quantize(params: dict, format: str = "nf4", block: int = 64) -> dict:
@@ -53,7 +61,27 @@ def is_quantized(params: dict) -> bool:
 
 def dense(kernel) -> jax.Array:
     """Returns a kernel, quantised or not, as a dense array."""
-    return _qwix().dequantize(kernel) if _in_few_bits(kernel) else kernel
+    if not _in_few_bits(kernel):
+        return kernel
+    if kernel.qtype != "nf4":
+        return _qwix().dequantize(kernel)
+    scale = kernel.scale
+    values = _nf4_values(kernel.qvalue, scale.dtype)
+    blocks = values.reshape(*scale.shape[:-1], -1, scale.shape[-1])
+    return (blocks * scale[..., None, :]).reshape(values.shape)
+
+
+def _nf4_values(codes: jax.Array, dtype) -> jax.Array:
+    """Returns the values of codes 0 to 15, chosen bit by bit.
+
+    Qwix looks them up in a flattened array, for which XLA gathers a kernel that is split over devices.
+    """
+    codes = codes.astype(jnp.int8)
+    values = [jnp.float32(value).astype(dtype) for value in NF4]
+    for bit in range(4):
+        odd = (codes >> bit) & 1 == 1
+        values = [jnp.where(odd, b, a) for a, b in zip(values[::2], values[1::2], strict=True)]
+    return values[0]
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
