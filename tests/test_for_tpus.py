@@ -99,7 +99,7 @@ def asked_for(kind: str, mesh: Mesh):
 @pytest.mark.parametrize(
     ("name", "cut", "kind"),
     [(name, 1, kind) for name in ("v5e:2x4", "v5p:2x2x1") for kind in ROUNDS]
-    + [("v5e:2x4", 4, kind) for kind in ("fedavg", "scaffold", "flora")]
+    + [("v5e:2x4", 4, kind) for kind in ROUNDS]
     + [("v5p:2x2x1", 2, "fedavg")],
 )
 def test_rounds_compile_for(name, cut, kind):

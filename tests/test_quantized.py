@@ -58,16 +58,17 @@ def test_no_weight_is_further_off_than_its_bits_allow(model, format):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_nf4_is_what_qwix_looks_up(dtype):
+@pytest.mark.parametrize("format", FORMATS)
+def test_kernels_are_dequantised_as_by_qwix(format, dtype):
     kernel = jax.random.normal(jax.random.key(0), (3, 4 * BLOCK, 24)).astype(dtype)
-    small = quantize({"layers": {"q_proj": {"kernel": kernel}}}, "nf4", BLOCK)
+    small = quantize({"layers": {"q_proj": {"kernel": kernel}}}, format, BLOCK)
     packed = small["layers"]["q_proj"]["kernel"]
     layer = jax.tree.map(lambda x: x[1], packed)
     for some in (packed, layer):
         found, expected = dense(some), qwix.dequantize(some)
         assert found.dtype == expected.dtype == dtype
         np.testing.assert_array_equal(found, expected)
-    assert {*np.unique(packed.qvalue.astype(jnp.int8))} == {*range(16)}
+    assert len(np.unique(packed.qvalue.astype(jnp.int8))) >= 15, "all codes are compared"
 
 
 def test_fewer_bits_are_further_off_and_nf4_fits_weights_better_than_int4(model):

@@ -63,10 +63,9 @@ def dense(kernel) -> jax.Array:
     """Returns a kernel, quantised or not, as a dense array."""
     if not _in_few_bits(kernel):
         return kernel
-    if kernel.qtype != "nf4":
-        return _qwix().dequantize(kernel)
-    scale = kernel.scale
-    values = _nf4_values(kernel.qvalue, scale.dtype)
+    scale, codes = kernel.scale, kernel.qvalue
+    nf4 = kernel.qtype == "nf4"
+    values = _nf4_values(codes, scale.dtype) if nf4 else codes.astype(scale.dtype)
     blocks = values.reshape(*scale.shape[:-1], -1, scale.shape[-1])
     return (blocks * scale[..., None, :]).reshape(values.shape)
 
