@@ -1,6 +1,7 @@
 """What is read from programs: operations, bytes and collectives, each loop as often as it runs."""
 
 import functools
+import os
 import pathlib
 
 import jax
@@ -14,6 +15,37 @@ from experiments.benchmarks.chips import CHIPS, chip_of
 from experiments.benchmarks.compiling import Report
 from experiments.benchmarks.operations import operations
 from fedrag_jax.errors import ConfigError
+from fedrag_jax.federated.engine import memory
+
+GIGABYTES = 1e9
+
+
+def summing(n: int):
+    """A program that needs about 8 n^2 bytes of scratch."""
+    return (
+        jax.jit(lambda x: jnp.sin(x[:, None] - x[None]) @ jnp.cos(x[:, None] + x[None]))
+        .lower(jax.ShapeDtypeStruct((n,), jnp.float32))
+        .compile()
+    )
+
+
+def test_a_round_that_needs_more_memory_than_is_free_warns_once(monkeypatch):
+    program = summing(1000)
+    needs = memory.peak_bytes(program) - 4000
+    assert needs >= 4e6  # the product alone
+    monkeypatch.setattr(memory, "free_bytes", lambda: needs - 1)
+    told = rf"needs {needs / GIGABYTES:.3g} GB of memory, but .* GB are free.*smaller batches"
+    with pytest.warns(UserWarning, match=told):
+        memory.warn_of_shortage(program)
+    memory.warn_of_shortage(program)
+    monkeypatch.setattr(memory, "free_bytes", lambda: needs)
+    memory.warn_of_shortage(summing(1000))
+
+
+def test_free_memory_is_less_than_all():
+    free = memory.free_bytes()
+    assert free is None or 0 < free < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
 
 # As libtpu writes it: a loop of five turns, each of which reads a slice of an array of all layers,
 # gathers another and sums it up; in it one whose number of turns is an input.

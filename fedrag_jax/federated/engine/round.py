@@ -15,6 +15,7 @@ from fedrag_jax.federated.algorithm import State
 from fedrag_jax.federated.engine.client import all_finite, local_update
 from fedrag_jax.federated.engine.cohort import CLIENTS
 from fedrag_jax.federated.engine.debug import debug_round
+from fedrag_jax.federated.engine.memory import peak_bytes, warn_of_shortage
 from fedrag_jax.federated.optimizers import join, split
 
 P = ParamSpec("P")
@@ -80,6 +81,7 @@ def run_round(asked: Round) -> Ran:
     if asked.name_of is None:
         run = compile_round(asked)
         peak = peak_bytes(run.func)
+        warn_of_shortage(run.func)
     else:
         about = asked.loss, asked.turn, asked.optimizer, asked.name_of
         run = functools.partial(debug_round, *about)
@@ -125,16 +127,6 @@ def compile_round(asked: Round) -> Callable:
     """
     program, _ = Program.of(asked)
     return functools.partial(_compile(program)[0], split(asked.optimizer)[1])
-
-
-@functools.lru_cache(maxsize=32)  # asked in every round, and the compiler takes its time to tell
-def peak_bytes(compiled: jax.stages.Compiled) -> int:
-    """What a program holds on a device at once: arguments, results and scratch, by the compiler."""
-    memory = compiled.memory_analysis()
-    if memory is None:  # not every backend tells
-        return 0
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    return held + memory.temp_size_in_bytes - memory.alias_size_in_bytes
 
 
 def peak_alone(program: "Program") -> int:

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 
 from fedrag_jax.clock import Clock
 from fedrag_jax.data.cache import recall, remember
+from fedrag_jax.federated.engine.memory import peak_bytes
 from fedrag_jax.federated.engine.round import (
     Program,
     Ran,
     Round,
     compile_seconds,
     peak_alone,
-    peak_bytes,
     run_round,
 )
 
