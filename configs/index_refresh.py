@@ -31,7 +31,9 @@ def get_config() -> ConfigDict:
     del config.data.own_questions, config.data.control_questions
     for name in ("algorithm", "algorithm_options", "algorithms"):  # an index works only with FedAvg
         del config.federated[name]
-    config.objective = "pdist"  # or another with a generator as teacher, see strategies/objectives.py
+    config.objective = (
+        "pdist"  # or another with a generator as teacher, see strategies/objectives.py
+    )
     # Settings of `retrieval.refresh.Policy`; "query_side" trains only the query encoder. There are
     # `training.rounds` retrievals.
     config.policies = ConfigDict(

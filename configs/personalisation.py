@@ -27,8 +27,9 @@ def get_config() -> ConfigDict:
     config.methods = ConfigDict(
         {
             "federated": {"algorithm": "fedavg"},
-            "fine_tuned": {"algorithm": "fine_tuned", "options": {"together": 6, "alone": 2}},
+            "fine_tuned": {"algorithm": "fine_tuned", "options": {"together": 24, "alone": 8}},
             "ditto": {"algorithm": "ditto", "options": {"lam": 0.1}},
+            "ditto_1": {"algorithm": "ditto", "options": {"lam": 1.0}},
             "local_head": {
                 "algorithm": "local_parts",
                 "options": {"private": ("head",)},
@@ -40,7 +41,11 @@ def get_config() -> ConfigDict:
         },
         sort_keys=False,
     )
-    # Learning rates of the first round, which decay linearly. For each strategy and method the rate
+    # Every client takes rounds x local_steps steps; one that trains alone may take as many as all clients
+    # together.
+    config.training.rounds, config.training.converged.cap = 32, 1
+    # Learning rates of the first round, which decay linearly; for fine-tuning, of the first round alone
+    # (before it, that of the federated model). For each strategy and method the rate
     # with the best score on validation questions about clients' own topics is chosen, with the first
     # pair of seeds. If the best rate is at an end, the search continues; it refines to a factor of two.
     config.learning_rates = (4e-4, 1.6e-3, 6.4e-3)

@@ -80,6 +80,9 @@ def tuned(lab: Lab, strategy: str, method: str, seed: int, split: int, rate: flo
         seed, callbacks=[Progress(f"{strategy}, {method}, rate {rate:g}")],
         averaging=averaging_of(about, system),
     )  # fmt: skip
+    if together := about.get("options", {}).get("together"):
+        before = kept_rate(rates_file(lab.folder, strategy, FEDERATED))
+        arguments["optimizer"] = fine_tuning(task, budget.rounds, together, before, rate)
     result = fit(**arguments)
     trainable, several = jax.device_get(result.trainable), [result.trainable]
     if arguments["algorithm"].model is not None:  # stacked, a model for each client
@@ -95,6 +98,23 @@ def tuned(lab: Lab, strategy: str, method: str, seed: int, split: int, rate: flo
     refresh = budget.schedule(FEDERATED).refresh_every
     curves = {task.name: curve([result.history], refresh)}
     return [system.replace(**jax.device_get(each)) for each in several], cost, curves
+
+
+def fine_tuning(task: Task, rounds: int, together: int, before: float, rate: float):
+    """Returns the optimizer of each round: one client's steps need a lower rate than the mean of many.
+
+    Args:
+      before: learning rate of the rounds together, which decays as in federated training.
+      rate: of the first round alone; it decays linearly from there.
+    """
+
+    def optimizer(round):
+        decayed = before * (1 - round / rounds)
+        if round >= together:
+            decayed = rate * (rounds - round) / (rounds - together)
+        return regimes.adamw(dict.fromkeys(task.trainable, decayed))
+
+    return optimizer
 
 
 def averaging_of(about, system):
@@ -262,6 +282,11 @@ def lab(config, folder: pathlib.Path) -> Lab:
         if name == ALONE:
             continue
         known = ("fedavg", *PERSONAL)
+        if about.get("options", {}).get("together") and FEDERATED not in config.methods:
+            raise ConfigError(
+                f"config.methods.{name} fine-tunes the federated model, so it needs the method "
+                f"{FEDERATED!r} and its learning rate"
+            )
         if (algorithm := about.get("algorithm")) not in known:
             raise ConfigError(
                 f"config.methods.{name}.algorithm must be one of {[*known]}, got {algorithm!r}"

@@ -1,6 +1,7 @@
 """Personalised models: the experiment from one end to the other, and how clients are counted."""
 
 import csv
+import types
 
 import numpy as np
 import pytest
@@ -19,7 +20,9 @@ def test_each_method_is_compared_with_clients_alone(tmp_path, capsys):
     folder = run(personalisation.EXPERIMENT, small_personalisation(), str(tmp_path))
     with open(folder / "personalisation.csv", newline="") as file:
         rows = {row["method"]: row for row in csv.DictReader(file)}
-    assert [*rows] == ["federated", "fine_tuned", "ditto", "local_head", "local_converged"]
+    assert [*rows] == [
+        "federated", "fine_tuned", "ditto", "ditto_1", "local_head", "local_converged"
+    ]  # fmt: skip
     for method, row in rows.items():
         assert 0 < float(row["mrr"]) <= 100 and row["em"] == ""
         if method != personalisation.ALONE:
@@ -33,6 +36,13 @@ def test_each_method_is_compared_with_clients_alone(tmp_path, capsys):
     capsys.readouterr()
     run(personalisation.EXPERIMENT, small_personalisation(), str(tmp_path))
     assert "retriever, ditto" not in capsys.readouterr().out
+
+
+def test_fine_tuning_has_a_rate_of_its_own(monkeypatch):
+    monkeypatch.setattr(personalisation.regimes, "adamw", lambda rates: rates["query"])
+    task = types.SimpleNamespace(trainable={"query": 0})
+    optimizer = personalisation.fine_tuning(task, rounds=8, together=6, before=8.0, rate=1.0)
+    assert [optimizer(round) for round in range(8)] == [8, 7, 6, 5, 4, 3, 1, 0.5]
 
 
 def cell(seed, **scores):
@@ -58,6 +68,14 @@ def test_clients_are_counted_seed_by_seed():
             "config.methods.odd.algorithm must be one of .* got 'scaffold'",
         ),
         ({"learning_rates": ()}, "config.learning_rates is empty"),
+        (
+            {
+                "methods": ConfigDict(
+                    {"tuned": {"algorithm": "fine_tuned", "options": {"together": 2}}}
+                )
+            },
+            "config.methods.tuned fine-tunes the federated model, so it needs the method 'federated'",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(change, words, tmp_path):
