@@ -41,8 +41,8 @@ def get_config() -> ConfigDict:
         },
         sort_keys=False,
     )
-    # Every client takes rounds x local_steps steps; one that trains alone may take as many as all clients
-    # together.
+    # Every client takes rounds x local_steps steps; one that trains alone may take as many as all
+    # clients together.
     config.training.rounds, config.training.converged.cap = 32, 1
     # Learning rates of the first round, which decay linearly; for fine-tuning, of the first round alone
     # (before it, that of the federated model). For each strategy and method the rate
