@@ -98,9 +98,12 @@ def asked_for(kind: str, mesh: Mesh):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "cut", "kind"),
-    [(name, 1, kind) for name in ("v5e:2x4", "v5p:2x2x1") for kind in ROUNDS]
-    + [("v5e:2x4", 4, kind) for kind in ROUNDS]
-    + [("v5p:2x2x1", 2, "fedavg")],
+    [
+        (name, cut, kind)
+        for name, most in (("v5e:2x4", 4), ("v5p:2x2x1", 2))
+        for cut in (1, most)
+        for kind in ROUNDS
+    ],
 )
 def test_rounds_compile_for(name, cut, kind):
     devices = np.array(topology.devices_of(name))
