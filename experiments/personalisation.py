@@ -96,7 +96,9 @@ def tuned(lab: Lab, strategy: str, method: str, seed: int, split: int, rate: flo
         batch_size=budget.batch_size,
     )
     refresh = budget.schedule(FEDERATED).refresh_every
-    curves = {task.name: curve([result.history], refresh)}
+    points = curve([result.history], refresh)
+    points[-1]["epochs"] = points[-1]["examples"] / len(lab.dataset.train)
+    curves = {task.name: points}
     return [system.replace(**jax.device_get(each)) for each in several], cost, curves
 
 

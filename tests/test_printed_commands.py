@@ -132,14 +132,19 @@ def parsed(line: str, monkeypatch):
 TAKEN: dict[str, list[flags.Flag]] = {}  # by module
 
 
-def flags_of(program: str) -> list[flags.Flag]:
-    """Returns the flags of a program and of modules it uses; takes them from those of this process,
-    because two programs may have flags of the same name."""
-    module = importlib.import_module(program)
+def take_flags() -> None:
     for name, found in flags.FLAGS.flags_by_module_dict().items():
         if name.startswith("experiments") and found:
             TAKEN[name] = [*found]
             flags.FLAGS.remove_flag_values([flag.name for flag in TAKEN[name]])
+
+
+def flags_of(program: str) -> list[flags.Flag]:
+    """Returns the flags of a program and of modules it uses; takes them from those of this process,
+    because two programs may have flags of the same name."""
+    take_flags()  # of programs that other tests have imported
+    module = importlib.import_module(program)
+    take_flags()
     used = {getattr(value, "__module__", "") for value in vars(module).values()}
     return [flag for name in {program, *used} for flag in TAKEN.get(name, ())]
 

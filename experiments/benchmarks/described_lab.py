@@ -81,9 +81,9 @@ class DescribedLab(Lab):
 
     def _as_there(self, model: Pretrained) -> Pretrained:
         """Returns the model with the attention of the described devices, not of this machine."""
-        if model.network.config.attention != "auto":
-            return model
         how = kernel_on(self.devices[0].platform)
+        if model.network.config.attention != "auto" or how == kernel_on(jax.default_backend()):
+            return model
         return dataclasses.replace(model, network=model.network.attending(how))
 
     # --- rounds ---------------------------------------------------------------------------------
