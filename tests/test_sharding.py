@@ -5,7 +5,13 @@ import pathlib
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from fedrag_jax.federated.engine.placement import Placing
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -25,3 +31,15 @@ def test_eight_devices_equal_one(format):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.endswith("equal\n")
+
+
+def test_a_change_of_a_split_base_is_placed_like_the_base():
+    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("clients", "model"))
+    split = NamedSharding(mesh, PartitionSpec(None, "model"))
+    frozen = {"decoder": {"q_proj": {"kernel": jax.device_put(jnp.ones((4, 8)), split)}}}
+    server = {"q_proj": {"kernel": jnp.zeros((4, 8))}, "v_proj": {"kernel": jnp.zeros((4, 8))}}
+    placing = Placing(mesh, frozen, 2)
+    placed = placing.everywhere(placing.beside(server, frozen))
+    assert placed["q_proj"]["kernel"].sharding == split
+    assert placed["v_proj"]["kernel"].sharding.spec == PartitionSpec()
+    assert placing.beside((), frozen) == ()
