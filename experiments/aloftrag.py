@@ -123,7 +123,7 @@ def compute(lab: LabelFreeLab, point: Point) -> cells.Cell:
 
 
 def read(lab: LabelFreeLab, name: str, system, own: np.ndarray, cell: str) -> dict[str, np.ndarray]:
-    """Scores of some test questions, named `<metric>_<n>` with the gold passage forced into n.
+    """Returns scores of test questions; `<metric>_<n>` has the gold passage forced into n passages.
 
     `hard_<n>` is whether it had to be forced in, `recall_at_<n>` of retrieval; with most passages,
     `<metric>_found` is from end to end. Where the gold passage is left out, `abstained_none` is whether
@@ -154,7 +154,7 @@ def read(lab: LabelFreeLab, name: str, system, own: np.ndarray, cell: str) -> di
 
 
 def check(config) -> None:
-    """Refuses settings that could only fail later.
+    """Checks the config before anything is computed.
 
     Raises:
       ConfigError: names the setting, its value and what it may be.
@@ -191,7 +191,7 @@ def check(config) -> None:
 
 
 def variants(config) -> list[str]:
-    """Those of the config that suit its generator; says which do not."""
+    """Returns the config's variants that suit its generator; prints a note on the others."""
     if "builtin:" in config.models.generator or "pretraining_world" not in config.variants:
         return [*config.variants]
     print("pretraining_world left out: a control of the built-in generator alone", flush=True)
@@ -199,7 +199,7 @@ def variants(config) -> list[str]:
 
 
 def lab(config, folder: pathlib.Path) -> LabelFreeLab:
-    """The texts and models of the config.
+    """Returns the lab with the texts and models of the config.
 
     Raises:
       ConfigError: as `check`.
@@ -223,7 +223,7 @@ def lab(config, folder: pathlib.Path) -> LabelFreeLab:
 
 
 def points(lab: LabelFreeLab) -> list[Point]:
-    """Variant by variant, regime by regime; untuned is untuned wherever texts are."""
+    """Returns all cells, by variant and regime; the untuned variant has one cell for all regimes."""
     config = lab.config
     names = itertools.product(variants(config), config.regimes, replicates(config))
     return [
@@ -234,13 +234,13 @@ def points(lab: LabelFreeLab) -> list[Point]:
 
 
 def controls(lab: LabelFreeLab) -> None:
-    """Which silo each test question is about, for the report."""
+    """Writes the silo of each test question to silos.json, for the report."""
     of_question = {"names": [*lab.silos], "of_question": lab.asked_of.tolist()}
     write_json(lab.folder / "silos.json", of_question)
 
 
 def told(cell) -> str:
-    """The means of a cell's scores with most passages, for people."""
+    """Returns a line with the mean scores of a cell at the largest number of passages."""
     most = max(int(m.removeprefix("em_")) for m in cell.scores if m.removeprefix("em_").isdigit())
     return f"EM {100 * cell.scores[f'em_{most}'].mean():.1f}  citation " + (
         f"{100 * cell.scores[f'citation_{most}'].mean():.1f}"

@@ -1,4 +1,4 @@
-"""What all cells of experiments/aloftrag.py share: texts, silos, models, who is asked, what is read."""
+"""The shared parts of the cells of experiments/aloftrag.py: texts, silos, models, test contexts."""
 
 import functools
 import pathlib
@@ -28,7 +28,7 @@ METRICS = ("em", "f1", "citation", "citation_precision", "citation_recall", "cit
 
 
 class LabelFreeLab:
-    """What all cells share: texts, questions, models, contexts, who is asked."""
+    """The shared parts of all cells: texts, questions, models, contexts, silos."""
 
     def __init__(self, config, dataset, folder: pathlib.Path):
         self.config, self.folder, self.replicates = config, folder, replicates(config)
@@ -196,17 +196,17 @@ class LabelFreeLab:
 
 
 def spread(items: list, most: int) -> list:
-    """So many of them, from all over the list and so of every topic; all for 0."""
+    """Returns this many items, evenly spaced over the list and so from every topic; 0 returns all."""
     count = min(most or len(items), len(items))
     return [items[i] for i in np.linspace(0, max(len(items) - 1, 0), count).astype(int)]
 
 
 def endpoint(where):
-    """The author behind an endpoint of the config, or None."""
+    """Returns the author behind the endpoint of the config; None without one."""
     return EndpointAuthor(where.endpoint, where.model) if where.endpoint else None
 
 
 @functools.cache
 def pretraining_world():
-    """One that the built-in generator was made with."""
+    """Returns one of the worlds that the built-in generator was pretrained on."""
     return synthetic.generate(WORLDS[0]._replace(crowding=4.0))

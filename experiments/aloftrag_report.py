@@ -23,12 +23,12 @@ COLUMNS = (
 
 
 def cells_of(config, folder: pathlib.Path, variant: str, regime: str) -> list:
-    """The cells of all seeds; untuned is untuned in every regime."""
+    """Returns the cells of all seeds; every regime has the same untuned cells."""
     return finished(config, folder, variant, config.regimes[0] if variant == BASE else regime)
 
 
 def main_rows(config, folder: pathlib.Path) -> list[dict]:
-    """A row for each variant in the first regime, with most passages, the gold one forced in."""
+    """Returns a row for each variant in the first regime: most passages, the gold one forced in."""
     n, regime, rows = max(config.contexts), config.regimes[0], []
     start = cells_of(config, folder, BASE, regime)
     for variant in config.variants:
@@ -56,12 +56,12 @@ def main_rows(config, folder: pathlib.Path) -> list[dict]:
 
 
 def main_metrics(n: int) -> dict[str, str]:
-    """Scores of the main table: with n passages, including the gold one or (memorised) without it."""
+    """Returns the main table's metrics: with n passages, the gold one among them, or with none."""
     return {"answer": f"em_{n}", "citation": f"citation_{n}", "by_heart": "em_none"}
 
 
 def mean(cells, metric: str, where: str = "", value: float = 1.0) -> float | None:
-    """Of the scores of several seeds, in percent; of questions where another score has a value."""
+    """Returns estimates in percent over seeds, on questions where another score has a value."""
     found = []
     for cell in cells:
         scores = cell.scores[metric]
@@ -72,7 +72,7 @@ def mean(cells, metric: str, where: str = "", value: float = 1.0) -> float | Non
 
 
 def context_rows(config, folder: pathlib.Path) -> list[dict]:
-    """A row for each variant, regime and number of passages."""
+    """Returns a row for each variant, regime and number of passages."""
     rows = []
     for regime in config.regimes:
         for variant in config.variants:
@@ -98,7 +98,7 @@ def context_rows(config, folder: pathlib.Path) -> list[dict]:
 
 
 def silo_rows(config, folder: pathlib.Path) -> list[dict]:
-    """A row for each variant and regime: the mean over silos and the worst one; one for each silo."""
+    """Returns rows by variant and regime: the mean over silos, the worst silo, and each silo."""
     silos = read_json(folder / "silos.json")
     of_question, n, rows = np.array(silos["of_question"]), max(config.contexts), []
     if len(silos["names"]) < 2:
@@ -127,7 +127,7 @@ def silo_rows(config, folder: pathlib.Path) -> list[dict]:
 
 
 def generated_rows(config, folder: pathlib.Path) -> list[dict]:
-    """What became of texts and questions, by variant: counts, and requests to the author."""
+    """Returns a row for each variant: numbers of texts, generated and kept questions, requests."""
     rows = []
     for variant in config.variants:
         found = cells_of(config, folder, variant, config.regimes[0])
@@ -156,7 +156,7 @@ NAMES = {"base": "base", "all": "all steps", "without_step_1": "without step 1",
 
 
 def report(config, folder: pathlib.Path):
-    """The `Report` on all finished cells."""
+    """Returns the `Report` on all finished cells."""
     rows, contexts = main_rows(config, folder), context_rows(config, folder)
     silos, made = silo_rows(config, folder), generated_rows(config, folder)
     n = max(config.contexts)

@@ -6,10 +6,10 @@ import numpy as np
 
 
 def mixture_weights(clients, examples, column: str) -> np.ndarray:
-    """float [clients, Q]: how much each question counts for a client, rows adding up to 1.
+    """Returns float [clients, Q]: the weight of each question for each client; rows sum to 1.
 
-    A question counts in proportion to how much of its kind (the value of `column`) the client holds.
-    Rows of clients of whose kinds no question is are 0.
+    The weight is proportional to how much of the question's kind (value of `column`) a client holds.
+    The row of a client without any question of its kinds is 0.
     """
     kinds = [getattr(e, column) for e in examples]
     asked, weights = collections.Counter(kinds), []
@@ -21,9 +21,9 @@ def mixture_weights(clients, examples, column: str) -> np.ndarray:
 
 
 def client_scores(clients, examples, scores, column: str) -> list[float]:
-    """For each client the score of its model, in percent, on questions such as it holds.
+    """Returns each client's score in percent, of its model on questions like its own.
 
-    Clients of whose kinds no test question is are left out.
+    Clients without a test question of their kinds are left out.
 
     Args:
       scores: [Q] of the model that all clients use, or of the model of each: a list of one or all.
@@ -37,12 +37,14 @@ def client_scores(clients, examples, scores, column: str) -> list[float]:
 
 
 def own_scores(clients, examples, scores, column: str) -> tuple[np.ndarray, np.ndarray]:
-    """`(scores, weights)` [Q], whose weighted mean is the mean over clients of a score on questions
-    such as each holds: the mean over those who ask a question, and how much they do, 1 on average.
+    """Returns `(scores, weights)` [Q]: their weighted mean is the clients' mean score on own topics.
+
+    A question's score is the mean over the clients that ask it; its weight is how often it is asked,
+    1 on average.
 
     Args:
-      scores: as of `client_scores`; questions without the score (NaN) count for nobody. A client
-        need not be asked about topics that are not its own.
+      scores: as in `client_scores`; questions without the score (NaN) do not count. A client's model
+        needs no scores on other clients' topics.
     """
     scored = ~np.isnan(scores).all(axis=0)
     found, weight = np.full(len(scored), np.nan), np.zeros(len(scored))

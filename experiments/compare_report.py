@@ -1,4 +1,4 @@
-"""What the cells of experiments/compare_strategies.py come to: CSV files, tables, figures."""
+"""The report of experiments/compare_strategies.py: CSV files, tables, figures."""
 
 import itertools
 import pathlib
@@ -20,18 +20,18 @@ INTERVALS = (
 
 
 def regimes_of(config) -> dict:
-    """What the names of the config's regimes say."""
+    """Returns a sentence on each regime of the config."""
     return {regime: parse(regime, config.federated.alpha) for regime in config.regimes}
 
 
 def all_cells(config, folder: pathlib.Path) -> list[Cell]:
-    """All cells there are, regime by regime."""
+    """Returns all finished cells, by regime."""
     names = itertools.product(config.regimes, config.strategies)
     return [cell for where, name in names for cell in finished(config, folder, name, where)]
 
 
 def rows_of(config, done: list[Cell]) -> dict[str, list[dict]]:
-    """Rows of every table by its name, and the points of all learning curves."""
+    """Returns the rows of each table by its name, and the points of all learning curves."""
     regimes, primary = regimes_of(config), config.primary_metric
     metrics = (primary, *(m for m in comparison.METRICS if m != primary))
     margin, alpha = config.equivalence_margin, config.federated.alpha
@@ -55,7 +55,7 @@ def rows_of(config, done: list[Cell]) -> dict[str, list[dict]]:
 
 
 def curve_rows(done: list[Cell]) -> list[dict]:
-    """A row for each point of each learning curve."""
+    """Returns a row for each point of each learning curve."""
     return [
         {
             "strategy": cell.strategy,
@@ -72,7 +72,7 @@ def curve_rows(done: list[Cell]) -> list[dict]:
 
 
 def search_seconds(config, strategy: str, regime: str) -> float | None:
-    """Device-seconds of the searches for the learning rates a strategy needs; None if not known."""
+    """Returns the device-seconds of a strategy's learning-rate searches; None if unknown."""
     known = config.search_seconds
     needed = {*named(strategy).rates.values()}
     if not needed:
@@ -84,7 +84,7 @@ def search_seconds(config, strategy: str, regime: str) -> float | None:
 
 
 def report(config, folder: pathlib.Path):
-    """The `Report` on all finished cells."""
+    """Returns the `Report` on all finished cells."""
     done, primary = all_cells(config, folder), config.primary_metric
     found = rows_of(config, done)
     rows, alone, title = found["strategies"], found["against_local"], comparison.METRICS[primary]
@@ -228,7 +228,7 @@ def report(config, folder: pathlib.Path):
 
 
 def differences_said(rows: list[dict], title: str) -> str:
-    """Which part of what federated training has over a lone client is compute and which is data."""
+    """Returns how much of federated training's gain over a lone client is compute, how much data."""
     parted = [row for row in rows if "data" in row]
     if not parted:
         return ""
@@ -245,7 +245,7 @@ def differences_said(rows: list[dict], title: str) -> str:
 
 
 def controls_said(folder: pathlib.Path) -> str:
-    """What the controls are, and what training at learning rate zero has changed."""
+    """Returns a paragraph on the controls, with the largest change by training at learning rate 0."""
     said = (
         "EM in percent without passages, with only a distractor, and with only the gold "
         "passages. Index recall: percentage of the nearest passages that an approximate index "

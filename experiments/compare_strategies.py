@@ -38,7 +38,7 @@ from fedrag_jax.tracking.processes import everywhere
 
 
 def lab(config, folder: pathlib.Path) -> Lab:
-    """The data and models of the config.
+    """Returns the lab with the data and models of the config.
 
     Raises:
       ConfigError: as `check`; a split that cannot be, a learning rate that is missing.
@@ -58,7 +58,7 @@ def lab(config, folder: pathlib.Path) -> Lab:
 
 
 def points(lab: Lab) -> list[Point]:
-    """Seed by seed and regime by regime, within the limits of each."""
+    """Returns all cells, by seed and regime, within the limits of each regime."""
     config = lab.config
     strategies = trainable_strategies(config, lab.dataset)
     return [
@@ -71,12 +71,12 @@ def points(lab: Lab) -> list[Point]:
 
 
 def compute(lab: Lab, point: Point) -> Cell:
-    """A strategy, trained and tested."""
+    """Trains a strategy in a regime and tests it."""
     return compute_cell(lab, point.name, point.regime, point.seed, point.split)
 
 
 def told(cell: Cell) -> str:
-    """Its quality, where questions have it, and its seconds."""
+    """Returns a line with a cell's metrics and seconds."""
     found = {"EM": cell.scores["em"], "Recall@5": cell.scores["recall_at_5"]}
     scored = {title: scores[~np.isnan(scores)] for title, scores in found.items()}
     said = [f"{title} {100 * scores.mean():.1f}" for title, scores in scored.items() if scores.size]
@@ -102,7 +102,7 @@ def no_op(lab: Lab, seed: int, split: int) -> float:
 
 
 def controls(lab: Lab) -> None:
-    """What training at learning rate zero changes."""
+    """Measures the change by training at learning rate 0 and writes it to no_op.json."""
     path = lab.folder / "no_op.json"
     if not everywhere(kept(read_json, path) is not None):
         change = no_op(lab, *replicates(lab.config)[0])

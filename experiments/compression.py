@@ -31,7 +31,7 @@ def with_messages(config, kind: str):
 
 
 class Messages(Lab):
-    """A lab for each kind of message, with a folder of its own."""
+    """A lab for each kind of message, each with its own folder."""
 
     def at(self, kind: str) -> Lab:
         return self.like(with_messages(self.config, kind), self.folder / kind)

@@ -34,7 +34,7 @@ BYTES = ("query_bytes", "answer_bytes", "passage_bytes", "total_bytes")
 
 
 def check(config) -> None:
-    """Refuses settings that could only fail later.
+    """Checks the config before anything is computed.
 
     Raises:
       ConfigError: names the regime, its value and what it may be.
@@ -53,14 +53,14 @@ def check(config) -> None:
 
 
 def measured(retriever, examples, questions, depth: int) -> dict[str, np.ndarray]:
-    """Metrics and traffic of each question [Q], of `questions` float32 [Q, D]."""
+    """Returns metrics and traffic of each question [Q], for `questions` float32 [Q, D]."""
     rows, _, traffic = retriever.index.ask(questions, depth)
     costs = {name: getattr(traffic, name) for name in ("silos", *BYTES)}
     return rank_scores(retriever, examples, rows, depths=(1, 5)) | costs
 
 
 def summary(found: list[dict[str, np.ndarray]], about) -> dict[str, float]:
-    """Means over seeds and questions, those of metrics in percent and with their intervals.
+    """Returns means over seeds and questions; metrics in percent, with intervals.
 
     Args:
       about: the cluster of each question.
@@ -75,7 +75,7 @@ def summary(found: list[dict[str, np.ndarray]], about) -> dict[str, float]:
 
 
 def table(rows):
-    """The rows of the CSV for people."""
+    """Returns the `Table` of the rows."""
     titles = {"recall_at_1": "Recall@1", "recall_at_5": "Recall@5", "mrr": "MRR@10"}
     costs = {"query_bytes": "queries", "answer_bytes": "answers", "passage_bytes": "passages"}
     columns = [
@@ -90,7 +90,7 @@ def table(rows):
 
 
 def run(config, runs: str) -> pathlib.Path:
-    """All splits, merges and budgets; returns the folder of the results."""
+    """Measures all splits, merges and budgets; returns the folder of the results."""
     check(config)
     began = time.perf_counter()
     folder = pathlib.Path(runs) / config.name

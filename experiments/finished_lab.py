@@ -1,4 +1,4 @@
-"""The systems of a comparison that was run before, for experiments that ask them something else."""
+"""The systems of a finished comparison, for experiments that test them in another way."""
 
 import functools
 import pathlib
@@ -15,7 +15,7 @@ from fedrag_jax.errors import ConfigError
 
 
 class FinishedLab(Lab):
-    """The lab of a comparison in its own folder.
+    """The lab of a finished comparison, in its own folder.
 
     Args:
       of: the folder.
@@ -38,7 +38,7 @@ class FinishedLab(Lab):
 
 
 def require_finished(of: pathlib.Path, points: Sequence[Point]) -> None:
-    """Refuses a folder that lacks what is to be asked.
+    """Checks that a folder has all systems that are tested.
 
     Args:
       points: strategies in regimes; their folders do not matter.

@@ -46,7 +46,7 @@ WHERE = {
 
 
 def values(config) -> list[tuple[str, float]]:
-    """(factor, value) of every point, in order of value, that of the rest of the config included."""
+    """Returns (factor, value) of every point by value; the config's own value is included."""
     found = []
     for factor, (room, name) in WHERE.items():
         if others := config.factors[factor]:
@@ -55,7 +55,7 @@ def values(config) -> list[tuple[str, float]]:
 
 
 def at_point(config, factor: str, value: float):
-    """The config with one value changed and the same number of examples to train on.
+    """Returns the config with one value changed and the same number of training examples.
 
     Rounds follow from that. Learning rates are those chosen for an alpha where there are such; they
     fall linearly, and are scaled so that their mean over the rounds does not depend on how many.
@@ -89,7 +89,7 @@ def at_point(config, factor: str, value: float):
 
 
 def mean_share(rounds: int) -> float:
-    """Of the first round's learning rate, over all rounds."""
+    """Returns the mean learning rate over all rounds, as a fraction of the first round's."""
     return (rounds + 1) / (2 * rounds)
 
 
@@ -102,7 +102,7 @@ def schedule(config):
 
 
 def place(config) -> str:
-    """The folder of a point, below that of the run."""
+    """Returns the folder of a point, below that of the run."""
     f = config.federated
     steps, rounds = config.training.local_steps, config.training.rounds
     return (
@@ -111,7 +111,7 @@ def place(config) -> str:
 
 
 def scaled(run: Lab, factor: float) -> Lab:
-    """The same point at learning rates times a factor."""
+    """Returns the same point with all learning rates multiplied by a factor."""
     config = run.config.copy_and_resolve_references()
     for part in config.learning_rates.federated:
         config.learning_rates.federated[part] *= factor
@@ -119,7 +119,7 @@ def scaled(run: Lab, factor: float) -> Lab:
 
 
 def at_best_rates(run: Lab, strategy: str) -> Lab:
-    """The point at the rates that serve a strategy best on validation questions, first two seeds.
+    """Returns the point at the rates with the best validation score of a strategy, over two seeds.
 
     By MRR where the retriever is tuned with labels, else by F1, which is less noisy than EM.
     """
@@ -143,13 +143,13 @@ def at_best_rates(run: Lab, strategy: str) -> Lab:
 
 
 def finished_at(config, folder: pathlib.Path, strategy: str) -> list:
-    """The finished cells of a strategy at a point; untuned is untuned everywhere."""
+    """Returns the finished cells of a strategy at a point; all points share the untuned cells."""
     here = folder if strategy == "none" else folder / place(config)
     return finished(config, here, strategy, "federated")
 
 
 def rows_of(config, folder: pathlib.Path) -> list[dict]:
-    """A row for every point and strategy, with its difference from the point of the config."""
+    """Returns a row for every point and strategy, with its difference from the config's point."""
     rows, margin = [], config.equivalence_margin
     for factor, value in values(config):
         here, (room, name) = at_point(config, factor, value), WHERE[factor]
@@ -187,7 +187,7 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
 
 
 def report(config, folder: pathlib.Path):
-    """The `Report` on all finished cells."""
+    """Returns the `Report` on all finished cells."""
     rows = rows_of(config, folder)
     first = ("factor", "value", "strategy", "seeds", "em", "em_low", "em_high")
     others = (name for row in rows for name in row)
@@ -277,7 +277,7 @@ def report(config, folder: pathlib.Path):
 
 
 class Factors(NamedTuple):
-    """What all cells share.
+    """The shared parts of all cells.
 
     Attributes:
       whole: a lab at the usual point, for what is not trained.
@@ -292,7 +292,7 @@ class Factors(NamedTuple):
 
 
 def lab(config, folder: pathlib.Path) -> Factors:
-    """The data and models of the config, a lab for each of its points.
+    """Returns the data and models of the config, with a lab for each of its points.
 
     Raises:
       ConfigError: as `loading.check` and `at_point`.
@@ -315,7 +315,7 @@ def lab(config, folder: pathlib.Path) -> Factors:
 
 
 def points(lab: Factors) -> list[Point]:
-    """The untuned system, then point by point and strategy by strategy."""
+    """Returns all cells: the untuned system first, then by point and strategy."""
     strategies, pairs = trainable_strategies(lab.config, lab.dataset), replicates(lab.config)
     found = [Point("none", "federated", *pair) for pair in pairs if "none" in strategies]
     tuned = [strategy for strategy in strategies if strategy != "none"]
@@ -326,14 +326,14 @@ def points(lab: Factors) -> list[Point]:
 
 
 def compute(lab: Factors, point: Point) -> cells.Cell:
-    """A strategy at a point, at the rates that serve it best there."""
+    """Trains and tests a strategy at a point, at the best learning rates there."""
     there = at_best_rates(lab.at[point.folder], point.name) if point.folder else lab.whole
     where = point.name, point.regime, point.seed, point.split
     return compute_cell(there, *where, controls=False)
 
 
 def told(cell: cells.Cell) -> str:
-    """Its quality."""
+    """Returns a line with a cell's metrics."""
     return f"EM {100 * np.nanmean(cell.scores['em']):.1f}"
 
 

@@ -36,7 +36,7 @@ QUERY_SIDE, FRESH = "query_side", "every_1"
 
 
 class Staleness(Callback):
-    """After every stretch of rounds: the share of the probe's passages that a fresh index replaces."""
+    """Measures staleness between rounds: the share of probe results that a fresh index replaces."""
 
     def __init__(self, retriever, policy, probe, k: int, stretch: int):
         self.retriever, self.policy, self.k, self.stretch = retriever, policy, k, stretch
@@ -60,7 +60,7 @@ class Staleness(Callback):
 
 
 class Refreshing(Lab):
-    """The data and system of a comparison, and what the generator says of passages, once for all."""
+    """The data and system of a comparison, with the generator's scores of passages, computed once."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -112,7 +112,7 @@ class Refreshing(Lab):
 
 
 def compute(lab: Refreshing, point: Point) -> cells.Cell:
-    """Trains under a policy and tests with a fresh index and with the one that training left."""
+    """Trains under a policy; tests with a fresh index and with the index that training left."""
     config, dataset, name, regime = lab.config, lab.dataset, point.name, point.regime
     seed, split = point.seed, point.split
     validation = validation_sample(config, dataset)
@@ -144,7 +144,7 @@ def compute(lab: Refreshing, point: Point) -> cells.Cell:
 
 
 def rows_of(config, folder: pathlib.Path) -> list[dict]:
-    """A row for every policy and regime, with its difference from an index that is always fresh."""
+    """Returns a row for every policy and regime, with its difference from an always fresh index."""
     rows = []
     for regime, name in itertools.product(config.regimes, config.policies):
         if not (found := finished(config, folder, name, regime)):
@@ -176,7 +176,7 @@ COLUMNS = ("policy", "regime", "seeds", "recall_at_5", "recall_at_5_low", "recal
 
 
 def report(config, folder: pathlib.Path):
-    """The `Report` on all finished cells."""
+    """Returns the `Report` on all finished cells."""
     rows = rows_of(config, folder)
     columns = (
         tables.words("policy", "policy"),
@@ -225,7 +225,7 @@ def report(config, folder: pathlib.Path):
 
 
 def check(config) -> None:
-    """Refuses settings that could only fail later.
+    """Checks the config before anything is computed.
 
     Raises:
       ConfigError: an unknown objective, regime or policy, or no policy that is always fresh.
@@ -252,7 +252,7 @@ def check(config) -> None:
 
 
 def lab(config, folder: pathlib.Path) -> Refreshing:
-    """The data and models of the config.
+    """Returns the lab with the data and models of the config.
 
     Raises:
       ConfigError: as `check`.
@@ -262,7 +262,7 @@ def lab(config, folder: pathlib.Path) -> Refreshing:
 
 
 def points(lab: Refreshing) -> list[Point]:
-    """Regime by regime, policy by policy."""
+    """Returns all cells, by regime and policy."""
     config = lab.config
     return [
         Point(name, regime, *pair)
@@ -273,7 +273,7 @@ def points(lab: Refreshing) -> list[Point]:
 
 
 def told(cell) -> str:
-    """What people are told of a cell."""
+    """Returns a line with a cell's metrics."""
     recall, embedded = np.nanmean(cell.scores["recall_at_5"]), cell.controls["embedded"]
     return f"Recall@5 {100 * recall:.1f}, {embedded} passages re-embedded"
 

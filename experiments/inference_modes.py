@@ -1,4 +1,4 @@
-"""Ways to train against ways to answer: exact match, F1 and seconds of every pair.
+"""Training strategies against inference modes: exact match, F1 and seconds of every pair.
 
     python -m experiments inference_modes
 
@@ -29,7 +29,7 @@ TIMED_QUESTIONS = 100
 
 
 class Answering(Lab):
-    """The data and systems of a lab, and the system tuned last, which answers in every mode."""
+    """The data and systems of a lab, and the last tuned system, which is tested in every mode."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -41,9 +41,9 @@ class Answering(Lab):
 
 
 def compute(lab: Answering, point: Point) -> cells.Cell:
-    """The test questions answered by one system in one mode.
+    """Answers the test questions by one system in one mode.
 
-    What that costs is measured on some of them afterwards, when every program is compiled.
+    Seconds are measured afterwards on some of the questions, when every program is compiled.
     """
     strategy, mode, seed, split = point.name, point.regime, point.seed, point.split
     test, beams = lab.dataset.test, beams_of(lab.config, mode)
@@ -57,12 +57,12 @@ def compute(lab: Answering, point: Point) -> cells.Cell:
 
 
 def beams_of(config, mode: str) -> int | None:
-    """Those of the config, for modes that have some."""
+    """Returns the number of beams for a mode; None for modes without beams."""
     return config.beams or None if mode in BEAMS else None
 
 
 def rows_of(config, folder: pathlib.Path) -> list[dict]:
-    """A row for every strategy and mode, with its difference from `concatenated` answering."""
+    """Returns a row for every strategy and mode, with its difference from `concatenated`."""
     rows = []
     for strategy, mode in itertools.product(config.strategies, config.modes):
         if not (found := finished(config, folder, strategy, mode)):
@@ -80,7 +80,7 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
 
 
 def report(config, folder: pathlib.Path):
-    """The `Report` on all finished cells."""
+    """Returns the `Report` on all finished cells."""
     rows = rows_of(config, folder)
     em = {(row["strategy"], row["mode"]): f"{row['em']:.1f}" for row in rows}
     glance = [
@@ -129,7 +129,7 @@ def _mode_column(mode: str):
 
 
 def check(config) -> None:
-    """Refuses settings that could only fail later.
+    """Checks the config before anything is computed.
 
     Raises:
       ConfigError: as `loading.check`; an unknown mode, none, negative beams; a regime with several
@@ -147,7 +147,7 @@ def check(config) -> None:
 
 
 def lab(config, folder: pathlib.Path) -> Answering:
-    """The data and models of the config.
+    """Returns the lab with the data and models of the config.
 
     Raises:
       ConfigError: as `check`.
@@ -157,7 +157,7 @@ def lab(config, folder: pathlib.Path) -> Answering:
 
 
 def points(lab: Answering) -> list[Point]:
-    """All modes of a tuned system, one after another; the mode stands where others have a regime."""
+    """Returns all cells: every mode of each tuned system; a key's regime is the mode."""
     config = lab.config
     return [
         Point(strategy, mode, *pair)
@@ -168,7 +168,7 @@ def points(lab: Answering) -> list[Point]:
 
 
 def told(cell) -> str:
-    """What people are told of a cell."""
+    """Returns a line with a cell's metrics."""
     return f"EM {100 * cell.scores['em'].mean():.1f}  F1 {100 * cell.scores['f1'].mean():.1f}"
 
 

@@ -44,7 +44,7 @@ METRICS = ("em", "f1", "recall_at_5", "mrr")
 
 
 class Lab:
-    """What all cells share: data, base system, client split, folders.
+    """The shared parts of all cells: data, base system, client split, folders.
 
     Attributes:
       dataset: the data set; its validation questions exclude the few-shot examples.
@@ -117,7 +117,7 @@ class Lab:
         return showing(style, tokenizer, [(e.question, e.answer) for e in self.shown])
 
     def corpus_cost(self, clients: int):
-        """Of embedding the passages, and of having them and their vectors at so many clients."""
+        """Returns the cost of embedding the passages, and of copying text and vectors to clients."""
         retriever = self.system(self.config.seeds[0]).retriever
         cost = corpus_cost(retriever.passages, retriever.vectors, clients)
         return cost._replace(embed_seconds=self.embed_seconds)
@@ -296,13 +296,13 @@ def asked_scores(run: Lab, systems, clients) -> list[dict[str, np.ndarray]]:
 
 
 def known_scores(run: Lab, cell: cells.Cell) -> dict[str, np.ndarray]:
-    """The scores [Q] by metric of the one model of a cell."""
+    """Returns the scores [Q] by metric of a cell's only model."""
     both = ((m, cell.scores[m], cell.scores[own(m)]) for m in METRICS)
     return {metric: np.where(run.of_test, test, others) for metric, test, others in both}
 
 
 def training_curves(tuners) -> dict:
-    """Of each task a point for each index refresh that the budget has.
+    """Returns the learning curve of each task, a point for each index refresh of the budget.
 
     The last has `epochs`: how often the training examples were seen. Where validation decided when to
     stop, points have its `validation` loss, and the last has the `kept_epochs` of the models that were
@@ -327,7 +327,7 @@ def training_curves(tuners) -> dict:
 
 
 def kept_models(histories, judged, held: int) -> dict[str, float]:
-    """`kept_epochs`, `at_cap` and `trainings` of trainings that validation ended.
+    """Returns `kept_epochs`, `at_cap` and `trainings` of trainings that stop by validation.
 
     Args:
       histories: records of each training.
@@ -345,12 +345,12 @@ def kept_models(histories, judged, held: int) -> dict[str, float]:
 
 
 def json_lines(path: pathlib.Path) -> list[dict]:
-    """The records of a log."""
+    """Returns the records of a log."""
     return [record for record, _ in json_rows(path)]
 
 
 def curve(histories, stretch: int) -> list[dict]:
-    """Points: a mean over clients and over `stretch` rounds; examples and seconds add up.
+    """Returns points: means over clients and over `stretch` rounds; examples and seconds are summed.
 
     A client who has stopped stays where it was.
     """

@@ -37,7 +37,7 @@ def settled_config(config, folder: pathlib.Path, free: tuple[str, ...]) -> None:
 
 
 def kept_config(path: pathlib.Path) -> dict[str, Any]:
-    """The config that a run was made with; regimes were called settings once.
+    """Returns the config of a run; also reads configs of versions that called regimes settings.
 
     Raises:
       DataError: the file is damaged.
@@ -107,7 +107,7 @@ def define_flags(config: str, flag_values: flags.FlagValues = flags.FLAGS) -> No
 
 
 def _one_of_several(runs: str, config) -> str:
-    """Joins the others, falls silent unless it is the first, and returns its own folder of runs."""
+    """Joins the other processes and returns this process's folder of runs; only the first prints."""
     import jax
 
     f = flags.FLAGS
@@ -128,7 +128,7 @@ def cores() -> int:
 
 
 def virtual_devices(count: int) -> None:
-    """Has JAX see so many devices where it runs on the CPU, unless XLA_FLAGS says how many.
+    """Sets the number of JAX's CPU devices, unless XLA_FLAGS sets it.
 
     To be called before JAX is used. Fits and clients are dealt out over devices, which keeps cores
     busier than products of small matrices do.

@@ -1,4 +1,4 @@
-"""What a config of the comparison names: data and generator, loaded or refused."""
+"""Loads the data and models that a config of the comparison names, and checks the config."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ from fedrag_jax.strategies.regimes import parse, rate_names, with_algorithm
 
 
 def load_data(config) -> Dataset:
-    """The set that `config.data` names; samples of its questions if asked for.
+    """Returns the dataset of `config.data`, with samples of its questions if the config asks for them.
 
     Raises:
       ConfigError, DataError: as `datasets.load`.
@@ -50,7 +50,7 @@ def _named(config) -> tuple[str, str]:
 
 @functools.lru_cache(maxsize=1)  # for `own_questions`, which follow
 def _whole(told: str, retriever: str) -> Dataset:
-    """The set of `config.data`, given as JSON, with all of its questions."""
+    """Returns the dataset of `config.data`, given as JSON, with all of its questions."""
     data = ConfigDict(json.loads(told))
     cuts = data.get("passage_tokens") or data.get("corpus")
     dataset = datasets.of_config(data, hub.load(retriever).tokenizer if cuts else None)
@@ -60,13 +60,13 @@ def _whole(told: str, retriever: str) -> Dataset:
 
 
 def own_questions(config, dataset: Dataset) -> list[Example]:
-    """Questions in place of test questions on what is asked about clients' own topics, or none.
+    """Returns the questions that replace test questions in tests on clients' own topics, or none.
 
-    They are of the training set and of topics that are trained on; neither they nor others about their
-    passages are trained on.
+    They come from the training set and from topics that are trained on. Neither they nor other
+    questions about their passages are trained on.
 
     Raises:
-      ConfigError: there are not so many.
+      ConfigError: the training set has too few.
     """
     count = config.data.get("own_questions", 0)
     if not count:
@@ -88,36 +88,36 @@ def own_questions(config, dataset: Dataset) -> list[Example]:
 
 
 def validation_sample(config, dataset: Dataset) -> list[Example]:
-    """The validation questions that choose learning rates: a sample, or all of them for 0."""
+    """Returns the validation questions that choose learning rates: a sample; all for 0."""
     return sample(dataset.validation, config.validation_questions, config.data.sample_seed)
 
 
 def replicates(config) -> list[tuple[int, int]]:
-    """Pairs of seeds: of the model (adapters, client sampling, shuffling) and of the client split."""
+    """Returns pairs of seeds: (adapters, client sampling, shuffling) and client split."""
     return list(zip(config.seeds, config.split_seeds or config.seeds, strict=True))
 
 
 def limits_of(config, regime: str) -> list[ConfigDict]:
-    """Those of `config.limits` that a regime is under."""
+    """Returns the limits of `config.limits` that apply to a regime."""
     known = parse(regime, config.federated.alpha)
     under = {"local": known.kind == "local", "converged": known.converged}
     return [config.limits[kind] for kind, holds in under.items() if holds]
 
 
 def strategies_of(config, regime: str, strategies: Sequence[str]) -> list[str]:
-    """Those of some strategies that are trained in a regime."""
+    """Returns those strategies that are trained in a regime."""
     limits = [limit.strategies for limit in limits_of(config, regime) if limit.strategies]
     return [name for name in strategies if all(name in some for some in limits)]
 
 
 def pairs_of(config, regime: str) -> int:
-    """For how many pairs of seeds, from the first on, cells of a regime are computed."""
+    """Returns the number of pairs of seeds, from the first on, that a regime is computed for."""
     limits = [limit.pairs for limit in limits_of(config, regime) if limit.pairs]
     return min([*limits, len(replicates(config))])
 
 
 def check(config) -> None:
-    """Refuses settings that could only fail later.
+    """Checks the config before anything is computed.
 
     Raises:
       ConfigError: names the regime, its value and what it may be.
@@ -158,7 +158,7 @@ def check(config) -> None:
 
 
 def algorithm_of(config, regime: str) -> tuple[str, dict]:
-    """The name and options of the algorithm of a regime: its own, or that of the config."""
+    """Returns the name and options of a regime's algorithm: its own, or that of the config."""
     federated, (_, named) = config.federated, with_algorithm(regime)
     if named is None:
         return federated.algorithm, federated.algorithm_options.to_dict()
@@ -166,7 +166,7 @@ def algorithm_of(config, regime: str) -> tuple[str, dict]:
 
 
 def check_algorithms(config) -> None:
-    """Refuses algorithms that cannot be, or not with this base.
+    """Checks that all algorithms can be built and suit the base.
 
     Raises:
       ConfigError: names the setting of the config, its value and what it may be.
@@ -184,7 +184,7 @@ def check_algorithms(config) -> None:
 
 
 def rates_name(config, regime: str) -> str:
-    """Under which name `config.learning_rates` has those of a regime.
+    """Returns the key of a regime in `config.learning_rates`.
 
     Raises:
       ConfigError: it has none.
@@ -203,7 +203,7 @@ def rates_name(config, regime: str) -> str:
 
 
 def check_replicates(config) -> None:
-    """Refuses seeds that do not make pairs.
+    """Checks that the seeds make pairs.
 
     Raises:
       ConfigError: there are none or other things than numbers, they are of different number, or a pair
@@ -231,7 +231,7 @@ def check_replicates(config) -> None:
 
 
 def trainable_strategies(config, dataset: Dataset) -> list[str]:
-    """Those of the config that can do without what the training questions lack; says which cannot.
+    """Returns the config's strategies that the training questions allow; prints a note on the others.
 
     Raises:
       ConfigError: none can.
@@ -251,7 +251,7 @@ def trainable_strategies(config, dataset: Dataset) -> list[str]:
 
 
 def warn_of_borrowed_rates(config) -> None:
-    """Says so where other models would train at the rates that were chosen for the built-in ones."""
+    """Prints a note if other models would train at the rates that were chosen for the built-in ones."""
     usual, models = get_config(), config.models
     others = [models[r] for r in ("retriever", "generator") if models[r] != usual.models[r]]
     if others and config.learning_rates.to_dict() == usual.learning_rates.to_dict():
@@ -263,7 +263,7 @@ def warn_of_borrowed_rates(config) -> None:
 
 
 def load_retriever(models, load=hub.load):
-    """The retriever, used as `config.models` wants it.
+    """Returns the retriever with the settings of `config.models`.
 
     Args:
       load: or `hub.describe`.
@@ -279,16 +279,16 @@ def load_retriever(models, load=hub.load):
 
 
 def load_generator(models, clients: int = 1, load=hub.load, devices=None):
-    """The generator as `config.models` wants its frozen base.
+    """Returns the generator, its frozen base in the format of `config.models`.
 
     Args:
-      clients: over how many times `models.devices` clients are dealt out, each with a base of its own
-        that is cut over so many devices; 0 is as often as there are devices for.
+      clients: the number of copies of the base, each cut over `models.devices` devices; clients are
+        spread over the copies. 0 makes as many copies as there are devices for.
       load: or `hub.describe`.
       devices: JAX's own unless given.
 
     Raises:
-      ConfigError: a type, format, number of devices or way to recompute that cannot be had.
+      ConfigError: an unknown type, format or way to recompute, or too few devices.
     """
     if models.dtype not in ("float32", "bfloat16"):
         raise ConfigError(f"config.models.dtype: 'float32' or 'bfloat16', got {models.dtype!r}")
@@ -317,17 +317,17 @@ def load_generator(models, clients: int = 1, load=hub.load, devices=None):
 
 
 def clients_over(config) -> int:
-    """What `load_generator` wants to know of clients: without federated regimes there are none."""
+    """Returns the number of devices that clients are spread over; 1 without federated regimes."""
     regimes = *config.get("regimes", ()), *config.get("variants", ())
     federated = any(regime.startswith("federated") for regime in regimes)
     return config.federated.devices if federated else 1
 
 
 def model_mesh(cut: int, clients: int, devices) -> Mesh:
-    """A mesh whose axis "model" is so long, and "clients" beside it where there are several.
+    """Returns a mesh with an axis "model" of this length, and an axis "clients" over the other devices.
 
     Raises:
-      ConfigError: there are not so many devices.
+      ConfigError: there are too few devices.
     """
     clients = clients or len(devices) // cut
     if clients * cut > len(devices):

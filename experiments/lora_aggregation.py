@@ -1,4 +1,4 @@
-"""Rules for averaging adapters: what each makes of the same clients, and what it sends.
+"""Rules for averaging adapters, on the same clients: quality and bytes of each.
 
     python -m experiments lora_aggregation
 
@@ -41,7 +41,7 @@ METRICS = ("em", "f1", "nll")
 
 
 def with_gold(retriever, examples, k: int) -> np.ndarray:
-    """Corpus rows [N, k]: of each example its gold passages and the nearest others, in any order."""
+    """Returns corpus rows [N, k]: each example's gold passages and the nearest others, shuffled."""
     found, _ = retriever.search([e.question for e in examples], k)
     row = {passage.id: i for i, passage in enumerate(retriever.passages)}
     read = []
@@ -54,12 +54,12 @@ def with_gold(retriever, examples, k: int) -> np.ndarray:
 
 
 def rows_for(read: dict[str, np.ndarray], examples) -> np.ndarray:
-    """Corpus rows [N, k] of examples, from those of all by id."""
+    """Returns the corpus rows [N, k] of these examples, looked up by id."""
     return np.stack([read[e.id] for e in examples])
 
 
 def at_point(config, rank: int, alpha: float):
-    """The config of a comparison with adapters of a rank and clients of a split."""
+    """Returns the config of a comparison with this adapter rank and this client split."""
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.lora.rank, config.lora.alpha = rank, config.lora.scale * rank
@@ -68,12 +68,12 @@ def at_point(config, rank: int, alpha: float):
 
 
 def point_name(rank: int, alpha: float) -> str:
-    """What a cell is called beside its rule."""
+    """Returns the name of a cell's rank and split."""
     return f"rank{rank}-alpha{alpha:g}"
 
 
 def tuned(run: Lab, read: dict, rule: str, seed: int, split: int, rate: float):
-    """`(systems, cost, curves)`: one system, or one for each client where adapters are personal.
+    """Returns `(systems, cost, curves)`: one system, or one per client if adapters are personal.
 
     Raises:
       DivergenceError: training at this rate ends in numbers that are not finite.
@@ -120,7 +120,7 @@ def tuned(run: Lab, read: dict, rule: str, seed: int, split: int, rate: float):
 
 
 class Aggregation(NamedTuple):
-    """What all cells share.
+    """The shared parts of all cells.
 
     Attributes:
       at: a lab for each rank and split, by the name of the point.
@@ -135,7 +135,7 @@ class Aggregation(NamedTuple):
 
 
 def compute(lab: Aggregation, point: Point) -> cells.Cell:
-    """A cell at the learning rate that suits validation answers best, with the first two seeds."""
+    """Trains a cell at the learning rate with the best validation score over the first two seeds."""
     run, read, rule, seed, split = (
         lab.at[point.regime], lab.read, point.name, point.seed, point.split,
     )  # fmt: skip
@@ -174,7 +174,7 @@ def compute(lab: Aggregation, point: Point) -> cells.Cell:
 
 
 def reading_scores(systems, examples, rows) -> list[dict[str, np.ndarray]]:
-    """`em`, `f1`, `nll` [Q] of each system when it reads corpus rows [Q, k]."""
+    """Returns `em`, `f1`, `nll` [Q] of each system, reading corpus rows [Q, k]."""
     return [
         evaluator.answers(system, examples, rows)
         | {"nll": evaluator.answer_nll(system, examples, rows)}
@@ -183,7 +183,7 @@ def reading_scores(systems, examples, rows) -> list[dict[str, np.ndarray]]:
 
 
 def rows_of(config, folder: pathlib.Path) -> list[dict]:
-    """A row for every rule, rank and alpha, with its differences from FedIT."""
+    """Returns a row for every rule, rank and alpha, with its differences from FedIT."""
     rows = []
     for alpha, rank, rule in itertools.product(config.alphas, config.ranks, config.rules):
         point = point_name(rank, alpha)
@@ -206,7 +206,7 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
 
 
 def report(config, folder: pathlib.Path):
-    """The `Report` on all finished cells."""
+    """Returns the `Report` on all finished cells."""
     rows = rows_of(config, folder)
     untuned = read_json(folder / "untuned.json")
     who = (
@@ -280,7 +280,7 @@ def report(config, folder: pathlib.Path):
 
 
 def check(config) -> None:
-    """Refuses settings that could only fail later.
+    """Checks the config before anything is computed.
 
     Raises:
       ConfigError: an unknown rule or metric, a list that is empty, a rank below 1, a rule that would
@@ -304,7 +304,7 @@ def check(config) -> None:
 
 
 def lab(config, folder: pathlib.Path) -> Aggregation:
-    """The data and models of the config, a lab for each of its ranks and splits.
+    """Returns the data and models of the config, with a lab for each of its ranks and splits.
 
     Raises:
       ConfigError: as `check`.
@@ -333,7 +333,7 @@ def lab(config, folder: pathlib.Path) -> Aggregation:
 
 
 def points(lab: Aggregation) -> list[Point]:
-    """Split by split, rank by rank, rule by rule; rank and split stand where others have a regime."""
+    """Returns all cells, by split, rank and rule; a key's regime is rank and split."""
     config = lab.config
     return [
         Point(rule, point_name(rank, alpha), *pair, {"rank": rank, "alpha": alpha})
@@ -344,7 +344,7 @@ def points(lab: Aggregation) -> list[Point]:
 
 
 def controls(lab: Aggregation) -> None:
-    """What the untuned generator makes of the same prompts."""
+    """Tests the untuned generator on the same prompts and writes its scores to untuned.json."""
     path = lab.folder / "untuned.json"
     if everywhere(kept(read_json, path) is not None):
         return
@@ -355,7 +355,7 @@ def controls(lab: Aggregation) -> None:
 
 
 def told(cell) -> str:
-    """The means of a cell's scores, for people."""
+    """Returns a line with the mean scores of a cell."""
     return f"EM {100 * cell.scores['em'].mean():.1f}  NLL {cell.scores['nll'].mean():.2f}"
 
 

@@ -1,4 +1,4 @@
-"""Every objective from one start: what it brings to the part that it trains, with intervals.
+"""Every objective from the same start: its gain for the part that it trains, with intervals.
 
     python -m experiments methods
 
@@ -42,12 +42,12 @@ CUT = ("in_batch", "matryoshka")
 
 
 def objective_of(name: str):
-    """The `Objective` of a row; the no-op is one that is trained at a rate of 0."""
+    """Returns the `Objective` of a row; the no-op row trains one at learning rate 0."""
     return OBJECTIVES["in_batch" if name == "no_op" else name]
 
 
 def tuned(lab: Lab, name: str, regime: str, seed: int, split: int, factor: float):
-    """`(system, tuner)` after training at a factor of the config's learning rates."""
+    """Returns `(system, tuner)` after training at the config's learning rates times a factor."""
     objective, rates = objective_of(name), lab.config.learning_rates
     system = lab.system(seed)
     tuner = lab.tuner(lambda task, part: factor * rates[part], regime, seed, split)
@@ -79,7 +79,7 @@ class Methods(Lab):
 
 
 def validation_score(system, examples, part: str) -> float:
-    """Higher is better: MRR@10 of a retriever, log-likelihood of answers else."""
+    """Returns the validation score: MRR@10 of a retriever, else the log-likelihood of answers."""
     rows, _ = evaluator.ranking(system.retriever, examples, system.top_k)
     if part == "retriever":
         return float(np.nanmean(evaluator.rank_scores(system.retriever, examples, rows)["mrr"]))
@@ -87,7 +87,7 @@ def validation_score(system, examples, part: str) -> float:
 
 
 def test_scores(system, examples, part: str) -> dict[str, np.ndarray]:
-    """The metrics of a part, [Q] each."""
+    """Returns the metrics of a part, each [Q]."""
     rows, _ = evaluator.ranking(system.retriever, examples, system.top_k)
     scores = evaluator.rank_scores(system.retriever, examples, rows)
     if part != "generator":
@@ -101,12 +101,12 @@ def test_scores(system, examples, part: str) -> dict[str, np.ndarray]:
 
 
 def rate_path(folder: pathlib.Path, name: str, regime: str) -> pathlib.Path:
-    """Where the factor chosen for an objective is kept."""
+    """Returns the path of the file with an objective's chosen factor."""
     return folder / "rates" / f"{name}-{regime}.json"
 
 
 def compute(lab: Methods, point: Point) -> cells.Cell:
-    """Trains at the rates that suit validation questions, tests and prices."""
+    """Trains an objective at the rates with the best validation score; tests it; counts its cost."""
     config, dataset, name, regime = lab.config, lab.dataset, point.name, point.regime
     seed, split = point.seed, point.split
     validation = validation_sample(config, dataset)
@@ -141,12 +141,12 @@ ALL = ("no_op", *OBJECTIVES)
 
 
 def objectives_of(config) -> tuple[str, ...]:
-    """Those that the config names, or all."""
+    """Returns the objectives that the config names; all if it names none."""
     return tuple(config.objectives) or ALL
 
 
 def rows_of(config, folder: pathlib.Path) -> list[dict]:
-    """A row for every objective, regime and metric of its part."""
+    """Returns a row for every objective, regime and metric of its part."""
     rows = []
     for regime, name in itertools.product(config.regimes, objectives_of(config)):
         found, start = (finished(config, folder, n, regime) for n in (name, UNTUNED))
@@ -184,7 +184,7 @@ COLUMNS = (
 
 
 def verdict(row) -> str:
-    """What may be claimed of a row: its interval is of the difference, Holm's p of the table."""
+    """Returns the verdict on a row, from the interval of its difference and Holm's p over the table."""
     if row.get("p_holm") is None or not (row["low"] > 0 or row["high"] < 0):
         return "no difference shown"
     sure = "" if row["p_holm"] < 0.05 else ", not after Holm"
@@ -192,7 +192,7 @@ def verdict(row) -> str:
 
 
 def report(config, folder: pathlib.Path):
-    """The `Report` on all finished cells."""
+    """Returns the `Report` on all finished cells."""
     rows = rows_of(config, folder)
     columns = (
         tables.words("objective", "objective"),
@@ -244,7 +244,7 @@ def report(config, folder: pathlib.Path):
 
 
 def check(config, dataset) -> list[str]:
-    """The objectives that the training questions allow; says which they do not.
+    """Returns the objectives that the training questions allow; prints a note on the others.
 
     Raises:
       ConfigError: an unknown objective or a list that is empty; none is left.
@@ -273,7 +273,7 @@ def check(config, dataset) -> list[str]:
 
 
 def lab(config, folder: pathlib.Path) -> Methods:
-    """The data and models of the config, whose objectives are those that the data allows.
+    """Returns the lab with the data and models of the config, and the objectives that the data allows.
 
     Raises:
       ConfigError: as `check`.

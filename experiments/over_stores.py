@@ -1,4 +1,4 @@
-"""Which strategies still pay where search is better: a finished comparison over other stores.
+"""Which strategies still gain with a better store: tests a finished comparison over other stores.
 
     python -m experiments over_stores --config.of=runs/real
 
@@ -55,7 +55,7 @@ def every_point(config) -> list[Point]:
 
 
 def lab(config, folder: pathlib.Path) -> OverStores:
-    """The comparison's data and models.
+    """Returns the lab of the comparison, with its data and models.
 
     Raises:
       ConfigError: a comparison that is not there or lacks a cell, an unknown kind of store.
@@ -136,7 +136,7 @@ def report(config, folder: pathlib.Path):
 
 
 def told(cell) -> str:
-    """What people are told of a cell."""
+    """Returns a line with a cell's metrics."""
     return f"EM {100 * cell.scores['em'].mean():.1f}"
 
 

@@ -1,4 +1,4 @@
-"""How unlike the clients of a comparison are: statistics and a figure, before anything is trained.
+"""Differences between the clients of a comparison: statistics and a figure, without training.
 
     python -m experiments partition_statistics
     python -m experiments partition_statistics \

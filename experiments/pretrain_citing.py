@@ -27,7 +27,7 @@ from fedrag_jax.models import fetching, hub
 _OUT = flags.DEFINE_string("out", str(fetching.BUILTIN / "citing"), "folder of the checkpoint")
 _STEPS = flags.DEFINE_integer("steps", 2600, "number of batches of 8 to 24 rows")
 
-# So many sentences or passages, in batches of so many rows, for so many steps at most.
+# Numbers of sentences or passages, rows in a batch, and the largest number of steps.
 LEVELS = (
     ("sentences", 2, 32, 400),
     ("sentences", 4, 24, 200),
@@ -52,7 +52,7 @@ def rows_of(kind: str, readers, what: str, count: int):
 
 
 def train(base: hub.Pretrained, worlds, steps: int, rng) -> hub.Pretrained:
-    """The decoder after so many steps."""
+    """Returns the decoder after this many steps."""
     loss = functools.partial(decoder_loss, base.network)
     init, step = trainer(loss, LEARNING_RATE, steps, b2=0.98)
     readers, params = [Reader(world, base.tokenizer, rng) for world in worlds], base.params

@@ -66,8 +66,8 @@ ENCODER = EncoderConfig(
     max_length=96,
 )
 SPECIAL = ["<pad>", "<s>", "</s>", "[CLS]", "[SEP]"]  # the first pieces of the vocabulary
-# What the decoder reads, one after the other: so many sentences or passages at a time, in batches of
-# so many rows, for so many steps at most.
+# Stages of the decoder's curriculum: what it reads, how many of them in a context, rows in a batch,
+# largest number of steps.
 LEVELS = [
     ("sentences", 2, 24, 300),
     ("sentences", 3, 24, 300),

@@ -58,7 +58,7 @@ class Reader:
         return [(self.tokenizer.bos_token_id, 0.0)]
 
     def context(self, golds, k, namesakes=NAMESAKES):
-        """The gold passages among k, in random order; so many of the others are namesakes of one."""
+        """Returns the gold passages among k, shuffled; some of the others are namesakes of one."""
         chosen = {p.id: p for p in golds}
         while len(chosen) < k:
             near = self.namesakes[self.choice(golds).title.split()[self.rng.integers(2)]]

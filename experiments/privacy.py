@@ -1,4 +1,4 @@
-"""What training and serving reveal: quality against the success of attacks, for each defence.
+"""Leakage of training and serving: quality and the success of attacks, for each defence.
 
     python -m experiments privacy
 

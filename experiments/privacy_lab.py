@@ -30,7 +30,7 @@ NEGATIVES = 8  # of a question that is ranked by itself
 
 
 class Crowd(NamedTuple):
-    """The questions of all clients, and which clients train.
+    """The questions of all clients, and the clients that train.
 
     Attributes:
       questions: N of them.
@@ -54,7 +54,7 @@ class Crowd(NamedTuple):
 
 
 def crowd(config, dataset: Dataset, split: int) -> Crowd:
-    """Clients of equally many questions, drawn by the seed of the split.
+    """Returns clients with equally many questions each, drawn by the seed of the split.
 
     Raises:
       ConfigError: clients that hold no more questions than are to be fresh.
@@ -119,11 +119,11 @@ class Trainer:
         return self.how.get("rounds", self.lab.config.training.rounds)
 
     def fit_of(self, users, number: int = 0, rounds: int = 0) -> dict[str, Any]:
-        """What to call `fit` with, for some of the clients.
+        """Returns the arguments of `fit`, for some of the clients.
 
         Args:
           number: of the training, which its seed depends on.
-          rounds: the first so many; all unless given.
+          rounds: number of rounds, from the first; 0 is all.
         """
         config, every = self.lab.config, self.rounds
         rates = {
@@ -155,7 +155,7 @@ class Trainer:
         }
 
     def trained(self) -> list[FitResult]:
-        """The model that is attacked, and the shadow models.
+        """Returns the attacked model and the shadow models.
 
         Raises:
           DivergenceError: one of them diverges.

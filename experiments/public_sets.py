@@ -1,4 +1,4 @@
-"""What tuning on one's own questions does to the accuracy on a public set with choices, such as MMLU.
+"""The effect of tuning on the accuracy on a public multiple-choice set, such as MMLU.
 
     python -m experiments public_sets --config.of=runs/real_ra_dit
 
@@ -28,7 +28,7 @@ from fedrag_jax.tracking.ledger import Cost
 from fedrag_jax.tracking.processes import everywhere
 
 LETTERS = 4  # of a choice that is looked for in passages: "4" and "no" are everywhere
-# A two-sided test at 5% finds a difference of so many standard errors in 80% of all runs.
+# A two-sided test at 5% has 80% power for a difference of this many standard errors.
 POWER = 1.96 + 0.84
 PAPER = 100  # questions of FedRAG's test
 
@@ -49,7 +49,7 @@ class Asking(FinishedLab):
         return read_json(path)
 
     def left_out(self) -> set[str]:
-        """Ids of the questions of groups that are covered too little.
+        """Returns the ids of questions in groups with too little coverage.
 
         Raises:
           ConfigError: that is all of them.
@@ -86,7 +86,7 @@ def covered(system, questions) -> dict[str, dict[str, float]]:
 
 
 def check(config) -> None:
-    """Refuses settings that could only fail later.
+    """Checks the config before anything is computed.
 
     Raises:
       ConfigError: a set without choices, another way or corpus, as `require_finished`.
@@ -119,7 +119,7 @@ def every_point(config) -> list[Point]:
 
 
 def lab(config, folder: pathlib.Path) -> Asking:
-    """The comparison's systems and the questions of the set.
+    """Returns the lab: the comparison's systems and the questions of the set.
 
     Raises:
       ConfigError: as `check`.
@@ -151,7 +151,7 @@ def compute(lab: Asking, point: Point) -> cells.Cell:
 
 
 def rows_of(config, folder: pathlib.Path) -> list[dict]:
-    """A row for every way, corpus, strategy, regime and metric, with its difference from `none`.
+    """Returns a row for every scoring, corpus, strategy, regime and metric, against `none`.
 
     `detectable` is the difference in points that a test of as many questions finds in 80% of all runs,
     `detectable_100` of a hundred such questions.
@@ -237,7 +237,7 @@ def report(config, folder: pathlib.Path):
 
 
 def told(cell) -> str:
-    """What people are told of a cell."""
+    """Returns a line with a cell's metrics."""
     return "  ".join(f"{name} {100 * np.nanmean(x):.1f}" for name, x in cell.scores.items())
 
 

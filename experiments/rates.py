@@ -13,7 +13,7 @@ FINE = 2.0  # neighbours of the chosen rate are at most this factor away
 
 
 class Search(NamedTuple):
-    """A rate that is looked for.
+    """A learning rate to search for.
 
     Attributes:
       name: in `config.learning_rates`.
@@ -44,7 +44,7 @@ def chosen_rate(
     judge: Callable[[Sequence[float]], Sequence[float]],
     what: str,
 ) -> float:
-    """The rate, or factor of rates, with the highest score; kept in a file and read back.
+    """Returns the rate (or factor of rates) with the highest score; keeps it in a file.
 
     The grid is gone on beyond an end that is best, then refined around the best until its neighbours
     are within a factor of 2. A best rate that is still outermost is said, and `at_edge` knows it.

@@ -1,4 +1,4 @@
-"""Draws the figure of the main table from rows that are kept, without the run that they are from.
+"""Draws the figure of the main table from a CSV file of its rows.
 
     python -m experiments.redraw docs/data/table/strategies.csv docs/strategies.png
 

@@ -1,4 +1,4 @@
-"""A page on a finished run, and its tables and figures for a paper.
+"""Writes the report of a finished run: a page, and tables and figures for a paper.
 
     python -m experiments.report runs/compare
 
@@ -20,7 +20,7 @@ from fedrag_jax.files import read_json
 
 
 def rebuild(folder: pathlib.Path) -> list[str]:
-    """Writes the report of a run anew; returns the names of its files.
+    """Rewrites the report of a run; returns the names of its files.
 
     Raises:
       ConfigError: the folder holds no run.

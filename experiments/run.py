@@ -51,7 +51,7 @@ class Point:
 
 
 class OpensLab(Protocol):
-    """Opens the data and models of a config, with a `dataset`; writes nothing.
+    """Opens the data and models of a config; the lab has a `dataset`. Writes nothing.
 
     Raises:
       ConfigError, DataError: errors that would otherwise occur later.

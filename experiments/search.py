@@ -27,7 +27,7 @@ def seeds_of(config, regime: str) -> list[tuple[int, int]]:
 
 
 class Trials:
-    """Trains a strategy in a regime at the rates it is asked for, and keeps what came of each.
+    """Trains a strategy in a regime at given rates, and keeps the result of each rate.
 
     Args:
       bases: systems to start from, one for each training that a rate takes: all clients of the local

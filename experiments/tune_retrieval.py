@@ -41,7 +41,7 @@ METRICS = {"recall_at_1": "Recall@1", "recall_at_5": "Recall@5", "recall_at_20":
 
 
 class Prepared(NamedTuple):
-    """What all cells of a dataset share.
+    """The shared parts of a dataset's cells.
 
     Attributes:
       folder: of the dataset's cells, rates and trained encoders.
@@ -101,7 +101,7 @@ def rank_scores(retriever, examples) -> dict[str, np.ndarray]:
 
 
 def method_of(config, name: str) -> tuple[int, dict]:
-    """`(batch size, options of multiple_negatives_ranking)` of a way to train.
+    """Returns `(batch size, options of multiple_negatives_ranking)` of a training method.
 
     Raises:
       ConfigError: there is none of that name.
@@ -286,7 +286,7 @@ def report(config, folder: pathlib.Path):
 
 
 def lab(config, folder: pathlib.Path) -> Retrieval:
-    """The model and data of the config.
+    """Returns the lab with the model and data of the config.
 
     Raises:
       ConfigError: an unknown method or regime, or seeds that do not make pairs.

@@ -145,7 +145,7 @@ class Keep(Callback):
 
 
 class StartFrom(Callback):
-    """Goes on after so many rounds of another fit."""
+    """Continues after the first rounds of another fit."""
 
     def __init__(self, keep, rounds):
         self.keep, self.rounds = keep, rounds

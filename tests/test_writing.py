@@ -41,7 +41,7 @@ def prompts(model):
 
 
 def scripted(model, text, after=1):
-    """A writer that writes these words after any prompt of so many tokens, then its stop token."""
+    """A writer that writes these words after any prompt of a given length, then its stop token."""
     script = [5] * (after - 1)
     script += [*model.tokenizer(text, add_special_tokens=False)["input_ids"], 2, *[5] * 50]
     size = model.network.config.vocab_size

@@ -40,7 +40,7 @@ def known(kind: str) -> Chip | None:
 
 
 def chip_of(kind: str) -> Chip:
-    """The chip of a `device_kind`.
+    """Returns the chip of a `device_kind`.
 
     Raises:
       ConfigError: it is not in the table.

@@ -124,7 +124,7 @@ def algorithm(cohort: int):
 
 
 def random_prompts(count: int):
-    """A task over adapters of the built-in decoder, and the numbers of so many random prompts."""
+    """Returns a task over adapters of the built-in decoder, and the token ids of random prompts."""
     import numpy as np
 
     from fedrag_jax.data.batching import ANSWER_TOKENS

@@ -46,7 +46,7 @@ _PROMPT = flags.DEFINE_integer(
 
 
 def main(config, runs: str) -> None:
-    """Compiles, and prints what came of it; `runs` is left alone."""
+    """Compiles the programs and prints their reports; writes nothing to `runs`."""
     if unknown := {*_PROGRAMS.value} - {*PROGRAMS}:
         raise ConfigError(f"--programs: unknown {sorted(unknown)}; choose among {[*PROGRAMS]}")
     import jax

@@ -16,7 +16,7 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """One program; bytes, operations and seconds are those of one chip.
+    """A compiled program; bytes, operations and seconds are per chip.
 
     Attributes:
       fits: whether the compiler found room for it.

@@ -89,7 +89,7 @@ class DescribedLab(Lab):
     # --- rounds ---------------------------------------------------------------------------------
 
     def rounds(self, prompt_tokens: int = 0) -> Iterator[TracedRound]:
-        """Those of the config's strategies in its regimes, each program once.
+        """Returns the rounds of the config's strategies in its regimes, each program once.
 
         Args:
           prompt_tokens: of the generator's prompts; 0 is what the data needs.
@@ -121,7 +121,7 @@ class DescribedLab(Lab):
             return
 
     def asked_round(self, strategy: Strategy, task: Task, regime: str) -> Round:
-        """The first round that `fit` asks for when the experiment trains a task.
+        """Returns the first round that `fit` requests when the experiment trains a task.
 
         Raises:
           ConfigError: a group size that would be measured.

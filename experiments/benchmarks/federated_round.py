@@ -349,7 +349,7 @@ def operations(network, answers_only: bool) -> float:
 def products(
     layers, hidden, intermediate, vocabulary, rank, tokens, scored, queries=None, keys=None
 ) -> float:
-    """Floating-point operations of the products that one sequence of a LoRA step needs.
+    """Returns the floating-point operations of the matrix products of one sequence in a LoRA step.
 
     A multiplication and an addition are two. Of a layer with P frozen numbers in its matrices, R in
     their adapters and attention of width D,

@@ -172,7 +172,7 @@ def link_of(folder: pathlib.Path, home: pathlib.Path) -> Iterator[tuple]:
 
 @contextlib.contextmanager
 def attending(address: str, client, clients: int) -> Iterator[None]:
-    """Runs so many parties until the block ends; a few threads take turns at their connections."""
+    """Runs the parties until the block ends; a few threads share their connections."""
     from flwr.supercore import heartbeat
     from flwr.supernode import fleet_http_connection
 

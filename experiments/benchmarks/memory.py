@@ -151,7 +151,7 @@ def compiled_round(network, base, adapters):
 
 
 def arithmetic(network, base, adapters) -> dict[str, float]:
-    """Bytes of what a round must hold at once.
+    """Returns the bytes that a round holds at the same time.
 
     Adapters: the global adapters and the sum of updates; for each client of a group, its adapters,
     their gradient and two moments of Adam. Activations: the input of each layer; with selective remat,

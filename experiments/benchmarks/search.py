@@ -75,7 +75,7 @@ def built(size: int) -> dict:
 
 
 def milliseconds(stores: dict, queries: np.ndarray) -> dict[str, float]:
-    """Median of each store's turns.
+    """Returns the median time of each store.
 
     Raises:
       AssertionError: they differ in what they find.

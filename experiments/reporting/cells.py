@@ -88,7 +88,7 @@ def load(folder: pathlib.Path, strategy: str, regime: str, seed: int, split: int
 
 
 def load_folder(here: pathlib.Path) -> Cell:
-    """The finished cell in a folder of its own.
+    """Returns the finished cell of a folder.
 
     Raises:
       DataError: another version wrote it, or (`files.DamagedError`) a file is damaged.

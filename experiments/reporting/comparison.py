@@ -95,7 +95,7 @@ def estimate(
 
 
 def strategy_rows(cells: Sequence[Cell], regimes: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row per strategy and regime; metrics in percent, costs as the mean over seeds.
+    """Returns one row per strategy and regime; metrics in percent, costs as the mean over seeds.
 
     Every metric comes with `_low`, `_high` and `_sd` as of `estimate`, and as `own_<metric>` on
     questions such as each client holds. Rankings are scored over the questions with a gold passage;

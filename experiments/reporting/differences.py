@@ -22,7 +22,7 @@ from fedrag_jax.evaluation.significance import (
 def comparison_rows(
     cells: Sequence[Cell], metric: str, regimes: Mapping[str, Any], margin: float
 ) -> list[dict[str, Any]]:
-    """Paired differences of a metric in points: tuned against `none`, and regimes against each other.
+    """Returns paired differences of a metric in points: tuned against `none`, and between regimes.
 
     Federated training is compared with centralised training of the same budget, with local training
     of the same alpha and either budget, and by an algorithm of its own with the config's. Runs are
@@ -60,7 +60,7 @@ def paired_difference(
     unit: float = 100.0,
     margin: float | None = None,
 ) -> dict[str, Any] | None:
-    """One such row, without names and adjustment; None where no runs or no questions are in common.
+    """Returns one row without names and adjustment; None without common runs or questions.
 
     Differences of scores are multiplied by `unit`: those of shares become points. `sd` is their
     standard deviation over seeds.
@@ -107,7 +107,7 @@ def adjust(rows: Sequence[dict[str, Any]], prefix: str = "") -> None:
 
 
 def independent_rows(cells: Sequence[Cell], margin: float) -> list[dict[str, Any]]:
-    """Every tuned strategy against `independent` in its regime: what Lawton et al. 2025 compare.
+    """Returns every tuned strategy against `independent` in its regime, as Lawton et al. 2025 compare.
 
     `em_*` and so on are as in `comparison_rows`, each metric adjusted by itself; `seconds_ratio` and
     `flops_ratio` are means over pairs of runs with the same seeds, between `_low` and `_high`, the
@@ -155,7 +155,7 @@ def _partners(where, other) -> bool:
 def headline_rows(
     cells: Sequence[Cell], metric: str, regimes: Mapping[str, Any], alpha: float
 ) -> list[dict[str, Any]]:
-    """What federation brings each strategy over a lone client, and how much of that is compute.
+    """Returns each strategy's gain by federation over a lone client, and the part that is compute.
 
     A lone client is limited by its data, not by the length of a round: federated training is compared
     with the better of `local` and `local_converged`, by the metric itself, which favours the lone

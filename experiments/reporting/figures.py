@@ -171,7 +171,7 @@ def _log_scale(ax) -> None:
 
 
 def panels(count: int, most: int, width: float, height: float, **shared):
-    """A figure and axes [lines, columns], at most so many in a line; width and height of one."""
+    """Returns a figure and axes [lines, columns], at most `most` columns; width, height: of a panel."""
     columns = min(most, count)
     lines = -(-count // columns)
     size = 0.5 + width * columns, 0.2 + height * lines

@@ -107,7 +107,7 @@ class Table(NamedTuple):
 
 
 def read_csv(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The rows of a file that `write_csv` wrote; numbers are numbers again, and what is empty is None.
+    """Reads the rows of a file by `write_csv`; numbers are parsed, empty fields are None.
 
     Raises:
       DataError: no rows.

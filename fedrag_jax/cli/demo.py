@@ -17,7 +17,7 @@ import numpy as np
 from fedrag_jax.cli.common import add_json, print_json
 
 CLIENTS, ROUNDS, LOCAL_STEPS, BATCH_SIZE = 8, 4, 3, 4
-# Of the first round, chosen on validation questions for these models and so many clients, as in
+# Rates of the first round, chosen on validation questions for these models and number of clients, as in
 # configs/compare_strategies.py.
 RATES = {
     "centralised": {"query": 4e-4, "adapters": 8e-4},

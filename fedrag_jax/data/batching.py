@@ -81,7 +81,7 @@ class Prompts:
         self._widen(examples)
 
     def _remember(self) -> None:
-        # Of so many that training finds all of its own, and a service does not keep all ever asked.
+        # Large enough for the questions of a training set; bounded, because a service runs for months.
         remembered = functools.lru_cache(1 << 17)
         self.question_tokens = remembered(functools.partial(Prompts.question_tokens, self))
         self.answer_tokens = remembered(functools.partial(Prompts.answer_tokens, self))

@@ -202,7 +202,7 @@ def _require_room(network: Network, most: int, room: int) -> None:
 
 
 class Spelled:
-    """What was found as tokens to be read, of at most so many."""
+    """Spells found passages as tokens, at most `most` of them."""
 
     def __init__(self, tokenizer, tags: Tags, most: int):
         self._tokenizer, self._most = tokenizer, most
@@ -266,7 +266,7 @@ def _write(network, sampled, state, params, adapters, options):
 
 @functools.partial(jax.jit, static_argnums=2)
 def _going_on(state, rows, room):
-    """The state of some rows, whose cache has so many places."""
+    """Returns the state of some rows, with a cache of a given length."""
     cache, batch = state.cache, len(state.token)
 
     def some(x):
@@ -284,7 +284,7 @@ def _going_on(state, rows, room):
 
 @jax.jit
 def _cut(state, kept):
-    """The state without what rows [B] wrote in the last piece beyond so many tokens."""
+    """Returns the state after each row [B] of the last piece is cut to a number of tokens."""
     places = jnp.arange(state.cache.mask.shape[1])[None]
     # Its first place holds the token before it, the last token it wrote is not read yet.
     beyond = (places > state.start + kept[:, None]) & (places < state.cache.length)

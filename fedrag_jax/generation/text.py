@@ -21,8 +21,9 @@ ROWS_ACCELERATOR = 64
 _ROWS_SEARCHED = {"cpu": 20}
 _ROWS_SEARCHED_ACCELERATOR = 256
 _IN_FLIGHT = {"cpu": 4}  # such chunks decoded at once: one alone keeps two cores half busy
-# A text that repeats itself ends: small models do not stop by themselves. What is said again is so many
-# tokens at least, then the same twice more, so many tokens in all at least.
+# Decoding stops when a text repeats itself, because small models do not stop by themselves. A repeated
+# piece has at least the first number of tokens and comes three times; together they have at least the
+# second number.
 _SHORTEST_REPEATED, _FEWEST_REPEATED = 4, 32
 _UNFINISHED = "\ufffd"  # what a character of which bytes are missing is decoded to
 

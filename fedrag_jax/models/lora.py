@@ -238,7 +238,7 @@ def _svd(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def _columns(x: jax.Array, count: int) -> jax.Array:
-    """The first so many columns, zeros where there are fewer."""
+    """Returns the first columns, padded with zeros if there are fewer."""
     x = x[..., :count]
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, count - x.shape[-1])])
 

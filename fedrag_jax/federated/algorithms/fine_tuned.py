@@ -25,11 +25,11 @@ from fedrag_jax.federated.work import Work, WorkOptions
 
 @one_object
 def fine_tuned(*, together: int = 8, alone: int = 2, **work: Unpack[WorkOptions]) -> Algorithm:
-    """`fed_avg` for so many rounds, then each client by itself from where that ended.
+    """`fed_avg` for `together` rounds, then `alone` rounds in which each client trains by itself.
 
-    Alone, a client's optimizer carries on from round to round, and nothing is sent. A client that is
-    not drawn in these rounds keeps the global model, as do all in a fit that ends before them. With
-    alone = 0 it is `fed_avg`, with together = 0 `local_only`, with a model for each client.
+    In the second part a client keeps its optimizer state between rounds, and nothing is sent. A client
+    that is not sampled there keeps the global model; so do all clients if the fit ends before it. With
+    alone = 0 this is `fed_avg`, with together = 0 `local_only`; each client has its own model.
 
     Args:
       together, alone: rounds; a fit takes as many as both, or fewer.

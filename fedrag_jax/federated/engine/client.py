@@ -132,7 +132,7 @@ def one_step(loss, optimizer, frozen, table, correct=None, see=None) -> Callable
 
 
 def report_of(y: PyTree, examples: jax.Array, loss: jax.Array, metrics: dict) -> dict:
-    """What is told of g clients, from their models and sums, [g, ...] all of them."""
+    """Returns the report on g clients, from their models and sums, each [g, ...]."""
     seen = jnp.maximum(examples, 1)
     loss, metrics = jax.tree.map(lambda x: x / seen.astype(x.dtype), (loss, metrics))
     return {

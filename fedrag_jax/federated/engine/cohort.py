@@ -80,7 +80,7 @@ def sample_cohort(data: Partition, work: Work, round: int, batch_size: int, seed
 
 
 def steps_of(size: int, work: Work, batch_size: int) -> int:
-    """S, the steps of a round that a client of so many examples takes unless it is a straggler."""
+    """Returns S, the steps per round of a client with `size` examples that is not a straggler."""
     if work.local_epochs is None:
         return work.local_steps
     return work.local_epochs * -(-size // batch_size)
@@ -97,7 +97,7 @@ class Batches(NamedTuple):
 def client_batches(
     rows: np.ndarray, client: int, work: Work, round: int, batch_size: int, seed: int
 ) -> Batches:
-    """The batches of one client, which it can lay out without knowing of the others.
+    """Returns the batches of one client; they do not depend on other clients.
 
     Args:
       rows: of the table, those the client holds.
@@ -190,7 +190,7 @@ def _batch_rows(sizes: np.ndarray, batch_size: int, work: Work) -> np.ndarray:
 
 
 def _fits(steps: np.ndarray, lanes: int) -> bool:
-    """Whether clients of so many steps fill a group of so many lanes well."""
+    """Whether clients with these numbers of steps fill a group of `lanes` lanes well."""
     return steps.sum() >= (1 - MAX_IDLE) * lanes * steps.max()
 
 
