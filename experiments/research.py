@@ -6,10 +6,15 @@ A policy that searches as it writes is warmed up on its form and trained by poli
 (ReSearch, 2503.19470; Search-R1, 2503.09516); other variants are strategies that retrieve once. All
 see as many training questions. Results go to runs/<name>/: research.csv, table.md, report.html,
 figures. A cell (variant, regime, seeds) that is finished is not computed again, nor is a training.
+
+The default takes 28 minutes on 2 cores of a first-generation AMD EPYC. The ablation `search_unmasked`
+is trained with one seed (`config.pairs`). Time grows with the number of questions, rollouts
+per question and tokens per rollout; half of it are gradient steps, a quarter rollouts.
 """
 
 import dataclasses
 import functools
+import itertools
 import pathlib
 
 import numpy as np
@@ -40,7 +45,7 @@ RATES = {"search_format": "search_form", "policy": "search", "policy_unmasked": 
 
 
 def variant(config, name: str, seed: int) -> Strategy:
-    """One that searches, or a strategy by its name.
+    """Returns the strategy of a variant: one that searches, or one of compare_strategies.
 
     Raises:
       ConfigError: there is none of that name.
@@ -97,7 +102,7 @@ def compute(lab: Lab, point: Point) -> cells.Cell:
 
 
 def rows_of(config, folder: pathlib.Path) -> list[dict]:
-    """A row for every variant and regime; `two_hop_by_*` is against the best that retrieves once."""
+    """Returns a row for each variant and regime; `two_hop_by_*` compares with single retrieval."""
     rows, best = [], None
     for regime, names in config.variants.items():
         for name in names:
@@ -128,7 +133,7 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
 
 
 def report(config, folder: pathlib.Path):
-    """The `Report` on all finished cells."""
+    """Returns the `Report` on all finished cells."""
     rows = rows_of(config, folder)
     found = [
         cell
@@ -198,36 +203,41 @@ def report(config, folder: pathlib.Path):
 
 
 def lab(config, folder: pathlib.Path) -> Lab:
-    """The data and models of the config.
+    """Returns the lab with the data and models of the config.
 
     Raises:
-      ConfigError: as `loading.check`; an unknown variant.
+      ConfigError: as `loading.check`; an unknown variant; a negative number of pairs.
     """
     asked = config.copy_and_resolve_references()
     with asked.unlocked():
         asked.regimes = tuple(config.variants)
         asked.strategies = ("none",)
     check_comparison(asked)
-    for names in config.variants.values():
-        for name in names:
-            variant(config, name, 0)
+    for name in (*itertools.chain(*config.variants.values()), *config.pairs):
+        variant(config, name, 0)
+    for name, count in config.pairs.items():
+        if count < 0:
+            raise ConfigError(
+                f"config.pairs.{name} is {count}; give a number of pairs of seeds, or 0 for all"
+            )
     if not any(config.variants.values()):
         raise ConfigError("config.variants is empty; give at least one of a regime")
     return Lab(asked, as_many_of_each(load_data(config)), folder)
 
 
 def points(lab: Lab) -> list[Point]:
-    """Seed by seed, so that there is something of all variants early."""
+    """Returns all cells, by seed, so that all variants have a first result early."""
     return [
         Point(name, regime, *pair)
-        for pair in replicates(lab.config)
+        for i, pair in enumerate(replicates(lab.config))
         for regime, names in lab.config.variants.items()
         for name in names
+        if i < (lab.config.pairs.get(name, 0) or i + 1)
     ]
 
 
 def told(cell) -> str:
-    """What people are told of a cell."""
+    """Returns a line with a cell's metrics."""
     return "  ".join(
         f"{hops.replace('_', '-')} EM {100 * np.nanmean(cell.scores[f'{hops}_em']):.1f} "
         f"({np.nanmean(cell.scores[f'{hops}_searches']):.2f} searches)"
@@ -238,7 +248,7 @@ def told(cell) -> str:
 
 EXPERIMENT = Experiment(
     name="research",
-    free=("seeds", "split_seeds", "variants"),
+    free=("seeds", "split_seeds", "variants", "pairs"),
     lab=lab,
     points=points,
     compute=compute,

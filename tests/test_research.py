@@ -1,6 +1,7 @@
-"""The experiment on learning to search: what is asked of it, its rows, and a run of all variants."""
+"""The experiment on learning to search: its config, its rows, and a run of all variants."""
 
 import csv
+import types
 
 import numpy as np
 import pytest
@@ -31,10 +32,28 @@ def test_what_there_is_not_is_refused(tmp_path):
     config.variants = {"central": ("none",)}
     with pytest.raises(ConfigError, match="regime 'central' unknown"):
         research.lab(config, tmp_path)
+    config = settings.get_config()
+    config.pairs = {"search_unmask": 1}
+    with pytest.raises(ConfigError, match="unknown strategy 'search_unmask'"):
+        research.lab(config, tmp_path)
+    config.pairs = {"search": -1}
+    with pytest.raises(ConfigError, match=r"config\.pairs\.search is -1"):
+        research.lab(config, tmp_path)
+
+
+def test_a_variant_may_have_fewer_pairs_of_seeds():
+    config = settings.get_config()
+    config.seeds, config.pairs = (3, 4, 5), {"search_unmasked": 1, "search": 0}
+    config.variants = {"centralised": ("none", "search", "search_unmasked")}
+    found = [(p.name, p.seed) for p in research.points(types.SimpleNamespace(config=config))]
+    assert found == [
+        ("none", 3), ("search", 3), ("search_unmasked", 3),
+        ("none", 4), ("search", 4), ("none", 5), ("search", 5),
+    ]  # fmt: skip
 
 
 def cell(variant, seed, one_hop, two_hop, searches, collapsed=0.0, questions=40):
-    """With so many of the questions of each kind right."""
+    """A cell with a given share of right answers of each kind."""
     hops = np.arange(questions) % 2
     scores = {}
     for name, kind, right, count in (
