@@ -111,6 +111,17 @@ def test_validation_is_carved_from_train_where_nobody_named_one(folder):
     assert 70 < len(dataset.validation) < 130
 
 
+def test_a_question_without_an_id_is_named_by_its_line(folder):
+    rows = [question(i, split=s) for i, s in enumerate(["train", "validation", "test"])]
+    rows[1]["id"] = None
+    del rows[2]["id"]
+    (folder / "questions.jsonl").write_text(lines(rows))
+    dataset = load(folder)
+    assert [e.id for e in dataset.train + dataset.validation + dataset.test] == [
+        "q0", "line 2", "line 3",
+    ]  # fmt: skip
+
+
 HALF = r"{}\.jsonl:1: '{}' holds half a character \('.ud"
 
 

@@ -74,8 +74,9 @@ def answers_of(row: dict, where: str) -> tuple[str, ...]:
     if marked and has:
         raise DataError(f"{where}: is marked unanswerable and has answers {[*answers]}: choose one")
     if not marked and not has:
+        name = row.get("id") or row.get("question")
         raise DataError(
-            f"{where}: question {row.get('id')!r} has no answer; give at least one, leave it out, or "
+            f"{where}: question {name!r} has no answer; give at least one, leave it out, or "
             'mark it "unanswerable": true to have it measured'
         )
     return () if marked else answers

@@ -2,9 +2,10 @@
 
 A data set is two files, plain or gzipped, one JSON object per line:
 
-    questions.jsonl   {"id", "question", "answers": [...]} and, if known, "positive_ids": [...],
-                      "split": "train" | "validation" | "test", "topic", "hops", "reasoning";
-                      {"id", "question", "unanswerable": true} if no passage answers it: scored by
+    questions.jsonl   {"question", "answers": [...]} and, if known, "id" (default: the line),
+                      "positive_ids": [...], "split": "train" | "validation" | "test", "topic",
+                      "hops", "reasoning";
+                      {"question", "unanswerable": true} if no passage answers it: scored by
                       `fedrag eval` as in SQuAD v2, and refused here, because questions are for training
     passages.jsonl    {"id", "text"} and, if known, "title", "topic"
 
@@ -141,7 +142,7 @@ def _questions(path: Path, topic: str, hops: int) -> list[splits.Labelled]:
         if not isinstance(own, int) or own < 1:
             raise DataError(f"{where}: 'hops' must be a positive whole number, got {own!r}")
         example = Example(
-            id=string_of(row, "id", where),
+            id=_id_of(row, where),
             question=string_of(row, "question", where),
             answers=answers_of(row, where),
             positive_ids=strings_of(row, "positive_ids", where, default=[]),
@@ -151,6 +152,13 @@ def _questions(path: Path, topic: str, hops: int) -> list[splits.Labelled]:
         )
         questions.append((example, string_of(row, "split", where, default=""), where))
     return questions
+
+
+def _id_of(row: dict, where: str) -> str:
+    """Returns the id of a question; without one, its line, which does not depend on the file's path."""
+    if row.get("id") is None:
+        return f"line {where.rpartition(':')[2]}"
+    return string_of(row, "id", where)
 
 
 def _passages(path: Path, topic: str) -> list[Passage]:
