@@ -288,6 +288,28 @@ def test_local_files_have_the_same_questions(tmp_path, monkeypatch):
         read(sets.SETS["mmlu"])
 
 
+def test_all_of_ones_own_questions_may_be_asked(tmp_path):
+    path = tmp_path / "own.jsonl"
+    rows = [{"question": f"{i}?", "answers": ["yes"]} for i in range(40)]
+    write(path, rows)
+    held_out = read(sets.own(path), source=path).asked
+    assert 0 < len(held_out) < 40
+    every = read(sets.own(path, everything=True), source=path).asked
+    # Without ids, lines name them.
+    assert [q.id for q in every] == [f"line {i + 1}" for i in range(40)]
+    marked = [
+        row | {"split": split}
+        for row, split in zip(rows, ["train", "test"] * 20, strict=True)
+    ]  # fmt: skip
+    write(path, marked)
+    assert len(read(sets.own(path), source=path).asked) == 20
+    assert len(read(sets.own(path, everything=True), source=path).asked) == 40
+    write(path, marked[::2])  # for training alone
+    assert len(read(sets.own(path, everything=True), source=path).asked) == 20
+    with pytest.raises(DataError, match=r"no question in split 'test', only in \['train'\]"):
+        read(sets.own(path), source=path)
+
+
 def test_the_sample_of_a_seed_is_stable():
     questions = [Question(str(i), f"{i}?") for i in range(200)]
     order = sets.in_order(questions, seed=0)

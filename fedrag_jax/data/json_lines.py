@@ -64,6 +64,13 @@ def strings_of(row: dict, field: str, where: str, default: list | None = None) -
     return tuple(value)
 
 
+def question_id(row: dict, where: str) -> str:
+    """Returns the id of a question; without one, its line, which does not depend on the file's path."""
+    if row.get("id") is None:
+        return f"line {where.rpartition(':')[2]}"
+    return string_of(row, "id", where)
+
+
 def answers_of(row: dict, where: str) -> tuple[str, ...]:
     """Returns `answers`, at least one of them with words; none if `"unanswerable": true`."""
     marked = row.get("unanswerable") or False

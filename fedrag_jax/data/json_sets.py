@@ -26,6 +26,7 @@ from fedrag_jax.data.json_lines import (
     answers_of,
     json_rows,
     jsonl_file,
+    question_id,
     string_of,
     strings_of,
 )
@@ -142,7 +143,7 @@ def _questions(path: Path, topic: str, hops: int) -> list[splits.Labelled]:
         if not isinstance(own, int) or own < 1:
             raise DataError(f"{where}: 'hops' must be a positive whole number, got {own!r}")
         example = Example(
-            id=_id_of(row, where),
+            id=question_id(row, where),
             question=string_of(row, "question", where),
             answers=answers_of(row, where),
             positive_ids=strings_of(row, "positive_ids", where, default=[]),
@@ -152,13 +153,6 @@ def _questions(path: Path, topic: str, hops: int) -> list[splits.Labelled]:
         )
         questions.append((example, string_of(row, "split", where, default=""), where))
     return questions
-
-
-def _id_of(row: dict, where: str) -> str:
-    """Returns the id of a question; without one, its line, which does not depend on the file's path."""
-    if row.get("id") is None:
-        return f"line {where.rpartition(':')[2]}"
-    return string_of(row, "id", where)
 
 
 def _passages(path: Path, topic: str) -> list[Passage]:

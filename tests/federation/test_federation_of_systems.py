@@ -55,6 +55,12 @@ def test_a_federation_is_made_that_keeps_its_secrets(made):
         {json.loads(line)["id"] for line in path.read_text().splitlines()} for path in documents
     ]
     assert [len(ids) for ids in held] == [12, 12] and not held[0] & held[1]
+    for name, ids in zip(PARTIES, held, strict=True):
+        path = made / "parties" / name / "questions.jsonl"
+        asked = [json.loads(line) for line in path.read_text().splitlines()]
+        assert {row["split"] for row in asked} == {"train", "test"}
+        assert all({*row["positive_ids"]} <= ids for row in asked)
+        assert len({row["id"] for row in asked}) == len(asked)
     with pytest.raises(ConfigError, match="is not empty"):
         federation.make(made, ["localhost"], 9092, PARTIES, 12, 0)
     with pytest.raises(ConfigError, match="names of parties must differ"):
@@ -72,6 +78,7 @@ def test_the_app_that_parties_are_sent_holds_no_key_and_no_document(made):
 @pytest.mark.slow
 def test_parties_train_on_their_own_documents_and_answer_from_them(made, monkeypatch):
     config = {"clients": 2, "rounds": 2, "local-steps": 1, "batch-size": 2}
+    config |= {"objective": "concatenated"}
     there = loopback.Context
     monkeypatch.setattr(loopback, "Context", lambda r, n, c, s, _: there(r, n, c, s, config))
     app = client_app(systems.party_plan, systems.party_questions)

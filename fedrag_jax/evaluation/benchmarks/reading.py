@@ -17,6 +17,7 @@ from fedrag_jax.data.json_lines import (
     field_of,
     json_rows,
     jsonl_file,
+    question_id,
     string_of,
     strings_of,
 )
@@ -188,7 +189,7 @@ class _LocalFiles(NamedTuple):
             answers = strings_of(row, "answers", where) if known.repo else answers_of(row, where)
         golds = known.golds if known.golds in row else "positive_ids"
         return Question(
-            string_of(row, "id", where),
+            question_id(row, where),
             string_of(row, "question", where),
             answers,
             choices,

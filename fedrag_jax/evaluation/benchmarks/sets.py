@@ -165,14 +165,16 @@ def own(path: pathlib.Path, everything: bool = False) -> BenchmarkSet:
     `"unanswerable": true`, it is scored as SQuAD v2.
 
     Args:
-      everything: whether to ask all questions without a split.
+      everything: whether to ask all questions, whatever their split.
     """
     name = path.name.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".questions")
-    side = None if everything else lambda question: splits.side(question.id)
-    how = {}
-    if any(row.get("unanswerable") for row, _ in json_rows(path)):
-        how = {"rule": "squad_v2", "also": ("answerable",)}
-    return BenchmarkSet(name, "", "test", "", "open", hub_rows.nq, side=side, **how)
+    rows = [row for row, _ in json_rows(path)]
+    how: dict[str, Any] = {"side": lambda question: splits.side(question.id)}
+    if everything:
+        how = {"known_as": dict.fromkeys((str(row.get("split")) for row in rows), "test")}
+    if any(row.get("unanswerable") for row in rows):
+        how |= {"rule": "squad_v2", "also": ("answerable",)}
+    return BenchmarkSet(name, "", "test", "", "open", hub_rows.nq, **how)
 
 
 def in_order(questions: list[Question], seed: int) -> list[Question]:

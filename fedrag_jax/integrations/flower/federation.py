@@ -267,18 +267,23 @@ def _copy_project(folder: pathlib.Path, clients: int) -> None:
 
 
 def _write_documents(party: pathlib.Path, world, topics: Sequence[str], passages: int) -> None:
-    """Writes passages on some topics, one per JSON line, and the questions that they answer."""
+    """Writes passages on some topics, one per JSON line, and the questions that they answer.
+
+    The world's validation and test questions are for testing.
+    """
     of_topics: list[Passage] = [p for p in world.passages if p.topic in topics][:passages]
-    ids = {p.id for p in of_topics}
-    asked: list[Example] = [
-        e for e in world.train if e.hops == 1 and e.positive_ids and {*e.positive_ids} <= ids
+    ids, trained = {p.id for p in of_topics}, {*world.train}
+    asked: list[tuple[Example, str]] = [
+        (e, "train" if e in trained else "test")
+        for e in [*world.train, *world.validation, *world.test]
+        if e.hops == 1 and e.positive_ids and {*e.positive_ids} <= ids
     ]
     (party / "documents").mkdir(parents=True)
     documents = [{"id": p.id, "title": p.title, "text": p.text} for p in of_topics]
     questions = [
         {"id": e.id, "question": e.question, "answers": [*e.answers],
-         "positive_ids": [*e.positive_ids], "split": "train"}
-        for e in asked
+         "positive_ids": [*e.positive_ids], "split": split}
+        for e, split in asked
     ]  # fmt: skip
     for path, rows in (
         (party / "documents" / "records.jsonl", documents),

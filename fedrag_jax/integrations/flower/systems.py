@@ -35,7 +35,7 @@ DEFAULTS: dict[str, Any] = {
     "rounds": 5,
     "local-steps": 5,
     "batch-size": 8,
-    "objective": "concatenated",
+    "objective": "in_batch",
     "algorithm": "fedavg",
     "algorithm-options": "",
     "learning-rate": 1e-3,
