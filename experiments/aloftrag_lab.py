@@ -74,7 +74,7 @@ class LabelFreeLab:
         return self.silos[self.silo_of[example.positive_ids[0]]]
 
     def prompts(self, silo: str = ""):
-        """What a silo asks its author."""
+        """Returns the prompts of a silo's author."""
         author = self.config.author
         language = author.languages.get(silo, author.language)
         if author.prompts == "compact":
@@ -121,7 +121,7 @@ class LabelFreeLab:
         )
 
     def _contexts(self, n: int, kind: str):
-        """Of each test question, and whether it is hard; by the untuned retriever.
+        """Returns the context of each test question, and whether it is hard; by the untuned retriever.
 
         Args:
           kind: "forced", the gold passage put in place of the last; "none", without it.
@@ -135,7 +135,7 @@ class LabelFreeLab:
         return contexts_of(retriever, self.test, n, pool=pool)
 
     def generated(self, name: str, seed: int, elsewhere: bool, **how):
-        """What each silo made of its texts, wherever is trained on it: `Generated` by silo.
+        """Returns what each silo generated from its texts: `Generated` by silo.
 
         Args:
           elsewhere: whether the texts are those of a pretraining world.

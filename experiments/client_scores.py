@@ -1,4 +1,4 @@
-"""How well clients are served: scores of questions such as each of them holds."""
+"""Scores of clients: quality on questions like those that each client holds."""
 
 import collections
 

@@ -123,7 +123,7 @@ class Lab:
         return cost._replace(embed_seconds=self.embed_seconds)
 
     def like(self, config, folder: pathlib.Path) -> "Lab":
-        """The same data and untuned systems under a config that differs in other things."""
+        """Returns a lab with the same data and untuned systems under another config."""
         other = copy.copy(self)
         other.config, other.folder = config, folder
         return other

@@ -69,8 +69,9 @@ class Methods(Lab):
         self.tasks = {}
 
     def task(self, name: str, seed: int):
-        """The same object for every rate, and for every seed where adapters take no part: what a frozen
-        generator says is then asked once."""
+        """Returns the task of an objective and seed; one object for all rates.
+
+        Retriever objectives share one object over seeds too, so a frozen generator scores once."""
         objective = objective_of(name)
         seed = self.config.seeds[0] if objective.part == "retriever" else seed
         if (name, seed) not in self.tasks:

@@ -34,7 +34,7 @@ class OverStores(FinishedLab):
         self.store = functools.lru_cache(maxsize=1)(self._store)
 
     def _store(self, kind: str):
-        """One of a kind over all passages, with the vectors of the untuned document encoder."""
+        """Returns a store of a kind over all passages, with vectors of the untuned document encoder."""
         retriever = self.system(self.config.seeds[0]).retriever
         store = new_store(kind, retriever.vectors.shape[1])
         vectors = None if store.dimension is None else retriever.vectors
@@ -70,7 +70,7 @@ def lab(config, folder: pathlib.Path) -> OverStores:
 
 
 def compute(lab: OverStores, point: Point) -> cells.Cell:
-    """One system over one store."""
+    """Tests one system over one store."""
     where = point.name, point.regime, point.seed, point.split
     system, clock = lab.tuned(*where).over(lab.store(point.folder)), Clock()
     found = evaluate(system, lab.dataset.test, mode=lab.config.mode)

@@ -1,4 +1,4 @@
-"""What the programs that make the built-in checkpoints share: worlds, the decoder's loss, a step."""
+"""Shared parts of the programs that make the built-in checkpoints: worlds, loss, training step."""
 
 import functools
 

@@ -90,7 +90,7 @@ class Reader:
         return row
 
     def sentences(self, n):
-        """The same fact of n entities, and questions: only names tell them apart."""
+        """Returns the same fact about n entities, and questions that differ only in the names."""
         fact = self.choice(list(self.stating))
         chosen = {}
         while len(chosen) < n:

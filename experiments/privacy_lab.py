@@ -1,4 +1,4 @@
-"""What all cells of `privacy` share: who trains, how a variant is trained, and the losses it leaves."""
+"""The shared parts of `privacy`'s cells: clients, training of a variant, losses after it."""
 
 import dataclasses
 import functools
@@ -45,7 +45,7 @@ class Crowd(NamedTuple):
     trains: np.ndarray
 
     def rows(self, user: int) -> np.ndarray:
-        """What a client trains on."""
+        """Returns the rows that a client trains on."""
         return np.flatnonzero((self.user == user) & ~self.fresh)
 
     def trained_on(self) -> np.ndarray:
@@ -165,8 +165,8 @@ class Trainer:
         ]))  # fmt: skip
 
     def sent(self, users) -> list[tuple[np.ndarray, FitResult]]:
-        """Of each client the questions that it read in the first round [n], and what would come of that
-        round without the others: its update as the algorithm passes it on."""
+        """Returns for each client its questions of the first round [n], and its update as the algorithm
+        passes it on, from a round without the other clients."""
         fits = [self.fit_of([user], rounds=1) for user in users]
         read = []
         for one in fits:
@@ -187,7 +187,7 @@ class Trainer:
         )
 
     def losses(self, system) -> np.ndarray:
-        """Of all clients' questions [N], in nats."""
+        """Returns the losses of all clients' questions [N], in nats."""
         if self.lab.config.strategy == "retriever":
             return ranking_nll(system.retriever, self.dataset.train, system.score_scale)
         return answer_nll(system, self.dataset.train, self._read)

@@ -66,8 +66,9 @@ class Asking(FinishedLab):
 
 
 def covered(system, questions) -> dict[str, dict[str, float]]:
-    """Of each group how many `questions` it has, and the share of them (`coverage`) whose right choice
-    stands in one of the passages that the system reads.
+    """Returns the number of `questions` of each group and their `coverage`.
+
+    Coverage is the share whose right choice is in one of the passages that the system reads.
 
     Choices of fewer than four letters count as not read.
     """

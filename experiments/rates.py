@@ -1,4 +1,4 @@
-"""Which learning rates are searched, and how one is chosen by trial on validation questions."""
+"""Searches learning rates: grids, and the choice by trial on validation questions."""
 
 import math
 import pathlib
@@ -108,7 +108,7 @@ def one_by_one(judge: Callable[[float], float], what: str):
 
 
 def kept_rate(path: pathlib.Path) -> float:
-    """What `chosen_rate` left in a file."""
+    """Reads the rate that `chosen_rate` wrote."""
     return files.read_json(path)["chosen"]
 
 

@@ -62,7 +62,7 @@ def variant(config, name: str, seed: int) -> Strategy:
 
 
 def as_many_of_each(dataset: Dataset) -> Dataset:
-    """With as many one-hop as two-hop questions to train on, in turns; all where hops are unknown."""
+    """Returns the data set with equally many one-hop and two-hop training questions, alternating."""
     by_hops = [[e for e in dataset.train if e.hops == hops] for hops in HOPS.values()]
     if not all(by_hops):
         return dataset

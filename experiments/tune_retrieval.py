@@ -154,12 +154,12 @@ def tuned(prepared: Prepared, method: str, regime: str, seed: int, split: int, r
 
 
 def rate_path(folder: pathlib.Path, regime: str) -> pathlib.Path:
-    """Where the rate of a regime is kept: that of `in_batch`, which the other methods take too."""
+    """Returns the path of a regime's rate, searched for `in_batch` and used by all methods."""
     return folder / "rates" / f"{regime}.json"
 
 
 def known_rate(config, dataset: str, regime: str) -> float:
-    """That of the config for this retriever; 0 where it is to be searched."""
+    """Returns the config's rate for this retriever; 0 if it has to be searched."""
     rates = config.get("rates", {})  # runs of before have none
     return rates.get(config.retriever, {}).get(dataset, {}).get(regime, 0.0)
 

@@ -224,7 +224,7 @@ def ours(folder: str) -> dict:
 
 
 def turn(folder: str, name: str, threads: int) -> dict:
-    """One process, from start to end; what it printed and how many `seconds` it took."""
+    """Runs one process to its end; returns what it printed, and its `seconds`."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     environment |= {
         "CUDA_VISIBLE_DEVICES": "",

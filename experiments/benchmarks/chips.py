@@ -1,4 +1,4 @@
-"""What vendors publish about one device: operations a second, memory and its bandwidth."""
+"""Published figures of devices: operations per second, memory and its bandwidth."""
 
 from typing import NamedTuple
 

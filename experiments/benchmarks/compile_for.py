@@ -68,7 +68,7 @@ def main(config, runs: str) -> None:
 
 
 def all_reports(config, folder: pathlib.Path, devices: Sequence, chip) -> Iterator:
-    """Of one program after the other."""
+    """Yields the report of each program."""
     from experiments.benchmarks.compiling import compiled
     from experiments.benchmarks.described_lab import DescribedLab
     from experiments.loading import check, load_data
@@ -115,7 +115,7 @@ def table(reports: Sequence) -> str:
 
 
 def summary(reports: Sequence) -> dict[str, Any]:
-    """What decides, and all there is about each program."""
+    """Returns the deciding numbers, and the report of each program."""
     from dataclasses import asdict
 
     programs = []

@@ -1,4 +1,4 @@
-"""What a compiled program takes of the chips that it was compiled for, and what bounds its speed."""
+"""Resources that a compiled program needs of its chips, and the bound on its speed."""
 
 import dataclasses
 import re
@@ -51,7 +51,7 @@ class Report:
 
     @property
     def bound(self) -> str:
-        """Which of both that is."""
+        """The longer of the two: "products" or "memory"."""
         products = self.operations / self.chip.peak
         return "products" if products >= self.moved / self.chip.bandwidth else "memory"
 
@@ -63,7 +63,7 @@ class Report:
         return self.useful / (self.seconds * self.chip.peak)
 
     def all_gathers(self) -> int:
-        """How many, in one run."""
+        """Number of all-gathers in one run."""
         return self.sent["all-gather"].count if "all-gather" in self.sent else 0
 
 

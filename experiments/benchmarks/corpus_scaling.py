@@ -81,7 +81,7 @@ def main(argv):
 
 
 def _process(part: str, folder: pathlib.Path, *about) -> dict:
-    """What a fresh process measured."""
+    """Returns the measurements of a fresh process."""
     told = ":".join(map(str, (part, folder, *about)))
     given = [flag.serialize() for flag in flags.FLAGS.get_key_flags_for_module(__name__)]
     command = [sys.executable, "-m", __spec__.name, *filter(None, given), f"--part={told}"]
@@ -233,7 +233,7 @@ def save(folder: str, size: str, kind: str) -> dict:
 
 
 def opened(folder: str, size: str, kind: str) -> dict:
-    """What a process needs that opens the store and searches it."""
+    """Measures a process that opens the store and searches it."""
     from fedrag_jax.retrieval.stores.registry import open_store
 
     here, count = pathlib.Path(folder) / size, int(size)

@@ -88,7 +88,7 @@ def ours(model, tokens, mask, count):
 
 
 def theirs(decoder, tokens, mask, count):
-    """As `ours`, by transformers."""
+    """Decodes as `ours`, with transformers."""
     import torch
     import transformers
 

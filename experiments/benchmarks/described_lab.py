@@ -109,7 +109,7 @@ class DescribedLab(Lab):
                         yield self._traced(regime, task, asked)
 
     def tasks(self, strategy: Strategy, prompt_tokens: int = 0) -> Iterator[Task]:
-        """One after the other, each after a training that changed nothing."""
+        """Yields the tasks of a strategy, each after a training that changed nothing."""
         tasks = strategy.tasks(self.system(self.config.seeds[0]), self.dataset)
         try:
             task = next(tasks)
@@ -188,7 +188,7 @@ class DescribedLab(Lab):
         return decoding.traced_tokens(*self._generator(), state, ROWS_ACCELERATOR, self._beside)
 
     def likelihoods(self, prompt_tokens: int = 0) -> jax.stages.Traced:
-        """Of answers to validation or test questions."""
+        """Traces the likelihoods of answers to validation or test questions."""
         system = self.system(self.config.seeds[0])
         some = self.dataset.test[:1]
         prompts = system.prompts.wide_enough_for(some)
@@ -207,11 +207,11 @@ class DescribedLab(Lab):
         return decoding.bucket(prompt_tokens or system.prompts.training_width(system.top_k))
 
     def _alone(self, tree):
-        """On the first device."""
+        """Places a tree on the first device."""
         return _placed(tree, Mesh(np.array(self.devices[:1]), ("model",)))
 
     def _beside(self, tree):
-        """Where the generator's base is, or on the first device."""
+        """Places a tree beside the generator's base, or on the first device."""
         under = mesh_under(self.models["generator"].params)
         return self._alone(tree) if under is None else _placed(tree, under)
 

@@ -87,7 +87,7 @@ SIZES = 512, 1024, 2048, 4096  # of the products whose speed is the machine's
 
 
 def clients() -> list[int]:
-    """Of the rounds that are timed."""
+    """Returns the numbers of clients of the timed rounds."""
     return list(map(int, _CLIENTS.value or (["8"] if _MODEL.value else ["1", "8", "32"])))
 
 
@@ -160,12 +160,12 @@ def main(argv):
 
 
 def say(what: str) -> None:
-    """On standard error, as it is done."""
+    """Prints progress to standard error."""
     print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
 
 
 def first(name: str, run, tokens):
-    """What a run gives the first time, which may compile it."""
+    """Returns the result of the first run, which may compile."""
     say(f"{name}, {len(tokens)} clients: first turn; what is not compiled yet is")
     start = time.perf_counter()
     found = run(tokens)
@@ -174,7 +174,7 @@ def first(name: str, run, tokens):
 
 
 def modes(network) -> list[str]:
-    """Of torch.compile."""
+    """Returns the modes of torch.compile to try."""
     if _MODES.value is None:
         return ["default"] if network.config.num_layers <= WRITTEN_OUT else []
     return [*filter(None, _MODES.value)]
@@ -338,7 +338,7 @@ def save(network, params, adapters, folder: pathlib.Path) -> None:
 
 
 def operations(network, answers_only: bool) -> float:
-    """Those of a local step."""
+    """Returns the floating-point operations of a local step."""
     c, scored = network.config, answer() if answers_only else length() - 1
     return _BATCH.value * products(
         c.num_layers, c.hidden_size, c.intermediate_size, c.vocab_size, _RANK.value, length(), scored,

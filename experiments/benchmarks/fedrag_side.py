@@ -54,7 +54,7 @@ class Ranking(torch.nn.Module):
 def by_trainer(
     model: SentenceTransformer, train_data: Dataset, val_data: Dataset, work: dict
 ) -> TrainResult:
-    """As FedRAG's own examples write it: with the Trainer of the library that made the model."""
+    """Trains as FedRAG's own examples do: with the Trainer of the library that made the model."""
     arguments = SentenceTransformerTrainingArguments(
         output_dir=work["folder"],
         max_steps=work["local_steps"],
@@ -85,7 +85,7 @@ def by_trainer(
 def by_loop(
     model: SentenceTransformer, train_data: Dataset, val_data: Dataset, work: dict
 ) -> TrainResult:
-    """As an expert would: a bare PyTorch loop over questions that are tokens already."""
+    """Trains as an expert would: a bare PyTorch loop over tokenised questions."""
     return TrainResult(loss=steps(model, train_data, work))
 
 
@@ -134,7 +134,7 @@ def load(folder: str) -> SentenceTransformer:
 
 @functools.cache
 def only_model(folder: str) -> SentenceTransformer:
-    """One a process: a client of a simulation sets all its weights before it trains."""
+    """Returns the process's only model; a simulated client sets all its weights before training."""
     return load(folder)
 
 
@@ -225,7 +225,7 @@ def in_process(work, trainer):
 
 
 def plain(work, _):
-    """The same work in PyTorch alone: one model, weights averaged in place."""
+    """Does the same work in PyTorch alone: one model, weights averaged in place."""
     model, ends = only_model(work["folder"]), []
     state = model.state_dict()  # the parameters themselves
     data = [client_data(work["folder"], k) for k in range(work["clients"])]

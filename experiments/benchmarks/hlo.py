@@ -66,7 +66,7 @@ class Program:
         self._run(self._entry, 1)
 
     def collectives(self) -> dict[str, Sent]:
-        """By kind. Bytes are those of what a chip brings, of an all-gather of what it receives."""
+        """Returns collectives by kind. Bytes are a chip's input, for an all-gather its output."""
         count, size = Counter(), Counter()
         for name, instruction, times in self._executed():
             kind = instruction.opcode.removesuffix("-start")
@@ -118,7 +118,7 @@ class Program:
         return sum(map(in_memory, shapes)) + in_memory(instruction.result)
 
     def _written(self, computation: str, result: str) -> int:
-        """Of a fusion that changes a slice of an array, the slice."""
+        """Returns the bytes that a fusion writes; only the slice if it updates a slice."""
         root = next(i for i in self._computations[computation] if i.root)
         if root.opcode == "dynamic-update-slice" and in_memory(result):
             return nbytes(self._results[computation][root.operands[1]])
@@ -188,7 +188,7 @@ class Program:
                     self._run(other, turns)
 
     def _turns(self, loop: Instruction) -> int:
-        """Of a loop: told, or the constant that its counter, which begins at zero, is to stay below."""
+        """Returns the number of turns of a loop: annotated, or the limit of its counter from zero."""
         if known := _TRIPS.search(loop.about):
             return int(known.group(1))
         (condition,) = re.findall(r"condition=%([\w.-]+)", loop.about)
@@ -202,12 +202,12 @@ class Program:
 
 
 def nbytes(shape: str) -> int:
-    """Of a shape, or of a tuple of some, as HLO writes it: `(f32[2,3]{1,0}, s4[8])`."""
+    """Returns the bytes of a shape or tuple in HLO notation: `(f32[2,3]{1,0}, s4[8])`."""
     return sum(_size(*found) for found in _SHAPE.findall(shape))
 
 
 def in_memory(shape: str) -> int:
-    """Of these what lies in the chip's main memory, and not in what is close to its units (S(1))."""
+    """Returns the bytes in the chip's main memory; memory close to the units is marked S(1)."""
     return sum(_size(*found) for found in _SHAPE.findall(shape) if "S(" not in found[2])
 
 

@@ -51,7 +51,7 @@ def main(argv):
 
 
 def told(system, task, gradient, optimizer, asked, steps: int, batch: int) -> tuple[float, float]:
-    """Of the words, and of the words at their places, the shares that an attacker reads."""
+    """Returns the share of words that an attacker recovers, anywhere and at their place."""
     import jax
     import numpy as np
     import optax

@@ -89,7 +89,7 @@ def network_of(hf: dict):
 
 
 def shapes(network):
-    """Of the frozen base, bfloat16 with its layers as the flag says, and of the float32 adapters."""
+    """Returns shapes of the frozen base (bfloat16 or the flag's format) and float32 adapters."""
     import jax
     import jax.numpy as jnp
 
@@ -176,7 +176,7 @@ def arithmetic(network, base, adapters) -> dict[str, float]:
 
 
 def nbytes(tree) -> float:
-    """Of all arrays, types of fewer than 8 bits packed."""
+    """Returns the bytes of all arrays; types of fewer than 8 bits are packed."""
     import jax
     import jax.numpy as jnp
 

@@ -6,7 +6,7 @@ import jax
 
 
 def operations(jaxpr, steps: int = 1) -> float:
-    """Of all devices together; a multiplication and an addition are two. Products alone are counted.
+    """Returns the operations of all devices; multiplication and addition count 2. Products only.
 
     Args:
       jaxpr: open or closed.

@@ -56,7 +56,7 @@ def main(argv):
 
 
 def alone(function, *args):
-    """What a function gives in a process that does nothing else."""
+    """Returns the result of a function, run in a separate process."""
     say(" ".join([function.__name__, *(str(a) for a in args if isinstance(a, str))]))
     with multiprocessing.get_context("spawn").Pool(1, _with_flags, (sys.argv,)) as pool:
         return pool.apply(function, args)

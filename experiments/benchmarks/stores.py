@@ -180,7 +180,7 @@ def percentiles(what: str, seconds: list[float]) -> dict:
 
 
 def share_found(asked: np.ndarray, found: list[set[str]]) -> float:
-    """Of the ten nearest of each question by an exact search, those that were found."""
+    """Returns the share of each question's ten exact nearest neighbours that were found."""
     vectors = vectors_of(_PASSAGES.value, seed=1)
     nearest = np.argpartition(-(asked @ vectors.T), 9, axis=1)[:, :10]
     hits = [len({f"p{i}" for i in row} & ids) for row, ids in zip(nearest, found, strict=True)]
@@ -188,7 +188,7 @@ def share_found(asked: np.ndarray, found: list[set[str]]) -> float:
 
 
 def peak_mb() -> int:
-    """Of this process until now, in 1e6 bytes."""
+    """Returns the peak memory of this process so far, in 1e6 bytes."""
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)
 
 

@@ -137,7 +137,7 @@ def peak(sizes: tuple[int, ...]) -> float:
 
 
 def _seconds(run, inputs, repeats: int = 4) -> float:
-    """Of the fastest run after the first two."""
+    """Returns the seconds of the fastest run after the first two."""
     times = []
     for _ in range(2 + repeats):
         start = time.perf_counter()
@@ -179,7 +179,7 @@ def _of_all_logits(model, answer):
 
 
 def _of_answers(model, answer):
-    """The same number from the logits at answer positions alone."""
+    """Returns the same loss, from the logits at answer positions alone."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
 
     def loss(tokens):

@@ -129,7 +129,7 @@ def strategy_rows(cells: Sequence[Cell], regimes: Mapping[str, Any]) -> list[dic
 
 
 def own(metric: str) -> str:
-    """What a metric is called on questions such as each client holds."""
+    """Returns the name of a metric on clients' own topics."""
     return f"own_{metric}"
 
 

@@ -87,7 +87,7 @@ def headline_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def against_local_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """The same for every metric, on all topics and on clients' own."""
+    """Returns the same table for every metric, on all topics and on clients' own."""
     titles = METRICS | {own(metric): f"{title}, own topics" for metric, title in METRICS.items()}
     return Table(
         (

@@ -19,8 +19,8 @@ from experiments.reporting.figures import (
 
 
 def differences(rows: Sequence[dict[str, Any]]):
-    """What each objective adds, with its interval, a panel for each metric and a colour for each
-    regime: a Matplotlib figure, or None.
+    """Draws the gain of each objective with its interval: a panel for each metric, a colour for each
+    regime. Returns a Matplotlib figure, or None without rows.
 
     Args:
       rows: `objective`, `regime`, `metric`, `difference`, `low`, `high`.
@@ -69,8 +69,8 @@ LOOKS = tuple(
 
 
 def refresh_policies(rows: Sequence[dict[str, Any]]):
-    """What is lost against an index that is always fresh over the passages re-embedded, and how stale
-    indexes are over retrievals, a line of panels for each regime: a Matplotlib figure, or None.
+    """Draws the loss against an always fresh index over re-embedded passages, and staleness over
+    retrievals: a row of panels for each regime. Returns a Matplotlib figure, or None without rows.
 
     Args:
       rows: `policy`, `regime`, `embedded`, `stale_by_refresh` and, but of what is always fresh,

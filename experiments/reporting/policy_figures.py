@@ -1,4 +1,4 @@
-"""How a policy that searches learns, and whether it stays well."""
+"""Figures of a policy that learns to search, with its signs of collapse."""
 
 from collections.abc import Sequence
 

@@ -82,11 +82,11 @@ class Table(NamedTuple):
     rows: Sequence[Row]
 
     def markdown(self) -> str:
-        """For a README."""
+        """Returns the table in Markdown."""
         return self._as("pipe")
 
     def latex(self) -> str:
-        """A tabular for a paper that loads booktabs."""
+        """Returns a LaTeX tabular for a paper that loads booktabs."""
         text = self._as("latex_booktabs")
         for sign, command in _LATEX.items():
             text = text.replace(sign, command)

@@ -124,7 +124,7 @@ class Columns:
         return tuple(ids), tuple(dict.fromkeys(p.title for p in gold if p.title))
 
     def _value(self, row: Mapping[str, Any], name: str) -> Any:
-        """What a column holds; None where none is named."""
+        """Returns the value of a column; None if the column is not configured."""
         found: Any = row
         path = getattr(self, name)
         for part in path.split(".") if path else ():

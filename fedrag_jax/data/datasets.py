@@ -171,7 +171,7 @@ def _over(dataset: Dataset, titles, passages: Sequence[Passage], where: str) -> 
 
 
 def _cut(dataset: Dataset, tokens: int, tokenizer) -> Dataset:
-    """The same passages in pieces, those with an answer gold."""
+    """Returns the data set with its passages cut; pieces that contain an answer are gold."""
     passages = outside_corpora.cut(dataset.passages, tokenizer, tokens)
     everybody = [e for split in SPLITS for e in getattr(dataset, split)]
     found = golds(((e.positive_ids, e.answers) for e in everybody), passages)

@@ -148,7 +148,7 @@ def _cut(text: str, offsets: Sequence[tuple[int, int]], first: int, last: int) -
     places = range(last, max(last - (last - first) // 3, first + 1) - 1, -1)
 
     def gap(place: int) -> tuple[int, str]:
-        """Where the white space around a place begins, and the white space."""
+        """Returns the start of the white space around a place, and the white space."""
         start = stop = offsets[place - 1][1]
         while start and text[start - 1].isspace():
             start -= 1

@@ -152,7 +152,7 @@ class Algorithm(NamedTuple):
 
 
 class Messages(NamedTuple):
-    """What an algorithm over encoded messages is made of, for whoever sends them.
+    """The parts of an algorithm over encoded messages, for the code that sends them.
 
     Attributes:
       inner: the algorithm, which knows nothing of them.

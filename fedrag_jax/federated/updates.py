@@ -98,7 +98,7 @@ def _turn(turn: Turn, label: str, change: Change, keeps: bool) -> Turn:
 
 
 def change_key(key: jax.Array, label: str, client) -> jax.Array:
-    """That of a change to the update of one client, of the key of the round."""
+    """Returns the key of a change to one client's update, from the key of the round."""
     return jax.random.fold_in(jax.random.fold_in(key, zlib.crc32(label.encode())), client)
 
 

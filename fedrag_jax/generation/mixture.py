@@ -99,7 +99,7 @@ class _Limits(NamedTuple):
 
 
 class _Beam(NamedTuple):
-    """Where the hypotheses of a batch stand.
+    """The hypotheses of a batch.
 
     Attributes:
       tokens, log_probs: [B, n, N], what is written.

@@ -236,7 +236,7 @@ class Searching(NamedTuple):
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> "Searching":
-        """Of what `as_dict` gave."""
+        """Returns the settings that `as_dict` wrote."""
         tags = {n: x if n == "found" else tuple(x) for n, x in settings["tags"].items()}
         nested = {"tags": Tags(**tags), "budget": Budget(**settings["budget"])}
         return cls(**{**settings, **nested})

@@ -219,7 +219,7 @@ class Spelled:
 
 
 class _State(NamedTuple):
-    """Where a batch stands: the last token [B], unread, the position [B] of the one before it, how many
+    """The state of a batch: the last token [B], unread, the position [B] of the one before it, how many
     tokens there are [B], which rows rest, the past, and the first place of the last piece in it."""
 
     token: jax.Array

@@ -335,7 +335,7 @@ class _Text:
 
 
 def _repeated(tokens: np.ndarray, count: int) -> dict[int, int]:
-    """Of each distance, how many of the last of `count` tokens are those that distance before."""
+    """Returns, by period, how many of the last of `count` tokens equal the token one period before."""
     found = {}
     for period in range(_SHORTEST_REPEATED, count):
         if tokens[count - 1] == tokens[count - 1 - period]:

@@ -33,7 +33,7 @@ def _read_decoder(hf: dict, **own) -> DecoderConfig:
 
 
 def _read_rope(hf: dict) -> tuple[float, Llama3Scaling | LinearScaling | None]:
-    """From `rope_parameters`, or from `rope_theta` and `rope_scaling` (transformers before 5)."""
+    """Reads `rope_parameters`, or `rope_theta` and `rope_scaling` (transformers before 5)."""
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     theta = rope.get("rope_theta", hf.get("rope_theta", 10000.0))
@@ -124,7 +124,7 @@ def _read_windows(hf: dict) -> tuple[int, ...]:
 
 
 def _windows(hf: dict, window: int, limited: list[bool]) -> tuple[int, ...]:
-    """By `layer_types` where given."""
+    """Returns the attention window of each layer, 0 for none; `layer_types` decides if given."""
     layers = hf["num_hidden_layers"]
     default = ["sliding_attention" if one else "full_attention" for one in limited]
     kinds = hf.get("layer_types") or default

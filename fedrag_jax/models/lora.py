@@ -244,7 +244,7 @@ def _columns(x: jax.Array, count: int) -> jax.Array:
 
 
 def _there(config: LoraConfig, path: tuple, shape: tuple) -> np.ndarray:
-    """Which columns of an array A its layers have, to multiply it with."""
+    """Returns a mask of the columns that each layer has of a padded array A."""
     sizes = config.sizes(path[-2], shape[0] if path[0] == "layers" else None)
     there = (np.arange(shape[-1]) < np.array([[rank] for rank, _ in sizes])).astype(np.float32)
     return there[:, None] if path[0] == "layers" else there

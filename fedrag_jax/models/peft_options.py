@@ -81,7 +81,7 @@ def _targeted(about: dict, module: str) -> bool:
 
 
 def _named(names: str | list[str], module: str) -> bool:
-    """By a regular expression of all of it, or by one of the names that it may end with."""
+    """Whether a regular expression matches the whole name of a module, or a listed name ends it."""
     if isinstance(names, str):
         return re.fullmatch(names, module) is not None
     return any(module == name or module.endswith(f".{name}") for name in names)

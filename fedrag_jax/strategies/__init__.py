@@ -1,1 +1,1 @@
-"""Which tasks run, in which order, on which part of the RAG system."""
+"""Strategies: which tasks run, in which order, on which part of the RAG system."""

@@ -104,7 +104,7 @@ def _joint(marginal: str) -> Objective:
 
 
 def _reading(make, rows: Callable) -> Objective:
-    """Of the generator, whose prompts hold `rows(system, dataset)(examples)`."""
+    """Returns an objective of the generator whose prompts hold `rows(system, dataset)(examples)`."""
 
     def task(system, dataset):
         decoder, parts, prompts = _generator(system)
@@ -115,7 +115,7 @@ def _reading(make, rows: Callable) -> Objective:
 
 
 def _trained_on(make, **options) -> Objective:
-    """Of the generator, on prompts that the gold passages decide."""
+    """Returns an objective of the generator whose prompts depend on the gold passages."""
 
     def task(system, dataset):
         decoder, parts, prompts = _generator(system)

@@ -1,4 +1,4 @@
-"""How well scores separate members from others: pure functions of two lists of scores.
+"""How well scores separate members from non-members: pure functions of two lists of scores.
 
 A higher score says "member". An AUC of 0.5 is guessing. The true positive rate at a false positive rate
 of 1% is the share of members that an attacker identifies with confidence (Carlini et al. 2022, arXiv

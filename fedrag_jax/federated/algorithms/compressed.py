@@ -164,18 +164,18 @@ def after_message(codec: Codec, message: dict, w: PyTree, key: jax.Array) -> PyT
 
 
 def broadcast_key(key: jax.Array) -> jax.Array:
-    """That of the server's message, of the key of the round."""
+    """Returns the key of the server's message, from the key of the round."""
     return jax.random.fold_in(key, zlib.crc32(b"broadcast"))
 
 
 def heard(x: PyTree, w: PyTree) -> PyTree:
-    """What clients start from: w where x moves, in the types of x."""
+    """Returns the start of the clients: w for the leaves that move, in the types of x."""
     at = leaves_of(x)
     return with_leaves(x, at | {n: leaf.astype(at[n].dtype) for n, leaf in leaves_of(w).items()})
 
 
 def moved_on(x: PyTree, start: PyTree, new: PyTree) -> PyTree:
-    """x + (new − start): the server's model after what it has made of clients that began elsewhere."""
+    """Returns x + (new − start): the server's model after updates that started elsewhere."""
     return jax.tree.map(
         lambda x, new, old: (wide(x) + (wide(new) - wide(old))).astype(x.dtype), x, new, start
     )

@@ -24,8 +24,10 @@ from fedrag_jax.models.network import flatten, unflatten
 
 @one_object
 def local_parts(*, private: tuple[str, ...], **work: Unpack[WorkOptions]) -> Algorithm:
-    """What is not private is averaged as in `fed_avg`; what is stays with its client from round to
-    round, and is trained with the rest. Private parts are neither sent nor counted as bytes.
+    """Averages all but the private parts as in `fed_avg`.
+
+    Private parts stay with their client from round to round and are trained with the rest. They are
+    neither sent nor counted as bytes.
 
     Args:
       private: names within what the task trains, such as "head" or "lora_b": everything below such a
@@ -77,7 +79,7 @@ def local_parts(*, private: tuple[str, ...], **work: Unpack[WorkOptions]) -> Alg
 
 
 def parted(trainable: dict, private: tuple[str, ...]) -> tuple[dict, dict]:
-    """What is shared, and what stays with its client: nested dicts."""
+    """Returns the shared and the private part, as nested dicts."""
     shared, own = [], []
     for path, leaf in flatten(trainable):
         (own if {*path} & {*private} else shared).append((path, leaf))

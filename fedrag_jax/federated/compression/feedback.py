@@ -34,7 +34,7 @@ def packed(
 
 
 def nothing_left(trainable: PyTree) -> dict[str, jax.Array]:
-    """What is left of messages before the first."""
+    """Returns the error-feedback memory before the first message: zeros."""
     return {name: jnp.zeros_like(wide(x)) for name, x in leaves_of(trainable).items()}
 
 

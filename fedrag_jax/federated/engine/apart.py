@@ -31,7 +31,7 @@ NO_REPORT: dict = {"metrics": {}}  # of clients on the server, where nobody asks
 
 
 class Place(NamedTuple):
-    """What both sides know of a round; hashable, and equal for rounds that share programs.
+    """The part of a round that both sides know; hashable, and equal for rounds that share programs.
 
     Attributes:
       turn: of the algorithm.
@@ -55,7 +55,7 @@ class Place(NamedTuple):
     def of(
         cls, algorithm: Algorithm, optimizer: optax.GradientTransformation, round: int
     ) -> tuple["Place", list]:
-        """That of a round, from 0, and the numbers of the optimizer."""
+        """Returns the place of a round, from 0, and the numbers of its optimizer."""
         fixed, numbers, structure = split(optimizer)
         inner, up, _ = algorithm.messages or (algorithm, None, None)
         turn = inner.turns[round % len(inner.turns)]
@@ -115,7 +115,7 @@ def client_round(
 
 @functools.partial(jax.jit, static_argnames="place")
 def share_of_sums(place: Place, numbers, state: State, frozen, member: Cohort, sent, key) -> PyTree:
-    """What one client adds to the sums of a round.
+    """Returns the terms that one client adds to the sums of a round.
 
     Args:
       state: of the server, with any row as `population`, or ().

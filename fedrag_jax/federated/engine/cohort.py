@@ -87,7 +87,7 @@ def steps_of(size: int, work: Work, batch_size: int) -> int:
 
 
 class Batches(NamedTuple):
-    """What one client does in a round: `steps` of S batches of B, as in `Cohort`."""
+    """The batches of one client in a round: `steps` of S batches of B, as in `Cohort`."""
 
     steps: int
     indices: np.ndarray

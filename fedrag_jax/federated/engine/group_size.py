@@ -1,4 +1,4 @@
-"""How many clients to train side by side: measured once on a device, and remembered.
+"""The number of clients to train side by side, measured once per device and remembered.
 
 One after another is fastest on a CPU, many at once on an accelerator, until its memory is full.
 """
@@ -69,7 +69,7 @@ def _measured(task, optimizer, frozen, table, batch_size, most) -> int:
 
 
 def _seconds(task, optimizer, frozen, table, batch_size, size) -> float:
-    """Of one local step of `size` clients side by side, median."""
+    """Returns the median seconds of one local step of `size` clients side by side."""
     trainable = jax.tree.map(jnp.asarray, task.trainable)
     height = len(jax.tree.leaves(table)[0])
     members = Cohort(

@@ -1,4 +1,4 @@
-"""Where arrays are: on one device, or over the devices and hosts of a mesh."""
+"""Placement of arrays: on one device, or over the devices and hosts of a mesh."""
 
 import jax
 import numpy as np

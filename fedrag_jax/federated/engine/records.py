@@ -1,4 +1,4 @@
-"""What a round is said to have done: its record, and whether it went well."""
+"""The record of a round, and checks of its health."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from fedrag_jax.federated.engine.round import Ran
 
 
 class Spent(NamedTuple):
-    """What a round has taken.
+    """The time that a round took.
 
     Attributes:
       refreshing: searching for examples and collating them.

@@ -28,11 +28,11 @@ class RunAlone(Protocol[P, R]):
     rounds: Callable[P, Generator["Round", "Ran", R]]
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """What the generator returns."""
+        """Returns the result of the generator."""
 
 
 class Round(NamedTuple):
-    """What a fit asks to be done.
+    """A round that a fit requests.
 
     Attributes:
       loss: of a `Task`, hashable; equal losses share programs.
@@ -57,7 +57,7 @@ class Round(NamedTuple):
 
 
 class Ran(NamedTuple):
-    """What a round left.
+    """The result of a round.
 
     Attributes:
       state: of the algorithm.
@@ -135,7 +135,7 @@ def peak_alone(program: "Program") -> int:
 
 
 def compile_seconds(program: "Program") -> float:
-    """How long it took, whoever it was that asked first."""
+    """Returns the seconds of compilation, also if it was compiled for an earlier caller."""
     return _compile(program)[1]
 
 

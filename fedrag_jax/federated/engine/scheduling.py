@@ -24,10 +24,10 @@ MEMORY = "sweeps.json"
 
 
 class Way(NamedTuple):
-    """How many devices fits are dealt out over, and how many are side by side on each.
+    """The number of devices that fits are spread over, and of fits side by side on each.
 
-    A device takes stacks of so many one after the other. (1, 1) is a loop in Python over the round as
-    one fit by itself would run it; the others are one program.
+    A device takes one stack of fits after the other. (1, 1) is a loop in Python over the program of a
+    single fit; the others are one program.
     """
 
     devices: int

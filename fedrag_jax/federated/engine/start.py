@@ -1,4 +1,4 @@
-"""Where training starts: the clients' optimizer of each round, and the state before the first one."""
+"""The start of training: the clients' optimizer of each round, and the state before the first."""
 
 from collections.abc import Callable
 
@@ -31,7 +31,7 @@ def schedule(algorithm: Algorithm, optimizer) -> Callable[[int], optax.GradientT
 
 
 def started(now: FitState, callbacks: list[Callback], rounds: int) -> FitState:
-    """Where to start: the first callback may know of a state to go on from."""
+    """Returns the state to start from; the first callback may restore an earlier one."""
     for i, callback in enumerate(callbacks):
         before, now = now.round, callback.start(now)
         if i > 0 and now.round != before:

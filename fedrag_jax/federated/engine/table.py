@@ -62,7 +62,7 @@ def used_rows(
 def retrieve(
     task: Task, data: Partition, rows, algorithm: Algorithm, state: State, index: Any
 ) -> tuple[np.ndarray, Any]:
-    """What each example finds with the model that trains on it, and the index it was found in.
+    """Retrieves for each example, with the model that trains on it; returns rows and index.
 
     Args:
       index: of the retrieval before.
