@@ -138,9 +138,9 @@ def rolling_out(
     while True:
         growing = [rollouts[number] for number in batch]
         while any(rollout.writing for rollout in growing):
-            stopped = np.array([not rollout.writing for rollout in growing])
+            resting = np.array([not rollout.writing for rollout in growing])
             state, wrote, log_probs = _write(
-                network, sampled, state._replace(stopped=stopped), params, adapters, options
+                network, sampled, state, resting, params, adapters, options
             )
             wrote, log_probs = np.asarray(wrote), np.asarray(log_probs)
             require_finite(not np.isnan(log_probs).any())
@@ -149,7 +149,7 @@ def rolling_out(
                 rollout.add(*new) if rollout.writing else 0
                 for rollout, *new in zip(growing, wrote, log_probs, strict=True)
             ]
-            state = _cut(state, np.array(kept, np.int32))
+            state = state._replace(kept=jnp.array(kept, jnp.int32))
         waiting = np.array([rollout.waits for rollout in growing])
         if not waiting.any():
             return [rollout.done() for rollout in rollouts]
@@ -219,13 +219,23 @@ class Spelled:
 
 
 class _State(NamedTuple):
-    """The state of a batch: the last token [B], unread, the position [B] of the one before it, how many
-    tokens there are [B], which rows rest, the past, and the first place of the last piece in it."""
+    """The state of a batch.
+
+    Attributes:
+      token: [B], the last one, not read yet.
+      position: [B], of the token before it.
+      step: [B], number of tokens.
+      resting: bool [B], rows that did not write the last piece.
+      kept: [B], tokens of the last piece that stay; the next program cuts the rest.
+      cache: the past.
+      start: the first place of the last piece in it.
+    """
 
     token: jax.Array
     position: jax.Array
     step: jax.Array
-    stopped: jax.Array
+    resting: jax.Array
+    kept: jax.Array
     cache: Cache
     start: jax.Array
 
@@ -237,15 +247,16 @@ def _read(network, sampled, room, params, adapters, tokens, mask, options):
     steps = jnp.zeros(len(tokens), jnp.int32)
     token, log_prob = choose(logits, sampled, options, steps)
     resting = jnp.zeros(len(tokens), bool)
-    state = _State(token, position, steps + 1, resting, cache, cache.length)
+    state = _State(token, position, steps + 1, resting, steps + PIECE, cache, cache.length)
     return state, token, log_prob
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
-def _write(network, sampled, state, params, adapters, options):
-    """A piece: tokens and log-probabilities [B, PIECE]; of rows that rest nothing is read."""
+def _write(network, sampled, state, resting, params, adapters, options):
+    """Writes a piece: tokens and log-probabilities [B, PIECE]; resting rows read nothing."""
     run = functools.partial(network, params, adapters=adapters)
-    resting, start = state.stopped, state.cache.length
+    state = _cut(state)
+    start, kept = state.cache.length, jnp.full_like(state.kept, PIECE)
     writing = (~resting).astype(jnp.int32)
 
     def step(state, _):
@@ -257,10 +268,11 @@ def _write(network, sampled, state, params, adapters, options):
         token, log_prob = choose(logits, sampled, options, state.step)
         token = jnp.where(resting, state.token, token)
         log_prob = jnp.where(resting, 0, log_prob)
-        moved = _State(token, position, state.step + writing, resting, cache, start)
+        moved = _State(token, position, state.step + writing, resting, kept, cache, start)
         return moved, (token, log_prob)
 
-    state, (tokens, log_probs) = jax.lax.scan(step, state._replace(start=start), length=PIECE)
+    state = state._replace(resting=resting, kept=kept, start=start)
+    state, (tokens, log_probs) = jax.lax.scan(step, state, length=PIECE)
     return state, tokens.T, log_probs.T
 
 
@@ -278,17 +290,18 @@ def _going_on(state, rows, room):
 
     keys, values = jax.tree.map(some, (cache.keys, cache.values))
     mask = jnp.pad(cache.mask[rows], [(0, 0), (0, room - cache.mask.shape[1])])
-    ours = {name: getattr(state, name)[rows] for name in ("token", "position", "step", "stopped")}
+    each = "token", "position", "step", "resting", "kept"
+    ours = {name: getattr(state, name)[rows] for name in each}
     return state._replace(**ours, cache=Cache(keys, values, mask, cache.length))
 
 
-@jax.jit
-def _cut(state, kept):
-    """Returns the state after each row [B] of the last piece is cut to a number of tokens."""
+def _cut(state):
+    """Returns the state after the last piece of each row is cut to `kept` tokens."""
+    kept = state.kept
     places = jnp.arange(state.cache.mask.shape[1])[None]
     # Its first place holds the token before it, the last token it wrote is not read yet.
     beyond = (places > state.start + kept[:, None]) & (places < state.cache.length)
-    cut = ~state.stopped & (kept < PIECE)
+    cut = ~state.resting & (kept < PIECE)
     mask = state.cache.mask & ~(beyond & cut[:, None])
     # A row that was cut goes on from its last token kept, which has been read.
     position = jnp.where(cut, state.position - (PIECE - 1) + kept, state.position)
@@ -300,6 +313,7 @@ def _cut(state, kept):
 def _append(network, sampled, state, params, adapters, chunk, there, options):
     """Reads a chunk [B, C], padded on the left, of some rows, and chooses what follows it."""
     run = functools.partial(network, params, adapters=adapters)
+    state = _cut(state)
     numbers = jnp.cumsum(there, axis=1, dtype=jnp.int32)
     positions = state.position[:, None] + jnp.maximum(numbers, 1)
     last = jnp.full((len(chunk), 1), chunk.shape[1] - 1)
@@ -311,7 +325,8 @@ def _append(network, sampled, state, params, adapters, chunk, there, options):
         jnp.where(read, token, state.token),
         state.position + count,
         state.step + read.astype(jnp.int32),
-        state.stopped,
+        state.resting,
+        jnp.full_like(state.kept, PIECE),
         cache,
         cache.length,
     )
