@@ -1,8 +1,11 @@
 """Commands that pages, the Makefile and docstrings print are parsed by the programs that they call."""
 
 import argparse
+import configparser
 import contextlib
 import importlib
+import json
+import pathlib
 import re
 import shlex
 import sys
@@ -95,6 +98,31 @@ def test_whole_lines_for_fedrag():
     assert len(lines) > 15
     for line in lines:
         parser().parse_args(words(line))
+
+
+def test_installs_have_the_extras_that_their_block_needs():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    known = {*setup["options.extras_require"]}
+    blocks = [block.text for page in pages() for block in blocks_of(page) if not block.language]
+    notebooks = (ROOT / "notebooks").glob("*.ipynb")
+    blocks += ["\n".join(cells_of(path)) for path in notebooks]
+    installs = 0
+    for text in blocks:
+        named = re.findall(r"pip install [^\n#]*\[([\w,-]+)\]", text)
+        extras = {extra for one in named for extra in one.split(",")} - {"cuda12", "tpu"}
+        assert extras <= known, text
+        installs += bool(extras)
+        if extras and "smollm2" in text:
+            assert "gguf" in extras, text
+        if extras and re.search(r"fedrag serve", text):
+            assert "serve" in extras, text
+    assert installs > 5
+
+
+def cells_of(path: pathlib.Path) -> list[str]:
+    """Returns the text of a notebook's cells."""
+    return ["".join(cell["source"]) for cell in json.loads(path.read_text())["cells"]]
 
 
 def test_options_for_fedrag():
