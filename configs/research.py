@@ -26,8 +26,8 @@ def get_config(which: str = "world") -> ConfigDict:
     )
     del config.regimes, config.strategies, config.data.own_questions
     config.seeds = (0, 1, 2)
-    # Variants with fewer pairs of seeds than the others; 0 is all. The ablation takes longer than the
-    # other variants together.
+    # Variants with fewer pairs of seeds than the others; 0 is all. The ablation takes about as long
+    # as the other variants together.
     config.pairs = ConfigDict({"search_unmasked": 1})
     # With the main table's adapters (rank 8, queries and values) so few steps do not teach the form.
     config.lora.rank, config.lora.alpha = 16, 32.0
