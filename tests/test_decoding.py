@@ -341,7 +341,8 @@ def test_writing_a_token_copies_no_cache(model):
         np.arange(2, dtype=np.int32),
     )
     state, *_ = decoding._begin(network, False, 32, params, None, tokens, mask, options)
-    params, _, cache = decoding.apart(params, None, state.cache)
+    params, _ = decoding.token_weights(params, None)
+    cache = decoding.token_cache(state.cache)
     state = state._replace(cache=cache)
     lowered = decoding._advance.lower(network, False, state, params, None, np.int32(4), options)
     shape = ",".join(map(str, cache.keys.layers[0].shape))

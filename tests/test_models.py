@@ -47,7 +47,8 @@ def test_layers_by_themselves_are_the_stack(name):
     rows, width = golden["tokens"].shape
     before, after = ([x[:, part] for x in inputs] for part in (slice(4), slice(4, None)))
     _, cache = network(params, *before, room=width, adapters=adapters)
-    apart, beside, single = decoding.apart(params, adapters, cache)
+    apart, beside = decoding.weights_apart(params, adapters)
+    single = decoding.cache_apart(cache)
     hidden, whole = run(network, params, *after, cache=cache, adapters=adapters)
     again, parted = run(network, apart, *after, cache=single, adapters=beside)
     np.testing.assert_allclose(again, hidden, atol=1e-5)

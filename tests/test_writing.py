@@ -10,6 +10,7 @@ import pytest
 from fedrag_jax.data.examples import Passage
 from fedrag_jax.data.prompts import COMPACT, COMPACT_REASONED, INSTRUCT
 from fedrag_jax.errors import ConfigError
+from fedrag_jax.generation import decoding
 from fedrag_jax.generation.text import Sampling, Writer
 from fedrag_jax.models import hub
 from fedrag_jax.models.decoder import Decoder, DecoderConfig
@@ -57,6 +58,22 @@ def scripted(model, text, after=1):
     config = DecoderConfig(size, 8, 8, 1, 1, 1, 8)
     network = Network.of(Scripted, config)
     return Writer(network, network.init(jax.random.key(0)), model.tokenizer, (2,))
+
+
+def test_chunks_share_one_copy_of_the_weights(writer, prompts, monkeypatch):
+    copies, copied = [], decoding.token_weights
+
+    def counted(params, adapters):
+        copies.append(copied(params, adapters))
+        return copies[-1]
+
+    monkeypatch.setattr(decoding, "token_weights", counted)
+    sampling = Sampling(max_new_tokens=3)
+    together = writer.complete(prompts * 12, sampling)  # four chunks
+    assert len(copies) == 1
+    assert [text.text for text in together[:3]] == [
+        text.text for prompt in prompts for text in writer.complete([prompt], sampling)
+    ]
 
 
 ONE = np.array([7], np.int32)

@@ -78,6 +78,7 @@ def pieces(
     key: jax.Array | None = None,
     rows=None,
     every: int = PIECE,
+    weights=None,
 ) -> Iterator[Generated]:
     """Yields the tokens of `generate` in pieces: the first token, then `every` tokens at a time.
 
@@ -90,6 +91,7 @@ def pieces(
         of tokens.
       rows: int [B], the numbers of the rows; default: 0, 1, ...
       every: tokens per piece, at most `PIECE`.
+      weights: `token_weights(params, adapters)`, for calls that share it; default: made for this call.
 
     Yields:
       Arrays [B, 1], then [B, n], n <= every; nothing when every row has stopped.
@@ -122,9 +124,9 @@ def pieces(
     state, *written = _begin(network, sampled, room, params, adapters, tokens, mask, options)
     yield _finite(Generated(*map(np.asarray, written)))
     done = 1
-    if jax.default_backend() == "cpu" and max_new_tokens > 1:
-        params, adapters, cache = jax.jit(apart)(params, adapters, state.cache)
-        state = state._replace(cache=cache)
+    if max_new_tokens > 1:
+        params, adapters = token_weights(params, adapters) if weights is None else weights
+        state = state._replace(cache=token_cache(state.cache))
     while done < max_new_tokens and not np.asarray(state.stopped).all():
         count = min(every, max_new_tokens - done)
         state, *written = _advance(
@@ -251,16 +253,38 @@ def _begin(network, sampled, room, params, adapters, tokens, mask, options):
     return state, token[:, None], log_prob[:, None]
 
 
-def apart(params, adapters, cache):
-    """Separates the arrays of the layers, which makes decoding faster on a CPU."""
-    params, adapters = (
+def token_weights(params, adapters):
+    """Returns parameters and adapters as the program that writes tokens reads them fastest.
+
+    On a CPU this is a copy with the arrays of the layers apart, as large as the model; elsewhere they
+    are returned as they are.
+    """
+    return jax.jit(weights_apart)(params, adapters) if _on_cpu() else (params, adapters)
+
+
+def token_cache(cache: Cache) -> Cache:
+    """Returns a cache as `token_weights` returns parameters."""
+    return jax.jit(cache_apart)(cache) if _on_cpu() else cache
+
+
+def _on_cpu() -> bool:
+    return jax.default_backend() == "cpu"
+
+
+def weights_apart(params, adapters):
+    """Separates the arrays of the layers."""
+    return tuple(
         tree | {name: per_layer(tree[name]) for name in tree if name == "layers"} if tree else tree
         for tree in (params, adapters)
     )
+
+
+def cache_apart(cache: Cache) -> Cache:
+    """Separates the arrays of the layers."""
     keys, values = (
         per_layer(x.reshape(len(x), -1, *x.shape[3:])) for x in (cache.keys, cache.values)
     )
-    return params, adapters, cache._replace(keys=keys, values=values)
+    return cache._replace(keys=keys, values=values)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)

@@ -141,7 +141,8 @@ def _search(network, beams, room, params, adapters, tokens, mask, log_weights, l
     beam = _choose(start, _mixed(logits, log_weights, 1), jnp.int32(0), limits)
     position, cache = _for_each_beam(position, cache, b, n)
     if jax.default_backend() == "cpu":
-        params, adapters, cache = decoding.apart(params, adapters, cache)
+        params, adapters = decoding.weights_apart(params, adapters)
+        cache = decoding.cache_apart(cache)
         run = functools.partial(network, params, adapters=adapters)
 
     def running(carry):

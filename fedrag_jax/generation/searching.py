@@ -22,12 +22,13 @@ from fedrag_jax.data.spelling import Spelling
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.generation.decoding import (
     Options,
-    apart,
     bucket,
     check_options,
     choose,
     read_prompts,
     require_finite,
+    token_cache,
+    token_weights,
 )
 from fedrag_jax.generation.rollouts import BUDGET, TAGS, Budget, Growing, Rollout, Tags
 from fedrag_jax.models.decoder import Cache
@@ -129,9 +130,8 @@ def rolling_out(
     rollouts = [Growing(prompt, tokenizer, tags, budget, stop_tokens) for prompt in prompts]
     batch = np.arange(len(prompts))  # which of them each row is
     state, token, log_prob = _read(network, sampled, once, params, adapters, tokens, mask, options)
-    if jax.default_backend() == "cpu":
-        params, adapters, cache = jax.jit(apart)(params, adapters, state.cache)
-        state = state._replace(cache=cache)
+    params, adapters = token_weights(params, adapters)
+    state = state._replace(cache=token_cache(state.cache))
     require_finite(not np.isnan(np.asarray(log_prob)).any())
     for rollout, *first in zip(rollouts, np.asarray(token), np.asarray(log_prob), strict=True):
         rollout.add(*([one] for one in first))

@@ -128,10 +128,13 @@ class Writer:
         """
         sampling = sampling or Sampling()
         most = _ROWS.get(jax.default_backend(), ROWS_ACCELERATOR)
+        weights = None  # one token is chosen without them
+        if prompts and sampling.max_new_tokens > 1:
+            weights = decoding.token_weights(self.params, self.adapters)
 
         def write(chosen):
-            texts = []
-            for texts in self._texts([prompts[i] for i in chosen], chosen, sampling):
+            texts, some = [], [prompts[i] for i in chosen]
+            for texts in self._texts(some, chosen, sampling, weights=weights):
                 if all(text.finish for text in texts):
                     break
             return [text.completion() for text in texts]
@@ -224,7 +227,9 @@ class Writer:
             if text.finish:
                 return text.completion()
 
-    def _texts(self, prompts, rows, sampling, every=decoding.PIECE) -> Iterator[list["_Text"]]:
+    def _texts(
+        self, prompts, rows, sampling, every=decoding.PIECE, weights=None
+    ) -> Iterator[list["_Text"]]:
         """Yields the texts written so far, repeatedly."""
         pad = self.tokenizer.pad_token_id or 0
         longest = max(len(p) for p in prompts)
@@ -243,6 +248,7 @@ class Writer:
             key=jax.random.key(sampling.seed) if sampling.temperature else None,
             rows=rows,
             every=every,
+            weights=weights,
         )
         texts = [_Text(self.tokenizer, self.stop_tokens, sampling) for _ in prompts]
         for piece in pieces:
