@@ -1,6 +1,5 @@
 """The command line of an experiment: a config that flags override, and one-line errors."""
 
-import ctypes
 import json
 import os
 import pathlib
@@ -10,6 +9,7 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from experiments.pages import keep_pages
 from fedrag_jax import files
 from fedrag_jax.errors import ConfigError, FedragError
 
@@ -57,7 +57,7 @@ def launch(run, config: str) -> None:
     Args:
       config: path of the config file used where none is given.
     """
-    _keep_pages()
+    keep_pages()
     # FAISS's threads would spin while they wait, and keep JAX's from the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     virtual_devices(min(cores(), DEVICES))
@@ -136,16 +136,3 @@ def virtual_devices(count: int) -> None:
     option, given = "--xla_force_host_platform_device_count", os.environ.get("XLA_FLAGS", "")
     if option not in given:
         os.environ["XLA_FLAGS"] = f"{given} {option}={count}".strip()
-
-
-def _keep_pages() -> None:
-    """Lets glibc, where that is the C library, reuse the memory of large arrays.
-
-    It would return each to the kernel and touch fresh pages for the next; on a virtual machine that
-    is a tenth of the time of the comparison.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        trim_threshold, mmap_threshold = -1, -3  # malloc.h
-        mallopt(mmap_threshold, 2**30)
-        mallopt(trim_threshold, 2**31 - 1)

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from experiments.launch import settled_config
 from experiments.loading import replicates
+from experiments.pages import return_pages
 from experiments.reporting import cells
 from experiments.reporting.page import Report
 from experiments.reporting.weights_and_biases import log_cell
@@ -136,6 +137,7 @@ def run(experiment: Experiment, config, runs: str) -> pathlib.Path:
         if new:
             told, seconds = experiment.told(cell), time.perf_counter() - began
             print(f"[{number}/{len(points)}] {point}: {told}  ({seconds:.0f} s so far)", flush=True)
+            return_pages()
     experiment.controls(lab)
     report = experiment.report(config, folder)
     written = report.write(folder)
