@@ -3,9 +3,9 @@
 Benchmarks are mmlu, hellaswag, boolq, pubmedqa, nq, triviaqa, popqa, hotpotqa, squad, squad_v2 and
 scifact, read from the folder in FEDRAG_DATA or from the Hugging Face hub.
 
-Your own questions are JSON lines: {"id", "question", "answers": [...]} with optional "positive_ids" and
+Your own questions are JSON lines: {"question", "answers": [...]} with optional "id", "positive_ids" and
 "split". If questions have no split, the ones that `fedrag train` holds out for testing are used. For
-{"id", "question", "unanswerable": true} an empty answer is correct, as in SQuAD v2.
+{"question", "unanswerable": true} an empty answer is correct, as in SQuAD v2.
 
 With --to, an interrupted run resumes.
 """

@@ -1,8 +1,9 @@
 """Fine-tune the retriever and the generator of a system on questions about its passages.
 
 QUESTIONS is the name of a public set, whose gold passages are found by title and answer, or a file of
-JSON lines: {"id", "question", "answers": [...]}, with optional
+JSON lines: {"question", "answers": [...]}, with optional
 
+  id            name of the question (default: the number of its line)
   positive_ids  passages that answer the question: ids that `fedrag ask --json` prints, or ids of
                 documents or JSON lines that were indexed
   topic         label by which questions are split over clients
