@@ -182,6 +182,22 @@ def test_a_small_batch_is_read_word_by_word(count, share):
     assert inversion.r_precision(-outside.ravel(), truth.ravel()) >= share
 
 
+def test_a_step_of_sgd_is_read_in_spite_of_rounding():
+    before = ranking().trainable["query"]
+    gradient, (_, there) = gradient_of([0, 1]), tokens_of([0, 1])
+    after = jax.tree.map(lambda y, g: y - np.float32(0.1) * g, before, gradient)
+    update = inversion.first_gradient(inversion.moved(after, before))
+    noise = inversion.rounding(before)
+    exact = -0.1 * inversion.first_gradient(jax.tree.map(lambda g: np.array(g, float), gradient))
+    assert 0.3 * noise < np.linalg.norm(update - exact, 2) <= noise
+    encoder, places = system().retriever.encoder, 1 + max(place for place, _ in there)
+    inputs = inversion.first_inputs(encoder, before, np.arange(encoder.config.vocab_size), places)
+    truth = np.zeros(inputs.shape[:2], bool)
+    truth[tuple(np.array([*there]).T)] = True
+    outside = inversion.placed(update, inputs, noise=noise)
+    assert inversion.r_precision(-outside.ravel(), truth.ravel()) > 0.5
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("count", "least"), [(1, 1.0), (4, 0.8)])
 def test_known_questions_are_told_by_their_gradients(count, least):

@@ -79,7 +79,8 @@ def told(system, task, gradient, optimizer, asked, steps: int, batch: int) -> tu
     encoder, params = system.retriever.encoder, system.retriever.query
     inputs = inversion.first_inputs(encoder, params, np.arange(len(read)), len(there))
     try:
-        outside = inversion.placed(inversion.first_gradient(update), inputs)
+        gradient = inversion.first_gradient(update)
+        outside = inversion.placed(gradient, inputs, noise=inversion.rounding(params))
     except DataError:
         return words, np.nan
     return words, inversion.r_precision(-outside.ravel(), there.ravel())

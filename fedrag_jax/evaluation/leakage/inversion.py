@@ -82,7 +82,23 @@ def first_gradient(update: PyTree) -> np.ndarray:
     return np.concatenate([np.asarray(met[name]["kernel"][0]) for name in names], axis=1)
 
 
-def placed(gradient: np.ndarray, inputs: np.ndarray, tolerance: float = 1e-6) -> np.ndarray:
+def rounding(before: PyTree) -> float:
+    """Returns the largest singular value of the rounding errors in `first_gradient` of an update.
+
+    An update is a difference of float32 parameters, each rounded by up to 2^-24 of its size. Errors of
+    a matrix [D, E] with standard deviation s have singular values up to about s (√D + √E).
+
+    Args:
+      before: the parameters before the update.
+    """
+    weights = first_gradient(before)
+    deviation = 2.0**-24 / np.sqrt(3) * np.sqrt(np.square(weights).mean())
+    return float(deviation * np.sqrt(weights.shape).sum())
+
+
+def placed(
+    gradient: np.ndarray, inputs: np.ndarray, tolerance: float = 1e-6, noise: float = 0.0
+) -> np.ndarray:
     """Returns the part [...] of each input outside of the gradient's column space, in [0, 1].
 
     It is 0 for inputs that were in the batch.
@@ -92,12 +108,13 @@ def placed(gradient: np.ndarray, inputs: np.ndarray, tolerance: float = 1e-6) ->
       inputs: [..., D].
       tolerance: singular values below this share of the largest count as rounding errors; for float32
         gradients these are about 1e-8.
+      noise: smaller singular values count as rounding errors too; see `rounding`.
 
     Raises:
       DataError: a gradient of full rank, whose span contains every input.
     """
     u, s, _ = np.linalg.svd(np.asarray(gradient, np.float64), full_matrices=False)
-    basis = u[:, s > tolerance * s[0]] if s[0] > 0 else u[:, :0]
+    basis = u[:, s > max(tolerance * s[0], noise)]
     if basis.shape[1] >= len(gradient):
         raise DataError(
             f"the gradient has full rank {len(gradient)}, so that every token lies in its span: the "
