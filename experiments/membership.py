@@ -1,0 +1,187 @@
+"""Which training questions the tuned systems of a finished comparison give away.
+
+    python -m experiments membership --config.of=runs/real
+
+Nothing is trained: systems are read from the folder of the comparison, and losses of questions that
+were trained on are compared with losses of others. Results go to runs/<name>/: membership.csv,
+table.md, report.html. A cell (strategy, regime, seeds) that is finished is not computed again.
+"""
+
+import itertools
+import pathlib
+
+import numpy as np
+
+from experiments.finished_lab import FinishedLab, require_finished
+from experiments.loading import check_replicates, replicates
+from experiments.reporting import cells, tables
+from experiments.reporting.page import Report, Section
+from experiments.run import Experiment, Point, finished
+from fedrag_jax.clock import Clock
+from fedrag_jax.data.examples import Example, sample
+from fedrag_jax.errors import ConfigError
+from fedrag_jax.evaluation.evaluator import answer_nll
+from fedrag_jax.evaluation.leakage.membership import by_loss, calibrated
+from fedrag_jax.evaluation.leakage.roc import Attack, auc, estimate, tpr_at_fpr
+from fedrag_jax.evaluation.leakage.signals import ranking_nll
+from fedrag_jax.tracking.ledger import Cost
+
+SIGNALS = {
+    "read": "answer, with passages",
+    "closed": "answer, without passages",
+    "ranked": "rank of the gold passage",
+}
+
+
+class Suspects(FinishedLab):
+    """Tuned systems, and the questions that an attacker asks about.
+
+    Attributes:
+      questions: training questions and others.
+      member: bool [N], which were trained on.
+      group: int [N], the topic of each; without topics, the question.
+    """
+
+    def __init__(self, config, of: pathlib.Path):
+        super().__init__(of)
+        self.asking = config
+        others = [e for e, own in zip(self.asked, self.of_own, strict=True) if own]
+        count = config.questions
+        members, others = sample(self.dataset.train, count, 0), sample(others, count, 0)
+        self.questions: list[Example] = [*members, *others]
+        self.member = np.arange(len(self.questions)) < len(members)
+        names = [e.topic or e.id for e in self.questions]
+        self.group = np.unique(names, return_inverse=True)[1]
+
+
+def every_point(config) -> list[Point]:
+    """Returns all cells; the untuned system is of the first regime alone."""
+    return [
+        Point(strategy, regime, *pair)
+        for pair, strategy, regime in itertools.product(
+            replicates(config), config.strategies, config.regimes
+        )
+        if strategy != "none" or regime == config.regimes[0]
+    ]
+
+
+def lab(config, folder: pathlib.Path) -> Suspects:
+    """Returns the lab of the comparison, with its data and models.
+
+    Raises:
+      ConfigError: a comparison that is not there or lacks a cell, a number of questions below 0, no
+        untuned system to compare with.
+    """
+    check_replicates(config)
+    if config.questions < 0:
+        raise ConfigError(f"config.questions must be 0 (all) or more, got {config.questions}")
+    if "none" not in config.strategies:
+        raise ConfigError("config.strategies needs 'none': attacks compare with the untuned system")
+    require_finished(pathlib.Path(config.of), every_point(config))
+    return Suspects(config, pathlib.Path(config.of))
+
+
+def compute(lab: Suspects, point: Point) -> cells.Cell:
+    """Computes the losses of all questions under one system."""
+    where, asked = (point.name, point.regime, point.seed, point.split), lab.questions
+    system, clock = lab.tuned(*where), Clock()
+    rows, _ = system.retriever.search([e.question for e in asked], system.top_k)
+    scores = {
+        "read": answer_nll(system, asked, rows),
+        "closed": answer_nll(system, asked, np.zeros((len(asked), 0), int)),
+        "member": lab.member.astype(float),
+    }
+    if all(e.positive_ids for e in asked):
+        scores["ranked"] = ranking_nll(system.retriever, asked, system.score_scale)
+    lap = clock.lap()
+    cost = Cost(evaluate_seconds=lap.others + lap.searching, compile_seconds=lap.compiling)
+    return cells.Cell(*where, scores, {}, [], cost, {}, lab.group)
+
+
+def rows_of(config, folder: pathlib.Path) -> list[dict]:
+    """Returns a row for each system and signal: AUC and TPR by the loss alone, and by the difference
+    from the loss of the untuned system."""
+    rows = []
+    start = {
+        (cell.seed, cell.split): cell
+        for cell in finished(config, folder, "none", config.regimes[0]) or ()
+    }
+    for strategy, regime in itertools.product(config.strategies, config.regimes):
+        if strategy == "none" and regime != config.regimes[0]:
+            continue
+        found = finished(config, folder, strategy, regime) or ()
+        for signal in [name for name in SIGNALS if found and name in found[0].scores]:
+            row = {"strategy": strategy, "regime": "" if strategy == "none" else regime}
+            member = found[0].scores["member"] > 0
+            row |= {"signal": signal, "seeds": len(found), "members": int(member.sum())}
+            row |= {"others": int((~member).sum())}
+            row |= _told("loss", [by_loss(cell.scores[signal]) for cell in found], found)
+            if strategy != "none":
+                pairs = [(cell, start[cell.seed, cell.split]) for cell in found]
+                some = [calibrated(c.scores[signal], before.scores[signal]) for c, before in pairs]
+                row |= _told("calibrated", some, found)
+            rows.append(row)
+    return rows
+
+
+def _told(attack: str, scores: list[np.ndarray], found) -> dict[str, float]:
+    made = [
+        Attack(some, cell.scores["member"] > 0, cell.clusters)
+        for some, cell in zip(scores, found, strict=True)
+    ]
+    told = {}
+    for name, statistic, unit in (("auc", auc, 1.0), ("tpr", tpr_at_fpr, 100.0)):
+        ends = zip(("", "_low", "_high"), estimate(statistic, made), strict=True)
+        told |= {f"{attack}_{name}{end}": unit * value for end, value in ends}
+    return told
+
+
+def report(config, folder: pathlib.Path) -> Report:
+    """Returns the `Report` on all finished cells."""
+    rows = [row | {"about": SIGNALS[row["signal"]]} for row in rows_of(config, folder)]
+    columns = (
+        tables.words("strategy", "strategy"),
+        tables.words("regime", "regime"),
+        tables.words("loss of", "about"),
+        tables.number("seeds", "seeds", 0),
+        tables.number("members", "members", 0),
+        tables.number("others", "others", 0),
+        tables.interval("AUC, loss [95% CI]", "loss_auc", 2),
+        tables.interval("AUC, against untuned [95% CI]", "calibrated_auc", 2),
+        tables.interval("TPR at 1% FPR, against untuned", "calibrated_tpr"),
+    )
+    return Report(
+        folder.name,
+        f"Training questions that tuned systems of {config.of} give away.",
+        [
+            Section(
+                "Membership of training questions",
+                "membership",
+                "How well a loss separates training questions (members) from others: AUC with 95% "
+                "intervals over seeds and topics, 0.5 is guessing. The untuned system shows how much "
+                "members and others differ in themselves; the attack 'against untuned' scores the "
+                "difference from its loss. TPR: percent of the members that are found where 1% of the "
+                "others are taken for members.",
+                tables.Table(columns, rows),
+            )
+        ],
+        {"membership.csv": [{k: v for k, v in row.items() if k != "about"} for row in rows]},
+    )
+
+
+def told(cell: cells.Cell) -> str:
+    """Returns a line with the AUC of each loss."""
+    member = cell.scores["member"] > 0
+    some = {name: by_loss(cell.scores[name]) for name in SIGNALS if name in cell.scores}
+    return "  ".join(f"{name} {auc(x[member], x[~member]):.2f}" for name, x in some.items())
+
+
+EXPERIMENT = Experiment(
+    name="membership",
+    free=("seeds", "split_seeds", "strategies", "regimes"),
+    lab=lab,
+    points=lambda lab: every_point(lab.asking),
+    compute=compute,
+    told=told,
+    report=report,
+)
