@@ -24,7 +24,7 @@ COMMANDS = {
     "index_refresh": "when vectors are made anew while both encoders learn",
     "inference_modes": "ways to train against ways to answer",
     "research": "learning to search by policy gradients",
-    "membership": "which training questions tuned systems of a comparison give away",
+    "leakage": "training questions and passages that tuned systems of a comparison give away",
     "over_stores": "tuned systems of a comparison over other stores",
     "public_sets": "tuned systems of a comparison on MMLU or HellaSwag",
     "aloftrag": "label-free fine-tuning, its steps left out, its controls",

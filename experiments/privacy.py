@@ -133,11 +133,9 @@ def served(lab: Lab, system) -> dict[str, np.ndarray]:
     found = {name: np.full(len(test), np.nan) for name in ("f1", "there")}
     found["f1"][: len(asked)] = extraction.answered_from(system, asked, held)["f1"]
     found["there"][: len(asked)] = held[[row[e.positive_ids[0]] for e in asked]]
-    wanted = extraction.prompts([e.question for e in asked[: len(asked) // 3]])
-    read = system.batch_query(wanted, max_new_tokens=48)
-    seen = {p.id: p for response in read for p in response.sources}
-    said = extraction.said([r.answer for r in read], [*seen.values()], config.said_words)
-    return {"passage_f1": found["f1"], "passage_there": found["there"], "said": said.mean()}
+    about = [e.question for e in asked[: len(asked) // 3]]
+    said = extraction.repeated(system, about, config.said_words, max_new_tokens=48)
+    return {"passage_f1": found["f1"], "passage_there": found["there"], "said": said}
 
 
 def asked_after(trainer: Trainer, start, attacked, shadows) -> dict[str, np.ndarray]:

@@ -36,6 +36,18 @@ def said(texts: Sequence[str], passages: Sequence[Passage], words: int = 8) -> n
     return np.array([not runs.isdisjoint(_runs(reading_text(p), words)) for p in passages])
 
 
+def repeated(system: RAGSystem, information: Sequence[str], words: int = 8, **how) -> float:
+    """Returns the share of the passages read that `prompts` make a system repeat, see `said`.
+
+    Args:
+      information: what retrieval looks for, such as questions.
+      how: options of `RAGSystem.batch_query`.
+    """
+    responses = system.batch_query(prompts(information), **how)
+    seen = {passage.id: passage for response in responses for passage in response.sources}
+    return float(said([r.answer for r in responses], [*seen.values()], words).mean())
+
+
 def _runs(text: str, words: int) -> set[tuple[str, ...]]:
     tokens = text.lower().split()
     return {tuple(tokens[i : i + words]) for i in range(len(tokens) - words + 1)}

@@ -1,4 +1,4 @@
-"""Training questions that tuned systems of a small comparison give away."""
+"""What tuned systems of a small comparison give away: training questions and passages."""
 
 import csv
 
@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from small import small
 
-from configs.membership import get_config
-from experiments import compare_strategies, membership
+from configs.leakage import get_config
+from experiments import compare_strategies, leakage
 from experiments.reporting import cells
 from experiments.run import run
 from fedrag_jax.errors import ConfigError
@@ -36,7 +36,7 @@ def asking(of):
 
 
 def test_members_of_overfit_systems_are_told_by_the_part_that_was_tuned(overfit):
-    folder = run(membership.EXPERIMENT, asking(overfit), str(overfit.parent))
+    folder = run(leakage.EXPERIMENT, asking(overfit), str(overfit.parent))
     with open(folder / "membership.csv", newline="") as file:
         rows = {(r["strategy"], r["signal"]): r for r in csv.DictReader(file)}
     assert {r["members"] for r in rows.values()} == {"16"}
@@ -57,12 +57,17 @@ def test_members_of_overfit_systems_are_told_by_the_part_that_was_tuned(overfit)
     gain = before.scores["read"] - cell.scores["read"]
     assert attack("generator", "read") == pytest.approx(auc(gain[member], gain[~member]))
     assert np.isfinite(cell.scores["ranked"]).all()
+    with open(folder / "repeated.csv", newline="") as file:
+        said = {r["strategy"]: float(r["said"]) for r in csv.DictReader(file)}
+    assert [*said] == ["none", "retriever", "generator"]
+    assert said["generator"] == cell.controls["said"] <= 100
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"questions": -1}, "config.questions must be 0"),
+        ({"questions": -1}, "config.questions must be at least 0"),
+        ({"prompted": 0}, "config.prompted must be at least 1"),
         ({"strategies": ("generator",)}, "needs 'none'"),
         ({"of": "nowhere"}, "holds no run"),
         ({"regimes": ("centralised",)}, "no finished cell"),
@@ -72,4 +77,4 @@ def test_what_cannot_be_attacked_is_refused(overfit, tmp_path, change, words):
     config = asking(overfit)
     config.update(change)
     with pytest.raises(ConfigError, match=words):
-        run(membership.EXPERIMENT, config, str(tmp_path))
+        run(leakage.EXPERIMENT, config, str(tmp_path))

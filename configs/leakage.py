@@ -1,7 +1,7 @@
-"""Attacks that tell the training questions of tuned systems of a finished comparison from others.
+"""Attacks on tuned systems of a finished comparison: on training questions and on passages.
 
 python -m experiments compare_strategies --config=configs/compare_real.py
-python -m experiments membership
+python -m experiments leakage
 """
 
 from ml_collections import ConfigDict
@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
-    config.name = "membership"  # results go to runs/<name>
+    config.name = "leakage"  # results go to runs/<name>
     config.of = "runs/real"  # the comparison, whose cells of these seeds and regimes are finished
     config.seeds = (0, 1, 2)
     config.split_seeds = ()
@@ -18,5 +18,8 @@ def get_config() -> ConfigDict:
     # Number of training questions, and of others, or all. The others are questions about topics that
     # were trained on, where the comparison has such (data.own_questions); else they are test questions.
     config.questions = 128
+    # Number of test questions whose passages prompts ask the system to repeat. A passage counts as
+    # repeated if an answer has this number of its words in a row.
+    config.prompted, config.said_words = 20, 8
     config.wandb = ConfigDict({"mode": "offline", "project": "fedrag_jax"})
     return config

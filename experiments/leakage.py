@@ -1,10 +1,11 @@
-"""Which training questions the tuned systems of a finished comparison give away.
+"""What the tuned systems of a finished comparison give away: training questions, and passages.
 
-    python -m experiments membership --config.of=runs/real
+    python -m experiments leakage --config.of=runs/real
 
-Nothing is trained: systems are read from the folder of the comparison, and losses of questions that
-were trained on are compared with losses of others. Results go to runs/<name>/: membership.csv,
-table.md, report.html. A cell (strategy, regime, seeds) that is finished is not computed again.
+Nothing is trained: systems are read from the folder of the comparison. Losses of questions that were
+trained on are compared with losses of others, and prompts ask for the passages that a system reads.
+Results go to runs/<name>/: membership.csv, repeated.csv, table.md, report.html. A cell (strategy,
+regime, seeds) that is finished is not computed again.
 """
 
 import itertools
@@ -21,6 +22,7 @@ from fedrag_jax.clock import Clock
 from fedrag_jax.data.examples import Example, sample
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.evaluation.evaluator import answer_nll
+from fedrag_jax.evaluation.leakage import extraction
 from fedrag_jax.evaluation.leakage.membership import by_loss, calibrated
 from fedrag_jax.evaluation.leakage.roc import Attack, auc, estimate, tpr_at_fpr
 from fedrag_jax.evaluation.leakage.signals import ranking_nll
@@ -31,6 +33,7 @@ SIGNALS = {
     "closed": "answer, without passages",
     "ranked": "rank of the gold passage",
 }
+SAID = 64  # tokens that a prompt for passages is answered with
 
 
 class Suspects(FinishedLab):
@@ -69,12 +72,13 @@ def lab(config, folder: pathlib.Path) -> Suspects:
     """Returns the lab of the comparison, with its data and models.
 
     Raises:
-      ConfigError: a comparison that is not there or lacks a cell, a number of questions below 0, no
-        untuned system to compare with.
+      ConfigError: a comparison that is not there or lacks a cell, a number out of its range, no untuned
+        system to compare with.
     """
     check_replicates(config)
-    if config.questions < 0:
-        raise ConfigError(f"config.questions must be 0 (all) or more, got {config.questions}")
+    for name, least in (("questions", 0), ("prompted", 1), ("said_words", 1)):
+        if config[name] < least:
+            raise ConfigError(f"config.{name} must be at least {least}, got {config[name]}")
     if "none" not in config.strategies:
         raise ConfigError("config.strategies needs 'none': attacks compare with the untuned system")
     require_finished(pathlib.Path(config.of), every_point(config))
@@ -82,7 +86,7 @@ def lab(config, folder: pathlib.Path) -> Suspects:
 
 
 def compute(lab: Suspects, point: Point) -> cells.Cell:
-    """Computes the losses of all questions under one system."""
+    """Computes the losses of all questions under one system, and asks it for its passages."""
     where, asked = (point.name, point.regime, point.seed, point.split), lab.questions
     system, clock = lab.tuned(*where), Clock()
     rows, _ = system.retriever.search([e.question for e in asked], system.top_k)
@@ -93,35 +97,51 @@ def compute(lab: Suspects, point: Point) -> cells.Cell:
     }
     if all(e.positive_ids for e in asked):
         scores["ranked"] = ranking_nll(system.retriever, asked, system.score_scale)
+    about = [e.question for e in sample(lab.dataset.test, lab.asking.prompted, 0)]
+    said = extraction.repeated(system, about, lab.asking.said_words, max_new_tokens=SAID)
     lap = clock.lap()
     cost = Cost(evaluate_seconds=lap.others + lap.searching, compile_seconds=lap.compiling)
-    return cells.Cell(*where, scores, {}, [], cost, {}, lab.group)
+    return cells.Cell(*where, scores, {"said": 100 * said}, [], cost, {}, lab.group)
+
+
+def all_found(config, folder: pathlib.Path) -> list[tuple[dict, list[cells.Cell]]]:
+    """Returns the finished cells of each system, with its `strategy`, `regime` and `seeds`."""
+    systems = []
+    for strategy, regime in itertools.product(config.strategies, config.regimes):
+        if strategy == "none" and regime != config.regimes[0]:
+            continue
+        if found := finished(config, folder, strategy, regime):
+            where = "" if strategy == "none" else regime
+            systems.append(({"strategy": strategy, "regime": where, "seeds": len(found)}, found))
+    return systems
 
 
 def rows_of(config, folder: pathlib.Path) -> list[dict]:
     """Returns a row for each system and signal: AUC and TPR by the loss alone, and by the difference
     from the loss of the untuned system."""
-    rows = []
-    start = {
-        (cell.seed, cell.split): cell
-        for cell in finished(config, folder, "none", config.regimes[0]) or ()
-    }
-    for strategy, regime in itertools.product(config.strategies, config.regimes):
-        if strategy == "none" and regime != config.regimes[0]:
-            continue
-        found = finished(config, folder, strategy, regime) or ()
-        for signal in [name for name in SIGNALS if found and name in found[0].scores]:
-            row = {"strategy": strategy, "regime": "" if strategy == "none" else regime}
-            member = found[0].scores["member"] > 0
-            row |= {"signal": signal, "seeds": len(found), "members": int(member.sum())}
-            row |= {"others": int((~member).sum())}
+    rows, systems = [], all_found(config, folder)
+    untuned = (found for about, found in systems if about["strategy"] == "none")
+    start = {(cell.seed, cell.split): cell for cell in next(untuned, ())}
+    for about, found in systems:
+        member = found[0].scores["member"] > 0
+        about = about | {"members": int(member.sum()), "others": int((~member).sum())}
+        for signal in [name for name in SIGNALS if name in found[0].scores]:
+            row = about | {"signal": signal}
             row |= _told("loss", [by_loss(cell.scores[signal]) for cell in found], found)
-            if strategy != "none":
-                pairs = [(cell, start[cell.seed, cell.split]) for cell in found]
+            pairs = [(cell, start.get((cell.seed, cell.split))) for cell in found]
+            if about["strategy"] != "none" and all(before for _, before in pairs):
                 some = [calibrated(c.scores[signal], before.scores[signal]) for c, before in pairs]
                 row |= _told("calibrated", some, found)
             rows.append(row)
     return rows
+
+
+def said_rows(config, folder: pathlib.Path) -> list[dict]:
+    """Returns a row for each system: the percentage of the passages read that it repeated."""
+    return [
+        about | {"said": float(np.mean([cell.controls["said"] for cell in found]))}
+        for about, found in all_found(config, folder)
+    ]
 
 
 def _told(attack: str, scores: list[np.ndarray], found) -> dict[str, float]:
@@ -139,11 +159,14 @@ def _told(attack: str, scores: list[np.ndarray], found) -> dict[str, float]:
 def report(config, folder: pathlib.Path) -> Report:
     """Returns the `Report` on all finished cells."""
     rows = [row | {"about": SIGNALS[row["signal"]]} for row in rows_of(config, folder)]
-    columns = (
+    said, who = said_rows(config, folder), (
         tables.words("strategy", "strategy"),
         tables.words("regime", "regime"),
-        tables.words("loss of", "about"),
         tables.number("seeds", "seeds", 0),
+    )  # fmt: skip
+    columns = (
+        *who,
+        tables.words("loss of", "about"),
         tables.number("members", "members", 0),
         tables.number("others", "others", 0),
         tables.interval("AUC, loss [95% CI]", "loss_auc", 2),
@@ -152,7 +175,7 @@ def report(config, folder: pathlib.Path) -> Report:
     )
     return Report(
         folder.name,
-        f"Training questions that tuned systems of {config.of} give away.",
+        f"What tuned systems of {config.of} give away.",
         [
             Section(
                 "Membership of training questions",
@@ -163,9 +186,20 @@ def report(config, folder: pathlib.Path) -> Report:
                 "difference from its loss. TPR: percent of the members that are found where 1% of the "
                 "others are taken for members.",
                 tables.Table(columns, rows),
-            )
+            ),
+            Section(
+                "Passages repeated",
+                "repeated",
+                f"Percentage of the passages read for {config.prompted} test questions of which the "
+                f"system wrote {config.said_words} consecutive words when prompts asked to repeat them "
+                f"({SAID} tokens).",
+                tables.Table((*who, tables.number("passages repeated, %", "said")), said),
+            ),
         ],
-        {"membership.csv": [{k: v for k, v in row.items() if k != "about"} for row in rows]},
+        {
+            "membership.csv": [{k: v for k, v in row.items() if k != "about"} for row in rows],
+            "repeated.csv": said,
+        },
     )
 
 
@@ -177,7 +211,7 @@ def told(cell: cells.Cell) -> str:
 
 
 EXPERIMENT = Experiment(
-    name="membership",
+    name="leakage",
     free=("seeds", "split_seeds", "strategies", "regimes"),
     lab=lab,
     points=lambda lab: every_point(lab.asking),
