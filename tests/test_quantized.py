@@ -84,6 +84,24 @@ def test_fewer_bits_are_further_off_and_nf4_fits_weights_better_than_int4(model)
     assert off("int8") < 0.03 < off("nf4") < off("int4") < 0.5
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="of XLA on a CPU")
+def test_choosing_nf4_values_writes_out_none_of_the_choices():
+    kernels = {"layers": {"up": {"kernel": jnp.ones((4, 512, 2048), jnp.bfloat16)}}}
+    kernels = quantize(kernels, "nf4", BLOCK)["layers"]["up"]["kernel"]
+
+    def layer(x, layer):
+        kernel, adapter = dense(layer[0]), layer[1]
+        return jnp.tanh(x @ kernel + adapter) @ kernel.T, None
+
+    def loss(adapters, kernels, x):
+        return jax.lax.scan(jax.checkpoint(layer), x, (kernels, adapters))[0].sum()
+
+    bfloat16 = jnp.bfloat16
+    arguments = jnp.zeros((4, 1, 2048), bfloat16), kernels, jnp.ones((2, 512), bfloat16)
+    memory = jax.jit(jax.grad(loss)).lower(*arguments).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 4 * 512 * 2048 * 4  # written out they are 18
+
+
 @pytest.mark.slow
 def test_a_quantised_network_is_the_network_of_the_rounded_weights(model):
     network = lora.add_lora(model.network, lora.LoraConfig(4, 8.0))
