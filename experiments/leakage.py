@@ -49,8 +49,9 @@ class Suspects(FinishedLab):
         super().__init__(of)
         self.asking = config
         others = [e for e, own in zip(self.asked, self.of_own, strict=True) if own]
-        count = config.questions
-        members, others = sample(self.dataset.train, count, 0), sample(others, count, 0)
+        members, others = (
+            sample(some, config.questions, 0) for some in (self.dataset.train, others)
+        )
         self.questions: list[Example] = [*members, *others]
         self.member = np.arange(len(self.questions)) < len(members)
         names = [e.topic or e.id for e in self.questions]
@@ -158,15 +159,12 @@ def _told(attack: str, scores: list[np.ndarray], found) -> dict[str, float]:
 
 def report(config, folder: pathlib.Path) -> Report:
     """Returns the `Report` on all finished cells."""
-    rows = [row | {"about": SIGNALS[row["signal"]]} for row in rows_of(config, folder)]
-    said, who = said_rows(config, folder), (
-        tables.words("strategy", "strategy"),
-        tables.words("regime", "regime"),
-        tables.number("seeds", "seeds", 0),
-    )  # fmt: skip
+    rows, said = rows_of(config, folder), said_rows(config, folder)
+    who = [tables.words(name, name) for name in ("strategy", "regime")]
+    who.append(tables.number("seeds", "seeds", 0))
     columns = (
         *who,
-        tables.words("loss of", "about"),
+        tables.Column("loss of", lambda row: SIGNALS[row["signal"]], "left"),
         tables.number("members", "members", 0),
         tables.number("others", "others", 0),
         tables.interval("AUC, loss [95% CI]", "loss_auc", 2),
@@ -196,10 +194,7 @@ def report(config, folder: pathlib.Path) -> Report:
                 tables.Table((*who, tables.number("passages repeated, %", "said")), said),
             ),
         ],
-        {
-            "membership.csv": [{k: v for k, v in row.items() if k != "about"} for row in rows],
-            "repeated.csv": said,
-        },
+        {"membership.csv": rows, "repeated.csv": said},
     )
 
 

@@ -128,9 +128,7 @@ class Writer:
         """
         sampling = sampling or Sampling()
         most = _ROWS.get(jax.default_backend(), ROWS_ACCELERATOR)
-        weights = None  # one token is chosen without them
-        if prompts and sampling.max_new_tokens > 1:
-            weights = decoding.token_weights(self.params, self.adapters)
+        weights = decoding.token_weights(self.params, self.adapters)
 
         def write(chosen):
             texts, some = [], [prompts[i] for i in chosen]

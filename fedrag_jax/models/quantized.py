@@ -79,7 +79,7 @@ def _nf4_values(codes: jax.Array, dtype) -> jax.Array:
     values = [jnp.full(codes.shape, value, dtype) for value in NF4]
     for bit in range(4):
         odd = (codes >> bit) & 1 == 1
-        # Not jnp.where, a call of its own, which XLA on a CPU does not fuse: fifteen kernels in memory.
+        # XLA on a CPU does not fuse jnp.where here, and would hold fifteen kernels in memory.
         values = [jax.lax.select(odd, b, a) for a, b in zip(values[::2], values[1::2], strict=True)]
     return values[0]
 
