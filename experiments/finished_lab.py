@@ -37,6 +37,11 @@ class FinishedLab(Lab):
         return system
 
 
+def tested(strategies: Sequence[str], regimes: Sequence[str]) -> list[tuple[str, str]]:
+    """Returns all pairs of a strategy and a regime; the untuned system is of the first regime alone."""
+    return [(s, r) for s in strategies for r in regimes if s != "none" or r == regimes[0]]
+
+
 def require_finished(of: pathlib.Path, points: Sequence[Point]) -> None:
     """Checks that a folder has all systems that are tested.
 

@@ -8,12 +8,11 @@ Results go to runs/<name>/: membership.csv, repeated.csv, table.md, report.html.
 regime, seeds) that is finished is not computed again.
 """
 
-import itertools
 import pathlib
 
 import numpy as np
 
-from experiments.finished_lab import FinishedLab, require_finished
+from experiments.finished_lab import FinishedLab, require_finished, tested
 from experiments.loading import check_replicates, replicates
 from experiments.reporting import cells, tables
 from experiments.reporting.page import Report, Section
@@ -59,13 +58,11 @@ class Suspects(FinishedLab):
 
 
 def every_point(config) -> list[Point]:
-    """Returns all cells; the untuned system is of the first regime alone."""
+    """Returns all cells, by seeds and system."""
     return [
         Point(strategy, regime, *pair)
-        for pair, strategy, regime in itertools.product(
-            replicates(config), config.strategies, config.regimes
-        )
-        if strategy != "none" or regime == config.regimes[0]
+        for pair in replicates(config)
+        for strategy, regime in tested(config.strategies, config.regimes)
     ]
 
 
@@ -108,9 +105,7 @@ def compute(lab: Suspects, point: Point) -> cells.Cell:
 def all_found(config, folder: pathlib.Path) -> list[tuple[dict, list[cells.Cell]]]:
     """Returns the finished cells of each system, with its `strategy`, `regime` and `seeds`."""
     systems = []
-    for strategy, regime in itertools.product(config.strategies, config.regimes):
-        if strategy == "none" and regime != config.regimes[0]:
-            continue
+    for strategy, regime in tested(config.strategies, config.regimes):
         if found := finished(config, folder, strategy, regime):
             where = "" if strategy == "none" else regime
             systems.append(({"strategy": strategy, "regime": where, "seeds": len(found)}, found))
