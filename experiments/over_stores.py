@@ -8,10 +8,9 @@ table.md, report.html. A cell (store, strategy, regime, seeds) that is finished 
 """
 
 import functools
-import itertools
 import pathlib
 
-from experiments.finished_lab import FinishedLab, require_finished
+from experiments.finished_lab import FinishedLab, require_finished, tested
 from experiments.lab import METRICS
 from experiments.loading import check_replicates, replicates
 from experiments.reporting import cells, comparison, differences, tables
@@ -43,14 +42,12 @@ class OverStores(FinishedLab):
 
 
 def every_point(config) -> list[Point]:
-    """Store by store; the untuned system is of the first regime alone."""
+    """Store by store."""
     return [
         Point(strategy, regime, *pair, folder=store)
         for store, strategies in config.stores.items()
-        for pair, strategy, regime in itertools.product(
-            replicates(config), strategies, config.regimes
-        )
-        if strategy != "none" or regime == config.regimes[0]
+        for pair in replicates(config)
+        for strategy, regime in tested(strategies, config.regimes)
     ]
 
 
@@ -87,9 +84,7 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
     for store, strategies in {OWN: tuple(usual), **config.stores}.items():
         here = of if store == OWN else folder / store
         start = finished(config, here, "none", config.regimes[0])
-        for strategy, regime in itertools.product(strategies, config.regimes):
-            if strategy == "none" and regime != config.regimes[0]:
-                continue
+        for strategy, regime in tested(strategies, config.regimes):
             if not (found := finished(config, here, strategy, regime)):
                 continue
             where = "" if strategy == "none" else regime

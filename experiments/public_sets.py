@@ -14,7 +14,7 @@ import re
 
 import numpy as np
 
-from experiments.finished_lab import FinishedLab, require_finished
+from experiments.finished_lab import FinishedLab, require_finished, tested
 from experiments.loading import check_replicates, replicates
 from experiments.reporting import cells, comparison, differences, tables
 from experiments.reporting.page import Report, Section
@@ -109,13 +109,11 @@ def check(config) -> None:
 
 
 def every_point(config) -> list[Point]:
-    """Way by way; the untuned system is of the first regime alone."""
+    """Way by way."""
     return [
         Point(strategy, regime, *pair, folder=f"{way}-{corpus}")
-        for way, corpus, pair, strategy, regime in itertools.product(
-            config.ways, config.corpora, replicates(config), config.strategies, config.regimes
-        )
-        if strategy != "none" or regime == config.regimes[0]
+        for way, corpus, pair in itertools.product(config.ways, config.corpora, replicates(config))
+        for strategy, regime in tested(config.strategies, config.regimes)
     ]
 
 
@@ -161,9 +159,7 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
     for way, corpus in itertools.product(config.ways, config.corpora):
         here = folder / f"{way}-{corpus}"
         start = finished(config, here, "none", config.regimes[0])
-        for strategy, regime in itertools.product(config.strategies, config.regimes):
-            if strategy == "none" and regime != config.regimes[0]:
-                continue
+        for strategy, regime in tested(config.strategies, config.regimes):
             found = finished(config, here, strategy, regime)
             for metric in found[0].scores if found else ():
                 row = {"way": way, "corpus": corpus, "strategy": strategy}
