@@ -38,38 +38,53 @@ def shown_tables(page: str) -> list[list[list[str]]]:
     ]
 
 
-README_REGIMES = {
-    "centralised": "centralised_converged",
-    "federated": "federated_converged",
-    "each client alone": "local_converged",
-}
+def kept(folder: str, table: str) -> dict[tuple[str, str], dict]:
+    """Rows of a kept experiment by strategy and regime."""
+    rows = read_csv(ROOT / "docs/data" / folder / f"{table}.csv")
+    return {(row["strategy"], row["regime"]): row for row in rows}
+
+
+def as_cell(row: dict, metric: str) -> str:
+    """How pages print a metric: mean, deviation over the seeds if there are several, interval."""
+    value, low, high, sd = (row[metric + x] for x in ("", "_low", "_high", "_sd"))
+    spread = f" ± {sd:.1f}" if row["seeds"] > 1 and row["strategy"] != "none" else ""
+    return f"{value:.1f}{spread} [{low:.1f}, {high:.1f}]"
 
 
 @pytest.mark.parametrize(
-    ("page", "metrics", "regimes"),
-    [("README.md", ["em"], README_REGIMES), ("docs/results.md", ["em", "recall_at_5"], {})],
+    ("page", "folder", "metrics", "cells"),
+    [("README.md", "real", ["em"], 7), ("docs/results.md", "table", ["em", "recall_at_5"], 31)],
 )
-def test_the_main_tables_are_the_rows_that_are_kept(page, metrics, regimes):
-    rows = read_csv(ROOT / "docs/data/table/strategies.csv")
-    kept = {(row["strategy"], row["regime"]): row for row in rows}
-    found = [
-        table
-        for table in shown_tables(page)
-        if table[0][0] == "strategy"
-        and ("retriever", regimes.get(table[0][1], table[0][1])) in kept
-    ]
+def test_tables_of_strategies_by_regimes_are_the_rows_that_are_kept(page, folder, metrics, cells):
+    rows, controls = kept(folder, "strategies"), kept(folder, "controls")
+    found = [t for t in shown_tables(page) if t[0][:2] == ["strategy", "centralised"]]
     assert len(found) == len(metrics)
     for metric, (head, _, *lines) in zip(metrics, found, strict=True):
         told = 0
-        for strategy, *shown in lines:
+        for name, *shown in lines:
+            strategy = "none" if name == "untuned" else name.removesuffix("` (both)")
             for title, cell in zip(head[1:], shown, strict=True):
-                where = "none" if strategy == "untuned" else strategy, regimes.get(title, title)
-                if cell:
-                    row, told = kept[where], told + 1
-                    value, low, high, sd = (row[metric + x] for x in ("", "_low", "_high", "_sd"))
-                    spread = f" ± {sd:.1f}" if strategy != "untuned" else ""
-                    assert cell == f"{value:.1f}{spread} [{low:.1f}, {high:.1f}]", where
-        assert told >= 15, metric
+                if title == "without passages":
+                    closed = controls[strategy, "centralised"]["closed_book_em"]
+                    assert cell == f"{closed:.1f}", name
+                elif cell:
+                    told += 1
+                    assert cell == as_cell(rows[strategy, title], metric), (name, title)
+        assert told == cells, metric
+
+
+def test_the_table_of_real_text_is_the_rows_that_are_kept():
+    rows, controls = kept("real", "strategies"), kept("real", "controls")
+    (table,) = [t for t in shown_tables("docs/results.md") if "MRR@10" in t[0] and "EM" in t[0]]
+    strategy = ""
+    for name, regime, *shown in table[2:]:
+        strategy = {"": strategy, "untuned": "none"}.get(name, name)
+        where = strategy, "federated" if regime == "federated" else "centralised"
+        row, control = rows.pop(where), controls[where]
+        of_metrics = [as_cell(row, metric) for metric in ("em", "f1", "recall_at_5", "mrr")]
+        of_controls = [f"{control[f'{x}_em']:.1f}" for x in ("closed_book", "distractor", "gold")]
+        assert shown == of_metrics + of_controls, where
+    assert not rows
 
 
 def test_the_figure_is_drawn_from_the_rows_that_are_kept(tmp_path):

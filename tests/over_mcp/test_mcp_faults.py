@@ -74,11 +74,11 @@ def test_a_tool_that_refuses_is_quoted(foreign):
 
 
 def test_a_late_answer_is_given_up_and_the_next_one_is_not(foreign):
-    with foreign("stuck", timeout=1.0) as store:
+    with foreign("stuck", timeout=5.0) as store:  # connecting takes seconds on a busy machine
         began = time.monotonic()
-        with pytest.raises(StoreUnreachable, match=r"gave no answer within 1 s: give it more"):
+        with pytest.raises(StoreUnreachable, match=r"gave no answer within 5 s: give it more"):
             store.search(["Bob", "Ann", "Bob"])
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 20
         assert texts(store.search(["Bob"])) == [["Bob"]]
 
 
