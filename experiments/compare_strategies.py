@@ -33,7 +33,6 @@ from fedrag_jax.evaluation.evaluator import evaluate
 from fedrag_jax.federated.algorithms.by_name import OWN_STEPS
 from fedrag_jax.files import kept, read_json, write_json
 from fedrag_jax.strategies.own import named
-from fedrag_jax.strategies.strategies import joint_token
 from fedrag_jax.tracking.processes import everywhere
 
 
@@ -83,11 +82,8 @@ def told(cell: Cell) -> str:
     return "  ".join([*said, f"trained {cell.cost.seconds:.0f} s"])
 
 
-def no_op(lab: Lab, seed: int, split: int) -> float:
-    """Largest change of any test score after joint training at learning rate zero; must be 0."""
-    regime = lab.config.regimes[-1]  # one whose program is compiled
-    if algorithm_of(lab.config, regime)[0] in OWN_STEPS:
-        regime = "centralised"  # for those steps cannot be of length zero
+def no_op(lab: Lab, strategy: str, regime: str, seed: int, split: int) -> float:
+    """Largest change of any test score after a strategy's training at learning rate zero; must be 0."""
     client = 0 if regime.startswith("local") else None
     tuner = lab.tuner(lambda task, part: 0.0, regime, seed, split, client)
     tuner = dataclasses.replace(
@@ -97,15 +93,23 @@ def no_op(lab: Lab, seed: int, split: int) -> float:
     )
     some = lab.control_questions()
     before = evaluate(lab.system(seed), some)
-    after = evaluate(joint_token(lab.system(seed), lab.dataset, tuner), some)
+    after = evaluate(named(strategy)(lab.system(seed), lab.dataset, tuner), some)
     return 100 * max(float(np.nan_to_num(np.abs(after[m] - before[m])).max()) for m in before)
 
 
 def controls(lab: Lab) -> None:
-    """Measures the change by training at learning rate 0 and writes it to no_op.json."""
+    """Measures the change by training at learning rate 0 and writes it to no_op.json.
+
+    Trains what was trained last, whose program is compiled.
+    """
+    trained = [
+        point
+        for point in points(lab)
+        if point.name != "none" and algorithm_of(lab.config, point.regime)[0] not in OWN_STEPS
+    ]  # for those steps cannot be of length zero
     path = lab.folder / "no_op.json"
-    if not everywhere(kept(read_json, path) is not None):
-        change = no_op(lab, *replicates(lab.config)[0])
+    if trained and not everywhere(kept(read_json, path) is not None):
+        change = no_op(lab, trained[-1].name, trained[-1].regime, *replicates(lab.config)[0])
         write_json(path, {"largest_change": change})
 
 
