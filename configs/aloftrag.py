@@ -44,8 +44,8 @@ def get_config() -> ConfigDict:
 
     # The author, which rates texts and writes questions: the generator itself, or `model` behind an
     # OpenAI-compatible endpoint ("http://localhost:8000/v1"). Prompts are "compact" (for the built-in
-    # decoder), "instruct", "examples" (English, for generators too small for instructions) or a JSON
-    # file of label_free/prompts.py. Prompts that name a language ask for `language`.
+    # decoder), "instruct", "short" or "examples" (English), for generators too small for instructions,
+    # or a JSON file of label_free/prompts.py. Prompts that name a language ask for `language`.
     config.author = ConfigDict(
         {"endpoint": "", "model": "", "prompts": "compact", "language": "English"}
     )

@@ -16,7 +16,8 @@ from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.evaluation.citing import contexts_of, without_gold
 from fedrag_jax.generation.author import LocalAuthor
 from fedrag_jax.generation.endpoint import EndpointAuthor
-from fedrag_jax.label_free import pipeline, prompts
+from fedrag_jax.label_free import pipeline
+from fedrag_jax.label_free.prompts import by_name
 from fedrag_jax.models import lora
 from fedrag_jax.models.lora import LoraConfig
 from fedrag_jax.rag import RAGSystem
@@ -76,19 +77,7 @@ class LabelFreeLab:
     def prompts(self, silo: str = ""):
         """Returns the prompts of a silo's author."""
         author = self.config.author
-        language = author.languages.get(silo, author.language)
-        if author.prompts == "compact":
-            return prompts.COMPACT
-        if author.prompts == "instruct":
-            return prompts.instruct(language)
-        if author.prompts == "examples":
-            return prompts.examples()
-        if not pathlib.Path(author.prompts).is_file():
-            raise ConfigError(
-                "config.author.prompts: 'compact', 'instruct', 'examples' or a JSON file, got "
-                f"{author.prompts!r}"
-            )
-        return prompts.read(author.prompts, language)
+        return by_name(author.prompts, author.languages.get(silo, author.language))
 
     @functools.cached_property
     def author(self):

@@ -142,7 +142,7 @@ def test_controls_differ_from_what_they_control(tmp_path):
         ),
         (
             {"author.prompts": "no.json"},
-            "'compact', 'instruct', 'examples' or a JSON file, got 'no.json'",
+            "unknown prompts 'no.json'; choose among .*'short', 'examples'.*or give a JSON file",
         ),
         ({"judge.repeats": 0}, "config.judge.repeats must be at least 1"),
         ({"contexts": (2, 60)}, "60 passages do not leave one to choose where there are 60"),

@@ -78,7 +78,15 @@ def test_a_question_and_its_answer_are_an_example_about_the_text(tmp_path):
 
 @pytest.mark.parametrize(
     "reply",
-    ["Where?", "Where?\n\n### Answer\n", "### Answer\nTown", "  \n### Answer\nTown", ""],
+    [
+        "Where?",
+        "Where?\n\n### Answer\n",
+        "### Answer\nTown",
+        "  \n### Answer\nTown",
+        "",
+        "<question>\n\n### Answer\n<answer>",
+        "Where?\n\n### Answer\n<answer>\n\nIn Town.",
+    ],
 )
 def test_replies_in_another_form_are_no_questions(reply, tmp_path):
     step = pipeline.ask(asking(Scripted(lambda request: reply), tmp_path), TEXTS[:2], tmp_path)
@@ -87,6 +95,38 @@ def test_replies_in_another_form_are_no_questions(reply, tmp_path):
         DataError, match=r"nothing is left to train on\.\nquestions: 0 of 2; dropped: 2"
     ):
         pipeline.require_some({"questions": step})
+
+
+@pytest.mark.parametrize("kind", ["short", "examples"])
+def test_the_answer_is_a_request_of_its_own(kind, tmp_path):
+    written = {("Person 2", "Answer:"): "\n", ("Person 3", "Question:"): "\n"}
+    late = ("Person 4", "Answer:")
+
+    def reply(request):
+        # The text is the last of a page of examples.
+        text = "Person " + str(number(request.user.rpartition("Person ")[2]))
+        if (text, request.start) == late:
+            return Reply("in a town that", False)
+        usual = {"Question:": f" Where was {text} born?", "Answer:": " a town"}[request.start]
+        return written.get((text, request.start), usual)
+
+    author = Scripted(reply)
+    asked = asking(author, tmp_path, prompts.by_name(kind))
+    step = pipeline.ask(asked, TEXTS[:5], tmp_path)
+    assert step.kept == {
+        f"t{i}#0": Example(
+            f"t{i}#0", f"Where was Person {i} born?", ("a town",), (f"t{i}",), "towns"
+        )
+        for i in range(2)
+    }
+    assert step.counts == {"kept": 2, "unparsable": 2, "unfinished": 1}
+    told = [line.get("reason") for line in lines(tmp_path / "2_questions.jsonl")]
+    assert told == [None, None, "unparsable", "unparsable", "unfinished"]
+    # Only questions have an answer, and it is asked for with text and question.
+    assert [r.start for r in author.asked] == ["Question:"] * 5 + ["Answer:"] * 4
+    first = author.asked[5].user
+    assert first.strip().endswith("Question: Where was Person 0 born?") and TEXTS[0].text in first
+    assert pipeline.ask(asked, TEXTS[:5], tmp_path).kept == step.kept and len(author.asked) == 9
 
 
 def test_several_questions_are_drawn_and_none_is_kept_twice(tmp_path):
@@ -301,6 +341,11 @@ def test_prompts_go_to_a_file_and_back(tmp_path):
     path = tmp_path / "prompts.json"
     prompts.write(PROMPTS, path)
     assert prompts.read(path) == PROMPTS
+    for kind in ("compact", "short", "examples"):
+        prompts.write(prompts.by_name(kind), tmp_path / f"{kind}.json")
+        assert prompts.by_name(str(tmp_path / f"{kind}.json")) == prompts.by_name(kind)
+    with pytest.raises(ConfigError, match=r"unknown prompts 'none'; choose among \['compact',"):
+        prompts.by_name("none")
     fields = json.loads(path.read_text())
     fields["ask"]["reply"] = "(?P<question>.+)"
     path.write_text(json.dumps(fields))

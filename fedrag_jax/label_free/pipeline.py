@@ -115,6 +115,8 @@ def ask(
         requests = {f"{i}#{draw}": {"text": reading_text(p)} for i, p in about.items()}
         sampling = {"temperature": temperature * (draw > 0), "seed": seed + draw}
         read = asking("ask", requests, "ask", f"ask_{draw}", **sampling)
+        if asking.prompts.answer:
+            read |= _answers(asking, requests, read, f"answer_{draw}", **sampling)
         for identifier, reply in read.items():
             passage = about[identifier.rpartition("#")[0]]
             said = reply.said or {"question": "", "answer": ""}
@@ -130,6 +132,14 @@ def ask(
         for e in found.values()
     }
     return _step(folder / "2_questions.jsonl", found, reasons, told)
+
+
+def _answers(asking: Asking, requests, read: Mapping[str, Read], file: str, **sampling):
+    """Returns questions with their answers, which a second request asks for."""
+    asked = {i: reply.said for i, reply in read.items() if reply.said}
+    about = {i: requests[i] | said for i, said in asked.items()}
+    answered = asking("answer", about, "answer", file, **sampling)
+    return {i: Read(a.said and asked[i] | a.said, a.fault) for i, a in answered.items()}
 
 
 def rate_questions(

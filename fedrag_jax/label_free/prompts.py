@@ -1,8 +1,9 @@
 """Prompts of label-free fine-tuning, and parsing of replies (ALoFTRAG, 2501.11929, appendix B).
 
 `COMPACT` has the prompts that the built-in decoder was trained on. `instruct(language)` has paraphrased
-instructions with the headings of the paper. To change prompts, `_replace` some of them, or write a JSON
-file that `read` reads.
+instructions with the headings of the paper; `short(language)` and `examples()` are for generators too
+small to keep to them. To change prompts, `_replace` some of them, or write a JSON file that `read`
+reads.
 """
 
 import json
@@ -39,7 +40,8 @@ class Ask(NamedTuple):
     chat: bool = True
 
     def read(self, written: str) -> dict[str, str] | None:
-        """Parses a reply; returns None if it does not have the requested format.
+        """Parses a reply; returns None if it does not have the requested format, or has the names of
+        its parts ("<question>") instead of them.
 
         A reply may repeat `start`, because the beginning of a chat reply cannot always be given.
         """
@@ -48,7 +50,8 @@ class Ask(NamedTuple):
         if found is None:
             return None
         said = {name: value.strip() for name, value in found.groupdict().items()}
-        return said if all(said.values()) else None
+        named = any(value.startswith(f"<{name}>") for name, value in said.items())
+        return said if all(said.values()) and not named else None
 
 
 class LabelFreePrompts(NamedTuple):
@@ -59,12 +62,14 @@ class LabelFreePrompts(NamedTuple):
       ask: a question about a text, with its answer.
       rate_question: whether a text answers a question, from 0 to 10.
       rate_answer: whether an answer is right, from 0 to 10.
+      answer: the answer to a question, if `ask` asks for the question alone.
     """
 
     rate_text: Ask
     ask: Ask
     rate_question: Ask
     rate_answer: Ask
+    answer: Ask | None = None
 
 
 def _compact(style, asked: str = "", reply: str = RATING, max_tokens: int = 4) -> Ask:
@@ -126,6 +131,35 @@ def instruct(language: str = "English") -> LabelFreePrompts:
     )
 
 
+def short(language: str = "English") -> LabelFreePrompts:
+    """Returns short instructions whose replies are one line after a given heading, for generators that
+    copy the format of `instruct` instead of filling it; question and answer are two requests."""
+    scale = "Reply with a number from 0"
+    text, asked = "{text}\n\n", "Question: {question}\n"
+
+    def line(system: str, user: str, start: str, reply: str = RATING, tokens: int = 6) -> Ask:
+        return Ask(system, user.strip(), start, reply, tokens, "\n")
+
+    return LabelFreePrompts(
+        rate_text=line(f"How much does this text tell? {scale} (nothing) to 10.", text, "Score:"),
+        ask=line(
+            f"Write one short question in {language} about a fact in this text.",
+            text, "Question:", r"(?P<question>[^\n]+)", 48,
+        ),
+        answer=line(
+            f"Answer the question from this text in a few words of {language}.",
+            text + asked, "Answer:", r"(?P<answer>[^\n]+)", 48,
+        ),
+        rate_question=line(
+            f"Does the text answer the question? {scale} (no) to 10 (yes).", text + asked, "Score:"
+        ),
+        rate_answer=line(
+            f"Is the answer right by the text? {scale} (no) to 10 (yes).",
+            text + asked + "Answer: {answer}", "Score:",
+        ),
+    )  # fmt: skip
+
+
 # Texts with their points, and of the useful ones a question with its answer.
 _SHOWN = (
     (
@@ -168,15 +202,13 @@ def examples() -> LabelFreePrompts:
     )
 
     def continued(page: str, user: str, start: str, reply: str = RATING, tokens: int = 6) -> Ask:
-        end = "\n" if reply == RATING else "\n\n"
-        return Ask("", f"{page}Text: {{text}}\n{user}", start, reply, tokens, end, chat=False)
+        return Ask("", f"{page}Text: {{text}}\n{user}", start, reply, tokens, "\n", chat=False)
 
     asking = "Question: {question}\n"
     return LabelFreePrompts(
         rate_text=continued(rated, "", "Useful:"),
-        ask=continued(
-            asked, "", "Question:", r"(?P<question>[^\n]+)\nAnswer: (?P<answer>[^\n]+)", 48
-        ),
+        ask=continued(asked, "", "Question:", r"(?P<question>[^\n]+)", 48),
+        answer=continued(asked, asking, "Answer:", r"(?P<answer>[^\n]+)", 48),
         rate_question=continued(fits, asking, "Answered by the text:"),
         rate_answer=continued(right, asking + "Answer: {answer}\n", "Right:"),
     )
@@ -195,6 +227,27 @@ JUDGE = Ask(
 )
 
 
+def by_name(name: str, language: str = "English") -> LabelFreePrompts:
+    """Returns the prompts "compact", "instruct", "short" or "examples", or those of a JSON file.
+
+    Raises:
+      ConfigError: another name that is no file; as `read`.
+    """
+    known = {
+        "compact": lambda: COMPACT,
+        "instruct": lambda: instruct(language),
+        "short": lambda: short(language),
+        "examples": examples,
+    }
+    if name in known:
+        return known[name]()
+    if not pathlib.Path(name).is_file():
+        raise ConfigError(
+            f"unknown prompts {name!r}; choose among {[*known]}, or give a JSON file of prompts"
+        )
+    return read(name, language)
+
+
 def read(path: str | pathlib.Path, language: str = "English") -> LabelFreePrompts:
     """Prompts from a JSON file: an object with the fields of `LabelFreePrompts`, and of `Ask` in each.
 
@@ -207,7 +260,11 @@ def read(path: str | pathlib.Path, language: str = "English") -> LabelFreePrompt
     """
     try:
         found = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-        asks = {name: Ask(**found.pop(name)) for name in LabelFreePrompts._fields}
+        asks = {
+            name: Ask(**found.pop(name))
+            for name in LabelFreePrompts._fields
+            if name != "answer" or found.get(name)
+        }
         prompts = LabelFreePrompts(
             **{
                 name: ask._replace(system=ask.system.replace("{language}", language))
@@ -215,8 +272,11 @@ def read(path: str | pathlib.Path, language: str = "English") -> LabelFreePrompt
             },
             **found,
         )
+        groups = {"ask": {"question"}, "answer": {"answer"}}
+        if "answer" not in asks:
+            groups["ask"] = {"question", "answer"}
         for name, ask in asks.items():
-            wanted = {"question", "answer"} if name == "ask" else {"score"}
+            wanted = groups.get(name, {"score"})
             missing = wanted - re.compile(ask.reply).groupindex.keys()
             if missing:
                 raise ConfigError(
@@ -229,5 +289,5 @@ def read(path: str | pathlib.Path, language: str = "English") -> LabelFreePrompt
 
 def write(prompts: LabelFreePrompts, path: str | pathlib.Path) -> None:
     """Writes a file that `read` reads, as a starting point."""
-    fields = {name: ask._asdict() for name, ask in prompts._asdict().items()}
+    fields = {name: ask._asdict() for name, ask in prompts._asdict().items() if ask}
     pathlib.Path(path).write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", "utf-8")
