@@ -4,4 +4,6 @@ import pathlib
 import re
 import sys
 
-print("\n".join(re.findall(r"```python\n(.*?)```", pathlib.Path(sys.argv[1]).read_text(), re.DOTALL)))
+print(
+    "\n".join(re.findall(r"```python\n(.*?)```", pathlib.Path(sys.argv[1]).read_text(), re.DOTALL))
+)

@@ -59,7 +59,7 @@ def difference(title: str, prefix: str = "", digits: int = 1) -> Column:
         numbers = [row.get(f"{prefix}{name}") for name in ("difference", "low", "high")]
         if None in numbers:
             return MISSING
-        value, low, high = (f"{x:+.{digits}f}" for x in numbers)
+        value, low, high = (f"{x:+z.{digits}f}" for x in numbers)
         return f"{value} [{low}, {high}]"
 
     return Column(title, show)
