@@ -28,10 +28,12 @@ from fedrag_jax.models.lora import LoraConfig
 from fedrag_jax.objectives.generator import closed_book
 from fedrag_jax.objectives.retriever import multiple_negatives_ranking
 from fedrag_jax.rag import RAGSystem
+from fedrag_jax.strategies.objectives import OBJECTIVES
 
 COUNT, EACH = 60, 5  # questions, and how many of them a user has
 USER = np.arange(COUNT) // EACH
 MEMBER = USER % 2 == 0
+EVERYWHERE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LEARN = {"batch_size": 15, "optimizer": optax.adam(3e-3), "group_size": 1}
 
 
@@ -111,6 +113,38 @@ def test_users_of_an_overfit_retriever_are_told():
     assert auc(scores[names % 2 == 0], scores[names % 2 == 1]) == 1.0
     _, blind = users.took_part(membership.calibrated(untrained, untrained), USER)
     assert auc(blind[::2], blind[1::2]) == 0.5
+
+
+@pytest.mark.slow
+def test_members_and_users_of_an_overfit_generator_are_told():
+    asked = by_heart().train
+    answers = [e.answers for e in asked]  # of each other, which only memory can give
+    wrong = [dataclasses.replace(e, answers=answers[(i + 7) % COUNT]) for i, e in enumerate(asked)]
+    dataset = dataclasses.replace(world(), train=wrong)
+    built = RAGSystem.build(
+        world().passages, wrong, top_k=2, adapters=LoraConfig(32, 64.0, EVERYWHERE)
+    )
+    rows, halves = (
+        built.retriever.search([e.question for e in wrong], 2)[0],
+        membership.halves(COUNT, 4, 0),
+    )
+    fits = [
+        {"task": OBJECTIVES["concatenated"].task(built, dataset), "rounds": 1,
+         "data": Partition(wrong, (np.flatnonzero(some),)), "algorithm": centralised(local_steps=60),
+         "batch_size": 15, "optimizer": optax.adam(5e-3), "group_size": 1}
+        for some in (MEMBER, *halves)
+    ]  # fmt: skip
+    systems = [built.replace(**fitted.trainable) for fitted in sweep(fits)]
+    target, untrained, *shadows = (
+        answer_nll(one, wrong, rows) for one in (systems[0], built, *systems[1:])
+    )
+    assert told(membership.by_loss(target)) > 0.95
+    assert told(membership.calibrated(target, untrained)) > 0.95
+    assert told(membership.likelihood_ratio(target, np.stack(shadows), halves)) > 0.95
+    names, scores = users.took_part(membership.calibrated(target, untrained), USER)
+    assert auc(scores[names % 2 == 0], scores[names % 2 == 1]) == 1.0
+    assert 0.3 < told(membership.by_loss(untrained)) < 0.7
+    assert 0.3 < told(membership.likelihood_ratio(untrained, np.stack(shadows), halves)) < 0.7
 
 
 @pytest.mark.slow
@@ -226,10 +260,11 @@ def test_passages_learned_by_heart_are_said_and_told():
     passages = world().passages[:16]
     asked = [Example(p.id, f"What is known of {p.title}?", (p.text,), ()) for p in passages]
     built = RAGSystem.build(
-        world().passages, asked, max_answer_tokens=48,
-        adapters=LoraConfig(32, 64.0, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
-                                       "down_proj")),
-    )  # fmt: skip
+        world().passages,
+        asked,
+        max_answer_tokens=48,
+        adapters=LoraConfig(32, 64.0, EVERYWHERE),
+    )
     task = closed_book(built.decoder, built.generator.params, built.adapters, built.prompts)
     fitted = fit(
         task, Partition(asked, (np.arange(8),)), centralised(local_steps=150), rounds=1,
