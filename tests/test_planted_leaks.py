@@ -232,6 +232,35 @@ def test_a_step_of_sgd_is_read_in_spite_of_rounding():
     assert inversion.r_precision(-outside.ravel(), truth.ravel()) > 0.5
 
 
+def test_a_short_prompt_is_read_from_the_gradient_of_adapters():
+    """Of no more tokens than the first layer's adapters have ranks together, once B is not zero."""
+    lora = LoraConfig(16, 32.0, ("q_proj", "k_proj", "v_proj"))
+    built = RAGSystem.build(world().passages, world().train, adapters=lora)
+    task = closed_book(built.decoder, built.generator.params, built.adapters, built.prompts)
+    gradient = jax.jit(jax.grad(task.loss, has_aux=True))
+    some, other = (task.table(world().train[i : i + 1]) for i in (0, 1))
+
+    def of(adapters, table):
+        batch = {**table, "weight": np.ones(1, np.float32)}
+        return gradient({"adapters": adapters}, task.frozen, batch, jax.random.key(0))[0][
+            "adapters"
+        ]
+
+    fresh = of(built.adapters, some)
+    assert not inversion.first_gradient(fresh).any()  # B is zero
+    moved = jax.tree.map(lambda y, g: y - g, built.adapters, of(built.adapters, other))
+    read = np.zeros(len(built.generator.params["embed"]["embedding"]), bool)
+    read[np.asarray(some["tokens"])[0, 0, : int(some["lengths"][0, 0])]] = True
+    assert read.sum() <= 3 * 16
+    inputs = inversion.first_inputs_of_decoder(
+        built.decoder, built.generator.params, np.arange(len(read))
+    )
+    outside = inversion.placed(inversion.first_gradient(of(moved, some)), inputs)
+    assert inversion.r_precision(-outside, read) >= 0.9
+    blind = inversion.placed(inversion.first_gradient(of(moved, other)), inputs)
+    assert inversion.r_precision(-blind, read) < 0.7
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("count", "least"), [(1, 1.0), (4, 0.8)])
 def test_known_questions_are_told_by_their_gradients(count, least):

@@ -5,7 +5,9 @@
 `placed`: the gradient of the first layer's query projection is Xᵀ dQ. The inputs of the layer, one for
     each token at each position, therefore lie in the span of its columns. Other inputs do not, as long
     as a batch has fewer tokens than the model's width (DAGER, Petrov et al. 2024, arXiv 2405.15586,
-    section 4.1). The gradients of the key and value projections have the same span.
+    section 4.1). The gradients of the key and value projections have the same span. That of an
+    adapter's A is Xᵀ (dQ Bᵀ), with a span of at most `rank` dimensions: once B is not zero, it holds
+    the inputs of batches with no more tokens than the layer's adapters have ranks together.
 `matched`: the gradient of a known question, such as one of a public set, is similar to the update of a
     batch that contained the question (after Nasr et al. 2019, arXiv 1812.00910, without a classifier).
 """
@@ -55,6 +57,21 @@ def r_precision(scores, truth) -> float:
     return float(truth[order[: truth.sum()]].mean())
 
 
+def first_inputs_of_decoder(decoder: Network, params: PyTree, tokens) -> np.ndarray:
+    """Returns the first layer's inputs [N, D] for tokens [N], which do not depend on their places.
+
+    Args:
+      params: of the base; adapters do not change these inputs.
+    """
+    config = decoder.config
+    x = (
+        np.asarray(params["embed"]["embedding"], np.float64)[np.asarray(tokens)]
+        * config.embed_scale
+    )
+    x = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + config.norm_epsilon)
+    return x * (np.asarray(params["layers"]["attention_norm"]["scale"][0]) + config.centred_norms)
+
+
 def first_inputs(encoder: Network, params: PyTree, tokens, places: int) -> np.ndarray:
     """Returns the first layer's inputs [places, N, D] for tokens [N] at each of `places` positions.
 
@@ -76,10 +93,12 @@ def first_inputs(encoder: Network, params: PyTree, tokens, places: int) -> np.nd
 
 
 def first_gradient(update: PyTree) -> np.ndarray:
-    """Returns the gradients of the first layer's query, key and value projections: [D, 3 D]."""
+    """Returns the gradients of the first layer's query, key and value projections, those that are
+    trained: of whole matrices [D, 3 D], of the A of adapters [D, 3 rank]."""
     met = update["layers"]["attention"]
-    names = "q_proj", "k_proj", "v_proj"
-    return np.concatenate([np.asarray(met[name]["kernel"][0]) for name in names], axis=1)
+    parts = [met[name] for name in ("q_proj", "k_proj", "v_proj") if name in met]
+    first = [np.asarray(part.get("kernel", part.get("lora_a"))[0]) for part in parts]
+    return np.concatenate(first, axis=1)
 
 
 def rounding(before: PyTree) -> float:
