@@ -23,7 +23,7 @@ _TEXTS = flags.DEFINE_integer("texts", 50, "number of texts, a random sample", l
 _TOKENS = flags.DEFINE_integer("text_tokens", 256, "longer texts are left out", lower_bound=8)
 _SEED = flags.DEFINE_integer("seed", 0, "seed of the sample")
 _PROMPTS = flags.DEFINE_multi_string(
-    "prompts", [], "compact, instruct, short, examples or a JSON file; by default the middle three"
+    "prompts", [], "compact, instruct, short, examples or a JSON file; default: all but compact"
 )
 _TO = flags.DEFINE_string("to", "", "folder of the replies; by default a temporary one")
 

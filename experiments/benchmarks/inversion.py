@@ -64,11 +64,12 @@ def of_encoder(system, world, rng) -> dict:
 
     negatives = {e.id: rng.choice(len(world.passages), 8, replace=False) for e in world.train}
     task = multiple_negatives_ranking(system.retriever, world, negatives=negatives)
+    trained = trainer(task)
 
     def attack(optimizer, asked, steps, drawn):
         del drawn
         table = task.table(asked)
-        update = trained(task, task.trainable, table, optimizer, steps)["query"]
+        update = trained(task.trainable, table, optimizer, steps)["query"]
         return words_and_places(system.retriever, update, table)
 
     return {"optimizer  steps  batch  words  words at their places": attack}
@@ -85,14 +86,16 @@ def of_adapters(system) -> dict:
     tasks = {"question": closed_book(*parts), "five passages": concatenated(*parts, rows)}
 
     def attack_on(task):
+        trained = trainer(task)
+
         def attack(optimizer, asked, steps, drawn):
             import jax
             import optax
 
             other, table = task.table(drawn(OTHERS)), task.table(asked)
-            first = trained(task, task.trainable, other, optax.adamw(_RATE.value), 1)
+            first = trained(task.trainable, other, optax.adamw(_RATE.value), 1)
             start = jax.tree.map(lambda y, moved: y + moved.astype(y.dtype), task.trainable, first)
-            update = trained(task, start, table, optimizer, steps)["adapters"]
+            update = trained(start, table, optimizer, steps)["adapters"]
             return tokens_read(system, update, table, other)
 
         return attack
@@ -101,25 +104,30 @@ def of_adapters(system) -> dict:
     return {f"{title}: {name}": attack_on(task) for name, task in tasks.items()}
 
 
-def trained(task, start, table, optimizer, steps: int):
-    """Returns the update by some steps, each on the next part of a table's rows."""
+def trainer(task):
+    """Returns a function that trains from a start, each step on the next part of a table's rows, and
+    returns the update."""
     import jax
     import numpy as np
     import optax
 
     from fedrag_jax.evaluation.leakage import inversion
 
-    gradient = jax.jit(jax.grad(task.loss, has_aux=True))
-    batch = len(next(iter(table.values()))) // steps
-    y, state = start, optimizer.init(start)
-    for step in range(steps):
-        rows = slice(step * batch, (step + 1) * batch)
-        some = {name: x[rows] for name, x in table.items()}
-        some["weight"] = np.ones(batch, np.float32)
-        found, _ = gradient(y, task.frozen, some, jax.random.key(0))
-        updates, state = optimizer.update(found, state, y)
-        y = optax.apply_updates(y, updates)
-    return inversion.moved(y, start)
+    gradient = jax.jit(jax.grad(task.loss, has_aux=True))  # compiled once for all draws
+
+    def trained(start, table, optimizer, steps: int):
+        batch = len(next(iter(table.values()))) // steps
+        y, state = start, optimizer.init(start)
+        for step in range(steps):
+            rows = slice(step * batch, (step + 1) * batch)
+            some = {name: x[rows] for name, x in table.items()}
+            some["weight"] = np.ones(batch, np.float32)
+            found, _ = gradient(y, task.frozen, some, jax.random.key(0))
+            updates, state = optimizer.update(found, state, y)
+            y = optax.apply_updates(y, updates)
+        return inversion.moved(y, start)
+
+    return trained
 
 
 def words_and_places(retriever, update, table) -> tuple[float, float]:
