@@ -257,6 +257,7 @@ def test_a_short_prompt_is_read_from_the_gradient_of_adapters():
     )
     outside = inversion.placed(inversion.first_gradient(of(moved, some)), inputs)
     assert inversion.r_precision(-outside, read) >= 0.9
+    assert np.median(outside[read]) < 1e-3 < outside[~read].min()  # they lie in the span
     blind = inversion.placed(inversion.first_gradient(of(moved, other)), inputs)
     assert inversion.r_precision(-blind, read) < 0.7
 
