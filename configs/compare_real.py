@@ -97,6 +97,13 @@ def shots(config) -> None:
     config.data.own_questions = 0
 
 
+def shadow(config) -> None:
+    """A shadow model of the generator; give each another config.name and config.data.sample_seed."""
+    _one_seed(config)
+    config.strategies, config.data.sample_seed = ("generator",), 1
+    config.data.update({"test_questions": 20, "own_questions": 0, "control_questions": 20})
+
+
 def quick(config) -> None:
     """96 training and 64 test questions, to try it."""
     _one_seed(config)
@@ -111,4 +118,4 @@ def _one_seed(config) -> None:
     config.seeds, config.regimes = (0,), ("centralised", "federated")
 
 
-VARIANTS = {variant.__name__: variant for variant in (ra_dit, hotpotqa, shots, quick)}
+VARIANTS = {variant.__name__: variant for variant in (ra_dit, hotpotqa, shots, shadow, quick)}

@@ -15,6 +15,11 @@ def get_config() -> ConfigDict:
     config.split_seeds = ()
     config.strategies = ("none", "retriever", "generator")
     config.regimes = ("centralised", "federated")
+    # Folders of two or more comparisons that trained the same systems on other questions: the shadow
+    # models of a likelihood ratio, for the regimes that they have. Such as two of
+    #   python -m experiments compare_strategies --config=configs/compare_real.py:shadow \
+    #       --config.name=real_shadow1 --config.data.sample_seed=1
+    config.shadows = ()
     # Number of training questions, and of others, or all. The others are questions about topics that
     # were trained on, where the comparison has such (data.own_questions); else they are test questions.
     config.questions = 128

@@ -42,17 +42,27 @@ def tested(strategies: Sequence[str], regimes: Sequence[str]) -> list[tuple[str,
     return [(s, r) for s in strategies for r in regimes if s != "none" or r == regimes[0]]
 
 
-def require_finished(of: pathlib.Path, points: Sequence[Point]) -> None:
+def require_run(of: pathlib.Path, setting: str = "config.of") -> None:
+    """Checks that a folder, which a setting names, holds a run.
+
+    Raises:
+      ConfigError: it holds none.
+    """
+    if not (of / "config.json").exists():
+        raise ConfigError(f"{setting}: {of} holds no run; run compare_strategies first")
+
+
+def require_finished(of: pathlib.Path, points: Sequence[Point], setting: str = "config.of") -> None:
     """Checks that a folder has all systems that are tested.
 
     Args:
       points: strategies in regimes; their folders do not matter.
+      setting: what names the folder.
 
     Raises:
       ConfigError: no run, an unfinished cell, a regime of lone clients.
     """
-    if not (of / "config.json").exists():
-        raise ConfigError(f"config.of: {of} holds no run; run compare_strategies first")
+    require_run(of, setting)
     for point in points:
         if point.regime.startswith("local"):
             raise ConfigError(
@@ -60,7 +70,7 @@ def require_finished(of: pathlib.Path, points: Sequence[Point]) -> None:
             )
         if cells.load(of, point.name, point.regime, point.seed, point.split) is None:
             raise ConfigError(
-                f"config.of: {of} has no finished cell ({point.name}, {point.regime}, "
+                f"{setting}: {of} has no finished cell ({point.name}, {point.regime}, "
                 f"{cells.seeds_name(point.seed, point.split)}): compute it by compare_strategies, or "
                 "ask for less here"
             )

@@ -14,6 +14,7 @@ from experiments.loading import (
     load_retriever,
     own_questions,
     rates_name,
+    replicates,
 )
 from experiments.reporting import cells
 from experiments.reporting.cells import seeds_name
@@ -241,7 +242,7 @@ def compute_cell(
     known, column = None, run.config.federated.column
     clients = run.clients(regime, split)
     if strategy == "none":  # untuned is untuned wherever the data sits
-        known = cells.load(run.folder, strategy, run.config.regimes[0], seed, split)
+        known = untuned_cell(run)
         systems, tuners = [run.system(seed)], []
     else:
         systems, tuners = run.tuned_systems(strategy, regime, seed, split)
@@ -293,6 +294,13 @@ def asked_scores(run: Lab, systems, clients) -> list[dict[str, np.ndarray]]:
         for metric in METRICS:
             found[-1][metric][rows] = some[metric]
     return found
+
+
+def untuned_cell(run: Lab) -> cells.Cell | None:
+    """Returns a finished cell of the untuned system of any seed, whose adapters change nothing yet."""
+    seeds, regime = replicates(run.config), run.config.regimes[0]
+    found = (cells.load(run.folder, "none", regime, seed, split) for seed, split in seeds)
+    return next((cell for cell in found if cell), None)
 
 
 def known_scores(run: Lab, cell: cells.Cell) -> dict[str, np.ndarray]:

@@ -4,15 +4,20 @@
 
 Nothing is trained: systems are read from the folder of the comparison. Losses of questions that were
 trained on are compared with losses of others, and prompts ask for the passages that a system reads.
+Comparisons of other training questions (`config.shadows`) serve as shadow models of a likelihood ratio.
 Results go to runs/<name>/: membership.csv, repeated.csv, table.md, report.html. A cell (strategy,
 regime, seeds) that is finished is not computed again.
 """
 
+import functools
+import itertools
 import pathlib
 
 import numpy as np
+from ml_collections import ConfigDict
 
-from experiments.finished_lab import FinishedLab, require_finished, tested
+from experiments.finished_lab import FinishedLab, require_finished, require_run, tested
+from experiments.launch import kept_config
 from experiments.loading import check_replicates, replicates
 from experiments.reporting import cells, tables
 from experiments.reporting.page import Report, Section
@@ -22,7 +27,7 @@ from fedrag_jax.data.examples import Example, sample
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.evaluation.evaluator import answer_nll
 from fedrag_jax.evaluation.leakage import extraction
-from fedrag_jax.evaluation.leakage.membership import by_loss, calibrated
+from fedrag_jax.evaluation.leakage.membership import by_loss, calibrated, likelihood_ratio
 from fedrag_jax.evaluation.leakage.roc import Attack, auc, estimate, tpr_at_fpr
 from fedrag_jax.evaluation.leakage.signals import ranking_nll
 from fedrag_jax.tracking.ledger import Cost
@@ -33,6 +38,13 @@ SIGNALS = {
     "ranked": "rank of the gold passage",
 }
 SAID = 64  # tokens that a prompt for passages is answered with
+SHADOWS = "shadows"  # folder of the cells of shadow models, by the names of their comparisons
+# Settings in which the comparison of a shadow model may differ, and those of them in its data.
+FREE = (
+    "name", "seeds", "split_seeds", "strategies", "regimes", "limits", "search_seconds",
+    "equivalence_margin", "wandb",
+)  # fmt: skip
+FREE_DATA = ("sample_seed", "test_questions", "own_questions", "control_questions")
 
 
 class Suspects(FinishedLab):
@@ -40,7 +52,7 @@ class Suspects(FinishedLab):
 
     Attributes:
       questions: training questions and others.
-      member: bool [N], which were trained on.
+      shadow: `shadow(name)`, the lab of a shadow model's comparison; the last is kept.
       group: int [N], the topic of each; without topics, the question.
     """
 
@@ -52,18 +64,71 @@ class Suspects(FinishedLab):
             sample(some, config.questions, 0) for some in (self.dataset.train, others)
         )
         self.questions: list[Example] = [*members, *others]
-        self.member = np.arange(len(self.questions)) < len(members)
+        self.shadow = functools.lru_cache(maxsize=1)(self._shadow)
         names = [e.topic or e.id for e in self.questions]
         self.group = np.unique(names, return_inverse=True)[1]
 
+    def _shadow(self, name: str) -> FinishedLab:
+        (of,) = (of for of in map(pathlib.Path, self.asking.shadows) if of.name == name)
+        return FinishedLab(of)
+
 
 def every_point(config) -> list[Point]:
-    """Returns all cells, by seeds and system."""
+    """Returns all cells of the attacked systems, by seeds and system."""
     return [
         Point(strategy, regime, *pair)
         for pair in replicates(config)
         for strategy, regime in tested(config.strategies, config.regimes)
     ]
+
+
+def shadow_points(config, of: pathlib.Path) -> list[Point]:
+    """Returns the cells of a comparison's shadow models: its own regimes, and its first pair of seeds.
+
+    Raises:
+      ConfigError: the folder holds no run.
+    """
+    require_run(of, "config.shadows")
+    there = ConfigDict(kept_config(of / "config.json"))
+    pair = replicates(there)[0]
+    return [
+        Point(strategy, regime, *pair, folder=f"{SHADOWS}/{of.name}")
+        for strategy, regime in tested(config.strategies, config.regimes)
+        if strategy != "none" and strategy in there.strategies and regime in there.regimes
+    ]
+
+
+def check_shadows(config) -> None:
+    """Checks that the shadow models were trained as the attacked ones, on other questions.
+
+    Raises:
+      ConfigError: a single one, a folder without the cells, another setting, the same questions.
+    """
+    folders = [pathlib.Path(of) for of in config.shadows]
+    names = {of.name for of in folders}
+    if len(names) == 1 or len(names) < len(folders):
+        raise ConfigError(
+            f"config.shadows is {[*map(str, folders)]}; a likelihood ratio needs the spread of at "
+            "least two shadow models, from folders of different names"
+        )
+    attacked = kept_config(pathlib.Path(config.of) / "config.json")
+    for of in folders:
+        require_finished(of, shadow_points(config, of), "config.shadows")
+        there = kept_config(of / "config.json")
+        different = [name for name in there if name not in (*FREE, "data")]
+        different = [name for name in different if there[name] != attacked.get(name)]
+        data = [name for name in there["data"] if name not in FREE_DATA]
+        different += [f"data.{n}" for n in data if there["data"][n] != attacked["data"].get(n)]
+        if different:
+            raise ConfigError(
+                f"config.shadows: {of} was trained otherwise than {config.of}: config.{different[0]} "
+                "differs; a shadow model differs in nothing but its questions (data.sample_seed)"
+            )
+        if there["data"]["sample_seed"] == attacked["data"]["sample_seed"]:
+            raise ConfigError(
+                f"config.shadows: {of} was trained on the questions of {config.of}; train it with "
+                "another config.data.sample_seed"
+            )
 
 
 def lab(config, folder: pathlib.Path) -> Suspects:
@@ -80,26 +145,41 @@ def lab(config, folder: pathlib.Path) -> Suspects:
     if "none" not in config.strategies:
         raise ConfigError("config.strategies needs 'none': attacks compare with the untuned system")
     require_finished(pathlib.Path(config.of), every_point(config))
+    check_shadows(config)
     return Suspects(config, pathlib.Path(config.of))
 
 
+def points(lab: Suspects) -> list[Point]:
+    """Returns all cells: the attacked systems, then the shadow models."""
+    shadows = (shadow_points(lab.asking, pathlib.Path(of)) for of in lab.asking.shadows)
+    return [*every_point(lab.asking), *itertools.chain.from_iterable(shadows)]
+
+
 def compute(lab: Suspects, point: Point) -> cells.Cell:
-    """Computes the losses of all questions under one system, and asks it for its passages."""
+    """Computes the losses of all questions under one system, and asks an attacked one for its
+    passages."""
     where, asked = (point.name, point.regime, point.seed, point.split), lab.questions
-    system, clock = lab.tuned(*where), Clock()
+    of = lab.shadow(pathlib.Path(point.folder).name) if point.folder else lab
+    trained_on = {e.id for e in of.dataset.train}
+    system, clock = of.tuned(*where), Clock()
     rows, _ = system.retriever.search([e.question for e in asked], system.top_k)
     scores = {
         "read": answer_nll(system, asked, rows),
         "closed": answer_nll(system, asked, np.zeros((len(asked), 0), int)),
-        "member": lab.member.astype(float),
+        "member": np.array([float(e.id in trained_on) for e in asked]),
     }
     if all(e.positive_ids for e in asked):
         scores["ranked"] = ranking_nll(system.retriever, asked, system.score_scale)
-    about = [e.question for e in sample(lab.dataset.test, lab.asking.prompted, 0)]
-    said = extraction.repeated(system, about, lab.asking.said_words, max_new_tokens=SAID)
+    controls = {} if point.folder else {"said": 100 * said(lab, system)}
     lap = clock.lap()
     cost = Cost(evaluate_seconds=lap.others + lap.searching, compile_seconds=lap.compiling)
-    return cells.Cell(*where, scores, {"said": 100 * said}, [], cost, {}, lab.group)
+    return cells.Cell(*where, scores, controls, [], cost, {}, lab.group)
+
+
+def said(lab: Suspects, system) -> float:
+    """Returns the share of the passages read that prompts make a system repeat."""
+    about = [e.question for e in sample(lab.dataset.test, lab.asking.prompted, 0)]
+    return extraction.repeated(system, about, lab.asking.said_words, max_new_tokens=SAID)
 
 
 def all_found(config, folder: pathlib.Path) -> list[tuple[dict, list[cells.Cell]]]:
@@ -113,14 +193,18 @@ def all_found(config, folder: pathlib.Path) -> list[tuple[dict, list[cells.Cell]
 
 
 def rows_of(config, folder: pathlib.Path) -> list[dict]:
-    """Returns a row for each system and signal: AUC and TPR by the loss alone, and by the difference
-    from the loss of the untuned system."""
+    """Returns a row for each system and signal.
+
+    AUC and TPR are by the loss alone, by the difference from the loss of the untuned system, and by the
+    likelihood ratio if there are shadow models.
+    """
     rows, systems = [], all_found(config, folder)
     untuned = (found for about, found in systems if about["strategy"] == "none")
     start = {(cell.seed, cell.split): cell for cell in next(untuned, ())}
     for about, found in systems:
         member = found[0].scores["member"] > 0
         about = about | {"members": int(member.sum()), "others": int((~member).sum())}
+        shadows = [] if about["strategy"] == "none" else shadows_of(config, folder, found[0])
         for signal in [name for name in SIGNALS if name in found[0].scores]:
             row = about | {"signal": signal}
             row |= _told("loss", [by_loss(cell.scores[signal]) for cell in found], found)
@@ -128,8 +212,29 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
             if about["strategy"] != "none" and all(before for _, before in pairs):
                 some = [calibrated(c.scores[signal], before.scores[signal]) for c, before in pairs]
                 row |= _told("calibrated", some, found)
+            if len(shadows) > 1:
+                some = [by_shadows(cell, shadows, signal) for cell in found]
+                row |= _told("likelihood", some, found)
             rows.append(row)
     return rows
+
+
+def shadows_of(config, folder: pathlib.Path, cell: cells.Cell) -> list[cells.Cell]:
+    """Returns the finished cells of the shadow models of a system."""
+    every = (p for of in config.shadows for p in shadow_points(config, pathlib.Path(of)))
+    of_system = (p for p in every if (p.name, p.regime) == (cell.strategy, cell.regime))
+    return [found for point in of_system if (found := point.finished(folder))]
+
+
+def by_shadows(cell: cells.Cell, shadows: list[cells.Cell], signal: str) -> np.ndarray:
+    """Returns the likelihood ratio [N]; NaN for questions that all shadow models were trained on."""
+    trained_on = np.array([shadow.scores["member"] > 0 for shadow in shadows])
+    losses = np.array([shadow.scores[signal] for shadow in shadows])
+    scores, known = np.full(len(cell.clusters), np.nan), ~trained_on.all(0)
+    scores[known] = likelihood_ratio(
+        cell.scores[signal][known], losses[:, known], trained_on[:, known]
+    )
+    return scores
 
 
 def said_rows(config, folder: pathlib.Path) -> list[dict]:
@@ -141,10 +246,10 @@ def said_rows(config, folder: pathlib.Path) -> list[dict]:
 
 
 def _told(attack: str, scores: list[np.ndarray], found) -> dict[str, float]:
-    made = [
-        Attack(some, cell.scores["member"] > 0, cell.clusters)
-        for some, cell in zip(scores, found, strict=True)
-    ]
+    made = []
+    for some, cell in zip(scores, found, strict=True):
+        known = ~np.isnan(some)
+        made.append(Attack(some[known], cell.scores["member"][known] > 0, cell.clusters[known]))
     told = {}
     for name, statistic, unit in (("auc", auc, 1.0), ("tpr", tpr_at_fpr, 100.0)):
         ends = zip(("", "_low", "_high"), estimate(statistic, made), strict=True)
@@ -165,6 +270,14 @@ def report(config, folder: pathlib.Path) -> Report:
         tables.interval("AUC, loss [95% CI]", "loss_auc", 2),
         tables.interval("AUC, against untuned [95% CI]", "calibrated_auc", 2),
         tables.interval("TPR at 1% FPR, against untuned", "calibrated_tpr"),
+        *(
+            (
+                tables.interval("AUC, likelihood ratio [95% CI]", "likelihood_auc", 2),
+                tables.interval("TPR at 1% FPR, likelihood ratio", "likelihood_tpr"),
+            )
+            if config.shadows
+            else ()
+        ),
     )
     return Report(
         folder.name,
@@ -194,17 +307,20 @@ def report(config, folder: pathlib.Path) -> Report:
 
 
 def told(cell: cells.Cell) -> str:
-    """Returns a line with the AUC of each loss."""
+    """Returns a line with the AUC of each loss, or of a shadow model with its mean losses."""
     member = cell.scores["member"] > 0
+    if not cell.controls:
+        means = {name: cell.scores[name].mean() for name in SIGNALS if name in cell.scores}
+        return "  ".join(f"{name} {mean:.2f} nats" for name, mean in means.items())
     some = {name: by_loss(cell.scores[name]) for name in SIGNALS if name in cell.scores}
     return "  ".join(f"{name} {auc(x[member], x[~member]):.2f}" for name, x in some.items())
 
 
 EXPERIMENT = Experiment(
     name="leakage",
-    free=("seeds", "split_seeds", "strategies", "regimes"),
+    free=("seeds", "split_seeds", "strategies", "regimes", "shadows"),
     lab=lab,
-    points=lambda lab: every_point(lab.asking),
+    points=points,
     compute=compute,
     told=told,
     report=report,

@@ -126,6 +126,15 @@ def test_left_over_training_questions_stand_for_clients_own_topics(tmp_path):
     again = lab.compute_cell(run, "none", "local", 0, 0)
     assert all(np.array_equal(again.scores[m], x, equal_nan=True) for m, x in cell.scores.items())
 
+    # So it is for another seed, where the answers would be the same.
+    elsewhere = run.like(config, tmp_path / "elsewhere")
+    computed = lab.compute_cell(elsewhere, "none", "federated", 1, 0)
+    known = lab.compute_cell(run, "none", "federated", 1, 0)
+    assert known.cost.evaluate_seconds == cell.cost.evaluate_seconds
+    assert computed.cost.evaluate_seconds != cell.cost.evaluate_seconds
+    for metric, scores in computed.scores.items():
+        assert np.array_equal(known.scores[metric], scores, equal_nan=True)
+
     config.data.own_questions = 100_000
     with pytest.raises(ConfigError, match=r"own_questions is 100000, but .* only \d+ others"):
         compare_strategies.lab(config, tmp_path)
