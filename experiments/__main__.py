@@ -4,6 +4,11 @@
     python -m experiments methods --config.name=mine --config.seeds='(0,)' --config.data.name=squad
 
 The config is configs/<name>.py unless --config tells another; every setting of it is a flag.
+
+Two helpers are commands of their own:
+
+    python -m experiments.choose_learning_rates --config=configs/compare_strategies.py
+    python -m experiments.redraw docs/data/table/strategies.csv docs/strategies.png
 """
 
 import importlib
