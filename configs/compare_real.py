@@ -58,9 +58,9 @@ def get_config(which: str = "") -> ConfigDict:
     # validation questions after 256 training questions (choose_learning_rates). Centralised: 32.4,
     # 32.2, 32.9, 34.0, 29.5 at 2e-4 to 3.2e-3, a factor of 2 apart. Federated: 30.0, 32.4, 34.3, 34.8
     # and 0.0 at 8e-4, 3.2e-3, 6.4e-3, 1.28e-2 and 2.56e-2. Of the two that are as good, the lower: the
-    # training loss at the higher one doubles before it falls, and rounds are twice as long here. The retriever's rates are those of
-    # experiments/tune_retrieval.py on SQuAD, with batches of 32. Rates of marginal likelihoods were not
-    # searched and are the same.
+    # training loss at the higher one doubles before it falls, and rounds are twice as long here. The
+    # retriever's rates are those of experiments/tune_retrieval.py on SQuAD, with batches of 32. Rates
+    # of marginal likelihoods were not searched and are the same.
     config.learning_rates, config.search_seconds = ConfigDict(), ConfigDict()
     for regime, retriever, generator in (
         ("centralised", 1e-5, 1.6e-3),
