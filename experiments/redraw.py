@@ -1,6 +1,7 @@
 """Draws the figure of the main table from a CSV file of its rows.
 
     python -m experiments.redraw docs/data/table/strategies.csv docs/strategies.png
+    python -m experiments.redraw docs/data/real/strategies.csv docs/real.png --cost=flops
 
 The docs keep the rows of their tables in docs/data, as the reports of runs write them.
 """
@@ -8,7 +9,7 @@ The docs keep the rows of their tables in docs/data, as the reports of runs writ
 import argparse
 import pathlib
 
-from experiments.reporting.figures import quality_against_cost
+from experiments.reporting.figures import COSTS, quality_against_cost
 from experiments.reporting.tables import read_csv
 from fedrag_jax.errors import FedragError
 
@@ -20,12 +21,15 @@ def main() -> None:
     )
     parser.add_argument("rows", type=pathlib.Path, help="strategies.csv of a run")
     parser.add_argument("figure", type=pathlib.Path, help="to write, .png or .pdf")
+    parser.add_argument(
+        "--cost", choices=[*COSTS], default="seconds", help="what is drawn to the right"
+    )
     asked = parser.parse_args()
     try:
         rows = read_csv(asked.rows)
     except (FedragError, OSError) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
-    quality_against_cost(rows).savefig(asked.figure)
+    quality_against_cost(rows, asked.cost).savefig(asked.figure)
     print(asked.figure)
 
 

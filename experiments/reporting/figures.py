@@ -79,12 +79,17 @@ def pyplot():
     return plt
 
 
-def quality_against_cost(rows: Sequence[dict[str, Any]]):
-    """EM with its interval over training seconds, a panel per regime: a Matplotlib figure, or None."""
+# What quality costs: its name and its unit.
+COSTS = {"seconds": ("training time (s)", 1), "flops": ("training operations (10¹²)", 1e12)}
+
+
+def quality_against_cost(rows: Sequence[dict[str, Any]], cost: str = "seconds"):
+    """EM with its interval over one of `COSTS`, a panel per regime: a Matplotlib figure, or None."""
     if not rows:
         return None
     regimes = list(dict.fromkeys(row["regime"] for row in rows))
     looks = looks_of(row["strategy"] for row in rows)
+    title, unit = COSTS[cost]
     fig, axes = panels(len(regimes), most=3, width=2.6, height=2.7, sharex=True, sharey=True)
     for ax, regime in zip(axes.flat, regimes, strict=False):
         for row in (r for r in rows if r["regime"] == regime):
@@ -94,13 +99,13 @@ def quality_against_cost(rows: Sequence[dict[str, Any]]):
                 continue
             error = [[row["em"] - row["em_low"]], [row["em_high"] - row["em"]]]
             ax.errorbar(
-                row["seconds"], row["em"], yerr=error, fmt=look.marker, ms=6, capsize=2, lw=1,
+                row[cost] / unit, row["em"], yerr=error, fmt=look.marker, ms=6, capsize=2, lw=1,
                 color=look.color, label=look.label,
             )  # fmt: skip
         ax.set_title(regime_name(regime), fontsize=10)
-        ax.set_xlabel("training time (s)")
+        ax.set_xlabel(title)
         ax.tick_params(labelbottom=True)
-    if any(row["seconds"] for row in rows):
+    if any(row[cost] for row in rows):
         _log_scale(axes[0][0])  # a retriever trains in a second, a generator in minutes
     for line in axes:
         line[0].set_ylabel("test exact match (%)")
