@@ -359,6 +359,8 @@ def test_topics_that_no_client_asks_about_have_no_scores_of_their_own():
 def test_differences_have_signs_and_zero_has_one_form():
     column = tables.difference("d")
     assert column.show({"difference": -1.26, "low": -2.0, "high": 0.04}) == "-1.3 [-2.0, +0.0]"
+    # An end that rounds to zero keeps its side of zero.
+    assert column.show({"difference": 1.4, "low": -0.04, "high": 2.8}) == "+1.4 [-0.0, +2.8]"
     # The interval of a difference that is zero everywhere is zero up to rounding.
     assert column.show({"difference": 0.0, "low": -7e-17, "high": -2e-17}) == "+0.0 [+0.0, +0.0]"
     assert column.show({"difference": None, "low": 0.0, "high": 0.0}) == tables.MISSING

@@ -12,6 +12,7 @@ from experiments.reporting.tables import (
     interval,
     number,
     p_value,
+    signed,
     words,
 )
 
@@ -219,7 +220,7 @@ def clients_table(rows: Sequence[dict[str, Any]]) -> Table:
     def against(name):
         def show(row):
             key, usual = f"client_em_{name}", together.get(row["strategy"], {})
-            return f"{row[key] - usual[key]:+z.1f}" if key in usual else MISSING
+            return signed(row[key] - usual[key]) if key in usual else MISSING
 
         return Column(f"{titles[name]} against centralised", show)
 

@@ -52,6 +52,12 @@ def interval(title: str, key: str, digits: int = 1) -> Column:
     return Column(title, show)
 
 
+def signed(value: float, digits: int = 1) -> str:
+    """Returns `+1.2` or `-0.0`, the sign that of the value itself; what is zero but for rounding errors
+    is `+0.0`."""
+    return f"{round(value, 9) + 0.0:+.{digits}f}"
+
+
 def difference(title: str, prefix: str = "", digits: int = 1) -> Column:
     """A column of signed differences with intervals; a dash for missing values."""
 
@@ -59,7 +65,7 @@ def difference(title: str, prefix: str = "", digits: int = 1) -> Column:
         numbers = [row.get(f"{prefix}{name}") for name in ("difference", "low", "high")]
         if None in numbers:
             return MISSING
-        value, low, high = (f"{x:+z.{digits}f}" for x in numbers)
+        value, low, high = (signed(x, digits) for x in numbers)
         return f"{value} [{low}, {high}]"
 
     return Column(title, show)
