@@ -111,8 +111,8 @@ class CollapseWatch(Callback):
       ConfigError: as `CollapseSigns`.
     """
 
-    def __init__(self, folder: pathlib.Path, **settings):
-        self.signs, self.kept = CollapseSigns(**settings), folder / KEPT
+    def __init__(self, folder: str | pathlib.Path, **settings):
+        self.signs, self.kept = CollapseSigns(**settings), pathlib.Path(folder) / KEPT
         self._before: PyTree = None
 
     @property
