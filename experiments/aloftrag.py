@@ -16,7 +16,7 @@ import numpy as np
 
 from experiments import aloftrag_report
 from experiments.aloftrag_lab import BASE, METRICS, LabelFreeLab, endpoint
-from experiments.lab import training_curves
+from experiments.curves import training_curves
 from experiments.loading import check_replicates, replicates
 from experiments.reporting import cells
 from experiments.run import Experiment, Point

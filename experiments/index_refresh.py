@@ -12,7 +12,8 @@ import pathlib
 
 import numpy as np
 
-from experiments.lab import Lab, curve
+from experiments.curves import curve
+from experiments.lab import Lab
 from experiments.loading import check_replicates, load_data, replicates, validation_sample
 from experiments.rates import chosen_rate, kept_rate, one_by_one
 from experiments.reporting import cells, comparison, differences, experiment_figures, tables

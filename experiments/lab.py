@@ -7,6 +7,7 @@ import pathlib
 import numpy as np
 
 from experiments.client_scores import client_scores, mixture_weights, own_scores
+from experiments.curves import training_curves
 from experiments.loading import (
     algorithm_of,
     clients_over,
@@ -21,7 +22,6 @@ from experiments.reporting.cells import seeds_name
 from experiments.reporting.comparison import own, own_weight
 from fedrag_jax.clock import Clock
 from fedrag_jax.data.examples import Dataset, Example, clusters, sample
-from fedrag_jax.data.json_lines import json_rows
 from fedrag_jax.data.prompts import named_style
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.evaluation import evaluator
@@ -29,7 +29,6 @@ from fedrag_jax.evaluation.benchmarks.asking import showing
 from fedrag_jax.evaluation.evaluator import evaluate
 from fedrag_jax.evaluation.metrics import percent
 from fedrag_jax.federated.algorithms.by_name import Named
-from fedrag_jax.federated.stopping import read_evaluations
 from fedrag_jax.models.hub import Pretrained
 from fedrag_jax.models.lora import LoraConfig
 from fedrag_jax.rag import RAGSystem
@@ -307,80 +306,6 @@ def known_scores(run: Lab, cell: cells.Cell) -> dict[str, np.ndarray]:
     """Returns the scores [Q] by metric of a cell's only model."""
     both = ((m, cell.scores[m], cell.scores[own(m)]) for m in METRICS)
     return {metric: np.where(run.of_test, test, others) for metric, test, others in both}
-
-
-def training_curves(tuners) -> dict:
-    """Returns the learning curve of each task, a point for each index refresh of the budget.
-
-    The last has `epochs`: how often the training examples were seen. Where validation decided when to
-    stop, points have its `validation` loss, and the last has the `kept_epochs` of the models that were
-    kept and how many of the `trainings` ended `at_cap`, still improving.
-    """
-    curves = {}
-    for task in tuners[0].costs if tuners else ():
-        folders = [t.folder / task for t in tuners]
-        histories = [json_lines(folder / "rounds.jsonl") for folder in folders]
-        stretch = tuners[0].budget.schedule(tuners[0].regime).refresh_every
-        points, held = curve(histories, stretch), len(tuners[0].examples)
-        points[-1]["epochs"] = points[-1]["examples"] / held
-        if tuners[0].budget.stopping:
-            judged = [read_evaluations(folder / "validation.jsonl") for folder in folders]
-            points[-1] |= kept_models(histories, judged, held)
-            for point in points:
-                at = [e for some in judged for e in some if e["round"] == point["round"] * stretch]
-                if len(at) == len(tuners):
-                    point["validation"] = float(np.mean([e["loss"] for e in at]))
-        curves[task] = points
-    return curves
-
-
-def kept_models(histories, judged, held: int) -> dict[str, float]:
-    """Returns `kept_epochs`, `at_cap` and `trainings` of trainings that stop by validation.
-
-    Args:
-      histories: records of each training.
-      judged: its evaluations.
-      held: examples of an epoch.
-    """
-    best = [int(min(some, key=lambda e: e["loss"])["round"]) for some in judged]
-    examples = [h[r - 1]["examples"] if r else 0 for h, r in zip(histories, best, strict=True)]
-    at_cap = [r == h[-1]["rounds"] for h, r in zip(histories, best, strict=True)]
-    return {
-        "kept_epochs": sum(examples) / held,
-        "at_cap": sum(at_cap),
-        "trainings": len(histories),
-    }
-
-
-def json_lines(path: pathlib.Path) -> list[dict]:
-    """Returns the records of a log."""
-    return [record for record, _ in json_rows(path)]
-
-
-def curve(histories, stretch: int) -> list[dict]:
-    """Returns points: means over clients and over `stretch` rounds; examples and seconds are summed.
-
-    A client who has stopped stays where it was.
-    """
-    points = []
-    for start in range(0, max(map(len, histories)), stretch):
-        stretches = [records[start : start + stretch] or records[-1:] for records in histories]
-        some = [record for records in stretches for record in records]
-        points.append(
-            {
-                "round": start // stretch + 1,
-                "loss": float(np.mean([r["loss"] for r in some])),
-                "metrics": {
-                    name: float(np.mean([r["metrics"][name] for r in some]))
-                    for name in some[0]["metrics"]
-                },
-                "examples": sum(records[-1]["examples"] for records in stretches),
-                "seconds": sum(
-                    r["seconds"] for records in histories for r in records[start : start + stretch]
-                ),
-            }
-        )
-    return points
 
 
 def control_scores(system, examples) -> dict[str, float]:

@@ -17,7 +17,8 @@ import jax
 import numpy as np
 
 from experiments.client_scores import client_scores
-from experiments.lab import Lab, control_scores, curve
+from experiments.curves import curve
+from experiments.lab import Lab, control_scores
 from experiments.loading import check_replicates, load_data, replicates, validation_sample
 from experiments.rates import at_edge, chosen_rate, kept_rate, one_by_one
 from experiments.reporting import cells, comparison, differences, experiment_figures, tables

@@ -12,7 +12,8 @@ import pathlib
 
 import numpy as np
 
-from experiments.lab import Lab, control_scores, training_curves
+from experiments.curves import training_curves
+from experiments.lab import Lab, control_scores
 from experiments.loading import (
     check_algorithms,
     check_replicates,

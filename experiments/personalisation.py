@@ -14,7 +14,8 @@ import jax
 import numpy as np
 
 from experiments.client_scores import client_scores, mixture_weights, own_scores
-from experiments.lab import METRICS, Lab, curve, training_curves
+from experiments.curves import curve, training_curves
+from experiments.lab import METRICS, Lab
 from experiments.loading import check_replicates, load_data, replicates
 from experiments.rates import at_edge, chosen_rate, kept_rate, one_by_one
 from experiments.reporting import cells, comparison, differences, tables

@@ -19,7 +19,8 @@ import pathlib
 
 import numpy as np
 
-from experiments.lab import Lab, training_curves
+from experiments.curves import training_curves
+from experiments.lab import Lab
 from experiments.loading import check as check_comparison
 from experiments.loading import load_data, replicates
 from experiments.reporting import cells, comparison, differences, tables

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.lab import training_curves
+from experiments.curves import training_curves
 from experiments.loading import check_replicates, replicates
 from experiments.rates import at_edge, chosen_rate, kept_rate, one_by_one
 from experiments.reporting import cells, comparison, differences, tables

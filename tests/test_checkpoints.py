@@ -228,6 +228,13 @@ def test_a_first_round_that_takes_long_is_told(capsys):
     assert "no round" not in capsys.readouterr().err
 
 
+def test_a_fit_that_has_ended_waits_for_no_round(tmp_path, capsys):
+    for _ in range(2):
+        run(tmp_path, callbacks=[Checkpointer(tmp_path), Progress(patience=0.3)])
+        time.sleep(0.6)
+    assert "no round" not in capsys.readouterr().err
+
+
 def test_progress_tells_round_and_time_left(capsys):
     progress = Progress("seed 3", patience=600)
     state = fit(linear_task(), DATA, fed_avg(local_steps=2), rounds=2, callbacks=[progress])

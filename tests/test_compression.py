@@ -272,6 +272,11 @@ def test_rules_for_adapters_send_encoded_factors(rule):
         assert_close(end.trainable, plain.trainable, 0.05)
 
 
+@pytest.mark.parametrize("fraction", [0.01, 0.5, 1e-3, 1e-5])
+def test_a_codec_is_found_by_its_own_name(fraction):
+    assert codec(top_k(fraction).name) == top_k(fraction)
+
+
 def test_it_is_chosen_by_name():
     named = Named("fedadam", {"up": "int4", "down": "bfloat16", "tau": 0.01})
     found = named.averaging(linear_task(), {})(local_steps=3)
@@ -287,6 +292,7 @@ def test_it_is_chosen_by_name():
     [
         (lambda: codec("int2"), r"no compression 'int2'; choose among \['bfloat16'"),
         (lambda: codec("top_k"), "no compression 'top_k'"),
+        (lambda: codec("top_k:many"), "no compression 'top_k:many'"),
         (lambda: codec("top_k:0"), r"fraction must be in \(0, 1\], got 0"),
         (lambda: quantised(2), "bits must be 8 or 4, got 2"),
         (lambda: cast("float8"), "got 'float8'"),

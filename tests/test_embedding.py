@@ -277,13 +277,14 @@ def test_a_cache_folder_that_cannot_be_made_is_said_before_the_work(
     assert not encoder.traced
 
 
+@pytest.mark.parametrize("step", ["retrieval.vector_file.os.replace", "files.os.fsync"])
 def test_vectors_survive_a_cache_that_cannot_be_written(
-    encoder, params, tokenizer, tmp_path, monkeypatch
+    encoder, params, tokenizer, tmp_path, monkeypatch, step
 ):
     def full(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr("fedrag_jax.retrieval.vector_file.os.replace", full)
+    monkeypatch.setattr(f"fedrag_jax.{step}", full)
     with pytest.warns(UserWarning, match="vectors are not cached.*no space left"):
         vectors = embed_corpus(encoder, params, tokenizer, ["w1"], max_length=8, cache_dir=tmp_path)
-    assert vectors.shape == (1, DIMENSION) and not [*tmp_path.rglob("*.npy")]
+    assert vectors.shape == (1, DIMENSION) and not [*tmp_path.rglob("*.json")]

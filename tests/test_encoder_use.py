@@ -208,6 +208,8 @@ def test_cut_vectors_are_compared_by_cosine_or_dot_product():
 def test_another_similarity_is_refused():
     with pytest.raises(ConfigError, match=r"similarity must be one of .*'manhattan'"):
         Retriever.build(hub.load(GOLDEN / "bert_cls"), [], similarity="manhattan")
+    with pytest.raises(ConfigError, match="float16 cannot hold the squared lengths"):
+        Retriever.build(hub.load(GOLDEN / "bert_cls"), [], similarity="euclidean", dtype="float16")
 
 
 # --- kept, and told from others ---------------------------------------------------------------------

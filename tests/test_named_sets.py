@@ -108,6 +108,7 @@ def test_a_hub_that_cannot_be_asked_is_an_error_of_one_line(monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", broken)
     assert hub_tables.commit("owner/set") == ""
+    assert hub_tables.commit("owner/set", "c0ffee") == "c0ffee"  # not the newest in the cache
     monkeypatch.setattr(hub, "load_dataset", broken)
     with pytest.raises(DataError, match=r"of dgslibisey/MuSiQue cannot be read \(Strange: no such"):
         load("musique")

@@ -177,7 +177,7 @@ def test_a_provoked_collapse_is_ended_and_undone(model, rolling, tmp_path):
 
 def records(**columns):
     rows = zip(*columns.values(), strict=True)
-    return tuple({"metrics": dict(zip(columns, row, strict=True))} for row in rows)
+    return tuple({"loss": 0.0, "metrics": dict(zip(columns, row, strict=True))} for row in rows)
 
 
 def watched(tmp_path, **columns):
@@ -220,6 +220,19 @@ def watched(tmp_path, **columns):
 def test_signs_of_collapse(tmp_path, columns, why, rounds):
     told, ended = watched(tmp_path, **columns)
     assert ended == rounds and told.startswith(why) and bool(told) == bool(why)
+
+
+def test_rounds_that_nobody_answers_are_not_looked_at(tmp_path):
+    usual = records(
+        reward=[0.4, 0.6], no_variance=[0.2] * 2, malformed=[0.1] * 2, entropy=[1.0] * 2
+    )
+    nobody = {"loss": None, "metrics": dict.fromkeys(usual[0]["metrics"])}
+    watch = CollapseWatch(tmp_path, window=2)
+    assert not watch.signs.look_back([usual[0], nobody, usual[1], nobody]) and not watch.stopped
+    with pytest.raises(
+        ConfigError, match="no metric 'reward'; it watches tasks of search policies"
+    ):
+        watch.signs.look([{"loss": 1.0, "metrics": {"id": 2.0}}] * 2)
 
 
 def test_a_watch_keeps_nothing_of_another_fit(tmp_path):

@@ -254,6 +254,8 @@ def test_it_is_chosen_by_name(library):
         (lambda: dp_fed_avg(quantile=0.5, local=True), "nobody hides who was above the clip"),
         (lambda: dp_fed_avg(quantile=1.0), r"quantile must be in \[0, 1\)"),
         (lambda: dp_fed_avg(rate=1.5, delta=1e-3), r"rate must be in \(0, 1\], got 1.5"),
+        (lambda: dp_fed_avg(rate=1.5), r"rate must be in \(0, 1\], got 1.5"),
+        (lambda: dp_fed_avg(rate=0.0), r"rate must be in \(0, 1\], got 0.0"),
         (lambda: dp_fed_avg(delta=0.01, accountant="moments"), "accountant is one of .*'moments'"),
         (lambda: dp_fed_avg(noise_multiplier=0.0, delta=0.01), "noise_multiplier 0.0 gives no ε"),
         (lambda: trained(dp_fed_avg(delta=0.25), FOUR), "delta 0.25 is not below 1/4"),

@@ -75,6 +75,23 @@ def test_rounding_is_that_of_the_bits():
     assert 0 < error <= 4 * 2.0**-6 + 1e-6  # half a step for each client
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("clients", [2, 3, 4, 7, 10])
+def test_what_is_too_large_is_cut_and_keeps_its_sign(clients, sign):
+    """All clients at the end of the range: their sum must not wrap around."""
+
+    def loss(trainable, frozen, batch, rng):
+        return (trainable["a"] * -sign * 1e6).sum(), {}
+
+    task = linear_task(trainable={"a": np.zeros(3)}, loss=loss)
+    crowd = Partition(EXAMPLES, tuple(np.array_split(np.arange(len(EXAMPLES)), clients)))
+    algorithm = secure(fed_avg(local_steps=1, weighting="uniform"), bits=20)
+    found = fit(task, crowd, algorithm, rounds=1, batch_size=1, optimizer=optax.sgd(1.0))
+    moved = sign * np.asarray(found.trainable["a"])
+    assert (moved > 0).all() and (moved <= 2.0**31 / 2.0**20).all()
+    assert moved == pytest.approx(2.0**11, rel=1e-3)
+
+
 def test_messages_are_uniform_and_masks_cancel(monkeypatch):
     """What arrives of each client, caught on its way into the sum."""
     caught = []

@@ -53,6 +53,41 @@ def test_training_ends_when_patience_does_and_the_best_is_kept(tmp_path):
     assert not np.array_equal(judge.shown[1]["w"], result.trainable["w"])
 
 
+def test_a_training_that_has_ended_makes_no_further_round(tmp_path):
+    losses = (3.0, 2.0, 2.5, 2.2)
+    kept = Checkpointer(tmp_path / "checkpoints")
+    result, _ = train(tmp_path, Scripted(*losses), kept)
+    for _ in range(2):
+        judge = Scripted()  # is not asked again
+        again, stopping = train(tmp_path, judge, Checkpointer(tmp_path / "checkpoints"))
+        assert again.history == result.history and stopping.best["round"] == 2
+        assert_equal(again.trainable, result.trainable)
+
+
+class Ends(Callback):
+    def __init__(self):
+        self.ends, self.failing = 0, False
+
+    def round_end(self, state, record):
+        if self.failing:
+            raise RuntimeError("of another callback")
+
+    def end(self):
+        self.ends += 1
+
+
+def test_callbacks_are_told_of_the_end_however_it_comes(tmp_path):
+    watch = Ends()
+    train(tmp_path / "whole", Scripted(*range(9, 0, -1)), watch)
+    assert watch.ends == 1
+    train(tmp_path / "stopped", Scripted(1.0, 2.0, 3.0), watch)
+    assert watch.ends == 2
+    watch.failing = True
+    with pytest.raises(RuntimeError, match="of another callback"):
+        train(tmp_path / "failed", Scripted(1.0), watch)
+    assert watch.ends == 3
+
+
 def test_a_training_that_never_improves_ends_as_it_began(tmp_path):
     result, stopping = train(tmp_path, Scripted(1.0, 2.0, 3.0))
     assert len(result.history) == 4

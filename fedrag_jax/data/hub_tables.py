@@ -61,8 +61,8 @@ def commit(source: str, revision: str = "") -> str:
     """Returns the commit that a revision of a hub repository names, by default the newest.
 
     Returns:
-      40 hex digits; "" for a folder or a file, and if the hub is not reachable (`datasets` then reads
-      its cache).
+            40 hex digits; "" for a folder or a file. If the hub is not reachable, the revision itself
+      (`datasets` then reads its cache).
 
     Raises:
       DataError: the repository has no such revision.
@@ -77,7 +77,7 @@ def commit(source: str, revision: str = "") -> str:
     except RevisionNotFoundError as error:
         raise DataError(f"{source} has no revision {revision!r}: give a commit of it") from error
     except Exception:  # whatever the library of its connections raises; `table` says what is wrong
-        return ""
+        return revision
 
 
 def origin(source: str, config: str | None, revision: str) -> str:

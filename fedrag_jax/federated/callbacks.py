@@ -1,6 +1,8 @@
 """Callbacks that `fit` calls between rounds."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -43,3 +45,20 @@ class Callback:
         Returns:
           True to end the fit with this round.
         """
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it has ended this fit, also before it was resumed: no further round is made."""
+        return False
+
+    def end(self) -> None:
+        """Called once after the last round, also if the fit ends with an error."""
+
+
+@contextlib.contextmanager
+def ending(callbacks: Iterable[Callback]) -> Iterator[None]:
+    """Calls `end` of all callbacks when its block ends, also by an error."""
+    with contextlib.ExitStack() as ends:
+        for callback in callbacks:
+            ends.callback(callback.end)
+        yield

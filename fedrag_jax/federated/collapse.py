@@ -61,10 +61,17 @@ class CollapseSigns:
 
     def look(self, history: Sequence[Mapping[str, Any]]) -> bool:
         """Checks the last records so far; returns whether the rewards are the best so far."""
-        if len(history) < self.window:
+        # Nobody may have answered a round.
+        records = [record for record in history if record["loss"] is not None][-self.window :]
+        if len(records) < self.window:
             return False
-        records = history[-self.window :]
         names = "reward", "no_variance", "malformed", "entropy"
+        if missing := [n for n in names if n not in records[-1]["metrics"]]:
+            raise ConfigError(
+                f"CollapseWatch: the task has no metric {missing[0]!r}; it watches tasks of search "
+                "policies, such as `search_policy`"
+            )
+
         now = {n: float(np.mean([record["metrics"][n] for record in records])) for n in names}
         if not self._best or now["reward"] > self._best["reward"]:
             self._best = now
@@ -120,6 +127,10 @@ class CollapseWatch(Callback):
         """The reason why the fit was ended; "" if it was not."""
         return self.signs.why
 
+    @property
+    def stopped(self) -> bool:
+        return bool(self.why)
+
     def start(self, state):
         self.kept.parent.mkdir(parents=True, exist_ok=True)
         if not state.round:
@@ -132,7 +143,7 @@ class CollapseWatch(Callback):
         if self.signs.look(state.history):
             tensors.save_arrays(self._before, self.kept)
         self._before = jax.device_get(state.state.trainable)
-        return bool(self.why)
+        return self.stopped
 
     def trainable(self) -> PyTree:
         """The parameters with the best rewards.

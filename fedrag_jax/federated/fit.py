@@ -17,7 +17,7 @@ from fedrag_jax.data.partition import Partition
 from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.federated.algorithm import Algorithm, PyTree, State
 from fedrag_jax.federated.algorithms.centralised import centralised
-from fedrag_jax.federated.callbacks import Callback, FitState
+from fedrag_jax.federated.callbacks import Callback, FitState, ending
 from fedrag_jax.federated.engine.client import update_key
 from fedrag_jax.federated.engine.cohort import (
     Cohort,
@@ -136,92 +136,93 @@ def fit(
     begun = initial_state(task, algorithm, optimizer_at(0), total)
     begun = begun._replace(population=all_rows(begun.population, total))
     first = FitState(0, begun, None, (), settings)
-    now = _placed(started(first, callbacks, rounds), placing, task.frozen)
-    frozen = placing.everywhere(task.frozen)
-    key = placing.everywhere(update_key(seed))
+    with ending(callbacks):
+        now = _placed(started(first, callbacks, rounds), placing, task.frozen)
+        frozen = placing.everywhere(task.frozen)
+        key = placing.everywhere(update_key(seed))
 
-    @functools.lru_cache(maxsize=2)  # a round's, and the next one's while the devices are busy
-    def cohort_of(round: int) -> tuple[np.ndarray, Cohort]:
-        drawn = draw_clients(data.sizes(), work, round, seed)
-        return drawn, sample_cohort(data, work, round, batch_size, seed)
+        @functools.lru_cache(maxsize=2)  # a round's, and the next one's while the devices are busy
+        def cohort_of(round: int) -> tuple[np.ndarray, Cohort]:
+            drawn = draw_clients(data.sizes(), work, round, seed)
+            return drawn, sample_cohort(data, work, round, batch_size, seed)
 
-    table = idle = None
-    rows, place = np.zeros(0, int), np.zeros(0, np.int32)  # of the table, and where each row is
-    while now.round < rounds:
-        # The examples of the rounds to come: searched for, and collated.
-        clock = Clock(task.spent)
-        refresh = task.retrieve is not None and now.round % refresh_every == 0
-        if refresh or table is None:
-            stretch = (now.round - now.round % refresh_every, refresh_every)
-            since, count = stretch if task.retrieve is not None else (0, rounds)
-            rows = used_rows(data, work, since, count, batch_size, seed, table_rows)
-            if refresh:
-                found, index = retrieve(task, data, rows, algorithm, now.state, now.index)
-                now = dataclasses.replace(now, retrieved=found, index=index)
-            table = placing.everywhere(collate(task, data.examples, rows, now.retrieved))
-            place = np.zeros(len(data.examples), np.int32)
-            place[rows] = np.arange(len(rows))
-        refreshing = clock.lap()
+        table = idle = None
+        rows, place = np.zeros(0, int), np.zeros(0, np.int32)  # of the table, and where each row is
+        while now.round < rounds and not any(callback.stopped for callback in callbacks):
+            # The examples of the rounds to come: searched for, and collated.
+            clock = Clock(task.spent)
+            refresh = task.retrieve is not None and now.round % refresh_every == 0
+            if refresh or table is None:
+                stretch = (now.round - now.round % refresh_every, refresh_every)
+                since, count = stretch if task.retrieve is not None else (0, rounds)
+                rows = used_rows(data, work, since, count, batch_size, seed, table_rows)
+                if refresh:
+                    found, index = retrieve(task, data, rows, algorithm, now.state, now.index)
+                    now = dataclasses.replace(now, retrieved=found, index=index)
+                table = placing.everywhere(collate(task, data.examples, rows, now.retrieved))
+                place = np.zeros(len(data.examples), np.int32)
+                place[rows] = np.arange(len(rows))
+            refreshing = clock.lap()
 
-        if now.settings["group_size"] is None:
-            size = choose_group_size(
-                task, optimizer_at(now.round), frozen, table, batch_size, widest
+            if now.settings["group_size"] is None:
+                size = choose_group_size(
+                    task, optimizer_at(now.round), frozen, table, batch_size, widest
+                )
+                now = dataclasses.replace(now, settings=now.settings | {"group_size": size})
+            choosing = clock.lap()
+
+            # The clients of the round, and what each does.
+            drawn, cohort = cohort_of(now.round)
+            in_table = cohort._replace(indices=place[cohort.indices])
+            parts = grouped(in_table, now.settings["group_size"], data, work, placing.devices)
+            population = placing.dealt(rows_of(now.state.population, parts))
+            state, groups = now.state._replace(population=population), placing.dealt(parts)
+            asked = Round(
+                task.loss,
+                algorithm.turns[now.round % len(algorithm.turns)],
+                optimizer_at(now.round),
+                placing.clients,
+                (state, frozen, table, groups, np.int32(now.round), key),
+                rounds - now.round,
+                _namer(data, rows) if debug else None,
+                functools.partial(cohort_of, now.round + 1) if now.round + 1 < rounds else None,
             )
-            now = dataclasses.replace(now, settings=now.settings | {"group_size": size})
-        choosing = clock.lap()
+            sampling = clock.lap()
 
-        # The clients of the round, and what each does.
-        drawn, cohort = cohort_of(now.round)
-        in_table = cohort._replace(indices=place[cohort.indices])
-        parts = grouped(in_table, now.settings["group_size"], data, work, placing.devices)
-        population = placing.dealt(rows_of(now.state.population, parts))
-        state, groups = now.state._replace(population=population), placing.dealt(parts)
-        asked = Round(
-            task.loss,
-            algorithm.turns[now.round % len(algorithm.turns)],
-            optimizer_at(now.round),
-            placing.clients,
-            (state, frozen, table, groups, np.int32(now.round), key),
-            rounds - now.round,
-            _namer(data, rows) if debug else None,
-            functools.partial(cohort_of, now.round + 1) if now.round + 1 < rounds else None,
-        )
-        sampling = clock.lap()
+            ran = yield asked
+            if idle is None and time_aggregation:
+                idle = yield from _idle_seconds(asked, ran.state)
+            clock.lap()  # others may have had their turn
 
-        ran = yield asked
-        if idle is None and time_aggregation:
-            idle = yield from _idle_seconds(asked, ran.state)
-        clock.lap()  # others may have had their turn
-
-        # What it has come to.
-        left = placing.read((ran.state.population, ran.told))
-        population, (report, server_finite) = left
-        spent = Spent(refreshing, choosing, sampling.others, ran, sum(clock.lap()), idle)
-        clients, report = by_client(report, parts, total)
-        require_finite(task.name, now.round + 1, clients, report["finite"], server_finite)
-        put_rows(now.state.population, parts, population)
-        answered = clients[~report.get("dropped", np.zeros(len(clients), bool))]
-        traffic = algorithm.traffic(ran.state.trainable, drawn, answered, now.round)
-        record = {"round": now.round + 1, "rounds": rounds, **summary(clients, report)}
-        record |= {
-            "drawn": len(drawn),
-            "examples": seen(now.history) + int(report["examples"].sum()),
-            "padding": padding(parts),
-            "bytes_down": sum(traffic.down.values()),
-            "bytes_up": sum(traffic.up.values()),
-            "traffic": traffic._asdict(),
-            "refreshed": refresh,
-            **spent.record(),
-            **algorithm.tells(now.round + 1),
-        }
-        now = dataclasses.replace(
-            now,
-            round=now.round + 1,
-            state=ran.state._replace(population=now.state.population),
-            history=(*now.history, record),
-        )
-        if any([callback.round_end(now, record) for callback in callbacks]):  # all are told
-            break
+            # What it has come to.
+            left = placing.read((ran.state.population, ran.told))
+            population, (report, server_finite) = left
+            spent = Spent(refreshing, choosing, sampling.others, ran, sum(clock.lap()), idle)
+            clients, report = by_client(report, parts, total)
+            require_finite(task.name, now.round + 1, clients, report["finite"], server_finite)
+            put_rows(now.state.population, parts, population)
+            answered = clients[~report.get("dropped", np.zeros(len(clients), bool))]
+            traffic = algorithm.traffic(ran.state.trainable, drawn, answered, now.round)
+            record = {"round": now.round + 1, "rounds": rounds, **summary(clients, report)}
+            record |= {
+                "drawn": len(drawn),
+                "examples": seen(now.history) + int(report["examples"].sum()),
+                "padding": padding(parts),
+                "bytes_down": sum(traffic.down.values()),
+                "bytes_up": sum(traffic.up.values()),
+                "traffic": traffic._asdict(),
+                "refreshed": refresh,
+                **spent.record(),
+                **algorithm.tells(now.round + 1),
+            }
+            now = dataclasses.replace(
+                now,
+                round=now.round + 1,
+                state=ran.state._replace(population=now.state.population),
+                history=(*now.history, record),
+            )
+            if any([callback.round_end(now, record) for callback in callbacks]):  # all are told
+                break
 
     trainable = now.state.trainable
     if algorithm.model is not None:

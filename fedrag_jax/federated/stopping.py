@@ -77,6 +77,8 @@ class EarlyStopping(Callback):
     @property
     def stopped(self) -> bool:
         """Whether patience is exhausted."""
+        if not self.evaluations:  # before the fit starts
+            return False
         after = [e for e in self.evaluations if e["round"] > self.best["round"]]
         return len(after) >= self.patience
 

@@ -323,7 +323,8 @@ def require_some(steps: Mapping[str, Step]) -> None:
         raise DataError(
             f"label-free fine-tuning: nothing is left to train on.\n{summary(steps)}\nLook at the "
             "replies in the files of each step; a generator that does not follow the format needs "
-            "other prompts (label_free.prompts), texts rated too low a lower `least`"
+            "other prompts (label_free.prompts), one that rates all texts low a run without ratings "
+            "(filter_texts=False)"
         )
 
 

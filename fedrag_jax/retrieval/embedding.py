@@ -163,7 +163,7 @@ def embed_corpus(
         file = VectorFile(cache_folder(cache_dir) / name, len(texts), shard)
         try:
             return _kept(file, embed, spent, progress)
-        except OSError as error:
+        except (OSError, ConfigError) as error:  # of the vectors, of what is noted about them
             warnings.warn(
                 f"vectors are not cached: {file.folder} cannot be written ({error})",
                 stacklevel=3,

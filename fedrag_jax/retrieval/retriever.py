@@ -72,9 +72,15 @@ class Retriever:
           index: function that builds the index, such as from `index.by_name.index_kind`.
 
         Raises:
-          ConfigError: another similarity or dtype, or a prompt that leaves no room for a text.
+          ConfigError: another similarity or dtype, float16 with the euclidean similarity, or a
+            prompt that leaves no room for a text.
         """
         model = sentence_folders.used_as(model, query_prompt, document_prompt, similarity)
+        if (dtype, model.network.config.similarity) == ("float16", "euclidean"):
+            raise ConfigError(
+                "float16 cannot hold the squared lengths of vectors, which the euclidean similarity "
+                'needs: use dtype "float32", or similarity "cosine" or "dot"'
+            )
         vectors = np.empty((0, model.network.config.size), np.float32)
         both = model.params, model.params
         bare = cls(

@@ -49,7 +49,7 @@ class VectorFile:
         """Writes the vectors [R, D] of a shard; the first one creates the file.
 
         Raises:
-          OSError: the vectors cannot be written.
+          OSError, ConfigError: the vectors, or the note on them, cannot be written.
         """
         mapped = self._mapped("r+")
         if mapped is None:

@@ -39,5 +39,6 @@ def system_like(
         score_scale=system.score_scale,
         max_passage_tokens=prompts.max_passage_tokens,
         max_answer_tokens=prompts.max_answer_tokens,
+        searching=system.searching,
         progress=progress,
     ).replace(adapters=system.adapters, query=retriever.query, head=retriever.head)

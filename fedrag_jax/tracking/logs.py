@@ -56,6 +56,10 @@ class Progress(Callback):
             self.waiting.start()
         return state
 
+    def end(self) -> None:
+        if not jax.process_index() and "waiting" in vars(self):
+            self.waiting.cancel()
+
     def _tell(self, task: str) -> None:
         print(
             f"{self.where}{task}: no round is done after {self.patience:g} s; the first one also "

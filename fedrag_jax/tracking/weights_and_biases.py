@@ -95,7 +95,9 @@ class WandbLog(Callback):
         if self.run is None:
             return
         self._log(state.settings["task"], record)
-        if record["round"] == record["rounds"]:
+
+    def end(self) -> None:
+        if self.run is not None:
             self.run.finish()
             self.run = None
 

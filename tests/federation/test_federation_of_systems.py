@@ -165,6 +165,15 @@ def test_the_server_logs_to_weights_and_biases_if_its_configuration_says_so(tmp_
         systems.server_callbacks(Context(1, 1, {}, RecordDict(), {"wandb": "on"}))
 
 
+def test_a_party_without_documents_is_refused_before_anything_is_written(tmp_path, capsys):
+    many = [f"party{i}" for i in range(11)]
+    assert main(["federate", "init", str(tmp_path / "many"), "--parties", *many]) == 1
+    assert "1 to 10 parties" in capsys.readouterr().err
+    assert main(["federate", "init", str(tmp_path / "few"), "--passages=0"]) == 1
+    assert "at least 1 passage" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
 def test_folders_that_are_none_are_refused_with_what_to_do(tmp_path, capsys):
     assert main(["federate", "run", str(tmp_path)]) == 1
     assert "is not a federation: fedrag federate init" in capsys.readouterr().err

@@ -93,6 +93,8 @@ def dp_fed_avg(
       ConfigError: a violated assumption, with the reason; also as `Work` and accounting.
     """
     positive(NAME, clip=clip, clip_rate=clip_rate)
+    if not 0 < rate <= 1:
+        raise ConfigError(f"{NAME}: rate must be in (0, 1], got {rate}")
     if work.pop("sampling", everyone) != everyone:
         raise ConfigError(
             f"{NAME}: the ε of a round holds for clients that are sampled independently; leave "

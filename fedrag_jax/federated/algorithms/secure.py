@@ -130,7 +130,8 @@ def _masked(turn: Turn, bits: int, threshold: float, dropout: float) -> Turn:
         def total(work, parts, *inputs):
             first = jax.tree.map(lambda x: x[0], (parts[0], *(x[0] for x in inputs)))
             likes, _ = jax.eval_shape(work, *first)
-            most = 2.0**31 / len(clients) - 1
+            # The largest float32 whose sum over all clients fits into 32 bits.
+            most = float(np.nextafter(np.float32(2**31 / len(clients)), np.float32(0)))
 
             def message(members, *own):
                 sums, rest = work(members, *own)

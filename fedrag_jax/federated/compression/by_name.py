@@ -32,6 +32,13 @@ def codec(name: str) -> Codec | None:
         return None
     if name in CODECS:
         return CODECS[name]()
-    if kind == "top_k" and fraction.replace(".", "", 1).isdigit():
-        return top_k(float(fraction))
+    if kind == "top_k" and (share := _number(fraction)) is not None:
+        return top_k(share)
     raise ConfigError(f"no compression {name!r}; choose among {[*CODECS, 'top_k:FRACTION']}")
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None

@@ -61,7 +61,8 @@ def make(
       seed: random seed of the generated world.
 
     Raises:
-      ConfigError: a folder that is not empty, or names that are invalid or repeated.
+      ConfigError: a folder that is not empty, names that are invalid or repeated, more parties than the
+        world has topics, or no passages.
     """
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty: choose another folder")
@@ -69,12 +70,17 @@ def make(
         raise ConfigError(
             f"names of parties must differ and consist of letters, digits, - and _, got {[*parties]}"
         )
+    world = synthetic.generate(synthetic.WorldConfig(seed=seed))
+    topics = sorted({e.topic for e in world.train})
+    if not 1 <= len(parties) <= len(topics) or passages < 1:
+        raise ConfigError(
+            f"the generated documents are about {len(topics)} topics, at least one for each party: ask "
+            f"for 1 to {len(topics)} parties with at least 1 passage, got {len(parties)} and {passages}"
+        )
     _copy_project(folder, len(parties))
     certificates = folder / "server" / "certificates"
     # Also loopback: the server's own programs connect from this machine.
     make_certificates(certificates, [*dict.fromkeys([*hosts, "127.0.0.1", "localhost"])])
-    world = synthetic.generate(synthetic.WorldConfig(seed=seed))
-    topics = sorted({e.topic for e in world.train})
     for number, name in enumerate(parties):
         own = folder / "parties" / name
         make_node_key(own / KEY)

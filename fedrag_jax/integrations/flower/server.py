@@ -21,7 +21,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.federated.algorithm import State
-from fedrag_jax.federated.callbacks import Callback, FitState
+from fedrag_jax.federated.callbacks import Callback, FitState, ending
 from fedrag_jax.federated.engine.apart import member_of, server_step, share_of_sums
 from fedrag_jax.federated.engine.client import all_finite
 from fedrag_jax.federated.engine.cohort import Batches, steps_of
@@ -126,28 +126,29 @@ def run_rounds(
     state = plan.initial._replace(population=())
     told = [Checkpointer(folder / "checkpoints"), JsonlLog(folder / "rounds.jsonl"), Progress()]
     told += callbacks
-    now = started(FitState(0, state, None, (), plan.settings), told, plan.rounds)
-    while now.round < plan.rounds:
-        began = time.perf_counter()
-        roll.look()
-        if not roll.wait(
-            lambda count, least=least: count >= least and _drawable(plan, draws, count)
-        ):
-            raise RoundFailedError(
-                f"{len(roll.members)} of {least} parties connected within {patience:g} s: start "
-                "their SuperNodes, or set `present` or `patience`"
+    with ending(told):
+        now = started(FitState(0, state, None, (), plan.settings), told, plan.rounds)
+        while now.round < plan.rounds and not any(callback.stopped for callback in told):
+            began = time.perf_counter()
+            roll.look()
+            if not roll.wait(
+                lambda count, least=least: count >= least and _drawable(plan, draws, count)
+            ):
+                raise RoundFailedError(
+                    f"{len(roll.members)} of {least} parties connected within {patience:g} s: start "
+                    "their SuperNodes, or set `present` or `patience`"
+                )
+            with tempfile.TemporaryDirectory(dir=folder) as spool:
+                asking = Asking(plan, draws, mail, roll, now, pathlib.Path(spool))
+                asking.until(quorum, patience)
+                least = quorum or present // 2 + 1  # later rounds use the connected parties
+                state, record = _closed(plan, draws, now, asking)
+            record["seconds"] = record["device_seconds"] = time.perf_counter() - began
+            now = dataclasses.replace(
+                now, round=now.round + 1, state=state, history=(*now.history, record)
             )
-        with tempfile.TemporaryDirectory(dir=folder) as spool:
-            asking = Asking(plan, draws, mail, roll, now, pathlib.Path(spool))
-            asking.until(quorum, patience)
-            least = quorum or present // 2 + 1  # later rounds use the connected parties
-            state, record = _closed(plan, draws, now, asking)
-        record["seconds"] = record["device_seconds"] = time.perf_counter() - began
-        now = dataclasses.replace(
-            now, round=now.round + 1, state=state, history=(*now.history, record)
-        )
-        if any([callback.round_end(now, record) for callback in told]):  # no short cut: call all
-            break
+            if any([callback.round_end(now, record) for callback in told]):  # all are told
+                break
     save_model(plan, plan.handed_out(now.state), folder)
     _hand_on(plan, mail, roll, now, patience)
     frozen = plan.algorithm.frozen(now.state, plan.task.frozen)
