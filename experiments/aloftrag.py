@@ -128,7 +128,7 @@ def read(lab: LabelFreeLab, name: str, system, own: np.ndarray, cell: str) -> di
     `hard_<n>` is whether it had to be forced in, `recall_at_<n>` of retrieval; with most passages,
     `<metric>_found` is from end to end. Where the gold passage is left out, `abstained_none` is whether
     none is cited, and `em_none` whether the answer is right anyway: memorised, because training and
-      test questions are about the same texts.
+    test questions are about the same texts.
     """
     config, questions, scores = lab.config, [lab.test[i] for i in own], {}
     most = max(config.contexts)

@@ -20,7 +20,7 @@ INTERVALS = (
 
 
 def regimes_of(config) -> dict:
-    """Returns a sentence on each regime of the config."""
+    """Returns the `Regime` of each regime of the config, by name."""
     return {regime: parse(regime, config.federated.alpha) for regime in config.regimes}
 
 

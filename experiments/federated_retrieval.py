@@ -37,7 +37,7 @@ def check(config) -> None:
     """Checks the config before anything is computed.
 
     Raises:
-      ConfigError: names the regime, its value and what it may be.
+      ConfigError: names the setting, its value and what it may be.
     """
     for name in ("alphas", "seeds", "merge", "budgets"):
         if not config[name]:

@@ -120,7 +120,7 @@ def check(config) -> None:
     """Checks the config before anything is computed.
 
     Raises:
-      ConfigError: names the regime, its value and what it may be.
+      ConfigError: names the setting, its value and what it may be.
     """
     for name in ("strategies", "regimes"):
         if not config[name]:

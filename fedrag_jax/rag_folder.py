@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from fedrag_jax import files
 from fedrag_jax.data.examples import Passage
 from fedrag_jax.data.prompts import PromptStyle
-from fedrag_jax.errors import CheckpointError
+from fedrag_jax.errors import CheckpointError, ConfigError
 from fedrag_jax.generation.rollouts import Searching
 from fedrag_jax.models import hub, lora, peft, tensors
 from fedrag_jax.models.network import Network
@@ -63,6 +63,18 @@ def require_free(folder: pathlib.Path) -> None:
             f"{folder / SETTINGS} is not of a saved system and would be lost: choose another folder, "
             "or delete it"
         )
+
+
+def require_new(folder: pathlib.Path) -> None:
+    """Refuses a folder that holds a system or a foreign file where its settings would be.
+
+    Raises:
+      ConfigError: it holds a system.
+      CheckpointError: as `require_free`.
+    """
+    require_free(folder)
+    if is_system(folder):
+        raise ConfigError(f"{folder} holds a system already: choose another folder")
 
 
 def _settings(folder: pathlib.Path) -> dict[str, Any]:

@@ -1,8 +1,6 @@
 """Stores that search words: BM25 by its formula, one form of each word, and ranks that are fused."""
 
-import importlib
 import re
-import sys
 import unicodedata
 
 import numpy as np
@@ -111,10 +109,3 @@ def test_a_hybrid_of_stores_that_do_not_fit_is_refused():
     ):
         with pytest.raises(ConfigError, match=words):
             HybridStore(parts)
-
-
-def test_the_module_of_before_names_its_successor():
-    sys.modules.pop("fedrag_jax.retrieval.stores.words", None)
-    with pytest.warns(DeprecationWarning, match="bm25.BM25Store now"):
-        module = importlib.import_module("fedrag_jax.retrieval.stores.words")
-    assert module.WordStore is BM25Store

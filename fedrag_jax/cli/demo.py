@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     from fedrag_jax.evaluation.evaluator import evaluate
     from fedrag_jax.federated.fit import fit
     from fedrag_jax.rag import RAGSystem
-    from fedrag_jax.rag_folder import is_system, require_free
+    from fedrag_jax.rag_folder import require_new
     from fedrag_jax.strategies import regimes
     from fedrag_jax.strategies.strategies import STRATEGIES
     from fedrag_jax.tracking.logs import Progress
@@ -63,9 +63,7 @@ def run(args: argparse.Namespace) -> int:
     if args.questions is not None and args.questions < 2:
         raise ConfigError(f"--questions must be at least 2, got {args.questions}")
     if args.to is not None:
-        require_free(args.to)
-        if is_system(args.to):
-            raise ConfigError(f"{args.to} holds a system already: choose another folder with --to")
+        require_new(args.to)
     world = synthetic.generate()
     asked = world.test[: args.questions]
     clients = regimes.split_clients(world.train, CLIENTS, args.alpha, "topic", args.seed)

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="what", required=True, metavar="COMMAND")
 
     init = commands.add_parser("init", help="make a federation with generated documents")
-    init.add_argument("folder", type=pathlib.Path, help="of the federation, new")
+    init.add_argument("folder", type=pathlib.Path, help="new folder of the federation")
     init.add_argument(
         "--host",
         nargs="+",
@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     run = commands.add_parser("run", help="start the server and train")
-    run.add_argument("folder", type=pathlib.Path, help="of the federation")
+    run.add_argument("folder", type=pathlib.Path, help="folder of the federation")
     run.add_argument(
         "--listen",
         default="127.0.0.1",

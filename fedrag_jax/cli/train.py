@@ -124,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
     from fedrag_jax.errors import ConfigError
     from fedrag_jax.federated.algorithms import by_name
     from fedrag_jax.rag import RAGSystem
-    from fedrag_jax.rag_folder import is_system, require_free
+    from fedrag_jax.rag_folder import require_new
     from fedrag_jax.retrieval.stores.knowledge_store import KnowledgeStore
     from fedrag_jax.strategies.own import named
     from fedrag_jax.strategies.regimes import Budget
@@ -146,9 +146,7 @@ def run(args: argparse.Namespace) -> int:
             "are not suitable: give --query-rate and --adapter-rate"
         )
     rates = {part: USUAL_RATES[part] if rate is None else rate for part, rate in rates.items()}
-    require_free(args.to)
-    if is_system(args.to):
-        raise ConfigError(f"{args.to} holds a system already: choose another folder with --to")
+    require_new(args.to)
     start = time.perf_counter()
     system = RAGSystem.load(args.system, elsewhere=args.elsewhere)
     if not isinstance(system.store, KnowledgeStore | None):

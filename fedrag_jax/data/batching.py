@@ -317,7 +317,7 @@ class Prompts:
         packed: bool = False,
         reasoning: Sequence[str] | None = None,
     ) -> dict[str, np.ndarray]:
-        """Prompts with their first answer, right-padded, as `objectives.likelihood` reads them.
+        """Prompts with their first answer, right-padded, as `generation.likelihood` reads them.
 
         Args:
           retrieved: int [N, k] corpus rows, -1 for none; k may be 0.

@@ -64,7 +64,7 @@ def load(
         rest test. The topic is "": cluster the questions to split them over clients.
       xquad: by the sha256 of the question id without its language, 70% train, 10% validation, 20%
         test, so that a question and its translations are in the same split. The topic is the
-          language.
+        language.
 
     Args:
       needed: the splits that must have questions.

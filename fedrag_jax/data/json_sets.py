@@ -132,7 +132,7 @@ def load_questions(
 
 
 def _questions(path: Path, topic: str, hops: int) -> list[splits.Labelled]:
-    """Yields (question, name of its split, "file:line") for each line.
+    """Returns (question, name of its split, "file:line") of each line.
 
     Args:
       hops: default number of hops.

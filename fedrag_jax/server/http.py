@@ -43,10 +43,9 @@ def application(
     """An ASGI application: POST /v1/chat/completions, GET /v1/models and /v1/models/ID, GET /health.
 
     The last user message is the question; all system messages together are the system prompt.
-      Earlier
-    turns are ignored. In addition to OpenAI's fields, an answer has `fedrag`: its sources with their
-    scores, and the ids of the cited ones. If the environment variable FEDRAG_API_KEY is set, callers
-    must send this key.
+    Earlier turns are ignored. In addition to OpenAI's fields, an answer has `fedrag`: its sources with
+    their scores, and the ids of the cited ones. If the environment variable FEDRAG_API_KEY is set,
+    callers must send this key.
 
     Args:
       model: the model name that callers send.

@@ -83,8 +83,7 @@ def mcp_server(system: RAGSystem, name: str = "fedrag") -> MCPServer:
     """A server with the tools `retrieve(question, k)` and `ask(question, mode)`.
 
     The fields "passages" and "sources" of the structured content hold passages with id, title,
-      text,
-    topic and score; citations are ids. A failure is a tool error whose text is the reason.
+    text, topic and score; citations are ids. A failure is a tool error whose text is the reason.
     """
     server = MCPServer(name, version=fedrag_jax.__version__, log_level="WARNING")
     searching, writing = anyio.CapacityLimiter(SEARCHES), anyio.CapacityLimiter(1)

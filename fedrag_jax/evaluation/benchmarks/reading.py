@@ -21,7 +21,7 @@ from fedrag_jax.data.json_lines import (
     string_of,
     strings_of,
 )
-from fedrag_jax.data.json_sets import load_passages
+from fedrag_jax.data.json_sets import load_passages, shared_folder
 from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.evaluation.benchmarks.sets import BenchmarkSet
 
@@ -125,8 +125,7 @@ def _local(known: BenchmarkSet, source) -> Path | None:
         return None
     if source not in (None, "local") and Path(source).is_file():
         return Path(source)
-    shared = Path(os.environ.get("FEDRAG_DATA", "../shared/data"))
-    folder = shared if source in (None, "local") else Path(source)
+    folder = shared_folder() if source in (None, "local") else Path(source)
     stems = [folder / f"{known.name}.questions", folder / known.name]
     found = next(filter(None, map(jsonl_file, map(str, stems))), None)
     if found or source is None or (source != "local" and (folder / known.repo).is_dir()):

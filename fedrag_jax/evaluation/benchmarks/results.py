@@ -39,7 +39,7 @@ class BenchmarkResult:
     Attributes:
       first: the metric that the benchmark's paper reports.
       settings: all settings, by the names of `Benchmarker.run`.
-      origin: `source`, `split`, number of `questions`, and the sha256 of the `content`.
+      origin: `source`, number of `questions`, and the sha256 of the `content`.
       system: hashes of the system's parts.
       metrics: means by name.
       rows: one row per question: `id`, `prediction`, `gold`, `scores` and more, see `Benchmarker.run`.

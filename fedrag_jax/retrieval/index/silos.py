@@ -323,7 +323,7 @@ def _sufficient(nearest, depths: np.ndarray, most: int, wanted: int) -> list[int
 
 
 def _slices(queries: np.ndarray, width: int) -> list[np.ndarray]:
-    """Yields slices of at most `width` questions; one slice if there are none."""
+    """Returns slices of at most `width` questions; one slice if there are none."""
     return [queries[start : start + width] for start in range(0, max(len(queries), 1), width)]
 
 

@@ -44,7 +44,7 @@ class KnowledgeStore(PassageSource):
     def __len__(self) -> int: ...
 
     def add(self, passages: Sequence[Passage], vectors=None) -> None:
-        """Adds new passages with vectors [N, D] of unit length.
+        """Adds new passages with vectors [N, D], as `RAGSystem.embed` returns them.
 
         Raises:
           DataError: an existing or repeated id, or a vector that is not finite; nothing is added.

@@ -21,7 +21,6 @@ class Kind(NamedTuple):
       new: `new(class, dimension, **options) -> PassageSource`: creates an empty store; None for kinds
         that consist of other stores or are external.
       options, needed: names of the options of `new`, and of the required ones.
-      extra: the extra of this package that installs its library.
     """
 
     about: str
@@ -30,7 +29,6 @@ class Kind(NamedTuple):
     new: Callable[..., PassageSource] | None = None
     options: tuple[str, ...] = ()
     needed: tuple[str, ...] = ()
-    extra: str = ""
 
 
 def _hybrid(store, dimension: int, language: str = "") -> PassageSource:
@@ -48,26 +46,24 @@ KINDS = {
     ),
     "bm25": Kind(
         "by words", "bm25", BM25, lambda store, d, language="": store(language), ("language",),
-        extra="bm25",
     ),
     "hybrid": Kind(
         "flat and bm25, fused by rank", "hybrid", "hybrid:HybridStore", _hybrid, ("language",),
-        extra="bm25",
     ),
     "qdrant": Kind(
         "Qdrant, in a folder or on a server", "qdrant", "qdrant:QdrantStore",
         lambda store, d, at, collection="fedrag": store(collection, d, at),
-        ("at", "collection"), ("at",), extra="qdrant",
+        ("at", "collection"), ("at",),
     ),
     "postgres": Kind(
         "PostgreSQL with pgvector", "postgres", "postgres:PostgresStore",
         lambda store, d, at, collection="fedrag": store(at, collection, d),
-        ("at", "collection"), ("at",), extra="postgres",
+        ("at", "collection"), ("at",),
     ),
     "reranked": Kind(
         "another, ordered by a cross-encoder", "reranked", "reranked:RerankedStore"
     ),
-    "mcp": Kind("a tool of an MCP server", "mcp", "mcp:MCPStore", extra="mcp"),
+    "mcp": Kind("a tool of an MCP server", "mcp", "mcp:MCPStore"),
 }  # fmt: skip
 NEW = tuple(name for name, kind in KINDS.items() if kind.new)  # kinds that are made by name
 
