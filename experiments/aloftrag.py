@@ -114,8 +114,7 @@ def compute(lab: LabelFreeLab, point: Point) -> cells.Cell:
             continue
         for metric, values in read(lab, name, system, own, f"{name}-{regime}-seed{seed}").items():
             scores.setdefault(metric, np.full(len(lab.test), np.nan))[own] = values
-    lap = clock.lap()
-    cost += Cost(evaluate_seconds=lap.others + lap.searching, compile_seconds=lap.compiling)
+    cost += Cost.of_evaluation(clock.lap())
     curves = training_curves(tuners)
     return cells.Cell(
         name, regime, seed, split, scores, counts, [], cost, curves, lab.test_clusters

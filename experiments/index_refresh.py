@@ -136,8 +136,7 @@ def compute(lab: Refreshing, point: Point) -> cells.Cell:
     rows = watch.find(trained, [e.question for e in dataset.test], depth)
     left = evaluator.rank_scores(start, dataset.test, rows)
     found |= {f"{metric}_left": x for metric, x in left.items()}
-    lap = clock.lap()
-    cost += Cost(evaluate_seconds=lap.others + lap.searching, compile_seconds=lap.compiling)
+    cost += Cost.of_evaluation(clock.lap())
     told = {"embedded": 0 if watch.index is None else int(watch.index["embedded"])}
     told |= {f"stale_{i}": 100 * share for i, share in enumerate(watch.shares, 1)}
     curves = {name: curve([history], lab.budget().schedule(regime).refresh_every)}

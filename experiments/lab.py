@@ -253,8 +253,7 @@ def compute_cell(
     else:
         clock = Clock()
         found = asked_scores(run, systems, clients)
-        lap = clock.lap()
-        cost += Cost(evaluate_seconds=lap.others + lap.searching, compile_seconds=lap.compiling)
+        cost += Cost.of_evaluation(clock.lap())
         controls = controls and len(systems) == 1
         controlled = control_scores(systems[0], run.control_questions()) if controls else {}
     everybody = run.mixtures(regime, split)

@@ -171,8 +171,7 @@ def compute(lab: Suspects, point: Point) -> cells.Cell:
     if all(e.positive_ids for e in asked):
         scores["ranked"] = ranking_nll(system.retriever, asked, system.score_scale)
     controls = {} if point.folder else {"said": 100 * said(lab, system)}
-    lap = clock.lap()
-    cost = Cost(evaluate_seconds=lap.others + lap.searching, compile_seconds=lap.compiling)
+    cost = Cost.of_evaluation(clock.lap())
     return cells.Cell(*where, scores, controls, [], cost, {}, lab.group)
 
 

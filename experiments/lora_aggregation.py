@@ -160,7 +160,7 @@ def compute(lab: Aggregation, point: Point) -> cells.Cell:
     scores = reading_scores(systems, dataset.test, rows_for(read, dataset.test))
     lap = clock.lap()
     cost += run.corpus_cost(len(clients.clients))
-    cost += Cost(evaluate_seconds=lap.others + lap.searching, compile_seconds=lap.compiling)
+    cost += Cost.of_evaluation(lap)
     everybody = run.mixtures("local" if len(systems) > 1 else "federated", split)
     em = [s["em"] for s in scores]
     by_client = (

@@ -130,8 +130,7 @@ def compute(lab: Methods, point: Point) -> cells.Cell:
         tuners, cost = [tuner], sum(tuner.costs.values(), Cost())
     clock = Clock()
     scores = test_scores(system, dataset.test, part)
-    lap = clock.lap()
-    cost += Cost(evaluate_seconds=lap.others + lap.searching, compile_seconds=lap.compiling)
+    cost += Cost.of_evaluation(clock.lap())
     curves = training_curves(tuners)
     controls = {} if part == "retriever" else control_scores(system, lab.control_questions())
     return cells.Cell(

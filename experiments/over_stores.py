@@ -71,8 +71,7 @@ def compute(lab: OverStores, point: Point) -> cells.Cell:
     where = point.name, point.regime, point.seed, point.split
     system, clock = lab.tuned(*where).over(lab.store(point.folder)), Clock()
     found = evaluate(system, lab.dataset.test, mode=lab.config.mode)
-    lap = clock.lap()
-    cost = Cost(evaluate_seconds=lap.others + lap.searching, compile_seconds=lap.compiling)
+    cost = Cost.of_evaluation(clock.lap())
     scores = {metric: found[metric] for metric in METRICS}
     return cells.Cell(*where, scores, {}, [], cost, {}, lab.asked_clusters[lab.of_test])
 

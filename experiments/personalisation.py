@@ -175,8 +175,7 @@ def compute(lab: Lab, point: Point) -> cells.Cell:
     systems, cost, curves = tuned(lab, strategy, method, point.seed, point.split, rate)
     clock, clients = Clock(), lab.clients(FEDERATED, point.split)
     each = own_topics(lab, strategy, systems, clients, lab.asked)
-    lap = clock.lap()
-    cost += Cost(evaluate_seconds=lap.others + lap.searching, compile_seconds=lap.compiling)
+    cost += Cost.of_evaluation(clock.lap())
     scores = {}
     for metric in METRICS:
         name = own(metric)

@@ -82,7 +82,7 @@ def compute(lab: Lab, point: Point) -> cells.Cell:
     found = [evaluate(system, test, mode=strategy.mode or "concatenated") for system in systems]
     lap = clock.lap()
     cost = sum((c for tuner in tuners for c in tuner.costs.values()), Cost())
-    cost += Cost(evaluate_seconds=lap.others + lap.searching, compile_seconds=lap.compiling)
+    cost += Cost.of_evaluation(lap)
     scores = {}
     once = np.ones(len(test))
     for name, hops in HOPS.items():

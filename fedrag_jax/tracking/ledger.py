@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fedrag_jax.clock import Lap
 from fedrag_jax.data.examples import Passage, embedding_text
 from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.federated.algorithm import added
@@ -68,6 +69,11 @@ class Cost(NamedTuple):
           DataError: as `of` does.
         """
         return cls.of(read_json(path), path)
+
+    @classmethod
+    def of_evaluation(cls, lap: Lap) -> "Cost":
+        """Returns the cost of an evaluation, from its time span."""
+        return cls(evaluate_seconds=lap.others + lap.searching, compile_seconds=lap.compiling)
 
     @classmethod
     def of(cls, fields: Mapping[str, Any], path: pathlib.Path) -> "Cost":

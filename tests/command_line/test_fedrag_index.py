@@ -1,5 +1,6 @@
 """`fedrag index`: systems follow their documents, through kills, and lose nothing that was there."""
 
+import dataclasses
 import json
 import os
 import re
@@ -266,6 +267,7 @@ def test_other_stores(system, tmp_path, capsys, kind):
 def test_a_new_system_like_a_tuned_one(system, tmp_path):
     tuned = RAGSystem.load(system)
     tuned = tuned.replace(query={**tuned.retriever.query}).under("Be brief.")
+    tuned = dataclasses.replace(tuned, searching=tuned.searching._replace(passages=2))
     tuned.save(tmp_path / "tuned")
     command = ["index", str(system.parent / "documents"), "--to", str(tmp_path / "new"), "--quiet"]
     like = ["--like", str(tmp_path / "tuned"), "--store", "bm25", "--top-k", "3"]
@@ -273,3 +275,4 @@ def test_a_new_system_like_a_tuned_one(system, tmp_path):
     loaded = RAGSystem.load(tmp_path / "new")
     assert loaded.store.kind == "bm25" and loaded.prompts.style == tuned.prompts.style
     assert loaded.top_k == 3 and not loaded.retriever.passages
+    assert loaded.searching == tuned.searching
