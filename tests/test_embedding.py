@@ -247,8 +247,8 @@ def test_vectors_may_be_kept_in_half_precision(encoder, params, tokenizer, tmp_p
     np.testing.assert_array_equal(half, single.astype(np.float16))
     with pytest.raises(ConfigError, match=r"kept as one of .* got 'bfloat16'"):
         embed_corpus(encoder, params, tokenizer, texts, dtype="bfloat16", **how)
-    found = FaissIndex.build(None, half).search(single, 3)
-    exact = FaissIndex.build(None, half.astype(np.float32)).search(single, 3)
+    found = FaissIndex.build(half).search(single, 3)
+    exact = FaissIndex.build(half.astype(np.float32)).search(single, 3)
     np.testing.assert_array_equal(found[0], exact[0])
     np.testing.assert_array_equal(found[1], exact[1])
 

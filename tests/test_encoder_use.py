@@ -131,7 +131,7 @@ def test_everything_that_searches_ranks_by_the_similarity(tmp_path, kind):
         np.testing.assert_allclose(scores, best, rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(np.take_along_axis(right, rows, 1), best, rtol=1e-4, atol=1e-4)
 
-    device = DeviceIndex.build([p.id for p in PASSAGES], retriever.vectors)
+    device = DeviceIndex.build(retriever.vectors)
     silos = np.array_split(np.arange(60), 4)
     for other in (
         retriever,

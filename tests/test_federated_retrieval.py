@@ -30,7 +30,7 @@ def unit(count, seed):
 def retriever_of(vectors):
     """One index; nothing here embeds questions."""
     passages = [Passage(f"p{i}", "ä" * (i % 7), f"text {i}") for i in range(len(vectors))]
-    store = FaissIndex.build([p.id for p in passages], vectors)
+    store = FaissIndex.build(vectors)
     return Retriever(None, None, None, None, passages, vectors, vectors, store)
 
 
@@ -384,7 +384,7 @@ def test_questions_are_asked_in_parts_where_silos_are_many(monkeypatch, budget, 
 def test_memory_does_not_grow_with_the_number_of_clients():
     vectors = np.random.default_rng(0).normal(size=(40_000, 64)).astype(np.float32)
     passages = [Passage(str(i), "", "t") for i in range(len(vectors))]
-    store = FaissIndex.build(None, vectors)
+    store = FaissIndex.build(vectors)
     whole = Retriever(None, None, None, None, passages, vectors, vectors, store)
     order, peaks = np.random.default_rng(1).permutation(len(vectors)), []
     queries = np.random.default_rng(2).normal(size=(50, 64)).astype(np.float32)

@@ -204,9 +204,9 @@ def build(folder: str, size: str, kind: str) -> dict:
     index.search(asked[:2], 10)
     (found, _), searched = _timed(index.search, asked, 10)
     memory = _peak()
-    nearest, _ = FaissIndex.build(None, vectors).search(asked, 10)
+    nearest, _ = FaissIndex.build(vectors).search(asked, 10)
     recall = np.mean([np.isin(a, b).mean() for a, b in zip(nearest, found, strict=True)])
-    half, _ = FaissIndex.build(None, vectors.astype(np.float16)).search(asked[:100], 10)
+    half, _ = FaissIndex.build(vectors.astype(np.float16)).search(asked[:100], 10)
     kept = np.mean([np.isin(a, b).mean() for a, b in zip(nearest, half, strict=False)])
     rows = np.random.default_rng(2).permutation(count)[: count // 100]
     fresh = _unit(_normal("fresh", rows))

@@ -66,12 +66,12 @@ def whole_numbers(count: int, seed: int) -> np.ndarray:
 
 
 def built(size: int) -> dict:
-    """The two stores over the same vectors."""
+    """The two indexes over the same vectors."""
     from fedrag_jax.retrieval.index.device_index import DeviceIndex
     from fedrag_jax.retrieval.index.faiss_index import FaissIndex
 
-    vectors, ids = whole_numbers(size, seed=0), [str(row) for row in range(size)]
-    return {"device": DeviceIndex.build(ids, vectors), "faiss": FaissIndex.build(ids, vectors)}
+    vectors = whole_numbers(size, seed=0)
+    return {"device": DeviceIndex.build(vectors), "faiss": FaissIndex.build(vectors)}
 
 
 def milliseconds(stores: dict, queries: np.ndarray) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import Any
 
 import numpy as np
@@ -56,7 +56,7 @@ class Callback:
 
 
 @contextlib.contextmanager
-def ending(callbacks: Iterable[Callback]) -> Iterator[None]:
+def ending(callbacks: Iterable[Callback]) -> Generator[None]:
     """Calls `end` of all callbacks when its block ends, also by an error."""
     with contextlib.ExitStack() as ends:
         for callback in callbacks:

@@ -104,7 +104,7 @@ class Retriever:
         if index is not None:
             index = index.with_vectors(vectors)
         elif len(self.passages):
-            index = FaissIndex.build(None, vectors)
+            index = FaissIndex.build(vectors)
         self.spent.searching += clock.lap().others
         return dataclasses.replace(self, vectors=vectors, index=index)
 
@@ -190,7 +190,7 @@ class Retriever:
         if not len(self.passages):
             return self
         clock = Clock()
-        index = make(None, self.vectors)
+        index = make(self.vectors)
         self.spent.searching += clock.lap().others
         return dataclasses.replace(self, index=index)
 

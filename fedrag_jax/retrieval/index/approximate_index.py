@@ -22,8 +22,8 @@ class ApproximateIndex(HostIndex):
 
     exact = False
 
-    def __init__(self, ids, vectors: np.ndarray, kind: FaissKind, index=None):
-        super().__init__(ids, vectors)
+    def __init__(self, vectors: np.ndarray, kind: FaissKind, index=None):
+        super().__init__(vectors)
         self.kind = kind
         self._index = self._built() if index is None else index
 
@@ -43,7 +43,7 @@ class ApproximateIndex(HostIndex):
         rows = np.concatenate(changed)
         if len(rows) > FEW * len(vectors) or (len(rows) and not self._updates):
             return super().with_vectors(vectors)
-        other = ApproximateIndex(self._ids, vectors, self.kind, faiss.clone_index(self._index))
+        other = ApproximateIndex(vectors, self.kind, faiss.clone_index(self._index))
         other._update(rows)
         return other
 

@@ -71,7 +71,7 @@ def index_kind(
     return functools.partial(ApproximateIndex.build, kind=kind)
 
 
-def _in_store(name: str, options: Mapping[str, Any], ids, vectors) -> StoreIndex:
+def _in_store(name: str, options: Mapping[str, Any], vectors) -> StoreIndex:
     store = new_store(name, vectors.shape[1], **options)
     assert isinstance(store, KnowledgeStore)
-    return StoreIndex.build(ids, vectors, store=store)
+    return StoreIndex.build(vectors, store=store)

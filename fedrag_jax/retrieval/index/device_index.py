@@ -29,8 +29,8 @@ class DeviceIndex(VectorIndex):
         virtual CPU devices share one memory.
     """
 
-    def __init__(self, ids, vectors: np.ndarray, devices: Sequence[jax.Device] | None = None):
-        super().__init__(ids, vectors)
+    def __init__(self, vectors: np.ndarray, devices: Sequence[jax.Device] | None = None):
+        super().__init__(vectors)
         if devices is None:
             on_cpu = jax.default_backend() == "cpu"
             devices = jax.local_devices()[: 1 if on_cpu else None]

@@ -16,5 +16,5 @@ def index_recall(retriever: Retriever, questions: Sequence[str], k: int) -> np.n
     """
     vectors = retriever.embed_questions(questions)
     found, _ = retriever.index.search(vectors, k)
-    nearest, _ = FaissIndex.build(None, retriever.vectors).search(vectors, k)
+    nearest, _ = FaissIndex.build(retriever.vectors).search(vectors, k)
     return np.array([np.isin(a, b).mean() for a, b in zip(nearest, found, strict=True)])

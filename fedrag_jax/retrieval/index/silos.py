@@ -262,7 +262,7 @@ def over_silos(
     ends = np.cumsum([len(rows) for rows in held])[:-1]
     # One array of all silos' vectors, of which each looks at a part.
     vectors = np.split(retriever.vectors[np.concatenate(held)], ends)
-    held = tuple(Silo(rows, index(None, part)) for rows, part in zip(held, vectors, strict=True))
+    held = tuple(Silo(rows, index(part)) for rows, part in zip(held, vectors, strict=True))
     return dataclasses.replace(retriever, index=SiloIndex(held, text_bytes, **settings))
 
 

@@ -28,8 +28,8 @@ class StoreIndex(HostIndex):
 
     exact = False
 
-    def __init__(self, ids, vectors: np.ndarray, store: KnowledgeStore):
-        super().__init__(ids, vectors)
+    def __init__(self, vectors: np.ndarray, store: KnowledgeStore):
+        super().__init__(vectors)
         self.store = store
         held = len(store)
         if held not in (0, len(self)):

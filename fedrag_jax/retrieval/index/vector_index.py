@@ -1,17 +1,11 @@
 """The interface and checks of all indexes: passages and vectors, searched by inner product."""
 
 import abc
-import json
-import os
-from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol, Self
 
 import numpy as np
 
-from fedrag_jax import files
-from fedrag_jax.errors import CheckpointError, ConfigError, DataError
+from fedrag_jax.errors import ConfigError, DataError
 
 _AT_ONCE = 65_536  # vectors looked at together
 
@@ -29,14 +23,13 @@ class Index(Protocol):
 class MakesIndex(Protocol):
     """A function that builds an index, such as `VectorIndex.build`."""
 
-    def __call__(self, ids: Sequence[str] | None, vectors: np.ndarray, /) -> "VectorIndex": ...
+    def __call__(self, vectors: np.ndarray, /) -> "VectorIndex": ...
 
 
 class VectorIndex(abc.ABC):
-    """Passage ids and their vectors, searched by inner product (cosine, if normalised).
+    """The vectors of passages by row, searched by inner product (cosine, if normalised).
 
-    Row i of every array belongs to passage `ids[i]`; rows never move. Subclasses define where vectors
-    are stored and how they are searched.
+    Rows never move. Subclasses define where vectors are stored and how they are searched.
 
     Attributes:
       exact: whether a search compares all vectors.
@@ -44,46 +37,31 @@ class VectorIndex(abc.ABC):
 
     exact = True
 
-    def __init__(self, ids: tuple[str, ...] | None, vectors: np.ndarray):
-        self._ids, (self._size, self.dimension) = ids, vectors.shape
-
-    @property
-    def ids(self) -> tuple[str, ...]:
-        """Passage ids [N]; row numbers if no ids were given."""
-        return tuple(map(str, range(len(self)))) if self._ids is None else self._ids
+    def __init__(self, vectors: np.ndarray):
+        self._size, self.dimension = vectors.shape
 
     @classmethod
-    def build(cls, ids: Sequence[str] | None, vectors: np.ndarray, **settings) -> Self:
-        """Indexes `vectors` [N, D] under `ids` [N], or under their row numbers for None.
+    def build(cls, vectors: np.ndarray, **settings) -> Self:
+        """Indexes `vectors` [N, D] under their row numbers.
 
         Args:
           settings: settings of the kind of index.
 
         Raises:
-          DataError: no passages, an id twice, not one vector per id, or a vector not finite.
+          ConfigError: another shape.
+          DataError: no passages, or a vector not finite.
         """
-        if ids is None:
-            vectors = finite(vectors, "passage")
-            if not len(vectors):
-                raise DataError("the corpus is empty: a store needs at least one passage")
-            return cls(None, vectors, **settings)
-        ids = tuple(ids)
-        if not ids:
-            raise DataError("the corpus is empty: a store needs at least one passage")
-        if len(set(ids)) < len(ids):
-            twice = next(i for i, count in Counter(ids).items() if count > 1)
-            raise DataError(f"passage id {twice!r} occurs twice; ids must be unique")
         vectors = finite(vectors, "passage")
-        if len(vectors) != len(ids):
-            raise DataError(f"{len(ids)} passage ids but {len(vectors)} vectors; give one per id")
-        return cls(ids, vectors, **settings)
+        if not len(vectors):
+            raise DataError("the corpus is empty: an index needs at least one passage")
+        return cls(vectors, **settings)
 
     def __len__(self) -> int:
         return self._size
 
     def with_vectors(self, vectors: np.ndarray) -> Self:
-        """Returns an index of the same kind and passages over other vectors [N, D]."""
-        return self.build(self._ids, vectors, **self._settings())
+        """Returns an index of the same kind over other vectors [N, D]."""
+        return self.build(vectors, **self._settings())
 
     def _settings(self) -> dict[str, Any]:
         """The settings for building an index of this kind."""
@@ -129,32 +107,6 @@ class VectorIndex(abc.ABC):
             )
         self._replace(rows, vectors)
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Writes ids.json and vectors.npy into the folder `path`."""
-        folder = Path(path)
-        with files.writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        files.write_json(folder / "ids.json", self.ids)
-        with files.whole(folder / "vectors.npy", "wb") as file:
-            np.save(file, self.vectors, allow_pickle=False)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> Self:
-        """Reads a folder that `save` wrote, by any kind of index.
-
-        Raises:
-          CheckpointError: a file is missing or damaged, or the two do not belong together.
-        """
-        folder = Path(path)
-        try:
-            ids = json.loads((folder / "ids.json").read_text(encoding="utf-8"))
-            vectors = np.load(folder / "vectors.npy", allow_pickle=False)
-            return cls.build(ids, vectors)
-        except (OSError, EOFError, ValueError, TypeError) as error:  # ours are ValueErrors
-            raise CheckpointError(
-                f"{folder} does not hold a store ({error}); save it again"
-            ) from error
-
     @property
     @abc.abstractmethod
     def vectors(self) -> np.ndarray:
@@ -176,7 +128,7 @@ class VectorIndex(abc.ABC):
         vectors = finite(vectors, kind)
         if vectors.shape[1] != self.dimension:
             raise ConfigError(
-                f"the store holds vectors of dimension {self.dimension}, got {vectors.shape[1]}; "
+                f"the index holds vectors of dimension {self.dimension}, got {vectors.shape[1]}; "
                 "use the encoder that embedded the corpus, or embed it again"
             )
         return vectors
@@ -186,8 +138,8 @@ class HostIndex(VectorIndex):
     """An index that searches vectors on the host without copying them, also memory-mapped ones; the
     first replacement copies all of them."""
 
-    def __init__(self, ids, vectors: np.ndarray):
-        super().__init__(ids, vectors)
+    def __init__(self, vectors: np.ndarray):
+        super().__init__(vectors)
         self._vectors, self._own = vectors, False
 
     @property
