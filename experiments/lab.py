@@ -241,7 +241,7 @@ def compute_cell(
     known, column = None, run.config.federated.column
     clients = run.clients(regime, split)
     if strategy == "none":  # untuned is untuned wherever the data sits
-        known = untuned_cell(run)
+        known = untuned_cell(run.config, run.folder)
         systems, tuners = [run.system(seed)], []
     else:
         systems, tuners = run.tuned_systems(strategy, regime, seed, split)
@@ -294,10 +294,10 @@ def asked_scores(run: Lab, systems, clients) -> list[dict[str, np.ndarray]]:
     return found
 
 
-def untuned_cell(run: Lab) -> cells.Cell | None:
+def untuned_cell(config, folder: pathlib.Path) -> cells.Cell | None:
     """Returns a finished cell of the untuned system of any seed, whose adapters change nothing yet."""
-    seeds, regime = replicates(run.config), run.config.regimes[0]
-    found = (cells.load(run.folder, "none", regime, seed, split) for seed, split in seeds)
+    seeds, regime = replicates(config), config.regimes[0]
+    found = (cells.load(folder, "none", regime, seed, split) for seed, split in seeds)
     return next((cell for cell in found if cell), None)
 
 

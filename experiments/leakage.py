@@ -17,6 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments.finished_lab import FinishedLab, require_finished, require_run, tested
+from experiments.lab import untuned_cell
 from experiments.launch import kept_config
 from experiments.loading import check_replicates, replicates
 from experiments.reporting import cells, tables
@@ -56,9 +57,9 @@ class Suspects(FinishedLab):
       group: int [N], the topic of each; without topics, the question.
     """
 
-    def __init__(self, config, of: pathlib.Path):
+    def __init__(self, config, of: pathlib.Path, folder: pathlib.Path):
         super().__init__(of)
-        self.asking = config
+        self.asking, self.results = config, folder
         others = [e for e, own in zip(self.asked, self.of_own, strict=True) if own]
         members, others = (
             sample(some, config.questions, 0) for some in (self.dataset.train, others)
@@ -146,7 +147,7 @@ def lab(config, folder: pathlib.Path) -> Suspects:
         raise ConfigError("config.strategies needs 'none': attacks compare with the untuned system")
     require_finished(pathlib.Path(config.of), every_point(config))
     check_shadows(config)
-    return Suspects(config, pathlib.Path(config.of))
+    return Suspects(config, pathlib.Path(config.of), folder)
 
 
 def points(lab: Suspects) -> list[Point]:
@@ -158,6 +159,8 @@ def points(lab: Suspects) -> list[Point]:
 def compute(lab: Suspects, point: Point) -> cells.Cell:
     """Computes the losses of all questions under one system, and asks an attacked one for its
     passages."""
+    if point.name == "none" and (known := untuned_cell(lab.asking, lab.results)):
+        return known._replace(seed=point.seed, split=point.split)
     where, asked = (point.name, point.regime, point.seed, point.split), lab.questions
     of = lab.shadow(pathlib.Path(point.folder).name) if point.folder else lab
     trained_on = {e.id for e in of.dataset.train}
