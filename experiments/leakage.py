@@ -254,7 +254,9 @@ def _told(attack: str, scores: list[np.ndarray], found) -> dict[str, float]:
         made.append(Attack(some[known], cell.scores["member"][known] > 0, cell.clusters[known]))
     told = {}
     for name, statistic, unit in (("auc", auc, 1.0), ("tpr", tpr_at_fpr, 100.0)):
-        ends = zip(("", "_low", "_high"), estimate(statistic, made), strict=True)
+        ends = zip(
+            ("", "_low", "_high"), estimate(statistic, made, same_questions=True), strict=True
+        )
         told |= {f"{attack}_{name}{end}": unit * value for end, value in ends}
     return told
 

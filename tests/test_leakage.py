@@ -132,3 +132,14 @@ def test_precision_counts_ties_against_the_attacker():
 def test_refusals(call, words):
     with pytest.raises(DataError, match=words):
         call()
+
+
+def test_more_seeds_of_the_same_questions_do_not_narrow_what_questions_vary():
+    rng = np.random.default_rng(0)
+    member = np.arange(60) < 30
+    attack = Attack(rng.normal(size=60) + 0.5 * member, member, np.arange(60) % 12)
+    one = estimate(auc, [attack], same_questions=True)
+    three = estimate(auc, [attack] * 3, same_questions=True)
+    np.testing.assert_allclose(three, one)
+    several = estimate(auc, [attack] * 8)  # of other questions
+    assert several[2] - several[1] < 0.7 * (one[2] - one[1])

@@ -61,6 +61,7 @@ def estimate(
     statistic: Statistic,
     attacks: Sequence[Attack],
     *,
+    same_questions: bool = False,
     level: float = 0.95,
     resamples: int = 1000,
     seed: int = 0,
@@ -70,12 +71,20 @@ def estimate(
     Groups of members and groups of others are resampled separately, so that both are always present. A
     group with members and others counts as two groups.
 
+    Args:
+      same_questions: whether all models are asked the same, in the same order. Their groups are then
+        resampled together, because what varies with the questions does not average out over models.
+
     Raises:
       DataError: as `auc`.
     """
     rng = np.random.default_rng(seed)
     value = np.mean([statistic(a.scores[a.member], a.scores[~a.member]) for a in attacks])
-    drawn = [_resampled(statistic, attack, resamples, rng) for attack in attacks]
+    draws = [np.random.default_rng([seed, 1]) if same_questions else rng for _ in attacks]
+    drawn = [
+        _resampled(statistic, attack, resamples, draw)
+        for attack, draw in zip(attacks, draws, strict=True)
+    ]
     which = rng.integers(0, len(attacks), (len(attacks), resamples))
     means = np.take_along_axis(np.array(drawn), which, axis=0).mean(0)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
