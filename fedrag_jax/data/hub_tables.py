@@ -61,7 +61,7 @@ def commit(source: str, revision: str = "") -> str:
     """Returns the commit that a revision of a hub repository names, by default the newest.
 
     Returns:
-            40 hex digits; "" for a folder or a file. If the hub is not reachable, the revision itself
+      40 hex digits; "" for a folder or a file. If the hub is not reachable, the revision itself
       (`datasets` then reads its cache).
 
     Raises:
