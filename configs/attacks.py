@@ -9,11 +9,11 @@ comparison of strategies, which were chosen for averaging honest clients.
 
 from ml_collections import ConfigDict
 
-from configs import compare_strategies
+from configs import compare_strategies, settings
 
 
 def get_config() -> ConfigDict:
-    config = compare_strategies.get_config()
+    config = settings.base()
     config.name = "attacks"
     config.seeds = (0, 1, 2)
     # On the built-in world, training changes this strategy's scores most. "none" is the untuned system.
@@ -22,7 +22,9 @@ def get_config() -> ConfigDict:
     # How questions are answered; "" scores only rankings, which takes half the time.
     config.mode = "concatenated"
     config.regimes = ("federated",)
-    del config["limits"], config["equivalence_margin"], config["search_seconds"]
+    del config.federated.algorithm, config.federated.algorithm_options  # the rules below
+    config.data.own_questions = 0
+    config.learning_rates = compare_strategies.learning_rates()
 
     config.attackers = (5, 7)  # numbers of clients
     # `sends` names the attack that replaces their update (fedrag_jax/federated/attacks.py). `holds`

@@ -9,16 +9,21 @@ python -m experiments compression --config.name=joint --config.strategies="('joi
 
 from ml_collections import ConfigDict
 
-from configs import compare_strategies
+from configs import compare_strategies, settings
 
 
 def get_config() -> ConfigDict:
-    config = compare_strategies.get_config()
+    config = settings.base()
     config.name = "compression"
     config.seeds = (0, 1, 2)
     config.strategies = ("retriever", "generator")
     config.regimes = ("federated",)
-    del config["limits"], config["equivalence_margin"], config["search_seconds"]
+    config.primary_metric = "em"
+    config.mode = (
+        "concatenated"  # how questions are answered, see fedrag_jax/generation/inference.py
+    )
+    config.data.own_questions = 0
+    config.learning_rates = compare_strategies.learning_rates()
     # Kinds of messages; all are compared with the first.
     config.messages = ("plain", "bfloat16", "int8", "int4", "rotated_int4", "top_10", "top_1")
     # Codecs of updates (up) and models (down), by name (fedrag_jax/federated/compression/by_name.py).

@@ -10,15 +10,21 @@ number of training examples.
 
 from ml_collections import ConfigDict
 
-from configs import compare_strategies
+from configs import compare_strategies, settings
 
 
 def get_config() -> ConfigDict:
-    config = compare_strategies.get_config()
+    config = settings.base()
     config.name = "heterogeneity"
     config.seeds = (0, 1, 2, 3, 4)
     config.strategies = ("none", "retriever", "joint_token")
     config.regimes = ("federated",)
+    config.primary_metric = "em"
+    config.equivalence_margin = 2.0  # in points; choose it before a run
+    config.mode = (
+        "concatenated"  # how questions are answered, see fedrag_jax/generation/inference.py
+    )
+    config.learning_rates = compare_strategies.learning_rates()
 
     # Values of each factor in addition to the config's own; () does not vary the factor. The number of
     # rounds changes so that clients x local_steps x rounds stays constant.

@@ -10,27 +10,16 @@ encoder and re-embeds nothing.
 
 from ml_collections import ConfigDict
 
-from configs import compare_strategies
+from configs import settings
 
 
 def get_config() -> ConfigDict:
-    config = compare_strategies.get_config()
+    config = settings.base()
     config.name = "index_refresh"
     config.seeds = (0, 1, 2)
     config.regimes = ("centralised", "federated")
-    for name in (
-        "strategies",
-        "limits",
-        "learning_rates",
-        "search_seconds",
-        "equivalence_margin",
-        "primary_metric",
-        "mode",
-    ):
-        del config[name]
-    del config.data.own_questions, config.data.control_questions
-    for name in ("algorithm", "algorithm_options", "algorithms"):  # an index works only with FedAvg
-        del config.federated[name]
+    # Both encoders are averaged by FedAvg alone.
+    del config.federated.algorithm, config.federated.algorithm_options
     config.objective = (
         "pdist"  # or another with a generator as teacher, see strategies/objectives.py
     )

@@ -10,18 +10,19 @@ Training reads all passages in one prompt (`generator`) or one passage per promp
 
 from ml_collections import ConfigDict
 
-from configs import compare_strategies
+from configs import compare_strategies, settings
 
 
 def get_config() -> ConfigDict:
-    config = compare_strategies.get_config()
+    config = settings.base()
     config.name = "inference_modes"
     config.strategies = (
         "none", "generator", "ralt", "two_phase", "joint_token", "joint_sequence"
     )  # fmt: skip
     config.regimes = ("centralised",)  # one, and not "local"
+    config.primary_metric = "em"
     config.data.test_questions = 400
-    del config.data.own_questions, config.data.control_questions
+    config.learning_rates = compare_strategies.learning_rates()
     config.modes = (
         "concatenated", "ensemble", "rag_token", "rag_sequence_thorough", "rag_sequence_fast", "vote"
     )  # fmt: skip

@@ -11,32 +11,18 @@ same result; rules that train one factor need higher learning rates and send hal
 
 from ml_collections import ConfigDict
 
-from configs import compare_strategies
+from configs import settings
 
 
 def get_config() -> ConfigDict:
-    config = compare_strategies.get_config()
+    config = settings.base()
     config.name = "lora_aggregation"
     config.seeds = (0, 1, 2, 3, 4)
-    # These settings belong to the comparison of strategies.
-    for name in (
-        "strategies",
-        "limits",
-        "regimes",
-        "learning_rates",
-        "search_seconds",
-        "equivalence_margin",
-        "primary_metric",
-        "mode",
-    ):
-        del config[name]
-    del config.data.own_questions
-    for name in ("marginal_k", "score_scale"):
-        del config.retrieval[name]
-    del config.training["checkpoint_every"]
-    del config.lora["rank"], config.lora["alpha"]
-    for name in ("alpha", "algorithm", "algorithm_options", "algorithms"):
-        del config.federated[name]
+    config.data.control_questions = 200  # a sample of the test set
+    # Settings of retriever training, and those that are varied below.
+    del config.retrieval.marginal_k, config.retrieval.score_scale, config.training.checkpoint_every
+    del config.lora.rank, config.lora.alpha
+    del config.federated.alpha, config.federated.algorithm, config.federated.algorithm_options
 
     config.rules = ("fedit", "ffa", "rolora", "flora", "fedex", "flexlora", "fedsa")
     config.ranks = (2, 8)

@@ -7,25 +7,15 @@
 
 from ml_collections import ConfigDict
 
-from configs import compare_strategies
+from configs import settings
 
 
 def get_config() -> ConfigDict:
-    config = compare_strategies.get_config()
+    config = settings.base()
     config.name = "methods"
     config.seeds = (0, 1, 2)
     config.regimes = ("centralised",)
-    for name in (
-        "strategies",
-        "limits",
-        "learning_rates",
-        "search_seconds",
-        "equivalence_margin",
-        "primary_metric",
-        "mode",
-    ):
-        del config[name]
-    del config.data.own_questions
+    config.data.control_questions = 200  # a sample of the test set
     # () is all of fedrag_jax/strategies/objectives.py and "no_op": the first objective at a learning
     # rate of 0, which must change nothing.
     config.objectives = ()

@@ -8,18 +8,14 @@ Each client's model answers questions about the client's own topics.
 
 from ml_collections import ConfigDict
 
-from configs import compare_strategies
+from configs import settings
 
 
 def get_config() -> ConfigDict:
-    config = compare_strategies.get_config()
+    config = settings.base()
     config.name = "personalisation"
     config.seeds = (0, 1, 2)
-    for name in (
-        "regimes", "limits", "learning_rates", "search_seconds", "equivalence_margin",
-        "primary_metric", "mode",
-    ):  # fmt: skip
-        del config[name]
+    config.data.own_questions = 0
     config.strategies = ("retriever", "generator")
     # By name: the algorithm (fedrag_jax/federated/algorithms/by_name.py), its options, the strategies
     # that it suits (() is all), and the trained parts if they are not those of the strategy.

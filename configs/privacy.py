@@ -10,18 +10,24 @@ python -m experiments privacy --config.name=reading --config.strategy=generator 
 
 from ml_collections import ConfigDict
 
-from configs import compare_strategies
+from configs import compare_strategies, settings
 
 
 def get_config() -> ConfigDict:
-    config = compare_strategies.get_config()
+    config = settings.base()
     config.name = "privacy"
     config.seeds = (0,)
     # "retriever" or "generator".
     config.strategy = "retriever"
     config.primary_metric = "recall_at_5"
-    del config.strategies, config.regimes, config.limits, config.equivalence_margin
-    del config.search_seconds
+    config.mode = "concatenated"  # how questions are answered, if EM or F1 is the primary metric
+    config.learning_rates = compare_strategies.learning_rates()
+    # All clients of the half train in every round, by the variant's algorithm.
+    del (
+        config.federated.participation,
+        config.federated.algorithm,
+        config.federated.algorithm_options,
+    )
     config.data.test_questions = 200
     # Half of the clients train. All hold the same number of questions, about few topics if alpha is
     # small. No client trains on `fresh` of its questions: attacks on participation use them.

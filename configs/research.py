@@ -24,7 +24,12 @@ def get_config(which: str = "world") -> ConfigDict:
     config.variants = ConfigDict(
         {"centralised": (*single, "search_form", "search", "search_unmasked")}
     )
-    del config.regimes, config.strategies, config.data.own_questions
+    for name in (
+        "regimes", "strategies", "limits", "mode", "primary_metric", "equivalence_margin",
+        "search_seconds",
+    ):  # fmt: skip
+        del config[name]
+    del config.data.own_questions, config.data.control_questions, config.federated.algorithms
     config.seeds = (0, 1, 2)
     # Variants with fewer pairs of seeds than the others; 0 is all. The ablation takes about as long
     # as the other variants together.

@@ -12,7 +12,7 @@ import pathlib
 
 import numpy as np
 
-from experiments.curves import curve
+from experiments.fitting import fitted
 from experiments.lab import Lab
 from experiments.loading import check_replicates, load_data, replicates, validation_sample
 from experiments.rates import chosen_rate, kept_rate, one_by_one
@@ -24,14 +24,11 @@ from fedrag_jax.data.examples import sample
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.evaluation import evaluator
 from fedrag_jax.federated.callbacks import Callback
-from fedrag_jax.federated.fit import fit
 from fedrag_jax.objectives.distillation import METHODS
 from fedrag_jax.objectives.encoding import as_trained, searching, trained_parts
 from fedrag_jax.retrieval.refresh import Policy, search
-from fedrag_jax.strategies import regimes
 from fedrag_jax.strategies.objectives import OBJECTIVES
-from fedrag_jax.tracking.ledger import Cost, training_cost
-from fedrag_jax.tracking.logs import Progress
+from fedrag_jax.tracking.ledger import Cost
 
 QUERY_SIDE, FRESH = "query_side", "every_1"
 
@@ -68,8 +65,8 @@ class Refreshing(Lab):
         self.taught = None
 
     def trained(self, name: str, regime: str, seed: int, split: int, factor: float):
-        """`(what was trained, cost, watch, history)`."""
-        config, system, budget = self.config, self.system(self.config.seeds[0]), self.budget()
+        """`(result of training, watch)`."""
+        config, system = self.config, self.system(self.config.seeds[0])
         retriever = system.retriever
         if self.taught is None:
             self.taught = OBJECTIVES[config.objective].task(system, self.dataset)
@@ -86,30 +83,14 @@ class Refreshing(Lab):
             frozen=frozen,
             **{"index": None} | searching(retriever, train, system.marginal_k, policy),
         )
-        stretch = budget.schedule(regime).refresh_every
+        stretch = self.budget().schedule(regime).refresh_every
         probed = sample(self.dataset.validation, config.probe_questions, config.data.sample_seed)
         probe = [e.question for e in probed]
         watch = Staleness(retriever, policy, probe, system.top_k, stretch)
         rate = factor * config.learning_rates[regime]
-        arguments = regimes.arguments(
-            task,
-            regime,
-            self.dataset.train,
-            self.clients(regime, split),
-            budget,
-            {part: rate for part in train},
-            seed,
-            callbacks=[Progress(f"{regime}, {name}, rate {rate:.2g}"), watch],
-        )
-        result = fit(**arguments)
-        cost = training_cost(
-            task,
-            result.history,
-            task.table(self.dataset.train[:1]),
-            steps=budget.rounds * budget.local_steps * budget.clients,
-            batch_size=budget.batch_size,
-        )
-        return result.trainable, cost, watch, result.history
+        what = f"{regime}, {name}, rate {rate:.2g}"
+        rates = dict.fromkeys(train, rate)
+        return fitted(self, task, regime, split, rates, seed, what, callbacks=[watch]), watch
 
 
 def compute(lab: Refreshing, point: Point) -> cells.Cell:
@@ -124,22 +105,22 @@ def compute(lab: Refreshing, point: Point) -> cells.Cell:
         return evaluator.rank_scores(fresh, examples, evaluator.ranking(fresh, examples)[0])
 
     def judge(factor):
-        trained, *_ = lab.trained(FRESH, regime, *replicates(config)[0], factor)
-        return float(np.nanmean(scores(trained, validation)["mrr"]))
+        result, _ = lab.trained(FRESH, regime, *replicates(config)[0], factor)
+        return float(np.nanmean(scores(result.trained[0], validation)["mrr"]))
 
     path = lab.folder / "rates" / f"{regime}.json"
     factor = chosen_rate(path, config.rate_factors, one_by_one(judge, regime), regime)
-    trained, cost, watch, history = lab.trained(name, regime, seed, split, factor)
-    clock = Clock()
+    result, watch = lab.trained(name, regime, seed, split, factor)
+    (trained,), clock = result.trained, Clock()
     found = scores(trained, dataset.test)
     depth = min(evaluator.RANKED, len(dataset.passages))
     rows = watch.find(trained, [e.question for e in dataset.test], depth)
     left = evaluator.rank_scores(start, dataset.test, rows)
     found |= {f"{metric}_left": x for metric, x in left.items()}
-    cost += Cost.of_evaluation(clock.lap())
+    cost = result.cost + Cost.of_evaluation(clock.lap())
     told = {"embedded": 0 if watch.index is None else int(watch.index["embedded"])}
     told |= {f"stale_{i}": 100 * share for i, share in enumerate(watch.shares, 1)}
-    curves = {name: curve([history], lab.budget().schedule(regime).refresh_every)}
+    curves = {name: result.points}
     return cells.Cell(name, regime, seed, split, found, told, [], cost, curves, lab.asked_clusters)
 
 

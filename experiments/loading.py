@@ -117,7 +117,7 @@ def pairs_of(config, regime: str) -> int:
 
 
 def check(config) -> None:
-    """Checks the config before anything is computed.
+    """Checks the config before anything is computed; not all experiments have all settings.
 
     Raises:
       ConfigError: names the setting, its value and what it may be.
@@ -127,14 +127,15 @@ def check(config) -> None:
             raise ConfigError(f"config.{name} is empty; give at least one")
     check_replicates(config)
     asked = {"strategies": config.strategies}
-    asked |= {f"limits.{kind}.strategies": x.strategies for kind, x in config.limits.items()}
+    limits = config.get("limits", {})
+    asked |= {f"limits.{kind}.strategies": x.strategies for kind, x in limits.items()}
     for name, values in asked.items():
         for value in values:
             try:
                 named(value)
             except ConfigError as error:
                 raise ConfigError(f"config.{name}: {error}") from error
-    for kind, limit in config.limits.items():
+    for kind, limit in limits.items():
         if limit.pairs < 0:
             raise ConfigError(
                 f"config.limits.{kind}.pairs is {limit.pairs}; give a number of pairs of seeds, or 0 "
@@ -146,9 +147,9 @@ def check(config) -> None:
         raise ConfigError(
             f"config.federated.participation must be in (0, 1], got {config.federated.participation}"
         )
-    if config.mode not in MODES:
+    if "mode" in config and config.mode not in MODES:
         raise ConfigError(f"config.mode: {config.mode!r} unknown; choose among {[*MODES]}")
-    if config.primary_metric not in METRICS:
+    if "primary_metric" in config and config.primary_metric not in METRICS:
         raise ConfigError(
             f"config.primary_metric: {config.primary_metric!r} unknown; choose among {[*METRICS]}"
         )
@@ -162,7 +163,8 @@ def algorithm_of(config, regime: str) -> tuple[str, dict]:
     federated, (_, named) = config.federated, with_algorithm(regime)
     if named is None:
         return federated.algorithm, federated.algorithm_options.to_dict()
-    return named, federated.algorithms.get(named, ConfigDict()).to_dict()
+    options = federated.get("algorithms", {}).get(named, ConfigDict())
+    return named, options.to_dict()
 
 
 def check_algorithms(config) -> None:
@@ -173,7 +175,7 @@ def check_algorithms(config) -> None:
     """
     federated = config.federated
     by_name.check(federated.algorithm, federated.algorithm_options, "config.federated.algorithm")
-    for name, options in federated.algorithms.items():
+    for name, options in federated.get("algorithms", {}).items():
         by_name.check(name, options, "config.federated.algorithms")
     names = {algorithm_of(config, regime)[0] for regime in config.regimes}
     if config.models.quantize and (changing := names & {*by_name.CHANGING_BASE}):

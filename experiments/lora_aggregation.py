@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from experiments.client_scores import client_scores
-from experiments.curves import curve
+from experiments.fitting import fitted
 from experiments.lab import Lab, control_scores
 from experiments.loading import check_replicates, load_data, replicates, validation_sample
 from experiments.rates import at_edge, chosen_rate, kept_rate, one_by_one
@@ -30,12 +30,9 @@ from fedrag_jax.data.seeds import stream
 from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.evaluation import evaluator
 from fedrag_jax.federated.algorithms.fed_lora import RULES, fed_lora
-from fedrag_jax.federated.fit import fit
 from fedrag_jax.files import kept, read_json, write_json
 from fedrag_jax.objectives.generator import concatenated
-from fedrag_jax.strategies import regimes
-from fedrag_jax.tracking.ledger import Cost, training_cost
-from fedrag_jax.tracking.logs import Progress
+from fedrag_jax.tracking.ledger import Cost
 from fedrag_jax.tracking.processes import everywhere
 
 METRICS = ("em", "f1", "nll")
@@ -80,7 +77,7 @@ def tuned(run: Lab, read: dict, rule: str, seed: int, split: int, rate: float):
       DivergenceError: training at this rate ends in numbers that are not finite.
     """
 
-    system, examples, budget = run.system(seed), run.dataset.train, run.budget()
+    system = run.system(seed)
     task = concatenated(
         system.decoder,
         system.generator.params,
@@ -89,35 +86,16 @@ def tuned(run: Lab, read: dict, rule: str, seed: int, split: int, rate: float):
         functools.partial(rows_for, read),
     )
     where = f"{rule}, rank {run.config.lora.rank}, alpha {run.config.federated.alpha:g}"
-    arguments = regimes.arguments(
-        task,
-        "federated",
-        examples,
-        run.clients("federated", split),
-        budget,
-        {"adapters": rate},
-        seed,
-        callbacks=[Progress(f"{where}, rate {rate:g}")],
+    result = fitted(
+        run, task, "federated", split, {"adapters": rate}, seed, f"{where}, rate {rate:g}",
         averaging=functools.partial(fed_lora, rule, system.decoder),
-    )
-    result = fit(**arguments)
-    # Off the devices of the clients, each of which would do all of what follows.
-    trainable, base = jax.device_get((result.trainable, result.frozen["decoder"]))
+    )  # fmt: skip
+    base = jax.device_get(result.frozen["decoder"])
     system = dataclasses.replace(
         system, generator=dataclasses.replace(system.generator, params=base)
     )
-    several = [trainable]
-    if arguments["algorithm"].model is not None:  # stacked
-        several = [jax.tree.map(lambda x, i=i: x[i], trainable) for i in range(budget.clients)]
-    cost = training_cost(
-        task,
-        result.history,
-        task.collate(examples[:1], None),
-        steps=budget.rounds * budget.local_steps * budget.clients,
-        batch_size=budget.batch_size,
-    )
-    curves = {rule: curve([result.history], budget.schedule("federated").refresh_every)}
-    return [system.replace(**each) for each in several], cost, curves
+    systems = [system.replace(**each) for each in result.trained]
+    return systems, result.cost, {rule: result.points}
 
 
 class Aggregation(NamedTuple):

@@ -10,11 +10,11 @@ import functools
 import itertools
 import pathlib
 
-import jax
 import numpy as np
 
 from experiments.client_scores import client_scores, mixture_weights, own_scores
-from experiments.curves import curve, training_curves
+from experiments.curves import training_curves
+from experiments.fitting import fitted
 from experiments.lab import METRICS, Lab
 from experiments.loading import check_replicates, load_data, replicates
 from experiments.rates import at_edge, chosen_rate, kept_rate, one_by_one
@@ -29,14 +29,12 @@ from fedrag_jax.evaluation import evaluator
 from fedrag_jax.federated.algorithms import by_name
 from fedrag_jax.federated.algorithms.by_name import PERSONAL, RULES, personal
 from fedrag_jax.federated.algorithms.fed_avg import fed_avg
-from fedrag_jax.federated.fit import fit
 from fedrag_jax.objectives.retriever import multiple_negatives_ranking
 from fedrag_jax.objectives.task import Task
 from fedrag_jax.strategies import regimes
 from fedrag_jax.strategies.own import named
 from fedrag_jax.strategies.tuner import tune_together
-from fedrag_jax.tracking.ledger import Cost, training_cost
-from fedrag_jax.tracking.logs import Progress
+from fedrag_jax.tracking.ledger import Cost
 
 FEDERATED, ALONE = "federated", "local_converged"
 # What is judged, by strategy; F1 and MRR are less noisy than EM.
@@ -61,14 +59,13 @@ def tuned(lab: Lab, strategy: str, method: str, seed: int, split: int, rate: flo
     Raises:
       DivergenceError: training diverges at this rate.
     """
-    about, system, budget = lab.config.methods[method], lab.system(seed), lab.budget()
-    clients = lab.clients(FEDERATED, split)
+    about, system = lab.config.methods[method], lab.system(seed)
     task = task_of(system, lab.dataset, strategy, about.get("parts", ()))
     if method == ALONE:
         there = lab.like(lab.config, lab.folder / "alone" / f"{strategy}-rate{rate:g}")
         tuners = [
             there.tuner(lambda task, part: rate, ALONE, seed, split, client)
-            for client in range(len(clients.clients))
+            for client in lab.members(ALONE)
         ]
         trained = tune_together([(tuner, task) for tuner in tuners])
         for failed in trained:
@@ -76,31 +73,17 @@ def tuned(lab: Lab, strategy: str, method: str, seed: int, split: int, rate: flo
                 raise failed
         cost = sum((c for tuner in tuners for c in tuner.costs.values()), Cost())
         return [system.replace(**each) for each in trained], cost, training_curves(tuners)
-    arguments = regimes.arguments(
-        task, FEDERATED, lab.dataset.train, clients, budget, dict.fromkeys(task.trainable, rate),
-        seed, callbacks=[Progress(f"{strategy}, {method}, rate {rate:g}")],
-        averaging=averaging_of(about, system),
-    )  # fmt: skip
+    optimizer = None
     if together := about.get("options", {}).get("together"):
         before = kept_rate(rates_file(lab.folder, strategy, FEDERATED))
-        arguments["optimizer"] = fine_tuning(task, budget.rounds, together, before, rate)
-    result = fit(**arguments)
-    trainable, several = jax.device_get(result.trainable), [result.trainable]
-    if arguments["algorithm"].model is not None:  # stacked, a model for each client
-        several = [jax.tree.map(lambda x, i=i: x[i], trainable) for i in range(budget.clients)]
-    steps = sum(len(record["clients"]) for record in result.history) * budget.local_steps
-    cost = training_cost(
-        task,
-        result.history,
-        task.table(lab.dataset.train[:1]),
-        steps=steps,
-        batch_size=budget.batch_size,
-    )
-    refresh = budget.schedule(FEDERATED).refresh_every
-    points = curve([result.history], refresh)
-    points[-1]["epochs"] = points[-1]["examples"] / len(lab.dataset.train)
-    curves = {task.name: points}
-    return [system.replace(**jax.device_get(each)) for each in several], cost, curves
+        optimizer = fine_tuning(task, lab.budget().rounds, together, before, rate)
+    result = fitted(
+        lab, task, FEDERATED, split, dict.fromkeys(task.trainable, rate), seed,
+        f"{strategy}, {method}, rate {rate:g}",
+        averaging=averaging_of(about, system), optimizer=optimizer,
+    )  # fmt: skip
+    systems = [system.replace(**each) for each in result.trained]
+    return systems, result.cost, {task.name: result.points}
 
 
 def fine_tuning(task: Task, rounds: int, together: int, before: float, rate: float):

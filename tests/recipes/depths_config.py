@@ -1,10 +1,10 @@
 """Depths."""
 
-from configs import compare_strategies
+from configs import settings
 
 
 def get_config():
-    config = compare_strategies.get_config()
+    config = settings.base()
     config.name, config.wandb.mode = "depths", "disabled"
     config.depths = (1, 5)
     return config
