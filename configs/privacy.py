@@ -6,6 +6,7 @@ each shadow model, by other halves.
 
 python -m experiments privacy
 python -m experiments privacy --config.name=reading --config.strategy=generator --config.shadows=0
+python -m experiments privacy --config=configs/privacy.py:clipping
 """
 
 from ml_collections import ConfigDict
@@ -13,9 +14,16 @@ from ml_collections import ConfigDict
 from configs import compare_strategies, settings
 
 
-def get_config() -> ConfigDict:
+def get_config(which: str = "") -> ConfigDict:
+    """The defences; or `clipping`, clipping bounds for the generator's adapters.
+
+    Raises:
+      ValueError: another.
+    """
+    if which not in ("", "clipping"):
+        raise ValueError(f"{which!r} unknown; choose 'clipping', or leave it out")
     config = settings.base()
-    config.name = "privacy"
+    config.name = f"privacy_{which}" if which else "privacy"
     config.seeds = (0,)
     # "retriever" or "generator".
     config.strategy = "retriever"
@@ -58,4 +66,18 @@ def get_config() -> ConfigDict:
     # Number of test questions for the attacks on a system that holds half of the passages. A passage
     # counts as repeated if an answer has this number of its words in a row.
     config.asked, config.said_words = 30, 8
+    if which == "clipping":
+        config.strategy, config.primary_metric, config.shadows = "generator", "em", 0
+        bounds = {f"clip_{bound:g}": bound for bound in (0.05, 0.2, 0.8, 3.2)}
+        config.variants = ConfigDict(
+            {"untuned": {"rounds": 0}, "fedavg": {}}
+            | {
+                name: {
+                    "algorithm": "dpfedavg",
+                    "options": {"clip": bound, "delta": 0.01, "epsilon": 64.0},
+                }
+                for name, bound in bounds.items()
+            },
+            sort_keys=False,
+        )
     return config

@@ -239,6 +239,7 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
         for metric in comparison.METRICS:
             if metric in found[0].scores:
                 row |= comparison.estimate(found, metric)
+        row |= falls(found)
         for attack in MEASURED:
             if made := attacks_on(found, attack):
                 row |= _told(f"{attack}_auc", estimate(auc, made))
@@ -247,6 +248,18 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
         row["seconds"] = float(np.mean([c.cost.seconds + c.cost.compile_seconds for c in found]))
         rows.append(row)
     return rows
+
+
+def falls(found: list[cells.Cell]) -> dict[str, float]:
+    """Returns by how many nats training lowered the loss of questions: of those trained on, and of
+    those of clients that did not train. Means over questions and seeds."""
+    fell = {"fall_trained": [], "fall_others": []}
+    for cell in found:
+        trained = (cell.scores["took_part"] > 0) & (cell.scores["fresh"] == 0)
+        others = cell.scores["took_part"] == 0
+        for name, some in zip(fell, (trained, others), strict=True):
+            fell[name].append(np.mean(cell.scores["calibrated"][some]))
+    return {name: float(np.mean(values)) for name, values in fell.items()}
 
 
 def _told(name: str, found: tuple[float, float, float], unit: float = 1.0) -> dict[str, float]:
@@ -264,6 +277,8 @@ def report(config, folder: pathlib.Path) -> Report:
         tables.number("ε", "epsilon", 1),
         seeds,
         tables.interval(f"{title} [95% CI]", primary),
+        tables.number("fall of the loss, trained on", "fall_trained", 2),
+        tables.number("others", "fall_others", 2),
         *(tables.interval(f"AUC, {words}", f"{name}_auc", 2) for name, words in ATTACKS.items()),
         tables.interval("TPR at 1% FPR, likelihood ratio", "ratio_tpr"),
     )
@@ -294,7 +309,8 @@ def report(config, folder: pathlib.Path) -> Report:
                 "Which questions were trained on",
                 "privacy",
                 "AUC with 95% intervals over clients and seeds. Members are the questions of the "
-                "clients that trained; the others belong to the other half of the clients. "
+                "clients that trained; the others belong to the other half of the clients. The fall of "
+                "the loss is in nats against the untrained model. "
                 f"{config.shadows} shadow models.",
                 tables.Table(questions, rows),
             ),

@@ -3,15 +3,18 @@
 import csv
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from small import small_privacy
 
 from experiments import privacy
 from experiments.privacy_lab import crowd, labels_by_heart
+from experiments.reporting import cells
 from experiments.run import run
 from fedrag_jax.data import synthetic
 from fedrag_jax.errors import ConfigError
+from fedrag_jax.tracking.ledger import Cost
 
 
 @pytest.mark.slow
@@ -26,6 +29,7 @@ def test_an_experiment_is_run_and_goes_on(tmp_path, capsys):
     # What a client sends plainly has its words; under noise it has fewer.
     assert float(rows["fedavg"]["words"]) > 0.95 > float(rows["dp_8"]["words"])
     assert float(rows["untuned"]["calibrated_auc"]) == 0.5
+    assert float(rows["untuned"]["fall_trained"]) == 0 < float(rows["fedavg"]["fall_trained"])
     for row in rows.values():
         for attack in ("loss", "clients", "passages"):
             low, value, high = (float(row[f"{attack}_auc{end}"]) for end in ("_low", "", "_high"))
@@ -37,6 +41,17 @@ def test_an_experiment_is_run_and_goes_on(tmp_path, capsys):
     run(privacy.EXPERIMENT, config, str(tmp_path))
     told = capsys.readouterr().out
     assert "int8, federated" in told and "fedavg, federated" not in told
+
+
+def test_the_fall_of_the_loss_is_of_questions_that_were_trained_on():
+    absent = np.nan  # a test question, which belongs to no client
+    scores = {
+        "calibrated": np.array([absent, 1.0, 2.0, 9.0, -1.0, 0.5]),
+        "took_part": np.array([absent, 1, 1, 1, 0, 0]),
+        "fresh": np.array([absent, 0, 0, 1, 0, 1]),
+    }
+    cell = cells.Cell("v", "federated", 0, 0, scores, {}, [], Cost(), {}, np.arange(6))
+    assert privacy.falls([cell]) == {"fall_trained": 1.5, "fall_others": -0.25}
 
 
 def test_who_trains_and_who_does_not():
