@@ -68,16 +68,9 @@ def get_config(which: str = "") -> ConfigDict:
     config.asked, config.said_words = 30, 8
     if which == "clipping":
         config.strategy, config.primary_metric, config.shadows = "generator", "em", 0
-        bounds = {f"clip_{bound:g}": bound for bound in (0.05, 0.2, 0.8, 3.2)}
-        config.variants = ConfigDict(
-            {"untuned": {"rounds": 0}, "fedavg": {}}
-            | {
-                name: {
-                    "algorithm": "dpfedavg",
-                    "options": {"clip": bound, "delta": 0.01, "epsilon": 64.0},
-                }
-                for name, bound in bounds.items()
-            },
-            sort_keys=False,
-        )
+        config.variants = ConfigDict({"untuned": {"rounds": 0}, "fedavg": {}}, sort_keys=False)
+        for clip in (0.05, 0.2, 0.8, 3.2):
+            name = f"clip_{clip:g}".replace(".", "_")
+            options = {"clip": clip, "delta": 0.01, "epsilon": 64.0}
+            config.variants[name] = ConfigDict({"algorithm": "dpfedavg", "options": options})
     return config
