@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from experiments.lab import Lab
+from experiments.lab import Lab, untuned_cell
 from experiments.launch import kept_config
 from experiments.loading import load_data
 from experiments.reporting import cells
@@ -40,6 +40,13 @@ class FinishedLab(Lab):
 def tested(strategies: Sequence[str], regimes: Sequence[str]) -> list[tuple[str, str]]:
     """Returns all pairs of a strategy and a regime; the untuned system is of the first regime alone."""
     return [(s, r) for s in strategies for r in regimes if s != "none" or r == regimes[0]]
+
+
+def untuned_of_other_seeds(config, folder: pathlib.Path, point: Point) -> cells.Cell | None:
+    """Returns the cell of a point of the untuned system, which seeds do not change, if another pair of
+    seeds has one."""
+    known = untuned_cell(config, folder / point.folder) if point.name == "none" else None
+    return known and known._replace(seed=point.seed, split=point.split)
 
 
 def require_run(of: pathlib.Path, setting: str = "config.of") -> None:

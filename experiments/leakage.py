@@ -16,8 +16,13 @@ import pathlib
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments.finished_lab import FinishedLab, require_finished, require_run, tested
-from experiments.lab import untuned_cell
+from experiments.finished_lab import (
+    FinishedLab,
+    require_finished,
+    require_run,
+    tested,
+    untuned_of_other_seeds,
+)
 from experiments.launch import kept_config
 from experiments.loading import check_replicates, replicates
 from experiments.reporting import cells, tables
@@ -159,8 +164,8 @@ def points(lab: Suspects) -> list[Point]:
 def compute(lab: Suspects, point: Point) -> cells.Cell:
     """Computes the losses of all questions under one system, and asks an attacked one for its
     passages."""
-    if point.name == "none" and (known := untuned_cell(lab.asking, lab.results)):
-        return known._replace(seed=point.seed, split=point.split)
+    if known := untuned_of_other_seeds(lab.asking, lab.results, point):
+        return known
     where, asked = (point.name, point.regime, point.seed, point.split), lab.questions
     of = lab.shadow(pathlib.Path(point.folder).name) if point.folder else lab
     trained_on = {e.id for e in of.dataset.train}

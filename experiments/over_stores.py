@@ -10,7 +10,7 @@ table.md, report.html. A cell (store, strategy, regime, seeds) that is finished 
 import functools
 import pathlib
 
-from experiments.finished_lab import FinishedLab, require_finished, tested
+from experiments.finished_lab import FinishedLab, require_finished, tested, untuned_of_other_seeds
 from experiments.lab import METRICS
 from experiments.loading import check_replicates, replicates
 from experiments.reporting import cells, comparison, differences, tables
@@ -27,9 +27,9 @@ OWN = "vectors"  # what the comparison itself has searched
 class OverStores(FinishedLab):
     """Tuned systems, and the stores that they answer from."""
 
-    def __init__(self, config, of: pathlib.Path):
+    def __init__(self, config, of: pathlib.Path, folder: pathlib.Path):
         super().__init__(of)
-        self.asking = config
+        self.asking, self.results = config, folder
         self.store = functools.lru_cache(maxsize=1)(self._store)
 
     def _store(self, kind: str):
@@ -59,7 +59,7 @@ def lab(config, folder: pathlib.Path) -> OverStores:
     """
     check_replicates(config)
     require_finished(pathlib.Path(config.of), every_point(config))
-    found = OverStores(config, pathlib.Path(config.of))
+    found = OverStores(config, pathlib.Path(config.of), folder)
     dimension = found.system(found.config.seeds[0]).retriever.vectors.shape[1]
     for kind in config.stores:
         new_store(kind, dimension)
@@ -68,6 +68,8 @@ def lab(config, folder: pathlib.Path) -> OverStores:
 
 def compute(lab: OverStores, point: Point) -> cells.Cell:
     """Tests one system over one store."""
+    if known := untuned_of_other_seeds(lab.asking, lab.results, point):
+        return known
     where = point.name, point.regime, point.seed, point.split
     system, clock = lab.tuned(*where).over(lab.store(point.folder)), Clock()
     found = evaluate(system, lab.dataset.test, mode=lab.config.mode)

@@ -9,9 +9,12 @@ import pytest
 from small import small
 
 from experiments import client_scores, compare_strategies, lab, loading
+from experiments.finished_lab import untuned_of_other_seeds
 from experiments.reporting import cells
+from experiments.run import Point
 from fedrag_jax.data import synthetic
 from fedrag_jax.errors import ConfigError
+from fedrag_jax.tracking.ledger import Cost
 
 
 def test_clients_are_scored_on_questions_such_as_they_hold():
@@ -138,3 +141,20 @@ def test_left_over_training_questions_stand_for_clients_own_topics(tmp_path):
     config.data.own_questions = 100_000
     with pytest.raises(ConfigError, match=r"own_questions is 100000, but .* only \d+ others"):
         compare_strategies.lab(config, tmp_path)
+
+
+def test_seeds_do_not_change_the_untuned_system(tmp_path):
+    config = types.SimpleNamespace(seeds=(0, 1), split_seeds=(), regimes=("federated",))
+    scores = {"em": np.array([1.0, 0.0])}
+    for name in ("none", "retriever"):
+        where = name, "federated", 0, 0
+        cell = cells.Cell(*where, scores, {}, [], Cost(), {}, np.arange(2))
+        cells.save(tmp_path / "bm25", cell)
+
+    def known(name, folder):
+        point = Point(name, "federated", 1, 1, folder=folder)
+        return untuned_of_other_seeds(config, tmp_path, point)
+
+    found = known("none", "bm25")
+    assert (found.seed, found.split, found.scores["em"].tolist()) == (1, 1, [1.0, 0.0])
+    assert known("retriever", "bm25") is None and known("none", "hybrid") is None
