@@ -1,6 +1,7 @@
 """One battery over all algorithms, and each against a slow, obvious NumPy version."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from toys import (
     squared_error,
 )
 
+from fedrag_jax.data.partition import Partition
 from fedrag_jax.errors import ConfigError, DivergenceError
 from fedrag_jax.federated.algorithms.centralised import centralised
 from fedrag_jax.federated.algorithms.fed_avg import fed_avg
@@ -25,9 +27,11 @@ from fedrag_jax.federated.algorithms.fed_avg_m import fed_avg_m
 from fedrag_jax.federated.algorithms.fed_opt import fed_adagrad, fed_adam, fed_yogi
 from fedrag_jax.federated.algorithms.fed_prox import fed_prox
 from fedrag_jax.federated.algorithms.local_only import local_only
+from fedrag_jax.federated.algorithms.robust import robust
 from fedrag_jax.federated.algorithms.scaffold import scaffold
 from fedrag_jax.federated.callbacks import Callback
 from fedrag_jax.federated.fit import fit
+from fedrag_jax.federated.robust.coordinates import median
 from fedrag_jax.federated.sampling import uniform, weighted
 from fedrag_jax.tracking.checkpoints import Checkpointer
 
@@ -373,3 +377,23 @@ def test_a_server_step_moves_as_much_as_its_rate_at_most_by_adam():
     first = trained(algorithm, rounds=1) - START
     np.testing.assert_allclose(np.abs(first), 0.5 * 0.1 / 0.1, rtol=1e-4)
     assert leaves({"first": first}).any()
+
+
+def test_algorithms_that_weight_uniformly_sample_by_examples():
+    for make in (scaffold, functools.partial(robust, median())):
+        arguments = (0.1,) if make is scaffold else ()
+        assert make(*arguments, sampling=weighted(2)).work.weighting == "uniform"
+
+
+@pytest.mark.parametrize("local_steps", [1, 10])
+def test_examples_that_nobody_holds_are_not_read(local_steps):
+    def collate(examples, retrieved):
+        assert max(e["id"] for e in examples) < 4
+        return linear_task().collate(examples, retrieved)
+
+    held = Partition(EXAMPLES, (np.arange(2), np.arange(2, 4)))
+    algorithm = fed_avg(local_steps=local_steps)
+    how = {"rounds": 2, "batch_size": 2, "optimizer": optax.sgd(0.01)}
+    found = fit(linear_task(collate=collate), held, algorithm, **how)
+    alone = Partition(EXAMPLES[:4], held.clients)
+    assert_equal(found.trainable, fit(linear_task(), alone, algorithm, **how).trainable)

@@ -12,12 +12,15 @@ from toys import FOUR, assert_close, assert_equal, linear_task, mlp_task
 
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.federated.algorithms.by_name import Named, check
+from fedrag_jax.federated.algorithms.centralised import centralised
 from fedrag_jax.federated.algorithms.compressed import compressed
+from fedrag_jax.federated.algorithms.ditto import ditto
 from fedrag_jax.federated.algorithms.fed_avg import fed_avg
 from fedrag_jax.federated.algorithms.fed_lora import fed_lora
 from fedrag_jax.federated.algorithms.fed_opt import fed_adam
 from fedrag_jax.federated.algorithms.local_only import local_only
 from fedrag_jax.federated.algorithms.scaffold import scaffold
+from fedrag_jax.federated.algorithms.secure import secure
 from fedrag_jax.federated.compression.by_name import codec
 from fedrag_jax.federated.compression.casting import cast
 from fedrag_jax.federated.compression.codec import decoded, encoded, message_bytes
@@ -303,6 +306,12 @@ def test_it_is_chosen_by_name():
         (lambda: check("flexlora", {"up": "int8", "ranks": (1, 2)}, "here"), "leave out ranks"),
         (lambda: check("fedex", {"secure": True}, "here"), "here: secure: fedex multiplies"),
         (lambda: compressed(local_only(), up=quantised(8)), "leaves models with its clients"),
+        (lambda: compressed(centralised(), down=quantised(4)), "leaves models with its clients"),
+        (lambda: compressed(ditto(), down=cast("bfloat16")), "leaves models with its clients"),
+        (
+            lambda: compressed(secure(fed_avg()), up=quantised(4)),
+            "masked integers, .* leave out up",
+        ),
         (
             lambda: compressed(fed_lora("flexlora", NETWORK, ranks=(1, 2)), up=quantised(8)),
             "messages of different sizes; leave out ranks",

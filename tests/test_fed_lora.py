@@ -1,5 +1,6 @@
 """What each rule makes of the clients' adapters, seen in the dense product they stand for."""
 
+import dataclasses
 import functools
 
 import jax
@@ -364,3 +365,23 @@ def test_layers_of_several_ranks_keep_them():
     task = chain_task(random_adapters(wide, 0), functools.partial(squared_error, network=wide))
     end = fit(task, CLIENTS, fed_lora("flexlora", wide), rounds=1, **SGD).trainable["adapters"]
     assert end["lm_head"]["lora_a"].shape == (6, 7)
+
+
+@pytest.mark.parametrize("rule", ["fedit", "flora", "fedex"])
+def test_what_retrieves_with_the_model_has_the_changed_base(rule):
+    """A policy rolls out in `retrieve`: with base and adapters of the round, whose sum is the model."""
+    start = chain_task(jax.tree.map(lambda x: 0.3 * x, random_adapters(NETWORK, 0)))
+    seen = []
+
+    def retrieve(examples, trained, index):
+        base = trained.get("decoder", start.frozen["decoder"])
+        seen.append(lora.add_product(base, lora.product(NETWORK, trained["adapters"])))
+        return np.zeros((len(examples), 1), np.int32), index
+
+    task = dataclasses.replace(start, retrieve=retrieve, index={"time": np.asarray(0)})
+    how = {"batch_size": 3, "optimizer": optax.sgd(0.003)}
+    algorithm = fed_lora(rule, NETWORK, local_steps=5)
+    fit(task, CLIENTS, algorithm, rounds=3, **how)
+    two = fit(start, CLIENTS, algorithm, rounds=2, **how)
+    product = lora.product(NETWORK, two.trainable["adapters"])
+    assert_close(seen[2], lora.add_product(two.frozen["decoder"], product), 1e-5)

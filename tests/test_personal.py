@@ -74,6 +74,8 @@ def test_fine_tuning_in_numpy():
     found = trained(fine_tuned(together=2, alone=2, local_steps=3), rounds=4)
     np.testing.assert_allclose(models(found), alone, atol=1e-12)
     assert [r["bytes_up"] for r in found.history] == [4 * 4 * 8] * 2 + [0, 0]
+    # What the second round made goes down once more.
+    assert [r["bytes_down"] for r in found.history] == [4 * 4 * 8] * 3 + [0]
     early = trained(fine_tuned(together=2, alone=2, local_steps=3), rounds=2)
     np.testing.assert_allclose(models(early), [x] * 4, atol=1e-12)
 

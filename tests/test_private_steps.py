@@ -6,15 +6,19 @@ import numpy as np
 import optax
 import pytest
 from scipy import stats
+from test_fed_lora import CLIENTS, NETWORK, chain_task
+from tiny import random_adapters
 from toys import EXAMPLES, FOUR, assert_close, linear_task, weighted_mean
 
 from fedrag_jax.data.partition import Partition
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.federated.algorithms.fed_avg import fed_avg
+from fedrag_jax.federated.algorithms.fed_lora import fed_lora
 from fedrag_jax.federated.engine.cohort import sample_cohort
 from fedrag_jax.federated.fit import fit
 from fedrag_jax.federated.privacy.accounting import epsilon
 from fedrag_jax.federated.privacy.steps import example_epsilon, private_steps
+from fedrag_jax.federated.sampling import fixed
 from fedrag_jax.federated.work import Work
 
 pytest.importorskip("jax_privacy")
@@ -30,7 +34,7 @@ def gradient_of(example, w, b):
 
 
 def test_gradients_are_clipped_one_by_one_in_numpy():
-    task = private_steps(linear_task(), clip=0.7, noise_multiplier=0.0)
+    task = private_steps(linear_task(), clip=0.7, noise_multiplier=0.0, batch_size=5)
     trainable = {name: jnp.asarray(x, jnp.float32) for name, x in START.items()}
     table = {name: jnp.asarray(x) for name, x in task.collate(EXAMPLES[:5], None).items()}
     weight = np.array([1, 1, 1, 1, 0.0])
@@ -49,7 +53,7 @@ def test_gradients_are_clipped_one_by_one_in_numpy():
 
 
 def test_one_example_moves_a_step_by_the_clip_at_most():
-    task = private_steps(linear_task(), clip=0.3, noise_multiplier=0.0)
+    task = private_steps(linear_task(), clip=0.3, noise_multiplier=0.0, batch_size=4)
     trainable = {name: jnp.asarray(x, jnp.float32) for name, x in START.items()}
 
     def step(y):
@@ -70,7 +74,10 @@ def test_noise_of_a_step_is_gaussian_of_the_size_that_is_accounted_for():
 
     trainable = {"w": np.zeros(10_000, np.float32)}
     task = private_steps(
-        linear_task(trainable=trainable, loss=flat_loss), clip=0.4, noise_multiplier=1.5
+        linear_task(trainable=trainable, loss=flat_loss),
+        clip=0.4,
+        noise_multiplier=1.5,
+        batch_size=6,
     )
     one, two = (
         fit(
@@ -124,7 +131,7 @@ def test_the_smallest_client_pays_most():
 
 def test_without_clipping_and_noise_it_is_the_task():
     whole = Partition(EXAMPLES, tuple(rows for rows in FOUR.clients if len(rows) >= 4))
-    free = private_steps(linear_task(), clip=1e6, noise_multiplier=0.0)
+    free = private_steps(linear_task(), clip=1e6, noise_multiplier=0.0, batch_size=4)
     how = {"rounds": 2, "batch_size": 4, "optimizer": optax.sgd(0.05)}
     one, other = (fit(task, whole, fed_avg(local_steps=2), **how) for task in (linear_task(), free))
     assert_close(one.trainable, other.trainable, 1e-5)
@@ -134,10 +141,13 @@ def test_without_clipping_and_noise_it_is_the_task():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: private_steps(linear_task(), clip=0.0, noise_multiplier=1.0), "clip must be > 0"),
+        (
+            lambda: private_steps(linear_task(), clip=0.0, noise_multiplier=1.0, batch_size=4),
+            "clip must be > 0",
+        ),
         (
             lambda: private_steps(
-                linear_task(idle=lambda e, b: ""), clip=1.0, noise_multiplier=1.0
+                linear_task(idle=lambda e, b: ""), clip=1.0, noise_multiplier=1.0, batch_size=4
             ),
             "depends on the others of its batch",
         ),
@@ -158,3 +168,36 @@ def test_without_clipping_and_noise_it_is_the_task():
 def test_refusals(call, words):
     with pytest.raises(ConfigError, match=words):
         call()
+
+
+def test_a_step_does_not_depend_on_how_batches_are_cut():
+    """A client with two examples beside one with eight, and by itself: B is that of the fit."""
+    task = private_steps(linear_task(), clip=0.01, noise_multiplier=0.0, batch_size=8)
+    how = {"rounds": 1, "batch_size": 8, "optimizer": optax.sgd(1.0)}
+    rows = np.arange(2)
+    each = np.array([gradient_of(EXAMPLES[i], START["w"], START["b"]) for i in rows])
+    expected = -(each * (0.01 / np.linalg.norm(each, axis=1))[:, None]).sum(0) / 8
+    for others in ((), (np.arange(2, 10), np.arange(10, 18))):
+        data = Partition(EXAMPLES, (rows, *others))
+        algorithm = fed_avg(local_steps=1, sampling=fixed(0))
+        found = fit(task, data, algorithm, **how).trainable
+        moved = np.append(found["w"] - START["w"], found["b"] - START["b"])
+        np.testing.assert_allclose(moved, expected, rtol=1e-3, atol=1e-7)
+
+
+def test_a_larger_batch_than_was_said_is_refused():
+    task = private_steps(linear_task(), clip=0.01, noise_multiplier=0.0, batch_size=4)
+    with pytest.raises(ConfigError, match="batch_size is 4, but a batch has 8 examples"):
+        fit(task, EXAMPLES, rounds=1, batch_size=8)
+
+
+@pytest.mark.parametrize("rule", ["fedit", "ffa", "rolora"])
+def test_gradients_of_what_is_trained_are_clipped(rule):
+    """A step of one example whose gradient is far above C has the length C, whatever is fixed."""
+    start = chain_task(jax.tree.map(lambda x: 0.3 * x, random_adapters(NETWORK, 0)))
+    task = private_steps(start, clip=0.01, noise_multiplier=0.0, batch_size=1)
+    one = Partition(CLIENTS.examples, (np.array([0]),))
+    algorithm = fed_lora(rule, NETWORK, local_steps=1)
+    found = fit(task, one, algorithm, rounds=1, batch_size=1, optimizer=optax.sgd(1.0)).trainable
+    moved = jax.tree.map(lambda a, b: np.square(np.asarray(a) - b).sum(), found, start.trainable)
+    assert np.sqrt(sum(jax.tree.leaves(moved))) == pytest.approx(0.01, rel=1e-3)

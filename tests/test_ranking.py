@@ -301,3 +301,12 @@ def test_negatives_that_are_given_are_those_of_the_batch(retriever):
     assert table["negatives"].tolist() == [given[e.id] for e in EXAMPLES[:2]]
     with pytest.raises(ConfigError, match="leave out one of them"):
         multiple_negatives_ranking(retriever, DATASET, negatives=given, mining=Mining())
+
+
+def test_held_out_questions_may_have_more_gold_passages(retriever):
+    more = dataclasses.replace(
+        EXAMPLES[0], positive_ids=[p.id for p in DATASET.passages[:3]], id="with more"
+    )
+    assert len(more.positive_ids) > max(len(e.positive_ids) for e in EXAMPLES)
+    task = multiple_negatives_ranking(retriever, dataclasses.replace(DATASET, validation=[more]))
+    assert task.table([more])["positive"].shape == task.table(EXAMPLES[:1])["positive"].shape

@@ -23,7 +23,7 @@ class Scripted:
     def __init__(self, *losses):
         self.losses, self.shown = list(losses), []
 
-    def __call__(self, trainable):
+    def __call__(self, trainable, index):
         self.shown.append(trainable)
         return self.losses[len(self.shown) - 1]
 
@@ -121,7 +121,7 @@ def test_a_killed_training_goes_on_as_if_it_had_not_been(tmp_path, killed_at):
             if state.round == killed_at:
                 raise Killed
 
-    def judge(trainable):  # best at round 4, whenever it is asked
+    def judge(trainable, index):  # best at round 4, whenever it is asked
         return abs(float(trainable["b"]) - bs[4])
 
     bs = {}
@@ -210,3 +210,29 @@ def test_evaluations_are_a_log_of_lines(tmp_path):
     lines = (tmp_path / "validation.jsonl").read_text().splitlines()
     assert [{*json.loads(line)} for line in lines] == [{"round", "loss", "seconds"}] * 3
     assert read_evaluations(tmp_path / "none.jsonl") == []
+
+
+def test_a_resumed_training_with_an_index_is_judged_alike(tmp_path):
+    """What a policy draws depends on the index; the judge continues from that of the training."""
+
+    def retrieve(examples, trained, index):
+        time = int(index["time"])
+        drawn = np.random.default_rng(time).integers(0, 1000, (len(examples), 1))
+        return drawn.astype(np.int32), {"time": np.asarray(time + 1)}
+
+    def collate(examples, drawn):
+        table = linear_task().collate(examples, None)
+        return table | {"y": table["y"] + (drawn[:, 0] / 1000).astype(np.float32)}
+
+    task = linear_task(retrieve=retrieve, collate=collate, index={"time": np.asarray(0)})
+
+    def judged(folder, rounds):
+        stopping = EarlyStopping(held_out_loss(task, EXAMPLES[:8]), 1, 99, folder)
+        kept = Checkpointer(folder / "checkpoints")
+        how = {"batch_size": 2, "optimizer": optax.sgd(0.01), "callbacks": [kept, stopping]}
+        fit(task, FOUR, fed_avg(local_steps=1), rounds=rounds, **how)
+        return [e["loss"] for e in read_evaluations(folder / "validation.jsonl")]
+
+    whole = judged(tmp_path / "whole", 5)
+    judged(tmp_path / "parts", 3)
+    assert judged(tmp_path / "parts", 5) == whole

@@ -118,8 +118,9 @@ class Algorithm(NamedTuple):
       frozen: `frozen(state, frozen) -> frozen`: the frozen part after changes by the algorithm.
       sent: `sent(trainable, turn) -> pytree`: the part of the model that a client trains and sends in
         that turn; None if messages differ in size between clients.
-      needs: the information that the server needs: only the weighted "sum" of updates, all "updates"
-        one by one, their "factors" (to multiply those of each client), or "nothing".
+      needs: the information that the server needs: only the weighted "sum" of updates, a sum that is
+        "masked" already, all "updates" one by one, their "factors" (to multiply those of each client),
+        or "nothing".
       tells: `tells(rounds)`: fields that the algorithm adds to the record after that many rounds;
         raises ConfigError for more rounds than the algorithm allows.
       simulated: the reason why the algorithm works only in simulation; "" if it can be deployed.
@@ -193,7 +194,9 @@ def one_object(make: Callable[P, Algorithm]) -> Callable[P, Algorithm]:
         bound.apply_defaults()
         settings = dict(bound.arguments)
         if "work" in settings:
-            work = Work(**settings.pop("work"))
+            # A factory may have a default of its own for a setting of the work.
+            of_work = {f.name: settings[f.name] for f in fields(Work) if f.name in settings}
+            work = Work(**settings.pop("work"), **of_work)
             settings = {f.name: getattr(work, f.name) for f in fields(work)} | settings
         return cached(tuple((name, plain(name, value)) for name, value in settings.items()))
 

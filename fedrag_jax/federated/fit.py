@@ -157,7 +157,9 @@ def fit(
                 since, count = stretch if task.retrieve is not None else (0, rounds)
                 rows = used_rows(data, work, since, count, batch_size, seed, table_rows)
                 if refresh:
-                    found, index = retrieve(task, data, rows, algorithm, now.state, now.index)
+                    found, index = retrieve(
+                        task, data, rows, algorithm, now.state, frozen, now.index
+                    )
                     now = dataclasses.replace(now, retrieved=found, index=index)
                 table = placing.everywhere(collate(task, data.examples, rows, now.retrieved))
                 place = np.zeros(len(data.examples), np.int32)

@@ -4,8 +4,8 @@ import functools
 import json
 import pathlib
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,12 @@ from fedrag_jax.objectives.task import PyTree, Task
 HELD_OUT_BATCH = 32  # questions scored at once; a ranking loss takes its negatives from these
 
 
+class Judge(Protocol):
+    """Scores parameters."""
+
+    def __call__(self, trainable: PyTree, index: dict[str, Any] | None, /) -> float: ...
+
+
 class EarlyStopping(Callback):
     """Ends a fit that has stopped improving, and keeps the best parameters.
 
@@ -29,7 +35,8 @@ class EarlyStopping(Callback):
     A resumed fit continues with the evaluations in its folder.
 
     Args:
-      judge: `judge(trainable) -> float` for NumPy arrays; lower is better.
+      judge: `judge(trainable, index) -> float` for NumPy arrays and the index of the last retrieval
+        (None if there is none); lower is better.
       every: rounds between two evaluations.
       patience: the fit ends after this many evaluations in a row without a new best.
       folder: folder of `validation.jsonl` (one line per evaluation: `round`, `loss`, `seconds`) and
@@ -41,7 +48,7 @@ class EarlyStopping(Callback):
 
     def __init__(
         self,
-        judge: Callable[[PyTree], float],
+        judge: "Judge",
         every: int,
         patience: int,
         folder: pathlib.Path,
@@ -89,7 +96,7 @@ class EarlyStopping(Callback):
     def _evaluate(self, state) -> None:
         began = time.perf_counter()
         trainable = jax.device_get(state.state.trainable)
-        loss = float(self.judge(trainable))
+        loss = float(self.judge(trainable, state.index))
         before = [e["loss"] for e in self.evaluations]
         if not before or loss < min(before):
             tensors.save_arrays(trainable, self.kept)
@@ -106,13 +113,12 @@ def read_evaluations(path: pathlib.Path) -> list[dict[str, float]]:
     return [evaluation for evaluation, _ in json_rows(path)]
 
 
-def held_out_loss(
-    task: Task, examples: Sequence[Any], batch_size: int = HELD_OUT_BATCH
-) -> Callable[[PyTree], float]:
-    """Returns `judge(trainable)`: the mean of a task's own loss over held-out examples, or the negative
+def held_out_loss(task: Task, examples: Sequence[Any], batch_size: int = HELD_OUT_BATCH) -> Judge:
+    """Returns the judge by a task's own loss: its mean over held-out examples, or that of the negative
     of the metric that the task names for this.
 
-    The task retrieves again with the evaluated parameters.
+    The task retrieves again with the evaluated parameters, from the index of the training, so that a
+    resumed training is judged alike.
 
     Raises:
       DataError: no examples.
@@ -122,14 +128,15 @@ def held_out_loss(
     order = stream(0, "held-out batches").permutation(len(examples))
     shuffled = [examples[i] for i in order]  # files are sorted: neighbours would be negatives
     frozen = jax.tree.map(jnp.asarray, task.frozen)
-    now: dict[str, Any] = {"index": task.index, "rows": None, "table": None}
+    now: dict[str, Any] = {"rows": None, "table": None}
 
-    def judge(trainable: PyTree) -> float:
+    def judge(trainable: PyTree, index: dict[str, Any] | None = None) -> float:
         rows = None
         if task.retrieve is not None:
-            rows = task.retrieve(shuffled, trainable, *([now["index"]] if task.index else []))
+            at = [index or task.index] if task.index else []
+            rows = task.retrieve(shuffled, trainable, *at)
             if task.index:
-                rows, now["index"] = rows
+                rows, _ = rows
         if now["table"] is None or not np.array_equal(rows, now["rows"]):
             now["rows"], now["table"] = rows, task.collate(shuffled, rows)
         total = 0.0

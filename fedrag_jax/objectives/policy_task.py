@@ -140,7 +140,8 @@ def policy(
 
     def retrieve(some, trained, index):
         clock, time = Clock(), int(index["time"])
-        groups = rolling.rollouts(decoder, params, trained["adapters"], some, time)
+        base = trained.get("decoder", params)  # of an algorithm that changes it
+        groups = rolling.rollouts(decoder, base, trained["adapters"], some, time)
         packed = np.stack(
             [
                 [
@@ -151,7 +152,7 @@ def policy(
             ]
         )
         if not rolling.masked:
-            packed = _all_written(decoder, params, trained["adapters"], packed, rolling, width)
+            packed = _all_written(decoder, base, trained["adapters"], packed, rolling, width)
         spent.searching += clock.lap().others
         return packed, {"time": np.asarray(time + 1)}
 

@@ -148,7 +148,8 @@ def multiple_negatives_ranking(
     if mining and negatives is not None:
         raise ConfigError("negatives are both given and to be mined: leave out one of them")
     row = {identifier: i for i, identifier in enumerate(ids_of(dataset.passages))}
-    most = max((len(e.positive_ids) for e in dataset.train), default=1)
+    labelled = [*dataset.train, *dataset.validation]  # which stop the training
+    most = max((len(e.positive_ids) for e in labelled), default=1)
     trainable, frozen = trained_parts(retriever, train)
     questions = Questions(retriever, dataset.train, "query" not in train, max_question_tokens)
     passages = Passages(retriever, train)

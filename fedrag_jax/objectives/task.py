@@ -91,7 +91,8 @@ class Task:
         share one compiled program.
       collate: function that converts examples to rows of the table.
       retrieve: function that retrieves passages, called again whenever training changes the searched
-        vectors; None if nothing is retrieved.
+        vectors; None if nothing is retrieved. It receives the trained parts and, of an algorithm that
+        changes frozen parts, these.
       index: {name: array}, the initial index. If given, the call is
         `retrieve(examples, trainable, index) -> (rows, index)`, each time with the index of the time
         before. None if `retrieve` keeps its own index fresh.

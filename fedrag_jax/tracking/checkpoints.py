@@ -31,7 +31,8 @@ class Checkpointer(Callback):
 
     Args:
       directory: directory of this one fit; created if absent. Several processes must share it.
-      every: rounds between two checkpoints; the last round is always saved.
+      every: rounds between two checkpoints; the last of all rounds is saved, too. A fit that ends early
+        repeats the rounds since its newest checkpoint when it is called again.
       keep: number of newest checkpoints to keep.
     """
 

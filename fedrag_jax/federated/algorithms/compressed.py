@@ -54,11 +54,21 @@ def compressed(
         compressed(fed_avg(local_steps=10), up=quantised(bits=4), down=cast("bfloat16"))
 
     Raises:
-      ConfigError: models stay with the clients; messages differ in size between clients; `down` or
-        error feedback with a rule that creates new factors in every round.
+      ConfigError: models stay with the clients; updates are masked; messages differ in size between
+        clients; `down` or error feedback with a rule that creates new factors in every round.
     """
     if up is None and down is None:
         return algorithm
+    if algorithm.needs == "nothing" or algorithm.model is not None:
+        raise ConfigError(
+            f"compressed: {algorithm.name} leaves models with its clients; compress an algorithm that "
+            "combines all updates into one model, such as fed_avg()"
+        )
+    if algorithm.needs == "masked" and up is not None:
+        raise ConfigError(
+            f"compressed: updates of {algorithm.name} are masked integers, which no codec can shorten; "
+            "leave out up"
+        )
     codecs = {"up": up, "down": down}
     named = ", ".join(f"{way}={codec.name}" for way, codec in codecs.items() if codec is not None)
     if algorithm.sent is None:

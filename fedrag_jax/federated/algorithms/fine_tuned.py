@@ -76,7 +76,11 @@ def fine_tuned(*, together: int = 8, alone: int = 2, **work: Unpack[WorkOptions]
         return State(state.trainable, (), population), report
 
     def traffic(trainable, drawn, answered, round):
-        return whole_model(trainable, drawn, answered, round) if round < together else Traffic()
+        whole = whole_model(trainable, drawn, answered, round)
+        if round < together:
+            return whole
+        # What the rounds together came to is sent once more, before clients go on alone.
+        return Traffic(down=whole.down) if together and round == together else Traffic()
 
     def tells(rounds):
         if rounds > together + alone:

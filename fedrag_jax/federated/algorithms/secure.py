@@ -29,6 +29,7 @@ WHY = {
     "updates": "needs every single update, which a sum does not reveal",
     "factors": "multiplies the factors of each client, which a sum of factors does not reveal",
     "nothing": "sends nothing that could be summed",
+    "masked": "masks its sums already",
 }
 
 
@@ -80,6 +81,7 @@ def secure(algorithm: Algorithm, *, bits: int = 20, threshold: float = 2 / 3) ->
         init=init,
         turns=turns,
         traffic=traffic,
+        needs="masked",
         simulated="its masks are drawn from a seed that the server knows",
         name=f"secure({algorithm.name}, bits={bits}, threshold={threshold:.3g})",
     )

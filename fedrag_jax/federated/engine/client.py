@@ -115,11 +115,10 @@ def one_step(loss, optimizer, frozen, table, correct=None, see=None) -> Callable
         rows = member.indices[number]
         batch = {name: column[rows] for name, column in table.items()} | {"weight": weight}
 
-        def seen(y):
-            at = y if see is None else see(y, own)
-            return loss(at, frozen, batch, jax.random.fold_in(key, number))
-
-        (value, metrics), gradient = jax.value_and_grad(seen, has_aux=True)(y)
+        of_y = loss if see is None else through(loss, lambda y: see(y, own))
+        (value, metrics), gradient = jax.value_and_grad(of_y, has_aux=True)(
+            y, frozen, batch, jax.random.fold_in(key, number)
+        )
         if correct is not None:
             gradient = correct(gradient, y, x, own)
         updates, state = optimizer.update(gradient, state, y)
@@ -129,6 +128,17 @@ def one_step(loss, optimizer, frozen, table, correct=None, see=None) -> Callable
         return optax.apply_updates(y, updates), state, (count, *sums)
 
     return step
+
+
+def through(loss: Callable, see: Callable) -> Callable:
+    """Returns the loss of what a client trains, from which `see` makes the loss's parameters.
+
+    A loss that clips gradients has a method `through` for that, because it has to clip those of what
+    is trained.
+    """
+    if hasattr(loss, "through"):
+        return loss.through(see)
+    return lambda y, *rest: loss(see(y), *rest)
 
 
 def report_of(y: PyTree, examples: jax.Array, loss: jax.Array, metrics: dict) -> dict:

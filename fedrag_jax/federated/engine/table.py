@@ -9,7 +9,7 @@ import numpy as np
 
 from fedrag_jax.data.partition import Partition
 from fedrag_jax.errors import DataError
-from fedrag_jax.federated.algorithm import Algorithm, State
+from fedrag_jax.federated.algorithm import Algorithm, PyTree, State
 from fedrag_jax.federated.engine.cohort import sample_cohort
 from fedrag_jax.federated.work import Work
 from fedrag_jax.objectives.task import Task
@@ -47,22 +47,31 @@ def used_rows(
     As many for every stretch of rounds, so that all have one shape: the first fills up to `height`
     at least.
     """
-    rows = np.arange(len(data.examples))
+    rows = np.sort(np.concatenate(data.clients))
+    held = len(rows)
     cohort = sample_cohort(data, work, first, batch_size, seed)
     room = count * work.sampling.places(data.sizes()) * np.prod(cohort.indices.shape[1:])
-    if room < len(rows):
+    if room < held:
         others = (sample_cohort(data, work, first + i, batch_size, seed) for i in range(1, count))
         trained = [c.indices[c.example_weight > 0] for c in (cohort, *others)]
         rows = np.unique(np.concatenate(trained))
         rows = rows if rows.size else np.arange(1)
-    height = max(height, min(room, len(data.examples)))
+    height = max(height, min(room, held))
     return np.pad(rows, (0, max(height - len(rows), 0)), constant_values=rows[0])
 
 
 def retrieve(
-    task: Task, data: Partition, rows, algorithm: Algorithm, state: State, index: Any
+    task: Task,
+    data: Partition,
+    rows,
+    algorithm: Algorithm,
+    state: State,
+    frozen: PyTree,
+    index: Any,
 ) -> tuple[np.ndarray, Any]:
     """Retrieves for each example, with the model that trains on it; returns rows and index.
+
+    Of an algorithm that changes frozen parts, the task receives these beside the trained ones.
 
     Args:
       index: of the retrieval before.
@@ -73,9 +82,13 @@ def retrieve(
     rows, inverse = np.unique(rows, return_inverse=True)
     if algorithm.model is None:
         examples = [data.examples[i] for i in rows]
+        now = algorithm.frozen(state, frozen)
+        model = state.trainable
+        if now is not frozen:
+            model = model | {name: x for name, x in now.items() if x is not frozen[name]}
         if task.index is None:
-            return np.asarray(task.retrieve(examples, state.trainable))[inverse], None
-        found, index = task.retrieve(examples, state.trainable, index or task.index)
+            return np.asarray(task.retrieve(examples, model))[inverse], None
+        found, index = task.retrieve(examples, model, index or task.index)
         return np.asarray(found)[inverse], jax.device_get(index)
     retrieved: np.ndarray | None = None
     for client, held in enumerate(data.clients):

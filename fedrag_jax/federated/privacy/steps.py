@@ -13,6 +13,7 @@ pip install 'fedrag-jax[privacy]'
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,23 +24,35 @@ from fedrag_jax.errors import ConfigError, missing
 from fedrag_jax.federated.privacy.accounting import epsilon
 from fedrag_jax.federated.work import Work
 from fedrag_jax.generation.likelihood import weighted_mean
-from fedrag_jax.objectives.task import Loss, Task
+from fedrag_jax.objectives.task import Loss, PyTree, Task
 
 
 @dataclasses.dataclass(frozen=True)
 class PrivateLoss:
     """A loss with the value of another loss and the gradient of the formula above.
 
-    Rows that pad a batch have no gradient, but B counts them.
+    Rows that pad a batch have no gradient, but B counts them, also those that `fit` leaves out.
     """
 
     loss: Loss
     clip: float
     noise_multiplier: float
+    batch_size: int
+
+    def through(self, see: Callable[[PyTree], PyTree]) -> "PrivateLoss":
+        """Returns the loss of the parameters from which `see` makes those of this loss, which are the
+        ones whose gradients are clipped."""
+        inner = self.loss
+        return dataclasses.replace(self, loss=lambda y, *rest: inner(see(y), *rest))
 
     def __call__(self, trainable, frozen, batch, rng):
         of_examples, of_noise = jax.random.split(rng)
         y = jax.lax.stop_gradient(trainable)
+        if len(batch["weight"]) > self.batch_size:
+            raise ConfigError(
+                f"private_steps: batch_size is {self.batch_size}, but a batch has "
+                f"{len(batch['weight'])} examples; give the batch_size of the fit"
+            )
 
         def one(y, frozen, batch, rng):
             weight = batch["weight"]
@@ -55,11 +68,11 @@ class PrivateLoss:
             return_values=True,
         )
         total, each = summed(y, frozen, batch, of_examples)
-        deviation, size = self.noise_multiplier * self.clip, len(batch["weight"])
+        deviation = self.noise_multiplier * self.clip
         leaves, structure = jax.tree.flatten(total)
         keys = jax.random.split(of_noise, len(leaves))
         gradient = [
-            (x + deviation * jax.random.normal(key, x.shape, x.dtype)) / size
+            (x + deviation * jax.random.normal(key, x.shape, x.dtype)) / self.batch_size
             for x, key in zip(leaves, keys, strict=True)
         ]
         # The sum over `along` has the value 0, and `gradient` as its gradient in `trainable`.
@@ -72,16 +85,17 @@ class PrivateLoss:
         return value, {name: weighted_mean(x, batch["weight"]) for name, x in metrics.items()}
 
 
-def private_steps(task: Task, *, clip: float, noise_multiplier: float) -> Task:
+def private_steps(task: Task, *, clip: float, noise_multiplier: float, batch_size: int) -> Task:
     """Returns the task with steps that are private for each example; it works with every algorithm.
 
     Args:
       clip: C, the maximum norm of an example's gradient over all trained parameters.
       noise_multiplier: z, the noise's standard deviation divided by C.
+      batch_size: B, that of the fit.
 
     Raises:
       ConfigError: a clip that is not positive, a negative z, a loss in which the examples of a batch
-        depend on each other, or no jax-privacy.
+        depend on each other, or no jax-privacy; in a fit, larger batches.
     """
     if not clip > 0 or noise_multiplier < 0:
         raise ConfigError(
@@ -95,7 +109,7 @@ def private_steps(task: Task, *, clip: float, noise_multiplier: float) -> Task:
             "of single questions, such as 'concatenated', or make whole clients private with dp_fed_avg"
         )
     _library()
-    loss = PrivateLoss(task.loss, float(clip), float(noise_multiplier))
+    loss = PrivateLoss(task.loss, float(clip), float(noise_multiplier), int(batch_size))
     return dataclasses.replace(task, name=f"{task.name}_private", loss=loss, cost=None)
 
 
