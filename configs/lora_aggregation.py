@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
     config.ranks = (2, 8)
     config.lora.scale = 2.0  # scale of the product of the factors, at every rank
     config.alphas = (0.1, float("inf"))
+    config.mixtures_alpha = 0.1  # of the clients whose mixtures of questions judge all models
     # Learning rates of the first round; they decay linearly. One is chosen for each rule, rank and
     # alpha by the likelihood of validation answers, with the first two seeds. If the best rate is at an
     # end, the search continues beyond it; the best is refined to a factor of two.

@@ -16,6 +16,10 @@ def get_config() -> ConfigDict:
     config.name = "personalisation"
     config.seeds = (0, 1, 2)
     config.data.own_questions = 0
+    del (
+        config.federated.algorithm,
+        config.federated.algorithm_options,
+    )  # the methods below have theirs
     config.strategies = ("retriever", "generator")
     # By name: the algorithm (fedrag_jax/federated/algorithms/by_name.py), its options, the strategies
     # that it suits (() is all), and the trained parts if they are not those of the strategy.

@@ -358,13 +358,11 @@ def report(config, folder: pathlib.Path):
 
 EXPERIMENT = Experiment(
     name="attacks",
-    free=(
-        "seeds", "split_seeds", "strategies", "attacks", "known_attacks", "rules", "known_rules",
-        "primary_metric",
-    ),
+    free=("seeds", "split_seeds", "strategies", "attacks", "rules", "primary_metric"),
+    defined=("known_attacks", "known_rules"),
     lab=lab,
     points=points,
     compute=compute,
     told=told,
     report=report,
-)  # fmt: skip
+)

@@ -103,9 +103,10 @@ def report(config, folder: pathlib.Path):
         Section(
             f"Federated against a lone client, {title}",
             "headline",
-            "Federated training compared with the better of two lone clients: `local` takes as "
-            "many steps as a client takes in federated training; `local_converged` trains until "
-            f"validation stops improving. {differences_said(of_primary, title)}",
+            "Federated training, of an algorithm's longest budget, compared with the better of two "
+            "lone clients: `local` takes as many steps as a client takes in federated training; "
+            "`local_converged` trains until validation stops improving. All are means over the "
+            f"pairs of seeds that the compared regimes share. {differences_said(of_primary, title)}",
             tables.headline_table(of_primary),
         ),
         Section(
@@ -209,7 +210,7 @@ def report(config, folder: pathlib.Path):
             "clients",
             "EM on one set of client mixtures for all splits (that of alpha "
             f"{config.federated.alpha:g}), and its difference from the centralised model on the "
-            "same mixtures.",
+            "same mixtures, over the pairs of seeds that both have.",
             tables.clients_table(rows),
         ),
         Section(
@@ -233,7 +234,8 @@ def differences_said(rows: list[dict], title: str) -> str:
     if not parted:
         return ""
     said = "; ".join(
-        f"{row['strategy']} {row['compute'] + row['data']:+.1f} = {row['compute']:+.1f} compute "
+        f"{row['strategy']} ({row['regime']}) {row['compute'] + row['data']:+.1f} = "
+        f"{row['compute']:+.1f} compute "
         f"{row['data']:+.1f} data"
         for row in parted
     )

@@ -170,7 +170,8 @@ def report(config, folder: pathlib.Path):
 
 EXPERIMENT = Experiment(
     name="compression",
-    free=("seeds", "split_seeds", "strategies", "messages", "codecs", "primary_metric"),
+    free=("seeds", "split_seeds", "strategies", "messages", "primary_metric"),
+    defined=("codecs",),
     lab=lab,
     points=points,
     compute=compute,

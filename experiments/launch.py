@@ -14,11 +14,15 @@ from fedrag_jax import files
 from fedrag_jax.errors import ConfigError, FedragError
 
 
-def settled_config(config, folder: pathlib.Path, free: tuple[str, ...]) -> None:
+def settled_config(
+    config, folder: pathlib.Path, free: tuple[str, ...], defined: tuple[str, ...] = ()
+) -> None:
     """Locks the folder and writes the resolved config; refuses a folder with another config.
 
     Args:
       free: settings that may differ between calls that share a folder.
+      defined: settings that define names, such as those of variants: calls may add and omit names, but
+        not define one otherwise, because its cells are kept by name.
 
     Raises:
       ConfigError: another process uses the folder, or settings differ; the error names all of them.
@@ -29,9 +33,14 @@ def settled_config(config, folder: pathlib.Path, free: tuple[str, ...]) -> None:
     path, now = folder / "config.json", json.loads(config.to_json_best_effort())
     if path.exists():
         before = kept_config(path)
-        changed = [k for k in now if k not in free and now[k] != before.get(k)]
+        settings = {k: (before.get(k), now[k]) for k in now if k not in (*free, *defined)}
+        for k in defined:
+            old = before.get(k, {})
+            settings |= {f"{k}.{name}": (old[name], now[k][name]) for name in old if name in now[k]}
+            now[k] = old | now[k]  # the definitions of names that this call omits
+        changed = {name: both for name, both in settings.items() if both[0] != both[1]}
         if changed:
-            what = "; ".join(f"config.{k} was {before.get(k)}, is {now[k]}" for k in changed)
+            what = "; ".join(f"config.{k} was {old}, is {new}" for k, (old, new) in changed.items())
             raise ConfigError(f"{folder} holds other results: {what}. Choose another --config.name")
     files.write_json(path, now, indent=2)
 

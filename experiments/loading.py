@@ -162,7 +162,8 @@ def algorithm_of(config, regime: str) -> tuple[str, dict]:
     """Returns the name and options of a regime's algorithm: its own, or that of the config."""
     federated, (_, named) = config.federated, with_algorithm(regime)
     if named is None:
-        return federated.algorithm, federated.algorithm_options.to_dict()
+        options = federated.get("algorithm_options", ConfigDict())
+        return federated.get("algorithm", "fedavg"), options.to_dict()
     options = federated.get("algorithms", {}).get(named, ConfigDict())
     return named, options.to_dict()
 

@@ -120,19 +120,15 @@ def compute(lab: Aggregation, point: Point) -> cells.Cell:
     )  # fmt: skip
     config, dataset = run.config, run.dataset
     name = point_name(config.lora.rank, config.federated.alpha)
-    validation = validation_sample(config, dataset)
+    validation, pairs = validation_sample(config, dataset), replicates(config)[:2]
 
     def judge(rate):
         rows = rows_for(read, validation)
-        systems = [
-            system
-            for pair in replicates(config)[:2]
-            for system in tuned(run, read, rule, *pair, rate)[0]
-        ]
+        systems = [system for pair in pairs for system in tuned(run, read, rule, *pair, rate)[0]]
         return -float(np.mean([evaluator.answer_nll(s, validation, rows) for s in systems]))
 
     path, what = run.folder / "rates" / f"{rule}-{name}.json", f"{rule}, {name}"
-    rate = chosen_rate(path, config.learning_rates, one_by_one(judge, what), what)
+    rate = chosen_rate(path, config.learning_rates, one_by_one(judge, what), what, pairs)
     systems, cost, curves = tuned(run, read, rule, seed, split, rate)
     clock, clients = Clock(), run.clients("federated", split)
     scores = reading_scores(systems, dataset.test, rows_for(read, dataset.test))
@@ -297,7 +293,7 @@ def lab(config, folder: pathlib.Path) -> Aggregation:
             f"{bare} of {len(asked)} questions name no gold passage, but every prompt needs one "
             "here; give positive_ids"
         )
-    whole = Lab(at_point(config, config.ranks[0], config.alphas[0]), dataset, folder)
+    whole = Lab(at_point(config, config.ranks[0], config.mixtures_alpha), dataset, folder)
     at = {
         point_name(rank, alpha): whole.like(at_point(config, rank, alpha), folder)
         for alpha, rank in itertools.product(config.alphas, config.ranks)

@@ -125,7 +125,7 @@ def compute(lab: Methods, point: Point) -> cells.Cell:
                 return validation_score(system, validation, part)
 
             path = rate_path(lab.folder, name, regime)
-            factor = chosen_rate(path, config.rate_factors, one_by_one(judge, what), what)
+            factor = chosen_rate(path, config.rate_factors, one_by_one(judge, what), what, [first])
         system, tuner = tuned(lab, name, regime, seed, split, factor)
         tuners, cost = [tuner], sum(tuner.costs.values(), Cost())
     clock = Clock()
@@ -221,7 +221,8 @@ def report(config, folder: pathlib.Path):
             Section(
                 "Figure",
                 "differences",
-                "Gain of each objective for the part it trains, with 95% intervals over questions.",
+                "Gain of each objective for the part it trains, with 95% intervals over seeds "
+                "and questions.",
                 figure=experiment_figures.differences(
                     [row for row in rows if row["metric"] in ("recall_at_5", "em")]
                 ),

@@ -16,14 +16,13 @@ from experiments.client_scores import client_scores, mixture_weights, own_scores
 from experiments.curves import training_curves
 from experiments.fitting import fitted
 from experiments.lab import METRICS, Lab
-from experiments.loading import check_replicates, load_data, replicates
+from experiments.loading import check_replicates, load_data, replicates, validation_sample
 from experiments.rates import at_edge, chosen_rate, kept_rate, one_by_one
 from experiments.reporting import cells, comparison, differences, tables
 from experiments.reporting.comparison import own, own_weight
 from experiments.reporting.page import Report, Section
 from experiments.run import Experiment, Point, finished
 from fedrag_jax.clock import Clock
-from fedrag_jax.data.examples import sample
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.evaluation import evaluator
 from fedrag_jax.federated.algorithms import by_name
@@ -136,14 +135,13 @@ def compute(lab: Lab, point: Point) -> cells.Cell:
     questions."""
     config, column = lab.config, lab.config.federated.column
     strategy, method, primary = point.name, point.regime, PRIMARY[point.name]
-    validation = sample(
-        lab.dataset.validation, config.validation_questions, config.data.sample_seed
-    )
+    validation = validation_sample(config, lab.dataset)
+
+    first = replicates(config)[0]
 
     def judge(rate):
-        pair = replicates(config)[0]
-        clients = lab.clients(FEDERATED, pair[1])
-        systems, _, _ = tuned(lab, strategy, method, *pair, rate)
+        clients = lab.clients(FEDERATED, first[1])
+        systems, _, _ = tuned(lab, strategy, method, *first, rate)
         each = own_topics(lab, strategy, systems, clients, validation)
         scores, weight = own_scores(clients, validation, [f[primary] for f in each], column)
         return float(np.average(np.nan_to_num(scores), weights=weight))
@@ -154,6 +152,7 @@ def compute(lab: Lab, point: Point) -> cells.Cell:
         config.learning_rates,
         one_by_one(judge, what),
         what,
+        [first],
     )
     systems, cost, curves = tuned(lab, strategy, method, point.seed, point.split, rate)
     clock, clients = Clock(), lab.clients(FEDERATED, point.split)
@@ -278,7 +277,17 @@ def lab(config, folder: pathlib.Path) -> Lab:
             )
         if algorithm == "fedavg":
             by_name.check(algorithm, dict(about.get("options", {})), f"config.methods.{name}")
-    return Lab(config, load_data(config), folder)
+    found = Lab(config, load_data(config), folder)
+    clients = found.clients(FEDERATED, replicates(config)[0][1])
+    if not mixture_weights(
+        clients, validation_sample(config, found.dataset), config.federated.column
+    ).any():
+        raise ConfigError(
+            f"config.data.name: no validation question of {config.data.name} is about a topic that "
+            "clients train on, so learning rates cannot be judged; choose data whose splits share "
+            "topics"
+        )
+    return found
 
 
 def points(lab: Lab) -> list[Point]:
@@ -301,7 +310,8 @@ def told(cell) -> str:
 
 EXPERIMENT = Experiment(
     name="personalisation",
-    free=("seeds", "split_seeds", "strategies", "methods"),
+    free=("seeds", "split_seeds", "strategies"),
+    defined=("methods",),
     lab=lab,
     points=points,
     compute=compute,

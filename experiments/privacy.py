@@ -19,7 +19,7 @@ from experiments.run import Experiment, Point, finished
 from fedrag_jax.clock import Clock
 from fedrag_jax.data.examples import clusters, ids_of
 from fedrag_jax.data.seeds import stream
-from fedrag_jax.errors import ConfigError
+from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.evaluation.evaluator import evaluate, rank_scores, ranking
 from fedrag_jax.evaluation.leakage import extraction, inversion, membership, users
 from fedrag_jax.evaluation.leakage.roc import Attack, auc, estimate, tpr_at_fpr
@@ -41,6 +41,7 @@ def lab(config, folder: pathlib.Path) -> Lab:
     Raises:
       ConfigError: an unknown variant setting, algorithm or option; an odd number of shadow models; a δ
         that is not below 1 / clients; clients with too few questions.
+      DataError: test questions without gold passages.
     """
     check_replicates(config)
     if config.strategy not in OBJECTIVE:
@@ -67,6 +68,11 @@ def lab(config, folder: pathlib.Path) -> Lab:
                 f"{where}: delta {options['delta']} is not below 1/{training}, of clients that train"
             )
     found = Lab(config, load_data(config), folder)
+    if bare := sum(not e.positive_ids for e in found.dataset.test[: config.asked]):
+        raise DataError(
+            f"{bare} of the first {config.asked} test questions name no gold passage, but attacks on a "
+            "store need it; give positive_ids, or lower config.asked"
+        )
     for _, split in replicates(config):
         crowd(config, found.dataset, split)
     return found
@@ -344,7 +350,8 @@ def told(cell: cells.Cell) -> str:
 
 EXPERIMENT = Experiment(
     name="privacy",
-    free=("seeds", "split_seeds", "variants", "primary_metric"),
+    free=("seeds", "split_seeds"),
+    defined=("variants",),
     lab=lab,
     points=points,
     compute=compute,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from fedrag_jax import files
-from fedrag_jax.errors import ConfigError, DivergenceError
+from fedrag_jax.errors import ConfigError, DataError, DivergenceError
 
 BEYOND = 4  # rates tried beyond an end of a grid, as long as the outermost is the best
 FINE = 2.0  # neighbours of the chosen rate are at most this factor away
@@ -43,6 +43,8 @@ def chosen_rate(
     grid: Sequence[float],
     judge: Callable[[Sequence[float]], Sequence[float]],
     what: str,
+    seeds: Sequence[tuple[int, int]],
+    questions: int = 0,
 ) -> float:
     """Returns the rate (or factor of rates) with the highest score; keeps it in a file.
 
@@ -50,24 +52,32 @@ def chosen_rate(
     are within a factor of 2. A best rate that is still outermost is said, and `at_edge` knows it.
 
     Args:
-      path: JSON with `chosen`, the `scores` of rates and those that `diverged`.
+      path: JSON with `chosen`, the `scores` of rates and those that `diverged`, and what it was chosen
+        with: `grid`, `seeds`, `questions`.
       grid: geometric.
       judge: trains at some rates and scores each; -inf rules a rate out.
       what: for people.
+      seeds: pairs of seeds that a score is a mean over.
+      questions: number of validation questions, if it is not a setting of the config.
 
     Raises:
-      ConfigError: every rate diverges.
+      ConfigError: every rate diverges; a kept rate was chosen with something else.
+      DataError: no validation question can be scored.
     """
     from fedrag_jax.tracking.processes import everywhere
 
+    rates = [float(rate) for rate in grid]
+    used = {"grid": rates, "seeds": [[*pair] for pair in seeds], "questions": questions}
     if not everywhere(files.kept(files.read_json, path) is not None):
         scores: dict[float, float] = {}
 
         def tried(rates) -> float:
             scores.update(zip(rates, judge(rates), strict=True))
+            if any(map(math.isnan, scores.values())):
+                raise DataError(f"{what}: no validation question can be scored; label some")
             return max(scores, key=scores.__getitem__)
 
-        best = tried([float(rate) for rate in grid])
+        best = tried(rates)
         for _ in range(BEYOND):
             ordered = sorted(scores)
             if len(ordered) == 1 or best not in (ordered[0], ordered[-1]):
@@ -81,10 +91,17 @@ def chosen_rate(
             path.parent.mkdir(parents=True, exist_ok=True)
         known = {rate: score for rate, score in sorted(scores.items()) if score > -math.inf}
         found = {"chosen": best, "scores": known, "diverged": sorted({*scores} - {*known})}
-        files.write_json(path, found)
+        files.write_json(path, found | used)
         if at_edge(path):
             print(f"{what}: the best rate {best:g} is the outermost that was tried", flush=True)
-    return kept_rate(path)
+    kept = files.read_json(path)
+    for name, now in used.items():
+        if kept.get(name, now) != now:  # files of older versions do not have it
+            raise ConfigError(
+                f"{what}: the rate in {path} was chosen with {name} {kept[name]}, now with {now}; "
+                "choose another --config.name"
+            )
+    return kept["chosen"]
 
 
 def _between(best: float, ordered: Sequence[float]) -> list[float]:

@@ -26,10 +26,9 @@ def main() -> None:
     )
     asked = parser.parse_args()
     try:
-        rows = read_csv(asked.rows)
+        quality_against_cost(read_csv(asked.rows), asked.cost).savefig(asked.figure)
     except (FedragError, OSError) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
-    quality_against_cost(rows, asked.cost).savefig(asked.figure)
     print(asked.figure)
 
 

@@ -115,7 +115,8 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
                 asked = comparison.estimate(found, f"{hops}_searches", unit=1.0)
                 row[f"searches_{hops}"] = asked[f"{hops}_searches"]
             row |= comparison.costs_and_clients(found)
-            row["collapsed"] = sum(any(cell.controls.values()) for cell in found)
+            watched = [cell.controls for cell in found if cell.controls]  # policies of one model
+            row["collapsed"] = sum(any(c.values()) for c in watched) if watched else None
             rows.append(row)
     once = [row for row in rows if not row["variant"].startswith("search")]
     if once:

@@ -102,6 +102,7 @@ class Experiment:
     Attributes:
       name: name of its module and its config.
       free: config settings that may differ between calls that share a folder.
+      defined: settings that define the names of points; calls may add names, but not change one.
     """
 
     name: str
@@ -112,6 +113,7 @@ class Experiment:
     told: TellsCell
     report: MakesReport
     controls: MeasuresControls = lambda lab: None
+    defined: tuple[str, ...] = ()
 
 
 def run(experiment: Experiment, config, runs: str) -> pathlib.Path:
@@ -123,7 +125,7 @@ def run(experiment: Experiment, config, runs: str) -> pathlib.Path:
     folder = pathlib.Path(runs) / config.name
     lab = experiment.lab(config, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    settled_config(config, folder, free=(*experiment.free, "wandb"))
+    settled_config(config, folder, (*experiment.free, "wandb"), experiment.defined)
     seeds = [list(pair) for pair in replicates(config)]
     write_manifest(folder, lab.dataset, experiment=experiment.name, seeds=seeds)
     points, began = experiment.points(lab), time.perf_counter()
@@ -133,7 +135,7 @@ def run(experiment: Experiment, config, runs: str) -> pathlib.Path:
             continue
         how: dict[str, Any] = {"config": config.to_dict(), **config.wandb, **point.about}
         # Beside its cells: points of several folders may share a name.
-        log_cell(cell, folder / point.folder, config.name, **how)
+        log_cell(cell, folder / point.folder, config.name, place=point.folder, **how)
         if new:
             told, seconds = experiment.told(cell), time.perf_counter() - began
             print(f"[{number}/{len(points)}] {point}: {told}  ({seconds:.0f} s so far)", flush=True)

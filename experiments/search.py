@@ -11,7 +11,7 @@ from experiments.launch import settled_config
 from experiments.loading import algorithm_of, check, load_data, replicates, strategies_of
 from experiments.rates import SEARCHES, Search, at_edge, chosen_rate, kept_rate
 from fedrag_jax.data.examples import sample
-from fedrag_jax.errors import DataError, DivergenceError
+from fedrag_jax.errors import DivergenceError
 from fedrag_jax.evaluation.evaluator import evaluate
 from fedrag_jax.federated.algorithms.by_name import OWN_STEPS
 from fedrag_jax.files import kept, read_json, write_json
@@ -85,14 +85,10 @@ class Trials:
             for i, system in enumerate(systems)
         ]
         scores = np.concatenate(scores)
-        if np.isnan(scores).all():
-            raise DataError(
-                f"no validation question can be scored by {self.search.metric}; label some"
-            )
-        print(
-            f"{about}: validation {self.search.metric} {100 * np.nanmean(scores):.1f}", flush=True
-        )
-        return 100 * float(np.nanmean(scores))
+        scores = scores[~np.isnan(scores)]
+        score = 100 * float(np.mean(scores)) if len(scores) else np.nan
+        print(f"{about}: validation {self.search.metric} {score:.1f}", flush=True)
+        return score
 
 
 # A factor of 4 apart; those for other models are of Lawton et al. 2025, a factor of 3, for both parts.
@@ -137,7 +133,8 @@ def search_regime(run: Lab, regime: str, grids: dict[str, list[float]], examples
         if kept(read_json, path) is not None:
             trials.judge([kept_rate(path)])
         grid = grids.get(search.name) or usual_grid(config, search.part, regime)
-        rate = chosen_rate(path, grid, trials.judge, f"{regime}, {search.name}")
+        what = f"{regime}, {search.name}"
+        rate = chosen_rate(path, grid, trials.judge, what, pairs, len(examples))
         about = read_json(path)
         if "seconds" not in about:
             about["seconds"] = trials.seconds

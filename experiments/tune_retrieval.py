@@ -168,11 +168,12 @@ def compute(lab: Retrieval, point: Point) -> cells.Cell:
     """Trains at the rate that suits validation questions best, with the first pair of seeds."""
     prepared, method, regime = lab.prepared(point.folder), point.name, point.regime
     config, test, seed, split = lab.config, prepared.dataset.test, point.seed, point.split
-    retrievers, tuners = [prepared.retriever], []
+    retrievers, tuners, controls = [prepared.retriever], [], {}
     if method != UNTUNED:
+        first = replicates(config)[0]
 
         def judge(rate):
-            encoders, _ = tuned(prepared, "in_batch", regime, *replicates(config)[0], rate)
+            encoders, _ = tuned(prepared, "in_batch", regime, *first, rate)
             scores = [
                 rank_scores(prepared.retriever.with_query(q), prepared.validation)["mrr"]
                 for q in encoders
@@ -181,8 +182,9 @@ def compute(lab: Retrieval, point: Point) -> cells.Cell:
 
         path, what = rate_path(prepared.folder, regime), f"{prepared.dataset.name}, {regime}"
         rate = known_rate(config, prepared.dataset.name, regime) or chosen_rate(
-            path, config.learning_rates, one_by_one(judge, what), what
+            path, config.learning_rates, one_by_one(judge, what), what, [first]
         )
+        controls = {"learning_rate": rate}
         encoders, tuners = tuned(prepared, method, regime, seed, split, rate)
         retrievers = [prepared.retriever.with_query(q) for q in encoders]
     found = [rank_scores(retriever, test) for retriever in retrievers]
@@ -190,7 +192,7 @@ def compute(lab: Retrieval, point: Point) -> cells.Cell:
     cost = sum((c for tuner in tuners for c in tuner.costs.values()), Cost())
     about = clusters([e.positive_ids for e in test], prepared.dataset.passages)
     curves = training_curves(tuners)
-    return cells.Cell(method, regime, seed, split, scores, {}, [], cost, curves, about)
+    return cells.Cell(method, regime, seed, split, scores, controls, [], cost, curves, about)
 
 
 def rows_of(config, folder: pathlib.Path) -> list[dict]:
@@ -207,11 +209,10 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
                 continue
             path = rate_path(here, regime)
             row = {"dataset": name, "regime": regime, "method": method, "seeds": len(found)}
-            if rate := known_rate(config, pathlib.Path(name).name, regime):
-                row["learning_rate"] = rate
-            else:
-                row["learning_rate"] = kept_rate(path)
-                row["at_edge"] = "edge" if at_edge(path) else ""
+            given = known_rate(config, pathlib.Path(name).name, regime)
+            used = found[0].controls.get("learning_rate")  # cells of older versions have none
+            row["learning_rate"] = used or given or kept_rate(path)
+            row["at_edge"] = "edge" if not given and at_edge(path) else ""
             row |= metrics(found) | comparison.costs_and_clients(found)
             for metric in METRICS:
                 against = differences.paired_difference(found, start, metric) or {}
@@ -255,10 +256,10 @@ def report(config, folder: pathlib.Path):
             Section(
                 "Retrieval",
                 "retrieval",
-                "Percent of test questions with 95% intervals over seeds and articles. Rates were "
-                "chosen by validation MRR from one grid for all regimes, to a factor of two "
-                "around the best; edge: the best is the outermost that was tried. Epochs of the "
-                "model that was kept.",
+                "Percent of test questions with 95% intervals over seeds and articles. Rates are "
+                "those of the config or, where it has none, chosen by validation MRR from one grid "
+                "for all regimes, to a factor of two around the best; edge: the best is the "
+                "outermost that was tried. Epochs of the model that was kept.",
                 tables.Table(
                     [
                         *who,
@@ -280,8 +281,6 @@ def report(config, folder: pathlib.Path):
             ),
         ],
         {"retrieval.csv": rows},
-        # The first row, of an untuned retriever, lacks most of them.
-        {"retrieval.csv": list(dict.fromkeys(name for row in rows[::-1] for name in row))},
     )
 
 
@@ -324,7 +323,7 @@ def told(cell) -> str:
 
 EXPERIMENT = Experiment(
     name="tune_retrieval",
-    free=("regimes", "datasets", "methods", "seeds", "split_seeds", "rates"),
+    free=("regimes", "datasets", "methods", "seeds", "split_seeds"),
     lab=lab,
     points=points,
     compute=compute,

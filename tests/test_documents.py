@@ -98,6 +98,10 @@ def test_figures_are_drawn_from_the_rows_that_are_kept(tmp_path, folder, name, h
     assert ran.returncode == 0, ran.stderr
     drawn, shown = (plt.imread(path) for path in (figure, ROOT / f"docs/{name}.png"))
     assert abs(drawn.shape[0] - shown.shape[0]) < 40 and abs(drawn.shape[1] - shown.shape[1]) < 40
+    nowhere = subprocess.run(
+        [*command, rows, tmp_path / "none" / "figure.png"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert nowhere.returncode == 1 and nowhere.stderr.startswith("FileNotFoundError")
     (tmp_path / "empty.csv").write_text("a,b\n")
     command += [tmp_path / "empty.csv", figure]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -12,10 +12,12 @@ import jax
 import nbformat
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from nbclient import NotebookClient
 from small import read, small
 
 from experiments import compare_strategies, loading, report
+from experiments.launch import settled_config
 from experiments.reporting import cells, figures
 from experiments.reporting.comparison import COLUMNS
 from experiments.run import run
@@ -341,10 +343,6 @@ def test_an_unknown_regime_is_refused_on_the_command_line():
 
 @pytest.mark.parametrize("free", [(), ("rates",)])
 def test_a_folder_of_other_results_is_refused(tmp_path, free):
-    from ml_collections import ConfigDict
-
-    from experiments.launch import settled_config
-
     settled_config(ConfigDict({"rounds": 5, "rates": (1.0, 2.0)}), tmp_path, free)
     settled_config(ConfigDict({"rounds": 5, "rates": (1.0, 2.0)}), tmp_path, free)
     with pytest.raises(ConfigError, match=r"config\.rounds was 5, is 6"):
@@ -355,3 +353,16 @@ def test_a_folder_of_other_results_is_refused(tmp_path, free):
     else:
         with pytest.raises(ConfigError, match=r"config\.rates was"):
             settled_config(other, tmp_path, free)
+
+
+def test_a_name_whose_cells_are_kept_keeps_its_definition(tmp_path):
+    def settle(**codecs):
+        config = ConfigDict({"codecs": codecs, "messages": tuple(codecs)})
+        settled_config(config, tmp_path, ("messages",), defined=("codecs",))
+
+    settle(plain={"up": ""}, int4={"up": "int4"})
+    settle(plain={"up": ""}, int8={"up": "int8"})
+    with pytest.raises(ConfigError, match=r"config\.codecs\.int4 was .*'int4'.*, is .*'int8'"):
+        settle(int4={"up": "int8"})  # which a call before has left out
+    kept = json.loads((tmp_path / "config.json").read_text())["codecs"]
+    assert sorted(kept) == ["int4", "int8", "plain"]

@@ -57,10 +57,10 @@ def test_rates_that_diverge_are_left_out(tmp_path, capsys):
         assert trials.judge([0.5, 0.75, 1.5]) == [62.5, 87.5, -np.inf]
         assert trials.systems[0.5] == [0.5, 0.75]
         assert "federated, retriever, 1.5: diverged" in capsys.readouterr().out
-        assert chosen_rate(tmp_path / "rate.json", [0.5, 1.0, 2.0], trials.judge, "rank") == 1.0
+        assert chosen_rate(tmp_path / "rate.json", [0.5, 1.0, 2.0], trials.judge, "rank", []) == 1.0
         assert "outermost" not in capsys.readouterr().out  # the next one diverges
         with pytest.raises(ConfigError, match=r"diverged at all rates of \[1.33.*, 2.0, 3.0\]"):
-            chosen_rate(tmp_path / "none.json", [2, 3], trials.judge, "rank")
+            chosen_rate(tmp_path / "none.json", [2, 3], trials.judge, "rank", [])
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_the_best_rate_lies_inside_a_grid_of_factor_two(tmp_path, grid, peak, ch
         return [-abs(np.log(rate / peak)) for rate in rates]
 
     path = tmp_path / "rates.json"
-    assert chosen_rate(path, grid, judge, "some") == pytest.approx(chosen)
+    assert chosen_rate(path, grid, judge, "some", []) == pytest.approx(chosen)
     rates = sorted(float(r) for r in json.loads(path.read_text())["scores"])
     place = rates.index(json.loads(path.read_text())["chosen"])
     assert not at_edge(path)
@@ -91,7 +91,7 @@ def test_the_best_rate_lies_inside_a_grid_of_factor_two(tmp_path, grid, peak, ch
 def test_a_best_rate_at_an_edge_is_said(tmp_path, capsys):
     from experiments.rates import at_edge, chosen_rate
 
-    chosen_rate(tmp_path / "rates.json", [1.0, 2.0], lambda rates: [-r for r in rates], "some")
+    chosen_rate(tmp_path / "rates.json", [1.0, 2.0], lambda rates: [-r for r in rates], "some", [])
     assert at_edge(tmp_path / "rates.json")
     assert "some: the best rate 0.0625 is the outermost that was tried" in capsys.readouterr().out
 

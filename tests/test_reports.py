@@ -69,6 +69,15 @@ def test_the_page_loads_nothing_and_escapes_what_it_shows(written):
     assert 'href="#first"' in page and 'id="first"' in page and "Nothing" not in page
 
 
+def test_rows_are_written_whole_whatever_columns_come_first(tmp_path):
+    for name in ("config", "manifest"):
+        (tmp_path / f"{name}.json").write_text('{"sessions": []}')
+    rows = [{"who": "a", "em": 1.5}, {"who": "b", "em": 2.0, "em_low": 1.0}]
+    Report("title", "", [], {"rows.csv": rows}, {"rows.csv": ("em", "f1")}).write(tmp_path)
+    lines = (tmp_path / "rows.csv").read_text().split()
+    assert lines == ["em,f1,who,em_low", "1.5,,a,", "2.0,,b,1.0"]
+
+
 def test_a_folder_without_a_run_is_said(tmp_path):
     with pytest.raises(ConfigError, match=r"holds no run: .*config.json is missing"):
         report.rebuild(tmp_path)
@@ -184,14 +193,41 @@ def test_rates_beyond_an_end_that_is_best_are_tried(tmp_path, scores, tried, bes
         return scores[rate]
 
     path = tmp_path / "deep" / "rates.json"
-    assert chosen_rate(path, (1.0, 2.0, 4.0), one_by_one(judge, "here"), "here") == best
+    grid, seeds = (1.0, 2.0, 4.0), [(0, 0)]
+    assert chosen_rate(path, grid, one_by_one(judge, "here"), "here", seeds) == best
     assert set(judged) == tried and len(judged) == len(tried)
-    again = chosen_rate(path, (1.0,), one_by_one(judge, "here"), "here")
+    again = chosen_rate(path, grid, one_by_one(judge, "here"), "here", seeds)
     assert again == kept_rate(path) == best  # read back
     assert len(judged) == len(tried)
     scores = dict.fromkeys([0.125, 0.25, 0.5, *scores])
     with pytest.raises(ConfigError, match="here: training diverged at all rates"):
-        chosen_rate(tmp_path / "other.json", (1.0, 2.0), one_by_one(judge, "here"), "here")
+        chosen_rate(tmp_path / "other.json", (1.0, 2.0), one_by_one(judge, "here"), "here", seeds)
+
+
+def test_a_rate_chosen_with_something_else_is_refused(tmp_path):
+    def judge(rates):
+        return [*rates]
+
+    path = tmp_path / "rates.json"
+    first = chosen_rate(path, (1.0, 2.0), judge, "here", [(0, 0)], 200)
+    assert chosen_rate(path, (1.0, 2.0), judge, "here", [(0, 0)], 200) == first
+    for grid, seeds, questions, words in (
+        ((1.0, 4.0), [(0, 0)], 200, r"grid \[1.0, 2.0\], now with \[1.0, 4.0\]"),
+        ((1.0, 2.0), [(0, 0), (1, 1)], 200, r"seeds \[\[0, 0\]\], now with .*\[1, 1\]\]"),
+        ((1.0, 2.0), [(0, 0)], 400, "questions 200, now with 400"),
+    ):
+        with pytest.raises(ConfigError, match=f"here: the rate in .* chosen with {words}"):
+            chosen_rate(path, grid, judge, "here", seeds, questions)
+    # Files of older versions tell nothing but the rate.
+    path.write_text('{"chosen": 2.0, "scores": {"2.0": 1.0}, "diverged": []}')
+    assert chosen_rate(path, (1.0, 4.0), judge, "here", [(5, 5)]) == 2.0
+
+
+def test_questions_that_cannot_be_scored_choose_no_rate(tmp_path):
+    path = tmp_path / "rates.json"
+    with pytest.raises(DataError, match="here: no validation question can be scored; label some"):
+        chosen_rate(path, (1.0, 2.0), lambda rates: [float("nan")] * len(rates), "here", [(0, 0)])
+    assert not path.exists()
 
 
 @pytest.mark.slow

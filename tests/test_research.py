@@ -86,6 +86,7 @@ def test_rows_compare_with_the_best_that_retrieves_once(tmp_path):
         "searches_two_hop"
     ] == pytest.approx(1.9)
     assert search["searches_one_hop"] == 1 and search["collapsed"] == 1
+    assert none["collapsed"] is None  # there is no policy to watch
     assert search["two_hop_by_difference"] == pytest.approx(55.0)
     assert none["two_hop_by_difference"] == pytest.approx(-5.0)
     assert "two_hop_by_difference" not in generator and search["best_once"] == "generator"

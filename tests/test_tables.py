@@ -66,9 +66,12 @@ def test_clients_from_the_worst_to_the_ninth_decile():
     assert shown(comparison_tables.clients_table([row])) == [
         ["generator", "local", "40.0", "10.0", "16.0", "64.0", "–", "–"]
     ]
-    together = row | {"regime": "centralised", "client_em_mean": 43.0, "client_em_worst": 8.5}
-    lines = shown(comparison_tables.clients_table([row, together]))
-    assert lines[0][-2:] == ["-3.0", "+1.5"]
+    # At seed 1, which both have: 30 against 40, and the worst 20 against 25.
+    together = cell("generator", "centralised", [1, 0], seed=1, clients=[25, 55])
+    lines = shown(
+        comparison_tables.clients_table(comparison.strategy_rows([*cells, together], REGIMES))
+    )
+    assert lines[0][-2:] == ["-10.0", "-5.0"]
     (row,) = comparison.strategy_rows([cell("none", "local", [1, 0])], REGIMES)
     assert "client_em_mean" not in row
 
@@ -267,6 +270,36 @@ def test_a_lone_client_is_compared_at_its_best():
     assert not differences.headline_rows(cells, "em", REGIMES, 1.0)
 
 
+def test_regimes_of_a_headline_share_their_seeds():
+    right = {
+        "federated": {0: 40, 1: 50, 2: 60},
+        "local": {0: 30, 1: 31, 2: 32},
+        "local_converged": {0: 35},
+    }
+    cells = [
+        cell("retriever", regime, np.arange(100) < count, seed, seed)
+        for regime, by_seed in right.items()
+        for seed, count in by_seed.items()
+    ]
+    (row,) = differences.headline_rows(cells, "em", REGIMES, 0.1)
+    assert row["against"] == "local_converged"  # at the seed that both have
+    assert (row["local"], row["federated"]) == pytest.approx((35, 40))
+    assert (row["difference"], row["compute"], row["data"]) == pytest.approx((5, 5, 5))
+    # A regime at other seeds alone is compared with nothing.
+    elsewhere = [c._replace(seed=9) if c.regime == "local_converged" else c for c in cells]
+    (row,) = differences.headline_rows(elsewhere, "em", REGIMES, 0.1)
+    assert (row["against"], row["local"], row["federated"]) == ("local", 31, 50)
+
+
+def test_federated_regimes_of_a_headline_are_not_chosen_by_their_score():
+    regimes = REGIMES | {"federated:fedprox": parse("federated:fedprox", 0.1)}
+    right = {"federated": 30, "federated_converged": 20, "federated:fedprox": 25, "local": 10}
+    cells = [cell("retriever", name, np.arange(100) < n) for name, n in right.items()]
+    rows = differences.headline_rows(cells, "em", regimes, 0.1)
+    found = {row["regime"]: row["difference"] for row in rows}
+    assert found == pytest.approx({"federated_converged": 10, "federated:fedprox": 15})
+
+
 def test_estimates_have_intervals_over_seeds_and_clusters():
     seeds = [[0, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0]]
     cells = [cell("none", "local", em, seed) for seed, em in enumerate(seeds)]
@@ -364,3 +397,12 @@ def test_differences_have_signs_and_zero_has_one_form():
     # The interval of a difference that is zero everywhere is zero up to rounding.
     assert column.show({"difference": 0.0, "low": -7e-17, "high": -2e-17}) == "+0.0 [+0.0, +0.0]"
     assert column.show({"difference": None, "low": 0.0, "high": 0.0}) == tables.MISSING
+
+
+def test_a_cost_that_is_not_declared_is_not_drawn():
+    cells = [cell(name, "federated", [1, 0], seconds=2.0) for name in ("retriever", "own")]
+    rows = comparison.strategy_rows(cells, REGIMES)
+    rows[1]["flops"] = None
+    rows[0]["flops"] = 3e12
+    (ax,) = (ax for ax in figures.quality_against_cost(rows, "flops").axes if ax.get_title())
+    assert [float(line.lines[0].get_xdata()[0]) for line in ax.containers] == [3.0]

@@ -14,6 +14,7 @@ from toy_rag import DATASET
 
 from experiments.reporting import cells
 from experiments.reporting.page import Report
+from experiments.reporting.weights_and_biases import summary, tags_of
 from experiments.run import Experiment, Point, run
 from fedrag_jax.tracking.ledger import Cost
 
@@ -103,6 +104,28 @@ def test_points_of_one_name_in_two_folders_are_both_logged(tmp_path):
     folder = run(experiment, config, str(tmp_path))
     for name in ("one", "other"):
         assert [*json.loads((folder / name / "wandb.json").read_text())] == [
-            "mined-federated-seed0"
+            f"mined-federated-{name}-seed0"
         ]
         assert len([*(folder / name / "wandb").glob("offline-run-*")]) == 1
+
+
+def test_cells_of_one_strategy_are_told_apart_and_scores_have_their_units():
+    scores = {
+        "em": [0.0, 1.0], "one_hop_em": [1.0, 1.0], "loss": [-2.0, -4.0], "calibrated": [1.0, 2.0],
+        "user": [3.0, 4.0], "cosine_0": [0.1, 0.2], "took_part": [1.0, 0.0],
+    }  # fmt: skip
+    scores = {name: np.array(values) for name, values in scores.items()}
+    about = scores, {"epsilon": 8.0}, [], Cost(seconds=2.0), {}, np.arange(2)
+    cell = cells.Cell("retriever", "federated", 0, 0, *about)
+    names = {
+        "-".join(tags_of(cell, place, {})) for place in ("flip/krum", "flip/mean", "noise/mean")
+    }
+    assert "retriever-federated-flip-krum-seed0" in names and len(names) == 3
+    assert tags_of(cell, "points/alpha1", {"alpha": 1.0})[2:] == ["alpha=1", "seed0"]
+    found = summary(cell)
+    tests = {name: value for name, value in found.items() if name.startswith("test/")}
+    assert tests == {
+        "test/em_percent": 50.0, "test/one_hop_em_percent": 100.0, "test/loss_nats": -3.0,
+        "test/calibrated_nats": 1.5,
+    }  # fmt: skip
+    assert found["cost/seconds"] == 2.0 and found["controls/epsilon"] == 8.0

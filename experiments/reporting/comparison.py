@@ -15,7 +15,8 @@ COLUMNS = (
     "recall_at_5", "mrr", "epochs", "at_cap", "seconds", "device_seconds", "search_seconds", "flops",
     "bytes_up", "bytes_down", "flops_compiler",
     "compile_seconds", "em_model_sd", "em_split_sd", "client_em_mean", "client_em_worst",
-    "client_em_decile_1", "client_em_decile_9", "retrieve_seconds", "collate_seconds",
+    "client_em_decile_1", "client_em_decile_9", "client_em_mean_against", "client_em_worst_against",
+    "retrieve_seconds", "collate_seconds",
     "train_seconds", "aggregate_seconds", "embed_seconds", "evaluate_seconds", "peak_bytes", "tokens",
     "refreshes", "bytes_passages", "bytes_vectors", "bytes_questions", "validate_seconds",
     *(f"{metric}_{name}" for metric in ("f1", "recall_at_5", "mrr") for name in ("low", "high", "sd")),
@@ -103,13 +104,14 @@ def strategy_rows(cells: Sequence[Cell], regimes: Mapping[str, Any]) -> list[dic
     task by task; `at_cap` how many of the trainings that validation should have ended met their cap.
     `em_model_sd` is the standard deviation over seeds of the model among runs with one split of
     clients, `em_split_sd` the other way round; None where there are no such runs. `client_em_*` are
-    over clients, then means over seeds.
+    over clients, then means over seeds; `client_em_*_against` are differences from the strategy's
+    centralised model on the same mixtures, over the pairs of seeds that both have.
 
     Args:
       regimes: what their names say, as `strategies.regimes.Regime`.
     """
-    rows = []
-    for (strategy, regime), group in by_cell(cells).items():
+    rows, groups = [], by_cell(cells)
+    for (strategy, regime), group in groups.items():
         row = {
             "strategy": strategy,
             "regime": regime,
@@ -119,6 +121,7 @@ def strategy_rows(cells: Sequence[Cell], regimes: Mapping[str, Any]) -> list[dic
             "em_model_sd": _sd_within(group, lambda cell: cell.split),
             "em_split_sd": _sd_within(group, lambda cell: cell.seed),
             **costs_and_clients(group),
+            **clients_against(group, groups.get((strategy, "centralised"), ())),
         }
         for metric in METRICS:
             row |= estimate(group, metric)
@@ -156,6 +159,20 @@ def costs_and_clients(cells: Sequence[Cell]) -> dict[str, Any]:
         for name, of in _OVER_CLIENTS.items():
             row[f"client_em_{name}"] = float(np.mean([of(cell.client_em) for cell in cells]))
     return row
+
+
+def clients_against(cells: Sequence[Cell], usual: Sequence[Cell]) -> dict[str, float]:
+    """Returns the differences of two `client_em_*` from other cells with the same pairs of seeds."""
+    known = {(cell.seed, cell.split): cell.client_em for cell in usual}
+    pairs = [(cell.client_em, known.get((cell.seed, cell.split))) for cell in cells]
+    pairs = [(em, other) for em, other in pairs if em and other]
+    if not pairs:
+        return {}
+    return {
+        f"client_em_{name}_against": float(np.mean([of(em) - of(other) for em, other in pairs]))
+        for name, of in _OVER_CLIENTS.items()
+        if name in ("mean", "worst")
+    }
 
 
 def epochs_of(cells: Sequence[Cell]) -> dict[str, Any]:

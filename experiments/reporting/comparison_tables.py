@@ -215,12 +215,11 @@ def clients_table(rows: Sequence[dict[str, Any]]) -> Table:
     """EM over clients, for rows that have it, and its difference from the centralised model."""
     titles = {"mean": "mean", "worst": "worst client", "decile_1": "1st decile",
               "decile_9": "9th decile"}  # fmt: skip
-    together = {row["strategy"]: row for row in rows if row["regime"] == "centralised"}
 
     def against(name):
         def show(row):
-            key, usual = f"client_em_{name}", together.get(row["strategy"], {})
-            return signed(row[key] - usual[key]) if key in usual else MISSING
+            difference = row.get(f"client_em_{name}_against")
+            return MISSING if difference is None else signed(difference)
 
         return Column(f"{titles[name]} against centralised", show)
 

@@ -161,8 +161,11 @@ def headline_rows(
     with the better of `local` and `local_converged`, by the metric itself, which favours the lone
     client. `compute` are the points a lone client gains by training until it stops improving,
     `data` what federated training has over that. Where lone clients train until they stop improving,
-    a strategy of which they do not is left out: its lone clients were stopped early. Runs are paired
-    by their seeds.
+    a strategy of which they do not is left out: its lone clients were stopped early.
+
+    A row is of one algorithm at its longest budget: `federated_converged` where it was trained, so that
+    no federated regime is chosen by its score. All values are over the pairs of seeds that the compared
+    regimes share.
 
     Args:
       metric: of which the rows are, such as "em" or "own_em".
@@ -171,43 +174,49 @@ def headline_rows(
     """
     groups, rows = by_cell(cells), []
 
-    def converged(where):
-        return regimes[where].kind == "local" and regimes[where].converged
+    def named(strategy, kind):
+        there = [where for name, where in groups if name == strategy]
+        return [w for w in there if (regimes[w].kind, regimes[w].alpha) == (kind, alpha)]
 
-    patient = {name for name, where in groups if converged(where)}
+    patient = {
+        name for name, _ in groups if any(regimes[w].converged for w in named(name, "local"))
+    }
     for strategy in dict.fromkeys(name for name, _ in groups if name != "none"):
         if patient and strategy not in patient:
             continue
-        there = {
-            kind: [
+        # The last of an algorithm is its converged regime, if it has one.
+        order = sorted(named(strategy, "federated"), key=lambda w: regimes[w].converged)
+        for federated in {regimes[w].algorithm: w for w in order}.values():
+            alone = [
                 where
-                for name, where in groups
-                if name == strategy and (regimes[where].kind, regimes[where].alpha) == (kind, alpha)
+                for where in named(strategy, "local")
+                if _paired(groups[strategy, federated], groups[strategy, where])
             ]
-            for kind in ("local", "federated")
-        }
-        better = {
-            kind: max(names, key=lambda w: float(scores(groups[strategy, w], metric).means.mean()))
-            for kind, names in there.items()
-            if names
-        }
-        if len(better) < 2:
-            continue
-        local, federated = (groups[strategy, better[kind]] for kind in ("local", "federated"))
-        found = paired_difference(federated, local, metric)
-        if not found:
-            continue
-        row = {"metric": metric, "strategy": strategy}
-        row |= {"regime": better["federated"], "against": better["local"]}
-        row |= estimate(local, metric, "local") | estimate(federated, metric, "federated") | found
-        matched = [w for w in there["local"] if not regimes[w].converged]
-        if matched and regimes[better["local"]].converged:
-            start = groups[strategy, matched[0]]
-            row["compute"] = paired_difference(local, start, metric)["difference"]
-            row["data"] = row["difference"]
-        rows.append(row)
+            shared = _common([groups[strategy, where] for where in (federated, *alone)])
+            if not alone or not shared[0]:
+                continue
+            together, *local = shared
+            known = dict(zip(alone, local, strict=True))
+            best = max(alone, key=lambda w: float(scores(known[w], metric).means.mean()))
+            found = paired_difference(together, known[best], metric)
+            if not found:
+                continue
+            row = {"metric": metric, "strategy": strategy, "regime": federated, "against": best}
+            row |= estimate(known[best], metric, "local")
+            row |= estimate(together, metric, "federated") | found
+            matched = [w for w in alone if not regimes[w].converged]
+            if matched and regimes[best].converged:
+                longer = paired_difference(known[best], known[matched[0]], metric)
+                row |= {"compute": longer["difference"], "data": row["difference"]}
+            rows.append(row)
     adjust(rows)
     return rows
+
+
+def _common(groups: Sequence[Sequence[Cell]]) -> list[list[Cell]]:
+    """Returns the cells of each group with the pairs of seeds that all groups have."""
+    shared = set.intersection(*({(c.seed, c.split) for c in cells} for cells in groups))
+    return [[c for c in cells if (c.seed, c.split) in shared] for cells in groups]
 
 
 def _paired(some: Sequence[Cell], others: Sequence[Cell]) -> list[tuple[Cell, Cell]]:

@@ -84,7 +84,10 @@ COSTS = {"seconds": ("training time (s)", 1), "flops": ("training operations (10
 
 
 def quality_against_cost(rows: Sequence[dict[str, Any]], cost: str = "seconds"):
-    """EM with its interval over one of `COSTS`, a panel per regime: a Matplotlib figure, or None."""
+    """EM with its interval over one of `COSTS`, a panel per regime: a Matplotlib figure, or None.
+
+    Rows without that cost are left out.
+    """
     if not rows:
         return None
     regimes = list(dict.fromkeys(row["regime"] for row in rows))
@@ -96,6 +99,8 @@ def quality_against_cost(rows: Sequence[dict[str, Any]], cost: str = "seconds"):
             look = looks[row["strategy"]]
             if row["strategy"] == "none":
                 ax.axhline(row["em"], color=look.color, lw=1, ls=":", label="untuned")
+                continue
+            if row[cost] is None:  # not declared by an objective
                 continue
             error = [[row["em"] - row["em_low"]], [row["em_high"] - row["em"]]]
             ax.errorbar(

@@ -40,7 +40,7 @@ class Report:
     Attributes:
       rows: the rows behind the tables, by file name (`<name>.csv` or `<name>.jsonl`); empty files are
         not written.
-      columns: the column order of some CSV files.
+      columns: the first columns of some CSV files, in order.
     """
 
     title: str
@@ -80,7 +80,8 @@ class Report:
         filled = {name: some for name, some in self.rows.items() if some}
         for name, some in filled.items():
             if name.endswith(".csv"):
-                write_csv(folder / name, some, self.columns.get(name, ()))
+                order = [*self.columns.get(name, ()), *(key for row in some for key in row)]
+                write_csv(folder / name, some, list(dict.fromkeys(order)))
             else:
                 files.write_text(folder / name, "".join(json.dumps(row) + "\n" for row in some))
         written = [*filled, "report.html", "table.md"]

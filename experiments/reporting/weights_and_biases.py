@@ -9,8 +9,10 @@
 """
 
 import pathlib
+import re
 import secrets
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from experiments.reporting.cells import Cell, seeds_name
@@ -18,13 +20,25 @@ from experiments.reporting.comparison import own_weight, scores
 from fedrag_jax import files
 from fedrag_jax.tracking.weights_and_biases import LOGGED, panels, quiet, require_key
 
-# Scores that are no shares; those are told in percent.
-UNITS = {"nll": "nats", "searches": "per_question"}
+# Units of scores that are no shares; shares are logged in percent. What attacks compare questions by
+# is not logged: who holds them, whether they were read, similarities to single updates.
+UNITS = {
+    "nll": "nats", "searches": "per_question", "loss": "nats", "calibrated": "nats", "read": "nats",
+    "closed": "nats", "ranked": "nats", "ratio": "sd",
+}  # fmt: skip
+NO_SCORES = re.compile("user|fresh|took_part|member|passage_there|(cosine|read)_[0-9]+")
 _unanswered: set[str] = set()  # servers, by address, that this process has given up on
 
 
 def log_cell(
-    cell: Cell, folder: pathlib.Path, group: str, mode: str, project: str, config: dict, **about
+    cell: Cell,
+    folder: pathlib.Path,
+    group: str,
+    mode: str,
+    project: str,
+    config: dict,
+    place: str = "",
+    **about,
 ) -> None:
     """Logs curves and results of a finished cell as one run; repeated calls log it only once.
 
@@ -32,13 +46,13 @@ def log_cell(
     call uploads the rest. `folder/wandb.json` lists the logged cells. "disabled" does nothing.
 
     Args:
-      about: settings that distinguish cells of one strategy and regime, such as rank=8; used in name,
-        tags and config.
+      place: folder of the cell below that of the run, such as `sign_flip/krum`; it distinguishes cells
+        of one strategy and regime.
+      about: settings that do, such as rank=8; used like `place` in name, tags and config.
     """
     if mode == "disabled":
         return
-    others = [f"{name}={value:g}" for name, value in about.items()]
-    tags = [cell.strategy, cell.regime, *others, seeds_name(cell.seed, cell.split)]
+    tags = tags_of(cell, place, about)
     name = "-".join(tags)
     logged = files.kept(files.read_json, folder / LOGGED) or {}
     known = logged.get(name)
@@ -53,7 +67,7 @@ def log_cell(
         "tags": tags,
         "config": config
         | {"strategy": cell.strategy, "regime": cell.regime}
-        | {"seed": cell.seed, "split": cell.split}
+        | {"seed": cell.seed, "split": cell.split, "place": place}
         | about,
     }
     own = known["id"] if known else secrets.token_hex(4)
@@ -62,6 +76,31 @@ def log_cell(
         own = secrets.token_hex(4)  # a run that could not begin keeps its own
         _log(cell, how | {"id": own}, "offline")
     files.write_json(folder / LOGGED, logged | {name: {"id": own, "sent": sent}}, indent=1)
+
+
+def tags_of(cell: Cell, place: str, about: Mapping[str, float]) -> list[str]:
+    """Returns what distinguishes a cell from others of its run, in words."""
+    others = [f"{name}={value:g}" for name, value in about.items()] or pathlib.Path(place).parts
+    return [cell.strategy, cell.regime, *others, seeds_name(cell.seed, cell.split)]
+
+
+def summary(cell: Cell) -> dict[str, Any]:
+    """Returns scores, costs and controls of a cell by their names in Weights & Biases."""
+    found: dict[str, Any] = {}
+    for metric in cell.scores:
+        if metric.startswith(own_weight("")) or NO_SCORES.fullmatch(metric):
+            continue
+        if (known := scores([cell], metric)).values.size:
+            unit = UNITS.get(metric.rpartition("_")[2], "percent")
+            factor = 100 if unit == "percent" else 1
+            found[f"test/{metric}_{unit}"] = factor * float(known.means[0])
+    cost = cell.cost._asdict() | {
+        "bytes_up": cell.cost.bytes_up,
+        "bytes_down": cell.cost.bytes_down,
+    }
+    cost["traffic_bytes"] = cost.pop("traffic")
+    found |= {f"cost/{name}": value for name, value in cost.items() if value is not None}
+    return found | {f"controls/{name}": value for name, value in cell.controls.items()}
 
 
 def _sent(cell: Cell, how: dict[str, Any]) -> bool:
@@ -96,16 +135,5 @@ def _log(cell: Cell, how: dict[str, Any], mode: str) -> None:
     for task, rounds in cell.curves.items():
         for record in rounds:
             run.log(panels(task, record))
-    for metric in cell.scores:
-        if not metric.startswith(own_weight("")) and (found := scores([cell], metric)).values.size:
-            unit = UNITS.get(metric.rpartition("_")[2], "percent")
-            factor = 100 if unit == "percent" else 1
-            run.summary[f"test/{metric}_{unit}"] = factor * float(found.means[0])
-    cost = cell.cost._asdict() | {
-        "bytes_up": cell.cost.bytes_up,
-        "bytes_down": cell.cost.bytes_down,
-    }
-    cost["traffic_bytes"] = cost.pop("traffic")
-    run.summary.update({f"cost/{name}": value for name, value in cost.items() if value is not None})
-    run.summary.update({f"controls/{name}": value for name, value in cell.controls.items()})
+    run.summary.update(summary(cell))
     run.finish()
