@@ -13,10 +13,12 @@ from stored import COUNT, FAISS, PASSAGES, VECTORS, D, ask, ids, in_postgres, un
 
 from fedrag_jax.data.examples import Passage
 from fedrag_jax.errors import ConfigError, DataError
+from fedrag_jax.retrieval.stores import device_store
 from fedrag_jax.retrieval.stores.bm25 import BM25Store
 from fedrag_jax.retrieval.stores.device_store import DeviceStore
 from fedrag_jax.retrieval.stores.faiss_store import FaissStore
 from fedrag_jax.retrieval.stores.hybrid import HybridStore
+from fedrag_jax.retrieval.stores.knowledge_store import StoreUnreachable
 from fedrag_jax.retrieval.stores.qdrant import QdrantStore
 from fedrag_jax.retrieval.stores.registry import open_store
 from fedrag_jax.retrieval.stores.reranked import RerankedStore
@@ -262,3 +264,40 @@ def test_who_opens_while_another_saves_gets_a_whole_store(store, tmp_path):
             stop.set()
         for each in saving:
             each.result()
+
+
+class Failing(BM25Store):
+    """A store whose server goes away at the first deletion."""
+
+    failed = False
+
+    def _delete(self, ids):
+        if not self.failed:
+            self.failed = True
+            raise StoreUnreachable("gone")
+        super()._delete(ids)
+
+
+@pytest.mark.parametrize("parts", [(FaissStore, Failing), (Failing, FaissStore)])
+def test_a_deletion_that_fails_in_part_can_be_made_again(tmp_path, parts):
+    stores = [make(D) if make is FaissStore else make("english") for make in parts]
+    store = HybridStore(stores)
+    store.add(PASSAGES[:10], VECTORS[:10])
+    with pytest.raises(StoreUnreachable):
+        store.delete(["p003"])
+    store.delete(["p003"])
+    assert len(store) == 9 and [len(part) for part in store.parts] == [9, 9]
+    assert "p003" not in {found for some in ids(ask(store, range(10), k=10)) for found in some}
+
+
+def test_a_device_without_room_changes_nothing(monkeypatch):
+    store = DeviceStore(D)
+    store.add(PASSAGES[:5], VECTORS[:5])
+    found = ids(ask(store, range(5)))
+    with monkeypatch.context() as patch:
+        patch.setattr(device_store, "_grown", lambda *_: (_ for _ in ()).throw(MemoryError()))
+        with pytest.raises(MemoryError):
+            store.add(PASSAGES[5:9], VECTORS[5:9])
+    assert len(store) == 5 and ids(ask(store, range(5))) == found
+    store.add(PASSAGES[5:9], VECTORS[5:9])
+    assert len(store) == 9 and ids(ask(store, [7], k=1)) == [["p007"]]

@@ -14,7 +14,7 @@ from fedrag_jax.retrieval.stores.qdrant import QdrantStore
 from fedrag_jax.retrieval.stores.registry import open_store
 
 
-def test_an_embedded_qdrant_lies_in_its_folder(tmp_path):
+def test_an_embedded_qdrant_lies_in_its_folder(tmp_path, monkeypatch):
     store = QdrantStore("passages", D, str(tmp_path / "q"))
     store.add(PASSAGES, VECTORS)
     store.refresh(lambda passages: -VECTORS[[int(p.id[1:]) for p in passages]])
@@ -28,6 +28,18 @@ def test_an_embedded_qdrant_lies_in_its_folder(tmp_path):
     again = open_store(tmp_path / "s", elsewhere=True)
     assert ids(ask(again, range(40))) == asked and len(again) == 200
     again.close()
+    # A relative folder is found from any other, and what is gone is not made anew.
+    monkeypatch.chdir(tmp_path)
+    QdrantStore("passages", D, "q").save(tmp_path / "r")
+    monkeypatch.chdir("/")
+    again = open_store(tmp_path / "r", elsewhere=True)
+    assert len(again) == 200
+    again.close()
+    (tmp_path / "q").rename(tmp_path / "moved")
+    with pytest.raises(CheckpointError, match=r"the Qdrant folder .*/q does not exist"):
+        open_store(tmp_path / "r", elsewhere=True)
+    assert not (tmp_path / "q").exists()
+    (tmp_path / "moved").rename(tmp_path / "q")
     with pytest.raises(ConfigError, match="dimension 16, not 17"):
         QdrantStore("passages", 17, str(tmp_path / "q"))
 
@@ -64,5 +76,7 @@ def test_postgres_is_shared_with_others():
     close = in_postgres(index="hnsw", effort=200)
     close.add(PASSAGES, VECTORS)
     assert ids(ask(close, range(0, 200, 9), k=1)) == [[p.id] for p in PASSAGES[::9]]
-    secret = PostgresStore(postgres() + "&password=secret", store.table, D)
+    secret = PostgresStore(postgres() + "&password=secret&sslpassword=secret", store.table, D)
     assert "secret" not in json.dumps(secret._settings())
+    with pytest.raises(CheckpointError, match="table gone does not exist"):
+        PostgresStore(postgres(), "gone", D, create=False)

@@ -16,6 +16,7 @@ from fedrag_jax.cli.common import (
     print_json,
     printable,
 )
+from fedrag_jax.errors import DataError
 
 AT_ONCE = 16  # questions of a file that are answered together
 
@@ -56,6 +57,13 @@ def run(args: argparse.Namespace) -> int:
     from fedrag_jax.errors import ConfigError
     from fedrag_jax.rag import RAGSystem
 
+    if args.json and args.no_sources:
+        raise ConfigError("--no-sources does not apply to --json: leave either out")
+    if args.mode == "search" and (args.top_k is not None or args.system_prompt):
+        raise ConfigError(
+            "--top-k and --system-prompt do not apply to --mode=search, whose searches and instruction "
+            "are those of the system: leave them out"
+        )
     if args.stream and args.json:
         raise ConfigError(
             "--stream prints answers while they are written, --json prints whole answers: choose one"
@@ -101,7 +109,7 @@ def _asked(given: Sequence[str]) -> Iterator[Sequence[str]]:
     interactive, waiting = sys.stdin.isatty(), []
     if interactive:
         print("> ", end="", file=sys.stderr, flush=True)
-    for line in sys.stdin:
+    for line in _lines():
         if question := line.strip():
             waiting.append(question)
         if waiting and (interactive or len(waiting) == AT_ONCE):
@@ -111,6 +119,20 @@ def _asked(given: Sequence[str]) -> Iterator[Sequence[str]]:
             print("> ", end="", file=sys.stderr, flush=True)
     if waiting:
         yield waiting
+
+
+def _lines() -> Iterator[str]:
+    """Yields the lines of standard input.
+
+    Raises:
+      DataError: text in another encoding.
+    """
+    try:
+        yield from sys.stdin
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"standard input is not {error.encoding} text ({error.reason}): save the questions as UTF-8"
+        ) from error
 
 
 def _print_question(question: str, several: bool) -> None:

@@ -98,9 +98,13 @@ def run(args: argparse.Namespace) -> int:
     from fedrag_jax.rag import RAGSystem
 
     asked = [(named(name), args.source) for name in args.sets]
+    if args.all and args.questions is None:
+        raise ConfigError("--all is about --questions: give them, or leave it out")
     if args.questions is not None:
         if not args.questions.is_file():
             raise ConfigError(f"--questions {args.questions} is not a file")
+        if args.source and not args.sets:
+            raise ConfigError("--source is about named sets, not about --questions: leave it out")
         asked.append((own(args.questions, args.all), args.questions))
     if not asked:
         raise ConfigError(f"nothing to measure: name sets of {[*SETS]}, or give --questions")

@@ -16,6 +16,8 @@ import pathlib
 import signal
 import sys
 
+from fedrag_jax.cli.common import printable
+
 PORT = 9092
 
 
@@ -109,7 +111,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     tuned = commands.add_parser("tuned", help="save a party's system with the trained parameters")
     tuned.add_argument("party", type=pathlib.Path, help="folder of the party")
-    tuned.add_argument("--to", type=pathlib.Path, required=True, help="folder of the tuned system")
+    tuned.add_argument(
+        "--to", type=pathlib.Path, required=True, help="new folder of the tuned system"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -134,9 +138,9 @@ def run(args: argparse.Namespace) -> int:
         tell(federation.search(args.folder, args.questions, *how))
         return 0
     from fedrag_jax.integrations.flower.systems import tuned
-    from fedrag_jax.rag_folder import require_free
+    from fedrag_jax.rag_folder import require_new
 
-    require_free(args.to)
+    require_new(args.to)
     tuned(args.party).save(args.to)
     print(f"{args.to}: ask it with fedrag ask")
     return 0
@@ -148,9 +152,10 @@ def tell(searched: dict) -> None:
         print(one["question"])
         for passage in one["passages"]:
             who = ", ".join(map(str, passage["parties"]))
-            print(f"  {passage['score']:.3f}  party {who}  {passage['title']}: {passage['text']}")
+            text = printable(f"{passage['title']}: {passage['text']}")
+            print(f"  {passage['score']:.3f}  party {who}  {text}")
     for who, why in searched["refused"].items():
-        print(f"{who}: {why}", file=sys.stderr)
+        print(f"{who}: {printable(why)}", file=sys.stderr)
     print(
         f"parties {searched['answered']} answered; {searched['bytes_down']:,} bytes down, "
         f"{searched['bytes_up']:,} bytes up"

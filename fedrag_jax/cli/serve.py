@@ -13,14 +13,14 @@ import sys
 from fedrag_jax.cli.common import add_system
 from fedrag_jax.server.address import KEY
 
+HOST, PORT = "127.0.0.1", 8000
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `fedrag serve`."""
     add_system(parser)
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)"
-    )
-    parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000)")
+    parser.add_argument("--host", help=f"address to listen on (default: {HOST})")
+    parser.add_argument("--port", type=int, help=f"port to listen on (default: {PORT})")
     parser.add_argument("--model", help="model name that callers send (default: fedrag)")
     parser.add_argument(
         "--cors-origin",
@@ -44,6 +44,9 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             "--model and --cors-origin apply to the HTTP interface, not to --mcp: leave them out"
         )
+    if args.mcp == "stdio" and (args.host is not None or args.port is not None):
+        raise ConfigError("--host and --port do not apply to --mcp=stdio: leave them out")
+    host, port = args.host or HOST, PORT if args.port is None else args.port
     if args.mcp == "http" and os.environ.get(KEY):
         raise ConfigError(
             f"MCP over HTTP has no authentication, but {KEY} is set: unset it, or use stdio"
@@ -54,10 +57,10 @@ def run(args: argparse.Namespace) -> int:
         # Over stdio, standard output is the protocol's alone.
         with contextlib.redirect_stdout(sys.stderr):
             system = RAGSystem.load(args.system, elsewhere=args.elsewhere)
-        mcp_server.run(system, args.mcp, args.host, args.port)
+        mcp_server.run(system, args.mcp, host, port)
         return 0
     from fedrag_jax.server import http
 
     system = RAGSystem.load(args.system, elsewhere=args.elsewhere)
-    http.serve(system, args.host, args.port, args.model or http.MODEL, args.cors_origin)
+    http.serve(system, host, port, args.model or http.MODEL, args.cors_origin)
     return 0

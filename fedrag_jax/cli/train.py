@@ -135,9 +135,10 @@ def run(args: argparse.Namespace) -> int:
     named(args.strategy)  # refuses what is not there before anything is read
     options = _options(args.algorithm_options)
     by_name.check(args.algorithm, options, "--algorithm")
-    if args.regime == "centralised" and args.algorithm != "fedavg":
+    if args.regime == "centralised" and (args.algorithm != "fedavg" or options):
         raise ConfigError(
-            f"--algorithm {args.algorithm} averages clients' updates: add --regime=federated"
+            f"--algorithm {args.algorithm} and --algorithm-options are about clients' updates: add "
+            "--regime=federated"
         )
     rates = {"query": args.query_rate, "adapters": args.adapter_rate}
     if args.algorithm in by_name.OWN_STEPS and None in rates.values():

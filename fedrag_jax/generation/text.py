@@ -350,5 +350,5 @@ def _repeated(tokens: np.ndarray, count: int) -> dict[int, int]:
 
 def _settled(text: str, stop: tuple[str, ...]) -> str:
     """Returns the part of a text that no further token can change."""
-    begun = (n for s in stop for n in range(1, len(s)) if text.endswith(s[:n]))
+    begun = (n for s in stop for n in range(1, min(len(s), len(text) + 1)) if text.endswith(s[:n]))
     return text[: len(text) - max(begun, default=0)]

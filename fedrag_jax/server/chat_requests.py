@@ -6,7 +6,7 @@ from typing import Any
 
 from fedrag_jax.data.examples import half_character
 from fedrag_jax.errors import DataError
-from fedrag_jax.generation.inference import require_asked
+from fedrag_jax.generation.inference import SEARCH, require_asked
 
 MOST_BYTES = 16 << 20  # of a request
 # Of the interface: what changes an answer is honoured or refused, what does not is let pass.
@@ -17,6 +17,8 @@ PASSED = {"user", "metadata", "store", "service_tier", "safety_identifier", "pro
 NEUTRAL = {"n": (1,), "logprobs": (False,), "frequency_penalty": (0,), "presence_penalty": (0,),
            "logit_bias": ({},), "tools": ([],), "tool_choice": ("none", "auto"),
            "response_format": ({"type": "text"},), "modalities": (["text"],)}  # fmt: skip
+MOST_BEAMS = 16  # each has a cache of its own
+MOST_STOPS, LONGEST_STOP = 16, 256  # number of stop strings, and characters of each
 STREAM_OPTIONS = ("include_usage", "include_obfuscation")  # the second changes no answer
 INSTRUCTING = ("system", "developer")  # roles whose messages are the system prompt
 
@@ -90,12 +92,21 @@ def understood(body: dict[str, Any], model: str) -> tuple[str, str, dict[str, An
                     400, f"{field} must be {kinds[-1].__name__}, got {value!r}", field
                 )
             how[name] = value
+    if how.get("mode") == SEARCH and system_prompt:
+        told = "system messages do not apply to mode 'search', which has an instruction of its own"
+        raise RequestError(400, told, "messages")
+    if not 1 <= how.get("beams", 1) <= MOST_BEAMS:
+        told = f"beams must be from 1 to {MOST_BEAMS}, got {how['beams']}"
+        raise RequestError(400, told, "beams")
     if (stop := body.get("stop")) is not None:
         stop = [stop] if isinstance(stop, str) else stop
         if not isinstance(stop, list) or not all(isinstance(s, str) for s in stop):
             raise RequestError(
                 400, f"stop must be a string or a list of strings, got {stop!r}", "stop"
             )
+        if len(stop) > MOST_STOPS or any(len(s) > LONGEST_STOP for s in stop):
+            told = f"stop may have {MOST_STOPS} strings of {LONGEST_STOP} characters at most"
+            raise RequestError(400, told, "stop")
         how["stop"] = tuple(stop)
     if not isinstance(body.get("stream", False), bool | None):
         raise RequestError(400, f"stream must be a boolean, got {body['stream']!r}", "stream")

@@ -121,7 +121,7 @@ def _documents(
             return False
         if inside.resolve() == folder.resolve() or is_system(inside) or is_store(inside):
             return True
-        return of_a_system(inside.parent)
+        return inside != source and of_a_system(inside.parent)  # the parent of "." is "."
 
     found = documents.find(source)
     files = [path for path in found.files if not of_a_system(path.parent)]

@@ -83,3 +83,25 @@ def test_what_cannot_be_asked_is_refused(system, tmp_path, capsys):
     with pytest.raises(SystemExit) as refused:
         main(["ask"])
     assert refused.value.code == 2
+
+
+def test_questions_in_another_encoding_are_told(system, monkeypatch, capsys):
+    latin = io.TextIOWrapper(io.BytesIO("Wer wohnt in München?\n".encode("latin-1")), "utf-8")
+    monkeypatch.setattr(sys, "stdin", latin)
+    assert main(["ask", str(system), "--json"]) == 1
+    assert "standard input is not utf-8 text" in (err := capsys.readouterr().err)
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["ask", "Who?", "--json", "--no-sources"], "--no-sources does not apply to --json"),
+        (["ask", "Who?", "--mode=search", "--top-k=2"], "do not apply to --mode=search"),
+        (["serve", "--mcp=stdio", "--port=1"], "--host and --port do not apply to --mcp=stdio"),
+        (["eval", "mmlu", "--all"], "--all is about --questions"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(system, options, words, capsys):
+    assert main([options[0], str(system), *options[1:]]) == 1
+    assert words in capsys.readouterr().err

@@ -276,3 +276,13 @@ def test_a_new_system_like_a_tuned_one(system, tmp_path):
     assert loaded.store.kind == "bm25" and loaded.prompts.style == tuned.prompts.style
     assert loaded.top_k == 3 and not loaded.retriever.passages
     assert loaded.searching == tuned.searching
+
+
+def test_the_working_directory_may_be_indexed(tmp_path, capsys, monkeypatch):
+    documents, folder = write_documents(tmp_path / "documents"), tmp_path / "system"
+    monkeypatch.chdir(documents)
+    assert main(["index", ".", "--to", str(folder), "--json", "--quiet"]) == 0
+    assert told(capsys)[0]["passages"] == 60
+    assert main(["index", ".", "--to", "own", "--json", "--quiet"]) == 0
+    assert main(["index", ".", "--to", "own", "--json", "--quiet"]) == 0  # whose files are left out
+    assert [(t["added"], t["changed"]) for t in told(capsys)] == [(60, 0), (0, 0)]

@@ -63,6 +63,7 @@ def test_what_cannot_be_trained_is_refused(system, tmp_path, capsys):
         (["--algorithm", "fedprox", "--algorithm-options", "nu=1"], "unknown options ['nu'] of fedp"),
         (["--algorithm", "fedprox", "--algorithm-options", "mu=-1"], "mu must be at least 0, got -1"),
         (["--algorithm", "fedprox", "--regime", "centralised"], "add --regime=federated"),
+        (["--algorithm-options", "up=int8", "--regime", "centralised"], "add --regime=federated"),
         (["--algorithm", "scaffold"], "give --query-rate and --adapter-rate"),
     ],
 )  # fmt: skip

@@ -1,5 +1,6 @@
 """What a server makes of answers that are wrong, late or missing, and of its own end."""
 
+import io
 import json
 
 import numpy as np
@@ -47,6 +48,14 @@ def lying(shape, data):
     return Array("float32", shape, "numpy.ndarray", Array(data).data)
 
 
+def header(count):
+    """The beginning of a file in NumPy's format that promises so many numbers."""
+    file = io.BytesIO()
+    about = {"descr": "<f4", "fortran_order": False, "shape": (count,)}
+    np.lib.format.write_array_header_1_0(file, about)
+    return file.getvalue()
+
+
 F32 = np.float32
 # {fault: (what is done to the answer, a part of what the server says of it)}
 FAULTS = {
@@ -62,11 +71,19 @@ FAULTS = {
     ),
     "objects": (
         lambda r: with_array(r, "in", Array("float32", (3, 5), "numpy.ndarray", PICKLED)),
-        "allow_pickle=False",
+        "holds object ",
     ),
     "garbage": (
         lambda r: with_array(r, "in", Array("float32", (3, 5), "numpy.ndarray", b"?")),
         "in ",
+    ),
+    "zip": (
+        lambda r: with_array(r, "in", Array("float32", (3, 5), "numpy.ndarray", b"PK\x03\x04junk")),
+        "magic string is not correct",
+    ),
+    "more memory than there is": (
+        lambda r: with_array(r, "in", Array("float32", (3, 5), "numpy.ndarray", header(10**15))),
+        "holds float32 [1000000000000000]",
     ),
     "huge": (
         lambda r: with_array(r, "in", Array("float32", (3, 5), "numpy.ndarray", b"0" * 10_000)),

@@ -18,7 +18,7 @@ from loopback import Loopback
 from toys import leaves
 
 from fedrag_jax.cli.command_line import main
-from fedrag_jax.errors import ConfigError, DataError
+from fedrag_jax.errors import CheckpointError, ConfigError
 from fedrag_jax.files import write_json
 from fedrag_jax.integrations.flower import federation, systems
 from fedrag_jax.integrations.flower.certificates import make_certificates, make_node_key
@@ -65,6 +65,19 @@ def test_a_federation_is_made_that_keeps_its_secrets(made):
         federation.make(made, ["localhost"], 9092, PARTIES, 12, 0)
     with pytest.raises(ConfigError, match="names of parties must differ"):
         federation.make(made / "new", ["localhost"], 9092, ["a", "a"], 12, 0)
+    with pytest.raises(ConfigError, match=r"'a\.\.b' is neither a name nor an address of a server"):
+        federation.make(made / "new", ["a..b"], 9092, PARTIES, 12, 0)
+    assert not (made / "new").exists()
+    # The server's port does not depend on folders that are handed over.
+    assert json.loads((made / "server" / "server.json").read_text()) == {"port": 9092}
+
+
+def test_names_of_servers_may_be_long_or_not_of_ascii(tmp_path):
+    long = f"{'x' * 60}.elb.amazonaws.com"
+    make_certificates(tmp_path, [long, "münchen.example"])
+    served = x509.load_pem_x509_certificate((tmp_path / "server.pem").read_bytes())
+    named = served.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert named.get_values_for_type(x509.DNSName) == [long, "xn--mnchen-3ya.example"]
 
 
 @pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # Flower's own use
@@ -103,6 +116,16 @@ def test_parties_train_on_their_own_documents_and_answer_from_them(made, monkeyp
         assert read and read <= own
     to = made / "tuned"
     assert main(["federate", "tuned", str(folders[0]), "--to", str(to)]) == 0
+    # Its own system stays as it is, and so does the trained one when another run has begun.
+    for taken in (folders[0] / "system", to):
+        assert main(["federate", "tuned", str(folders[0]), "--to", str(taken)]) == 1
+    other = config | {"learning-rate": 0.5}
+    systems.server_plan(Context(1, 1, {}, RecordDict(), other))
+    systems.party_plan(Context(1, 1, apps[100][1], RecordDict(), other))
+    for system in (
+        systems.tuned(folders[0]), systems.server_system(Context(1, 1, {}, RecordDict(), other)),
+    ):  # fmt: skip
+        np.testing.assert_array_equal(leaves(system.adapters), leaves(result.trainable["adapters"]))
     assert leaves(RAGSystem.load(to).adapters) == pytest.approx(
         leaves(result.trainable["adapters"]), abs=1e-6
     )
@@ -184,7 +207,7 @@ def test_folders_that_are_none_are_refused_with_what_to_do(tmp_path, capsys):
         systems.party_plan(context)
     with pytest.raises(ConfigError, match="fedrag-folder of the node's configuration"):
         systems.party_plan(Context(1, 1, {}, RecordDict(), {}))
-    with pytest.raises(DataError, match=r"run\.json"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read as a trained"):
         systems.tuned(tmp_path / "nowhere")
 
 

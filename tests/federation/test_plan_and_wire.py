@@ -51,7 +51,6 @@ NETWORK = lora.add_lora(CHAIN, lora.LoraConfig(3, 12.0, ("q_proj",)))
             compressed(robust(median()), down=quantised(8)),
             "compressed.*needs all updates of a round",
         ),
-        (compressed(fed_lora("fedsa", NETWORK), down=quantised(8)), "leaves each client a model"),
         (secure(fed_avg()), "secure.*masks are drawn from a seed"),
         (robust(median()), "robust.*needs all updates of a round at once"),
         (attacked(fed_avg(), sign_flip(), [0]), "attacked.*attackers are simulated"),

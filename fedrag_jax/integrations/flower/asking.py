@@ -125,7 +125,7 @@ class Asking:
             if message.has_error():
                 raise ValueError(message.error.reason)
             report, arrays = self._checked(client, message.content)
-        except (ValueError, LookupError, TypeError) as error:
+        except Exception as error:  # nothing that a party sends ends the run
             self.refused[client] = str(error)
             log.warning("round %d, client %d: %s", self.now.round + 1, client, error)
             return

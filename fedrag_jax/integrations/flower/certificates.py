@@ -11,6 +11,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from fedrag_jax.errors import ConfigError
 from fedrag_jax.files import writing
 
 CA, CERTIFICATE, KEY = "ca.crt", "server.pem", "server.key"
@@ -26,10 +27,10 @@ def make_certificates(folder: pathlib.Path, hosts: Sequence[str]) -> None:
       hosts: names and addresses at which parties reach the server.
 
     Raises:
-      ConfigError: the folder cannot be written.
+      ConfigError: the folder cannot be written; as `require_hosts`.
     """
     authority, server = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
-    issuer, subject = (_name(name) for name in ("fedrag federation", hosts[0]))
+    issuer, subject = (_name(name) for name in ("fedrag federation", "fedrag server"))
     root = (
         _begun(issuer, issuer, authority.public_key())
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
@@ -65,6 +66,16 @@ def make_certificates(folder: pathlib.Path, hosts: Sequence[str]) -> None:
             serialization.NoEncryption(),
         ),
     )
+
+
+def require_hosts(hosts: Sequence[str]) -> None:
+    """Checks names and addresses of a server.
+
+    Raises:
+      ConfigError: one that is neither.
+    """
+    for host in hosts:
+        _alternative(host)
 
 
 def make_node_key(path: pathlib.Path) -> None:
@@ -131,4 +142,10 @@ def _alternative(host: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
-        return x509.DNSName(host)
+        pass
+    try:
+        return x509.DNSName(host.encode("idna").decode("ascii"))
+    except ValueError as error:  # also of encoding
+        raise ConfigError(
+            f"{host!r} is neither a name nor an address of a server: {error}"
+        ) from error

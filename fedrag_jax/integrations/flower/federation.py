@@ -25,7 +25,12 @@ from fedrag_jax.data.examples import Example, Passage
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.files import read_json, write_json, write_text
 from fedrag_jax.integrations.flower import commands
-from fedrag_jax.integrations.flower.certificates import CA, make_certificates, make_node_key
+from fedrag_jax.integrations.flower.certificates import (
+    CA,
+    make_certificates,
+    make_node_key,
+    require_hosts,
+)
 from fedrag_jax.integrations.flower.gate import open_gate
 from fedrag_jax.integrations.flower.model_file import MODEL
 from fedrag_jax.integrations.flower.party import FOLDER, NUMBER
@@ -37,7 +42,7 @@ from fedrag_jax.rag import RAGSystem
 from fedrag_jax.retrieval.stores.registry import new_store
 from fedrag_jax.systems.indexing import index
 
-ABOUT, KEY = "party.json", "node.key"
+ABOUT, KEY, SERVER = "party.json", "node.key", "server.json"
 ENDED = "finished:completed", "finished:failed", "finished:stopped"
 LOOK = 10.0  # seconds between two checks of the run; each starts a program
 NAMED = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,30}")
@@ -77,10 +82,12 @@ def make(
             f"the generated documents are about {len(topics)} topics, at least one for each party: ask "
             f"for 1 to {len(topics)} parties with at least 1 passage, got {len(parties)} and {passages}"
         )
+    require_hosts(hosts)
     _copy_project(folder, len(parties))
     certificates = folder / "server" / "certificates"
     # Also loopback: the server's own programs connect from this machine.
     make_certificates(certificates, [*dict.fromkeys([*hosts, "127.0.0.1", "localhost"])])
+    write_json(folder / "server" / SERVER, {"port": port})
     for number, name in enumerate(parties):
         own = folder / "parties" / name
         make_node_key(own / KEY)
@@ -108,8 +115,8 @@ def serve(folder: pathlib.Path, changes: Sequence[str] = (), listen: str = "127.
     """
     with linked(folder, listen) as (home, link):
         run = folder / "server" / "run"
-        (run / MODEL).unlink(missing_ok=True)
-        _follow(run, commands.start_run(home, folder, changes), home, link)
+        before = _written(run / MODEL)
+        _follow(run, commands.start_run(home, folder, changes), home, link, before)
     return 0
 
 
@@ -162,8 +169,7 @@ def linked(folder: pathlib.Path, listen: str) -> Iterator[tuple[pathlib.Path, su
     if not (folder / "pyproject.toml").exists() or not server.is_dir():
         raise ConfigError(f"{folder} is not a federation: fedrag federate init {folder}")
     home = (server / "flower").absolute()
-    parties = [*sorted((folder / "parties").glob(f"*/{ABOUT}"))]
-    port = int(read_json(parties[0])["server"].rpartition(":")[2]) if parties else commands.PORT
+    port = int(read_json(server / SERVER)["port"])
     inside = port + 1
     own = f"127.0.0.1:{inside}"
     commands.connect(home, own, server / "certificates" / CA)
@@ -210,8 +216,15 @@ def join(party: pathlib.Path, local_port: int | None = None, shares: bool = Fals
         return node.wait()
 
 
-def _follow(run: pathlib.Path, number: str, home: pathlib.Path, link: subprocess.Popen) -> None:
-    """Prints rounds as they end, until the model is saved."""
+def _written(path: pathlib.Path) -> int:
+    """Returns the time when a file was written, in nanoseconds; 0 if there is none."""
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def _follow(
+    run: pathlib.Path, number: str, home: pathlib.Path, link: subprocess.Popen, before: int
+) -> None:
+    """Prints rounds as they end, until a model is saved that was not there before."""
     told, looked = 0, time.monotonic()
     while True:
         path = run / "rounds.jsonl"
@@ -219,12 +232,12 @@ def _follow(run: pathlib.Path, number: str, home: pathlib.Path, link: subprocess
         for line in lines[told:]:
             _tell(json.loads(line))
         told = len(lines)
-        if (run / MODEL).exists():
+        if _written(run / MODEL) != before:
             break
         _require_alive(link)
         if time.monotonic() - looked > LOOK:
             looked = time.monotonic()
-            if commands.status(home, number) in ENDED and not (run / MODEL).exists():
+            if commands.status(home, number) in ENDED and _written(run / MODEL) == before:
                 raise commands.FlowerError(f"the run failed: see {run.parent / 'link.log'}")
         time.sleep(1)
     print(f"trained: {run / MODEL}; waiting for the parties to receive it", flush=True)

@@ -22,7 +22,7 @@ from fedrag_jax.errors import ConfigError
 from fedrag_jax.integrations.flower.certificates import CA, CERTIFICATE, KEY
 
 PASSED = "/v1/fleet/"
-HOP = {"connection", "keep-alive", "transfer-encoding", "upgrade", "host", "content-length"}
+HOP = {"connection", "keep-alive", "transfer-encoding", "upgrade", "host"}
 PATIENCE = 600.0  # seconds for an answer, which may be a large model
 
 
@@ -41,8 +41,9 @@ def gate(link: str, certificates: pathlib.Path) -> Starlette:
         if not path.startswith(PASSED) or ".." in path or "%" in path or "//" in path:
             return PlainTextResponse("not here", 404)
         headers = [(n, v) for n, v in request.headers.raw if n.decode().lower() not in HOP]
+        # Piece by piece: the gate holds nothing of what anyone may send it.
         asked = client.build_request(
-            request.method, path, headers=headers, content=await request.body()
+            request.method, path, headers=headers, content=request.stream()
         )
         try:
             answer = await client.send(asked, stream=True)

@@ -26,6 +26,20 @@ def save_model(plan: Plan, handed: PyTree, folder: pathlib.Path) -> None:
         file.write(safetensors.numpy.save(arrays, {"plan": plan.fingerprint}))
 
 
+def trained_by(folder: pathlib.Path) -> str:
+    """Returns the fingerprint of the plan by which the model in a folder was trained.
+
+    Raises:
+      CheckpointError: no such file, or one without it.
+    """
+    path = folder / MODEL
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            return file.metadata()["plan"]
+    except (OSError, safetensors.SafetensorError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read as a trained model ({error})") from error
+
+
 def load_model(plan: Plan, folder: str | pathlib.Path) -> tuple[PyTree, PyTree]:
     """Returns the trained parameters and the frozen part of the plan's task, as `fit` returns them.
 

@@ -142,7 +142,7 @@ class PartiesStore(PassageSource):
                 number, answer = _read(message.content, len(vectors), k)
                 if number in answers:
                     raise WireError(f"its number is {number}, which another node has already")
-            except (ValueError, LookupError, TypeError) as error:
+            except Exception as error:  # nothing that a party sends ends the run
                 refused[f"node {asked.node}"] = str(error)
                 return
             answers[number] = answer

@@ -132,7 +132,7 @@ class Roll:
             return
         try:
             number, member = self._introduced(asked.node, message)
-        except (ValueError, LookupError, TypeError) as error:
+        except Exception as error:  # nothing that a party sends ends the run
             log.warning("node %d is refused: %s", asked.node, error)
             return
         log.info("client %d is node %d, %d examples", number, member.node, member.examples)

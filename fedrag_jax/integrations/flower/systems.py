@@ -19,7 +19,7 @@ from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.federated.algorithms.by_name import Named, check
 from fedrag_jax.federated.callbacks import Callback
 from fedrag_jax.files import read_json, write_json, writing
-from fedrag_jax.integrations.flower.model_file import MODEL, load_model
+from fedrag_jax.integrations.flower.model_file import MODEL, load_model, trained_by
 from fedrag_jax.integrations.flower.party import FOLDER
 from fedrag_jax.integrations.flower.plan import Plan
 from fedrag_jax.rag import RAGSystem
@@ -29,7 +29,7 @@ from fedrag_jax.strategies.regimes import adamw
 from fedrag_jax.systems.system_like import system_like
 from fedrag_jax.tracking.weights_and_biases import WandbLog
 
-SYSTEM, QUESTIONS, RUN = "system", "questions.jsonl", "run.json"
+SYSTEM, QUESTIONS, RUNS = "system", "questions.jsonl", "runs"
 DEFAULTS: dict[str, Any] = {
     "clients": 3,
     "rounds": 5,
@@ -48,15 +48,16 @@ DEFAULTS: dict[str, Any] = {
 
 
 def party_plan(context: Context) -> Plan:
-    """Returns the plan of a party for its own system; saves the run's configuration in its folder.
+    """Returns the plan of a party for its own system; keeps the run's configuration in its folder.
 
     Raises:
       ConfigError: no folder, no system in it, or an invalid configuration.
       DataError: no questions.
     """
     folder, config = _folder(context), _configured(context.run_config)
-    write_json(folder / RUN, config, indent=2)
-    return plan_of(folder, config)
+    plan = plan_of(folder, config)
+    _remember(folder, config, plan)
+    return plan
 
 
 def party_system(context: Context) -> RAGSystem:
@@ -71,13 +72,12 @@ def party_questions(context: Context) -> list[Example]:
 
 
 def server_plan(context: Context) -> Plan:
-    """Returns the server's plan, with the models and no documents; saves the run's configuration."""
+    """Returns the server's plan, with the models and no documents; keeps the run's configuration."""
     config = _configured(context.run_config)
     folder = run_folder(context)
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / RUN, config, indent=2)
-    return _server_plan(config)[1]
+    plan = _server_plan(config)[1]
+    _remember(folder, config, plan)
+    return plan
 
 
 def server_system(context: Context) -> RAGSystem:
@@ -89,7 +89,7 @@ def server_system(context: Context) -> RAGSystem:
     folder = run_folder(context)
     if not (folder / MODEL).exists():
         return _server_plan(_configured(context.run_config))[0]
-    system, plan = _server_plan(read_json(folder / RUN))
+    system, plan = _server_plan(_remembered(folder))
     return _with_trained(system, plan, folder)
 
 
@@ -122,10 +122,21 @@ def tuned(folder: pathlib.Path) -> RAGSystem:
 
     Raises:
       CheckpointError: the party has not received a final model.
-      DataError: the folder has not taken part in a federation.
     """
-    config = read_json(folder / RUN)
+    config = _remembered(folder)
     return _with_trained(_system(folder), plan_of(folder, config), folder)
+
+
+def _remember(folder: pathlib.Path, config: Mapping[str, Any], plan: Plan) -> None:
+    """Keeps the configuration of a plan; those of other plans stay, whose model may be the last."""
+    with writing(folder / RUNS):
+        (folder / RUNS).mkdir(parents=True, exist_ok=True)
+    write_json(folder / RUNS / f"{plan.fingerprint}.json", config, indent=2)
+
+
+def _remembered(folder: pathlib.Path) -> dict[str, Any]:
+    """Returns the configuration of the plan that the model in a folder belongs to."""
+    return read_json(folder / RUNS / f"{trained_by(folder)}.json")
 
 
 def _with_trained(system: RAGSystem, plan: Plan, folder: pathlib.Path) -> RAGSystem:

@@ -54,14 +54,17 @@ class DeviceStore(KnowledgeStore):
         return [self._rows[self._row_of[i]] for i in ids]
 
     def _put(self, passages: Sequence[Passage], vectors: np.ndarray) -> None:
-        places = []
+        new: dict[str, int] = {}
         for passage in passages:
-            row = self._row_of.setdefault(passage.id, len(self._rows))
-            if row == len(self._rows):
-                self._rows.append(passage)
+            if passage.id not in self._row_of:
+                new[passage.id] = len(self._rows) + len(new)
+        places = [self._row_of.get(p.id, new.get(p.id, -1)) for p in passages]
+        # The device may have no room, so this comes before anything else changes.
+        self._blocks = _put(_grown(self._blocks, len(self) + len(new)), places, vectors)
+        self._row_of |= new
+        self._rows += [p for p in passages if p.id in new]
+        for row, passage in zip(places, passages, strict=True):
             self._rows[row] = passage
-            places.append(row)
-        self._blocks = _put(_grown(self._blocks, len(self._rows)), places, vectors)
 
     def _delete(self, ids: Sequence[str]) -> None:
         sources: dict[int, int] = {}  # row -> whose vector it gets

@@ -83,7 +83,8 @@ class HybridStore(OverOthers):
                 raise
 
     def _delete(self, ids: Sequence[str]) -> None:
-        for part in self.parts:
+        # The first store tells what the hybrid holds: after a failure, deleting again finds the rest.
+        for part in reversed(self.parts):
             part._delete([i for i in ids if i in part._known(ids)])
 
     @contextmanager

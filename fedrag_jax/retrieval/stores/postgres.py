@@ -11,7 +11,7 @@ from typing import Any, Self
 import numpy as np
 
 from fedrag_jax.data.examples import Passage
-from fedrag_jax.errors import ConfigError, missing
+from fedrag_jax.errors import CheckpointError, ConfigError, missing
 from fedrag_jax.retrieval.stores.knowledge_store import Found, KnowledgeStore, StoreUnreachable
 
 COLUMNS = ("id", "title", "text", "topic")
@@ -27,7 +27,14 @@ class PostgresStore(KnowledgeStore):
     kind = "postgres"
 
     def __init__(
-        self, conninfo: str, table: str, dimension: int, index: str = "exact", effort: int = 64
+        self,
+        conninfo: str,
+        table: str,
+        dimension: int,
+        index: str = "exact",
+        effort: int = 64,
+        *,
+        create: bool = True,
     ):
         """Opens or creates a store in a database; the extension `vector` is created if necessary.
 
@@ -38,8 +45,10 @@ class PostgresStore(KnowledgeStore):
           dimension: dimension of the vectors.
           index: "exact", or "hnsw" for an approximate index.
           effort: candidates that hnsw keeps during a search.
+          create: whether to create a table that does not exist.
 
         Raises:
+          CheckpointError: the table does not exist and is not to be created.
           ConfigError: psycopg or pgvector is missing, an unknown index, or a table of another
             dimension.
           StoreUnreachable: the database does not answer, or refuses.
@@ -55,7 +64,7 @@ class PostgresStore(KnowledgeStore):
         with self._asking():
             self._connection = self._connect()
             try:
-                self._prepare()
+                self._prepare(create)
             except BaseException:
                 self._connection.close()
                 raise
@@ -90,7 +99,12 @@ class PostgresStore(KnowledgeStore):
             raise
         return connection
 
-    def _prepare(self) -> None:
+    def _prepare(self, create: bool) -> None:
+        if not create and self._run("SELECT to_regclass({name})").fetchone()[0] is None:
+            raise CheckpointError(
+                f"{self.place(self._settings())} does not exist: it was deleted, or the store was "
+                "saved with another database"
+            )
         self._run(
             "CREATE TABLE IF NOT EXISTS {table} (id text PRIMARY KEY, title text NOT NULL, "
             f"text text NOT NULL, topic text NOT NULL, vector vector({int(self.dimension)}) NOT NULL)"
@@ -217,7 +231,8 @@ class PostgresStore(KnowledgeStore):
 
     def _settings(self) -> dict[str, Any]:
         parts = self._psycopg.conninfo.conninfo_to_dict(self._conninfo)
-        parts.pop("password", None)
+        for secret in ("password", "sslpassword"):
+            parts.pop(secret, None)
         return {
             "conninfo": self._psycopg.conninfo.make_conninfo(**parts),
             "table": self.table,
@@ -241,7 +256,7 @@ class PostgresStore(KnowledgeStore):
 
     @classmethod
     def _load(cls, folder: pathlib.Path, settings: dict[str, Any], memory_map: bool) -> Self:
-        return cls(**settings)
+        return cls(**settings, create=False)
 
 
 def _psycopg():

@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 
 from fedrag_jax.data.examples import Passage
-from fedrag_jax.errors import ConfigError, missing
+from fedrag_jax.errors import CheckpointError, ConfigError, missing
 from fedrag_jax.retrieval.stores.knowledge_store import Found, KnowledgeStore, StoreUnreachable
 from fedrag_jax.retrieval.stores.passage_lines import read_pairs, write_pairs
 
@@ -32,7 +32,9 @@ class QdrantStore(KnowledgeStore):
 
     kind = "qdrant"
 
-    def __init__(self, collection: str, dimension: int, location: str = MEMORY):
+    def __init__(
+        self, collection: str, dimension: int, location: str = MEMORY, *, create: bool = True
+    ):
         """Opens or creates a collection.
 
         Args:
@@ -40,19 +42,27 @@ class QdrantStore(KnowledgeStore):
           dimension: dimension of the vectors.
           location: ":memory:"; a folder of an embedded Qdrant, which only one process at a time may
             open; or a server's address ("http://localhost:6333"), with its key in QDRANT_API_KEY.
+          create: whether to create a collection that does not exist.
 
         Raises:
+          CheckpointError: the collection does not exist and is not to be created.
           ConfigError: qdrant-client is missing, or a collection of another dimension.
           StoreUnreachable: the server does not answer, or refuses.
         """
         super().__init__()
         if dimension < 1:
             raise ConfigError(f"a store needs dimension >= 1, got {dimension}")
+        remote = location.startswith(("http://", "https://"))
+        if not remote and location != MEMORY:
+            # A saved store is opened from any working directory.
+            location = str(pathlib.Path(location).absolute())
+            if not create and not pathlib.Path(location).is_dir():
+                raise CheckpointError(f"the Qdrant folder {location} does not exist")
         self.dimension, self.collection, self.location = dimension, collection, location
         qdrant = _qdrant()
         self._models = qdrant.models
         with self._asking():
-            if location.startswith(("http://", "https://")):
+            if remote:
                 key = os.environ.get("QDRANT_API_KEY")
                 self._client = qdrant.QdrantClient(url=location, api_key=key)
             elif location == MEMORY:
@@ -60,6 +70,11 @@ class QdrantStore(KnowledgeStore):
             else:
                 self._client = qdrant.QdrantClient(path=location)
             if self._pointed_to() is None:
+                if not create:
+                    raise CheckpointError(
+                        f"Qdrant at {location} has no collection {collection!r}: it was deleted, or "
+                        "the store was saved with another server"
+                    )
                 self._point_to(self._begin())
             held = self._client.get_collection(collection).config.params.vectors.size
         if held != dimension:
@@ -122,7 +137,7 @@ class QdrantStore(KnowledgeStore):
             yield
         except Exception as error:
             # Its errors have no class in common: of HTTP, of gRPC, of a folder that is in use.
-            if isinstance(error, ConfigError | StoreUnreachable):
+            if isinstance(error, CheckpointError | ConfigError | StoreUnreachable):
                 raise
             raise StoreUnreachable(
                 f"Qdrant at {self.location}, collection {self.collection!r}: {error!r}; is it running, "
@@ -221,7 +236,7 @@ class QdrantStore(KnowledgeStore):
 
     @classmethod
     def _load(cls, folder: pathlib.Path, settings: dict[str, Any], memory_map: bool) -> Self:
-        store = cls(**settings)
+        store = cls(**settings, create=settings["location"] == MEMORY)
         if store.location == MEMORY:
             store.add(*read_pairs(folder, store.dimension))
         return store
