@@ -151,6 +151,27 @@ def test_equivalence_is_where_the_90_percent_interval_lies_within_the_margin():
             equivalence_test(a, b, margin)
 
 
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_few_seeds_that_differ_are_not_called_equivalent_by_chance(seeds):
+    """Where seeds differ more than questions, a bootstrap of three claims it in one of six tables."""
+    rng, claims = np.random.default_rng(0), []
+    for trial in range(400):
+        at_edge = 4 + rng.normal(0, 2, (seeds, 1)) + rng.normal(0, 4, 60)
+        p = equivalence_test(at_edge, np.zeros((seeds, 60)), 4.0, resamples=200, seed=trial)
+        claims.append(p < 0.05)
+    assert np.mean(claims) < 0.075
+
+
+def test_equivalence_over_seeds_by_scipy():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(0, 1, (4, 1)) + np.zeros(50), np.zeros((4, 50))
+    sides = [
+        stats.ttest_1samp(a[:, 0], edge, alternative=way).pvalue
+        for edge, way in ((2.0, "less"), (-2.0, "greater"))
+    ]
+    assert equivalence_test(a, b, 2.0) == pytest.approx(max(sides))
+
+
 def test_bootstrap_in_pieces_draws_as_many_as_asked(monkeypatch):
     scores = np.random.default_rng(0).random(50)
     whole = bootstrap_interval(scores, resamples=1001)
