@@ -108,7 +108,9 @@ class CollapseWatch(Callback):
     """Ends a fit whose policy collapses, gives the reason, and keeps the parameters with the best
     rewards.
 
-    The rewards of a round belong to the parameters before it; these are the ones that are kept.
+    The rewards of a round belong to the parameters before it; these are the ones that are kept: the
+    trained parts alone, which are not the whole model of an algorithm that changes the base (FLoRA,
+    FedEx-LoRA).
 
     Args:
       folder: folder of the kept parameters.

@@ -22,7 +22,8 @@ class Checkpointer(Callback):
     A round counts only when it has been written completely, so a killed process leaves the last
     finished round. A checkpoint contains every array of the state, the retrieved rows and their index,
     the history and the settings of the fit. On the same kind of device and with the same versions, a
-    resumed run ends bit-identical to an uninterrupted one.
+    resumed `fit` ends bit-identical to an uninterrupted one. A `sweep` decides by time whether fits run
+    side by side, which changes the last bits of sums.
 
     If a checkpoint cannot be read, it is reported and renamed, and the previous one is used.
 
