@@ -133,7 +133,9 @@ def test_a_store_is_built_saved_and_searched():
 
 @pytest.mark.slow
 def test_how_often_intervals_hold_the_truth():
-    report = run("interval_coverage", "--seeds=1,3", "--spreads=0,30", "--questions=50", "--repeats=60")
+    report = run(
+        "interval_coverage", "--seeds=1,3", "--spreads=0,30", "--questions=50", "--repeats=60"
+    )
     rows = {(r["seeds"], r["spread"]): r for r in report["rows"]}
     assert rows[3, 0.0]["coverage"] > 0.9 > 0.5 > rows[1, 30.0]["coverage"]
 

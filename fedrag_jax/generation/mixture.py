@@ -66,16 +66,11 @@ def beam_search(
       pad_token: token after the end of a text.
 
     Raises:
-      ConfigError: `beams` below 1 or above the size of the vocabulary, `best` not between 1 and
-        `beams`; prompts as in `decoding.pieces`.
+      ConfigError: `beams` below 1, `best` not between 1 and `beams`; prompts as in `decoding.pieces`.
       NotFiniteError: logits that are NaN or infinite.
     """
     if not 1 <= best <= beams:
         raise ConfigError(f"beams must be at least 1 and best at most beams, got {beams}, {best}")
-    if beams > network.config.vocab_size:
-        raise ConfigError(
-            f"beams must be at most {network.config.vocab_size}, the generator's tokens, got {beams}"
-        )
     tokens, mask = np.asarray(tokens, np.int32), np.asarray(mask, bool)
     decoding.check_options(max_new_tokens, 0.0, 1.0)
     decoding.check_prompts(network, mask, max_new_tokens)
