@@ -72,10 +72,10 @@ def test_the_page_loads_nothing_and_escapes_what_it_shows(written):
 def test_rows_are_written_whole_whatever_columns_come_first(tmp_path):
     for name in ("config", "manifest"):
         (tmp_path / f"{name}.json").write_text('{"sessions": []}')
-    rows = [{"who": "a", "em": 1.5}, {"who": "b", "em": 2.0, "em_low": 1.0}]
+    rows = [{"who": "a", "em": 1.5}, {"who": "b", "em": 2.0, "em_low": 1.0, "by": {"p": 0.5}}]
     Report("title", "", [], {"rows.csv": rows}, {"rows.csv": ("em", "f1")}).write(tmp_path)
     lines = (tmp_path / "rows.csv").read_text().split()
-    assert lines == ["em,f1,who,em_low", "1.5,,a,", "2.0,,b,1.0"]
+    assert lines == ["em,f1,who,em_low,by_p", "1.5,,a,,", "2.0,,b,1.0,0.5"]
 
 
 def test_a_folder_without_a_run_is_said(tmp_path):

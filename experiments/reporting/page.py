@@ -80,8 +80,9 @@ class Report:
         filled = {name: some for name, some in self.rows.items() if some}
         for name, some in filled.items():
             if name.endswith(".csv"):
-                order = [*self.columns.get(name, ()), *(key for row in some for key in row)]
-                write_csv(folder / name, some, list(dict.fromkeys(order)))
+                flat = [_flat(row) for row in some]
+                order = [*self.columns.get(name, ()), *(key for row in flat for key in row)]
+                write_csv(folder / name, flat, list(dict.fromkeys(order)))
             else:
                 files.write_text(folder / name, "".join(json.dumps(row) + "\n" for row in some))
         written = [*filled, "report.html", "table.md"]
@@ -98,6 +99,15 @@ class Report:
                         section.figure.savefig(file, format=form)
                 pyplot().close(section.figure)
         return written
+
+
+def _flat(row: Row) -> Row:
+    """Returns a row in which a group of values, such as those of a difference, is one for each."""
+    flat: dict[str, Any] = {}
+    for name, value in row.items():
+        many = isinstance(value, Mapping)
+        flat |= {f"{name}_{part}": x for part, x in value.items()} if many else {name: value}
+    return flat
 
 
 @functools.cache
