@@ -29,6 +29,7 @@ from fedrag_jax.evaluation.benchmarks.asking import showing
 from fedrag_jax.evaluation.evaluator import evaluate
 from fedrag_jax.evaluation.metrics import percent
 from fedrag_jax.federated.algorithms.by_name import Named
+from fedrag_jax.federated.sweep import require_trained
 from fedrag_jax.models.hub import Pretrained
 from fedrag_jax.models.lora import LoraConfig
 from fedrag_jax.rag import RAGSystem
@@ -227,10 +228,7 @@ class Lab:
             self.dataset,
             lambda asked: tune_together([(tuners[i], task) for i, task in asked]),
         )
-        for failed in systems:
-            if isinstance(failed, Exception):
-                raise failed
-        return systems, tuners
+        return require_trained(systems), tuners
 
 
 def compute_cell(

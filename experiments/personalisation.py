@@ -28,6 +28,7 @@ from fedrag_jax.evaluation import evaluator
 from fedrag_jax.federated.algorithms import by_name
 from fedrag_jax.federated.algorithms.by_name import PERSONAL, RULES, personal
 from fedrag_jax.federated.algorithms.fed_avg import fed_avg
+from fedrag_jax.federated.sweep import require_trained
 from fedrag_jax.objectives.retriever import multiple_negatives_ranking
 from fedrag_jax.objectives.task import Task
 from fedrag_jax.strategies import regimes
@@ -66,10 +67,7 @@ def tuned(lab: Lab, strategy: str, method: str, seed: int, split: int, rate: flo
             there.tuner(lambda task, part: rate, ALONE, seed, split, client)
             for client in lab.members(ALONE)
         ]
-        trained = tune_together([(tuner, task) for tuner in tuners])
-        for failed in trained:
-            if isinstance(failed, Exception):
-                raise failed
+        trained = require_trained(tune_together([(tuner, task) for tuner in tuners]))
         cost = sum((c for tuner in tuners for c in tuner.costs.values()), Cost())
         return [system.replace(**each) for each in trained], cost, training_curves(tuners)
     optimizer = None

@@ -18,7 +18,7 @@ from fedrag_jax.evaluation.leakage.signals import ranking_nll
 from fedrag_jax.federated.algorithms.by_name import Named
 from fedrag_jax.federated.engine.cohort import sample_cohort
 from fedrag_jax.federated.fit import FitResult
-from fedrag_jax.federated.sweep import sweep
+from fedrag_jax.federated.sweep import require_trained, sweep
 from fedrag_jax.objectives.retriever import multiple_negatives_ranking
 from fedrag_jax.objectives.task import Task
 from fedrag_jax.strategies.objectives import OBJECTIVES
@@ -160,7 +160,7 @@ class Trainer:
         Raises:
           DivergenceError: one of them diverges.
         """
-        return _whole(sweep([
+        return require_trained(sweep([
             self.fit_of(np.flatnonzero(some), number) for number, some in enumerate(self.crowd.trains)
         ]))  # fmt: skip
 
@@ -173,7 +173,7 @@ class Trainer:
             work = one["algorithm"].work
             cohort = sample_cohort(one["data"], work, 0, one["batch_size"], one["seed"])
             read.append(np.unique(cohort.indices[cohort.example_weight > 0]))
-        return list(zip(read, _whole(sweep(fits)), strict=True))
+        return list(zip(read, require_trained(sweep(fits)), strict=True))
 
     def one_by_one(self) -> Task:
         """A task like the one trained, of which a question by itself has a gradient."""
@@ -197,10 +197,3 @@ class Trainer:
         questions = [e.question for e in self.dataset.train]
         system = self.lab.system(self.seed)
         return system.retriever.search(questions, system.top_k)[0]
-
-
-def _whole(results) -> list[FitResult]:
-    for result in results:
-        if isinstance(result, Exception):
-            raise result
-    return list(results)

@@ -25,6 +25,7 @@ from fedrag_jax.data import datasets
 from fedrag_jax.data.examples import Dataset, clusters, sample
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.evaluation import evaluator
+from fedrag_jax.federated.sweep import require_trained
 from fedrag_jax.models import hub
 from fedrag_jax.objectives.retriever import multiple_negatives_ranking
 from fedrag_jax.retrieval.clusters import with_topics
@@ -146,10 +147,7 @@ def tuned(prepared: Prepared, method: str, regime: str, seed: int, split: int, r
     task = multiple_negatives_ranking(
         prepared.retriever, dataset, max_question_tokens=c.max_question_tokens, **options
     )
-    found = tune_together([(tuner, task) for tuner in tuners])
-    for failed in found:
-        if isinstance(failed, Exception):
-            raise failed
+    found = require_trained(tune_together([(tuner, task) for tuner in tuners]))
     return [trained["query"] for trained in found], tuners
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -13,7 +13,20 @@ from fedrag_jax.federated.engine.scheduling import Scheduler, by_program
 from fedrag_jax.federated.fit import FitResult, fit
 from fedrag_jax.objectives.task import Task
 
+Trained = TypeVar("Trained")
 RECENT = 16  # tables, and findings, that fits of one task may have in common
+
+
+def require_trained(results: Sequence[Trained | Exception]) -> list[Trained]:
+    """Returns the results of trainings, none of which may have failed.
+
+    Raises:
+      DivergenceError: or another failure, the first of them.
+    """
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return [result for result in results if not isinstance(result, Exception)]
 
 
 def sweep(fits: Sequence[Mapping[str, Any]]) -> list[FitResult | DivergenceError]:
