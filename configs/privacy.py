@@ -7,6 +7,7 @@ each shadow model, by other halves.
 python -m experiments privacy
 python -m experiments privacy --config.name=reading --config.strategy=generator --config.shadows=0
 python -m experiments privacy --config=configs/privacy.py:clipping
+python -m experiments privacy --config=configs/privacy.py:clients --config.federated.clients=320
 """
 
 from ml_collections import ConfigDict
@@ -15,13 +16,13 @@ from configs import compare_strategies, settings
 
 
 def get_config(which: str = "") -> ConfigDict:
-    """The defences; or `clipping`, clipping bounds for the generator's adapters.
+    """The defences; or one of `VARIANTS`.
 
     Raises:
       ValueError: another.
     """
-    if which not in ("", "clipping"):
-        raise ValueError(f"{which!r} unknown; choose 'clipping', or leave it out")
+    if which and which not in VARIANTS:
+        raise ValueError(f"{which!r} unknown; choose among {[*VARIANTS]}, or leave it out")
     config = settings.base()
     config.name = f"privacy_{which}" if which else "privacy"
     config.seeds = (0,)
@@ -66,11 +67,30 @@ def get_config(which: str = "") -> ConfigDict:
     # Number of test questions for the attacks on a system that holds half of the passages. A passage
     # counts as repeated if an answer has this number of its words in a row.
     config.asked, config.said_words = 30, 8
-    if which == "clipping":
-        config.strategy, config.primary_metric, config.shadows = "generator", "em", 0
-        config.variants = ConfigDict({"untuned": {"rounds": 0}, "fedavg": {}}, sort_keys=False)
-        for clip in (0.05, 0.2, 0.8, 3.2):
-            name = f"clip_{clip:g}".replace(".", "_")
-            options = {"clip": clip, "delta": 0.01, "epsilon": 64.0}
-            config.variants[name] = ConfigDict({"algorithm": "dpfedavg", "options": options})
+    if which:
+        VARIANTS[which](config)
     return config
+
+
+def clipping(config) -> None:
+    """Clipping bounds for the generator's adapters, at an epsilon of 64."""
+    config.strategy, config.primary_metric, config.shadows = "generator", "em", 0
+    _with_bounds(config, (0.05, 0.2, 0.8, 3.2), {"delta": 0.01, "epsilon": 64.0})
+
+
+def clients(config) -> None:
+    """An epsilon of 8 for the retriever; give config.federated.clients, among which all questions are
+    divided."""
+    config.shadows, config.fresh = 0, 1
+    _with_bounds(config, (0.05, 0.2), {"delta": 0.005, "epsilon": 8.0})
+
+
+def _with_bounds(config, bounds, private: dict) -> None:
+    config.variants = ConfigDict({"untuned": {"rounds": 0}, "fedavg": {}}, sort_keys=False)
+    for clip in bounds:
+        name = f"clip_{clip:g}".replace(".", "_")
+        options = {"clip": clip, **private}
+        config.variants[name] = ConfigDict({"algorithm": "dpfedavg", "options": options})
+
+
+VARIANTS = {variant.__name__: variant for variant in (clipping, clients)}
