@@ -1,5 +1,6 @@
 """The search for learning rates of strategies, regime by regime."""
 
+import functools
 import json
 import pathlib
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from experiments.loading import algorithm_of, check, load_data, replicates, stra
 from experiments.rates import SEARCHES, Search, at_edge, chosen_rate, kept_rate
 from fedrag_jax.data.examples import sample
 from fedrag_jax.errors import DivergenceError
-from fedrag_jax.evaluation.evaluator import evaluate
+from fedrag_jax.evaluation.evaluator import evaluate, evaluate_retrieval
 from fedrag_jax.federated.algorithms.by_name import OWN_STEPS
 from fedrag_jax.files import kept, read_json, write_json
 from fedrag_jax.strategies import strategies
@@ -80,9 +81,11 @@ class Trials:
             return -np.inf
         count = len(self.run.members(self.regime))
         parts = [self.examples[i::count] or self.examples for i in range(count)]
+        judge = evaluate_retrieval  # answers take far longer, and a ranking does not depend on them
+        if self.search.metric != "mrr":
+            judge = functools.partial(evaluate, mode=self.run.config.mode)
         scores = [
-            evaluate(system, parts[i % count], mode=self.run.config.mode)[self.search.metric]
-            for i, system in enumerate(systems)
+            judge(system, parts[i % count])[self.search.metric] for i, system in enumerate(systems)
         ]
         scores = np.concatenate(scores)
         scores = scores[~np.isnan(scores)]

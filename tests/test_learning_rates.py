@@ -50,8 +50,9 @@ def test_rates_that_diverge_are_left_out(tmp_path, capsys):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "tune_together", tune_together)
         patch.setattr(strategies, "retriever", by_rate)
+        # A retriever is judged by its ranking: `evaluate`, which answers, would raise TypeError here.
         patch.setattr(
-            search, "evaluate", lambda rate, some, mode: {"mrr": np.array([rate, np.nan])}
+            search, "evaluate_retrieval", lambda rate, some: {"mrr": np.array([rate, np.nan])}
         )
         trials = search.Trials(run, "federated", SEARCHES[0], [0, 0], [1])
         assert trials.judge([0.5, 0.75, 1.5]) == [62.5, 87.5, -np.inf]
