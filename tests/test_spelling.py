@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fedrag_jax.data.batching import Prompts
 from fedrag_jax.data.examples import Example, Passage
-from fedrag_jax.data.prompts import COMPACT, COMPACT_CITED, INSTRUCT, named_style
+from fedrag_jax.data.prompts import CITED, COMPACT, COMPACT_CITED, INSTRUCT, named_style
 from fedrag_jax.data.spelling import Spelling
 from fedrag_jax.generation.author import LocalAuthor, Request
 from fedrag_jax.models import hub
@@ -114,8 +114,10 @@ def test_what_does_not_fit_is_cut_from_the_passages(tokenizer):
     assert text.count("engine") < 8 and prompts.share_cut == 1 / 3
     for width in (len(full) - 1, len(full) - 40, asked + 3):
         cut = prompts.prompt(question, [0, 1, 2], width)
+        kept = width - asked - 1  # a line break comes between a cut passage and the question
         assert len(cut) == width
-        assert cut[: width - asked].tolist() == full[: width - asked].tolist()
+        assert cut[:kept].tolist() == full[:kept].tolist()
+        assert tokenizer.decode(cut[kept : kept + 1]) == "\n"
         assert cut[-asked:].tolist() == full[-asked:].tolist()
 
 
@@ -127,6 +129,20 @@ def test_places_of_passages_are_those_of_their_tokens(tokenizer):
     for row in (0, 1):
         of_passage = tokenizer.decode(tokens[np.flatnonzero(places[: len(tokens)] == row)])
         assert of_passage.split() == PASSAGES[row].text.split()
+
+
+@pytest.mark.parametrize("style", [COMPACT, INSTRUCT, CITED], ids=["compact", "instruct", "cited"])
+@pytest.mark.parametrize("kind", ["byte level", "always", "llama 2"])
+def test_a_cut_passage_keeps_the_line_breaks_after_it(kind, style):
+    byte_level = kind == "byte level"
+    tokenizer = hub.load("builtin:decoder").tokenizer if byte_level else trained(kind)
+    ending = style.passage.partition("{text}")[2]
+    texts = [
+        tokenizer.decode(made.prompt("Who?", [2, 2, 0]))
+        for made in (Prompts(tokenizer, style, PASSAGES, EXAMPLES, most) for most in (30, 500))
+    ]
+    assert len(texts[0]) < len(texts[1]) - 500
+    assert texts[0].count(ending) == texts[1].count(ending) >= 3
 
 
 def test_byte_level_prompts_are_put_together_from_parts():

@@ -259,8 +259,10 @@ class Prompts:
             whole = self._opened(self._head_text(rows) + self._asked(question))
             if width is None or len(whole) <= width:
                 return whole
-        room = None if width is None else max(0, width - len(tail))
-        return np.concatenate([self._head(rows)[:room], tail])
+        head = self._head(rows)
+        if width is not None:
+            head = self._passages.fitted(head, max(0, width - len(tail)))
+        return np.concatenate([head, tail])
 
     def _head(self, rows: Sequence[int]) -> np.ndarray:
         """The opening and the passages."""

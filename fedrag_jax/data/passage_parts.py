@@ -24,7 +24,7 @@ _SAMPLE = 10_000  # passages whose lengths stand for those of a table that is sp
 class PassageParts:
     """The truncated tokens int32 [n] of each passage, or its truncated text.
 
-    Parts of a list are computed at once and kept in memory. Parts of a table are kept on disk and
+    Only a passage's own text is truncated; what `around` has after it stays. Parts of a list are computed at once and kept in memory. Parts of a table are kept on disk and
     memory-mapped; as texts, they are computed on demand.
 
     Args:
@@ -33,6 +33,7 @@ class PassageParts:
 
     Attributes:
       lengths: int [N], tokens of each part; for texts of a table, of a sample.
+      ending: the tokens after a passage's own text, such as a line break.
 
     Raises:
       DataError: a passage that contains half a character.
@@ -42,7 +43,8 @@ class PassageParts:
         self, tokenizer, spelling: Spelling, around: str, most: int, passages: Sequence[Passage]
     ):
         self._tokenizer, self._spelling, self._around = tokenizer, spelling, around
-        self._most = most
+        self._most, self._after = most, around.partition("{text}")[2]
+        self.ending = spelling.after("A text.", self._after)
         self._rows: Any
         if not isinstance(passages, PassageTable):
             self._rows, self.lengths = self._of(passages)
@@ -70,14 +72,29 @@ class PassageParts:
             for p in passages
         ]
         if self._spelling.adds_up:
-            parts = [np.array(tokens[:most], np.int32) for tokens in self._spelling(texts)]
+            parts = [self.fitted(tokens, most) for tokens in self._spelling(texts)]
             return parts, np.array([len(p) for p in parts], int)
-        cut = [self._spelling.cut(text, most) for text in texts]
+        cut = [self._fitted_text(text, most) for text in texts]
         return [text for text, _ in cut], np.array([length for _, length in cut], int)
+
+    def fitted(self, tokens: Sequence[int], most: int) -> np.ndarray:
+        """Returns tokens that end with a passage, truncated to `most` before the passage's ending."""
+        if len(tokens) > most:
+            tokens = [*tokens[: max(most - len(self.ending), 0)], *self.ending][:most]
+        return np.array(tokens, np.int32)
+
+    def _fitted_text(self, text: str, most: int) -> tuple[str, int]:
+        """Returns the text and its number of tokens."""
+        whole, length = self._spelling.cut(text, most)
+        if whole == text:
+            return whole, length
+        most = max(most - len(self.ending), 0)
+        return self._spelling.cut(text, most)[0] + self._after, most + len(self.ending)
 
     def _on_disk(self, passages: PassageTable) -> "_Tokens":
         about = (
-            f"{passages.fingerprint} {definition(self._tokenizer)} {self._around!r} {self._most}"
+            f"{passages.fingerprint} {definition(self._tokenizer)} {self._around!r} {self._most} "
+            "with endings"
         )
         folder = cache_folder() / "tokens" / hashlib.sha256(about.encode()).hexdigest()
         starts, tokens = folder / "starts.npy", folder / "tokens.bin"
