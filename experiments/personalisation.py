@@ -175,9 +175,10 @@ def rates_file(folder: pathlib.Path, strategy: str, method: str) -> pathlib.Path
 
 
 def rows_of(config, folder: pathlib.Path) -> list[dict]:
-    """Returns a row for each strategy and method, with differences from models trained alone.
+    """Returns a row for each strategy and method, with differences from models trained alone and from
+    the federated model.
 
-    `gain` and `loss` count clients, over seeds, whose model is better or worse than the one trained
+    `better` and `worse` count clients, over seeds, whose model is better or worse than the one trained
     alone.
     """
     rows = []
@@ -185,6 +186,8 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
         if not (found := finished(config, folder, strategy, method)):
             continue
         alone = finished(config, folder, strategy, ALONE) if method != ALONE else []
+        shared = method not in (ALONE, FEDERATED)
+        together = finished(config, folder, strategy, FEDERATED) if shared else []
         path, primary = rates_file(folder, strategy, method), own(PRIMARY[strategy])
         row = {"strategy": strategy, "method": method, "seeds": len(found)}
         row |= {"learning_rate": kept_rate(path), "edge": "edge" if at_edge(path) else ""}
@@ -194,8 +197,12 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
             against = differences.paired_difference(found, alone, primary) or {}
             row |= {f"by_{name}": value for name, value in against.items()}
             row |= better_and_worse(found, alone)
+        if together:
+            against = differences.paired_difference(found, together, primary) or {}
+            row |= {f"from_federated_{name}": value for name, value in against.items()}
         rows.append(row | comparison.costs_and_clients(found))
     differences.adjust(rows, "by_")
+    differences.adjust(rows, "from_federated_")
     return rows
 
 
@@ -222,6 +229,8 @@ def report(config, folder: pathlib.Path) -> Report:
         *(tables.interval(f"{title[metric]} [95% CI]", metric) for metric in METRICS),
         tables.difference("MRR@10 or F1 against alone [95% CI]", "by_"),
         tables.p_value("p", "by_p_holm"),
+        tables.difference("against one federated model [95% CI]", "from_federated_"),
+        tables.p_value("p", "from_federated_p_holm"),
         tables.number("clients better", "better", 0),
         tables.number("clients worse", "worse", 0),
         tables.words("epochs", "epochs"),
@@ -238,9 +247,9 @@ def report(config, folder: pathlib.Path) -> Report:
                 "personalisation",
                 "Scores in percent on test questions about each client's own topics, in the client's "
                 "proportions, with 95% intervals over seeds and questions. Differences are from models "
-                "that clients train alone until validation stops improving, in MRR@10 for the "
-                "retriever and F1 for the generator, paired by question and seed; p by permutation, "
-                "Holm-adjusted over the table. Clients better and worse are counted over all seeds.",
+                "that clients train alone until validation stops improving, and of personal models from "
+                "the federated one, in MRR@10 for the retriever and F1 for the generator, paired by "
+                "question and seed; p by permutation, Holm-adjusted over each column. Clients better and worse are counted over all seeds.",
                 tables.Table(columns, rows),
             )
         ],
