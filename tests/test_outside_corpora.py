@@ -135,6 +135,37 @@ def test_corpora_are_read_wherever_they_lie(tmp_path, tokenizer, table):
         read(str(notes))
 
 
+@pytest.mark.parametrize("other", ["a.json", "b.jsonl", ".hidden.csv", ".git/c.csv"])
+def test_a_table_does_not_hide_the_documents_of_a_folder(tmp_path, tokenizer, other):
+    (tmp_path / "ada.md").write_text("---\ntitle: Ada\n---\nAda wrote programs.")
+    (tmp_path / "README.md").write_text("---\ntitle: Notes\n---\nNotes about Ada.")
+    (tmp_path / other).parent.mkdir(exist_ok=True)
+    (tmp_path / other).write_text('{"text": "A line."}\n')
+    if other == "a.json":
+        with pytest.warns(
+            UserWarning, match=r"1 files are left out; the first is .*/a.json: .json"
+        ):
+            found = read(str(tmp_path), tokenizer=tokenizer)
+    else:
+        found = read(str(tmp_path), tokenizer=tokenizer)
+    lines = ["b.jsonl:1#0"] if other == "b.jsonl" else []
+    assert [p.id for p in found] == ["README.md#0", "ada.md#0", *lines]
+
+
+def test_a_copy_of_a_repository_has_tables_or_the_hubs_readme(tmp_path, monkeypatch, tokenizer):
+    monkeypatch.setattr(hub.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    hub.disable_progress_bars()
+    folder = tmp_path / "copy"
+    (folder / "data").mkdir(parents=True)
+    (folder / "data" / "train.csv").write_text("text\nOne text.\n")
+    assert [p.text for p in read(str(folder), columns={"text": "text"})] == ["One text."]
+    (folder / "licence.txt").write_text("You may.")
+    with pytest.raises(DataError, match=r"tables \(train.csv\) and documents \(licence.txt\)"):
+        read(str(folder), columns={"text": "text"}, tokenizer=tokenizer)
+    (folder / "README.md").write_text("---\nlanguage: en\nlicense: mit\n---\nA data set.")
+    assert [p.text for p in read(str(folder), columns={"text": "text"})] == ["One text."]
+
+
 @pytest.mark.parametrize("name", ["compact", "raft"])
 def test_prompts_of_a_table_are_those_of_a_list(table, tmp_path, monkeypatch, name):
     monkeypatch.setenv("FEDRAG_CACHE", str(tmp_path / "kept"))
