@@ -175,6 +175,29 @@ def test_any_table_by_its_columns(tmp_path):
         assert other.test == dataset.test
 
 
+@pytest.mark.parametrize(
+    ("passages", "golds", "positions"),
+    [
+        # As in MS MARCO; also [0, 1], which alone could be two positions.
+        ([2, 4, 4, 2], [[0, 1], [0, 0, 1, 0], [0, 0, 0, 0], []], [[1], [2], [], []]),
+        ([2, 4, 4, 2], [[0, 1], [2], [3, 0], []], [[0, 1], [2], [0, 3], []]),
+        ([2, 2], [[0, 1], [1, 0]], [[0, 1], [0, 1]]),
+        ([2, 2], [[True, False], []], [[0], []]),
+    ],
+)
+def test_gold_passages_by_numbers(tmp_path, passages, golds, positions):
+    texts = [[f"{i}, {j}." for j in range(size)] for i, size in enumerate(passages)]
+    rows = [
+        {"q": "Is it?", "a": "x", "p": some, "g": gold, "side": "test"}
+        for some, gold in zip(texts, golds, strict=True)
+    ]
+    columns = Columns(question="q", answers="a", passages="p", gold="g", split="side")
+    dataset = load(str(table(tmp_path / "own", rows)), (), columns=columns)
+    text = {p.id: p.text for p in dataset.passages}
+    found = [sorted(text[i] for i in e.positive_ids) for e in dataset.test]
+    assert found == [[texts[i][j] for j in some] for i, some in enumerate(positions)]
+
+
 @pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "jsonl.gz", "parquet", "arrow"])
 def test_a_file_is_a_table(tmp_path, ending):
     rows = [
@@ -206,7 +229,9 @@ def test_a_file_is_a_table(tmp_path, ending):
         ({"answers": "kind.text"}, [row(0)], r"columns\.answers is 'kind\.text'.*has no columns"),
         ({}, [row(0, gold=[2])], r"train-0: gold is 2 of 2 passages, from 0"),
         ({}, [row(0, gold=["V"])], r"no passage has the title 'V' of gold"),
-        ({}, [row(0, gold=[True])], r"1 truths of 2 passages in gold"),
+        ({}, [row(0, gold=[True])], r"0 and 1, for each of the 2 passages, got \[True\]"),
+        ({}, [row(0, gold=[1, 1]), row(1, gold=[0])], r"train-1: gold .* passages, got \[0\]"),
+        ({}, [row(0), row(1, gold=[1, 1])], r"train-1: gold has a position twice in \[1, 1\]"),
         ({"split": "kind"}, [row(0)], r"split 'k' is none of train, validation"),
         ({"question": "kind"}, [row(0, kind=" ")], r"column 'kind' must be a question, got ' '"),
         ({}, [row(0, right={"text": [""]})], r"'train-0' has no answer to train on"),
