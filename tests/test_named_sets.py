@@ -248,6 +248,45 @@ def test_columns_need_questions_and_answers():
         Columns(question="q")
 
 
+@pytest.mark.parametrize(
+    ("name", "how", "told"),
+    [
+        ("world", {"source": "hub"}, r"'world' is generated, so leave out source \('hub'\)"),
+        ("chatty_world", {"revision": "v1"}, r"so leave out revision \('v1'\)"),
+        ("world", {"config": "a", "columns": MAPPED}, r"leave out config \('a'\), columns"),
+        ("world", {"corpus": Corpus("c.jsonl", tokens=9)}, "corpus .*c.jsonl.*, passage_tokens"),
+        (
+            "world",
+            {"corpus": Corpus(revision="v1")},
+            "no other corpus, so leave out corpus_revision",
+        ),
+        ("own", {"revision": "v1"}, r"read from own/questions.jsonl .*leave out revision"),
+        ("own", {"config": "a", "source": "local"}, "leave out config"),
+        ("own", {"corpus": Corpus("own/passages.jsonl", "a")}, "has no configurations"),
+        (
+            "own",
+            {"corpus": Corpus("own/passages.jsonl", "", "v1")},
+            "local and has no revision 'v1'",
+        ),
+        ("table", {"columns": MAPPED, "revision": "v1"}, "table is local and has no revision 'v1'"),
+        ("table", {"columns": MAPPED, "source": "hub"}, r"leave out source \('hub'\)"),
+        ("musique", {"config": "a"}, "own configurations, so leave out config"),
+    ],
+)
+def test_what_a_data_set_does_not_use_is_refused(tmp_path, monkeypatch, name, how, told):
+    monkeypatch.chdir(tmp_path)
+    lines = {
+        "questions": {"question": "Who?", "answers": ["Ada"], "positive_ids": ["a"]},
+        "passages": {"id": "a", "text": "Ada."},
+    }
+    (tmp_path / "own").mkdir()
+    for kind, line in lines.items():
+        (tmp_path / "own" / f"{kind}.jsonl").write_text(json.dumps(line))
+    table(tmp_path / "table", [row(0)])
+    with pytest.raises(ConfigError, match=told):
+        load(name, (), **how)
+
+
 def test_content_decides_whether_data_changed(tmp_path):
     rows = [row(i) for i in range(40)]
     table(tmp_path / "own", rows)

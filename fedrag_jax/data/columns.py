@@ -30,8 +30,8 @@ class Columns:
       passages: the passages of the question, one text or a list; a list of sentences is one passage.
       titles: the titles of the passages, one each.
       gold: the gold passages: positions from 0, one boolean (or 0 or 1) per passage, or titles; an
-        empty list for none. Without the column, the passage of a row that has only one is gold. If there
-        are no passages, titles of pages in another corpus.
+        empty list for none. Without the column, the passage of a row that has only one is gold. If
+        there are no passages, titles of pages in another corpus.
       topic: the label by which clients differ.
       split: the name of the row's split, for tables with all splits in one.
       id: the id; by default the split's name and the row number.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fedrag_jax.errors import DataError
+from fedrag_jax.errors import ConfigError, DataError
 
 Row = Mapping[str, Any]
 T = TypeVar("T")
@@ -66,8 +66,14 @@ def commit(source: str, revision: str = "") -> str:
 
     Raises:
       DataError: the repository has no such revision.
+      ConfigError: a revision of a folder or a file.
     """
     if os.path.exists(source):
+        if revision:
+            raise ConfigError(
+                f"{source} is local and has no revision {revision!r}: leave it out, or name the hub's "
+                "repository"
+            )
         return ""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RevisionNotFoundError

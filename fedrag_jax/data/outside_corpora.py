@@ -47,12 +47,18 @@ def read(
     Raises:
       DataError: the corpus cannot be read; a folder has tables beside documents; for a folder of
         documents the error names all unreadable files.
-      ConfigError: texts are to be split and there is no tokenizer.
+      ConfigError: texts are to be split and there is no tokenizer; a revision of local files, or a
+        configuration of documents or JSON lines.
     """
     path = Path(source)
-    if path.is_file() and ".jsonl" in path.suffixes:
-        return cut(json_sets.load_passages(path), tokenizer, tokens)
-    if (path.is_dir() and not _is_copy(path)) or (path.is_file() and not hub_tables.is_table(path)):
+    lines = path.is_file() and ".jsonl" in path.suffixes
+    texts = path.is_file() and not hub_tables.is_table(path)
+    if lines or texts or (path.is_dir() and not _is_copy(path)):
+        if config:
+            raise ConfigError(f"corpus {source} has no configurations, so leave out {config!r}")
+        hub_tables.commit(source, revision)
+        if lines:
+            return cut(json_sets.load_passages(path), tokenizer, tokens)
         return _documents(path, tokenizer, tokens or DOCUMENT_TOKENS)
     at = hub_tables.commit(source, revision)
     rows = hub_tables.table(source, config or None, hub_tables.ONLY_SPLIT, at)
