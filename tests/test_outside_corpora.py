@@ -221,6 +221,18 @@ def test_golds_are_found_by_title_and_answer():
     assert "of 4 questions 3 name a page, 2 find it in the corpus, 1 with" in found.told()
 
 
+def test_golds_in_scripts_without_spaces():
+    passages = [
+        Passage("a", "北京", "北京是一座城市。"),
+        Passage("b", "北京", "它于1949年成为中国的首都，有iPhone。"),
+        Passage("c", "北京", "19490 iPhones"),
+    ]
+    asked = ("首都", "1949", "iphone")
+    questions = [Example(answer, "?", (answer,), ()) for answer in asked]
+    found = find_golds(questions, {answer: ["北京"] for answer in asked}, passages)
+    assert found.golds == [("b",)] * 3 and found.answered == 3
+
+
 def test_questions_of_a_named_set_over_passages_of_ones_own(tmp_path, monkeypatch):
     rows = [
         {"id": f"q{i}", "question": f"{i}?", "answers": [f"text {i}"], "positive_ids": ["a"]}

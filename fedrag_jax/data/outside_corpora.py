@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fedrag_jax.data import documents, hub_tables, json_sets
-from fedrag_jax.data.answers import normalize_answer
+from fedrag_jax.data.answers import normalize_answer, stands_in
 from fedrag_jax.data.examples import Example, Passage
 from fedrag_jax.data.file_kinds import READERS
 from fedrag_jax.data.passage_table import PassageTable, pieces
@@ -186,8 +186,8 @@ def find_golds(
         for title in there:
             if title not in texts:
                 read = [passages[row] for row in pages[title]]
-                texts[title] = [(p.id, f" {normalize_answer(p.text)} ") for p in read]
-            holding = [i for i, t in texts[title] if any(f" {a} " in t for a in answers)]
+                texts[title] = [(p.id, normalize_answer(p.text)) for p in read]
+            holding = [i for i, t in texts[title] if any(stands_in(a, t) for a in answers)]
             stands |= bool(holding)
             some += holding or [texts[title][0][0]]
         golds.append(tuple(dict.fromkeys(some)))
