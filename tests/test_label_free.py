@@ -86,6 +86,8 @@ def test_a_question_and_its_answer_are_an_example_about_the_text(tmp_path):
         "",
         "<question>\n\n### Answer\n<answer>",
         "Where?\n\n### Answer\n<answer>\n\nIn Town.",
+        "Where?\n\n### Answer\nIn Town.\n\n### Question\nWhen?\n\n### Answer\nThen.",
+        "Where?\n\n### Question\nWhen?\n\n### Answer\nThen.",
     ],
 )
 def test_replies_in_another_form_are_no_questions(reply, tmp_path):
