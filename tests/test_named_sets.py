@@ -1,5 +1,6 @@
 """Sets by name out of copies of the hub's repositories, and any table by its columns."""
 
+import csv
 import dataclasses
 import json
 
@@ -7,7 +8,7 @@ import datasets as hub
 import hub_copies
 import pytest
 
-from fedrag_jax.data import hub_tables
+from fedrag_jax.data import hub_tables, outside_corpora
 from fedrag_jax.data.columns import Columns
 from fedrag_jax.data.datasets import Corpus, load
 from fedrag_jax.data.examples import content_hash
@@ -219,6 +220,37 @@ def test_a_file_is_a_table(tmp_path, ending):
     assert [len(dataset.train), len(dataset.validation), len(dataset.test)] == [9, 1, 1]
     assert dataset.train[3].answers == ("it is 3",) and len(dataset.passages) == 9
     assert dataset.passages[3].text == "text 3"
+
+
+@pytest.mark.parametrize("place", ["own.csv", "own.tsv", "own/train.csv"])
+def test_values_of_csv_are_texts(tmp_path, place):
+    rows = [
+        ("007", "Is it?", "NA", '["One.", "Two."]', "1", "0"),
+        ("008", "Is it so?", "True", '["Three.", "Four."]', "[0, 1]", "1"),
+        ("009", "Is it still?", '["1.50", "x"]', "[5] Alone [6]", "[true]", "0"),
+        ("010", "Is it more?", "10", '["Five.", "Six."]', "", ""),
+    ]
+    path = tmp_path / place
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file, delimiter="\t" if place.endswith("tsv") else ",")
+        writer.writerows([("i", "q", "a", "p", "g", "t"), *rows])
+    columns = Columns(question="q", answers="a", passages="p", gold="g", topic="t", id="i")
+    source = tmp_path / place.partition("/")[0]
+    dataset = load(str(source), (), columns=columns)
+    text = {p.id: p.text for p in dataset.passages}
+    examples = [*dataset.train, *dataset.validation, *dataset.test]
+    found = {e.id: (e.answers, [text[i] for i in e.positive_ids], e.topic) for e in examples}
+    assert found == {
+        "007": (("NA",), ["Two."], "0"),
+        "008": (("yes",), ["Three.", "Four."], "1"),
+        "009": (("1.50", "x"), ["[5] Alone [6]"], "0"),
+        "010": (("10",), [], ""),
+    }
+    corpus = outside_corpora.read(str(source), columns={"id": "i", "text": "q", "topic": "t"})
+    assert [(p.id, p.topic) for p in corpus] == [
+        ("007", "0"), ("008", "1"), ("009", "0"), ("010", "")
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

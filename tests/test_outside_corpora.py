@@ -79,6 +79,13 @@ def test_tables_without_ids_count_their_rows(rows):
     assert table[7] == Passage("7", "", PASSAGES[7].text)
 
 
+def test_numbers_are_texts_also_zero():
+    rows = hub.Dataset.from_list([{"id": i, "text": f"Text {i}.", "topic": i} for i in range(3)])
+    table = PassageTable(rows, {field: field for field in ("id", "text", "topic")}, "here")
+    assert [(p.id, p.topic) for p in table] == [("0", "0"), ("1", "1"), ("2", "2")]
+    assert [*table.column("id")] == ["0", "1", "2"]
+
+
 def test_tables_that_do_not_fit_are_refused(rows):
     made = hub.Dataset.from_list(rows)
     for columns, message in (

@@ -3,11 +3,12 @@
 import dataclasses
 import functools
 import itertools
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from fedrag_jax.data import hub_tables, splits
-from fedrag_jax.data.examples import Passage
+from fedrag_jax.data.examples import Passage, text_of
 from fedrag_jax.data.hub_rows import Question, Read, Row, passage_of
 from fedrag_jax.data.named_sets import Asked, asked
 from fedrag_jax.errors import ConfigError, DataError
@@ -22,7 +23,7 @@ SIDES = {"train": "train", "validation": "validation", "valid": "validation", "v
 @dataclasses.dataclass(frozen=True)
 class Columns:
     """Names of the columns; "" for none. A dot selects a field of a nested column, also within lists:
-    "context.title".
+    "context.title". A list in a CSV file is written as JSON.
 
     Attributes:
       question: the question, a text.
@@ -75,7 +76,9 @@ class Columns:
             sides = {n: "test" if s == "validation" else s for n, s in sides.items()}
 
         def converted(name, convert: Callable[[Row, str], T]) -> Iterator[T]:
-            rows = hub_tables.table(source, config, name, revision)
+            rows = hub_tables.table(source, config, name, revision, texts=True)
+            if hub_tables.is_csv(rows):
+                rows = map(self._told_by_texts, rows)
             return hub_tables.converted(rows, convert, source, name, "config.data.columns")
 
         kinds = itertools.chain.from_iterable(converted(n, self._numbers_are_truths) for n in names)
@@ -89,6 +92,22 @@ class Columns:
                 else:
                     side = sides[name] if len(names) > 1 else splits.side(question.id)
                 yield (question, passages), side
+
+    def _told_by_texts(self, row: Row) -> Row:
+        """Returns a row of a CSV file, which has texts alone, with the values that the texts mean."""
+        found = {column: None if value == "" else value for column, value in row.items()}
+        for name in ("answers", "passages", "titles", "gold"):
+            text = found.get(column := getattr(self, name))
+            if not isinstance(text, str):
+                continue
+            if text.startswith("[") and isinstance(some := _json(text), list):
+                found[column] = some
+            elif name in ("answers", "gold") and text.lower() in ("true", "false"):
+                found[column] = text.lower() == "true"
+            elif name == "gold" and self.passages and text.isdecimal():
+                titled = text in _several(found.get(self.titles))
+                found[column] = text if titled else int(text)
+        return found
 
     def _numbers_are_truths(self, row: Row, place: str) -> bool | None:
         """Returns whether 0 and 1 in `gold` are truths of passages, not positions; None if this row may
@@ -117,10 +136,10 @@ class Columns:
             tuple(_answer(answer) for answer in _several(self._value(row, "answers"))),
             golds=golds,
             titles=pages,
-            topic=str(self._value(row, "topic") or ""),
+            topic=text_of(self._value(row, "topic")),
             hops=max(len(golds), 1),
         )
-        return (question, passages), str(self._value(row, "split") or "")
+        return (question, passages), text_of(self._value(row, "split"))
 
     def _golds(self, row: Row, place: str, passages: Sequence[Passage], truths: bool):
         """Ids of passages and titles of pages that hold the answer."""
@@ -178,6 +197,13 @@ def _several(value: Any) -> list:
 
 def _whole(values: list) -> bool:
     return all(isinstance(value, int) and not isinstance(value, bool) for value in values)
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
 
 
 def _text(value: Any) -> str:

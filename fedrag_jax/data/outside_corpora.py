@@ -61,7 +61,7 @@ def read(
             return cut(json_sets.load_passages(path), tokenizer, tokens)
         return _documents(path, tokenizer, tokens or DOCUMENT_TOKENS)
     at = hub_tables.commit(source, revision)
-    rows = hub_tables.table(source, config or None, hub_tables.ONLY_SPLIT, at)
+    rows = hub_tables.table(source, config or None, hub_tables.ONLY_SPLIT, at, texts=True)
     table = PassageTable(rows, columns, hub_tables.origin(source, config, at))
     return cut(table, tokenizer, tokens)
 
