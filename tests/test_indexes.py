@@ -113,6 +113,17 @@ def test_lists_that_hold_too_little_do_not_leave_places_empty(vectors):
     assert np.isfinite(scores).all() and (found[:, 0] == [0, 1, 2]).all()
 
 
+def test_a_graph_of_many_equal_vectors_leaves_no_places_empty():
+    vectors = unit(3000)
+    vectors[:2000] = vectors[0]
+    index, questions = index_kind("hnsw")(vectors), unit(20, seed=1)
+    found, scores = index.search(questions, 1000)
+    assert all(len({*row}) == 1000 and min(row) >= 0 for row in found.tolist())
+    np.testing.assert_allclose(
+        np.take_along_axis(questions @ vectors.T, found, 1), scores, atol=1e-5
+    )
+
+
 def test_few_vectors_are_searched_exactly():
     vectors = unit(200)
     exact = FaissIndex.build(vectors).search(unit(9, seed=1), 5)
