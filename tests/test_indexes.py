@@ -20,7 +20,9 @@ from fedrag_jax.retrieval.index.by_name import INDEXES, index_kind
 from fedrag_jax.retrieval.index.faiss_index import FaissIndex
 from fedrag_jax.retrieval.index.faiss_kinds import FaissKind
 from fedrag_jax.retrieval.index.recall import index_recall
+from fedrag_jax.retrieval.index.store_index import StoreIndex
 from fedrag_jax.retrieval.retriever import Retriever
+from fedrag_jax.retrieval.stores.faiss_store import FaissStore
 
 APPROXIMATE = ("ivf", "pq", "hnsw")
 SIZE, D = 12_000, 16
@@ -111,6 +113,17 @@ def test_lists_that_hold_too_little_do_not_leave_places_empty(vectors):
     assert np.isfinite(scores).all() and (found[:, 0] == [0, 1, 2]).all()
 
 
+def test_a_graph_of_many_equal_vectors_leaves_no_places_empty():
+    vectors = unit(3000)
+    vectors[:2000] = vectors[0]
+    index, questions = index_kind("hnsw")(vectors), unit(20, seed=1)
+    found, scores = index.search(questions, 1000)
+    assert all(len({*row}) == 1000 and min(row) >= 0 for row in found.tolist())
+    np.testing.assert_allclose(
+        np.take_along_axis(questions @ vectors.T, found, 1), scores, atol=1e-5
+    )
+
+
 def test_few_vectors_are_searched_exactly():
     vectors = unit(200)
     exact = FaissIndex.build(vectors).search(unit(9, seed=1), 5)
@@ -174,6 +187,28 @@ def test_a_store_elsewhere_is_searched_as_an_index(name):
     assert other.search(unit(300, seed=8)[9:10], 1)[0].tolist() == [[9]]
     with pytest.raises(ConfigError, match="holds 300 passages, which are not these 10"):
         index.with_vectors(unit(10))
+    # Both search their own vectors, in turn; a replacement in one is none in the other.
+    assert_same(asked)
+    other.replace(np.array([9]), -unit(300, seed=8)[9:10])
+    assert_same(asked)
+    assert other.search(-unit(300, seed=8)[9:10], 1)[0].tolist() == [[9]]
+
+
+def test_a_store_is_filled_again_by_the_same_corpus_alone():
+    store, vectors = FaissStore(D), unit(50)
+    first = StoreIndex.build(vectors, store=store)
+    tuned = first.with_vectors(unit(50, seed=1))
+    again = StoreIndex.build(vectors, store=store)  # as a run that is resumed
+    assert tuned.search(unit(1, seed=1), 1)[0].tolist() == [[0]]
+    assert again.search(vectors[3:4], 1)[0].tolist() == [[3]]
+    with pytest.raises(ConfigError, match="faiss store holds 50 passages, which are not these 50"):
+        StoreIndex.build(unit(50, seed=2), store=store)
+    assert again.search(vectors[3:4], 1)[0].tolist() == [[3]]
+    served = FaissStore(stored.D)
+    served.add(stored.PASSAGES, stored.VECTORS)
+    with pytest.raises(ConfigError, match="holds 200 passages"):
+        StoreIndex.build(stored.VECTORS, store=served)
+    assert served.get(["p003"]) == [stored.PASSAGES[3]]
 
 
 @pytest.mark.parametrize("name", INDEXES)

@@ -1,5 +1,6 @@
 """Sets by name out of copies of the hub's repositories, and any table by its columns."""
 
+import csv
 import dataclasses
 import json
 
@@ -7,7 +8,7 @@ import datasets as hub
 import hub_copies
 import pytest
 
-from fedrag_jax.data import hub_tables
+from fedrag_jax.data import hub_tables, outside_corpora
 from fedrag_jax.data.columns import Columns
 from fedrag_jax.data.datasets import Corpus, load
 from fedrag_jax.data.examples import content_hash
@@ -175,6 +176,29 @@ def test_any_table_by_its_columns(tmp_path):
         assert other.test == dataset.test
 
 
+@pytest.mark.parametrize(
+    ("passages", "golds", "positions"),
+    [
+        # As in MS MARCO; also [0, 1], which alone could be two positions.
+        ([2, 4, 4, 2], [[0, 1], [0, 0, 1, 0], [0, 0, 0, 0], []], [[1], [2], [], []]),
+        ([2, 4, 4, 2], [[0, 1], [2], [3, 0], []], [[0, 1], [2], [0, 3], []]),
+        ([2, 2], [[0, 1], [1, 0]], [[0, 1], [0, 1]]),
+        ([2, 2], [[True, False], []], [[0], []]),
+    ],
+)
+def test_gold_passages_by_numbers(tmp_path, passages, golds, positions):
+    texts = [[f"{i}, {j}." for j in range(size)] for i, size in enumerate(passages)]
+    rows = [
+        {"q": "Is it?", "a": "x", "p": some, "g": gold, "side": "test"}
+        for some, gold in zip(texts, golds, strict=True)
+    ]
+    columns = Columns(question="q", answers="a", passages="p", gold="g", split="side")
+    dataset = load(str(table(tmp_path / "own", rows)), (), columns=columns)
+    text = {p.id: p.text for p in dataset.passages}
+    found = [sorted(text[i] for i in e.positive_ids) for e in dataset.test]
+    assert found == [[texts[i][j] for j in some] for i, some in enumerate(positions)]
+
+
 @pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "jsonl.gz", "parquet", "arrow"])
 def test_a_file_is_a_table(tmp_path, ending):
     rows = [
@@ -198,6 +222,37 @@ def test_a_file_is_a_table(tmp_path, ending):
     assert dataset.passages[3].text == "text 3"
 
 
+@pytest.mark.parametrize("place", ["own.csv", "own.tsv", "own/train.csv"])
+def test_values_of_csv_are_texts(tmp_path, place):
+    rows = [
+        ("007", "Is it?", "NA", '["One.", "Two."]', "1", "0"),
+        ("008", "Is it so?", "True", '["Three.", "Four."]', "[0, 1]", "1"),
+        ("009", "Is it still?", '["1.50", "x"]', "[5] Alone [6]", "[true]", "0"),
+        ("010", "Is it more?", "10", '["Five.", "Six."]', "", ""),
+    ]
+    path = tmp_path / place
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file, delimiter="\t" if place.endswith("tsv") else ",")
+        writer.writerows([("i", "q", "a", "p", "g", "t"), *rows])
+    columns = Columns(question="q", answers="a", passages="p", gold="g", topic="t", id="i")
+    source = tmp_path / place.partition("/")[0]
+    dataset = load(str(source), (), columns=columns)
+    text = {p.id: p.text for p in dataset.passages}
+    examples = [*dataset.train, *dataset.validation, *dataset.test]
+    found = {e.id: (e.answers, [text[i] for i in e.positive_ids], e.topic) for e in examples}
+    assert found == {
+        "007": (("NA",), ["Two."], "0"),
+        "008": (("yes",), ["Three.", "Four."], "1"),
+        "009": (("1.50", "x"), ["[5] Alone [6]"], "0"),
+        "010": (("10",), [], ""),
+    }
+    corpus = outside_corpora.read(str(source), columns={"id": "i", "text": "q", "topic": "t"})
+    assert [(p.id, p.topic) for p in corpus] == [
+        ("007", "0"), ("008", "1"), ("009", "0"), ("010", "")
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("columns", "rows", "message"),
     [
@@ -206,7 +261,9 @@ def test_a_file_is_a_table(tmp_path, ending):
         ({"answers": "kind.text"}, [row(0)], r"columns\.answers is 'kind\.text'.*has no columns"),
         ({}, [row(0, gold=[2])], r"train-0: gold is 2 of 2 passages, from 0"),
         ({}, [row(0, gold=["V"])], r"no passage has the title 'V' of gold"),
-        ({}, [row(0, gold=[True])], r"1 truths of 2 passages in gold"),
+        ({}, [row(0, gold=[True])], r"0 and 1, for each of the 2 passages, got \[True\]"),
+        ({}, [row(0, gold=[1, 1]), row(1, gold=[0])], r"train-1: gold .* passages, got \[0\]"),
+        ({}, [row(0), row(1, gold=[1, 1])], r"train-1: gold has a position twice in \[1, 1\]"),
         ({"split": "kind"}, [row(0)], r"split 'k' is none of train, validation"),
         ({"question": "kind"}, [row(0, kind=" ")], r"column 'kind' must be a question, got ' '"),
         ({}, [row(0, right={"text": [""]})], r"'train-0' has no answer to train on"),
@@ -221,6 +278,45 @@ def test_columns_that_do_not_fit_are_refused(tmp_path, columns, rows, message):
 def test_columns_need_questions_and_answers():
     with pytest.raises(ConfigError, match=r"columns\.answers is empty"):
         Columns(question="q")
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "told"),
+    [
+        ("world", {"source": "hub"}, r"'world' is generated, so leave out source \('hub'\)"),
+        ("chatty_world", {"revision": "v1"}, r"so leave out revision \('v1'\)"),
+        ("world", {"config": "a", "columns": MAPPED}, r"leave out config \('a'\), columns"),
+        ("world", {"corpus": Corpus("c.jsonl", tokens=9)}, "corpus .*c.jsonl.*, passage_tokens"),
+        (
+            "world",
+            {"corpus": Corpus(revision="v1")},
+            "no other corpus, so leave out corpus_revision",
+        ),
+        ("own", {"revision": "v1"}, r"read from own/questions.jsonl .*leave out revision"),
+        ("own", {"config": "a", "source": "local"}, "leave out config"),
+        ("own", {"corpus": Corpus("own/passages.jsonl", "a")}, "has no configurations"),
+        (
+            "own",
+            {"corpus": Corpus("own/passages.jsonl", "", "v1")},
+            "local and has no revision 'v1'",
+        ),
+        ("table", {"columns": MAPPED, "revision": "v1"}, "table is local and has no revision 'v1'"),
+        ("table", {"columns": MAPPED, "source": "hub"}, r"leave out source \('hub'\)"),
+        ("musique", {"config": "a"}, "own configurations, so leave out config"),
+    ],
+)
+def test_what_a_data_set_does_not_use_is_refused(tmp_path, monkeypatch, name, how, told):
+    monkeypatch.chdir(tmp_path)
+    lines = {
+        "questions": {"question": "Who?", "answers": ["Ada"], "positive_ids": ["a"]},
+        "passages": {"id": "a", "text": "Ada."},
+    }
+    (tmp_path / "own").mkdir()
+    for kind, line in lines.items():
+        (tmp_path / "own" / f"{kind}.jsonl").write_text(json.dumps(line))
+    table(tmp_path / "table", [row(0)])
+    with pytest.raises(ConfigError, match=told):
+        load(name, (), **how)
 
 
 def test_content_decides_whether_data_changed(tmp_path):

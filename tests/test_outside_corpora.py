@@ -79,6 +79,13 @@ def test_tables_without_ids_count_their_rows(rows):
     assert table[7] == Passage("7", "", PASSAGES[7].text)
 
 
+def test_numbers_are_texts_also_zero():
+    rows = hub.Dataset.from_list([{"id": i, "text": f"Text {i}.", "topic": i} for i in range(3)])
+    table = PassageTable(rows, {field: field for field in ("id", "text", "topic")}, "here")
+    assert [(p.id, p.topic) for p in table] == [("0", "0"), ("1", "1"), ("2", "2")]
+    assert [*table.column("id")] == ["0", "1", "2"]
+
+
 def test_tables_that_do_not_fit_are_refused(rows):
     made = hub.Dataset.from_list(rows)
     for columns, message in (
@@ -135,6 +142,37 @@ def test_corpora_are_read_wherever_they_lie(tmp_path, tokenizer, table):
         read(str(notes))
 
 
+@pytest.mark.parametrize("other", ["a.json", "b.jsonl", ".hidden.csv", ".git/c.csv"])
+def test_a_table_does_not_hide_the_documents_of_a_folder(tmp_path, tokenizer, other):
+    (tmp_path / "ada.md").write_text("---\ntitle: Ada\n---\nAda wrote programs.")
+    (tmp_path / "README.md").write_text("---\ntitle: Notes\n---\nNotes about Ada.")
+    (tmp_path / other).parent.mkdir(exist_ok=True)
+    (tmp_path / other).write_text('{"text": "A line."}\n')
+    if other == "a.json":
+        with pytest.warns(
+            UserWarning, match=r"1 files are left out; the first is .*/a.json: .json"
+        ):
+            found = read(str(tmp_path), tokenizer=tokenizer)
+    else:
+        found = read(str(tmp_path), tokenizer=tokenizer)
+    lines = ["b.jsonl:1#0"] if other == "b.jsonl" else []
+    assert [p.id for p in found] == ["README.md#0", "ada.md#0", *lines]
+
+
+def test_a_copy_of_a_repository_has_tables_or_the_hubs_readme(tmp_path, monkeypatch, tokenizer):
+    monkeypatch.setattr(hub.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    hub.disable_progress_bars()
+    folder = tmp_path / "copy"
+    (folder / "data").mkdir(parents=True)
+    (folder / "data" / "train.csv").write_text("text\nOne text.\n")
+    assert [p.text for p in read(str(folder), columns={"text": "text"})] == ["One text."]
+    (folder / "licence.txt").write_text("You may.")
+    with pytest.raises(DataError, match=r"tables \(train.csv\) and documents \(licence.txt\)"):
+        read(str(folder), columns={"text": "text"}, tokenizer=tokenizer)
+    (folder / "README.md").write_text("---\nlanguage: en\nlicense: mit\n---\nA data set.")
+    assert [p.text for p in read(str(folder), columns={"text": "text"})] == ["One text."]
+
+
 @pytest.mark.parametrize("name", ["compact", "raft"])
 def test_prompts_of_a_table_are_those_of_a_list(table, tmp_path, monkeypatch, name):
     monkeypatch.setenv("FEDRAG_CACHE", str(tmp_path / "kept"))
@@ -188,6 +226,18 @@ def test_golds_are_found_by_title_and_answer():
     assert found.golds == [("a1", "b0"), (), (), ("l0",)]
     assert (found.titled, found.found, found.answered) == (3, 2, 1)
     assert "of 4 questions 3 name a page, 2 find it in the corpus, 1 with" in found.told()
+
+
+def test_golds_in_scripts_without_spaces():
+    passages = [
+        Passage("a", "北京", "北京是一座城市。"),
+        Passage("b", "北京", "它于1949年成为中国的首都，有iPhone。"),
+        Passage("c", "北京", "19490 iPhones"),
+    ]
+    asked = ("首都", "1949", "iphone")
+    questions = [Example(answer, "?", (answer,), ()) for answer in asked]
+    found = find_golds(questions, {answer: ["北京"] for answer in asked}, passages)
+    assert found.golds == [("b",)] * 3 and found.answered == 3
 
 
 def test_questions_of_a_named_set_over_passages_of_ones_own(tmp_path, monkeypatch):

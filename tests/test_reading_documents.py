@@ -87,6 +87,39 @@ def test_every_kind_of_file_is_read(tmp_path):
     assert list(contents(tmp_path / "a.txt")) == ["a.txt"]
 
 
+def words_of(html, folder):
+    path = folder / "page.html"
+    path.write_text(html)
+    ((title, text),) = contents(path).values()
+    return title, text.split()
+
+
+@pytest.mark.parametrize(
+    "element",
+    ["dl", "dt", "dd", "details", "summary", "figure", "figcaption", "main", "aside", "form",
+     "fieldset", "address", "option", "button", "label", "legend", "caption", "dialog", "search"],
+)  # fmt: skip
+def test_elements_of_html_that_stand_apart_are_not_glued(tmp_path, element):
+    _, words = words_of(
+        f"before<{element}>one</{element}><{element}>two</{element}>after", tmp_path
+    )
+    assert words == ["before", "one", "two", "after"]
+    assert words_of("above<hr>below, <b>one</b>word", tmp_path)[1] == ["above", "below,", "oneword"]
+
+
+@pytest.mark.parametrize(
+    ("html", "title"),
+    [
+        ("<svg><title>Menu</title></svg><h1>Ada</h1>", "Ada"),
+        ("<svg><title>Menu</title></svg><title>The page</title><h1>Ada</h1>", "The page"),
+        ("<head><title> </title></head><h1>Ada</h1>", "Ada"),
+        ("<svg><title>Menu</title></svg>text", "page"),
+    ],
+)
+def test_the_title_of_a_page_is_not_that_of_an_icon(tmp_path, html, title):
+    assert words_of(html, tmp_path)[0] == title
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [

@@ -3,6 +3,7 @@
 import json
 import os
 
+import numpy as np
 import pytest
 from stored import PASSAGES, VECTORS, D, ask, ids, in_postgres, postgres, unit
 
@@ -59,6 +60,20 @@ def test_a_server_that_is_not_there_is_named():
         QdrantStore("passages", D, "http://127.0.0.1:9")
     with pytest.raises(StoreUnreachable, match="is the server running"):
         PostgresStore("host=127.0.0.1 port=9 dbname=x connect_timeout=2", "passages", D)
+
+
+@pytest.mark.slow
+def test_hnsw_in_postgres_finds_more_passages_than_its_effort():
+    store = in_postgres(index="hnsw", effort=64)
+    passages = [Passage(f"{i:04}", "", "A text.") for i in range(3000)]
+    store.add(passages, unit(3000, seed=1))
+    (found,) = store.search(["?"], unit(1), k=300)
+    assert len(found) == 300
+    exact = np.argsort(-unit(3000, seed=1) @ unit(1)[0])[:300]
+    assert len({int(f.passage.id) for f in found} & {*exact.tolist()}) > 250
+    # Above pgvector's limit PostgreSQL decides whether it looks into the index or into the table.
+    assert 1000 <= len(store.search(["?"], unit(1), k=2000)[0]) <= 2000
+    assert len(store.search(["?"], unit(1), k=5)[0]) == 5
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from fedrag_jax.federated.fit import fit
 from fedrag_jax.tracking.checkpoints import Checkpointer
 from fedrag_jax.tracking.weights_and_biases import WandbLog
 
-folder, mode, last = sys.argv[1], sys.argv[2], int(sys.argv[3])
+folder, mode, last, every = *sys.argv[1:3], *map(int, sys.argv[3:])
 
 class Dies(Callback):
     def round_end(self, state, record):
@@ -29,18 +29,18 @@ class Dies(Callback):
             raise SystemExit(3)
 
 log = WandbLog(folder, "a-project", mode, {"rounds": 3})
-callbacks = [Checkpointer(folder + "/checkpoints"), log, Dies()]
-fit(linear_task(), FOUR, fed_avg(local_steps=2), rounds=3, seed=1, callbacks=callbacks)
+callbacks = [Checkpointer(folder + "/checkpoints", every), log, Dies()]
+fit(linear_task(), FOUR, fed_avg(local_steps=2), rounds=2 + every, seed=1, callbacks=callbacks)
 """
 NOWHERE = "http://127.0.0.1:9"  # the port of a service that nobody runs
 
 
-def run(folder, mode, last=0, server=NOWHERE, patience="30") -> str:
+def run(folder, mode, last=0, server=NOWHERE, patience="30", every=1) -> str:
     """What a process that trains, until it dies after round `last`, says on standard error."""
     about = {"WANDB_BASE_URL": server, "WANDB_API_KEY": 40 * "a", "WANDB_INIT_TIMEOUT": patience}
     path = os.pathsep.join([*sys.path, str(pathlib.Path(__file__).parent)])
     done = subprocess.run(
-        [sys.executable, "-c", FIT, str(folder), mode, str(last)],
+        [sys.executable, "-c", FIT, str(folder), mode, str(last), str(every)],
         env=os.environ | about | {"PYTHONPATH": path},
         capture_output=True,
         text=True,
@@ -64,6 +64,15 @@ def test_rounds_arrive_as_they_end_and_a_resumed_fit_continues_its_run(tmp_path)
     assert last["linear/clients_answered"] == last["linear/clients_drawn"] == 4
     assert last["linear/bytes_up"] == last["linear/bytes_down"] > 0
     assert last["linear/loss"] > 0 and last["linear/examples_seen"] > 0
+
+
+@pytest.mark.slow
+def test_rounds_after_the_last_checkpoint_are_not_logged_twice(tmp_path):
+    with wandb_server.serving() as (address, runs):
+        run(tmp_path, "online", 3, address, every=2)
+        run(tmp_path, "online", 0, address, every=2)
+        (found,) = runs.values()
+    assert [line["round"] for line in found["history"]] == [1, 2, 3, 4]
 
 
 @pytest.mark.slow

@@ -6,6 +6,11 @@ import sys
 import unicodedata
 from functools import cache
 
+# Thai, Lao, Myanmar, Khmer, kana and Han: no space stands between words.
+UNSPACED = (
+    r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
+    r"\U00020000-\U0003ffff"
+)
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _IDEOGRAPHS = "\u4e00-\u9fa5"  # those of MLQA's script
@@ -45,8 +50,17 @@ def comparable(text: str) -> str:
 
 
 def stands_in(answer: str, text: str) -> bool:
-    """Returns whether a text contains an answer literally, as whole words."""
-    return bool(re.search(rf"(?<!\w){re.escape(answer.strip())}(?!\w)", text))
+    """Returns whether a text contains an answer literally, as whole words.
+
+    A script without spaces does not show where words end, so there an answer may end anywhere.
+    """
+    answer = answer.strip()
+    if answer not in text:
+        return False
+    spaced = rf"[^\W{UNSPACED}]"  # a character of a word in other scripts
+    before = "" if re.match(f"[{UNSPACED}]", answer) else f"(?<!{spaced})"
+    after = "" if re.search(rf"[{UNSPACED}]\Z", answer) else f"(?!{spaced})"
+    return bool(re.search(before + re.escape(answer) + after, text))
 
 
 def _by_character(text: str, alone: str) -> str:

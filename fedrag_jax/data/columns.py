@@ -1,14 +1,19 @@
 """Reads any table as a data set, given the columns of questions, answers and passages."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+import functools
+import itertools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 from fedrag_jax.data import hub_tables, splits
-from fedrag_jax.data.examples import Passage
-from fedrag_jax.data.hub_rows import Question, Read, passage_of
+from fedrag_jax.data.examples import Passage, text_of
+from fedrag_jax.data.hub_rows import Question, Read, Row, passage_of
 from fedrag_jax.data.named_sets import Asked, asked
 from fedrag_jax.errors import ConfigError, DataError
+
+T = TypeVar("T")
 
 # Which split of a table is which here.
 SIDES = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation",
@@ -18,15 +23,16 @@ SIDES = {"train": "train", "validation": "validation", "valid": "validation", "v
 @dataclasses.dataclass(frozen=True)
 class Columns:
     """Names of the columns; "" for none. A dot selects a field of a nested column, also within lists:
-    "context.title".
+    "context.title". A list in a CSV file is written as JSON.
 
     Attributes:
       question: the question, a text.
       answers: a text, a number, a boolean (yes or no), or a list of these.
       passages: the passages of the question, one text or a list; a list of sentences is one passage.
       titles: the titles of the passages, one each.
-      gold: the gold passages: positions from 0, one boolean per passage, or titles. A single passage
-        is always gold. If there are no passages, titles of pages in another corpus.
+      gold: the gold passages: positions from 0, one boolean (or 0 or 1) per passage, or titles; an
+        empty list for none. Without the column, the passage of a row that has only one is gold. If
+        there are no passages, titles of pages in another corpus.
       topic: the label by which clients differ.
       split: the name of the row's split, for tables with all splits in one.
       id: the id; by default the split's name and the row number.
@@ -68,9 +74,17 @@ class Columns:
         sides = {name: splits.labelled(name, SIDES, source) for name in names}
         if len(names) > 1 and "test" not in sides.values():
             sides = {n: "test" if s == "validation" else s for n, s in sides.items()}
+
+        def converted(name, convert: Callable[[Row, str], T]) -> Iterator[T]:
+            rows = hub_tables.table(source, config, name, revision, texts=True)
+            if hub_tables.is_csv(rows):
+                rows = map(self._told_by_texts, rows)
+            return hub_tables.converted(rows, convert, source, name, "config.data.columns")
+
+        kinds = itertools.chain.from_iterable(converted(n, self._numbers_are_truths) for n in names)
+        truths = bool(self.gold) and next((kind for kind in kinds if kind is not None), False)
         for name in names:
-            rows = hub_tables.table(source, config, name, revision)
-            read = hub_tables.converted(rows, self._read, source, name, "config.data.columns")
+            read = converted(name, functools.partial(self._read, truths=truths))
             for number, ((question, passages), label) in enumerate(read):
                 where = f"{source}, split {name!r}, row {number}"
                 if self.split:
@@ -79,14 +93,40 @@ class Columns:
                     side = sides[name] if len(names) > 1 else splits.side(question.id)
                 yield (question, passages), side
 
-    def _read(self, row: Mapping[str, Any], place: str) -> tuple[Read, str]:
+    def _told_by_texts(self, row: Row) -> Row:
+        """Returns a row of a CSV file, which has texts alone, with the values that the texts mean."""
+        found = {column: None if value == "" else value for column, value in row.items()}
+        for name in ("answers", "passages", "titles", "gold"):
+            text = found.get(column := getattr(self, name))
+            if not isinstance(text, str):
+                continue
+            if text.startswith("[") and isinstance(some := _json(text), list):
+                found[column] = some
+            elif name in ("answers", "gold") and text.lower() in ("true", "false"):
+                found[column] = text.lower() == "true"
+            elif name == "gold" and self.passages and text.isdecimal():
+                titled = text in _several(found.get(self.titles))
+                found[column] = text if titled else int(text)
+        return found
+
+    def _numbers_are_truths(self, row: Row, place: str) -> bool | None:
+        """Returns whether 0 and 1 in `gold` are truths of passages, not positions; None if this row may
+        be either, such as [0, 1] of two passages."""
+        told, passages = (_several(self._value(row, name)) for name in ("gold", "passages"))
+        if not told:
+            return None
+        if not _whole(told) or len(told) != len(passages) or not {*told} <= {0, 1}:
+            return False
+        return True if len({*told}) < len(told) or told == [1] else None
+
+    def _read(self, row: Row, place: str, truths: bool) -> tuple[Read, str]:
         titles = [str(title) for title in _several(self._value(row, "titles"))]
         texts = [_text(text) for text in _several(self._value(row, "passages"))]
         if titles and texts and len(titles) != len(texts):
             raise DataError(f"{place}: {len(titles)} titles of {len(texts)} passages")
         both = zip(titles or [""] * len(texts), texts, strict=False)
         passages = [passage_of(title, text) for title, text in both]
-        golds, pages = self._golds(row, place, passages)
+        golds, pages = self._golds(row, place, passages, truths)
         asked = self._value(row, "question")
         if not isinstance(asked, str) or not asked.strip():
             raise DataError(f"{place}: column {self.question!r} must be a question, got {asked!r}")
@@ -96,25 +136,33 @@ class Columns:
             tuple(_answer(answer) for answer in _several(self._value(row, "answers"))),
             golds=golds,
             titles=pages,
-            topic=str(self._value(row, "topic") or ""),
+            topic=text_of(self._value(row, "topic")),
             hops=max(len(golds), 1),
         )
-        return (question, passages), str(self._value(row, "split") or "")
+        return (question, passages), text_of(self._value(row, "split"))
 
-    def _golds(self, row, place: str, passages: Sequence[Passage]):
+    def _golds(self, row: Row, place: str, passages: Sequence[Passage], truths: bool):
         """Ids of passages and titles of pages that hold the answer."""
         told = _several(self._value(row, "gold"))
         if not passages:
             return (), tuple(map(str, told))
         if not self.gold:
             gold = passages if len(passages) == 1 else []
-        elif all(isinstance(x, bool) for x in told):
-            if len(told) != len(passages):
-                raise DataError(f"{place}: {len(told)} truths of {len(passages)} passages in gold")
+        elif told and ((truths and _whole(told)) or all(isinstance(x, bool) for x in told)):
+            if len(told) != len(passages) or not {*told} <= {0, 1}:
+                raise DataError(
+                    f"{place}: gold must have one of true and false, or of 0 and 1, for each of the "
+                    f"{len(passages)} passages, got {told}"
+                )
             gold = [p for p, is_gold in zip(passages, told, strict=True) if is_gold]
-        elif all(isinstance(x, int) for x in told):
+        elif _whole(told):
             if wrong := [x for x in told if not 0 <= x < len(passages)]:
                 raise DataError(f"{place}: gold is {wrong[0]} of {len(passages)} passages, from 0")
+            if len({*told}) < len(told):
+                raise DataError(
+                    f"{place}: gold has a position twice in {told}; give each once, or a 0 or 1 for "
+                    f"each of the {len(passages)} passages in every row"
+                )
             gold = [passages[x] for x in told]
         else:
             gold = [p for p in passages if p.title in told]
@@ -123,7 +171,7 @@ class Columns:
         ids = dict.fromkeys(p.id for p in gold)
         return tuple(ids), tuple(dict.fromkeys(p.title for p in gold if p.title))
 
-    def _value(self, row: Mapping[str, Any], name: str) -> Any:
+    def _value(self, row: Row, name: str) -> Any:
         """Returns the value of a column; None if the column is not configured."""
         found: Any = row
         path = getattr(self, name)
@@ -145,6 +193,17 @@ def _several(value: Any) -> list:
     if value is None:
         return []
     return value if isinstance(value, list) else [value]
+
+
+def _whole(values: list) -> bool:
+    return all(isinstance(value, int) and not isinstance(value, bool) for value in values)
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
 
 
 def _text(value: Any) -> str:

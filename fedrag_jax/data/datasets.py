@@ -80,10 +80,24 @@ def load(
       DataError: files not found (the error lists the candidates), a line that does not follow the
         schema (with file and line), an error of the hub, a data set without passages, or anything
         that `examples.check` refuses.
-      ConfigError: passages are to be split and there is no tokenizer.
+      ConfigError: passages are to be split and there is no tokenizer; an argument that such a data set
+        or corpus does not use.
     """
     text = os.fspath(name)
+    if not corpus.source:
+        _refuse(
+            "there is no other corpus", corpus_config=corpus.config, corpus_revision=corpus.revision
+        )
     if text in synthetic.WORLDS:
+        _refuse(
+            f"{text!r} is generated",
+            source=source,
+            config=config,
+            revision=revision,
+            columns=columns,
+            corpus=corpus.source,
+            passage_tokens=corpus.tokens,
+        )
         made = synthetic.generate(synthetic.WORLDS[text])
         return dataclasses.replace(made, name=text)
     dataset, titles = _questions(text, source, config, revision, columns, bool(corpus.source))
@@ -113,9 +127,15 @@ def _questions(
 ) -> tuple[Dataset, Mapping[str, Sequence[str]]]:
     """A set with its own passages, and titles of pages by the id of a question."""
     if columns is not None:
+        _refuse(f"the columns of {name!r} are given, which is where it is", source=source)
         return _dataset(name, columns.read(name, config, revision), over_others)
     found = json_sets.find(name) if source in ("", "local") else None
     if found:
+        _refuse(
+            f"{name!r} is read from {found[0]} (take source='hub' for the hub)",
+            config=config,
+            revision=revision,
+        )
         dataset = json_sets.read(name, found)
         title = {p.id: p.title for p in dataset.passages}
         everybody = [*dataset.train, *dataset.validation, *dataset.test]
@@ -123,6 +143,7 @@ def _questions(
             e.id: [title[i] for i in e.positive_ids if title.get(i)] for e in everybody
         }
     if name in NAMED_SETS and source != "local":
+        _refuse(f"{name!r} has its own configurations", config=config)
         folder = "" if source in ("", "hub") else source
         return _dataset(name, NAMED_SETS[name].read(folder, revision), over_others)
     looked_for = (
@@ -135,6 +156,13 @@ def _questions(
         f"{', '.join(NAMED_SETS)} from the hub, or name the columns of another set "
         "(config.data.columns)"
     )
+
+
+def _refuse(reason: str, **unused: object) -> None:
+    """Refuses arguments that would change nothing."""
+    if given := {name: value for name, value in unused.items() if value}:
+        told = ", ".join(f"{name} ({value!r})" for name, value in given.items())
+        raise ConfigError(f"data: {reason}, so leave out {told}")
 
 
 def _dataset(

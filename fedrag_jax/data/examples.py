@@ -121,6 +121,11 @@ def sample(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
     return [examples[i] for i in drawn]
 
 
+def text_of(value: object) -> str:
+    """Returns a value of a table as a text; "" for none. Numbers are texts too, also 0."""
+    return "" if value is None else str(value)
+
+
 def half_character(text: str) -> str:
     """Returns the problem of a text that contains half a character (a lone surrogate); "" if none."""
     try:

@@ -50,16 +50,23 @@ def _markdown(path: pathlib.Path, name: str) -> Iterator[Document]:
     yield Document(name, *_of_html(parser.render(decoded(path)), "Markdown"))
 
 
+# Elements that browsers put on lines of their own (HTML Standard, 15.3), and those in lines that they
+# put apart.
 BLOCKS = ("p", "div", "pre", "table", "section", "article", "ul", "ol", "h1", "h2", "h3", "h4", "h5",
-          "h6", "blockquote", "header", "footer")  # fmt: skip
-ROWS = ("li", "tr", "br")
+          "h6", "blockquote", "header", "footer", "main", "aside", "address", "hgroup", "search",
+          "figure", "figcaption", "dl", "details", "summary", "dialog", "form", "fieldset", "hr",
+          "menu", "center")  # fmt: skip
+ROWS = ("li", "tr", "br", "dt", "dd", "caption", "legend", "optgroup", "option")
+CELLS = ("td", "th", "button", "label")
 
 
 def _of_html(html: str, kind: str) -> tuple[str, str]:
     bs4 = _library("bs4", kind)
     soup = bs4.BeautifulSoup(html, "html.parser")
-    heading = soup.title or soup.h1
-    title = " ".join(heading.get_text(" ").split()) if heading else ""
+    # An icon has a title of its own, perhaps before that of the page.
+    titles = [element for element in soup("title") if not element.find_parent("svg")]
+    texts = (" ".join(heading.get_text(" ").split()) for heading in [*titles[:1], *soup("h1")[:1]])
+    title = next(filter(None, texts), "")
     for gone in soup(["title", "script", "style", "noscript", "template", "nav"]):
         gone.decompose()
     kept = {id(words) for pre in soup("pre") for words in pre.find_all(string=True)}
@@ -72,7 +79,8 @@ def _of_html(html: str, kind: str) -> tuple[str, str]:
         apart = "\n" if block.name in ROWS else "\n\n"
         block.insert_before(apart)
         block.insert_after(apart)
-    for cell in soup(["td", "th"]):
+    for cell in soup([*CELLS]):
+        cell.insert_before(" ")
         cell.insert_after(" ")
     lines = [" ".join(line.split()) for line in soup.get_text("").splitlines()]
     return title, "\n".join(

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from fedrag_jax.data.answers import normalize_answer
+from fedrag_jax.data.answers import normalize_answer, stands_in
 from fedrag_jax.data.examples import Passage, reading_text
 from fedrag_jax.errors import DataError
 
@@ -51,8 +51,8 @@ def golds(
 ) -> Golds:
     """Looks up the passages that questions name by id.
 
-    If a text was split into ID#0, ID#1, ..., its id names the pieces that contain an answer, or all
-    pieces if none does.
+    If a text was split into ID#0, ID#1, ..., its id names the pieces that contain an answer as whole
+    words, or all pieces if none does.
 
     Args:
       asked: (gold ids, answers) of each question.
@@ -78,5 +78,5 @@ def _with_an_answer(pieces: list[Passage], answers: Sequence[str]) -> list[Passa
     wanted = [normal for answer in answers if (normal := normalize_answer(answer))]
     texts = [normalize_answer(reading_text(p)) for p in pieces]
     return [
-        p for p, text in zip(pieces, texts, strict=True) if any(w in text for w in wanted)
+        p for p, text in zip(pieces, texts, strict=True) if any(stands_in(w, text) for w in wanted)
     ] or pieces

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fedrag_jax.errors import DataError
+from fedrag_jax.errors import ConfigError, DataError
 
 Row = Mapping[str, Any]
 T = TypeVar("T")
@@ -24,7 +24,14 @@ def is_table(path: str | os.PathLike) -> bool:
     return Path(path).is_file() and _format(Path(path)) is not None
 
 
-def table(source: str, config: str | None, split: str, revision: str = "") -> Iterable[Row]:
+def is_csv(rows: Iterable[Row]) -> bool:
+    """Returns whether the rows of `table` come from CSV files."""
+    return getattr(getattr(rows, "info", None), "builder_name", None) == "csv"
+
+
+def table(
+    source: str, config: str | None, split: str, revision: str = "", texts: bool = False
+) -> Iterable[Row]:
     """Returns the rows of a split.
 
     Args:
@@ -33,11 +40,16 @@ def table(source: str, config: str | None, split: str, revision: str = "") -> It
       config: the repository's configuration; None for its default. A folder without the hub's README
         has none.
       revision: a commit, branch or tag of the repository; "" for the newest.
+      texts: whether all values of local CSV files are texts, instead of the types that they look like.
 
     Raises:
       DataError: the source cannot be read; the error gives the reason.
     """
-    return _asking(source, f"split {split!r}", lambda d: _load(d, source, config, split, revision))
+
+    def load(datasets):
+        return _load(datasets, source, config, split, revision, texts)
+
+    return _asking(source, f"split {split!r}", load)
 
 
 def splits(source: str, config: str | None = None, revision: str = "") -> list[str]:
@@ -66,8 +78,14 @@ def commit(source: str, revision: str = "") -> str:
 
     Raises:
       DataError: the repository has no such revision.
+      ConfigError: a revision of a folder or a file.
     """
     if os.path.exists(source):
+        if revision:
+            raise ConfigError(
+                f"{source} is local and has no revision {revision!r}: leave it out, or name the hub's "
+                "repository"
+            )
         return ""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RevisionNotFoundError
@@ -109,13 +127,37 @@ def converted(
             ) from error
 
 
-def _load(datasets, source: str, config: str | None, split: str, revision: str):
+def _load(datasets, source: str, config: str | None, split: str, revision: str, texts: bool):
     if not is_table(source):
         own = _config(datasets, source, config)
-        return datasets.load_dataset(source, own, split=split, revision=revision or None)
+        how = (
+            _texts_of_folder(datasets, source, own, split)
+            if texts and os.path.isdir(source)
+            else {}
+        )
+        return datasets.load_dataset(source, own, split=split, revision=revision or None, **how)
     path = Path(source)
-    how = {"sep": "\t"} if ".tsv" in path.suffixes else {}
+    how: dict[str, Any] = {"sep": "\t"} if ".tsv" in path.suffixes else {}
+    if texts and _format(path) == "csv":
+        how |= _texts(datasets, source, how.get("sep", ","))
     return datasets.load_dataset(_format(path), data_files=[str(path)], split=split, **how)
+
+
+def _texts_of_folder(datasets, source: str, config: str | None, split: str) -> dict[str, Any]:
+    """`_texts` for a copy of a repository that consists of CSV files without given types."""
+    builder = datasets.load_dataset_builder(source, config)
+    if builder.name != "csv" or builder.info.features or builder.config.features:
+        return {}
+    return _texts(datasets, builder.config.data_files[split][0], builder.config.sep)
+
+
+def _texts(datasets, file: str, separator: str) -> dict[str, Any]:
+    """Returns the settings by which the reader of CSV guesses no types: 007 and NA are texts."""
+    import pandas
+
+    columns = pandas.read_csv(file, sep=separator, nrows=0).columns
+    features = datasets.Features({column: datasets.Value("string") for column in columns})
+    return {"features": features, "keep_default_na": False}
 
 
 def _config(datasets, source: str, config: str | None) -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 from fedrag_jax.data.documents import split
-from fedrag_jax.data.examples import Passage
+from fedrag_jax.data.examples import Passage, text_of
 from fedrag_jax.data.file_kinds import Document
 from fedrag_jax.data.spelling import definition
 from fedrag_jax.errors import DataError
@@ -91,7 +91,7 @@ class PassageTable(Sequence[Passage]):
             return
         for chunk in self.rows.data.column(self._columns[field]).chunks:
             for value in chunk:
-                yield str(value.as_py() or "")
+                yield text_of(value.as_py())
 
     def cut(self, tokenizer, tokens: int) -> PassageTable:
         """Splits the texts into passages of at most `tokens` tokens (`documents.split`), kept on disk.
@@ -124,7 +124,7 @@ class PassageTable(Sequence[Passage]):
         return PassageTable(rows, {field: field for field in FIELDS}, self.where)
 
     def _passage(self, row: Mapping[str, Any], number: int) -> Passage:
-        fields = {field: str(row[column] or "") for field, column in self._columns.items()}
+        fields = {field: text_of(row[column]) for field, column in self._columns.items()}
         return Passage(**{"id": str(number), "title": ""} | fields)
 
     def _passages(self, batch: Mapping[str, list], numbers: Iterable[int]) -> Iterator[Passage]:

@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Annotated, Any
 
-from fedrag_jax.data.examples import Passage
+from fedrag_jax.data.examples import Passage, text_of
 from fedrag_jax.errors import ConfigError, DataError, missing
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.retrieval.stores.knowledge_store import Found
@@ -293,5 +293,5 @@ def _document(found: Found) -> Document:
 
 
 def _passage(document: Document) -> Passage:
-    title, topic = (str(document.metadata.get(key) or "") for key in ("title", "topic"))
+    title, topic = (text_of(document.metadata.get(key)) for key in ("title", "topic"))
     return Passage(document.id or "", title, document.page_content, topic)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fedrag_jax.data.examples import Passage
+from fedrag_jax.data.examples import Passage, text_of
 from fedrag_jax.errors import ConfigError, missing
 from fedrag_jax.generation import inference
 from fedrag_jax.generation.text import Sampling
@@ -327,6 +327,6 @@ def _node(found: Found) -> NodeWithScore:
 
 
 def _passage(node: NodeWithScore) -> Passage:
-    title, topic = (str(node.node.metadata.get(key) or "") for key in ("title", "topic"))
+    title, topic = (text_of(node.node.metadata.get(key)) for key in ("title", "topic"))
     text = node.node.get_content(metadata_mode=MetadataMode.NONE)
     return Passage(node.node.node_id, title, text, topic)

@@ -205,15 +205,16 @@ def add_hard_negatives(
     if pool is not None:
         size = min((len(pool(e)) for e in examples), default=size)
     # A copy of the gold passage answers as well as it does: as a negative it would teach what is wrong.
-    said = np.array([" ".join(p.text.split()) for p in retriever.passages])
-    copies = max(collections.Counter(said.tolist()).values())
+    said = [" ".join(p.text.split()) for p in retriever.passages]
+    copies = max(collections.Counter(said).values())
     ranked, _ = found_by(retriever, examples, min(n + copies, size), pool)
     least = n - 1 + (negatives == "random" or unanswerable > 0)
     found = {}
     for example, nearest in zip(examples, ranked, strict=True):
         rng = stream(seed, f"context of {example.id}")
         golds = [row[i] for i in example.positive_ids]
-        wrong = [int(r) for r in nearest if said[r] not in said[golds]][:n]
+        right = {said[gold] for gold in golds}
+        wrong = [int(r) for r in nearest if said[r] not in right][:n]
         if len(wrong) < least:
             raise ConfigError(
                 f"contexts of {n} passages need {least} that are not gold, but question {example.id!r} "

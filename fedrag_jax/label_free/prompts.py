@@ -14,6 +14,7 @@ from typing import NamedTuple
 from fedrag_jax.data.prompts import ASK, RATE
 from fedrag_jax.errors import ConfigError
 
+_PART = "(?:(?!###).)"  # no heading: a second question is no answer
 RATING = r"\[?(?P<score>\d+(\.\d+)?)\]?"
 
 
@@ -107,7 +108,7 @@ def instruct(language: str = "English") -> LabelFreePrompts:
             "### Question\n<question>\n\n### Answer\n<answer>",
             "{text}",
             "### Question\n",
-            r"(?P<question>.+?)\s*### Answer\n(?P<answer>.+)",
+            rf"(?P<question>{_PART}+?)\s*### Answer\n(?P<answer>{_PART}+)",
             512,
         ),
         rate_question=Ask(

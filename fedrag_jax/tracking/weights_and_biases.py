@@ -87,8 +87,7 @@ class WandbLog(Callback):
         self.run.define_metric("round", hidden=True)
         self.run.define_metric("*", step_metric="round")
         for record in state.history:
-            if record["round"] > self.logged["round"]:
-                self._log(task, record)
+            self._log(task, record)
         return state
 
     def round_end(self, state: FitState, record: dict) -> None:
@@ -141,6 +140,9 @@ class WandbLog(Callback):
         )
 
     def _log(self, task: str, record: Mapping[str, Any]) -> None:
+        """Logs a round, unless the run has it: a fit may resume from an older checkpoint."""
+        if record["round"] <= self.logged["round"]:
+            return
         self.run.log(panels(task, record))
         self.logged["round"] = record["round"]
         files.write_json(self.folder / LOGGED, self.logged, indent=1)

@@ -5,6 +5,7 @@ from typing import Any
 import faiss
 import numpy as np
 
+from fedrag_jax.retrieval.index.faiss_index import FaissIndex
 from fedrag_jax.retrieval.index.faiss_kinds import FaissKind
 from fedrag_jax.retrieval.index.vector_index import HostIndex, finite
 
@@ -16,8 +17,8 @@ _AT_ONCE = 65_536  # vectors added together
 class ApproximateIndex(HostIndex):
     """An approximate FAISS index and its vectors, which may be memory-mapped.
 
-    If the kind allows it (ivf, pq), vectors are replaced in place. A graph of neighbours (hnsw) is
-    rebuilt.
+    A search that finds fewer than k vectors is made again, exactly. If the kind allows it (ivf, pq),
+    vectors are replaced in place. A graph of neighbours (hnsw) is rebuilt.
     """
 
     exact = False
@@ -75,13 +76,11 @@ class ApproximateIndex(HostIndex):
     def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         how = self.kind.parameters(self._index, k)
         scores, rows = self._index.search(queries, k, params=how)
-        # Where the lists that are looked into hold fewer than k, FAISS tells -1: all lists do.
+        # FAISS tells -1 where the lists that are looked into hold fewer than k, or where the graph does
+        # not lead to k vectors, as among many equal ones.
         few = np.flatnonzero((rows < 0).any(axis=1))
         if few.size:
-            everything = FaissKind(self.kind.index, probes=len(self), effort=len(self))
-            scores[few], rows[few] = self._index.search(
-                queries[few], k, params=everything.parameters(self._index, k)
-            )
+            rows[few], scores[few] = FaissIndex(self._vectors).search(queries[few], k)
         order = np.lexsort((rows, -scores))
         scores, rows = (np.take_along_axis(x, order, 1) for x in (scores, rows))
         return rows.astype(np.int32), scores

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from tokenizers import Regex, normalizers
 
+from fedrag_jax.data.answers import UNSPACED
 from fedrag_jax.data.examples import Passage, embedding_text
 from fedrag_jax.errors import CheckpointError, ConfigError, missing
 from fedrag_jax.retrieval.stores.knowledge_store import Found, KnowledgeStore
@@ -23,11 +24,6 @@ STEMMED = ("arabic", "danish", "dutch", "english", "finnish", "french", "german"
 MOST_WORDS = 1024  # different ones of a question that are looked for: a page of them, and no book
 HEAP = (
     15_000_000  # bytes that are filled before a part of the index is made; the fewest there may be
-)
-# Thai, Lao, Myanmar, Khmer, kana and Han: no space stands between words.
-UNSPACED = (
-    r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
-    r"\U00020000-\U0003ffff"
 )
 LONGEST_WORDS = 6  # letters of their words, on average
 # Characters that show nothing stand inside of words, but for two that writers put between them: the

@@ -16,6 +16,7 @@ from fedrag_jax.retrieval.stores.knowledge_store import Found, KnowledgeStore, S
 
 COLUMNS = ("id", "title", "text", "topic")
 INDEXES = ("exact", "hnsw")
+MOST_CANDIDATES = 1000  # pgvector's limit of hnsw.ef_search
 
 
 class PostgresStore(KnowledgeStore):
@@ -44,7 +45,8 @@ class PostgresStore(KnowledgeStore):
           table: name of the table.
           dimension: dimension of the vectors.
           index: "exact", or "hnsw" for an approximate index.
-          effort: candidates that hnsw keeps during a search.
+          effort: candidates that hnsw keeps during a search; if more passages are requested, as many.
+            pgvector's limit is 1,000: a search for more passages may find only 1,000.
           create: whether to create a table that does not exist.
 
         Raises:
@@ -92,8 +94,6 @@ class PostgresStore(KnowledgeStore):
         try:
             connection.execute("CREATE EXTENSION IF NOT EXISTS vector")
             register_vector(connection)
-            if self.index == "hnsw":
-                connection.execute(f"SET hnsw.ef_search = {min(int(self.effort), 1000)}")
         except BaseException:
             connection.close()
             raise
@@ -222,7 +222,9 @@ class PostgresStore(KnowledgeStore):
         )
         found: list[list[Found]] = [[] for _ in questions]
         told = [f"[{','.join(map(repr, vector.tolist()))}]" for vector in vectors]
-        with self._asking():
+        with self._asking(), self._connection.transaction():
+            if self.index == "hnsw":
+                self._run(f"SET LOCAL hnsw.ef_search = {min(max(self.effort, k), MOST_CANDIDATES)}")
             for number, *row, score in self._run(command, [told, k]):
                 found[number - 1].append(Found(Passage(*row), float(score)))
         return found
