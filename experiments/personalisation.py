@@ -247,9 +247,10 @@ def report(config, folder: pathlib.Path) -> Report:
                 "personalisation",
                 "Scores in percent on test questions about each client's own topics, in the client's "
                 "proportions, with 95% intervals over seeds and questions. Differences are from models "
-                "that clients train alone until validation stops improving, and of personal models from "
-                "the federated one, in MRR@10 for the retriever and F1 for the generator, paired by "
-                "question and seed; p by permutation, Holm-adjusted over each column. Clients better and worse are counted over all seeds.",
+                "that clients train alone until validation stops improving, and of personal models "
+                "from the federated one, in MRR@10 for the retriever and F1 for the generator, paired "
+                "by question and seed; p by permutation, Holm-adjusted over each column. Clients "
+                "better and worse are counted over all seeds.",
                 tables.Table(columns, rows),
             )
         ],

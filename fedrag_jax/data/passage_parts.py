@@ -24,8 +24,9 @@ _SAMPLE = 10_000  # passages whose lengths stand for those of a table that is sp
 class PassageParts:
     """The truncated tokens int32 [n] of each passage, or its truncated text.
 
-    Only a passage's own text is truncated; what `around` has after it stays. Parts of a list are computed at once and kept in memory. Parts of a table are kept on disk and
-    memory-mapped; as texts, they are computed on demand.
+    Only a passage's own text is truncated; what `around` has after it stays. Parts of a list are
+    computed at once and kept in memory. Parts of a table are kept on disk and memory-mapped; as texts,
+    they are computed on demand.
 
     Args:
       around: the text around a passage, with {text} for its own text.
