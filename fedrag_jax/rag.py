@@ -360,10 +360,11 @@ class RAGSystem(AsyncAnswers):
     # --- on disk ------------------------------------------------------------------------------
 
     def save(self, path: str | pathlib.Path) -> None:
-        """Writes a folder: generator, adapters (PEFT), both encoders, head, passages, store, settings.
+        """Writes a folder, see `rag_folder.write`; an old system stays until the new one is complete.
 
         Raises:
-          CheckpointError: a quantised generator, or a retriever over silos; nothing is written.
+          CheckpointError: a quantised generator, a retriever over silos, or a parameter that is not
+            finite; nothing is written.
         """
         rag_folder.write(pathlib.Path(path), self)
 

@@ -1,8 +1,11 @@
 """A RAG system on disk: one folder of ordinary checkpoints, passages and settings."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
+import shutil
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from fedrag_jax import files
@@ -16,6 +19,8 @@ from fedrag_jax.retrieval.index.silos import SiloIndex
 from fedrag_jax.retrieval.retriever import Retriever
 
 HEAD, SETTINGS, STORE = "head.safetensors", "system.json", "store"
+# While a folder is saved: what is being written, and complete parts on their way to their place.
+FRESH, SAVED = ".saving", ".saved"
 
 
 class Parts(NamedTuple):
@@ -78,7 +83,7 @@ def require_new(folder: pathlib.Path) -> None:
 
 
 def _settings(folder: pathlib.Path) -> dict[str, Any]:
-    settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    settings = json.loads(_place(folder, SETTINGS).read_text(encoding="utf-8"))
     if not isinstance(settings, dict) or not settings.keys() >= {"top_k", "prompt_style"}:
         raise ValueError(f"{SETTINGS} is not of a system")
     settings["prompt_style"] = PromptStyle(**settings["prompt_style"])
@@ -90,11 +95,13 @@ def _settings(folder: pathlib.Path) -> dict[str, Any]:
 def write(folder: pathlib.Path, system: Any) -> None:
     """Writes a `RAGSystem`: generator, adapters (PEFT), both encoders, head, passages, store, settings.
 
-    The settings are written last: if they exist, the folder is complete.
+    It replaces an old system when all of its own parts are written. If that fails, the disk is full or
+    the process is killed, the old system stays. Other files in the folder are kept. Only one process at
+    a time may save to a folder.
 
     Raises:
-      CheckpointError: the generator is quantised, the retriever is over silos, or a foreign file has
-        the name of the settings file; nothing is written.
+      CheckpointError: the generator is quantised, the retriever is over silos, a parameter is not
+        finite, or a foreign file has the name of the settings file; nothing is written.
       ConfigError: a file cannot be written.
     """
     if isinstance(system.retriever.index, SiloIndex):
@@ -104,11 +111,53 @@ def write(folder: pathlib.Path, system: Any) -> None:
     hub.refuse_quantized(system.generator, folder)
     require_free(folder)
     with files.writing(folder):
-        _write(folder, system, system.retriever)
+        with _replacing(folder) as fresh:
+            _write(fresh, system, system.retriever)
+            # Not among the parts that are moved: it may be a store that lives there, and it is replaced
+            # in one step, too.
+            if system.store is not None:
+                system.store.save(folder / STORE)
+        if system.retriever.head is None:
+            (folder / HEAD).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _replacing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields a folder for new parts, which replace the old ones if the block ends without an error."""
+    _moved(folder)
+    fresh = folder / FRESH
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    try:
+        yield fresh
+        fresh.rename(folder / SAVED)  # from now on these are the parts of the system, see `_place`
+    except BaseException as error:
+        shutil.rmtree(fresh, ignore_errors=True)
+        if isinstance(error, CheckpointError):  # names the folder that people know
+            raise CheckpointError(str(error).replace(str(fresh), str(folder))) from error
+        raise
+    _moved(folder)
+
+
+def _moved(folder: pathlib.Path) -> None:
+    """Moves complete parts to their place, also those of a save that was killed meanwhile."""
+    saved = folder / SAVED
+    for part in [*saved.iterdir()] if saved.is_dir() else []:
+        if part.name.startswith("former "):
+            continue
+        if (folder / part.name).exists():
+            (folder / part.name).rename(saved / f"former {part.name}")
+        part.rename(folder / part.name)
+    shutil.rmtree(saved, ignore_errors=True)
+
+
+def _place(folder: pathlib.Path, part: str) -> pathlib.Path:
+    """Returns the path of a part: not yet in its place if a save was killed while it moved them."""
+    saved = folder / SAVED / part
+    return saved if saved.exists() else folder / part
 
 
 def _write(folder: pathlib.Path, system: Any, retriever: Retriever) -> None:
-    (folder / SETTINGS).unlink(missing_ok=True)
     hub.save(system.generator, folder / "generator")
     peft.save(system.adapters, system.decoder, folder / "adapters", base="../generator")
     for side in ("query", "document"):
@@ -118,13 +167,9 @@ def _write(folder: pathlib.Path, system: Any, retriever: Retriever) -> None:
         hub.save(encoder, folder / f"{side}_encoder")
     if retriever.head is not None:
         tensors.save_arrays({"head": retriever.head}, folder / HEAD)
-    else:
-        (folder / HEAD).unlink(missing_ok=True)
     with open(folder / "passages.jsonl", "w", encoding="utf-8") as file:
         for passage in retriever.passages:
             file.write(json.dumps(dataclasses.asdict(passage), ensure_ascii=False) + "\n")
-    if system.store is not None:
-        system.store.save(folder / STORE)
     settings = {
         "top_k": system.top_k,
         "marginal_k": system.marginal_k,
@@ -134,6 +179,7 @@ def _write(folder: pathlib.Path, system: Any, retriever: Retriever) -> None:
         "max_passage_tokens": system.prompts.max_passage_tokens,
         "max_answer_tokens": system.prompts.max_answer_tokens,
         "store": system.store is not None,
+        "head": retriever.head is not None,
     }
     files.write_json(folder / SETTINGS, settings, indent=2)
 
@@ -146,21 +192,24 @@ def read(folder: pathlib.Path) -> Parts:
     """
     try:
         settings = _settings(folder)
-        lines = (folder / "passages.jsonl").read_text(encoding="utf-8").split("\n")
+        lines = _place(folder, "passages.jsonl").read_text(encoding="utf-8").split("\n")
         passages = [Passage(**json.loads(line)) for line in lines if line]
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(
             f"{folder} holds no saved RAGSystem ({error}); save one there first"
         ) from error
-    generator, document = (hub.load(folder / n) for n in ("generator", "document_encoder"))
-    decoder, adapters = peft.load(generator.network, folder / "adapters")
+    names = "generator", "document_encoder", "query_encoder"
+    generator, document, query = (hub.load(_place(folder, name)) for name in names)
+    decoder, adapters = peft.load(generator.network, _place(folder, "adapters"))
+    head = _place(folder, HEAD)
+    has_head = settings.pop("head", head.exists())  # not of older systems
     return Parts(
         generator,
         decoder,
         adapters,
         document,
-        hub.load(folder / "query_encoder").params,
-        tensors.load_arrays(folder / HEAD)["head"] if (folder / HEAD).exists() else None,
+        query.params,
+        tensors.load_arrays(head)["head"] if has_head else None,
         passages,
         settings,
     )
