@@ -27,7 +27,6 @@ from fedrag_jax.retrieval.index.by_name import index_kind
 from fedrag_jax.retrieval.looking_up import Searched, answers_by_searching
 from fedrag_jax.retrieval.retriever import Retriever
 from fedrag_jax.retrieval.stores.passage_source import Found, PassageSource, found_in
-from fedrag_jax.retrieval.stores.registry import open_store
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +47,8 @@ class RAGSystem(AsyncAnswers):
     score_scale: float
     store: PassageSource | None = None
     searching: Searching = SEARCHING
+    index: str = "flat"  # the kind of the retriever's index, and its options
+    index_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def build(
@@ -70,6 +71,7 @@ class RAGSystem(AsyncAnswers):
         index: str = "flat",
         index_options: Mapping[str, Any] = MappingProxyType({}),
         vectors: str = "float32",
+        head: np.ndarray | None = None,
         max_passage_tokens: int = 256,
         max_answer_tokens: int | None = None,
         seed: int = 0,
@@ -92,6 +94,7 @@ class RAGSystem(AsyncAnswers):
             by default 20 for cosines and 1 for other similarities.
           index, index_options: the index of the corpus, see `retrieval.index.by_name`.
           vectors: type of the stored passage vectors, "float32" or "float16".
+          head: matrix [D, d] after both encoders, see `Retriever`; default: none.
           max_answer_tokens: limit of answers in training and, by default, in generation, including
             reasoning; by default 16 for one-line answers, else 256.
           seed: seed of the random half of the adapters.
@@ -109,7 +112,7 @@ class RAGSystem(AsyncAnswers):
         for name, value in (("marginal_k", marginal_k), ("score_scale", score_scale)):
             if value is not None and not value > 0:
                 raise ConfigError(f"{name} must be > 0, got {value}")
-        searched = {"index": index_kind(index, index_options), "dtype": vectors}
+        searched = {"index": index_kind(index, index_options), "dtype": vectors, "head": head}
         generator = hub.given(generator, "generator", "decoder")
         retriever = hub.given(retriever, "retriever", "encoder")
         retriever = sentence_folders.used_as(retriever, query_prompt, document_prompt, similarity)
@@ -132,6 +135,8 @@ class RAGSystem(AsyncAnswers):
             marginal_k=min(marginal_k, len(passages) or marginal_k),
             score_scale=score_scale,
             searching=searching or searching_of(style, generator.tokenizer),
+            index=index,
+            index_options=dict(index_options),
         )
         return (system.under(system_prompt) if system_prompt else system).over(store)
 
@@ -375,22 +380,11 @@ class RAGSystem(AsyncAnswers):
         """Opens a folder that `save` wrote; the system answers as before.
 
         Args:
-          memory_map, elsewhere: as in `open_store`, for a store saved with the system.
+          memory_map, elsewhere: as in `open_store`, for a store saved with the system; `elsewhere`
+            also for an index in a service.
 
         Raises:
-          CheckpointError: the folder holds no saved system.
+          CheckpointError: the folder holds no saved system, or its index or store lies elsewhere.
         """
-        folder = pathlib.Path(path)
-        saved = rag_folder.read(folder)
-        settings, store = saved.settings, None
-        if settings.pop("store", False):
-            store = open_store(folder / rag_folder.STORE, memory_map, elsewhere)
-        system = cls.build(
-            saved.passages,
-            store=store,
-            generator=saved.generator,
-            retriever=saved.document,
-            adapters=saved.lora,
-            **settings,
-        )
-        return system.replace(adapters=saved.adapters, query=saved.query, head=saved.head)
+        options, tuned = rag_folder.read(pathlib.Path(path), memory_map, elsewhere)
+        return cls.build(**options).replace(**tuned)

@@ -6,46 +6,22 @@ import json
 import pathlib
 import shutil
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from fedrag_jax import files
 from fedrag_jax.data.examples import Passage
 from fedrag_jax.data.prompts import PromptStyle
 from fedrag_jax.errors import CheckpointError, ConfigError
 from fedrag_jax.generation.rollouts import Searching
-from fedrag_jax.models import hub, lora, peft, tensors
-from fedrag_jax.models.network import Network
+from fedrag_jax.models import hub, peft, tensors
+from fedrag_jax.retrieval.index.by_name import lies_elsewhere, saved_options
 from fedrag_jax.retrieval.index.silos import SiloIndex
 from fedrag_jax.retrieval.retriever import Retriever
+from fedrag_jax.retrieval.stores.registry import open_store
 
 HEAD, SETTINGS, STORE = "head.safetensors", "system.json", "store"
 # While a folder is saved: what is being written, and complete parts on their way to their place.
 FRESH, SAVED = ".saving", ".saved"
-
-
-class Parts(NamedTuple):
-    """The content of a saved system's folder.
-
-    Attributes:
-      decoder: the generator's network with its adapters.
-      document: the document encoder.
-      query: the parameters of the query encoder.
-      settings: options of `RAGSystem.build` by name, and whether there is a store.
-    """
-
-    generator: hub.Pretrained
-    decoder: Network
-    adapters: Any
-    document: hub.Pretrained
-    query: Any
-    head: Any
-    passages: list[Passage]
-    settings: dict[str, Any]
-
-    @property
-    def lora(self) -> lora.LoraConfig:
-        """The LoRA configuration of the adapters."""
-        return self.decoder.lora
 
 
 def is_system(folder: pathlib.Path) -> bool:
@@ -180,15 +156,23 @@ def _write(folder: pathlib.Path, system: Any, retriever: Retriever) -> None:
         "max_answer_tokens": system.prompts.max_answer_tokens,
         "store": system.store is not None,
         "head": retriever.head is not None,
+        "index": system.index,
+        "index_options": saved_options(system.index, system.index_options),
+        "vectors": retriever.dtype,
     }
     files.write_json(folder / SETTINGS, settings, indent=2)
 
 
-def read(folder: pathlib.Path) -> Parts:
-    """Reads a folder that `write` wrote.
+def read(
+    folder: pathlib.Path, memory_map: bool = False, elsewhere: bool = False
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Reads a folder that `write` wrote: options of `RAGSystem.build`, and parts for its `replace`.
+
+    Args:
+      memory_map, elsewhere: as in `RAGSystem.load`.
 
     Raises:
-      CheckpointError: the folder holds no saved system.
+      CheckpointError: the folder holds no saved system, or its index or store lies elsewhere.
     """
     try:
         settings = _settings(folder)
@@ -198,18 +182,23 @@ def read(folder: pathlib.Path) -> Parts:
         raise CheckpointError(
             f"{folder} holds no saved RAGSystem ({error}); save one there first"
         ) from error
+    index, where = settings.get("index", "flat"), settings.get("index_options", {})
+    if lies_elsewhere(index, where) and not elsewhere:
+        raise CheckpointError(
+            f"{folder}: the index is a service's, {index} at {where.get('at')}: if you trust that "
+            "place with your passages and questions, load the system with elsewhere=True"
+        )
     names = "generator", "document_encoder", "query_encoder"
     generator, document, query = (hub.load(_place(folder, name)) for name in names)
     decoder, adapters = peft.load(generator.network, _place(folder, "adapters"))
     head = _place(folder, HEAD)
-    has_head = settings.pop("head", head.exists())  # not of older systems
-    return Parts(
-        generator,
-        decoder,
-        adapters,
-        document,
-        query.params,
-        tensors.load_arrays(head)["head"] if has_head else None,
-        passages,
-        settings,
-    )
+    store, has_head = settings.pop("store", False), settings.pop("head", head.exists())
+    options = settings | {
+        "passages": passages,
+        "store": open_store(folder / STORE, memory_map, elsewhere) if store else None,
+        "generator": generator,
+        "retriever": document,
+        "adapters": decoder.lora,
+        "head": tensors.load_arrays(head)["head"] if has_head else None,
+    }
+    return options, {"adapters": adapters, "query": query.params}
