@@ -1,8 +1,18 @@
 """Prompts of tokenizers like SentencePiece: the tokens of the whole text, whatever its parts."""
 
+import copy
+
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 from fedrag_jax.data.batching import Prompts
@@ -160,3 +170,14 @@ def test_what_an_author_is_asked_has_the_tokens_of_its_text(kind):
     assert asked.tolist() == whole(tokenizer, said)
     cut = author._prompt(Request("Be brief.", PASSAGES[2].text, " Yes,"), 60)
     assert 50 < len(cut) <= 60 and tokenizer.decode(cut).endswith("[/INST] Yes,")
+
+
+def test_one_line_answers_end_at_line_breaks_that_are_pieces(tokenizer):
+    """As in the vocabulary of Gemma, whose pieces are "\\n", "\\n\\n" and so on."""
+    made = copy.deepcopy(tokenizer)
+    made.add_tokens([AddedToken("\n", normalized=False), AddedToken("\n\n", normalized=False)])
+    for text in ("Rome\nBob", "Rome\n\nBob"):
+        line = made.convert_tokens_to_ids(text.removeprefix("Rome").removesuffix("Bob"))
+        assert line in whole(made, text)
+        assert line in Prompts(made, COMPACT, PASSAGES, []).stop_tokens
+        assert line not in Prompts(made, INSTRUCT, PASSAGES, []).stop_tokens

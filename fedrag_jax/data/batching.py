@@ -145,11 +145,12 @@ class Prompts:
 
     @functools.cached_property
     def stop_tokens(self) -> tuple[int, ...]:
-        """EOS and, for one-line answers, every token that contains a line break, in byte-level and
-        byte-fallback spellings."""
+        """EOS and, for one-line answers, every token that contains a line break, as it is and in
+        byte-level and byte-fallback spellings."""
         ends_with_line = self.style.one_line and "\n" not in self.style.final
         vocabulary = self.tokenizer.get_vocab() if ends_with_line else {}
-        breaks = (i for piece, i in vocabulary.items() if "\u010a" in piece or piece == "<0x0A>")
+        marks = "\n", "\u010a", "<0x0A>"
+        breaks = (i for piece, i in vocabulary.items() if any(mark in piece for mark in marks))
         return tuple(sorted({self.eos, self.tokenizer.eos_token_id, *breaks} - {None}))
 
     @property
