@@ -353,7 +353,8 @@ class Prompts:
             if len(answer) > longest or after > most:
                 raise DataError(
                     f"question {example.id!r} or its answer is longer than any the prompts were made "
-                    "for; give the training questions to RAGSystem.build as `examples`"
+                    "for; give the training questions to RAGSystem.build as `examples`, or take "
+                    "prompts.wide_enough_for(questions)"
                 )
             mask[i, : len(answer)] = 1
             end = 0
