@@ -154,7 +154,7 @@ class RAGSystem(AsyncAnswers):
         return dataclasses.replace(self, **changed)
 
     def under(self, system_prompt: str) -> "RAGSystem":
-        """Returns the system with this system prompt, which replaces an existing one.
+        """Returns the system with this system prompt, which replaces an existing one; "" removes it.
 
         In a chat style the prompt is a separate turn if the template has one, else the first line.
 
@@ -342,6 +342,11 @@ class RAGSystem(AsyncAnswers):
         inference.require_asked(questions)
         if beams is not None:
             raise ConfigError(f"mode {mode!r} takes no beams, got {beams}")
+        if asked := self.prompts.system:
+            raise ConfigError(
+                f"mode {mode!r} has an instruction of its own and takes no system prompt, got "
+                f"{asked[:80]!r}: remove it (system.under('')), or add it to searching.instruction"
+            )
         limit = {"max_new_tokens": self.searching.budget.written}
         settings = Sampling.of(limit | sampling)
         parts = self.writer, self.searching, self.retrieve

@@ -28,6 +28,7 @@ from fedrag_jax.generation.rollouts import (
 )
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.server.mcp_server import mcp_server
+from fedrag_jax.systems.system_like import system_like
 
 WORLD = synthetic.generate(
     synthetic.WorldConfig(people=20, works=20, jargon=0, chatter=0, questions=(400, 20, 20))
@@ -178,6 +179,24 @@ def test_a_saved_system_searches_as_before(system, tmp_path):
     del settings["searching"]  # as older versions saved it
     (tmp_path / "s" / "system.json").write_text(json.dumps(settings))
     assert RAGSystem.load(tmp_path / "s").searching == COMPACT_SEARCHING
+
+
+def test_a_system_prompt_is_refused(system, tmp_path, capsys):
+    """Searching has an instruction of its own; also that of a saved system."""
+    under = system.under("Be brief.")
+    under.save(tmp_path / "s")
+    for instructed in (under, RAGSystem.load(tmp_path / "s"), system_like(under, WORLD.passages)):
+        for ask in (
+            lambda s: s.query(QUESTIONS[0], mode="search"),
+            lambda s: next(s.stream(QUESTIONS[0], mode="search")),
+        ):
+            with pytest.raises(ConfigError, match=r"no system prompt, got 'Be brief.': remove it"):
+                ask(instructed)
+        assert instructed.under("").prompts.style == system.prompts.style
+    expected = system.query(QUESTIONS[0], mode="search")
+    assert under.under("").query(QUESTIONS[0], mode="search") == expected
+    assert main(["ask", str(tmp_path / "s"), QUESTIONS[0], "--mode=search"]) == 1
+    assert "takes no system prompt, got 'Be brief.'" in capsys.readouterr().err
 
 
 def test_asking_prints_what_was_looked_up(system, tmp_path, capsys):
