@@ -2,11 +2,15 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 import shutil
 from collections.abc import Iterator
 from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from fedrag_jax import files
 from fedrag_jax.data.examples import Passage
@@ -20,6 +24,7 @@ from fedrag_jax.retrieval.retriever import Retriever
 from fedrag_jax.retrieval.stores.registry import open_store
 
 HEAD, SETTINGS, STORE = "head.safetensors", "system.json", "store"
+MODELS = "generator", "document_encoder", "query_encoder"
 # While a folder is saved: what is being written, and complete parts on their way to their place.
 FRESH, SAVED = ".saving", ".saved"
 
@@ -134,13 +139,12 @@ def _place(folder: pathlib.Path, part: str) -> pathlib.Path:
 
 
 def _write(folder: pathlib.Path, system: Any, retriever: Retriever) -> None:
-    hub.save(system.generator, folder / "generator")
+    encoder = functools.partial(hub.Pretrained, retriever.encoder, tokenizer=retriever.tokenizer)
+    encoders = (encoder(x, name="encoder") for x in (retriever.document, retriever.query))
+    models = dict(zip(MODELS, (system.generator, *encoders), strict=True))
+    for name, model in models.items():
+        hub.save(model, folder / name)
     peft.save(system.adapters, system.decoder, folder / "adapters", base="../generator")
-    for side in ("query", "document"):
-        encoder = hub.Pretrained(
-            retriever.encoder, getattr(retriever, side), retriever.tokenizer, side
-        )
-        hub.save(encoder, folder / f"{side}_encoder")
     if retriever.head is not None:
         tensors.save_arrays({"head": retriever.head}, folder / HEAD)
     with open(folder / "passages.jsonl", "w", encoding="utf-8") as file:
@@ -160,6 +164,11 @@ def _write(folder: pathlib.Path, system: Any, retriever: Retriever) -> None:
         "index": system.index,
         "index_options": saved_options(system.index, system.index_options),
         "vectors": retriever.dtype,
+        # The files are float32, which holds all types of parameters exactly.
+        "dtypes": {
+            name: str(jnp.result_type(*jax.tree.leaves(model.params)))
+            for name, model in models.items()
+        },
     }
     files.write_json(folder / SETTINGS, settings, indent=2)
 
@@ -189,8 +198,8 @@ def read(
             f"{folder}: the index is a service's, {index} at {where.get('at')}: if you trust that "
             "place with your passages and questions, load the system with elsewhere=True"
         )
-    names = "generator", "document_encoder", "query_encoder"
-    generator, document, query = (hub.load(_place(folder, name)) for name in names)
+    dtypes = dict.fromkeys(MODELS, "float32") | settings.pop("dtypes", {})
+    generator, document, query = (hub.load(_place(folder, n), dtypes[n]) for n in MODELS)
     decoder, adapters = peft.load(generator.network, _place(folder, "adapters"))
     head = _place(folder, HEAD)
     store, has_head = settings.pop("store", False), settings.pop("head", head.exists())

@@ -7,11 +7,13 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from fedrag_jax.data import synthetic
 from fedrag_jax.errors import CheckpointError
+from fedrag_jax.models import hub
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.retrieval.index.store_index import StoreIndex
 from fedrag_jax.retrieval.stores.faiss_store import FaissStore
@@ -162,3 +164,18 @@ def test_a_truncated_retriever_over_a_store_is_loaded(system, tmp_path):
         assert same.retriever.vectors.shape[1] == same.store.dimension == 32
         assert same.batch_query(QUESTIONS) == over.batch_query(QUESTIONS)
     assert RAGSystem.load(tmp_path).over(None).batch_query(QUESTIONS) == cut.batch_query(QUESTIONS)
+
+
+def test_parameters_keep_their_type(tmp_path):
+    names = {"generator": "builtin:decoder", "retriever": "builtin:encoder"}
+    models = {part: hub.load(name, jnp.bfloat16) for part, name in names.items()}
+    system = RAGSystem.build(PASSAGES, top_k=2, **models)
+    system.save(tmp_path)
+    loaded = RAGSystem.load(tmp_path)
+    pairs = [
+        (s.generator.params, s.retriever.query, s.retriever.document) for s in (loaded, system)
+    ]
+    for found, expected in zip(*map(jax.tree.leaves, pairs), strict=True):
+        assert found.dtype == expected.dtype == jnp.bfloat16
+        assert (found == expected).all()
+    assert loaded.batch_query(QUESTIONS) == system.batch_query(QUESTIONS)
