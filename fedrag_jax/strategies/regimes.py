@@ -104,7 +104,7 @@ def rate_names(regime: str) -> list[str]:
     kind = where.partition("_")[0]
     budget = CONVERGED if where.endswith(CONVERGED) else ""
     places = where, kind + budget, where.removesuffix(CONVERGED), kind
-    names = [f"{place}{mark}{algorithm}" for place in (where, kind + budget, kind)]
+    names = [f"{place}{mark}{algorithm}" for place in places]
     return list(dict.fromkeys([*names, *places]))
 
 
