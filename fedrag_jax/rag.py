@@ -118,13 +118,11 @@ class RAGSystem(AsyncAnswers):
         retriever = sentence_folders.used_as(retriever, query_prompt, document_prompt, similarity)
         named = isinstance(prompt_style, str)
         style = named_style(prompt_style, generator.tokenizer) if named else prompt_style
-        adapters = adapters or lora.LoraConfig()
-        decoder = lora.add_lora(generator.network, adapters)
+        decoder = lora.add_lora(generator.network, adapters or lora.LoraConfig())
         if score_scale is None:
             score_scale = 20.0 if retriever.network.config.similarity == "cosine" else 1.0
-        prompts = Prompts(
-            generator.tokenizer, style, passages, examples, max_passage_tokens, max_answer_tokens
-        )
+        longest = max_passage_tokens, max_answer_tokens
+        prompts = Prompts(generator.tokenizer, style, passages, examples, *longest)
         system = cls(
             generator=generator,
             decoder=decoder,
@@ -144,11 +142,16 @@ class RAGSystem(AsyncAnswers):
         self, *, adapters=None, query=None, document=None, head=None, decoder=None
     ) -> "RAGSystem":
         """Returns the system with tuned parts; the corpus is re-embedded if `document` is given.
-        `decoder` is a tree of arrays that replaces some or all of the generator's base."""
+        `decoder` is a tree of arrays that replaces some or all of the generator's base.
+
+        Raises:
+          ConfigError: adapters of another rank or other layers than the system's.
+        """
         retriever = self.retriever
         for name, part in (("with_head", head), ("refresh", document), ("with_query", query)):
             retriever = retriever if part is None else getattr(retriever, name)(part)
-        changed = {"retriever": retriever} | ({} if adapters is None else {"adapters": adapters})
+        own = {} if adapters is None else {"adapters": lora.fitting(self.decoder, adapters)}
+        changed = {"retriever": retriever} | own
         if decoder is not None:
             changed["generator"] = self.generator.with_arrays(decoder)
         return dataclasses.replace(self, **changed)
@@ -203,8 +206,7 @@ class RAGSystem(AsyncAnswers):
             by_vector = self.store.dimension is not None and len(questions)
             vectors = self.retriever.embed_questions(questions) if by_vector else None
             return self.store.search(questions, vectors, k)
-        rows, scores = self.retriever.search(questions, k)
-        return found_in(self.retriever.passages, rows, scores)
+        return found_in(self.retriever.passages, *self.retriever.search(questions, k))
 
     # --- questions and answers ----------------------------------------------------------------
 
