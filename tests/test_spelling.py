@@ -2,6 +2,7 @@
 
 import copy
 
+import jax
 import numpy as np
 import pytest
 from tokenizers import (
@@ -23,6 +24,8 @@ from fedrag_jax.generation.author import LocalAuthor, Request
 from fedrag_jax.models import hub
 from fedrag_jax.models.decoder import Decoder, DecoderConfig
 from fedrag_jax.models.network import Network
+from fedrag_jax.rag import RAGSystem
+from fedrag_jax.strategies.teachers import question_likelihood
 
 PASSAGES = [
     Passage("a", "", "Ada Lovelace was born in London, and wrote of engines."),
@@ -181,3 +184,19 @@ def test_one_line_answers_end_at_line_breaks_that_are_pieces(tokenizer):
         assert line in whole(made, text)
         assert line in Prompts(made, COMPACT, PASSAGES, []).stop_tokens
         assert line not in Prompts(made, INSTRUCT, PASSAGES, []).stop_tokens
+
+
+def test_a_question_is_scored_as_the_whole_text_is_spelled(tokenizer):
+    config = DecoderConfig(len(tokenizer), 16, 24, 1, 2, 1, 8)
+    network = Network.of(Decoder, config)
+    params, question = network.init(jax.random.key(0)), EXAMPLES[0].question
+    model = hub.Pretrained(network, params, tokenizer, "mine")
+    system = RAGSystem.build(PASSAGES, generator=model, top_k=1)
+    before = f"Text: {PASSAGES[0].text}\nAsk:"
+    row = np.array([whole(tokenizer, f"{before} {question}")])
+    hidden = network(params, row, np.arange(row.shape[1])[None], np.ones_like(row))
+    log_probs = jax.nn.log_softmax(network(params, hidden, method="logits")[0])
+    places = np.arange(len(whole(tokenizer, before)), row.shape[1])
+    expected = np.mean(log_probs[places - 1, row[0, places]])
+    (found,) = question_likelihood(system)([question], [PASSAGES[0].text])
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
