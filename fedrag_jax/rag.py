@@ -302,7 +302,12 @@ class RAGSystem(AsyncAnswers):
         return [inference.reading(*of, mark) for of in zip(found, prompts, strict=True)]
 
     def stream(
-        self, question: str, read: Sequence | None = None, mode: str = "concatenated", **sampling
+        self,
+        question: str,
+        read: Sequence | None = None,
+        mode: str = "concatenated",
+        beams: int | None = None,
+        **sampling: Unpack[SamplingOptions],
     ) -> Streamed | Searched:
         """Yields the answer of `query` in pieces as they are written, without the reasoning.
 
@@ -310,14 +315,13 @@ class RAGSystem(AsyncAnswers):
 
         Args:
           read: passages as in `rows` of `read`; default: the retrieved ones.
-          sampling: see `batch_query`.
+          beams, sampling: see `batch_query`; the modes that are streamed take no beams.
 
         Raises:
           ConfigError: at the first piece, for a value out of its range or an unsupported mode.
         """
-
         if mode == inference.SEARCH and read is None:
-            return Searched(self._searching([question], mode, **sampling))
+            return Searched(self._searching([question], mode, beams, **sampling))
 
         def written():
             if mode != "concatenated":
@@ -326,6 +330,7 @@ class RAGSystem(AsyncAnswers):
                     "query, or mode 'concatenated'"
                 )
             settings = self._sampling(sampling)
+            inference.check(mode, beams, settings)
             rows = [f.passage for f in self.retrieve([question])[0]] if read is None else read
             (prompt,) = self._prompts([question], [rows], settings)
             return (yield from self.writer.stream(prompt, settings)), len(prompt)
@@ -349,10 +354,8 @@ class RAGSystem(AsyncAnswers):
                 f"mode {mode!r} has an instruction of its own and takes no system prompt, got "
                 f"{asked[:80]!r}: remove it (system.under('')), or add it to searching.instruction"
             )
-        limit = {"max_new_tokens": self.searching.budget.written}
-        settings = Sampling.of(limit | sampling)
-        parts = self.writer, self.searching, self.retrieve
-        return answers_by_searching(*parts, questions, settings)
+        settings = Sampling.of({"max_new_tokens": self.searching.budget.written} | sampling)
+        return answers_by_searching(self.writer, self.searching, self.retrieve, questions, settings)
 
     def _sampling(self, given: Mapping[str, Any]) -> Sampling:
         sampling = Sampling.of({"max_new_tokens": self.prompts.max_answer_tokens, **given})

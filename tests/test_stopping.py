@@ -239,3 +239,9 @@ def test_a_resumed_training_with_an_index_is_judged_alike(tmp_path):
     whole = judged(tmp_path / "whole", 5)
     judged(tmp_path / "parts", 3)
     assert judged(tmp_path / "parts", 5) == whole
+
+
+@pytest.mark.parametrize("clients", [3, 49, 1000])
+def test_one_client_of_any_number_may_take_part(clients):
+    schedule = Budget(rounds=2, clients=clients, participation=1 / clients).schedule("federated")
+    assert schedule.drawn == 1 and schedule.rounds == 2 * clients

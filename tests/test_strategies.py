@@ -303,3 +303,14 @@ def test_a_system_built_for_its_questions_trains_on_the_same_arrays(name, world)
     if name in count:
         assert one["tokens"].shape == (20, 1, prompts.training_width(count[name]))
         assert one["answer_mask"].shape == (20, prompts.answer_width)
+
+
+def test_matryoshka_trains_parts_of_the_vectors_that_are_compared(world):
+    dataset = dataclasses.replace(world, train=world.train[:4])
+    system = RAGSystem.build(world.passages)
+    assert OBJECTIVES["matryoshka"].task(system, dataset).loss.dimensions == (16, 32, 64)
+    cut = dataclasses.replace(system, retriever=system.retriever.cut(32))
+    assert OBJECTIVES["matryoshka"].task(cut, dataset).loss.dimensions == (8, 16, 32)
+    with pytest.raises(ConfigError, match="compared by cosine or dot product"):
+        euclidean = RAGSystem.build(world.passages, similarity="euclidean")
+        OBJECTIVES["matryoshka"].task(euclidean, dataset)

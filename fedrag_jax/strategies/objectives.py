@@ -50,7 +50,8 @@ def _ranking(batch: int = 1, **options) -> Objective:
 
 
 def _matryoshka(system: RAGSystem, dataset: Dataset) -> Task:
-    size = system.retriever.vectors.shape[1]
+    head, bare = system.retriever.head, system.retriever.bare_vectors
+    size = (bare if head is None else head).shape[1]  # euclidean vectors have two numbers more
     return _ranking(dimensions=(size // 4, size // 2, size)).task(system, dataset)
 
 
