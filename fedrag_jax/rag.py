@@ -27,7 +27,6 @@ from fedrag_jax.retrieval.index.by_name import index_kind
 from fedrag_jax.retrieval.looking_up import Searched, answers_by_searching
 from fedrag_jax.retrieval.retriever import Retriever
 from fedrag_jax.retrieval.stores.passage_source import Found, PassageSource, found_in
-from fedrag_jax.retrieval.stores.registry import open_store
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +47,8 @@ class RAGSystem(AsyncAnswers):
     score_scale: float
     store: PassageSource | None = None
     searching: Searching = SEARCHING
+    index: str = "flat"  # the kind of the retriever's index, and its options
+    index_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def build(
@@ -70,6 +71,7 @@ class RAGSystem(AsyncAnswers):
         index: str = "flat",
         index_options: Mapping[str, Any] = MappingProxyType({}),
         vectors: str = "float32",
+        head: np.ndarray | None = None,
         max_passage_tokens: int = 256,
         max_answer_tokens: int | None = None,
         seed: int = 0,
@@ -92,6 +94,7 @@ class RAGSystem(AsyncAnswers):
             by default 20 for cosines and 1 for other similarities.
           index, index_options: the index of the corpus, see `retrieval.index.by_name`.
           vectors: type of the stored passage vectors, "float32" or "float16".
+          head: matrix [D, d] after both encoders, see `Retriever`; default: none.
           max_answer_tokens: limit of answers in training and, by default, in generation, including
             reasoning; by default 16 for one-line answers, else 256.
           seed: seed of the random half of the adapters.
@@ -109,19 +112,17 @@ class RAGSystem(AsyncAnswers):
         for name, value in (("marginal_k", marginal_k), ("score_scale", score_scale)):
             if value is not None and not value > 0:
                 raise ConfigError(f"{name} must be > 0, got {value}")
-        searched = {"index": index_kind(index, index_options), "dtype": vectors}
+        searched = {"index": index_kind(index, index_options), "dtype": vectors, "head": head}
         generator = hub.given(generator, "generator", "decoder")
         retriever = hub.given(retriever, "retriever", "encoder")
         retriever = sentence_folders.used_as(retriever, query_prompt, document_prompt, similarity)
         named = isinstance(prompt_style, str)
         style = named_style(prompt_style, generator.tokenizer) if named else prompt_style
-        adapters = adapters or lora.LoraConfig()
-        decoder = lora.add_lora(generator.network, adapters)
+        decoder = lora.add_lora(generator.network, adapters or lora.LoraConfig())
         if score_scale is None:
             score_scale = 20.0 if retriever.network.config.similarity == "cosine" else 1.0
-        prompts = Prompts(
-            generator.tokenizer, style, passages, examples, max_passage_tokens, max_answer_tokens
-        )
+        longest = max_passage_tokens, max_answer_tokens
+        prompts = Prompts(generator.tokenizer, style, passages, examples, *longest)
         system = cls(
             generator=generator,
             decoder=decoder,
@@ -132,6 +133,8 @@ class RAGSystem(AsyncAnswers):
             marginal_k=min(marginal_k, len(passages) or marginal_k),
             score_scale=score_scale,
             searching=searching or searching_of(style, generator.tokenizer),
+            index=index,
+            index_options=dict(index_options),
         )
         return (system.under(system_prompt) if system_prompt else system).over(store)
 
@@ -139,17 +142,22 @@ class RAGSystem(AsyncAnswers):
         self, *, adapters=None, query=None, document=None, head=None, decoder=None
     ) -> "RAGSystem":
         """Returns the system with tuned parts; the corpus is re-embedded if `document` is given.
-        `decoder` is a tree of arrays that replaces some or all of the generator's base."""
+        `decoder` is a tree of arrays that replaces some or all of the generator's base.
+
+        Raises:
+          ConfigError: adapters of another rank or other layers than the system's.
+        """
         retriever = self.retriever
         for name, part in (("with_head", head), ("refresh", document), ("with_query", query)):
             retriever = retriever if part is None else getattr(retriever, name)(part)
-        changed = {"retriever": retriever} | ({} if adapters is None else {"adapters": adapters})
+        own = {} if adapters is None else {"adapters": lora.fitting(self.decoder, adapters)}
+        changed = {"retriever": retriever} | own
         if decoder is not None:
             changed["generator"] = self.generator.with_arrays(decoder)
         return dataclasses.replace(self, **changed)
 
     def under(self, system_prompt: str) -> "RAGSystem":
-        """Returns the system with this system prompt, which replaces an existing one.
+        """Returns the system with this system prompt, which replaces an existing one; "" removes it.
 
         In a chat style the prompt is a separate turn if the template has one, else the first line.
 
@@ -198,8 +206,7 @@ class RAGSystem(AsyncAnswers):
             by_vector = self.store.dimension is not None and len(questions)
             vectors = self.retriever.embed_questions(questions) if by_vector else None
             return self.store.search(questions, vectors, k)
-        rows, scores = self.retriever.search(questions, k)
-        return found_in(self.retriever.passages, rows, scores)
+        return found_in(self.retriever.passages, *self.retriever.search(questions, k))
 
     # --- questions and answers ----------------------------------------------------------------
 
@@ -295,7 +302,12 @@ class RAGSystem(AsyncAnswers):
         return [inference.reading(*of, mark) for of in zip(found, prompts, strict=True)]
 
     def stream(
-        self, question: str, read: Sequence | None = None, mode: str = "concatenated", **sampling
+        self,
+        question: str,
+        read: Sequence | None = None,
+        mode: str = "concatenated",
+        beams: int | None = None,
+        **sampling: Unpack[SamplingOptions],
     ) -> Streamed | Searched:
         """Yields the answer of `query` in pieces as they are written, without the reasoning.
 
@@ -303,14 +315,13 @@ class RAGSystem(AsyncAnswers):
 
         Args:
           read: passages as in `rows` of `read`; default: the retrieved ones.
-          sampling: see `batch_query`.
+          beams, sampling: see `batch_query`; the modes that are streamed take no beams.
 
         Raises:
           ConfigError: at the first piece, for a value out of its range or an unsupported mode.
         """
-
         if mode == inference.SEARCH and read is None:
-            return Searched(self._searching([question], mode, **sampling))
+            return Searched(self._searching([question], mode, beams, **sampling))
 
         def written():
             if mode != "concatenated":
@@ -319,6 +330,7 @@ class RAGSystem(AsyncAnswers):
                     "query, or mode 'concatenated'"
                 )
             settings = self._sampling(sampling)
+            inference.check(mode, beams, settings)
             rows = [f.passage for f in self.retrieve([question])[0]] if read is None else read
             (prompt,) = self._prompts([question], [rows], settings)
             return (yield from self.writer.stream(prompt, settings)), len(prompt)
@@ -337,10 +349,13 @@ class RAGSystem(AsyncAnswers):
         inference.require_asked(questions)
         if beams is not None:
             raise ConfigError(f"mode {mode!r} takes no beams, got {beams}")
-        limit = {"max_new_tokens": self.searching.budget.written}
-        settings = Sampling.of(limit | sampling)
-        parts = self.writer, self.searching, self.retrieve
-        return answers_by_searching(*parts, questions, settings)
+        if asked := self.prompts.system:
+            raise ConfigError(
+                f"mode {mode!r} has an instruction of its own and takes no system prompt, got "
+                f"{asked[:80]!r}: remove it (system.under('')), or add it to searching.instruction"
+            )
+        settings = Sampling.of({"max_new_tokens": self.searching.budget.written} | sampling)
+        return answers_by_searching(self.writer, self.searching, self.retrieve, questions, settings)
 
     def _sampling(self, given: Mapping[str, Any]) -> Sampling:
         sampling = Sampling.of({"max_new_tokens": self.prompts.max_answer_tokens, **given})
@@ -360,10 +375,11 @@ class RAGSystem(AsyncAnswers):
     # --- on disk ------------------------------------------------------------------------------
 
     def save(self, path: str | pathlib.Path) -> None:
-        """Writes a folder: generator, adapters (PEFT), both encoders, head, passages, store, settings.
+        """Writes a folder, see `rag_folder.write`; an old system stays until the new one is complete.
 
         Raises:
-          CheckpointError: a quantised generator, or a retriever over silos; nothing is written.
+          CheckpointError: a quantised generator, a retriever over silos, or a parameter that is not
+            finite; nothing is written.
         """
         rag_folder.write(pathlib.Path(path), self)
 
@@ -374,22 +390,11 @@ class RAGSystem(AsyncAnswers):
         """Opens a folder that `save` wrote; the system answers as before.
 
         Args:
-          memory_map, elsewhere: as in `open_store`, for a store saved with the system.
+          memory_map, elsewhere: as in `open_store`, for a store saved with the system; `elsewhere`
+            also for an index in a service.
 
         Raises:
-          CheckpointError: the folder holds no saved system.
+          CheckpointError: the folder holds no saved system, or its index or store lies elsewhere.
         """
-        folder = pathlib.Path(path)
-        saved = rag_folder.read(folder)
-        settings, store = saved.settings, None
-        if settings.pop("store", False):
-            store = open_store(folder / rag_folder.STORE, memory_map, elsewhere)
-        system = cls.build(
-            saved.passages,
-            store=store,
-            generator=saved.generator,
-            retriever=saved.document,
-            adapters=saved.lora,
-            **settings,
-        )
-        return system.replace(adapters=saved.adapters, query=saved.query, head=saved.head)
+        options, tuned = rag_folder.read(pathlib.Path(path), memory_map, elsewhere)
+        return cls.build(**options).replace(**tuned)

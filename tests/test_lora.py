@@ -7,10 +7,12 @@ import optax
 import pytest
 from tiny import ALL, TINY_ENCODER, logits, random_adapters, run, tiny_inputs
 
+from fedrag_jax.data.examples import Passage
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.models import lora
 from fedrag_jax.models.encoder import Encoder
 from fedrag_jax.models.network import Network
+from fedrag_jax.rag import RAGSystem
 
 
 def test_fresh_adapters_change_nothing_and_mirror_the_parameters(tiny):
@@ -179,3 +181,16 @@ def test_lora_errors_say_what_there_is(tiny):
     adapters = lora.init_adapters(lora.add_lora(base, lora.LoraConfig()), 0)
     with pytest.raises(ConfigError, match=r"unknown.*q_proj.lora_a.*add_lora"):
         base(params, *tiny_inputs(), adapters=adapters)
+
+
+def test_a_system_takes_adapters_of_its_own_shape():
+    """Or those of several clients; others would be multiplied and scaled wrongly."""
+    passages = [Passage(str(i), "", f"Passage {i}.") for i in range(3)]
+    system = RAGSystem.build(passages, top_k=1, adapters=lora.LoraConfig(rank=4))
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x]), system.adapters)
+    for fitting in (system.adapters, stacked):
+        assert system.replace(adapters=fitting).adapters is fitting
+    for config in (lora.LoraConfig(rank=2), lora.LoraConfig(rank=4, targets=("k_proj",))):
+        network = lora.add_lora(system.generator.network, config)
+        with pytest.raises(ConfigError, match=r"lora_a has shape .*, and the network needs "):
+            system.replace(adapters=lora.init_adapters(network, 0))

@@ -4,16 +4,17 @@ import dataclasses
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 from golden_encoders import GOLDEN, PASSAGES, QUESTIONS, folder, plain
-from tiny import run
+from tiny import random_adapters, run
 
 from fedrag_jax.data.examples import Passage
 from fedrag_jax.data.padding import encoder_table
 from fedrag_jax.errors import CheckpointError, ConfigError
-from fedrag_jax.models import hub, sentence_folders
+from fedrag_jax.models import hub, lora, peft, sentence_folders
 from fedrag_jax.models.flops import encoder_flops
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.retrieval.embedding import embed_texts
@@ -177,3 +178,13 @@ def test_a_decoder_that_says_so_is_an_encoder(tmp_path, name):
     np.testing.assert_array_equal(vectors, retriever.vectors)
     with pytest.raises(ConfigError, match=r"models\.generator must be a decoder; .* is an encoder"):
         RAGSystem.build(PASSAGES, generator=str(copy))
+
+
+def test_adapters_beside_a_dense_module_are_saved(tmp_path):
+    copy, _ = with_dense(tmp_path)
+    network = lora.add_lora(hub.load(copy).network, lora.LoraConfig(2, targets=("up_proj",)))
+    adapters = random_adapters(network, 0)
+    peft.save(adapters, network, tmp_path / "adapters")
+    again, loaded = peft.load(hub.load(copy).network, tmp_path / "adapters")
+    assert again == network
+    jax.tree.map(np.testing.assert_array_equal, loaded, adapters)

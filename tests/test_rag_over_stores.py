@@ -152,6 +152,9 @@ def test_twins_that_wait_answer_the_same(over):
     (one, several), pieces = asyncio.run(ask())
     assert one == over.query(QUESTIONS[0]) and several == over.batch_query(QUESTIONS[:3])
     assert "".join(pieces) == one.answer
+    assert "".join(over.stream(QUESTIONS[0], beams=None)) == one.answer
+    with pytest.raises(ConfigError, match="mode 'concatenated' takes no beams, got 2"):
+        next(over.stream(QUESTIONS[0], beams=2))
 
 
 def test_another_process_opens_a_saved_system_and_answers_the_same(over, tmp_path):

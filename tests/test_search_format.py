@@ -11,12 +11,12 @@ from fedrag_jax.evaluation.evaluator import evaluate
 from fedrag_jax.federated.algorithms.centralised import centralised
 from fedrag_jax.federated.fit import fit
 from fedrag_jax.generation.likelihood import answer_log_probs
-from fedrag_jax.generation.rollouts import COMPACT_SEARCHING, SEARCHING
+from fedrag_jax.generation.rollouts import COMPACT_SEARCHING, SEARCHING, Budget
 from fedrag_jax.generation.scripted import names, scripted
 from fedrag_jax.models.lora import LoraConfig
 from fedrag_jax.objectives.search_format import FormatLoss
 from fedrag_jax.rag import RAGSystem
-from fedrag_jax.strategies.policies import rolling_of, search_warm_up
+from fedrag_jax.strategies.policies import learn_to_search, rolling_of, search_warm_up
 
 WORLD = synthetic.generate(synthetic.WorldConfig(people=30, works=30, questions=(200, 20, 40)))
 
@@ -114,3 +114,32 @@ def test_the_rollouts_of_a_system_are_its_own(system):
     question = WORLD.train[0].question
     decoded = system.prompts.tokenizer.decode(rolling_of(other).prompt(question))
     assert decoded == "<s>" + SEARCHING.opening(question)
+
+
+def test_a_system_learns_to_search_in_the_format_it_is_given(system):
+    """Warm-up, rollouts, reward and the trained system alike."""
+    searching = SEARCHING._replace(
+        instruction="Look up: {question}\n", budget=Budget(turns=1, written=32, found=32)
+    )
+    some, decode, rewarded = WORLD.train[:2], system.prompts.tokenizer.decode, []
+
+    def reward(example, rollout):
+        rewarded.append((example.id, decode(rollout.prompt)))
+        return 1.0
+
+    learning = learn_to_search(
+        system, WORLD, searching=searching, reward=reward, cost=0.25, group=2
+    )
+    prompts = ["<s>" + searching.opening(e.question) for e in some]
+    table = (warm := next(learning)).table(some)
+    for row, length, prompt in zip(table["tokens"], table["lengths"], prompts, strict=True):
+        assert decode(row[0, : length[0]]).startswith(prompt + "<search>")
+    task = learning.send(warm.trainable)
+    packed, _ = task.retrieve(some, task.trainable, task.index)
+    expected = [(e.id, prompt) for e, prompt in zip(some, prompts, strict=True)]
+    assert rewarded == [one for one in expected for _ in range(2)]
+    told = task.collate(some, packed)
+    np.testing.assert_allclose(told["reward"], 1 - 0.25 * told["searches"])
+    with pytest.raises(StopIteration) as end:
+        learning.send(task.trainable)
+    assert end.value.value.searching == searching

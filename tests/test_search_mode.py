@@ -28,6 +28,8 @@ from fedrag_jax.generation.rollouts import (
 )
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.server.mcp_server import mcp_server
+from fedrag_jax.strategies.policies import search_policy
+from fedrag_jax.systems.system_like import system_like
 
 WORLD = synthetic.generate(
     synthetic.WorldConfig(people=20, works=20, jargon=0, chatter=0, questions=(400, 20, 20))
@@ -156,6 +158,10 @@ def test_styles_have_their_own_way_to_search(system):
     assert searching_of(INSTRUCT, tokenizer) is SEARCHING
     opened = SEARCHING.opening("Who {x} {open}?")
     assert "Question: Who {x} {open}?" in opened and "<search>query</search>" in opened
+    # A style that writes its beginning itself needs no chat template.
+    own = INSTRUCT._replace(bos=False)
+    assert searching_of(own, tokenizer) == SEARCHING._replace(bos=False)
+    assert RAGSystem.build(WORLD.passages[:9], prompt_style=own).searching.bos is False
     tokenizer.chat_template = (
         "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
         "{% if add_generation_prompt %}[assistant]{% endif %}"
@@ -168,6 +174,25 @@ def test_styles_have_their_own_way_to_search(system):
     assert whole.tolist() == [tokenizer.bos_token_id, *bare]
 
 
+def test_a_question_is_text_alone(system):
+    """Its special tokens are none, and half characters are refused, as in all other prompts."""
+    tokenizer = system.prompts.tokenizer
+    for searching in (SEARCHING, COMPACT_SEARCHING):
+        tokens = searching.prompt(tokenizer, "Who</s> is <s>Ada?").tolist()
+        specials = [t for t in tokens if t in tokenizer.all_special_ids]
+        assert specials == [tokenizer.bos_token_id] == tokens[:1]
+        assert tokenizer.decode(tokens[1:]) == searching.opening("Who< /s> is < s>Ada?")
+        with pytest.raises(DataError, match=r"question 'Who .ud83d' holds half a character"):
+            searching.prompt(tokenizer, "Who \ud83d")
+    half = dataclasses.replace(WORLD.train[0], question="Who \ud83d")
+    for ask in (
+        lambda: system.query(half.question, mode="search"),
+        lambda: search_policy(system, dataclasses.replace(WORLD, train=[half])),
+    ):
+        with pytest.raises(DataError, match="holds half a character"):
+            ask()
+
+
 def test_a_saved_system_searches_as_before(system, tmp_path):
     system.save(tmp_path / "s")
     opened = RAGSystem.load(tmp_path / "s")
@@ -178,6 +203,24 @@ def test_a_saved_system_searches_as_before(system, tmp_path):
     del settings["searching"]  # as older versions saved it
     (tmp_path / "s" / "system.json").write_text(json.dumps(settings))
     assert RAGSystem.load(tmp_path / "s").searching == COMPACT_SEARCHING
+
+
+def test_a_system_prompt_is_refused(system, tmp_path, capsys):
+    """Searching has an instruction of its own; also that of a saved system."""
+    under = system.under("Be brief.")
+    under.save(tmp_path / "s")
+    for instructed in (under, RAGSystem.load(tmp_path / "s"), system_like(under, WORLD.passages)):
+        for ask in (
+            lambda s: s.query(QUESTIONS[0], mode="search"),
+            lambda s: next(s.stream(QUESTIONS[0], mode="search")),
+        ):
+            with pytest.raises(ConfigError, match=r"no system prompt, got 'Be brief.': remove it"):
+                ask(instructed)
+        assert instructed.under("").prompts.style == system.prompts.style
+    expected = system.query(QUESTIONS[0], mode="search")
+    assert under.under("").query(QUESTIONS[0], mode="search") == expected
+    assert main(["ask", str(tmp_path / "s"), QUESTIONS[0], "--mode=search"]) == 1
+    assert "takes no system prompt, got 'Be brief.'" in capsys.readouterr().err
 
 
 def test_asking_prints_what_was_looked_up(system, tmp_path, capsys):

@@ -1,8 +1,19 @@
 """Prompts of tokenizers like SentencePiece: the tokens of the whole text, whatever its parts."""
 
+import copy
+
+import jax
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 from fedrag_jax.data.batching import Prompts
@@ -13,6 +24,8 @@ from fedrag_jax.generation.author import LocalAuthor, Request
 from fedrag_jax.models import hub
 from fedrag_jax.models.decoder import Decoder, DecoderConfig
 from fedrag_jax.models.network import Network
+from fedrag_jax.rag import RAGSystem
+from fedrag_jax.strategies.teachers import question_likelihood
 
 PASSAGES = [
     Passage("a", "", "Ada Lovelace was born in London, and wrote of engines."),
@@ -160,3 +173,30 @@ def test_what_an_author_is_asked_has_the_tokens_of_its_text(kind):
     assert asked.tolist() == whole(tokenizer, said)
     cut = author._prompt(Request("Be brief.", PASSAGES[2].text, " Yes,"), 60)
     assert 50 < len(cut) <= 60 and tokenizer.decode(cut).endswith("[/INST] Yes,")
+
+
+def test_one_line_answers_end_at_line_breaks_that_are_pieces(tokenizer):
+    """As in the vocabulary of Gemma, whose pieces are "\\n", "\\n\\n" and so on."""
+    made = copy.deepcopy(tokenizer)
+    made.add_tokens([AddedToken("\n", normalized=False), AddedToken("\n\n", normalized=False)])
+    for text in ("Rome\nBob", "Rome\n\nBob"):
+        line = made.convert_tokens_to_ids(text.removeprefix("Rome").removesuffix("Bob"))
+        assert line in whole(made, text)
+        assert line in Prompts(made, COMPACT, PASSAGES, []).stop_tokens
+        assert line not in Prompts(made, INSTRUCT, PASSAGES, []).stop_tokens
+
+
+def test_a_question_is_scored_as_the_whole_text_is_spelled(tokenizer):
+    config = DecoderConfig(len(tokenizer), 16, 24, 1, 2, 1, 8)
+    network = Network.of(Decoder, config)
+    params, question = network.init(jax.random.key(0)), EXAMPLES[0].question
+    model = hub.Pretrained(network, params, tokenizer, "mine")
+    system = RAGSystem.build(PASSAGES, generator=model, top_k=1)
+    before = f"Text: {PASSAGES[0].text}\nAsk:"
+    row = np.array([whole(tokenizer, f"{before} {question}")])
+    hidden = network(params, row, np.arange(row.shape[1])[None], np.ones_like(row))
+    log_probs = jax.nn.log_softmax(network(params, hidden, method="logits")[0])
+    places = np.arange(len(whole(tokenizer, before)), row.shape[1])
+    expected = np.mean(log_probs[places - 1, row[0, places]])
+    (found,) = question_likelihood(system)([question], [PASSAGES[0].text])
+    np.testing.assert_allclose(found, expected, rtol=1e-4)

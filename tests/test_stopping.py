@@ -195,9 +195,12 @@ def test_names_of_regimes():
     assert parse("federated_inf_converged", 0.1) == ("federated", np.inf, True, "")
     assert parse("federated_1_converged:fedprox", 0.1) == ("federated", 1.0, True, "fedprox")
     assert rate_names("federated_1_converged:fedprox") == [
-        "federated_1_converged:fedprox", "federated_converged:fedprox", "federated:fedprox",
+        "federated_1_converged:fedprox", "federated_converged:fedprox", "federated_1:fedprox",
+        "federated:fedprox",
         "federated_1_converged", "federated_converged", "federated_1", "federated",
     ]  # fmt: skip
+    names = ["local_1_converged", "local_converged", "local_1", "local"]
+    assert rate_names("local_1_converged") == names
     assert rate_names("local_converged") == ["local_converged", "local"]
     assert rate_names("centralised") == ["centralised"]
     for wrong in ("converged", "_converged", "centralised_1_converged", "local_-1", "federated_x"):
@@ -236,3 +239,9 @@ def test_a_resumed_training_with_an_index_is_judged_alike(tmp_path):
     whole = judged(tmp_path / "whole", 5)
     judged(tmp_path / "parts", 3)
     assert judged(tmp_path / "parts", 5) == whole
+
+
+@pytest.mark.parametrize("clients", [3, 49, 1000])
+def test_one_client_of_any_number_may_take_part(clients):
+    schedule = Budget(rounds=2, clients=clients, participation=1 / clients).schedule("federated")
+    assert schedule.drawn == 1 and schedule.rounds == 2 * clients

@@ -15,6 +15,7 @@ from fedrag_jax.generation.likelihood import tokens_read
 from fedrag_jax.models.lora import adapted_kernels
 from fedrag_jax.models.network import flatten
 from fedrag_jax.rag import RAGSystem
+from fedrag_jax.retrieval.stores.faiss_store import FaissStore
 from fedrag_jax.strategies import strategies
 from fedrag_jax.strategies import tuner as tuner_module
 from fedrag_jax.strategies.objectives import OBJECTIVES
@@ -267,8 +268,9 @@ def test_as_many_are_trained_at_once_as_memory_allows(tmp_path, monkeypatch, roo
 def test_objectives_train_the_part_they_name_on_batches_of_the_system(name, system, world):
     there = {p.id for p in world.passages}
     labelled = [e for e in world.train if set(e.positive_ids) <= there][:20]
-    system = dataclasses.replace(system, prompts=system.prompts.wide_enough_for(labelled))
     objective = OBJECTIVES[name]
+    # Built for no questions, as a loaded system is.
+    system = RAGSystem.build(world.passages, marginal_k=7)
     task = objective.task(system, dataclasses.replace(world, train=labelled))
     parts = {"retriever": {"query", "document", "head"}, "generator": {"adapters"}}
     parts["both"] = parts["retriever"] | parts["generator"]
@@ -281,3 +283,34 @@ def test_objectives_train_the_part_they_name_on_batches_of_the_system(name, syst
         bare = [dataclasses.replace(e, positive_ids=()) for e in labelled]
         with pytest.raises(DataError, match="positive_ids"):
             objective.task(system, dataclasses.replace(world, train=bare)).collate(bare, None)
+    store = FaissStore(system.retriever.vectors.shape[1])
+    with pytest.raises(ConfigError, match="this system has none: build it with `passages`"):
+        objective.task(RAGSystem.build(store=store), dataclasses.replace(world, train=labelled))
+
+
+@pytest.mark.parametrize("name", ["concatenated", "closed_book", "rag_token", "raft", "pdist"])
+def test_a_system_built_for_its_questions_trains_on_the_same_arrays(name, world):
+    """Whether or not the system is told of them again."""
+    there = {p.id for p in world.passages}
+    labelled = [e for e in world.train if set(e.positive_ids) <= there][:20]
+    built = RAGSystem.build(world.passages, [*labelled, *world.train[40:60]], marginal_k=7)
+    task = OBJECTIVES[name].task(built, dataclasses.replace(world, train=labelled))
+    again = dataclasses.replace(built, prompts=built.prompts.wide_enough_for(labelled))
+    other = OBJECTIVES[name].task(again, dataclasses.replace(world, train=labelled))
+    one, two = task.table(labelled), other.table(labelled)
+    assert all(np.array_equal(one[column], two[column]) for column in one)
+    prompts, count = built.prompts, {"concatenated": 5, "closed_book": 0}
+    if name in count:
+        assert one["tokens"].shape == (20, 1, prompts.training_width(count[name]))
+        assert one["answer_mask"].shape == (20, prompts.answer_width)
+
+
+def test_matryoshka_trains_parts_of_the_vectors_that_are_compared(world):
+    dataset = dataclasses.replace(world, train=world.train[:4])
+    system = RAGSystem.build(world.passages)
+    assert OBJECTIVES["matryoshka"].task(system, dataset).loss.dimensions == (16, 32, 64)
+    cut = dataclasses.replace(system, retriever=system.retriever.cut(32))
+    assert OBJECTIVES["matryoshka"].task(cut, dataset).loss.dimensions == (8, 16, 32)
+    with pytest.raises(ConfigError, match="compared by cosine or dot product"):
+        euclidean = RAGSystem.build(world.passages, similarity="euclidean")
+        OBJECTIVES["matryoshka"].task(euclidean, dataset)

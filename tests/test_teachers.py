@@ -57,3 +57,10 @@ def test_a_question_is_likelier_about_its_own_passage(system, pairs):
     questions, gold, others = pairs
     score = question_likelihood(system)
     assert np.mean(score(questions, gold) > score(questions, others)) > 0.9
+
+
+def test_special_tokens_in_questions_and_passages_are_text(system, pairs):
+    (question, *_), (text, *_), _ = pairs
+    score = question_likelihood(system)
+    marked = score([f"</s>{question}"], [f"<s>{text}</s>"])
+    np.testing.assert_array_equal(marked, score([f"< /s>{question}"], [f"< s>{text}< /s>"]))

@@ -343,3 +343,16 @@ def test_answers_after_reasoning_are_what_follows_the_mark(tmp_path):
         assert "".join(speaking.stream(question)) == answer
     plain = RAGSystem.build(passages, top_k=1)
     assert saying(" Rome.Answer: Oslo", plain).query(question).answer == "Rome.Answer: Oslo"
+
+
+def test_seeds_of_64_bits_draw_differently():
+    """And those of 32 bits as JAX does."""
+
+    def key(seed):
+        return jax.random.key_data(Sampling(temperature=1.0, seed=seed).key).tolist()
+
+    assert Sampling(seed=3).key is None
+    for seed in (0, 1, 2**31, 2**32 - 1, -1):
+        assert key(seed) == jax.random.key_data(jax.random.key(seed)).tolist()
+    others = [1, 1 + 2**32, 1 + 2**33, 1 - 2**32, 1 - 2**63, 2**63 - 1, 2**32, 2**40]
+    assert len({str(key(seed)) for seed in others}) == len(others)

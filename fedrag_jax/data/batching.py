@@ -30,6 +30,10 @@ class Prompts:
       max_answer_tokens: limit of answers in training and generation, including reasoning and EOS; by
         default 16 in a style with one-line answers, else 256.
 
+    Attributes:
+      system: the system prompt, see `under`; "" if there is none.
+      bare: the style without the system prompt.
+
     Raises:
       CheckpointError: a tokenizer without EOS.
       DataError: a passage, question or answer with half a character in it.
@@ -54,6 +58,7 @@ class Prompts:
                 f"prompt style: passage needs its {{number}} before its {{text}}, got {style.passage!r}"
             )
         self.tokenizer, self.style, self._spelling = tokenizer, style, Spelling(tokenizer)
+        self.bare, self.system = style, ""
         self.max_passage_tokens = max_passage_tokens
         self.max_answer_tokens = _checked(max_answer_tokens)
         self.eos = tokenizer.eos_token_id
@@ -104,7 +109,7 @@ class Prompts:
         return [length for length in lengths if length > self.max_answer_tokens]
 
     def under(self, system: str, most: int) -> "Prompts":
-        """Returns prompts with this system prompt, which replaces an existing one.
+        """Returns prompts with this system prompt, which replaces an existing one; "" removes it.
 
         Args:
           most: maximum number of tokens in the opening of a prompt.
@@ -116,7 +121,8 @@ class Prompts:
         require_whole(system, f"the system prompt {system[:80]!r}")
         instructed = copy.copy(self)
         # Of a longer one not all need be tokenised to see that it is.
-        instructed.style = self.style.under(self._plain(clipped(system, most + 1)))
+        instructed.system = self._plain(clipped(system, most + 1))
+        instructed.style = self.bare.under(instructed.system) if system else self.bare
         instructed._opening = instructed._opened(instructed.style.opening)
         if len(system) > 64 * most or len(instructed._opening) > most:
             raise ConfigError(
@@ -145,11 +151,12 @@ class Prompts:
 
     @functools.cached_property
     def stop_tokens(self) -> tuple[int, ...]:
-        """EOS and, for one-line answers, every token that contains a line break, in byte-level and
-        byte-fallback spellings."""
+        """EOS and, for one-line answers, every token that contains a line break, as it is and in
+        byte-level and byte-fallback spellings."""
         ends_with_line = self.style.one_line and "\n" not in self.style.final
         vocabulary = self.tokenizer.get_vocab() if ends_with_line else {}
-        breaks = (i for piece, i in vocabulary.items() if "\u010a" in piece or piece == "<0x0A>")
+        marks = "\n", "\u010a", "<0x0A>"
+        breaks = (i for piece, i in vocabulary.items() if any(mark in piece for mark in marks))
         return tuple(sorted({self.eos, self.tokenizer.eos_token_id, *breaks} - {None}))
 
     @property
@@ -352,7 +359,8 @@ class Prompts:
             if len(answer) > longest or after > most:
                 raise DataError(
                     f"question {example.id!r} or its answer is longer than any the prompts were made "
-                    "for; give the training questions to RAGSystem.build as `examples`"
+                    "for; give the training questions to RAGSystem.build as `examples`, or take "
+                    "prompts.wide_enough_for(questions)"
                 )
             mask[i, : len(answer)] = 1
             end = 0

@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedrag_jax.data.prompts import COMPACT, PromptStyle, turns
+from fedrag_jax.data.examples import require_whole
+from fedrag_jax.data.prompts import COMPACT, PromptStyle, plain, turns
+from fedrag_jax.errors import ConfigError
 
 
 class Tags(NamedTuple):
@@ -220,8 +222,14 @@ class Searching(NamedTuple):
         return text
 
     def prompt(self, tokenizer, question: str) -> np.ndarray:
-        """Its tokens int32 [T]."""
-        tokens = tokenizer(self.opening(question), add_special_tokens=False)["input_ids"]
+        """Its tokens int32 [T]; special tokens in the question are only text.
+
+        Raises:
+          DataError: a question that contains half a character.
+        """
+        require_whole(question, f"the question {question[:80]!r}")
+        text = self.opening(plain(tokenizer, question))
+        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
         first = [tokenizer.bos_token_id] if self.bos and tokenizer.bos_token_id is not None else []
         return np.array([*first, *tokens], np.int32)
 
@@ -257,7 +265,12 @@ def searching_of(style: PromptStyle, tokenizer) -> Searching:
     """Returns the search settings that suit a prompt style."""
     if style.question == COMPACT.question:
         return COMPACT_SEARCHING
-    return SEARCHING if style.bos else SEARCHING.in_chat(tokenizer)
+    if style.bos:
+        return SEARCHING
+    try:
+        return SEARCHING.in_chat(tokenizer)
+    except ConfigError:  # no chat template, or one that fails: the style has a beginning of its own
+        return SEARCHING._replace(bos=False)
 
 
 def inside(text: str, tags: tuple[str, str]) -> str | None:

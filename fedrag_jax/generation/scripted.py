@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from fedrag_jax.data.prompts import plain
 from fedrag_jax.data.spelling import Spelling
 from fedrag_jax.generation.rollouts import Part, Rollout, Searching
 from fedrag_jax.generation.searching import Search, Spelled
@@ -84,7 +85,7 @@ class _Script:
         return Rollout(prompt, tuple(self.parts), tuple(self.queries), "answer", tuple(self.texts))
 
     def _write(self, tags: tuple[str, str], text: str) -> None:
-        self.texts.append(f"{tags[0]} {text}{tags[1]}")
+        self.texts.append(f"{tags[0]} {plain(self._tokenizer, text)}{tags[1]}")
         self._put(True, self._spelling.after("\n", self.texts[-1]))
 
     def _put(self, written: bool, tokens: Sequence[int]) -> None:

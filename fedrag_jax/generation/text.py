@@ -67,6 +67,16 @@ class Sampling:
                 f"stop must be a sequence of strings that are not empty, got {self.stop!r}"
             )
 
+    @property
+    def key(self) -> jax.Array | None:
+        """The random key of the seed; None for greedy decoding."""
+        if not self.temperature:
+            return None
+        key = jax.random.key(self.seed)  # of the low 32 bits
+        if -(2**31) <= self.seed < 2**32:
+            return key
+        return jax.random.fold_in(key, np.uint32((self.seed >> 32) & 0xFFFFFFFF))
+
 
 class SamplingOptions(TypedDict, total=False):
     """Settings of `Sampling` by name."""
@@ -243,7 +253,7 @@ class Writer:
             pad_token=pad,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
-            key=jax.random.key(sampling.seed) if sampling.temperature else None,
+            key=sampling.key,
             rows=rows,
             every=every,
             weights=weights,

@@ -155,6 +155,24 @@ def init_adapters(network: Network, key: jax.Array | int) -> dict:
     return unflatten((path, fresh(path, shape)) for path, shape in shapes)
 
 
+def fitting(network: Network, adapters: dict) -> dict:
+    """Returns adapters if they are of this network; those of N clients, stacked [N, ...], are too.
+
+    Raises:
+      ConfigError: a missing or unexpected matrix, or one of another shape.
+    """
+    wanted = {p: s.shape for p, s in flatten(network.shapes()) if p[-1].startswith("lora_")}
+    given = {path: leaf.shape for path, leaf in flatten(adapters)}
+    for path in sorted(wanted.keys() | given.keys()):
+        here, there = wanted.get(path), given.get(path)
+        if here is None or there is None or here not in (there, there[1:]):
+            raise ConfigError(
+                f"adapters: {'.'.join(path)} has shape {there}, and the network needs {here}: build it "
+                "with the rank and targets (LoraConfig) of these adapters"
+            )
+    return adapters
+
+
 def merge(network: Network, params: dict, adapters: dict) -> dict:
     """Returns the base's parameters with the adapters added: W + (alpha / rank) A B.
 

@@ -222,12 +222,13 @@ def _config(about: dict, targets: list[str], names: dict, layers: int) -> LoraCo
 
 
 def _modules(network: Network) -> dict[tuple, str]:
-    """Path of every linear layer to its name in the checkpoint, `{}` for the number of the layer."""
+    """Path of every linear layer to its name in the checkpoint, `{}` for the number of the layer; Dense
+    projections, which get no adapters, are left out."""
     names = FAMILIES[network.config.family].names
     return {
         path[:-1]: names[".".join(path)].removesuffix(".weight")
         for path, _ in flatten(network.shapes())
-        if path[-1] == "kernel"
+        if path[-1] == "kernel" and ".".join(path) in names
     }
 
 

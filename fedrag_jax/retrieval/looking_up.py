@@ -2,8 +2,6 @@
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 
-import jax
-
 from fedrag_jax.data.corpora import Pool
 from fedrag_jax.data.examples import Example, reading_text
 from fedrag_jax.errors import ConfigError
@@ -108,7 +106,7 @@ def answers_by_searching(
             stop_tokens=writer.stop_tokens,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
-            key=jax.random.key(sampling.seed) if sampling.temperature else None,
+            key=sampling.key,
             rows=rows,
         )
         while True:

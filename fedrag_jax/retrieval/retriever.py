@@ -29,7 +29,8 @@ class Retriever:
         product is the encoder's similarity (`retrieval.similarity`).
       index: the index that is searched, or silos with one index each (`index.silos.over_silos`). A
         refreshed retriever has an index of the same kind.
-      head: matrix [D, D] applied to vectors of questions and passages; None for none.
+      head: matrix [D, d] applied to vectors of questions and passages, of which it may leave a part
+        (d < D); None for none.
       dtype: type of stored passage vectors, float32 or float16.
       spent: seconds of embedding passages and of searching, for this retriever and all retrievers
         derived from it by tuning.
@@ -59,6 +60,7 @@ class Retriever:
         similarity: str | None = None,
         dtype: str = "float32",
         index: MakesIndex = FaissIndex.build,
+        head: np.ndarray | None = None,
     ):
         """Embeds the corpus (or reads its vectors from the disk cache) and indexes it.
 
@@ -70,6 +72,7 @@ class Retriever:
           similarity: "cosine", "dot" or "euclidean"; default: the model's own.
           dtype: type of stored passage vectors, "float32" or "float16".
           index: function that builds the index, such as from `index.by_name.index_kind`.
+          head: matrix [D, d] applied to all vectors before they are indexed; default: none.
 
         Raises:
           ConfigError: another similarity or dtype, float16 with the euclidean similarity, or a
@@ -83,9 +86,9 @@ class Retriever:
             )
         vectors = np.empty((0, model.network.config.size), np.float32)
         both = model.params, model.params
-        bare = cls(
-            model.network, model.tokenizer, *both, passages, vectors, vectors, None, dtype=dtype
-        )
+        head = None if head is None else np.asarray(head)
+        parts = model.network, model.tokenizer, *both, passages, vectors, vectors, None
+        bare = cls(*parts, head=head, dtype=dtype)
         bare._require_room()
         if len(passages):
             vectors = bare._embedded(passages, model.params, keep=True, progress=progress)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fedrag_jax.data.examples import Dataset
+from fedrag_jax.errors import ConfigError
 from fedrag_jax.objectives.distillation import distillation, distilled
 from fedrag_jax.objectives.generator import closed_book, concatenated, ralt
 from fedrag_jax.objectives.joint import marginal_likelihood
@@ -26,7 +27,8 @@ class Objective(NamedTuple):
 
     Attributes:
       part: "retriever", "generator" or "both".
-      task: function `task(system, dataset) -> Task`; pass the trained parts to `RAGSystem.replace`.
+      task: function `task(system, dataset) -> Task`; pass the trained parts to `RAGSystem.replace`. It
+        raises ConfigError for a system without passages of its own.
       labels: whether training questions must name their gold passages.
       batch: batch size as a multiple of the usual one.
     """
@@ -39,6 +41,7 @@ class Objective(NamedTuple):
 
 def _ranking(batch: int = 1, **options) -> Objective:
     def task(system, dataset):
+        _require_passages(system)
         return multiple_negatives_ranking(
             system.retriever, dataset, score_scale=system.score_scale, **options
         )
@@ -47,7 +50,8 @@ def _ranking(batch: int = 1, **options) -> Objective:
 
 
 def _matryoshka(system: RAGSystem, dataset: Dataset) -> Task:
-    size = system.retriever.vectors.shape[1]
+    head, bare = system.retriever.head, system.retriever.bare_vectors
+    size = (bare if head is None else head).shape[1]  # euclidean vectors have two numbers more
     return _ranking(dimensions=(size // 4, size // 2, size)).task(system, dataset)
 
 
@@ -55,7 +59,7 @@ def _taught(method: str, **options) -> Objective:
     def task(system, dataset):
         return distillation(
             method,
-            *_generator(system),
+            *_generator(system, dataset),
             system.retriever,
             dataset.train,
             passages=system.marginal_k,
@@ -67,6 +71,7 @@ def _taught(method: str, **options) -> Objective:
 
 
 def _asked_about(system: RAGSystem, dataset: Dataset) -> Task:
+    _require_passages(system)
     teacher = question_likelihood(system)
     return distilled(
         teacher,
@@ -86,7 +91,7 @@ def marginal_task(
     # Passages beyond those that are read teach the retriever alone, where it moves.
     passages = system.marginal_k if "query" in train else system.top_k
     return marginal_likelihood(
-        *_generator(system),
+        *_generator(system, dataset),
         system.retriever,
         dataset.train,
         train=train,
@@ -107,7 +112,7 @@ def _reading(make, rows: Callable) -> Objective:
     """Returns an objective of the generator whose prompts hold `rows(system, dataset)(examples)`."""
 
     def task(system, dataset):
-        decoder, parts, prompts = _generator(system)
+        decoder, parts, prompts = _generator(system, dataset)
         found = rows(system, dataset)
         return make(decoder, parts["decoder"], parts["adapters"], prompts, found)
 
@@ -118,7 +123,7 @@ def _trained_on(make, **options) -> Objective:
     """Returns an objective of the generator whose prompts depend on the gold passages."""
 
     def task(system, dataset):
-        decoder, parts, prompts = _generator(system)
+        decoder, parts, prompts = _generator(system, dataset)
         how = {name: value(system) for name, value in options.items()}
         parameters = parts["decoder"], parts["adapters"]
         return make(decoder, *parameters, prompts, system.retriever, dataset.train, **how)
@@ -127,13 +132,23 @@ def _trained_on(make, **options) -> Objective:
 
 
 def _closed_book(system: RAGSystem, dataset: Dataset) -> Task:
-    decoder, parts, prompts = _generator(system)
+    decoder, parts, prompts = _generator(system, dataset)
     return closed_book(decoder, parts["decoder"], parts["adapters"], prompts)
 
 
-def _generator(system: RAGSystem):
+def _generator(system: RAGSystem, dataset: Dataset):
+    _require_passages(system)
     parts = {"decoder": system.generator.params, "adapters": system.adapters}
-    return system.decoder, parts, system.prompts
+    # A loaded system was not built for these questions. For one that was, the widths stay the same.
+    return system.decoder, parts, system.prompts.wide_enough_for(dataset.train)
+
+
+def _require_passages(system: RAGSystem) -> None:
+    if not len(system.retriever.passages):
+        raise ConfigError(
+            "training searches the system's own passages, and this system has none: build it with "
+            "`passages`, such as those of its store (store.passages())"
+        )
 
 
 def retrieved_rows(system: RAGSystem, dataset: Dataset) -> Callable:

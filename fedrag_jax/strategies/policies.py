@@ -3,10 +3,13 @@
 `search_form` and `learn_to_search` are tasks of strategies, as `strategies.strategies` has them.
 """
 
+import dataclasses
+
 from fedrag_jax.data.corpora import Pool
 from fedrag_jax.data.examples import Dataset
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.evaluation.rewards import F1WithForm, WithCost, WithRetrieval
+from fedrag_jax.generation.rollouts import Searching
 from fedrag_jax.objectives.policy_task import Reward, Rolling, policy
 from fedrag_jax.objectives.search_format import search_format
 from fedrag_jax.objectives.task import Task
@@ -68,6 +71,8 @@ def learn_to_search(
     bonus: float = 0.0,
     cost: float = 0.0,
     pool: Pool | None = None,
+    searching: Searching | None = None,
+    reward: Reward | None = None,
     **options,
 ) -> Tasks:
     """The warm-up, then policy gradients.
@@ -76,11 +81,14 @@ def learn_to_search(
       bonus: reward for searches that found the answer, whatever the model answers.
       cost: reward subtracted per search.
       pool: as in `rolling_of`.
-      options: options of `search_policy`.
+      searching: the format of both, and of the returned system; default: the system's.
+      reward: reward to which `bonus` and `cost` are applied; default: that of ReSearch.
+      options: other options of `search_policy`.
     """
+    system = dataclasses.replace(system, searching=searching or system.searching)
     system = yield from search_form(system, dataset, seed, pool)
-    found = WithRetrieval(F1WithForm(system.searching.tags), system.prompts.tokenizer.decode, bonus)
-    reward = WithCost(found, cost)
+    reward = F1WithForm(system.searching.tags) if reward is None else reward
+    reward = WithCost(WithRetrieval(reward, system.prompts.tokenizer.decode, bonus), cost)
     task = search_policy(system, dataset, reward, seed=seed, pool=pool, **options)
     return system.replace(**(yield task))
 

@@ -104,7 +104,7 @@ def rate_names(regime: str) -> list[str]:
     kind = where.partition("_")[0]
     budget = CONVERGED if where.endswith(CONVERGED) else ""
     places = where, kind + budget, where.removesuffix(CONVERGED), kind
-    names = [f"{place}{mark}{algorithm}" for place in (where, kind + budget, kind)]
+    names = [f"{place}{mark}{algorithm}" for place in places]
     return list(dict.fromkeys([*names, *places]))
 
 
@@ -149,11 +149,12 @@ class Budget(NamedTuple):
             return Schedule(self.rounds * self.clients, self.clients, 1, steps)
         if regime == "local":
             return Schedule(self.rounds, 1, 1, steps)
-        drawn = round(self.participation * self.clients)
-        if drawn < 1 or self.clients % drawn or drawn != self.participation * self.clients:
+        asked = self.participation * self.clients
+        drawn = round(asked)
+        if drawn < 1 or self.clients % drawn or not math.isclose(drawn, asked):
             raise ConfigError(
-                f"participation {self.participation:g} of {self.clients} clients is "
-                f"{self.participation * self.clients:g}; it must be a whole number that divides them"
+                f"participation {self.participation:g} of {self.clients} clients is {asked:g}; it "
+                "must be a whole number that divides them"
             )
         longer = self.clients // drawn
         return Schedule(self.rounds * longer, longer, drawn, steps)

@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from fedrag_jax.data.prompts import ASK
+from fedrag_jax.data.prompts import ASK, plain
+from fedrag_jax.data.spelling import Spelling
 from fedrag_jax.generation.inference import sequence_log_probs
 from fedrag_jax.rag import RAGSystem
 
@@ -21,17 +22,22 @@ def question_likelihood(
     """
     tokenizer, longest = system.prompts.tokenizer, system.prompts.max_passage_tokens
     before, after = ASK.passage.split("{text}")
+    spelling, ending = Spelling(tokenizer), after + ASK.question
+    opening, closing = spelling([before, ending])
 
-    def tokens(texts: list[str]) -> list[np.ndarray]:
-        rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        return [np.array(row, np.int32) for row in rows]
+    def prompt(text: str) -> np.ndarray:
+        text = plain(tokenizer, text)
+        if spelling.adds_up:
+            return np.array([*opening, *spelling.whole(text)[:longest], *closing], np.int32)
+        text, _ = spelling.cut(text, longest)
+        return np.array(spelling.whole(before + text + ending), np.int32)
 
     def score(questions, texts):
-        asked = tokens([f" {question}" for question in questions])
-        opening, closing = tokens([before, after + ASK.question])
-        prompts = [
-            [np.concatenate([opening, text[:longest], closing])] for text in tokens(list(texts))
+        asked = [
+            np.array(spelling.after(ending, f" {plain(tokenizer, question)}"), np.int32)
+            for question in questions
         ]
+        prompts = [[prompt(text)] for text in texts]
         found = sequence_log_probs(system.writer, prompts, asked)
         return np.array([total / len(y) for (total,), y in zip(found, asked, strict=True)])
 

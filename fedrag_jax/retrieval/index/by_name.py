@@ -26,7 +26,7 @@ from fedrag_jax.retrieval.index.faiss_kinds import FaissKind
 from fedrag_jax.retrieval.index.store_index import StoreIndex
 from fedrag_jax.retrieval.index.vector_index import MakesIndex
 from fedrag_jax.retrieval.stores.knowledge_store import KnowledgeStore
-from fedrag_jax.retrieval.stores.registry import KINDS, new_store
+from fedrag_jax.retrieval.stores.registry import KINDS, new_store, store_class
 
 EXACT = {"flat": FaissIndex, "device": DeviceIndex}
 OPTIONS = {
@@ -69,6 +69,22 @@ def index_kind(
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
     return functools.partial(ApproximateIndex.build, kind=kind)
+
+
+def lies_elsewhere(name: str, options: Mapping[str, Any]) -> bool:
+    """Returns whether an index is in a service or in a folder of its own."""
+    return name in ELSEWHERE and store_class(KINDS[name].saved).lies_elsewhere(
+        {"location": options.get("at")}
+    )
+
+
+def saved_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options of an index for a file: without passwords, and with the whole path of a
+    folder, so that they hold in any working directory."""
+    options = dict(options)
+    if lies_elsewhere(name, options):
+        options["at"] = store_class(KINDS[name].saved).public(options["at"])
+    return options
 
 
 def _in_store(name: str, options: Mapping[str, Any], vectors) -> StoreIndex:

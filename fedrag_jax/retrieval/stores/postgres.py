@@ -232,16 +232,22 @@ class PostgresStore(KnowledgeStore):
     # --- on disk -------------------------------------------------------------------------------
 
     def _settings(self) -> dict[str, Any]:
-        parts = self._psycopg.conninfo.conninfo_to_dict(self._conninfo)
-        for secret in ("password", "sslpassword"):
-            parts.pop(secret, None)
         return {
-            "conninfo": self._psycopg.conninfo.make_conninfo(**parts),
+            "conninfo": self.public(self._conninfo),
             "table": self.table,
             "dimension": self.dimension,
             "index": self.index,
             "effort": self.effort,
         }
+
+    @staticmethod
+    def public(conninfo: str) -> str:
+        """Returns a connection string without its passwords."""
+        psycopg = _psycopg()
+        parts = psycopg.conninfo.conninfo_to_dict(conninfo)
+        for secret in ("password", "sslpassword"):
+            parts.pop(secret, None)
+        return psycopg.conninfo.make_conninfo(**parts)
 
     @classmethod
     def lies_elsewhere(cls, settings: dict[str, Any]) -> bool:

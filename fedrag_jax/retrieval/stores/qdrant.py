@@ -6,6 +6,7 @@ pip install 'fedrag-jax[qdrant]'
 import dataclasses
 import os
 import pathlib
+import re
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -210,6 +211,13 @@ class QdrantStore(KnowledgeStore):
         return [[Found(_passage(p), p.score) for p in response.points] for response in responses]
 
     # --- on disk -------------------------------------------------------------------------------
+
+    @staticmethod
+    def public(location: str) -> str:
+        """Returns an address without its password, or the whole path of a folder."""
+        if location.startswith(("http://", "https://")):
+            return re.sub(r"//[^/@]*@", "//", location)
+        return str(pathlib.Path(location).absolute())
 
     @classmethod
     def lies_elsewhere(cls, settings: dict[str, Any]) -> bool:
