@@ -52,7 +52,7 @@ def test_what_stands_around_algorithms_is_the_same_over_devices():
 
 @pytest.mark.slow
 def test_devices_decompose_at_the_same_time():
-    require_equal(start("decompositions", devices=2), timeout=120)
+    require_equal(start("decompositions", devices=2), timeout=300)
 
 
 @pytest.mark.slow
