@@ -108,15 +108,18 @@ def add_lora(network: Network, config: LoraConfig) -> Network:
     """Returns the network with adapters; the parameters of the base fit both networks.
 
     Raises:
-      ConfigError: a target that is not a linear layer of the network, or a pattern that matches none of
-        its targets; the error lists the layers.
+      ConfigError: a target that is not a linear layer of the network or takes no adapter, or a pattern
+        that matches none of its targets; the error lists the layers.
     """
     base = dataclasses.replace(network, lora=None)
     linear = {path[-2] for path, _ in flatten(base.shapes()) if path[-1] == "kernel"}
-    unknown = [name for name in config.targets if name not in linear]
+    everywhere = dataclasses.replace(network, lora=LoraConfig(targets=tuple(sorted(linear))))
+    known = {path[-2] for path, _ in flatten(everywhere.shapes()) if path[-1] == "lora_a"}
+    unknown = [name for name in config.targets if name not in known]
     if unknown:
         raise ConfigError(
-            f"lora.targets {unknown} are not linear layers of this network; it has {sorted(linear)}"
+            f"lora.targets {unknown} are not linear layers of this network that take adapters; it has "
+            f"{sorted(known)}"
         )
     places = [
         f"layers.{i}.{path[-2]}" if path[0] == "layers" else path[-2]
