@@ -14,6 +14,7 @@ from configs import compare_strategies, settings
 
 def get_config() -> ConfigDict:
     config = settings.base()
+    settings.matched_alone(config)
     config.name = "attacks"
     config.seeds = (0, 1, 2)
     # On the built-in world, training changes this strategy's scores most. "none" is the untuned system.

@@ -47,7 +47,7 @@ def get_config(which: str = "") -> ConfigDict:
     config.lora.targets = (
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
     )  # fmt: skip
-    config.retrieval = ConfigDict({"top_k": 2, "marginal_k": 3, "score_scale": 20.0})
+    config.retrieval.update({"top_k": 2, "marginal_k": 3, "score_scale": 20.0})
 
     # 8 rounds x 2 steps x 8 clients x 4 questions: each of the 512 once.
     config.training.local_steps = 2

@@ -14,6 +14,7 @@ from configs import compare_strategies, settings
 
 def get_config() -> ConfigDict:
     config = settings.base()
+    settings.matched_alone(config)
     config.name = "compression"
     config.seeds = (0, 1, 2)
     config.strategies = ("retriever", "generator")

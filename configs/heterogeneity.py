@@ -15,11 +15,11 @@ from configs import compare_strategies, settings
 
 def get_config() -> ConfigDict:
     config = settings.base()
+    settings.matched_alone(config)
     config.name = "heterogeneity"
     config.seeds = (0, 1, 2, 3, 4)
     config.strategies = ("none", "retriever", "joint_token")
     config.regimes = ("federated",)
-    config.primary_metric = "em"
     config.equivalence_margin = 2.0  # in points; choose it before a run
     config.mode = (
         "concatenated"  # how questions are answered, see fedrag_jax/generation/inference.py

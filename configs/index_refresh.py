@@ -15,11 +15,13 @@ from configs import settings
 
 def get_config() -> ConfigDict:
     config = settings.base()
+    settings.matched_alone(config)
     config.name = "index_refresh"
     config.seeds = (0, 1, 2)
     config.regimes = ("centralised", "federated")
-    # Both encoders are averaged by FedAvg alone.
+    # Both encoders are averaged by FedAvg alone, and a cell is computed without a checkpoint.
     del config.federated.algorithm, config.federated.algorithm_options
+    del config.training.checkpoint_every
     config.objective = (
         "pdist"  # or another with a generator as teacher, see strategies/objectives.py
     )

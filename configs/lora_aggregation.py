@@ -16,6 +16,7 @@ from configs import settings
 
 def get_config() -> ConfigDict:
     config = settings.base()
+    settings.matched_alone(config)
     config.name = "lora_aggregation"
     config.seeds = (0, 1, 2, 3, 4)
     config.data.control_questions = 200  # a sample of the test set

@@ -24,6 +24,7 @@ def get_config(which: str = "") -> ConfigDict:
     if which and which not in VARIANTS:
         raise ValueError(f"{which!r} unknown; choose among {[*VARIANTS]}, or leave it out")
     config = settings.base()
+    settings.matched_alone(config)
     config.name = f"privacy_{which}" if which else "privacy"
     config.seeds = (0,)
     # "retriever" or "generator".
@@ -31,12 +32,10 @@ def get_config(which: str = "") -> ConfigDict:
     config.primary_metric = "recall_at_5"
     config.mode = "concatenated"  # how questions are answered, if EM or F1 is the primary metric
     config.learning_rates = compare_strategies.learning_rates()
-    # All clients of the half train in every round, by the variant's algorithm.
-    del (
-        config.federated.participation,
-        config.federated.algorithm,
-        config.federated.algorithm_options,
-    )
+    # All clients of the half train in every round, by the variant's algorithm, on one device. A cell
+    # is computed without a checkpoint.
+    del config.federated.participation, config.federated.devices, config.training.checkpoint_every
+    del config.federated.algorithm, config.federated.algorithm_options
     config.data.test_questions = 200
     # Half of the clients train. All hold the same number of questions, about few topics if alpha is
     # small. No client trains on `fresh` of its questions: attacks on participation use them.

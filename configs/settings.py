@@ -110,3 +110,9 @@ def base() -> ConfigDict:
 
     config.wandb = ConfigDict({"mode": "offline", "project": "fedrag_jax"})
     return config
+
+
+def matched_alone(config: ConfigDict) -> None:
+    """Removes the settings of regimes that train until validation stops improving."""
+    converged = config.training.converged
+    del converged.cap, converged.every, converged.patience

@@ -15,16 +15,16 @@ import numpy as np
 
 from experiments.compare_strategies import told
 from experiments.lab import METRICS, Lab, compute_cell
-from experiments.loading import check_replicates, load_data, replicates
+from experiments.loading import check_replicates, check_scores, load_data, replicates
 from experiments.reporting import cells, comparison, differences, tables
 from experiments.reporting.page import Report, Section
 from experiments.run import Experiment, Point, finished
-from fedrag_jax.data.answers import normalize_answer
 from fedrag_jax.data.corpora import following
 from fedrag_jax.data.examples import Dataset, Example
 from fedrag_jax.data.partition import partition
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.evaluation.metrics import exact_match, percent
+from fedrag_jax.evaluation.rankings import answer_recall_at_k
 from fedrag_jax.federated.algorithms import by_name
 from fedrag_jax.federated.attacks import (
     FORGED,
@@ -36,7 +36,6 @@ from fedrag_jax.federated.attacks import (
     under_trigger,
 )
 from fedrag_jax.federated.sampling import uniform
-from fedrag_jax.generation.inference import MODES
 from fedrag_jax.strategies.own import named
 from fedrag_jax.strategies.regimes import Budget
 
@@ -123,8 +122,7 @@ def lab(config, folder: pathlib.Path) -> Attacks:
       DataError: a training question without a gold passage.
     """
     check_replicates(config)
-    if config.mode not in ("", *MODES):
-        raise ConfigError(f"config.mode: {config.mode!r} unknown; choose among {['', *MODES]}")
+    check_scores(config, rankings_alone=True)
     for name in ("attacks", "rules", "strategies", "attackers"):
         if not config[name]:
             raise ConfigError(f"config.{name} is empty; give at least one")
@@ -222,7 +220,7 @@ def successes(lab: Attacks, run: Lab, system, point: Point) -> dict[str, float]:
         said = system.answer(questions, rows)
         found["forged"] = percent(
             [
-                normalize_answer(answer) in normalize_answer(text)
+                bool(answer_recall_at_k([[0]], [text], [[answer]], 1)[0])
                 and not exact_match(answer, e.answers)
                 for answer, (e, text) in zip(said, about, strict=True)
             ]

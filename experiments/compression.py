@@ -11,7 +11,7 @@ import pathlib
 
 from experiments.compare_strategies import told
 from experiments.lab import METRICS, Lab, compute_cell
-from experiments.loading import check_replicates, load_data, replicates
+from experiments.loading import check_replicates, check_scores, load_data, replicates
 from experiments.reporting import cells, comparison, differences, experiment_figures, tables
 from experiments.reporting.page import Report, Section
 from experiments.run import Experiment, Point, finished
@@ -45,6 +45,7 @@ def lab(config, folder: pathlib.Path) -> Messages:
         regime other than the federated one.
     """
     check_replicates(config)
+    check_scores(config)
     for name in ("messages", "strategies"):
         if not config[name]:
             raise ConfigError(f"config.{name} is empty; give at least one")

@@ -26,7 +26,7 @@ class FinishedLab(Lab):
     """
 
     def __init__(self, of: pathlib.Path):
-        config = ConfigDict(kept_config(of / "config.json"))
+        config = ConfigDict(kept_config(of / "config.json"), sort_keys=False)
         super().__init__(config, load_data(config), of)
         self.tuned = functools.lru_cache(maxsize=1)(self._tuned)
 

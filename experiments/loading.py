@@ -73,10 +73,11 @@ def own_questions(config, dataset: Dataset) -> list[Example]:
         return []
     topics = {e.topic for e in dataset.train} - {""}
     trained = {e.id for e in dataset.train}
-    read = {i for e in dataset.train for i in e.positive_ids}
+    whole = _whole(*_named(config)).train  # with the labels that training may not see
+    read = {i for e in whole if e.id in trained for i in e.positive_ids}
     others = [
         e
-        for e in _whole(*_named(config)).train
+        for e in whole
         if e.topic in topics and e.id not in trained and read.isdisjoint(e.positive_ids)
     ]
     if len(others) < count:
@@ -147,15 +148,32 @@ def check(config) -> None:
         raise ConfigError(
             f"config.federated.participation must be in (0, 1], got {config.federated.participation}"
         )
-    if "mode" in config and config.mode not in MODES:
-        raise ConfigError(f"config.mode: {config.mode!r} unknown; choose among {[*MODES]}")
-    if "primary_metric" in config and config.primary_metric not in METRICS:
-        raise ConfigError(
-            f"config.primary_metric: {config.primary_metric!r} unknown; choose among {[*METRICS]}"
-        )
+    check_scores(config)
     for regime in config.regimes:
         parse(regime, config.federated.alpha)
     check_algorithms(config)
+
+
+def check_scores(config, *, rankings_alone: bool = False) -> None:
+    """Checks how answers are scored, where an experiment has these settings.
+
+    Args:
+      rankings_alone: whether the mode may be "", which writes no answers.
+
+    Raises:
+      ConfigError: an unknown mode or primary metric, or a metric of answers that nothing writes.
+    """
+    modes = ["", *MODES] if rankings_alone else [*MODES]
+    mode, metric = config.get("mode", modes[-1]), config.get("primary_metric", "mrr")
+    if mode not in modes:
+        raise ConfigError(f"config.mode: {mode!r} unknown; choose among {modes}")
+    if metric not in METRICS:
+        raise ConfigError(f"config.primary_metric: {metric!r} unknown; choose among {[*METRICS]}")
+    if not mode and metric in ("em", "f1"):
+        raise ConfigError(
+            f'config.primary_metric: {metric!r} needs answers, but config.mode is "", which writes '
+            f"none; choose a mode among {[*MODES]}, or another metric"
+        )
 
 
 def algorithm_of(config, regime: str) -> tuple[str, dict]:

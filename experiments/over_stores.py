@@ -12,7 +12,7 @@ import pathlib
 
 from experiments.finished_lab import FinishedLab, require_finished, tested, untuned_of_other_seeds
 from experiments.lab import METRICS
-from experiments.loading import check_replicates, replicates
+from experiments.loading import check_replicates, check_scores, replicates
 from experiments.reporting import cells, comparison, differences, tables
 from experiments.reporting.page import Report, Section
 from experiments.run import Experiment, Point, finished
@@ -58,6 +58,7 @@ def lab(config, folder: pathlib.Path) -> OverStores:
       ConfigError: a comparison that is not there or lacks a cell, an unknown kind of store.
     """
     check_replicates(config)
+    check_scores(config)
     require_finished(pathlib.Path(config.of), every_point(config))
     found = OverStores(config, pathlib.Path(config.of), folder)
     dimension = found.system(found.config.seeds[0]).retriever.vectors.shape[1]

@@ -11,7 +11,7 @@ import pathlib
 import numpy as np
 
 from experiments.lab import Lab
-from experiments.loading import check_replicates, load_data, replicates
+from experiments.loading import check_replicates, check_scores, load_data, replicates
 from experiments.privacy_lab import OBJECTIVE, Trainer, crowd
 from experiments.reporting import cells, comparison, privacy_figures, tables
 from experiments.reporting.page import Report, Section
@@ -22,7 +22,7 @@ from fedrag_jax.data.seeds import stream
 from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.evaluation.evaluator import evaluate, rank_scores, ranking
 from fedrag_jax.evaluation.leakage import extraction, inversion, membership, users
-from fedrag_jax.evaluation.leakage.roc import Attack, auc, estimate, tpr_at_fpr
+from fedrag_jax.evaluation.leakage.roc import Attack, Statistic, auc, estimate, tpr_at_fpr
 from fedrag_jax.federated.algorithms import by_name
 from fedrag_jax.tracking.ledger import Cost
 
@@ -44,6 +44,7 @@ def lab(config, folder: pathlib.Path) -> Lab:
       DataError: test questions without gold passages.
     """
     check_replicates(config)
+    check_scores(config)
     if config.strategy not in OBJECTIVE:
         raise ConfigError(f"config.strategy: choose among {[*OBJECTIVE]}, got {config.strategy!r}")
     if not config.variants:
@@ -68,10 +69,10 @@ def lab(config, folder: pathlib.Path) -> Lab:
                 f"{where}: delta {options['delta']} is not below 1/{training}, of clients that train"
             )
     found = Lab(config, load_data(config), folder)
-    if bare := sum(not e.positive_ids for e in found.dataset.test[: config.asked]):
+    if bare := sum(not found.dataset.test[i].positive_ids for i in asked_of_store(found)):
         raise DataError(
-            f"{bare} of the first {config.asked} test questions name no gold passage, but attacks on a "
-            "store need it; give positive_ids, or lower config.asked"
+            f"{bare} of {config.asked} test questions name no gold passage, which attacks on a store "
+            "need; give positive_ids, or lower config.asked"
         )
     for _, split in replicates(config):
         crowd(config, found.dataset, split)
@@ -126,6 +127,12 @@ def quality(lab: Lab, system) -> dict[str, np.ndarray]:
     return rank_scores(system.retriever, test, rows)
 
 
+def asked_of_store(lab: Lab) -> np.ndarray:
+    """Returns the rows of the test questions that attacks on a store ask, in random order."""
+    count = min(lab.config.asked, len(lab.dataset.test))
+    return stream(0, "questions of a store").permutation(len(lab.dataset.test))[:count]
+
+
 def served(lab: Lab, system) -> dict[str, np.ndarray]:
     """Returns the scores of attacks on a served system that holds half of the passages.
 
@@ -133,12 +140,13 @@ def served(lab: Lab, system) -> dict[str, np.ndarray]:
     held, and `said` the share of the passages read that prompts made the system repeat.
     """
     config, passages, test = lab.config, lab.dataset.passages, lab.dataset.test
-    asked = test[: config.asked]
+    rows = asked_of_store(lab)
+    asked = [test[i] for i in rows]
     held = stream(0, "passages of a store").random(len(passages)) < 0.5
     row = {identifier: i for i, identifier in enumerate(ids_of(passages))}
     found = {name: np.full(len(test), np.nan) for name in ("f1", "there")}
-    found["f1"][: len(asked)] = extraction.answered_from(system, asked, held)["f1"]
-    found["there"][: len(asked)] = held[[row[e.positive_ids[0]] for e in asked]]
+    found["f1"][rows] = extraction.answered_from(system, asked, held)["f1"]
+    found["there"][rows] = held[[row[e.positive_ids[0]] for e in asked]]
     about = [e.question for e in asked[: len(asked) // 3]]
     said = extraction.repeated(system, about, config.said_words, max_new_tokens=48)
     return {"passage_f1": found["f1"], "passage_there": found["there"], "said": said}
@@ -248,12 +256,17 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
         row |= falls(found)
         for attack in MEASURED:
             if made := attacks_on(found, attack):
-                row |= _told(f"{attack}_auc", estimate(auc, made))
+                row |= _told(f"{attack}_auc", measured(attack, auc, made))
                 if attack in ATTACKS:
-                    row |= _told(f"{attack}_tpr", estimate(tpr_at_fpr, made), 100)
+                    row |= _told(f"{attack}_tpr", measured(attack, tpr_at_fpr, made), 100)
         row["seconds"] = float(np.mean([c.cost.seconds + c.cost.compile_seconds for c in found]))
         rows.append(row)
     return rows
+
+
+def measured(attack: str, statistic: Statistic, made: list[Attack]) -> tuple[float, float, float]:
+    """Returns the mean over seeds of a statistic and its interval; all seeds ask a store the same."""
+    return estimate(statistic, made, same_questions=attack == "passages")
 
 
 def falls(found: list[cells.Cell]) -> dict[str, float]:
@@ -297,7 +310,7 @@ def report(config, folder: pathlib.Path) -> Report:
         tables.number("frequent words", "usual_words", 2),
         tables.interval("passages of a store", "passages_auc", 2),
         tables.number("passages repeated, %", "said", 1, 0.01),
-        tables.number("seconds", "seconds", 0),
+        tables.number("seconds, with shadow models and attacks", "seconds", 0),
     )
     return Report(
         folder.name,

@@ -37,7 +37,8 @@ def rebuild(folder: pathlib.Path) -> list[str]:
     if name not in COMMANDS:
         raise ConfigError(f"{folder}/manifest.json names none of {[*COMMANDS]}, but {name!r}")
     experiment = importlib.import_module(f"experiments.{name}").EXPERIMENT
-    return experiment.report(ConfigDict(config), folder).write(folder)
+    # In the order of the file: variants are shown as they were written.
+    return experiment.report(ConfigDict(config, sort_keys=False), folder).write(folder)
 
 
 if __name__ == "__main__":

@@ -109,6 +109,8 @@ def test_what_counts_as_success(lab):
     assert success("backdoor", there, "no", "generator") == {"trigger": 0.0}
     assert success("passages", there, "nothing of it") == {"forged": 0.0}
     assert success("passages", there, "in")["forged"] > 50  # people are born in, trained at
+    # No word of a forgery, though its letters are there.
+    assert {success("passages", there, said)["forged"] for said in ("", "???", "the", "n")} == {0.0}
 
 
 def test_a_right_answer_is_no_believed_forgery():
@@ -122,6 +124,8 @@ def test_a_right_answer_is_no_believed_forgery():
     ("change", "words"),
     [
         ({"attacks": ()}, "config.attacks is empty"),
+        ({"mode": "", "primary_metric": "em"}, r"'em' needs answers, but config.mode is \"\""),
+        ({"mode": "concat"}, r"config.mode: 'concat' unknown; choose among \['', 'concatenated'"),
         ({"attackers": ()}, "config.attackers is empty"),
         ({"attackers": (7,)}, r"must be between 0 and 3, got \(7,\)"),
         ({"attackers": (0, 1, 2, 3)}, "all 4 clients attack"),

@@ -49,6 +49,17 @@ def test_an_answer_without_a_normal_form_is_no_abstention():
     assert scoring.told(q, [Passage("r", "", "Carrots have a lot.")]) == {"answer_in_passages": 0.0}
 
 
+def test_punctuation_separates_words_in_triviaqa():
+    """As in triviaqa_evaluation.py, where SQuAD's script joins them."""
+    known = sets.SETS["triviaqa"]
+    for said, answer in (
+        ("Spider Man", "Spider-Man"), ("rock 'n' roll", "rock ’n’ roll"), ("the_A-Team", "team"),
+    ):  # fmt: skip
+        q = Question("a", "Who?", (answer,))
+        assert scoring.open_answer(known, q, said)["em"] == 1.0
+        assert scoring.open_answer(sets.SETS["squad"], q, said)["em"] == 0.0
+
+
 def test_a_set_can_be_scored_by_another_rule():
     q = Question("a", "哪里？", ("北京大学",))
     by = {r: sets.scored_by(sets.SETS["squad"], r) for r in ("squad", "zh")}

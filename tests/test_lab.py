@@ -103,6 +103,11 @@ def test_left_over_training_questions_stand_for_clients_own_topics(tmp_path):
     assert not {e.id for e in others} & {e.id for e in [*train, *run.dataset.validation, *tests]}
     read = {i for e in train for i in e.positive_ids}
     assert not any(read & {*e.positive_ids} for e in others)
+    # Nor where training may not see which passages its questions are about.
+    config.data.labels = False
+    hidden = loading.own_questions(config, loading.load_data(config))
+    assert [e.id for e in hidden] == [e.id for e in others]
+    config.data.labels = True
 
     # Each lone client is asked all tests, and of the others those on what it holds.
     clients = run.clients("local", 0)

@@ -366,3 +366,6 @@ def test_finding_the_answer_may_count():
     reward = WithRetrieval(F1WithForm(), lambda tokens: "in nyc" if 7 in tokens else "", 0.25)
     assert reward(ASKED, rollout("<answer>Bern</answer>", found=[[7]])) == pytest.approx(0.35)
     assert reward(ASKED, rollout("<answer>Bern</answer>", found=[[8]])) == pytest.approx(0.1)
+    # Letters of another word are no answer.
+    inside = WithRetrieval(F1WithForm(), lambda tokens: "in nycteris", 0.25)
+    assert inside(ASKED, rollout("<answer>Bern</answer>", found=[[7]])) == pytest.approx(0.1)

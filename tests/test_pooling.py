@@ -95,7 +95,9 @@ def test_a_dense_module_comes_behind_the_vector(tmp_path, activation, function):
 
 def test_a_dense_module_takes_no_adapter_and_says_so(tmp_path):
     network = hub.load(with_dense(tmp_path)[0]).network
-    with pytest.raises(ConfigError, match=r"\['projection_0'\] are not .* adapters; it has \['down"):
+    with pytest.raises(
+        ConfigError, match=r"\['projection_0'\] are not .* adapters; it has \['down"
+    ):
         lora.add_lora(network, lora.LoraConfig(targets=("q_proj", "projection_0")))
 
 

@@ -14,6 +14,7 @@ from experiments.reporting import cells
 from experiments.run import run
 from fedrag_jax.data import synthetic
 from fedrag_jax.errors import ConfigError
+from fedrag_jax.evaluation.leakage import roc
 from fedrag_jax.tracking.ledger import Cost
 
 
@@ -55,6 +56,25 @@ def test_the_fall_of_the_loss_is_of_questions_that_were_trained_on():
     assert privacy.falls([cell]) == {"fall_trained": 1.5, "fall_others": -0.25}
 
 
+def test_a_store_is_asked_the_same_questions_in_all_seeds():
+    rng = np.random.default_rng(0)
+    one = roc.Attack(rng.random(30), np.arange(30) % 2 == 0, np.arange(30))
+
+    def width(attack, models):
+        _, low, high = privacy.measured(attack, roc.auc, [one] * models)
+        return high - low
+
+    # Three equal models then tell no more than one; where each seed has its own questions, they do.
+    assert width("passages", 3) == pytest.approx(width("passages", 1), rel=0.1)
+    assert width("loss", 3) < 0.8 * width("loss", 1)
+
+
+def test_questions_to_a_store_are_a_sample(tmp_path):
+    lab = privacy.lab(small_privacy(), tmp_path)
+    rows = privacy.asked_of_store(lab)
+    assert len({*rows}) == lab.config.asked < max(rows) + 1 <= len(lab.dataset.test)
+
+
 def test_who_trains_and_who_does_not():
     config = small_privacy()
     found = crowd(config, synthetic.generate(), split=0)
@@ -92,6 +112,7 @@ def test_labels_by_heart_are_those_of_others():
         ({"variants": ConfigDict()}, "config.variants is empty"),
         ({"strategy": "both"}, "config.strategy: choose among"),
         ({"shadows": 2}, "config.shadows must be 0 or an even number of at least 4, got 2"),
+        ({"primary_metric": "bleu"}, "config.primary_metric: 'bleu' unknown"),
         ({"victims": 5}, "config.victims must be between 1 and 4, got 5"),
         ({"variants": ConfigDict({"odd": {"steps": 3}})}, r"config.variants.odd has \['steps'\]"),
         pytest.param(

@@ -89,8 +89,21 @@ def test_rows_compare_with_the_best_that_retrieves_once(tmp_path):
     assert none["collapsed"] is None  # there is no policy to watch
     assert search["two_hop_by_difference"] == pytest.approx(55.0)
     assert none["two_hop_by_difference"] == pytest.approx(-5.0)
-    assert "two_hop_by_difference" not in generator and search["best_once"] == "generator"
+    assert "two_hop_by_difference" not in generator and search["against"] == "generator"
     assert search["two_hop_by_p_holm"] < 0.05
+
+    # Where the same variants are trained federated, they are compared with each other.
+    config.variants = {
+        "centralised": ("none", "generator", "search"),
+        "federated": ("none", "search"),
+    }
+    for seed in (0, 1):
+        for made in (cell("none", seed, 8, 4, 1.0), cell("search", seed, 14, 10, 1.9)):
+            cells.save(tmp_path, made._replace(regime="federated"))
+    *others, none, search = research.rows_of(config, tmp_path)
+    assert [row.get("against") for row in others] == ["generator", None, "generator"]
+    assert "against" not in none and search["against"] == "none"
+    assert search["two_hop_by_difference"] == pytest.approx(30.0)
 
 
 @pytest.mark.slow

@@ -332,6 +332,8 @@ def test_scores_that_are_none_are_refused():
         paired_permutation_test([1, 2], [1, 2, 3])
     with pytest.raises(ConfigError, match="equally many, got 5 and 6"):
         paired_t_test(np.ones((5, 2)), np.ones((6, 2)))
+    with pytest.raises(DataError, match=r"in seed number 1 .* so few clusters have weight"):
+        bootstrap_interval([[1, 2, 3], [4, 5, 6]], weights=[[1, 1, 1], [1, 0, 0]])
     with pytest.raises(ConfigError, match="level must be"):
         bootstrap_interval([1, 2], level=95)
     for broken in ([0.1, np.nan], [1.2], [[0.1]]):

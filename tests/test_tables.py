@@ -35,6 +35,12 @@ def shown(table) -> list[list[str]]:
     return [[word.strip() for word in line.strip("|").split("|")] for line in lines]
 
 
+def beside_others(cell):
+    """A cell whose test questions stand before others, which they do not score."""
+    scores = {name: np.append(x, np.nan) for name, x in cell.scores.items()}
+    return cell._replace(scores=scores, clusters=np.append(cell.clusters, 99))
+
+
 def test_spreads_of_model_and_split_seeds_are_told_apart():
     # EM in points: 0 25 75 for the models of split 0, 50 100 for those of split 1.
     means = {(0, 0): 0, (1, 0): 1, (2, 0): 3, (0, 1): 2, (1, 1): 4}
@@ -49,6 +55,8 @@ def test_spreads_of_model_and_split_seeds_are_told_apart():
     # By model: 0 50, 25 100, and one that has a single split.
     assert row["em_split_sd"] == pytest.approx(np.sqrt((50**2 + 75**2) / 2 / 2))
     assert row["em"] == 50 and row["alpha"] == 0.1
+    (again,) = comparison.strategy_rows([beside_others(c) for c in cells], REGIMES)
+    assert (again["em_model_sd"], again["em_split_sd"]) == (row["em_model_sd"], row["em_split_sd"])
     (row,) = comparison.strategy_rows(cells[:1], REGIMES)
     assert row["em_model_sd"] is None
     (row,) = comparison.strategy_rows([cell("none", "centralised", [0, 1])], REGIMES)
@@ -211,12 +219,12 @@ def test_a_table_in_three_languages():
             "em_high": 60.06,
             "p": 2e-4,
         },
-        {"who": "none", "x": None, "em": 1.0, "em_low": 0.0, "em_high": 2.0, "p": 1.0},
+        {"who": "ε ≈ 8", "x": None, "em": 1.0, "em_low": 0.0, "em_high": 2.0, "p": 1.0},
     ]
     table = tables.Table(columns, rows)
     assert shown(table) == [
         ["two_phase <b>", "12.35", "50.0 [40.0, 60.1]", "<0.001"],
-        ["none", "–", "1.0 [0.0, 2.0]", "1.000"],
+        ["ε ≈ 8", "–", "1.0 [0.0, 2.0]", "1.000"],
     ]
     latex = table.latex()
     assert r"two\_phase" in latex and r"who \& why" in latex and r"$\alpha$ = $\infty$" in latex

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.reporting.cells import Cell
-from fedrag_jax.evaluation.metrics import percent
 from fedrag_jax.evaluation.significance import bootstrap_interval, seed_means, seed_sd
 from fedrag_jax.tracking.ledger import mean_cost
 
@@ -202,7 +201,7 @@ def _sd_within(cells: Sequence[Cell], same) -> float | None:
     """Standard deviation of EM in points among cells of which `same` is the same, pooled."""
     together: dict[int, list[float]] = {}
     for cell in cells:
-        together.setdefault(same(cell), []).append(percent(cell.scores["em"]))
+        together.setdefault(same(cell), []).append(100 * np.nanmean(cell.scores["em"]))
     groups = [np.array(em) for em in together.values() if len(em) > 1]
     if not groups:
         return None

@@ -12,7 +12,10 @@ from fedrag_jax.files import whole
 
 Row = Mapping[str, Any]
 MISSING = "–"
-_LATEX = {"–": "--", "±": r"$\pm$", "α": r"$\alpha$", "∞": r"$\infty$", "×": r"$\times$"}
+_LATEX = {
+    "–": "--", "±": r"$\pm$", "×": r"$\times$", "≈": r"$\approx$", "∞": r"$\infty$",
+    "α": r"$\alpha$", "ε": r"$\varepsilon$", "μ": r"$\mu$",
+}  # fmt: skip
 
 
 class Column(NamedTuple):

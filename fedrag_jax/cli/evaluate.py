@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--by",
         default="",
         help="how choices are scored: generation, likelihood (of a choice's text) or letters "
-        "(likelihood of its letter, as for MMLU); default: the benchmark's usual method",
+        "(likelihood of its letter, the default of MMLU); default: the benchmark's usual method",
     )
     parser.add_argument(
         "--corpus",
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--rule",
-        choices=("squad", "squad_v2", "hotpotqa", "zh", "ja"),
+        choices=("squad", "squad_v2", "hotpotqa", "triviaqa", "zh", "ja"),
         help="how answers are compared; zh and ja compare characters, as MLQA does for Chinese "
         "(default: the benchmark's rule; squad for --questions)",
     )

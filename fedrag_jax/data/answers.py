@@ -12,6 +12,7 @@ UNSPACED = (
     r"\U00020000-\U0003ffff"
 )
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
+_SPACED = str.maketrans(dict.fromkeys(string.punctuation + "‘’´", " "))
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _IDEOGRAPHS = "\u4e00-\u9fa5"  # those of MLQA's script
 _KANA = (
@@ -25,6 +26,12 @@ def normalize_answer(text: str) -> str:
     Punctuation of other scripts stays, so scores are stricter in other languages than in English.
     """
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def normalize_trivia(text: str) -> str:
+    """TriviaQA's normal form (triviaqa_evaluation.py): as SQuAD's, but a space for each punctuation
+    mark, among them typographic apostrophes: "Spider-Man" is "spider man"."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_SPACED)).split())
 
 
 def normalize_chinese(text: str) -> str:

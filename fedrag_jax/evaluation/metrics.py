@@ -16,6 +16,7 @@ from fedrag_jax.data.answers import (
     normalize_answer,
     normalize_chinese,
     normalize_japanese,
+    normalize_trivia,
     stands_in,
 )
 from fedrag_jax.data.citations import UNKNOWN
@@ -51,7 +52,8 @@ def f1(prediction: str, answers: Sequence[str], rule: str = "squad") -> float:
     Args:
       rule: "squad" as in evaluate-v1.1.py; "squad_v2" as in evaluate-v2.0.py, where a question may have
         no answer and an empty prediction is then correct; "hotpotqa" as in hotpot_evaluate_v1.py, where
-        yes, no and noanswer match only themselves; "zh" as in mlqa_evaluation_v1.py for Chinese, by
+        yes, no and noanswer match only themselves; "triviaqa" as in triviaqa_evaluation.py, where
+        punctuation separates words; "zh" as in mlqa_evaluation_v1.py for Chinese, by
         character; "ja" the same for Japanese, including kana.
 
     Raises:
@@ -147,6 +149,7 @@ RULES = {
     "squad": Rule(normalize_answer, _squad_f1),
     "squad_v2": Rule(normalize_answer, _squad_v2_f1),
     "hotpotqa": Rule(normalize_answer, _hotpotqa_f1),
+    "triviaqa": Rule(normalize_trivia, _squad_f1),
     "zh": Rule(normalize_chinese, _squad_f1),
     "ja": Rule(normalize_japanese, _squad_f1),
 }

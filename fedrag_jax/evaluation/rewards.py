@@ -5,13 +5,14 @@ from collections.abc import Callable
 
 from fedrag_jax.data.examples import Example
 from fedrag_jax.evaluation.metrics import exact_match, f1
+from fedrag_jax.evaluation.rankings import answer_recall_at_k
 from fedrag_jax.generation.rollouts import TAGS, Rollout, Tags
 from fedrag_jax.objectives.policy_task import Reward
 
 
 @dataclasses.dataclass(frozen=True)
 class F1WithForm:
-    """The reward of ReSearch (2503.19470): F1 of a well-formed answer, at least `floor`; else 0.
+    """The reward of ReSearch (2503.19470): F1 of a well-formed answer, `floor` if F1 is 0; else 0.
 
     Yes and no match only themselves.
     """
@@ -45,7 +46,7 @@ class ExactWithForm:
 
 @dataclasses.dataclass(frozen=True)
 class WithRetrieval:
-    """Adds `bonus` to another reward if the searches of the rollout found an answer.
+    """Adds `bonus` to another reward if the searches of the rollout found an answer, as whole words.
 
     Attributes:
       text: function that returns the text of a retrieved part's tokens.
@@ -56,9 +57,9 @@ class WithRetrieval:
     bonus: float = 0.1
 
     def __call__(self, example: Example, rollout: Rollout) -> float:
-        found = " ".join(self.text(p.tokens) for p in rollout.parts if not p.written).lower()
-        there = any(answer.lower() in found for answer in example.answers if answer.strip())
-        return self.reward(example, rollout) + self.bonus * there
+        found = " ".join(self.text(p.tokens) for p in rollout.parts if not p.written)
+        (there,) = answer_recall_at_k([[0]], [found], [example.answers], 1)
+        return self.reward(example, rollout) + self.bonus * float(there)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -91,7 +91,13 @@ def _resampled_means(scores, clusters, weights, resamples: int, seed: int) -> np
     means, start = [], 0
     for rows in _chunks(resamples, count):
         some = drawn[start : start + rows].astype(np.float64)
-        means.append((times[start : start + rows] * (some @ sums.T) / (some @ sizes.T)).sum(1))
+        total = some @ sizes.T
+        if (bare := (total == 0).any(0)).any():
+            raise DataError(
+                f"weights: in seed number {bare.argmax()} (from 0) so few clusters have weight that a "
+                "resample drew none; leave the seed out, or weight more of its questions"
+            )
+        means.append((times[start : start + rows] * (some @ sums.T) / total).sum(1))
         start += rows
     return np.concatenate(means)
 

@@ -60,7 +60,7 @@ def test_the_likelihood_of_a_choice_is_that_of_its_tokens_one_by_one(system, run
 
 
 def test_who_reads_the_answer_chooses_it_and_who_does_not_guesses(run):
-    told, untold = (run("mmlu", corpus=corpus) for corpus in ("gold", "none"))
+    told, untold = (run("mmlu", corpus=corpus, by="likelihood") for corpus in ("gold", "none"))
     assert told.n == 24 and told.metrics["accuracy"].mean >= 90
     assert untold.metrics["accuracy"].mean <= 60
     assert all(row["read"] == [] for row in untold.rows) and "mrr" not in untold.metrics
@@ -68,6 +68,7 @@ def test_who_reads_the_answer_chooses_it_and_who_does_not_guesses(run):
 
 
 def test_what_is_written_and_not_a_letter_counts_as_wrong_and_is_told(run):
+    assert run("mmlu", limit=1).settings["by"] == "letters"  # as MMLU's authors choose
     result = run("mmlu", limit=4, corpus="gold", by="generation")
     for row in result.rows:
         unparsable = row["prediction"] is None

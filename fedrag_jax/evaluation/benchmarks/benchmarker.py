@@ -110,7 +110,7 @@ class Benchmarker:
         known = sets.named(name)
         if rule:
             known = sets.scored_by(known, rule)
-        by = by or sets.KINDS[known.kind][0]
+        by = by or known.by or sets.KINDS[known.kind][0]
         self._check(known, by, corpus, limit, shots, mode, beams)
         material = reading.read(known, split, source, shown=shots > 0)
         asked, shown = material.asked, material.shown

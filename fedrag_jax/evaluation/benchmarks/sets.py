@@ -28,7 +28,7 @@ from fedrag_jax.data.pubmedqa_ids import TEST_IDS
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.evaluation import metrics
 
-KINDS = {  # and how they can be answered, the usual way first
+KINDS = {  # and how they can be answered, by default in the first way
     "open": ("generation",),
     "choices": ("likelihood", "letters", "generation"),
     "labels": ("generation", "likelihood"),
@@ -48,6 +48,7 @@ class BenchmarkSet:
         written; "labels" are short choices, the same for all questions, that are written themselves.
       convert: function from a row and a default id to a question and its passages.
       labels: the labels of the kind "labels".
+      by: how it is usually answered; "" for the first way of its kind.
       rule: rule of `metrics.f1`, for the kind "open".
       first: the metric that the benchmark's paper reports.
       also: additional scores: "substring", "answerable", "recall_all".
@@ -66,6 +67,7 @@ class BenchmarkSet:
     convert: Callable[[Mapping[str, Any], str], tuple[Question, list[Passage]]]
     config: str | None = None
     labels: tuple[str, ...] = ()
+    by: str = ""
     rule: str = "squad"
     first: str = "em"
     also: tuple[str, ...] = ()
@@ -83,7 +85,7 @@ def _pubmedqa_side(question: Question) -> str:
 _ALL = (
     BenchmarkSet(
         "mmlu", "cais/mmlu", "test", "dev", "choices", hub_rows.mmlu, "all",
-        first="accuracy", known_as={"val": "validation"}, group="subject",
+        by="letters", first="accuracy", known_as={"val": "validation"}, group="subject",
     ),
     BenchmarkSet(
         "hellaswag", "Rowan/hellaswag", "validation", "train", "choices", hub_rows.hellaswag,
@@ -102,7 +104,7 @@ _ALL = (
     ),
     BenchmarkSet(
         "triviaqa", "mandarjoshi/trivia_qa", "validation", "train", "open", hub_rows.triviaqa,
-        "unfiltered.nocontext",
+        "unfiltered.nocontext", rule="triviaqa",
     ),
     # Mallen et al. 2023 (2212.10511) count an answer that has a gold answer somewhere in it as right.
     BenchmarkSet(
