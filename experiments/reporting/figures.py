@@ -79,6 +79,7 @@ def pyplot():
     return plt
 
 
+ENDS = ("", "_low", "_high")  # of a mean and its interval
 # What quality costs: its name and its unit.
 COSTS = {"seconds": ("training time (s)", 1), "flops": ("training operations (10¹²)", 1e12)}
 
@@ -99,6 +100,7 @@ def quality_against_cost(rows: Sequence[dict[str, Any]], cost: str = "seconds"):
             look = looks[row["strategy"]]
             if row["strategy"] == "none":
                 ax.axhline(row["em"], color=look.color, lw=1, ls=":", label="untuned")
+                ax.axhspan(row["em_low"], row["em_high"], color=look.color, alpha=0.12, lw=0)
                 continue
             if row[cost] is None:  # not declared by an objective
                 continue
@@ -218,11 +220,12 @@ def over_factors(rows: Sequence[dict[str, Any]], names: dict[str, str], usual: d
             some = [r for r in rows if (r["factor"], r["strategy"]) == (factor, name)]
             look = looks[name]
             x = np.array([values.index(row["value"]) for row in some])
-            em = np.array([row["em"] for row in some])
+            em, low, high = (np.array([row[f"em{end}"] for row in some]) for end in ENDS)
             if name == "none":
                 ax.plot(x, em, color=look.color, lw=1, ls=":", label=look.label)
+                ax.fill_between(x, low, high, color=look.color, alpha=0.12, lw=0)
                 continue
-            error = em - [row["em_low"] for row in some], [row["em_high"] for row in some] - em
+            error = em - low, high - em
             x = x + 0.08 * (place - (len(names_here) - 1) / 2)  # intervals beside each other
             ax.errorbar(
                 x, em, yerr=error, fmt=look.marker, ls="-", ms=5, capsize=2, lw=1,
