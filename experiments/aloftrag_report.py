@@ -38,8 +38,7 @@ def main_rows(config, folder: pathlib.Path) -> list[dict]:
         for name, metric in main_metrics(n).items():
             row |= comparison.estimate(found, metric, name)
             if variant != BASE and start:
-                other = differences.paired_difference(found, start, metric)
-                row |= {f"{name}_by": other}
+                row |= differences.paired_difference(found, start, metric, prefix=f"{name}_by_")
         for metric in METRICS[3:]:
             row[metric] = mean(found, f"{metric}_{n}")
         repeats = [metric for metric in found[0].scores if metric.startswith("judged_")]
@@ -51,7 +50,7 @@ def main_rows(config, folder: pathlib.Path) -> list[dict]:
             row["judge_unread"] = 100 * float(np.mean(unread))
         rows.append(row)
     for name in main_metrics(n):
-        differences.adjust([row[f"{name}_by"] for row in rows if row.get(f"{name}_by")])
+        differences.adjust(rows, f"{name}_by_")
     return rows
 
 
@@ -182,15 +181,15 @@ def report(config, folder: pathlib.Path):
                 [
                     name,
                     tables.interval("answer [95% CI]", "answer"),
-                    _by("against base", "answer_by"),
-                    _p("p", "answer_by"),
+                    tables.difference("against base", "answer_by_"),
+                    tables.p_value("p", "answer_by_p_holm"),
                     tables.interval("citation [95% CI]", "citation"),
-                    _by("against base", "citation_by"),
-                    _p("p", "citation_by"),
+                    tables.difference("against base", "citation_by_"),
+                    tables.p_value("p", "citation_by_p_holm"),
                     tables.number("citation F1", "citation_f1"),
                     tables.interval("memorised [95% CI]", "by_heart"),
-                    _by("against base", "by_heart_by"),
-                    _p("p", "by_heart_by"),
+                    tables.difference("against base", "by_heart_by_"),
+                    tables.p_value("p", "by_heart_by_p_holm"),
                     *judged,
                 ],
                 rows,
@@ -315,13 +314,3 @@ def _judged(row) -> str:
         return tables.MISSING
     unread = f", {row['judge_unread']:.0f}% unread" if row["judge_unread"] else ""
     return f"{row['judged']:.1f} ({row['judged_sd']:.1f}{unread})"
-
-
-def _by(title: str, key: str):
-    shown = tables.difference(title)
-    return shown._replace(show=lambda row: shown.show(row.get(key) or {}))
-
-
-def _p(title: str, key: str):
-    shown = tables.p_value(title, "p_holm")
-    return shown._replace(show=lambda row: shown.show(row.get(key) or {}))

@@ -274,8 +274,8 @@ def rows_of(config, folder: pathlib.Path) -> list[dict[str, Any]]:
             for prefix, other in others.items():
                 if other == (attack, rule) or not (cells := found_at(*other)):
                     continue
-                against = differences.paired_difference(found, cells, metric) or {}
-                row |= {f"{metric}_{prefix}_{name}": value for name, value in against.items()}
+                names = f"{metric}_{prefix}_"
+                row |= differences.paired_difference(found, cells, metric, prefix=names)
         rows.append(row)
     for metric, prefix in itertools.product(METRICS, ("by", "saves")):
         differences.adjust(rows, f"{metric}_{prefix}_")

@@ -99,8 +99,7 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
         for metric in METRICS:
             row |= comparison.estimate(found, metric)
             if kind != usual and plain:
-                against = differences.paired_difference(found, plain, metric) or {}
-                row |= {f"{metric}_by_{name}": value for name, value in against.items()}
+                row |= differences.paired_difference(found, plain, metric, prefix=f"{metric}_by_")
         row |= comparison.costs_and_clients(found)
         row["bytes"] = row["bytes_up"] + row["bytes_down"]
         rows.append(row)

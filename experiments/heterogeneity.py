@@ -168,23 +168,13 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
                 )
                 if value != config[room][name]:
                     usual = finished_at(config, folder, strategy)
-                    row["against"] = {
-                        metric: found
-                        for metric in comparison.METRICS
-                        if (
-                            found := differences.paired_difference(
-                                cells, usual, metric, 100, margin
-                            )
+                    for metric in comparison.METRICS:
+                        row |= differences.paired_difference(
+                            cells, usual, metric, margin=margin, prefix=f"{metric}_by_"
                         )
-                    }
             rows.append(row)
     for metric in comparison.METRICS:
-        compared = [row for row in rows if metric in row.get("against", {})]
-        differences.adjust([row["against"][metric] for row in compared])
-        for row in compared:
-            row |= {f"{metric}_by_{name}": x for name, x in row["against"][metric].items()}
-    for row in rows:
-        row.pop("against", None)
+        differences.adjust(rows, f"{metric}_by_")
     return rows
 
 

@@ -136,7 +136,7 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
             row |= comparison.estimate(found, metric)
         usual = finished(config, folder, FRESH, regime)
         if name != FRESH and usual:
-            row |= differences.paired_difference(found, usual, "recall_at_5") or {}
+            row |= differences.paired_difference(found, usual, "recall_at_5")
         stale = [
             # In the order of training.
             [share for told, share in cell.controls.items() if told.startswith("stale_")]

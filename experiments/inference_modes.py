@@ -73,7 +73,7 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
         for metric in ("em", "f1"):
             row |= comparison.estimate(found, metric)
         if mode != "concatenated" and (usual := finished(config, folder, strategy, "concatenated")):
-            row |= differences.paired_difference(found, usual, config.primary_metric) or {}
+            row |= differences.paired_difference(found, usual, config.primary_metric)
         rows.append(row)
     differences.adjust([row for row in rows if "p" in row])
     return rows

@@ -170,8 +170,8 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
         for metric, unit in (("em", 100), ("f1", 100), ("nll", 1)):
             row |= comparison.estimate(found, metric, unit=unit)
             if rule != "fedit" and (usual := finished(config, folder, "fedit", point)):
-                against = differences.paired_difference(found, usual, metric, unit) or {}
-                row |= {f"{metric}_against_{name}": value for name, value in against.items()}
+                names = f"{metric}_against_"
+                row |= differences.paired_difference(found, usual, metric, unit, prefix=names)
         row |= comparison.costs_and_clients(found) | comparison.control_means(found)
         row["at_edge"] = "edge" if at_edge(path) else ""
         rows.append(row)

@@ -155,7 +155,6 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
             continue
         objective = objective_of(name)
         for metric in (*METRICS[objective.part], *(["recall_at_5_cut"] if name in CUT else [])):
-            against = differences.paired_difference(found, start, metric) or {}
             path = rate_path(folder, name, regime)
             rows.append(
                 {
@@ -165,7 +164,7 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
                     "metric": metric,
                     "before": comparison.estimate(start, metric, "before")["before"],
                     **comparison.estimate(found, metric, "after"),
-                    **against,
+                    **differences.paired_difference(found, start, metric),
                     "seeds": len(found),
                     "rate_factor": kept_rate(path) if path.exists() else 0.0,
                     **comparison.costs_and_clients(found),

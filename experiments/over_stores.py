@@ -94,8 +94,8 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
             for metric in METRICS:
                 row |= comparison.estimate(found, metric)
                 if strategy != "none" and start:
-                    against = differences.paired_difference(found, start, metric) or {}
-                    row |= {f"{metric}_by_{name}": value for name, value in against.items()}
+                    names = f"{metric}_by_"
+                    row |= differences.paired_difference(found, start, metric, prefix=names)
             rows.append(row)
     for metric in METRICS:
         differences.adjust(rows, f"{metric}_by_")

@@ -194,12 +194,11 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
         for metric in METRICS:
             row |= comparison.estimate(found, own(metric), metric)
         if alone:
-            against = differences.paired_difference(found, alone, primary) or {}
-            row |= {f"by_{name}": value for name, value in against.items()}
+            row |= differences.paired_difference(found, alone, primary, prefix="by_")
             row |= better_and_worse(found, alone)
         if together:
-            against = differences.paired_difference(found, together, primary) or {}
-            row |= {f"from_federated_{name}": value for name, value in against.items()}
+            names = "from_federated_"
+            row |= differences.paired_difference(found, together, primary, prefix=names)
         rows.append(row | comparison.costs_and_clients(found))
     differences.adjust(rows, "by_")
     differences.adjust(rows, "from_federated_")

@@ -174,7 +174,7 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
                 row |= {"seeds": len(found), "questions": len(found[0].clusters)}
                 row |= comparison.estimate(found, metric, "score")
                 if strategy != "none" and start:
-                    row |= differences.paired_difference(found, start, metric) or {}
+                    row |= differences.paired_difference(found, start, metric)
                 if "high" in row:
                     row["detectable"] = POWER * (row["high"] - row["low"]) / (2 * 1.96)
                     row["detectable_100"] = row["detectable"] * (row["questions"] / PAPER) ** 0.5

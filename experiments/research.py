@@ -131,8 +131,8 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
     for row in rows:
         against = best.get(row["regime"], row)
         if row is not against:
-            found = differences.paired_difference(row["cells"], against["cells"], "two_hop_em")
-            row |= {f"two_hop_by_{part}": value for part, value in (found or {}).items()}
+            both, names = (row["cells"], against["cells"]), "two_hop_by_"
+            row |= differences.paired_difference(*both, "two_hop_em", prefix=names)
             row["against"] = against["variant"]
     for row in rows:
         del row["cells"]

@@ -213,8 +213,7 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
             row["at_edge"] = "edge" if not given and at_edge(path) else ""
             row |= metrics(found) | comparison.costs_and_clients(found)
             for metric in METRICS:
-                against = differences.paired_difference(found, start, metric) or {}
-                row |= {f"{metric}_by_{part}": value for part, value in against.items()}
+                row |= differences.paired_difference(found, start, metric, prefix=f"{metric}_by_")
             rows.append(row)
     for metric in METRICS:
         differences.adjust(rows, f"{metric}_by_")

@@ -59,28 +59,30 @@ def paired_difference(
     metric: str,
     unit: float = 100.0,
     margin: float | None = None,
-) -> dict[str, Any] | None:
-    """Returns one row without names and adjustment; None without common runs or questions.
+    prefix: str = "",
+) -> dict[str, Any]:
+    """Returns one row without names and adjustment; nothing without common runs or questions.
 
     Differences of scores are multiplied by `unit`: those of shares become points. `sd` is their
     standard deviation over seeds.
 
     Args:
       margin: in `unit`; without one there is no `p_e`.
+      prefix: of the names.
     """
     both = _paired(some, others)
     if not both:
-        return None
+        return {}
     one, other = (scores(cells, metric) for cells in zip(*both, strict=True))
     if not one.values.size:
-        return None
+        return {}
     a, b, about = one.values, other.values, (one.clusters, one.weights)
     low, high = bootstrap_interval(a - b, *about)
     better, worse = better_and_worse(a, b)
     sd = seed_sd(a - b, one.weights)
     equivalent = {} if margin is None else {"p_e": equivalence_test(a, b, margin / unit, *about)}
     a, b = one.weights * a, one.weights * b  # weights have a mean of 1
-    return {
+    found = {
         "difference": unit * float((one.means - other.means).mean()),
         "low": unit * low,
         "high": unit * high,
@@ -92,6 +94,7 @@ def paired_difference(
         "p_t": paired_t_test(a, b) if _independent([a for a, _ in both]) else None,
         **equivalent,
     }
+    return {f"{prefix}{name}": value for name, value in found.items()}
 
 
 def adjust(rows: Sequence[dict[str, Any]], prefix: str = "") -> None:
@@ -116,7 +119,7 @@ def independent_rows(cells: Sequence[Cell], margin: float) -> list[dict[str, Any
     Args:
       margin: of equivalence, in points.
     """
-    groups, rows, found = by_cell(cells), [], {metric: [] for metric in METRICS}
+    groups, rows = by_cell(cells), []
     for (strategy, regime), group in groups.items():
         usual = groups.get(("independent", regime), [])
         both = _paired(group, usual) if strategy not in ("none", "independent") else []
@@ -130,14 +133,11 @@ def independent_rows(cells: Sequence[Cell], margin: float) -> list[dict[str, Any
             ratios = [a / b for a, b in known]
             row |= {f"{name}_ratio": float(np.mean(ratios))}
             row |= {f"{name}_ratio_low": min(ratios), f"{name}_ratio_high": max(ratios)}
-        for metric, others in found.items():
-            if one := paired_difference(group, usual, metric, margin=margin):
-                others.append((row, one))
+        for metric in METRICS:
+            row |= paired_difference(group, usual, metric, margin=margin, prefix=f"{metric}_")
         rows.append(row)
-    for metric, pairs in found.items():
-        adjust([one for _, one in pairs])
-        for row, one in pairs:
-            row |= {f"{metric}_{name}": value for name, value in one.items()}
+    for metric in METRICS:
+        adjust(rows, f"{metric}_")
     return rows
 
 
