@@ -249,6 +249,7 @@ def fed_lora(
         traffic,
         model=model if rules.private else None,
         frozen=changed,
+        changes_base=rules.changes_base,
         sent=sent if ranks is None else None,
         needs="sum" if rules.settle is None else "factors",
     )
