@@ -140,7 +140,7 @@ def dp_fed_avg(
                 f"{noise:.4g}; raise count_noise, lower noise_multiplier or set quantile=0"
             )
         server = {
-            "optimizer": server_optimizer.init(trainable),
+            "optimizer": server_optimizer.init(jax.tree.map(wide, trainable)),
             "clip": jnp.float32(clip),
             "clients": jnp.float32(client_count),
         }
