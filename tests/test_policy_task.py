@@ -138,6 +138,26 @@ def test_held_out_questions_judge_a_policy_by_its_reward(model, rolling):
     assert found == pytest.approx(-rewards.mean(), rel=1e-5)
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_held_out_questions_may_be_longer(model, rolling, masked):
+    task = policy(*model, dataclasses.replace(rolling, masked=masked), EXAMPLES)
+    long = Example("long", " ".join(["w1"] * 30), ("w1",), ())
+    before, table = task.table(EXAMPLES[:2]), task.table([long])
+    prompt = rolling.prompt(long.question)
+    assert (table["tokens"][0, :, : len(prompt)] == prompt).all()
+    assert (table["lengths"] > len(prompt)).all()
+    for name, column in task.table(EXAMPLES[:2]).items():
+        np.testing.assert_array_equal(column, before[name])
+
+
+def test_all_bits_of_a_seed_count(model, rolling):
+    def drawn(seed):
+        (group,) = dataclasses.replace(rolling, seed=seed).rollouts(*model, EXAMPLES[:1], 0)
+        return [tuple(np.concatenate([p.tokens for p in r.parts])) for r in group]
+
+    assert drawn(1) == drawn(1) != drawn(1 + 2**32)
+
+
 def trained(model, rolling, data, algorithm=None, rounds=12):
     task = policy(*model, rolling, EXAMPLES, kl=0.0, aggregation="token")
     return fit(
