@@ -291,6 +291,11 @@ def test_a_group_has_a_rollout(rolling):
         dataclasses.replace(rolling, group=0)
 
 
+def test_a_mean_over_the_tokens_of_all_couples_the_questions(model, rolling):
+    tasks = [policy(*model, rolling, EXAMPLES, aggregation=how) for how in ("rollout", "token")]
+    assert [task.coupled for task in tasks] == [False, True]
+
+
 def test_a_system_searches_its_own_passages():
     world = synthetic.generate(synthetic.WorldConfig(people=20))
     system = RAGSystem.build(world.passages[:50], top_k=2)

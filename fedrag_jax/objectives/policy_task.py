@@ -173,6 +173,7 @@ def policy(
         collate=collate,
         retrieve=retrieve,
         index={"time": np.asarray(0)},
+        coupled=policy_loss.aggregation == "token",
         label="policy gradients" + ("" if rolling.masked else ", nothing masked"),
         spent=spent,
         judged="reward",
