@@ -245,6 +245,11 @@ def difference(y: PyTree, x: PyTree) -> PyTree:
     return jax.tree.map(lambda y, x: wide(y) - wide(x), y, x)
 
 
+def plus(x: PyTree, change: PyTree) -> PyTree:
+    """x + change, in the types of x."""
+    return jax.tree.map(lambda x, u: (wide(x) + u).astype(x.dtype), x, change)
+
+
 def wide(x: jax.Array) -> jax.Array:
     """`x` in float32 at least."""
     return x.astype(wide_type(x))

@@ -35,6 +35,7 @@ from fedrag_jax.federated.algorithm import (
     State,
     difference,
     one_object,
+    plus,
     positive,
     stack,
     weighted_sum,
@@ -225,7 +226,7 @@ def _clipping(clip: float):
         moved = difference(y, x)
         norm = jnp.sqrt(sum(jnp.square(u).sum() for u in jax.tree.leaves(moved)))
         scale = _shrinking(norm, clip)
-        return jax.tree.map(lambda x, u: (wide(x) + scale * u).astype(x.dtype), x, moved)
+        return plus(x, jax.tree.map(lambda u: scale * u, moved))
 
     return clipped
 
