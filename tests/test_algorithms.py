@@ -356,21 +356,6 @@ def test_refusals(call, words):
         call()
 
 
-@pytest.mark.parametrize("name", ["fed_avg_m", "fed_adam", "scaffold"])
-def test_half_precision_models_have_servers_of_single(name, tmp_path):
-    """One program for all rounds, sums that do not stall, and a state that can be resumed."""
-    start = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), linear_task().trainable)
-    keep = Keep()
-    task = linear_task(trainable=start)
-    whole = run(name, task, rounds=3, work={"local_steps": 2}, callbacks=[keep])
-    assert whole.trainable["w"].dtype == jnp.bfloat16
-    kept = jax.tree.leaves((keep.state.server, keep.state.population))
-    assert {x.dtype for x in kept if x.size} == {np.dtype("float32")}
-    run(name, task, rounds=2, work={"local_steps": 2}, callbacks=[Checkpointer(tmp_path)])
-    again = run(name, task, work={"local_steps": 2}, callbacks=[Checkpointer(tmp_path)])
-    assert_equal(again.trainable, whole.trainable)
-
-
 def test_a_server_step_moves_as_much_as_its_rate_at_most_by_adam():
     """m / (√v + τ) without bias correction: the first step is (1 − β₁) Δ / (√(…) + τ)."""
     algorithm = fed_adam(learning_rate=0.5, b1=0.9, b2=0.99, tau=1e-9, local_steps=3)

@@ -7,20 +7,28 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from test_algorithms import Keep
 from toys import assert_equal, collate, linear_task, make_examples, squared_error
 
 import fedrag_jax
 from fedrag_jax.data.partition import partition
 from fedrag_jax.data.schemes import iid
 from fedrag_jax.errors import ConfigError, DivergenceError
+from fedrag_jax.federated.algorithms.dp_fed_avg import dp_fed_avg
 from fedrag_jax.federated.algorithms.fed_avg import fed_avg
+from fedrag_jax.federated.algorithms.fed_avg_m import fed_avg_m
+from fedrag_jax.federated.algorithms.fed_opt import fed_adam
 from fedrag_jax.federated.algorithms.local_only import local_only
+from fedrag_jax.federated.algorithms.robust import robust
+from fedrag_jax.federated.algorithms.scaffold import scaffold
 from fedrag_jax.federated.callbacks import Callback, FitState
 from fedrag_jax.federated.fit import fit
+from fedrag_jax.federated.robust.coordinates import median
 from fedrag_jax.federated.sampling import uniform
 from fedrag_jax.tracking.checkpoints import Checkpointer
 from fedrag_jax.tracking.logs import JsonlLog, Progress
@@ -129,6 +137,39 @@ def test_personal_models_of_any_type_resume(tmp_path):
     resumed, straight = go(4, Checkpointer(tmp_path)), go(4)
     assert_equal(resumed, straight)
     assert resumed["w"].dtype == jnp.bfloat16 and resumed["w"].shape == (5, 3)
+
+
+MOMENTUM = {"server_optimizer": optax.sgd(0.1, momentum=0.9), "local_steps": 2}
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        fed_avg_m(local_steps=2),
+        fed_adam(local_steps=2),
+        scaffold(0.05, local_steps=2),
+        robust(median(), **MOMENTUM),
+        dp_fed_avg(**MOMENTUM),
+    ],
+    ids=lambda algorithm: algorithm.name.partition("(")[0],
+)
+def test_half_precision_models_have_servers_of_single(algorithm, tmp_path):
+    """One program for all rounds, sums that do not stall, and a state that can be resumed."""
+    start = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), linear_task().trainable)
+    keep = Keep()
+    task = linear_task(trainable=start)
+    optimizer = None if algorithm.optimizer is not None else optax.adam(1e-2)
+
+    def go(rounds, *callbacks):
+        how = {"batch_size": 3, "optimizer": optimizer, "callbacks": callbacks}
+        return fit(task, DATA, algorithm, rounds=rounds, **how)
+
+    whole = go(3, keep)
+    assert whole.trainable["w"].dtype == jnp.bfloat16
+    kept = jax.tree.leaves((keep.state.server, keep.state.population))
+    assert {x.dtype for x in kept if x.size} == {np.dtype("float32")}
+    go(2, Checkpointer(tmp_path))
+    assert_equal(go(3, Checkpointer(tmp_path)).trainable, whole.trainable)
 
 
 def test_a_finished_run_is_not_run_again(tmp_path):

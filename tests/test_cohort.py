@@ -8,6 +8,7 @@ from toys import EXAMPLES, FOUR, assert_close, assert_equal, collate, leaves, li
 from fedrag_jax.data.partition import Partition
 from fedrag_jax.data.seeds import stream
 from fedrag_jax.federated.algorithms.fed_avg import fed_avg
+from fedrag_jax.federated.algorithms.local_only import local_only
 from fedrag_jax.federated.engine.client import local_update
 from fedrag_jax.federated.engine.cohort import Cohort, grouped, padding, sample_cohort
 from fedrag_jax.federated.fit import fit
@@ -218,3 +219,19 @@ def test_small_clients_have_small_batches():
             for b, g in ((8, 1), (8, 4))
         ]
     assert_close(*ends, 1e-9)
+
+
+@pytest.mark.parametrize("algorithm", [fed_avg, local_only])
+def test_rounds_in_which_nobody_is_drawn_read_what_a_client_holds(algorithm):
+    read = []
+
+    def retrieve(examples, trainable):
+        read.extend(e["id"] for e in examples)
+        return np.zeros((len(examples), 1), np.int32)
+
+    held = Partition(EXAMPLES, (np.arange(9, 16), np.arange(16, 23)))
+    seldom = algorithm(local_steps=1, sampling=poisson(1e-6))
+    task = linear_task(retrieve=retrieve)
+    found = fit(task, held, seldom, rounds=2, batch_size=2, optimizer=optax.sgd(0.01))
+    assert [record["clients"] for record in found.history] == [[], []]
+    assert {*read} == {9}

@@ -61,6 +61,17 @@ def test_a_shape_is_traced_once_and_learning_rates_share_it():
     assert loss.traces == 4
 
 
+def test_local_work_draws_by_all_bits_of_a_seed():
+    def loss(trainable, frozen, batch, rng):
+        return 0 * trainable["b"], {"drawn": jax.random.uniform(rng)}
+
+    def drawn(seed):
+        how = {"rounds": 1, "optimizer": optax.sgd(0.1), "seed": seed}
+        return fit(linear_task(loss=loss), EXAMPLES, **how).history[0]["metrics"]["drawn"]
+
+    assert drawn(1) == drawn(1) and len({drawn(seed) for seed in (1, 1 + 2**32, 1 + 2**33)}) == 3
+
+
 def test_fits_on_more_and_fewer_examples_share_a_program_over_tables_of_one_height():
     for height, traces in ((0, 2), (8, 1)):
         loss = CountedLoss(squared_error)

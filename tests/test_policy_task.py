@@ -138,6 +138,26 @@ def test_held_out_questions_judge_a_policy_by_its_reward(model, rolling):
     assert found == pytest.approx(-rewards.mean(), rel=1e-5)
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_held_out_questions_may_be_longer(model, rolling, masked):
+    task = policy(*model, dataclasses.replace(rolling, masked=masked), EXAMPLES)
+    long = Example("long", " ".join(["w1"] * 30), ("w1",), ())
+    before, table = task.table(EXAMPLES[:2]), task.table([long])
+    prompt = rolling.prompt(long.question)
+    assert (table["tokens"][0, :, : len(prompt)] == prompt).all()
+    assert (table["lengths"] > len(prompt)).all()
+    for name, column in task.table(EXAMPLES[:2]).items():
+        np.testing.assert_array_equal(column, before[name])
+
+
+def test_all_bits_of_a_seed_count(model, rolling):
+    def drawn(seed):
+        (group,) = dataclasses.replace(rolling, seed=seed).rollouts(*model, EXAMPLES[:1], 0)
+        return [tuple(np.concatenate([p.tokens for p in r.parts])) for r in group]
+
+    assert drawn(1) == drawn(1) != drawn(1 + 2**32)
+
+
 def trained(model, rolling, data, algorithm=None, rounds=12):
     task = policy(*model, rolling, EXAMPLES, kl=0.0, aggregation="token")
     return fit(
@@ -180,12 +200,12 @@ def records(**columns):
     return tuple({"loss": 0.0, "metrics": dict(zip(columns, row, strict=True))} for row in rows)
 
 
-def watched(tmp_path, **columns):
+def watched(watch, **columns):
     """What ended a fit with these metrics, and after how many rounds."""
     usual = {"reward": 0.5, "no_variance": 0.2, "malformed": 0.1, "entropy": 1.0}
     count = len(next(iter(columns.values())))
     history = records(**{n: columns.get(n, [x] * count) for n, x in usual.items()})
-    watch, state = CollapseWatch(tmp_path, window=2), State({"x": np.zeros(2)}, (), ())
+    state = State({"x": np.zeros(2)}, (), ())
     watch.start(FitState(0, state, None, (), {}))
     for end in range(1, count + 1):
         if watch.round_end(FitState(end, state, None, history[:end], {}), history[end - 1]):
@@ -199,6 +219,8 @@ def watched(tmp_path, **columns):
         ({"reward": [0.5] * 9}, "", None),
         ({"reward": [0.4, 0.6, 0.4, 0.3, 0.5, 0.6]}, "", None),
         ({"reward": [0.4, 0.6, 0.3, 0.1, 0.1]}, "the reward fell from 0.500 to 0.200", 4),
+        ({"reward": [-0.5] * 3 + [-0.6] * 3}, "", None),
+        ({"reward": [-0.5] * 3 + [-0.8] * 3}, "the reward fell from -0.500 to -0.800", 5),
         (
             {"reward": [0.5, 0.5, 0.4, 0.4], "no_variance": [0.2, 0.2, 1, 1]},
             "100% of the groups have equal rewards",
@@ -218,8 +240,12 @@ def watched(tmp_path, **columns):
     ],
 )
 def test_signs_of_collapse(tmp_path, columns, why, rounds):
-    told, ended = watched(tmp_path, **columns)
-    assert ended == rounds and told.startswith(why) and bool(told) == bool(why)
+    watch = CollapseWatch(tmp_path, window=2)
+    for _ in range(2):  # a second fit begins afresh
+        told, ended = watched(watch, **columns)
+        assert ended == rounds and told.startswith(why) and bool(told) == bool(why)
+    watched(watch, reward=[0.1, 0.1])
+    assert not watch.stopped and watch.trainable()
 
 
 def test_rounds_that_nobody_answers_are_not_looked_at(tmp_path):
@@ -236,9 +262,9 @@ def test_rounds_that_nobody_answers_are_not_looked_at(tmp_path):
 
 
 def test_a_watch_keeps_nothing_of_another_fit(tmp_path):
-    watched(tmp_path, reward=[0.4, 0.6, 0.5])
+    watched(CollapseWatch(tmp_path, window=2), reward=[0.4, 0.6, 0.5])
     assert CollapseWatch(tmp_path).trainable()
-    watched(tmp_path, reward=[0.4])
+    watched(CollapseWatch(tmp_path, window=2), reward=[0.4])
     with pytest.raises(ConfigError, match="no parameters are kept"):
         CollapseWatch(tmp_path).trainable()
 
@@ -263,6 +289,11 @@ def test_clients_train_on_rollouts_of_their_own_questions(model, rolling):
 def test_a_group_has_a_rollout(rolling):
     with pytest.raises(ConfigError, match="needs at least one rollout, got 0"):
         dataclasses.replace(rolling, group=0)
+
+
+def test_a_mean_over_the_tokens_of_all_couples_the_questions(model, rolling):
+    tasks = [policy(*model, rolling, EXAMPLES, aggregation=how) for how in ("rollout", "token")]
+    assert [task.coupled for task in tasks] == [False, True]
 
 
 def test_a_system_searches_its_own_passages():

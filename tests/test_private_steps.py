@@ -8,6 +8,7 @@ import pytest
 from scipy import stats
 from test_fed_lora import CLIENTS, NETWORK, chain_task
 from tiny import random_adapters
+from toy_rag import DATASET, toy_parts
 from toys import EXAMPLES, FOUR, assert_close, linear_task, weighted_mean
 
 from fedrag_jax.data.partition import Partition
@@ -20,6 +21,8 @@ from fedrag_jax.federated.privacy.accounting import epsilon
 from fedrag_jax.federated.privacy.steps import example_epsilon, private_steps
 from fedrag_jax.federated.sampling import fixed
 from fedrag_jax.federated.work import Work
+from fedrag_jax.objectives.retriever import multiple_negatives_ranking
+from fedrag_jax.retrieval.mining import Mining
 
 pytest.importorskip("jax_privacy")
 # Of jax-privacy 2.0 with optax from 0.2.8 on.
@@ -147,7 +150,7 @@ def test_without_clipping_and_noise_it_is_the_task():
         ),
         (
             lambda: private_steps(
-                linear_task(idle=lambda e, b: ""), clip=1.0, noise_multiplier=1.0, batch_size=4
+                linear_task(coupled=True), clip=1.0, noise_multiplier=1.0, batch_size=4
             ),
             "depends on the others of its batch",
         ),
@@ -201,3 +204,11 @@ def test_gradients_of_what_is_trained_are_clipped(rule):
     found = fit(task, one, algorithm, rounds=1, batch_size=1, optimizer=optax.sgd(1.0)).trainable
     moved = jax.tree.map(lambda a, b: np.square(np.asarray(a) - b).sum(), found, start.trainable)
     assert np.sqrt(sum(jax.tree.leaves(moved))) == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize("negatives", [{"mining": Mining(count=1)}, {"negatives": {}}, {}])
+def test_ranking_has_no_steps_that_are_private_for_each_question(negatives):
+    """Also with negatives beside those of the batch, when no client is idle."""
+    task = multiple_negatives_ranking(toy_parts().retriever, DATASET, **negatives)
+    with pytest.raises(ConfigError, match=f"in '{task.name}' the loss of a question depends on"):
+        private_steps(task, clip=1.0, noise_multiplier=1.0, batch_size=4)

@@ -1,6 +1,7 @@
 """RAFT against a slow version: what is in a prompt, what is scored, and where it must coincide."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ from fedrag_jax.data.batching import Prompts
 from fedrag_jax.data.examples import Example, Passage
 from fedrag_jax.data.prompts import COMPACT, COMPACT_REASONED
 from fedrag_jax.errors import ConfigError, DataError
+from fedrag_jax.federated.stopping import held_out_loss
 from fedrag_jax.objectives.generator import closed_book, concatenated
 from fedrag_jax.objectives.raft import oracle, raft, raft_rows
 
@@ -130,9 +132,35 @@ def test_what_cannot_be_is_refused(parts):
             *network, parts.prompts, parts.retriever, EXAMPLES,
             distractors=1, teacher=lambda e, _: "It says so.",
         )  # fmt: skip
-    task = raft(*network, parts.prompts, parts.retriever, EXAMPLES[:2], distractors=1, teacher=None)
-    with pytest.raises(DataError, match="'c' was not among `questions`"):
-        task.collate(EXAMPLES, None)
+
+
+@pytest.mark.parametrize("make", [oracle, functools.partial(raft, distractors=1, oracle_share=1.0)])
+def test_held_out_questions_are_read_in_widths_of_their_own(parts, make):
+    """They have more gold passages and longer questions, and training does not notice."""
+    prompts = Prompts(TOKENIZER, COMPACT, PASSAGES, EXAMPLES[:2])
+    options = {} if make is oracle else {"teacher": None}
+    task = make(
+        parts.decoder,
+        parts.params,
+        parts.adapters,
+        prompts,
+        parts.retriever,
+        EXAMPLES[:2],
+        **options,
+    )
+    before = task.collate(EXAMPLES[:2], None)
+    long = Example(
+        "v", "Where on this wide earth was the good old Bob born?", ("Oslo Norway",), ("p1",)
+    )
+    held_out = [EXAMPLES[3], long]
+    table = task.collate(held_out, None)
+    for row, example in zip(table["tokens"], held_out, strict=True):
+        read = "".join(TOKENIZER.convert_ids_to_tokens(row[0])).replace(" ", "")
+        shown = [PASSAGES[int(p[1])].text for p in example.positive_ids]
+        for text in (example.question, example.answer, *shown):
+            assert text.replace(" ", "") in read
+    assert held_out_loss(task, held_out)(task.trainable) > 0
+    jax.tree.map(np.testing.assert_array_equal, task.collate(EXAMPLES[:2], None), before)
 
 
 def quoting(example, passages):

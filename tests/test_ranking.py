@@ -310,3 +310,16 @@ def test_held_out_questions_may_have_more_gold_passages(retriever):
     assert len(more.positive_ids) > max(len(e.positive_ids) for e in EXAMPLES)
     task = multiple_negatives_ranking(retriever, dataclasses.replace(DATASET, validation=[more]))
     assert task.table([more])["positive"].shape == task.table(EXAMPLES[:1])["positive"].shape
+
+
+def test_held_out_questions_are_not_cut_to_the_length_of_those_of_training(retriever):
+    task = multiple_negatives_ranking(retriever, DATASET)
+    before = task.collate(EXAMPLES, None)
+    long = dataclasses.replace(
+        EXAMPLES[1], id="v", question="Where on this wide earth was Bob born?"
+    )
+    read = task.collate([EXAMPLES[0], long], None)["question_tokens"][1]
+    assert "".join(retriever.tokenizer.convert_ids_to_tokens(read)).endswith("born?")
+    jax.tree.map(np.testing.assert_array_equal, task.collate(EXAMPLES, None), before)
+    short = multiple_negatives_ranking(retriever, DATASET, max_question_tokens=8)
+    assert short.collate([long], None)["question_tokens"].shape == (1, 8)

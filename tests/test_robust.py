@@ -11,7 +11,7 @@ from toys import EXAMPLES, FOUR, assert_close, linear_task, squared_error
 from fedrag_jax.data.examples import Example, Passage
 from fedrag_jax.data.partition import Partition
 from fedrag_jax.errors import ConfigError, DataError, DivergenceError
-from fedrag_jax.federated.algorithms.by_name import Named, check
+from fedrag_jax.federated.algorithms.by_name import Named, check, surrounded
 from fedrag_jax.federated.algorithms.compressed import compressed
 from fedrag_jax.federated.algorithms.fed_avg import fed_avg
 from fedrag_jax.federated.algorithms.robust import robust
@@ -318,6 +318,9 @@ def test_they_are_chosen_by_name():
     assert found.name == expected.name and found.turns == expected.turns
     assert "multi_krum(byzantine=2, keep=3)" in found.name
     assert "weighting=uniform" in found.name
+    inner = robust(multi_krum(byzantine=2, keep=3), local_steps=3)
+    given = surrounded(inner, attack="sign_flip:5", attackers=np.array([1, 0]))
+    assert given.name == expected.name
 
 
 @pytest.mark.parametrize(
@@ -337,6 +340,7 @@ def test_they_are_chosen_by_name():
         (lambda: trained(attacked(fed_avg(), sign_flip(), [8])), r"between 0 and 7, got \(8,\)"),
         (lambda: attacked(fed_avg(), sign_flip(), []), "at least one client"),
         (lambda: attack_named("flip"), r"no attack 'flip'; choose among \['sign_flip'"),
+        (lambda: attacked(fed_avg(), broken(), np.arange(0)), "name at least one client"),
         (lambda: attack_named("broken:3"), "no attack 'broken:3'"),
         (
             lambda: check("krum", {"limit": 2.0}, "here"),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from fedrag_jax.data import synthetic
+from fedrag_jax.errors import ConfigError
 from fedrag_jax.evaluation.evaluator import evaluate
 from fedrag_jax.federated.algorithms.centralised import centralised
 from fedrag_jax.federated.fit import fit
@@ -16,7 +17,12 @@ from fedrag_jax.generation.scripted import names, scripted
 from fedrag_jax.models.lora import LoraConfig
 from fedrag_jax.objectives.search_format import FormatLoss
 from fedrag_jax.rag import RAGSystem
-from fedrag_jax.strategies.policies import learn_to_search, rolling_of, search_warm_up
+from fedrag_jax.strategies.policies import (
+    learn_to_search,
+    rolling_of,
+    search_policy,
+    search_warm_up,
+)
 
 WORLD = synthetic.generate(synthetic.WorldConfig(people=30, works=30, questions=(200, 20, 40)))
 
@@ -96,6 +102,13 @@ def test_the_loss_is_that_of_what_scripts_wrote(system):
     assert float(loss) == pytest.approx(total / count, rel=1e-5)
 
 
+def test_held_out_questions_may_be_longer(system):
+    task, first = search_warm_up(system, WORLD), WORLD.train[0]
+    long = dataclasses.replace(first, id="long", question=" ".join([first.question] * 9))
+    table, usual = task.table([long]), task.table([first])
+    assert table["lengths"][0, 0] > usual["tokens"].shape[-1]
+
+
 def test_systems_take_the_form_and_still_read(system):
     task = search_warm_up(system, WORLD)
     one_hop = [e for e in WORLD.test if e.hops == 1][:24]
@@ -110,7 +123,12 @@ def test_systems_take_the_form_and_still_read(system):
 def test_the_rollouts_of_a_system_are_its_own(system):
     other = dataclasses.replace(system, searching=SEARCHING)
     assert rolling_of(other).searching is SEARCHING
-    assert rolling_of(system, group=2).group == 2
+    assert rolling_of(system, group=2, stop_tokens=(7,)).stop_tokens == (7,)
+    assert rolling_of(system).stop_tokens == system.writer.stop_tokens
+    with pytest.raises(
+        ConfigError, match=r"its own tokenizer and search, so leave out \['search'\]"
+    ):
+        search_policy(system, WORLD, search=lambda queries, examples: queries)
     question = WORLD.train[0].question
     decoded = system.prompts.tokenizer.decode(rolling_of(other).prompt(question))
     assert decoded == "<s>" + SEARCHING.opening(question)

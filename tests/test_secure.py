@@ -1,5 +1,7 @@
 """Secure aggregation: the sum is the sum, each message is noise, and dropouts are made good."""
 
+import itertools
+
 import jax
 import numpy as np
 import optax
@@ -10,7 +12,7 @@ from test_fed_lora import NETWORK
 from toys import EXAMPLES, FOUR, assert_close, linear_task
 
 from fedrag_jax.data.partition import Partition
-from fedrag_jax.errors import ConfigError
+from fedrag_jax.errors import ConfigError, DivergenceError
 from fedrag_jax.federated.algorithms.by_name import Named
 from fedrag_jax.federated.algorithms.compressed import compressed
 from fedrag_jax.federated.algorithms.dp_fed_avg import dp_fed_avg
@@ -20,7 +22,8 @@ from fedrag_jax.federated.algorithms.fed_opt import fed_adam
 from fedrag_jax.federated.algorithms.local_only import local_only
 from fedrag_jax.federated.algorithms.robust import robust
 from fedrag_jax.federated.algorithms.scaffold import scaffold
-from fedrag_jax.federated.algorithms.secure import secure
+from fedrag_jax.federated.algorithms.secure import _least, secure
+from fedrag_jax.federated.attacks import attacked, broken
 from fedrag_jax.federated.compression.casting import cast
 from fedrag_jax.federated.engine import client as engine
 from fedrag_jax.federated.fit import fit
@@ -73,6 +76,43 @@ def test_rounding_is_that_of_the_bits():
     plain = flat(trained(inner, rounds=1).trainable)
     error = np.abs(flat(trained(secure(inner, bits=5), rounds=1).trainable) - plain).max()
     assert 0 < error <= 4 * 2.0**-6 + 1e-6  # half a step for each client
+
+
+def test_rounding_leaves_a_private_message_within_its_clip():
+    """All numbers are above half a step: the nearest multiples would be up to twice as long."""
+
+    def loss(trainable, frozen, batch, rng):
+        return -trainable["a"].sum() * (batch["id"][0] == 0), {}  # of one client alone
+
+    size, step = 50_000, 2.0**-20
+    task = linear_task(trainable={"a": np.zeros(size)}, loss=loss)
+    two = Partition(EXAMPLES, (np.array([0]), np.array([1])))
+    for steps_long in (0.51, 1.51):
+        clip = steps_long * step * size**0.5
+        private = dp_fed_avg(clip=clip, noise_multiplier=0.0, local_steps=1)
+        found = fit(task, two, secure(private), rounds=1, batch_size=1, optimizer=optax.sgd(1.0))
+        sent = 2 * np.asarray(found.trainable["a"], np.float64)
+        assert np.linalg.norm(sent) <= clip
+        np.testing.assert_array_equal(sent, int(steps_long) * step)
+
+
+def test_debugging_sees_the_same_round():
+    algorithm = secure(fed_avg(local_steps=2, dropout=0.3), threshold=0.5)
+    one, other = (trained(algorithm, debug=debug) for debug in (False, True))
+    assert_close(other.trainable, one.trainable, 1e-6)
+    assert [r["dropped"] for r in other.history] == [r["dropped"] for r in one.history]
+
+
+def test_a_message_that_is_not_finite_is_no_honest_zero():
+    algorithm = secure(fed_avg(local_steps=2))
+    with pytest.raises(DivergenceError, match=r"round 1: .* client\(s\): 1\."):
+        trained(attacked(algorithm, broken(), (1,)))
+
+
+def test_a_share_of_survivors_is_a_number_of_clients():
+    for most, k in itertools.combinations_with_replacement(range(64, 1, -1), 2):
+        assert _least(k / most, 64)[most] == k
+    np.testing.assert_array_equal(_least(2 / 3, 6), [2, 2, 2, 2, 3, 4, 4])
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])

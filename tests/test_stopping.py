@@ -6,11 +6,21 @@ import jax
 import numpy as np
 import optax
 import pytest
+from test_fed_lora import CLIENTS, NETWORK, chain_task
+from tiny import random_adapters
 from toys import EXAMPLES, FOUR, assert_equal, linear_task, squared_error
 
 from fedrag_jax.errors import ConfigError, DataError
+from fedrag_jax.federated.algorithms.compressed import compressed
+from fedrag_jax.federated.algorithms.ditto import ditto
 from fedrag_jax.federated.algorithms.fed_avg import fed_avg
+from fedrag_jax.federated.algorithms.fed_lora import fed_lora
+from fedrag_jax.federated.algorithms.fine_tuned import fine_tuned
+from fedrag_jax.federated.algorithms.local_only import local_only
+from fedrag_jax.federated.algorithms.local_parts import local_parts
 from fedrag_jax.federated.callbacks import Callback
+from fedrag_jax.federated.collapse import CollapseWatch
+from fedrag_jax.federated.compression.casting import cast
 from fedrag_jax.federated.fit import fit
 from fedrag_jax.federated.stopping import EarlyStopping, held_out_loss, read_evaluations
 from fedrag_jax.strategies.regimes import Budget, Stopping, parse, rate_names
@@ -62,6 +72,53 @@ def test_a_training_that_has_ended_makes_no_further_round(tmp_path):
         again, stopping = train(tmp_path, judge, Checkpointer(tmp_path / "checkpoints"))
         assert again.history == result.history and stopping.best["round"] == 2
         assert_equal(again.trainable, result.trainable)
+
+
+def test_a_new_training_takes_nothing_of_an_earlier_one_in_its_folder(tmp_path):
+    train(tmp_path, Scripted(3.0, 1.0, 1.5, 2.0))
+    judge = Scripted(2.5, 2.4, 2.6, 2.7)  # all worse than the best of the first
+    result, stopping = train(tmp_path, judge)
+    assert len(result.history) == 6 and len(judge.shown) == 4
+    assert [e["loss"] for e in read_evaluations(stopping.log)] == [2.5, 2.4, 2.6, 2.7]
+    assert_equal(stopping.trainable(), judge.shown[1])
+
+
+@pytest.mark.parametrize("rounds", [2, 3])  # one at which an evaluation is due, and another
+def test_losses_without_their_parameters_are_nothing_to_improve_on(tmp_path, rounds):
+    kept = Checkpointer(tmp_path / "checkpoints")
+    _, stopping = train(tmp_path, Scripted(3.0, 1.0, 1.5), kept, rounds=rounds)
+    stopping.kept.unlink()
+    judge = Scripted(2.5, 2.4, 2.6)
+    _, stopping = train(tmp_path, judge, Checkpointer(tmp_path / "checkpoints"), rounds=rounds + 3)
+    assert stopping.evaluations[0]["round"] == rounds
+    assert_equal(stopping.trainable(), judge.shown[1])
+
+
+@pytest.mark.parametrize("nothing", [np.nan, -np.inf])
+def test_a_loss_that_is_not_finite_is_the_worst(tmp_path, nothing):
+    judge = Scripted(nothing, 2.0, nothing, 3.0)
+    result, stopping = train(tmp_path, judge)
+    assert stopping.best["round"] == 2 and len(result.history) == 6
+    assert_equal(stopping.trainable(), judge.shown[1])
+
+
+PARTS = [
+    (fed_lora("flora", NETWORK), r"fed_lora\(rule=flora.* changes the base"),
+    (compressed(fed_lora("fedex", NETWORK), up=cast("bfloat16")), "changes the base"),
+    (fed_lora("fedsa", NETWORK), "leaves models with its clients"),
+    (local_only(), r"local_only\(.* leaves models with its clients"),
+    (local_parts(private=("other",)), "leaves models with its clients"),
+    (ditto(), "leaves models with its clients"),
+    (fine_tuned(), "leaves models with its clients"),
+]
+
+
+@pytest.mark.parametrize(("algorithm", "words"), PARTS)
+def test_what_keeps_the_trained_part_needs_it_to_be_the_model(tmp_path, algorithm, words):
+    task = chain_task(random_adapters(NETWORK, 0))
+    for callback in (EarlyStopping(Scripted(), 1, 1, tmp_path), CollapseWatch(tmp_path)):
+        with pytest.raises(ConfigError, match=rf"{words}, but {type(callback).__name__} keeps"):
+            fit(task, CLIENTS, algorithm, rounds=1, batch_size=3, callbacks=[callback])
 
 
 class Ends(Callback):

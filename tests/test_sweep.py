@@ -8,11 +8,14 @@ import jax
 import numpy as np
 import optax
 import pytest
+from test_fed_lora import CLIENTS, NETWORK, chain_task, squared_error
+from tiny import random_adapters
 from toys import EXAMPLES, FOUR, assert_close, linear_task, mlp_task
 
 from fedrag_jax.data.cache import remember
 from fedrag_jax.errors import ConfigError, DivergenceError
 from fedrag_jax.federated.algorithms.fed_avg import fed_avg
+from fedrag_jax.federated.algorithms.fed_lora import fed_lora
 from fedrag_jax.federated.algorithms.local_only import local_only
 from fedrag_jax.federated.algorithms.scaffold import scaffold
 from fedrag_jax.federated.callbacks import Callback
@@ -211,3 +214,24 @@ def test_bad_arguments_are_refused():
     with pytest.raises(ConfigError, match="rounds must be at least 1, got 0"):
         sweep(grid(rounds=0))
     assert sweep([]) == []
+
+
+def test_a_changed_base_is_given_to_the_retrieval_of_a_sweep_too():
+    """Beside the adapters, so that what is retrieved by is no longer of the same parts."""
+    given = []
+
+    def retrieve(examples, trainable):
+        given.append({*trainable})
+        return np.zeros((len(examples), 1), np.int32)
+
+    def loss(trainable, *rest):
+        return squared_error(trainable | {"other": 0.0}, *rest)
+
+    adapters = random_adapters(NETWORK, 0)
+    task = chain_task(adapters, loss)
+    task = dataclasses.replace(task, trainable={"adapters": adapters}, retrieve=retrieve)
+    how = {"task": task, "data": CLIENTS, "algorithm": fed_lora("flora", NETWORK, local_steps=1)}
+    how |= {"rounds": 1, "batch_size": 3, "optimizer": optax.sgd(0.003)}
+    (together,) = sweep([how])
+    assert given == [{"adapters", "decoder"}]
+    assert_close(together.trainable, fit(**how).trainable, 1e-6)

@@ -116,6 +116,7 @@ class Algorithm(NamedTuple):
       model: `model(trainable, row) -> trainable`: the model of the client with that row of the
         population; None if all clients use the global model.
       frozen: `frozen(state, frozen) -> frozen`: the frozen part after changes by the algorithm.
+      changes_base: whether there are such changes, without which the trained part is no whole model.
       sent: `sent(trainable, turn) -> pytree`: the part of the model that a client trains and sends in
         that turn; None if messages differ in size between clients.
       needs: the information that the server needs: only the weighted "sum" of updates, a sum that is
@@ -141,6 +142,7 @@ class Algorithm(NamedTuple):
     optimizer: optax.GradientTransformation | None = None
     model: Callable[[PyTree, PyTree], PyTree] | None = None
     frozen: Callable[[State, PyTree], PyTree] = lambda state, frozen: frozen
+    changes_base: bool = False
     sent: Callable[[PyTree, int], PyTree] | None = lambda trainable, turn: trainable
     needs: str = "sum"
     tells: Callable[[int], Mapping[str, Any]] = lambda rounds: {}
@@ -241,6 +243,11 @@ def weighted_sum(p: jax.Array, tree: PyTree) -> PyTree:
 def difference(y: PyTree, x: PyTree) -> PyTree:
     """y - x, in float32 at least, because many such terms are summed."""
     return jax.tree.map(lambda y, x: wide(y) - wide(x), y, x)
+
+
+def plus(x: PyTree, change: PyTree) -> PyTree:
+    """x + change, in the types of x."""
+    return jax.tree.map(lambda x, u: (wide(x) + u).astype(x.dtype), x, change)
 
 
 def wide(x: jax.Array) -> jax.Array:

@@ -273,7 +273,7 @@ def forged_labels(forged: Collection[str]) -> Callable[[list[Example]], list[Exa
 
 
 def _attackers(numbers: Collection[int]) -> tuple[int, ...]:
-    if not numbers:
+    if not len(numbers):  # an array has no truth value
         raise ConfigError("attackers: name at least one client by its number")
     return tuple(sorted({int(number) for number in numbers}))
 

@@ -33,7 +33,14 @@ class FitState:
 
 
 class Callback:
-    """Base class whose methods do nothing; override the ones you need."""
+    """Base class whose methods do nothing; override the ones you need.
+
+    Attributes:
+      needs_whole_model: whether `state.state.trainable` has to be the whole trained model. Algorithms
+        for which it is not, because models stay with the clients or the base changes, are then refused.
+    """
+
+    needs_whole_model = False
 
     def start(self, state: FitState) -> FitState:
         """Called before the first round; returns the starting state, which may be a restored one."""

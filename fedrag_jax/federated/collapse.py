@@ -24,7 +24,7 @@ class CollapseSigns:
 
     Means are over the last `window` rounds. A policy has collapsed if one of these holds:
 
-      reward: below `fall` of the best mean so far
+      reward: fallen by more than 1 - `fall` of the size of the best mean so far
       no_variance: at least `most_equal` of the groups have equal rewards, and the reward is below its
         best (groups with only correct answers are also equal, and are no problem)
       malformed: at least `most_malformed` of the rollouts are malformed, and more than at the best
@@ -80,7 +80,9 @@ class CollapseSigns:
         return False
 
     def look_back(self, history: Sequence[Mapping[str, Any]]) -> int:
-        """Checks the records of a whole fit; returns the round after which it had collapsed, or 0."""
+        """Checks the records of a whole fit, and forgets those of an earlier one; returns the round
+        after which it had collapsed, or 0."""
+        self.why, self._best = "", {}
         for end in range(1, len(history) + 1):
             self.look(history[:end])
             if self.why:
@@ -92,7 +94,7 @@ class CollapseSigns:
         worse = now["reward"] < best["reward"]
         signs = {
             f"the reward fell from {best['reward']:.3f} to {now['reward']:.3f}": now["reward"]
-            < shares["fall"] * best["reward"],
+            < best["reward"] - (1 - shares["fall"]) * abs(best["reward"]),
             f"{now['no_variance']:.0%} of the groups have equal rewards, below the best": worse
             and now["no_variance"] >= shares["most_equal"],
             f"{now['malformed']:.0%} of the rollouts are malformed": now["malformed"]
@@ -108,17 +110,18 @@ class CollapseWatch(Callback):
     """Ends a fit whose policy collapses, gives the reason, and keeps the parameters with the best
     rewards.
 
-    The rewards of a round belong to the parameters before it; these are the ones that are kept: the
-    trained parts alone, which are not the whole model of an algorithm that changes the base (FLoRA,
-    FedEx-LoRA).
+    The rewards of a round belong to the parameters before it; these are the ones that are kept.
 
     Args:
       folder: folder of the kept parameters.
       settings: settings of `CollapseSigns`.
 
     Raises:
-      ConfigError: as `CollapseSigns`.
+      ConfigError: as `CollapseSigns`; in a fit, an algorithm that leaves models with its clients or
+        changes the base.
     """
+
+    needs_whole_model = True
 
     def __init__(self, folder: str | pathlib.Path, **settings):
         self.signs, self.kept = CollapseSigns(**settings), pathlib.Path(folder) / KEPT

@@ -137,7 +137,7 @@ def fit(
     begun = begun._replace(population=all_rows(begun.population, total))
     first = FitState(0, begun, None, (), settings)
     with ending(callbacks):
-        now = _placed(started(first, callbacks, rounds), placing, task.frozen)
+        now = _placed(started(first, algorithm, callbacks, rounds), placing, task.frozen)
         frozen = placing.everywhere(task.frozen)
         key = placing.everywhere(update_key(seed))
 

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import pathlib
 import time
 from collections.abc import Sequence
@@ -32,7 +33,8 @@ class EarlyStopping(Callback):
     """Ends a fit that has stopped improving, and keeps the best parameters.
 
     The start counts as an evaluation: a fit that never improves on it returns the initial parameters.
-    A resumed fit continues with the evaluations in its folder.
+    A resumed fit continues with the evaluations in its folder; a fit from round 0 removes those of an
+    earlier one. A loss that is not finite is worse than any other.
 
     Args:
       judge: `judge(trainable, index) -> float` for NumPy arrays and the index of the last retrieval
@@ -43,8 +45,11 @@ class EarlyStopping(Callback):
         `best.safetensors`.
 
     Raises:
-      ConfigError: `every` or `patience` below 1.
+      ConfigError: `every` or `patience` below 1; in a fit, an algorithm that leaves models with its
+        clients or changes the base.
     """
+
+    needs_whole_model = True
 
     def __init__(
         self,
@@ -63,10 +68,14 @@ class EarlyStopping(Callback):
 
     def start(self, state):
         self.log.parent.mkdir(parents=True, exist_ok=True)
+        if not state.round:
+            self.kept.unlink(missing_ok=True)  # of another fit
+        # Without the best parameters, their loss is nothing to improve on.
+        known = read_evaluations(self.log) if self.kept.exists() else []
         # Rounds after the checkpoint are made again, to the same parameters, and judged again.
-        self.evaluations = [e for e in read_evaluations(self.log) if e["round"] <= state.round]
-        due = state.round % self.every == 0
-        if due and state.round not in {e["round"] for e in self.evaluations}:
+        self.evaluations = [e for e in known if e["round"] <= state.round]
+        seen = {e["round"] for e in self.evaluations}
+        if not seen or (state.round % self.every == 0 and state.round not in seen):
             self._evaluate(state)
         return state
 
@@ -79,7 +88,7 @@ class EarlyStopping(Callback):
     @property
     def best(self) -> dict[str, float]:
         """The evaluation of the kept parameters."""
-        return min(self.evaluations, key=lambda e: e["loss"])
+        return min(self.evaluations, key=_comparable)
 
     @property
     def stopped(self) -> bool:
@@ -97,13 +106,16 @@ class EarlyStopping(Callback):
         began = time.perf_counter()
         trainable = jax.device_get(state.state.trainable)
         loss = float(self.judge(trainable, state.index))
-        before = [e["loss"] for e in self.evaluations]
-        if not before or loss < min(before):
+        found = {"round": state.round, "loss": loss, "seconds": time.perf_counter() - began}
+        self.evaluations.append(found)
+        if self.best is found:
             tensors.save_arrays(trainable, self.kept)
-        self.evaluations.append(
-            {"round": state.round, "loss": loss, "seconds": time.perf_counter() - began}
-        )
         write_text(self.log, "".join(json.dumps(e) + "\n" for e in self.evaluations))
+
+
+def _comparable(evaluation: dict[str, float]) -> float:
+    loss = evaluation["loss"]
+    return loss if math.isfinite(loss) else math.inf
 
 
 def read_evaluations(path: pathlib.Path) -> list[dict[str, float]]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from fedrag_jax.data.batching import ANSWER_TOKENS
 from fedrag_jax.data.padding import left_padded
+from fedrag_jax.data.seeds import key_of
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.generation import decoding, mixture
 from fedrag_jax.models.network import Network
@@ -70,12 +71,7 @@ class Sampling:
     @property
     def key(self) -> jax.Array | None:
         """The random key of the seed; None for greedy decoding."""
-        if not self.temperature:
-            return None
-        key = jax.random.key(self.seed)  # of the low 32 bits
-        if -(2**31) <= self.seed < 2**32:
-            return key
-        return jax.random.fold_in(key, np.uint32((self.seed >> 32) & 0xFFFFFFFF))
+        return key_of(self.seed) if self.temperature else None
 
 
 class SamplingOptions(TypedDict, total=False):

@@ -2,8 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +11,7 @@ import numpy as np
 from fedrag_jax.generation.likelihood import answer_log_probs
 from fedrag_jax.models.flops import decoder_flops, encoder_flops
 from fedrag_jax.models.network import Network, flatten, unflatten
-from fedrag_jax.objectives.task import StepCost, Task
-
-Table = Mapping[str, Any]
+from fedrag_jax.objectives.task import StepCost, Table, Task
 
 
 def declared(

@@ -204,10 +204,11 @@ def passage_scores(encoder: Network, parts: PyTree, batch, score_scale: float) -
 
 
 class Questions:
-    """Collates questions for the query encoder, all of one width.
+    """Collates questions for the query encoder, those of training in one width.
 
     Args:
-      examples: all training examples.
+      examples: all training examples. Longer questions, which may be held out, are collated in a width
+        of their own instead of being truncated.
       frozen: whether the questions' vectors are fixed; then vectors are returned instead of tokens.
     """
 
@@ -221,9 +222,9 @@ class Questions:
         self._retriever, self._frozen = bare, frozen
         self._known: dict[str, np.ndarray] = {}
         if not frozen:
-            most = max_length or retriever.encoder.config.max_length
+            self._most = max_length or retriever.encoder.config.max_length
             texts = retriever.question_texts([e.question for e in examples])
-            self._width = encoder_table(retriever.tokenizer, texts, most)["tokens"].shape[1]
+            self._width = encoder_table(retriever.tokenizer, texts, self._most)["tokens"].shape[1]
 
     def __call__(self, examples) -> dict[str, np.ndarray]:
         """`question_tokens`, `question_mask` [N, width], or `question_vectors` [N, D]."""
@@ -235,8 +236,8 @@ class Questions:
                 self._known.update(zip(missing, vectors, strict=True))
             return {"question_vectors": np.stack([self._known[t] for t in texts])}
         read = self._retriever.question_texts(texts)
-        table = encoder_table(self._retriever.tokenizer, read, self._width)
-        pad = ((0, 0), (0, self._width - table["tokens"].shape[1]))
+        table = encoder_table(self._retriever.tokenizer, read, self._most)
+        pad = ((0, 0), (0, max(0, self._width - table["tokens"].shape[1])))
         return {f"question_{name}": np.pad(array, pad) for name, array in table.items()}
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from fedrag_jax.clock import Clock, Spent
 from fedrag_jax.data.examples import Example
+from fedrag_jax.data.seeds import key_of
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.generation.likelihood import answer_log_probs
 from fedrag_jax.generation.rollouts import SEARCHING, Rollout, Searching
@@ -95,7 +96,7 @@ class Rolling:
         """Returns G rollouts of each example, with the random draws of a retrieval number."""
         asked = [e for e in examples for _ in range(self.group)]
         prompts = [self.prompt(e.question) for e in asked]
-        key = jax.random.fold_in(jax.random.key(self.seed), time)
+        key = jax.random.fold_in(key_of(self.seed), time)
         found: list[Rollout] = []
         for start in range(0, len(prompts), _AT_ONCE):
             some = range(len(prompts))[start : start + _AT_ONCE]
@@ -126,7 +127,8 @@ def policy(
     """Returns the task that trains adapters by policy gradients; use `refresh_every=1` in `fit`.
 
     Args:
-      examples: all training examples; they determine the width of the table.
+      examples: all training examples; they determine the width of the table. Longer questions, which
+        may be held out, get a table of their own width.
       reference: adapters of the reference policy for the KL penalty; default: the initial adapters.
       scaled: as in `group_advantages`.
       loss: settings of `PolicyLoss`.
@@ -142,22 +144,23 @@ def policy(
         clock, time = Clock(), int(index["time"])
         base = trained.get("decoder", params)  # of an algorithm that changes it
         groups = rolling.rollouts(decoder, base, trained["adapters"], some, time)
+        room = max(width, rolling.width(some))
         packed = np.stack(
             [
                 [
-                    _packed(rollout, rolling, rolling.reward(example, rollout), width)
+                    _packed(rollout, rolling, rolling.reward(example, rollout), room)
                     for rollout in group
                 ]
                 for example, group in zip(some, groups, strict=True)
             ]
         )
         if not rolling.masked:
-            packed = _all_written(decoder, base, trained["adapters"], packed, rolling, width)
+            packed = _all_written(decoder, base, trained["adapters"], packed, rolling)
         spent.searching += clock.lap().others
         return packed, {"time": np.asarray(time + 1)}
 
     def collate(some, packed):
-        table = _table(packed, rolling.learned, width, scaled)
+        table = _table(packed, rolling.learned, scaled)
         if policy_loss.kl:
             table["reference_log_probs"] = _log_probs(decoder, params, reference, table)
         return table
@@ -170,6 +173,7 @@ def policy(
         collate=collate,
         retrieve=retrieve,
         index={"time": np.asarray(0)},
+        coupled=policy_loss.aggregation == "token",
         label="policy gradients" + ("" if rolling.masked else ", nothing masked"),
         spent=spent,
         judged="reward",
@@ -181,7 +185,7 @@ def rollout_table(
 ) -> dict[str, np.ndarray]:
     """Returns the columns of `PolicyLoss` for rollouts [N][G] without rewards."""
     packed = np.stack([[_packed(r, rolling, 0.0, width) for r in group] for group in groups])
-    return _table(packed, rolling.learned, width, scaled=True)
+    return _table(packed, rolling.learned, scaled=True)
 
 
 def _packed(rollout: Rollout, rolling: Rolling, reward: float, width: int) -> np.ndarray:
@@ -204,16 +208,19 @@ def _packed(rollout: Rollout, rolling: Rolling, reward: float, width: int) -> np
     return np.concatenate([np.array(head, np.int32), columns.ravel()])
 
 
-def _table(packed: np.ndarray, most: int, width: int, scaled: bool) -> dict[str, np.ndarray]:
+def _columns(packed: np.ndarray) -> np.ndarray:
+    """Returns a view [N, G, 3, width] of packed rollouts, without the head."""
+    return packed[..., len(_HEAD) :].reshape(*packed.shape[:2], 3, -1)
+
+
+def _table(packed: np.ndarray, most: int, scaled: bool) -> dict[str, np.ndarray]:
     """Returns the columns of `PolicyLoss` from packed rollouts int32 [N, G, 5 + 3 width].
 
     Args:
       most: maximum tokens that a rollout writes.
     """
     head = dict(zip(_HEAD, np.moveaxis(packed[..., : len(_HEAD)], -1, 0), strict=True))
-    tokens, own, bits = np.moveaxis(
-        packed[..., len(_HEAD) :].reshape(*packed.shape[:2], 3, width), 2, 0
-    )
+    tokens, own, bits = np.moveaxis(_columns(packed), 2, 0)
     log_probs = np.ascontiguousarray(bits).view(np.float32)
     # The places of written tokens first, in order; what is left over points at the second token.
     order = np.argsort(own == 0, axis=-1, kind="stable")[..., :most]
@@ -239,16 +246,16 @@ def _table(packed: np.ndarray, most: int, width: int, scaled: bool) -> dict[str,
 
 
 def _all_written(
-    decoder: Network, params, adapters, packed: np.ndarray, rolling: Rolling, width: int
+    decoder: Network, params, adapters, packed: np.ndarray, rolling: Rolling
 ) -> np.ndarray:
     """Returns packed rollouts as if the policy had written the retrieved tokens, with its
     probabilities."""
     packed = packed.copy()
-    columns = packed[..., len(_HEAD) :].reshape(*packed.shape[:2], 3, width)  # a view
+    columns = _columns(packed)
     head = dict(zip(_HEAD, np.moveaxis(packed[..., : len(_HEAD)], -1, 0), strict=True))
-    places = np.arange(width)
+    places = np.arange(columns.shape[-1])
     columns[:, :, 1] = (places >= head["prompt"][..., None]) & (places < head["length"][..., None])
-    table = _table(packed, rolling.learned, width, scaled=True)
+    table = _table(packed, rolling.learned, scaled=True)
     log_probs = _log_probs(decoder, params, adapters, table)
     i, g, a = np.nonzero(table["written"])
     columns[i, g, 2, table["answer_positions"][i, g, a]] = log_probs[i, g, a].view(np.int32)

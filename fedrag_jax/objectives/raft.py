@@ -50,7 +50,8 @@ def raft(
     A prompt has distractors + 1 passages, or as many as there are gold passages if those are more.
 
     Args:
-      questions: all training examples.
+      questions: all training examples; they determine the widths of the table. Others, which may be
+        held out, get prompts of the same kind in a table of their own widths.
       oracle_share: P, the probability that the gold passages of a question are in its prompt.
       distractors: D; one less for every gold passage beyond the first.
       hard: use the passages nearest to the question without any of its answers, instead of random
@@ -64,25 +65,29 @@ def raft(
       ConfigError: a share outside [0, 1], distractors below 0, or reasoning in a style without it.
       DataError: questions without a gold passage, or a corpus with too few distractors.
     """
-    rows = raft_rows(retriever, questions, oracle_share, distractors, hard=hard, seed=seed)
-    reasoning = dict.fromkeys(rows, "")
-    if teacher is not None:
-        golds = _gold_rows(retriever.passages, questions)
-        passages = ([retriever.passages[r] for r in gold] for gold in golds)
-        reasoning = {e.id: teacher(e, p) for e, p in zip(questions, passages, strict=True)}
-    prompts = prompts.wide_enough_for(questions, [reasoning[e.id] for e in questions])
+    rows: dict[str, np.ndarray] = {}
+    reasoning: dict[str, str] = {}
+
+    def learn(examples):
+        rows.update(raft_rows(retriever, examples, oracle_share, distractors, hard=hard, seed=seed))
+        golds = _gold_rows(retriever.passages, examples)
+        for example, gold in zip(examples, golds, strict=True):
+            passages = [retriever.passages[r] for r in gold] if teacher else []
+            reasoning[example.id] = teacher(example, passages) if teacher else ""
+
+    learn(questions)
+    trained = prompts.wide_enough_for(questions, [reasoning[e.id] for e in questions])
+    places = max(map(len, rows.values()), default=0)
 
     def collate(examples, _):
-        unknown = [e.id for e in examples if e.id not in rows]
-        if unknown:
-            raise DataError(
-                f"raft: question {unknown[0]!r} was not among `questions`; give it there"
-            )
-        return prompts.training_table(
-            examples,
-            np.stack([rows[e.id] for e in examples]),
-            per_passage=False,
-            reasoning=[reasoning[e.id] for e in examples],
+        if held_out := [e for e in examples if e.id not in rows]:
+            learn(held_out)
+        why = [reasoning[e.id] for e in examples]
+        read = [rows[e.id] for e in examples]
+        most = max(places, *map(len, read))
+        read = [np.pad(row, (0, most - len(row)), constant_values=-1) for row in read]
+        return trained.wide_enough_for(examples, why).training_table(
+            examples, np.stack(read), per_passage=False, reasoning=why
         )
 
     loss, trainable = AnswerLoss(decoder), {"adapters": adapters}

@@ -203,6 +203,7 @@ def multiple_negatives_ranking(
         retrieve=mine if mining else None,
         spent=retriever.spent,
         cost=loss.cost(),
+        coupled=True,
         idle=None if mining or negatives is not None else idle,
         label="retriever: ranking" + (", mined negatives" if mining else ""),
     )

@@ -42,7 +42,8 @@ def search_format(
 
     Args:
       read: function that returns the model's answer to each example from the results of its queries.
-      examples: all training examples; they determine the width of the table.
+      examples: all training examples; they determine the width of the table. Longer questions, which
+        may be held out, get a table of their own width.
     """
     width = rolling.width(examples)
 
@@ -52,7 +53,8 @@ def search_format(
             [e.question for e in some], rolling.tokenizer, rolling.searching,
             rolling.searched_for(some), lambda queries: read(some, queries), rng,
         )  # fmt: skip
-        return rollout_table([[script] for script in scripts], rolling, width)
+        room = max(width, rolling.width(some))
+        return rollout_table([[script] for script in scripts], rolling, room)
 
     return Task(
         name="search_format",
@@ -60,5 +62,6 @@ def search_format(
         frozen={"decoder": params},
         loss=FormatLoss(decoder),
         collate=collate,
+        coupled=True,
         label="form of searches",
     )

@@ -98,6 +98,8 @@ class Task:
         before. None if `retrieve` keeps its own index fresh.
       cost: declared cost of a step, if any.
       idle: function that explains why a client would learn nothing; None if every example is useful.
+      coupled: whether the loss of an example depends on the others of its batch, such as by in-batch
+        negatives or a mean over the tokens of all.
       label: label in figures; the name if empty.
       spent: counter of the seconds of `retrieve`, if it has one.
       judged: metric for early stopping on held-out examples, higher is better; the loss if empty.
@@ -112,6 +114,7 @@ class Task:
     index: dict[str, Any] | None = None
     cost: StepCost | None = None
     idle: Idle | None = None
+    coupled: bool = False
     label: str = ""
     spent: Spent | None = None
     judged: str = ""

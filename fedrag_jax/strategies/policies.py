@@ -102,11 +102,16 @@ def rolling_of(
       reward: as in `search_policy`.
       pool: `pool(example)`: the corpus rows that the searches of an example may find, if passages stay
         with their clients (`data.corpora.own_passages`); default: all.
-      options: options of `Rolling`.
+      options: other options of `Rolling`; its tokenizer and its search are the system's.
 
     Raises:
-      ConfigError: a pool for a system that answers from a store; as `Rolling`.
+      ConfigError: a tokenizer or a search; a pool for a system that answers from a store; as `Rolling`.
     """
+    if given := sorted({"tokenizer", "search"} & options.keys()):
+        raise ConfigError(
+            f"rollouts of a system use its own tokenizer and search, so leave out {given}; to choose "
+            "them, make a `Rolling` and give it to `objectives.policy_task.policy`"
+        )
     if pool and system.store is not None:
         raise ConfigError(
             "a pool has rows of the system's own index, but this system answers from a store "
@@ -118,11 +123,11 @@ def rolling_of(
         return found_in(system.retriever.passages, rows, scores)
 
     searching = options.setdefault("searching", system.searching)
+    options.setdefault("stop_tokens", system.writer.stop_tokens)
     return Rolling(
         system.prompts.tokenizer,
         search=Looking(within if pool else system.retrieve, searching, pool),
         reward=F1WithForm(searching.tags) if reward is None else reward,
-        stop_tokens=system.writer.stop_tokens,
         **options,
     )
 

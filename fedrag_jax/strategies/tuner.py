@@ -10,7 +10,7 @@ import jax
 
 from fedrag_jax.data.examples import Example
 from fedrag_jax.data.partition import Partition
-from fedrag_jax.errors import CheckpointError, ConfigError, DivergenceError
+from fedrag_jax.errors import CheckpointError, DivergenceError
 from fedrag_jax.federated.algorithm import nbytes
 from fedrag_jax.federated.algorithms.by_name import FED_AVG, Named
 from fedrag_jax.federated.callbacks import Callback
@@ -94,11 +94,6 @@ class Tuner:
         # Processes that each have a folder of their own could not share a checkpoint.
         saved = [Checkpointer(folder / "checkpoints", self.checkpoint_every * stretch)]
         saved = saved if jax.process_count() == 1 else []
-        if stopping and self.regime == "federated" and self.algorithm.changes_base(task):
-            raise ConfigError(
-                f"{self.algorithm.name} changes the base in every round, but validation would score "
-                "the adapters without it: train it in a regime without _converged"
-            )
         if stopping:
             judge = held_out_loss(task, self.validation)
             every = stopping.every * stretch

@@ -159,7 +159,7 @@ def surrounded(
     """Returns the algorithm wrapped as the options of `AROUND` say."""
     made = compressed(algorithm, up=codec(up), down=codec(down))
     made = masked(made) if secure else made
-    if bool(attack) != bool(attackers):
+    if bool(attack) != (len(attackers) > 0):
         raise ConfigError(
             f"give both an attack and attackers (numbers of clients), or neither; got {attack!r} and "
             f"{tuple(attackers)}"

@@ -14,10 +14,11 @@ from fedrag_jax.federated.algorithm import (
     State,
     difference,
     one_object,
+    plus,
     stack,
     weighted_sum,
 )
-from fedrag_jax.federated.algorithms.fed_avg import PLAIN, server_step, whole_model
+from fedrag_jax.federated.algorithms.fed_avg import whole_model
 from fedrag_jax.federated.work import Work, WorkOptions
 
 
@@ -62,8 +63,7 @@ def ditto(*, lam: float = 0.1, **work: Unpack[WorkOptions]) -> Algorithm:
 
         mean, rest = client.total(group, cohort, state.population)
         population, report = (list(part) for part in zip(*rest, strict=True))
-        x, _ = server_step(PLAIN, x, PLAIN.init(x), mean)
-        return State(x, (), population), report
+        return State(plus(x, mean), (), population), report
 
     return Algorithm(
         Work(**work), init, (turn,), whole_model, model=lambda trainable, row: row["model"]

@@ -35,6 +35,7 @@ from fedrag_jax.federated.algorithm import (
     State,
     difference,
     one_object,
+    plus,
     positive,
     stack,
     weighted_sum,
@@ -140,7 +141,7 @@ def dp_fed_avg(
                 f"{noise:.4g}; raise count_noise, lower noise_multiplier or set quantile=0"
             )
         server = {
-            "optimizer": server_optimizer.init(trainable),
+            "optimizer": server_optimizer.init(jax.tree.map(wide, trainable)),
             "clip": jnp.float32(clip),
             "clients": jnp.float32(client_count),
         }
@@ -225,7 +226,7 @@ def _clipping(clip: float):
         moved = difference(y, x)
         norm = jnp.sqrt(sum(jnp.square(u).sum() for u in jax.tree.leaves(moved)))
         scale = _shrinking(norm, clip)
-        return jax.tree.map(lambda x, u: (wide(x) + scale * u).astype(x.dtype), x, moved)
+        return plus(x, jax.tree.map(lambda u: scale * u, moved))
 
     return clipped
 

@@ -38,6 +38,7 @@ from fedrag_jax.federated.algorithm import (
     by_kind,
     difference,
     one_object,
+    plus,
     stack,
     weighted_sum,
     wide,
@@ -179,8 +180,7 @@ def fed_lora(
         rows = state.population or [()] * len(cohort)
         (update, products), rest = client.total(group, cohort, rows)
         population, report = (list(part) for part in zip(*rest, strict=True))
-        new = jax.tree.map(lambda x, u: (x + u).astype(x.dtype), x, update)
-        new, server = _joined(new, fixed), state.server
+        new, server = _joined(plus(x, update), fixed), state.server
         if rules.settle is not None:
             product, weight = products
             # Where nobody answered, what there was counts.
@@ -249,6 +249,7 @@ def fed_lora(
         traffic,
         model=model if rules.private else None,
         frozen=changed,
+        changes_base=rules.changes_base,
         sent=sent if ranks is None else None,
         needs="sum" if rules.settle is None else "factors",
     )

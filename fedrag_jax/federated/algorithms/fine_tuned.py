@@ -16,10 +16,11 @@ from fedrag_jax.federated.algorithm import (
     Traffic,
     difference,
     one_object,
+    plus,
     stack,
     weighted_sum,
 )
-from fedrag_jax.federated.algorithms.fed_avg import PLAIN, server_step, whole_model
+from fedrag_jax.federated.algorithms.fed_avg import whole_model
 from fedrag_jax.federated.work import Work, WorkOptions
 
 
@@ -30,6 +31,9 @@ def fine_tuned(*, together: int = 8, alone: int = 2, **work: Unpack[WorkOptions]
     In the second part a client keeps its optimizer state between rounds, and nothing is sent. A client
     that is not sampled there keeps the global model; so do all clients if the fit ends before it. With
     alone = 0 this is `fed_avg`, with together = 0 `local_only`; each client has its own model.
+
+    Bytes are counted as if all clients that go on alone were sampled in the first round alone, in which
+    they receive the averaged model.
 
     Args:
       together, alone: rounds; a fit takes as many as both, or fewer.
@@ -61,8 +65,7 @@ def fine_tuned(*, together: int = 8, alone: int = 2, **work: Unpack[WorkOptions]
 
         mean, rest = client.total(group, cohort, state.population)
         population, report = (list(part) for part in zip(*rest, strict=True))
-        x, _ = server_step(PLAIN, x, PLAIN.init(x), mean)
-        return State(x, (), population), report
+        return State(plus(x, mean), (), population), report
 
     def tune(state, cohort, client):
         def group(members, row):

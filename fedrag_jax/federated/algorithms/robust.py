@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from fedrag_jax.errors import ConfigError
-from fedrag_jax.federated.algorithm import Algorithm, State, difference, one_object, stack
+from fedrag_jax.federated.algorithm import Algorithm, State, difference, one_object, stack, wide
 from fedrag_jax.federated.algorithms.fed_avg import PLAIN, server_step, whole_model
 from fedrag_jax.federated.robust.rule import Rule
 from fedrag_jax.federated.work import Work
@@ -52,7 +52,7 @@ def robust(
                 f"{rule} needs at least {rule.least} clients in a round, but {most} of {client_count} "
                 f"take part ({work.sampling.name}): sample more, or assume fewer hostile ones"
             )
-        return State(trainable, server_optimizer.init(trainable))
+        return State(trainable, server_optimizer.init(jax.tree.map(wide, trainable)))
 
     def turn(state, cohort, client):
         x = state.trainable

@@ -17,6 +17,8 @@ not simulated.
 import dataclasses
 import functools
 import zlib
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,7 @@ import numpy as np
 
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.federated.algorithm import Algorithm, Traffic, Turn
+from fedrag_jax.federated.engine.client import all_finite
 
 WHY = {
     "updates": "needs every single update, which a sum does not reveal",
@@ -42,7 +45,8 @@ def secure(algorithm: Algorithm, *, bits: int = 20, threshold: float = 2 / 3) ->
     upon; the field `dropped` of a record lists them.
 
     Args:
-      bits: f; a value is rounded to a multiple of 2^−f, and clipped to ±2^(31−f) / K.
+      bits: f; a value is rounded to a multiple of 2^−f, and clipped to ±2^(31−f) / K. Those of
+        private algorithms are rounded towards zero, so that no message is longer than their clip.
       threshold: minimum share of a round's clients that must survive; with fewer, the seeds cannot be
         reconstructed, and the round changes nothing.
 
@@ -75,7 +79,8 @@ def secure(algorithm: Algorithm, *, bits: int = 20, threshold: float = 2 / 3) ->
         plain = algorithm.traffic(trainable, drawn, answered, round)
         return Traffic(plain.down, dict(_as_integers(*item) for item in plain.up.items()))
 
-    turns = tuple(_masked(turn, bits, threshold, work.dropout) for turn in algorithm.turns)
+    rounded = jnp.trunc if algorithm.secret else jnp.round
+    turns = tuple(_masked(turn, bits, threshold, work.dropout, rounded) for turn in algorithm.turns)
     return algorithm._replace(
         work=dataclasses.replace(work, dropout=0.0),  # they drop out within the round
         init=init,
@@ -88,7 +93,9 @@ def secure(algorithm: Algorithm, *, bits: int = 20, threshold: float = 2 / 3) ->
 
 
 @functools.cache
-def _masked(turn: Turn, bits: int, threshold: float, dropout: float) -> Turn:
+def _masked(
+    turn: Turn, bits: int, threshold: float, dropout: float, rounded: Callable[[Any], jax.Array]
+) -> Turn:
     def masked(state, cohort, client):
         shapes = [part.clients.shape for part in cohort]
         cohort = [_one_by_one(part) for part in cohort]
@@ -100,7 +107,7 @@ def _masked(turn: Turn, bits: int, threshold: float, dropout: float) -> Turn:
         )
         there = share > 0
         alive = there & _survives(key, clients, dropout)
-        enough = alive.sum() >= jnp.maximum(2, jnp.ceil(threshold * there.sum()))
+        enough = alive.sum() >= jnp.asarray(_least(threshold, len(clients)))[there.sum()]
         alive = alive & enough
         counted = jnp.where(alive, share, 0).sum()
 
@@ -108,6 +115,10 @@ def _masked(turn: Turn, bits: int, threshold: float, dropout: float) -> Turn:
             mine = _survives(key, part.clients, dropout) & enough
             share = jnp.where(mine, part.share / jnp.where(counted > 0, counted, 1), 0)
             return part._replace(share=share, steps=jnp.where(mine, part.steps, 0))
+
+        # The largest float32 whose sum over all clients fits into 32 bits.
+        most = float(np.nextafter(np.float32(2**31 / len(clients)), np.float32(0)))
+        whole = []  # of each sum, by part of the cohort: whether each message was finite
 
         def mask(number, others, shapes):
             """Sums the masks that a client shares with others: + for larger client numbers, − for
@@ -130,40 +141,41 @@ def _masked(turn: Turn, bits: int, threshold: float, dropout: float) -> Turn:
             return jax.lax.fori_loop(0, len(clients), add, zero)
 
         def total(work, parts, *inputs):
-            first = jax.tree.map(lambda x: x[0], (parts[0], *(x[0] for x in inputs)))
-            likes, _ = jax.eval_shape(work, *first)
-            # The largest float32 whose sum over all clients fits into 32 bits.
-            most = float(np.nextafter(np.float32(2**31 / len(clients)), np.float32(0)))
-
             def message(members, *own):
                 sums, rest = work(members, *own)
                 number = members.clients[0]
-                sent = jax.tree.map(lambda x: _to_integers(x, bits, most), sums)
-                sent = jax.tree.map(jnp.add, sent, mask(number, there, likes))
+                sent = jax.tree.map(lambda x: _to_integers(rounded(x * 2.0**bits), most), sums)
+                sent = jax.tree.map(jnp.add, sent, mask(number, there, sums))
                 # Of clients that dropped out, and of padding, nothing arrives.
-                arrives = (members.share[0] > 0).astype(jnp.uint32)
-                return jax.tree.map(lambda x: arrives * x, sent), rest
+                arrives = members.share > 0
+                sent = jax.tree.map(lambda x: arrives[0].astype(jnp.uint32) * x, sent)
+                # Integers do not show what was not finite, or of which type the sums were.
+                types = jax.tree.map(lambda x: jnp.zeros(0, x.dtype), sums)
+                return sent, (rest, all_finite(sums) | ~arrives, types)
 
             found, rest = client.total(message, parts, *inputs)
+            rest, finite, (types, *_) = zip(*rest, strict=True)
+            whole.append(finite)
 
             def recover(j, found):
                 # What survivors share with one that dropped out is the opposite of its own masks.
                 lost = (there[j] & ~alive[j]).astype(jnp.uint32)
                 return jax.tree.map(
-                    lambda x, m: x + lost * m, found, mask(clients[j], alive, likes)
+                    lambda x, m: x + lost * m, found, mask(clients[j], alive, found)
                 )
 
             found = jax.lax.fori_loop(0, len(clients), recover, found)
             return jax.tree.map(
-                lambda x, like: _from_integers(x, bits, like.dtype), found, likes
-            ), rest
+                lambda x, like: _from_integers(x, bits, like.dtype), found, types
+            ), list(rest)
 
         surviving_cohort = [surviving(part) for part in cohort]
         inner = state._replace(population=rows or ())
         state, report = turn(inner, surviving_cohort, client._replace(total=total))
+        well = [functools.reduce(jnp.logical_and, part) for part in zip(*whole, strict=True)]
         report = [
-            told | {"dropped": (part.share == 0)}
-            for told, part in zip(report, surviving_cohort, strict=True)
+            told | {"dropped": part.share == 0, "finite": told["finite"] & finite}
+            for told, part, finite in zip(report, surviving_cohort, well, strict=True)
         ]
         population = _in_groups(state.population, shapes) if state.population else ()
         return state._replace(population=population), _in_groups(report, shapes)
@@ -195,8 +207,14 @@ def _survives(key: jax.Array, clients: jax.Array, dropout: float) -> jax.Array:
     return flat.reshape(clients.shape) >= dropout
 
 
-def _to_integers(x: jax.Array, bits: int, most: float) -> jax.Array:
-    fixed = jnp.clip(jnp.round(x * 2.0**bits), -most, most)
+def _least(threshold: float, most: int) -> np.ndarray:
+    """Returns the number of survivors that 0 to `most` clients need, int32 [most + 1]. A share such as
+    2/3 of 3 is no integer for its rounding."""
+    return np.maximum(2, np.ceil(threshold * np.arange(most + 1) - 1e-9)).astype(np.int32)
+
+
+def _to_integers(x: jax.Array, most: float) -> jax.Array:
+    fixed = jnp.clip(x, -most, most)
     return jax.lax.bitcast_convert_type(fixed.astype(jnp.int32), jnp.uint32)
 
 

@@ -71,11 +71,9 @@ def decoded(codec: Codec, messages: Mapping[str, Message], like: PyTree, key: ja
 
 def message_bytes(codec: Codec, tree: PyTree) -> dict[str, int]:
     """Returns the message bytes for a tree of these shapes, by part and type."""
-    return by_kind(jax.eval_shape(lambda tree, key: encoded(codec, tree, key), tree, _key()))
-
-
-def _key() -> jax.Array:
-    return jax.random.key(0)
+    return by_kind(
+        jax.eval_shape(lambda tree, key: encoded(codec, tree, key), tree, jax.random.key(0))
+    )
 
 
 def _parts(tree: PyTree) -> Mapping[str, PyTree]:

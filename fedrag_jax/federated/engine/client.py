@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fedrag_jax.data.seeds import key_of
 from fedrag_jax.federated.algorithm import Client, PyTree, wide
 from fedrag_jax.federated.engine.cohort import Cohort
 
 
 def update_key(seed: int) -> jax.Array:
     """The key of local updates, into which round, client and step are folded."""
-    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(b"local update"))
+    return jax.random.fold_in(key_of(seed), zlib.crc32(b"local update"))
 
 
 def local_update(

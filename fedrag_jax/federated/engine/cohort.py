@@ -52,8 +52,9 @@ def sample_cohort(data: Partition, work: Work, round: int, batch_size: int, seed
       round: from 0.
 
     Returns:
-      `Cohort`. With `local_steps` a client walks through shuffled epochs of its own examples and
-      goes on in the next round where it stood: S batches, all full unless it holds fewer than B.
+      `Cohort`. With `local_steps` a client walks through shuffled epochs of its own examples: S
+      batches, all full unless it holds fewer than B. It stands where it would if it had taken part in
+      every round before.
       With `local_epochs` it makes whole passes, the last batch of each filled up; S is that of the
       largest client, drawn or not, so that all rounds have one shape.
     """

@@ -30,8 +30,11 @@ def schedule(algorithm: Algorithm, optimizer) -> Callable[[int], optax.GradientT
     return (lambda _: optimizer) if fixed else optimizer
 
 
-def started(now: FitState, callbacks: list[Callback], rounds: int) -> FitState:
+def started(
+    now: FitState, algorithm: Algorithm, callbacks: list[Callback], rounds: int
+) -> FitState:
     """Returns the state to start from; the first callback may restore an earlier one."""
+    _require_whole_model(algorithm, callbacks)
     for i, callback in enumerate(callbacks):
         before, now = now.round, callback.start(now)
         if i > 0 and now.round != before:
@@ -44,6 +47,19 @@ def started(now: FitState, callbacks: list[Callback], rounds: int) -> FitState:
             f"fit: the checkpoint is at round {now.round} but rounds={rounds}; raise rounds"
         )
     return now
+
+
+def _require_whole_model(algorithm: Algorithm, callbacks: list[Callback]) -> None:
+    if algorithm.model is None and not algorithm.changes_base:
+        return
+    elsewhere = "changes the base" if algorithm.changes_base else "leaves models with its clients"
+    for callback in callbacks:
+        if callback.needs_whole_model:
+            raise ConfigError(
+                f"fit: {algorithm.name} {elsewhere}, but {type(callback).__name__} keeps the trained "
+                "part of one model alone; leave this callback out (in a comparison, take a regime "
+                "without _converged), or train with another algorithm"
+            )
 
 
 def initial_state(task: Task, algorithm: Algorithm, optimizer, client_count: int) -> State:

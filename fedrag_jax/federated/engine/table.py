@@ -47,16 +47,15 @@ def used_rows(
     As many for every stretch of rounds, so that all have one shape: the first fills up to `height`
     at least.
     """
-    rows = np.sort(np.concatenate(data.clients))
-    held = len(rows)
+    rows = held = np.sort(np.concatenate(data.clients))
     cohort = sample_cohort(data, work, first, batch_size, seed)
     room = count * work.sampling.places(data.sizes()) * np.prod(cohort.indices.shape[1:])
-    if room < held:
+    if room < len(held):
         others = (sample_cohort(data, work, first + i, batch_size, seed) for i in range(1, count))
         trained = [c.indices[c.example_weight > 0] for c in (cohort, *others)]
         rows = np.unique(np.concatenate(trained))
-        rows = rows if rows.size else np.arange(1)
-    height = max(height, min(room, held))
+        rows = rows if rows.size else held[:1]  # nobody may have been drawn
+    height = max(height, min(room, len(held)))
     return np.pad(rows, (0, max(height - len(rows), 0)), constant_values=rows[0])
 
 

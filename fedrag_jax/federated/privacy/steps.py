@@ -102,10 +102,10 @@ def private_steps(task: Task, *, clip: float, noise_multiplier: float, batch_siz
             f"private_steps: clip must be > 0 and noise_multiplier at least 0, got {clip} and "
             f"{noise_multiplier}"
         )
-    if task.idle is not None:
+    if task.coupled:
         raise ConfigError(
-            f"private_steps: in {task.name!r} the gradient of a question depends on the others of its "
-            "batch, so clipping does not bound the influence of one question; train with an objective "
+            f"private_steps: in {task.name!r} the loss of a question depends on the others of its "
+            "batch, but private steps take the gradients of single questions; train with an objective "
             "of single questions, such as 'concatenated', or make whole clients private with dp_fed_avg"
         )
     _library()

@@ -127,7 +127,8 @@ def run_rounds(
     told = [Checkpointer(folder / "checkpoints"), JsonlLog(folder / "rounds.jsonl"), Progress()]
     told += callbacks
     with ending(told):
-        now = started(FitState(0, state, None, (), plan.settings), told, plan.rounds)
+        first = FitState(0, state, None, (), plan.settings)
+        now = started(first, plan.algorithm, told, plan.rounds)
         while now.round < plan.rounds and not any(callback.stopped for callback in told):
             began = time.perf_counter()
             roll.look()
