@@ -378,8 +378,8 @@ class RAGSystem(AsyncAnswers):
         """Writes a folder, see `rag_folder.write`; an old system stays until the new one is complete.
 
         Raises:
-          CheckpointError: a quantised generator, a retriever over silos, or a parameter that is not
-            finite; nothing is written.
+          CheckpointError: a quantised generator, a retriever over silos, a parameter that is not
+            finite, or foreign files with the names of its parts; nothing is written.
         """
         rag_folder.write(pathlib.Path(path), self)
 

@@ -171,6 +171,15 @@ def test_files_of_a_user_may_be_called_as_ours(tmp_path, capsys):
     assert {path.name for path in documents.iterdir()} == {"a.txt", *own}
 
 
+def test_indexing_into_a_folder_of_passages_keeps_them(tmp_path, capsys):
+    passages = tmp_path / "passages.jsonl"
+    passages.write_text('{"text": "Ada lives in Rome."}\n')
+    assert main(["index", str(passages), "--to", str(tmp_path), "--quiet"]) == 1
+    assert f"{passages} is not of a saved system and would be lost" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["passages.jsonl"]
+    assert passages.read_text() == '{"text": "Ada lives in Rome."}\n'
+
+
 def test_indexing_refuses_what_would_lose_something(system, tmp_path, capsys):
     documents = write_documents(tmp_path / "documents", PASSAGES[:21])
     for more, error in (

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,15 @@ from documents import QUESTIONS, told, write_questions
 from fedrag_jax.cli.command_line import main
 from fedrag_jax.models.network import flatten
 from fedrag_jax.rag import RAGSystem
+
+
+def unsave(folder):
+    """Leaves what a training had there when it was killed before it saved its system."""
+    for part in folder.iterdir():
+        if part.is_dir() and part.name != "training":
+            shutil.rmtree(part)
+        elif part.is_file():
+            part.unlink()
 
 
 @pytest.mark.slow
@@ -32,10 +42,10 @@ def test_training_tunes_and_keeps_the_store(system, tmp_path, capsys, regime):
     assert main(command) == 1
     assert "holds a system already" in capsys.readouterr().err
     # Killed before it was saved: the trainings are read back, but not for another system.
-    (tmp_path / "tuned" / "system.json").unlink()
+    unsave(tmp_path / "tuned")
     assert main(command) == 0
     assert told(capsys)[0]["trials"] == result["trials"]
-    (tmp_path / "tuned" / "system.json").unlink()
+    unsave(tmp_path / "tuned")
     tuned.under("Be brief.").save(tmp_path / "another")
     command[1] = str(tmp_path / "another")
     assert main(command) == 1
@@ -87,7 +97,7 @@ def test_training_by_an_algorithm_keeps_the_base_that_it_changed(system, tmp_pat
     before, after = (dict(flatten(s.generator.params)) for s in (old, tuned))
     changed = {path[-2] for path in before if not np.array_equal(before[path], after[path])}
     assert changed == {*old.decoder.lora.targets}
-    (tmp_path / "tuned" / "system.json").unlink()
+    unsave(tmp_path / "tuned")
     assert main([*command[:-1], "weighting=examples"]) == 1
     assert "holds a training with other settings: algorithm_options was" in capsys.readouterr().err
     assert main(command) == 0
