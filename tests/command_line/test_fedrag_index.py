@@ -216,6 +216,25 @@ def test_indexing_refuses_what_would_lose_something(system, tmp_path, capsys):
     assert "is damaged" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_a_refused_call_leaves_no_settings_for_later_ones(tmp_path, capsys, there):
+    documents = write_documents(tmp_path / "documents", PASSAGES[:5])
+    (tmp_path / "blank").mkdir()
+    (tmp_path / "blank" / "a.txt").write_text(" ")
+    to = ["--to", str(tmp_path / "system"), "--quiet"]
+    if there:
+        assert main(["index", str(documents), *to]) == 0
+    for wrong, why in (
+        ([str(documents), "--tokens", "0"], "got 0 and 0"),
+        ([str(documents), "--overlap", "150"], "and 150"),
+        ([str(tmp_path / "blank"), "--moved"], "no words in the 1 documents"),
+    ):
+        assert main(["index", *wrong, *to]) == 1
+        assert why in capsys.readouterr().err
+        assert main(["index", str(documents), *to]) == 0
+        assert "5 passages of 6 documents" in capsys.readouterr().out
+
+
 def test_a_system_leaves_a_store_of_others_alone(tmp_path, capsys):
     place = ["--store", "qdrant", "--at", str(tmp_path / "qdrant"), "--quiet"]
     for name, text in (("a", "Ada lives in Rome."), ("b", "Bob lives in Oslo.")):
