@@ -9,8 +9,10 @@ import pytest
 from documents import QUESTIONS, told, write_questions
 
 from fedrag_jax.cli.command_line import main
+from fedrag_jax.errors import ConfigError
 from fedrag_jax.models.network import flatten
 from fedrag_jax.rag import RAGSystem
+from fedrag_jax.systems import training
 
 
 def unsave(folder):
@@ -61,8 +63,6 @@ def test_what_cannot_be_trained_is_refused(system, tmp_path, capsys):
     questions.write_text("\n".join(map(json.dumps, bare)))
     assert main(["train", str(system), str(questions), *to, "--strategy", "retriever"]) == 1
     assert "needs gold passages" in capsys.readouterr().err
-    assert main(["train", str(system), str(questions), *to, "--factors", "0"]) == 1
-    assert "learning rates must be > 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -75,12 +75,44 @@ def test_what_cannot_be_trained_is_refused(system, tmp_path, capsys):
         (["--algorithm", "fedprox", "--regime", "centralised"], "add --regime=federated"),
         (["--algorithm-options", "up=int8", "--regime", "centralised"], "add --regime=federated"),
         (["--algorithm", "scaffold"], "give --query-rate and --adapter-rate"),
+        (["--rounds", "0"], "--rounds must be at least 1, got 0"),
+        (["--local-steps", "0"], "--local-steps must be at least 1, got 0"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["--clients", "-1"], "--clients must be at least 0, got -1"),
+        (["--seed", "-1"], "--seed must be at least 0, got -1"),
+        (["--max-answer-tokens", "0"], "--max-answer-tokens must be at least 1, got 0"),
+        (["--factors", "1", "nan"], "--factors: learning rates must be above 0, got nan"),
+        (["--factors", "0"], "--factors: learning rates must be above 0, got 0"),
+        (["--query-rate", "-1"], "--query-rate: learning rates must be above 0, got -1"),
+        (["--adapter-rate", "inf"], "--adapter-rate: learning rates must be above 0, got inf"),
+        (["--alpha", "nan"], "--alpha must be above 0, got nan"),
+        (["--alpha", "0.1", "--regime", "centralised"], "--alpha 0.1 is about the split"),
+        (["--alpha", "0.1", "--clients", "0"], "--alpha 0.1 is about the split"),
     ],
 )  # fmt: skip
-def test_algorithms_that_cannot_train_are_refused(options, words, tmp_path, capsys):
+def test_options_that_cannot_train_are_refused(options, words, tmp_path, capsys):
     to = ["--to", str(tmp_path / "tuned"), "--regime", "federated"]
     assert main(["train", "system", "own.jsonl", *to, *options]) == 1  # before either is read
     assert words in capsys.readouterr().err
+
+
+def test_a_training_that_failed_before_a_trial_stands_for_no_other(
+    system, tmp_path, capsys, monkeypatch
+):
+    def failing(*_):
+        raise ConfigError("no answers today")
+
+    monkeypatch.setattr(training, "_scored", failing)
+    questions = write_questions(tmp_path / "own.jsonl", system)
+    command = ["train", str(system), str(questions), "--to", str(tmp_path / "tuned"), "--rounds"]
+    for rounds in "12":
+        assert main([*command, rounds]) == 1
+        assert "no answers today" in capsys.readouterr().err
+    begun = tmp_path / "tuned" / "training" / "times-1" / "joint_token"
+    begun.mkdir(parents=True)
+    (begun / "rounds.jsonl").write_text("")
+    assert main([*command, "1"]) == 1
+    assert "holds a training with other settings: budget was" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -115,14 +147,16 @@ def test_answers_whose_ends_are_not_trained_on_are_told(system, tmp_path, capsys
     questions = write_questions(tmp_path / "own.jsonl", system)
     rows = [json.loads(line) for line in questions.read_text().splitlines()]
     long = next(i for i, row in enumerate(rows) if row["split"] == "train")
+    rows = [row | {"positive_ids": []} for row in rows]  # refused, but after it is told
     rows[long]["answers"] = ["", "It was opened in the spring of the year after the flood. " * 2]
     questions.write_text("\n".join(map(json.dumps, rows)))
-    command = ["train", str(system), str(questions), "--to", str(tmp_path / "tuned"), "--factors"]
-    assert main([*command, "0"]) == 1
+    command = ["train", str(system), str(questions), "--to", str(tmp_path / "tuned"), "--strategy"]
+    command.append("retriever")
+    assert main(command) == 1
     said = re.search(
         r"1 of \d+ training answers are longer than 16 tokens .* --max-answer-tokens=(\d+)",
         capsys.readouterr().err,
     )
     assert int(said[1]) > 20
-    assert main([*command, "0", "--max-answer-tokens", said[1]]) == 1
+    assert main([*command, "--max-answer-tokens", said[1]]) == 1
     assert "training answers are longer" not in capsys.readouterr().err
