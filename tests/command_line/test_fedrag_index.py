@@ -195,6 +195,7 @@ def test_indexing_refuses_what_would_lose_something(system, tmp_path, capsys):
         (["--at", "x"], "has no option 'at'; it belongs to qdrant and postgres"),
         (["--like", str(system), "--generator", "x"], "--like takes models and prompts"),
         (["--language", "english"], "has no option 'language'; it belongs to bm25 and hybrid"),
+        (["--top-k", "0"], "--top-k must be at least 1, got 0"),
     ):
         assert main([*new, *more]) == 1
         assert error in capsys.readouterr().err
@@ -304,6 +305,9 @@ def test_a_new_system_like_a_tuned_one(system, tmp_path):
     assert loaded.store.kind == "bm25" and loaded.prompts.style == tuned.prompts.style
     assert loaded.top_k == 3 and not loaded.retriever.passages
     assert loaded.searching == tuned.searching
+    command[3] = str(tmp_path / "untold")
+    assert main([*command, *like, "--system-prompt", ""]) == 0
+    assert not RAGSystem.load(tmp_path / "untold").prompts.system
 
 
 def test_the_working_directory_may_be_indexed(tmp_path, capsys, monkeypatch):
