@@ -2,10 +2,12 @@
 
 import io
 import json
+import os
+import subprocess
 import sys
 
 import pytest
-from documents import QUESTIONS, told
+from documents import FEDRAG, QUESTIONS, told
 
 from fedrag_jax.cli.command_line import main
 from fedrag_jax.cli.common import harmless
@@ -119,6 +121,16 @@ def test_an_empty_system_prompt_takes_that_of_the_system_away(system, tmp_path, 
     assert main(command) == 0
     (answer,) = told(capsys)
     assert answer["answer"] == plain.query(QUESTIONS[0].question).answer
+
+
+def test_characters_that_the_locale_cannot_spell_are_escaped(tmp_path):
+    (tmp_path / "a.txt").write_text("Ada lives in Rome.")
+    command = [*FEDRAG, "index", str(tmp_path / "a.txt"), "--to", str(tmp_path / "schlüssel")]
+    run = subprocess.run(
+        command, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert b"schl\\xfcssel: 1 passages of 1 documents" in run.stdout
 
 
 def test_questions_in_another_encoding_are_told(system, monkeypatch, capsys):
