@@ -12,7 +12,7 @@ from scipy.special import log_softmax
 from fedrag_jax import rag_folder
 from fedrag_jax.data.batching import Prompts
 from fedrag_jax.data.citations import cited
-from fedrag_jax.data.examples import Passage
+from fedrag_jax.data.examples import Passage, check_passages
 from fedrag_jax.data.prompts import PromptStyle, named_style
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.generation import inference
@@ -103,8 +103,10 @@ class RAGSystem(AsyncAnswers):
         Raises:
           ConfigError: an unknown prompt style, similarity, index or type of vectors, `top_k` larger
             than the corpus, `marginal_k` or `score_scale` not positive, `max_answer_tokens` below 2.
+          DataError: two passages with one id, or a text with half a character.
           CheckpointError: a folder that does not contain such a model.
         """
+        passages = passages and check_passages(passages, "the system's passages")
         if top_k < 1 or (store is None and top_k > len(passages)):
             raise ConfigError(
                 f"top_k must be between 1 and the corpus' {len(passages)} passages, got {top_k}"
@@ -122,13 +124,12 @@ class RAGSystem(AsyncAnswers):
         if score_scale is None:
             score_scale = 20.0 if retriever.network.config.similarity == "cosine" else 1.0
         longest = max_passage_tokens, max_answer_tokens
-        prompts = Prompts(generator.tokenizer, style, passages, examples, *longest)
         system = cls(
             generator=generator,
             decoder=decoder,
             adapters=lora.init_adapters(decoder, seed),
             retriever=Retriever.build(retriever, passages, progress, **searched),
-            prompts=prompts,
+            prompts=Prompts(generator.tokenizer, style, passages, examples, *longest),
             top_k=top_k,
             marginal_k=min(marginal_k, len(passages) or marginal_k),
             score_scale=score_scale,
@@ -378,8 +379,7 @@ class RAGSystem(AsyncAnswers):
         """Writes a folder, see `rag_folder.write`; an old system stays until the new one is complete.
 
         Raises:
-          CheckpointError: a quantised generator, a retriever over silos, or a parameter that is not
-            finite; nothing is written.
+          CheckpointError: as `rag_folder.write`; nothing is written.
         """
         rag_folder.write(pathlib.Path(path), self)
 

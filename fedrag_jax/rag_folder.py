@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 import shutil
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ from fedrag_jax.retrieval.stores.registry import open_store
 
 HEAD, SETTINGS, STORE = "head.safetensors", "system.json", "store"
 MODELS = "generator", "document_encoder", "query_encoder"
+# All that `_write` creates. A store, which is saved beside it, keeps the files of others itself.
+PARTS = *MODELS, "adapters", HEAD, "passages.jsonl", SETTINGS
 # While a folder is saved: what is being written, and complete parts on their way to their place.
 FRESH, SAVED = ".saving", ".saved"
 
@@ -39,20 +42,25 @@ def is_system(folder: pathlib.Path) -> bool:
 
 
 def require_free(folder: pathlib.Path) -> None:
-    """Refuses a folder where the settings file would overwrite a foreign file.
+    """Refuses a folder where parts of a system would replace foreign files or folders.
+
+    A save that fails or is killed leaves none of `PARTS` in a folder without a system.
 
     Raises:
-      CheckpointError: the folder has a foreign file of that name.
+      CheckpointError: the folder holds no system, but something with the name of a part.
     """
-    if (folder / SETTINGS).exists() and not is_system(folder):
-        raise CheckpointError(
-            f"{folder / SETTINGS} is not of a saved system and would be lost: choose another folder, "
-            "or delete it"
-        )
+    if is_system(folder):
+        return
+    for part in PARTS:
+        if os.path.lexists(folder / part):
+            raise CheckpointError(
+                f"{folder / part} is not of a saved system and would be lost: choose another folder, "
+                "or move it away"
+            )
 
 
 def require_new(folder: pathlib.Path) -> None:
-    """Refuses a folder that holds a system or a foreign file where its settings would be.
+    """Refuses a folder that holds a system, or foreign files where its parts would be.
 
     Raises:
       ConfigError: it holds a system.
@@ -82,7 +90,7 @@ def write(folder: pathlib.Path, system: Any) -> None:
 
     Raises:
       CheckpointError: the generator is quantised, the retriever is over silos, a parameter is not
-        finite, or a foreign file has the name of the settings file; nothing is written.
+        finite, or a foreign file has the name of a part; nothing is written.
       ConfigError: a file cannot be written.
     """
     if isinstance(system.retriever.index, SiloIndex):

@@ -129,6 +129,7 @@ HALF = r"{}\.jsonl:1: '{}' holds half a character \('.ud"
     ("file", "content", "message"),
     [
         ("questions", '{"id": "q0", "quest\n', r"questions\.jsonl:1: not JSON.*quest"),
+        ("questions", "[" * 200_000 + "\n", r"questions\.jsonl:1: nested too deeply: '\[\["),
         ("questions", lines([question(0)]) + "[1]\n", r"jsonl:2: not a JSON object: '\[1\]"),
         ("questions", '{"id": "q0", "question": "w"}\n', r":1: missing field 'answers'; found id"),
         (

@@ -279,10 +279,33 @@ def test_prompts_go_to_a_file_and_back(tmp_path):
     told = PROMPTS._replace(ask=PROMPTS.ask._replace(system="In {language}, {please}."))
     prompts.write(told, path)
     assert prompts.read(path, "Thai").ask.system == "In Thai, {please}."
-    for text in ("{}", "[", json.dumps(fields | {"more": 1})):
+    for name, field, value, why in (
+        ("rate_text", "system", 5, "rate_text: system must be of type str, got 5"),
+        ("ask", "max_tokens", "many", "ask: max_tokens must be of type int, got 'many'"),
+        ("ask", "chat", 1, "ask: chat must be of type bool, got 1"),
+        ("ask", "user", "{texts}", r"ask: user has no {text}, which is filled in"),
+        ("rate_answer", "user", "{text} {question}", "rate_answer: user has no {answer}, which"),
+    ):
+        prompts.write(PROMPTS, path)
+        wrong = json.loads(path.read_text())
+        wrong[name][field] = value
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(ConfigError, match=why):
+            prompts.read(path)
+    path.write_bytes('{"ask": "é"}'.encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"no prompts for label-free fine-tuning .*utf-8"):
+        prompts.read(path)
+    for text in ("{}", "[", "5", "[1]", json.dumps(fields | {"more": 1})):
         path.write_text(text)
         with pytest.raises(ConfigError, match="no prompts for label-free fine-tuning"):
             prompts.read(path)
+
+
+def test_questions_without_a_gold_passage_of_the_corpus_are_named(retriever, tmp_path):
+    for golds in ((), ("nowhere",), (TEXTS[0].id, "nowhere")):
+        wrong = Example("q7", "Who?", ("Ada",), golds)
+        with pytest.raises(DataError, match=r"question 'q7' needs a gold passage, all of them in"):
+            pipeline.add_hard_negatives(retriever, [wrong], tmp_path, 3)
 
 
 @pytest.mark.slow

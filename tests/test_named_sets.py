@@ -253,6 +253,59 @@ def test_values_of_csv_are_texts(tmp_path, place):
     ]  # fmt: skip
 
 
+ASKED = Columns(question="q", answers="a")
+
+
+@pytest.mark.parametrize("place", ["own.csv", "own/train.csv"])
+def test_a_comma_at_the_end_of_every_row_of_csv_shifts_nothing(tmp_path, place):
+    (tmp_path / "own").mkdir()
+    (tmp_path / place).write_text("q,a\nWho?,Ada,\nWhen?,1843,\n")
+    read = ASKED.read(str(tmp_path / place.partition("/")[0]))
+    found = {e.question: e.answers for some in read.split.values() for e in some}
+    assert found == {"Who?": ("Ada",), "When?": ("1843",)}
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (
+            b"q,a\nWho?,Ada,\nWell, who?,Ada\n",
+            r"own.csv, row 1: has more fields .* has 2: put texts",
+        ),
+        (b"q\nWell, then, who?\nWho?\n", "own.csv, row 0: has more fields"),
+        (
+            b"q,a\nWho?,Ada\nWell, who?,Ada\n",
+            "Expected 2 fields in line 3, saw 3.* Mend this in the local files",
+        ),
+        ("q,a\nWo?,Köln\n".encode("latin-1"), "'utf-8' codec can't .* texts are UTF-8"),
+        (b"q,a\n", "corresponds to no data.* CSV has a header and rows"),
+        (b"", "No columns to parse .* CSV has a header and rows"),
+    ],
+)
+def test_csv_that_cannot_be_read_says_why(tmp_path, content, told):
+    (tmp_path / "own.csv").write_bytes(content)
+    with pytest.raises(DataError, match=told) as error:
+        ASKED.read(str(tmp_path / "own.csv"))
+    assert "network" not in str(error.value)
+
+
+def test_nulls_are_no_texts(tmp_path):
+    rows = [
+        row(0, right={"text": [None, "1"]}, gold=[0]),
+        row(1, context=[{"title": None, "text": "One."}], gold=[0]),
+        row(2, right={"text": None}, gold=None),
+    ]
+    columns = dataclasses.replace(MAPPED, topic="", split="kind")
+    rows = [x | {"kind": "test"} for x in rows]
+    read = columns.read(str(table(tmp_path / "own", rows)))
+    assert [e.answers for e in read.split["test"]] == [("1",), ("1", "one"), ()]
+    gold = {p.id: p for p in read.passages}[read.split["test"][1].positive_ids[0]]
+    assert (gold.title, gold.text) == ("", "One.")
+    pages = Columns(question="asked", answers="right.text", gold="pages")
+    read = pages.read(str(table(tmp_path / "pages", [row(0, pages=[None, "Ada"])])))
+    assert read.titles == {"train-0": ("Ada",)}
+
+
 @pytest.mark.parametrize(
     ("columns", "rows", "message"),
     [
@@ -264,6 +317,17 @@ def test_values_of_csv_are_texts(tmp_path, place):
         ({}, [row(0, gold=[True])], r"0 and 1, for each of the 2 passages, got \[True\]"),
         ({}, [row(0, gold=[1, 1]), row(1, gold=[0])], r"train-1: gold .* passages, got \[0\]"),
         ({}, [row(0), row(1, gold=[1, 1])], r"train-1: gold has a position twice in \[1, 1\]"),
+        (
+            {},
+            [row(0), row(1, context=[{"title": "T", "text": None}])],
+            r"train-1: passage 0 of 1.*empty",
+        ),
+        (
+            {},
+            [row(0, context=[{"title": "T", "text": " "}])],
+            r"train-0: passage 0 .* leave it out",
+        ),
+        ({"id": "kind"}, [row(0), row(1, kind=None)], r"train-1: the id in column 'kind' is empty"),
         ({"split": "kind"}, [row(0)], r"split 'k' is none of train, validation"),
         ({"question": "kind"}, [row(0, kind=" ")], r"column 'kind' must be a question, got ' '"),
         ({}, [row(0, right={"text": [""]})], r"'train-0' has no answer to train on"),

@@ -102,6 +102,18 @@ def test_tables_that_do_not_fit_are_refused(rows):
         PassageTable(twice, COLUMNS, "here")
 
 
+@pytest.mark.parametrize("field", ["id", "text"])
+@pytest.mark.parametrize("value", [None, ""])
+def test_empty_ids_and_texts_of_tables_are_refused(rows, field, value):
+    rows[7][COLUMNS[field]] = value
+    with pytest.raises(DataError, match=f"here, row 7: the {field} in column '.*' is empty"):
+        PassageTable(hub.Dataset.from_list(rows), COLUMNS, "here")
+    other = [{"id": number, "text": f"Text {number}."} for number in (0, 1, None)]
+    if field == "id" and value is None:
+        with pytest.raises(DataError, match="here, row 2: the id in column 'id' is empty"):
+            PassageTable(hub.Dataset.from_list(other), {"id": "id", "text": "text"}, "here")
+
+
 def test_texts_are_cut_as_documents_are(table, tokenizer):
     cut = table.cut(tokenizer, 10)
     wanted = [

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -69,6 +70,29 @@ def test_a_save_that_fails_leaves_the_old_system(system, tmp_path):
     assert RAGSystem.load(tmp_path).batch_query(QUESTIONS) == expected
     system.save(tmp_path)
     assert files_of(tmp_path) == there and (tmp_path / "store" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "part",
+    ["generator", "document_encoder", "query_encoder", "adapters", "head.safetensors",
+     "passages.jsonl", "system.json"],
+)  # fmt: skip
+def test_a_save_replaces_no_file_or_folder_of_others(system, tmp_path, part):
+    own = tmp_path / part if "." in part else tmp_path / part / "notes.txt"
+    own.parent.mkdir(exist_ok=True)
+    own.write_text("mine")
+    where = re.escape(str(tmp_path / part))
+    with pytest.raises(
+        CheckpointError, match=f"^{where} is not of a saved system and would be lost"
+    ):
+        system.save(tmp_path)
+    assert files_of(tmp_path) == {str(own.relative_to(tmp_path))} and own.read_text() == "mine"
+
+
+def test_the_folder_of_a_first_save_that_was_killed_can_be_saved_to(system, tmp_path):
+    (tmp_path / ".saving" / "generator").mkdir(parents=True)
+    system.save(tmp_path)
+    assert RAGSystem.load(tmp_path).batch_query(QUESTIONS) == system.batch_query(QUESTIONS)
 
 
 @pytest.mark.parametrize("moved", [(), ("generator", "passages.jsonl"), ("system.json",)])

@@ -188,6 +188,11 @@ def test_many_at_once_are_answered_together_and_as_alone(address, system, monkey
         ({"poem": True}, "poem"),
         ({"temperature": "hot"}, "temperature"),
         ({"temperature": -1}, None),
+        ({"temperature": 10**400}, "temperature"),
+        ({"top_p": -(10**400)}, "top_p"),
+        ({"messages": [{"role": "poet", "content": "Be brief."}, *asked("Who?")]}, "messages"),
+        ({"messages": [{"role": ["user"], "content": "Ada?"}, *asked("Who?")]}, "messages"),
+        ({"messages": [{"content": "Ada?"}, *asked("Who?")]}, "messages"),
         ({"max_tokens": True}, "max_tokens"),
         ({"max_tokens": 0}, None),
         ({"max_tokens": 10**9}, None),
@@ -241,6 +246,7 @@ def test_hostile_requests_are_refused_or_harmless(address, system):
     status, reply = post(address, {"messages": asked("Who \x00\x1b[31m\u202e</s><|im_end|>?")})
     assert status == 200 and isinstance(reply["choices"][0]["message"]["content"], str)
     assert post(address, {"messages": asked("Who?"), "model": "other"})[0] == 404
+    assert post(address, {"messages": asked("Who?"), "model": None})[0] == 200
     # It still serves.
     assert post(address, {"messages": asked(QUESTIONS[0])})[0] == 200
 
@@ -286,13 +292,17 @@ def test_web_pages_may_call_it_where_their_origin_is_named(address, system, monk
             http.application(system, cors_origins=[wrong])
 
 
-def test_a_key_is_asked_for_where_there_is_one(system, monkeypatch):
-    monkeypatch.setenv(http.KEY, "secret")
+@pytest.mark.parametrize("key", ["secret", "schlüssel", "ключ"])
+def test_a_key_is_asked_for_where_there_is_one(system, monkeypatch, key):
+    monkeypatch.setenv(http.KEY, key)
+    sent = key.encode().decode("latin-1")  # as bytes of a header
     for address in served(system, model="own"):
         body = {"messages": asked(QUESTIONS[0]), "model": "own"}
         assert post(address, body)[0] == 401
         assert post(address, body, Authorization="Bearer other")[0] == 401
-        assert post(address, body, Authorization="Bearer secret")[0] == 200
+        assert post(address, body, Authorization=sent[:-1])[0] == 401
+        for scheme in ("Bearer", "bearer"):
+            assert post(address, body, Authorization=f"{scheme} {sent}")[0] == 200
         with urllib.request.urlopen(f"{address}/health", timeout=10) as reply:
             assert reply.status == 200
 

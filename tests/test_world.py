@@ -10,7 +10,7 @@ import pytest
 from fedrag_jax.data import datasets, synthetic
 from fedrag_jax.data.examples import check, content_hash
 from fedrag_jax.data.phrases import CHATTER, TOPICS
-from fedrag_jax.errors import CheckpointError, ConfigError
+from fedrag_jax.errors import CheckpointError, ConfigError, DataError
 from fedrag_jax.evaluation import evaluator
 from fedrag_jax.evaluation.metrics import percent
 from fedrag_jax.rag import RAGSystem
@@ -103,6 +103,17 @@ def test_impossible_worlds_are_refused():
         synthetic.generate(synthetic.WorldConfig(side="dark"))
 
 
+@pytest.mark.parametrize(
+    "number",
+    [{"seed": -1}, {"people": 0}, {"works": -1}, {"crowding": 0}, {"crowding": float("nan")},
+     {"questions": (0, 0, 0)}, {"questions": (4, -1, 4)}],
+)  # fmt: skip
+def test_numbers_that_no_world_has_are_refused(number):
+    (name, value), *_ = number.items()
+    with pytest.raises(ConfigError, match=rf"a world needs .*{name}={re.escape(str(value))}"):
+        synthetic.generate(synthetic.WorldConfig(**number))
+
+
 def test_starting_point(world, system):
     """Frozen before any comparison: it reads, it does not know, and it finds about half."""
     one_hop = [e for e in world.test if e.hops == 1][:200]
@@ -144,6 +155,9 @@ def test_a_saved_system_answers_alike(world, system, tmp_path):
 def test_systems_that_cannot_be(world, tmp_path):
     with pytest.raises(ConfigError, match=r"top_k must be between 1 and the corpus' 3 passages"):
         RAGSystem.build(world.passages[:3], top_k=5)
+    twice = [*world.passages[:9], world.passages[4]]
+    with pytest.raises(DataError, match=f"passage id '{twice[-1].id}' occurs twice"):
+        RAGSystem.build(twice)
     with pytest.raises(ConfigError, match="prompt_style"):
         RAGSystem.build(world.passages[:9], prompt_style="poem")
     with pytest.raises(ConfigError, match="must be a decoder"):

@@ -1,6 +1,7 @@
 """Ask a system questions; print answers and their sources.
 
-Without a question, questions are read from standard input, one per line.
+Without a question, questions are read from standard input, one per line. If one of several questions
+cannot be asked, the others are answered, with exit code 1.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from fedrag_jax.cli.common import (
     print_json,
     printable,
 )
-from fedrag_jax.errors import DataError
+from fedrag_jax.errors import ConfigError, DataError
 
 AT_ONCE = 16  # questions of a file that are answered together
 
@@ -54,12 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs `fedrag ask`."""
-    from fedrag_jax.errors import ConfigError
     from fedrag_jax.rag import RAGSystem
 
     if args.json and args.no_sources:
         raise ConfigError("--no-sources does not apply to --json: leave either out")
-    if args.mode == "search" and (args.top_k is not None or args.system_prompt):
+    if args.mode == "search" and (args.top_k, args.system_prompt) != (None, None):
         raise ConfigError(
             "--top-k and --system-prompt do not apply to --mode=search, whose searches and instruction "
             "are those of the system: leave them out"
@@ -68,10 +68,13 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             "--stream prints answers while they are written, --json prints whole answers: choose one"
         )
+    for number, question in enumerate(args.questions, 1):
+        if not question.strip():
+            raise DataError(f"question {number} is blank: ask something")
     system = RAGSystem.load(args.system, elsewhere=args.elsewhere)
     if args.top_k is not None:
         system = dataclasses.replace(system, top_k=args.top_k)
-    if args.system_prompt:
+    if args.system_prompt is not None:
         system = system.under(args.system_prompt)
     how = {"mode": args.mode, "temperature": args.temperature, "seed": args.seed}
     if args.max_tokens is not None:
@@ -80,25 +83,39 @@ def run(args: argparse.Namespace) -> int:
     if stream is None:
         whole = args.json or args.mode not in ("concatenated", "search")
         stream = sys.stdout.isatty() and not whole
+    number, failed = 0, False
     for questions in _asked(args.questions):
         several = len(questions) > 1 and not args.no_sources
-        if stream:
-            for question in questions:
-                _print_question(question, several)
-                _stream(system, question, how, args)
-            continue
-        for question, response in zip(questions, system.batch_query(questions, **how), strict=True):
+        answers = [None] * len(questions) if stream else _together(system, questions, how)
+        for question, response in zip(questions, answers, strict=True):
+            number += 1
+            try:
+                if stream:
+                    _print_question(question, several)
+                    _stream(system, question, how, args)
+                    continue
+                if response is None:
+                    response = system.query(question, **how)
+            except (ConfigError, DataError) as error:
+                if len(args.questions) == 1:
+                    raise
+                failed = True
+                print(f"fedrag ask: question {number}: {harmless(str(error))}", file=sys.stderr)
+                continue
             if args.json:
                 _print_json(question, response)
             else:
                 _print_question(question, several)
-                if not args.no_sources:
-                    _print_searches(response.searches)
-                print(harmless(response.answer))
-                _tell_cut(response.finish, how, system)
-                if not args.no_sources and not response.searches:
-                    _print_sources(response.sources, response.scores, response.cited)
-    return 0
+                _print_response(response, how, system, args)
+    return int(failed)
+
+
+def _together(system, questions: Sequence[str], how) -> Sequence:
+    """Returns the responses to a batch; None for each if one of the questions cannot be asked."""
+    try:
+        return system.batch_query(questions, **how)
+    except (ConfigError, DataError):
+        return [None] * len(questions)
 
 
 def _asked(given: Sequence[str]) -> Iterator[Sequence[str]]:
@@ -139,6 +156,15 @@ def _print_question(question: str, several: bool) -> None:
     """Prints the question before its answer if there are several."""
     if several:
         print(f"> {harmless(question)}")
+
+
+def _print_response(response, how, system, args) -> None:
+    if not args.no_sources:
+        _print_searches(response.searches)
+    print(harmless(response.answer))
+    _tell_cut(response.finish, how, system)
+    if not args.no_sources and not response.searches:
+        _print_sources(response.sources, response.scores, response.cited)
 
 
 def _stream(system, question: str, how, args) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import errno
+import io
 import os
 import sys
 import warnings
@@ -85,7 +86,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _settle() -> None:
-    """Sets environment variables and filters that libraries need before they are imported."""
+    """Sets environment variables and filters that libraries need before they are imported, and has
+    characters that the locale cannot spell printed as escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not where a test or a notebook keeps the text
+            stream.reconfigure(errors="backslashreplace")
     # FAISS's threads would spin while they wait, and keep JAX's from the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

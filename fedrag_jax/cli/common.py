@@ -7,6 +7,7 @@ import unicodedata
 from typing import Any
 
 from fedrag_jax.data.examples import Passage
+from fedrag_jax.errors import ConfigError
 
 
 def add_system(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +29,22 @@ def add_elsewhere(parser: argparse.ArgumentParser) -> None:
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Adds the option --json."""
     parser.add_argument("--json", action="store_true", help="print JSON lines")
+
+
+def require_least(args: argparse.Namespace, **least: int) -> None:
+    """Refuses numbers that are too small, before anything is read; an option that is None passes.
+
+    Args:
+      least: smallest value of each option, by its name in `args`.
+
+    Raises:
+      ConfigError: a smaller value; the error names the option.
+    """
+    for name, smallest in least.items():
+        value = getattr(args, name)
+        if value is not None and value < smallest:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{flag} must be at least {smallest}, got {value}")
 
 
 def print_json(told: Any) -> None:

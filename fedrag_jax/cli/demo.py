@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs `fedrag demo`: trains twice and tests three systems."""
+    from fedrag_jax import files
     from fedrag_jax.data import synthetic
     from fedrag_jax.data.examples import clusters
     from fedrag_jax.errors import ConfigError
@@ -67,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
     world = synthetic.generate()
     asked = world.test[: args.questions]
     clients = regimes.split_clients(world.train, CLIENTS, args.alpha, "topic", args.seed)
+    if args.to is not None:
+        files.hold(args.to)  # a folder that cannot be made is refused before the training
     budget = regimes.Budget(ROUNDS, LOCAL_STEPS, CLIENTS, BATCH_SIZE, devices=0)
     system = RAGSystem.build(
         world.passages, world.train, score_scale=10.0, seed=args.seed, progress=True

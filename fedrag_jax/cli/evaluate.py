@@ -13,7 +13,7 @@ With --to, an interrupted run resumes.
 import argparse
 import pathlib
 
-from fedrag_jax.cli.common import add_json, add_system, print_json
+from fedrag_jax.cli.common import add_json, add_system, print_json, require_least
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,7 +81,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--form",
-        default="text",
         choices=("text", "markdown", "latex"),
         help="format of the table (default: text)",
     )
@@ -97,9 +96,14 @@ def run(args: argparse.Namespace) -> int:
     from fedrag_jax.evaluation.benchmarks.sets import SETS, named, own
     from fedrag_jax.rag import RAGSystem
 
+    require_least(args, max_tokens=1, limit=1, shots=0, batch_size=1)
+    if args.json and args.form:
+        raise ConfigError("--form is about the table, and --json prints none: leave either out")
     asked = [(named(name), args.source) for name in args.sets]
     if args.all and args.questions is None:
         raise ConfigError("--all is about --questions: give them, or leave it out")
+    if args.all and args.split:
+        raise ConfigError(f"--all asks the questions of all splits: leave out --split {args.split}")
     if args.questions is not None:
         if not args.questions.is_file():
             raise ConfigError(f"--questions {args.questions} is not a file")
@@ -130,9 +134,10 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             print_json(result.summary())
     if not args.json:
-        print(table(results, args.form))
+        print(table(results, args.form or "text"))
         for result in results:
             told = f"{result.name}: {result.n} of {result.origin['questions']} questions"
             searches = "" if result.searches is None else f", {result.searches:.2f} searches each"
-            print(f"{told} from {result.origin['source']}{searches}, {result.seconds:.1f} s")
+            cut = f", {result.share_cut:.0%} of prompts truncated" if result.share_cut else ""
+            print(f"{told} from {result.origin['source']}{searches}{cut}, {result.seconds:.1f} s")
     return 0

@@ -16,7 +16,7 @@ import pathlib
 import signal
 import sys
 
-from fedrag_jax.cli.common import printable
+from fedrag_jax.cli.common import printable, require_least
 
 PORT = 9092
 
@@ -118,9 +118,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs `fedrag federate`."""
+    from fedrag_jax.errors import ConfigError
+
+    for name, most in (("port", 65534), ("local_port", 65535)):  # the server has the next port, too
+        port = getattr(args, name, None)
+        if port is not None and not 1 <= port <= most:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{flag} must be between 1 and {most}, got {port}")
     from fedrag_jax.integrations.flower import federation
 
     if args.what == "init":
+        require_least(args, seed=0)
         federation.make(args.folder, args.host, args.port, args.parties, args.passages, args.seed)
         print(f"{args.folder}: read {args.folder / 'README.md'}")
         return 0

@@ -13,7 +13,7 @@ import pathlib
 import sys
 import time
 
-from fedrag_jax.cli.common import add_elsewhere, add_json, harmless, print_json
+from fedrag_jax.cli.common import add_elsewhere, add_json, harmless, print_json, require_least
 from fedrag_jax.retrieval.stores.registry import KINDS
 from fedrag_jax.retrieval.stores.registry import NEW as NEW_STORES
 
@@ -99,6 +99,7 @@ def run(args: argparse.Namespace) -> int:
     from fedrag_jax.rag_folder import is_system
     from fedrag_jax.systems.indexing import index
 
+    require_least(args, top_k=1)
     given = [f"--{name.replace('_', '-')}" for name in NEW if getattr(args, name) is not None]
     new = not is_system(args.to)
     if given and not new:
@@ -165,7 +166,7 @@ def new_system(args: argparse.Namespace):
         like = RAGSystem.load(args.like, elsewhere=args.elsewhere)
         store = new_store(args, like.retriever.vectors.shape[1])
         system = system_like(like, store=store, top_k=args.top_k)
-        return system.under(args.system_prompt) if args.system_prompt else system
+        return system if args.system_prompt is None else system.under(args.system_prompt)
     retriever = hub.load(args.retriever or "builtin:encoder")
     use = args.query_prompt, args.document_prompt, args.similarity
     retriever = sentence_folders.used_as(retriever, *use)

@@ -22,7 +22,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from fedrag_jax.cli.common import add_json, add_system, print_json
+from fedrag_jax.cli.common import add_json, add_system, print_json, require_least
 
 USUAL_RATES = {"query": 1e-4, "adapters": 1e-3}
 
@@ -140,6 +140,12 @@ def run(args: argparse.Namespace) -> int:
             f"--algorithm {args.algorithm} and --algorithm-options are about clients' updates: add "
             "--regime=federated"
         )
+    if args.alpha != float("inf") and (args.regime == "centralised" or args.clients == 0):
+        raise ConfigError(
+            f"--alpha {args.alpha:g} is about the split over a number of clients: add "
+            "--regime=federated, with --clients above 0, or leave it out"
+        )
+    _require_numbers(args)
     rates = {"query": args.query_rate, "adapters": args.adapter_rate}
     if args.algorithm in by_name.OWN_STEPS and None in rates.values():
         raise ConfigError(
@@ -208,6 +214,26 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print(told, {"validation": dataset.validation, "test": dataset.test})
     return 0
+
+
+def _require_numbers(args: argparse.Namespace) -> None:
+    """Refuses numbers that cannot train; loading a language model and answering takes minutes.
+
+    Raises:
+      ConfigError: such a number; the error names its option.
+    """
+    from fedrag_jax.errors import ConfigError
+
+    require_least(
+        args, clients=0, rounds=1, local_steps=1, batch_size=1, max_answer_tokens=1, seed=0
+    )
+    if not args.alpha > 0:
+        raise ConfigError(f"--alpha must be above 0, got {args.alpha:g}")
+    rates = {"query-rate": args.query_rate, "adapter-rate": args.adapter_rate}
+    for name, values in (rates | {"factors": args.factors}).items():
+        for value in values if isinstance(values, Sequence) else [values]:
+            if value is not None and not 0 < value < float("inf"):
+                raise ConfigError(f"--{name}: learning rates must be above 0, got {value:g}")
 
 
 def _options(given: Sequence[str]) -> dict[str, Any]:

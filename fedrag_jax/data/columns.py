@@ -55,15 +55,16 @@ class Columns:
     def read(self, source: str, config: str = "", revision: str = "") -> Asked:
         """Reads all splits of a table.
 
-        Without a test split, the validation split becomes the test split. A single split is divided
-        by id into 70, 10 and 20 percent. If there is then no validation split, it is a tenth of train.
+        With `split`, that column decides alone. Without it, if there are several splits and none is
+        a test split, the validation split becomes the test split; a single split is divided by id into
+        70, 10 and 20 percent. If there is then no validation split, it is a tenth of train.
 
         Args:
           source, config, revision: as for `hub_tables.table`; the origin records the commit.
 
         Raises:
           DataError: the table cannot be read; a column is missing or has the wrong content (the error
-            lists the columns); a split is not one of `SIDES`.
+            lists the columns); an id or a passage is empty; a split is not one of `SIDES`.
         """
         at = hub_tables.commit(source, revision)
         names = hub_tables.splits(source, config or None, at)
@@ -120,8 +121,14 @@ class Columns:
         return True if len({*told}) < len(told) or told == [1] else None
 
     def _read(self, row: Row, place: str, truths: bool) -> tuple[Read, str]:
-        titles = [str(title) for title in _several(self._value(row, "titles"))]
+        titles = [text_of(title) for title in _several(self._value(row, "titles"))]
         texts = [_text(text) for text in _several(self._value(row, "passages"))]
+        for number, text in enumerate(texts):
+            if not text.strip():
+                raise DataError(
+                    f"{place}: passage {number} of {len(texts)}, from 0, in column {self.passages!r} "
+                    "is empty: fill it in, or leave it out"
+                )
         if titles and texts and len(titles) != len(texts):
             raise DataError(f"{place}: {len(titles)} titles of {len(texts)} passages")
         both = zip(titles or [""] * len(texts), texts, strict=False)
@@ -130,10 +137,16 @@ class Columns:
         asked = self._value(row, "question")
         if not isinstance(asked, str) or not asked.strip():
             raise DataError(f"{place}: column {self.question!r} must be a question, got {asked!r}")
+        name = text_of(self._value(row, "id")) if self.id else place
+        if not name.strip():
+            raise DataError(
+                f"{place}: the id in column {self.id!r} is empty: give every question one, or none and "
+                'columns.id=""'
+            )
         question = Question(
-            str(self._value(row, "id")) if self.id else place,
+            name,
             asked,
-            tuple(_answer(answer) for answer in _several(self._value(row, "answers"))),
+            tuple(map(_answer, _given(self._value(row, "answers")))),
             golds=golds,
             titles=pages,
             topic=text_of(self._value(row, "topic")),
@@ -145,7 +158,7 @@ class Columns:
         """Ids of passages and titles of pages that hold the answer."""
         told = _several(self._value(row, "gold"))
         if not passages:
-            return (), tuple(map(str, told))
+            return (), tuple(map(str, _given(told)))
         if not self.gold:
             gold = passages if len(passages) == 1 else []
         elif told and ((truths and _whole(told)) or all(isinstance(x, bool) for x in told)):
@@ -195,6 +208,11 @@ def _several(value: Any) -> list:
     return value if isinstance(value, list) else [value]
 
 
+def _given(value: Any) -> list:
+    """Returns `_several` without nulls."""
+    return [one for one in _several(value) if one is not None]
+
+
 def _whole(values: list) -> bool:
     return all(isinstance(value, int) and not isinstance(value, bool) for value in values)
 
@@ -207,7 +225,7 @@ def _json(text: str) -> Any:
 
 
 def _text(value: Any) -> str:
-    return " ".join(map(str.strip, value)) if isinstance(value, list) else str(value)
+    return " ".join(map(str.strip, value)) if isinstance(value, list) else text_of(value)
 
 
 def _answer(value: Any) -> str:

@@ -73,6 +73,11 @@ def _fault(path: pathlib.Path) -> str:
     return f"{kind} are not read; convert them to one of {', '.join(READERS)}"
 
 
+def name_of(path: pathlib.Path, root: pathlib.Path) -> str:
+    """Returns the name of a file in a folder of documents, or of the only document."""
+    return path.relative_to(root).as_posix() if path != root else path.name
+
+
 def read(path: pathlib.Path, root: pathlib.Path) -> list[Document]:
     """Returns the documents of a file: one, or several for JSON lines.
 
@@ -80,9 +85,8 @@ def read(path: pathlib.Path, root: pathlib.Path) -> list[Document]:
       ConfigError: the library for such files is missing.
       DataError: the file cannot be read as the type of its name.
     """
-    name = path.relative_to(root).as_posix() if path != root else path.name
     try:
-        found = [*READERS[path.suffix.lower()](path, name)]
+        found = [*READERS[path.suffix.lower()](path, name_of(path, root))]
     except (ConfigError, DataError):
         raise
     except Exception as error:  # whatever a parser makes of a damaged file

@@ -3,7 +3,8 @@ with the package `datasets`. A row becomes a Python object when it is read.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -139,7 +140,7 @@ def _load(datasets, source: str, config: str | None, split: str, revision: str, 
     path = Path(source)
     how: dict[str, Any] = {"sep": "\t"} if ".tsv" in path.suffixes else {}
     if texts and _format(path) == "csv":
-        how |= _texts(datasets, source, how.get("sep", ","))
+        how |= _texts(datasets, [source], how.get("sep", ","))
     return datasets.load_dataset(_format(path), data_files=[str(path)], split=split, **how)
 
 
@@ -148,16 +149,46 @@ def _texts_of_folder(datasets, source: str, config: str | None, split: str) -> d
     builder = datasets.load_dataset_builder(source, config)
     if builder.name != "csv" or builder.info.features or builder.config.features:
         return {}
-    return _texts(datasets, builder.config.data_files[split][0], builder.config.sep)
+    return _texts(datasets, builder.config.data_files[split], builder.config.sep)
 
 
-def _texts(datasets, file: str, separator: str) -> dict[str, Any]:
-    """Returns the settings by which the reader of CSV guesses no types: 007 and NA are texts."""
+def _texts(datasets, files: Sequence[str], separator: str) -> dict[str, Any]:
+    """Returns the settings by which the reader of CSV guesses no types: 007 and NA are texts.
+
+    Nor does it take the first field of rows that have more fields than the header for their name, which
+    would shift all others.
+    """
     import pandas
 
-    columns = pandas.read_csv(file, sep=separator, nrows=0).columns
+    columns = pandas.read_csv(files[0], sep=separator, nrows=0).columns
     features = datasets.Features({column: datasets.Value("string") for column in columns})
-    return {"features": features, "keep_default_na": False}
+    how: dict[str, Any] = {"sep": separator, "keep_default_na": False}
+    for file in files:
+        _require_columns(pandas, file, dtype=str, **how)
+    return how | {"features": features, "index_col": False}
+
+
+def _require_columns(pandas, file: str, **how) -> None:
+    """Refuses a CSV file with values in no column; empty fields after the last column are left out.
+
+    A file whose first row has no more fields than the header is refused by its reader if others have.
+
+    Raises:
+      DataError: a row with such a value.
+    """
+    first = pandas.read_csv(file, nrows=1, **how)
+    if first.empty or isinstance(first.index, pandas.RangeIndex):
+        return
+    columns, number = len(first.columns), 0
+    for some in pandas.read_csv(file, chunksize=10_000, **how):
+        fields = some.reset_index(allow_duplicates=True)  # the index is what shifted the others
+        beyond = (fields.iloc[:, columns:].fillna("") != "").any(axis=1)
+        if beyond.any():
+            raise DataError(
+                f"{file}, row {number + int(beyond.argmax())}: has more fields than the header, which "
+                f"has {columns}: put texts with {how['sep']!r} in quotes, or name all columns"
+            )
+        number += len(some)
 
 
 def _config(datasets, source: str, config: str | None) -> str | None:
@@ -174,10 +205,21 @@ def _asking(source: str, what: str, read: Callable[[Any], T]) -> T:
     import datasets  # here, because it takes a second
 
     try:
-        return read(datasets)
+        with warnings.catch_warnings():
+            # What is left out is empty, see `_require_columns`.
+            warnings.filterwarnings("ignore", "Length of header or names does not match")
+            return read(datasets)
+    except DataError:
+        raise
     except Exception as error:  # and of those of its readers
-        raise DataError(
-            f"{what} of {source} cannot be read ({type(error).__name__}: {str(error).strip()}). "
-            "Without a network give a folder with a copy as source, or set FEDRAG_DATA to one with "
-            "local files"
-        ) from error
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # `datasets` says only that there was an error
+            cause = cause.__cause__
+        why = f"{type(cause).__name__}: {str(cause).strip()}"
+        remedy = (
+            "Mend this in the local files: texts are UTF-8, and CSV has a header and rows"
+            if os.path.exists(source)
+            else "Without a network give a folder with a copy as source, or set FEDRAG_DATA to one "
+            "with local files"
+        )
+        raise DataError(f"{what} of {source} cannot be read ({why}). {remedy}") from error

@@ -35,6 +35,8 @@ def json_rows(path: Path) -> Iterator[tuple[dict, str]]:
                     row = json.loads(text)
                 except json.JSONDecodeError as error:
                     raise DataError(f"{where}: not JSON ({error.msg}): {text[:60]!r}") from error
+                except RecursionError as error:
+                    raise DataError(f"{where}: nested too deeply: {text[:60]!r}") from error
                 if not isinstance(row, dict):
                     raise DataError(f"{where}: not a JSON object: {text[:60]!r}")
                 if "\\u" in text:  # nothing else can spell half a character

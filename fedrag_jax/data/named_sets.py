@@ -22,10 +22,9 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from fedrag_jax.data import hub_rows, hub_tables, splits
+from fedrag_jax.data import hub_rows, hub_tables, pubmedqa_ids, splits
 from fedrag_jax.data.examples import Example, Passage
 from fedrag_jax.data.hub_rows import Question, Read
-from fedrag_jax.data.pubmedqa_ids import TEST_IDS
 
 
 class Asked(NamedTuple):
@@ -109,10 +108,6 @@ class NamedSet:
                     yield (question, passages), whose
 
 
-def _pubmedqa_side(identifier: str) -> str:
-    return "test" if identifier in TEST_IDS else "train"
-
-
 LANGUAGES = ("ar", "de", "el", "en", "es", "hi", "ro", "ru", "th", "tr", "vi", "zh")
 NAMED_SETS = {
     "squad": NamedSet("rajpurkar/squad", hub_rows.squad, by_topic=True),
@@ -121,7 +116,8 @@ NAMED_SETS = {
     "2wiki": NamedSet("framolfese/2WikiMultihopQA", hub_rows.hotpotqa),
     "boolq": NamedSet("google/boolq", hub_rows.boolq),
     "pubmedqa": NamedSet(
-        "qiaojin/PubMedQA", hub_rows.pubmedqa, ("pqa_labeled",), (("train", ""),), _pubmedqa_side
+        "qiaojin/PubMedQA", hub_rows.pubmedqa, ("pqa_labeled",), (("train", ""),),
+        pubmedqa_ids.side,
     ),
     "xquad": NamedSet(
         "google/xquad", hub_rows.xquad, tuple(f"xquad.{name}" for name in LANGUAGES),

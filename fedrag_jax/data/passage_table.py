@@ -28,7 +28,7 @@ class PassageTable(Sequence[Passage]):
       where: name of the table, for messages.
 
     Raises:
-      DataError: a missing column, a repeated id, or no rows.
+      DataError: a missing column, an empty text, an empty or repeated id, or no rows.
     """
 
     def __init__(self, rows: datasets.Dataset, columns: Mapping[str, str], where: str):
@@ -46,8 +46,26 @@ class PassageTable(Sequence[Passage]):
             where,
             wanted,
         )
+        self._require_filled("text", wanted["text"])
         if "id" in wanted:
+            self._require_filled("id", wanted["id"])
             self._require_unique(wanted["id"])
+
+    def _require_filled(self, field: str, column: str) -> None:
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        values = self.rows.data.column(column)
+        empty = pc.is_null(values)
+        if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+            # Their lengths alone: the texts of a large corpus stay on disk.
+            empty = pc.or_(empty, pc.equal(pc.fill_null(pc.binary_length(values), 0), 0))
+        row = pc.index(empty, True).as_py()
+        if row >= 0:
+            raise DataError(
+                f"{self.where}, row {row}: the {field} in column {column!r} is empty: fill it in, or "
+                "leave the row out"
+            )
 
     def _require_unique(self, column: str) -> None:
         import pyarrow.compute as pc

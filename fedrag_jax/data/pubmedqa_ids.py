@@ -54,3 +54,8 @@ _IDS = """
 28056802 28143468 28196511 28247485 28359277 28707539 29112560
 """
 TEST_IDS = frozenset(_IDS.split())
+
+
+def side(identifier: str) -> str:
+    """Returns the split of a labelled question, "train" or "test"."""
+    return "test" if identifier in TEST_IDS else "train"

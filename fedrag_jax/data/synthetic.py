@@ -15,6 +15,7 @@ order in which they lead to the answer.
 """
 
 import itertools
+import math
 import zlib
 from typing import NamedTuple
 
@@ -87,11 +88,17 @@ def generate(config: WorldConfig | None = None) -> Dataset:
     """Generates a world with its passages and questions.
 
     Raises:
-      ConfigError: an unknown side, or more questions than there are facts.
+      ConfigError: an unknown side, a number that no world has, or more questions than there are facts.
     """
     config = config or WorldConfig()
     if config.side not in ("pretraining", "test"):
         raise ConfigError(f"world side must be 'pretraining' or 'test', got {config.side!r}")
+    least = min(config.seed, config.people - 1, config.works, *config.questions)
+    if least < 0 or not any(config.questions) or not 0 < config.crowding < math.inf:
+        raise ConfigError(
+            "a world needs a seed and works of at least 0, at least 1 person and 1 question, and a "
+            f"crowding above 0, got {config}"
+        )
     rng = np.random.default_rng([config.seed, zlib.crc32(config.side.encode())])
     words = _Words(rng, config.side)
     people, works = _entities(config, rng, words)

@@ -193,6 +193,7 @@ def add_hard_negatives(
     Raises:
       ConfigError: an unknown kind of negatives, n below 2, a share outside [0, 1], or fewer than n + 1
         passages.
+      DataError: an example without a gold passage, or with one outside the retriever's corpus.
     """
     if negatives not in NEGATIVES:
         raise ConfigError(f"negatives must be one of {NEGATIVES}, got {negatives!r}")
@@ -201,6 +202,12 @@ def add_hard_negatives(
             f"contexts need n >= 2 and unanswerable from 0 to 1, got {n} and {unanswerable}"
         )
     row = {p.id: i for i, p in enumerate(retriever.passages)}
+    for example in examples:
+        if not example.positive_ids or not {*example.positive_ids} <= row.keys():
+            raise DataError(
+                f"question {example.id!r} needs a gold passage, all of them in the retriever's "
+                f"corpus, got {[*example.positive_ids]}"
+            )
     size = len(retriever.passages)
     if pool is not None:
         size = min((len(pool(e)) for e in examples), default=size)

@@ -14,6 +14,9 @@ from typing import NamedTuple
 from fedrag_jax.data.prompts import ASK, RATE
 from fedrag_jax.errors import ConfigError
 
+# What else than {text} is filled into each prompt.
+FILLED = {"answer": ("question",), "rate_question": ("question",),
+          "rate_answer": ("question", "answer")}  # fmt: skip
 _PART = "(?:(?!###).)"  # no heading: a second question is no answer
 RATING = r"\[?(?P<score>\d+(\.\d+)?)\]?"
 
@@ -256,13 +259,16 @@ def read(path: str | pathlib.Path, language: str = "English") -> LabelFreePrompt
       language: replaces `{language}` in every `system`.
 
     Raises:
-      ConfigError: a missing file, invalid JSON, a missing or unknown field, or a `reply` that is not a
-        regular expression or lacks its groups.
+      ConfigError: a missing file, invalid JSON, a missing or unknown field, one of another type, a
+        `user` that lacks a placeholder, or a `reply` that is not a regular expression or lacks its
+        groups.
     """
     try:
         found = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise TypeError(f"not a JSON object: {str(found)[:60]}")
         asks = {
-            name: Ask(**found.pop(name))
+            name: _typed(name, Ask(**found.pop(name)))
             for name in LabelFreePrompts._fields
             if name != "answer" or found.get(name)
         }
@@ -283,9 +289,21 @@ def read(path: str | pathlib.Path, language: str = "English") -> LabelFreePrompt
                 raise ConfigError(
                     f"{path}: {name}: reply has no group named {sorted(missing)[0]!r}"
                 )
-    except (OSError, json.JSONDecodeError, TypeError, KeyError, re.error) as error:
+            for part in ("text", *FILLED.get(name, ())):
+                if f"{{{part}}}" not in ask.user:
+                    raise ConfigError(f"{path}: {name}: user has no {{{part}}}, which is filled in")
+    except ConfigError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, re.error) as error:
         raise ConfigError(f"{path}: no prompts for label-free fine-tuning ({error!r})") from error
     return prompts
+
+
+def _typed(name: str, ask: Ask) -> Ask:
+    for field, kind in Ask.__annotations__.items():
+        if type(value := getattr(ask, field)) is not kind:
+            raise TypeError(f"{name}: {field} must be of type {kind.__name__}, got {value!r}")
+    return ask
 
 
 def write(prompts: LabelFreePrompts, path: str | pathlib.Path) -> None:

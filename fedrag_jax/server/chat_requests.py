@@ -1,6 +1,7 @@
 """Strict parsing of requests to the OpenAI-like HTTP API."""
 
 import json
+import sys
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -21,6 +22,7 @@ MOST_BEAMS = 16  # each has a cache of its own
 MOST_STOPS, LONGEST_STOP = 16, 256  # number of stop strings, and characters of each
 STREAM_OPTIONS = ("include_usage", "include_obfuscation")  # the second changes no answer
 INSTRUCTING = ("system", "developer")  # roles whose messages are the system prompt
+ROLES = (*INSTRUCTING, "user", "assistant", "tool", "function")
 
 
 class RequestError(Exception):
@@ -74,7 +76,8 @@ def understood(body: dict[str, Any], model: str) -> tuple[str, str, dict[str, An
             raise RequestError(
                 400, f"{field}={json.dumps(value)[:100]} is not supported: leave it out", field
             )
-    require_model(body.get("model", model), model)
+    asked = body.get("model")
+    require_model(model if asked is None else asked, model)
     question, system_prompt = _messages(body.get("messages"))
     how: dict[str, Any] = {}
     for field, name, kinds in (
@@ -91,6 +94,8 @@ def understood(body: dict[str, Any], model: str) -> tuple[str, str, dict[str, An
                 raise RequestError(
                     400, f"{field} must be {kinds[-1].__name__}, got {value!r}", field
                 )
+            if float in kinds and abs(value) > sys.float_info.max:
+                raise RequestError(400, f"{field} is too large for a number", field)
             how[name] = value
     if how.get("mode") == SEARCH and system_prompt:
         told = "system messages do not apply to mode 'search', which has an instruction of its own"
@@ -134,6 +139,9 @@ def _messages(messages) -> tuple[str, str]:
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise RequestError(400, "messages must be a list of objects", "messages")
     said = [(m.get("role"), _text(m.get("content"))) for m in messages]
+    if unknown := [role for role, _ in said if role not in ROLES]:
+        told = f"role of a message must be one of {[*ROLES]}, got {unknown[0]!r}"
+        raise RequestError(400, told, "messages")
     instructions = [text for role, text in said if role in INSTRUCTING]
     turns = [(role, text) for role, text in said if role not in INSTRUCTING]
     if not turns or turns[-1][0] != "user":

@@ -141,8 +141,9 @@ def _model(name: str) -> dict[str, Any]:
 
 
 def _authorised(request: Request, key: str) -> None:
-    given = request.headers.get("authorization", "").removeprefix("Bearer ")
-    if key and not hmac.compare_digest(given.encode(), key.encode()):
+    given = re.sub("^bearer +", "", request.headers.get("authorization", ""), flags=re.I)
+    # Headers are read as Latin-1, whatever their bytes are.
+    if key and not hmac.compare_digest(given.encode("latin-1"), key.encode()):
         raise RequestError(
             401, "missing or wrong API key: send it as 'Authorization: Bearer <key>'"
         )

@@ -95,14 +95,14 @@ def index(
         if not there:
             _require_own(system.store, journal)
         tokens, overlap = _lengths(system, tokens, overlap, before)
-        journal.origin = Origin(root, tokens, overlap)
         read = _read(paths, source, journal, system, tokens, overlap, progress)
+        journal.origin = Origin(root, tokens, overlap)  # not of a call that was refused
         counts = _bring_up_to_date(system, read.passages, journal, progress)
         if not there:
             system.save(folder)
         elif any(counts):
             system.store.save(folder / STORE)
-        journal.finish([*journal.names() - {_name(path, source) for path in paths}])
+        journal.finish([*journal.names() - {documents.name_of(path, source) for path in paths}])
     unreadable |= read.unreadable
     return Indexed(len(paths) - read.failed, len(system.store), *counts, unreadable)
 
@@ -131,7 +131,7 @@ def _documents(
             "choose a folder of its own for the system"
         )
     left_out = {p: why for p, why in found.left_out.items() if not of_a_system(p.parent)}
-    return files, {_shown(_name(path, source)): why for path, why in left_out.items()}
+    return files, {_shown(documents.name_of(path, source)): why for path, why in left_out.items()}
 
 
 def _require_own(store, journal: Journal) -> None:
@@ -159,10 +159,6 @@ def _lengths(
     return tokens, tokens // 5 if overlap is None else overlap
 
 
-def _name(path: pathlib.Path, source: pathlib.Path) -> str:
-    return path.relative_to(source).as_posix() if path != source else path.name
-
-
 def _shown(name: str) -> str:
     """Returns a printable file name, whatever its bytes are."""
     return name.encode("utf-8", "backslashreplace").decode()
@@ -181,7 +177,7 @@ def _read(paths, source, journal: Journal, system: RAGSystem, tokens, overlap, p
     how = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
     of_file: dict[str, list[Passage]] = {}
     for path in tqdm(paths, "read", unit=" files", disable=not progress, mininterval=1):
-        name = _name(path, source)
+        name = documents.name_of(path, source)
         if half_character(name):
             unreadable[_shown(name)], failed = "its name is not UTF-8", failed + 1
             continue

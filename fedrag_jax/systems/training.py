@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -103,7 +104,7 @@ def train(
             f"strategy {strategy!r} needs gold passages, and {bare} of {len(dataset.train)} training "
             "questions have no positive_ids: give them, or choose joint_token, which needs none"
         )
-    if not factors or not min(*rates.values(), *factors) > 0:
+    if not factors or not all(0 < x < math.inf for x in (*rates.values(), *factors)):
         raise ConfigError(f"learning rates must be > 0, got {dict(rates)} times {[*factors]}")
     by_name.check(algorithm, options, "algorithm")
     base = system_like(
@@ -200,9 +201,9 @@ def _say(text: str) -> None:
 
 
 def _settle(folder: pathlib.Path, settings: dict) -> None:
-    """Writes the settings; refuses a folder with other settings."""
+    """Writes the settings; refuses a folder where a trial was begun with other settings."""
     path, now = folder / SETTINGS, json.loads(json.dumps(settings))
-    if path.exists():
+    if path.exists() and any(file.is_file() for file in folder.glob("times-*/**/*")):
         before = files.read_json(path)
         changed = [name for name in now if now[name] != before.get(name)]
         if changed:

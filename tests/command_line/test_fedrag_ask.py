@@ -1,10 +1,13 @@
 """`fedrag ask`: answers with their sources, whole or as they are written."""
 
 import io
+import json
+import os
+import subprocess
 import sys
 
 import pytest
-from documents import QUESTIONS, told
+from documents import FEDRAG, QUESTIONS, told
 
 from fedrag_jax.cli.command_line import main
 from fedrag_jax.cli.common import harmless
@@ -38,6 +41,24 @@ def test_asking_prints_answers_and_sources(system, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(asked)))
     assert main(["ask", str(system), "--json"]) == 0
     assert [f["answer"] for f in told(capsys)] == [r.answer for r in expected]
+
+
+@pytest.mark.parametrize("more", [[], ["--stream"], ["--json"]])
+@pytest.mark.parametrize("given", [False, True])
+def test_a_question_that_cannot_be_asked_costs_no_other_its_answer(
+    system, capsys, monkeypatch, given, more
+):
+    asked = [QUESTIONS[0].question, "word " * 3000, QUESTIONS[1].question]
+    expected = [r.answer for r in RAGSystem.load(system).batch_query([asked[0], asked[2]])]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(asked)))
+    more = more if "--json" in more else ["--no-sources", *more]
+    assert main(["ask", str(system), *(asked if given else []), *more]) == 1
+    told = capsys.readouterr()
+    found = told.out.splitlines()
+    if "--json" in more:
+        found = [json.loads(line)["answer"] for line in found]
+    assert [line for line in found if not line.startswith("> ")] == expected
+    assert "fedrag ask: question 2: " in told.err
 
 
 @pytest.mark.parametrize(
@@ -77,12 +98,39 @@ def test_what_cannot_be_asked_is_refused(system, tmp_path, capsys):
         ([str(system), "x", "--top-k", "0"], "k must be at least 1"),
         ([str(system), "x", "--stream", "--json"], "choose one"),
         ([str(system), "x", "--max-tokens", "0"], "max_new_tokens"),
+        ([str(system), "x", " "], "question 2 is blank: ask something"),
     ):
         assert main(["ask", *arguments]) == 1
         assert error in capsys.readouterr().err
     with pytest.raises(SystemExit) as refused:
         main(["ask"])
     assert refused.value.code == 2
+
+
+def test_an_empty_system_prompt_takes_that_of_the_system_away(system, tmp_path, capsys):
+    plain = RAGSystem.load(system)
+    plain.under("Answer in one word.").save(tmp_path / "told")
+    command = [
+        "ask",
+        str(tmp_path / "told"),
+        QUESTIONS[0].question,
+        "--system-prompt",
+        "",
+        "--json",
+    ]
+    assert main(command) == 0
+    (answer,) = told(capsys)
+    assert answer["answer"] == plain.query(QUESTIONS[0].question).answer
+
+
+def test_characters_that_the_locale_cannot_spell_are_escaped(tmp_path):
+    (tmp_path / "a.txt").write_text("Ada lives in Rome.")
+    command = [*FEDRAG, "index", str(tmp_path / "a.txt"), "--to", str(tmp_path / "schlüssel")]
+    run = subprocess.run(
+        command, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert b"schl\\xfcssel: 1 passages of 1 documents" in run.stdout
 
 
 def test_questions_in_another_encoding_are_told(system, monkeypatch, capsys):
@@ -98,8 +146,11 @@ def test_questions_in_another_encoding_are_told(system, monkeypatch, capsys):
     [
         (["ask", "Who?", "--json", "--no-sources"], "--no-sources does not apply to --json"),
         (["ask", "Who?", "--mode=search", "--top-k=2"], "do not apply to --mode=search"),
+        (["ask", "Who?", "--mode=search", "--system-prompt="], "do not apply to --mode=search"),
         (["serve", "--mcp=stdio", "--port=1"], "--host and --port do not apply to --mcp=stdio"),
         (["eval", "mmlu", "--all"], "--all is about --questions"),
+        (["eval", "--questions=q.jsonl", "--all", "--split=train"], "leave out --split train"),
+        (["eval", "mmlu", "--json", "--form=text"], "--json prints none: leave either out"),
     ],
 )
 def test_options_that_would_be_ignored_are_refused(system, options, words, capsys):

@@ -33,6 +33,16 @@ def test_it_prints_what_the_saved_system_scores(tmp_path, capsys):
     assert "holds a system already" in capsys.readouterr().err
 
 
+def test_a_folder_that_cannot_be_made_is_refused_before_the_training(tmp_path, capsys, monkeypatch):
+    def trained(*_, **__):
+        raise AssertionError("it built a system first")
+
+    monkeypatch.setattr(RAGSystem, "build", trained)
+    (tmp_path / "file").write_text("")
+    assert main(["demo", *QUICK, "--to", str(tmp_path / "file" / "tuned")]) == 1
+    assert "file/tuned cannot be written" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -23,8 +23,23 @@ def test_own_questions_are_measured_where_training_leaves_them(system, tmp_path,
     assert "| own" in capsys.readouterr().out
     assert main([*command, "--limit", "4", "--rule", "ja", "--json"]) == 0
     assert told(capsys)[0]["settings"]["rule"] == "ja"
+    for more, error in (
+        (["--max-tokens", "0"], "--max-tokens must be at least 1, got 0"),
+        (["--limit", "0"], "--limit must be at least 1, got 0"),
+        (["--shots", "999"], "own: 999 few-shot examples leave no question to ask; choose fewer"),
+    ):
+        assert main([*command, *more]) == 1
+        assert error in capsys.readouterr().err
     assert main(["eval", str(system)]) == 1
     assert "nothing to measure" in capsys.readouterr().err
+
+
+def test_truncated_prompts_are_told(system, tmp_path, capsys):
+    row = {"question": "word " * 5000, "answers": ["a"], "split": "test"}
+    (tmp_path / "own.jsonl").write_text(json.dumps(row))
+    command = ["eval", str(system), "--questions", str(tmp_path / "own.jsonl"), "--quiet"]
+    assert main(command) == 0
+    assert ", 100% of prompts truncated, " in capsys.readouterr().out
 
 
 def test_gold_ids_are_those_of_what_was_indexed(tmp_path, capsys):
@@ -47,7 +62,8 @@ def test_gold_ids_are_those_of_what_was_indexed(tmp_path, capsys):
     ]  # fmt: skip
     path = tmp_path / "own.jsonl"
     ask = ["eval", system, "--questions", str(path), "--quiet", "--json", "--all"]
-    train = ["train", system, str(path), "--to", str(tmp_path / "tuned"), "--factors", "0"]
+    train = ["train", system, str(path), "--to", str(tmp_path / "tuned"), "--clients", "999"]
+    train += ["--regime", "federated"]  # refused after the questions are read
 
     def write(golds=()):
         for question, some in zip(questions, golds, strict=False):
@@ -68,7 +84,7 @@ def test_gold_ids_are_those_of_what_was_indexed(tmp_path, capsys):
         UserWarning, match=r"own.jsonl: 3 of \d+ positive_ids .* 'nobody' first; left"
     ):
         assert main(train) == 1
-    assert "learning rates must be > 0" in capsys.readouterr().err
+    assert "999 clients" in capsys.readouterr().err
     write(len(questions) * [["nobody"]])
     for command in (ask, train):
         assert main(command) == 1

@@ -171,6 +171,15 @@ def test_files_of_a_user_may_be_called_as_ours(tmp_path, capsys):
     assert {path.name for path in documents.iterdir()} == {"a.txt", *own}
 
 
+def test_indexing_into_a_folder_of_passages_keeps_them(tmp_path, capsys):
+    passages = tmp_path / "passages.jsonl"
+    passages.write_text('{"text": "Ada lives in Rome."}\n')
+    assert main(["index", str(passages), "--to", str(tmp_path), "--quiet"]) == 1
+    assert f"{passages} is not of a saved system and would be lost" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["passages.jsonl"]
+    assert passages.read_text() == '{"text": "Ada lives in Rome."}\n'
+
+
 def test_indexing_refuses_what_would_lose_something(system, tmp_path, capsys):
     documents = write_documents(tmp_path / "documents", PASSAGES[:21])
     for more, error in (
@@ -186,6 +195,7 @@ def test_indexing_refuses_what_would_lose_something(system, tmp_path, capsys):
         (["--at", "x"], "has no option 'at'; it belongs to qdrant and postgres"),
         (["--like", str(system), "--generator", "x"], "--like takes models and prompts"),
         (["--language", "english"], "has no option 'language'; it belongs to bm25 and hybrid"),
+        (["--top-k", "0"], "--top-k must be at least 1, got 0"),
     ):
         assert main([*new, *more]) == 1
         assert error in capsys.readouterr().err
@@ -205,6 +215,25 @@ def test_indexing_refuses_what_would_lose_something(system, tmp_path, capsys):
     new[3] = str(system.parent / "damaged")
     assert main(new) == 1
     assert "is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_refused_call_leaves_no_settings_for_later_ones(tmp_path, capsys, there):
+    documents = write_documents(tmp_path / "documents", PASSAGES[:5])
+    (tmp_path / "blank").mkdir()
+    (tmp_path / "blank" / "a.txt").write_text(" ")
+    to = ["--to", str(tmp_path / "system"), "--quiet"]
+    if there:
+        assert main(["index", str(documents), *to]) == 0
+    for wrong, why in (
+        ([str(documents), "--tokens", "0"], "got 0 and 0"),
+        ([str(documents), "--overlap", "150"], "and 150"),
+        ([str(tmp_path / "blank"), "--moved"], "no words in the 1 documents"),
+    ):
+        assert main(["index", *wrong, *to]) == 1
+        assert why in capsys.readouterr().err
+        assert main(["index", str(documents), *to]) == 0
+        assert "5 passages of 6 documents" in capsys.readouterr().out
 
 
 def test_a_system_leaves_a_store_of_others_alone(tmp_path, capsys):
@@ -276,6 +305,9 @@ def test_a_new_system_like_a_tuned_one(system, tmp_path):
     assert loaded.store.kind == "bm25" and loaded.prompts.style == tuned.prompts.style
     assert loaded.top_k == 3 and not loaded.retriever.passages
     assert loaded.searching == tuned.searching
+    command[3] = str(tmp_path / "untold")
+    assert main([*command, *like, "--system-prompt", ""]) == 0
+    assert not RAGSystem.load(tmp_path / "untold").prompts.system
 
 
 def test_the_working_directory_may_be_indexed(tmp_path, capsys, monkeypatch):

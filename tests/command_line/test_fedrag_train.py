@@ -2,14 +2,26 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
 from documents import QUESTIONS, told, write_questions
 
 from fedrag_jax.cli.command_line import main
+from fedrag_jax.errors import ConfigError
 from fedrag_jax.models.network import flatten
 from fedrag_jax.rag import RAGSystem
+from fedrag_jax.systems import training
+
+
+def unsave(folder):
+    """Leaves what a training had there when it was killed before it saved its system."""
+    for part in folder.iterdir():
+        if part.is_dir() and part.name != "training":
+            shutil.rmtree(part)
+        elif part.is_file():
+            part.unlink()
 
 
 @pytest.mark.slow
@@ -32,10 +44,10 @@ def test_training_tunes_and_keeps_the_store(system, tmp_path, capsys, regime):
     assert main(command) == 1
     assert "holds a system already" in capsys.readouterr().err
     # Killed before it was saved: the trainings are read back, but not for another system.
-    (tmp_path / "tuned" / "system.json").unlink()
+    unsave(tmp_path / "tuned")
     assert main(command) == 0
     assert told(capsys)[0]["trials"] == result["trials"]
-    (tmp_path / "tuned" / "system.json").unlink()
+    unsave(tmp_path / "tuned")
     tuned.under("Be brief.").save(tmp_path / "another")
     command[1] = str(tmp_path / "another")
     assert main(command) == 1
@@ -51,8 +63,6 @@ def test_what_cannot_be_trained_is_refused(system, tmp_path, capsys):
     questions.write_text("\n".join(map(json.dumps, bare)))
     assert main(["train", str(system), str(questions), *to, "--strategy", "retriever"]) == 1
     assert "needs gold passages" in capsys.readouterr().err
-    assert main(["train", str(system), str(questions), *to, "--factors", "0"]) == 1
-    assert "learning rates must be > 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -65,12 +75,44 @@ def test_what_cannot_be_trained_is_refused(system, tmp_path, capsys):
         (["--algorithm", "fedprox", "--regime", "centralised"], "add --regime=federated"),
         (["--algorithm-options", "up=int8", "--regime", "centralised"], "add --regime=federated"),
         (["--algorithm", "scaffold"], "give --query-rate and --adapter-rate"),
+        (["--rounds", "0"], "--rounds must be at least 1, got 0"),
+        (["--local-steps", "0"], "--local-steps must be at least 1, got 0"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["--clients", "-1"], "--clients must be at least 0, got -1"),
+        (["--seed", "-1"], "--seed must be at least 0, got -1"),
+        (["--max-answer-tokens", "0"], "--max-answer-tokens must be at least 1, got 0"),
+        (["--factors", "1", "nan"], "--factors: learning rates must be above 0, got nan"),
+        (["--factors", "0"], "--factors: learning rates must be above 0, got 0"),
+        (["--query-rate", "-1"], "--query-rate: learning rates must be above 0, got -1"),
+        (["--adapter-rate", "inf"], "--adapter-rate: learning rates must be above 0, got inf"),
+        (["--alpha", "nan"], "--alpha must be above 0, got nan"),
+        (["--alpha", "0.1", "--regime", "centralised"], "--alpha 0.1 is about the split"),
+        (["--alpha", "0.1", "--clients", "0"], "--alpha 0.1 is about the split"),
     ],
 )  # fmt: skip
-def test_algorithms_that_cannot_train_are_refused(options, words, tmp_path, capsys):
+def test_options_that_cannot_train_are_refused(options, words, tmp_path, capsys):
     to = ["--to", str(tmp_path / "tuned"), "--regime", "federated"]
     assert main(["train", "system", "own.jsonl", *to, *options]) == 1  # before either is read
     assert words in capsys.readouterr().err
+
+
+def test_a_training_that_failed_before_a_trial_stands_for_no_other(
+    system, tmp_path, capsys, monkeypatch
+):
+    def failing(*_):
+        raise ConfigError("no answers today")
+
+    monkeypatch.setattr(training, "_scored", failing)
+    questions = write_questions(tmp_path / "own.jsonl", system)
+    command = ["train", str(system), str(questions), "--to", str(tmp_path / "tuned"), "--rounds"]
+    for rounds in "12":
+        assert main([*command, rounds]) == 1
+        assert "no answers today" in capsys.readouterr().err
+    begun = tmp_path / "tuned" / "training" / "times-1" / "joint_token"
+    begun.mkdir(parents=True)
+    (begun / "rounds.jsonl").write_text("")
+    assert main([*command, "1"]) == 1
+    assert "holds a training with other settings: budget was" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -87,7 +129,7 @@ def test_training_by_an_algorithm_keeps_the_base_that_it_changed(system, tmp_pat
     before, after = (dict(flatten(s.generator.params)) for s in (old, tuned))
     changed = {path[-2] for path in before if not np.array_equal(before[path], after[path])}
     assert changed == {*old.decoder.lora.targets}
-    (tmp_path / "tuned" / "system.json").unlink()
+    unsave(tmp_path / "tuned")
     assert main([*command[:-1], "weighting=examples"]) == 1
     assert "holds a training with other settings: algorithm_options was" in capsys.readouterr().err
     assert main(command) == 0
@@ -105,14 +147,16 @@ def test_answers_whose_ends_are_not_trained_on_are_told(system, tmp_path, capsys
     questions = write_questions(tmp_path / "own.jsonl", system)
     rows = [json.loads(line) for line in questions.read_text().splitlines()]
     long = next(i for i, row in enumerate(rows) if row["split"] == "train")
+    rows = [row | {"positive_ids": []} for row in rows]  # refused, but after it is told
     rows[long]["answers"] = ["", "It was opened in the spring of the year after the flood. " * 2]
     questions.write_text("\n".join(map(json.dumps, rows)))
-    command = ["train", str(system), str(questions), "--to", str(tmp_path / "tuned"), "--factors"]
-    assert main([*command, "0"]) == 1
+    command = ["train", str(system), str(questions), "--to", str(tmp_path / "tuned"), "--strategy"]
+    command.append("retriever")
+    assert main(command) == 1
     said = re.search(
         r"1 of \d+ training answers are longer than 16 tokens .* --max-answer-tokens=(\d+)",
         capsys.readouterr().err,
     )
     assert int(said[1]) > 20
-    assert main([*command, "0", "--max-answer-tokens", said[1]]) == 1
+    assert main([*command, "--max-answer-tokens", said[1]]) == 1
     assert "training answers are longer" not in capsys.readouterr().err

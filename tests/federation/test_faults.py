@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from flwr.app import Array, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.app import Array, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from loopback import Loopback
 from parties import SETTINGS, assert_agree, federate, nodes, plan_of, simulate
 from toys import FOUR, assert_close, mlp_task
@@ -358,10 +358,18 @@ def test_counts_that_cannot_be_are_refused(tmp_path):
         server_app(plan_of(), tmp_path, quorum=0)
 
 
+@pytest.mark.parametrize(
+    "config", [{"quorum": 0}, {"quorum": "2"}, {"patience": 0}, {"patience": float("nan")}]
+)
+def test_counts_of_a_runs_configuration_are_checked_too(tmp_path, config):
+    plan = plan_of()
+    app = server_app(lambda context: plan, tmp_path / "server", patience=5)
+    with pytest.raises(ConfigError, match="present and quorum must be at least 1"):
+        app(Loopback(nodes(plan, tmp_path)), Context(1, 1, {}, RecordDict(), config))
+
+
 def test_the_server_app_runs_the_rounds(tmp_path):
     """Through Flower's own ServerApp."""
-    from flwr.app import Context
-
     plan = plan_of(rounds=2)
     app = server_app(lambda context: plan, tmp_path / "server", patience=5)
     app(Loopback(nodes(plan, tmp_path)), Context(1, 1, {}, RecordDict(), {}))

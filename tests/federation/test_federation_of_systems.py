@@ -5,6 +5,7 @@ import json
 import stat
 import subprocess
 import sys
+import tomllib
 import zipfile
 
 import loopback
@@ -43,6 +44,7 @@ def made(tmp_path_factory):
 def test_a_federation_is_made_that_keeps_its_secrets(made):
     listed = {str(p.relative_to(made)) for p in made.rglob("*") if p.is_file()}
     assert {"README.md", "pyproject.toml", ".gitignore", "federation/client.py"} <= listed
+    assert "\nquorum = 2  " in (made / "pyproject.toml").read_text()  # more than half of two
     assert "\nclients = 2\n" in (made / "pyproject.toml").read_text()
     for name in ("server/certificates/server.key", "parties/north/node.key"):
         assert stat.S_IMODE((made / name).stat().st_mode) == 0o600
@@ -171,6 +173,13 @@ def test_a_search_finds_what_the_simulated_silos_find(made):
         ({"objective": "nothing"}, "unknown objective 'nothing'"),
         ({"algorithm": "fedsa"}, "fedsa leaves each client a model of its own"),
         ({"algorithm-options": "mu=1"}, "algorithm-options must be JSON"),
+        ({"algorithm-options": "[1]"}, "algorithm-options must be JSON"),
+        (
+            {"round": 3, "rounds": 3},
+            r"unknown keys \['round'\]; choose among \['clients', 'rounds'",
+        ),
+        ({"learning-rate": -1}, "learning-rate must be above 0 and finite, got -1.0"),
+        ({"learning-rate": float("nan")}, "learning-rate must be above 0 and finite, got nan"),
     ],
 )
 def test_configurations_that_cannot_be_are_refused(config, why):
@@ -194,6 +203,9 @@ def test_a_party_without_documents_is_refused_before_anything_is_written(tmp_pat
     assert "1 to 10 parties" in capsys.readouterr().err
     assert main(["federate", "init", str(tmp_path / "few"), "--passages=0"]) == 1
     assert "at least 1 passage" in capsys.readouterr().err
+    assert main(["federate", "init", str(tmp_path / "few"), "--passages=1"]) == 1
+    told = capsys.readouterr().err
+    assert "hospital_north: no training question is about its passages; ask for more than 1" in told
     assert not any(tmp_path.iterdir())
 
 
@@ -202,6 +214,12 @@ def test_folders_that_are_none_are_refused_with_what_to_do(tmp_path, capsys):
     assert "is not a federation: fedrag federate init" in capsys.readouterr().err
     assert main(["federate", "join", str(tmp_path)]) == 1
     assert "party.json is missing" in capsys.readouterr().err
+    (tmp_path / "party.json").write_text('{"name": "north", "server": "127.0.0.1:9092"}')
+    assert main(["federate", "join", str(tmp_path)]) == 1
+    assert "party.json needs the party's number and server" in capsys.readouterr().err
+    for question, more in ((" ", []), ("Who?", ["--top-k", "0"]), ("Who?", ["--patience", "0"])):
+        assert main(["federate", "search", str(tmp_path), question, *more]) == 1
+        assert "a search needs questions with words" in capsys.readouterr().err
     context = Context(1, 1, {"fedrag-folder": str(tmp_path)}, RecordDict(), {})
     with pytest.raises(ConfigError, match="fedrag index DOCUMENTS --to"):
         systems.party_plan(context)
@@ -227,6 +245,32 @@ def test_certificates_are_those_that_openssl_and_ssh_take(tmp_path):
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_the_quorum_is_more_than_half_of_the_parties(tmp_path):
+    for clients, quorum in ((1, 1), (2, 2), (3, 2), (9, 5)):
+        federation._copy_project(tmp_path / str(clients), clients)
+        text = (tmp_path / str(clients) / "pyproject.toml").read_text()
+        config = tomllib.loads(text)["tool"]["flwr"]["app"]["config"]
+        assert (config["clients"], config["quorum"]) == (clients, quorum)
+        assert {*config} == {*systems.DEFAULTS, *systems.SERVER}
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (["--seed", "-1"], "--seed must be at least 0, got -1"),
+        (["--port", "65535"], "--port must be between 1 and 65534, got 65535"),
+        (["--port", "0"], "--port must be between 1 and 65534, got 0"),
+        (["--host", ""], "'' is neither a name nor an address of a server"),
+    ],
+)
+def test_federations_that_cannot_be_are_refused_before_anything_is_written(
+    tmp_path, capsys, options, why
+):
+    assert main(["federate", "init", str(tmp_path / "here"), *options]) == 1
+    assert why in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
 
 
 def test_help_of_federate_does_not_need_flower():

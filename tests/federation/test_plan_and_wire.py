@@ -69,6 +69,12 @@ def test_one_client_alone_is_no_federation():
         plan_of(centralised(), data=alone)
 
 
+def test_one_party_alone_makes_all_rounds_whatever_the_quorum(tmp_path):
+    one = Partition(FOUR.examples, FOUR.clients[:1])
+    result, _ = federate(plan_of(data=one), tmp_path, data=one, quorum=2)
+    assert [record["clients"] for record in result.history] == [[0]] * 3
+
+
 def test_an_algorithm_that_asks_clients_twice_is_refused():
     def init(trainable, client_init, client_count):
         return State(trainable)

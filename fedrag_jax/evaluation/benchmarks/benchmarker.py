@@ -111,7 +111,7 @@ class Benchmarker:
         if rule:
             known = sets.scored_by(known, rule)
         by = by or known.by or sets.KINDS[known.kind][0]
-        self._check(known, by, corpus, limit, shots, mode, beams)
+        self._check(known, by, corpus, limit, shots, mode, beams, max_new_tokens)
         material = reading.read(known, split, source, shown=shots > 0)
         asked, shown = material.asked, material.shown
         if shots and not known.shown:
@@ -119,7 +119,8 @@ class Benchmarker:
         left_out = {*exclude}
         asked = sets.in_order([q for q in asked if q.id not in left_out], self.seed)
         if not asked:
-            raise ConfigError(f"{known.name}: exclude leaves no question to ask")
+            why = f"{shots} few-shot examples leave" if not left_out else "exclude leaves"
+            raise ConfigError(f"{known.name}: {why} no question to ask; choose fewer")
         system = self._placed(material, corpus)
         searches = corpus in ("own", "benchmark")
         searched = corpus_of(system) if searches else None
@@ -133,7 +134,9 @@ class Benchmarker:
             "seed": self.seed,
             "mode": mode,
             "beams": beams,
-            "max_new_tokens": max_new_tokens or system.prompts.max_answer_tokens,
+            "max_new_tokens": (
+                system.prompts.max_answer_tokens if max_new_tokens is None else max_new_tokens
+            ),
             "excluded": _hash(sorted(left_out)) if left_out else "",
         }
         if rule:
@@ -174,7 +177,7 @@ class Benchmarker:
             result.write(folder / "result.json")
         return result
 
-    def _check(self, known, by, corpus, limit, shots, mode, beams) -> None:
+    def _check(self, known, by, corpus, limit, shots, mode, beams, max_new_tokens) -> None:
         ways = sets.KINDS[known.kind]
         faults = {
             f"by must be one of {[*ways]} for {known.name}, got {by!r}": by not in ways,
@@ -188,6 +191,12 @@ class Benchmarker:
             "shots nor beams": (mode == SEARCH and (shots or beams or corpus not in CORPORA[:2])),
             f"by {by!r} reads all passages together: mode and beams cannot be chosen": (
                 by != "generation" and (mode, beams) != ("concatenated", None)
+            ),
+            f"max_new_tokens must be at least 1, got {max_new_tokens}": (
+                max_new_tokens is not None and max_new_tokens < 1
+            ),
+            f"by {by!r} writes no answer of {known.name}: leave out max_new_tokens": (
+                by != "generation" and max_new_tokens is not None
             ),
             "likelihood scores answers only, but the prompt style begins with reasoning or citation: "
             "use by='generation', or another style": (

@@ -153,7 +153,7 @@ class _LocalFiles(NamedTuple):
         for row, where in json_rows(self.path):
             question, label = self._question(row, where), string_of(row, "split", where, "")
             if not label:
-                label = known.split if known.side is None or known.only else known.side(question)
+                label = known.split if known.side is None or known.only else known.side(question.id)
             seen.add(known.known_as.get(label, label))
             if known.known_as.get(label, label) == split:
                 found.append(question)
@@ -231,7 +231,7 @@ class _Hub(NamedTuple):
     def _of(self, split: str) -> list[tuple[Question, list[Passage]]]:
         known = self.known
         rows = self._converted(known.config, known.only or split, known.convert)
-        return [r for r in rows if known.side is None or known.side(r[0]) == split]
+        return [r for r in rows if known.side is None or known.side(r[0].id) == split]
 
     def _relevant(self, split: str) -> list[tuple[Question, list[Passage]]]:
         """For BEIR: returns the queries of all splits, and the relevant documents of this split."""

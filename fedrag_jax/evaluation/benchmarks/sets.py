@@ -20,11 +20,10 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fedrag_jax.data import hub_rows, splits
+from fedrag_jax.data import hub_rows, pubmedqa_ids, splits
 from fedrag_jax.data.examples import Passage
 from fedrag_jax.data.hub_rows import Question
 from fedrag_jax.data.json_lines import json_rows
-from fedrag_jax.data.pubmedqa_ids import TEST_IDS
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.evaluation import metrics
 
@@ -52,8 +51,8 @@ class BenchmarkSet:
       rule: rule of `metrics.f1`, for the kind "open".
       first: the metric that the benchmark's paper reports.
       also: additional scores: "substring", "answerable", "recall_all".
-      side: function from a question to its split, if the hub has all in `only`, or local files do not
-        name the split.
+      side: function from a question's id to its split, if the hub has all in `only`, or local files
+        do not name the split.
       known_as: names of splits in local files, if they differ.
       golds: the field of local files with the ids of gold passages.
       group: the field of local files with the group of few-shot examples.
@@ -72,14 +71,10 @@ class BenchmarkSet:
     first: str = "em"
     also: tuple[str, ...] = ()
     only: str = ""
-    side: Callable[[Question], str] | None = None
+    side: Callable[[str], str] | None = None
     known_as: Mapping[str, str] = dataclasses.field(default_factory=dict)
     golds: str = "positive_ids"
     group: str = ""
-
-
-def _pubmedqa_side(question: Question) -> str:
-    return "test" if question.id in TEST_IDS else "train"
 
 
 _ALL = (
@@ -97,7 +92,7 @@ _ALL = (
     ),
     BenchmarkSet(
         "pubmedqa", "qiaojin/PubMedQA", "test", "train", "labels", hub_rows.pubmedqa, "pqa_labeled",
-        labels=hub_rows.YES_NO_MAYBE, first="accuracy", only="train", side=_pubmedqa_side,
+        labels=hub_rows.YES_NO_MAYBE, first="accuracy", only="train", side=pubmedqa_ids.side,
     ),
     BenchmarkSet(
         "nq", "google-research-datasets/nq_open", "validation", "train", "open", hub_rows.nq, "nq_open"
@@ -171,7 +166,7 @@ def own(path: pathlib.Path, everything: bool = False) -> BenchmarkSet:
     """
     name = path.name.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".questions")
     rows = [row for row, _ in json_rows(path)]
-    how: dict[str, Any] = {"side": lambda question: splits.side(question.id)}
+    how: dict[str, Any] = {"side": splits.side}
     if everything:
         how = {"known_as": dict.fromkeys((str(row.get("split")) for row in rows), "test")}
     if any(row.get("unanswerable") for row in rows):

@@ -139,6 +139,8 @@ def _name(text: str) -> x509.Name:
 
 
 def _alternative(host: str) -> x509.GeneralName:
+    if not host.strip():
+        raise ConfigError(f"{host!r} is neither a name nor an address of a server: give one")
     try:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:

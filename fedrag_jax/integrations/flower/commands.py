@@ -19,7 +19,7 @@ from fedrag_jax.errors import ConfigError, FedragError
 from fedrag_jax.files import write_text, writing
 from fedrag_jax.integrations.flower.certificates import CA, CERTIFICATE, KEY
 
-PORT, NODE_PORT = 9092, 9094
+NODE_PORT = 9094
 LINK = "fedrag-link"  # the SuperLink, in Flower's own configuration
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fedrag_jax.data import synthetic
-from fedrag_jax.data.examples import Example, Passage
+from fedrag_jax.data.examples import Dataset, Example, Passage
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.files import read_json, write_json, write_text
 from fedrag_jax.integrations.flower import commands
@@ -67,7 +67,7 @@ def make(
 
     Raises:
       ConfigError: a folder that is not empty, names that are invalid or repeated, more parties than the
-        world has topics, or no passages.
+        world has topics, or passages without a training question.
     """
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty: choose another folder")
@@ -83,6 +83,12 @@ def make(
             f"for 1 to {len(topics)} parties with at least 1 passage, got {len(parties)} and {passages}"
         )
     require_hosts(hosts)
+    held = [_held(world, topics[n :: len(parties)], passages) for n in range(len(parties))]
+    for name, (_, asked) in zip(parties, held, strict=True):
+        if not any(split == "train" for _, split in asked):
+            raise ConfigError(
+                f"{name}: no training question is about its passages; ask for more than {passages}"
+            )
     _copy_project(folder, len(parties))
     certificates = folder / "server" / "certificates"
     # Also loopback: the server's own programs connect from this machine.
@@ -98,7 +104,7 @@ def make(
         write_json(
             own / ABOUT, {"name": name, "number": number, "server": f"{hosts[0]}:{port}"}, indent=2
         )
-        _write_documents(own, world, topics[number :: len(parties)], passages)
+        _write_documents(own, *held[number])
         index(own / "documents", own / SYSTEM, _new_system)
 
 
@@ -130,12 +136,19 @@ def search(
     """Searches the parties that share their passages; returns the content of `found.json`.
 
     Args:
+      questions: questions with words.
       k: number of passages to find for each question.
       patience: seconds to wait until all parties are connected, and for their answers.
 
     Raises:
-      as `serve` does.
+      ConfigError: a blank question, k below 1, or no patience; also as `serve`.
+      FlowerError: as `serve`.
     """
+    if not all(question.strip() for question in questions) or k < 1 or patience < 1:
+        raise ConfigError(
+            "a search needs questions with words, and at least 1 passage and 1 second of patience, got "
+            f"{[*questions]}, {k} and {patience}"
+        )
     where = folder / "server" / "search"
     with linked(folder, listen) as (home, link):
         where.mkdir(exist_ok=True)
@@ -198,7 +211,7 @@ def join(party: pathlib.Path, local_port: int | None = None, shares: bool = Fals
       shares: whether the party answers searches with its passages.
 
     Raises:
-      ConfigError: the folder is not of a party.
+      ConfigError: the folder is not of a party, or its `party.json` lacks something.
     """
     path = party / ABOUT
     if not path.exists():
@@ -206,7 +219,12 @@ def join(party: pathlib.Path, local_port: int | None = None, shares: bool = Fals
             f"{path} is missing: give the folder of a party that fedrag federate init made"
         )
     about: Any = read_json(path)
-    config = {NUMBER: int(about["number"]), FOLDER: str(party.absolute()), SHARES: shares}
+    known = isinstance(about, dict) and "server" in about
+    if not known or type(about.get("number")) is not int:
+        raise ConfigError(
+            f"{path} needs the party's number and server: take the file that fedrag federate init made"
+        )
+    config = {NUMBER: about["number"], FOLDER: str(party.absolute()), SHARES: shares}
     port = commands.NODE_PORT + config[NUMBER] if local_port is None else local_port
     command = commands.supernode(
         about["server"], (party / CA).absolute(), (party / KEY).absolute(), config, port
@@ -278,6 +296,7 @@ def _copy_project(folder: pathlib.Path, clients: int) -> None:
     for name in ("README.md", "pyproject.toml", ".gitignore"):
         text = (source / name.removeprefix(".")).read_text(encoding="utf-8")
         text = text.replace("\nclients = 3\n", f"\nclients = {clients}\n")
+        text = text.replace("\nquorum = 2 ", f"\nquorum = {clients // 2 + 1} ")
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / name, text)
     (folder / "federation").mkdir()
@@ -285,20 +304,28 @@ def _copy_project(folder: pathlib.Path, clients: int) -> None:
         write_text(folder / "federation" / name, (source / "federation" / name).read_text())
 
 
-def _write_documents(party: pathlib.Path, world, topics: Sequence[str], passages: int) -> None:
-    """Writes passages on some topics, one per JSON line, and the questions that they answer.
+def _held(
+    world: Dataset, topics: Sequence[str], passages: int
+) -> tuple[list[Passage], list[tuple[Example, str]]]:
+    """Returns passages on some topics, and the questions that they answer with their splits.
 
     The world's validation and test questions are for testing.
     """
     of_topics: list[Passage] = [p for p in world.passages if p.topic in topics][:passages]
     ids, trained = {p.id for p in of_topics}, {*world.train}
-    asked: list[tuple[Example, str]] = [
+    return of_topics, [
         (e, "train" if e in trained else "test")
         for e in [*world.train, *world.validation, *world.test]
         if e.hops == 1 and e.positive_ids and {*e.positive_ids} <= ids
     ]
+
+
+def _write_documents(
+    party: pathlib.Path, passages: Sequence[Passage], asked: Sequence[tuple[Example, str]]
+) -> None:
+    """Writes passages, one per JSON line, and questions about them."""
     (party / "documents").mkdir(parents=True)
-    documents = [{"id": p.id, "title": p.title, "text": p.text} for p in of_topics]
+    documents = [{"id": p.id, "title": p.title, "text": p.text} for p in passages]
     questions = [
         {"id": e.id, "question": e.question, "answers": [*e.answers],
          "positive_ids": [*e.positive_ids], "split": split}

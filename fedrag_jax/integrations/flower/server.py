@@ -68,16 +68,13 @@ def server_app(
       callbacks: as in `fit`; or a function that makes them from Flower's context.
       search: function that runs in place of training, if the run's configuration has a `search`.
 
-    `folder`, `quorum` and `patience` of the run's configuration override the arguments.
+    `folder`, `quorum` and `patience` of the run's configuration override the arguments, and are checked
+    when the run starts.
 
     Raises:
       ConfigError: a count below 1, or patience that is not positive.
     """
-    if patience <= 0 or any(n is not None and n < 1 for n in (quorum, present)):
-        raise ConfigError(
-            "server_app: present and quorum must be at least 1 and patience above 0, got "
-            f"{present}, {quorum} and {patience}"
-        )
+    _require_counts(present, quorum, patience)
     app = ServerApp()
 
     @app.main()
@@ -89,10 +86,20 @@ def server_app(
         known = plan if isinstance(plan, Plan) else plan(context)
         where = pathlib.Path(str(config.get("folder", folder)))
         numbers: Any = [config.get(n, v) for n, v in (("quorum", quorum), ("patience", patience))]
+        _require_counts(present, *numbers)
         told = callbacks(context) if callable(callbacks) else callbacks
         run_rounds(known, grid, where, present, *numbers, callbacks=told)
 
     return app
+
+
+def _require_counts(present: Any, quorum: Any, patience: Any) -> None:
+    counts = all(n is None or (type(n) is int and n >= 1) for n in (present, quorum))
+    if not counts or type(patience) not in (int, float) or not patience > 0:
+        raise ConfigError(
+            "server_app: present and quorum must be at least 1 and patience above 0, got "
+            f"{present!r}, {quorum!r} and {patience!r}"
+        )
 
 
 def run_rounds(
@@ -142,7 +149,8 @@ def run_rounds(
             with tempfile.TemporaryDirectory(dir=folder) as spool:
                 asking = Asking(plan, draws, mail, roll, now, pathlib.Path(spool))
                 asking.until(quorum, patience)
-                least = quorum or present // 2 + 1  # later rounds use the connected parties
+                # Later rounds use the connected parties.
+                least = min(quorum or present // 2 + 1, present)
                 state, record = _closed(plan, draws, now, asking)
             record["seconds"] = record["device_seconds"] = time.perf_counter() - began
             now = dataclasses.replace(

@@ -2,11 +2,14 @@
 
 `fedrag index` makes the system from the party's documents. Documents, vectors and questions stay in the
 folder. The configuration of the run (`[tool.flwr.app.config]` of `pyproject.toml`) says what is trained
-and how. All parties receive it; its keys are those of `DEFAULTS`.
+and how. All parties receive it; its keys are those of `DEFAULTS`, and those of `SERVER`, which only the
+server reads.
 """
 
+import contextlib
 import dataclasses
 import json
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -45,6 +48,8 @@ DEFAULTS: dict[str, Any] = {
     "retriever": "builtin:encoder",
     "generator": "builtin:decoder",
 }
+
+SERVER = "folder", "quorum", "patience", "search", "top-k"
 
 
 def party_plan(context: Context) -> Plan:
@@ -178,6 +183,8 @@ def _plan(config: Mapping[str, Any], system: RAGSystem, dataset: Dataset) -> Pla
 
 def _configured(given: Mapping[str, Any]) -> dict[str, Any]:
     where = "the run's configuration"
+    if unknown := [name for name in given if name not in (*DEFAULTS, *SERVER)]:
+        raise ConfigError(f"{where}: unknown keys {unknown}; choose among {[*DEFAULTS, *SERVER]}")
     config = DEFAULTS | {name: value for name, value in given.items() if name in DEFAULTS}
     for name, value in config.items():
         number = isinstance(DEFAULTS[name], float) and isinstance(value, int)
@@ -185,6 +192,10 @@ def _configured(given: Mapping[str, Any]) -> dict[str, Any]:
             kind = type(DEFAULTS[name]).__name__
             raise ConfigError(f"{where}: {name} must be of type {kind}, got {value!r}")
     config["learning-rate"] = float(config["learning-rate"])
+    if not 0 < config["learning-rate"] < math.inf:
+        raise ConfigError(
+            f"{where}: learning-rate must be above 0 and finite, got {config['learning-rate']}"
+        )
     if config["objective"] not in OBJECTIVES:
         raise ConfigError(
             f"{where}: unknown objective {config['objective']!r}; choose among {[*OBJECTIVES]}"
@@ -194,13 +205,14 @@ def _configured(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _options(config: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        return json.loads(config["algorithm-options"] or "{}")
-    except ValueError as error:
-        raise ConfigError(
-            f"the run's configuration: algorithm-options must be JSON such as '{{\"mu\": 0.1}}', got "
-            f"{config['algorithm-options']!r}"
-        ) from error
+    text = config["algorithm-options"] or "{}"
+    with contextlib.suppress(ValueError):
+        if isinstance(options := json.loads(text), dict):
+            return options
+    raise ConfigError(
+        f"the run's configuration: algorithm-options must be JSON such as '{{\"mu\": 0.1}}', got "
+        f"{text!r}"
+    )
 
 
 def _folder(context: Context) -> pathlib.Path:
