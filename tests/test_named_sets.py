@@ -319,12 +319,12 @@ def test_nulls_are_no_texts(tmp_path):
         ({}, [row(0), row(1, gold=[1, 1])], r"train-1: gold has a position twice in \[1, 1\]"),
         (
             {},
-            [row(0), row(1, context=[{"title": "T", "text": None}])],
+            [row(0), row(1, context=[{"title": None, "text": None}])],
             r"train-1: passage 0 of 1.*empty",
         ),
         (
             {},
-            [row(0, context=[{"title": "T", "text": " "}])],
+            [row(0, context=[{"title": "", "text": " "}])],
             r"train-0: passage 0 .* leave it out",
         ),
         ({"id": "kind"}, [row(0), row(1, kind=None)], r"train-1: the id in column 'kind' is empty"),

@@ -124,7 +124,7 @@ class Columns:
         titles = [text_of(title) for title in _several(self._value(row, "titles"))]
         texts = [_text(text) for text in _several(self._value(row, "passages"))]
         for number, text in enumerate(texts):
-            if not text.strip():
+            if not text.strip() and not any(titles[number : number + 1]):
                 raise DataError(
                     f"{place}: passage {number} of {len(texts)}, from 0, in column {self.passages!r} "
                     "is empty: fill it in, or leave it out"

@@ -28,7 +28,8 @@ class PassageTable(Sequence[Passage]):
       where: name of the table, for messages.
 
     Raises:
-      DataError: a missing column, an empty text, an empty or repeated id, or no rows.
+      DataError: a missing column, an empty text without a title column, an empty or repeated id, or no
+        rows.
     """
 
     def __init__(self, rows: datasets.Dataset, columns: Mapping[str, str], where: str):
@@ -46,7 +47,8 @@ class PassageTable(Sequence[Passage]):
             where,
             wanted,
         )
-        self._require_filled("text", wanted["text"])
+        if "title" not in wanted:  # some corpora have passages of which only the title is known
+            self._require_filled("text", wanted["text"])
         if "id" in wanted:
             self._require_filled("id", wanted["id"])
             self._require_unique(wanted["id"])
