@@ -204,7 +204,7 @@ def test_what_does_not_fit_is_cut_and_told(system, run):
      ("scifact", {"corpus": "none"}, "asks for a ranking"),
      ("squad", {"exclude": [e.id for e in ASKED]}, "exclude leaves no question"),
      ("squad", {"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
-     ("mmlu", {"max_new_tokens": 3}, "by 'likelihood' writes no answer of mmlu: leave out max")],
+     ("mmlu", {"max_new_tokens": 3}, "by 'letters' writes no answer of mmlu: leave out max")],
 )  # fmt: skip
 def test_settings_that_cannot_be_are_refused(run, name, how, words):
     with pytest.raises(ConfigError, match=words):
