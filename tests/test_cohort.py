@@ -167,6 +167,12 @@ def test_dropout_and_stragglers_know_seed_round_and_client():
         assert c.share.sum() == pytest.approx(1)
 
 
+def test_a_straggler_may_take_all_steps_or_one():
+    work = Work(local_steps=2, stragglers=0.999)
+    steps = [sample_cohort(FOUR, work, r, 2, seed=1).steps for r in range(400)]
+    assert np.mean(np.concatenate(steps) == 2) == pytest.approx(0.5, abs=0.05)
+
+
 def test_a_round_nobody_answers_changes_nothing():
     result = fit(linear_task(), FOUR, fed_avg(sampling=poisson(1e-6)), rounds=2)
     assert_equal(result.trainable, jax.tree.map(np.float32, linear_task().trainable))

@@ -8,8 +8,9 @@ import pytest
 from test_algorithms import START, Keep, shares, steps
 from test_fed_lora import CLIENTS, NETWORK, chain_task
 from tiny import random_adapters
-from toys import FOUR, assert_close, assert_equal, linear_task, mlp_task
+from toys import EXAMPLES, FOUR, assert_close, assert_equal, linear_task, mlp_task
 
+from fedrag_jax.data.partition import Partition
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.federated.algorithms.by_name import Named, check
 from fedrag_jax.federated.algorithms.centralised import centralised
@@ -127,6 +128,18 @@ def test_a_rotation_spreads_what_one_large_value_spoils():
     assert error(rotated(4)) < error(quantised(4)) / 3
 
 
+def test_a_rotation_spreads_what_lies_along_a_row_of_the_matrix():
+    """Without the random signs, a constant vector would become one large value."""
+    noise = np.random.default_rng(6).normal(size=1024).astype(np.float32)
+
+    def error(vector):
+        key = jax.random.key(1)
+        told = rotated(4).decode(rotated(4).encode(jnp.asarray(vector), key), 1024, key)
+        return ((np.asarray(told) - vector) ** 2).mean()
+
+    assert error(1 + 0.3 * noise) < 2 * error(noise)
+
+
 def test_top_k_keeps_the_largest():
     vector = np.array([0.1, -3.0, 2.0, 0.0, -0.5], np.float32)
     message = top_k(0.4).encode(jnp.asarray(vector), None)
@@ -188,6 +201,23 @@ def test_what_goes_down_is_compressed_too_and_its_errors_are_made_good():
         x = x + shares() @ [steps(w, rows) - w for rows in FOUR.clients]
     np.testing.assert_allclose(flat(found.trainable), x, atol=1e-6)
     assert_close(keep.state.server["received"], {"w": w[:3], "b": w[3]}, 1e-6)
+
+
+def test_clients_round_independently():
+    """Errors of clients with the same update average out."""
+    slope = np.random.default_rng(6).normal(size=2000)
+
+    def loss(trainable, frozen, batch, rng):
+        return (trainable["a"] * slope.astype(np.float32)).sum(), {}
+
+    task = linear_task(trainable={"a": np.zeros(2000)}, loss=loss)
+    algorithm = compressed(fed_avg(local_steps=1), up=quantised(4))
+    of_one, of_eight = (
+        trained(algorithm, task, Partition(EXAMPLES, rows), rounds=1)
+        for rows in ((np.arange(1),), tuple(np.arange(8)[:, None]))
+    )
+    errors = [np.square(f.trainable["a"] + 0.05 * slope).mean() for f in (of_one, of_eight)]
+    assert errors[1] == pytest.approx(errors[0] / 8, rel=0.2)
 
 
 def test_all_of_top_k_is_no_compression():

@@ -106,16 +106,19 @@ def test_losses_against_numpy(parts, method, settings):
     task, weight = taught(parts, method, **settings), (1, 1, 0, 1)
     loss = types.SimpleNamespace(**DEFAULTS[method] | settings)
     found, cosines = parts.retriever.search([e.question for e in EXAMPLES], K)
-    slow = []
+    slow, entropies = [], []
     for example, rows, cosine in zip(EXAMPLES, found, cosines, strict=True):
         q = softmax(slow_signal(parts, loss.signal, example, list(rows)) / loss.temperature)
         r = softmax(loss.score_scale * cosine)
         a, b = (q, r) if loss.first == "target" else (r, q)
         slow.append(sum(a[z] * (np.log(a[z]) - np.log(b[z])) for z in range(K)))
+        entropies.append([-(p * np.log(p)).sum() for p in (r, q)])
     assert np.isfinite(slow).all() and np.ptp(slow) > 1e-3
-    np.testing.assert_allclose(
-        loss_of(task, weight)[0], np.average(slow, weights=weight), rtol=2e-3
-    )
+    found, told = loss_of(task, weight)
+    np.testing.assert_allclose(found, np.average(slow, weights=weight), rtol=2e-3)
+    entropies = np.average(entropies, axis=0, weights=weight)
+    told = [told["retrieval_entropy"], told["target_entropy"]]
+    np.testing.assert_allclose(told, entropies, rtol=2e-3, atol=1e-5)
 
 
 def test_divergence_and_entropy_by_hand():

@@ -40,22 +40,23 @@ def test_only_the_answer_and_its_eos_are_scored(parts):
 def test_concatenated_is_the_mean_over_examples_of_the_summed_nll(parts):
     task = concatenated(parts.decoder, parts.params, parts.adapters, parts.prompts, rows(3))
     weight = (1, 1, 0, 1)
-    loss, _ = task.loss(task.trainable, task.frozen, batch_of(task, weight), KEY)
-    slow = [
-        -slow_log_probs(parts, e.question, rows(3)([e])[0], e.answers[0]).sum() for e in EXAMPLES
-    ]
-    np.testing.assert_allclose(loss, np.average(slow, weights=weight), rtol=1e-4)
+    loss, told = task.loss(task.trainable, task.frozen, batch_of(task, weight), KEY)
+    slow = [-slow_log_probs(parts, e.question, rows(3)([e])[0], e.answers[0]) for e in EXAMPLES]
+    assert len({len(nll) for nll in slow}) > 1
+    expected = np.average([[nll.sum(), nll.mean()] for nll in slow], axis=0, weights=weight)
+    np.testing.assert_allclose([loss, told["nll_per_token"]], expected, rtol=1e-4)
 
 
 def test_ralt_sums_over_passages_and_is_concatenated_at_one(parts):
     arguments = parts.decoder, parts.params, parts.adapters, parts.prompts
     task = ralt(*arguments, rows(2))
-    loss, _ = task.loss(task.trainable, task.frozen, batch_of(task), KEY)
+    loss, told = task.loss(task.trainable, task.frozen, batch_of(task), KEY)
     slow = [
-        -sum(slow_log_probs(parts, e.question, [r], e.answers[0]).sum() for r in rows(2)([e])[0])
+        -np.array([slow_log_probs(parts, e.question, [r], e.answers[0]) for r in rows(2)([e])[0]])
         for e in EXAMPLES
     ]
-    np.testing.assert_allclose(loss, np.mean(slow), rtol=1e-4)
+    expected = np.mean([[nll.sum(), nll.mean()] for nll in slow], axis=0)
+    np.testing.assert_allclose([loss, told["nll_per_token"]], expected, rtol=1e-4)
     one, same = ralt(*arguments, rows(1)), concatenated(*arguments, rows(1))
     np.testing.assert_allclose(
         one.loss(one.trainable, one.frozen, batch_of(one), KEY)[0],
@@ -105,14 +106,17 @@ def test_marginals_coincide_where_they_must():
 @pytest.mark.parametrize("marginal", ["token", "sequence"])
 def test_joint_loss_against_numpy(parts, marginal):
     task = joint_task(parts, marginal=marginal)
-    loss, _ = task.loss(task.trainable, task.frozen, batch_of(task), KEY)
+    loss, told = task.loss(task.trainable, task.frozen, batch_of(task), KEY)
     found, cosines = parts.retriever.search([e.question for e in EXAMPLES], 3)
-    slow = []
+    slow, entropies = [], []
     for e, retrieved, cosine in zip(EXAMPLES, found, cosines, strict=True):
+        p = np.exp(20.0 * cosine) / np.exp(20.0 * cosine).sum()
+        entropies.append(-(p * np.log(p)).sum())
         ll = np.stack([slow_log_probs(parts, e.question, [r], e.answers[0]) for r in retrieved])
         both = slow_marginals([ll], [20.0 * cosine], [np.ones(ll.shape[1])])
         slow.append(both[marginal == "sequence"][0])
     np.testing.assert_allclose(loss, -np.mean(slow), rtol=1e-4)
+    np.testing.assert_allclose(told["retrieval_entropy"], np.mean(entropies), rtol=1e-4)
 
 
 def test_joint_is_the_answer_nll_at_one_passage(parts):

@@ -1,15 +1,17 @@
 """Models of clients' own: Ditto, local parts, fine-tuning, each against NumPy and its special cases."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from test_algorithms import RATE, START, shares, steps
 from test_fed_lora import CLIENTS, NETWORK, SGD, chain_task
 from tiny import random_adapters
-from toys import FOUR, assert_close, assert_equal, leaves, linear_task, mlp_task
+from toys import EXAMPLES, FOUR, assert_close, assert_equal, leaves, linear_task, mlp_task
 
-from fedrag_jax.errors import ConfigError
+from fedrag_jax.data.partition import Partition
+from fedrag_jax.errors import ConfigError, DivergenceError
 from fedrag_jax.federated.algorithms.by_name import PERSONAL, check, personal
 from fedrag_jax.federated.algorithms.compressed import compressed
 from fedrag_jax.federated.algorithms.ditto import ditto
@@ -49,6 +51,23 @@ def test_ditto_in_numpy():
         x = x + shares() @ [steps(x, rows) - x for rows in FOUR.clients]
     found = models(trained(ditto(lam=0.7, local_steps=3)))
     np.testing.assert_allclose(found, v, atol=1e-12)
+
+
+def test_a_global_model_that_diverges_ends_ditto():
+    """It is at -2 after a round, where there is no slope; the clients' own are at -1 and -3."""
+
+    def loss(trainable, frozen, batch, rng):
+        slope = jnp.where(trainable["w"] == -2, jnp.inf, batch["y"].mean())
+        return trainable["w"] * slope, {}
+
+    examples = [EXAMPLES[0] | {"y": 1.0}, EXAMPLES[1] | {"y": 3.0}]
+    data = Partition(examples, (np.array([0]), np.array([1])))
+    task = linear_task(trainable={"w": np.float32(0)}, loss=loss)
+    how = {"optimizer": optax.sgd(1.0), "batch_size": 1}
+    alone = fit(task, data, local_only(local_steps=1), rounds=2, **how)
+    np.testing.assert_array_equal(alone.trainable["w"], [-2, -6])
+    with pytest.raises(DivergenceError, match=r"round 2: .* client\(s\): 0, 1\."):
+        fit(task, data, ditto(lam=0.0, local_steps=1), rounds=2, **how)
 
 
 def test_local_parts_in_numpy():

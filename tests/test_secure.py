@@ -172,7 +172,7 @@ def test_messages_are_uniform_and_masks_cancel(monkeypatch):
 def test_those_who_drop_out_are_made_good():
     """The mean over the survivors, whose masks with the others are taken away."""
     algorithm = secure(fed_avg(local_steps=2, dropout=0.3), threshold=0.6)
-    found = trained(algorithm, EIGHT, rounds=5, group_size=3)
+    found = trained(algorithm, EIGHT, rounds=6, group_size=3, seed=2)
     x, dropped = START, []
     for record in found.history:
         gone, sizes = record["dropped"], EIGHT.sizes()
@@ -183,7 +183,7 @@ def test_those_who_drop_out_are_made_good():
         if left:
             p = sizes[left] / sizes[left].sum()
             x = x + p @ [steps(x, EIGHT.clients[k], count=2) - x for k in left]
-    assert 8 in dropped and 0 < min(dropped) < 4  # too few, and some
+    assert {1, 3, 8} <= {*dropped}  # some, as many as may be, too many
     np.testing.assert_allclose(flat(found.trainable), x, atol=1e-4)
 
 

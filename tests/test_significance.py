@@ -65,6 +65,12 @@ def test_bootstrap_agrees_with_a_slow_one_over_seeds_and_clusters():
     assert high - low > 1.05 * np.diff(bootstrap_interval(scores))[0]
 
 
+def test_seeds_and_questions_are_drawn_apart():
+    """As many of each, and a score only where both have the same number."""
+    means = significance._resampled_means(np.eye(5), np.arange(5), None, 4000, 0)
+    assert means.mean() == pytest.approx(0.2, abs=0.02)
+
+
 def test_bootstrap_resamples_seeds_too():
     same_questions = np.tile(np.array([[0.0], [1.0]]), (1, 50))  # seeds differ, questions do not
     assert bootstrap_interval(same_questions) == (0.0, 1.0)
