@@ -15,7 +15,6 @@ from fedrag_jax.data.partition import Partition, partition
 from fedrag_jax.data.schemes import dirichlet
 from fedrag_jax.data.seeds import stream
 from fedrag_jax.errors import ConfigError
-from fedrag_jax.evaluation.rewards import ExactWithForm, F1WithForm, WithCost, WithRetrieval
 from fedrag_jax.federated.algorithm import State
 from fedrag_jax.federated.algorithms.fed_avg import fed_avg
 from fedrag_jax.federated.callbacks import FitState
@@ -24,7 +23,7 @@ from fedrag_jax.federated.fit import fit
 from fedrag_jax.federated.optimizers import tunable
 from fedrag_jax.federated.stopping import held_out_loss
 from fedrag_jax.generation.likelihood import answer_log_probs
-from fedrag_jax.generation.rollouts import TAGS, Budget, Part, Rollout, Searching
+from fedrag_jax.generation.rollouts import TAGS, Budget, Searching
 from fedrag_jax.models import lora
 from fedrag_jax.models.decoder import Decoder, DecoderConfig
 from fedrag_jax.models.network import Network
@@ -352,51 +351,3 @@ def test_a_pool_beside_a_store_is_refused():
     system = RAGSystem.build(world.passages, store=BM25Store())
     with pytest.raises(ConfigError, match=r"answers from a store \(bm25\): leave out the pool"):
         rolling_of(system, pool=lambda example: np.arange(3))
-
-
-def rollout(*texts, found=()):
-    none = np.zeros(0, np.float32)
-    written = [Part(True, np.zeros(0, np.int32), none) for _ in texts]
-    others = [Part(False, np.array(tokens, np.int32), none) for tokens in found]
-    finish = "answer" if texts[-1].endswith(TAGS.answer[1]) else "length"
-    queries = tuple(texts[:-1])
-    return Rollout(np.zeros(0, np.int32), (*written, *others), queries, finish, texts)
-
-
-ASKED = Example("q", "Which?", ("New York", "NYC"), ())
-TRUTH = Example("t", "Is it?", ("yes",), ())
-
-
-@pytest.mark.parametrize(
-    ("example", "made", "by_f1", "by_em"),
-    [
-        (ASKED, rollout("<answer>New York</answer>"), 1.0, 1.0),
-        (ASKED, rollout("<answer>York</answer>"), 2 / 3, 0.2),
-        (ASKED, rollout("<answer>Bern</answer>"), 0.1, 0.2),
-        (ASKED, rollout("<search>x</search>", "<answer>the NYC</answer>"), 1.0, 1.0),
-        (ASKED, rollout("<search></search>", "<answer>NYC</answer>"), 0.0, 0.8),
-        (ASKED, rollout("New York"), 0.0, 0.0),
-        (ASKED, rollout("<answer></answer>"), 0.1, 0.2),
-        (TRUTH, rollout("<answer>yes it is</answer>"), 0.1, 0.2),
-        (TRUTH, rollout("<answer>Yes</answer>"), 1.0, 1.0),
-    ],
-)
-def test_rewards(example, made, by_f1, by_em):
-    assert F1WithForm()(example, made) == pytest.approx(by_f1)
-    assert ExactWithForm()(example, made) == pytest.approx(by_em)
-
-
-def test_searches_may_cost():
-    reward = WithCost(F1WithForm(), 0.25)
-    asked = rollout("<search>x</search>", "<search>y</search>", "<answer>NYC</answer>")
-    assert reward(ASKED, asked) == pytest.approx(0.5)
-    assert reward(ASKED, rollout("<search>x</search>", "<answer>Bern</answer>")) == 0
-
-
-def test_finding_the_answer_may_count():
-    reward = WithRetrieval(F1WithForm(), lambda tokens: "in nyc" if 7 in tokens else "", 0.25)
-    assert reward(ASKED, rollout("<answer>Bern</answer>", found=[[7]])) == pytest.approx(0.35)
-    assert reward(ASKED, rollout("<answer>Bern</answer>", found=[[8]])) == pytest.approx(0.1)
-    # Letters of another word are no answer.
-    inside = WithRetrieval(F1WithForm(), lambda tokens: "in nycteris", 0.25)
-    assert inside(ASKED, rollout("<answer>Bern</answer>", found=[[7]])) == pytest.approx(0.1)
