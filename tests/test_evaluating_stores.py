@@ -94,6 +94,15 @@ def test_a_system_is_scored_by_what_it_answers_from(system, kind):
         assert (found["mrr"] != flat["mrr"]).any() and not all(same)
 
 
+def test_a_gold_passage_is_no_distractor_if_it_does_not_tell_the_answer(system, monkeypatch):
+    monkeypatch.setattr(evaluator, "answers", lambda system, examples, read: read)
+    first, second = (f.passage.id for f in system.retrieve(QUESTIONS[:1], 2)[0])
+    for gold, other in ((first, second), (second, first)):
+        asked = dataclasses.replace(EXAMPLES[0], answers=("nowhere",), positive_ids=(gold,))
+        ((row,),) = evaluator.distractor_passage(system, [asked])
+        assert PASSAGES[row].id == other
+
+
 def test_modes_that_weigh_passages_have_the_scores_of_the_store(system):
     found = evaluator.evaluate(hnsw(system), EXAMPLES[:6], mode="rag_token", beams=2)
     expected = evaluator.evaluate(system, EXAMPLES[:6], mode="rag_token", beams=2)

@@ -220,6 +220,16 @@ def test_ranks_of_clients_and_their_own_scale(task, rule):
         assert gap(found, best, zero) < 1e-3
 
 
+def test_clients_of_smaller_ranks_hold_the_first_columns(task):
+    """What a round that learns nothing averages: all hold the first, 3/6 the last."""
+    how = {"rounds": 1, "batch_size": 3, "optimizer": optax.sgd(0.0)}
+    result = fit(task, CLIENTS, fed_lora("flexlora", NETWORK, ranks=(1, 2, 3)), **how)
+    start = dict(flatten(jax.tree.map(np.asarray, task.trainable["adapters"])))
+    for path, found in dense(result.trainable["adapters"]).items():
+        a, b = (start[*path, name] for name in ("lora_a", "lora_b"))
+        np.testing.assert_allclose(found, 4.0 * (a * np.array([1, 5 / 6, 1 / 2])) @ b, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_equal_ranks_are_no_ranks(task):
     for rule in ("flora", "flexlora"):

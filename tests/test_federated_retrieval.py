@@ -163,6 +163,8 @@ def test_a_budget_asks_the_silos_with_the_nearest_centroids(most):
     store = over_silos(WHOLE, silos, budget=SearchBudget(silos=most), centroids=3).index
     assert [len(p) for p in store.published] == [min(3, len(rows)) for rows in silos]
     assert store.published_bytes == sum(map(len, store.published)) * DIMENSION * 4
+    norms = np.linalg.norm(np.concatenate(store.published), axis=1)
+    np.testing.assert_allclose(norms, 1, atol=1e-5)
     rows, scores, traffic = store.ask(QUERIES, k)
     assert (traffic.silos == most).all()
     for query, found, cosines in zip(QUERIES, rows, scores, strict=True):

@@ -259,7 +259,9 @@ def test_groups_are_no_larger_than_the_cohort():
 def test_records_tell_of_the_round():
     keep = Keep()
     algorithm = fed_avg(local_steps=3, sampling=uniform(2))
+    start = time.perf_counter()
     result = fit(linear_task(), FOUR, algorithm, rounds=4, batch_size=4, seed=6, callbacks=[keep])
+    took = time.perf_counter() - start
     assert result.history == keep.records
     seen = 0
     for r, record in enumerate(result.history):
@@ -271,7 +273,9 @@ def test_records_tell_of_the_round():
         assert record["loss"] == pytest.approx(np.average(record["client_loss"], weights=weights))
         ids = np.average(cohort.indices, weights=cohort.example_weight)
         assert record["metrics"]["id"] == pytest.approx(ids)
-        assert min(record[f"{s}seconds"] for s in ("", "refresh_", "compile_")) >= 0
+        assert record["seconds"] > 0
+    kinds = [f"{kind}seconds" for kind in ("", "refresh_", "compile_")]
+    assert sum(record[kind] for record in result.history for kind in kinds) <= took
     assert_equal(keep.states[-1].trainable, result.trainable)
 
 

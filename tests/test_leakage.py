@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 from scipy import stats
+from toy_rag import EXAMPLES, PASSAGES, toy_parts
 
 from fedrag_jax.data.examples import Passage
 from fedrag_jax.errors import DataError
 from fedrag_jax.evaluation.leakage import extraction, membership, users
 from fedrag_jax.evaluation.leakage.inversion import placed, r_precision, touched
 from fedrag_jax.evaluation.leakage.roc import Attack, auc, estimate, tpr_at_fpr
+from fedrag_jax.evaluation.leakage.signals import ranking_nll
 
 RNG = np.random.default_rng(3)
 # With ties, and on one side more.
@@ -39,6 +41,18 @@ def test_an_interval_covers_what_it_estimates():
         assert low <= value <= high
         inside += low <= truth <= high
     assert inside >= 33  # 95% of 40 are 38; one in two thousand has fewer than 33
+
+
+def test_the_ranking_loss_in_numpy():
+    retriever = toy_parts().retriever
+    expected = []
+    for example in EXAMPLES:
+        (query,) = retriever.embed_questions([example.question])
+        gold = [p.id for p in PASSAGES].index(example.positive_ids[0])
+        terms = [np.exp(7.0 * float(query @ vector)) for vector in retriever.vectors]
+        expected.append(-np.log(terms[gold] / sum(terms)))
+    found = ranking_nll(retriever, EXAMPLES, score_scale=7.0)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
 def test_several_models_are_averaged():

@@ -1,9 +1,12 @@
 """Generator and joint losses against slow, obvious versions."""
 
+import types
+
 import numpy as np
 import pytest
 from toy_rag import EXAMPLES, KEY, TOKENIZER, batch_of, joint_task, rows, slow_log_probs, toy_parts
 
+from fedrag_jax.evaluation.evaluator import answer_nll
 from fedrag_jax.generation.likelihood import answer_log_probs
 from fedrag_jax.objectives.generator import concatenated, ralt
 from fedrag_jax.objectives.joint import rag_sequence, rag_token
@@ -63,6 +66,17 @@ def test_ralt_sums_over_passages_and_is_concatenated_at_one(parts):
         same.loss(same.trainable, same.frozen, batch_of(same), KEY)[0],
         rtol=1e-6,
     )
+
+
+def test_the_nll_of_answers_is_that_of_their_own_tokens(parts):
+    generator = types.SimpleNamespace(params=parts.params)
+    system = types.SimpleNamespace(
+        prompts=parts.prompts, decoder=parts.decoder, generator=generator, adapters=parts.adapters
+    )
+    slow = [-slow_log_probs(parts, e.question, rows(2)([e])[0], e.answers[0]) for e in EXAMPLES]
+    assert len({len(nll) for nll in slow}) > 1
+    found = answer_nll(system, EXAMPLES, rows(2)(EXAMPLES))
+    np.testing.assert_allclose(found, [nll.sum() for nll in slow], rtol=1e-4)
 
 
 def slow_marginals(log_probs, scores, mask):

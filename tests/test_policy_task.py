@@ -15,9 +15,7 @@ from fedrag_jax.data.partition import Partition, partition
 from fedrag_jax.data.schemes import dirichlet
 from fedrag_jax.data.seeds import stream
 from fedrag_jax.errors import ConfigError
-from fedrag_jax.federated.algorithm import State
 from fedrag_jax.federated.algorithms.fed_avg import fed_avg
-from fedrag_jax.federated.callbacks import FitState
 from fedrag_jax.federated.collapse import CollapseWatch
 from fedrag_jax.federated.fit import fit
 from fedrag_jax.federated.optimizers import tunable
@@ -27,6 +25,7 @@ from fedrag_jax.generation.rollouts import TAGS, Budget, Searching
 from fedrag_jax.models import lora
 from fedrag_jax.models.decoder import Decoder, DecoderConfig
 from fedrag_jax.models.network import Network
+from fedrag_jax.objectives import policy_task
 from fedrag_jax.objectives.policy import group_advantages
 from fedrag_jax.objectives.policy_task import Rolling, policy
 from fedrag_jax.rag import RAGSystem
@@ -88,6 +87,10 @@ def test_the_table_holds_what_was_written(model, rolling):
     np.testing.assert_array_equal(table["no_variance"], np.ptp(rewards, 1) == 0)
     for i, group in enumerate(groups):
         assert table["searches"][i] == np.mean([len(r.queries) for r in group])
+        malformed = [not r.well_formed(SPACED) for r in group]
+        assert table["malformed"][i] == np.mean(malformed)
+        lengths = [sum(len(p.tokens) for p in r.parts if p.written) for r in group]
+        assert table["written_tokens"][i] == np.mean(lengths)
         for g, rollout in enumerate(group):
             count = int(table["written"][i, g].sum())
             places = table["answer_positions"][i, g, :count]
@@ -105,6 +108,17 @@ def test_the_table_holds_what_was_written(model, rolling):
     other, _ = task.retrieve(some, task.trainable, index)
     assert not np.array_equal(other, packed), "another time, other draws"
     np.testing.assert_array_equal(task.retrieve(some, task.trainable, task.index)[0], packed)
+
+
+def test_rollouts_are_the_same_however_many_are_written_together(model, rolling, monkeypatch):
+    def written():
+        groups = rolling.rollouts(*model, EXAMPLES[:2], 0)
+        return [np.concatenate([p.tokens for p in r.parts]).tolist() for g in groups for r in g]
+
+    whole = written()
+    monkeypatch.setattr(policy_task, "_AT_ONCE", 2)
+    assert written() == whole
+    assert len({*map(tuple, whole)}) > 2
 
 
 def test_without_the_mask_what_was_found_counts_as_written(model, rolling):
@@ -192,89 +206,6 @@ def test_a_provoked_collapse_is_ended_and_undone(model, rolling, tmp_path):
     kept = dataclasses.replace(task, trainable=watch.trainable())
     packed, _ = kept.retrieve(EXAMPLES, kept.trainable, {"time": 99})
     assert kept.collate(EXAMPLES, packed)["reward"].mean() > 2 * rewards[-1]
-
-
-def records(**columns):
-    rows = zip(*columns.values(), strict=True)
-    return tuple({"loss": 0.0, "metrics": dict(zip(columns, row, strict=True))} for row in rows)
-
-
-def watched(watch, **columns):
-    """What ended a fit with these metrics, and after how many rounds."""
-    usual = {"reward": 0.5, "no_variance": 0.2, "malformed": 0.1, "entropy": 1.0}
-    count = len(next(iter(columns.values())))
-    history = records(**{n: columns.get(n, [x] * count) for n, x in usual.items()})
-    state = State({"x": np.zeros(2)}, (), ())
-    watch.start(FitState(0, state, None, (), {}))
-    for end in range(1, count + 1):
-        if watch.round_end(FitState(end, state, None, history[:end], {}), history[end - 1]):
-            return watch.why, end
-    return watch.why, None
-
-
-@pytest.mark.parametrize(
-    ("columns", "why", "rounds"),
-    [
-        ({"reward": [0.5] * 9}, "", None),
-        ({"reward": [0.4, 0.6, 0.4, 0.3, 0.5, 0.6]}, "", None),
-        ({"reward": [0.4, 0.6, 0.3, 0.1, 0.1]}, "the reward fell from 0.500 to 0.200", 4),
-        ({"reward": [-0.5] * 3 + [-0.6] * 3}, "", None),
-        ({"reward": [-0.5] * 3 + [-0.8] * 3}, "the reward fell from -0.500 to -0.800", 5),
-        (
-            {"reward": [0.5, 0.5, 0.4, 0.4], "no_variance": [0.2, 0.2, 1, 1]},
-            "100% of the groups have equal rewards",
-            4,
-        ),
-        ({"reward": [0.5, 0.9, 1, 1], "no_variance": [0.2, 0.5, 1, 1]}, "", None),
-        (
-            {"reward": [0.5, 0.5, 0.4, 0.4], "malformed": [0.1, 0.1, 0.9, 0.95]},
-            "92% of the rollouts are malformed",
-            4,
-        ),
-        (
-            {"reward": [0.5, 0.5, 0.4, 0.4], "entropy": [1, 1, 0.001, 0.001]},
-            "the entropy is 0.0010 nats per token",
-            4,
-        ),
-    ],
-)
-def test_signs_of_collapse(tmp_path, columns, why, rounds):
-    watch = CollapseWatch(tmp_path, window=2)
-    for _ in range(2):  # a second fit begins afresh
-        told, ended = watched(watch, **columns)
-        assert ended == rounds and told.startswith(why) and bool(told) == bool(why)
-    watched(watch, reward=[0.1, 0.1])
-    assert not watch.stopped and watch.trainable()
-
-
-def test_rounds_that_nobody_answers_are_not_looked_at(tmp_path):
-    usual = records(
-        reward=[0.4, 0.6], no_variance=[0.2] * 2, malformed=[0.1] * 2, entropy=[1.0] * 2
-    )
-    nobody = {"loss": None, "metrics": dict.fromkeys(usual[0]["metrics"])}
-    watch = CollapseWatch(tmp_path, window=2)
-    assert not watch.signs.look_back([usual[0], nobody, usual[1], nobody]) and not watch.stopped
-    with pytest.raises(
-        ConfigError, match="no metric 'reward'; it watches tasks of search policies"
-    ):
-        watch.signs.look([{"loss": 1.0, "metrics": {"id": 2.0}}] * 2)
-
-
-def test_a_watch_keeps_nothing_of_another_fit(tmp_path):
-    watched(CollapseWatch(tmp_path, window=2), reward=[0.4, 0.6, 0.5])
-    assert CollapseWatch(tmp_path).trainable()
-    watched(CollapseWatch(tmp_path, window=2), reward=[0.4])
-    with pytest.raises(ConfigError, match="no parameters are kept"):
-        CollapseWatch(tmp_path).trainable()
-
-
-def test_what_is_no_watch_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"fall must be in \(0, 1\], got 0"):
-        CollapseWatch(tmp_path, fall=0)
-    with pytest.raises(ConfigError, match="window must be at least 1"):
-        CollapseWatch(tmp_path, window=0)
-    with pytest.raises(ConfigError, match="fewer rounds than the window of 5"):
-        CollapseWatch(tmp_path).trainable()
 
 
 def test_clients_train_on_rollouts_of_their_own_questions(model, rolling):

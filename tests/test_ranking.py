@@ -1,6 +1,7 @@
 """Learning from labels: ranking among negatives, mined or not, in one go or by chunks, cut short."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -169,6 +170,18 @@ def test_mined_negatives_against_numpy(retriever, mining, pools):
     np.testing.assert_array_equal(
         found, slow_negatives(retriever, GOLDS, mining, pools or everywhere)
     )
+
+
+def test_a_share_of_a_negative_cosine_is_farther_away():
+    cosines = np.array([[-0.5, -0.52, -0.9]])
+    stub = types.SimpleNamespace(
+        passages=PASSAGES[:3],
+        vectors=np.stack([cosines[0], np.sqrt(1 - cosines[0] ** 2)], 1),
+        embed_questions=lambda questions: np.array([[1.0, 0.0]]),
+        index=types.SimpleNamespace(search=lambda queries, depth: (np.arange(3)[None], cosines)),
+    )
+    found = hard_negatives(stub, EXAMPLES[:1], np.array([[0]]), Mining(2, share=0.9))
+    assert found.tolist() == [[2, -1]]  # beyond -0.55
 
 
 def test_filters_leave_out_what_is_nearer_than_the_gold_passage(retriever):

@@ -29,7 +29,7 @@ from fedrag_jax.federated.attacks import (
     sign_flip,
     triggered,
 )
-from fedrag_jax.federated.compression.quantisation import quantised
+from fedrag_jax.federated.compression.casting import cast
 from fedrag_jax.federated.fit import fit
 from fedrag_jax.federated.robust.coordinates import median, trimmed_mean
 from fedrag_jax.federated.robust.krum import krum, multi_krum
@@ -248,10 +248,14 @@ def test_model_replacement_makes_the_attackers_model_the_global_one():
 
 
 def test_attacks_go_through_compression():
-    """The attacker's update is encoded after it was boosted: the scale of its block grows with it."""
-    inner = compressed(fed_avg(local_steps=1, weighting="uniform"), up=quantised(8))
-    found = trained(attacked(inner, sign_flip(1.0), (0,)), FOUR, rounds=1)
-    assert found.history[0]["traffic"]["up"]["w int8"] == 4 * 3
+    """The attacker's update is encoded after it was boosted: float16 ends at 65504."""
+    inner = compressed(fed_avg(local_steps=1, weighting="uniform"), up=cast("float16"))
+    found = trained(attacked(inner, model_replacement(1e9), (0,)), FOUR, rounds=1)
+    moved = np.array([steps(START, rows, count=1) - START for rows in FOUR.clients])
+    moved[0] *= 1e9
+    told = np.clip(moved, -65504, 65504).astype(np.float16).astype(float)
+    np.testing.assert_allclose(flat(found.trainable), START + told.mean(0), rtol=1e-6)
+    assert found.history[0]["traffic"]["up"]["w float16"] == 4 * 3 * 2
 
 
 def test_poisoned_examples():

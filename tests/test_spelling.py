@@ -144,6 +144,26 @@ def test_places_of_passages_are_those_of_their_tokens(tokenizer):
         assert of_passage.split() == PASSAGES[row].text.split()
 
 
+def test_places_end_where_a_prompt_is_cut(tokenizer, monkeypatch):
+    """The line break after what is left belongs to the passage before it, at every width."""
+    prompts = Prompts(tokenizer, COMPACT, PASSAGES, EXAMPLES)
+    prompts = prompts.wide_enough_for(EXAMPLES, contexts=[[0, 1]])
+    example, both = EXAMPLES[0], [[0, 1]]
+    (whole,) = prompts.passage_places([example], both)
+    asked = len(prompts.question_tokens(example.question)) + len(
+        prompts.answer_tokens(example.answer)
+    )
+    of_passages = np.flatnonzero(whole >= 0)
+    for read in range(of_passages[0] + 2, of_passages[-1] + 1):
+        monkeypatch.setattr(prompts, "training_width", lambda *_, read=read: read + asked)
+        (places,) = prompts.passage_places([example], both)
+        kept = read - 1  # and the line break
+        expected = [*whole[:kept], whole[kept - 1], *[-1] * asked]
+        assert places.tolist() == expected
+        tokens = prompts.training_table([example], both, per_passage=False)["tokens"][0, 0]
+        assert tokenizer.decode(tokens[kept : kept + 1]) == "\n"
+
+
 @pytest.mark.parametrize("style", [COMPACT, INSTRUCT, CITED], ids=["compact", "instruct", "cited"])
 @pytest.mark.parametrize("kind", ["byte level", "always", "llama 2"])
 def test_a_cut_passage_keeps_the_line_breaks_after_it(kind, style):

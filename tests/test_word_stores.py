@@ -99,6 +99,19 @@ def test_ranks_are_fused():
     )
 
 
+@pytest.mark.parametrize(("depth", "first"), [(1, "both"), (3, "word")])
+def test_what_a_hybrid_finds_first_depends_on_how_deep_it_looks(depth, first):
+    """A store is asked for one more than is wanted; both are second for `both`."""
+    store = HybridStore([FaissStore(2), BM25Store()], depth)
+    texts = {"near": "pear", "word": "apple", "both": "apple pie and more"}
+    vectors = np.array([[1, 0], [0, 1], [0.8, 0.6]], np.float32)
+    store.add([Passage(name, "", text) for name, text in texts.items()], vectors)
+    assert (
+        1 / 61 < 1 / 62 + 1 / 62 < 1 / 61 + 1 / 63
+    )  # `word` alone is found by its vector as third
+    assert ids(store.search(["apple"], vectors[:1], k=1)) == [[first]]
+
+
 def test_a_hybrid_of_stores_that_do_not_fit_is_refused():
     one, other = BM25Store(), BM25Store()
     one.add([Passage("a", "", "a")])

@@ -386,11 +386,10 @@ class Prompts:
         for i, (example, rows) in enumerate(zip(examples, retrieved, strict=True)):
             asked = self.question_tokens(example.question)
             room = places.shape[1] - len(asked) - len(self.answer_tokens(example.answer))
-            ends = [len(self._head(rows[:n])) for n in range(k + 1)]
-            ends = np.maximum.accumulate(ends)
-            whose, start = np.repeat(np.arange(k), np.diff(ends)), ends[0]
-            end = min(start + len(whose), room)
-            places[i, start:end] = whose[: max(end - start, 0)]
+            ends = np.maximum.accumulate([len(self._head(rows[:n])) for n in range(k + 1)])
+            if ends[-1] > room:  # where the ending of the prompt stands, no passage begins
+                ends = np.where(ends < room - len(self._passages.ending), ends, room)
+            places[i, ends[0] : ends[-1]] = np.repeat(np.arange(k), np.diff(ends))
         return places
 
 
