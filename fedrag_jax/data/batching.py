@@ -387,7 +387,7 @@ class Prompts:
             asked = self.question_tokens(example.question)
             room = places.shape[1] - len(asked) - len(self.answer_tokens(example.answer))
             ends = np.maximum.accumulate([len(self._head(rows[:n])) for n in range(k + 1)])
-            if ends[-1] > room:  # where the ending of the prompt stands, no passage begins
+            if ends[-1] > room:  # a cut prompt lacks a passage that would begin at its ending
                 ends = np.where(ends < room - len(self._passages.ending), ends, room)
             places[i, ends[0] : ends[-1]] = np.repeat(np.arange(k), np.diff(ends))
         return places

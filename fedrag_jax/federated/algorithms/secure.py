@@ -208,8 +208,8 @@ def _survives(key: jax.Array, clients: jax.Array, dropout: float) -> jax.Array:
 
 
 def _least(threshold: float, most: int) -> np.ndarray:
-    """Returns the number of survivors that 0 to `most` clients need, int32 [most + 1]. A share such as
-    2/3 of 3 is no integer for its rounding."""
+    """Returns the number of survivors that a round of 0 to `most` clients needs, int32 [most + 1]."""
+    # Rounding may put a whole number such as 2/3 x 3 a little above itself.
     return np.maximum(2, np.ceil(threshold * np.arange(most + 1) - 1e-9)).astype(np.int32)
 
 

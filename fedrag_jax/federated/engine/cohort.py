@@ -53,8 +53,8 @@ def sample_cohort(data: Partition, work: Work, round: int, batch_size: int, seed
 
     Returns:
       `Cohort`. With `local_steps` a client walks through shuffled epochs of its own examples: S
-      batches, all full unless it holds fewer than B. It stands where it would if it had taken part in
-      every round before.
+      batches, all full unless it holds fewer than B. It continues where a client stands that took part
+      in every earlier round.
       With `local_epochs` it makes whole passes, the last batch of each filled up; S is that of the
       largest client, drawn or not, so that all rounds have one shape.
     """

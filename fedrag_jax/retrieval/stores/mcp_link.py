@@ -174,5 +174,5 @@ async def _tools(client: Client):
 
 
 def _is_gone(error: MCPError) -> bool:
-    # The second: a server that was started anew has forgotten the session, and each says so in its way.
+    # The second: a restarted server no longer knows the connection; servers word that differently.
     return error.code == CONNECTION_CLOSED or "session" in error.message.lower()
