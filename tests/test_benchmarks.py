@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from experiments.benchmarks import federated_round
+from experiments.benchmarks import federated_round, process_memory
 from fedrag_jax.models.decoder import Decoder, DecoderConfig
 from fedrag_jax.models.lora import LoraConfig, add_lora
 from fedrag_jax.models.network import Network, flatten, unflatten
@@ -35,6 +35,13 @@ def test_memory_of_a_round():
     tables = 2 * 2 * 32000 * 1024
     assert planned["base"] == pytest.approx((kernels * (4 / 8 + 2 / 64) + tables) / 1e9, rel=1e-2)
     assert report["compiler_GB"]["arguments"] == pytest.approx(planned["base"], rel=0.05)
+
+
+def test_peak_memory_of_a_process_is_not_that_of_its_parent():
+    held = bytearray(b"1") * 400_000_000
+    code = "from experiments.benchmarks.process_memory import peak; print(peak())"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process_memory.peak() > len(held) > 4 * int(run.stdout)
 
 
 def test_decoding_against_transformers():

@@ -12,12 +12,13 @@ JSON last.
 
 import json
 import pathlib
-import resource
 import statistics
 import subprocess
 import sys
 
 from absl import app, flags
+
+from experiments.benchmarks.process_memory import peak
 
 _ALGORITHM = flags.DEFINE_enum(
     "algorithm", "fed_avg", ["fed_avg", "scaffold", "local_only"], "federated algorithm"
@@ -101,9 +102,8 @@ def measured(cohort: int) -> dict:
     seconds = [record["seconds"] for record in result.history[1:]]
     assert all(len(record["clients"]) == cohort for record in result.history)
     assert np.isfinite(result.history[-1]["loss"])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
-        "rss_mb": round(peak / 1e6, 1),
+        "rss_mb": round(peak() / 1e6, 1),
         "ms_per_client": round(1000 * statistics.median(seconds) / cohort, 3),
         "population_mb": round(keep.bytes / 1e6, 1),
         "device": jax.devices()[0].device_kind,

@@ -15,7 +15,6 @@ the two largest sizes to --extrapolate passages.
 
 import json
 import pathlib
-import resource
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,8 @@ import time
 import numpy as np
 from absl import app, flags
 from tabulate import tabulate
+
+from experiments.benchmarks.process_memory import peak
 
 _SIZES = flags.DEFINE_list("sizes", ["10000", "100000", "1000000"], "corpus sizes, in passages")
 _KINDS = flags.DEFINE_list(
@@ -203,7 +204,7 @@ def build(folder: str, size: str, kind: str) -> dict:
     index, built = _timed(make, None, vectors)
     index.search(asked[:2], 10)
     (found, _), searched = _timed(index.search, asked, 10)
-    memory = _peak()
+    memory = peak() / 1e9
     nearest, _ = FaissIndex.build(vectors).search(asked, 10)
     recall = np.mean([np.isin(a, b).mean() for a, b in zip(nearest, found, strict=True)])
     half, _ = FaissIndex.build(vectors.astype(np.float16)).search(asked[:100], 10)
@@ -241,7 +242,7 @@ def opened(folder: str, size: str, kind: str) -> dict:
     asked = questions(count)
     for start in range(0, len(asked), 100):
         store.search([""] * len(asked[start : start + 100]), asked[start : start + 100], 10)
-    return {"open": seconds, "peak_gb": _peak()}
+    return {"open": seconds, "peak_gb": peak() / 1e9}
 
 
 PARTS = {"material": material, "embed": embed, "build": build, "save": save, "open": opened}
@@ -261,11 +262,6 @@ def _timed(call, *args):
     start = time.perf_counter()
     found = call(*args)
     return found, time.perf_counter() - start
-
-
-def _peak() -> float:
-    """GB that this process has had resident at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 if __name__ == "__main__":

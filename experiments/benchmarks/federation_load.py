@@ -30,6 +30,8 @@ import httpx
 import numpy as np
 from absl import app, flags
 
+from experiments.benchmarks.process_memory import peak
+
 _CLIENTS = flags.DEFINE_list(
     "clients", ["10", "50", "100"], "numbers of parties, one after another"
 )
@@ -247,11 +249,9 @@ def peaks_of(home: pathlib.Path) -> dict[str, float]:
             if f"FLWR_HOME={home}".encode() not in (process / "environ").read_bytes():
                 continue
             words = (process / "cmdline").read_bytes().decode().split("\0")
-            status = (process / "status").read_text()
             names = {pathlib.Path(word).name.rpartition("-")[2] for word in words[:2]}
             for name in names & {"superlink", "serverapp"}:
-                peak = int(status.partition("VmHWM:")[2].split()[0]) / 1024
-                found[name] = max(found.get(name, 0.0), round(peak, 1))
+                found[name] = max(found.get(name, 0.0), round(peak(process.name) / 2**20, 1))
     return found
 
 

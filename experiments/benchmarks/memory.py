@@ -9,9 +9,10 @@ reads the peak of the process. Prints one JSON object; GB are 1e9 bytes.
 
 import dataclasses
 import json
-import resource
 
 from absl import app, flags
+
+from experiments.benchmarks.process_memory import peak, resident
 
 MODELS = {  # config.json of the decoder
     "llama-3.1-8b": {
@@ -185,17 +186,6 @@ def nbytes(tree) -> float:
         return x.size * about(x.dtype).bits
 
     return sum(map(bits, jax.tree.leaves(tree))) / 8
-
-
-def resident() -> int:
-    """Bytes of memory this process has now."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
-
-
-def peak() -> int:
-    """Bytes of memory this process has had at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from experiments.benchmarks.federated_round import (
     ours,
     say,
 )
+from experiments.benchmarks.process_memory import peak
 from experiments.launch import virtual_devices
 
 KINDS = "full", "answers"
@@ -102,12 +103,6 @@ def of_pytorch(kind: str, layer: str, folder: pathlib.Path, vocabulary: int) -> 
     for _ in range(TWICE):
         run(batches(max(clients()), vocabulary))
     return peak()
-
-
-def peak() -> int:
-    """Bytes of memory this process has had at most; getrusage would count those of its parent."""
-    status = pathlib.Path("/proc/self/status").read_text()
-    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
 if __name__ == "__main__":

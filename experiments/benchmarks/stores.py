@@ -14,7 +14,6 @@ table, and a line of JSON last.
 import json
 import os
 import pathlib
-import resource
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,8 @@ import time
 
 import numpy as np
 from absl import app, flags
+
+from experiments.benchmarks.process_memory import peak
 
 KINDS = ("flat", "hnsw", "ivf", "pq", "device", "bm25", "hybrid", "mapped")
 
@@ -68,7 +69,7 @@ def main(argv):
     peaks = {k: max(v["build_peak_mb"], v["open_peak_mb"]) for k, v in report.items()}
     sizes = {"passages": _PASSAGES.value, "dimension": _DIMENSION.value, "words": _WORDS.value}
     print(json.dumps({"kinds": report, "budget_mb": _BUDGET.value} | sizes))
-    if over := {k: peak for k, peak in peaks.items() if peak > _BUDGET.value}:
+    if over := {kind: most for kind, most in peaks.items() if most > _BUDGET.value}:
         raise SystemExit(f"over the budget of {_BUDGET.value} MB: {over}")
 
 
@@ -136,7 +137,9 @@ def built(kind: str) -> dict:
     files = (p for p in pathlib.Path(_FOLDER.value).rglob("*") if p.is_file())
     size = sum(p.stat().st_size for p in files) / 1e6
     told = {"build_s": build, "save_s": save, "disk_mb": size}
-    return {name: round(value, 1) for name, value in told.items()} | {"build_peak_mb": peak_mb()}
+    return {name: round(value, 1) for name, value in told.items()} | {
+        "build_peak_mb": round(peak() / 1e6)
+    }
 
 
 def opened(kind: str) -> dict:
@@ -155,7 +158,7 @@ def opened(kind: str) -> dict:
         (some,) = store.search([question], vector[None], 10)
         search.append(time.perf_counter() - start)
         found.append({f.passage.id for f in some})
-    peak = peak_mb()
+    most = round(peak() / 1e6)
     add = []
     if not store.read_only:
         new = zip(passages_of(n, seed=3, first=_PASSAGES.value), vectors_of(n, seed=3), strict=True)
@@ -163,7 +166,7 @@ def opened(kind: str) -> dict:
             start = time.perf_counter()
             store.add([passage], vector[None])
             add.append(time.perf_counter() - start)
-    told = {"open_s": round(opening, 1), "open_peak_mb": peak}
+    told = {"open_s": round(opening, 1), "open_peak_mb": most}
     told |= percentiles("search", search) | percentiles("add", add)
     return told | {"found": None if kind in ("bm25", "hybrid") else share_found(asked, found)}
 
@@ -185,11 +188,6 @@ def share_found(asked: np.ndarray, found: list[set[str]]) -> float:
     nearest = np.argpartition(-(asked @ vectors.T), 9, axis=1)[:, :10]
     hits = [len({f"p{i}" for i in row} & ids) for row, ids in zip(nearest, found, strict=True)]
     return round(sum(hits) / nearest.size, 3)
-
-
-def peak_mb() -> int:
-    """Returns the peak memory of this process so far, in 1e6 bytes."""
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)
 
 
 if __name__ == "__main__":
