@@ -1,9 +1,10 @@
-"""The command line of everything that fills a table.
+"""Runs an experiment.
 
     python -m experiments compare_strategies
     python -m experiments methods --config.name=mine --config.seeds='(0,)' --config.data.name=squad
 
-The config is configs/<name>.py unless --config tells another; every setting of it is a flag.
+The config is configs/<name>.py unless --config names another. Each setting is also a flag, such as
+--config.seeds.
 
 Two helpers are commands of their own:
 
@@ -23,21 +24,21 @@ COMMANDS = {
     "methods": "every objective from one start",
     "lora_aggregation": "rules for averaging adapters",
     "compression": "quality against bytes of compressed messages",
-    "personalisation": "models of clients' own, against models that clients train alone",
-    "attacks": "hostile clients, against rules that withstand them",
-    "privacy": "what training gives away: attacks before and after each defence",
-    "index_refresh": "when vectors are made anew while both encoders learn",
+    "personalisation": "personal models of clients, against models that clients train alone",
+    "attacks": "attacks of hostile clients against robust aggregation rules",
+    "privacy": "privacy attacks on training, before and after each defence",
+    "index_refresh": "index refresh policies while both encoders are trained",
     "inference_modes": "ways to train against ways to answer",
     "research": "learning to search by policy gradients",
-    "leakage": "training questions and passages that tuned systems of a comparison give away",
+    "leakage": "privacy attacks on the tuned systems of a comparison",
     "over_stores": "tuned systems of a comparison over other stores",
     "public_sets": "tuned systems of a comparison on MMLU or HellaSwag",
-    "aloftrag": "label-free fine-tuning, its steps left out, its controls",
+    "aloftrag": "label-free fine-tuning: ablation of its steps, and controls",
     "tune_retrieval": "a real retriever on real questions",
     "federated_retrieval": "retrieval from passages that stay with their owners",
-    "partition_statistics": "how unlike the clients of a comparison are",
+    "partition_statistics": "how much the clients of a comparison differ",
 }
-CONFIGS = {"partition_statistics": "compare_strategies"}  # which is about those clients
+CONFIGS = {"partition_statistics": "compare_strategies"}  # uses the clients of that comparison
 
 
 def main() -> None:

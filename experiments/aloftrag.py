@@ -185,7 +185,7 @@ def check(config) -> None:
         endpoint(config[where])  # refuses a package that is missing
         if config[where].endpoint and not config[where].model:
             raise ConfigError(
-                f"config.{where}.model: tell the model that {config[where].endpoint} is to run"
+                f"config.{where}.model is empty: name the model at {config[where].endpoint}"
             )
 
 

@@ -2,13 +2,13 @@
 
     python -m experiments.choose_learning_rates --config=configs/compare_strategies.py
 
-As in Lawton et al. 2025: retriever, generator and the two phases search a grid each, in every
-regime by itself; joint training reuses the rates of the two phases. So do the two parts of RA-DIT.
-What none of the config's strategies trains is not searched. The retriever is judged by its MRR, the
-others by F1 of answers in the config's mode, over the first two pairs of seeds. A grid begins with
-rates that are a factor of 4 apart, goes on beyond an end that is best, and is refined to a factor of 2
-around the best. Prints what to put into the config and writes runs/<name>-rates/learning_rates.json;
-a search that is finished is not made again.
+The retriever, the generator, the two phases of two_phase, RALT and LSR each search a grid, separately
+in every regime. Joint training reuses the rates of the two phases, as in Lawton et al. 2025. Parts that
+no strategy of the config trains are skipped. The retriever is judged by MRR, the others by F1 of
+answers in the config's mode, over the first two pairs of seeds (one pair if clients train alone). A
+grid starts with rates a factor of 4 apart, is extended if the best rate is at an end, and is refined to
+a factor of 2 around the best. Prints the lines for the config and writes
+runs/<name>-rates/learning_rates.json; a finished search is not repeated.
 """
 
 from absl import flags

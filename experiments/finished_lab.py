@@ -43,14 +43,16 @@ def tested(strategies: Sequence[str], regimes: Sequence[str]) -> list[tuple[str,
 
 
 def untuned_of_other_seeds(config, folder: pathlib.Path, point: Point) -> cells.Cell | None:
-    """Returns the cell of a point of the untuned system, which seeds do not change, if another pair of
-    seeds has one."""
+    """Returns the untuned cell of another pair of seeds, if finished; seeds do not change it."""
     known = untuned_cell(config, folder / point.folder) if point.name == "none" else None
     return known and known._replace(seed=point.seed, split=point.split)
 
 
 def require_run(of: pathlib.Path, setting: str = "config.of") -> None:
-    """Checks that a folder, which a setting names, holds a run.
+    """Checks that a folder holds a run.
+
+    Args:
+      setting: the setting that names the folder.
 
     Raises:
       ConfigError: it holds none.
@@ -64,7 +66,7 @@ def require_finished(of: pathlib.Path, points: Sequence[Point], setting: str = "
 
     Args:
       points: strategies in regimes; their folders do not matter.
-      setting: what names the folder.
+      setting: the setting that names the folder.
 
     Raises:
       ConfigError: no run, an unfinished cell, a regime of lone clients.

@@ -136,10 +136,10 @@ class Lab:
         return split_clients(self.dataset.train, federated.clients, alpha, federated.column, split)
 
     def mixtures(self, regime: str, split: int):
-        """Whose mixtures of questions a model is judged by, client by client.
+        """Returns the partition whose clients' mixtures of questions judge a model.
 
-        One set for all splits: the least over clients of few kinds is lower than the least over clients
-        of many, whatever the model. Models of each client of another split have none.
+        It is the same for all splits: the lowest score over clients of few kinds is lower than that
+        over clients of many, whatever the model. None for models of single clients of another split.
         """
         usual, here = self.usual, self.config.federated
         known = parse(regime, here.alpha)

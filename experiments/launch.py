@@ -21,8 +21,8 @@ def settled_config(
 
     Args:
       free: settings that may differ between calls that share a folder.
-      defined: settings that define names, such as those of variants: calls may add and omit names, but
-        not define one otherwise, because its cells are kept by name.
+      defined: settings that define names, such as those of variants: calls may add or omit names, but
+        not change a definition, because cells are stored by name.
 
     Raises:
       ConfigError: another process uses the folder, or settings differ; the error names all of them.

@@ -127,8 +127,8 @@ def check_shadows(config) -> None:
         different += [f"data.{n}" for n in data if there["data"][n] != attacked["data"].get(n)]
         if different:
             raise ConfigError(
-                f"config.shadows: {of} was trained otherwise than {config.of}: config.{different[0]} "
-                "differs; a shadow model differs in nothing but its questions (data.sample_seed)"
+                f"config.shadows: {of} differs from {config.of} in config.{different[0]}; a shadow "
+                "model may differ only in its questions (data.sample_seed)"
             )
         if there["data"]["sample_seed"] == attacked["data"]["sample_seed"]:
             raise ConfigError(
@@ -305,9 +305,9 @@ def report(config, folder: pathlib.Path) -> Report:
             Section(
                 "Passages repeated",
                 "repeated",
-                f"Percentage of the passages read for {config.prompted} test questions of which the "
-                f"system wrote {config.said_words} consecutive words when prompts asked to repeat them "
-                f"({SAID} tokens).",
+                "Prompts ask the system to repeat the passages that it read for "
+                f"{config.prompted} test questions: the percentage of these passages from which it "
+                f"wrote {config.said_words} consecutive words ({SAID} tokens at most).",
                 tables.Table((*who, tables.number("passages repeated, %", "said")), said),
             ),
         ],

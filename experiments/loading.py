@@ -241,13 +241,12 @@ def check_replicates(config) -> None:
     if config.split_seeds and len(config.split_seeds) != len(config.seeds):
         raise ConfigError(
             f"config.split_seeds has {len(config.split_seeds)} seeds, config.seeds has "
-            f"{len(config.seeds)}; they go in pairs, and () makes them the same"
+            f"{len(config.seeds)}; both need the same number of seeds; () repeats config.seeds"
         )
     pairs = replicates(config)
     if twice := [pair for pair in pairs if pairs.count(pair) > 1]:
         raise ConfigError(
-            f"config.seeds, config.split_seeds: the pair {twice[0]} is there twice, which would be the "
-            "same run again; give each pair once"
+            f"config.seeds, config.split_seeds: the pair {twice[0]} occurs twice; give each pair once"
         )
 
 

@@ -343,8 +343,8 @@ def report(config, folder: pathlib.Path) -> Report:
                 "client's words among as many rows of the embedding table with the largest change "
                 "(interval: lowest to highest client); frequent words: the same for as many frequent "
                 "words. Passages of a store: AUC for recognising held passages by F1 of the answers. "
-                "Passages repeated: share of the passages read of which prompts made the system repeat "
-                f"{config.said_words} consecutive words.",
+                "Passages repeated: share of the passages read from which the system wrote "
+                f"{config.said_words} consecutive words when prompts asked it to.",
                 tables.Table(others, rows),
             ),
         ],

@@ -16,10 +16,10 @@ class Search(NamedTuple):
     """A learning rate to search for.
 
     Attributes:
-      name: in `config.learning_rates`.
-      part: whose rate it is.
-      strategy: that is trained with it, by name.
-      metric: that judges it; F1 and MRR are less noisy than EM.
+      name: name in `config.learning_rates`.
+      part: part that the rate trains.
+      strategy: name of the strategy trained with it.
+      metric: metric that judges it; F1 and MRR are less noisy than EM.
     """
 
     name: str
@@ -48,15 +48,15 @@ def chosen_rate(
 ) -> float:
     """Returns the rate (or factor of rates) with the highest score; keeps it in a file.
 
-    The grid is gone on beyond an end that is best, then refined around the best until its neighbours
-    are within a factor of 2. A best rate that is still outermost is said, and `at_edge` knows it.
+    The grid is extended if the best rate is at an end, then refined until the neighbours of the best
+    are within a factor of 2. A best rate that is still the outermost is reported (`at_edge`).
 
     Args:
       path: JSON with `chosen`, the `scores` of rates and those that `diverged`, and what it was chosen
         with: `grid`, `seeds`, `questions`.
-      grid: geometric.
+      grid: initial rates, geometric.
       judge: trains at some rates and scores each; -inf rules a rate out.
-      what: for people.
+      what: description for messages.
       seeds: pairs of seeds that a score is a mean over.
       questions: number of validation questions, if it is not a setting of the config.
 

@@ -20,10 +20,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("rows", type=pathlib.Path, help="strategies.csv of a run")
-    parser.add_argument("figure", type=pathlib.Path, help="to write, .png or .pdf")
-    parser.add_argument(
-        "--cost", choices=[*COSTS], default="seconds", help="what is drawn to the right"
-    )
+    parser.add_argument("figure", type=pathlib.Path, help="file of the figure, .png or .pdf")
+    parser.add_argument("--cost", choices=[*COSTS], default="seconds", help="cost on the x axis")
     asked = parser.parse_args()
     try:
         quality_against_cost(read_csv(asked.rows), asked.cost).savefig(asked.figure)

@@ -149,7 +149,7 @@ def run(experiment: Experiment, config, runs: str) -> pathlib.Path:
 
 
 def _cell(experiment: Experiment, lab, point: Point, folder: pathlib.Path):
-    """`(cell, whether it is new)`; None where training diverges, which is told: one of many."""
+    """Returns the cell and whether it is new; None if training diverged, which is printed."""
     known = point.finished(folder)
     if everywhere(known is not None):
         return known, False

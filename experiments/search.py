@@ -33,12 +33,12 @@ class Trials:
     Args:
       bases: systems to start from, one for each training that a rate takes: all clients of the local
         regime with each pair of seeds.
-      where: tells bases apart that were themselves tuned.
+      where: subfolder for bases that were themselves tuned.
       examples: validation questions; a local client is judged on a share of them.
 
     Attributes:
-      systems: of each rate, in the order of the bases.
-      seconds: devices have spent on all trainings.
+      systems: the tuned systems by rate, in the order of the bases.
+      seconds: device-seconds of all trainings.
     """
 
     def __init__(self, run: Lab, regime: str, search: Search, bases, examples, where=""):

@@ -370,7 +370,7 @@ class Jump(Callback):
         (
             lambda: fit(linear_task(), EXAMPLES, callbacks=[Callback(), Jump(2)]),
             ConfigError,
-            "Jump went to round 2",
+            "Jump restored round 2",
         ),
         (lambda: fit(linear_task(), EXAMPLES, callbacks=[Jump(11)]), ConfigError, "at round 11"),
     ],

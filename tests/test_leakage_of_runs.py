@@ -134,7 +134,7 @@ def test_shadow_models_differ_in_their_questions_alone(overfit, shadows, tmp_pat
         ([*shadows, shadows[0]], "of different names"),
         ([*shadows, "nowhere"], "config.shadows: nowhere holds no run"),
         ([*shadows, same], "on the questions of .* another config.data.sample_seed"),
-        ([*shadows, shorter], "trained otherwise .* config.training differs"),
+        ([*shadows, shorter], "differs from .* in config.training"),
     ):
         config.shadows = folders
         with pytest.raises(ConfigError, match=words):

@@ -107,7 +107,7 @@ def strategy_rows(cells: Sequence[Cell], regimes: Mapping[str, Any]) -> list[dic
     centralised model on the same mixtures, over the pairs of seeds that both have.
 
     Args:
-      regimes: what their names say, as `strategies.regimes.Regime`.
+      regimes: the parsed `strategies.regimes.Regime` of each name.
     """
     rows, groups = [], by_cell(cells)
     for (strategy, regime), group in groups.items():

@@ -27,13 +27,13 @@ def comparison_rows(
     Federated training is compared with centralised training of the same budget, with local training
     of the same alpha and either budget, and by an algorithm of its own with the config's. Runs are
     paired by their seeds. `effect` is Cohen's d_z; `better` and `worse` are percentages of questions.
-    p is over questions by permutation of clusters, p_t over seeds by a paired t test, where there are
-    five or more and no seed of model or split is there twice, p_e of equivalence within the margin;
+    p is over questions by permutation of clusters, p_t over seeds by a paired t test, if there are at
+    least five and no model or split seed repeats, p_e of equivalence within the margin;
     `p_holm`, `p_t_holm` and `p_e_holm` are adjusted over the rows, each by itself.
 
     Args:
-      regimes: what their names say, as `strategies.regimes.Regime`.
-      margin: of equivalence, in points.
+      regimes: the parsed `strategies.regimes.Regime` of each name.
+      margin: equivalence margin, in points.
     """
     groups = by_cell(cells)
     tuned = [pair for pair in groups if pair[0] != "none"]
@@ -67,8 +67,8 @@ def paired_difference(
     standard deviation over seeds.
 
     Args:
-      margin: in `unit`; without one there is no `p_e`.
-      prefix: of the names.
+      margin: equivalence margin, in `unit`; without one there is no `p_e`.
+      prefix: prefix of the row's keys.
     """
     both = _paired(some, others)
     if not both:
@@ -101,7 +101,7 @@ def adjust(rows: Sequence[dict[str, Any]], prefix: str = "") -> None:
     """Adds `p_holm`, `p_t_holm` and `p_e_holm`, adjusted over the rows that have them (Holm 1979).
 
     Args:
-      prefix: of all these names, and of the p that are adjusted.
+      prefix: prefix of these names, and of the p that are adjusted.
     """
     for name in (f"{prefix}{p}" for p in ("p", "p_t", "p_e")):
         known = [row for row in rows if row.get(name) is not None]
@@ -117,7 +117,7 @@ def independent_rows(cells: Sequence[Cell], margin: float) -> list[dict[str, Any
     least and the most.
 
     Args:
-      margin: of equivalence, in points.
+      margin: equivalence margin, in points.
     """
     groups, rows = by_cell(cells), []
     for (strategy, regime), group in groups.items():
@@ -168,9 +168,9 @@ def headline_rows(
     regimes share.
 
     Args:
-      metric: of which the rows are, such as "em" or "own_em".
-      regimes: what their names say, as `strategies.regimes.Regime`.
-      alpha: of the clients; regimes of other splits are left out.
+      metric: the compared metric, such as "em" or "own_em".
+      regimes: the parsed `strategies.regimes.Regime` of each name.
+      alpha: α of the clients; regimes of other splits are left out.
     """
     groups, rows = by_cell(cells), []
 

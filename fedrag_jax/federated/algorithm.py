@@ -132,7 +132,8 @@ class Algorithm(NamedTuple):
       messages: how messages are encoded; None if they are sent unencoded.
       open_server: whether clients need the server's state in addition to the model; in a deployment it
         is then sent to them.
-      name: the factory's name with the settings that matter to a resumed run; set by `one_object`.
+      name: the factory's name with the settings that matter to a resumed run; set by `one_object` and
+        by wrappers such as `compressed`.
     """
 
     work: Work

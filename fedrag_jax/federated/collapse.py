@@ -34,7 +34,7 @@ class CollapseSigns:
       why: the sign that was seen; "" if none.
 
     Raises:
-      ConfigError: a window below 1, or a share outside (0, 1].
+      ConfigError: a window below 1, a negative entropy, or a share outside (0, 1].
     """
 
     def __init__(

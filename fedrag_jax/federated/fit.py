@@ -149,7 +149,7 @@ def fit(
         table = idle = None
         rows, place = np.zeros(0, int), np.zeros(0, np.int32)  # of the table, and where each row is
         while now.round < rounds and not any(callback.stopped for callback in callbacks):
-            # The examples of the rounds to come: searched for, and collated.
+            # Retrieve and collate the examples of the coming rounds.
             clock = Clock(task.spent)
             refresh = task.retrieve is not None and now.round % refresh_every == 0
             if refresh or table is None:
@@ -173,7 +173,7 @@ def fit(
                 now = dataclasses.replace(now, settings=now.settings | {"group_size": size})
             choosing = clock.lap()
 
-            # The clients of the round, and what each does.
+            # Sample the clients and lay out their batches.
             drawn, cohort = cohort_of(now.round)
             in_table = cohort._replace(indices=place[cohort.indices])
             parts = grouped(in_table, now.settings["group_size"], data, work, placing.devices)
@@ -196,7 +196,7 @@ def fit(
                 idle = yield from _idle_seconds(asked, ran.state)
             clock.lap()  # others may have had their turn
 
-            # What it has come to.
+            # Read the result and write the record.
             left = placing.read((ran.state.population, ran.told))
             population, (report, server_finite) = left
             spent = Spent(refreshing, choosing, sampling.others, ran, sum(clock.lap()), idle)

@@ -204,11 +204,12 @@ def distilled(
 
     Args:
       score: `score(questions, texts) -> float [P]`: one score per pair; each pair is scored once.
+      train, passages, refresh, pool: as in `distillation`.
       settings: `temperature`, `first`, `score_scale`.
-      others: as in `distillation`.
 
     Raises:
-      ConfigError: an unknown setting, or no or unknown parts to train.
+      ConfigError: an unknown setting or one out of range, no or unknown parts to train, or fewer than
+        two passages.
     """
     _require_known(settings, ("temperature", "first", "score_scale"))
     defaults = {"signal": "teacher", "temperature": 1.0, "first": "target"}

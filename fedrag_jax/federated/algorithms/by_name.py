@@ -88,8 +88,9 @@ ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
 }
 OWN_STEPS = ("scaffold",)  # whose clients' optimizer comes with the algorithm
 CHANGING_BASE = tuple(rule for rule, row in RULES.items() if row.changes_base)
-# What is no option, because the task, its learning rates or the budget say it.
+# Options of the wrappers.
 AROUND: dict[str, Any] = {"up": "", "down": "", "secure": False, "attack": "", "attackers": None}
+# Arguments that are not options: the task, the learning rates or the budget sets them.
 _GIVEN = ("server_optimizer", "client_learning_rate", "network", "part", "base", "work")
 
 
@@ -134,13 +135,13 @@ FED_AVG = Named()
 
 
 def personal(name: str, **options) -> Algorithm:
-    """An algorithm that leaves a model with each client.
+    """Returns an algorithm that leaves a model with each client.
 
     Args:
-      options: of its factory and of `Work`; `fedsa` takes the generator's `network`.
+      options: options of the factory and of `Work`; `fedsa` takes the generator's `network`.
 
     Raises:
-      ConfigError: none of that name, or what it refuses.
+      ConfigError: an unknown name, or an invalid option.
     """
     if name not in PERSONAL:
         raise ConfigError(f"no personal algorithm {name!r}; choose among {[*PERSONAL]}")

@@ -96,11 +96,11 @@ def compressed(
             up=_instead(plain.up, sent, up, sent, len(answered)),
         )
 
-    needs = algorithm.needs if up is None else "updates"  # each is to be decoded
+    needs = algorithm.needs if up is None else "updates"  # each is decoded by itself
     return made._replace(
         traffic=traffic,
         needs=needs,
-        bounded=None,  # a message is of the whole update, and the server bounds what it reads in it
+        bounded=None,  # the server bounds the decoded update
         messages=Messages(algorithm, up, down),
         name=f"compressed({algorithm.name}, {named})",
     )
@@ -157,19 +157,19 @@ def _hearing(turn: Turn, codec: Codec) -> Turn:
 
 
 def announced(codec: Codec, x: PyTree, w: PyTree, key: jax.Array) -> tuple[dict, PyTree]:
-    """The message of a round, and what all messages have come to with it.
+    """Returns the message of a round, and the sum of all messages including it.
 
     Args:
       x: the server's model.
-      w: what the messages before have come to, of what moves in it.
-      key: of the round.
+      w: the sum of the earlier messages, of the parts that the algorithm moves.
+      key: random key of the round.
     """
     message = encoded(codec, difference(with_leaves(w, leaves_of(x)), w), broadcast_key(key))
     return message, after_message(codec, message, w, key)
 
 
 def after_message(codec: Codec, message: dict, w: PyTree, key: jax.Array) -> PyTree:
-    """w + decode(message), which the receivers work out as well."""
+    """Returns w + decode(message), which receivers compute, too."""
     return jax.tree.map(jnp.add, w, decoded(codec, message, w, broadcast_key(key)))
 
 

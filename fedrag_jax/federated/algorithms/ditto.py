@@ -1,4 +1,4 @@
-"""A model of their own for all clients, held near the global one.
+"""Ditto: each client also trains a personal model, kept near the global one.
 
 Ditto: Fair and Robust Federated Learning Through Personalization
     Li, Hu, Beirami, Smith, ICML 2021, arXiv 2012.04221, Algorithm 1
@@ -24,13 +24,12 @@ from fedrag_jax.federated.work import Work, WorkOptions
 
 @one_object
 def ditto(*, lam: float = 0.1, **work: Unpack[WorkOptions]) -> Algorithm:
-    """The global model x is that of `fed_avg`; beside it client k keeps a model v_k of its own, which
-    minimises loss(v) + (λ/2) ‖v − x‖², the norm being squared and x the model that it received.
+    """Trains the global model x as `fed_avg` does, and for each client k a personal model v_k.
 
-    A client that is drawn takes as many steps of its own model as of the global one, on the same
-    examples: a round takes twice the time of `fed_avg`, and sends the same. At λ = 0 the models are
-    those of `local_only`. What a fit returns, and what records tell of loss and metrics, are the
-    clients' own models.
+    v_k minimises loss(v) + (λ/2) ‖v − x‖², with x as received. A sampled client trains both models on
+    the same examples for the same number of steps, so a round takes twice the time of `fed_avg` and
+    sends the same. With λ = 0 the personal models equal those of `local_only`. The result of a fit, and
+    the loss and the metrics of a record, are those of the personal models.
 
     Args:
       lam: λ ≥ 0.

@@ -98,7 +98,7 @@ def dp_fed_avg(
         raise ConfigError(f"{NAME}: rate must be in (0, 1], got {rate}")
     if work.pop("sampling", everyone) != everyone:
         raise ConfigError(
-            f"{NAME}: the ε of a round holds for clients that are sampled independently; leave "
+            f"{NAME}: ε requires clients that are sampled independently; leave "
             "`sampling` (or participation) out and give `rate`"
         )
     if weighting != "uniform":
@@ -113,8 +113,8 @@ def dp_fed_avg(
         )
     if local and quantile:
         raise ConfigError(
-            f"{NAME}: with local=True nobody hides who was above the clip, which a quantile asks for; "
-            "set quantile=0"
+            f"{NAME}: a quantile needs to know which updates exceed the clip, and local=True would not "
+            "hide this; set quantile=0"
         )
     if (epsilon or calibrate_for) and not delta:
         raise ConfigError(f"{NAME}: an ε needs a δ: give delta, below 1 / number of clients")

@@ -183,7 +183,7 @@ def fed_lora(
         new, server = _joined(plus(x, update), fixed), state.server
         if rules.settle is not None:
             product, weight = products
-            # Where nobody answered, what there was counts.
+            # If no client answered, the old adapters count.
             before = lora.product(network, jax.tree.map(wide, state.trainable[part]))
             product = jax.tree.map(
                 lambda m, d: m + (1 - weight).astype(m.dtype) * d, product, before
@@ -210,7 +210,7 @@ def fed_lora(
             )
         return frozen | {base: lora.add_product(frozen[base], state.server)}
 
-    # As if every client had been there the round before: what a round changes is what goes down once.
+    # Assumes that every client took part in the previous round: each round's changes go down once.
     def traffic(trainable, drawn, answered, round):
         moves = rules.moves[round % len(rules.moves)]
         _, factors = _parted(trainable, part, moves)
@@ -223,7 +223,7 @@ def fed_lora(
 
         stacked = {}
         if rules.changes_base:
-            # Down goes what the base is to take in: the factors of all, or the sum if that is less.
+            # Down: the factors of all clients, or their sum if that is smaller.
             update = f"{base} update"
             dense = jax.eval_shape(lambda t: lora.product(network, t), trainable[part])
             of_all = added(factors_of(k, update) for k in answered)
@@ -309,11 +309,13 @@ def _require_ranks(rule: str, network: Network, ranks: tuple[int, ...]) -> None:
     if not RULES[rule].mixed_ranks:
         able = [name for name, r in RULES.items() if r.mixed_ranks]
         raise ConfigError(
-            f"fed_lora: {rule} averages factors, which must be of one rank; leave ranks out or use "
+            f"fed_lora: {rule} averages factors, which must have the same rank; leave ranks out or use "
             f"{' or '.join(able)}"
         )
     if network.lora.patterns:
-        raise ConfigError("fed_lora: ranks of clients go with one rank for all layers, no patterns")
+        raise ConfigError(
+            "fed_lora: `ranks` cannot be combined with rank patterns of single layers; leave either out"
+        )
     if min(ranks) < 1 or max(ranks) > network.lora.rank:
         raise ConfigError(
             f"fed_lora: ranks must be from 1 to that of the network, {network.lora.rank}, got {ranks}"

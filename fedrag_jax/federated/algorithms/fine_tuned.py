@@ -44,8 +44,8 @@ def fine_tuned(*, together: int = 8, alone: int = 2, **work: Unpack[WorkOptions]
     """
     if together < 0 or alone < 0 or together + alone < 1:
         raise ConfigError(
-            f"fine_tuned: together and alone are rounds, at least one of both; got {together} and "
-            f"{alone}"
+            "fine_tuned: together and alone must be at least 0, and their sum at least 1, got "
+            f"{together} and {alone}"
         )
 
     def init(trainable, client_init, client_count):
@@ -88,8 +88,8 @@ def fine_tuned(*, together: int = 8, alone: int = 2, **work: Unpack[WorkOptions]
     def tells(rounds):
         if rounds > together + alone:
             raise ConfigError(
-                f"fine_tuned: {together} rounds together and {alone} alone, and the fit asks for "
-                f"{rounds}; raise together or alone"
+                f"fine_tuned: the fit has {rounds} rounds, but together + alone is "
+                f"{together + alone}; raise one of them"
             )
         return {}
 

@@ -40,12 +40,16 @@ def local_parts(*, private: tuple[str, ...], **work: Unpack[WorkOptions]) -> Alg
         is left to average.
     """
     if not private:
-        raise ConfigError("local_parts: name what stays with the clients, or take fed_avg")
+        raise ConfigError(
+            "local_parts: `private` is empty; name the parts that stay with the clients, or use fed_avg"
+        )
 
     def init(trainable, client_init, client_count):
         names = {name for path, _ in flatten(trainable) for name in path}
         if missing := [name for name in private if name not in names]:
-            raise ConfigError(f"local_parts: nothing is named {missing}; there are {sorted(names)}")
+            raise ConfigError(
+                f"local_parts: the task trains no part named {missing}; choose among {sorted(names)}"
+            )
         shared, own = parted(trainable, private)
         if not shared:
             raise ConfigError(

@@ -76,8 +76,7 @@ def robust(
         counted, some = jnp.where(used & enough, clients, -1), there.any()
 
         def told(updates, report):
-
-            # A broken client is no longer the round's trouble, and its numbers are nobody's mean.
+            # A client that was left out no longer ends the fit, and its metrics are not averaged.
             seen = jnp.where(report["finite"], report["examples"], 0)
             return report | {
                 "finite": report["finite"] | some,

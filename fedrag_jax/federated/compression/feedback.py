@@ -1,10 +1,9 @@
-"""Messages one after another, of which each takes along what those before have left out.
+"""Error feedback: each message includes what earlier messages dropped.
 
 Error Feedback Fixes SignSGD and other Gradient Compression Schemes
     Karimireddy, Rebjock, Stich, Jaggi, ICML 2019, arXiv 1901.09847, Algorithm 1
 
-With e what was left out so far and u the update, Δ = decode(encode(u + e)) arrives, and u + e − Δ is
-left.
+With the error e and the update u, Δ = decode(encode(u + e)) arrives, and the new error is u + e − Δ.
 """
 
 import jax
@@ -13,20 +12,20 @@ import jax.numpy as jnp
 from fedrag_jax.federated.algorithm import PyTree, wide
 from fedrag_jax.federated.compression.codec import Codec, Message, decoded, encoded
 
-LABEL = "compression"  # of what is left out, in the row of a client
+LABEL = "compression"  # of the error, in the row of a client
 
 
 def packed(
     codec: Codec, update: PyTree, left: PyTree, key: jax.Array
 ) -> tuple[dict[str, Message], PyTree]:
-    """The message that an update becomes, and what it leaves out.
+    """Returns the message for an update, and the new error.
 
     Args:
-      left: of messages before, as `nothing_left` begins it; () of a codec without feedback.
+      left: the error of earlier messages, at first `nothing_left`; () for a codec without feedback.
     """
     if not codec.feedback:
         return encoded(codec, update, key), ()
-    # Some turns train some leaves alone: what is left of the others waits.
+    # A turn may train only some leaves; the error of the others is kept.
     whole = jax.tree.map(jnp.add, update, with_leaves(update, left))
     message = encoded(codec, whole, key)
     rest = jax.tree.map(jnp.subtract, whole, decoded(codec, message, whole, key))
@@ -44,7 +43,7 @@ def leaves_of(tree: PyTree) -> dict[str, jax.Array]:
 
 
 def with_leaves(tree: PyTree, leaves: dict) -> PyTree:
-    """The tree with the leaves of these paths, which may be of more."""
+    """Returns the tree with its leaves replaced from `leaves`, which may hold more."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: leaves[jax.tree_util.keystr(path)], tree
     )

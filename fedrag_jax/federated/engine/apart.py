@@ -1,12 +1,11 @@
-"""A round in two places: what a client does where its examples are, and what the server makes of it.
+"""A round in two places: local training on a client, aggregation on the server.
 
-Both run the turn of an algorithm as it stands. A turn hands the work of clients to `Client.total`, and
-that work calls `Client.update`. A client answers `total` with its own work alone, and sends what
-`update` made of the model. The server answers `update` with what a client has sent, and `total` with
-the sum over those who answered. What a side computes and does not ask for, the compiler leaves out.
+Both run the algorithm's own `turn`. On a client, `Client.total` returns the client's own term, and the
+result of `Client.update` is sent. On the server, `Client.update` returns the received model, and
+`Client.total` the sum of all terms. The compiler removes whatever a side does not use.
 
-Where messages are encoded, the turn is that of the algorithm inside of `compressed`, which knows of
-none: a client packs its update where `update` ends, and the server unpacks it there.
+With encoded messages, `turn` is that of the wrapped algorithm: a client encodes the result of `update`,
+and the server decodes it.
 """
 
 import functools
@@ -34,9 +33,9 @@ class Place(NamedTuple):
     """The part of a round that both sides know; hashable, and equal for rounds that share programs.
 
     Attributes:
-      turn: of the algorithm.
+      turn: the algorithm's turn.
       fixed, structure: of the clients' optimizer, as `optimizers.split` gives them.
-      bounded: of the algorithm.
+      bounded: `Algorithm.bounded`.
       up: codec of what a client sends, or None.
     """
 
@@ -48,7 +47,7 @@ class Place(NamedTuple):
 
     @property
     def feedback(self) -> bool:
-        """Whether a client keeps what its messages have left out, as "compression" of its row."""
+        """Whether clients keep the values that their messages dropped, as "compression" of a row."""
         return self.up is not None and self.up.feedback
 
     @classmethod
@@ -82,11 +81,11 @@ def client_round(
     Args:
       state: what the server handed out, with the client's own row as `population`, or ().
       member: the client, as `member_of` gives it.
-      key: of the round.
+      key: random key of the round.
 
     Returns:
-      What it sends, the client's row after it, and the report: no leading axes. It sends what `update`
-      made of the model, within the algorithm's bounds, or the message that this is packed in.
+      The message, the client's new row, and the report, without leading axes. The message is the
+      trained model, bounded by the algorithm, and encoded if there is a codec.
     """
     client = local_update(loss, join(place.fixed, numbers, place.structure), frozen, table, key)
     made = []
@@ -168,8 +167,8 @@ def sent_shapes(place: Place, numbers, state: State, frozen, name: str) -> tuple
         place.turn(_with_row(place, state), [_lead(member)], client)
         if len(seen) != 1 or len(sums) != 1:
             raise ConfigError(
-                f"{name} cannot be deployed: in a round its clients' work is to be handed to "
-                f"Client.total once and call Client.update once, not {len(sums)} and {len(seen)} times"
+                f"{name} cannot be deployed: a turn must call Client.total once and Client.update "
+                f"once, but it calls them {len(sums)} and {len(seen)} times"
             )
         return seen[0], sums[0]
 
@@ -178,7 +177,7 @@ def sent_shapes(place: Place, numbers, state: State, frozen, name: str) -> tuple
 
 
 def _unpacked(codec: Codec, message, x: PyTree, key) -> PyTree:
-    """The model that a message says x has become."""
+    """Returns the model that a message encodes, as a change of x."""
     told = decoded(codec, message, difference(x, x), key)
     return jax.tree.map(lambda x, u: wide(x) + u, x, told)
 

@@ -24,8 +24,8 @@ class Cohort(NamedTuple):
 
     Attributes:
       clients: int32 [K] numbers; one past the last client marks padding.
-      share: float [K] p_k, how much its update counts, of sum 1; 0 for padding.
-      steps: int32 [K] how many of the S steps each takes.
+      share: float [K] weight p_k of its update; the weights sum to 1; 0 for padding.
+      steps: int32 [K] number of steps that each takes, at most S.
       indices: int32 [K, S, B] rows of the table.
       example_weight: float32 [K, S, B] 0 for rows that only fill up to B.
       memory: what changes of updates keep for these clients, by name; see `updates.changing`. Empty
@@ -53,8 +53,8 @@ def sample_cohort(data: Partition, work: Work, round: int, batch_size: int, seed
 
     Returns:
       `Cohort`. With `local_steps` a client walks through shuffled epochs of its own examples: S
-      batches, all full unless it holds fewer than B. It continues where a client stands that took part
-      in every earlier round.
+      batches, all full unless it holds fewer than B. A client that missed rounds continues as if it had
+      taken part in all of them.
       With `local_epochs` it makes whole passes, the last batch of each filled up; S is that of the
       largest client, drawn or not, so that all rounds have one shape.
     """
@@ -133,15 +133,15 @@ def client_batches(
 def grouped(
     cohort: Cohort, group_size: int, data: Partition, work: Work, devices: int = 1
 ) -> list[Cohort]:
-    """The cohort in parts of [G, g, ...], so that little of the computing is padding.
+    """Returns the cohort as parts of [G, g, ...] with little padding.
 
-    A group takes as many steps as its busiest client, so clients of about equally many steps go
-    together. Where the clients of a partition differ in that, there are parts with groups of
-    `group_size`, an eighth of it and so on down to 1, and a group is as large as padding allows.
-    Where many hold less than a batch, there are parts with batches of a half, a quarter and so on.
+    A group runs as many steps as its busiest client, so clients with similar numbers of steps are
+    grouped. If clients differ in that, there are parts with smaller groups (`group_size`, an eighth of
+    it and so on down to 1), and a group is as large as padding allows. If many clients hold less than a
+    batch, there are parts with smaller batches (a half, a quarter and so on).
 
-    Rounds have the same parts, with room for all clients: groups that nobody is in take no steps. G is
-    a multiple of the number of devices, each of which gets a stretch of them.
+    All rounds have the same parts, with room for all clients; empty groups take no steps. G is a
+    multiple of the number of devices, each of which gets consecutive groups.
     """
     sizes, batch_size = data.sizes(), cohort.indices.shape[-1]
     room = max(work.sampling.places(sizes), len(cohort.clients))
@@ -170,7 +170,7 @@ def grouped(
 
 
 def padding(parts: list[Cohort]) -> float:
-    """The share of the computed rows that are no examples, from 0 to 1."""
+    """Returns the share of computed rows that are not examples, from 0 to 1."""
     computed = sum(p.steps.max(1).sum() * p.steps.shape[1] * p.indices.shape[-1] for p in parts)
     real = sum((p.example_weight > 0).sum() for p in parts)
     return float(1 - real / computed) if computed else 0.0

@@ -16,7 +16,7 @@ from fedrag_jax.federated.engine.client import all_finite, flat_rows, one_step, 
 
 
 def debug_round(loss, turn, optimizer, name_of, state, frozen, table, cohort, round, key):
-    """A round as `compile_round` makes them, in Python; `name_of(row)` names a row of the table."""
+    """Runs a round like `compile_round`, in Python; `name_of(row)` names a row of the table."""
     key = jax.random.fold_in(key, round)
     client = step_by_step(loss, optimizer, frozen, table, key, name_of)
     state, report = turn(state, cohort, client)
@@ -27,7 +27,7 @@ def step_by_step(loss, optimizer, frozen, table, key, name_of: Callable[[int], s
     """A `Client` whose clients, steps and groups are loops in Python; see `local_update`.
 
     Args:
-      name_of: what to call a row of the table in a message.
+      name_of: function that names a row of the table in messages.
 
     Returns:
       A `Client`. Where a step raises, the error gets a note; where a step leaves a number that is not

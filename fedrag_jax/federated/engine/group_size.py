@@ -26,11 +26,11 @@ WORTH = 0.95  # a larger group takes more memory: it has to be so much faster fo
 def choose_group_size(
     task: Task, optimizer, frozen: PyTree, table: dict, batch_size: int, most: int
 ) -> int:
-    """The group size of the least time a client-step: 1, 2, 4 and so on up to `most` are tried.
+    """Returns the group size with the least time per client-step.
 
-    A size is tried while sizes gain; one that does not fit into memory ends it. What was found is
-    kept in `group_sizes.json` of the cache folder, by device, task and shapes. Of several processes the
-    first decides.
+    Tries 1, 2, 4 and so on up to `most` while larger groups are faster and fit into memory. The result
+    is stored in `group_sizes.json` of the cache folder, by device, task and shapes. Among several
+    processes, the first decides.
     """
     if most == 1:
         return 1

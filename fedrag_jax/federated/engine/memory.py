@@ -9,10 +9,10 @@ import jax
 _MEMORY = pathlib.Path("/proc/meminfo")  # of Linux
 
 
-@functools.lru_cache(maxsize=32)  # asked in every round, and the compiler takes its time to tell
+@functools.lru_cache(maxsize=32)  # asked in every round, and slow
 def peak_bytes(compiled: jax.stages.Compiled) -> int:
-    """Returns what a program holds on a device at once: arguments, results and scratch, by the
-    compiler; 0 if the compiler does not tell."""
+    """Returns the bytes that a program holds on a device at once (arguments, results and scratch), as
+    the compiler reports them; 0 if unknown."""
     memory = compiled.memory_analysis()
     return 0 if memory is None else memory.argument_size_in_bytes + _beside_arguments(memory)
 

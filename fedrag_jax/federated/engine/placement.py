@@ -16,10 +16,10 @@ class Placing:
     """Puts arrays where a round wants them and reads back what it leaves.
 
     Args:
-      mesh: with an axis "clients", or None. Of one that is only described there are shapes in place of
-        arrays, for a round to be compiled and not run.
-      frozen: the task's; arrays that are over a mesh already bring it along.
-      room: clients in a round; one alone is nothing to deal out.
+      mesh: a mesh with an axis "clients", or None. If it is only described, shapes replace arrays, for
+        a round that is compiled and not run.
+      frozen: the task's frozen part, which may already be on a mesh.
+      room: maximum number of clients in a round; a single client is not distributed.
 
     Raises:
       ConfigError: a mesh without that axis, or another than the frozen arrays are on.
@@ -37,7 +37,7 @@ class Placing:
                     f"fit: the frozen arrays are on another mesh, {found}; place them on this one "
                     "with models.sharding.shard"
                 )
-        # What groups are dealt out over. One client alone would be trained on every device over again.
+        # Groups are distributed over this mesh. A single client would be trained on every device again.
         self.clients = mesh if room > 1 else None
         self._all = self.clients or found
         if self._all is None and mesh is not None and described(mesh):
@@ -47,7 +47,7 @@ class Placing:
         self.devices = 1 if self.clients is None else mesh.shape[CLIENTS]
 
     def everywhere(self, tree: PyTree) -> PyTree:
-        """Whole on every device; what is over the mesh already stays as it is."""
+        """Copies a tree to every device; arrays that are already on the mesh stay."""
         if self._all is None:
             return jax.tree.map(lambda x: x if shapes_alone(x) else jax.numpy.asarray(x), tree)
         whole = NamedSharding(self._all, PartitionSpec())
@@ -82,14 +82,14 @@ class Placing:
         return unflatten((path, placed(path, x)) for path, x in flatten(server))
 
     def dealt(self, tree: PyTree) -> PyTree:
-        """Groups, the leading axis, over the devices."""
+        """Distributes groups, the leading axis, over the devices."""
         if self.clients is None:
             return self.everywhere(tree)
         each = NamedSharding(self.clients, PartitionSpec(CLIENTS))
         return jax.tree.map(lambda x: _put(x, each), tree)
 
     def read(self, tree: PyTree) -> PyTree:
-        """NumPy arrays of everything, wherever it is."""
+        """Returns the tree as NumPy arrays, wherever its arrays are."""
         if self.clients is None or jax.process_count() == 1:
             return jax.device_get(tree)
         return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), tree)

@@ -91,5 +91,5 @@ def require_finite(task: str, round: int, clients: np.ndarray, finite: np.ndarra
     raise DivergenceError(
         f"task {task!r}, round {round}: loss or parameters are not finite; "
         f"client(s): {who}. Lower the learning rate or clip gradients; "
-        "the last checkpoint is from before. fit(..., debug=True) names step and batch"
+        "the last checkpoint precedes this round. fit(..., debug=True) names step and batch"
     )

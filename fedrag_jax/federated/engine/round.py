@@ -23,7 +23,7 @@ R = TypeVar("R", covariant=True)
 
 
 class RunAlone(Protocol[P, R]):
-    """A function that runs the rounds which a generator asks for, `rounds`, one after another."""
+    """A function that runs a generator of rounds; the generator itself is `rounds`."""
 
     rounds: Callable[P, Generator["Round", "Ran", R]]
 
@@ -35,15 +35,15 @@ class Round(NamedTuple):
     """A round that a fit requests.
 
     Attributes:
-      loss: of a `Task`, hashable; equal losses share programs.
-      turn: of an `Algorithm`.
-      optimizer: of the clients.
-      mesh: with an axis "clients", or None.
+      loss: the task's loss, hashable; equal losses share programs.
+      turn: a turn of the algorithm.
+      optimizer: the clients' optimizer.
+      mesh: a mesh with an axis "clients", or None.
       arguments: `state, frozen, table, cohort, round, key`.
-      left: rounds of the fit from this one on; 0 for one beside them, which is not to be learned
-        from.
-      name_of: what to call a row of the table, if the round is to be run in Python, step by step.
-      meanwhile: what the host does while the devices are busy, for the rounds to come.
+      left: number of remaining rounds of the fit, including this one; 0 for an extra round whose time
+        is not remembered.
+      name_of: names a row of the table in messages; if given, the round runs in Python, step by step.
+      meanwhile: host work for later rounds, done while the devices are busy.
     """
 
     loss: Callable
@@ -60,11 +60,11 @@ class Ran(NamedTuple):
     """The result of a round.
 
     Attributes:
-      state: of the algorithm.
+      state: the algorithm's state after the round.
       told: `(report, server_finite)`, the report as the turn gives it.
       seconds: without `compile_seconds`.
-      peak_bytes: that the program takes on a device.
-      devices: that were held for those seconds.
+      peak_bytes: bytes of the program on a device.
+      devices: number of devices used.
     """
 
     state: State
@@ -95,9 +95,9 @@ def run_round(asked: Round) -> Ran:
 
 
 def run_alone(rounds: Callable[P, Generator[Round, Ran, R]]) -> RunAlone[P, R]:
-    """Makes a function of a generator that asks for rounds, of which each is run when asked for.
+    """Turns a generator of rounds into a function that runs each round when it is requested.
 
-    The generator stays at hand as `rounds`, for those who run several together.
+    The generator stays available as `rounds`, for running several together.
     """
 
     @functools.wraps(rounds)
@@ -112,7 +112,7 @@ def run_alone(rounds: Callable[P, Generator[Round, Ran, R]]) -> RunAlone[P, R]:
 
     alone: Any = fit
     alone.rounds = rounds
-    # To who asks for its signature it returns what the generator returns at its end.
+    # The signature shows the type that the generator returns at its end.
     signature = inspect.signature(rounds)
     *_, returned = typing.get_args(signature.return_annotation)
     alone.__signature__ = signature.replace(return_annotation=returned)
@@ -140,12 +140,12 @@ def compile_seconds(program: "Program") -> float:
 
 
 class Program(NamedTuple):
-    """All of a round but its numbers; hashable. Rounds of one program differ in their leaves alone.
+    """Everything of a round except its numbers; hashable. Rounds of one program differ only in them.
 
     Attributes:
       fixed, structure: of the optimizer, as `split` gives them.
-      tree: of `(the optimizer's numbers, arguments)`.
-      shapes: of their leaves.
+      tree: the structure of `(the optimizer's numbers, arguments)`.
+      shapes: the shapes of their leaves.
     """
 
     loss: Callable

@@ -38,10 +38,10 @@ LOOP = Way(1, 1)
 
 
 def by_program(asked: Mapping[int, Round]) -> list[tuple[Program | None, list[int]]]:
-    """Programs, and the keys of their rounds.
+    """Groups rounds by program; returns programs and the keys of their rounds.
 
-    A round is by itself (None) if it is over devices already, because of its mesh or because somebody
-    placed its arrays, or if it is run in Python.
+    A round is alone (None) if its mesh or its arrays are already placed on devices, or if it runs in
+    Python.
     """
     groups: dict[Program, list[int]] = {}
     apart = []
@@ -56,11 +56,11 @@ def by_program(asked: Mapping[int, Round]) -> list[tuple[Program | None, list[in
 
 
 class Scheduler:
-    """Runs rounds of the fits of one sweep in the way that is fastest.
+    """Runs rounds of the fits of one sweep in the fastest way.
 
-    One way after the other is tried, each on a round that counts, as long as what it could save is more
-    than it takes to compile. When all were tried the fastest is kept in `sweeps.json` of the cache
-    folder, by device, shapes and number of fits.
+    Ways are tried one after another, each on a real round, as long as the possible saving exceeds the
+    time of compilation. The fastest is stored in `sweeps.json` of the cache folder, by device, shapes
+    and number of fits.
     """
 
     def __init__(self):
@@ -70,7 +70,7 @@ class Scheduler:
         ] = {}  # (array, its copy) by the id of the array and a device
 
     def run(self, program: Program | None, asked: Sequence[Round]) -> list[Ran]:
-        """Runs rounds of one program; each is said to have taken its share of the time."""
+        """Runs rounds of one program; each result has an equal share of the time."""
         if program is None or len(asked) == 1:
             return [run_round(a) for a in asked]
         name, tried = _name(program, len(asked)), self.tried.setdefault((program, len(asked)), {})

@@ -22,7 +22,7 @@ def schedule(algorithm: Algorithm, optimizer) -> Callable[[int], optax.GradientT
     if algorithm.optimizer is not None:
         if optimizer is not None:
             raise ConfigError(
-                f"fit: {algorithm.name} holds for its own optimizer alone; leave `optimizer` out"
+                f"fit: {algorithm.name} has its own client optimizer; leave `optimizer` out"
             )
         optimizer = algorithm.optimizer
     optimizer = ADAMW if optimizer is None else optimizer
@@ -39,8 +39,9 @@ def started(
         before, now = now.round, callback.start(now)
         if i > 0 and now.round != before:
             raise ConfigError(
-                f"fit: {type(callback).__name__} went to round {now.round} after "
-                f"{type(callbacks[0]).__name__} had started at {before}; put it first in callbacks"
+                f"fit: {type(callback).__name__} restored round {now.round} after "
+                f"{type(callbacks[0]).__name__} had started at round {before}; put "
+                f"{type(callback).__name__} first in callbacks"
             )
     if now.round > rounds:
         raise ConfigError(
@@ -56,17 +57,17 @@ def _require_whole_model(algorithm: Algorithm, callbacks: list[Callback]) -> Non
     for callback in callbacks:
         if callback.needs_whole_model:
             raise ConfigError(
-                f"fit: {algorithm.name} {elsewhere}, but {type(callback).__name__} keeps the trained "
-                "part of one model alone; leave this callback out (in a comparison, take a regime "
+                f"fit: {algorithm.name} {elsewhere}, but {type(callback).__name__} saves only the "
+                "trained part of one model; leave this callback out (in a comparison, take a regime "
                 "without _converged), or train with another algorithm"
             )
 
 
 def initial_state(task: Task, algorithm: Algorithm, optimizer, client_count: int) -> State:
-    """The state before the first round, with the row of one client as `population`.
+    """Returns the state before the first round, with the row of one client as `population`.
 
-    Copies, because the rounds reuse the memory of the state; of fixed types, so that the first round
-    and the second are the same program. Of a task of shapes alone it has shapes, and zeros as the row.
+    Arrays are copied, because rounds reuse the memory of the state, and have fixed types, so that all
+    rounds share one program. For a task of shapes, the state has shapes, and the row is zeros.
     """
 
     def initial(trainable):

@@ -16,12 +16,12 @@ from fedrag_jax.objectives.task import Task
 
 
 def tell_idle(task: Task, data: Partition, batch_size: int) -> None:
-    """Warns of clients that learn nothing from what they hold.
+    """Warns of clients that learn nothing from their examples.
 
     Raises:
       ConfigError: a batch size with which nobody learns.
-      DataError: none of several clients learns. One alone may be of local training, whose other clients
-        do.
+      DataError: no client learns, if there are several. A single client may belong to local training,
+        where others learn.
     """
     if task.idle is None:
         return
@@ -42,10 +42,10 @@ def tell_idle(task: Task, data: Partition, batch_size: int) -> None:
 def used_rows(
     data: Partition, work: Work, first: int, count: int, batch_size: int, seed: int, height: int
 ) -> np.ndarray:
-    """Examples that `count` rounds from `first` on train on: nothing is done for the others.
+    """Returns the rows of the examples that `count` rounds from `first` on use, in ascending order.
 
-    As many for every stretch of rounds, so that all have one shape: the first fills up to `height`
-    at least.
+    Other examples are neither retrieved nor collated. Padded to at least `height` rows, so that later
+    stretches of rounds have the same shape.
     """
     rows = held = np.sort(np.concatenate(data.clients))
     cohort = sample_cohort(data, work, first, batch_size, seed)
@@ -70,10 +70,10 @@ def retrieve(
 ) -> tuple[np.ndarray, Any]:
     """Retrieves for each example, with the model that trains on it; returns rows and index.
 
-    Of an algorithm that changes frozen parts, the task receives these beside the trained ones.
+    If the algorithm changes frozen parts, the task also receives those.
 
     Args:
-      index: of the retrieval before.
+      index: the index of the previous retrieval.
 
     Returns:
       int32 [len(rows), k], and the task's index or None.
@@ -104,7 +104,7 @@ def retrieve(
 
 
 def collate(task: Task, examples: Sequence[Any], rows, retrieved) -> dict[str, np.ndarray]:
-    """The table of `rows`, each of which is collated once however often it is there."""
+    """Returns the table of `rows`; repeated rows are collated once."""
     rows, index, inverse = np.unique(rows, return_index=True, return_inverse=True)
     found = None if retrieved is None else retrieved[index]
     table = task.collate([examples[i] for i in rows], found)
@@ -112,7 +112,7 @@ def collate(task: Task, examples: Sequence[Any], rows, retrieved) -> dict[str, n
         if name == "weight" or len(column) != len(rows):
             raise DataError(
                 f"task {task.name!r}: column {name!r} of the table has shape {np.shape(column)}; "
-                f"collate must give one row for each of the {len(rows)} examples, "
-                'and leave the name "weight" to fit'
+                f"collate must return one row for each of the {len(rows)} examples, "
+                'and no column named "weight"'
             )
     return {name: np.asarray(column)[inverse] for name, column in table.items()}

@@ -1,1 +1,1 @@
-"""Accounting for differential privacy."""
+"""Differential privacy: accounting of (ε, δ), and private local steps."""
