@@ -238,7 +238,7 @@ def controls(lab: LabelFreeLab) -> None:
     write_json(lab.folder / "silos.json", of_question)
 
 
-def told(cell) -> str:
+def summary(cell) -> str:
     """Returns a line with the mean scores of a cell at the largest number of passages."""
     most = max(int(m.removeprefix("em_")) for m in cell.scores if m.removeprefix("em_").isdigit())
     return f"EM {100 * cell.scores[f'em_{most}'].mean():.1f}  citation " + (
@@ -252,7 +252,7 @@ EXPERIMENT = Experiment(
     lab=lab,
     points=points,
     compute=compute,
-    told=told,
+    summary=summary,
     report=aloftrag_report.report,
     controls=controls,
 )

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.compare_strategies import told
+from experiments.compare_strategies import summary
 from experiments.lab import METRICS, Lab, compute_cell
 from experiments.loading import check_replicates, check_scores, load_data, replicates
 from experiments.reporting import cells, comparison, differences, tables
@@ -361,6 +361,6 @@ EXPERIMENT = Experiment(
     lab=lab,
     points=points,
     compute=compute,
-    told=told,
+    summary=summary,
     report=report,
 )

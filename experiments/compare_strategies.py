@@ -74,7 +74,7 @@ def compute(lab: Lab, point: Point) -> Cell:
     return compute_cell(lab, point.name, point.regime, point.seed, point.split)
 
 
-def told(cell: Cell) -> str:
+def summary(cell: Cell) -> str:
     """Returns a line with a cell's metrics and seconds."""
     found = {"EM": cell.scores["em"], "Recall@5": cell.scores["recall_at_5"]}
     scored = {title: scores[~np.isnan(scores)] for title, scores in found.items()}
@@ -122,7 +122,7 @@ EXPERIMENT = Experiment(
     lab=lab,
     points=points,
     compute=compute,
-    told=told,
+    summary=summary,
     report=compare_report.report,
     controls=controls,
 )  # fmt: skip

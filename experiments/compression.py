@@ -9,7 +9,7 @@ message, strategy, seeds) is not computed again.
 import itertools
 import pathlib
 
-from experiments.compare_strategies import told
+from experiments.compare_strategies import summary
 from experiments.lab import METRICS, Lab, compute_cell
 from experiments.loading import check_replicates, check_scores, load_data, replicates
 from experiments.reporting import cells, comparison, differences, experiment_figures, tables
@@ -175,6 +175,6 @@ EXPERIMENT = Experiment(
     lab=lab,
     points=points,
     compute=compute,
-    told=told,
+    summary=summary,
     report=report,
 )

@@ -323,7 +323,7 @@ def compute(lab: Factors, point: Point) -> cells.Cell:
     return compute_cell(there, *where, controls=False)
 
 
-def told(cell: cells.Cell) -> str:
+def summary(cell: cells.Cell) -> str:
     """Returns a line with a cell's metrics."""
     return f"EM {100 * np.nanmean(cell.scores['em']):.1f}"
 
@@ -336,6 +336,6 @@ EXPERIMENT = Experiment(
     lab=lab,
     points=points,
     compute=compute,
-    told=told,
+    summary=summary,
     report=report,
 )  # fmt: skip

@@ -254,7 +254,7 @@ def points(lab: Refreshing) -> list[Point]:
     ]
 
 
-def told(cell) -> str:
+def summary(cell) -> str:
     """Returns a line with a cell's metrics."""
     recall, embedded = np.nanmean(cell.scores["recall_at_5"]), cell.controls["embedded"]
     return f"Recall@5 {100 * recall:.1f}, {embedded} passages re-embedded"
@@ -267,6 +267,6 @@ EXPERIMENT = Experiment(
     lab=lab,
     points=points,
     compute=compute,
-    told=told,
+    summary=summary,
     report=report,
 )

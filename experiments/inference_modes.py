@@ -167,7 +167,7 @@ def points(lab: Answering) -> list[Point]:
     ]
 
 
-def told(cell) -> str:
+def summary(cell) -> str:
     """Returns a line with a cell's metrics."""
     return f"EM {100 * cell.scores['em'].mean():.1f}  F1 {100 * cell.scores['f1'].mean():.1f}"
 
@@ -178,6 +178,6 @@ EXPERIMENT = Experiment(
     lab=lab,
     points=points,
     compute=compute,
-    told=told,
+    summary=summary,
     report=report,
 )

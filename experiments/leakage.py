@@ -178,12 +178,12 @@ def compute(lab: Suspects, point: Point) -> cells.Cell:
     }
     if all(e.positive_ids for e in asked):
         scores["ranked"] = ranking_nll(system.retriever, asked, system.score_scale)
-    controls = {} if point.folder else {"said": 100 * said(lab, system)}
+    controls = {} if point.folder else {"said": 100 * repeated_share(lab, system)}
     cost = Cost.of_evaluation(clock.lap())
     return cells.Cell(*where, scores, controls, [], cost, {}, lab.group)
 
 
-def said(lab: Suspects, system) -> float:
+def repeated_share(lab: Suspects, system) -> float:
     """Returns the share of the passages read that prompts make a system repeat."""
     about = [e.question for e in sample(lab.dataset.test, lab.asking.prompted, 0)]
     return extraction.repeated(system, about, lab.asking.said_words, max_new_tokens=SAID)
@@ -315,7 +315,7 @@ def report(config, folder: pathlib.Path) -> Report:
     )
 
 
-def told(cell: cells.Cell) -> str:
+def summary(cell: cells.Cell) -> str:
     """Returns a line with the AUC of each loss, or of a shadow model with its mean losses."""
     member = cell.scores["member"] > 0
     if not cell.controls:
@@ -331,6 +331,6 @@ EXPERIMENT = Experiment(
     lab=lab,
     points=points,
     compute=compute,
-    told=told,
+    summary=summary,
     report=report,
 )

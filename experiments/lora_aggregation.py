@@ -329,7 +329,7 @@ def controls(lab: Aggregation) -> None:
     write_json(path, untuned)
 
 
-def told(cell) -> str:
+def summary(cell) -> str:
     """Returns a line with the mean scores of a cell."""
     return f"EM {100 * cell.scores['em'].mean():.1f}  NLL {cell.scores['nll'].mean():.2f}"
 
@@ -340,7 +340,7 @@ EXPERIMENT = Experiment(
     lab=lab,
     points=points,
     compute=compute,
-    told=told,
+    summary=summary,
     report=report,
     controls=controls,
 )

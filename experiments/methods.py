@@ -297,7 +297,7 @@ def points(lab: Methods) -> list[Point]:
     ]
 
 
-def told(cell) -> str:
+def summary(cell) -> str:
     """The means of a cell's scores, for people."""
     return "  ".join(f"{name} {100 * np.nanmean(x):.1f}" for name, x in cell.scores.items())
 
@@ -308,6 +308,6 @@ EXPERIMENT = Experiment(
     lab=lab,
     points=points,
     compute=compute,
-    told=told,
+    summary=summary,
     report=report,
 )

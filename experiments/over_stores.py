@@ -132,7 +132,7 @@ def report(config, folder: pathlib.Path):
     )
 
 
-def told(cell) -> str:
+def summary(cell) -> str:
     """Returns a line with a cell's metrics."""
     return f"EM {100 * cell.scores['em'].mean():.1f}"
 
@@ -143,6 +143,6 @@ EXPERIMENT = Experiment(
     lab=lab,
     points=lambda lab: every_point(lab.asking),
     compute=compute,
-    told=told,
+    summary=summary,
     report=report,
 )

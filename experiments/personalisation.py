@@ -309,7 +309,7 @@ def points(lab: Lab) -> list[Point]:
     ]
 
 
-def told(cell) -> str:
+def summary(cell) -> str:
     """Returns the line that is printed for a finished cell."""
     scores = ((comparison.METRICS[m], comparison.estimate([cell], own(m), m)[m]) for m in METRICS)
     return "  ".join(f"{name} {value:.1f}" for name, value in scores if value is not None)
@@ -322,6 +322,6 @@ EXPERIMENT = Experiment(
     lab=lab,
     points=points,
     compute=compute,
-    told=told,
+    summary=summary,
     report=report,
 )

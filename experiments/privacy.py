@@ -101,10 +101,10 @@ def compute(lab: Lab, point: Point) -> cells.Cell:
         attacked, *shadows = [start.replace(**one.trainable) for one in fitted]
         last = fitted[0].history[-1]
         controls |= {"epsilon": last["epsilon"]} if "epsilon" in last else {}
-    of_test = quality(lab, attacked) | served(lab, attacked)
-    of_clients = asked_after(trainer, start, attacked, shadows)
+    of_test = quality(lab, attacked) | store_attack_scores(lab, attacked)
+    of_clients = membership_scores(trainer, start, attacked, shadows)
     if trainer.rounds:
-        of_clients |= received(trainer)
+        of_clients |= update_attack_scores(trainer)
     for known in (of_test, of_clients):
         controls |= {name: float(known.pop(name)) for name in [*known] if not np.ndim(known[name])}
     test, asked = lab.dataset.test, trainer.crowd.questions
@@ -133,7 +133,7 @@ def asked_of_store(lab: Lab) -> np.ndarray:
     return stream(0, "questions of a store").permutation(len(lab.dataset.test))[:count]
 
 
-def served(lab: Lab, system) -> dict[str, np.ndarray]:
+def store_attack_scores(lab: Lab, system) -> dict[str, np.ndarray]:
     """Returns the scores of attacks on a served system that holds half of the passages.
 
     `passage_f1` is F1 of the answers, `passage_there` whether the question is about the half that is
@@ -152,7 +152,7 @@ def served(lab: Lab, system) -> dict[str, np.ndarray]:
     return {"passage_f1": found["f1"], "passage_there": found["there"], "said": said}
 
 
-def asked_after(trainer: Trainer, start, attacked, shadows) -> dict[str, np.ndarray]:
+def membership_scores(trainer: Trainer, start, attacked, shadows) -> dict[str, np.ndarray]:
     """Returns membership scores [N] of all clients' questions, with the clients that hold them."""
     who, losses = trainer.crowd, trainer.losses
     trained_on = who.trained_on()
@@ -170,7 +170,7 @@ def asked_after(trainer: Trainer, start, attacked, shadows) -> dict[str, np.ndar
     return found
 
 
-def received(trainer: Trainer) -> dict[str, np.ndarray]:
+def update_attack_scores(trainer: Trainer) -> dict[str, np.ndarray]:
     """Returns the scores of attacks on the updates of some clients.
 
     `cosine_v` [N] is the score of each question against the update of client v, and `read_v` whether
@@ -352,7 +352,7 @@ def report(config, folder: pathlib.Path) -> Report:
     )
 
 
-def told(cell: cells.Cell) -> str:
+def summary(cell: cells.Cell) -> str:
     """Returns the line that is printed for a finished cell."""
     parts = [f"{attack} {estimate(auc, made, resamples=1)[0]:.2f}" for attack in MEASURED
              if (made := attacks_on([cell], attack))]  # fmt: skip
@@ -368,6 +368,6 @@ EXPERIMENT = Experiment(
     lab=lab,
     points=points,
     compute=compute,
-    told=told,
+    summary=summary,
     report=report,
 )

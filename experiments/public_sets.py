@@ -240,7 +240,7 @@ def report(config, folder: pathlib.Path):
     )
 
 
-def told(cell) -> str:
+def summary(cell) -> str:
     """Returns a line with a cell's metrics."""
     return "  ".join(f"{name} {100 * np.nanmean(x):.1f}" for name, x in cell.scores.items())
 
@@ -251,6 +251,6 @@ EXPERIMENT = Experiment(
     lab=lab,
     points=lambda lab: every_point(lab.asking),
     compute=compute,
-    told=told,
+    summary=summary,
     report=report,
 )

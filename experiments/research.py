@@ -244,7 +244,7 @@ def points(lab: Lab) -> list[Point]:
     ]
 
 
-def told(cell) -> str:
+def summary(cell) -> str:
     """Returns a line with a cell's metrics."""
     return "  ".join(
         f"{hops.replace('_', '-')} EM {100 * np.nanmean(cell.scores[f'{hops}_em']):.1f} "
@@ -260,6 +260,6 @@ EXPERIMENT = Experiment(
     lab=lab,
     points=points,
     compute=compute,
-    told=told,
+    summary=summary,
     report=report,
 )

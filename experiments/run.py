@@ -77,7 +77,7 @@ class ComputesCell(Protocol):
     def __call__(self, lab: Any, point: Point, /) -> cells.Cell: ...
 
 
-class TellsCell(Protocol):
+class SummarisesCell(Protocol):
     """Returns the line that is printed for a finished cell."""
 
     def __call__(self, cell: cells.Cell, /) -> str: ...
@@ -110,7 +110,7 @@ class Experiment:
     lab: OpensLab
     points: ListsPoints
     compute: ComputesCell
-    told: TellsCell
+    summary: SummarisesCell
     report: MakesReport
     controls: MeasuresControls = lambda lab: None
     defined: tuple[str, ...] = ()
@@ -137,8 +137,8 @@ def run(experiment: Experiment, config, runs: str) -> pathlib.Path:
         # Beside its cells: points of several folders may share a name.
         log_cell(cell, folder / point.folder, config.name, place=point.folder, **how)
         if new:
-            told, seconds = experiment.told(cell), time.perf_counter() - began
-            print(f"[{number}/{len(points)}] {point}: {told}  ({seconds:.0f} s so far)", flush=True)
+            line, seconds = experiment.summary(cell), time.perf_counter() - began
+            print(f"[{number}/{len(points)}] {point}: {line}  ({seconds:.0f} s so far)", flush=True)
             return_pages()
     experiment.controls(lab)
     report = experiment.report(config, folder)

@@ -313,7 +313,7 @@ def points(lab: Retrieval) -> list[Point]:
     return found
 
 
-def told(cell) -> str:
+def summary(cell) -> str:
     """The means of a cell's scores, for people."""
     return "  ".join(f"{METRICS[m]} {100 * np.mean(cell.scores[m]):.1f}" for m in METRICS)
 
@@ -324,6 +324,6 @@ EXPERIMENT = Experiment(
     lab=lab,
     points=points,
     compute=compute,
-    told=told,
+    summary=summary,
     report=report,
 )

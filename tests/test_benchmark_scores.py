@@ -45,8 +45,10 @@ def test_an_answer_without_a_normal_form_is_no_abstention():
     }  # fmt: skip
     assert scoring.open_answer(known, q, "")["abstained"] == 1.0
     told = [Passage("p", "", "Carrots have vitamin A in them."), Passage("q", "", "A carrot?")]
-    assert scoring.told(q, told[:1]) == {"answer_in_passages": 1.0}
-    assert scoring.told(q, [Passage("r", "", "Carrots have a lot.")]) == {"answer_in_passages": 0.0}
+    assert scoring.answer_in_passages(q, told[:1]) == {"answer_in_passages": 1.0}
+    assert scoring.answer_in_passages(q, [Passage("r", "", "Carrots have a lot.")]) == {
+        "answer_in_passages": 0.0
+    }
 
 
 def test_punctuation_separates_words_in_triviaqa():

@@ -18,7 +18,7 @@ from fedrag_jax.models.decoder import Decoder
 from fedrag_jax.models.network import Network
 from fedrag_jax.objectives.distillation import METHODS, distillation, distilled, entropy, kl
 from fedrag_jax.objectives.joint import marginal_likelihood
-from fedrag_jax.objectives.supervision import Attention, Known, LeaveOneOut, Likelihoods
+from fedrag_jax.objectives.supervision import Attention, CachedAnswers, LeaveOneOut, Likelihoods
 from fedrag_jax.retrieval.refresh import NEVER
 
 pytestmark = pytest.mark.usefixtures("strict_types")
@@ -187,12 +187,12 @@ def test_nothing_is_asked_twice():
         asked.append(list(questions))
         return [q * q for q in questions]
 
-    known = Known(ask, 3)
+    known = CachedAnswers(ask, 3)
     assert known([1, 2, 1, 3, 4]) == [1, 4, 1, 9, 16]
     assert known([4, 5, 2]) == [16, 25, 4]
     assert asked == [[1, 2, 3], [4, 4, 4], [5, 5, 5]]
     asked.clear()
-    assert Known(ask, 3, full=False)([1, 2, 3, 4]) == [1, 4, 9, 16]
+    assert CachedAnswers(ask, 3, full=False)([1, 2, 3, 4]) == [1, 4, 9, 16]
     assert asked == [[1, 2, 3], [4]]
 
 

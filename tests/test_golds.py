@@ -41,14 +41,14 @@ def test_an_id_names_its_passage_or_the_pieces_that_answer():
         ("both",),
         (),
     ]
-    assert found.told() == ""
+    assert found.message() == ""
     found.require_some("own")
 
 
 def test_ids_that_name_nothing_are_told():
     found = golds([(["whole", "p9"], ["London"]), (["cut#7"], ["x"])], PASSAGES)
     assert found.found == [("whole",), ()] and found.missing == [("p9",), ("cut#7",)]
-    assert found.told() == "2 of 3 positive_ids name none of the 9 passages, 'p9' first"
+    assert found.message() == "2 of 3 positive_ids name none of the 9 passages, 'p9' first"
     found.require_some("own")
     golds([([], ["x"])], PASSAGES).require_some("own")
     with pytest.raises(DataError, match=r"own: 1 of 1 positive_ids name none .*, 'p9' first: give"):

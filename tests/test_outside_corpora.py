@@ -241,7 +241,7 @@ def test_golds_are_found_by_title_and_answer():
     # Of Byron's page, which has no answer, its first passage; "Lond" is no word of London's.
     assert found.golds == [("a1", "b0"), (), (), ("l0",)]
     assert (found.titled, found.found, found.answered) == (3, 2, 1)
-    assert "of 4 questions 3 name a page, 2 find it in the corpus, 1 with" in found.told()
+    assert "of 4 questions 3 name a page, 2 find it in the corpus, 1 with" in found.message()
 
 
 def test_golds_in_scripts_without_spaces():

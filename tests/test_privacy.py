@@ -168,7 +168,7 @@ def test_locally_private_clients_add_noise_themselves():
 def test_a_locally_private_client_is_a_data_set_of_one(library):
     """Two of its messages are 2 C apart: half of the multiplier, and who is drawn is no secret."""
     algorithm = dp_fed_avg(local=True, noise_multiplier=3.0, rate=0.5, delta=0.01, local_steps=1)
-    assert algorithm.tells(3)["epsilon"] == epsilon(1.5, 1.0, 3, 0.01)
+    assert algorithm.record_fields(3)["epsilon"] == epsilon(1.5, 1.0, 3, 0.01)
 
 
 @pytest.mark.slow

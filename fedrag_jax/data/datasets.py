@@ -194,7 +194,7 @@ def load_over(
 def _over(dataset: Dataset, titles, passages: Sequence[Passage], where: str) -> Dataset:
     everybody = [e for split in SPLITS for e in getattr(dataset, split)]
     found = outside_corpora.find_golds(everybody, titles, passages)
-    warnings.warn(f"{dataset.name} over {where}: {found.told()}", stacklevel=3)
+    warnings.warn(f"{dataset.name} over {where}: {found.message()}", stacklevel=3)
     return _with(dataset, passages, found.golds, f"{dataset.origin} over {where}")
 
 

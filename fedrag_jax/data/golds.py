@@ -23,7 +23,7 @@ class Golds(NamedTuple):
     missing: list[tuple[str, ...]]
     passages: int
 
-    def told(self) -> str:
+    def message(self) -> str:
         """A message about the ids that name no passage; "" if there are none."""
         missing = [i for some in self.missing for i in some]
         if not missing:
@@ -41,8 +41,8 @@ class Golds(NamedTuple):
         """
         if self.named and not any(self.found):
             raise DataError(
-                f"{where}: {self.told()}: give the ids of passages as `fedrag ask --json` prints them, "
-                "or the ids of the indexed documents and lines"
+                f"{where}: {self.message()}: give the ids of passages as `fedrag ask --json` prints "
+                "them, or the ids of the indexed documents and lines"
             )
 
 

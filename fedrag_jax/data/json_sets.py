@@ -122,8 +122,8 @@ def load_questions(
         )
     found = golds(((e.positive_ids, e.answers) for e, _, _ in questions), passages)
     found.require_some(os.fspath(path))
-    if told := found.told():
-        warnings.warn(f"{path}: {told}; left out", stacklevel=2)
+    if message := found.message():
+        warnings.warn(f"{path}: {message}; left out", stacklevel=2)
     placed = [
         (dataclasses.replace(example, positive_ids=ids), *more)
         for (example, *more), ids in zip(questions, found.found, strict=True)

@@ -149,7 +149,7 @@ class FoundGolds(NamedTuple):
     found: int
     answered: int
 
-    def told(self) -> str:
+    def message(self) -> str:
         """A message with the numbers."""
         return (
             f"of {len(self.golds):,} questions {self.titled:,} name a page, {self.found:,} find it in "

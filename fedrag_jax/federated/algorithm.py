@@ -122,7 +122,7 @@ class Algorithm(NamedTuple):
       needs: the information that the server needs: only the weighted "sum" of updates, a sum that is
         "masked" already, all "updates" one by one, their "factors" (to multiply those of each client),
         or "nothing".
-      tells: `tells(rounds)`: fields that the algorithm adds to the record after that many rounds;
+      record_fields: `record_fields(rounds)`: fields added to the record after that many rounds;
         raises ConfigError for more rounds than the algorithm allows.
       simulated: the reason why the algorithm works only in simulation; "" if it can be deployed.
       secret: whether the server's random draws must be known to nobody else; in a deployment the server
@@ -146,7 +146,7 @@ class Algorithm(NamedTuple):
     changes_base: bool = False
     sent: Callable[[PyTree, int], PyTree] | None = lambda trainable, turn: trainable
     needs: str = "sum"
-    tells: Callable[[int], Mapping[str, Any]] = lambda rounds: {}
+    record_fields: Callable[[int], Mapping[str, Any]] = lambda rounds: {}
     simulated: str = ""
     secret: bool = False
     bounded: Callable[[PyTree, PyTree], PyTree] | None = None

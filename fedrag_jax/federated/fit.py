@@ -31,7 +31,7 @@ from fedrag_jax.federated.engine.placement import Placing, put_rows, rows_of
 from fedrag_jax.federated.engine.records import Spent, by_client, require_finite, seen, summary
 from fedrag_jax.federated.engine.round import Ran, Round, run_alone
 from fedrag_jax.federated.engine.start import all_rows, initial_state, schedule, started
-from fedrag_jax.federated.engine.table import collate, retrieve, tell_idle, used_rows
+from fedrag_jax.federated.engine.table import collate, retrieve, used_rows, warn_of_idle_clients
 from fedrag_jax.objectives.task import Task
 
 
@@ -115,9 +115,9 @@ def fit(
     counts = {"rounds": rounds, "batch_size": batch_size, "group_size": group_size}
     _require_counts(counts | {"refresh_every": refresh_every})
     data, algorithm, alone = _who_trains(task, data, algorithm)
-    algorithm.tells(rounds)  # refuses more than it may take
+    algorithm.record_fields(rounds)  # refuses more than it may take
     optimizer_at = schedule(algorithm, optimizer)
-    tell_idle(task, data, batch_size)
+    warn_of_idle_clients(task, data, batch_size)
     work, total = algorithm.work, len(data.clients)
     places = max(work.sampling.places(data.sizes()), 1)
     placing = Placing(mesh, task.frozen, places)
@@ -197,7 +197,7 @@ def fit(
             clock.lap()  # others may have had their turn
 
             # Read the result and write the record.
-            left = placing.read((ran.state.population, ran.told))
+            left = placing.read((ran.state.population, ran.outcome))
             population, (report, server_finite) = left
             spent = Spent(refreshing, choosing, sampling.others, ran, sum(clock.lap()), idle)
             clients, report = by_client(report, parts, total)
@@ -215,7 +215,7 @@ def fit(
                 "traffic": traffic._asdict(),
                 "refreshed": refresh,
                 **spent.record(),
-                **algorithm.tells(now.round + 1),
+                **algorithm.record_fields(now.round + 1),
             }
             now = dataclasses.replace(
                 now,

@@ -21,7 +21,7 @@ from fedrag_jax.objectives.task import PyTree
 CHUNK = 64  # prompts that are read at once
 
 
-class Known:
+class CachedAnswers:
     """Caches answers to hashable questions; calls `ask` in chunks for new questions.
 
     Args:
@@ -46,7 +46,7 @@ class Likelihoods:
     """log p(y_i | z, x, y_<i), for each passage z alone."""
 
     def __init__(self, decoder: Network, parts: PyTree, prompts: Prompts):
-        self._prompts, self._known = prompts, Known(self._read, CHUNK)
+        self._prompts, self._known = prompts, CachedAnswers(self._read, CHUNK)
         self._run = decoder, parts["decoder"], parts["adapters"]
 
     def __call__(self, examples: Sequence[Example], rows: np.ndarray) -> dict[str, np.ndarray]:
@@ -74,7 +74,7 @@ class LeaveOneOut:
     Atlas)."""
 
     def __init__(self, decoder: Network, parts: PyTree, prompts: Prompts):
-        self._prompts, self._known = prompts, Known(self._read, CHUNK // 4)
+        self._prompts, self._known = prompts, CachedAnswers(self._read, CHUNK // 4)
         self._run = decoder, parts["decoder"], parts["adapters"]
 
     def __call__(self, examples: Sequence[Example], rows: np.ndarray) -> dict[str, np.ndarray]:
@@ -108,7 +108,7 @@ class Attention:
     """
 
     def __init__(self, decoder: Network, parts: PyTree, prompts: Prompts):
-        self._prompts, self._known = prompts, Known(self._read, CHUNK // 4)
+        self._prompts, self._known = prompts, CachedAnswers(self._read, CHUNK // 4)
         self._run = decoder, parts["decoder"], parts["adapters"]
 
     def __call__(self, examples: Sequence[Example], rows: np.ndarray) -> dict[str, np.ndarray]:
@@ -136,7 +136,11 @@ class Teacher:
     """
 
     def __init__(self, score: Callable[[list[str], list[str]], Any], texts: Sequence[str]):
-        self._score, self._texts, self._known = score, texts, Known(self._ask, CHUNK, full=False)
+        self._score, self._texts, self._known = (
+            score,
+            texts,
+            CachedAnswers(self._ask, CHUNK, full=False),
+        )
 
     def __call__(self, examples: Sequence[Example], rows: np.ndarray) -> dict[str, np.ndarray]:
         """`teacher_scores` [N, k]."""

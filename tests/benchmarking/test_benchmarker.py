@@ -104,7 +104,7 @@ class Elsewhere:
 
     kind, dimension, cosines = "elsewhere", None, False
 
-    def told(self):
+    def description(self):
         return {"kind": self.kind}
 
     def search(self, questions, vectors=None, k=5):

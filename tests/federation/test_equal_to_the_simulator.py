@@ -21,8 +21,8 @@ from fedrag_jax.federated.algorithms.scaffold import scaffold
 from fedrag_jax.federated.compression.casting import cast
 from fedrag_jax.federated.compression.quantisation import quantised, rotated
 from fedrag_jax.federated.compression.top_k import top_k
-from fedrag_jax.federated.engine.apart import client_round, member_of
 from fedrag_jax.federated.engine.cohort import client_batches
+from fedrag_jax.federated.engine.two_sides import client_round, member_of
 from fedrag_jax.federated.sampling import poisson, uniform
 from fedrag_jax.integrations.flower.draws import Draws
 from fedrag_jax.integrations.flower.model_file import load_model
@@ -184,9 +184,9 @@ def test_a_server_is_closed_only_where_clients_do_not_need_what_it_keeps(name):
 
     def trained(server):
         state = plan.initial._replace(server=server)
-        place, numbers = plan.place(0)
+        shared, numbers = plan.shared_round(0)
         about = numbers, state, plan.task.frozen, table, member, plan.key(0)
-        return leaves(client_round(place, plan.task.loss, *about)[0])
+        return leaves(client_round(shared, plan.task.loss, *about)[0])
 
     other = jax.tree.map(lambda x: x + 1, plan.initial.server)
     same = np.array_equal(trained(plan.initial.server), trained(other))

@@ -99,12 +99,12 @@ def test_noise_on_the_sum_is_as_wide_as_it_is_said_to_be(tmp_path):
 
 
 def test_records_tell_what_a_private_round_has_spent(tmp_path):
-    def tells(rounds):
+    def record_fields(rounds):
         if rounds > 2:
             raise ConfigError("3 rounds spend more than is claimed")
         return {"epsilon": 0.5 * rounds}
 
-    algorithm = dp_fed_avg(local_steps=1)._replace(tells=tells)
+    algorithm = dp_fed_avg(local_steps=1)._replace(record_fields=record_fields)
     result, _ = federate(plan_of(algorithm, rounds=2), tmp_path)
     assert [record["epsilon"] for record in result.history] == [0.5, 1.0]
     with pytest.raises(ConfigError, match="more than is claimed"):

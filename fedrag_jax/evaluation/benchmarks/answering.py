@@ -55,7 +55,7 @@ class Run:
                 if self._labelled:
                     scores |= scoring.ranked(self.known, q, some, self.corpus or ())
                 if self.known.kind == "open":
-                    scores |= scoring.told(q, passages)
+                    scores |= scoring.answer_in_passages(q, passages)
             scores = {n: None if math.isnan(score) else score for n, score in scores.items()}
             ids = [p.id for p in passages]
             rows.append({"id": q.id, "group": q.group} | row | {"scores": scores, "read": ids})

@@ -267,8 +267,8 @@ def _placed_golds(
     found = golds(((q.golds, q.answers) for q in asked), searched)
     if not known.repo:  # those of public sets are of the set's passages
         found.require_some(known.name)
-    if told := found.told():
-        warnings.warn(f"{known.name}: {told}: these rankings are not scored", stacklevel=3)
+    if message := found.message():
+        warnings.warn(f"{known.name}: {message}: these rankings are not scored", stacklevel=3)
     return [
         q if missing else dataclasses.replace(q, golds=ids)
         for q, ids, missing in zip(asked, found.found, found.missing, strict=True)

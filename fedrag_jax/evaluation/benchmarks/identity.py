@@ -46,7 +46,7 @@ def identity(system: RAGSystem, searches: bool, corpus: Iterable[Passage] | None
         return parts
     vectors = retriever.vectors if system.store is None else None
     searched = retriever.query, retriever.document, retriever.head, vectors
-    store = "corpus" if system.store is None else json.dumps(system.store.told())
+    store = "corpus" if system.store is None else json.dumps(system.store.description())
     passages = (json.dumps(dataclasses.astuple(p)).encode() + b"\n" for p in corpus or ())
     return parts | {
         "retriever": _model(retriever.encoder, searched, retriever.tokenizer),

@@ -95,7 +95,7 @@ def ranked(
     return {name: float(score(ids, [question.golds])[0]) for name, score in wanted.items()}
 
 
-def told(question: Question, read: Sequence[Passage]) -> Scores:
+def answer_in_passages(question: Question, read: Sequence[Passage]) -> Scores:
     """Returns `answer_in_passages`: whether any passage read contains an answer, gold or not."""
     if not question.answers:
         return {"answer_in_passages": math.nan}

@@ -190,7 +190,7 @@ def dp_fed_avg(
         x, optimizer = server_step(server_optimizer, x, state.server["optimizer"], mean)
         return State(x, state.server | {"optimizer": optimizer, "clip": c}), report
 
-    def tells(rounds):
+    def record_fields(rounds):
         if not delta:
             return {}
         found = spent(z / apart, seen_at, rounds, delta, accountant)
@@ -206,7 +206,7 @@ def dp_fed_avg(
         init,
         (turn,),
         whole_model,
-        tells=tells,
+        record_fields=record_fields,
         simulated="each client's noise is drawn from a seed that the server knows" if local else "",
         secret=True,
         # A clip that follows the norms needs to see them.

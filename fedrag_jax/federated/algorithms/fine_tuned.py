@@ -85,7 +85,7 @@ def fine_tuned(*, together: int = 8, alone: int = 2, **work: Unpack[WorkOptions]
         # What the rounds together came to is sent once more, before clients go on alone.
         return Traffic(down=whole.down) if together and round == together else Traffic()
 
-    def tells(rounds):
+    def record_fields(rounds):
         if rounds > together + alone:
             raise ConfigError(
                 f"fine_tuned: the fit has {rounds} rounds, but together + alone is "
@@ -94,4 +94,4 @@ def fine_tuned(*, together: int = 8, alone: int = 2, **work: Unpack[WorkOptions]
         return {}
 
     turns = (average,) * together + (tune,) * alone
-    return Algorithm(Work(**work), init, turns, traffic, model=model, tells=tells)
+    return Algorithm(Work(**work), init, turns, traffic, model=model, record_fields=record_fields)

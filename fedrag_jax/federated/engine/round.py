@@ -61,14 +61,14 @@ class Ran(NamedTuple):
 
     Attributes:
       state: the algorithm's state after the round.
-      told: `(report, server_finite)`, the report as the turn gives it.
+      outcome: `(report, server_finite)`, the report as the turn gives it.
       seconds: without `compile_seconds`.
       peak_bytes: bytes of the program on a device.
       devices: number of devices used.
     """
 
     state: State
-    told: tuple
+    outcome: tuple
     seconds: float
     compile_seconds: float
     peak_bytes: int = 0
@@ -89,9 +89,9 @@ def run_round(asked: Round) -> Ran:
     left = run(*asked.arguments)  # returns when the devices begin
     if asked.meanwhile is not None:
         asked.meanwhile()
-    state, told = jax.block_until_ready(left)
+    state, outcome = jax.block_until_ready(left)
     devices = 1 if asked.mesh is None else asked.mesh.size
-    return Ran(state, told, sum(clock.lap()), compile_seconds, peak, devices)
+    return Ran(state, outcome, sum(clock.lap()), compile_seconds, peak, devices)
 
 
 def run_alone(rounds: Callable[P, Generator[Round, Ran, R]]) -> RunAlone[P, R]:
@@ -123,7 +123,7 @@ def compile_round(asked: Round) -> Callable:
     """Compiles a round, or finds it compiled.
 
     Returns:
-      `run(*arguments) -> (state, told)`; `state` is donated.
+      `run(*arguments) -> (state, outcome)`; `state` is donated.
     """
     program, _ = Program.of(asked)
     return functools.partial(_compile(program)[0], split(asked.optimizer)[1])
@@ -204,8 +204,8 @@ def _trace(program: Program) -> jax.stages.Traced:
                 check_vma=False,
             )
         )
-        state, told = shared(*inputs)
-        return jax.tree.map(_placed, state, arguments[0]), told  # the next round is this program
+        state, outcome = shared(*inputs)
+        return jax.tree.map(_placed, state, arguments[0]), outcome  # the next round is this program
 
     return jax.jit(placed, donate_argnums=1).trace(numbers, *arguments)
 

@@ -148,7 +148,7 @@ def _ways(count: int) -> list[Way]:
 
 @functools.lru_cache(maxsize=64)
 def _compile(program: Program, same: tuple[bool, ...], width: int, device):
-    """`run(each, one) -> [(state, told), ...]` of `width` fits, on a device if one is named.
+    """`run(each, one) -> [(state, outcome), ...]` of `width` fits, on a device if one is named.
 
     Leaves that are the `same` are given once, the others as often as there are fits.
     """

@@ -15,7 +15,7 @@ from fedrag_jax.federated.work import Work
 from fedrag_jax.objectives.task import Task
 
 
-def tell_idle(task: Task, data: Partition, batch_size: int) -> None:
+def warn_of_idle_clients(task: Task, data: Partition, batch_size: int) -> None:
     """Warns of clients that learn nothing from their examples.
 
     Raises:

@@ -20,9 +20,9 @@ import fedrag_jax
 from fedrag_jax.data.partition import Partition
 from fedrag_jax.errors import ConfigError, DivergenceError
 from fedrag_jax.federated.algorithm import PyTree
-from fedrag_jax.federated.engine.apart import client_round, member_of
 from fedrag_jax.federated.engine.cohort import client_batches
-from fedrag_jax.federated.engine.table import collate, tell_idle
+from fedrag_jax.federated.engine.table import collate, warn_of_idle_clients
+from fedrag_jax.federated.engine.two_sides import client_round, member_of
 from fedrag_jax.integrations.flower.broadcast import begun, expected, nothing_heard
 from fedrag_jax.integrations.flower.memory import Memory
 from fedrag_jax.integrations.flower.model_file import save_model
@@ -137,10 +137,10 @@ class Party:
         settings = plan.algorithm.work, round, plan.batch_size, plan.seed
         batches = client_batches(rows, self.number, *settings)
         member = member_of(self.number, 1.0, batches)
-        place, numbers = plan.place(round)
+        shared, numbers = plan.shared_round(round)
         frozen = jax.tree.map(jax.numpy.asarray, plan.task.frozen)
         about = numbers, state, frozen, table, member, plan.key(round)
-        sent, row, report = jax.device_get(client_round(place, plan.task.loss, *about))
+        sent, row, report = jax.device_get(client_round(shared, plan.task.loss, *about))
         if not report["finite"]:
             raise DivergenceError(
                 f"task {plan.task.name!r}, round {round + 1}: loss or parameters of client "
@@ -177,7 +177,7 @@ class Party:
     def _table(self, trainable) -> dict[str, Any]:
         task, examples = self.plan.task, self.examples
         alone = Partition(examples, (np.arange(len(examples)),))
-        tell_idle(task, alone, self.plan.batch_size)
+        warn_of_idle_clients(task, alone, self.plan.batch_size)
         rows = np.arange(len(examples))
         found = None if task.retrieve is None else np.asarray(task.retrieve(examples, trainable))
         return jax.tree.map(jax.numpy.asarray, collate(task, examples, rows, found))

@@ -14,9 +14,9 @@ import optax
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.federated.algorithm import Algorithm, PyTree, State
 from fedrag_jax.federated.compression.codec import Codec
-from fedrag_jax.federated.engine.apart import Place, sent_shapes
 from fedrag_jax.federated.engine.client import update_key
 from fedrag_jax.federated.engine.start import initial_state, schedule
+from fedrag_jax.federated.engine.two_sides import SharedRound, sent_shapes
 from fedrag_jax.federated.optimizers import split
 from fedrag_jax.integrations.flower.wire import named
 from fedrag_jax.objectives.task import Task
@@ -61,7 +61,7 @@ class Plan:
             )
         if why := self.algorithm.simulated:
             raise ConfigError(f"{name} cannot be deployed: {why}; choose another algorithm")
-        self.algorithm.tells(self.rounds)  # refuses too many rounds
+        self.algorithm.record_fields(self.rounds)  # refuses too many rounds
         if self.within.needs == "updates":
             raise ConfigError(
                 f"{name} cannot be deployed: it needs all updates of a round at once, but the server "
@@ -80,7 +80,7 @@ class Plan:
                 "round (refresh_every=1, no index kept between rounds)"
             )
         for round in range(len(self.algorithm.turns)):
-            sent_shapes(*self.place(round), self.inner(self.initial), self.task.frozen, name)
+            sent_shapes(*self.shared_round(round), self.inner(self.initial), self.task.frozen, name)
 
     @property
     def within(self) -> Algorithm:
@@ -111,9 +111,9 @@ class Plan:
         """Whether clients keep state between rounds."""
         return bool(jax.tree.leaves(self.initial.population))
 
-    def place(self, round: int) -> tuple[Place, list]:
+    def shared_round(self, round: int) -> tuple[SharedRound, list]:
         """Returns the shared settings of a round, counted from 0, and the numbers of its optimizer."""
-        return Place.of(self.algorithm, self.optimizer_at(round), round)
+        return SharedRound.of(self.algorithm, self.optimizer_at(round), round)
 
     def key(self, round: int) -> jax.Array:
         """Returns the random key of a round, counted from 0."""
@@ -131,7 +131,7 @@ class Plan:
     def sent(self, round: int) -> tuple[PyTree, PyTree]:
         """Returns shapes and types of a client's arrays in a round, from 0, and of their sums."""
         state = self.inner(self.initial)
-        return sent_shapes(*self.place(round), state, self.task.frozen, self.algorithm.name)
+        return sent_shapes(*self.shared_round(round), state, self.task.frozen, self.algorithm.name)
 
     @functools.cached_property
     def settings(self) -> dict[str, Any]:

@@ -22,11 +22,11 @@ from flwr.serverapp import Grid, ServerApp
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.federated.algorithm import State
 from fedrag_jax.federated.callbacks import Callback, FitState, ending
-from fedrag_jax.federated.engine.apart import member_of, server_step, share_of_sums
 from fedrag_jax.federated.engine.client import all_finite
 from fedrag_jax.federated.engine.cohort import Batches, steps_of
 from fedrag_jax.federated.engine.records import require_finite, seen, summary
 from fedrag_jax.federated.engine.start import started
+from fedrag_jax.federated.engine.two_sides import member_of, server_step, share_of_sums
 from fedrag_jax.federated.fit import FitResult
 from fedrag_jax.integrations.flower.asking import Asking, RoundFailedError
 from fedrag_jax.integrations.flower.broadcast import closed
@@ -171,7 +171,7 @@ def _closed(
     work, clients = plan.algorithm.work, sorted(asking.answers)
     held = np.array([asking.held[c] for c in clients], np.int64)
     counts = held if work.weighting == "examples" else np.ones(len(clients))
-    place, numbers = plan.place(now.round)
+    shared, numbers = plan.shared_round(now.round)
     frozen, key = jax.tree.map(jnp.asarray, plan.task.frozen), plan.key(now.round)
     start = asking.handed.start
     known = start._replace(population=plan.initial.population)
@@ -180,10 +180,10 @@ def _closed(
     for client, size, share in zip(clients, held, counts / max(counts.sum(), 1), strict=True):
         did = NOTHING._replace(steps=steps_of(int(size), work, plan.batch_size))
         member, sent = member_of(client, share, did), asking.arrays(client)
-        mine = share_of_sums(place, numbers, known, frozen, member, sent, key)
+        mine = share_of_sums(shared, numbers, known, frozen, member, sent, key)
         finite.append(bool(all_finite(mine)))
         sums = jax.tree.map(jnp.add, sums, mine)
-    after, well = server_step(place, numbers, start, frozen, sums, draws.of_round(now.round))
+    after, well = server_step(shared, numbers, start, frozen, sums, draws.of_round(now.round))
     state = closed(plan, now.state, asking.handed, after)
     who = np.array(clients, int)
     require_finite(plan.task.name, now.round + 1, who, np.array(finite, bool), bool(well))
@@ -201,7 +201,7 @@ def _closed(
         "refreshed": plan.task.retrieve is not None,
         "refresh_seconds": 0.0,
         "compile_seconds": 0.0,
-        **plan.algorithm.tells(now.round + 1),
+        **plan.algorithm.record_fields(now.round + 1),
     }
 
 

@@ -116,9 +116,9 @@ class HybridStore(OverOthers):
         """Returns a hybrid of empty stores of the same kinds."""
         return HybridStore([part.emptied() for part in self.parts], self.depth)
 
-    def told(self) -> dict[str, Any]:
+    def description(self) -> dict[str, Any]:
         """Its own settings, and those of its stores."""
-        return super().told() | {"parts": [part.told() for part in self.parts]}
+        return super().description() | {"parts": [part.description() for part in self.parts]}
 
     # --- on disk -------------------------------------------------------------------------------
 

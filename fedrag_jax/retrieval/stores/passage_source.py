@@ -65,7 +65,7 @@ class PassageSource(abc.ABC):
           ConfigError: k below 1.
         """
 
-    def told(self) -> dict[str, Any]:
+    def description(self) -> dict[str, Any]:
         """Settings that distinguish it from other sources of the same passages, as JSON."""
         return {"kind": self.kind} | self._settings()
 

@@ -106,10 +106,10 @@ class RerankedStore(OverOthers):
         """Returns the same cross-encoder over an empty store of the same kind."""
         return RerankedStore(self.store.emptied(), self.cross_encoder, self.depth)
 
-    def told(self) -> dict[str, Any]:
+    def description(self) -> dict[str, Any]:
         """Its own settings, those of the other store, and a hash of the cross-encoder."""
-        return super().told() | {
-            "store": self.store.told(),
+        return super().description() | {
+            "store": self.store.description(),
             "cross_encoder": self.cross_encoder.fingerprint(),
         }
 

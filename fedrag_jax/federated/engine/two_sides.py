@@ -29,7 +29,7 @@ from fedrag_jax.federated.updates import change_key
 NO_REPORT: dict = {"metrics": {}}  # of clients on the server, where nobody asks for it
 
 
-class Place(NamedTuple):
+class SharedRound(NamedTuple):
     """The part of a round that both sides know; hashable, and equal for rounds that share programs.
 
     Attributes:
@@ -53,8 +53,8 @@ class Place(NamedTuple):
     @classmethod
     def of(
         cls, algorithm: Algorithm, optimizer: optax.GradientTransformation, round: int
-    ) -> tuple["Place", list]:
-        """Returns the place of a round, from 0, and the numbers of its optimizer."""
+    ) -> tuple["SharedRound", list]:
+        """Returns what both sides share of a round, from 0, and the numbers of its optimizer."""
         fixed, numbers, structure = split(optimizer)
         inner, up, _ = algorithm.messages or (algorithm, None, None)
         turn = inner.turns[round % len(inner.turns)]
@@ -72,9 +72,9 @@ def member_of(client: int, share: float, batches: Batches) -> Cohort:
     )
 
 
-@functools.partial(jax.jit, static_argnames=("place", "loss"))
+@functools.partial(jax.jit, static_argnames=("shared", "loss"))
 def client_round(
-    place: Place, loss: Callable, numbers, state: State, frozen, table, member: Cohort, key
+    shared: SharedRound, loss: Callable, numbers, state: State, frozen, table, member: Cohort, key
 ) -> tuple[PyTree, PyTree, dict]:
     """The work of one client.
 
@@ -87,33 +87,35 @@ def client_round(
       The message, the client's new row, and the report, without leading axes. The message is the
       trained model, bounded by the algorithm, and encoded if there is a codec.
     """
-    client = local_update(loss, join(place.fixed, numbers, place.structure), frozen, table, key)
+    client = local_update(loss, join(shared.fixed, numbers, shared.structure), frozen, table, key)
     made = []
 
     def update(*arguments, **options):
         y, optimizer, report = client.update(*arguments, **options)
         x, y, report = jax.tree.map(lambda x: x[0], (arguments[0], y, report))
-        if place.bounded is not None:
-            y = place.bounded(y, x)
+        if shared.bounded is not None:
+            y = shared.bounded(y, x)
         sent, left = y, ()
-        if place.up is not None:
-            left = state.population[LABEL] if place.feedback else ()
+        if shared.up is not None:
+            left = state.population[LABEL] if shared.feedback else ()
             own_key = change_key(key, LABEL, member.clients[0])
-            sent, left = packed(place.up, difference(y, x), left, own_key)
-            y = _unpacked(place.up, sent, x, own_key)  # what the server sees is what counts
+            sent, left = packed(shared.up, difference(y, x), left, own_key)
+            y = _unpacked(shared.up, sent, x, own_key)  # what the server sees is what counts
         made.append((sent, left, report))
         y, report = jax.tree.map(lambda x: x[None], (y, report))
         return y, optimizer, report
 
     own = client._replace(update=update, total=_alone([]))
-    after, _ = place.turn(_with_row(place, state), [_lead(member)], own)
+    after, _ = shared.turn(_with_row(shared, state), [_lead(member)], own)
     ((sent, left, report),) = made
     row = jax.tree.map(lambda x: x[0, 0], after.population[0]) if after.population else ()
-    return sent, {"inner": row, LABEL: left} if place.feedback else row, report
+    return sent, {"inner": row, LABEL: left} if shared.feedback else row, report
 
 
-@functools.partial(jax.jit, static_argnames="place")
-def share_of_sums(place: Place, numbers, state: State, frozen, member: Cohort, sent, key) -> PyTree:
+@functools.partial(jax.jit, static_argnames="shared")
+def share_of_sums(
+    shared: SharedRound, numbers, state: State, frozen, member: Cohort, sent, key
+) -> PyTree:
     """Returns the terms that one client adds to the sums of a round.
 
     Args:
@@ -124,28 +126,32 @@ def share_of_sums(place: Place, numbers, state: State, frozen, member: Cohort, s
 
     def update(x, optimizer, *_, **__):
         y = sent
-        if place.up is not None:
+        if shared.up is not None:
             own_key = change_key(key, LABEL, member.clients[0])
-            y = _unpacked(place.up, sent, jax.tree.map(lambda x: x[0], x), own_key)
+            y = _unpacked(shared.up, sent, jax.tree.map(lambda x: x[0], x), own_key)
         return jax.tree.map(lambda y: y[None], y), optimizer, NO_REPORT
 
     sums: list = []
-    client = _server_client(place, numbers, frozen, key)
+    client = _server_client(shared, numbers, frozen, key)
     client = client._replace(update=update, total=_alone(sums))
-    place.turn(_with_row(place, state), [_lead(member)], client)
+    shared.turn(_with_row(shared, state), [_lead(member)], client)
     return sums[0]
 
 
-@functools.partial(jax.jit, static_argnames="place")
-def server_step(place: Place, numbers, state: State, frozen, sums, key) -> tuple[State, jax.Array]:
+@functools.partial(jax.jit, static_argnames="shared")
+def server_step(
+    shared: SharedRound, numbers, state: State, frozen, sums, key
+) -> tuple[State, jax.Array]:
     """The state after a round, without a population, and whether it is finite."""
-    client = _server_client(place, numbers, frozen, key)
+    client = _server_client(shared, numbers, frozen, key)
     client = client._replace(total=lambda work, *inputs: (sums, [((), ())]))
-    after, _ = place.turn(state._replace(population=()), [()], client)
+    after, _ = shared.turn(state._replace(population=()), [()], client)
     return after._replace(population=()), all_finite((after.trainable, after.server))
 
 
-def sent_shapes(place: Place, numbers, state: State, frozen, name: str) -> tuple[PyTree, PyTree]:
+def sent_shapes(
+    shared: SharedRound, numbers, state: State, frozen, name: str
+) -> tuple[PyTree, PyTree]:
     """Shapes and types of what a client sends in a round, and of the sums over clients.
 
     Args:
@@ -158,13 +164,13 @@ def sent_shapes(place: Place, numbers, state: State, frozen, name: str) -> tuple
 
     def update(x, optimizer, *_, **__):
         y = jax.tree.map(lambda x: x[0], x)
-        seen.append(y if place.up is None else encoded(place.up, difference(y, y), update_key(0)))
+        seen.append(y if shared.up is None else encoded(shared.up, difference(y, y), update_key(0)))
         return x, optimizer, NO_REPORT
 
     def traced(numbers, state, frozen, member, key):
-        client = _server_client(place, numbers, frozen, key)
+        client = _server_client(shared, numbers, frozen, key)
         client = client._replace(update=update, total=_alone(sums))
-        place.turn(_with_row(place, state), [_lead(member)], client)
+        shared.turn(_with_row(shared, state), [_lead(member)], client)
         if len(seen) != 1 or len(sums) != 1:
             raise ConfigError(
                 f"{name} cannot be deployed: a turn must call Client.total once and Client.update "
@@ -182,8 +188,8 @@ def _unpacked(codec: Codec, message, x: PyTree, key) -> PyTree:
     return jax.tree.map(lambda x, u: wide(x) + u, x, told)
 
 
-def _server_client(place: Place, numbers, frozen, key) -> Client:
-    optimizer = join(place.fixed, numbers, place.structure)
+def _server_client(shared: SharedRound, numbers, frozen, key) -> Client:
+    optimizer = join(shared.fixed, numbers, shared.structure)
 
     def nothing(*_, **__):
         raise AssertionError("nobody trains on the server")
@@ -202,10 +208,10 @@ def _alone(sums: list) -> Callable:
     return total
 
 
-def _with_row(place: Place, state: State) -> State:
+def _with_row(shared: SharedRound, state: State) -> State:
     """A population of one client, in one part, as the turn knows it."""
     row = state.population
-    if place.feedback and row:
+    if shared.feedback and row:
         row = row["inner"]
     if not jax.tree.leaves(row):
         return state._replace(population=())
