@@ -96,7 +96,7 @@ def test_points_of_one_name_in_two_folders_are_both_logged(tmp_path):
         lab=lambda config, folder: lab,
         points=lambda lab: [Point("mined", "federated", 0, 0, folder=f) for f in ("one", "other")],
         compute=compute,
-        told=lambda cell: "",
+        summary=lambda cell: "",
         report=lambda config, folder: Report("two", "", []),
     )
     config = ConfigDict({"name": "two", "seeds": (0,), "split_seeds": ()})

@@ -43,6 +43,6 @@ EXPERIMENT = Experiment(
     lab=lambda config, folder: Lab(config, load_data(config), folder),
     points=points,
     compute=compute,
-    told=lambda cell: f"{cell.scores['recall'].mean():.2f}",
+    summary=lambda cell: f"{cell.scores['recall'].mean():.2f}",
     report=report,
 )
