@@ -112,7 +112,7 @@ def compute(lab: LabelFreeLab, point: Point) -> cells.Cell:
     for system, own in readers:
         if not len(own):
             continue
-        for metric, values in read(lab, name, system, own, f"{name}-{regime}-seed{seed}").items():
+        for metric, values in read(lab, system, own, f"{name}-{regime}-seed{seed}").items():
             scores.setdefault(metric, np.full(len(lab.test), np.nan))[own] = values
     cost += Cost.of_evaluation(clock.lap())
     curves = training_curves(tuners)
@@ -121,7 +121,7 @@ def compute(lab: LabelFreeLab, point: Point) -> cells.Cell:
     )
 
 
-def read(lab: LabelFreeLab, name: str, system, own: np.ndarray, cell: str) -> dict[str, np.ndarray]:
+def read(lab: LabelFreeLab, system, own: np.ndarray, cell: str) -> dict[str, np.ndarray]:
     """Returns scores of test questions; `<metric>_<n>` has the gold passage forced into n passages.
 
     `hard_<n>` is whether it had to be forced in, `recall_at_<n>` of retrieval; with most passages,
