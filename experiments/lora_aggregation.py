@@ -25,9 +25,9 @@ from experiments.reporting import cells, comparison, differences, experiment_fig
 from experiments.reporting.page import Report, Section
 from experiments.run import Experiment, Point, finished
 from fedrag_jax.clock import Clock
-from fedrag_jax.data.examples import Dataset
+from fedrag_jax.data.examples import Dataset, require_golds
 from fedrag_jax.data.seeds import stream
-from fedrag_jax.errors import ConfigError, DataError
+from fedrag_jax.errors import ConfigError
 from fedrag_jax.evaluation import evaluator
 from fedrag_jax.federated.algorithms.fed_lora import RULES, fed_lora
 from fedrag_jax.files import kept, read_json, write_json
@@ -288,11 +288,7 @@ def lab(config, folder: pathlib.Path) -> Aggregation:
     check(config)
     dataset = load_data(config)
     asked = [*dataset.train, *validation_sample(config, dataset), *dataset.test]
-    if bare := sum(not e.positive_ids for e in asked):
-        raise DataError(
-            f"{bare} of {len(asked)} questions name no gold passage, but every prompt needs one "
-            "here; give positive_ids"
-        )
+    require_golds(asked, "every prompt needs one here; give positive_ids")
     whole = Lab(at_point(config, config.ranks[0], config.mixtures_alpha), dataset, folder)
     at = {
         point_name(rank, alpha): whole.like(at_point(config, rank, alpha), folder)
