@@ -17,7 +17,7 @@ import numpy as np
 from experiments import aloftrag_report
 from experiments.aloftrag_lab import BASE, METRICS, LabelFreeLab, endpoint
 from experiments.curves import training_curves
-from experiments.loading import check_replicates, replicates
+from experiments.loading import check_replicates, replicates, require_some
 from experiments.reporting import cells
 from experiments.run import Experiment, Point
 from fedrag_jax.clock import Clock
@@ -159,9 +159,7 @@ def check(config) -> None:
       ConfigError: names the setting, its value and what it may be.
     """
     check_replicates(config)
-    for name in ("variants", "regimes", "contexts"):
-        if not config[name]:
-            raise ConfigError(f"config.{name} is empty; give at least one")
+    require_some(config, "variants", "regimes", "contexts")
     if config.data.split not in ("test", "validation", "train"):
         raise ConfigError(
             f"config.data.split: 'test', 'validation' or 'train', got {config.data.split!r}"

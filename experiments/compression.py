@@ -11,7 +11,7 @@ import pathlib
 
 from experiments.compare_strategies import told
 from experiments.lab import METRICS, Lab, compute_cell
-from experiments.loading import check_replicates, check_scores, load_data, replicates
+from experiments.loading import check_replicates, check_scores, load_data, replicates, require_some
 from experiments.reporting import cells, comparison, differences, experiment_figures, tables
 from experiments.reporting.page import Report, Section
 from experiments.run import Experiment, Point, finished
@@ -46,9 +46,7 @@ def lab(config, folder: pathlib.Path) -> Messages:
     """
     check_replicates(config)
     check_scores(config)
-    for name in ("messages", "strategies"):
-        if not config[name]:
-            raise ConfigError(f"config.{name} is empty; give at least one")
+    require_some(config, "messages", "strategies")
     if tuple(config.regimes) != (REGIME,):
         raise ConfigError(
             f"config.regimes must be ({REGIME!r},), got {config.regimes}: others send no messages"

@@ -123,9 +123,7 @@ def check(config) -> None:
     Raises:
       ConfigError: names the setting, its value and what it may be.
     """
-    for name in ("strategies", "regimes"):
-        if not config[name]:
-            raise ConfigError(f"config.{name} is empty; give at least one")
+    require_some(config, "strategies", "regimes")
     check_replicates(config)
     asked = {"strategies": config.strategies}
     limits = config.get("limits", {})
@@ -152,6 +150,13 @@ def check(config) -> None:
     for regime in config.regimes:
         parse(regime, config.federated.alpha)
     check_algorithms(config)
+
+
+def require_some(config, *names: str) -> None:
+    """Raises ConfigError if one of these settings is empty."""
+    for name in names:
+        if not config[name]:
+            raise ConfigError(f"config.{name} is empty; give at least one")
 
 
 def check_scores(config, *, rankings_alone: bool = False) -> None:
@@ -230,8 +235,7 @@ def check_replicates(config) -> None:
       ConfigError: there are none or other things than numbers, they are of different number, or a pair
         is there twice.
     """
-    if not config.seeds:
-        raise ConfigError("config.seeds is empty; give at least one")
+    require_some(config, "seeds")
     for name in ("seeds", "split_seeds"):
         if strange := [x for x in config[name] if not isinstance(x, int) or x < 0]:
             raise ConfigError(

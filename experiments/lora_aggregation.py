@@ -19,7 +19,13 @@ import numpy as np
 from experiments.client_scores import client_scores
 from experiments.fitting import fitted
 from experiments.lab import Lab, control_scores
-from experiments.loading import check_replicates, load_data, replicates, validation_sample
+from experiments.loading import (
+    check_replicates,
+    load_data,
+    replicates,
+    require_some,
+    validation_sample,
+)
 from experiments.rates import at_edge, chosen_rate, kept_rate, one_by_one
 from experiments.reporting import cells, comparison, differences, experiment_figures, tables
 from experiments.reporting.page import Report, Section
@@ -262,9 +268,7 @@ def check(config) -> None:
         change a quantised base.
     """
     check_replicates(config)
-    for name in ("rules", "ranks", "alphas", "learning_rates"):
-        if not config[name]:
-            raise ConfigError(f"config.{name} is empty; give at least one")
+    require_some(config, "rules", "ranks", "alphas", "learning_rates")
     if unknown := [rule for rule in config.rules if rule not in RULES]:
         raise ConfigError(f"config.rules: {unknown} unknown; choose among {[*RULES]}")
     for name in ("ranks", "learning_rates"):

@@ -19,6 +19,7 @@ from experiments.loading import (
     check_replicates,
     load_data,
     replicates,
+    require_some,
     validation_sample,
 )
 from experiments.rates import chosen_rate, kept_rate, one_by_one
@@ -252,9 +253,7 @@ def check(config, dataset) -> list[str]:
     """
     check_replicates(config)
     check_algorithms(config)
-    for name in ("regimes", "rate_factors"):
-        if not config[name]:
-            raise ConfigError(f"config.{name} is empty; give at least one")
+    require_some(config, "regimes", "rate_factors")
     asked = objectives_of(config)
     if unknown := [name for name in asked if name not in ALL]:
         raise ConfigError(f"config.objectives: {unknown} unknown; choose among {[*ALL]}")

@@ -11,7 +11,7 @@ import pathlib
 import numpy as np
 
 from experiments.lab import Lab
-from experiments.loading import check_replicates, check_scores, load_data, replicates
+from experiments.loading import check_replicates, check_scores, load_data, replicates, require_some
 from experiments.privacy_lab import OBJECTIVE, Trainer, crowd
 from experiments.reporting import cells, comparison, privacy_figures, tables
 from experiments.reporting.page import Report, Section
@@ -47,8 +47,7 @@ def lab(config, folder: pathlib.Path) -> Lab:
     check_scores(config)
     if config.strategy not in OBJECTIVE:
         raise ConfigError(f"config.strategy: choose among {[*OBJECTIVE]}, got {config.strategy!r}")
-    if not config.variants:
-        raise ConfigError("config.variants is empty; give at least one")
+    require_some(config, "variants")
     if config.shadows % 2 or config.shadows == 2 or config.shadows < 0:
         raise ConfigError(
             f"config.shadows must be 0 or an even number of at least 4, got {config.shadows}: shadow "
