@@ -15,7 +15,14 @@ import numpy as np
 
 from experiments.compare_strategies import told
 from experiments.lab import METRICS, Lab, compute_cell
-from experiments.loading import check_replicates, check_scores, load_data, replicates, require_some
+from experiments.loading import (
+    check_replicates,
+    check_scores,
+    load_data,
+    replicates,
+    require_federated,
+    require_some,
+)
 from experiments.reporting import cells, comparison, differences, tables
 from experiments.reporting.page import Report, Section
 from experiments.run import Experiment, Point, finished
@@ -124,10 +131,7 @@ def lab(config, folder: pathlib.Path) -> Attacks:
     check_replicates(config)
     check_scores(config, rankings_alone=True)
     require_some(config, "attacks", "rules", "strategies", "attackers")
-    if tuple(config.regimes) != (REGIME,):
-        raise ConfigError(
-            f"config.regimes must be ({REGIME!r},), got {config.regimes}: other regimes do not average"
-        )
+    require_federated(config, "other regimes do not average")
     for name in ("attacks", "rules"):
         known = config[f"known_{name}"]
         if unknown := [one for one in config[name] if one not in known]:

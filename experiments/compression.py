@@ -11,7 +11,14 @@ import pathlib
 
 from experiments.compare_strategies import told
 from experiments.lab import METRICS, Lab, compute_cell
-from experiments.loading import check_replicates, check_scores, load_data, replicates, require_some
+from experiments.loading import (
+    check_replicates,
+    check_scores,
+    load_data,
+    replicates,
+    require_federated,
+    require_some,
+)
 from experiments.reporting import cells, comparison, differences, experiment_figures, tables
 from experiments.reporting.page import Report, Section
 from experiments.run import Experiment, Point, finished
@@ -47,10 +54,7 @@ def lab(config, folder: pathlib.Path) -> Messages:
     check_replicates(config)
     check_scores(config)
     require_some(config, "messages", "strategies")
-    if tuple(config.regimes) != (REGIME,):
-        raise ConfigError(
-            f"config.regimes must be ({REGIME!r},), got {config.regimes}: others send no messages"
-        )
+    require_federated(config, "other regimes send no messages")
     federated = config.federated
     for kind in config.messages:
         if kind not in config.codecs:

@@ -159,6 +159,12 @@ def require_some(config, *names: str) -> None:
             raise ConfigError(f"config.{name} is empty; give at least one")
 
 
+def require_federated(config, why: str) -> None:
+    """Raises ConfigError if the config has another regime than the federated one."""
+    if tuple(config.regimes) != ("federated",):
+        raise ConfigError(f"config.regimes must be ('federated',), got {config.regimes}: {why}")
+
+
 def check_scores(config, *, rankings_alone: bool = False) -> None:
     """Checks how answers are scored, where an experiment has these settings.
 

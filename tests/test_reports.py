@@ -268,7 +268,7 @@ def test_a_report_is_made_again_from_what_lies_there(skewed):
         ("factors.clients", (0,), r"clients must be whole and at least 1, got 0"),
         ("factors.participation", (0.3,), r"participation 0.3 of 2 clients is 0.6"),
         ("rate_factors", (), r"rate_factors must be positive"),
-        ("regimes", ("local",), r"regimes must be \('federated',\) here"),
+        ("regimes", ("local",), r"regimes must be \('federated',\), got"),
     ],
 )
 def test_bad_factors_are_named(tmp_path, setting, value, message):
