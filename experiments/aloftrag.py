@@ -17,7 +17,7 @@ import numpy as np
 from experiments import aloftrag_report
 from experiments.aloftrag_lab import BASE, METRICS, LabelFreeLab, endpoint
 from experiments.curves import training_curves
-from experiments.loading import check_replicates, replicates, require_some
+from experiments.loading import check_replicates, replicates, require_known, require_some
 from experiments.reporting import cells
 from experiments.run import Experiment, Point
 from fedrag_jax.clock import Clock
@@ -164,13 +164,8 @@ def check(config) -> None:
         raise ConfigError(
             f"config.data.split: 'test', 'validation' or 'train', got {config.data.split!r}"
         )
-    known = (BASE, *VARIANTS)
-    if unknown := [v for v in config.variants if v not in known]:
-        raise ConfigError(f"config.variants: {unknown} unknown; choose among {[*known]}")
-    if unknown := [s for s in config.regimes if s not in config.learning_rates]:
-        raise ConfigError(
-            f"config.regimes: {unknown} unknown; choose among {[*config.learning_rates]}"
-        )
+    require_known("config.variants", config.variants, (BASE, *VARIANTS))
+    require_known("config.regimes", config.regimes, config.learning_rates)
     if {*config.regimes} - {"centralised"} and not config.silos:
         raise ConfigError("config.regimes: federated and local need --config.silos")
     if config.silos and "pretraining_world" in config.variants:

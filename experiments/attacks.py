@@ -21,6 +21,7 @@ from experiments.loading import (
     load_data,
     replicates,
     require_federated,
+    require_known,
     require_some,
 )
 from experiments.reporting import cells, comparison, differences, tables
@@ -134,11 +135,7 @@ def lab(config, folder: pathlib.Path) -> Attacks:
     require_federated(config, "other regimes do not average")
     for name in ("attacks", "rules"):
         known = config[f"known_{name}"]
-        if unknown := [one for one in config[name] if one not in known]:
-            raise ConfigError(
-                f"config.{name}: {unknown} unknown; choose among {[*known]}, or add it to "
-                f"config.known_{name}"
-            )
+        require_known(f"config.{name}", config[name], known, f", or add it to config.known_{name}")
     for attack in config.attacks:
         if (holds := config.known_attacks[attack].holds) not in HOLDS:
             raise ConfigError(

@@ -23,6 +23,7 @@ from experiments.loading import (
     check_replicates,
     load_data,
     replicates,
+    require_known,
     require_some,
     validation_sample,
 )
@@ -269,8 +270,7 @@ def check(config) -> None:
     """
     check_replicates(config)
     require_some(config, "rules", "ranks", "alphas", "learning_rates")
-    if unknown := [rule for rule in config.rules if rule not in RULES]:
-        raise ConfigError(f"config.rules: {unknown} unknown; choose among {[*RULES]}")
+    require_known("config.rules", config.rules, RULES)
     for name in ("ranks", "learning_rates"):
         if min(config[name]) <= 0:
             raise ConfigError(f"config.{name} must be positive, got {config[name]}")

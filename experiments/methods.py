@@ -19,6 +19,7 @@ from experiments.loading import (
     check_replicates,
     load_data,
     replicates,
+    require_known,
     require_some,
     validation_sample,
 )
@@ -255,8 +256,7 @@ def check(config, dataset) -> list[str]:
     check_algorithms(config)
     require_some(config, "regimes", "rate_factors")
     asked = objectives_of(config)
-    if unknown := [name for name in asked if name not in ALL]:
-        raise ConfigError(f"config.objectives: {unknown} unknown; choose among {[*ALL]}")
+    require_known("config.objectives", asked, ALL)
     for regime in config.regimes:
         if parse(regime, config.federated.alpha)[0] == "local":
             raise ConfigError("config.regimes: objectives are compared centralised and federated")

@@ -20,6 +20,7 @@ from experiments.loading import (
     check_replicates,
     load_data,
     replicates,
+    require_known,
     require_some,
     validation_sample,
 )
@@ -271,8 +272,7 @@ def lab(config, folder: pathlib.Path) -> Lab:
     """
     check_replicates(config)
     require_some(config, "strategies", "methods", "learning_rates")
-    if unknown := [name for name in config.strategies if name not in PRIMARY]:
-        raise ConfigError(f"config.strategies: {unknown} unknown; choose among {[*PRIMARY]}")
+    require_known("config.strategies", config.strategies, PRIMARY)
     for name, about in config.methods.items():
         if name == ALONE:
             continue
