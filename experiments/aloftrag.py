@@ -17,7 +17,7 @@ import numpy as np
 from experiments import aloftrag_report
 from experiments.aloftrag_lab import BASE, METRICS, LabelFreeLab, endpoint
 from experiments.curves import training_curves
-from experiments.loading import check_replicates, replicates
+from experiments.loading import check_replicates, replicates, require_known, require_some
 from experiments.reporting import cells
 from experiments.run import Experiment, Point
 from fedrag_jax.clock import Clock
@@ -112,7 +112,7 @@ def compute(lab: LabelFreeLab, point: Point) -> cells.Cell:
     for system, own in readers:
         if not len(own):
             continue
-        for metric, values in read(lab, name, system, own, f"{name}-{regime}-seed{seed}").items():
+        for metric, values in read(lab, system, own, f"{name}-{regime}-seed{seed}").items():
             scores.setdefault(metric, np.full(len(lab.test), np.nan))[own] = values
     cost += Cost.of_evaluation(clock.lap())
     curves = training_curves(tuners)
@@ -121,7 +121,7 @@ def compute(lab: LabelFreeLab, point: Point) -> cells.Cell:
     )
 
 
-def read(lab: LabelFreeLab, name: str, system, own: np.ndarray, cell: str) -> dict[str, np.ndarray]:
+def read(lab: LabelFreeLab, system, own: np.ndarray, cell: str) -> dict[str, np.ndarray]:
     """Returns scores of test questions; `<metric>_<n>` has the gold passage forced into n passages.
 
     `hard_<n>` is whether it had to be forced in, `recall_at_<n>` of retrieval; with most passages,
@@ -159,20 +159,13 @@ def check(config) -> None:
       ConfigError: names the setting, its value and what it may be.
     """
     check_replicates(config)
-    for name in ("variants", "regimes", "contexts"):
-        if not config[name]:
-            raise ConfigError(f"config.{name} is empty; give at least one")
+    require_some(config, "variants", "regimes", "contexts")
     if config.data.split not in ("test", "validation", "train"):
         raise ConfigError(
             f"config.data.split: 'test', 'validation' or 'train', got {config.data.split!r}"
         )
-    known = (BASE, *VARIANTS)
-    if unknown := [v for v in config.variants if v not in known]:
-        raise ConfigError(f"config.variants: {unknown} unknown; choose among {[*known]}")
-    if unknown := [s for s in config.regimes if s not in config.learning_rates]:
-        raise ConfigError(
-            f"config.regimes: {unknown} unknown; choose among {[*config.learning_rates]}"
-        )
+    require_known("config.variants", config.variants, (BASE, *VARIANTS))
+    require_known("config.regimes", config.regimes, config.learning_rates)
     if {*config.regimes} - {"centralised"} and not config.silos:
         raise ConfigError("config.regimes: federated and local need --config.silos")
     if config.silos and "pretraining_world" in config.variants:

@@ -15,7 +15,15 @@ import numpy as np
 
 from experiments.compare_strategies import summary
 from experiments.lab import METRICS, Lab, compute_cell
-from experiments.loading import check_replicates, check_scores, load_data, replicates
+from experiments.loading import (
+    check_replicates,
+    check_scores,
+    load_data,
+    replicates,
+    require_federated,
+    require_known,
+    require_some,
+)
 from experiments.reporting import cells, comparison, differences, tables
 from experiments.reporting.page import Report, Section
 from experiments.run import Experiment, Point, finished
@@ -123,20 +131,11 @@ def lab(config, folder: pathlib.Path) -> Attacks:
     """
     check_replicates(config)
     check_scores(config, rankings_alone=True)
-    for name in ("attacks", "rules", "strategies", "attackers"):
-        if not config[name]:
-            raise ConfigError(f"config.{name} is empty; give at least one")
-    if tuple(config.regimes) != (REGIME,):
-        raise ConfigError(
-            f"config.regimes must be ({REGIME!r},), got {config.regimes}: other regimes do not average"
-        )
+    require_some(config, "attacks", "rules", "strategies", "attackers")
+    require_federated(config, "other regimes do not average")
     for name in ("attacks", "rules"):
         known = config[f"known_{name}"]
-        if unknown := [one for one in config[name] if one not in known]:
-            raise ConfigError(
-                f"config.{name}: {unknown} unknown; choose among {[*known]}, or add it to "
-                f"config.known_{name}"
-            )
+        require_known(f"config.{name}", config[name], known, f", or add it to config.known_{name}")
     for attack in config.attacks:
         if (holds := config.known_attacks[attack].holds) not in HOLDS:
             raise ConfigError(

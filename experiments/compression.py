@@ -11,11 +11,18 @@ import pathlib
 
 from experiments.compare_strategies import summary
 from experiments.lab import METRICS, Lab, compute_cell
-from experiments.loading import check_replicates, check_scores, load_data, replicates
+from experiments.loading import (
+    check_replicates,
+    check_scores,
+    load_data,
+    replicates,
+    require_federated,
+    require_known,
+    require_some,
+)
 from experiments.reporting import cells, comparison, differences, experiment_figures, tables
 from experiments.reporting.page import Report, Section
 from experiments.run import Experiment, Point, finished
-from fedrag_jax.errors import ConfigError
 from fedrag_jax.federated.algorithms import by_name
 from fedrag_jax.strategies.own import named
 
@@ -46,20 +53,12 @@ def lab(config, folder: pathlib.Path) -> Messages:
     """
     check_replicates(config)
     check_scores(config)
-    for name in ("messages", "strategies"):
-        if not config[name]:
-            raise ConfigError(f"config.{name} is empty; give at least one")
-    if tuple(config.regimes) != (REGIME,):
-        raise ConfigError(
-            f"config.regimes must be ({REGIME!r},), got {config.regimes}: others send no messages"
-        )
+    require_some(config, "messages", "strategies")
+    require_federated(config, "other regimes send no messages")
+    more = ", or add it to config.codecs"
+    require_known("config.messages", config.messages, config.codecs, more)
     federated = config.federated
     for kind in config.messages:
-        if kind not in config.codecs:
-            raise ConfigError(
-                f"config.messages: {kind!r} unknown; choose among {[*config.codecs]}, or add it to "
-                "config.codecs"
-            )
         options = {**federated.algorithm_options, **config.codecs[kind]}
         by_name.check(federated.algorithm, options, f"config.codecs.{kind}")
     found = Messages(config, load_data(config), folder)

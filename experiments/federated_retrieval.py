@@ -14,6 +14,7 @@ import time
 import numpy as np
 
 from experiments.launch import settled_config
+from experiments.loading import require_some
 from experiments.reporting.tables import Table, interval, number, words, write_csv
 from fedrag_jax.data import datasets
 from fedrag_jax.data.examples import Dataset, clusters, sample
@@ -39,9 +40,7 @@ def check(config) -> None:
     Raises:
       ConfigError: names the setting, its value and what it may be.
     """
-    for name in ("alphas", "seeds", "merge", "budgets"):
-        if not config[name]:
-            raise ConfigError(f"config.{name} is empty; give at least one")
+    require_some(config, "alphas", "seeds", "merge", "budgets")
     if config.passages < 10:
         raise ConfigError(f"config.passages must be at least 10, for MRR@10, got {config.passages}")
     for silos in config.budgets:

@@ -17,6 +17,7 @@ from experiments.loading import (
     check,
     load_data,
     replicates,
+    require_federated,
     trainable_strategies,
     validation_sample,
     warn_of_borrowed_rates,
@@ -289,8 +290,7 @@ def lab(config, folder: pathlib.Path) -> Factors:
       ConfigError: as `loading.check` and `at_point`.
     """
     check(config)
-    if tuple(config.regimes) != ("federated",):
-        raise ConfigError(f"config.regimes must be ('federated',) here, got {config.regimes}")
+    require_federated(config, "the factors are settings of federated training")
     if not config.rate_factors or min(config.rate_factors) <= 0:
         raise ConfigError(f"config.rate_factors must be positive, got {config.rate_factors}")
     configs = {place(c): c for c in (at_point(config, *value) for value in values(config))}

@@ -14,7 +14,13 @@ import numpy as np
 
 from experiments.fitting import fitted
 from experiments.lab import Lab
-from experiments.loading import check_replicates, load_data, replicates, validation_sample
+from experiments.loading import (
+    check_replicates,
+    load_data,
+    replicates,
+    require_known,
+    validation_sample,
+)
 from experiments.rates import chosen_rate, kept_rate, one_by_one
 from experiments.reporting import cells, comparison, differences, experiment_figures, tables
 from experiments.reporting.page import Report, Section
@@ -213,14 +219,8 @@ def check(config) -> None:
       ConfigError: an unknown objective, regime or policy, or no policy that is always fresh.
     """
     check_replicates(config)
-    known = [*METHODS, "emdr", "replug_log"]
-    if config.objective not in known:
-        raise ConfigError(f"config.objective: {config.objective!r} unknown; choose among {known}")
-    if unknown := [s for s in config.regimes if s not in config.learning_rates]:
-        raise ConfigError(
-            f"config.regimes: {unknown} unknown; choose among {[*config.learning_rates]}, which have "
-            "learning rates"
-        )
+    require_known("config.objective", [config.objective], [*METHODS, "emdr", "replug_log"])
+    require_known("config.regimes", config.regimes, config.learning_rates)
     if FRESH not in config.policies:
         raise ConfigError(
             f"config.policies needs {FRESH!r}: learning rates are chosen with it, and other policies "

@@ -15,7 +15,13 @@ import numpy as np
 
 from experiments.lab import Lab
 from experiments.loading import check as check_comparison
-from experiments.loading import load_data, replicates, trainable_strategies
+from experiments.loading import (
+    load_data,
+    replicates,
+    require_known,
+    require_some,
+    trainable_strategies,
+)
 from experiments.reporting import cells, comparison, differences, tables
 from experiments.reporting.comparison import METRICS
 from experiments.reporting.page import Report, Section
@@ -138,10 +144,8 @@ def check(config) -> None:
     check_comparison(config)
     if len(config.regimes) != 1 or config.regimes[0].startswith("local"):
         raise ConfigError(f"config.regimes must be one, and not local, here; got {config.regimes}")
-    if not config.modes:
-        raise ConfigError("config.modes is empty; give at least one")
-    if unknown := [mode for mode in config.modes if mode not in MODES]:
-        raise ConfigError(f"config.modes: {unknown} unknown; choose among {[*MODES]}")
+    require_some(config, "modes")
+    require_known("config.modes", config.modes, MODES)
     if config.beams < 0:
         raise ConfigError(f"config.beams must be at least 0, got {config.beams}")
 

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import jax
 import numpy as np
@@ -123,9 +123,7 @@ def check(config) -> None:
     Raises:
       ConfigError: names the setting, its value and what it may be.
     """
-    for name in ("strategies", "regimes"):
-        if not config[name]:
-            raise ConfigError(f"config.{name} is empty; give at least one")
+    require_some(config, "strategies", "regimes")
     check_replicates(config)
     asked = {"strategies": config.strategies}
     limits = config.get("limits", {})
@@ -154,6 +152,31 @@ def check(config) -> None:
     check_algorithms(config)
 
 
+def require_some(config, *names: str) -> None:
+    """Raises ConfigError if one of these settings is empty."""
+    for name in names:
+        if not config[name]:
+            raise ConfigError(f"config.{name} is empty; give at least one")
+
+
+def require_known(
+    setting: str, values: Iterable[str], known: Collection[str], more: str = ""
+) -> None:
+    """Raises ConfigError if one of a setting's values is unknown.
+
+    Args:
+      more: end of the message, with another remedy.
+    """
+    if unknown := [value for value in values if value not in known]:
+        raise ConfigError(f"{setting}: {unknown} unknown; choose among {[*known]}{more}")
+
+
+def require_federated(config, why: str) -> None:
+    """Raises ConfigError if the config has another regime than the federated one."""
+    if tuple(config.regimes) != ("federated",):
+        raise ConfigError(f"config.regimes must be ('federated',), got {config.regimes}: {why}")
+
+
 def check_scores(config, *, rankings_alone: bool = False) -> None:
     """Checks how answers are scored, where an experiment has these settings.
 
@@ -165,10 +188,8 @@ def check_scores(config, *, rankings_alone: bool = False) -> None:
     """
     modes = ["", *MODES] if rankings_alone else [*MODES]
     mode, metric = config.get("mode", modes[-1]), config.get("primary_metric", "mrr")
-    if mode not in modes:
-        raise ConfigError(f"config.mode: {mode!r} unknown; choose among {modes}")
-    if metric not in METRICS:
-        raise ConfigError(f"config.primary_metric: {metric!r} unknown; choose among {[*METRICS]}")
+    require_known("config.mode", [mode], modes)
+    require_known("config.primary_metric", [metric], METRICS)
     if not mode and metric in ("em", "f1"):
         raise ConfigError(
             f'config.primary_metric: {metric!r} needs answers, but config.mode is "", which writes '
@@ -230,8 +251,7 @@ def check_replicates(config) -> None:
       ConfigError: there are none or other things than numbers, they are of different number, or a pair
         is there twice.
     """
-    if not config.seeds:
-        raise ConfigError("config.seeds is empty; give at least one")
+    require_some(config, "seeds")
     for name in ("seeds", "split_seeds"):
         if strange := [x for x in config[name] if not isinstance(x, int) or x < 0]:
             raise ConfigError(

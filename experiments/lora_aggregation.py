@@ -19,15 +19,22 @@ import numpy as np
 from experiments.client_scores import client_scores
 from experiments.fitting import fitted
 from experiments.lab import Lab, control_scores
-from experiments.loading import check_replicates, load_data, replicates, validation_sample
+from experiments.loading import (
+    check_replicates,
+    load_data,
+    replicates,
+    require_known,
+    require_some,
+    validation_sample,
+)
 from experiments.rates import at_edge, chosen_rate, kept_rate, one_by_one
 from experiments.reporting import cells, comparison, differences, experiment_figures, tables
 from experiments.reporting.page import Report, Section
 from experiments.run import Experiment, Point, finished
 from fedrag_jax.clock import Clock
-from fedrag_jax.data.examples import Dataset
+from fedrag_jax.data.examples import Dataset, require_golds
 from fedrag_jax.data.seeds import stream
-from fedrag_jax.errors import ConfigError, DataError
+from fedrag_jax.errors import ConfigError
 from fedrag_jax.evaluation import evaluator
 from fedrag_jax.federated.algorithms.fed_lora import RULES, fed_lora
 from fedrag_jax.files import kept, read_json, write_json
@@ -262,11 +269,8 @@ def check(config) -> None:
         change a quantised base.
     """
     check_replicates(config)
-    for name in ("rules", "ranks", "alphas", "learning_rates"):
-        if not config[name]:
-            raise ConfigError(f"config.{name} is empty; give at least one")
-    if unknown := [rule for rule in config.rules if rule not in RULES]:
-        raise ConfigError(f"config.rules: {unknown} unknown; choose among {[*RULES]}")
+    require_some(config, "rules", "ranks", "alphas", "learning_rates")
+    require_known("config.rules", config.rules, RULES)
     for name in ("ranks", "learning_rates"):
         if min(config[name]) <= 0:
             raise ConfigError(f"config.{name} must be positive, got {config[name]}")
@@ -288,11 +292,7 @@ def lab(config, folder: pathlib.Path) -> Aggregation:
     check(config)
     dataset = load_data(config)
     asked = [*dataset.train, *validation_sample(config, dataset), *dataset.test]
-    if bare := sum(not e.positive_ids for e in asked):
-        raise DataError(
-            f"{bare} of {len(asked)} questions name no gold passage, but every prompt needs one "
-            "here; give positive_ids"
-        )
+    require_golds(asked, "every prompt needs one here; give positive_ids")
     whole = Lab(at_point(config, config.ranks[0], config.mixtures_alpha), dataset, folder)
     at = {
         point_name(rank, alpha): whole.like(at_point(config, rank, alpha), folder)

@@ -19,6 +19,8 @@ from experiments.loading import (
     check_replicates,
     load_data,
     replicates,
+    require_known,
+    require_some,
     validation_sample,
 )
 from experiments.rates import chosen_rate, kept_rate, one_by_one
@@ -252,12 +254,9 @@ def check(config, dataset) -> list[str]:
     """
     check_replicates(config)
     check_algorithms(config)
-    for name in ("regimes", "rate_factors"):
-        if not config[name]:
-            raise ConfigError(f"config.{name} is empty; give at least one")
+    require_some(config, "regimes", "rate_factors")
     asked = objectives_of(config)
-    if unknown := [name for name in asked if name not in ALL]:
-        raise ConfigError(f"config.objectives: {unknown} unknown; choose among {[*ALL]}")
+    require_known("config.objectives", asked, ALL)
     for regime in config.regimes:
         if parse(regime, config.federated.alpha)[0] == "local":
             raise ConfigError("config.regimes: objectives are compared centralised and federated")

@@ -11,10 +11,9 @@ and one of an IID split beside it, and partition.png of the first seed.
 import pathlib
 
 from experiments.launch import settled_config
-from experiments.loading import load_data, load_retriever
+from experiments.loading import load_data, load_retriever, require_some
 from experiments.reporting.partition_figures import label_distribution
 from experiments.reporting.tables import Table, number, words, write_csv
-from fedrag_jax.errors import ConfigError
 from fedrag_jax.files import write_text
 from fedrag_jax.strategies.regimes import parse, split_clients
 
@@ -50,8 +49,7 @@ def partitions_table(rows):
 
 def run(config, runs: str) -> pathlib.Path:
     """Splits as the comparison does; returns the folder of the results."""
-    if not config.seeds:
-        raise ConfigError("config.seeds is empty; give at least one")
+    require_some(config, "seeds")
     clients, usual, column = (config.federated[name] for name in ("clients", "alpha", "column"))
     seeds = config.split_seeds or config.seeds
     apart = [parse(name, usual)[1] for name in config.regimes if name != "centralised"]

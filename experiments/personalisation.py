@@ -16,7 +16,14 @@ from experiments.client_scores import client_scores, mixture_weights, own_scores
 from experiments.curves import training_curves
 from experiments.fitting import fitted
 from experiments.lab import METRICS, Lab
-from experiments.loading import check_replicates, load_data, replicates, validation_sample
+from experiments.loading import (
+    check_replicates,
+    load_data,
+    replicates,
+    require_known,
+    require_some,
+    validation_sample,
+)
 from experiments.rates import at_edge, chosen_rate, kept_rate, one_by_one
 from experiments.reporting import cells, comparison, differences, tables
 from experiments.reporting.comparison import own, own_weight
@@ -264,11 +271,8 @@ def lab(config, folder: pathlib.Path) -> Lab:
       ConfigError: no strategies, methods or learning rates; a strategy or algorithm that is unknown.
     """
     check_replicates(config)
-    for name in ("strategies", "methods", "learning_rates"):
-        if not config[name]:
-            raise ConfigError(f"config.{name} is empty; give at least one")
-    if unknown := [name for name in config.strategies if name not in PRIMARY]:
-        raise ConfigError(f"config.strategies: {unknown} unknown; choose among {[*PRIMARY]}")
+    require_some(config, "strategies", "methods", "learning_rates")
+    require_known("config.strategies", config.strategies, PRIMARY)
     for name, about in config.methods.items():
         if name == ALONE:
             continue

@@ -11,15 +11,15 @@ import pathlib
 import numpy as np
 
 from experiments.lab import Lab
-from experiments.loading import check_replicates, check_scores, load_data, replicates
+from experiments.loading import check_replicates, check_scores, load_data, replicates, require_some
 from experiments.privacy_lab import OBJECTIVE, Trainer, crowd
 from experiments.reporting import cells, comparison, privacy_figures, tables
 from experiments.reporting.page import Report, Section
 from experiments.run import Experiment, Point, finished
 from fedrag_jax.clock import Clock
-from fedrag_jax.data.examples import clusters, ids_of
+from fedrag_jax.data.examples import clusters, ids_of, require_golds
 from fedrag_jax.data.seeds import stream
-from fedrag_jax.errors import ConfigError, DataError
+from fedrag_jax.errors import ConfigError
 from fedrag_jax.evaluation.evaluator import evaluate, rank_scores, ranking
 from fedrag_jax.evaluation.leakage import extraction, inversion, membership, users
 from fedrag_jax.evaluation.leakage.roc import Attack, Statistic, auc, estimate, tpr_at_fpr
@@ -47,8 +47,7 @@ def lab(config, folder: pathlib.Path) -> Lab:
     check_scores(config)
     if config.strategy not in OBJECTIVE:
         raise ConfigError(f"config.strategy: choose among {[*OBJECTIVE]}, got {config.strategy!r}")
-    if not config.variants:
-        raise ConfigError("config.variants is empty; give at least one")
+    require_some(config, "variants")
     if config.shadows % 2 or config.shadows == 2 or config.shadows < 0:
         raise ConfigError(
             f"config.shadows must be 0 or an even number of at least 4, got {config.shadows}: shadow "
@@ -69,11 +68,8 @@ def lab(config, folder: pathlib.Path) -> Lab:
                 f"{where}: delta {options['delta']} is not below 1/{training}, of clients that train"
             )
     found = Lab(config, load_data(config), folder)
-    if bare := sum(not found.dataset.test[i].positive_ids for i in asked_of_store(found)):
-        raise DataError(
-            f"{bare} of {config.asked} test questions name no gold passage, which attacks on a store "
-            "need; give positive_ids, or lower config.asked"
-        )
+    asked = [found.dataset.test[i] for i in asked_of_store(found)]
+    require_golds(asked, "attacks on a store need one; give positive_ids, or lower config.asked")
     for _, split in replicates(config):
         crowd(config, found.dataset, split)
     return found

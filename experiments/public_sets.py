@@ -20,7 +20,7 @@ from experiments.finished_lab import (
     tested,
     untuned_of_other_seeds,
 )
-from experiments.loading import check_replicates, replicates
+from experiments.loading import check_replicates, replicates, require_known
 from experiments.reporting import cells, comparison, differences, tables
 from experiments.reporting.page import Report, Section
 from experiments.run import Experiment, Point, finished
@@ -102,9 +102,8 @@ def check(config) -> None:
     ways = [way for way in sets.KINDS[known.kind] if way in ("likelihood", "letters")]
     if known.kind != "choices":
         raise ConfigError(f"config.benchmark: {known.name} has no choices; take mmlu or hellaswag")
-    for name, allowed in (("ways", ways), ("corpora", [*CORPORA])):
-        if unknown := [value for value in config[name] if value not in allowed]:
-            raise ConfigError(f"config.{name}: {unknown[0]!r} unknown; choose among {allowed}")
+    require_known("config.ways", config.ways, ways)
+    require_known("config.corpora", config.corpora, CORPORA)
     if config.questions < 0 or not 0 <= config.coverage <= 1:
         raise ConfigError(
             f"config.questions must be 0 or more and config.coverage in [0, 1], got "

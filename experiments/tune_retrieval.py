@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.curves import training_curves
-from experiments.loading import check_replicates, replicates
+from experiments.loading import check_replicates, replicates, require_known
 from experiments.rates import at_edge, chosen_rate, kept_rate, one_by_one
 from experiments.reporting import cells, comparison, differences, tables
 from experiments.reporting.comparison import estimate
@@ -23,7 +23,6 @@ from experiments.reporting.page import Report, Section
 from experiments.run import Experiment, Point, finished
 from fedrag_jax.data import datasets
 from fedrag_jax.data.examples import Dataset, clusters, sample
-from fedrag_jax.errors import ConfigError
 from fedrag_jax.evaluation import evaluator
 from fedrag_jax.federated.sweep import require_trained
 from fedrag_jax.models import hub
@@ -113,8 +112,7 @@ def method_of(config, name: str) -> tuple[int, dict]:
         "mined": (size, {"mining": Mining(config.mined)}),
         "large_batch": (size * config.large_batch, {"at_once": size}),
     }
-    if name not in methods:
-        raise ConfigError(f"config.methods: {name!r} unknown; choose among {[*methods]}")
+    require_known("config.methods", [name], methods)
     return methods[name]
 
 

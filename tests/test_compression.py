@@ -335,9 +335,9 @@ def test_it_is_chosen_by_name():
         ),
         (lambda: check("flexlora", {"up": "int8", "ranks": (1, 2)}, "here"), "leave out ranks"),
         (lambda: check("fedex", {"secure": True}, "here"), "here: secure: fedex multiplies"),
-        (lambda: compressed(local_only(), up=quantised(8)), "leaves models with its clients"),
-        (lambda: compressed(centralised(), down=quantised(4)), "leaves models with its clients"),
-        (lambda: compressed(ditto(), down=cast("bfloat16")), "leaves models with its clients"),
+        (lambda: compressed(local_only(), up=quantised(8)), "leaves a model with each client"),
+        (lambda: compressed(centralised(), down=quantised(4)), "leaves a model with each client"),
+        (lambda: compressed(ditto(), down=cast("bfloat16")), "leaves a model with each client"),
         (
             lambda: compressed(secure(fed_avg()), up=quantised(4)),
             "masked integers, .* leave out up",

@@ -48,7 +48,7 @@ def test_the_pareto_front():
     ("change", "words"),
     [
         ({"messages": ()}, "config.messages is empty"),
-        ({"messages": ("odd",)}, "config.messages: 'odd' unknown; choose among"),
+        ({"messages": ("odd",)}, r"config.messages: \['odd'\] unknown; choose among"),
         (
             {"messages": ("odd",), "codecs": ConfigDict({"odd": {"up": "int3"}})},
             r"config.codecs.odd: no compression 'int3'",

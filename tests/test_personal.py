@@ -197,7 +197,7 @@ def test_they_are_chosen_by_name():
         (lambda: fine_tuned(together=-1), "sum at least 1, got -1 and 2"),
         (lambda: fine_tuned(together=0, alone=0), "got 0 and 0"),
         (lambda: trained(fine_tuned(together=1, alone=1)), "the fit has 3 rounds"),
-        (lambda: compressed(ditto(), up=quantised(8)), "ditto.*leaves models with its clients"),
+        (lambda: compressed(ditto(), up=quantised(8)), "ditto.*leaves a model with each client"),
         (lambda: secure(local_parts(private=("b",))), "leaves models with its clients"),
     ],
 )  # fmt: skip

@@ -90,8 +90,8 @@ def test_subjects_are_asked_of_which_passages_tell_something(compared, monkeypat
     "change, message",
     [
         ({"benchmark": "boolq"}, "boolq has no choices; take mmlu or hellaswag"),
-        ({"ways": ("guess",)}, "config.ways: 'guess' unknown"),
-        ({"corpora": ("all",)}, "config.corpora: 'all' unknown"),
+        ({"ways": ("guess",)}, r"config.ways: \['guess'\] unknown"),
+        ({"corpora": ("all",)}, r"config.corpora: \['all'\] unknown"),
         ({"coverage": 2.0}, "coverage in .0, 1., got 1500 and 2.0"),
         ({"strategies": ("lsr",)}, "no finished cell"),
     ],

@@ -268,7 +268,7 @@ def test_a_report_is_made_again_from_what_lies_there(skewed):
         ("factors.clients", (0,), r"clients must be whole and at least 1, got 0"),
         ("factors.participation", (0.3,), r"participation 0.3 of 2 clients is 0.6"),
         ("rate_factors", (), r"rate_factors must be positive"),
-        ("regimes", ("local",), r"regimes must be \('federated',\) here"),
+        ("regimes", ("local",), r"regimes must be \('federated',\), got"),
     ],
 )
 def test_bad_factors_are_named(tmp_path, setting, value, message):
@@ -386,7 +386,7 @@ def test_systems_are_those_that_the_rules_have_made(tmp_path):
             ConfigError,
             r"rules: \['fedex'\] change the base, which .* nf4",
         ),
-        ("data.labels", False, DataError, r"160 of 260 questions name no gold passage"),
+        ("data.labels", False, DataError, r"160 questions name no gold passage"),
     ],
 )
 def test_bad_rules_are_named(tmp_path, setting, value, error, message):

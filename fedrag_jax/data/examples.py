@@ -149,6 +149,19 @@ def require_whole(text: str, what: str) -> None:
         raise DataError(f"{what} {fault}")
 
 
+def require_golds(examples: Sequence[Example], remedy: str) -> None:
+    """Refuses questions without gold passages.
+
+    Args:
+      remedy: end of the message, with the reason.
+
+    Raises:
+      DataError: there are some.
+    """
+    if bare := [e.id for e in examples if not e.positive_ids]:
+        raise DataError(f"{len(bare)} questions name no gold passage, {bare[0]!r} first: {remedy}")
+
+
 def content_hash(dataset: Dataset) -> str:
     """16 hex characters of the sha256 of every passage and question, in order.
 

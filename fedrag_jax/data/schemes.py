@@ -62,13 +62,8 @@ def dirichlet(
       ConfigError: alpha not > 0, fewer than one client, or too few examples for the clients.
       DataError: an example without the column, or no draw among 100 with `min_examples` for all.
     """
-    _require_alpha("dirichlet", alpha)
-    require_positive(clients=clients, min_examples=min_examples)
 
     def split(examples, seed):
-        if math.isinf(alpha):
-            return iid(clients, min_examples)(examples, seed)
-        require_enough(examples, clients, min_examples)
         labels = classes_of(examples, column)[1]
         rows_of_class = _grouped(labels, labels.max() + 1)
 
@@ -83,7 +78,7 @@ def dirichlet(
         where = f"dirichlet(alpha={alpha}, clients={clients})"
         return redrawn(owners, clients, min_examples, seed, where, "raise alpha")
 
-    return split
+    return _skewed("dirichlet", alpha, clients, min_examples, split)
 
 
 def dirichlet_per_client(
@@ -104,13 +99,8 @@ def dirichlet_per_client(
       ConfigError: alpha not > 0, fewer than one client, or too few examples for the clients.
       DataError: an example without the column.
     """
-    _require_alpha("dirichlet_per_client", alpha)
-    require_positive(clients=clients, min_examples=min_examples)
 
     def split(examples, seed):
-        if math.isinf(alpha):
-            return iid(clients, min_examples)(examples, seed)
-        require_enough(examples, clients, min_examples)
         labels = classes_of(examples, column)[1]
         rng = stream(seed, "partition")
         held, sizes = np.bincount(labels), cut(np.full(clients, 1 / clients), len(examples))
@@ -121,7 +111,7 @@ def dirichlet_per_client(
         owner[_sorted_by_class(labels, rng)] = np.repeat(numbers, table.T.ravel())
         return _grouped(owner, clients), 0
 
-    return split
+    return _skewed("dirichlet_per_client", alpha, clients, min_examples, split)
 
 
 def shards(
@@ -214,14 +204,8 @@ def quantity_skew(alpha: float, clients: int, min_examples: int = 2) -> Scheme:
       ConfigError: alpha not > 0, fewer than one client, or too few examples for the clients.
       DataError: no draw among 100 with `min_examples` for all.
     """
-    _require_alpha("quantity_skew", alpha)
-    require_positive(clients=clients, min_examples=min_examples)
 
     def split(examples, seed):
-        if math.isinf(alpha):
-            return iid(clients, min_examples)(examples, seed)
-        require_enough(examples, clients, min_examples)
-
         def owners(rng):
             sizes = cut(rng.dirichlet(np.full(clients, alpha)), len(examples))
             return rng.permutation(np.repeat(np.arange(clients), sizes))
@@ -229,7 +213,22 @@ def quantity_skew(alpha: float, clients: int, min_examples: int = 2) -> Scheme:
         where = f"quantity_skew(alpha={alpha}, clients={clients})"
         return redrawn(owners, clients, min_examples, seed, where, "raise alpha")
 
-    return split
+    return _skewed("quantity_skew", alpha, clients, min_examples, split)
+
+
+def _skewed(name: str, alpha: float, clients: int, min_examples: int, split: Scheme) -> Scheme:
+    """Returns the split with its settings checked; alpha = inf is IID."""
+    if not alpha > 0:
+        raise ConfigError(f"{name}: alpha must be > 0, got {alpha}; use inf for IID clients")
+    if math.isinf(alpha):
+        return iid(clients, min_examples)
+    require_positive(clients=clients, min_examples=min_examples)
+
+    def checked(examples, seed):
+        require_enough(examples, clients, min_examples)
+        return split(examples, seed)
+
+    return checked
 
 
 def redrawn(
@@ -309,11 +308,6 @@ def _merged(sizes: np.ndarray, least: int) -> np.ndarray:
         client[client == len(held) - 1] = np.argmin(held[:-1])
     first = np.unique(client, return_index=True)[1]
     return np.argsort(np.argsort(first))[client]
-
-
-def _require_alpha(where: str, alpha: float) -> None:
-    if not alpha > 0:
-        raise ConfigError(f"{where}: alpha must be > 0, got {alpha}; use inf for IID clients")
 
 
 def require_positive(**settings: int) -> None:

@@ -256,6 +256,14 @@ def wide(x: jax.Array) -> jax.Array:
     return x.astype(wide_type(x))
 
 
+def normal_like(key: jax.Array, tree: PyTree) -> PyTree:
+    """Standard normal numbers in the shapes and types of a tree."""
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(key, len(leaves))
+    noise = [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(structure, noise)
+
+
 def nbytes(tree: PyTree) -> int:
     """Bytes of all leaves."""
     return sum(by_kind(tree).values())

@@ -20,7 +20,7 @@ from fedrag_jax.data.examples import Example, Passage
 from fedrag_jax.data.partition import Partition
 from fedrag_jax.data.seeds import stream
 from fedrag_jax.errors import ConfigError, DataError
-from fedrag_jax.federated.algorithm import Algorithm, PyTree, State
+from fedrag_jax.federated.algorithm import Algorithm, PyTree, State, normal_like
 from fedrag_jax.federated.updates import Change, changing
 
 
@@ -46,14 +46,11 @@ def scaled_noise(scale: float = 1.0) -> Attack:
     """Returns an attack that sends Gaussian noise, whose norm is about `scale` times the update's."""
 
     def send(update, key):
-        leaves, structure = jax.tree.flatten(update)
+        leaves = jax.tree.leaves(update)
         size = sum(x.size for x in leaves)
         deviation = scale * jnp.sqrt(sum(jnp.square(x).sum() for x in leaves) / size)
-        noise = [
-            deviation.astype(x.dtype) * jax.random.normal(k, x.shape, x.dtype)
-            for x, k in zip(leaves, jax.random.split(key, len(leaves)), strict=True)
-        ]
-        return jax.tree.unflatten(structure, noise)
+        noise = normal_like(key, update)
+        return jax.tree.map(lambda n: deviation.astype(n.dtype) * n, noise)
 
     return Attack(f"scaled_noise:{scale:g}", send)
 

@@ -143,12 +143,7 @@ def held_out_loss(task: Task, examples: Sequence[Any], batch_size: int = HELD_OU
     now: dict[str, Any] = {"rows": None, "table": None}
 
     def judge(trainable: PyTree, index: dict[str, Any] | None = None) -> float:
-        rows = None
-        if task.retrieve is not None:
-            at = [index or task.index] if task.index else []
-            rows = task.retrieve(shuffled, trainable, *at)
-            if task.index:
-                rows, _ = rows
+        rows = task.rows(shuffled, trainable, index)
         if now["table"] is None or not np.array_equal(rows, now["rows"]):
             now["rows"], now["table"] = rows, task.collate(shuffled, rows)
         total = 0.0

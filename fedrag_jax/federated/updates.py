@@ -47,11 +47,7 @@ def changing(
     Raises:
       ConfigError: the algorithm sends no updates.
     """
-    if algorithm.needs == "nothing" or algorithm.model is not None:
-        raise ConfigError(
-            f"{label}: {algorithm.name} leaves models with its clients; wrap an algorithm that "
-            "combines all updates into one model, such as fed_avg()"
-        )
+    require_one_model(label, algorithm)
 
     def init(trainable, client_init, client_count):
         state = algorithm.init(trainable, client_init, client_count)
@@ -62,6 +58,15 @@ def changing(
 
     turns = tuple(_turn(turn, label, change, memory is not None) for turn in algorithm.turns)
     return algorithm._replace(init=init, turns=turns)
+
+
+def require_one_model(where: str, algorithm: Algorithm) -> None:
+    """Raises ConfigError if the algorithm leaves a model with each client."""
+    if algorithm.needs == "nothing" or algorithm.model is not None:
+        raise ConfigError(
+            f"{where}: {algorithm.name} leaves a model with each client; use an algorithm that "
+            "combines all updates into one model, such as fed_avg()"
+        )
 
 
 @functools.cache  # algorithms that share a turn share the changed one

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from fedrag_jax.data.batching import Prompts
-from fedrag_jax.data.examples import Example, Passage, embedding_text
+from fedrag_jax.data.examples import Example, Passage, embedding_text, require_golds
 from fedrag_jax.data.seeds import stream
 from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.models.network import Network
@@ -149,12 +149,8 @@ def raft_rows(
 
 
 def _gold_rows(passages: Sequence[Passage], questions: Sequence[Example]) -> list[list[int]]:
-    unlabelled = [e.id for e in questions if not e.positive_ids]
-    if unlabelled:
-        raise DataError(
-            f"{len(unlabelled)} questions name no gold passage, {unlabelled[0]!r} first: RAFT needs "
-            "positive_ids; give them, or train on retrieved passages (`concatenated`)"
-        )
+    remedy = "give them, or train on retrieved passages (`concatenated`)"
+    require_golds(questions, f"RAFT needs positive_ids; {remedy}")
     row = {passage.id: i for i, passage in enumerate(passages)}
     return [[row[p] for p in e.positive_ids] for e in questions]
 

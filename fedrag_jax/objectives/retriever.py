@@ -9,8 +9,8 @@ import numpy as np
 import optax
 
 from fedrag_jax.data.corpora import Pool
-from fedrag_jax.data.examples import Dataset, ids_of
-from fedrag_jax.errors import ConfigError, DataError
+from fedrag_jax.data.examples import Dataset, ids_of, require_golds
+from fedrag_jax.errors import ConfigError
 from fedrag_jax.generation.likelihood import tokens_read, weighted_mean
 from fedrag_jax.models.network import Network
 from fedrag_jax.objectives import costs
@@ -155,12 +155,8 @@ def multiple_negatives_ranking(
     passages = Passages(retriever, train)
 
     def golds_of(examples) -> np.ndarray:
-        unlabelled = [e.id for e in examples if not e.positive_ids]
-        if unlabelled:
-            raise DataError(
-                f"{len(unlabelled)} questions name no gold passage, {unlabelled[0]!r} first: ranking "
-                "needs positive_ids; give them, or choose a strategy without labels"
-            )
+        remedy = "give them, or choose a strategy without labels"
+        require_golds(examples, f"ranking needs positive_ids; {remedy}")
         golds = np.full((len(examples), most), -1, np.int32)
         for i, example in enumerate(examples):
             golds[i, : len(example.positive_ids)] = [row[p] for p in example.positive_ids]

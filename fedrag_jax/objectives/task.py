@@ -128,9 +128,17 @@ class Task:
 
     def table(self, examples) -> dict[str, Any]:
         """Returns the collated examples before training."""
+        return self.collate(examples, self.rows(examples, self.trainable))
+
+    def rows(self, examples, trainable: PyTree, index: dict[str, Any] | None = None) -> Any:
+        """Returns the retrieved corpus rows [N, k]; None if nothing is retrieved.
+
+        Args:
+          index: the index to retrieve with, of a task that has one; default: the initial one.
+        """
         if self.retrieve is None:
-            return self.collate(examples, None)
+            return None
         if not self.index:
-            return self.collate(examples, self.retrieve(examples, self.trainable))
-        rows, _ = self.retrieve(examples, self.trainable, self.index)
-        return self.collate(examples, rows)
+            return self.retrieve(examples, trainable)
+        rows, _ = self.retrieve(examples, trainable, index or self.index)
+        return rows

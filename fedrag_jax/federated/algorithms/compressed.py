@@ -39,7 +39,7 @@ from fedrag_jax.federated.compression.feedback import (
     packed,
     with_leaves,
 )
-from fedrag_jax.federated.updates import Change, changing
+from fedrag_jax.federated.updates import Change, changing, require_one_model
 
 
 @functools.cache
@@ -59,11 +59,7 @@ def compressed(
     """
     if up is None and down is None:
         return algorithm
-    if algorithm.needs == "nothing" or algorithm.model is not None:
-        raise ConfigError(
-            f"compressed: {algorithm.name} leaves models with its clients; compress an algorithm that "
-            "combines all updates into one model, such as fed_avg()"
-        )
+    require_one_model("compressed", algorithm)
     if algorithm.needs == "masked" and up is not None:
         raise ConfigError(
             f"compressed: updates of {algorithm.name} are masked integers, which no codec can shorten; "

@@ -34,6 +34,7 @@ from fedrag_jax.federated.algorithm import (
     Algorithm,
     State,
     difference,
+    normal_like,
     one_object,
     plus,
     positive,
@@ -170,7 +171,7 @@ def dp_fed_avg(
             sent = weighted_sum(scale, moved)
             if local:
                 own = jax.vmap(jax.random.fold_in, (None, 0))(key, members.clients)
-                noise = weighted_sum(there * z * c, jax.vmap(_normal)(own, moved))
+                noise = weighted_sum(there * z * c, jax.vmap(normal_like)(own, moved))
                 sent = jax.tree.map(jnp.add, sent, noise)
             return (sent, below), report
 
@@ -185,7 +186,7 @@ def dp_fed_avg(
         mean = jax.tree.map(
             lambda x, noise: (x + deviation.astype(x.dtype) * noise) / expected.astype(x.dtype),
             total,
-            _normal(of_sum, total),
+            normal_like(of_sum, total),
         )
         x, optimizer = server_step(server_optimizer, x, state.server["optimizer"], mean)
         return State(x, state.server | {"optimizer": optimizer, "clip": c}), report
@@ -229,10 +230,3 @@ def _clipping(clip: float):
         return plus(x, jax.tree.map(lambda u: scale * u, moved))
 
     return clipped
-
-
-def _normal(key: jax.Array, like):
-    leaves, structure = jax.tree.flatten(like)
-    keys = jax.random.split(key, len(leaves))
-    noise = [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(structure, noise)

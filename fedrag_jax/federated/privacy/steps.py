@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from fedrag_jax.data.partition import Partition
 from fedrag_jax.errors import ConfigError, missing
+from fedrag_jax.federated.algorithm import normal_like
 from fedrag_jax.federated.privacy.accounting import epsilon
 from fedrag_jax.federated.work import Work
 from fedrag_jax.generation.likelihood import weighted_mean
@@ -69,17 +70,14 @@ class PrivateLoss:
         )
         total, each = summed(y, frozen, batch, of_examples)
         deviation = self.noise_multiplier * self.clip
-        leaves, structure = jax.tree.flatten(total)
-        keys = jax.random.split(of_noise, len(leaves))
-        gradient = [
-            (x + deviation * jax.random.normal(key, x.shape, x.dtype)) / self.batch_size
-            for x, key in zip(leaves, keys, strict=True)
-        ]
+        gradient = jax.tree.map(
+            lambda x, noise: (x + deviation * noise) / self.batch_size,
+            total,
+            normal_like(of_noise, total),
+        )
         # The sum over `along` has the value 0, and `gradient` as its gradient in `trainable`.
         moved = jax.tree.map(lambda a, b: a - b, trainable, y)
-        along = jax.tree.map(
-            lambda g, d: (g * d).sum(), jax.tree.unflatten(structure, gradient), moved
-        )
+        along = jax.tree.map(lambda g, d: (g * d).sum(), gradient, moved)
         losses, metrics = each.values, each.aux
         value = weighted_mean(losses, batch["weight"]) + sum(jax.tree.leaves(along))
         return value, {name: weighted_mean(x, batch["weight"]) for name, x in metrics.items()}
