@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -132,6 +133,56 @@ def test_peft_opens_what_we_save(name, patterns, tmp_path):
     real = golden["mask"]
     np.testing.assert_allclose(ours[real], out.logits.numpy()[real], atol=1e-4)
     assert np.abs(out.logits.numpy() - golden["logits"])[real].max() > 0.1
+
+    theirs.save_pretrained(tmp_path / "theirs")
+    _, loaded = peft.load(model.network, tmp_path / "theirs")
+    jax.tree.map(np.testing.assert_array_equal, loaded, adapters)
+
+
+def as_encoder(name, tmp_path):
+    """A folder of a decoder that is used as an encoder: the mean of its states, normalised."""
+    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
+    copy = shutil.copytree(GOLDEN / name, tmp_path / "encoder")
+    shutil.copytree(GOLDEN / "bert_mean" / "1_Pooling", copy / "1_Pooling")
+    modules = [{"path": path, "type": f"st.models.{kind}"} for path, kind in kinds.items()]
+    (copy / "modules.json").write_text(json.dumps(modules))
+    return copy
+
+
+def test_adapters_of_a_decoder_as_an_encoder_have_the_names_of_its_checkpoint(tmp_path):
+    model, network, adapters = adapted(as_encoder("qwen3", tmp_path), DECODER, PATTERNS)
+    peft.save(adapters, network, tmp_path)
+    tensors = safetensors.numpy.load_file(tmp_path / peft.TENSORS)
+    assert "base_model.model.layers.0.self_attn.q_proj.lora_A.weight" in tensors
+    assert not [name for name in tensors if ".model.model." in name]
+    _, loaded = peft.load(model.network, tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, loaded, adapters)
+    # Trained over the decoder with its head.
+    peft.save(adapters, adapted("qwen3", DECODER, PATTERNS)[1], tmp_path)
+    assert safetensors.numpy.load_file(tmp_path / peft.TENSORS).keys() == {
+        name.replace(".model.", ".model.model.", 1) for name in tensors
+    }
+    _, loaded = peft.load(model.network, tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, loaded, adapters)
+
+
+@pytest.mark.parametrize(("name", "targets"), [("qwen3", DECODER)])
+def test_peft_opens_what_we_save_of_encoders(name, targets, tmp_path):
+    torch = pytest.importorskip("torch", reason="PyTorch is absent")
+    reference = pytest.importorskip("peft", reason="peft is absent")
+    import transformers
+
+    path = as_encoder(name, tmp_path) if name == "qwen3" else GOLDEN / name
+    model, network, adapters = adapted(path, targets)
+    peft.save(adapters, network, tmp_path)
+    tokens, mask = np.arange(3, 13)[None], np.ones((1, 10), bool)
+    base = transformers.AutoModel.from_pretrained(path)
+    theirs = reference.PeftModel.from_pretrained(base, tmp_path).eval()
+    with torch.no_grad():
+        hidden = theirs(input_ids=torch.tensor(tokens)).last_hidden_state.numpy().mean(1)
+    ours = network(model.params, tokens, mask, adapters=adapters)
+    np.testing.assert_allclose(ours, hidden / np.linalg.norm(hidden), atol=1e-5)
+    assert np.abs(ours - model.network(model.params, tokens, mask)).max() > 0.1
 
     theirs.save_pretrained(tmp_path / "theirs")
     _, loaded = peft.load(model.network, tmp_path / "theirs")

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+from collections.abc import Set
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,7 @@ import safetensors.numpy
 from fedrag_jax.errors import CheckpointError
 from fedrag_jax.models import peft_options
 from fedrag_jax.models.decoder import Decoder
-from fedrag_jax.models.families import FAMILIES
+from fedrag_jax.models.families import family_for
 from fedrag_jax.models.lora import LoraConfig, add_lora
 from fedrag_jax.models.network import Network, flatten, unflatten
 
@@ -108,8 +109,10 @@ def load(
         raise CheckpointError(f"{folder} holds adapters of {clients or 'no'} clients, not {client}")
     stacked = () if clients is None or client is not None else (clients,)
     with _open(folder) as file:
-        names, found = _modules(network), set(file.keys())
-        network, adapted = _with_adapters(network, folder, about, {_module(n) for n in found})
+        found = set(file.keys())
+        there = {_module(name) for name in found}
+        names = _modules(network, there)
+        network, adapted = _with_adapters(network, folder, about, names, there)
         leaves, problems, wanted = [], [], set()
         for path, leaf in flatten(network.shapes()):
             if path[-1] not in _MATRICES:
@@ -159,13 +162,14 @@ def _no_adapter(folder: pathlib.Path, error: Exception) -> CheckpointError:
     )
 
 
-def _with_adapters(network: Network, folder, about: dict, there: set[str]):
+def _with_adapters(network: Network, folder, about: dict, names: dict, there: set[str]):
     """Returns the network for the adapters of a folder, and the modules that have one.
 
     Args:
+      names: names of the network's linear layers, from `_modules`.
       there: modules with matrices in the folder.
     """
-    names, layers = _modules(network), network.config.num_layers
+    layers = network.config.num_layers
 
     def each(module):
         return [module.format(i) for i in range(layers if "{}" in module else 1)]
@@ -221,14 +225,20 @@ def _config(about: dict, targets: list[str], names: dict, layers: int) -> LoraCo
     return LoraConfig(*usual, tuple(targets), tuple(patterns))
 
 
-def _modules(network: Network) -> dict[tuple, str]:
-    """Path of every linear layer to its name in the checkpoint, `{}` for the number of the layer; Dense
-    projections, which get no adapters, are left out."""
-    names = FAMILIES[network.config.family].names
+def _modules(network: Network, there: Set[str] = frozenset()) -> dict[tuple, str]:
+    """Returns the name in the checkpoint of every linear layer by its path, `{}` for the number of the
+    layer; Dense projections, which get no adapters, are left out.
+
+    Args:
+      there: modules with matrices in a folder. If they have the family's prefix, as those trained over
+        a model with a head do, the names get it too.
+    """
+    family = family_for(network)
+    prefix = family.prefix if any(name.startswith(family.prefix) for name in there) else ""
     return {
-        path[:-1]: names[".".join(path)].removesuffix(".weight")
+        path[:-1]: prefix + family.names[".".join(path)].removesuffix(".weight")
         for path, _ in flatten(network.shapes())
-        if path[-1] == "kernel" and ".".join(path) in names
+        if path[-1] == "kernel" and ".".join(path) in family.names
     }
 
 
