@@ -41,6 +41,7 @@ CASES = [
     ("qwen3", DECODER),
     ("llama_gqa", (*DECODER, "lm_head")),
     ("bert_mean", ("v_proj", "o_proj", "up_proj", "down_proj")),
+    ("bert_mean", ("down_proj",)),  # its name also ends that of o_proj
     ("mpnet", ("k_proj",)),
 ]
 
@@ -166,7 +167,7 @@ def test_adapters_of_a_decoder_as_an_encoder_have_the_names_of_its_checkpoint(tm
     jax.tree.map(np.testing.assert_array_equal, loaded, adapters)
 
 
-@pytest.mark.parametrize(("name", "targets"), [("qwen3", DECODER)])
+@pytest.mark.parametrize(("name", "targets"), [("qwen3", DECODER), ("bert_mean", ("down_proj",))])
 def test_peft_opens_what_we_save_of_encoders(name, targets, tmp_path):
     torch = pytest.importorskip("torch", reason="PyTorch is absent")
     reference = pytest.importorskip("peft", reason="peft is absent")

@@ -61,6 +61,7 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     safetensors.numpy.save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
     modules = {path: names[path[:-1]] for path, _ in flatten(adapters)}
+    others = {*names.values()} - {*modules.values()}
     about = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if network.module is Decoder else "FEATURE_EXTRACTION",
@@ -71,7 +72,9 @@ def save(
         "alpha_pattern": {},
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": sorted({m.partition("{}.")[2] or m for m in modules.values()}),
+        "target_modules": sorted(
+            {t for m in modules.values() for t in _targets(m, others, network.config.num_layers)}
+        ),
         "inference_mode": True,
     }
     for path, module in modules.items():
@@ -240,6 +243,15 @@ def _modules(network: Network, there: Set[str] = frozenset()) -> dict[tuple, str
         for path, _ in flatten(network.shapes())
         if path[-1] == "kernel" and ".".join(path) in family.names
     }
+
+
+def _targets(module: str, others: Set[str], layers: int) -> list[str]:
+    """Returns names by which PEFT finds a module, but none of the others: the end of its name, unless
+    another ends so."""
+    short = module.partition("{}.")[2] or module
+    if any(other.endswith(f".{short}") for other in others):
+        return [module.format(i) for i in range(layers)]
+    return [short]
 
 
 def _module(tensor: str) -> str:
