@@ -214,7 +214,8 @@ def save(pretrained: Pretrained, path: str | pathlib.Path, dtype: str = "float32
             i for i in dict.fromkeys([special["eos_token_id"], *pretrained.ends]) if i is not None
         ]
         special["eos_token_id"] = ends if len(ends) > 1 else ends[0]
-    write_json(folder / "config.json", family.write(network.config) | special | {"dtype": dtype})
+    # RoBERTa counts positions from the pad token of its config, whatever the tokenizer pads with.
+    write_json(folder / "config.json", special | family.write(network.config) | {"dtype": dtype})
     if family.module in ENCODERS:
         sentence_folders.write(folder, network.config, beside)
     else:  # what transformers generates by
