@@ -107,7 +107,7 @@ def load(
     """
     folder = pathlib.Path(folder)
     about = _read_config(folder)
-    clients = about.get("clients")
+    clients, family = about.get("clients"), family_for(network)
     if client is not None and not 0 <= client < (clients or 0):
         raise CheckpointError(f"{folder} holds adapters of {clients or 'no'} clients, not {client}")
     stacked = () if clients is None or client is not None else (clients,)
@@ -135,7 +135,14 @@ def load(
                     shape = array[index].swapaxes(-1, -2).shape
                     problems.append(f"{name} has shape {tensor.shape}, not {shape}")
             leaves.append((path, jnp.asarray(array)))
-    problems += [f"unexpected {name}" for name in sorted(found - wanted)]
+    # PEFT adds the frozen layer itself if the adapted one is a head.
+    wanted |= {f"{_PREFIX}{module}.base_layer.weight" for module in adapted}
+    ignored = re.compile(family.ignored)  # as in the base: modules that do not reach the output
+    problems += [
+        f"unexpected {name}"
+        for name in sorted(found - wanted)
+        if not ignored.fullmatch(name.removeprefix(_PREFIX).removeprefix(family.prefix))
+    ]
     if problems:
         raise CheckpointError(f"{folder} does not fit the network:\n  " + "\n  ".join(problems))
     return network, unflatten(leaves)
