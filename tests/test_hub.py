@@ -72,6 +72,16 @@ def test_saved_and_loaded_again_is_the_same(name, tmp_path):
     assert not saved
 
 
+@pytest.mark.parametrize("pad", ["w9", None])
+def test_positions_survive_a_tokenizer_that_pads_with_another_token(pad, tmp_path):
+    """RoBERTa counts positions from its config's `pad_token_id`."""
+    model = hub.load(GOLDEN / "roberta")
+    model.tokenizer.pad_token = pad
+    assert model.tokenizer.pad_token_id != model.network.config.first_position - 1
+    hub.save(model, tmp_path)
+    assert hub.load(tmp_path).network == model.network
+
+
 def test_settings_of_the_sentence_files_survive(tmp_path):
     model = hub.load(GOLDEN / "bert_cls")
     config = model.network.config

@@ -27,6 +27,8 @@ from fedrag_jax.generation.rollouts import (
     searching_of,
 )
 from fedrag_jax.rag import RAGSystem
+from fedrag_jax.retrieval.stores.faiss_store import FaissStore
+from fedrag_jax.retrieval.stores.passage_source import Found
 from fedrag_jax.server.mcp_server import mcp_server
 from fedrag_jax.strategies.policies import search_policy
 from fedrag_jax.systems.system_like import system_like
@@ -61,7 +63,7 @@ def test_answers_are_read_in_what_was_looked_up(system):
         for query, passages in response.searches:
             (some,) = system.retrieve([f"Who or what is {query}?"], 2)
             assert passages == tuple(f.passage for f in some)
-            found |= {f.passage.id: f for f in some}
+            found = {f.passage.id: f for f in some} | found
         assert response.sources == tuple(f.passage for f in found.values())
         assert response.scores == tuple(f.score for f in found.values())
         assert response.finish == "length" and "</s>" not in response.answer
@@ -71,6 +73,26 @@ def test_answers_are_read_in_what_was_looked_up(system):
     for question, response in zip(QUESTIONS[:2], responses, strict=False):
         assert system.query(question, mode="search") == response
     assert system.batch_query([], mode="search") == []
+
+
+class Pieces(FaissStore):
+    """Tells passages as pieces of one document, as a tool of an MCP server may."""
+
+    def search(self, questions, vectors=None, k=5):
+        return [
+            [Found(dataclasses.replace(passage, id="document"), score) for passage, score in some]
+            for some in super().search(questions, vectors, k)
+        ]
+
+
+def test_sources_that_share_an_id_are_all_told(system):
+    store = Pieces(system.retriever.vectors.shape[1])
+    store.add(WORLD.passages[:60], system.retriever.vectors)
+    whole = system.query(QUESTIONS[0], mode="search")
+    response = system.over(store).query(QUESTIONS[0], mode="search")
+    assert len(response.sources) > 1 and {p.id for p in response.sources} == {"document"}
+    assert [p.text for p in response.sources] == [p.text for p in whole.sources]
+    np.testing.assert_allclose(response.scores, whole.scores, atol=1e-5)
 
 
 def test_drawn_answers_follow_their_seed(system):

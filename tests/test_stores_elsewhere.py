@@ -77,6 +77,23 @@ def test_hnsw_in_postgres_finds_more_passages_than_its_effort():
 
 
 @pytest.mark.slow
+def test_an_exact_store_in_postgres_searches_exactly_in_a_table_with_an_hnsw_index():
+    approximate, vectors, asked = in_postgres(index="hnsw"), unit(3000, seed=1), unit(9, seed=2)
+    approximate.add([Passage(f"{i:04}", "", "A text.") for i in range(3000)], vectors)
+    approximate._run("ANALYZE {table}")
+    exact = PostgresStore(postgres(), approximate.table, D)
+    best = np.argsort(-asked @ vectors.T)[:, :100]
+    assert ids(exact.search(["?"] * 9, asked, k=100)) == [[f"{i:04}" for i in row] for row in best]
+
+
+def test_more_dimensions_than_an_hnsw_index_takes_are_refused_before_the_database_is_asked():
+    with pytest.raises(
+        ConfigError, match=r"table 'wide': dimension must be at most 2000.*got 2560"
+    ):
+        PostgresStore("host=127.0.0.1 port=9 connect_timeout=2", "wide", 2560, index="hnsw")
+
+
+@pytest.mark.slow
 def test_postgres_is_shared_with_others():
     store = in_postgres()
     store.add(PASSAGES, VECTORS)

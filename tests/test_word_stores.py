@@ -99,6 +99,23 @@ def test_ranks_are_fused():
     )
 
 
+def test_a_hybrid_asks_each_store_once_what_it_holds_of_deleted_passages(monkeypatch):
+    store, asked = HybridStore([FaissStore(2), BM25Store()]), []
+    store.add(
+        [Passage(str(i), "", f"text {i}") for i in range(5)],
+        np.eye(2, dtype=np.float32)[[0, 1, 0, 1, 0]],
+    )
+    for part in store.parts:
+        known = part._known
+        monkeypatch.setattr(
+            part, "_known", lambda ids, known=known: asked.append(ids) or known(ids)
+        )
+    store.parts[1]._delete(["2"])  # as after a deletion that failed in part
+    store.delete(["1", "2", "3"])
+    assert asked == 3 * [["1", "2", "3"]]  # the hybrid asks its first store, too
+    assert [p.id for part in store.parts for p in part.passages()] == ["0", "4"] * 2
+
+
 @pytest.mark.parametrize(("depth", "first"), [(1, "both"), (3, "word")])
 def test_what_a_hybrid_finds_first_depends_on_how_deep_it_looks(depth, first):
     """A store is asked for one more than is wanted; both are second for `both`."""

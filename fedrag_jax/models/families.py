@@ -8,6 +8,7 @@ from fedrag_jax.models.causal_encoder import CausalEncoder, CausalEncoderConfig
 from fedrag_jax.models.decoder_families import DECODERS
 from fedrag_jax.models.encoder_families import ENCODERS
 from fedrag_jax.models.family import Family
+from fedrag_jax.models.network import Network
 
 FAMILIES = DECODERS | ENCODERS
 
@@ -28,6 +29,12 @@ def family_of(hf: dict) -> Family:
             "config.json: quantization_config is not supported; load unquantized weights"
         )
     return FAMILIES[hf["model_type"]]
+
+
+def family_for(network: Network) -> Family:
+    """Returns the family whose checkpoints hold the parameters of a network."""
+    family = FAMILIES[network.config.family]
+    return encoding(family) if network.module is CausalEncoder else family
 
 
 def encoding(family: Family) -> Family:

@@ -20,7 +20,7 @@ from fedrag_jax.errors import CheckpointError, ConfigError
 from fedrag_jax.models import sentence_folders
 from fedrag_jax.models.causal_encoder import CausalEncoder
 from fedrag_jax.models.encoder import Encoder
-from fedrag_jax.models.families import FAMILIES, encoding, family_of
+from fedrag_jax.models.families import encoding, family_for, family_of
 from fedrag_jax.models.fetching import place_of
 from fedrag_jax.models.gguf_checkpoints import GGUFCheckpoint
 from fedrag_jax.models.network import Network, flatten, unflatten
@@ -197,8 +197,7 @@ def save(pretrained: Pretrained, path: str | pathlib.Path, dtype: str = "float32
     refuse_quantized(pretrained, path)
     folder, network = pathlib.Path(path), pretrained.network
     folder.mkdir(parents=True, exist_ok=True)
-    family = FAMILIES[network.config.family]
-    family = encoding(family) if network.module is CausalEncoder else family
+    family = family_for(network)
     trunk, projections = sentence_folders.parted(pretrained.params)
     tensors = to_tensors(family, trunk, np.dtype(dtype))
     beside = sentence_folders.projection_tensors(projections, np.dtype(dtype))
@@ -215,7 +214,8 @@ def save(pretrained: Pretrained, path: str | pathlib.Path, dtype: str = "float32
             i for i in dict.fromkeys([special["eos_token_id"], *pretrained.ends]) if i is not None
         ]
         special["eos_token_id"] = ends if len(ends) > 1 else ends[0]
-    write_json(folder / "config.json", family.write(network.config) | special | {"dtype": dtype})
+    # RoBERTa counts positions from the pad token of its config, whatever the tokenizer pads with.
+    write_json(folder / "config.json", special | family.write(network.config) | {"dtype": dtype})
     if family.module in ENCODERS:
         sentence_folders.write(folder, network.config, beside)
     else:  # what transformers generates by

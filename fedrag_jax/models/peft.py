@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+from collections.abc import Set
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,7 @@ import safetensors.numpy
 from fedrag_jax.errors import CheckpointError
 from fedrag_jax.models import peft_options
 from fedrag_jax.models.decoder import Decoder
-from fedrag_jax.models.families import FAMILIES
+from fedrag_jax.models.families import family_for
 from fedrag_jax.models.lora import LoraConfig, add_lora
 from fedrag_jax.models.network import Network, flatten, unflatten
 
@@ -60,6 +61,7 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     safetensors.numpy.save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
     modules = {path: names[path[:-1]] for path, _ in flatten(adapters)}
+    others = {*names.values()} - {*modules.values()}
     about = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if network.module is Decoder else "FEATURE_EXTRACTION",
@@ -70,7 +72,9 @@ def save(
         "alpha_pattern": {},
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": sorted({m.partition("{}.")[2] or m for m in modules.values()}),
+        "target_modules": sorted(
+            {t for m in modules.values() for t in _targets(m, others, network.config.num_layers)}
+        ),
         "inference_mode": True,
     }
     for path, module in modules.items():
@@ -103,13 +107,15 @@ def load(
     """
     folder = pathlib.Path(folder)
     about = _read_config(folder)
-    clients = about.get("clients")
+    clients, family = about.get("clients"), family_for(network)
     if client is not None and not 0 <= client < (clients or 0):
         raise CheckpointError(f"{folder} holds adapters of {clients or 'no'} clients, not {client}")
     stacked = () if clients is None or client is not None else (clients,)
     with _open(folder) as file:
-        names, found = _modules(network), set(file.keys())
-        network, adapted = _with_adapters(network, folder, about, {_module(n) for n in found})
+        found = set(file.keys())
+        there = {_module(name) for name in found}
+        names = _modules(network, there)
+        network, adapted = _with_adapters(network, folder, about, names, there)
         leaves, problems, wanted = [], [], set()
         for path, leaf in flatten(network.shapes()):
             if path[-1] not in _MATRICES:
@@ -129,7 +135,14 @@ def load(
                     shape = array[index].swapaxes(-1, -2).shape
                     problems.append(f"{name} has shape {tensor.shape}, not {shape}")
             leaves.append((path, jnp.asarray(array)))
-    problems += [f"unexpected {name}" for name in sorted(found - wanted)]
+    # PEFT adds the frozen layer itself if the adapted one is a head.
+    wanted |= {f"{_PREFIX}{module}.base_layer.weight" for module in adapted}
+    ignored = re.compile(family.ignored)  # as in the base: modules that do not reach the output
+    problems += [
+        f"unexpected {name}"
+        for name in sorted(found - wanted)
+        if not ignored.fullmatch(name.removeprefix(_PREFIX).removeprefix(family.prefix))
+    ]
     if problems:
         raise CheckpointError(f"{folder} does not fit the network:\n  " + "\n  ".join(problems))
     return network, unflatten(leaves)
@@ -159,13 +172,14 @@ def _no_adapter(folder: pathlib.Path, error: Exception) -> CheckpointError:
     )
 
 
-def _with_adapters(network: Network, folder, about: dict, there: set[str]):
+def _with_adapters(network: Network, folder, about: dict, names: dict, there: set[str]):
     """Returns the network for the adapters of a folder, and the modules that have one.
 
     Args:
+      names: names of the network's linear layers, from `_modules`.
       there: modules with matrices in the folder.
     """
-    names, layers = _modules(network), network.config.num_layers
+    layers = network.config.num_layers
 
     def each(module):
         return [module.format(i) for i in range(layers if "{}" in module else 1)]
@@ -221,15 +235,30 @@ def _config(about: dict, targets: list[str], names: dict, layers: int) -> LoraCo
     return LoraConfig(*usual, tuple(targets), tuple(patterns))
 
 
-def _modules(network: Network) -> dict[tuple, str]:
-    """Path of every linear layer to its name in the checkpoint, `{}` for the number of the layer; Dense
-    projections, which get no adapters, are left out."""
-    names = FAMILIES[network.config.family].names
+def _modules(network: Network, there: Set[str] = frozenset()) -> dict[tuple, str]:
+    """Returns the name in the checkpoint of every linear layer by its path, `{}` for the number of the
+    layer; Dense projections, which get no adapters, are left out.
+
+    Args:
+      there: modules with matrices in a folder. If they have the family's prefix, as those trained over
+        a model with a head do, the names get it too.
+    """
+    family = family_for(network)
+    prefix = family.prefix if any(name.startswith(family.prefix) for name in there) else ""
     return {
-        path[:-1]: names[".".join(path)].removesuffix(".weight")
+        path[:-1]: prefix + family.names[".".join(path)].removesuffix(".weight")
         for path, _ in flatten(network.shapes())
-        if path[-1] == "kernel" and ".".join(path) in names
+        if path[-1] == "kernel" and ".".join(path) in family.names
     }
+
+
+def _targets(module: str, others: Set[str], layers: int) -> list[str]:
+    """Returns names by which PEFT finds a module, but none of the others: the end of its name, unless
+    another ends so."""
+    short = module.partition("{}.")[2] or module
+    if any(other.endswith(f".{short}") for other in others):
+        return [module.format(i) for i in range(layers)]
+    return [short]
 
 
 def _module(tensor: str) -> str:

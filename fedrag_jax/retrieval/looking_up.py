@@ -3,7 +3,7 @@
 from collections.abc import Callable, Generator, Iterator, Sequence
 
 from fedrag_jax.data.corpora import Pool
-from fedrag_jax.data.examples import Example, reading_text
+from fedrag_jax.data.examples import Example, Passage, reading_text
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.generation.inference import Lookup, Response
 from fedrag_jax.generation.rollouts import Rollout, Searching
@@ -160,13 +160,16 @@ class Searched(Iterator[str | Lookup]):
 
 
 def _response(rollout: Rollout, looking: Looking, searching: Searching) -> Response:
-    found = {f.passage.id: f for query in rollout.queries for f in looking.found(query)}.values()
+    found: dict[Passage, float] = {}  # ids may be shared, by pieces of a document
+    for query in rollout.queries:
+        for passage, score in looking.found(query):
+            found.setdefault(passage, score)
     written = sum(len(part.tokens) for part in rollout.parts if part.written)
     read = len(rollout.prompt) + sum(len(p.tokens) for p in rollout.parts if not p.written)
     return Response(
         rollout.said(searching.tags),
-        tuple(f.passage for f in found),
-        tuple(f.score for f in found),
+        tuple(found),
+        tuple(found.values()),
         finish="length" if rollout.finish in ("length", "turns") else "stop",
         tokens=(read, written),
         searches=tuple(looking.lookup(query) for query in rollout.queries),

@@ -98,6 +98,27 @@ def test_parties_that_found_a_passage_are_told_and_equal_texts_are_one():
     assert searched.answered == [0, 1, 2] and not searched.refused
 
 
+class Approximate(FaissStore):
+    """Finds two passages alone for the first question, as an approximate index may."""
+
+    def search(self, questions, vectors=None, k=5):
+        found = super().search(questions, vectors, k)
+        return [
+            some[:2] if (vector == QUESTIONS[0]).all() else some
+            for some, vector in zip(found, vectors, strict=True)
+        ]
+
+
+def test_an_answer_does_not_depend_on_the_other_questions():
+    store = store_of(parties(stores=Approximate))
+    together = store.search([""] * 8, QUESTIONS, 10)
+    assert [*map(len, together)] == [6] + [10] * 7
+    for i, found in enumerate(together):
+        (alone,) = store.search([""], QUESTIONS[i : i + 1], 10)
+        assert [f.passage for f in found] == [f.passage for f in alone]
+        np.testing.assert_allclose([f.score for f in found], [f.score for f in alone], atol=1e-6)
+
+
 def test_a_party_shares_nothing_unless_it_is_told_to():
     seen = []
 
@@ -137,6 +158,10 @@ def text(value):
         (array(scores=lambda x: x * np.nan), "scores is not finite"),
         (array(scores=lambda x: x[:, 1:]), r"scores is float32 \[8, 4\] but should be"),
         (array(which=lambda x: x + 10_000), "not lists of id, title and text"),
+        (
+            array(which=lambda x: np.where(x == 0, np.int32(-2), x)),
+            "not lists of id, title and text",
+        ),
         (array(which=lambda x: x - 10_000), "not lists of id, title and text"),
         (array(passages=lambda x: x[1:]), "passages is uint8"),
         (array(passages=text("[")), "no JSON"),

@@ -50,7 +50,7 @@ class Searched(NamedTuple):
 
 
 class _Answer(NamedTuple):
-    """Passages of one party; places in them and scores, [Q, k'] each."""
+    """Passages of one party; places in them, -1 for none, and scores, [Q, k'] each."""
 
     passages: list[Passage]
     which: np.ndarray
@@ -197,7 +197,7 @@ def _read(content: RecordDict, questions: int, k: int) -> tuple[int, _Answer]:
         for row in (rows if isinstance(rows, list) else [None])
     ]
     which = arrays["which"]
-    if not all(words) or (which.size and not 0 <= which.min() <= which.max() < len(rows)):
+    if not all(words) or (which.size and not -1 <= which.min() <= which.max() < len(rows)):
         raise WireError(f"passages of client {number} are not lists of id, title and text")
     return number, _Answer([Passage(*row) for row in rows], which, arrays["scores"])
 
@@ -226,6 +226,7 @@ def _merged(answers: dict[int, _Answer], questions: int, k: int, merge: str):
             for rank, (place, score) in enumerate(
                 zip(answer.which[question], answer.scores[question], strict=True), 1
             )
+            if place >= 0
         ]
         if not of:
             found.append([])

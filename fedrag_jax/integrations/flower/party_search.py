@@ -65,15 +65,22 @@ def _found(message: Message, context: Context, system_of) -> RecordDict:
 
 
 def _encoded(number: int, found: list[list[Found]]) -> RecordDict:
-    """An answer: each passage once, and for every question the places and scores of its k best."""
-    depth = min(map(len, found), default=0)  # an approximate index may find fewer for some
-    found = [some[:depth] for some in found]
+    """An answer: each passage once, and for every question the places and scores of its k best.
+
+    An approximate index may find fewer for some questions: their other places are -1.
+    """
+    depth = max(map(len, found), default=0)
     passages = [*dict.fromkeys(f.passage for some in found for f in some)]
     place = {passage: i for i, passage in enumerate(passages)}
     texts = json.dumps([[p.id, p.title, p.text] for p in passages], ensure_ascii=False)
+    which = np.full((len(found), depth), -1, np.int32)
+    scores = np.zeros((len(found), depth), np.float32)
+    for row, some in enumerate(found):
+        which[row, : len(some)] = [place[f.passage] for f in some]
+        scores[row, : len(some)] = [f.score for f in some]
     answer = {
-        "which": np.array([[place[f.passage] for f in s] for s in found], np.int32),
-        "scores": np.array([[f.score for f in s] for s in found], np.float32),
+        "which": which,
+        "scores": scores,
         "passages": np.frombuffer(texts.encode(), np.uint8),
     }
     about = {"client": number, "depth": depth, "bytes": len(answer["passages"])}

@@ -91,7 +91,8 @@ class Roll:
     """The connected parties, by number.
 
     A new node is asked to introduce itself. It becomes a member if its number is unique and its
-    settings are those of the plan. A node that disconnects is no member until it returns.
+    settings are those of the plan. A node that disconnects is no member until it returns, and a node
+    that was refused its number is asked again.
     """
 
     def __init__(self, plan: Plan, mail: Mail, patience: float):
@@ -99,6 +100,7 @@ class Roll:
         self.members: dict[int, Member] = {}
         self._known: set[int] = set()  # nodes that were asked, or refused
         self._not_before: dict[int, float] = {}
+        self._seconds: dict[int, set[int]] = {}  # by number: nodes refused because a member has it
 
     def look(self) -> None:
         """Asks new nodes to introduce themselves, and removes disconnected ones."""
@@ -107,6 +109,7 @@ class Roll:
             if member.node not in there:
                 log.warning("client %d (node %d) is gone", number, member.node)
                 del self.members[number]
+                self._known -= self._seconds.pop(number, set())  # one may be its new connection
         self._known &= there
         now = time.monotonic()
         new = (n for n in there - self._known if self._not_before.get(n, now) <= now)
@@ -161,5 +164,6 @@ class Roll:
             raise ValueError(f"it must have at least one example, got {examples!r}")
         holder = self.members.get(number)
         if holder is not None and holder.node != node:
+            self._seconds.setdefault(number, set()).add(node)
             raise ValueError(f"its number is {number}, which node {holder.node} has already")
         return number, Member(node, examples)

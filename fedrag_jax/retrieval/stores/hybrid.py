@@ -85,7 +85,8 @@ class HybridStore(OverOthers):
     def _delete(self, ids: Sequence[str]) -> None:
         # The first store tells what the hybrid holds: after a failure, deleting again finds the rest.
         for part in reversed(self.parts):
-            part._delete([i for i in ids if i in part._known(ids)])
+            known = part._known(ids)
+            part._delete([i for i in ids if i in known])
 
     @contextmanager
     def _fresh(self, passages: Sequence[Passage], vectors: np.ndarray):

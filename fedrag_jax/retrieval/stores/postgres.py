@@ -17,6 +17,7 @@ from fedrag_jax.retrieval.stores.knowledge_store import Found, KnowledgeStore, S
 COLUMNS = ("id", "title", "text", "topic")
 INDEXES = ("exact", "hnsw")
 MOST_CANDIDATES = 1000  # pgvector's limit of hnsw.ef_search
+MOST_DIMENSIONS = 2000  # pgvector's limit of an hnsw index
 
 
 class PostgresStore(KnowledgeStore):
@@ -51,8 +52,8 @@ class PostgresStore(KnowledgeStore):
 
         Raises:
           CheckpointError: the table does not exist and is not to be created.
-          ConfigError: psycopg or pgvector is missing, an unknown index, or a table of another
-            dimension.
+          ConfigError: psycopg or pgvector is missing, an unknown index, more than 2,000 dimensions
+            with hnsw, or a table of another dimension.
           StoreUnreachable: the database does not answer, or refuses.
         """
         super().__init__()
@@ -60,6 +61,11 @@ class PostgresStore(KnowledgeStore):
             raise ConfigError(
                 f"a store needs dimension >= 1, effort >= 1 and an index of {INDEXES}, got "
                 f"{dimension}, {effort} and {index!r}"
+            )
+        if index == "hnsw" and dimension > MOST_DIMENSIONS:
+            raise ConfigError(
+                f"table {table!r}: dimension must be at most {MOST_DIMENSIONS} for index 'hnsw', got "
+                f"{dimension}: use index='exact', or cut the vectors (Retriever.cut)"
             )
         self.dimension, self.table, self.index, self.effort = dimension, table, index, effort
         self._conninfo, self._psycopg, self._connection = conninfo, _psycopg(), None
@@ -225,6 +231,8 @@ class PostgresStore(KnowledgeStore):
         with self._asking(), self._connection.transaction():
             if self.index == "hnsw":
                 self._run(f"SET LOCAL hnsw.ef_search = {min(max(self.effort, k), MOST_CANDIDATES)}")
+            else:  # the table may have an approximate index, which PostgreSQL would use
+                self._run("SET LOCAL enable_indexscan = off")
             for number, *row, score in self._run(command, [told, k]):
                 found[number - 1].append(Found(Passage(*row), float(score)))
         return found
