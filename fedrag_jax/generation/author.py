@@ -20,12 +20,14 @@ class Request(NamedTuple):
 
     Attributes:
       chat: whether to use the model's chat template; otherwise the model continues the plain text.
+      ending: end of `user` that stays whole if `user` is truncated, such as the question about a text.
     """
 
     system: str
     user: str
     start: str
     chat: bool = True
+    ending: str = ""
 
 
 class Reply(NamedTuple):
@@ -52,7 +54,7 @@ class Author(Protocol):
 class LocalAuthor:
     """A local decoder; it uses its chat template if it has one and the request is a chat.
 
-    A user text that does not fit into its positions is truncated.
+    A user text that does not fit into its positions is truncated before the `ending` of its request.
     """
 
     model: Pretrained
@@ -66,7 +68,7 @@ class LocalAuthor:
         """One reply for each request.
 
         Raises:
-          ConfigError: instructions that leave no room for a reply.
+          ConfigError: instructions, or an `ending`, that leave no room for a reply.
         """
         tokenizer, network = self.model.tokenizer, self.model.network
         stops = {tokenizer.eos_token_id, *self.model.ends}
@@ -90,7 +92,8 @@ class LocalAuthor:
             before, after = (f"{request.system}\n\n" if request.system else ""), ""
             bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         # A token is seldom shorter than a character: no more of a long text is looked at.
-        user, after = plain(tokenizer, request.user[: 8 * room]), after + request.start
+        user = plain(tokenizer, request.user.removesuffix(request.ending)[: 8 * room])
+        after = plain(tokenizer, request.ending) + after + request.start
         spelling = Spelling(tokenizer)
         left = room - len(bos) - sum(map(len, spelling([before, after])))
         user, _ = spelling.cut(user, max(left, 0))

@@ -59,8 +59,7 @@ def replies(
     with tqdm(total=len(about), initial=len(about) - len(missing), desc=doing, unit="") as bar:
         for start in range(0, len(missing), AT_ONCE):
             some = missing[start : start + AT_ONCE]
-            asked = (_filled(ask.user, about[i]) for i in some)
-            requests = [Request(ask.system, user, ask.start, ask.chat) for user in asked]
+            requests = [_request(ask, about[i]) for i in some]
             lines = []
             try:
                 for i, reply in zip(some, author(requests, settings), strict=True):
@@ -78,6 +77,12 @@ def replies(
 def _read_line(line: dict[str, Any]) -> Read:
     said = {n: x for n, x in line.items() if n not in ("id", "about", "reply", "fault")}
     return Read(said or None, line.get("fault", ""))
+
+
+def _request(ask: Ask, parts: Mapping[str, str]) -> Request:
+    """Returns a prompt about some parts; what follows its text is never truncated."""
+    user, ending = _filled(ask.user, parts), _filled(ask.user.rpartition("{text}")[2], parts)
+    return Request(ask.system, user, ask.start, ask.chat, ending)
 
 
 def _filled(template: str, parts: Mapping[str, str]) -> str:
