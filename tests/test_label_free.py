@@ -1,7 +1,10 @@
 """The steps of label-free fine-tuning: what is kept and dropped, and why; what is asked twice."""
 
+import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scripted import TEXTS, Scripted
@@ -223,6 +226,26 @@ def test_files_of_other_prompts_or_authors_are_not_read(tmp_path):
             asked = asked._replace(rate_text=asked.rate_text._replace(system="Otherwise."))
         with pytest.raises(ConfigError, match=r"rate_text.jsonl holds replies to other requests"):
             pipeline.rate_texts(asking(author, tmp_path, asked), TEXTS, tmp_path)
+
+
+def test_replies_of_other_weights_under_the_same_name_are_not_read(tmp_path):
+    model = hub.load("builtin:decoder")
+    other = model.with_arrays(jax.tree.map(jnp.zeros_like, model.params))
+
+    def rated(model):
+        author = asking(LocalAuthor(model), tmp_path, COMPACT)
+        return pipeline.rate_texts(author, TEXTS[:2], tmp_path).counts
+
+    counts = rated(model)
+    with pytest.raises(ConfigError, match=r"rate_text.jsonl holds replies to other requests"):
+        rated(other)
+    assert rated(dataclasses.replace(model)) == counts
+    # A file that does not say which weights is read as before.
+    path = tmp_path / "replies" / "rate_text.jsonl"
+    head, *rest = lines(path)
+    del head["fingerprint"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in [head, *rest]))
+    assert rated(other) == counts and lines(path) == [head, *rest]
 
 
 # --- prompts and authors ---------------------------------------------------------------------------

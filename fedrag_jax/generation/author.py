@@ -1,9 +1,11 @@
 """Authors: generators that reply to requests about texts, either a local decoder or an endpoint.
 
-An author has a `name`. It is called with requests and returns one reply per request, in order.
+An author has a `name`. It is called with requests and returns one reply per request, in order. An
+author whose name may stand for several models also has a `fingerprint`, recorded with the name.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -12,6 +14,7 @@ import numpy as np
 from fedrag_jax.data.prompts import plain, turns
 from fedrag_jax.data.spelling import Spelling
 from fedrag_jax.generation.text import Sampling, Writer
+from fedrag_jax.models.fingerprint import fingerprint
 from fedrag_jax.models.hub import Pretrained
 
 
@@ -63,6 +66,14 @@ class LocalAuthor:
     def name(self) -> str:
         """The model's."""
         return self.model.name
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of the model, which its name does not determine: it may have been tuned."""
+        model = self.model
+        return fingerprint(
+            model.params, model.tokenizer, model.network.config, model.ends
+        ).hexdigest()[:16]
 
     def __call__(self, requests: Sequence[Request], sampling: Sampling) -> list[Reply]:
         """One reply for each request.

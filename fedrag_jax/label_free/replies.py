@@ -51,7 +51,7 @@ def replies(
     usual = Ask._field_defaults
     how = {name: x for name, x in ask._asdict().items() if name not in usual or x != usual[name]}
     asked_how = {"author": author.name, **how, **sampling}
-    known = _known(path, asked_how)
+    known = _known(path, asked_how, getattr(author, "fingerprint", None))
     for i, said in about.items():
         if i in known and known[i]["about"] != _hash(said):
             del known[i]
@@ -94,11 +94,13 @@ def _hash(parts: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _known(path: pathlib.Path, asked_how: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _known(
+    path: pathlib.Path, asked_how: dict[str, Any], fingerprint: str | None
+) -> dict[str, dict[str, Any]]:
     """Returns the lines of a file by id, without the first; creates a new file if absent."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_lines(path, [{"asked": asked_how}])
+        write_lines(path, [{"asked": asked_how, "fingerprint": fingerprint}])
         return {}
     lines = []
     text = path.read_bytes().decode("utf-8", "ignore")
@@ -107,7 +109,9 @@ def _known(path: pathlib.Path, asked_how: dict[str, Any]) -> dict[str, dict[str,
             lines.append(json.loads(line))
         except json.JSONDecodeError:
             break  # the end of a file whose writer was killed
-    if not lines or lines[0].get("asked") != asked_how:
+    # Files of before have no fingerprint.
+    told = lines[0] if lines else {}
+    if told.get("asked") != asked_how or told.get("fingerprint", fingerprint) != fingerprint:
         raise ConfigError(
             f"{path} holds replies to other requests (another generator, prompt or setting); use "
             "another folder, or delete it"
