@@ -7,7 +7,7 @@ import json
 import math
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -126,8 +126,13 @@ def train(
                 "algorithm": algorithm,
                 "algorithm_options": dict(options),
                 "data": content_hash(dataset),
-                "clients": _hash(clients),
+                "reasoning": _hash([json.dumps([e.reasoning for e in dataset.train]).encode()]),
+                "clients": _hash(np.asarray(rows, np.int64).tobytes() for rows in clients.clients),
                 "system": identity(base, True, corpus_of(base)),
+                # What answers do not depend on, but training does.
+                "marginal_k": base.marginal_k,
+                "max_answer_tokens": base.prompts.max_answer_tokens,
+                "searching": base.searching.as_dict(),
             },
         )
         before, trials, systems = _scored(system, dataset.validation, "before training"), [], {}
@@ -214,8 +219,8 @@ def _settle(folder: pathlib.Path, settings: dict) -> None:
     files.write_json(path, now, indent=2)
 
 
-def _hash(clients: Partition) -> str:
+def _hash(parts: Iterable[bytes]) -> str:
     digest = hashlib.sha256()
-    for rows in clients.clients:
-        digest.update(np.asarray(rows, np.int64).tobytes() + b" ")
+    for part in parts:
+        digest.update(part + b" ")
     return digest.hexdigest()[:16]
