@@ -63,6 +63,30 @@ def test_texts_are_kept_by_their_rating_and_every_rejection_has_its_reason(tmp_p
     assert "low" not in again.counts and len(author.asked) == len(TEXTS)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        (r"(?P<score>[^\n]+)", {0: "9", 1: "about 8", 2: "nan", 3: "-9", 4: "2"}),
+        (r"((?P<score>\d+)|none)( because (?P<why>.+))?", {1: "none", 2: "none because", 3: "11"}),
+        (
+            r"(?P<score>\d+)( because (?P<why>.+))?",
+            {1: "", 2: "8 because", 3: "x", 4: "7 because y"},
+        ),
+    ],
+)
+def test_own_prompts_may_match_replies_without_a_rating(pattern, said, tmp_path):
+    own = PROMPTS._replace(rate_text=PROMPTS.rate_text._replace(reply=pattern))
+    prompts.write(own, tmp_path / "own.json")
+    author = Scripted(lambda request: said.get(number(request.user), "9"))
+    asked = asking(author, tmp_path, prompts.read(tmp_path / "own.json"))
+    step = pipeline.rate_texts(asked, TEXTS[:6], tmp_path)
+    low = {"low": 1} if 4 in said else {}
+    assert step.counts == {"kept": 3 - len(low), "unparsable": 3} | low
+    told = {line["id"]: line for line in lines(tmp_path / "1_texts.jsonl")}
+    assert told["t5"] == {"id": "t5", "kept": True, "score": "9"}
+    assert told["t4"].get("why") == ("y" if "y" in said.get(4, "") else None)
+
+
 # --- 2, asking -------------------------------------------------------------------------------------
 
 

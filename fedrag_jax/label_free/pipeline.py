@@ -338,8 +338,11 @@ def _low(reply: Read, least: float) -> str:
     """Returns the reason why a rating drops an item; "" if it does not."""
     if reply.fault:
         return reply.fault
-    score = float(reply.said["score"])
-    if score > 10:
+    try:
+        score = float(reply.said["score"])
+    except ValueError:  # own prompts may match any text
+        return "unparsable"
+    if not 0 <= score <= 10:
         return "unparsable"
     return "" if score >= least else "low"
 
