@@ -250,7 +250,7 @@ def compute_cell(
         cost += Cost(evaluate_seconds=known.cost.evaluate_seconds)
     else:
         clock = Clock()
-        found = asked_scores(run, systems, clients)
+        found = asked_scores(run, systems, clients, own_mode(run.config, strategy))
         cost += Cost.of_evaluation(clock.lap())
         controls = controls and len(systems) == 1
         controlled = control_scores(systems[0], run.control_questions()) if controls else {}
@@ -273,7 +273,12 @@ def compute_cell(
     )  # fmt: skip
 
 
-def asked_scores(run: Lab, systems, clients) -> list[dict[str, np.ndarray]]:
+def own_mode(config, strategy: str) -> str:
+    """Returns the mode in which a strategy's systems answer; "" if the experiment writes no answers."""
+    return config.mode and (named(strategy).mode or config.mode)
+
+
+def asked_scores(run: Lab, systems, clients, mode: str) -> list[dict[str, np.ndarray]]:
     """Returns the scores [Q] of each system by metric, in [0, 1]; NaN for questions it is not asked.
 
     Models of lone clients answer the whole test set and the questions about their own topics.
@@ -283,7 +288,7 @@ def asked_scores(run: Lab, systems, clients) -> list[dict[str, np.ndarray]]:
     for client, system in enumerate(systems):
         asked = run.of_test | (mixtures[client] > 0 if len(systems) > 1 else run.of_own)
         rows = np.flatnonzero(asked)
-        questions, mode = [run.asked[i] for i in rows], run.config.mode
+        questions = [run.asked[i] for i in rows]
         answered = evaluate(system, questions, mode=mode) if mode else None
         some = answered or evaluator.rankings_alone(system, questions)
         found.append({metric: np.full(len(asked), np.nan) for metric in METRICS})

@@ -24,7 +24,7 @@ from fedrag_jax.models import hub, lora, sentence_folders
 from fedrag_jax.models.network import Network
 from fedrag_jax.rag_async import AsyncAnswers
 from fedrag_jax.retrieval.index.by_name import index_kind
-from fedrag_jax.retrieval.looking_up import Searched, answers_by_searching
+from fedrag_jax.retrieval.looking_up import Searched, answers_by_searching, require_bare
 from fedrag_jax.retrieval.retriever import Retriever
 from fedrag_jax.retrieval.stores.passage_source import Found, PassageSource, found_in
 
@@ -350,11 +350,7 @@ class RAGSystem(AsyncAnswers):
         inference.require_asked(questions)
         if beams is not None:
             raise ConfigError(f"mode {mode!r} takes no beams, got {beams}")
-        if asked := self.prompts.system:
-            raise ConfigError(
-                f"mode {mode!r} has an instruction of its own and takes no system prompt, got "
-                f"{asked[:80]!r}: remove it (system.under('')), or add it to searching.instruction"
-            )
+        require_bare(self.prompts.system)
         settings = Sampling.of({"max_new_tokens": self.searching.budget.written} | sampling)
         return answers_by_searching(self.writer, self.searching, self.retrieve, questions, settings)
 

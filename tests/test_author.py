@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import pytest
 import transformers
 
 from fedrag_jax.generation.author import LocalAuthor, Reply, Request
@@ -21,6 +22,36 @@ def test_a_local_author_is_asked_in_its_template_and_cuts_what_does_not_fit():
     assert len(prompt) == 50 and model.tokenizer.decode(prompt).endswith("Rate:")
     replies = author([request, long], Sampling(max_new_tokens=4))
     assert len(replies) == 2 and all(isinstance(r, Reply) for r in replies)
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [
+        (kind, what)
+        for kind in ("compact", "short", "examples", "instruct")
+        for what in prompts.FILLED
+        if getattr(prompts.by_name(kind), what)
+    ],
+)
+def test_a_text_that_does_not_fit_is_cut_and_the_question_about_it_is_not(kind, what, tmp_path):
+    model, asked = hub.load("builtin:decoder"), []
+
+    class Remembers:
+        name = "remembers"
+
+        def __call__(self, requests, sampling):
+            asked.extend(requests)
+            return [Reply("9", True) for _ in requests]
+
+    parts = {"text": "Ann Bo was born in Rome. " * 400, "question": "Who met Zut?", "answer": "Al"}
+    about = {"long": parts, "short": parts | {"text": "A text."}}
+    pipeline.Asking(Remembers(), prompts.by_name(kind), tmp_path)(what, about, "rate")
+    # As much as the longest page of examples needs, and far less than the text.
+    long, short = (LocalAuthor(model)._prompt(request, 900) for request in asked)
+    written = model.tokenizer.decode(long)
+    assert len(long) == 900 and "Ann Bo was born in Rome. Ann" in written
+    ending = model.tokenizer.decode(short).rpartition("A text.")[2]
+    assert "Who met Zut?" in ending and written.endswith(ending)
 
 
 def test_prompts_with_examples_are_continued_without_a_template(tmp_path):

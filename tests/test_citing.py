@@ -17,8 +17,10 @@ from fedrag_jax.evaluation.citing import (
     evaluate_citing,
     without_gold,
 )
+from fedrag_jax.models import hub
 from fedrag_jax.objectives.citing import Context, citing
 from fedrag_jax.rag import RAGSystem
+from fedrag_jax.retrieval.retriever import Retriever
 
 
 def test_passages_are_numbered_from_one_and_cited_before_the_answer():
@@ -146,6 +148,27 @@ def test_gold_passages_are_forced_in_place_of_the_last():
         assert bool(own.cites) != hard[i]
     for context, gold in zip(without_gold(retriever, EXAMPLES, 2), golds, strict=True):
         assert len(context.rows) == 2 and not {*context.rows} & gold and context.cites == ()
+
+
+def test_a_copy_of_the_gold_passage_answers_as_well():
+    parts = toy_parts()
+    titles = [Passage(f"title{i}", f"Di {i}", "") for i in range(2)]  # not copies of each other
+    texts = [*PASSAGES, Passage("copy", "", f"{PASSAGES[0].text} "), *titles]
+    model = hub.Pretrained(parts.encoder, parts.query, TOKENIZER, "toy")
+    retriever = Retriever.build(model, texts)
+    asked = [EXAMPLES[0], Example("t", "Who is Di?", ("Di",), ("title0",))]
+    copied, titled = without_gold(retriever, asked, 6)
+    assert {*copied.rows.tolist()} == {1, 2, 3, 5, 6} and 6 in titled.rows and 5 not in titled.rows
+    for n in (1, 2, 7):
+        contexts, hard = contexts_of(retriever, asked, n)
+        ranked, _ = retriever.search([e.question for e in asked], n)
+        for context, nearest, golds, is_hard in zip(
+            contexts, ranked, ({0, 4}, {5}), hard, strict=True
+        ):
+            assert is_hard == (not golds & {*nearest.tolist()})
+            cited = [i + 1 for i, row in enumerate(context.rows) if row in golds]
+            assert [*context.cites] == cited != []
+    assert len(contexts[0].cites) == 2, "the passage and its copy"
 
 
 def test_what_is_read_stays_within_a_pool():

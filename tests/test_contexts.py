@@ -69,6 +69,19 @@ def test_a_copy_of_the_gold_passage_is_no_negative_of_it(tmp_path):
     assert 5 not in step.kept["e0"].rows and 5 in step.kept["e1"].rows
 
 
+@pytest.mark.parametrize("how", [{}, {"negatives": "random"}, {"unanswerable": 1.0}])
+def test_questions_may_have_several_gold_passages(retriever, how, tmp_path):
+    """All the nearest passages are gold, and negatives are the next ones."""
+    question, n = "Where were Person 3 and Person 4?", 3
+    nearest = retriever.search([question], 12)[0][0]
+    golds = nearest[:4]
+    example = Example("e", question, ("x",), tuple(TEXTS[row].id for row in golds))
+    step = pipeline.add_hard_negatives(retriever, [example], tmp_path, n, **how)
+    rows, cites = step.kept["e"]
+    assert {*rows.tolist()} <= {golds[0], *nearest[4 : 4 + n]} and len({*rows.tolist()}) == n
+    assert [rows[c - 1] for c in cites] == ([] if "unanswerable" in how else [golds[0]])
+
+
 def test_one_long_text_takes_no_memory_for_each_of_the_others(tmp_path):
     long = Passage("long", "", "word " * 100_000)
     parts, texts = toy_parts(), [*TEXTS, long, *(Passage(f"o{i}", "", str(i)) for i in range(40))]

@@ -112,7 +112,7 @@ def test_left_over_training_questions_stand_for_clients_own_topics(tmp_path):
     # Each lone client is asked all tests, and of the others those on what it holds.
     clients = run.clients("local", 0)
     held = [{e.topic for e in clients.of(i)} for i in range(2)]
-    found = lab.asked_scores(run, [run.system(0)] * 2, clients)
+    found = lab.asked_scores(run, [run.system(0)] * 2, clients, run.config.mode)
     for scores, topics in zip(found, held, strict=True):
         wanted = [run.of_test[i] or e.topic in topics for i, e in enumerate(asked)]
         assert [*~np.isnan(scores["em"])] == wanted
@@ -121,7 +121,7 @@ def test_left_over_training_questions_stand_for_clients_own_topics(tmp_path):
     assert [*~np.isnan(cell.scores["own_em"])] == [*run.of_own]
     assert len(cell.clusters) == 44 and len(cell.client_em) == 2
     # Of a client the mean over its topics of their EM, by how often it holds each.
-    everywhere = lab.asked_scores(run, [run.system(0)], clients)[0]["em"]
+    everywhere = lab.asked_scores(run, [run.system(0)], clients, run.config.mode)[0]["em"]
     for client, em in enumerate(cell.client_em):
         total = weight = 0
         for topic in {e.topic for e in others}:

@@ -1,7 +1,10 @@
 """The steps of label-free fine-tuning: what is kept and dropped, and why; what is asked twice."""
 
+import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scripted import TEXTS, Scripted
@@ -58,6 +61,30 @@ def test_texts_are_kept_by_their_rating_and_every_rejection_has_its_reason(tmp_p
     # The step is as it was for whoever asks for less.
     again = pipeline.rate_texts(asking(author, tmp_path), TEXTS, tmp_path, least=7)
     assert "low" not in again.counts and len(author.asked) == len(TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        (r"(?P<score>[^\n]+)", {0: "9", 1: "about 8", 2: "nan", 3: "-9", 4: "2"}),
+        (r"((?P<score>\d+)|none)( because (?P<why>.+))?", {1: "none", 2: "none because", 3: "11"}),
+        (
+            r"(?P<score>\d+)( because (?P<why>.+))?",
+            {1: "", 2: "8 because", 3: "x", 4: "7 because y"},
+        ),
+    ],
+)
+def test_own_prompts_may_match_replies_without_a_rating(pattern, said, tmp_path):
+    own = PROMPTS._replace(rate_text=PROMPTS.rate_text._replace(reply=pattern))
+    prompts.write(own, tmp_path / "own.json")
+    author = Scripted(lambda request: said.get(number(request.user), "9"))
+    asked = asking(author, tmp_path, prompts.read(tmp_path / "own.json"))
+    step = pipeline.rate_texts(asked, TEXTS[:6], tmp_path)
+    low = {"low": 1} if 4 in said else {}
+    assert step.counts == {"kept": 3 - len(low), "unparsable": 3} | low
+    told = {line["id"]: line for line in lines(tmp_path / "1_texts.jsonl")}
+    assert told["t5"] == {"id": "t5", "kept": True, "score": "9"}
+    assert told["t4"].get("why") == ("y" if "y" in said.get(4, "") else None)
 
 
 # --- 2, asking -------------------------------------------------------------------------------------
@@ -223,6 +250,26 @@ def test_files_of_other_prompts_or_authors_are_not_read(tmp_path):
             asked = asked._replace(rate_text=asked.rate_text._replace(system="Otherwise."))
         with pytest.raises(ConfigError, match=r"rate_text.jsonl holds replies to other requests"):
             pipeline.rate_texts(asking(author, tmp_path, asked), TEXTS, tmp_path)
+
+
+def test_replies_of_other_weights_under_the_same_name_are_not_read(tmp_path):
+    model = hub.load("builtin:decoder")
+    other = model.with_arrays(jax.tree.map(jnp.zeros_like, model.params))
+
+    def rated(model):
+        author = asking(LocalAuthor(model), tmp_path, COMPACT)
+        return pipeline.rate_texts(author, TEXTS[:2], tmp_path).counts
+
+    counts = rated(model)
+    with pytest.raises(ConfigError, match=r"rate_text.jsonl holds replies to other requests"):
+        rated(other)
+    assert rated(dataclasses.replace(model)) == counts
+    # A file that does not say which weights is read as before.
+    path = tmp_path / "replies" / "rate_text.jsonl"
+    head, *rest = lines(path)
+    del head["fingerprint"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in [head, *rest]))
+    assert rated(other) == counts and lines(path) == [head, *rest]
 
 
 # --- prompts and authors ---------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from experiments.run import run
 from fedrag_jax.cli.command_line import main
 from fedrag_jax.data import datasets
 from fedrag_jax.errors import ConfigError
+from fedrag_jax.evaluation.evaluator import evaluate
 from fedrag_jax.federated.algorithms.fed_avg import fed_avg
 from fedrag_jax.federated.fit import fit
 from fedrag_jax.federated.sweep import sweep
@@ -30,8 +31,9 @@ from fedrag_jax.objectives.task import StepCost, Task
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.strategies import own
 from fedrag_jax.strategies.objectives import OBJECTIVES
-from fedrag_jax.strategies.regimes import parse
+from fedrag_jax.strategies.regimes import Budget, parse
 from fedrag_jax.strategies.strategies import STRATEGIES
+from fedrag_jax.systems import training
 from fedrag_jax.tracking.ledger import Cost, mean_cost, training_cost
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -230,11 +232,60 @@ def test_what_a_name_may_be(written, tmp_path, system, dataset):
         loading.check(config)
 
 
-def test_parts_that_the_command_line_does_not_tune_are_refused():
-    from fedrag_jax.systems.training import _rate
+def train(system, dataset, folder, strategy, rates):
+    clients = training.split(dataset.train, "centralised", 1, 1.0, 0)
+    how = {"regime": "centralised", "budget": Budget(1, 1, 1, 4), "factors": (1.0,)}
+    return training.train(
+        system, dataset, folder, strategy=strategy, clients=clients, rates=rates, **how
+    )
 
-    with pytest.raises(ConfigError, match=r"'head_task' trains 'head', and only \['query'"):
-        _rate({"query": 0.1, "adapters": 0.1}, 1.0, "head_task", "head")
+
+@pytest.mark.parametrize("part", ["head", "document"])
+def test_parts_that_the_command_line_does_not_tune_are_refused(part, system, dataset, tmp_path):
+    rates, words = {"query": 0.1, "adapters": 0.1}, rf"trains '{part}', and only \['query'"
+    with pytest.raises(ConfigError, match=rf"'own_task' {words}"):
+        training._rate(rates, 1.0, "own_task", part)
+    with pytest.raises(ConfigError, match=rf"'retriever' {words}"):  # before it trains what is lost
+        train(system, dataset, tmp_path / "x", "retriever", rates | {part: 0.1})
+    assert not (tmp_path / "x").exists()
+
+
+SEARCHER = """
+import dataclasses
+from fedrag_jax.strategies.objectives import OBJECTIVES
+from fedrag_jax.strategies.strategy import strategy
+
+
+@strategy(mode="search", rates={"adapters": "generator"})
+def searcher(system, dataset):
+    searching = system.searching._replace(passages=3)
+    system = dataclasses.replace(system, searching=searching)
+    return system.replace(**(yield OBJECTIVES["concatenated"].task(system, dataset)))
+"""
+
+
+def test_a_strategy_that_searches_is_judged_and_kept_so(system, dataset, tmp_path, monkeypatch):
+    (tmp_path / "own_searcher.py").write_text(SEARCHER)
+    monkeypatch.syspath_prepend(tmp_path)
+    name, modes = "own_searcher:searcher", []
+    few = dataclasses.replace(
+        dataset, train=dataset.train[:8], validation=dataset.validation[:4], test=dataset.test[:4]
+    )
+
+    def judged(system, examples, mode):
+        modes.append(mode)
+        return evaluate(system, examples, mode=mode)
+
+    monkeypatch.setattr(training, "evaluate", judged)
+    found = train(system, few, tmp_path / "t", name, {"adapters": 1e-3})
+    assert modes == ["search"] * 4, "validation and test, before and after"
+    assert found.system.searching == system.searching._replace(passages=3)
+    after = evaluate(found.system, few.test, mode="search")
+    assert found.test["after"]["f1"] == after["f1"].mean()
+    config = small()
+    for mode, own_mode in (("concatenated", "search"), ("", "")):
+        config.mode = mode
+        assert lab.own_mode(config, name) == own_mode and lab.own_mode(config, "retriever") == mode
 
 
 # --- costs that are declared ---------------------------------------------------------------------

@@ -282,3 +282,11 @@ def test_a_pool_beside_a_store_is_refused():
     system = RAGSystem.build(world.passages, store=BM25Store())
     with pytest.raises(ConfigError, match=r"answers from a store \(bm25\): leave out the pool"):
         rolling_of(system, pool=lambda example: np.arange(3))
+
+
+def test_a_system_prompt_is_refused_before_it_is_trained_without():
+    world = synthetic.generate(synthetic.WorldConfig(people=20))
+    system = RAGSystem.build(world.passages, store=BM25Store()).under("Be brief.")
+    for task in (search_warm_up, search_policy):
+        with pytest.raises(ConfigError, match=r"takes no system prompt, got 'Be brief.': remove"):
+            task(system, world)

@@ -5,7 +5,9 @@ import pytest
 
 from fedrag_jax.data.examples import Example
 from fedrag_jax.evaluation.rewards import ExactWithForm, F1WithForm, WithCost, WithRetrieval
-from fedrag_jax.generation.rollouts import TAGS, Part, Rollout
+from fedrag_jax.generation.rollouts import COMPACT_SEARCHING, TAGS, Part, Rollout
+from fedrag_jax.generation.searching import Spelled
+from fedrag_jax.models import hub
 
 
 def rollout(*texts, found=()):
@@ -45,6 +47,9 @@ def test_searches_may_cost():
     asked = rollout("<search>x</search>", "<search>y</search>", "<answer>NYC</answer>")
     assert reward(ASKED, asked) == pytest.approx(0.5)
     assert reward(ASKED, rollout("<search>x</search>", "<answer>Bern</answer>")) == 0
+    # Down to 0 and no lower, and nothing is raised to it.
+    for own, paid in ((-1.0, -1.0), (0.0, 0.0), (0.3, 0.0), (0.75, 0.25)):
+        assert WithCost(lambda example, rollout, own=own: own, 0.25)(ASKED, asked) == paid
 
 
 def test_finding_the_answer_may_count():
@@ -54,3 +59,15 @@ def test_finding_the_answer_may_count():
     # Letters of another word are no answer.
     inside = WithRetrieval(F1WithForm(), lambda tokens: "in nycteris", 0.25)
     assert inside(ASKED, rollout("<answer>Bern</answer>", found=[[7]])) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("most", [64, 8])
+def test_the_question_that_follows_what_was_found_is_not_found(most):
+    """Also if it leaves no room for anything else."""
+    tokenizer, tags = hub.load("builtin:decoder").tokenizer, COMPACT_SEARCHING.tags
+    spelled = Spelled(tokenizer, tags, most)
+    reward = WithRetrieval(F1WithForm(), tokenizer.decode, 0.25, spelled.ending)
+    example = Example("q", "Who is older, Ann or Bob?", ("Ann",), ())
+    for text, bonus in (("Nothing of use.", 0), ("Ann is 9.", 0.25 * (most == 64))):
+        made = rollout("<answer>Bob</answer>", found=[spelled(text, example.question)])
+        assert reward(example, made) == pytest.approx(0.1 + bonus), text

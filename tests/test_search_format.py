@@ -15,6 +15,7 @@ from fedrag_jax.generation.likelihood import answer_log_probs
 from fedrag_jax.generation.rollouts import COMPACT_SEARCHING, SEARCHING, Budget
 from fedrag_jax.generation.scripted import names, scripted
 from fedrag_jax.models.lora import LoraConfig
+from fedrag_jax.objectives.policy_task import rollout_table
 from fedrag_jax.objectives.search_format import FormatLoss
 from fedrag_jax.rag import RAGSystem
 from fedrag_jax.strategies.policies import (
@@ -107,6 +108,44 @@ def test_held_out_questions_may_be_longer(system):
     long = dataclasses.replace(first, id="long", question=" ".join([first.question] * 9))
     table, usual = task.table([long]), task.table([first])
     assert table["lengths"][0, 0] > usual["tokens"].shape[-1]
+
+
+LOWER = "in which town of the land was the person born who wrote the book about the old bridge?"
+WIDE = "Where was " + "Kra Lol and " * 30 + "Bo Ba and " + "Ko" * 80 + " born?"
+
+
+@pytest.mark.parametrize("question", [LOWER, WIDE])
+def test_scripts_fit_their_budget(system, question):
+    """A query of one turn, and an answer of the turns that are left: all of it is trained on."""
+    turns, most, _ = COMPACT_SEARCHING.budget
+    asked, tokenizer = [], system.prompts.tokenizer
+
+    def search(queries, numbers):
+        asked.extend(queries)
+        return [question for _ in queries]
+
+    how = [question] * 20, tokenizer, COMPACT_SEARCHING, search
+    scripts = scripted(*how, lambda queries: ["Bo " * 90] * 20, np.random.default_rng(0))
+    assert {*asked} == {query for script in scripts for query in script.queries}
+    for script in scripts:
+        written = [p.tokens for p in script.parts if p.written]
+        assert script.well_formed(COMPACT_SEARCHING.tags)
+        assert all(len(tokens) <= most for tokens in written[:-1])
+        assert sum(map(len, written)) == (turns + 1) * most
+        assert [tokenizer.decode(tokens) for tokens in written] == [*script.texts]
+        assert all(query in question for query in script.queries)
+    row = dataclasses.replace(WORLD.train[0], id="row", question=question)
+    rolling = rolling_of(system)
+    table = rollout_table([scripts], rolling, rolling.width([row]))
+    for g, script in enumerate(scripts):
+        places = table["answer_positions"][0, g][table["written"][0, g] > 0]
+        written = np.concatenate([p.tokens for p in script.parts if p.written])
+        np.testing.assert_array_equal(table["tokens"][0, g, places], written)
+    tight = COMPACT_SEARCHING._replace(budget=Budget(turns=1, written=2, found=9))
+    with pytest.raises(ConfigError, match="a turn of 2 tokens has no room for a text between 'Sea"):
+        scripted(
+            [question], tokenizer, tight, search, lambda queries: ["Bo"], np.random.default_rng(0)
+        )
 
 
 def test_systems_take_the_form_and_still_read(system):

@@ -226,6 +226,23 @@ def ids_of(passages: Sequence[Passage]) -> Iterable[str]:
     return column("id") if column else (passage.id for passage in passages)
 
 
+def answering_rows(passages: Sequence[Passage], examples: Sequence[Example]) -> list[list[int]]:
+    """Returns the rows of each question's gold passages, followed by those of copies of their texts,
+    which answer it as well."""
+    row = {identifier: i for i, identifier in enumerate(ids_of(passages))}
+    golds = [[row[p] for p in example.positive_ids] for example in examples]
+    text = {gold: _said(passages[gold]) for gold in {gold for rows in golds for gold in rows}}
+    same: dict[str, list[int]] = {said: [] for said in text.values()}
+    for i, passage in enumerate(passages):
+        if (said := _said(passage)) in same:
+            same[said].append(i)
+    return [[*dict.fromkeys([*rows, *(i for r in rows for i in same[text[r]])])] for rows in golds]
+
+
+def _said(passage: Passage) -> str:
+    return " ".join((passage.text or passage.title).split())
+
+
 def check_passages(passages: Sequence[Passage], name: str) -> Sequence[Passage]:
     """Returns the passages if there are any, their ids are unique and their texts can be encoded.
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from fedrag_jax.data.citations import cited
 from fedrag_jax.data.corpora import Pool
-from fedrag_jax.data.examples import Example, ids_of, reading_text
+from fedrag_jax.data.examples import Example, answering_rows, reading_text
 from fedrag_jax.data.seeds import stream
 from fedrag_jax.evaluation.metrics import score_answers
 from fedrag_jax.objectives.citing import Context
@@ -37,13 +37,13 @@ def contexts_of(
       pool: `pool(example)`: the corpus rows to choose from; default: all.
 
     Returns:
-      Contexts, and bool [Q]: whether no gold passage is among the n nearest.
+      Contexts, and bool [Q]: whether no gold passage is among the n nearest. A copy of the text of a
+      gold passage counts as one.
     """
-    row = {identifier: i for i, identifier in enumerate(ids_of(retriever.passages))}
+    answering = answering_rows(retriever.passages, examples)
     ranked, _ = found_by(retriever, examples, n, pool)
     contexts, hard = [], np.zeros(len(examples), bool)
-    for i, (example, nearest) in enumerate(zip(examples, ranked, strict=True)):
-        golds = [row[p] for p in example.positive_ids]
+    for i, (example, nearest, golds) in enumerate(zip(examples, ranked, answering, strict=True)):
         hard[i] = not np.isin(nearest, golds).any()
         shown = np.append(nearest[:-1], golds[0]) if forced and hard[i] else nearest
         shown = stream(seed, f"context of {example.id}").permutation(shown)
@@ -59,17 +59,17 @@ def without_gold(
     seed: int = 0,
     pool: Pool | None = None,
 ) -> list[Context]:
-    """Returns the n nearest passages that are not gold, in random order; none of them is to be
-    cited."""
-    row = {identifier: i for i, identifier in enumerate(ids_of(retriever.passages))}
-    most = max((len(e.positive_ids) for e in examples), default=0)
+    """Returns the n nearest passages that are neither gold nor copies of a gold passage's text, in
+    random order; none of them is to be cited."""
+    answering = answering_rows(retriever.passages, examples)
+    most = max(map(len, answering), default=0)
     size = len(retriever.passages)
     if pool is not None:
         size = min((len(pool(e)) for e in examples), default=size)
     ranked, _ = found_by(retriever, examples, min(n + most, size), pool)
     contexts = []
-    for example, nearest in zip(examples, ranked, strict=True):
-        wrong = nearest[~np.isin(nearest, [row[p] for p in example.positive_ids])][:n]
+    for example, nearest, golds in zip(examples, ranked, answering, strict=True):
+        wrong = nearest[~np.isin(nearest, golds)][:n]
         shown = stream(seed, f"context of {example.id}").permutation(wrong)
         contexts.append(Context(shown.astype(np.int32), ()))
     return contexts

@@ -1,7 +1,7 @@
 """Rewards of rollouts: for answers, for the format, and for searches."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from fedrag_jax.data.examples import Example
 from fedrag_jax.evaluation.metrics import exact_match, f1
@@ -50,24 +50,30 @@ class WithRetrieval:
 
     Attributes:
       text: function that returns the text of a retrieved part's tokens.
+      ending: function that returns the tokens that end a retrieved part whatever was found, such as
+        the question, which may have an answer in it (`searching.Spelled.ending`); default: none.
     """
 
     reward: Reward
     text: Callable[..., str]
     bonus: float = 0.1
+    ending: Callable[[str], Sequence[int]] = lambda question: ()
 
     def __call__(self, example: Example, rollout: Rollout) -> float:
-        found = " ".join(self.text(p.tokens) for p in rollout.parts if not p.written)
+        rest = len(self.ending(example.question))
+        parts = [p.tokens for p in rollout.parts if not p.written]
+        found = " ".join(self.text(tokens[: max(len(tokens) - rest, 0)]) for tokens in parts)
         (there,) = answer_recall_at_k([[0]], [found], [example.answers], 1)
         return self.reward(example, rollout) + self.bonus * float(there)
 
 
 @dataclasses.dataclass(frozen=True)
 class WithCost:
-    """Subtracts `cost` per search from another reward, down to 0."""
+    """Subtracts `cost` per search from another reward, down to 0; a reward below 0 stays as it is."""
 
     reward: Reward
     cost: float = 0.02
 
     def __call__(self, example: Example, rollout: Rollout) -> float:
-        return max(self.reward(example, rollout) - self.cost * len(rollout.queries), 0.0)
+        reward = self.reward(example, rollout)
+        return max(reward - self.cost * len(rollout.queries), min(reward, 0.0))

@@ -1,9 +1,11 @@
 """Authors: generators that reply to requests about texts, either a local decoder or an endpoint.
 
-An author has a `name`. It is called with requests and returns one reply per request, in order.
+An author has a `name`. It is called with requests and returns one reply per request, in order. An
+author whose name may stand for several models also has a `fingerprint`, recorded with the name.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -12,6 +14,7 @@ import numpy as np
 from fedrag_jax.data.prompts import plain, turns
 from fedrag_jax.data.spelling import Spelling
 from fedrag_jax.generation.text import Sampling, Writer
+from fedrag_jax.models.fingerprint import fingerprint
 from fedrag_jax.models.hub import Pretrained
 
 
@@ -20,12 +23,14 @@ class Request(NamedTuple):
 
     Attributes:
       chat: whether to use the model's chat template; otherwise the model continues the plain text.
+      ending: end of `user` that stays whole if `user` is truncated, such as the question about a text.
     """
 
     system: str
     user: str
     start: str
     chat: bool = True
+    ending: str = ""
 
 
 class Reply(NamedTuple):
@@ -52,7 +57,7 @@ class Author(Protocol):
 class LocalAuthor:
     """A local decoder; it uses its chat template if it has one and the request is a chat.
 
-    A user text that does not fit into its positions is truncated.
+    A user text that does not fit into its positions is truncated before the `ending` of its request.
     """
 
     model: Pretrained
@@ -62,11 +67,19 @@ class LocalAuthor:
         """The model's."""
         return self.model.name
 
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of the model, which its name does not determine: it may have been tuned."""
+        model = self.model
+        return fingerprint(
+            model.params, model.tokenizer, model.network.config, model.ends
+        ).hexdigest()[:16]
+
     def __call__(self, requests: Sequence[Request], sampling: Sampling) -> list[Reply]:
         """One reply for each request.
 
         Raises:
-          ConfigError: instructions that leave no room for a reply.
+          ConfigError: instructions, or an `ending`, that leave no room for a reply.
         """
         tokenizer, network = self.model.tokenizer, self.model.network
         stops = {tokenizer.eos_token_id, *self.model.ends}
@@ -90,7 +103,8 @@ class LocalAuthor:
             before, after = (f"{request.system}\n\n" if request.system else ""), ""
             bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         # A token is seldom shorter than a character: no more of a long text is looked at.
-        user, after = plain(tokenizer, request.user[: 8 * room]), after + request.start
+        user = plain(tokenizer, request.user.removesuffix(request.ending)[: 8 * room])
+        after = plain(tokenizer, request.ending) + after + request.start
         spelling = Spelling(tokenizer)
         left = room - len(bos) - sum(map(len, spelling([before, after])))
         user, _ = spelling.cut(user, max(left, 0))

@@ -12,6 +12,7 @@ import numpy as np
 
 from fedrag_jax.data.prompts import plain
 from fedrag_jax.data.spelling import Spelling
+from fedrag_jax.errors import ConfigError
 from fedrag_jax.generation.rollouts import Part, Rollout, Searching
 from fedrag_jax.generation.searching import Search, Spelled
 
@@ -32,6 +33,9 @@ def scripted(
     Args:
       search: as in `searching.rolling_out`, with the indices of questions; called once per turn.
       read: function that returns the model's answer to each question from the results of its queries.
+
+    Raises:
+      ConfigError: a budget with no room for text between tags.
     """
     scripts = [_Script(question, tokenizer, searching) for question in questions]
     turns = searching.budget.turns
@@ -60,7 +64,7 @@ def _opens(text: str, start: int) -> bool:
 
 class _Script:
     def __init__(self, question: str, tokenizer, searching: Searching):
-        self.question, self.searching = question, searching
+        self.question, self.searching, self._budget = question, searching, searching.budget
         self._tokenizer, self._spelling = tokenizer, Spelling(tokenizer)
         self._spelled = Spelled(tokenizer, searching.tags, searching.budget.found)
         self._last = question  # what names are from
@@ -71,8 +75,8 @@ class _Script:
     def ask(self, rng: np.random.Generator) -> str:
         found = names(self._last)
         other = [name for name in found if name not in self.queries]
-        self.queries.append(str(rng.choice(other or found or [self.question])))
-        self._write(self.searching.tags.search, self.queries[-1])
+        query = str(rng.choice(other or found or [self.question]))
+        self.queries.append(self._write(self.searching.tags.search, query, self._budget.written))
         return self.queries[-1]
 
     def read(self, text: str) -> None:
@@ -80,13 +84,31 @@ class _Script:
         self._put(False, self._spelled(text, self.question))
 
     def answered(self, answer: str) -> Rollout:
-        self._write(self.searching.tags.answer, answer)
+        # An answer as long as the system's may take more than a turn; a table has room for all turns.
+        used = sum(len(part.tokens) for part in self.parts if part.written)
+        room = (self._budget.turns + 1) * self._budget.written - used
+        self._write(self.searching.tags.answer, answer, room)
         prompt = self.searching.prompt(self._tokenizer, self.question)
         return Rollout(prompt, tuple(self.parts), tuple(self.queries), "answer", tuple(self.texts))
 
-    def _write(self, tags: tuple[str, str], text: str) -> None:
-        self.texts.append(f"{tags[0]} {plain(self._tokenizer, text)}{tags[1]}")
-        self._put(True, self._spelling.after("\n", self.texts[-1]))
+    def _write(self, tags: tuple[str, str], text: str, most: int) -> str:
+        """Writes as much of a text as fits into `most` tokens with its tags; returns what it wrote."""
+        room, whole = most, self._tagged(tags, text)
+        while len(tokens := self._spelling.after("\n", whole)) > most:
+            room -= 1
+            if room < 1:
+                raise ConfigError(
+                    f"a turn of {self._budget.written} tokens has no room for a text between "
+                    f"{tags[0]!r} and {tags[1]!r}: raise the budget's `written`"
+                )
+            text = self._spelling.cut(text, room)[0].rstrip()
+            whole = self._tagged(tags, text)
+        self.texts.append(whole)
+        self._put(True, tokens)
+        return text
+
+    def _tagged(self, tags: tuple[str, str], text: str) -> str:
+        return f"{tags[0]} {plain(self._tokenizer, text)}{tags[1]}"
 
     def _put(self, written: bool, tokens: Sequence[int]) -> None:
         none = np.zeros(len(tokens), np.float32)

@@ -212,10 +212,14 @@ class Spelled:
 
     def __call__(self, text: str, question: str) -> list[int]:
         # What closes it stays, whatever is cut.
-        question = plain(self._tokenizer, question)
-        tail = self._spelling.after("a", self._tail.replace("{question}", question))
+        tail = self.ending(question)
         head = self._spelling.after(self._closing, self._head + plain(self._tokenizer, text))
         return [*head[: max(self._most - len(tail), 0)], *tail][: self._most]
+
+    def ending(self, question: str) -> list[int]:
+        """Returns the tokens after the passages: their closing tag, and the question if repeated."""
+        question = plain(self._tokenizer, question)
+        return self._spelling.after("a", self._tail.replace("{question}", question))
 
 
 class _State(NamedTuple):

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedrag_jax.data.corpora import Pool
-from fedrag_jax.data.examples import Example, Passage, reading_text
+from fedrag_jax.data.examples import Example, Passage, answering_rows, ids_of, reading_text
 from fedrag_jax.data.seeds import stream
 from fedrag_jax.errors import ConfigError, DataError
 from fedrag_jax.generation.author import Author
@@ -201,9 +201,9 @@ def add_hard_negatives(
         raise ConfigError(
             f"contexts need n >= 2 and unanswerable from 0 to 1, got {n} and {unanswerable}"
         )
-    row = {p.id: i for i, p in enumerate(retriever.passages)}
+    there = {*ids_of(retriever.passages)}
     for example in examples:
-        if not example.positive_ids or not {*example.positive_ids} <= row.keys():
+        if not example.positive_ids or not {*example.positive_ids} <= there:
             raise DataError(
                 f"question {example.id!r} needs a gold passage, all of them in the retriever's "
                 f"corpus, got {[*example.positive_ids]}"
@@ -212,16 +212,14 @@ def add_hard_negatives(
     if pool is not None:
         size = min((len(pool(e)) for e in examples), default=size)
     # A copy of the gold passage answers as well as it does: as a negative it would teach what is wrong.
-    said = [" ".join(p.text.split()) for p in retriever.passages]
-    copies = max(collections.Counter(said).values())
-    ranked, _ = found_by(retriever, examples, min(n + copies, size), pool)
+    answering = answering_rows(retriever.passages, examples)
+    most = max(map(len, answering), default=0)
+    ranked, _ = found_by(retriever, examples, min(n + most, size), pool)
     least = n - 1 + (negatives == "random" or unanswerable > 0)
     found = {}
-    for example, nearest in zip(examples, ranked, strict=True):
+    for example, nearest, golds in zip(examples, ranked, answering, strict=True):
         rng = stream(seed, f"context of {example.id}")
-        golds = [row[i] for i in example.positive_ids]
-        right = {said[gold] for gold in golds}
-        wrong = [int(r) for r in nearest if said[r] not in right][:n]
+        wrong = nearest[~np.isin(nearest, golds)][:n]
         if len(wrong) < least:
             raise ConfigError(
                 f"contexts of {n} passages need {least} that are not gold, but question {example.id!r} "
@@ -340,8 +338,11 @@ def _low(reply: Read, least: float) -> str:
     """Returns the reason why a rating drops an item; "" if it does not."""
     if reply.fault:
         return reply.fault
-    score = float(reply.said["score"])
-    if score > 10:
+    try:
+        score = float(reply.said["score"])
+    except ValueError:  # own prompts may match any text
+        return "unparsable"
+    if not 0 <= score <= 10:
         return "unparsable"
     return "" if score >= least else "low"
 

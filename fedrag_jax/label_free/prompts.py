@@ -17,6 +17,7 @@ from fedrag_jax.errors import ConfigError
 # What else than {text} is filled into each prompt.
 FILLED = {"answer": ("question",), "rate_question": ("question",),
           "rate_answer": ("question", "answer")}  # fmt: skip
+_READ = {"score", "question", "answer", "verdict"}  # groups without which there is nothing to use
 _PART = "(?:(?!###).)"  # no heading: a second question is no answer
 RATING = r"\[?(?P<score>\d+(\.\d+)?)\]?"
 
@@ -29,7 +30,7 @@ class Ask(NamedTuple):
       user: the user text, with `{text}` and, if needed, `{question}` and `{answer}`.
       start: the given beginning of the reply.
       reply: regular expression of the rest of the reply, with groups named `score`, or `question` and
-        `answer`.
+        `answer`; others are recorded where they match.
       max_tokens: maximum tokens of a reply.
       stop: string that ends a reply, if not empty.
       chat: whether to use the model's chat template; otherwise the model continues the plain text.
@@ -53,7 +54,8 @@ class Ask(NamedTuple):
         found = re.fullmatch(self.reply, said, re.DOTALL)
         if found is None:
             return None
-        said = {name: value.strip() for name, value in found.groupdict().items()}
+        groups = found.groupdict().items()
+        said = {n: (x or "").strip() for n, x in groups if x is not None or n in _READ}
         named = any(value.startswith(f"<{name}>") for name, value in said.items())
         return said if all(said.values()) and not named else None
 

@@ -51,7 +51,7 @@ def replies(
     usual = Ask._field_defaults
     how = {name: x for name, x in ask._asdict().items() if name not in usual or x != usual[name]}
     asked_how = {"author": author.name, **how, **sampling}
-    known = _known(path, asked_how)
+    known = _known(path, asked_how, getattr(author, "fingerprint", None))
     for i, said in about.items():
         if i in known and known[i]["about"] != _hash(said):
             del known[i]
@@ -59,8 +59,7 @@ def replies(
     with tqdm(total=len(about), initial=len(about) - len(missing), desc=doing, unit="") as bar:
         for start in range(0, len(missing), AT_ONCE):
             some = missing[start : start + AT_ONCE]
-            asked = (_filled(ask.user, about[i]) for i in some)
-            requests = [Request(ask.system, user, ask.start, ask.chat) for user in asked]
+            requests = [_request(ask, about[i]) for i in some]
             lines = []
             try:
                 for i, reply in zip(some, author(requests, settings), strict=True):
@@ -80,6 +79,12 @@ def _read_line(line: dict[str, Any]) -> Read:
     return Read(said or None, line.get("fault", ""))
 
 
+def _request(ask: Ask, parts: Mapping[str, str]) -> Request:
+    """Returns a prompt about some parts; what follows its text is never truncated."""
+    user, ending = _filled(ask.user, parts), _filled(ask.user.rpartition("{text}")[2], parts)
+    return Request(ask.system, user, ask.start, ask.chat, ending)
+
+
 def _filled(template: str, parts: Mapping[str, str]) -> str:
     """Fills a template; `str.format` would interpret braces in a text."""
     return re.sub(r"{(\w+)}", lambda found: parts.get(found[1], found[0]), template)
@@ -89,11 +94,13 @@ def _hash(parts: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _known(path: pathlib.Path, asked_how: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _known(
+    path: pathlib.Path, asked_how: dict[str, Any], fingerprint: str | None
+) -> dict[str, dict[str, Any]]:
     """Returns the lines of a file by id, without the first; creates a new file if absent."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_lines(path, [{"asked": asked_how}])
+        write_lines(path, [{"asked": asked_how, "fingerprint": fingerprint}])
         return {}
     lines = []
     text = path.read_bytes().decode("utf-8", "ignore")
@@ -102,7 +109,9 @@ def _known(path: pathlib.Path, asked_how: dict[str, Any]) -> dict[str, dict[str,
             lines.append(json.loads(line))
         except json.JSONDecodeError:
             break  # the end of a file whose writer was killed
-    if not lines or lines[0].get("asked") != asked_how:
+    # Files of before have no fingerprint.
+    told = lines[0] if lines else {}
+    if told.get("asked") != asked_how or told.get("fingerprint", fingerprint) != fingerprint:
         raise ConfigError(
             f"{path} holds replies to other requests (another generator, prompt or setting); use "
             "another folder, or delete it"

@@ -5,7 +5,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from fedrag_jax.data.corpora import Pool
 from fedrag_jax.data.examples import Example, Passage, reading_text
 from fedrag_jax.errors import ConfigError
-from fedrag_jax.generation.inference import Lookup, Response
+from fedrag_jax.generation.inference import SEARCH, Lookup, Response
 from fedrag_jax.generation.rollouts import Rollout, Searching
 from fedrag_jax.generation.searching import rolling_out
 from fedrag_jax.generation.text import Sampling, Writer
@@ -64,6 +64,19 @@ class Looking:
 
     def _key(self, query: str, example: Example | None) -> tuple[str, str]:
         return query, example.id if self._pool and example else ""
+
+
+def require_bare(system_prompt: str) -> None:
+    """Refuses a system prompt, which searching would ignore.
+
+    Raises:
+      ConfigError: a system prompt.
+    """
+    if system_prompt:
+        raise ConfigError(
+            f"mode {SEARCH!r} has an instruction of its own and takes no system prompt, got "
+            f"{system_prompt[:80]!r}: remove it (system.under('')), or add it to searching.instruction"
+        )
 
 
 def answers_by_searching(

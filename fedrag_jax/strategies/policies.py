@@ -10,11 +10,12 @@ from fedrag_jax.data.examples import Dataset
 from fedrag_jax.errors import ConfigError
 from fedrag_jax.evaluation.rewards import F1WithForm, WithCost, WithRetrieval
 from fedrag_jax.generation.rollouts import Searching
+from fedrag_jax.generation.searching import Spelled
 from fedrag_jax.objectives.policy_task import Reward, Rolling, policy
 from fedrag_jax.objectives.search_format import search_format
 from fedrag_jax.objectives.task import Task
 from fedrag_jax.rag import RAGSystem
-from fedrag_jax.retrieval.looking_up import Looking
+from fedrag_jax.retrieval.looking_up import Looking, require_bare
 from fedrag_jax.retrieval.stores.passage_source import found_in
 from fedrag_jax.strategies.strategy import Tasks
 
@@ -88,7 +89,9 @@ def learn_to_search(
     system = dataclasses.replace(system, searching=searching or system.searching)
     system = yield from search_form(system, dataset, seed, pool)
     reward = F1WithForm(system.searching.tags) if reward is None else reward
-    reward = WithCost(WithRetrieval(reward, system.prompts.tokenizer.decode, bonus), cost)
+    tokenizer, searching = system.prompts.tokenizer, system.searching
+    spelled = Spelled(tokenizer, searching.tags, searching.budget.found)
+    reward = WithCost(WithRetrieval(reward, tokenizer.decode, bonus, spelled.ending), cost)
     task = search_policy(system, dataset, reward, seed=seed, pool=pool, **options)
     return system.replace(**(yield task))
 
@@ -105,8 +108,10 @@ def rolling_of(
       options: other options of `Rolling`; its tokenizer and its search are the system's.
 
     Raises:
-      ConfigError: a tokenizer or a search; a pool for a system that answers from a store; as `Rolling`.
+      ConfigError: a tokenizer or a search; a system prompt, which searching ignores; a pool for a
+        system that answers from a store; as `Rolling`.
     """
+    require_bare(system.prompts.system)
     if given := sorted({"tokenizer", "search"} & options.keys()):
         raise ConfigError(
             f"rollouts of a system use its own tokenizer and search, so leave out {given}; to choose "

@@ -7,7 +7,7 @@ import json
 import math
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from fedrag_jax.strategies.tuner import Tuner
 from fedrag_jax.systems.system_like import system_like
 
 SETTINGS = "settings.json"
+PARTS = ("query", "adapters")  # that can change while the vectors stay
 SCORES = ("em", "f1", "recall_at_5", "mrr")
 
 
@@ -91,21 +92,27 @@ def train(
     Args:
       folder: folder of finished results, from which the same call resumes after a kill.
       regime: "centralised" or "federated".
-      rates: learning rates of the trained parts, `query` and `adapters`.
+      rates: learning rates of the trained parts: `query`, `adapters` or both. Others have no place in a
+        system over its store's vectors.
       algorithm, options: the algorithm of the federated regime, see `federated.algorithms.by_name`.
 
     Raises:
       ConfigError: a strategy that needs gold passages where questions have none, rates that are not
-        positive, a folder with other results, or where another process trains; all trainings diverged.
+        positive or of other parts, a folder with other results, or where another process trains; all
+        trainings diverged.
     """
+    row = named(strategy)
+    mode = row.mode or "concatenated"
     bare = sum(not e.positive_ids for e in dataset.train)
-    if named(strategy).needs_gold and bare:
+    if row.needs_gold and bare:
         raise ConfigError(
             f"strategy {strategy!r} needs gold passages, and {bare} of {len(dataset.train)} training "
             "questions have no positive_ids: give them, or choose joint_token, which needs none"
         )
     if not factors or not all(0 < x < math.inf for x in (*rates.values(), *factors)):
         raise ConfigError(f"learning rates must be > 0, got {dict(rates)} times {[*factors]}")
+    if others := sorted(rates.keys() - {*PARTS}):
+        raise ConfigError(_untunable(strategy, others[0], PARTS))
     by_name.check(algorithm, options, "algorithm")
     base = system_like(
         system,
@@ -126,11 +133,17 @@ def train(
                 "algorithm": algorithm,
                 "algorithm_options": dict(options),
                 "data": content_hash(dataset),
-                "clients": _hash(clients),
+                "reasoning": _hash([json.dumps([e.reasoning for e in dataset.train]).encode()]),
+                "clients": _hash(np.asarray(rows, np.int64).tobytes() for rows in clients.clients),
                 "system": identity(base, True, corpus_of(base)),
+                # What answers do not depend on, but training does.
+                "marginal_k": base.marginal_k,
+                "max_answer_tokens": base.prompts.max_answer_tokens,
+                "searching": base.searching.as_dict(),
             },
         )
-        before, trials, systems = _scored(system, dataset.validation, "before training"), [], {}
+        before = _scored(system, dataset.validation, "before training", mode=mode)
+        trials, systems = [], {}
         for number, factor in enumerate(factors, 1):
             when = f"rates times {factor:g} ({number} of {len(factors)})"
             _say(f"{when}: training")
@@ -145,52 +158,64 @@ def train(
                 algorithm=by_name.Named(algorithm, options, base.decoder),
             )
             try:
-                tuned = named(strategy)(base, dataset, tuner)
+                tuned = row(base, dataset, tuner)
             except DivergenceError:
                 _say(f"{when}: diverged")
                 trials.append(Trial(factor, {}))
                 continue
             # Over the store again, so that scores are those of the system that is saved.
             own = system.replace(adapters=tuned.adapters, query=tuned.retriever.query)
-            tuned = systems[factor] = dataclasses.replace(own, generator=tuned.generator)
-            trials.append(Trial(factor, _scored(tuned, dataset.validation, when)))
+            tuned = systems[factor] = dataclasses.replace(
+                own, generator=tuned.generator, searching=tuned.searching
+            )
+            trials.append(Trial(factor, _scored(tuned, dataset.validation, when, mode=mode)))
     if not systems:
         raise ConfigError(f"training diverged with all rates, {dict(rates)} times {[*factors]}")
     best = max((t for t in trials if t.scores), key=lambda t: (t.scores["em"], _ranks(t.scores)))
     tuned, test = systems[best.factor], {}
     if dataset.test:
         test = {
-            "before": _scored(system, dataset.test, "before training", "test"),
-            "after": _scored(tuned, dataset.test, "after training", "test"),
+            "before": _scored(system, dataset.test, "before training", "test", mode),
+            "after": _scored(tuned, dataset.test, "after training", "test", mode),
         }
     return Trained(tuned, before, trials, best, test)
 
 
 def _rate(rates: Mapping[str, float], factor: float, task: str, part: str) -> float:
     if part not in rates:
-        raise ConfigError(
-            f"{task!r} trains {part!r}, and only {[*rates]} are tuned here, over the vectors that are "
-            "there: train it by `fit` or in an experiment"
-        )
+        raise ConfigError(_untunable(task, part, rates))
     return rates[part] * factor
+
+
+def _untunable(task: str, part: str, tuned: Iterable[str]) -> str:
+    return (
+        f"{task!r} trains {part!r}, and only {[*tuned]} are tuned here, over the vectors that are "
+        "there: train it by `fit` or in an experiment"
+    )
 
 
 def _ranks(found: dict[str, float]) -> float:
     return found.get("mrr", 0.0)
 
 
-def scores(system: RAGSystem, examples: Sequence[Example]) -> dict[str, float]:
+def scores(
+    system: RAGSystem, examples: Sequence[Example], mode: str = "concatenated"
+) -> dict[str, float]:
     """Returns the means of `SCORES`; ranking scores use the questions with gold passages, if any."""
-    found = evaluate(system, examples)
+    found = evaluate(system, examples, mode=mode)
     return {m: float(np.nanmean(found[m])) for m in SCORES if not np.isnan(found[m]).all()}
 
 
 def _scored(
-    system: RAGSystem, examples: Sequence[Example], when: str, kind: str = "validation"
+    system: RAGSystem,
+    examples: Sequence[Example],
+    when: str,
+    kind: str = "validation",
+    mode: str = "concatenated",
 ) -> dict[str, float]:
     """Returns `scores`, and says so: a language model answers for minutes on a CPU."""
     _say(f"{when}: answering {len(examples)} {kind} questions")
-    found = scores(system, examples)
+    found = scores(system, examples, mode)
     percent = ", ".join(f"{name} {100 * value:.1f}" for name, value in found.items())
     _say(f"{when}: {percent}")
     return found
@@ -214,8 +239,8 @@ def _settle(folder: pathlib.Path, settings: dict) -> None:
     files.write_json(path, now, indent=2)
 
 
-def _hash(clients: Partition) -> str:
+def _hash(parts: Iterable[bytes]) -> str:
     digest = hashlib.sha256()
-    for rows in clients.clients:
-        digest.update(np.asarray(rows, np.int64).tobytes() + b" ")
+    for part in parts:
+        digest.update(part + b" ")
     return digest.hexdigest()[:16]

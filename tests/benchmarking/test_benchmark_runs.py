@@ -1,5 +1,6 @@
 """Runs of benchmarks that stop and go on, are kept apart, and become files and tables."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -154,3 +155,16 @@ def test_another_search_is_another_system(system):
     ]  # fmt: skip
     assert len({*search(*stores)}) == len(stores)
     assert len({*search(FaissStore(d), FaissStore(d))}) == 1
+
+
+def test_rows_of_another_way_to_search_are_not_read_back(system, run, tmp_path):
+    shy = system.searching._replace(budget=system.searching.budget._replace(turns=0))
+    other = dataclasses.replace(system, searching=shy)
+    how = {"limit": 2, "mode": "search"}
+    whole = run("squad", tmp_path, **how)
+    assert same(run("squad", tmp_path, **how), whole)
+    with pytest.raises(ConfigError, match=r"searching\.budget\.turns: 2 then, 0 now"):
+        run("squad", tmp_path, using=other, **how)
+    # What does not search does not depend on it.
+    usual = run("squad", tmp_path / "usual", limit=2)
+    assert same(run("squad", tmp_path / "usual", using=other, limit=2), usual)

@@ -1,5 +1,6 @@
 """`fedrag train`: a tuned system in a folder of its own, and what cannot be trained."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -113,6 +114,37 @@ def test_a_training_that_failed_before_a_trial_stands_for_no_other(
     (begun / "rounds.jsonl").write_text("")
     assert main([*command, "1"]) == 1
     assert "holds a training with other settings: budget was" in capsys.readouterr().err
+
+
+def test_a_folder_is_of_one_training_with_all_that_it_depends_on(
+    system, tmp_path, capsys, monkeypatch
+):
+    def failing(*_):
+        raise ConfigError("as far as it goes")
+
+    monkeypatch.setattr(training, "_scored", failing)
+    questions = write_questions(tmp_path / "own.jsonl", system)
+    command = ["train", str(system), str(questions), "--to", str(tmp_path / "tuned")]
+    begun = tmp_path / "tuned" / "training" / "times-1" / "joint_token"
+    begun.mkdir(parents=True)
+    assert main(command) == 1
+    (begun / "rounds.jsonl").write_text("")
+    assert main(command) == 1 and "as far as it goes" in capsys.readouterr().err
+    assert main([*command, "--max-answer-tokens", "4"]) == 1
+    refused = "holds a training with other settings: "
+    assert refused + "max_answer_tokens was 16, is 4. Choose" in capsys.readouterr().err
+    old = RAGSystem.load(system)
+    for change, words in (
+        ({"marginal_k": 3}, "marginal_k was 10, is 3. Choose"),
+        ({"searching": old.searching._replace(passages=9)}, "searching was {'instruction'"),
+    ):
+        other = tmp_path / next(iter(change))
+        dataclasses.replace(old, **change).save(other)
+        assert main(["train", str(other), *command[2:]]) == 1
+        assert refused + words in capsys.readouterr().err
+    rows = [json.loads(line) for line in questions.read_text().splitlines()]
+    questions.write_text("\n".join(json.dumps(row | {"reasoning": "As told."}) for row in rows))
+    assert main(command) == 1 and refused + "reasoning was" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -141,6 +141,8 @@ class Benchmarker:
         }
         if rule:
             settings["rule"] = rule
+        if mode == SEARCH:
+            settings["searching"] = system.searching.as_dict()
         origin = {
             "source": material.origin,
             "questions": len(material.asked),
