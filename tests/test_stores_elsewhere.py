@@ -5,6 +5,7 @@ import os
 
 import numpy as np
 import pytest
+import qdrant_client
 from stored import PASSAGES, VECTORS, D, ask, ids, in_postgres, postgres, unit
 
 from fedrag_jax.data.examples import Passage
@@ -43,6 +44,19 @@ def test_an_embedded_qdrant_lies_in_its_folder(tmp_path, monkeypatch):
     (tmp_path / "moved").rename(tmp_path / "q")
     with pytest.raises(ConfigError, match="dimension 16, not 17"):
         QdrantStore("passages", 17, str(tmp_path / "q"))
+
+
+@pytest.mark.parametrize("create", [True, False])
+def test_a_collection_of_another_program_is_left_alone(tmp_path, create):
+    client = qdrant_client.QdrantClient(path=str(tmp_path))
+    vectors = qdrant_client.models.VectorParams(size=D, distance="Cosine")
+    client.create_collection("theirs", vectors)
+    client.close()
+    with pytest.raises(ConfigError, match=r"'theirs' that is no store.*choose another name"):
+        QdrantStore("theirs", D, str(tmp_path), create=create)
+    client = qdrant_client.QdrantClient(path=str(tmp_path))
+    assert [c.name for c in client.get_collections().collections] == ["theirs"]
+    client.close()
 
 
 @pytest.mark.slow

@@ -149,8 +149,8 @@ def check(mode: str, beams: int | None, sampling: Sampling) -> int:
     """
     if mode == SEARCH:
         raise ConfigError(
-            f"mode {SEARCH!r} searches for its own passages: use query, batch_query or stream without "
-            "passages"
+            f"mode {SEARCH!r} searches for its own passages: use RAGSystem.query, batch_query, or "
+            "stream without passages"
         )
     if mode not in MODES:
         raise ConfigError(f"mode must be one of {[*MODES, SEARCH]}, got {mode!r}")

@@ -135,8 +135,9 @@ class RAGRunnable(RunnableSerializable[str | dict[str, Any], dict[str, Any]]):
         RAGRunnable(system=system).pick("answer")
         {"context": retriever | rerank, "question": RunnablePassthrough()} | RAGRunnable(system=system)
 
-    Call arguments, for example by `bind(max_new_tokens=8)`, are those of `RAGSystem.batch_query`. A
-    batch is one call of the system: sampled answers (temperature > 0) depend on their position in it.
+    Call arguments, for example by `bind(max_new_tokens=8)`, are those of `RAGSystem.batch_query`,
+    except mode "search", which reads no context. A batch is one call of the system: sampled answers
+    (temperature > 0) depend on their position in it.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")

@@ -147,7 +147,8 @@ class RAGQueryEngine(_OwnPrompts, BaseQueryEngine):
 
     Responses have the nodes that were read as `source_nodes`, and the ids of cited nodes in
     `metadata["citations"]`, if the system's prompt style has citations. For a streamed answer the
-    citations are None before the first piece. Without nodes, the answer is closed book.
+    citations are None before the first piece. Without nodes, mode "concatenated" answers
+    closed book, and the other modes raise ConfigError.
 
         engine = RAGQueryEngine(system, node_postprocessors=[SimilarityPostprocessor(...)])
         print(engine.query("Who wrote it?"))
@@ -174,11 +175,11 @@ class RAGQueryEngine(_OwnPrompts, BaseQueryEngine):
           streaming: whether responses have a `response_gen` that yields the answer as it is written.
           callback_manager: callback manager of queries, retrieval and synthesis, also passed to the
             postprocessors; default: that of LlamaIndex's settings.
-          how: as in `RAGSystem.batch_query`. Modes that weight passages use their cosines with the
-            question, not the nodes' scores.
+          how: as in `RAGSystem.batch_query`, except mode "search", which reads no nodes. Modes that
+            weight passages use their cosines with the question, not the nodes' scores.
 
         Raises:
-          ConfigError: a value out of its range, a mode that cannot be streamed, both
+          ConfigError: a value out of its range, mode "search", a mode that cannot be streamed, both
             `similarity_top_k` and `retriever`.
         """
         if retriever is not None and similarity_top_k is not None:

@@ -29,6 +29,24 @@ def test_a_blank_question_is_refused_by_both_bridges(either):
     assert found[0]["answer"] and isinstance(found[1], DataError)
 
 
+def test_modes_that_need_other_passages_are_refused_with_a_remedy(system):
+    engine, answers = llama_index.RAGQueryEngine, langchain.RAGRunnable(system=system)
+    for ask in (
+        lambda: engine(system, mode="search"),
+        lambda: answers.invoke(QUESTION, mode="search"),
+        lambda: [*answers.stream(QUESTION, mode="search")],
+    ):
+        with pytest.raises(ConfigError, match=r"its own passages: use RAGSystem\.query"):
+            ask()
+    assert str(engine(system).synthesize(QueryBundle(QUESTION), []))
+    for ask in (
+        lambda: engine(system, mode="ensemble").synthesize(QueryBundle(QUESTION), []),
+        lambda: answers.invoke({"question": QUESTION, "context": []}, mode="ensemble"),
+    ):
+        with pytest.raises(ConfigError, match=r"at least one; got .*use mode 'concatenated'"):
+            ask()
+
+
 @pytest.mark.parametrize(
     "module, library, extra",
     [

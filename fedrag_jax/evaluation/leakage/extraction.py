@@ -44,8 +44,9 @@ def repeated(system: RAGSystem, information: Sequence[str], words: int = 8, **ho
       how: options of `RAGSystem.batch_query`.
     """
     responses = system.batch_query(prompts(information), **how)
-    seen = {passage.id: passage for response in responses for passage in response.sources}
-    return float(said([r.answer for r in responses], [*seen.values()], words).mean())
+    # By passage, not by its id: passages of other sources may share one.
+    seen = dict.fromkeys(passage for response in responses for passage in response.sources)
+    return float(said([r.answer for r in responses], [*seen], words).mean())
 
 
 def _runs(text: str, words: int) -> set[tuple[str, ...]]:

@@ -47,7 +47,8 @@ class QdrantStore(KnowledgeStore):
 
         Raises:
           CheckpointError: the collection does not exist and is not to be created.
-          ConfigError: qdrant-client is missing, or a collection of another dimension.
+          ConfigError: qdrant-client is missing, a collection of another dimension, or one that another
+            program created.
           StoreUnreachable: the server does not answer, or refuses.
         """
         super().__init__()
@@ -71,6 +72,11 @@ class QdrantStore(KnowledgeStore):
             else:
                 self._client = qdrant.QdrantClient(path=location)
             if self._pointed_to() is None:
+                if self._client.collection_exists(collection):  # a store's name is an alias
+                    raise ConfigError(
+                        f"Qdrant at {location} has a collection {collection!r} that is no store of "
+                        "this package: choose another name"
+                    )
                 if not create:
                     raise CheckpointError(
                         f"Qdrant at {location} has no collection {collection!r}: it was deleted, or "
