@@ -155,7 +155,9 @@ def test_the_answer_is_a_request_of_its_own(kind, tmp_path):
     assert [r.start for r in author.asked] == ["Question:"] * 5 + ["Answer:"] * 4
     first = author.asked[5].user
     assert first.strip().endswith("Question: Where was Person 0 born?") and TEXTS[0].text in first
-    assert pipeline.ask(asked, TEXTS[:5], tmp_path).kept == step.kept and len(author.asked) == 9
+    assert (
+        pipeline.ask(asked, TEXTS[:5], tmp_path) == step and step.requests == len(author.asked) == 9
+    )
 
 
 def test_several_questions_are_drawn_and_none_is_kept_twice(tmp_path):
@@ -304,6 +306,7 @@ def test_all_steps_at_once_do_what_each_does(retriever, tmp_path):
     assert pipeline.total_counts([plain.steps, rated.steps]) == {
         "texts kept": 10, "texts low": 1, "texts unparsable": 1, "questions kept": 22,
         "contexts kept": 21, "ratings kept": 11, "ratings question unparsable": 1,
+        "requests": 12 + 10 + 12 + 2 * 12,
     }  # fmt: skip
     # Replies are shared: what one run asked, the next does not.
     assert len(lines(tmp_path / "shared" / "replies" / "ask_0.jsonl")) == 1 + 12
