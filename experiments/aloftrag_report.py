@@ -276,7 +276,8 @@ def report(config, folder: pathlib.Path):
             "What the generator wrote",
             "generated",
             f"Items kept in each step ({config.regimes[0]}), and reasons why others were dropped. "
-            "Variants share requests to the generator.",
+            "Variants share requests to the generator, and seeds share the questions it wrote: seeds "
+            "differ in contexts and training.",
             tables.Table(
                 [
                     name,

@@ -170,7 +170,14 @@ def test_several_questions_are_drawn_and_none_is_kept_twice(tmp_path):
     step = pipeline.ask(asking(Scripted(reply), tmp_path), TEXTS[:1], tmp_path, per_text=3)
     assert [*step.kept] == ["t0#0", "t0#1"] and step.counts["duplicate"] == 1
     how = [lines(tmp_path / "replies" / f"ask_{i}.jsonl")[0]["asked"] for i in range(3)]
-    assert [h["temperature"] for h in how] == [0.0, 1.0, 1.0] and len({h["seed"] for h in how}) == 3
+    assert [h["temperature"] for h in how] == [0.0, 1.0, 1.0]
+    seeds = [h["seed"] for h in how]
+    for seed in range(1, 4):
+        author = asking(Scripted(reply), tmp_path / str(seed))
+        pipeline.ask(author, TEXTS[:1], tmp_path, per_text=3, seed=seed)
+        files = sorted((tmp_path / str(seed) / "replies").glob("ask_*.jsonl"))
+        seeds += [lines(file)[0]["asked"]["seed"] for file in files]
+    assert seeds[:3] == [0, 1, 2] and len({*seeds}) == 12
     with pytest.raises(ConfigError, match="per_text must be at least 1"):
         pipeline.ask(asking(Scripted(reply), tmp_path), TEXTS[:1], tmp_path, per_text=0)
 

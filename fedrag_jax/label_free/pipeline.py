@@ -33,6 +33,7 @@ from fedrag_jax.objectives.encoding import found_by
 from fedrag_jax.retrieval.retriever import Retriever
 
 LEAST_WORDS = 3  # of a text that is worth a request
+DRAWS = 1000  # seeds of one seed's draws; no text is worth as many questions
 NEGATIVES = ("top", "random")
 
 
@@ -108,6 +109,7 @@ def ask(
       per_text: number of questions per text. The first is decoded greedily; the others are sampled, and
         duplicates are dropped.
       temperature: sampling temperature of the others.
+      seed: random seed of the others; two seeds have different draws.
     """
     if per_text < 1:
         raise ConfigError(f"per_text must be at least 1, got {per_text}")
@@ -115,7 +117,7 @@ def ask(
     found, reasons, asked, count = {}, {}, set(), 0
     for draw in range(per_text):
         requests = {f"{i}#{draw}": {"text": reading_text(p)} for i, p in about.items()}
-        sampling = {"temperature": temperature * (draw > 0), "seed": seed + draw}
+        sampling = {"temperature": temperature * (draw > 0), "seed": DRAWS * seed + draw}
         read = asking("ask", requests, "ask", f"ask_{draw}", **sampling)
         count += len(requests)
         if asking.prompts.answer:
@@ -280,7 +282,8 @@ def generate(
       filter_texts: whether to run step 1.
       filter_questions: whether to run step 3.
       per_text: number of questions per text.
-      contexts: options of `add_hard_negatives`.
+      contexts: options of `add_hard_negatives`. Its `seed` draws contexts alone: with every seed the
+        generator writes the same questions.
 
     Raises:
       ConfigError: as the steps.
