@@ -133,14 +133,13 @@ def generated_rows(config, folder: pathlib.Path) -> list[dict]:
         if not found or variant == BASE:
             continue
         counts = found[0].controls
-        row = {"variant": variant, "requests": 0}
-        for step, asked in (("texts", 1), ("questions", 1), ("ratings", 2)):
+        row = {"variant": variant, "requests": counts.get("requests")}
+        for step in ("texts", "questions", "ratings"):
             some = {
                 k.partition(" ")[2]: int(v) for k, v in counts.items() if k.startswith(step + " ")
             }
             if not some:
                 continue
-            row["requests"] += asked * sum(v for k, v in some.items() if (step, k) not in UNASKED)
             dropped = ", ".join(f"{v} {k}" for k, v in some.items() if k != "kept" and v)
             row[step] = f"{some['kept']:,} of {sum(some.values()):,}" + (
                 f" ({dropped})" if dropped else ""
@@ -149,7 +148,6 @@ def generated_rows(config, folder: pathlib.Path) -> list[dict]:
     return rows
 
 
-UNASKED = {("texts", "empty"), ("texts", "short"), ("texts", "duplicate")}
 NAMES = {"base": "base", "all": "all steps", "without_step_1": "without step 1",
          "without_step_3": "without step 3"}  # fmt: skip
 
@@ -278,7 +276,8 @@ def report(config, folder: pathlib.Path):
             "What the generator wrote",
             "generated",
             f"Items kept in each step ({config.regimes[0]}), and reasons why others were dropped. "
-            "Variants share requests to the generator.",
+            "Variants share requests to the generator, and seeds share the questions it wrote: seeds "
+            "differ in contexts and training.",
             tables.Table(
                 [
                     name,

@@ -155,7 +155,9 @@ def test_the_answer_is_a_request_of_its_own(kind, tmp_path):
     assert [r.start for r in author.asked] == ["Question:"] * 5 + ["Answer:"] * 4
     first = author.asked[5].user
     assert first.strip().endswith("Question: Where was Person 0 born?") and TEXTS[0].text in first
-    assert pipeline.ask(asked, TEXTS[:5], tmp_path).kept == step.kept and len(author.asked) == 9
+    assert (
+        pipeline.ask(asked, TEXTS[:5], tmp_path) == step and step.requests == len(author.asked) == 9
+    )
 
 
 def test_several_questions_are_drawn_and_none_is_kept_twice(tmp_path):
@@ -168,7 +170,14 @@ def test_several_questions_are_drawn_and_none_is_kept_twice(tmp_path):
     step = pipeline.ask(asking(Scripted(reply), tmp_path), TEXTS[:1], tmp_path, per_text=3)
     assert [*step.kept] == ["t0#0", "t0#1"] and step.counts["duplicate"] == 1
     how = [lines(tmp_path / "replies" / f"ask_{i}.jsonl")[0]["asked"] for i in range(3)]
-    assert [h["temperature"] for h in how] == [0.0, 1.0, 1.0] and len({h["seed"] for h in how}) == 3
+    assert [h["temperature"] for h in how] == [0.0, 1.0, 1.0]
+    seeds = [h["seed"] for h in how]
+    for seed in range(1, 4):
+        author = asking(Scripted(reply), tmp_path / str(seed))
+        pipeline.ask(author, TEXTS[:1], tmp_path, per_text=3, seed=seed)
+        files = sorted((tmp_path / str(seed) / "replies").glob("ask_*.jsonl"))
+        seeds += [lines(file)[0]["asked"]["seed"] for file in files]
+    assert seeds[:3] == [0, 1, 2] and len({*seeds}) == 12
     with pytest.raises(ConfigError, match="per_text must be at least 1"):
         pipeline.ask(asking(Scripted(reply), tmp_path), TEXTS[:1], tmp_path, per_text=0)
 
@@ -304,6 +313,7 @@ def test_all_steps_at_once_do_what_each_does(retriever, tmp_path):
     assert pipeline.total_counts([plain.steps, rated.steps]) == {
         "texts kept": 10, "texts low": 1, "texts unparsable": 1, "questions kept": 22,
         "contexts kept": 21, "ratings kept": 11, "ratings question unparsable": 1,
+        "requests": 12 + 10 + 12 + 2 * 12,
     }  # fmt: skip
     # Replies are shared: what one run asked, the next does not.
     assert len(lines(tmp_path / "shared" / "replies" / "ask_0.jsonl")) == 1 + 12

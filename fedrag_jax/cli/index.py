@@ -30,10 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens",
         type=int,
-        help="longest passage in tokens (default: 200, or the retriever's limit)",
+        help="longest passage in tokens (default: as before, or 200, or the retriever's limit)",
     )
     parser.add_argument(
-        "--overlap", type=int, help="tokens shared by neighbouring passages (default: a fifth)"
+        "--overlap",
+        type=int,
+        help="tokens shared by neighbouring passages (default: as before, or a fifth)",
     )
     parser.add_argument(
         "--moved", action="store_true", help="the documents have moved to this folder"

@@ -33,6 +33,7 @@ from fedrag_jax.objectives.encoding import found_by
 from fedrag_jax.retrieval.retriever import Retriever
 
 LEAST_WORDS = 3  # of a text that is worth a request
+DRAWS = 1000  # seeds of one seed's draws; no text is worth as many questions
 NEGATIVES = ("top", "random")
 
 
@@ -59,10 +60,12 @@ class Step(NamedTuple):
     Attributes:
       kept: the kept passages, examples or contexts, by id.
       counts: number of items that were "kept", and by reason of those that were dropped.
+      requests: number of requests that the step needs, also if their replies were stored before.
     """
 
     kept: dict[str, Any]
     counts: dict[str, int]
+    requests: int = 0
 
 
 def rate_texts(
@@ -89,7 +92,7 @@ def rate_texts(
     found = {p.id: p for p in passages}
     reasons = {i: dropped.get(i) or _low(rated[i], least) for i in found}
     told = {i: (rated[i].said if i in rated else None) or {} for i in found}
-    return _step(folder / "1_texts.jsonl", found, reasons, told)
+    return _step(folder / "1_texts.jsonl", found, reasons, told, len(asked))
 
 
 def ask(
@@ -106,16 +109,19 @@ def ask(
       per_text: number of questions per text. The first is decoded greedily; the others are sampled, and
         duplicates are dropped.
       temperature: sampling temperature of the others.
+      seed: random seed of the others; two seeds have different draws.
     """
     if per_text < 1:
         raise ConfigError(f"per_text must be at least 1, got {per_text}")
     about = {p.id: p for p in passages}
-    found, reasons, asked = {}, {}, set()
+    found, reasons, asked, count = {}, {}, set(), 0
     for draw in range(per_text):
         requests = {f"{i}#{draw}": {"text": reading_text(p)} for i, p in about.items()}
-        sampling = {"temperature": temperature * (draw > 0), "seed": seed + draw}
+        sampling = {"temperature": temperature * (draw > 0), "seed": DRAWS * seed + draw}
         read = asking("ask", requests, "ask", f"ask_{draw}", **sampling)
+        count += len(requests)
         if asking.prompts.answer:
+            count += sum(reply.said is not None for reply in read.values())
             read |= _answers(asking, requests, read, f"answer_{draw}", **sampling)
         for identifier, reply in read.items():
             passage = about[identifier.rpartition("#")[0]]
@@ -131,7 +137,7 @@ def ask(
         e.id: {"text": e.positive_ids[0], "question": e.question, "answer": e.answers[0]}
         for e in found.values()
     }
-    return _step(folder / "2_questions.jsonl", found, reasons, told)
+    return _step(folder / "2_questions.jsonl", found, reasons, told, count)
 
 
 def _answers(asking: Asking, requests, read: Mapping[str, Read], file: str, **sampling):
@@ -164,7 +170,7 @@ def rate_questions(
             fault = _low(reply, least)
             reasons[i] = reasons[i] or (f"{part} {fault}" if fault else "")
             told[i][part] = reply.said and reply.said["score"]
-    return _step(folder / "3_ratings.jsonl", found, reasons, told)
+    return _step(folder / "3_ratings.jsonl", found, reasons, told, 2 * len(found))
 
 
 def add_hard_negatives(
@@ -276,7 +282,8 @@ def generate(
       filter_texts: whether to run step 1.
       filter_questions: whether to run step 3.
       per_text: number of questions per text.
-      contexts: options of `add_hard_negatives`.
+      contexts: options of `add_hard_negatives`. Its `seed` draws contexts alone: with every seed the
+        generator writes the same questions.
 
     Raises:
       ConfigError: as the steps.
@@ -310,11 +317,13 @@ def summary(steps: Mapping[str, Step]) -> str:
 
 
 def total_counts(runs: Iterable[Mapping[str, Step]]) -> dict[str, int]:
-    """Returns the total counts of the steps of several runs, such as {"texts kept": 9}."""
+    """Returns the total counts of the steps of several runs, such as {"texts kept": 9}, and their
+    "requests"."""
     total: collections.Counter[str] = collections.Counter()
     for steps in runs:
         for name, step in steps.items():
             total.update({f"{name} {what}": n for what, n in step.counts.items()})
+        total.update({"requests": sum(step.requests for step in steps.values())})
     return dict(total)
 
 
@@ -352,9 +361,11 @@ def _step(
     found: Mapping[str, Any],
     reasons: Mapping[str, str],
     told: Mapping[str, dict[str, Any]],
+    requests: int = 0,
 ) -> Step:
     """Writes a line for each, with the reason of each that is dropped."""
     why = {i: {"kept": False, "reason": r} if r else {"kept": True} for i, r in reasons.items()}
     write_lines(path, ({"id": i, **why[i], **told[i]} for i in found))
     counts = collections.Counter(reasons[i] or "kept" for i in found)
-    return Step({i: x for i, x in found.items() if not reasons[i]}, {"kept": 0} | counts)
+    kept = {i: x for i, x in found.items() if not reasons[i]}
+    return Step(kept, {"kept": 0} | counts, requests)

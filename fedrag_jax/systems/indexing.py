@@ -65,8 +65,8 @@ def index(
       begin: function that returns the system for the first call, over an empty store.
       tokens: maximum tokens of a passage, by the document encoder's tokenizer; default: as before, and
         at first 200, or the encoder's limit if that is less.
-      overlap: tokens that a passage shares with the previous one; default: as before, and at first a
-        fifth.
+      overlap: tokens that a passage shares with the previous one; default: a fifth, or as
+        before if another number was chosen that is below tokens / 2.
       moved: whether the documents have moved to another folder.
       elsewhere: as in `open_store`.
 
@@ -156,7 +156,12 @@ def _lengths(
             f"the document encoder reads {room} tokens of a passage: passages of {tokens} would be "
             "searched by their beginnings alone; choose fewer"
         )
-    return tokens, tokens // 5 if overlap is None else overlap
+    if overlap is None:
+        overlap = tokens // 5
+        # One that was chosen stays; the usual one follows the size.
+        if before and before.overlap != before.tokens // 5 and before.overlap < tokens / 2:
+            overlap = before.overlap
+    return tokens, overlap
 
 
 def _shown(name: str) -> str:

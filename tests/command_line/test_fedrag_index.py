@@ -276,6 +276,28 @@ def test_passages_keep_their_size_and_names_may_be_bytes(tmp_path, capsys):
     assert told(capsys)[0]["passages"] < first["passages"]
 
 
+@pytest.mark.parametrize(
+    ("first", "then", "alike"),
+    [
+        (("50", "--overlap", "0"), ("60",), "0"),
+        (("50", "--overlap", "20"), ("30",), "6"),  # no room for 20
+        (("50",), ("90",), "18"),
+    ],
+)
+def test_a_chosen_overlap_stays_with_another_size(first, then, alike, tmp_path):
+    documents = tmp_path / "documents"
+    documents.mkdir()
+    (documents / "long.txt").write_text("Ada lives in Rome, Bob in Oslo. " * 60)
+
+    def indexed(folder, *sizes):
+        for size in sizes:
+            to = ["--to", str(tmp_path / folder), "--quiet"]
+            assert main(["index", str(documents), *to, "--tokens", *size]) == 0
+        return [(p.id, p.text) for p in RAGSystem.load(tmp_path / folder).store.passages()]
+
+    assert indexed("a", first, then) == indexed("b", (*then, "--overlap", alike))
+
+
 @pytest.mark.parametrize("kind", ["hnsw", "hybrid", "qdrant"])
 def test_other_stores(system, tmp_path, capsys, kind):
     documents = system.parent / "documents"
