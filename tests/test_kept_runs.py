@@ -17,7 +17,6 @@ RUNS = [
     ("privacy_generator", "privacy", "privacy", "", {"strategy": "generator"}),
     ("privacy_clipping", "privacy", "privacy", "clipping", {}),
     ("real", "compare_strategies", "compare_real", "", {}),
-    ("real_corrected", "compare_strategies", "compare_real", "", {"name": "real"}),
     ("real_hotpotqa", "compare_strategies", "compare_real", "hotpotqa", {}),
     ("real_shots", "compare_strategies", "compare_real", "shots", {}),
     ("research", "research", "research", "", {}),
