@@ -219,7 +219,7 @@ def check(config) -> None:
       ConfigError: an unknown objective, regime or policy, or no policy that is always fresh.
     """
     check_replicates(config)
-    require_known("config.objective", [config.objective], [*METHODS, "emdr", "replug_log"])
+    require_known("config.objective", config.objective, [*METHODS, "emdr", "replug_log"])
     require_known("config.regimes", config.regimes, config.learning_rates)
     if FRESH not in config.policies:
         raise ConfigError(

@@ -160,15 +160,16 @@ def require_some(config, *names: str) -> None:
 
 
 def require_known(
-    setting: str, values: Iterable[str], known: Collection[str], more: str = ""
+    setting: str, value: str | Iterable[str], known: Collection[str], more: str = ""
 ) -> None:
-    """Raises ConfigError if one of a setting's values is unknown.
+    """Raises ConfigError if a setting's value, or one of several, is unknown.
 
     Args:
       more: end of the message, with another remedy.
     """
-    if unknown := [value for value in values if value not in known]:
-        raise ConfigError(f"{setting}: {unknown} unknown; choose among {[*known]}{more}")
+    if unknown := [x for x in ([value] if isinstance(value, str) else value) if x not in known]:
+        what = repr(value) if isinstance(value, str) else unknown
+        raise ConfigError(f"{setting}: {what} unknown; choose among {[*known]}{more}")
 
 
 def require_federated(config, why: str) -> None:
@@ -188,8 +189,8 @@ def check_scores(config, *, rankings_alone: bool = False) -> None:
     """
     modes = ["", *MODES] if rankings_alone else [*MODES]
     mode, metric = config.get("mode", modes[-1]), config.get("primary_metric", "mrr")
-    require_known("config.mode", [mode], modes)
-    require_known("config.primary_metric", [metric], METRICS)
+    require_known("config.mode", mode, modes)
+    require_known("config.primary_metric", metric, METRICS)
     if not mode and metric in ("em", "f1"):
         raise ConfigError(
             f'config.primary_metric: {metric!r} needs answers, but config.mode is "", which writes '

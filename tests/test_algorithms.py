@@ -347,7 +347,7 @@ def test_debugging_adds_the_place_to_an_error():
         (lambda: fit(linear_task(), FOUR, centralised()), "there are 4 clients"),
         (
             lambda: fit(linear_task(), FOUR, scaffold(0.1), optimizer=optax.adam(0.1)),
-            "its own optimizer alone; leave `optimizer` out",
+            "has its own client optimizer; leave `optimizer` out",
         ),
     ],
 )

@@ -139,7 +139,7 @@ def test_controls_differ_from_what_they_control(tmp_path):
         ({"contexts": (1, 5)}, "2 passages at least"),
         (
             {"author.endpoint": "http://x/v1"},
-            "config.author.model: tell the model that http://x/v1",
+            "config.author.model is empty: name the model at http://x/v1",
         ),
         (
             {"author.prompts": "no.json"},

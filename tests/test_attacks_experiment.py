@@ -125,7 +125,7 @@ def test_a_right_answer_is_no_believed_forgery():
     [
         ({"attacks": ()}, "config.attacks is empty"),
         ({"mode": "", "primary_metric": "em"}, r"'em' needs answers, but config.mode is \"\""),
-        ({"mode": "concat"}, r"mode: \['concat'\] unknown; choose among \['', 'concatenated'"),
+        ({"mode": "concat"}, r"mode: 'concat' unknown; choose among \['', 'concatenated'"),
         ({"attackers": ()}, "config.attackers is empty"),
         ({"attackers": (7,)}, r"must be between 0 and 3, got \(7,\)"),
         ({"attackers": (0, 1, 2, 3)}, "all 4 clients attack"),

@@ -96,7 +96,7 @@ def test_finished_cells_are_read_back_and_reports_made_again(objectives, policie
     [
         (methods, small_methods, {"objectives": ("rank",)}, r"\['rank'\] unknown"),
         (methods, small_methods, {"regimes": ("local",)}, "centralised and federated"),
-        (index_refresh, small_refresh, {"objective": "rank"}, r"\['rank'\] unknown"),
+        (index_refresh, small_refresh, {"objective": "rank"}, "'rank' unknown"),
         (index_refresh, small_refresh, {"policies.never.every": -1}, "'never': a refresh policy"),
         (index_refresh, small_refresh, {"regimes": ("local",)}, r"\['local'\] unknown"),
     ],

@@ -117,7 +117,7 @@ PARTS = [
 def test_what_keeps_the_trained_part_needs_it_to_be_the_model(tmp_path, algorithm, words):
     task = chain_task(random_adapters(NETWORK, 0))
     for callback in (EarlyStopping(Scripted(), 1, 1, tmp_path), CollapseWatch(tmp_path)):
-        with pytest.raises(ConfigError, match=rf"{words}, but {type(callback).__name__} keeps"):
+        with pytest.raises(ConfigError, match=rf"{words}, but {type(callback).__name__} saves"):
             fit(task, CLIENTS, algorithm, rounds=1, batch_size=3, callbacks=[callback])
 
 

@@ -100,7 +100,7 @@ def test_options_that_cannot_train_are_refused(options, words, tmp_path, capsys)
 def test_a_training_that_failed_before_a_trial_stands_for_no_other(
     system, tmp_path, capsys, monkeypatch
 ):
-    def failing(*_):
+    def failing(*_, **__):
         raise ConfigError("no answers today")
 
     monkeypatch.setattr(training, "_scored", failing)
@@ -119,7 +119,7 @@ def test_a_training_that_failed_before_a_trial_stands_for_no_other(
 def test_a_folder_is_of_one_training_with_all_that_it_depends_on(
     system, tmp_path, capsys, monkeypatch
 ):
-    def failing(*_):
+    def failing(*_, **__):
         raise ConfigError("as far as it goes")
 
     monkeypatch.setattr(training, "_scored", failing)
