@@ -8,6 +8,7 @@ table.md, report.html. A cell (store, strategy, regime, seeds) that is finished 
 """
 
 import functools
+import itertools
 import pathlib
 
 from experiments.finished_lab import FinishedLab, require_finished, tested, untuned_of_other_seeds
@@ -80,7 +81,11 @@ def compute(lab: OverStores, point: Point) -> cells.Cell:
 
 
 def rows_of(config, folder: pathlib.Path) -> list[dict]:
-    """A row for every store, strategy and regime, with its differences from the untuned system."""
+    """Returns a row for every store, strategy and regime.
+
+    `<metric>_by_*` are differences from the untuned system over the same store, `<metric>_over_*` from
+    the same system over the store that it was tuned with.
+    """
     rows, of = [], pathlib.Path(config.of)
     usual = dict.fromkeys(name for names in config.stores.values() for name in names)
     for store, strategies in {OWN: tuple(usual), **config.stores}.items():
@@ -93,12 +98,15 @@ def rows_of(config, folder: pathlib.Path) -> list[dict]:
             row = {"store": store, "strategy": strategy, "regime": where, "seeds": len(found)}
             for metric in METRICS:
                 row |= comparison.estimate(found, metric)
-                if strategy != "none" and start:
-                    names = f"{metric}_by_"
-                    row |= differences.paired_difference(found, start, metric, prefix=names)
+                others = {"by": start if strategy != "none" else []}
+                if store != OWN:
+                    others["over"] = finished(config, of, strategy, regime)
+                for prefix, other in others.items():
+                    names = f"{metric}_{prefix}_"
+                    row |= differences.paired_difference(found, other, metric, prefix=names)
             rows.append(row)
-    for metric in METRICS:
-        differences.adjust(rows, f"{metric}_by_")
+    for metric, prefix in itertools.product(METRICS, ("by", "over")):
+        differences.adjust(rows, f"{metric}_{prefix}_")
     return rows
 
 
@@ -113,6 +121,8 @@ def report(config, folder: pathlib.Path):
         *(tables.interval(f"{title[metric]} [95% CI]", metric) for metric in METRICS),
         tables.difference(f"{title[primary]} against none [95% CI]", f"{primary}_by_"),
         tables.p_value("p", f"{primary}_by_p_holm"),
+        tables.difference(f"{title[primary]} against {OWN} [95% CI]", f"{primary}_over_"),
+        tables.p_value("p", f"{primary}_over_p_holm"),
     )
     return Report(
         folder.name,
@@ -123,8 +133,9 @@ def report(config, folder: pathlib.Path):
                 "over_stores",
                 f"Metrics in percent with 95% intervals over seeds and questions. {OWN!r} is the exact "
                 "search by vectors that the systems were tuned with. Differences are from the untuned "
-                "system over the same store, paired by question and seed; p by permutation over "
-                "questions, Holm-adjusted over the table.",
+                f"system over the same store, and from the same system over {OWN!r}, paired by "
+                "question and seed; p by permutation over questions, each Holm-adjusted over the "
+                "table.",
                 tables.Table(columns, rows),
             )
         ],

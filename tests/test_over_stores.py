@@ -69,6 +69,10 @@ def test_systems_answer_from_each_store_and_are_not_trained_again(compared):
     by = {p: rows["hybrid", "retriever"][f"recall_at_5_by_{p}"] for p in ("difference", "p_holm")}
     both = [float(rows["hybrid", s]["recall_at_5"]) for s in ("retriever", "none")]
     assert float(by["difference"]) == pytest.approx(both[0] - both[1]) and by["p_holm"]
+    for store, strategy in rows:
+        over = rows[store, strategy]["recall_at_5_over_difference"]
+        here, there = (float(rows[s, strategy]["recall_at_5"]) for s in (store, "vectors"))
+        assert (store == "vectors" and over == "") or float(over) == pytest.approx(here - there)
 
 
 @pytest.mark.parametrize(
