@@ -90,7 +90,7 @@ def test_an_algorithm_that_asks_clients_twice_is_refused():
         return State(sums), [report for _, report in rest]
 
     twice = Algorithm(Work(), init, (turn,), lambda *_: Traffic(), name="twice")
-    with pytest.raises(ConfigError, match="twice cannot be deployed.* calls them 2 and 2 times"):
+    with pytest.raises(ConfigError, match=r"twice cannot be deployed.* calls them 2 and 2 times"):
         plan_of(twice)
 
 
