@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import pytest
 from printed import ROOT, python_of
 
+from experiments.reporting import tables
 from experiments.reporting.tables import read_csv
 from fedrag_jax.data import datasets
 from fedrag_jax.rag import RAGSystem
@@ -98,13 +99,15 @@ def test_the_table_of_other_stores_is_the_rows_that_are_kept():
     kept = {(r["store"], r["strategy"], r["regime"] or ""): r for r in rows}
     (table,) = [t for t in shown_tables("docs/results.md") if "passages from" in t[0]]
     stores = {"BM25": "bm25", "BM25 and vectors": "hybrid"}
-    for store, generator, *shown, _ in table[2:]:
+    for store, generator, *shown, difference in table[2:]:
         strategy = "none" if generator == "untuned" else "generator"
         regime = {"tuned, pooled": "centralised", "tuned, federated": "federated"}.get(
             generator, ""
         )
         row = kept[stores[store], strategy, regime]
         assert shown == [as_cell(row, metric) for metric in ("em", "f1", "recall_at_5", "mrr")]
+        ends = [tables.signed(row[f"em_over_{x}"], 1) for x in ("difference", "low", "high")]
+        assert difference == "{} [{}, {}]".format(*ends).replace("-", "−")
 
 
 @pytest.mark.parametrize(
