@@ -231,15 +231,15 @@ def answering_rows(passages: Sequence[Passage], examples: Sequence[Example]) -> 
     which answer it as well."""
     row = {identifier: i for i, identifier in enumerate(ids_of(passages))}
     golds = [[row[p] for p in example.positive_ids] for example in examples]
-    text = {gold: _said(passages[gold]) for gold in {gold for rows in golds for gold in rows}}
-    same: dict[str, list[int]] = {said: [] for said in text.values()}
+    text = {gold: _content(passages[gold]) for gold in {gold for rows in golds for gold in rows}}
+    same: dict[str, list[int]] = {content: [] for content in text.values()}
     for i, passage in enumerate(passages):
-        if (said := _said(passage)) in same:
-            same[said].append(i)
+        if (content := _content(passage)) in same:
+            same[content].append(i)
     return [[*dict.fromkeys([*rows, *(i for r in rows for i in same[text[r]])])] for rows in golds]
 
 
-def _said(passage: Passage) -> str:
+def _content(passage: Passage) -> str:
     return " ".join((passage.text or passage.title).split())
 
 

@@ -136,11 +136,8 @@ class Teacher:
     """
 
     def __init__(self, score: Callable[[list[str], list[str]], Any], texts: Sequence[str]):
-        self._score, self._texts, self._known = (
-            score,
-            texts,
-            CachedAnswers(self._ask, CHUNK, full=False),
-        )
+        self._score, self._texts = score, texts
+        self._known = CachedAnswers(self._ask, CHUNK, full=False)
 
     def __call__(self, examples: Sequence[Example], rows: np.ndarray) -> dict[str, np.ndarray]:
         """`teacher_scores` [N, k]."""
